@@ -1,0 +1,1 @@
+"""Latent attention for causal video: configuration, positions, attention and caches."""

@@ -1,0 +1,245 @@
+"""Causal self-attention over chunks: the dense form, and the pass that both forms share.
+
+A module projects its hidden states once, then attends chunk by chunk, so that the forward over a
+whole clip costs no masked work and runs the same code as the streaming forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .cache import FrameCache
+from .core import KeyValue, Query, Segment, attend
+from .rope import RotaryTable
+from .window import CausalConfig
+
+
+class ChunkView(NamedTuple):
+    """One chunk of queries: its tokens, the history it sees and the rotations of both.
+
+    `history` are token slices of the clip; a streaming pass reads `history_frames` from the cache
+    instead. Rotations are complex64 `[tokens, P]`.
+    """
+
+    own: slice
+    history: tuple[slice, ...]
+    history_frames: list[int]
+    own_rotations: Tensor
+    history_rotations: Tensor
+
+
+@dataclass
+class AttentionPass:
+    """What every self-attention layer of one forward shares.
+
+    `grid_rotations` `[S, P]` are the rotations by absolute place of all tokens, for layouts that
+    bake the spatial ones in. With `context_batch` the first items of the batch are the clean
+    context that all items read their history from (teacher forcing, packed in the batch axis).
+    """
+
+    table: RotaryTable
+    views: list[ChunkView]
+    grid_rotations: Tensor
+    cache: FrameCache | None = None
+    write: bool = False
+    frames: list[int] | None = None
+    context_batch: int | None = None
+
+
+def _slices(frames: list[int], tokens: int) -> tuple[slice, ...]:
+    """Token slices of ascending `frames`, one a contiguous run."""
+    runs: list[list[int]] = []
+    for frame in frames:
+        if runs and runs[-1][1] == frame:
+            runs[-1][1] = frame + 1
+        else:
+            runs.append([frame, frame + 1])
+    return tuple(slice(a * tokens, b * tokens) for a, b in runs)
+
+
+def clip_pass(
+    table: RotaryTable,
+    causal: CausalConfig,
+    num_frames: int,
+    height: int,
+    width: int,
+    context_batch: int | None = None,
+) -> AttentionPass:
+    """Block-causal pass over a clip of `num_frames` frames of `height x width` tokens."""
+    tokens, views = height * width, []
+    for start, stop in causal.chunks(num_frames):
+        own, history = list(range(start, stop)), causal.history(start, stop)
+        views.append(
+            ChunkView(
+                slice(start * tokens, stop * tokens),
+                _slices(history, tokens),
+                history,
+                table.rotations(causal.temporal_index(own, stop), height, width),
+                table.rotations(causal.temporal_index(history, stop), height, width),
+            )
+        )
+    grid = table.rotations([0] * num_frames, height, width)
+    return AttentionPass(table, views, grid, context_batch=context_batch)
+
+
+def stream_pass(table: RotaryTable, cache: FrameCache, num_frames: int, write: bool) -> AttentionPass:
+    """Pass over the next `num_frames` frames of a rollout, with history from `cache`."""
+    causal = cache.causal
+    start, stop = cache.frames_seen, cache.frames_seen + num_frames
+    own, history = list(range(start, stop)), causal.history(start, stop)
+    view = ChunkView(
+        slice(0, num_frames * cache.height * cache.width),
+        (),
+        history,
+        table.rotations(causal.temporal_index(own, stop), cache.height, cache.width),
+        table.rotations(causal.temporal_index(history, stop), cache.height, cache.width),
+    )
+    grid = table.rotations([0] * num_frames, cache.height, cache.width)
+    return AttentionPass(table, [view], grid, cache=cache, write=write, frames=own)
+
+
+class CausalSelfAttention(nn.Module):
+    """Base of the self-attention layers; takes the place of a family's `attn1`.
+
+    Subclasses hold `to_out` and define how tokens become queries, keys and values (`project`), what
+    the cache keeps of them (`encode`, `row_width`) and how that is read back (`expand`,
+    `history_query`). With `own_chunk_exact` a chunk attends to itself with its dense keys and
+    values, otherwise through what would be cached.
+    """
+
+    layer: int
+    heads: int
+    scale: float
+    own_chunk_exact: bool
+    to_out: nn.ModuleList
+
+    @property
+    def row_width(self) -> int:
+        """Scalars that the cache keeps a token."""
+        raise NotImplementedError
+
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, normalised and unrotated, and values of `[B, S, C]`: three `[B, S, H * D]`."""
+        raise NotImplementedError
+
+    def encode(self, key: Tensor, value: Tensor, step: AttentionPass) -> Tensor:
+        """Cache rows `[B, S, row]`."""
+        raise NotImplementedError
+
+    def expand(self, rows: Tensor) -> KeyValue:
+        """Keys and values per head from cache rows `[B, K, row]`."""
+        raise NotImplementedError
+
+    def restore(self, key: Tensor, value: Tensor, step: AttentionPass) -> KeyValue:
+        """What later chunks will see of these keys and values."""
+        return self.expand(self.encode(key, value, step))
+
+    def history_query(self, query: Query, step: AttentionPass) -> Query:
+        """Dense queries as `expand` expects them; the same object when nothing changes."""
+        return query
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """`[B, S, H * D]` as `[B, S, H, D]`."""
+        return x.unflatten(-1, (self.heads, -1))
+
+    def attention(self, hidden_states: Tensor, step: AttentionPass) -> Tensor:
+        """Attention output before `to_out`, `[B, S, H * V]`."""
+        query, key, value = self.project(hidden_states)
+        own_query = Query(None, self.split_heads(query))
+        query_for_history = self.history_query(own_query, step)
+        clip: KeyValue | None = None
+        if self.own_chunk_exact:
+            own = KeyValue(None, self.split_heads(key), self.split_heads(value))
+            if step.cache is None and len(step.views) > 1:
+                clip = self.restore(key[: step.context_batch], value[: step.context_batch], step)
+        else:
+            own = clip = self.restore(key, value, step)
+            own_query = query_for_history
+        outputs = []
+        for view in step.views:
+            here = own_query.tokens(view.own).rotated(view.own_rotations)
+            own_chunk = own.tokens((view.own,))
+            segments = [Segment(here, own_chunk.keys(view.own_rotations), own_chunk.value)]
+            if view.history_frames:
+                there = here
+                if query_for_history is not own_query:
+                    there = query_for_history.tokens(view.own).rotated(view.own_rotations)
+                segments.insert(0, Segment(there, *self._history(view, clip, here, step)))
+            outputs.append(attend(segments, self.scale))
+        if step.cache is not None and step.write:
+            assert step.frames is not None
+            step.cache.write(self.layer, step.frames, self.encode(key, value, step))
+        return torch.cat(outputs, dim=1).flatten(2)
+
+    def _history(
+        self, view: ChunkView, clip: KeyValue | None, query: Tensor, step: AttentionPass
+    ) -> tuple[Tensor, Tensor]:
+        """Rotated keys and values of the frames that a chunk looks back on."""
+        if step.cache is not None:
+            history = self.expand(step.cache.read(self.layer, view.history_frames).to(query.dtype))
+        else:
+            assert clip is not None
+            history = clip.tokens(view.history)
+        key, value = history.keys(view.history_rotations), history.value
+        if step.context_batch is None:
+            return key, value
+        copies = query.shape[0] // step.context_batch
+        key, value = key[: step.context_batch], value[: step.context_batch]
+        return key.repeat(copies, 1, 1, 1), value.repeat(copies, 1, 1, 1)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        attention_mask: Tensor | None,
+        rotary_emb: AttentionPass,
+    ) -> Tensor:
+        """Attention output `[B, S, C]`; the arguments are those of diffusers' `WanAttention`."""
+        out: Tensor = self.attention(hidden_states, rotary_emb).to(hidden_states.dtype)
+        for module in self.to_out:
+            out = module(out)
+        return out
+
+
+class DenseSelfAttention(CausalSelfAttention):
+    """Per-head keys and values, parameter for parameter diffusers' `WanAttention` as `attn1`.
+
+    QK-norm is an RMSNorm over all heads together. A cache row is `[k | v]` with the normalised,
+    unrotated keys, so that re-indexing a window never touches it.
+    """
+
+    own_chunk_exact = True
+
+    def __init__(self, dim: int, heads: int, head_dim: int, eps: float, layer: int) -> None:
+        super().__init__()
+        inner = heads * head_dim
+        self.heads, self.head_dim, self.layer = heads, head_dim, layer
+        self.scale = head_dim**-0.5
+        self.to_q = nn.Linear(dim, inner)
+        self.to_k = nn.Linear(dim, inner)
+        self.to_v = nn.Linear(dim, inner)
+        self.to_out = nn.ModuleList([nn.Linear(inner, dim), nn.Dropout(0.0)])
+        self.norm_q = nn.RMSNorm(inner, eps=eps)
+        self.norm_k = nn.RMSNorm(inner, eps=eps)
+
+    @property
+    def row_width(self) -> int:
+        return 2 * self.heads * self.head_dim
+
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key = self.norm_q(self.to_q(hidden_states)), self.norm_k(self.to_k(hidden_states))
+        return query, key, self.to_v(hidden_states)
+
+    def encode(self, key: Tensor, value: Tensor, step: AttentionPass) -> Tensor:
+        return torch.cat([key, value], dim=-1)
+
+    def expand(self, rows: Tensor) -> KeyValue:
+        key, value = rows.chunk(2, dim=-1)
+        return KeyValue(None, self.split_heads(key), self.split_heads(value))
+
+    def restore(self, key: Tensor, value: Tensor, step: AttentionPass) -> KeyValue:
+        return KeyValue(None, self.split_heads(key), self.split_heads(value))

@@ -1,0 +1,75 @@
+"""Ring caches by frame slot, the same for dense keys and values and for latents.
+
+A slot holds one latent frame of every layer. Sinks are pinned, the rest wraps behind them; nothing
+is ever shifted or cloned, and the position of a slot is looked up when it is read.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .window import CausalConfig
+
+
+class FrameCache:
+    """Per layer one tensor `[B, window_frames, tokens_per_frame, row]`, allocated once.
+
+    `row_widths` says how many scalars a layer keeps a token. `frames_seen` counts the frames that
+    were written, so it is also the absolute index of the next one.
+    """
+
+    def __init__(
+        self,
+        causal: CausalConfig,
+        row_widths: list[int],
+        batch_size: int,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        if causal.window_frames is None:
+            raise ValueError("a streaming cache needs a finite window: set window_frames")
+        self.causal = causal
+        self.height, self.width = height, width
+        self.frames_seen = 0
+        self.rows = [
+            torch.zeros(batch_size, causal.window_frames, height * width, width_, dtype=dtype, device=device)
+            for width_ in row_widths
+        ]
+
+    @property
+    def batch_size(self) -> int:
+        return self.rows[0].shape[0]
+
+    def reset(self) -> None:
+        """Forget every frame; the memory stays."""
+        self.frames_seen = 0
+
+    def read(self, layer: int, frames: list[int]) -> Tensor:
+        """Rows of absolute `frames`, `[B, len(frames) * tokens_per_frame, row]`."""
+        slots = torch.tensor([self.causal.slot(f) for f in frames], device=self.rows[layer].device)
+        return self.rows[layer].index_select(1, slots).flatten(1, 2)
+
+    def write(self, layer: int, frames: list[int], rows: Tensor) -> None:
+        """Store rows `[B, len(frames) * tokens_per_frame, row]` of absolute `frames`."""
+        slots = torch.tensor([self.causal.slot(f) for f in frames], device=self.rows[layer].device)
+        target = self.rows[layer]
+        target.index_copy_(1, slots, rows.detach().to(target.dtype).unflatten(1, (len(frames), -1)))
+
+    def bytes(self) -> int:
+        """Bytes allocated for all layers."""
+        return sum(rows.numel() * rows.element_size() for rows in self.rows)
+
+    def scalars_per_token(self) -> float:
+        """Cached scalars a token, averaged over layers."""
+        return sum(rows.shape[-1] for rows in self.rows) / len(self.rows)
+
+
+class DenseCache(FrameCache):
+    """Per-head keys before rotation and values: `2 * heads * head_dim` scalars a token a layer."""
+
+
+class LatentCache(FrameCache):
+    """Content latent and shared rotary key, `[c | k_pe]`: `kv_lora_rank + qk_rope_head_dim` scalars."""

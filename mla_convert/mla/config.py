@@ -1,0 +1,67 @@
+"""The `mla` section of a converted model's config.json, in DeepSeek's names."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+Position = Literal["decoupled", "derived", "baked", "rotate_on_read"]
+OwnChunk = Literal["exact", "latent"]
+
+
+class MLAConfig(BaseModel):
+    """Latent attention of every layer; tuples hold one entry a layer.
+
+    `position` says where a cached token's place in the video lives:
+
+    - `decoupled`: in a shared rotary key that is cached beside the latent (VideoMLA, arXiv
+      2605.30351; DeepSeek-V2, arXiv 2405.04434);
+    - `derived`: in shared rotary keys that are computed from the latent when it is read;
+    - `baked`: height and width in the latent itself, time in a cached shared rotary key;
+    - `rotate_on_read`: in every head's own keys, expanded from the latent and then rotated.
+
+    `own_chunk="exact"` lets the chunk that is being denoised attend to itself with its own dense
+    keys and values; only history goes through the latent.
+
+    `rope_pairs` names the model's rotary pairs that the shared key carries, one for each two of its
+    `qk_rope_head_dim` channels; a pair may occur more than once. `nope_pairs` names the pairs whose
+    channels, unrotated, are restored from the latent for every head.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    position: Position
+    own_chunk: OwnChunk
+    kv_lora_rank: tuple[int, ...]
+    q_lora_rank: int | None = None
+    v_head_dim: int
+    rope_pairs: tuple[tuple[int, ...], ...]
+    nope_pairs: tuple[tuple[int, ...], ...]
+
+    @model_validator(mode="after")
+    def _one_entry_a_layer(self) -> MLAConfig:
+        layers = len(self.kv_lora_rank)
+        if len(self.rope_pairs) != layers or len(self.nope_pairs) != layers:
+            raise ValueError(f"kv_lora_rank, rope_pairs and nope_pairs must have one entry for each of {layers} layers")
+        if min(self.kv_lora_rank) < 1:
+            raise ValueError("kv_lora_rank must be at least 1 in every layer")
+        return self
+
+    def qk_rope_head_dim(self, layer: int) -> int:
+        """Channels of the shared rotary key of a layer."""
+        return 2 * len(self.rope_pairs[layer])
+
+    def qk_nope_head_dim(self, layer: int) -> int:
+        """Unrotated key channels a head of a layer, restored from the latent."""
+        return 2 * len(self.nope_pairs[layer])
+
+    def row_width(self, layer: int) -> int:
+        """Scalars that a layer caches a token."""
+        shared_key = self.qk_rope_head_dim(layer) if self.position in ("decoupled", "baked") else 0
+        return self.kv_lora_rank[layer] + shared_key
+
+    def scalars_per_token(self) -> float:
+        """Cached scalars a token, averaged over layers."""
+        layers = len(self.kv_lora_rank)
+        return sum(self.row_width(layer) for layer in range(layers)) / layers

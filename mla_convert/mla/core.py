@@ -1,0 +1,111 @@
+"""The eager definition of causal attention over history and the current chunk.
+
+This is the one seam for kernels: whatever runs faster must equal these functions. Shape letters:
+B batch, Q queries, K keys, H heads, D key channels, V value channels, N unrotated and R rotated
+channels of a key (D = N + R).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .rope import rotate
+
+
+class KeyValue(NamedTuple):
+    """Keys split by position, before any rotation that depends on when they are read.
+
+    `nope` `[B, K, H, N]` enters the logits as it is, `rope` `[B, K, H or 1, R]` is rotated when it
+    is read, `value` is `[B, K, H, V]`. A shared rotary key has one head, DeepSeek's `k_pe`
+    (arXiv 2405.04434, eq. 14-18). `pairs` says which of the model's rotary pairs the channels of
+    `rope` are; None means all of them in order.
+    """
+
+    nope: Tensor | None
+    rope: Tensor | None
+    value: Tensor
+    pairs: list[int] | None = None
+
+    def keys(self, rotations: Tensor) -> Tensor:
+        """Keys ready for the dot product, `[B, K, H, N + R]`."""
+        if self.rope is None:
+            assert self.nope is not None
+            return self.nope
+        rope = rotate(self.rope, rotations if self.pairs is None else rotations[:, self.pairs])
+        if self.nope is None:
+            return rope
+        return torch.cat([self.nope, rope.expand(-1, -1, self.nope.shape[2], -1)], dim=-1)
+
+    def tokens(self, slices: tuple[slice, ...]) -> KeyValue:
+        """The tokens in `slices`, in that order."""
+
+        def pick(x: Tensor | None) -> Tensor | None:
+            if x is None:
+                return None
+            return x[:, slices[0]] if len(slices) == 1 else torch.cat([x[:, s] for s in slices], dim=1)
+
+        value = pick(self.value)
+        assert value is not None
+        return KeyValue(pick(self.nope), pick(self.rope), value, self.pairs)
+
+
+class Query(NamedTuple):
+    """Queries in the form in which a `KeyValue` expects them; `rope` has every head."""
+
+    nope: Tensor | None
+    rope: Tensor | None
+    pairs: list[int] | None = None
+
+    def tokens(self, chosen: slice) -> Query:
+        """The queries of some tokens."""
+        nope = None if self.nope is None else self.nope[:, chosen]
+        return Query(nope, None if self.rope is None else self.rope[:, chosen], self.pairs)
+
+    def rotated(self, rotations: Tensor) -> Tensor:
+        """Queries ready for the dot product, `[B, Q, H, N + R]`."""
+        parts = [] if self.nope is None else [self.nope]
+        if self.rope is not None:
+            parts.append(rotate(self.rope, rotations if self.pairs is None else rotations[:, self.pairs]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+class Segment(NamedTuple):
+    """Keys and values with the queries that address them: `[B, Q, H, D]`, `[B, K, H, D]`, `[B, K, H, V]`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+def attend(segments: list[Segment], scale: float) -> Tensor:
+    """One softmax over the keys of all segments, `[B, Q, H, V]`.
+
+    Segments may address their keys with different queries (history through the latent, the own
+    chunk densely). Such queries are laid side by side in the channel dimension and every key is
+    zero where it does not belong, which keeps a single fused attention call.
+    """
+    if len(segments) == 1:
+        query, key, value = segments[0]
+    else:
+        value = torch.cat([segment.value for segment in segments], dim=1)
+        if all(segment.query is segments[0].query for segment in segments):
+            query = segments[0].query
+            key = torch.cat([segment.key for segment in segments], dim=1)
+        else:
+            query = torch.cat([segment.query for segment in segments], dim=-1)
+            widths = [segment.key.shape[-1] for segment in segments]
+            key = torch.cat(
+                [
+                    F.pad(segment.key, (sum(widths[:i]), sum(widths[i + 1 :])))
+                    for i, segment in enumerate(segments)
+                ],
+                dim=1,
+            )
+    out = F.scaled_dot_product_attention(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale=scale
+    )
+    return out.transpose(1, 2)

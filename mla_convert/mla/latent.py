@@ -1,0 +1,157 @@
+"""Multi-head latent attention for a causal video transformer with QK-norm.
+
+The latent encodes keys after QK-norm and values, `c = kv_a_proj([k; v])`. The norm's scalar, which
+depends on all heads, is thereby exact in every layout and nothing but `c` and the shared rotary key
+is cached. Source: DeepSeek-V2 (arXiv 2405.04434, section 2.1), VideoMLA (arXiv 2605.30351, section 3).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .attention import AttentionPass, CausalSelfAttention
+from .config import MLAConfig
+from .core import KeyValue, Query
+from .rope import rotate
+
+LATENT_MODULES = ("q_a_proj", "q_b_proj", "kv_a_proj", "kv_b_proj", "k_pe_proj", "q_pe_coef")
+
+
+class LatentSelfAttention(CausalSelfAttention):
+    """Self-attention of one layer whose history is cached as low-rank latents.
+
+    Parameters beside those of the dense layer: `kv_a_proj` `[r, 2 H D]` encodes `[k; v]`,
+    `kv_b_proj` `[H (N + V), r]` restores unrotated keys and values, `k_pe_proj` gives the shared
+    rotary key (from k, or from c when derived), and `q_pe_coef` `[H, R / 2, 2]` holds the complex
+    weight of each shared pair in each head, applied to the queries.
+    """
+
+    def __init__(self, dim: int, heads: int, head_dim: int, eps: float, layer: int, mla: MLAConfig) -> None:
+        super().__init__()
+        inner = heads * head_dim
+        self.heads, self.head_dim, self.layer, self.mla = heads, head_dim, layer, mla
+        self.scale = head_dim**-0.5
+        self.own_chunk_exact = mla.own_chunk == "exact"
+        self.rank = mla.kv_lora_rank[layer]
+        self.rope_pairs = list(mla.rope_pairs[layer])
+        self.nope_pairs = list(mla.nope_pairs[layer])
+        if mla.q_lora_rank is None:
+            self.to_q = nn.Linear(dim, inner)
+        else:
+            self.q_a_proj = nn.Linear(dim, mla.q_lora_rank, bias=False)
+            self.q_b_proj = nn.Linear(mla.q_lora_rank, inner)
+        self.to_k = nn.Linear(dim, inner)
+        self.to_v = nn.Linear(dim, inner)
+        self.to_out = nn.ModuleList([nn.Linear(inner, dim), nn.Dropout(0.0)])
+        self.norm_q = nn.RMSNorm(inner, eps=eps)
+        self.norm_k = nn.RMSNorm(inner, eps=eps)
+        self.kv_a_proj = nn.Linear(2 * inner, self.rank)
+        self.kv_b_proj = nn.Linear(self.rank, heads * (self.key_channels + mla.v_head_dim))
+        if self.rope_pairs:
+            source = self.rank if mla.position == "derived" else inner
+            self.k_pe_proj = nn.Linear(source, 2 * len(self.rope_pairs))
+            self.q_pe_coef = nn.Parameter(torch.ones(heads, len(self.rope_pairs), 2))
+
+    @property
+    def row_width(self) -> int:
+        return self.mla.row_width(self.layer)
+
+    @property
+    def key_channels(self) -> int:
+        """Key channels a head that `kv_b_proj` restores."""
+        return self.head_dim if self.mla.position == "rotate_on_read" else self.mla.qk_nope_head_dim(self.layer)
+
+    @property
+    def caches_shared_key(self) -> bool:
+        return self.mla.position in ("decoupled", "baked") and bool(self.rope_pairs)
+
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.mla.q_lora_rank is None:
+            query = self.to_q(hidden_states)
+        else:
+            query = self.q_b_proj(self.q_a_proj(hidden_states))
+        return self.norm_q(query), self.norm_k(self.to_k(hidden_states)), self.to_v(hidden_states)
+
+    def encode(self, key: Tensor, value: Tensor, step: AttentionPass) -> Tensor:
+        placed = key
+        if self.mla.position == "baked":
+            placed = self._bake(self.split_heads(key), step).flatten(2)
+        latent = self.kv_a_proj(torch.cat([placed, value], dim=-1))
+        if not self.caches_shared_key:
+            return latent
+        return torch.cat([latent, self.k_pe_proj(key)], dim=-1)
+
+    def history_query(self, query: Query, step: AttentionPass) -> Query:
+        if self.mla.position == "rotate_on_read":
+            return query
+        assert query.rope is not None
+        placed = self._bake(query.rope, step) if self.mla.position == "baked" else query.rope
+        nope = _select(placed, self.nope_pairs) if self.nope_pairs else None
+        if not self.rope_pairs:
+            return Query(nope, None)
+        pairs = torch.view_as_complex(_select(query.rope, self.rope_pairs).float().contiguous().unflatten(-1, (-1, 2)))
+        coefficient = torch.view_as_complex(self.q_pe_coef.float())
+        rope = torch.view_as_real(pairs * coefficient.conj()).flatten(-2).to(query.rope.dtype)
+        return Query(nope, rope, self.rope_pairs)
+
+    def expand(self, rows: Tensor) -> KeyValue:
+        latent = rows[..., : self.rank]
+        restored = self.split_heads(self.kv_b_proj(latent))
+        key, value = restored.split([self.key_channels, self.mla.v_head_dim], dim=-1)
+        if self.mla.position == "rotate_on_read":
+            return KeyValue(None, key, value)
+        nope = key if self.nope_pairs else None
+        if not self.rope_pairs:
+            return KeyValue(nope, None, value)
+        shared = rows[..., self.rank :] if self.caches_shared_key else self.k_pe_proj(latent)
+        shared = shared.unsqueeze(2)
+        if nope is None:
+            shared = shared.expand(-1, -1, self.heads, -1)
+        return KeyValue(nope, shared, value, self.rope_pairs)
+
+    def absorbed(self) -> AbsorbedWeights:
+        """`kv_b_proj` as it is absorbed into queries and outputs. Raises ValueError for `rotate_on_read`."""
+        if self.mla.position == "rotate_on_read":
+            raise ValueError("rotate_on_read rotates the expanded keys, which cannot be absorbed into the queries")
+        sizes = [self.key_channels, self.mla.v_head_dim]
+        w_uk, w_uv = self.kv_b_proj.weight.unflatten(0, (self.heads, -1)).split(sizes, dim=1)
+        b_uk, b_uv = self.kv_b_proj.bias.unflatten(0, (self.heads, -1)).split(sizes, dim=1)
+        return AbsorbedWeights(w_uk, b_uk, w_uv, b_uv)
+
+    def _bake(self, x: Tensor, step: AttentionPass) -> Tensor:
+        """Rotate the spatial pairs of `[B, S, H, D]` by each token's place in its frame."""
+        return rotate(x, step.table.spatial(step.grid_rotations))
+
+
+class AbsorbedWeights(NamedTuple):
+    """`w_uk` `[H, N, r]`, `b_uk` `[H, N]`, `w_uv` `[H, V, r]`, `b_uv` `[H, V]`."""
+
+    w_uk: Tensor
+    b_uk: Tensor
+    w_uv: Tensor
+    b_uv: Tensor
+
+
+def attend_absorbed(
+    query: Tensor, nope_channels: int, latent: Tensor, shared_key: Tensor, weights: AbsorbedWeights, scale: float
+) -> Tensor:
+    """Attention `[B, Q, H, V]` over latents without expanding them.
+
+    `query` `[B, Q, H, N + R]` is ready for the dot product, `latent` is `[B, K, r]` and `shared_key`
+    `[B, K, R]` is rotated. The weights that restore keys move into the queries, those that restore
+    values behind the softmax (DeepSeek-V2, arXiv 2405.04434, section 2.1.2).
+    """
+    nope, rope = query[..., :nope_channels], query[..., nope_channels:]
+    absorbed = torch.einsum("bqhn,hnr->bqhr", nope, weights.w_uk)
+    logits = torch.einsum("bqhr,bkr->bhqk", absorbed, latent) + torch.einsum("bqhp,bkp->bhqk", rope, shared_key)
+    logits = logits + torch.einsum("bqhn,hn->bhq", nope, weights.b_uk).unsqueeze(-1)
+    mixed = torch.einsum("bhqk,bkr->bqhr", (scale * logits).softmax(-1), latent)
+    return torch.einsum("bqhr,hvr->bqhv", mixed, weights.w_uv) + weights.b_uv
+
+
+def _select(x: Tensor, pairs: list[int]) -> Tensor:
+    """Channels of some pairs, `[..., 2 P]` to `[..., 2 len(pairs)]`."""
+    return x.unflatten(-1, (-1, 2))[..., pairs, :].flatten(-2)

@@ -1,0 +1,67 @@
+"""Rotary positions of a token in a video: one complex rotation a channel pair.
+
+Pairs are interleaved channels `(2p, 2p+1)`; pair p belongs to one of the axes time, height, width
+(RoPE, arXiv 2104.09864; the three-axis split is Wan's). Shape letters: S tokens, H heads, P pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TIME, HEIGHT, WIDTH = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class RotaryTable:
+    """Unit complex rotations by index for every pair, and the axis each pair measures.
+
+    `cis` is complex64 `[max_len, P]`; `axes` holds P values of TIME, HEIGHT or WIDTH.
+    """
+
+    cis: Tensor
+    axes: tuple[int, ...]
+
+    @property
+    def max_len(self) -> int:
+        return self.cis.shape[0]
+
+    def pairs(self, *axes: int) -> list[int]:
+        """Pair numbers that measure one of `axes`."""
+        return [pair for pair, axis in enumerate(self.axes) if axis in axes]
+
+    def rotations(self, frames: list[int], height: int, width: int) -> Tensor:
+        """Rotation of every token of a grid: complex64 `[len(frames) * height * width, P]`.
+
+        Raises IndexError when an index lies outside the table.
+        """
+        longest = max([*frames, height - 1, width - 1], default=0)
+        if longest >= self.max_len:
+            raise IndexError(f"rotary index {longest} is outside the table of {self.max_len} positions")
+        grid = torch.cartesian_prod(
+            torch.tensor(frames, dtype=torch.long), torch.arange(height), torch.arange(width)
+        ).view(-1, 3)
+        index = grid[:, torch.tensor(self.axes)].to(self.cis.device)
+        return self.cis.gather(0, index)
+
+    def spatial(self, rotations: Tensor) -> Tensor:
+        """`rotations` with every temporal pair replaced by the identity."""
+        temporal = torch.tensor([axis == TIME for axis in self.axes], device=rotations.device)
+        return torch.where(temporal, torch.ones_like(rotations), rotations)
+
+
+def wan_rotary_table(freqs_cos: Tensor, freqs_sin: Tensor, t_dim: int, h_dim: int, w_dim: int) -> RotaryTable:
+    """Table from the two `[max_len, head_dim]` buffers of diffusers' `WanRotaryPosEmbed`."""
+    cis = torch.complex(freqs_cos[:, 0::2].float(), freqs_sin[:, 1::2].float())
+    return RotaryTable(cis, (TIME,) * (t_dim // 2) + (HEIGHT,) * (h_dim // 2) + (WIDTH,) * (w_dim // 2))
+
+
+def rotate(x: Tensor, rotations: Tensor) -> Tensor:
+    """Rotate the channel pairs of `x` `[B, S, H, 2P]` by complex `rotations` `[S, P]` or `[B, S, P]`.
+
+    Computed in float32 and returned in the dtype of `x`.
+    """
+    pairs = torch.view_as_complex(x.float().contiguous().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotations.unsqueeze(-2)).flatten(-2).to(x.dtype)

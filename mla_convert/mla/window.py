@@ -1,0 +1,72 @@
+"""Which frames a chunk of a causal video model attends to, and at which temporal index.
+
+The same arithmetic serves the block-causal forward over a whole clip and the streaming forward
+over a ring cache, so that the two cannot disagree.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class CausalConfig(BaseModel):
+    """Chunks, window and sinks of a causal video transformer, all in latent frames.
+
+    `window_frames` counts everything a query can see: sinks, history and its own chunk. `None` is
+    an unbounded window, which the streaming cache does not offer.
+
+    With `sink_positions="window"` the frames of a window that has moved on are re-indexed from 0,
+    so that the temporal index never leaves `[0, window_frames)`, however long the rollout. With
+    `"absolute"` every frame keeps the index of its place in the video, as Self-Forcing
+    (arXiv 2506.08009) does; the two differ only in how far away the sinks appear.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    num_frames_per_block: int = Field(3, ge=1)
+    window_frames: int | None = Field(21, ge=1)
+    sink_frames: int = Field(0, ge=0)
+    independent_first_frame: bool = False
+    sink_positions: Literal["window", "absolute"] = "window"
+
+    @model_validator(mode="after")
+    def _window_holds_sinks_and_a_chunk(self) -> CausalConfig:
+        if self.window_frames is not None and self.window_frames < self.sink_frames + self.num_frames_per_block:
+            raise ValueError(
+                f"window_frames={self.window_frames} cannot hold sink_frames={self.sink_frames} and one chunk of "
+                f"num_frames_per_block={self.num_frames_per_block}"
+            )
+        return self
+
+    def chunks(self, num_frames: int) -> list[tuple[int, int]]:
+        """Half-open frame ranges of the chunks of a clip; the last one may be short."""
+        bounds = [0]
+        if self.independent_first_frame and num_frames > 0:
+            bounds.append(1)
+        while bounds[-1] < num_frames:
+            bounds.append(min(bounds[-1] + self.num_frames_per_block, num_frames))
+        return list(zip(bounds[:-1], bounds[1:], strict=True))
+
+    def history(self, start: int, stop: int) -> list[int]:
+        """Earlier frames visible to the chunk `[start, stop)`: the sinks, then the recent ones."""
+        if self.window_frames is None:
+            return list(range(start))
+        sinks = range(min(self.sink_frames, start))
+        recent = range(max(self.sink_frames, stop - (self.window_frames - self.sink_frames)), start)
+        return [*sinks, *recent]
+
+    def temporal_index(self, frames: list[int], stop: int) -> list[int]:
+        """Rotary index of each of `frames` as seen by the chunk that ends at `stop`."""
+        if self.window_frames is None or self.sink_positions == "absolute":
+            return list(frames)
+        shift = max(0, stop - self.window_frames)
+        return [frame if frame < self.sink_frames else frame - shift for frame in frames]
+
+    def slot(self, frame: int) -> int:
+        """Ring slot of an absolute frame: sinks are pinned, the rest wraps behind them."""
+        assert self.window_frames is not None
+        if frame < self.sink_frames:
+            return frame
+        return self.sink_frames + (frame - self.sink_frames) % (self.window_frames - self.sink_frames)

@@ -1,0 +1,1 @@
+"""Streaming generation with a converted or a dense model."""

@@ -1,0 +1,201 @@
+"""Train the digits teacher: `python -m mla_convert.zoo.digits.train --steps 12000`.
+
+Teacher forcing (arXiv 2412.07772, 2506.08009): one clean copy of each clip provides the history,
+several noisy copies with an independent noise level a chunk are denoised against it, all in one
+block-causal forward with a sliding window and a sink. Half of the clean copies carry a little
+noise of their own, so that the model learns to repair the history that it will have made itself.
+The script resumes from `--out` where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ... import flow
+from ...families.wan import CausalWanTransformer3DModel
+from ...run.stream import stream_chunks
+from .classifier import classify
+from .data import CLIP_FRAMES, FRAME, TEXT_DIM, all_prompts, sample_batch
+
+CAUSAL = {"num_frames_per_block": 3, "window_frames": 12, "sink_frames": 3}
+MODEL = {
+    "patch_size": (1, 4, 4),
+    "num_attention_heads": 6,
+    "attention_head_dim": 32,
+    "in_channels": 1,
+    "out_channels": 1,
+    "text_dim": TEXT_DIM,
+    "freq_dim": 64,
+    "ffn_dim": 512,
+    "num_layers": 4,
+}
+NULL_PROMPT_RATE = 0.1
+CONTEXT_NOISE = 0.3
+
+
+def chunk_times(shape: tuple[int, int], frames_per_chunk: int, generator: torch.Generator) -> Tensor:
+    """One uniform noise level a chunk, repeated over its frames: `[B, F]` in (0, 1)."""
+    batch, frames = shape
+    t = torch.rand(batch, -(-frames // frames_per_chunk), generator=generator)
+    return t.repeat_interleave(frames_per_chunk, dim=1)[:, :frames]
+
+
+def teacher_forcing_loss(
+    model: CausalWanTransformer3DModel,
+    clean: Tensor,
+    text: Tensor,
+    copies: int,
+    context_noise: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """Mean squared velocity error of `copies` noisy versions of each clip given its clean history."""
+    frames = clean.shape[2]
+    videos = clean.repeat(copies, 1, 1, 1, 1)
+    noise = torch.randn(videos.shape, generator=generator)
+    t = chunk_times((len(videos), frames), model.causal.num_frames_per_block, generator)
+    noisy_history = torch.rand(len(clean), generator=generator) < 0.5
+    t_context = context_noise * torch.rand(len(clean), generator=generator) * noisy_history
+    context = flow.add_noise(clean, torch.randn(clean.shape, generator=generator), t_context)
+    with torch.autocast("cpu", torch.bfloat16):
+        prediction = model(
+            flow.add_noise(videos, noise, t),
+            t * flow.NUM_TRAIN_TIMESTEPS,
+            text.repeat(copies, 1, 1),
+            context=context,
+            context_timestep=t_context * flow.NUM_TRAIN_TIMESTEPS,
+        ).sample
+    return (prediction.float() - flow.velocity(videos, noise)).square().mean()
+
+
+@torch.no_grad()
+def heldout_loss(model: CausalWanTransformer3DModel, clips: int = 128) -> float:
+    """Teacher-forcing loss on digits and prompts that were never trained on, fixed noise."""
+    batch = sample_batch(clips, CLIP_FRAMES, np.random.default_rng(1), "heldout", "heldout")
+    generator = torch.Generator().manual_seed(1)
+    losses = [
+        teacher_forcing_loss(model, videos, text, 1, 0.0, generator).item()
+        for videos, text in zip(batch.videos.split(32), batch.embeddings.split(32), strict=True)
+    ]
+    return float(np.mean(losses))
+
+
+def rollout_accuracy(
+    model: CausalWanTransformer3DModel, num_frames: int, prompts: int = 200, steps: int = 8, context_noise: float = 0.0
+) -> float:
+    """Share of held-out prompts whose class the classifier reads in the last frame of a rollout."""
+    chosen = all_prompts("heldout")[:: max(1, 200 // prompts)][:prompts]
+    text = torch.stack([p.embedding() for p in chosen])
+    last = None
+    for last in stream_chunks(
+        model, text, num_frames, FRAME, FRAME, num_inference_steps=steps, context_noise=context_noise
+    ):
+        pass
+    assert last is not None
+    hits = classify(last)[:, -1] == torch.tensor([p.digit for p in chosen])
+    return hits.float().mean().item()
+
+
+def make_optimizers(model: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for everything else."""
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and n.startswith("blocks.")]
+    known = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in known]
+    return [
+        torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int = 100, decay: float = 0.4) -> float:
+    """Linear warm-up, constant, then linear decay to zero over the last `decay` share of the steps."""
+    return peak * min(1.0, (step + 1) / warmup, (steps - step) / (decay * steps))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/digits-teacher"))
+    parser.add_argument("--steps", type=int, default=12000)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--copies", type=int, default=3)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--eval-every", type=int, default=500)
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    model = CausalWanTransformer3DModel(**MODEL, causal=CAUSAL)
+    average = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
+    )
+    optimizers = make_optimizers(model, args.lr)
+    first, seconds = 0, 0.0
+    state_file = args.out / "state.pt"
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        first, seconds = state["step"], state["seconds"]
+    args.out.mkdir(parents=True, exist_ok=True)
+    log = (args.out / "metrics.jsonl").open("a")
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, from step {first}", flush=True)
+
+    started, losses = time.monotonic() - seconds, []
+    for step in range(first, args.steps):
+        batch = sample_batch(args.batch, CLIP_FRAMES, np.random.default_rng((args.seed, step)))
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        dropped = torch.rand(args.batch, generator=generator) < NULL_PROMPT_RATE
+        text = batch.embeddings * ~dropped[:, None, None]
+        # The backward of the CPU's fused attention is slower than plain matmuls at this size.
+        with sdpa_kernel(SDPBackend.MATH):
+            loss = teacher_forcing_loss(model, batch.videos, text, args.copies, CONTEXT_NOISE, generator)
+            loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args.steps, args.lr)
+            optimizer.step()
+            optimizer.zero_grad()
+        average.update_parameters(model)
+        losses.append(loss.item())
+        done = step + 1
+        if done % 50 == 0:
+            spent = time.monotonic() - started
+            print(f"{done} {spent:.0f}s loss {np.mean(losses[-50:]):.4f} grad {norm:.3f}", flush=True)
+        if done % args.eval_every == 0 or done == args.steps:
+            ema = average.module.eval()
+            row = {
+                "step": done,
+                "seconds": round(time.monotonic() - started, 1),
+                "train_loss": float(np.mean(losses[-args.eval_every :])),
+                "heldout_loss": heldout_loss(ema),
+                "accuracy": rollout_accuracy(ema, CLIP_FRAMES),
+            }
+            if done == args.steps:
+                row["accuracy_8x"] = rollout_accuracy(ema, 8 * CLIP_FRAMES)
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+            print(row, flush=True)
+            ema.save_pretrained(args.out / "transformer")
+            state = {
+                "model": model.state_dict(),
+                "average": average.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "step": done,
+                "seconds": time.monotonic() - started,
+            }
+            torch.save(state, state_file.with_suffix(".tmp"))
+            state_file.with_suffix(".tmp").replace(state_file)
+
+
+if __name__ == "__main__":
+    main()
