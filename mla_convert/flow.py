@@ -42,3 +42,12 @@ def velocity(x0: Tensor, noise: Tensor) -> Tensor:
 def to_clean(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
     """The clean video that velocity `v` at `x_t` points to: `x_t - t v`."""
     return x_t - per_frame(t, x_t.ndim) * v
+
+
+def chunk_times(batch_size: int, chunks: list[tuple[int, int]], generator: torch.Generator) -> Tensor:
+    """One uniform noise level a chunk, repeated over its frames: `[B, F]` in [0, 1).
+
+    `chunks` are the half-open frame ranges of `CausalConfig.chunks`.
+    """
+    t = torch.rand(batch_size, len(chunks), generator=generator)
+    return t.repeat_interleave(torch.tensor([stop - start for start, stop in chunks]), dim=1)

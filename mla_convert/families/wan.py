@@ -21,6 +21,8 @@ from ..mla.config import MLAConfig
 from ..mla.latent import LatentSelfAttention
 from ..mla.rope import RotaryTable, wan_rotary_table
 from ..mla.window import CausalConfig
+from .base import Config, Family, Geometry
+from .wan_files import infer_config, stored_names
 
 
 def _modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -134,9 +136,10 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         changes = {"window_frames": window_frames, "sink_frames": sink_frames}
         settings = self.causal.model_dump() | {k: v for k, v in changes.items() if v is not None}
         rows, columns = self.token_grid(height, width)
+        blocks: Any = self.blocks
         return self.cache_class(
             CausalConfig(**settings),
-            [block.attn1.row_width for block in self.blocks],
+            [block.attn1.row_width for block in blocks],
             batch_size,
             rows,
             columns,
@@ -170,7 +173,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         if context is not None:
             context_batch = context.shape[0]
             if batch % context_batch or context.shape[1:] != hidden_states.shape[1:]:
-                raise ValueError(f"context {tuple(context.shape)} does not fit hidden_states {tuple(hidden_states.shape)}")
+                shapes = f"{tuple(context.shape)} does not fit hidden_states {tuple(hidden_states.shape)}"
+                raise ValueError(f"context {shapes}")
             if context_timestep is None:
                 context_timestep = timestep.new_zeros((context_batch, *timestep.shape[1:]))
             elif context_timestep.ndim < timestep.ndim:
@@ -292,3 +296,27 @@ class MLAWanTransformer3DModel(CausalWanTransformer3DModel):
     def make_attention(self, layer: int) -> CausalSelfAttention:
         heads, head_dim = self.config.num_attention_heads, self.config.attention_head_dim
         return LatentSelfAttention(heads * head_dim, heads, head_dim, self.config.eps, layer, self.mla)
+
+
+def _geometry(config: Config) -> Geometry:
+    return Geometry(config["num_layers"], config["num_attention_heads"], config["attention_head_dim"])
+
+
+_OTHER_LAYOUT = "its configuration is in the Wan repository's layout; use the checkpoint in diffusers layout"
+
+FAMILY = Family(
+    name="wan",
+    source_classes=("WanTransformer3DModel", "CausalWanTransformer3DModel"),
+    dense_class=CausalWanTransformer3DModel,
+    mla_class=MLAWanTransformer3DModel,
+    geometry=_geometry,
+    near_misses={
+        "WanVACETransformer3DModel": "its control blocks are not part of the causal model",
+        "WanAnimateTransformer3DModel": "its motion encoder and face adapter are not part of the causal model",
+        "WanAnimate2Transformer3DModel": "its in-context reference blocks are not part of the causal model",
+        "WanModel": _OTHER_LAYOUT,
+        "CausalWanModel": _OTHER_LAYOUT,
+    },
+    stored_names=stored_names,
+    infer_config=infer_config,
+)

@@ -99,13 +99,8 @@ def attend(segments: list[Segment], scale: float) -> Tensor:
             query = torch.cat([segment.query for segment in segments], dim=-1)
             widths = [segment.key.shape[-1] for segment in segments]
             key = torch.cat(
-                [
-                    F.pad(segment.key, (sum(widths[:i]), sum(widths[i + 1 :])))
-                    for i, segment in enumerate(segments)
-                ],
+                [F.pad(segment.key, (sum(widths[:i]), sum(widths[i + 1 :]))) for i, segment in enumerate(segments)],
                 dim=1,
             )
-    out = F.scaled_dot_product_attention(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale=scale
-    )
+    out = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale=scale)
     return out.transpose(1, 2)

@@ -46,8 +46,8 @@ class LatentSelfAttention(CausalSelfAttention):
         self.to_k = nn.Linear(dim, inner)
         self.to_v = nn.Linear(dim, inner)
         self.to_out = nn.ModuleList([nn.Linear(inner, dim), nn.Dropout(0.0)])
-        self.norm_q = nn.RMSNorm(inner, eps=eps)
-        self.norm_k = nn.RMSNorm(inner, eps=eps)
+        self.norm_q = nn.RMSNorm((heads, head_dim), eps=eps)
+        self.norm_k = nn.RMSNorm((heads, head_dim), eps=eps)
         self.kv_a_proj = nn.Linear(2 * inner, self.rank)
         self.kv_b_proj = nn.Linear(self.rank, heads * (self.key_channels + mla.v_head_dim))
         if self.rope_pairs:
@@ -73,7 +73,8 @@ class LatentSelfAttention(CausalSelfAttention):
             query = self.to_q(hidden_states)
         else:
             query = self.q_b_proj(self.q_a_proj(hidden_states))
-        return self.norm_q(query), self.norm_k(self.to_k(hidden_states)), self.to_v(hidden_states)
+        key = self.norm_k(self.split_heads(self.to_k(hidden_states))).flatten(2)
+        return self.norm_q(self.split_heads(query)).flatten(2), key, self.to_v(hidden_states)
 
     def encode(self, key: Tensor, value: Tensor, step: AttentionPass) -> Tensor:
         placed = key

@@ -6,6 +6,7 @@ over a ring cache, so that the two cannot disagree.
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -47,7 +48,7 @@ class CausalConfig(BaseModel):
             bounds.append(1)
         while bounds[-1] < num_frames:
             bounds.append(min(bounds[-1] + self.num_frames_per_block, num_frames))
-        return list(zip(bounds[:-1], bounds[1:], strict=True))
+        return list(itertools.pairwise(bounds))
 
     def history(self, start: int, stop: int) -> list[int]:
         """Earlier frames visible to the chunk `[start, stop)`: the sinks, then the recent ones."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import re
 import typing
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
@@ -54,48 +55,70 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     return [model for argument in typing.get_args(annotation) for model in _models(argument)]
 
 
-def _model_at(root: type[BaseModel], location: tuple[str | int, ...]) -> type[BaseModel] | None:
-    """The model whose field the last entry of a location is."""
+class _Problem(NamedTuple):
+    """One of pydantic's errors; `path` is its place in the recipe, `model` whose key that is."""
+
+    path: tuple[str, ...]
+    model: type[BaseModel] | None
+    kind: str
+    message: str
+    value: Any
+    context: dict[str, Any]
+
+
+def _locate(root: type[BaseModel], detail: Any) -> _Problem:
+    """The error without the branches of unions that pydantic adds to its location."""
+    path: list[str] = []
     current: type[BaseModel] | None = root
-    for entry in location[:-1]:
-        if current is None or entry not in current.model_fields:
+    owner = current
+    location, kind = detail["loc"], detail["type"]
+    for depth, entry in enumerate(location):
+        field = current.model_fields.get(str(entry)) if current else None
+        unknown = kind == "extra_forbidden" and depth == len(location) - 1
+        if field is None and not unknown and not isinstance(entry, int):
             continue
-        found = _models(current.model_fields[str(entry)].annotation)
-        current = found[0] if found else None
-    return current
+        path.append(str(entry))
+        owner = current
+        if field is not None:
+            found = _models(field.annotation)
+            current = found[0] if found else None
+    return _Problem(tuple(path), owner, kind, detail["msg"], detail["input"], detail.get("ctx", {}))
 
 
 def explain(error: ValidationError, root: type[BaseModel], prefix: str = "") -> str:
     """One line for a failed validation of `root`, found at dotted path `prefix` of the recipe."""
-    details = error.errors(include_url=False)
+    problems = [_locate(root, detail) for detail in error.errors(include_url=False)]
     # An unknown key is most often the cause of a missing one.
-    first = min(details, key=lambda detail: detail["type"] != "extra_forbidden")
-    line = _explain_one(first, root, prefix)
-    if len(details) > 1:
-        line += f" (and {len(details) - 1} more)"
-    return line
+    first = min(problems, key=lambda problem: problem.kind != "extra_forbidden")
+    # Every branch of a union reports; the one that came furthest is the one that was meant.
+    related = [p for p in problems if _overlap(p.path, first.path)]
+    deepest = max(related, key=lambda problem: len(problem.path))
+    line = _explain(deepest, [p for p in related if p.path == deepest.path], prefix)
+    others = len({p.path for p in problems if p not in related})
+    return f"{line} (and {others} more)" if others else line
 
 
-def _explain_one(detail: Any, root: type[BaseModel], prefix: str) -> str:
-    kind, location, value = detail["type"], detail["loc"], detail["input"]
-    path = ".".join([prefix, *map(str, location)] if prefix else map(str, location))
-    context = detail.get("ctx", {})
-    if kind == "extra_forbidden":
-        model = _model_at(root, location)
-        valid = list(model.model_fields) if model else []
-        return f"unknown key {path}; {nearest(str(location[-1]), valid)}"
-    if kind == "missing":
+def _overlap(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
+    shorter = min(len(a), len(b))
+    return a[:shorter] == b[:shorter]
+
+
+def _explain(problem: _Problem, same_place: list[_Problem], prefix: str) -> str:
+    path = ".".join([prefix, *problem.path] if prefix else problem.path)
+    value = problem.value
+    if problem.kind == "extra_forbidden":
+        valid = list(problem.model.model_fields) if problem.model else []
+        return f"unknown key {path}; {nearest(problem.path[-1], valid)}"
+    if problem.kind == "missing":
         return f"missing key {path}"
-    if kind == "literal_error":
-        expected = context["expected"]
-        hint = ""
-        if isinstance(value, str):
-            matches = difflib.get_close_matches(value, [word.strip("' ") for word in expected.split(",")], n=1)
-            hint = f"; did you mean {matches[0]}?" if matches else ""
-        return f"{path}: expected {expected}, got {describe(value)}{hint}"
-    if kind in EXPECTED:
-        return f"{path}: expected {EXPECTED[kind]}, got {describe(value)}"
-    message = detail["msg"].removeprefix("Value error, ")
-    if kind in ("value_error", "assertion_error"):
+    if problem.kind == "literal_error":
+        matches = difflib.get_close_matches(str(value), re.findall(r"'([^']+)'", problem.context["expected"]), n=1)
+        hint = f"; did you mean {matches[0]}?" if matches else ""
+        return f"{path}: expected {problem.context['expected']}, got {describe(value)}{hint}"
+    if problem.kind in EXPECTED:
+        expected = dict.fromkeys(EXPECTED[p.kind] for p in same_place if p.kind in EXPECTED)
+        return f"{path}: expected {' or '.join(expected)}, got {describe(value)}"
+    message = problem.message.removeprefix("Value error, ")
+    if problem.kind in ("value_error", "assertion_error"):
         return f"{path}: {message}" if path else message
     return f"{path}: {message[:1].lower()}{message[1:]}, got {describe(value)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,7 +38,7 @@ def stream_chunks(
         shape = (batch, model.config.in_channels, stop - start, height, width)
         x = torch.randn(shape, generator=generator).to(device)
         with torch.no_grad():
-            for t, t_next in zip(times[:-1], times[1:], strict=True):
+            for t, t_next in itertools.pairwise(times):
                 timestep = torch.full((batch,), float(t) * NUM_TRAIN_TIMESTEPS, device=device)
                 v = model.forward_chunk(x.to(dtype), timestep, text, cache)
                 x = x + (t_next - t).to(device) * v.float()

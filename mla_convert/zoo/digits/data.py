@@ -1,7 +1,7 @@
 """Videos of real handwritten digits that move and bounce, and the prompts that describe them.
 
-A prompt is a class, a start cell and a direction; the digit moves two pixels a frame and reflects
-at the border of a 16x16 frame. Pixels are float32 in [-1, 1]. Source of the digits: scikit-learn's
+A prompt is a class, a start cell and a direction; the digit moves one cell of four pixels a frame
+and reflects at the border of a 16x16 frame. Pixels are float32 in [-1, 1]. Source of the digits: scikit-learn's
 `load_digits`, 1,797 images of 8x8 (Alpaydin & Kaynak, UCI ML repository, 1998).
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FRAME, DIGIT, STEP = 16, 8, 2
+FRAME, DIGIT, STEP = 16, 8, 4
 CELLS = (FRAME - DIGIT) // STEP + 1
 TEXT_DIM, TEXT_TOKENS = 32, 3
 CLIP_FRAMES = 18
@@ -24,17 +24,14 @@ CONTRAST = 2.0 / 16.0
 _VERTICAL = {"up": -1, "": 0, "down": 1}
 _HORIZONTAL = {"left": -1, "": 0, "right": 1}
 DIRECTIONS = {
-    "-".join(filter(None, (v, h))): (dy, dx)
-    for v, dy in _VERTICAL.items()
-    for h, dx in _HORIZONTAL.items()
-    if dy or dx
+    "-".join(filter(None, (v, h))): (dy, dx) for v, dy in _VERTICAL.items() for h, dx in _HORIZONTAL.items() if dy or dx
 }
 _PROMPT = re.compile(r"^\s*(?:an?\s+)?([0-9])(?:\s+at\s+([0-9])\s*,\s*([0-9]))?(?:\s+moving\s+([a-z-]+))?\s*$")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Digit class 0-9, start cell (row, column) in 0-4, direction as a key of DIRECTIONS."""
+    """Digit class 0-9, start cell (row, column) in 0-2, direction as a key of DIRECTIONS."""
 
     digit: int
     row: int
@@ -61,17 +58,18 @@ class Prompt:
 
 
 def parse_prompt(text: str) -> Prompt:
-    """Prompt from `7`, `7 moving up-left` or `7 at 2,3 moving up-left`. Raises ValueError."""
+    """Prompt from `7`, `7 moving up-left` or `7 at 2,1 moving up-left`. Raises ValueError."""
     match = _PROMPT.match(text.lower())
     if not match:
-        raise ValueError(f"cannot read the digits prompt {text!r}; write for example '7 at 2,3 moving up-left'")
+        raise ValueError(f"cannot read the digits prompt {text!r}; write for example '7 at 2,1 moving up-left'")
     digit, row, column, direction = match.groups()
     direction = direction or "down-right"
     if direction not in DIRECTIONS:
         raise ValueError(f"unknown direction {direction!r}; one of {', '.join(DIRECTIONS)}")
     cell = (int(row or 0), int(column or 0))
     if max(cell) >= CELLS:
-        raise ValueError(f"start cell {cell[0]},{cell[1]} is outside the {CELLS}x{CELLS} cells 0,0 to {CELLS - 1},{CELLS - 1}")
+        last = CELLS - 1
+        raise ValueError(f"start cell {cell[0]},{cell[1]} is outside the {CELLS}x{CELLS} cells 0,0 to {last},{last}")
     return Prompt(int(digit), *cell, direction)
 
 
@@ -89,7 +87,7 @@ def _bounce(cells: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def all_prompts(split: str) -> tuple[Prompt, ...]:
-    """The 1,800 prompts of `train` or the 200 of `heldout`: a fixed random split of all combinations."""
+    """The 648 prompts of `train` or the 72 of `heldout`: a fixed random split of all combinations."""
     prompts = [
         Prompt(digit, row, column, direction)
         for digit in range(10)

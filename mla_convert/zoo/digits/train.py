@@ -4,6 +4,7 @@ Teacher forcing (arXiv 2412.07772, 2506.08009): one clean copy of each clip prov
 several noisy copies with an independent noise level a chunk are denoised against it, all in one
 block-causal forward with a sliding window and a sink. Half of the clean copies carry a little
 noise of their own, so that the model learns to repair the history that it will have made itself.
+Noise levels lean to the noisy end, where the class and the place of the digit are decided.
 The script resumes from `--out` where it was stopped.
 """
 
@@ -13,13 +14,14 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ... import flow
+from ...distill.data import DigitClips
+from ...distill.objective import flow_loss, teacher_forcing_loss
 from ...families.wan import CausalWanTransformer3DModel
 from ...run.stream import stream_chunks
 from .classifier import classify
@@ -39,66 +41,23 @@ MODEL = {
 }
 NULL_PROMPT_RATE = 0.1
 CONTEXT_NOISE = 0.3
+SHIFT = 3.0
 
 
-def chunk_times(shape: tuple[int, int], frames_per_chunk: int, generator: torch.Generator) -> Tensor:
-    """One uniform noise level a chunk, repeated over its frames: `[B, F]` in (0, 1)."""
-    batch, frames = shape
-    t = torch.rand(batch, -(-frames // frames_per_chunk), generator=generator)
-    return t.repeat_interleave(frames_per_chunk, dim=1)[:, :frames]
-
-
-def teacher_forcing_loss(
-    model: CausalWanTransformer3DModel,
-    clean: Tensor,
-    text: Tensor,
-    copies: int,
-    context_noise: float,
-    generator: torch.Generator,
-) -> Tensor:
-    """Mean squared velocity error of `copies` noisy versions of each clip given its clean history."""
-    frames = clean.shape[2]
-    videos = clean.repeat(copies, 1, 1, 1, 1)
-    noise = torch.randn(videos.shape, generator=generator)
-    t = chunk_times((len(videos), frames), model.causal.num_frames_per_block, generator)
-    noisy_history = torch.rand(len(clean), generator=generator) < 0.5
-    t_context = context_noise * torch.rand(len(clean), generator=generator) * noisy_history
-    context = flow.add_noise(clean, torch.randn(clean.shape, generator=generator), t_context)
-    with torch.autocast("cpu", torch.bfloat16):
-        prediction = model(
-            flow.add_noise(videos, noise, t),
-            t * flow.NUM_TRAIN_TIMESTEPS,
-            text.repeat(copies, 1, 1),
-            context=context,
-            context_timestep=t_context * flow.NUM_TRAIN_TIMESTEPS,
-        ).sample
-    return (prediction.float() - flow.velocity(videos, noise)).square().mean()
-
-
-@torch.no_grad()
-def heldout_loss(model: CausalWanTransformer3DModel, clips: int = 128) -> float:
+def heldout_loss(model: CausalWanTransformer3DModel) -> float:
     """Teacher-forcing loss on digits and prompts that were never trained on, fixed noise."""
-    batch = sample_batch(clips, CLIP_FRAMES, np.random.default_rng(1), "heldout", "heldout")
-    generator = torch.Generator().manual_seed(1)
-    losses = [
-        teacher_forcing_loss(model, videos, text, 1, 0.0, generator).item()
-        for videos, text in zip(batch.videos.split(32), batch.embeddings.split(32), strict=True)
-    ]
-    return float(np.mean(losses))
+    with torch.autocast("cpu", torch.bfloat16):
+        return flow_loss(model, DigitClips(seed=0).heldout())
 
 
 def rollout_accuracy(
-    model: CausalWanTransformer3DModel, num_frames: int, prompts: int = 200, steps: int = 8, context_noise: float = 0.0
+    model: CausalWanTransformer3DModel, num_frames: int, rollouts: int = 216, shift: float = SHIFT, steps: int = 8
 ) -> float:
-    """Share of held-out prompts whose class the classifier reads in the last frame of a rollout."""
-    chosen = all_prompts("heldout")[:: max(1, 200 // prompts)][:prompts]
+    """Share of rollouts of held-out prompts whose class the classifier reads in the last frame."""
+    pool = all_prompts("heldout")
+    chosen = [pool[i % len(pool)] for i in range(rollouts)]
     text = torch.stack([p.embedding() for p in chosen])
-    last = None
-    for last in stream_chunks(
-        model, text, num_frames, FRAME, FRAME, num_inference_steps=steps, context_noise=context_noise
-    ):
-        pass
-    assert last is not None
+    *_, last = stream_chunks(model, text, num_frames, FRAME, FRAME, num_inference_steps=steps, shift=shift)
     hits = classify(last)[:, -1] == torch.tensor([p.digit for p in chosen])
     return hits.float().mean().item()
 
@@ -132,9 +91,7 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     model = CausalWanTransformer3DModel(**MODEL, causal=CAUSAL)
-    average = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
-    )
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.996))
     optimizers = make_optimizers(model, args.lr)
     first, seconds = 0, 0.0
     state_file = args.out / "state.pt"
@@ -157,7 +114,10 @@ def main() -> None:
         text = batch.embeddings * ~dropped[:, None, None]
         # The backward of the CPU's fused attention is slower than plain matmuls at this size.
         with sdpa_kernel(SDPBackend.MATH):
-            loss = teacher_forcing_loss(model, batch.videos, text, args.copies, CONTEXT_NOISE, generator)
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = teacher_forcing_loss(
+                    model, batch.videos, text, generator, copies=args.copies, shift=SHIFT, context_noise=CONTEXT_NOISE
+                )
             loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -172,7 +132,7 @@ def main() -> None:
             spent = time.monotonic() - started
             print(f"{done} {spent:.0f}s loss {np.mean(losses[-50:]):.4f} grad {norm:.3f}", flush=True)
         if done % args.eval_every == 0 or done == args.steps:
-            ema = average.module.eval()
+            ema: Any = average.module.eval()
             row = {
                 "step": done,
                 "seconds": round(time.monotonic() - started, 1),

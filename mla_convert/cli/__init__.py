@@ -1,0 +1,85 @@
+"""The `mla-convert` command: parse, call the pipeline, print. torch is imported inside commands only."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from ..errors import UserError
+from . import build, demo, models, plan, recipes
+from .output import DEBUG, print_error
+
+app = typer.Typer(
+    name="mla-convert",
+    help="Convert causal video diffusion transformers to multi-head latent attention.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mla-convert {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    debug: Annotated[bool, typer.Option("--debug", envvar=DEBUG, help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    if debug:
+        os.environ[DEBUG] = "1"
+
+
+app.command("plan")(plan.plan)
+app.command("convert")(build.convert)
+app.command("distill")(build.distill)
+app.command("run")(build.run)
+app.command("export")(models.export)
+app.command("evaluate")(models.evaluate)
+app.command("generate")(models.generate)
+app.command("demo")(demo.demo)
+app.add_typer(recipes.app, name="recipes")
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run a command line and return its exit code: 0, 1 failed, 2 bad usage or recipe, 130 interrupted."""
+    try:
+        code = app(args=args, prog_name="mla-convert", standalone_mode=False)
+    except typer.TyperException as error:
+        print_error(error.format_message())
+        return error.exit_code
+    except UserError as error:
+        print_error(str(error))
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except BrokenPipeError:
+        # Whoever read stdout has gone; keep the interpreter from complaining about it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if os.environ.get(DEBUG):
+            raise
+        print_error(unexpected(error))
+        return 1
+    if code == 130:
+        print_error("interrupted")
+    return code if isinstance(code, int) else 0
+
+
+def unexpected(error: Exception) -> str:
+    """One line for an error that nobody foresaw, or for memory that ran out."""
+    name = type(error).__name__
+    if isinstance(error, MemoryError) or name == "OutOfMemoryError":
+        return "out of memory; lower the batch sizes of the recipe or use a machine with more memory"
+    message = " ".join(str(error).split())
+    return f"{name}: {message} (unexpected; `mla-convert --debug ...` or {DEBUG}=1 shows the traceback)"

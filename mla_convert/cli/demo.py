@@ -1,0 +1,25 @@
+"""`mla-convert demo`: the whole method on the embedded teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .build import start
+from .output import Json, Overrides, print_result
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Run folder; an interrupted demo in it goes on.")] = Path(
+        "runs/demo"
+    ),
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Convert, distill, evaluate and run the embedded digits model, in minutes on two CPU cores."""
+    from .summary import result_of, run_table
+
+    result = start("demo", out, overrides, resume=True)
+    print_result(as_json, result_of(result.path), run_table(result.path))

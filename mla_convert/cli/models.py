@@ -1,0 +1,113 @@
+"""`export`, `evaluate` and `generate`: what can be done with a converted model in a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from ..errors import UsageError
+from .output import Json, print_result, stderr
+
+Model = Annotated[Path, typer.Argument(metavar="DIR", help="A run folder, a checkpoint or a transformer folder.")]
+
+
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder for the checkpoint.")],
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Data type; that of DIR by default.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weights file, such as 5GB.")] = "5GB",
+    as_json: Json = False,
+) -> None:
+    """Write a diffusers checkpoint in its final data type, with manifest and model card."""
+    from ..export.checkpoint import ExportConfig
+    from ..export.checkpoint import export as export_checkpoint
+    from ..recipe.schema import validate
+
+    config = validate(ExportConfig, {"dtype": dtype, "max_shard_size": max_shard_size})
+    result = export_checkpoint(model, out, config)
+    print_result(
+        as_json, result, f"{result['class']} in {result['dtype']}, {result['bytes']:,} bytes: {result['path']}"
+    )
+
+
+def evaluate(
+    model: Model,
+    teacher: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="The dense model; by default the one that DIR was made from.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for report.json and report.html; evaluation/ in DIR.")
+    ] = None,
+    clips: Annotated[int | None, typer.Option(min=1, help="Held-out clips.")] = None,
+    rollout_prompts: Annotated[int | None, typer.Option(min=0, help="Generated prompts, for digits.")] = None,
+    long_factor: Annotated[
+        int | None, typer.Option(min=0, help="Length of the long rollouts in clips; 0 for none.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a converted model against its teacher."""
+    changes = {"clips": clips, "rollout_prompts": rollout_prompts, "long_factor": long_factor}
+    with stderr().status("loading PyTorch"):
+        from ..distill.progress import progress_bars
+        from ..pipeline.evaluation import evaluate_checkpoint
+    from .summary import evaluation_table
+
+    with progress_bars(stderr()) as report:
+        page, result = evaluate_checkpoint(
+            model, teacher, out, {key: value for key, value in changes.items() if value is not None}, report
+        )
+    print_result(as_json, {**result, "report": str(page)}, evaluation_table(result), f"report: {page}")
+
+
+def generate(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="An .mp4 or .gif, .safetensors for latents, or a folder.")],
+    prompt: Annotated[str | None, typer.Option(help="Such as '7 at 2,3 moving up-left'.")] = None,
+    prompt_embeds: Annotated[
+        Path | None, typer.Option(help="A .safetensors file with prompt_embeds [L, D], for models with a text encoder.")
+    ] = None,
+    frames: Annotated[int, typer.Option(min=1, help="Latent frames; any number.")] = 21,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps a chunk.")] = 8,
+    shift: Annotated[float | None, typer.Option(min=0, help="Timestep shift; 1 for digits, 5 for Wan.")] = None,
+    context_noise: Annotated[float, typer.Option(min=0, max=1, help="Noise level of cached chunks.")] = 0.0,
+    latent_size: Annotated[str | None, typer.Option(metavar="HxW", help="Latent height and width.")] = None,
+    fps: Annotated[int, typer.Option(min=1, help="Frames a second.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Data type; that of DIR by default.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Stream a video of any length, in constant memory."""
+    if (prompt is None) == (prompt_embeds is None):
+        raise UsageError("give --prompt or --prompt-embeds, one of the two")
+    settings: dict[str, Any] = {
+        "num_frames": frames,
+        "num_inference_steps": steps,
+        "context_noise": context_noise,
+        "fps": fps,
+        "seed": seed,
+    }
+    if shift is not None:
+        settings["shift"] = shift
+    if latent_size is not None:
+        settings["latent_height"], settings["latent_width"] = parse_size(latent_size)
+    with stderr().status("loading PyTorch"):
+        from ..distill.progress import progress_bars
+        from ..pipeline.generation import generate_video
+
+    with progress_bars(stderr()) as report:
+        result = generate_video(model, out, prompt, prompt_embeds, settings, dtype, report)
+    print_result(as_json, result, f"wrote {out}: {result['frames']} frames, {result['frames_per_second']:.1f} a second")
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Height and width in `60x104`. Raises UsageError."""
+    height, cross, width = text.lower().partition("x")
+    if not (cross and height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+        raise UsageError(f"{text!r} is not a size; write HEIGHTxWIDTH, such as 60x104")
+    return int(height), int(width)

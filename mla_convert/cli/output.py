@@ -1,0 +1,41 @@
+"""What the commands print: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, RenderableType
+
+DEBUG = "MLA_CONVERT_DEBUG"
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a key of the recipe; repeatable.")
+]
+RunFolder = Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; runs/NAME of the recipe by default.")]
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")]
+
+
+def stderr() -> Console:
+    """The console for progress and notes."""
+    return Console(stderr=True)
+
+
+def print_result(as_json: bool, value: dict[str, Any], *rendered: RenderableType) -> None:
+    """`value` as one JSON object, or `rendered` for people."""
+    if as_json:
+        sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+        sys.stdout.flush()
+        return
+    console = Console()
+    for renderable in rendered:
+        console.print(renderable)
+
+
+def print_error(message: str) -> None:
+    """One line on stderr."""
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")

@@ -1,0 +1,71 @@
+"""`mla-convert plan`: memory before anything is converted."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import UsageError
+from .output import Json, print_result
+
+if TYPE_CHECKING:
+    from ..evaluate.geometry import Geometry
+
+PAPER_SHARE = 224 / 3072
+"""Latent scalars to dense ones in VideoMLA (arXiv 2605.30351)."""
+
+
+def plan(
+    source: Annotated[
+        str | None, typer.Argument(help="A dense or converted model: zoo:digits, a folder, a file or a Hub id.")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="A known model, such as wan2.1-t2v-1.3b.")] = None,
+    kv_lora_rank: Annotated[
+        int | None, typer.Option(help="Latent scalars a token; by default the paper's share of the dense cache.")
+    ] = None,
+    qk_rope_head_dim: Annotated[int | None, typer.Option(help="Cached channels of the shared rotary key.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Window in latent frames.")] = None,
+    tokens_per_frame: Annotated[int | None, typer.Option(help="Tokens of one latent frame.")] = None,
+    latent_size: Annotated[
+        str | None, typer.Option(metavar="HxW", help="Latent height and width of SOURCE; 60x104 (480p) for Wan.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Data type of the cache and the weights.")] = "bfloat16",
+    gpu: Annotated[str, typer.Option(help="A card, or its memory such as 80GB.")] = "H100",
+    as_json: Json = False,
+) -> None:
+    """Cache bytes, streams on a GPU and seconds of context, dense against latent."""
+    from ..evaluate.geometry import preset as find_preset
+    from ..evaluate.memory import plan as plan_memory
+    from ..evaluate.memory import plan_table
+
+    if (source is None) == (preset is None):
+        raise UsageError("give a SOURCE or --preset, one of the two")
+    rows: int | list[int] | None = kv_lora_rank
+    if preset is not None:
+        known = find_preset(preset)
+        geometry = known.geometry
+        if rows is None:
+            rows = known.kv_lora_rank
+            qk_rope_head_dim = known.qk_rope_head_dim if qk_rope_head_dim is None else qk_rope_head_dim
+    else:
+        assert source is not None
+        geometry, cached = _read(source, latent_size)
+        if cached is not None:
+            if rows is not None or qk_rope_head_dim is not None:
+                raise UsageError(f"{source} is already converted; its ranks cannot be changed here")
+            rows = cached
+        elif rows is None:
+            rows = round(2 * geometry.inner_dim * PAPER_SHARE) - (qk_rope_head_dim or 0)
+    result = plan_memory(
+        geometry, rows, qk_rope_head_dim or 0, frames=frames, tokens_per_frame=tokens_per_frame, dtype=dtype, gpu=gpu
+    )
+    print_result(as_json, result.model_dump(mode="json"), plan_table(result))
+
+
+def _read(source: str, latent_size: str | None) -> tuple[Geometry, list[int] | None]:
+    """Geometry of a model, and its cached scalars a token by layer when it is converted."""
+    from ..pipeline.planning import read_geometry
+    from .models import parse_size
+
+    return read_geometry(source, None if latent_size is None else parse_size(latent_size))

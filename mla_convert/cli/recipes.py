@@ -1,0 +1,75 @@
+"""`mla-convert recipes`: find, read, copy and check recipes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from ..errors import UserError
+from ..files import write_text
+from ..recipe.shipped import describe_recipe, find_recipe, shipped_recipes
+from .output import Json, Overrides, RecipeName, print_result
+
+app = typer.Typer(help="List, show, copy and check recipes.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_recipes(as_json: Json = False) -> None:
+    """List the recipes that ship with mla-convert."""
+    found = {name: describe_recipe(path) for name, path in shipped_recipes().items()}
+    table = Table("recipe", "what it is for", box=None, pad_edge=False)
+    for name, description in found.items():
+        table.add_row(name, description)
+    print_result(as_json, {"recipes": [{"name": n, "description": d} for n, d in found.items()]}, table)
+
+
+@app.command("show")
+def show(recipe: RecipeName, as_json: Json = False) -> None:
+    """Print a recipe as it is written."""
+    path = find_recipe(recipe)
+    text = path.read_text(encoding="utf-8")
+    if as_json:
+        print_result(True, {"name": path.stem, "path": str(path), "text": text})
+    else:
+        sys.stdout.write(text)
+
+
+@app.command("copy")
+def copy(
+    recipe: RecipeName,
+    target: Annotated[Path | None, typer.Argument(help="A file or folder; the current folder by default.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Copy a recipe, as a start for your own."""
+    path = find_recipe(recipe)
+    target = target or Path()
+    if target.is_dir():
+        target /= path.name
+    if target.exists() and not force:
+        raise UserError(f"{target} exists; give another name, or --force to replace it")
+    write_text(target, path.read_text(encoding="utf-8"))
+    print_result(as_json, {"path": str(target)}, f"wrote {target}")
+
+
+@app.command("check")
+def check(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    resolved: Annotated[bool, typer.Option("--resolved", help="Print the recipe with every default.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check a recipe without running it."""
+    from ..recipe.load import load_recipe
+
+    path = find_recipe(recipe)
+    loaded = load_recipe(path, overrides or ())
+    value = {"valid": True, "path": str(path), "recipe": loaded.model_dump(mode="json")}
+    if resolved and not as_json:
+        sys.stdout.write(loaded.dump())
+    else:
+        print_result(as_json, value, f"{path}: a valid recipe, {loaded.name!r}")

@@ -1,0 +1,112 @@
+"""The table that ends `run` and `demo`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ..evaluate.memory import format_bytes
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """`report.json` of a finished run."""
+    report: dict[str, Any] = json.loads((path / "report.json").read_text())
+    return report
+
+
+def result_of(path: Path) -> dict[str, Any]:
+    """The figures of a finished run that `--json` prints, and where its files lie."""
+    report = read_report(path)
+    figures = {
+        key: report.get(key)
+        for key in (
+            "dense_scalars_per_token",
+            "latent_scalars_per_token",
+            "reduction",
+            "dense_cache_bytes",
+            "latent_cache_bytes",
+            "teacher_loss",
+            "converted_loss",
+            "student_loss",
+            "loss_increase",
+            "velocity_rel_error",
+            "attention_rel_error",
+            "accuracy",
+            "seconds",
+        )
+        if report.get(key) is not None
+    }
+    files = {name: str(path / name) for name in ("checkpoint", "report.json", "report.html")}
+    return {"name": report["name"], **figures, "run": str(path), "files": files | {"videos": videos_of(path)}}
+
+
+def videos_of(path: Path) -> list[str]:
+    """The sample videos of a run."""
+    return [str(video) for video in sorted((path / "samples").glob("*.mp4"))]
+
+
+def run_table(path: Path) -> Table:
+    """The figures of a finished run for a terminal."""
+    report = read_report(path)
+    table = Table(title=f"{report['name']}: {report['source']} converted", title_justify="left")
+    table.add_column("")
+    for heading in ("dense teacher", "converted", "distilled"):
+        table.add_column(heading, justify="right")
+    latent = f"{report['latent_scalars_per_token']:,g}"
+    table.add_row("cached scalars a token a layer", f"{report['dense_scalars_per_token']:,g}", latent, latent)
+    reduction = f"-{100 * report['reduction']:.3f} %"
+    table.add_row("  against dense", "", reduction, reduction)
+    cache = format_bytes(report["latent_cache_bytes"])
+    window = f"{report['plan']['frames']} frames"
+    table.add_row(f"cache of one stream ({window})", format_bytes(report["dense_cache_bytes"]), cache, cache)
+    losses = [report["teacher_loss"], report["converted_loss"], report["student_loss"]]
+    table.add_row("held-out loss", *(f"{loss:.4f}" for loss in losses))
+    increases = [f"{100 * (loss / losses[0] - 1):+.2f} %" for loss in losses[1:]]
+    table.add_row("  against the teacher", "", *increases)
+    for length, (teacher, student) in _accuracies(report):
+        table.add_row(_recognised(length), teacher, "", student)
+    table.caption = "\n".join(_footer(path, report["seconds"]))
+    table.caption_justify = "left"
+    return table
+
+
+def evaluation_table(report: Mapping[str, Any]) -> Table:
+    """The figures of `evaluate` for a terminal."""
+    table = Table("", title=f"against {report['source']}", title_justify="left")
+    for heading in ("teacher", "student"):
+        table.add_column(heading, justify="right")
+    scalars = [f"{report[f'{name}_scalars_per_token']:,g}" for name in ("dense", "latent")]
+    table.add_row("cached scalars a token a layer", *scalars)
+    table.add_row("cache of one stream", *(format_bytes(report[f"{name}_cache_bytes"]) for name in ("dense", "latent")))
+    table.add_row("held-out loss", *(f"{report[f'{name}_loss']:.4f}" for name in ("teacher", "student")))
+    table.add_row("  against the teacher", "", f"{100 * report['loss_increase']:+.2f} %")
+    table.add_row("velocity error", "", f"{100 * report['velocity_rel_error']:.2f} %")
+    for length, pair in _accuracies(report):
+        table.add_row(_recognised(length), *pair)
+    return table
+
+
+def _recognised(length: str) -> str:
+    return f"digits recognised at {'the' if length == '1x' else f'{length} the'} training length"
+
+
+def _accuracies(report: Mapping[str, Any]) -> list[tuple[str, tuple[str, str]]]:
+    accuracy = report.get("accuracy") or {}
+    return [
+        (length, (f"{100 * teacher:.0f} %", f"{100 * accuracy['student'][length]:.0f} %"))
+        for length, teacher in (accuracy.get("teacher") or {}).items()
+    ]
+
+
+def _footer(path: Path, seconds: Mapping[str, float]) -> list[str]:
+    spent = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items() if name != "total")
+    lines = [f"seconds: {spent}; {seconds['total']:.0f} in all", f"checkpoint: {path / 'checkpoint'}"]
+    lines.append(f"report:     {path / 'report.html'}")
+    videos = videos_of(path)
+    if videos:
+        lines.append(f"video:      {videos[0]}" + (f" and {len(videos) - 1} more" if len(videos) > 1 else ""))
+    return lines

@@ -1,0 +1,73 @@
+"""The `convert` section of a recipe."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ..mla.config import OwnChunk, Position
+
+Init = Literal["random", "svd", "activation"]
+
+
+class CalibrationConfig(BaseModel):
+    """How much data the activation statistics come from.
+
+    `clips` videos are run through the dense model at random noise levels; `queries_per_chunk`
+    queries of every chunk, each with `keys_per_query` keys drawn by attention weight, sample what an
+    error in a cached token does to the output of the layer.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    clips: int = Field(64, ge=1)
+    batch_size: int = Field(16, ge=1)
+    queries_per_chunk: int = Field(8, ge=1)
+    keys_per_query: int = Field(4, ge=1)
+    max_tokens: int = Field(8192, ge=1)
+    seed: int = 0
+
+
+class ConvertConfig(BaseModel):
+    """What the converted attention looks like and how it is initialised.
+
+    `position`, `own_chunk`: see `mla_convert.mla.config.MLAConfig`. `kv_lora_rank` is one number or
+    one a layer. `qk_rope_head_dim` counts the channels of the shared rotary key (even), which
+    `rotate_on_read` does without. `q_lora_rank: null` keeps the queries full.
+
+    `init: random` draws the latent projections, `svd` factorises the weights and shares the mean key
+    over the heads (VideoMLA, arXiv 2605.30351, section 3.2), `activation` fits the output of the
+    attention on calibration data.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    position: Position = "rotate_on_read"
+    own_chunk: OwnChunk = "exact"
+    init: Init = "activation"
+    kv_lora_rank: int | list[int] = 192
+    qk_rope_head_dim: int = Field(0, ge=0)
+    q_lora_rank: int | None = Field(None, ge=1)
+    keep_residual: bool = True
+    calibration: CalibrationConfig = CalibrationConfig()
+
+    @model_validator(mode="after")
+    def _shared_key_fits_the_layout(self) -> ConvertConfig:
+        if self.qk_rope_head_dim % 2:
+            raise ValueError(f"qk_rope_head_dim must be even (channel pairs are rotated), got {self.qk_rope_head_dim}")
+        if self.position == "rotate_on_read" and self.qk_rope_head_dim:
+            raise ValueError("position rotate_on_read has no shared rotary key: leave qk_rope_head_dim at 0")
+        if self.position != "rotate_on_read" and not self.qk_rope_head_dim:
+            raise ValueError(
+                f"position {self.position} needs a shared rotary key: set qk_rope_head_dim, 32 in VideoMLA"
+            )
+        return self
+
+    def ranks(self, num_layers: int) -> list[int]:
+        """`kv_lora_rank` of every layer. Raises ValueError if a list has another length."""
+        if isinstance(self.kv_lora_rank, int):
+            return [self.kv_lora_rank] * num_layers
+        if len(self.kv_lora_rank) != num_layers:
+            raise ValueError(f"kv_lora_rank lists {len(self.kv_lora_rank)} layers, the model has {num_layers}")
+        return list(self.kv_lora_rank)

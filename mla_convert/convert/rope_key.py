@@ -1,0 +1,86 @@
+"""The rotary key that all heads share: which pairs it carries, and each head's part in it.
+
+A pair's keys of the H heads are complex numbers. The best single key for all of them is their first
+left singular vector, in the metric of the queries that will read it: a complex SVD across heads.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .calibrate import LayerSample
+
+
+class SharedKey(NamedTuple):
+    """`pairs` `[R]`; `kappa_j = sum_h encoder[j, h] k_{h, pairs[j]}` and head h reads
+    `decoder[j, h] kappa_j`. Both complex128 `[R, H]`."""
+
+    pairs: list[int]
+    encoder: Tensor
+    decoder: Tensor
+
+
+def complex_pairs(x: Tensor) -> Tensor:
+    """Real `[..., 2P]` as complex128 `[..., P]`."""
+    return torch.view_as_complex(x.double().contiguous().unflatten(-1, (-1, 2)))
+
+
+def mean_rotation(sample: LayerSample) -> Tensor:
+    """What is left of each head's key when a pair is not rotated, complex128 `[H, P]`.
+
+    The factor rho that minimises the error of `conj(q) rho k` against `conj(q~) k`, q~ being the
+    query rotated into the key's frame; it is near 1 for slow pairs and near 0 for fast ones.
+    """
+    query = complex_pairs(sample.query)
+    energy = sample.key_gain.double().square().unsqueeze(-1) * query.abs().square()
+    turned = (energy * sample.relative.conj().to(torch.complex128).unsqueeze(1)).sum(0)
+    return turned / energy.sum(0).clamp_min(1e-30)
+
+
+def shared_keys(sample: LayerSample, count: int, candidates: list[int], residual: bool) -> SharedKey:
+    """Choose `count` rotary keys among `candidates` by the error of the logits that they remove.
+
+    A pair may be chosen more than once, with the next singular vector. With `residual` the part of
+    a key that the unrotated channels can carry anyway does not count.
+    """
+    key = complex_pairs(sample.key)
+    gain = (sample.key_gain.double().square().unsqueeze(-1) * complex_pairs(sample.query).abs().square()).mean(0)
+    lost = (1 - mean_rotation(sample).abs().square()).clamp_min(0) if residual else torch.ones_like(gain)
+    options: list[tuple[float, int, Tensor, Tensor]] = []
+    for pair in candidates:
+        weight = gain[:, pair].sqrt().clamp_min(1e-12)
+        weighted = key[:, :, pair] * weight
+        moment = weighted.T @ weighted.conj() / len(weighted)
+        values, vectors = torch.linalg.eigh(moment)
+        for rank in range(len(values)):
+            vector = vectors[:, -1 - rank]
+            share = (vector.abs().square() * lost[:, pair]).sum()
+            options.append((float(values[-1 - rank] * share), pair, vector.conj() * weight, vector / weight))
+    if count > len(options):
+        limit = 2 * len(options)
+        raise ValueError(f"qk_rope_head_dim {2 * count} is larger than the {limit} rotary channels of all heads")
+    best = sorted(options, key=lambda option: -option[0])[:count]
+    best.sort(key=lambda option: option[1])
+    return SharedKey(
+        [pair for _, pair, _, _ in best],
+        torch.stack([encoder for _, _, encoder, _ in best]),
+        torch.stack([decoder for _, _, _, decoder in best]),
+    )
+
+
+def mean_keys(pairs: list[int], heads: int) -> SharedKey:
+    """The mean over heads as the shared key of every pair, as DeepSeek-style conversions start."""
+    ones = torch.ones(len(pairs), heads, dtype=torch.complex128)
+    return SharedKey(list(pairs), ones / heads, ones)
+
+
+def fastest_pairs(axes: tuple[int, ...], count: int) -> list[int]:
+    """`count` pairs, the highest frequencies of each axis in turn (VideoMLA: (6, 5, 5) for 16)."""
+    by_axis = [[pair for pair, axis in enumerate(axes) if axis == which] for which in sorted(set(axes))]
+    if count > len(axes):
+        raise ValueError(f"qk_rope_head_dim {2 * count} is larger than the {2 * len(axes)} channels of a head")
+    rounds = [pair for place in range(len(axes)) for axis in by_axis for pair in axis[place : place + 1]]
+    return sorted(rounds[:count])

@@ -1,0 +1,1 @@
+"""Distillation: data, losses in stages, and the trainer that knows none of them."""

@@ -1,0 +1,98 @@
+"""Training clips by index: generated digits, or latents and text embeddings from disk."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from ..zoo.digits.data import CLIP_FRAMES, sample_batch
+from .latents import LatentShards
+
+Batch = dict[str, Tensor]
+
+
+class DataConfig(BaseModel):
+    """Where clips come from.
+
+    `digits` are generated without end. `latents` is a `folder` of parquet shards in FastVideo's
+    text-to-video schema; text embeddings of different lengths are padded with zeros to
+    `text_tokens`. `heldout` clips are set aside and never trained on: for digits, held-out
+    handwriting with held-out prompts, for latents the last ones.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["digits", "latents"] = "digits"
+    folder: str | None = None
+    text_tokens: int | None = Field(None, ge=1)
+    heldout: int = Field(128, ge=1)
+
+    @model_validator(mode="after")
+    def _keys_fit_the_kind(self) -> DataConfig:
+        if self.kind == "latents" and self.folder is None:
+            raise ValueError("kind latents needs folder, the folder of parquet shards")
+        if self.kind == "digits" and (self.folder is not None or self.text_tokens is not None):
+            raise ValueError("kind digits is generated and takes neither folder nor text_tokens")
+        return self
+
+
+class Data(Protocol):
+    """Clips addressed by index; the same index gives the same bytes in every process.
+
+    An example holds float32 `latents` `[C, F, H, W]` and `encoder_hidden_states` `[L, D]`. `size`
+    is the number of training examples, None for an endless supply.
+    """
+
+    size: int | None
+
+    def example(self, index: int) -> Batch: ...
+
+    def heldout(self, count: int | None = None) -> Batch:
+        """The first `count` held-out clips (all when None), stacked; the same ones at every call."""
+        ...
+
+
+class DigitClips:
+    """Bouncing digits: clip `index` derives from (seed, index) alone."""
+
+    size: int | None = None
+
+    def __init__(self, seed: int, heldout: int = 128) -> None:
+        self.seed, self.heldout_clips = seed, heldout
+
+    def example(self, index: int) -> Batch:
+        """`latents` `[1, 18, 16, 16]` and `encoder_hidden_states` `[3, 32]`."""
+        clip = sample_batch(1, CLIP_FRAMES, np.random.default_rng((self.seed, index)))
+        return {"latents": clip.videos[0], "encoder_hidden_states": clip.embeddings[0]}
+
+    def heldout(self, count: int | None = None) -> Batch:
+        clips = sample_batch(self.heldout_clips, CLIP_FRAMES, np.random.default_rng(1), "heldout", "heldout")
+        return {"latents": clips.videos[:count], "encoder_hidden_states": clips.embeddings[:count]}
+
+
+class LatentClips:
+    """Clips of a folder of shards; the last `heldout` of them are set aside."""
+
+    def __init__(self, shards: LatentShards, heldout: int) -> None:
+        self.shards = shards
+        self.size: int | None = shards.split(heldout)
+
+    def example(self, index: int) -> Batch:
+        return self.shards.read(index)
+
+    def heldout(self, count: int | None = None) -> Batch:
+        rows = range(self.size or 0, len(self.shards))[:count]
+        batch: Batch = default_collate([self.shards.read(row) for row in rows])
+        return batch
+
+
+def open_data(config: DataConfig, seed: int) -> Data:
+    """The clips that `config` names. Raises UserError when they cannot be trained on."""
+    if config.kind == "digits":
+        return DigitClips(seed, config.heldout)
+    assert config.folder is not None
+    return LatentClips(LatentShards(config.folder, config.text_tokens), config.heldout)

@@ -1,0 +1,224 @@
+"""Parquet shards of VAE latents and text embeddings in FastVideo's text-to-video schema.
+
+A tensor is three columns: raw bytes, shape and dtype. With row groups of one clip any clip is read
+without its neighbours. Source of the schema: FastVideo, `fastvideo/dataset/dataloader/schema.py`.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import itertools
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import UserError
+from ..files import atomic_file
+
+LATENT, TEXT = "vae_latent", "text_embedding"
+OPEN_FILES = 32
+
+
+def _tensor_fields(name: str) -> list[pa.Field]:
+    return [
+        pa.field(f"{name}_bytes", pa.binary()),
+        pa.field(f"{name}_shape", pa.list_(pa.int64())),
+        pa.field(f"{name}_dtype", pa.string()),
+    ]
+
+
+SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string()),
+        *_tensor_fields(LATENT),
+        *_tensor_fields(TEXT),
+        pa.field("file_name", pa.string()),
+        pa.field("caption", pa.string()),
+        pa.field("media_type", pa.string()),
+        pa.field("width", pa.int64()),
+        pa.field("height", pa.int64()),
+        pa.field("num_frames", pa.int64()),
+        pa.field("duration_sec", pa.float64()),
+        pa.field("fps", pa.float64()),
+    ]
+)
+COLUMNS = [field.name for name in (LATENT, TEXT) for field in _tensor_fields(name)]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A clip to be written: `latents` `[C, F, H, W]`, `encoder_hidden_states` `[L, D]`, any float dtype.
+
+    `width`, `height`, `fps` and `duration_sec` describe the video it was encoded from.
+    """
+
+    latents: Tensor
+    encoder_hidden_states: Tensor
+    name: str = ""
+    caption: str = ""
+    width: int = 0
+    height: int = 0
+    fps: float = 0.0
+    duration_sec: float = 0.0
+
+
+def _pack(name: str, tensor: Tensor) -> dict[str, Any]:
+    raw = tensor.detach().cpu().contiguous()
+    return {
+        f"{name}_bytes": raw.view(torch.uint8).numpy().tobytes(),
+        f"{name}_shape": list(raw.shape),
+        f"{name}_dtype": str(raw.dtype).removeprefix("torch."),
+    }
+
+
+def _row(clip: Clip, number: int) -> dict[str, Any]:
+    name = clip.name or f"clip-{number:08d}"
+    return {
+        "id": name,
+        **_pack(LATENT, clip.latents),
+        **_pack(TEXT, clip.encoder_hidden_states),
+        "file_name": name,
+        "caption": clip.caption,
+        "media_type": "video",
+        "width": clip.width,
+        "height": clip.height,
+        "num_frames": clip.latents.shape[1],
+        "duration_sec": clip.duration_sec,
+        "fps": clip.fps,
+    }
+
+
+def write_latents(
+    folder: Path | str, clips: Iterable[Clip], clips_per_shard: int = 64, first_shard: int = 0
+) -> list[Path]:
+    """Write `clips` as `shard-00000.parquet` and so on, each atomically; returns the shards."""
+    numbered = enumerate(clips, first_shard * clips_per_shard)
+    shards: list[Path] = []
+    for shard in itertools.count(first_shard):
+        rows = list(itertools.islice(numbered, clips_per_shard))
+        if not rows:
+            return shards
+        path = Path(folder) / f"shard-{shard:05d}.parquet"
+        with atomic_file(path) as temporary, pq.ParquetWriter(temporary, SCHEMA, use_dictionary=False) as writer:
+            for number, clip in rows:
+                writer.write_table(pa.Table.from_pylist([_row(clip, number)], SCHEMA), row_group_size=1)
+        shards.append(path)
+    raise AssertionError("unreachable")
+
+
+@functools.lru_cache(maxsize=OPEN_FILES)
+def _open(path: Path, process: int) -> pq.ParquetFile:
+    """An open shard; a forked loader must not share its parent's handle, hence the process number."""
+    try:
+        return pq.ParquetFile(path, memory_map=True)
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"cannot read {path}: {reason}; it may be truncated, write it again") from None
+
+
+class LatentShards:
+    """Random access to the clips of a folder; only shapes are read ahead.
+
+    Raises UserError for an empty folder, missing columns, a row without a tensor, or mixed shapes.
+    """
+
+    def __init__(self, folder: Path | str, text_tokens: int | None = None) -> None:
+        self.folder, self.text_tokens = Path(folder), text_tokens
+        self.paths = sorted(self.folder.rglob("*.parquet"))
+        if not self.paths:
+            raise UserError(f"no .parquet shards in {self.folder}; write them with `mla-convert encode`")
+        self._starts = [0]
+        self._latent_shape: list[int] | None = None
+        self._text_shape: list[int] | None = None
+        for path in self.paths:
+            self._starts.append(self._starts[-1] + self._check(path))
+        if len(self) == 0:
+            raise UserError(f"the shards in {self.folder} hold no clips")
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def split(self, heldout: int) -> int:
+        """Number of clips left for training when the last `heldout` are set aside."""
+        if heldout >= len(self):
+            raise UserError(
+                f"{self.folder} holds {len(self)} clips and heldout: {heldout} leaves none to train on; lower heldout"
+            )
+        return len(self) - heldout
+
+    def _check(self, path: Path) -> int:
+        """Rows of a shard, after comparing every shape in it with the first."""
+        shard = _open(path, os.getpid())
+        missing = [name for name in COLUMNS if name not in shard.schema_arrow.names]
+        if missing:
+            raise UserError(f"{path} has no column {', '.join(missing)}; FastVideo's t2v schema is expected")
+        shapes = shard.read(columns=[f"{LATENT}_shape", f"{TEXT}_shape"]).to_pydict()
+        for row, (latent, text) in enumerate(zip(shapes[f"{LATENT}_shape"], shapes[f"{TEXT}_shape"], strict=True)):
+            place = f"clip {row} of {path}"
+            if not latent or len(latent) != 4:
+                raise UserError(f"{place} has no latent of shape [C, F, H, W]; encode it again or remove it")
+            if not text or len(text) != 2:
+                raise UserError(f"{place} has no text embedding of shape [L, D]; encode its caption or remove it")
+            if self.text_tokens is not None:
+                if text[0] > self.text_tokens:
+                    raise UserError(f"{place} has {text[0]} text tokens; raise text_tokens: {self.text_tokens}")
+                text = [self.text_tokens, text[1]]
+            self._latent_shape = self._latent_shape or latent
+            self._text_shape = self._text_shape or text
+            if latent != self._latent_shape:
+                raise UserError(
+                    f"{place} has latents of {_by(latent)}, the first clip {_by(self._latent_shape)}; "
+                    "keep clips of one shape in a folder"
+                )
+            if text != self._text_shape:
+                raise UserError(
+                    f"{place} has a text embedding of {_by(text)}, the first clip {_by(self._text_shape)}; "
+                    "set text_tokens to pad them to one length"
+                )
+        return int(shard.metadata.num_rows)
+
+    def read(self, index: int) -> dict[str, Tensor]:
+        """Clip `index`: float32 `latents` `[C, F, H, W]` and `encoder_hidden_states` `[L, D]`."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"clip {index} of {len(self)}")
+        number = bisect.bisect_right(self._starts, index) - 1
+        row = index - self._starts[number]
+        path = self.paths[number]
+        shard = _open(path, os.getpid())
+        group = 0
+        while row >= shard.metadata.row_group(group).num_rows:
+            row -= shard.metadata.row_group(group).num_rows
+            group += 1
+        try:
+            values = shard.read_row_group(group, columns=COLUMNS, use_threads=False).slice(row, 1).to_pylist()[0]
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}; write it again") from None
+        place = f"clip {index - self._starts[number]} of {path}"
+        text = _unpack(values, TEXT, place)
+        if self.text_tokens is not None:
+            text = F.pad(text, (0, 0, 0, self.text_tokens - len(text)))
+        return {"latents": _unpack(values, LATENT, place), "encoder_hidden_states": text}
+
+
+def _unpack(row: dict[str, Any], name: str, place: str) -> Tensor:
+    """The tensor of a row, float32."""
+    dtype = getattr(torch, (row[f"{name}_dtype"] or "").removeprefix("torch."), None)
+    raw, shape = row[f"{name}_bytes"], row[f"{name}_shape"]
+    if not isinstance(dtype, torch.dtype):
+        raise UserError(f"{place}: {name}_dtype {row[f'{name}_dtype']!r} is not a torch dtype; encode it again")
+    if not raw or len(raw) != torch.Size(shape).numel() * dtype.itemsize:
+        raise UserError(f"{place}: {name}_bytes do not fill {_by(shape)} of {dtype}; encode it again or remove it")
+    return torch.frombuffer(bytearray(raw), dtype=dtype).view(shape).float()
+
+
+def _by(shape: list[int]) -> str:
+    return "x".join(map(str, shape))

@@ -1,0 +1,117 @@
+"""The flow-matching objective of a causal video model, for training and for evaluation.
+
+Teacher forcing (arXiv 2412.07772, 2506.08009): a clean copy of each clip provides the history, and
+noisy copies with an independent noise level a chunk are denoised against it in one block-causal
+forward. Shape letters: B clips, C channels, F frames, L text tokens, D text channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import flow
+from ..mla.window import CausalConfig
+
+HELDOUT_SEED = 1
+
+
+class NoisedClips(NamedTuple):
+    """One forward's inputs and its flow-matching target, all float32.
+
+    `x_t` and `target` `[B, C, F, H, W]`, `t` `[B, F]` in [0, 1], `text` `[B, L, D]`. With teacher
+    forcing `context` `[B', C, F, H, W]` is the history at noise level `t_context` `[B']`, B a
+    multiple of B'.
+    """
+
+    x_t: Tensor
+    t: Tensor
+    text: Tensor
+    target: Tensor
+    context: Tensor | None = None
+    t_context: Tensor | None = None
+
+
+def noised_clips(
+    latents: Tensor,
+    text: Tensor,
+    causal: CausalConfig,
+    generator: torch.Generator,
+    *,
+    copies: int = 1,
+    shift: float = 1.0,
+    clean_history: bool = True,
+    context_noise: float = 0.0,
+) -> NoisedClips:
+    """`copies` noisy versions of each of `latents` `[B, C, F, H, W]` with `text` `[B, L, D]`.
+
+    `shift` warps the noise levels. Without `clean_history` every chunk sees the noisy history of
+    its own copy. With `context_noise`, half of the clean histories carry noise up to that level,
+    so that a model learns to repair what it will have made itself. Everything is drawn on the CPU
+    from `generator`, so that the draws do not depend on the device.
+    """
+    device = latents.device
+    clips, frames = latents.shape[0], latents.shape[2]
+    videos = latents.repeat(copies, 1, 1, 1, 1)
+    noise = torch.randn(videos.shape, generator=generator).to(device)
+    t = flow.shift_time(flow.chunk_times(len(videos), causal.chunks(frames), generator), shift).to(device)
+    noised = NoisedClips(flow.add_noise(videos, noise, t), t, text.repeat(copies, 1, 1), flow.velocity(videos, noise))
+    if not clean_history:
+        return noised
+    noisy_history = torch.rand(clips, generator=generator) < 0.5
+    t_context = (context_noise * torch.rand(clips, generator=generator) * noisy_history).to(device)
+    context = flow.add_noise(latents, torch.randn(latents.shape, generator=generator).to(device), t_context)
+    return noised._replace(context=context, t_context=t_context)
+
+
+def predict_velocity(model: Any, clips: NoisedClips) -> Tensor:
+    """Velocity `[B, C, F, H, W]`, float32, of a causal model; inputs are cast to the model's dtype."""
+    dtype = model.dtype
+    history: dict[str, Tensor] = {}
+    if clips.context is not None and clips.t_context is not None:
+        history = {
+            "context": clips.context.to(dtype),
+            "context_timestep": clips.t_context * flow.NUM_TRAIN_TIMESTEPS,
+        }
+    timestep = clips.t * flow.NUM_TRAIN_TIMESTEPS
+    sample: Tensor = model(clips.x_t.to(dtype), timestep, clips.text.to(dtype), **history).sample
+    return sample.float()
+
+
+def teacher_forcing_loss(
+    model: Any,
+    latents: Tensor,
+    text: Tensor,
+    generator: torch.Generator,
+    *,
+    copies: int = 1,
+    shift: float = 1.0,
+    context_noise: float = 0.0,
+) -> Tensor:
+    """Mean squared velocity error of `copies` noisy versions of each clip given its clean history."""
+    clips = noised_clips(
+        latents, text, model.causal, generator, copies=copies, shift=shift, context_noise=context_noise
+    )
+    return (predict_velocity(model, clips) - clips.target).square().mean()
+
+
+@torch.no_grad()
+def flow_loss(model: Any, clips: Mapping[str, Tensor], seed: int = HELDOUT_SEED, batch_size: int = 32) -> float:
+    """Teacher-forcing loss on `clips` with the noise that `seed` gives: comparable between models.
+
+    `clips` holds `latents` `[N, C, F, H, W]` and `encoder_hidden_states` `[N, L, D]`; the figure
+    depends on `batch_size` through the order of the draws.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    losses, sizes = [], []
+    for latents, text in zip(
+        clips["latents"].split(batch_size), clips["encoder_hidden_states"].split(batch_size), strict=True
+    ):
+        loss = teacher_forcing_loss(model, latents.to(model.device), text.to(model.device), generator)
+        losses.append(loss.item())
+        sizes.append(len(latents))
+    return float(np.average(losses, weights=sizes))

@@ -1,0 +1,65 @@
+"""Which example and which random draws belong to which micro-batch.
+
+A micro-batch has one number over the whole stage, counted over steps, accumulation and processes:
+`(step * grad_accumulation + micro_step) * processes + rank`. Data and noise depend on nothing else
+but the seed and the stage, so a run can stop anywhere and go on, and N processes see what one
+process with N times the accumulation sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+ORDER, NOISE = 1, 2
+
+
+def derived_generator(purpose: int, seed: int, stage_index: int, number: int) -> torch.Generator:
+    """CPU generator for one use; different arguments give independent streams."""
+    state = np.random.SeedSequence((purpose, seed, stage_index, number)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+class DataOrder:
+    """Example index of every position of an endless pass over `size` examples, reshuffled each epoch.
+
+    `size` None is an endless supply: position and index are the same.
+    """
+
+    def __init__(self, size: int | None, seed: int, stage_index: int) -> None:
+        self.size, self.seed, self.stage_index = size, seed, stage_index
+        self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.long)
+
+    def index(self, position: int) -> int:
+        """Index of the example at `position`."""
+        if self.size is None:
+            return position
+        epoch, place = divmod(position, self.size)
+        if epoch != self._epoch:
+            generator = derived_generator(ORDER, self.seed, self.stage_index, epoch)
+            self._epoch, self._permutation = epoch, torch.randperm(self.size, generator=generator)
+        return int(self._permutation[place])
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """Batch sampler: the example indices of one process's micro-batches from step `first` to `last`."""
+
+    order: DataOrder
+    batch_size: int
+    grad_accumulation: int
+    processes: int
+    rank: int
+    first: int
+    last: int
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for micro in range(self.first * self.grad_accumulation, self.last * self.grad_accumulation):
+            start = (micro * self.processes + self.rank) * self.batch_size
+            yield [self.order.index(position) for position in range(start, start + self.batch_size)]
+
+    def __len__(self) -> int:
+        return (self.last - self.first) * self.grad_accumulation

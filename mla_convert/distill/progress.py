@@ -1,0 +1,47 @@
+"""How a long job tells how far it is."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+class Report(Protocol):
+    """Called with the name of a job, its steps done and in all, and a short text such as the loss."""
+
+    def __call__(self, what: str, done: int, total: int, detail: str = "", /) -> None: ...
+
+
+@contextlib.contextmanager
+def progress_bars(console: Console | None = None) -> Iterator[Report]:
+    """One bar a job with the time left, on stderr unless `console` says otherwise."""
+    bars = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[detail]}"),
+        console=console or Console(stderr=True),
+    )
+    tasks: dict[str, TaskID] = {}
+
+    def report(what: str, done: int, total: int, detail: str = "", /) -> None:
+        if what not in tasks:
+            tasks[what] = bars.add_task(what, detail=detail)
+        bars.update(tasks[what], completed=done, total=total, detail=detail)
+
+    with bars:
+        yield report

@@ -1,0 +1,1 @@
+"""Distillation stages, one a file; each exports its class as the constant STAGE."""

@@ -1,0 +1,124 @@
+"""Checkpoints of a stage that is under way: written whole or not at all, and resumed bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..errors import UserError
+from ..files import atomic_folder, write_json
+from .metrics import Row
+
+WEIGHTS, EMA, OPTIMIZER, STATE = "student.safetensors", "ema.safetensors", "optimizer.pt", "state.json"
+FULL_BELOW = 1 << 20
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What a checkpoint holds: the trained weights, their average, the optimizers' state, the last row.
+
+    `weights` and `ema` are tensors by parameter name; `optimizer` is a nested dict of tensors and
+    plain values.
+    """
+
+    step: int
+    weights: dict[str, Tensor]
+    ema: dict[str, Tensor] | None
+    optimizer: dict[str, Any]
+    row: Row
+
+
+class Checkpoints:
+    """The newest `keep` checkpoints of one stage under `folder`, each `step-00000100/`.
+
+    `identity` is what the result depends on; a checkpoint with another identity is refused.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any], keep: int) -> None:
+        self.folder, self.keep = folder, keep
+        self.identity = json.loads(json.dumps(identity))
+
+    def _all(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*"))
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint of which every file is there in full length. Raises UserError for another's."""
+        for path in reversed(self._all()):
+            state = _read_state(path)
+            if state is None:
+                continue
+            for key, value in self.identity.items():
+                if state["identity"].get(key) != value:
+                    raise UserError(
+                        f"{path} was made with {key} {state['identity'].get(key)}, not {value}; "
+                        f"start in another folder or remove {self.folder}"
+                    )
+            return path
+        return None
+
+    def discard_broken(self) -> None:
+        """Remove what a killed run left half-written."""
+        for path in self.folder.glob(".*.tmp"):
+            shutil.rmtree(path)
+        for path in self._all():
+            if _read_state(path) is None:
+                shutil.rmtree(path)
+
+    def save(self, state: TrainingState) -> None:
+        """Write one checkpoint, then remove those beyond `keep`. Raises UserError when the disk is full."""
+        with atomic_folder(self.folder / f"step-{state.step:08d}") as folder:
+            with _full_disk_as_os_error(folder):
+                save_file(_on_cpu(state.weights), folder / WEIGHTS)
+                if state.ema is not None:
+                    save_file(_on_cpu(state.ema), folder / EMA)
+                torch.save(state.optimizer, folder / OPTIMIZER)
+            sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+            write_json(
+                folder / STATE, {"step": state.step, "row": state.row, "identity": self.identity, "sizes": sizes}
+            )
+        for path in self._all()[: -self.keep]:
+            shutil.rmtree(path)
+
+
+def read_checkpoint(path: Path) -> TrainingState:
+    """The content of a whole checkpoint, on the CPU."""
+    state = json.loads((path / STATE).read_text())
+    ema = load_file(path / EMA) if (path / EMA).exists() else None
+    optimizer = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
+    return TrainingState(state["step"], load_file(path / WEIGHTS), ema, optimizer, state["row"])
+
+
+def _read_state(path: Path) -> dict[str, Any] | None:
+    """`state.json` of a checkpoint, None when a file is missing or cut short."""
+    try:
+        state: dict[str, Any] = json.loads((path / STATE).read_text())
+        whole = all((path / name).stat().st_size == size for name, size in state["sizes"].items())
+    except (OSError, ValueError, KeyError):
+        return None
+    return state if whole else None
+
+
+@contextlib.contextmanager
+def _full_disk_as_os_error(folder: Path) -> Iterator[None]:
+    """The writers of safetensors and torch report a full disk without its error number; restore it."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        if shutil.disk_usage(folder).free < FULL_BELOW or "No space left" in str(error):
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder)) from error
+        raise
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -1,0 +1,1 @@
+"""Evidence about a converted model: fidelity, memory and the report."""

@@ -1,0 +1,23 @@
+"""The `evaluate` section of a recipe."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class EvaluateConfig(BaseModel):
+    """How much is measured.
+
+    `clips` held-out clips give the losses and errors. `rollout_prompts` held-out prompts are
+    generated at the training length and, with `long_factor` above 0, at that many times it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    clips: int = Field(64, ge=1)
+    batch_size: int = Field(16, ge=1)
+    rollout_prompts: int = Field(50, ge=0)
+    long_factor: int = Field(8, ge=0)
+    num_inference_steps: int = Field(8, ge=1)
+    shift: float = Field(1.0, gt=0)
+    seed: int = 0

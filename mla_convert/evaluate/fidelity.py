@@ -1,0 +1,146 @@
+"""How far a converted model is from its teacher: loss, velocity and attention, memory, rollouts."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..distill.data import DataConfig, open_data
+from ..distill.objective import noised_clips, predict_velocity
+from ..distill.progress import Report
+from ..mla.attention import AttentionPass
+from .config import EvaluateConfig
+from .rollouts import digit_rollouts, rollout_lengths
+
+TIME_BINS = 10
+
+
+class _AttentionError:
+    """Compares the student's self-attention with the teacher's on the teacher's own inputs."""
+
+    def __init__(self, student: Any, teacher: Any) -> None:
+        layers = len(teacher.blocks)
+        self.error, self.energy = [0.0] * layers, [0.0] * layers
+        self.hooks = [
+            block.attn1.register_forward_hook(self._compare(layer, student.blocks[layer].attn1))
+            for layer, block in enumerate(teacher.blocks)
+        ]
+
+    def _compare(self, layer: int, student_attention: torch.nn.Module) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: tuple[Tensor, None, None, AttentionPass], out: Tensor) -> None:
+            dtype = next(student_attention.parameters()).dtype
+            other = student_attention(args[0].to(dtype), None, None, args[3]).float()
+            self.error[layer] += float((other - out.float()).square().sum())
+            self.energy[layer] += float(out.float().square().sum())
+
+        return hook
+
+    def close(self) -> list[float]:
+        for hook in self.hooks:
+            hook.remove()
+        return [(e / max(n, 1e-30)) ** 0.5 for e, n in zip(self.error, self.energy, strict=True)]
+
+
+@torch.no_grad()
+def fidelity(
+    student: Any,
+    teacher: Any,
+    clips: Mapping[str, Tensor],
+    batch_size: int,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Losses and relative errors on `clips` with clean history and one noise level a chunk.
+
+    Both models see the same inputs. `teacher_loss` and `student_loss` are mean squared errors of the
+    velocity against the data, `loss_increase` is their ratio minus 1. The relative errors are root
+    mean squares of the student's difference from the teacher over that of the teacher: of the
+    velocity, of the velocity in ten bins of noise level (`[middle of the bin, error]`), and of each
+    layer's self-attention output on the teacher's inputs.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    squared = {"teacher": 0.0, "student": 0.0}
+    count = 0
+    error, energy = torch.zeros(TIME_BINS, dtype=torch.float64), torch.zeros(TIME_BINS, dtype=torch.float64)
+    attention = _AttentionError(student, teacher)
+    latent_batches, text_batches = (clips[key].split(batch_size) for key in ("latents", "encoder_hidden_states"))
+    pieces = list(zip(latent_batches, text_batches, strict=True))
+    for done, (latents, text) in enumerate(pieces):
+        inputs = noised_clips(latents.to(teacher.device), text.to(teacher.device), teacher.causal, generator)
+        expected = predict_velocity(teacher, inputs)
+        actual = predict_velocity(student, inputs)
+        squared["teacher"] += float((expected - inputs.target).double().square().sum())
+        squared["student"] += float((actual - inputs.target).double().square().sum())
+        count += expected.numel()
+        bins = (inputs.t * TIME_BINS).long().clamp_max(TIME_BINS - 1).cpu()
+        error.index_put_((bins,), (actual - expected).double().square().sum((1, 3, 4)).cpu(), accumulate=True)
+        energy.index_put_((bins,), expected.double().square().sum((1, 3, 4)).cpu(), accumulate=True)
+        if progress is not None:
+            progress(done + 1, len(pieces))
+    by_time = [
+        [(index + 0.5) / TIME_BINS, float((e / n).sqrt())]
+        for index, (e, n) in enumerate(zip(error, energy, strict=True))
+        if n > 0
+    ]
+    return {
+        "teacher_loss": squared["teacher"] / count,
+        "student_loss": squared["student"] / count,
+        "loss_increase": squared["student"] / squared["teacher"] - 1,
+        "velocity_rel_error": float((error.sum() / energy.sum()).sqrt()),
+        "velocity_rel_error_by_timestep": by_time,
+        "attention_rel_error": attention.close(),
+    }
+
+
+def evaluate(student: Any, teacher: Any, data: DataConfig, config: EvaluateConfig, report: Report) -> dict[str, Any]:
+    """Everything that the report says of a converted model beside its dense teacher.
+
+    The keys of `fidelity`; `dense_scalars_per_token`, `latent_scalars_per_token`, `reduction` and
+    the cache bytes of one stream; `layout`; and for digits `accuracy`, the share of rollouts whose
+    last frame shows the prompted class, by model and length.
+    """
+    clips = open_data(data, config.seed).heldout(config.clips)
+    told = functools.partial(report, "evaluate")
+    result = fidelity(student, teacher, clips, config.batch_size, config.seed, told)
+    result |= memory(student, teacher, *clips["latents"].shape[-2:])
+    if data.kind == "digits" and config.rollout_prompts:
+        result["accuracy"] = {
+            name: _accuracy(model, config, functools.partial(report, f"rollouts of the {name}"))
+            for name, model in (("teacher", teacher), ("student", student))
+        }
+    return result
+
+
+def memory(student: Any, teacher: Any, height: int, width: int) -> dict[str, Any]:
+    """Cache of one stream of latents of `height x width`, as it is allocated, and the layout that makes it."""
+    dense, latent = (model.init_cache(1, height, width, device="meta") for model in (teacher, student))
+    layers = range(len(student.mla.kv_lora_rank))
+    return {
+        "dense_scalars_per_token": dense.scalars_per_token(),
+        "latent_scalars_per_token": latent.scalars_per_token(),
+        "reduction": 1 - latent.scalars_per_token() / dense.scalars_per_token(),
+        "dense_cache_bytes": dense.bytes(),
+        "latent_cache_bytes": latent.bytes(),
+        "layout": {
+            "position": student.mla.position,
+            "own_chunk": student.mla.own_chunk,
+            "kv_lora_rank": list(student.mla.kv_lora_rank),
+            "qk_rope_head_dim": [student.mla.qk_rope_head_dim(layer) for layer in layers],
+            "q_lora_rank": student.mla.q_lora_rank,
+        },
+    }
+
+
+def _accuracy(model: Any, config: EvaluateConfig, progress: Callable[[int, int], None]) -> dict[str, float]:
+    """Share of rollouts that end in the prompted class, by length.
+
+    The short rollout is the beginning of the long one: the same noise, fewer chunks.
+    """
+    lengths = rollout_lengths(config.long_factor)
+    steps = (config.num_inference_steps, config.shift, config.seed)
+    _, right = digit_rollouts(model, config.rollout_prompts, max(lengths.values()), *steps, progress)
+    return {name: float(right[:, frames - 1].float().mean()) for name, frames in lengths.items()}

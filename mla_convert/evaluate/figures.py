@@ -1,0 +1,270 @@
+"""Charts of the report as inline SVG whose colours and typeface come from the page's style sheet."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from .memory import format_bytes
+
+# Matplotlib wants colours it can parse; each of these becomes a CSS variable in the finished SVG.
+INK, MUTED, RULE, TEACHER, STUDENT = "#010101", "#020202", "#030303", "#040404", "#050505"
+_VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", TEACHER: "--teacher", STUDENT: "--student"}
+
+_SIZE = (5.4, 3.3)
+_STEPS = [1, 2, 2.5, 5, 10]
+_STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
+    "axes.linewidth": 0.8,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "xtick.major.pad": 6,
+    "ytick.major.pad": 6,
+    "text.color": INK,
+    "lines.linewidth": 2,
+    "lines.solid_capstyle": "round",
+    "lines.solid_joinstyle": "round",
+}
+
+
+def heldout_loss(curves: Sequence[Mapping[str, Any]], teacher: float | None, converted: float | None) -> str:
+    """Held-out loss over the steps of distillation, with the teacher's as a line."""
+    steps, values, bounds = _curve(curves, "heldout_loss")
+    if converted is not None and (not steps or steps[0] > 0):
+        steps, values = [0, *steps], [converted, *values]
+    with _chart("heldout") as chart:
+        ax = chart.axes
+        _stages(ax, bounds)
+        ax.plot(steps, values, color=STUDENT, marker="o", markersize=4, clip_on=False)
+        above = teacher is None or values[-1] >= teacher
+        beneath_label = [value for step, value in zip(steps, values, strict=True) if step >= 0.65 * steps[-1]]
+        clear = max(beneath_label) if above else min(beneath_label)
+        _end_label(ax, steps[-1], clear, f"student {values[-1]:.4f}", STUDENT, above)
+        if teacher is not None:
+            ax.axhline(teacher, color=TEACHER, linewidth=1.5, dashes=(5, 3))
+            _end_label(ax, steps[-1], teacher, f"teacher {teacher:.4f}", MUTED, not above)
+        ax.margins(y=0.16)
+        _step_axis(ax, steps)
+    return chart.svg
+
+
+def training_loss(curves: Sequence[Mapping[str, Any]]) -> str:
+    """Training loss by step, faint, with its moving average."""
+    steps, values, bounds = _curve(curves, "loss")
+    with _chart("training") as chart:
+        ax = chart.axes
+        _stages(ax, bounds)
+        # Stages minimise different things, so no average runs across their border.
+        starts = [int(np.searchsorted(steps, start, side="right")) for _, start in bounds]
+        for first, end in itertools.pairwise([*starts, len(steps)]):
+            _smoothed(ax, steps[first:end], values[first:end])
+        if min(values) > 0 and max(values) > 8 * min(values):
+            ax.set_yscale("log")
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_minor_locator(NullLocator())
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        _step_axis(ax, steps)
+    return chart.svg
+
+
+def cache_by_streams(dense_bytes: float, latent_bytes: float) -> str:
+    """Cache of 1 to 64 streams, dense and latent."""
+    streams = 64
+    with _chart("streams") as chart:
+        ax = chart.axes
+        for per_stream, name, color, ink in (
+            (dense_bytes, "dense", TEACHER, MUTED),
+            (latent_bytes, "latent", STUDENT, STUDENT),
+        ):
+            ax.plot([0, streams], [0, streams * per_stream], color=color)
+            _text(ax, 0.97 * streams, 0.97 * streams * per_stream, f"{name}  ", ink, "right", "bottom", (0, 3))
+        _memory_axes(ax, streams, streams * dense_bytes)
+    return chart.svg
+
+
+def memory_by_streams(plan: Mapping[str, Any]) -> str:
+    """Weights, caches and working memory of a number of streams against the memory of a card.
+
+    `plan` is what `plan --json` prints.
+    """
+    limit = plan["gpu_memory_bytes"]
+    fixed = plan["weights_bytes"] + plan["reserved_bytes"]
+    streams = max(4, round(1.3 * plan["max_streams_latent"]))
+    with _chart("streams") as chart:
+        ax = chart.axes
+        ax.axhline(limit, color=MUTED, linewidth=1, dashes=(2, 3))
+        _text(ax, streams / 2, limit, plan["gpu"], MUTED, "center", "bottom", (0, 4))
+        for name, color, ink in (("dense", TEACHER, MUTED), ("latent", STUDENT, STUDENT)):
+            per_stream = plan[f"{name}_cache_bytes"] + plan["activation_bytes"]
+            fits = plan[f"max_streams_{name}"]
+            end = min(streams, (1.2 * limit - fixed) / per_stream)
+            ax.plot([0, end], [fixed, fixed + end * per_stream], color=color)
+            ax.plot([fits], [fixed + fits * per_stream], color=color, marker="o", markersize=6)
+            _text(ax, fits, fixed + fits * per_stream, f"{fits:,} {name}", ink, "left", "top", (7, -3))
+        _memory_axes(ax, streams, 1.2 * limit)
+    return chart.svg
+
+
+def error_by_layer(errors: Sequence[float]) -> str:
+    """Relative error of each layer's attention output, as bars."""
+    with _chart("layers") as chart:
+        ax = chart.axes
+        ax.bar(
+            range(len(errors)), [100 * error for error in errors], width=min(0.72, 0.12 * len(errors)), color=STUDENT
+        )
+        ax.set_xlim(-0.6, len(errors) - 0.4)
+        ax.set_xlabel("layer")
+        ax.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+        _percent_axis(ax)
+    return chart.svg
+
+
+def error_by_timestep(points: Sequence[Sequence[float]]) -> str:
+    """Relative velocity error at noise levels t in [0, 1]."""
+    ordered = sorted((float(t), float(error)) for t, error in points)
+    with _chart("timesteps") as chart:
+        ax = chart.axes
+        ax.plot([t for t, _ in ordered], [100 * e for _, e in ordered], color=STUDENT, marker="o", markersize=4)
+        ax.set_xlim(0, 1)
+        ax.set_xlabel("t (0 clean, 1 pure noise)")
+        _percent_axis(ax)
+    return chart.svg
+
+
+class _chart:
+    """One figure: `axes` to draw into, `svg` once the block has ended."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.svg = ""
+
+    def __enter__(self) -> _chart:
+        # A salt of its own keeps ids apart when several figures share one page, and bytes stable.
+        self._context = rc_context(_STYLE | {"svg.hashsalt": self.name})
+        self._context.__enter__()
+        self.figure = Figure(figsize=_SIZE, layout="constrained")
+        self.axes: Axes = self.figure.add_subplot()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if error[0] is None:
+            buffer = io.StringIO()
+            self.figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+            self.svg = _themed(buffer.getvalue())
+        self._context.__exit__(*error)
+
+
+def _themed(svg: str) -> str:
+    """The `<svg>` element alone, scalable, with CSS variables for colours and the page's typeface."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"|(<svg[^>]*?) height="[^"]*" width="[^"]*"', r"\1\2", svg)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    svg = re.sub(r"font-family: [^;\"]*; ?", "", svg)
+    svg = re.sub(r'<defs>\s*<style.*?</style>\s*</defs>| transform="rotate\(-0 [^"]*"', "", svg, flags=re.DOTALL)
+    for color, variable in _VARIABLES.items():
+        svg = svg.replace(color, f"var({variable})")
+    return svg
+
+
+def _curve(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float], list[tuple[str, float]]]:
+    """Steps, values and `(stage, first step)`; a stage that counts from its own start follows the one before."""
+    steps: list[float] = []
+    values: list[float] = []
+    bounds: list[tuple[str, float]] = []
+    offset = end = 0.0
+    for row in rows:
+        stage = str(row.get("stage", ""))
+        if not bounds or bounds[-1][0] != stage:
+            if row["step"] < end:
+                offset = end
+            bounds.append((stage, end))
+        end = offset + row["step"]
+        if row.get(key) is not None:
+            steps.append(end)
+            values.append(float(row[key]))
+    return steps, values, bounds
+
+
+def _smoothed(ax: Axes, steps: Sequence[float], values: Sequence[float]) -> None:
+    """A noisy line, faint, under its centred moving average."""
+    width = max(1, len(values) // 40)
+    ax.plot(steps, values, color=STUDENT, linewidth=1, alpha=0.35 if width > 1 else 1)
+    if width > 1:
+        smooth = np.convolve(values, np.ones(width) / width, mode="valid")
+        first = (width - 1) // 2
+        ax.plot(steps[first : first + len(smooth)], smooth, color=STUDENT)
+
+
+def _stages(ax: Axes, bounds: list[tuple[str, float]]) -> None:
+    if len(bounds) < 2:
+        return
+    for stage, start in bounds:
+        if start:
+            ax.axvline(start, color=RULE, linewidth=1)
+        ax.annotate(
+            stage, (start, 1), xycoords=("data", "axes fraction"), xytext=(4, 2), textcoords="offset points",
+            fontsize=10, color=MUTED, va="bottom",
+        )  # fmt: skip
+
+
+def _text(
+    ax: Axes, x: float, y: float, text: str, color: str, align: str, vertical: str, shift: tuple[float, float]
+) -> None:
+    """Text at a data point, moved by `shift` points."""
+    ax.annotate(text, (x, y), xytext=shift, textcoords="offset points", color=color, ha=align, va=vertical)
+
+
+def _end_label(ax: Axes, x: float, y: float, text: str, color: str, above: bool) -> None:
+    _text(ax, x, y, text, color, "right", "bottom" if above else "top", (0, 7 if above else -6))
+
+
+def _step_axis(ax: Axes, steps: Sequence[float]) -> None:
+    ax.set_xlabel("step")
+    ax.set_xlim(0, max(steps) * 1.02 or 1)
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=_STEPS))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    if ax.get_yscale() == "linear":
+        ax.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
+
+
+def _memory_axes(ax: Axes, streams: int, top: float) -> None:
+    ax.set_xlim(0, streams)
+    ax.set_ylim(0, top)
+    ax.set_xlabel("parallel streams")
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 4, 5, 8, 10]))
+    ax.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short_bytes(value, top)))
+
+
+def _percent_axis(ax: Axes) -> None:
+    ax.set_ylim(bottom=0)
+    ax.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
+
+
+def _short_bytes(value: float, like: float) -> str:
+    number, unit = format_bytes(value, like=like).split()
+    return f"{float(number):g} {unit}" if value else "0"

@@ -1,0 +1,168 @@
+"""Geometries that `plan` knows: models by name, cards by name, and any causal model at hand."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from ..errors import UsageError
+
+GPU_GIGABYTES = {
+    "RTX 4090": 24,
+    "A100 40": 40,
+    "L40S": 48,
+    "A100 80": 80,
+    "H100": 80,
+    "H200": 141,
+    "B200": 180,
+}
+"""Nominal memory in decimal gigabytes, which is at most what the card has."""
+
+
+class Geometry(BaseModel):
+    """What a streaming video transformer caches by: layers, heads, tokens, frames.
+
+    `window_frames` and `num_frames_per_block` count latent frames. The first latent frame holds one
+    video frame, every other `temporal_compression` of them. No window is longer than the rotary table,
+    `rope_max_seq_len`. `parameters` counts the transformer's.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    num_layers: int
+    num_attention_heads: int
+    attention_head_dim: int
+    tokens_per_frame: int
+    window_frames: int
+    num_frames_per_block: int = 3
+    temporal_compression: int = 4
+    fps: float = 16
+    rope_max_seq_len: int = 1024
+    parameters: int = 0
+
+    @property
+    def inner_dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    def seconds(self, frames: int) -> float:
+        """Seconds of video in `frames` latent frames."""
+        return (1 + self.temporal_compression * (frames - 1)) / self.fps if frames > 0 else 0.0
+
+
+class Preset(BaseModel):
+    """A known model and the cache row that `plan` assumes for it, `kv_lora_rank + qk_rope_head_dim`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    geometry: Geometry
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+
+
+def _wan_1_3b(name: str, **changes: Any) -> Preset:
+    shape = {"num_layers": 30, "num_attention_heads": 12, "attention_head_dim": 128}
+    video = {"tokens_per_frame": 1560, "window_frames": 21}
+    return Preset(geometry=Geometry(name=name, **(shape | video | changes)), kv_lora_rank=192, qk_rope_head_dim=32)
+
+
+def _wan_14b(name: str, **changes: Any) -> Preset:
+    shape = {"num_layers": 40, "num_attention_heads": 40, "attention_head_dim": 128}
+    video = {"tokens_per_frame": 1560, "window_frames": 21}
+    # The rank is the paper's share of the dense cache, rounded down to a multiple of 64.
+    return Preset(geometry=Geometry(name=name, **(shape | video | changes)), kv_lora_rank=704, qk_rope_head_dim=32)
+
+
+_SKYREELS = {"tokens_per_frame": 2040, "window_frames": 25, "num_frames_per_block": 5, "fps": 24}
+_DIGITS = Geometry(
+    name="digits",
+    num_layers=4,
+    num_attention_heads=6,
+    attention_head_dim=32,
+    tokens_per_frame=16,
+    window_frames=12,
+    temporal_compression=1,
+    fps=8,
+    parameters=2_306_256,
+)
+
+PRESETS = {
+    preset.geometry.name: preset
+    for preset in (
+        _wan_1_3b("wan2.1-t2v-1.3b", parameters=1_418_996_800),
+        _wan_14b("wan2.1-t2v-14b", parameters=14_288_491_584),
+        _wan_1_3b("anyflow-far-1.3b", parameters=1_422_147_136),
+        _wan_1_3b("skyreels-v2-1.3b", parameters=1_435_525_696, **_SKYREELS),
+        _wan_14b("skyreels-v2-14b", parameters=14_288_491_584, **_SKYREELS),
+        Preset(geometry=_DIGITS, kv_lora_rank=20, qk_rope_head_dim=8),
+    )
+}
+"""480x832 at 16 frames/s for Wan and AnyFlow, 544x960 at 24 frames/s for SkyReels (their public
+configurations in diffusers); 16x16 pixels for the digits. AnyFlow's compressed history is counted as
+if it were whole."""
+
+
+def preset(name: str) -> Preset:
+    """The preset called `name`. Raises UsageError with the nearest one."""
+    if name in PRESETS:
+        return PRESETS[name]
+    raise UsageError(f"unknown preset {name!r}{nearest(name, PRESETS)}; presets: {', '.join(PRESETS)}")
+
+
+def gpu_memory(text: str) -> tuple[str, int]:
+    """Label and bytes of a card by name (`h100`, `A100-40`) or size (`80`, `80GB`, `79.1GiB`).
+
+    Raises UsageError for an unknown card.
+    """
+    size = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(gi?b?)?\s*", text.lower())
+    if size and (size[2] or float(size[1]) < 1000):
+        unit = 2**30 if (size[2] or "").startswith("gi") else 10**9
+        return f"{size[1]} {'GiB' if unit == 2**30 else 'GB'}", round(float(size[1]) * unit)
+    known = {_squeezed(name): name for name in GPU_GIGABYTES}
+    name = known.get(_squeezed(text).removesuffix("gb"))
+    if name is None:
+        near = nearest(_squeezed(text), known)
+        raise UsageError(f"unknown GPU {text!r}{near}; give a size such as 80GB or one of {', '.join(GPU_GIGABYTES)}")
+    label = name if name.endswith(f" {GPU_GIGABYTES[name]}") else f"{name} {GPU_GIGABYTES[name]}"
+    return f"{label} GB", GPU_GIGABYTES[name] * 10**9
+
+
+def from_model(
+    model: Any, height: int, width: int, fps: float = 16, temporal_compression: int = 4
+) -> tuple[Geometry, list[int]]:
+    """Geometry and cached scalars a token by layer of a causal model, dense or converted.
+
+    `height` and `width` are of the latent. The second value takes the place of `kv_lora_rank` in
+    `plan`, with `qk_rope_head_dim` 0.
+    """
+    rows, columns = model.token_grid(height, width)
+    if model.causal.window_frames is None:
+        raise UsageError("the model has no finite window, so its cache has no size; set causal.window_frames")
+    geometry = Geometry(
+        name=type(model).__name__,
+        num_layers=model.config.num_layers,
+        num_attention_heads=model.config.num_attention_heads,
+        attention_head_dim=model.config.attention_head_dim,
+        tokens_per_frame=rows * columns,
+        window_frames=model.causal.window_frames,
+        num_frames_per_block=model.causal.num_frames_per_block,
+        temporal_compression=temporal_compression,
+        fps=fps,
+        rope_max_seq_len=model.config.rope_max_seq_len,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
+    return geometry, [block.attn1.row_width for block in model.blocks]
+
+
+def _squeezed(name: str) -> str:
+    return re.sub(r"[\s_-]", "", name.lower())
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`, did you mean ...?` for a misspelt name, or nothing."""
+    match = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean {match[0]!r}?" if match else ""

@@ -1,0 +1,233 @@
+"""The arithmetic behind `plan`: cache bytes, streams a GPU holds, seconds of context.
+
+One stream needs its cache and the working memory of one chunk; all streams share the weights. The
+working memory is what the eager attention of `mla.core` holds at its peak, in one layer, where e is
+the bytes of a number and d = heads * head_dim:
+
+    history tokens * d * (3 e + 8)      keys and values of the window, the rotated keys, and the
+                                        float32 input and product of the rotation
+    chunk tokens * d * 12 e             hidden states, queries, keys and values, plain and rotated
+
+For Wan2.1-1.3B (21 frames of 1560 tokens, chunks of 3, bfloat16) that is 0.60 + 0.17 GB, where 0.73
+are counted for the dense model and for `rotate_on_read`, 0.62 for `decoupled`, and 0.93 for `decoupled`
+with an exact own chunk, whose keys are twice as wide. So an 80 GB card holds 11 dense streams of 6.82 GB
+and 62 latent ones of 1.22 GB. A kernel that rotates without float32 copies would save 8 d a history
+token, 0.35 GB a stream: 11 dense and 87 latent ones.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+import statistics
+from collections.abc import Sequence
+
+from pydantic import BaseModel, ConfigDict
+from rich.table import Table
+
+from ..errors import UsageError
+from .geometry import Geometry, gpu_memory, nearest
+
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+_DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+RESERVED_BYTES = 10**9
+"""Set aside on every card for the CUDA context, library workspaces and the allocator's slack."""
+
+
+class Plan(BaseModel):
+    """Memory of one model, dense and latent; `model_dump()` is what `plan --json` prints.
+
+    Bytes are of one stream but for `gpu_memory_bytes`, `reserved_bytes` and `weights_bytes`.
+    `reduction` is the share of the cache that goes away, 0 to 1. `max_seconds_*` is the longest
+    window that a single stream could have on the card.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    dtype: str
+    frames: int
+    tokens_per_frame: int
+    seconds_of_context: float
+    dense_scalars_per_token: int
+    latent_scalars_per_token: int | float
+    latent_scalars_by_layer: list[int]
+    reduction: float
+    dense_cache_bytes: int
+    latent_cache_bytes: int
+    activation_bytes: int
+    gpu: str
+    gpu_memory_bytes: int
+    reserved_bytes: int
+    weights_bytes: int
+    max_streams_dense: int
+    max_streams_latent: int
+    max_seconds_dense: float
+    max_seconds_latent: float
+    assumptions: list[str]
+
+
+def activation_bytes(geometry: Geometry, frames: int, dtype_bytes: int) -> int:
+    """Working memory of one stream in a window of `frames` (see the head of this file)."""
+    history = max(frames - geometry.num_frames_per_block, 0) * geometry.tokens_per_frame
+    chunk = min(frames, geometry.num_frames_per_block) * geometry.tokens_per_frame
+    return geometry.inner_dim * (history * (3 * dtype_bytes + 8) + chunk * 12 * dtype_bytes)
+
+
+def plan(
+    geometry: Geometry,
+    kv_lora_rank: int | Sequence[int],
+    qk_rope_head_dim: int | Sequence[int] = 0,
+    *,
+    frames: int | None = None,
+    tokens_per_frame: int | None = None,
+    fps: float | None = None,
+    dtype: str = "bfloat16",
+    gpu: str = "H100",
+    gpu_memory_bytes: int | None = None,
+    weights_bytes: int | None = None,
+    activation_bytes_per_stream: int | None = None,
+) -> Plan:
+    """Memory of `geometry` with a dense cache and with a latent one.
+
+    Ranks are one for all layers or one a layer; `qk_rope_head_dim` counts only what is cached.
+    `frames` is the window in latent frames. `weights_bytes` is everything resident that streams
+    share, the transformer in `dtype` when left out. `gpu_memory_bytes` overrides `gpu`.
+
+    Raises UsageError for a size that cannot be.
+    """
+    changes = {"window_frames": frames, "tokens_per_frame": tokens_per_frame, "fps": fps}
+    geometry = geometry.model_copy(update={k: v for k, v in changes.items() if v is not None})
+    frames = geometry.window_frames
+    for name, value in (("frames", frames), ("tokens_per_frame", geometry.tokens_per_frame), ("fps", geometry.fps)):
+        if value <= 0:
+            raise UsageError(f"{name} must be above 0, got {value}")
+    dtype, size = _dtype(dtype)
+    rows = _rows(geometry, kv_lora_rank, qk_rope_head_dim)
+    dense_row = 2 * geometry.inner_dim
+    dense_frame = dense_row * geometry.num_layers * geometry.tokens_per_frame * size
+    latent_frame = sum(rows) * geometry.tokens_per_frame * size
+
+    label, total = gpu_memory(gpu)
+    if gpu_memory_bytes is not None:
+        label, total = f"{gpu_memory_bytes / 1e9:g} GB", gpu_memory_bytes
+    weights = geometry.parameters * size if weights_bytes is None else weights_bytes
+    free = total - RESERVED_BYTES - weights
+
+    def working(window: int) -> int:
+        if activation_bytes_per_stream is not None:
+            return activation_bytes_per_stream
+        return activation_bytes(geometry, window, size)
+
+    def longest_window(frame_bytes: int) -> int:
+        windows = range(geometry.rope_max_seq_len + 1)
+        return max(bisect.bisect_right(windows, free, key=lambda f: f * frame_bytes + working(f)) - 1, 0)
+
+    mean_row = statistics.fmean(rows)
+    source = "as given" if activation_bytes_per_stream is not None else "derived: eager attention"
+    return Plan(
+        model=geometry.name,
+        dtype=dtype,
+        frames=frames,
+        tokens_per_frame=geometry.tokens_per_frame,
+        seconds_of_context=geometry.seconds(frames),
+        dense_scalars_per_token=dense_row,
+        latent_scalars_per_token=int(mean_row) if mean_row.is_integer() else mean_row,
+        latent_scalars_by_layer=rows,
+        reduction=1 - mean_row / dense_row,
+        dense_cache_bytes=frames * dense_frame,
+        latent_cache_bytes=frames * latent_frame,
+        activation_bytes=working(frames),
+        gpu=label,
+        gpu_memory_bytes=total,
+        reserved_bytes=RESERVED_BYTES,
+        weights_bytes=weights,
+        max_streams_dense=max(free // (frames * dense_frame + working(frames)), 0),
+        max_streams_latent=max(free // (frames * latent_frame + working(frames)), 0),
+        max_seconds_dense=geometry.seconds(longest_window(dense_frame)),
+        max_seconds_latent=geometry.seconds(longest_window(latent_frame)),
+        assumptions=[
+            f"{format_bytes(weights)} of weights shared by all streams; text encoder and VAE elsewhere",
+            f"{format_bytes(working(frames))} of working memory a stream ({source})",
+            f"{format_bytes(RESERVED_BYTES)} reserved on the card; 1 GB = 10^9 bytes",
+            f"the longest context ends with the rotary table, at {geometry.rope_max_seq_len} latent frames",
+        ],
+    )
+
+
+def plan_table(plan: Plan) -> Table:
+    """The plan for a terminal."""
+    table = Table(
+        title=f"{plan.model}: {plan.frames} frames of {plan.tokens_per_frame} tokens, {plan.dtype}, {plan.gpu}",
+        caption="\n".join(plan.assumptions),
+        caption_justify="left",
+        title_justify="left",
+    )
+    table.add_column("")
+    for heading in ("dense", "latent", ""):
+        table.add_column(heading, justify="right")
+    table.add_row(
+        "cached scalars a token",
+        f"{plan.dense_scalars_per_token:,}",
+        f"{plan.latent_scalars_per_token:,g}",
+        f"-{100 * plan.reduction:.1f} %",
+    )
+    table.add_row(
+        f"cache a stream ({plan.seconds_of_context:.1f} s)",
+        format_bytes(plan.dense_cache_bytes),
+        format_bytes(plan.latent_cache_bytes, like=plan.dense_cache_bytes),
+        _times(plan.dense_cache_bytes, plan.latent_cache_bytes, "smaller"),
+    )
+    table.add_row("working memory a stream", *[format_bytes(plan.activation_bytes)] * 2, "")
+    table.add_row(
+        f"streams in {format_bytes(plan.gpu_memory_bytes)}",
+        f"{plan.max_streams_dense:,}",
+        f"{plan.max_streams_latent:,}",
+        _times(plan.max_streams_latent, plan.max_streams_dense, "more"),
+    )
+    table.add_row(
+        "longest context of one stream",
+        f"{plan.max_seconds_dense:,.0f} s",
+        f"{plan.max_seconds_latent:,.0f} s",
+        _times(plan.max_seconds_latent, plan.max_seconds_dense, "longer"),
+    )
+    return table
+
+
+def format_bytes(count: float, like: float | None = None) -> str:
+    """Decimal units with up to three digits, `6.04 GB`, in the unit that `like` would have."""
+    power = min(int(math.log10(max(count if like is None else like, 1)) // 3), 4)
+    value = count / 1000**power
+    digits = 0 if power == 0 or value >= 99.95 else 1 if value >= 9.995 else 2
+    return f"{value:.{digits}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def _times(larger: float, smaller: float, word: str) -> str:
+    return f"{larger / smaller:.1f}x {word}" if smaller else ""
+
+
+def _dtype(name: str) -> tuple[str, int]:
+    full = _DTYPE_ALIASES.get(name, name).removeprefix("torch.")
+    if full not in DTYPE_BYTES:
+        known = [*DTYPE_BYTES, *_DTYPE_ALIASES]
+        raise UsageError(f"unknown dtype {name!r}{nearest(name, known)}; one of {', '.join(known)}")
+    return full, DTYPE_BYTES[full]
+
+
+def _rows(geometry: Geometry, kv_lora_rank: int | Sequence[int], qk_rope_head_dim: int | Sequence[int]) -> list[int]:
+    """Cached scalars a token by layer, checked against what a layer has."""
+    ranks, ropes = (
+        [value] * geometry.num_layers if isinstance(value, int) else list(value)
+        for value in (kv_lora_rank, qk_rope_head_dim)
+    )
+    for name, values in (("kv_lora_rank", ranks), ("qk_rope_head_dim", ropes)):
+        if len(values) != geometry.num_layers:
+            raise UsageError(f"{name} has {len(values)} entries for {geometry.num_layers} layers")
+    limit = 2 * geometry.inner_dim
+    for rank, rope in zip(ranks, ropes, strict=True):
+        if not 1 <= rank <= limit:
+            raise UsageError(f"kv_lora_rank {rank} is impossible: keys and values of a layer have {limit} directions")
+        if rope < 0 or rope % 2:
+            raise UsageError(f"qk_rope_head_dim {rope} must be even: rotary channels come in pairs")
+    return [rank + rope for rank, rope in zip(ranks, ropes, strict=True)]

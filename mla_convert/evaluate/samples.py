@@ -1,0 +1,84 @@
+"""Generated videos as they are embedded in the report: one mp4 that plays, and a film strip."""
+
+from __future__ import annotations
+
+import base64
+import io
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..run.video import Frames, save_video, side_by_side
+
+_THUMBNAIL, _VIDEO_WIDTH, _PIXEL_ART = 240, 480, 64
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One prompt as teacher and student drew it from the same noise: float32 `[F, H, W, 3]` in [0, 1]."""
+
+    prompt: str
+    teacher: Frames
+    student: Frames
+    fps: float = 8
+
+
+def embed(comparison: Comparison) -> dict[str, Any]:
+    """Both videos as one mp4 and a few frames of each as pictures, everything as data URIs."""
+    frames = comparison.teacher.shape[0]
+    small = max(comparison.teacher.shape[1:3]) <= _PIXEL_ART
+    shown = np.unique(np.linspace(0, frames - 1, min(9 if small else 6, frames)).round().astype(int))
+    teacher, student = _shrunk(comparison.teacher, _VIDEO_WIDTH), _shrunk(comparison.student, _VIDEO_WIDTH)
+    both = side_by_side(teacher, student, labels=None)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "video.mp4"
+        save_video(both, path, comparison.fps)
+        video = _data_uri("video/mp4", path.read_bytes())
+    height, width = both.shape[1:3]
+    return {
+        "prompt": comparison.prompt,
+        "numbers": [int(index) for index in shown],
+        "strips": [
+            {"name": name, "frames": [_still(video_frames[index]) for index in shown]}
+            for name, video_frames in (("teacher", comparison.teacher), ("student", comparison.student))
+        ],
+        "small": small,
+        "ratio": f"{comparison.teacher.shape[2]} / {comparison.teacher.shape[1]}",
+        "video": video,
+        "width": width,
+        "height": height,
+        "seconds": f"{frames / comparison.fps:.1f}",
+    }
+
+
+def _shrunk(frames: Frames, width: int) -> Frames:
+    """Frames no wider than `width`."""
+    if frames.shape[2] <= width:
+        return frames
+    size = (width, round(frames.shape[1] * width / frames.shape[2]))
+    pictures = [Image.fromarray(_to_bytes(frame)).resize(size, Image.Resampling.LANCZOS) for frame in frames]
+    return np.stack([np.asarray(picture, dtype=np.float32) / 255 for picture in pictures])
+
+
+def _still(frame: Frames) -> str:
+    """One frame as a data URI: exact for pixel art, a small JPEG otherwise."""
+    picture = Image.fromarray(_to_bytes(frame))
+    buffer = io.BytesIO()
+    if max(picture.size) <= _PIXEL_ART:
+        picture.save(buffer, "PNG", optimize=True)
+        return _data_uri("image/png", buffer.getvalue())
+    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    picture.save(buffer, "JPEG", quality=85)
+    return _data_uri("image/jpeg", buffer.getvalue())
+
+
+def _to_bytes(frame: Frames) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return (frame.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def _data_uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,0 +1,1 @@
+"""Converted models as diffusers checkpoints with a manifest and a model card."""

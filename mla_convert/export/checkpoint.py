@@ -1,0 +1,207 @@
+"""Checkpoints on disk: written whole, the same bytes for the same weights, reloaded before it says done."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
+
+from .. import registry
+from ..errors import UserError
+from ..files import MANIFEST, atomic_folder, claim_folder
+from ..load import accepted_config, build_model, check_tensors, open_weights, read_config, read_json
+from .card import write_card
+from .manifest import build_manifest, family_of, read_manifest, verify_files
+
+TRANSFORMER = "transformer"
+REPORT = "report.json"
+DEFAULT_SHARD_SIZE = "5GB"
+
+
+class ExportConfig(BaseModel):
+    """The form in which a checkpoint leaves.
+
+    `dtype: null` keeps that of the weights; modules that the model keeps in float32 stay there.
+    `max_shard_size` is a number with KB, MB or GB.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    max_shard_size: str = Field(DEFAULT_SHARD_SIZE, pattern=r"^[1-9][0-9]*(KB|MB|GB)$")
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        return None if self.dtype is None else getattr(torch, self.dtype)
+
+
+def save_checkpoint(
+    model: Any,
+    folder: Path,
+    manifest: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+    max_shard_size: str = DEFAULT_SHARD_SIZE,
+) -> None:
+    """Write `folder/transformer` and the manifest; `folder` appears whole or not at all.
+
+    `manifest` holds what the caller records (resolved recipe, source); versions, revision, cached
+    scalars and digests are added. The model is not changed. Raises UserError when `folder` holds
+    something else or the disk is full, ValueError for a converted model that the stock class would load.
+    """
+    claim_checkpoint(folder)
+    with atomic_folder(folder) as temporary:
+        _write(_in_dtype(model, dtype), temporary, manifest, max_shard_size)
+
+
+def load_checkpoint(
+    folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", verify: bool = False
+) -> Any:
+    """The dense or converted model in a run, checkpoint or transformer folder, in eval mode.
+
+    `dtype` None keeps the stored dtypes. With `verify` every file is compared with its digest in the
+    manifest. Raises UserError in one line.
+    """
+    root, inner = find_checkpoint(folder)
+    if verify:
+        verify_files(root, read_manifest(root))
+    stored = read_config(inner)
+    model_class = _model_class(stored.get("_class_name"), inner)
+    config = accepted_config(model_class, stored)
+    tensors = check_tensors(model_class, config, open_weights(inner), str(inner))
+    return build_model(model_class, config, tensors, dtype, device)
+
+
+def export(checkpoint: Path, out: Path, config: ExportConfig) -> dict[str, Any]:
+    """Write a verified checkpoint to `out` in its final dtype, with a model card.
+
+    What was written is loaded again by `from_pretrained` and compared tensor by tensor before `out`
+    appears. Returns its path, class, dtype and bytes. Raises UserError in one line.
+    """
+    root, _ = find_checkpoint(checkpoint)
+    claim_checkpoint(out)
+    here, there = root.resolve(), out.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise UserError(f"{out} and the checkpoint {root} lie in each other; choose another output folder")
+    recorded = read_manifest(root)
+    report = _find_report(root)
+    model = load_checkpoint(root, config.torch_dtype, verify=True)
+    with atomic_folder(out) as temporary:
+        manifest = _write(model, temporary, recorded, config.max_shard_size)
+        _compare_reloaded(model, temporary / TRANSFORMER)
+        write_card(temporary / "README.md", manifest, report)
+    written = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    return {
+        "path": str(out),
+        "class": type(model).__name__,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "bytes": written,
+    }
+
+
+def find_checkpoint(folder: Path) -> tuple[Path, Path]:
+    """Checkpoint folder and transformer folder in a run, checkpoint or transformer folder. Raises UserError."""
+    for root in (folder, folder / "checkpoint"):
+        if (root / TRANSFORMER / "config.json").is_file():
+            return root, root / TRANSFORMER
+    if (folder / "config.json").is_file():
+        return (folder.parent if (folder.parent / MANIFEST).is_file() else folder), folder
+    if not folder.exists():
+        raise UserError(f"{folder} does not exist")
+    raise UserError(f"{folder} holds no checkpoint: neither {TRANSFORMER}/config.json nor checkpoint/{TRANSFORMER}")
+
+
+def claim_checkpoint(folder: Path) -> None:
+    """Refuse a folder that is anything but missing, empty or a checkpoint of ours. Raises UserError."""
+    if (folder / "state.json").exists():
+        raise UserError(f"{folder} is a run folder; choose another folder for the checkpoint")
+    claim_folder(folder, "checkpoint")
+
+
+def refuse_stock_loading(model: Any) -> None:
+    """Raise ValueError if the stock class could load a converted model's tensors and so look right.
+
+    Loaders refuse a tensor whose name they know and whose shape differs, and only warn about the rest.
+    """
+    family = family_of(type(model))
+    if type(model) is not family.mla_class:
+        return
+    known = inspect.signature(family.dense_class.__init__).parameters
+    with torch.device("meta"):
+        dense = family.dense_class.from_config({k: v for k, v in model.config.items() if k in known})
+    shapes = {name: tensor.shape for name, tensor in dense.state_dict().items()}
+    if not any(tensor.shape != shapes.get(name, tensor.shape) for name, tensor in model.state_dict().items()):
+        raise ValueError(f"{type(model).__name__} has no tensor that a stock class refuses by its shape")
+
+
+def _write(model: Any, folder: Path, recorded: Mapping[str, Any], max_shard_size: str) -> dict[str, Any]:
+    refuse_stock_loading(model)
+    inner = folder / TRANSFORMER
+    with _safetensors_as_os_errors():
+        model.save_pretrained(inner, max_shard_size=max_shard_size)
+    config = read_json(inner / "config.json")
+    # Where the model was loaded from is not part of the model.
+    config.pop("_name_or_path", None)
+    (inner / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for weights in inner.glob("*.safetensors"):
+        # safetensors writes files that only their owner may read.
+        shutil.copymode(inner / "config.json", weights)
+    manifest = build_manifest(model, folder, recorded)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    return manifest
+
+
+def _in_dtype(model: Any, dtype: torch.dtype | None) -> Any:
+    """`model`, or a copy of it in `dtype`."""
+    if dtype is None:
+        return model
+    config = accepted_config(type(model), model.config)
+    return build_model(type(model), config, model.state_dict(), dtype, model.device)
+
+
+def _compare_reloaded(model: Any, folder: Path) -> None:
+    """Load a folder as a user would; raises UserError if a tensor is not what `model` has."""
+    reloaded = type(model).from_pretrained(folder, torch_dtype=model.dtype).state_dict()
+    for name, tensor in model.state_dict().items():
+        other = reloaded.get(name)
+        if other is None or not torch.equal(other.to(tensor.dtype), tensor.cpu()):
+            raise UserError(f"tensor {name} changed on its way to {folder.parent} and back; nothing was written")
+
+
+def _model_class(name: Any, folder: Path) -> type[Any]:
+    classes: dict[str, type[Any]] = {}
+    for family in registry.families().values():
+        classes |= dict.fromkeys(family.source_classes, family.dense_class)
+        classes |= {cls.__name__: cls for cls in (family.dense_class, family.mla_class)}
+    if name not in classes:
+        raise UserError(f"{folder}: cannot load a model of class {name}; supported are {', '.join(classes)}")
+    return classes[name]
+
+
+def _find_report(root: Path) -> dict[str, Any] | None:
+    """The evaluation of a checkpoint: beside it in its run folder, or inside it."""
+    places = [root / REPORT]
+    if (root.parent / "state.json").is_file():
+        places.append(root.parent / REPORT)
+    return next((read_json(path) for path in places if path.is_file()), None)
+
+
+@contextlib.contextmanager
+def _safetensors_as_os_errors() -> Iterator[None]:
+    """Raise the OSError that safetensors reports as text, a full disk for one."""
+    try:
+        yield
+    except SafetensorError as error:
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from None

@@ -1,0 +1,113 @@
+"""`mla_convert.json`: what a checkpoint is, what made it, and the digest of every file.
+
+Equal weights made by the same code give equal bytes: neither time nor machine is recorded.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from .. import registry
+from ..errors import UserError
+from ..families.base import Family
+from ..files import MANIFEST, sha256
+from ..load import read_json
+
+FORMAT = 1
+_LIBRARIES = ("torch", "diffusers", "safetensors", "huggingface_hub", "transformers", "accelerate")
+_PACKAGE = Path(__file__).parents[1]
+
+
+def build_manifest(model: Any, folder: Path, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Manifest of `model` as it lies in `folder`; `recorded` is what the caller knows (recipe, source)."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
+    return {
+        **recorded,
+        "format": FORMAT,
+        "versions": versions(),
+        "git_revision": git_revision(),
+        "model": describe_model(model),
+        "files": {file.relative_to(folder).as_posix(): sha256(file) for file in files},
+    }
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest in `folder`. Raises UserError when it is missing, unreadable or of a newer format."""
+    manifest = read_json(folder / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise UserError(
+            f"{folder / MANIFEST} has format {manifest.get('format')!r}, this version reads {FORMAT}; "
+            "update mla-convert"
+        )
+    return manifest
+
+
+def verify_files(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Compare every recorded digest. Raises UserError that names the first file that differs."""
+    for name, digest in manifest["files"].items():
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name} is missing, though {MANIFEST} lists it")
+        if sha256(folder / name) != digest:
+            raise UserError(f"{folder / name} is not the file that was written: its sha256 differs from {MANIFEST}")
+
+
+def family_of(model_class: type[Any]) -> Family:
+    """The family that a dense or converted class belongs to. Raises ValueError."""
+    family: Family
+    for family in registry.families().values():
+        if model_class in (family.dense_class, family.mla_class):
+            return family
+    raise ValueError(f"{model_class.__name__} is a class of no family")
+
+
+def describe_model(model: Any) -> dict[str, Any]:
+    """Geometry and cached scalars a token, by layer and in the mean, against the dense model."""
+    family = family_of(type(model))
+    geometry = family.geometry(model.config)
+    causal = model.causal
+    height, width = model.config.patch_size[1:]
+    shortest = causal.sink_frames + causal.num_frames_per_block
+    cache = model.init_cache(1, height, width, window_frames=shortest, device="cpu")
+    layers = [rows.shape[-1] for rows in cache.rows]
+    dense, latent = geometry.dense_scalars_per_token, sum(layers) / len(layers)
+    return {
+        "class": type(model).__name__,
+        "family": family.name,
+        "num_layers": geometry.num_layers,
+        "num_heads": geometry.num_heads,
+        "head_dim": geometry.head_dim,
+        "causal": causal.model_dump(mode="json"),
+        "mla": model.config.get("mla"),
+        "dense_scalars_per_token": dense,
+        "latent_scalars_per_token": latent,
+        "layer_scalars_per_token": layers,
+        "reduction": 1 - latent / dense,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of this package and of the libraries that the bytes depend on."""
+    from .. import __version__
+
+    installed = {library: version(library) for library in _LIBRARIES}
+    return {"python": platform.python_version(), "mla_convert": __version__, **installed}
+
+
+def git_revision() -> str | None:
+    """Commit of the checkout that this package runs from, `-dirty` with local changes; None outside one."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(_PACKAGE), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        # An installed package may lie in somebody else's checkout, untracked.
+        git("ls-files", "--error-unmatch", "__init__.py")
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.CalledProcessError):
+        return None

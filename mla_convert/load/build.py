@@ -1,0 +1,102 @@
+"""A model of some class from a configuration and tensors, checked before anything is read."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers.models.modeling_utils import no_init_weights
+from pydantic import ValidationError
+
+from ..errors import UserError
+from .tensors import LazyTensors
+
+logger = logging.getLogger(__name__)
+
+
+def accepted_config(model_class: type[Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of `config` that `model_class` takes; a warning names the others, private ones aside."""
+    known = inspect.signature(model_class.__init__).parameters
+    public = {key: value for key, value in config.items() if not key.startswith("_")}
+    ignored = sorted(key for key, value in public.items() if key not in known and value is not None)
+    if ignored:
+        logger.warning("%s does not know the configuration keys %s", model_class.__name__, ", ".join(ignored))
+    return {key: value for key, value in public.items() if key in known}
+
+
+def check_tensors(model_class: type[Any], config: Mapping[str, Any], tensors: LazyTensors, where: str) -> LazyTensors:
+    """The tensors that `model_class` needs, with names, shapes and dtypes checked from the headers.
+
+    Raises UserError that names `where`, the first offender and how many there are.
+    """
+    expected = expected_shapes(model_class, config, where)
+    ignored = model_class._keys_to_ignore_on_load_unexpected or []
+    names = [name for name in tensors if name in expected or not any(re.search(p, name) for p in ignored)]
+    unexpected = [name for name in names if name not in expected]
+    if any("lora_" in name for name in unexpected):
+        raise UserError(f"{where} holds LoRA weights; fuse them into their base model (fuse_lora) and save that")
+    missing = [name for name in expected if name not in tensors]
+    for problem, offenders in (("lacks", missing), ("has the unknown", unexpected)):
+        if offenders:
+            more = f" and {len(offenders) - 1} more" if len(offenders) > 1 else ""
+            raise UserError(f"{where} {problem} tensor {offenders[0]}{more}; it does not fit its configuration")
+    for name in names:
+        if tensors.shape(name) != expected[name]:
+            raise UserError(
+                f"{where}: tensor {name} has shape {list(tensors.shape(name))}, "
+                f"its configuration asks for {list(expected[name])}"
+            )
+        tensors.dtype(name)
+    return tensors.select({name: name for name in names})
+
+
+def expected_shapes(model_class: type[Any], config: Mapping[str, Any], where: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the state of a model, which is built without memory. Raises UserError."""
+    try:
+        with torch.device("meta"):
+            model = model_class.from_config(dict(config))
+    except (ValueError, TypeError, KeyError, AssertionError, ArithmeticError, RuntimeError) as error:
+        reason = _one_line(error)
+        raise UserError(f"{where}: its configuration does not describe a {model_class.__name__}: {reason}") from None
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def build_model(
+    model_class: type[Any],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Any:
+    """A model in eval mode that owns its weights, one tensor in memory at a time beside it.
+
+    `dtype` None keeps the dtypes of `tensors`; otherwise modules that the class keeps in float32 stay
+    there, as in `from_pretrained`. Raises UserError for a tensor with a NaN or an infinity.
+    """
+    with no_init_weights(), init_empty_weights():
+        model = model_class.from_config(dict(config))
+    state = {}
+    for name in model.state_dict():
+        target = storage_dtype(model_class, name, dtype)
+        # The copy lets go of the file, whose tensors need not be aligned.
+        state[name] = tensors[name].to(device=device, dtype=target, copy=True)
+    model.load_state_dict(state, assign=True)
+    return model.to(device).eval()
+
+
+def storage_dtype(model_class: type[Any], name: str, dtype: torch.dtype | None) -> torch.dtype | None:
+    """Dtype of a tensor of a model that is used in `dtype`; None when it is kept as it is."""
+    kept = set(model_class._keep_in_fp32_modules or ())
+    return torch.float32 if dtype is not None and kept & set(name.split(".")) else dtype

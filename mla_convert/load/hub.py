@@ -1,0 +1,65 @@
+"""Downloads from the Hugging Face Hub whose failures are one clear line and never show a token."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from huggingface_hub import errors, snapshot_download
+
+from ..errors import UserError
+
+
+@contextlib.contextmanager
+def explain_hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
+    """Turn what the Hub client raises about `repo_id` into a UserError of one line."""
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise UserError(
+            f"{repo_id} is gated: accept its terms on its Hub page, then log in with `hf auth login`"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise UserError(f"{repo_id} has no revision {revision!r} on the Hub") from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(
+            f"there is no folder {repo_id} here and no such model on the Hub; if it is private, log in with "
+            "`hf auth login`"
+        ) from None
+    except errors.HFValidationError:
+        raise UserError(f"{repo_id!r} is neither a folder nor a valid Hub id (owner/name)") from None
+    except errors.LocalEntryNotFoundError as error:
+        raise UserError(_unreachable(repo_id, error)) from None
+    except errors.HfHubHTTPError as error:
+        raise UserError(_refused(repo_id, error)) from None
+    except (errors.OfflineModeIsEnabled, errors.HTTPError) as error:
+        raise UserError(_unreachable(repo_id, error)) from None
+
+
+def download(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
+    """Snapshot folder with the files of a model repository that match `patterns`.
+
+    The folder is named by the commit. Raises UserError in one line.
+    """
+    with explain_hub_errors(repo_id, revision):
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+
+
+def _refused(repo_id: str, error: errors.HfHubHTTPError) -> str:
+    status = error.response.status_code
+    if status == 401:
+        return f"the Hub does not accept your token for {repo_id}; log in again with `hf auth login` or unset HF_TOKEN"
+    if status == 403:
+        return f"your Hub account may not read {repo_id}"
+    return f"the Hub answered {status} for {repo_id}; try again later"
+
+
+def _unreachable(repo_id: str, error: Exception) -> str:
+    causes = (error, error.__cause__)
+    http = next((cause for cause in causes if isinstance(cause, errors.HfHubHTTPError)), None)
+    if http is not None:
+        return _refused(repo_id, http)
+    if any(isinstance(cause, errors.OfflineModeIsEnabled) for cause in causes):
+        return f"there is no folder {repo_id} here, it is not in the Hub cache, and HF_HUB_OFFLINE forbids downloads"
+    return f"there is no folder {repo_id} here and the Hub cannot be reached; check the network connection"

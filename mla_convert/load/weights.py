@@ -1,0 +1,85 @@
+"""The files of one model folder: its configuration and its weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from .tensors import LazyTensors, Place
+
+CONFIG = "config.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+FOREIGN_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds one object. Raises UserError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return value
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder. Raises UserError when it is missing, unreadable or of quantised weights."""
+    config = read_json(folder / CONFIG)
+    quantised = config.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        raise UserError(
+            f"{folder / CONFIG}: the weights are quantised ({method or 'quantization_config'}); "
+            "use the checkpoint they were made from"
+        )
+    return config
+
+
+def weight_files(folder: Path) -> list[str] | None:
+    """Names of the shards that the folder's index lists; None without an index. Raises UserError."""
+    if not (folder / INDEX).is_file():
+        return None
+    return sorted(set(_weight_map(folder / INDEX).values()))
+
+
+def open_weights(folder: Path) -> LazyTensors:
+    """The tensors of a model folder, sharded or not. Raises UserError."""
+    if (folder / INDEX).is_file():
+        return _open_shards(folder / INDEX)
+    if (folder / WEIGHTS).is_file():
+        return LazyTensors.from_files([folder / WEIGHTS])
+    others = sorted(folder.glob("*.safetensors"))
+    if len(others) == 1:
+        return LazyTensors.from_files(others)
+    if others:
+        raise UserError(f"{folder} has {len(others)} safetensors files and no {WEIGHTS}; name the file itself")
+    foreign = next((file.name for file in sorted(folder.iterdir()) if file.suffix in FOREIGN_WEIGHTS), None)
+    if foreign:
+        raise UserError(f"{folder} has no safetensors weights, only {foreign}; convert it to safetensors first")
+    raise UserError(f"{folder / WEIGHTS} is missing")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(file, str) and file == Path(file).name for file in weight_map.values()
+    ):
+        raise UserError(f"{index} has no usable weight_map")
+    return weight_map
+
+
+def _open_shards(index: Path) -> LazyTensors:
+    weight_map = _weight_map(index)
+    shards = LazyTensors.from_files([index.with_name(file) for file in sorted(set(weight_map.values()))])
+    absent = next((name for name in weight_map if name not in shards), None)
+    if absent is not None:
+        raise UserError(f"{index} lists {absent}, which {weight_map[absent]} does not hold")
+    return LazyTensors({name: Place(index.with_name(file), name) for name, file in weight_map.items()})

@@ -1,0 +1,75 @@
+"""What the steps of a run share: the recipe, the folder, and models that are read when they are needed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..distill.data import Data, open_data
+from ..distill.progress import Report
+from ..export.checkpoint import load_checkpoint
+from ..load import Source, load_dense, load_source
+from ..recipe.schema import Recipe
+
+STAGES, TRAINING = "stages", "training"
+CHECKPOINT, SAMPLES, METRICS = "checkpoint", "samples", "metrics.jsonl"
+
+
+def stage_names(recipe: Recipe) -> list[str]:
+    """`00-convert`, then one name a distillation stage."""
+    return [f"{index:02d}-{name}" for index, name in enumerate(["convert", *(s.stage for s in recipe.distill)])]
+
+
+@dataclass
+class Context:
+    """One run under way.
+
+    `report` is told how far a step is, `main` is False in the helper processes of a distributed run,
+    `seconds` is the wall-clock time of the steps done.
+    """
+
+    recipe: Recipe
+    path: Path
+    report: Report
+    main: bool = True
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    _dense: Any = field(default=None, repr=False)
+
+    @functools.cached_property
+    def source(self) -> Source:
+        """The dense model, located and checked."""
+        section = self.recipe.source
+        causal = None if self.recipe.causal is None else self.recipe.causal.model_dump(mode="json")
+        return load_source(section.model, section.subfolder, section.revision, causal)
+
+    @functools.cached_property
+    def data(self) -> Data:
+        return open_data(self.recipe.data, self.recipe.seed)
+
+    @property
+    def device(self) -> torch.device:
+        """Where models run outside of training."""
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def dense(self) -> Any:
+        """The teacher, read once, in the source's dtype."""
+        if self._dense is None:
+            self._dense = load_dense(self.source, getattr(torch, self.recipe.source.dtype))
+        return self._dense
+
+    def stage_folder(self, index: int) -> Path:
+        """Checkpoint of the student after stage `index`; stage 0 is the conversion, -1 the last."""
+        return self.path / STAGES / stage_names(self.recipe)[index]
+
+    def training_folder(self, index: int) -> Path:
+        """Where stage `index` keeps its metrics and, while it trains, its checkpoints."""
+        return self.path / TRAINING / stage_names(self.recipe)[index]
+
+    def load_stage(self, index: int) -> Any:
+        """The student after stage `index`, from its files, so that a resumed run sees what this one sees."""
+        return load_checkpoint(self.stage_folder(index))

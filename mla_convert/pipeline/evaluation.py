@@ -1,0 +1,80 @@
+"""Measure a checkpoint that already lies in a folder, with the settings that its manifest records."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..distill.data import DataConfig
+from ..distill.progress import Report
+from ..errors import UsageError
+from ..evaluate.config import EvaluateConfig
+from ..evaluate.fidelity import evaluate
+from ..evaluate.report import write_report
+from ..export.checkpoint import find_checkpoint, load_checkpoint
+from ..export.manifest import read_manifest
+from ..files import MANIFEST
+from ..load import load_dense, load_source
+from ..recipe.schema import Recipe, validate
+from ..run.config import GenerateConfig
+from ..run.sample import DIGITS, prompt_encoder
+from .rundir import STATE
+from .summary import describe
+
+
+def evaluate_checkpoint(
+    folder: Path, teacher: str | None, out: Path | None, changes: Mapping[str, int], report: Report
+) -> tuple[Path, dict[str, Any]]:
+    """Compare the model in `folder` with its teacher; writes report.json and report.html.
+
+    `teacher` replaces the source in the manifest, `changes` entries of its evaluate section. The
+    report goes to `out`, by default into the checkpoint or beside it in its run folder. Returns the
+    page and the report. Raises UserError in one line.
+    """
+    root, _ = find_checkpoint(folder)
+    recipe = _recorded_recipe(root)
+    started = time.monotonic()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    student = load_checkpoint(folder, device=device)
+    dense = _load_teacher(student, teacher, recipe, folder).to(device)
+    digits = prompt_encoder(student.config) == DIGITS
+    if recipe is None and not digits:
+        raise UsageError(f"{folder} has no {MANIFEST} that names its held-out data; evaluate a checkpoint of a run")
+    data = DataConfig(kind="digits") if recipe is None else recipe.data
+    config = EvaluateConfig() if recipe is None else recipe.evaluate
+    config = config.model_copy(update=dict(changes))
+    result = {
+        "source": teacher or (recipe.source.model if recipe else None),
+        **evaluate(student, dense, data, config, report),
+        **describe(student, recipe.generate if recipe else GenerateConfig()),
+        "recipe": recipe.dump() if recipe else None,
+        "seconds": {"evaluate": round(time.monotonic() - started, 3)},
+    }
+    if out is None:
+        out = root.parent / "evaluation" if (root.parent / STATE).exists() else root
+    return write_report(out, result), result
+
+
+def _recorded_recipe(root: Path) -> Recipe | None:
+    """The recipe in a checkpoint's manifest, None for a model without one."""
+    if not (root / MANIFEST).is_file():
+        return None
+    recorded = read_manifest(root).get("recipe")
+    return validate(Recipe, recorded) if recorded else None
+
+
+def _load_teacher(student: Any, teacher: str | None, recipe: Recipe | None, folder: Path) -> Any:
+    """The dense model with the student's chunks and window."""
+    causal = student.causal.model_dump(mode="json")
+    if teacher is not None:
+        return load_dense(load_source(teacher, causal=causal), student.dtype)
+    if recipe is None:
+        raise UsageError(f"{folder} has no {MANIFEST} that names its source; give it with --teacher")
+    source = recipe.source
+    return load_dense(
+        load_source(source.model, source.subfolder, source.revision, causal), getattr(torch, source.dtype)
+    )

@@ -1,0 +1,54 @@
+"""Geometry of a model from its configuration; no weights are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import registry
+from ..errors import UserError
+from ..evaluate.geometry import Geometry, from_model
+from ..export.checkpoint import find_checkpoint
+from ..load import accepted_config, load_source, read_config
+from ..run.config import GenerateConfig
+from ..run.sample import DIGITS, latent_size, prompt_encoder
+
+
+def read_geometry(source: str, size: tuple[int, int] | None) -> tuple[Geometry, list[int] | None]:
+    """Geometry of a dense or converted model, and for a converted one the row of every layer.
+
+    `size` is the height and width of the latent. Raises UserError in one line.
+    """
+    model = _converted(Path(source))
+    rows = None
+    if model is None:
+        found = load_source(source)
+        with torch.device("meta"):
+            model = found.family.dense_class.from_config(found.config)
+    else:
+        rows = [block.attn1.row_width for block in model.blocks]
+    digits = prompt_encoder(model.config) == DIGITS
+    height, width = size or latent_size(model.config, GenerateConfig())
+    try:
+        geometry, _ = from_model(model, height, width, 8 if digits else 16, 1 if digits else 4)
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from None
+    return geometry.model_copy(update={"name": source}), rows
+
+
+def _converted(folder: Path) -> Any:
+    """A converted model on the meta device, None where `folder` holds anything else."""
+    if not folder.is_dir():
+        return None
+    try:
+        _, inner = find_checkpoint(folder)
+    except UserError:
+        return None
+    stored = read_config(inner)
+    for family in registry.families().values():
+        if stored.get("_class_name") == family.mla_class.__name__:
+            with torch.device("meta"):
+                return family.mla_class.from_config(accepted_config(family.mla_class, stored))
+    return None

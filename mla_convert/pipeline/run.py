@@ -1,0 +1,96 @@
+"""Run a recipe from its source to its report, or any part of that, and go on after an interruption."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import PartialState
+from rich.console import Console
+
+from ..distill.progress import progress_bars
+from ..recipe.schema import Recipe
+from .context import STAGES, Context, stage_names
+from .rundir import RunDir, read_state
+from .steps import Step, check_inputs, steps_of
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """`model` is the folder of the last model that was made, `seconds` the wall-clock time of the steps so far.
+
+    `main` is False in the helper processes of a distributed run.
+    """
+
+    path: Path
+    model: Path
+    seconds: dict[str, float]
+    main: bool
+
+
+def run(
+    recipe: Recipe, path: Path, resume: bool = False, until: str | None = None, console: Console | None = None
+) -> RunResult:
+    """Do the steps of `recipe` that are not done yet in the run folder `path`.
+
+    `until` is the first word of the last step to do, such as `convert` or `distill`. In a distributed
+    run every process calls this; the first one does what is not training. Raises UserError in one
+    line; what was done before stays.
+    """
+    processes = PartialState()
+    steps = _up_to(steps_of(recipe), until)
+    model = path / STAGES / stage_names(recipe)[sum(step.everywhere for step in steps)]
+    if not processes.is_main_process:
+        _help(recipe, path, steps, processes)
+        return RunResult(path, model, {}, main=False)
+    folder = RunDir(path, recipe, resume)
+    try:
+        _lead(recipe, folder, steps, processes, console or Console(stderr=True))
+        if until is None:
+            folder.mark_finished()
+        return RunResult(path, model, folder.seconds, main=True)
+    finally:
+        folder.close()
+
+
+def _lead(recipe: Recipe, folder: RunDir, steps: list[Step], processes: PartialState, console: Console) -> None:
+    """The first process: check, do every step that is not done, and record it."""
+    stale = folder.verify(step.name for step in steps_of(recipe))
+    if stale:
+        console.print(f"the output of {stale} is not what was written; it is made again")
+    with progress_bars(console) as report:
+        context = Context(recipe, folder.path, report)
+        if any(not folder.is_done(step.name) for step in steps):
+            check_inputs(context)
+        folder.begin()
+        processes.wait_for_everyone()
+        for step in steps:
+            if not folder.is_done(step.name):
+                context.seconds = folder.seconds
+                started = time.monotonic()
+                step.action(context)
+                processes.wait_for_everyone()
+                folder.mark_done(step.name, step.paths, time.monotonic() - started)
+            if step.scratch is not None:
+                shutil.rmtree(folder.path / step.scratch, ignore_errors=True)
+
+
+def _help(recipe: Recipe, path: Path, steps: list[Step], processes: PartialState) -> None:
+    """The other processes: take part in training, wait for everything else."""
+    processes.wait_for_everyone()
+    done = read_state(path)["steps"]
+    context = Context(recipe, path, lambda *told: None, main=False)
+    for step in steps:
+        if step.name not in done:
+            if step.everywhere:
+                step.action(context)
+            processes.wait_for_everyone()
+
+
+def _up_to(steps: list[Step], until: str | None) -> list[Step]:
+    if until is None:
+        return steps
+    last = max((index for index, step in enumerate(steps) if step.name.split()[0] == until), default=0)
+    return steps[: last + 1]

@@ -1,0 +1,161 @@
+"""A run's folder: which steps are done, with the digests of what they wrote.
+
+A step writes its output whole or not at all and is then marked done in `state.json`, so a run that
+was killed at any moment repeats at most the step it was in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError, UserError
+from ..files import claim_folder, explain_os_errors, sha256, write_json, write_text
+from ..recipe.explain import describe
+from ..recipe.load import first_difference
+from ..recipe.schema import Recipe
+
+STATE, RESOLVED = "state.json", "recipe.resolved.yaml"
+FORMAT = 1
+
+
+class RunDir:
+    """The run folder of one recipe, locked against a second process until `close`.
+
+    With `resume` a folder of the same recipe is continued; one in which no step is done yet is free.
+    Raises UserError for a folder that is not a run's, that another process works in, or that would
+    have to be resumed; UsageError that names the key in which its recipe differs. Nothing is written
+    before `begin`.
+    """
+
+    def __init__(self, path: Path, recipe: Recipe, resume: bool) -> None:
+        self.path, self.recipe = path, recipe
+        claim_folder(path, "run folder")
+        self._created = not path.exists()
+        with explain_os_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+            # The lock belongs to the process: it needs no file and ends with a SIGKILL.
+            self._handle: int | None = os.open(path, os.O_RDONLY)
+        try:
+            self._lock()
+            self._state = self._continued(resume)
+        except BaseException:
+            self.close()
+            raise
+
+    def _lock(self) -> None:
+        assert self._handle is not None
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is working in {self.path}; wait for it or give another --out") from None
+
+    def _continued(self, resume: bool) -> dict[str, Any]:
+        """The state of the run so far, or that of a new one."""
+        resolved = self.recipe.model_dump(mode="json")
+        if (self.path / STATE).exists():
+            state = read_state(self.path)
+            if state["steps"]:
+                self._require_same(state["recipe"], resolved)
+                if not resume:
+                    how = "is finished" if state["finished"] else "was started before"
+                    raise UserError(f"the run in {self.path} {how}; continue it with --resume or give another --out")
+                return state
+        digest = self.recipe.sha256()
+        return {"format": FORMAT, "recipe_sha256": digest, "recipe": resolved, "finished": False, "steps": {}}
+
+    def begin(self) -> None:
+        """Make the folder a run folder of this recipe, rid of what a killed process left half-written."""
+        for leftover in self.path.glob(".*.tmp"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        self._save()
+        write_text(self.path / RESOLVED, self.recipe.dump())
+
+    def close(self) -> None:
+        """Let go of the folder, and remove it if it was made here and nothing was written to it."""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+        if self._created:
+            with contextlib.suppress(OSError):
+                self.path.rmdir()
+
+    @property
+    def finished(self) -> bool:
+        return bool(self._state["finished"])
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Wall-clock seconds by step done."""
+        return {name: step["seconds"] for name, step in self._state["steps"].items()}
+
+    def is_done(self, step: str) -> bool:
+        return step in self._state["steps"]
+
+    def verify(self, order: Iterable[str]) -> str | None:
+        """Forget the first step whose output is gone or changed, and all after it; returns its name."""
+        names = list(order)
+        for position, name in enumerate(names):
+            recorded = self._state["steps"].get(name)
+            if recorded is None or recorded["outputs"] == self._digests(recorded["paths"]):
+                continue
+            for later in names[position:]:
+                self._state["steps"].pop(later, None)
+            self._state["finished"] = False
+            self._save()
+            return name
+        return None
+
+    def mark_done(self, step: str, paths: Iterable[str], seconds: float) -> None:
+        """Record that `step` wrote `paths`, files or folders relative to the run folder."""
+        written = sorted(paths)
+        self._state["steps"][step] = {
+            "paths": written,
+            "outputs": self._digests(written),
+            "seconds": round(seconds, 3),
+            "ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        self._save()
+
+    def mark_finished(self) -> None:
+        self._state["finished"] = True
+        self._save()
+
+    def _save(self) -> None:
+        write_json(self.path / STATE, self._state)
+
+    def _digests(self, paths: Iterable[str]) -> dict[str, str]:
+        files = []
+        for name in paths:
+            path = self.path / name
+            files += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        return {file.relative_to(self.path).as_posix(): sha256(file) for file in files if file.is_file()}
+
+    def _require_same(self, recorded: Mapping[str, Any], resolved: Mapping[str, Any]) -> None:
+        different = first_difference(recorded, resolved)
+        if different:
+            key, old, new = different
+            raise UsageError(
+                f"the run in {self.path} has another recipe: {key} is {describe(old)} there and {describe(new)} here; "
+                "give another --out"
+            )
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """`state.json` of a run folder. Raises UserError when there is none that can be read."""
+    try:
+        state: dict[str, Any] = json.loads((path / STATE).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} is not a run folder: it has no {STATE}") from None
+    except (OSError, ValueError):
+        raise UserError(f"{path / STATE} cannot be read; start again in another folder") from None
+    if state.get("format") != FORMAT:
+        raise UserError(f"{path / STATE} was written by another version of mla-convert; start again in another folder")
+    return state

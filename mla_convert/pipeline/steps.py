@@ -1,0 +1,191 @@
+"""The steps of a run, in their order. Each reads its input from disk and writes its output whole."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.data import default_collate
+
+from ..convert import CalibrationBatch, convert_model
+from ..distill.trainer import run_stage
+from ..errors import UsageError
+from ..evaluate.fidelity import evaluate
+from ..evaluate.report import REPORT_HTML, REPORT_JSON, write_report
+from ..evaluate.samples import Comparison
+from ..export.checkpoint import export, save_checkpoint
+from ..files import MANIFEST, atomic_folder, write_json, write_text
+from ..recipe.schema import Recipe
+from ..run.sample import embed_prompts, prompt_encoder, rollout
+from ..run.video import save_video, side_by_side, to_frames
+from .context import CHECKPOINT, METRICS, SAMPLES, STAGES, TRAINING, Context, stage_names
+from .summary import build_report, training_rows
+
+ROLLOUTS = "rollouts.safetensors"
+
+
+@dataclass(frozen=True)
+class Step:
+    """`paths` are what it writes and `scratch` what goes when it is done, relative to the run folder.
+
+    With `everywhere` every process of a distributed run takes part.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    action: Callable[[Context], None]
+    scratch: str | None = None
+    everywhere: bool = False
+
+
+def steps_of(recipe: Recipe) -> list[Step]:
+    """What a run of `recipe` does, in order."""
+    stages = stage_names(recipe)
+    models = [(f"{STAGES}/{stage}/transformer", f"{STAGES}/{stage}/{MANIFEST}") for stage in stages]
+    steps = [Step("convert", models[0], _convert)]
+    for index in range(1, len(stages)):
+        steps.append(
+            Step(
+                f"distill {stages[index]}",
+                models[index],
+                functools.partial(_distill, index=index),
+                scratch=f"{TRAINING}/{stages[index]}/checkpoints",
+                everywhere=True,
+            )
+        )
+    reports = tuple(f"{STAGES}/{stages[index]}/{REPORT_JSON}" for index in _measured(recipe))
+    steps.append(Step("evaluate", reports, _evaluate))
+    steps.append(Step("export", (CHECKPOINT,), _export))
+    if recipe.generate.prompts:
+        steps.append(Step("samples", (SAMPLES,), _samples))
+    steps.append(Step("report", (METRICS, REPORT_JSON, REPORT_HTML), _report))
+    return steps
+
+
+def _measured(recipe: Recipe) -> list[int]:
+    """The stages whose models are evaluated: the conversion and the last."""
+    return sorted({0, len(recipe.distill)})
+
+
+def check_inputs(context: Context) -> None:
+    """Refuse before anything is written what would fail after hours. Raises UserError in one line."""
+    recipe, config = context.recipe, context.source.config
+    if recipe.generate.prompts:
+        try:
+            embed_prompts(recipe.generate.prompts, prompt_encoder(config))
+        except UsageError as error:
+            raise UsageError(f"generate.prompts: {error}") from None
+    example = context.data.example(0)
+    for key, name, size in (
+        ("latents", "in_channels", example["latents"].shape[0]),
+        ("encoder_hidden_states", "text_dim", example["encoder_hidden_states"].shape[1]),
+    ):
+        if size != config[name]:
+            raise UsageError(f"data: {key} have {size} channels, {context.source.origin} takes {config[name]} ({name})")
+
+
+def recorded(context: Context) -> dict[str, Any]:
+    """What the manifest of a checkpoint says beside what the checkpoint itself shows."""
+    return {
+        "recipe": context.recipe.model_dump(mode="json"),
+        "source": context.source.provenance(),
+        "prompt_encoder": prompt_encoder(context.source.config),
+    }
+
+
+def _calibration_batches(context: Context) -> Iterator[CalibrationBatch]:
+    """The first training clips, in batches."""
+    config = context.recipe.convert.calibration
+    clips = config.clips if context.data.size is None else min(config.clips, context.data.size)
+    for start in range(0, clips, config.batch_size):
+        batch = default_collate([context.data.example(i) for i in range(start, min(start + config.batch_size, clips))])
+        yield CalibrationBatch(batch["latents"], batch["encoder_hidden_states"])
+
+
+def _convert(context: Context) -> None:
+    recipe = context.recipe
+    model = convert_model(
+        context.source.family,
+        context.dense(),
+        recipe.convert,
+        _calibration_batches(context),
+        seed=recipe.seed,
+        progress=context.report,
+    )
+    save_checkpoint(model, context.stage_folder(0), recorded(context))
+
+
+def _distill(context: Context, index: int) -> None:
+    recipe = context.recipe
+    student = context.load_stage(index - 1)
+    run_stage(
+        recipe.distill[index - 1],
+        student,
+        {"teacher": context.dense()},
+        context.data,
+        context.data.heldout(recipe.evaluate.clips),
+        context.training_folder(index),
+        recipe.seed,
+        index,
+        context.report,
+    )
+    if context.main:
+        save_checkpoint(student, context.stage_folder(index), recorded(context))
+
+
+def _evaluate(context: Context) -> None:
+    recipe = context.recipe
+    teacher = context.dense().to(context.device)
+    for index in _measured(recipe):
+        config = recipe.evaluate
+        if index != len(recipe.distill):
+            config = config.model_copy(update={"rollout_prompts": 0})
+        student = context.load_stage(index).to(context.device)
+        result = evaluate(student, teacher, recipe.data, config, context.report)
+        write_json(context.stage_folder(index) / REPORT_JSON, result)
+
+
+def _export(context: Context) -> None:
+    export(context.stage_folder(-1), context.path / CHECKPOINT, context.recipe.export)
+
+
+def _samples(context: Context) -> None:
+    generate = context.recipe.generate
+    embeds = embed_prompts(generate.prompts, prompt_encoder(context.source.config))
+    videos = {}
+    for name, model in (("teacher", context.dense()), ("student", context.load_stage(-1))):
+
+        def told(done: int, total: int, name: str = name) -> None:
+            context.report(f"sample {name}", done, total)
+
+        chunks = rollout(model.to(context.device), embeds, generate, told)
+        videos[name] = torch.cat([chunk.cpu() for chunk in chunks], dim=2)
+    teacher, student = ([to_frames(video) for video in videos[name]] for name in ("teacher", "student"))
+    with atomic_folder(context.path / SAMPLES) as folder:
+        save_file(videos, folder / ROLLOUTS)
+        for index, (prompt, a, b) in enumerate(zip(generate.prompts, teacher, student, strict=True)):
+            name = f"{index:02d}-{'-'.join(prompt.replace(',', ' ').split())}.mp4"
+            save_video(side_by_side(a, b), folder / name, generate.fps)
+
+
+def _report(context: Context) -> None:
+    rows = training_rows(context)
+    write_text(context.path / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
+    write_report(context.path, build_report(context), _comparisons(context))
+
+
+def _comparisons(context: Context) -> list[Comparison]:
+    """What the samples step rolled out."""
+    generate = context.recipe.generate
+    if not generate.prompts:
+        return []
+    videos = load_file(context.path / SAMPLES / ROLLOUTS)
+    return [
+        Comparison(prompt, to_frames(teacher), to_frames(student), generate.fps)
+        for prompt, teacher, student in zip(generate.prompts, videos["teacher"], videos["student"], strict=True)
+    ]

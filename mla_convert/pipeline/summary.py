@@ -1,0 +1,65 @@
+"""The report of a run: what was measured, what it costs in memory, how long it took."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..distill.metrics import Metrics, Row
+from ..evaluate.geometry import from_model
+from ..evaluate.memory import plan
+from ..evaluate.report import REPORT_JSON
+from ..export.checkpoint import load_checkpoint
+from ..export.manifest import versions
+from ..run.config import GenerateConfig
+from ..run.sample import DIGITS, latent_size, prompt_encoder
+from .context import CHECKPOINT, Context
+
+SHARED_WITH_PLAN = (
+    "dense_scalars_per_token",
+    "latent_scalars_per_token",
+    "reduction",
+    "dense_cache_bytes",
+    "latent_cache_bytes",
+)
+
+
+def describe(model: Any, generate: GenerateConfig) -> dict[str, Any]:
+    """Memory of a converted model and of its dense form in the same dtype, and the versions that made it."""
+    digits = prompt_encoder(model.config) == DIGITS
+    height, width = latent_size(model.config, generate)
+    geometry, rows = from_model(model, height, width, generate.fps, 1 if digits else 4)
+    memory = plan(geometry, rows, dtype=str(model.dtype).removeprefix("torch.")).model_dump(mode="json")
+    return {
+        "versions": versions(),
+        **{key: memory[key] for key in SHARED_WITH_PLAN},
+        "plan": memory,
+    }
+
+
+def read_evaluation(folder: Path) -> dict[str, Any]:
+    """What was measured of the model in `folder`."""
+    result: dict[str, Any] = json.loads((folder / REPORT_JSON).read_text())
+    return result
+
+
+def training_rows(context: Context) -> list[Row]:
+    """The metrics of all stages, one after the other."""
+    stages = range(1, len(context.recipe.distill) + 1)
+    return [row for index in stages for row in Metrics(context.training_folder(index) / "metrics.jsonl").rows()]
+
+
+def build_report(context: Context) -> dict[str, Any]:
+    """`report.json` of a run, in the keys of `mla_convert.evaluate.report`."""
+    seconds = dict(context.seconds)
+    return {
+        "name": context.recipe.name,
+        "source": context.source.origin,
+        "recipe": context.recipe.dump(),
+        **read_evaluation(context.stage_folder(-1)),
+        **describe(load_checkpoint(context.path / CHECKPOINT), context.recipe.generate),
+        "converted_loss": read_evaluation(context.stage_folder(0))["student_loss"],
+        "seconds": {**seconds, "total": round(sum(seconds.values()), 3)},
+        "curves": training_rows(context),
+    }

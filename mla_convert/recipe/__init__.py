@@ -1,0 +1,1 @@
+"""The recipe: its YAML, its schema, and the recipes that ship with the package."""

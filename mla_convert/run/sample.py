@@ -1,0 +1,80 @@
+"""Prompts in, a rollout out: what both the `generate` command and a run's samples do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..errors import UsageError, UserError
+from ..zoo.digits.data import FRAME, TEXT_DIM, parse_prompt
+from .config import GenerateConfig
+from .stream import stream_chunks
+
+DIGITS = "digits"
+EMBEDS_KEY = "prompt_embeds"
+WAN_480P = (60, 104)
+
+
+def prompt_encoder(config: Any) -> str | None:
+    """`digits` for a model of the embedded teacher's shape, whose prompts need no text encoder."""
+    return DIGITS if config.get("text_dim") == TEXT_DIM and config.get("in_channels") == 1 else None
+
+
+def latent_size(config: Any, generate: GenerateConfig) -> tuple[int, int]:
+    """Height and width of the latent: as asked for, 16x16 for digits, 480p for Wan."""
+    height, width = (FRAME, FRAME) if prompt_encoder(config) == DIGITS else WAN_480P
+    return generate.latent_height or height, generate.latent_width or width
+
+
+def embed_prompts(prompts: Sequence[str], encoder: str | None) -> Tensor:
+    """`encoder_hidden_states` `[B, L, D]` of text prompts. Raises UsageError where no encoder reads them."""
+    if encoder != DIGITS:
+        raise UsageError("this model has no text encoder here; give --prompt-embeds, a .safetensors file")
+    try:
+        return torch.stack([parse_prompt(prompt).embedding() for prompt in prompts])
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def load_prompt_embeds(path: Path, text_dim: int) -> Tensor:
+    """`encoder_hidden_states` `[B, L, D]` from the tensor `prompt_embeds` of a file. Raises UserError."""
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read prompt embeddings from {path}: {error}") from None
+    if EMBEDS_KEY not in tensors:
+        raise UserError(f"{path} has no tensor {EMBEDS_KEY}; it has {', '.join(sorted(tensors)) or 'none'}")
+    embeds = tensors[EMBEDS_KEY]
+    embeds = embeds.unsqueeze(0) if embeds.ndim == 2 else embeds
+    if embeds.ndim != 3 or embeds.shape[2] != text_dim:
+        raise UserError(f"{EMBEDS_KEY} in {path} has shape {list(embeds.shape)}; [L, {text_dim}] is expected")
+    return embeds
+
+
+def rollout(
+    model: Any, embeds: Tensor, config: GenerateConfig, progress: Callable[[int, int], None] | None = None
+) -> Iterator[Tensor]:
+    """Latent chunks `[B, C, F, H, W]`, float32, for `embeds` `[B, L, D]`; progress counts frames."""
+    height, width = latent_size(model.config, config)
+    done = 0
+    for chunk in stream_chunks(
+        model,
+        embeds,
+        config.num_frames,
+        height,
+        width,
+        num_inference_steps=config.num_inference_steps,
+        shift=config.shift,
+        context_noise=config.context_noise,
+        seed=config.seed,
+    ):
+        done += chunk.shape[2]
+        if progress is not None:
+            progress(done, config.num_frames)
+        yield chunk

@@ -1,0 +1,197 @@
+"""Pictures out of a rollout: frames in [0, 1], written as mp4, gif or a folder of PNG files.
+
+Frames are float32 `[F, H, W, 3]`, F video frames of H x W pixels.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import math
+import subprocess
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import imageio_ffmpeg
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ..errors import UsageError, UserError
+from ..files import atomic_file, atomic_folder
+
+Frames = NDArray[np.float32]
+
+SUFFIXES = (".mp4", ".gif")
+MIN_PIXELS = 256
+_MACROBLOCK = 16
+_GAP, _LABEL, _INK, _PAPER = 8, 24, 0.9, 0.2
+
+
+def to_frames(video: Tensor, vae: Any = None) -> Frames:
+    """Frames `[F, H, W, 3]` of one video `[C, F, H, W]`: pixels in [-1, 1], or latents with their `vae`.
+
+    `vae` is a diffusers `AutoencoderKLWan`; it turns F latent frames into `1 + 4 (F - 1)`. Pixels
+    have 1 or 3 channels. Raises UserError when the video holds NaN or Inf, UsageError for latents
+    without a VAE.
+    """
+    if vae is not None:
+        mean, std = (
+            torch.tensor(vae.config[key], device=vae.device, dtype=vae.dtype).view(1, -1, 1, 1, 1)
+            for key in ("latents_mean", "latents_std")
+        )
+        with torch.no_grad():
+            video = vae.decode(video.unsqueeze(0).to(vae.device, vae.dtype) * std + mean).sample[0]
+    channels = video.shape[0]
+    if channels not in (1, 3):
+        raise UsageError(f"latents of {channels} channels are not a picture; give the VAE that decodes them")
+    if not torch.isfinite(video).all():
+        raise UserError("the video holds NaN or Inf; the model diverged, or its dtype is too narrow (try float32)")
+    pixels = ((video.float() + 1) / 2).clamp(0, 1).expand(3, -1, -1, -1)
+    return np.ascontiguousarray(pixels.permute(1, 2, 3, 0).cpu().numpy())
+
+
+def check_suffix(path: Path) -> None:
+    """Raise UsageError unless `save_video` can write `path`; call it before a long rollout."""
+    if path.suffix.lower() not in (*SUFFIXES, ""):
+        raise UsageError(f"cannot write {path}: use .mp4, .gif, or a name without suffix for a folder of PNG files")
+    if path.suffix == "" and path.is_dir() and any(not _is_frame(file) for file in path.iterdir()):
+        raise UsageError(f"{path} exists and holds more than video frames; choose another folder")
+
+
+def save_video(frames: Frames | Iterable[Frames], path: Path, fps: float, min_pixels: int = MIN_PIXELS) -> None:
+    """Write frames, or an iterator over chunks of them, as `path`'s suffix says; equal input gives equal bytes.
+
+    Frames with a side below `min_pixels` are enlarged by a whole factor, pixel by pixel. Raises
+    UsageError for an unknown suffix, UserError when the disk is full; nothing is left half-written.
+    """
+    check_suffix(path)
+    chunks: Iterator[Frames] = iter([frames] if isinstance(frames, np.ndarray) else frames)
+    first = next(chunks, None)
+    if first is None or len(first) == 0:
+        raise UserError(f"no frames to write to {path}")
+    factor = scale_factor(first.shape[1], first.shape[2], min_pixels)
+    images = (_to_uint8(frame, factor) for chunk in itertools.chain([first], chunks) for frame in chunk)
+    match path.suffix.lower():
+        case ".mp4":
+            with atomic_file(path) as temporary:
+                _write_mp4(images, temporary, fps)
+        case ".gif":
+            with atomic_file(path) as temporary:
+                _write_gif(images, temporary, fps)
+        case _:
+            with atomic_folder(path) as folder:
+                for index, image in enumerate(images):
+                    Image.fromarray(image).save(folder / f"frame_{index:05d}.png")
+
+
+def scale_factor(height: int, width: int, min_pixels: int = MIN_PIXELS) -> int:
+    """Smallest whole factor that brings both sides to `min_pixels`; 1 where they have it.
+
+    Among the factors up to twice that one, the first that makes both sides divisible by 16, the
+    macroblock of H.264, is preferred.
+    """
+    least = math.ceil(min_pixels / min(height, width))
+    if least <= 1:
+        return 1
+    whole = math.lcm(*(_MACROBLOCK // math.gcd(_MACROBLOCK, side) for side in (height, width)))
+    rounded = math.ceil(least / whole) * whole
+    return rounded if rounded <= 2 * least else least
+
+
+def side_by_side(teacher: Frames, student: Frames, labels: tuple[str, str] | None = ("teacher", "student")) -> Frames:
+    """Both videos in one, with a thin gap and a line of text above each; `None` leaves the text out.
+
+    Two videos `[F, H, W, 3]` stand beside each other; two stacks of N videos `[N, F, H, W, 3]` make
+    N columns, the teacher's row above the student's. Sides below 256 pixels are enlarged for one
+    video, below 128 for a stack. Raises ValueError when the shapes differ.
+    """
+    if teacher.shape != student.shape:
+        raise ValueError(f"cannot compare videos of {teacher.shape} and {student.shape}")
+    if teacher.ndim == 4:
+        rows, titles = [[teacher, student]], [list(labels)] if labels else []
+    else:
+        rows, titles = [list(teacher), list(student)], [[label] for label in labels or ()]
+    height, width = teacher.shape[-3:-1]
+    factor = scale_factor(height, width, MIN_PIXELS if len(rows) == 1 else MIN_PIXELS // 2)
+    height, width = height * factor, width * factor
+    label = _LABEL if labels else 0
+    columns, pitch = len(rows[0]), height + label + _GAP
+    size = (len(rows) * pitch - _GAP, columns * (width + _GAP) - _GAP)
+    canvas = np.full((teacher.shape[-4], *size, 3), _PAPER, dtype=np.float32)
+    for row, videos in enumerate(rows):
+        top = row * pitch + label
+        for column, video in enumerate(videos):
+            left = column * (width + _GAP)
+            canvas[:, top : top + height, left : left + width] = _enlarge(video, factor)
+        for column, title in enumerate(titles[row] if titles else []):
+            left = column * (width + _GAP)
+            canvas[:, top - label : top, left : left + width] = _text(title, width, label)
+    return canvas
+
+
+def _text(text: str, width: int, height: int) -> Frames:
+    """One line of text, `[height, width, 3]`."""
+    image = Image.new("L", (width, height), round(255 * _PAPER))
+    font = ImageFont.load_default(size=14)
+    ImageDraw.Draw(image).text((4, height // 2), text, fill=round(255 * _INK), font=font, anchor="lm")
+    return np.repeat(np.asarray(image, dtype=np.float32)[..., None] / 255, 3, axis=-1)
+
+
+def _enlarge(frames: NDArray[Any], factor: int) -> NDArray[Any]:
+    """Repeat every pixel of `[..., H, W, 3]`."""
+    return frames.repeat(factor, axis=-3).repeat(factor, axis=-2)
+
+
+def _to_uint8(frame: Frames, factor: int) -> NDArray[np.uint8]:
+    return _enlarge((frame.clip(0, 1) * 255).round().astype(np.uint8), factor)
+
+
+def _write_mp4(images: Iterable[NDArray[np.uint8]], path: Path, fps: float) -> None:
+    """H.264 in yuv420p, which every browser and player shows; odd sides get one repeated line.
+
+    One encoder thread and no metadata, so that the bytes depend on the frames alone.
+    """
+    images = iter(images)
+    first = next(images)
+    height, width = first.shape[:2]
+    pad = ((0, height % 2), (0, width % 2), (0, 0))
+    arguments = f"""
+        -v error -xerror -y -f rawvideo -pix_fmt rgb24 -s {width + width % 2}x{height + height % 2} -r {fps} -i -
+        -an -c:v libx264 -crf 16 -threads 1 -pix_fmt yuv420p -vf scale=out_color_matrix=bt709:out_range=tv
+        -colorspace bt709 -color_primaries bt709 -color_trc bt709 -color_range tv
+        -map_metadata -1 -fflags +bitexact -flags:v +bitexact -movflags +faststart -f mp4
+    """
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), *arguments.split(), str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        try:
+            for image in itertools.chain([first], images):
+                process.stdin.write(np.pad(image, pad, mode="edge").tobytes())
+        except BrokenPipeError:
+            pass  # ffmpeg stopped; its exit code and message tell why
+        except BaseException:
+            process.kill()
+            raise
+        _, message = process.communicate()
+    if process.returncode:
+        text = message.decode(errors="replace").strip()
+        if "No space left on device" in text:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        last = text.splitlines()[-1] if text else f"exit code {process.returncode}"
+        raise UserError(f"ffmpeg could not encode the video: {last}")
+
+
+def _write_gif(images: Iterable[NDArray[np.uint8]], path: Path, fps: float) -> None:
+    """A GIF that loops for ever; its clock counts hundredths of a second."""
+    pictures = (Image.fromarray(image) for image in images)
+    first = next(pictures)
+    duration = max(10 * round(100 / fps), 20)
+    first.save(path, "GIF", save_all=True, append_images=pictures, duration=duration, loop=0)
+
+
+def _is_frame(file: Path) -> bool:
+    return file.suffix == ".png" and file.stem.startswith("frame_")

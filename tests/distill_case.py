@@ -1,0 +1,112 @@
+"""A stage small enough to train in seconds; run as a script, it is one process of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from mla_convert.distill.data import Batch, DigitClips
+from mla_convert.distill.stages.match_velocity import MatchVelocityConfig
+from mla_convert.distill.trainer import StageResult, run_stage
+from mla_convert.families.wan import CausalWanTransformer3DModel
+
+CAUSAL = {"num_frames_per_block": 3, "window_frames": 12, "sink_frames": 3}
+HELDOUT_CLIPS = 2
+
+
+def tiny_model(seed: int = 0) -> CausalWanTransformer3DModel:
+    torch.manual_seed(seed)
+    return CausalWanTransformer3DModel(
+        patch_size=(1, 8, 8),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=1,
+        out_channels=1,
+        text_dim=32,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+        causal=CAUSAL,
+    )
+
+
+def perturbed(teacher: CausalWanTransformer3DModel, scale: float = 0.1) -> CausalWanTransformer3DModel:
+    """A second dense model whose self-attention has drifted away from the teacher's."""
+    student = tiny_model()
+    student.load_state_dict(teacher.state_dict())
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if "attn1" in name:
+                parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    return student
+
+
+def make_config(**changes) -> MatchVelocityConfig:
+    settings = {
+        "steps": 8,
+        "learning_rate": 3e-3,
+        "warmup_steps": 2,
+        "schedule": "cosine",
+        "batch_size": 2,
+        "trainable": "attention",
+        "ema_decay": 0.9,
+        "checkpoint_every": 3,
+        "eval_every": 4,
+        "tracker": None,
+    }
+    return MatchVelocityConfig(**{**settings, **changes})
+
+
+class Killed(Exception):
+    """Stands in for SIGKILL where a process of its own would be too slow."""
+
+
+class Clips(DigitClips):
+    """Digits that end the run at the clip after `last`."""
+
+    def __init__(self, last: float = float("inf")) -> None:
+        super().__init__(seed=0, heldout=HELDOUT_CLIPS)
+        self.last = last
+
+    def example(self, index: int) -> Batch:
+        if index > self.last:
+            raise Killed
+        return super().example(index)
+
+
+def train(folder: Path, last_clip: float = float("inf"), **changes) -> tuple[StageResult, dict[str, torch.Tensor]]:
+    """Run the stage; returns its result and the student's weights."""
+    teacher = tiny_model()
+    student = perturbed(teacher)
+    data = Clips(last_clip)
+    result = run_stage(
+        make_config(**changes), student, {"teacher": teacher}, data, data.heldout(), folder, seed=0, stage_index=0
+    )
+    return result, student.state_dict()
+
+
+def outputs(folder: Path) -> dict[str, bytes]:
+    """Everything that a resumed run must reproduce, by relative path."""
+    paths = [folder / "metrics.jsonl", *(folder / "checkpoints").rglob("*.*")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(paths)}
+
+
+def main(folder: str, last_clip: str, changes: str) -> None:
+    """Train in `folder/whole`, and in `folder/resumed` with an interruption after clip `last_clip`."""
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    train(Path(folder, "whole"), **json.loads(changes))
+    with contextlib.suppress(Killed):
+        train(Path(folder, "resumed"), float(last_clip), **json.loads(changes))
+    result, _ = train(Path(folder, "resumed"), **json.loads(changes))
+    # One write a line, so that processes do not mix theirs.
+    print(f"resumed from {result.resumed_from}\n", end="", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,159 @@
+"""A stage that was stopped and run again ends with the same bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import distill_case as case
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mla_convert.distill.state import Checkpoints
+from mla_convert.errors import UserError
+from mla_convert.files import atomic_folder
+
+CLIPS_A_STEP = 2
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The uninterrupted run: its folder and its final weights."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, case.train(folder)[1]
+
+
+def assert_same(whole, folder, weights):
+    assert case.outputs(folder) == case.outputs(whole[0])
+    assert all(torch.equal(weights[name], expected) for name, expected in whole[1].items())
+
+
+@pytest.mark.parametrize(("stopped_in", "resumed_from"), [(1, None), (2, None), (3, 3), (5, 3), (7, 6)])
+def test_stopped_at_a_step(whole, tmp_path, stopped_in, resumed_from):
+    with pytest.raises(case.Killed):
+        case.train(tmp_path, last_clip=stopped_in * CLIPS_A_STEP)
+    result, weights = case.train(tmp_path)
+    assert result.resumed_from == resumed_from
+    assert_same(whole, tmp_path, weights)
+
+
+def test_a_finished_stage_trains_no_further(whole, tmp_path):
+    case.train(tmp_path)
+    result, weights = case.train(tmp_path, last_clip=-1)
+    assert result.resumed_from == result.steps
+    assert_same(whole, tmp_path, weights)
+
+
+def test_stopped_while_a_checkpoint_is_written(whole, tmp_path, monkeypatch):
+    def half_written(self, state):
+        if state.step == 6:
+            with atomic_folder(self.folder / "step-00000006") as folder:
+                (folder / "student.safetensors").write_bytes(b"half")
+                folder.rename(folder.with_name(".step-00000006.1.tmp"))
+                raise case.Killed
+        save(self, state)
+
+    save = Checkpoints.save
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", half_written)
+        with pytest.raises(case.Killed):
+            case.train(tmp_path)
+    assert (tmp_path / "checkpoints" / ".step-00000006.1.tmp").exists()
+    result, weights = case.train(tmp_path)
+    assert result.resumed_from == 3
+    assert_same(whole, tmp_path, weights)
+
+
+@pytest.mark.parametrize("name", ["student.safetensors", "optimizer.pt", "state.json", "ema.safetensors"])
+def test_a_checkpoint_that_was_cut_short_is_passed_over(whole, tmp_path, name):
+    case.train(tmp_path)
+    damaged = tmp_path / "checkpoints" / "step-00000008" / name
+    damaged.write_bytes(damaged.read_bytes()[:-10])
+    with (tmp_path / "metrics.jsonl").open("a") as handle:
+        handle.write('{"step": 9, "lo')
+    result, weights = case.train(tmp_path)
+    assert result.resumed_from == 6
+    assert_same(whole, tmp_path, weights)
+
+
+def test_without_average_and_with_accumulation(tmp_path):
+    changes = {"ema_decay": None, "grad_accumulation": 2, "mixed_precision": "bf16"}
+    _, expected = case.train(tmp_path / "whole", **changes)
+    with pytest.raises(case.Killed):
+        case.train(tmp_path / "resumed", last_clip=19, **changes)
+    result, weights = case.train(tmp_path / "resumed", **changes)
+    assert result.resumed_from == 3
+    assert_same((tmp_path / "whole", expected), tmp_path / "resumed", weights)
+
+
+def test_workers_and_bookkeeping_change_nothing(whole, tmp_path):
+    _, weights = case.train(tmp_path, data_workers=1, checkpoint_every=1, keep_checkpoints=9)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (whole[0] / "metrics.jsonl").read_bytes()
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 8
+    assert all(torch.equal(weights[name], expected) for name, expected in whole[1].items())
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
+    case.train(tmp_path, steps=1)
+    with pytest.raises(UserError, match=r"was made with learning_rate 0\.003, not 0\.001; start in another folder"):
+        case.train(tmp_path, steps=1, learning_rate=1e-3)
+
+
+def environment() -> dict[str, str]:
+    root = Path(__file__).parents[1]
+    return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(root)}
+
+
+def test_sigkill_at_any_moment(tmp_path):
+    """Killed by the system without a chance to tidy up, somewhere after the tenth step."""
+    changes = {"steps": 5000, "checkpoint_every": 1, "eval_every": None}
+    arguments = [sys.executable, case.__file__, str(tmp_path), "inf", json.dumps(changes)]
+    metrics = tmp_path / "whole" / "metrics.jsonl"
+    process = subprocess.Popen(arguments, env=environment())
+    try:
+        deadline = time.monotonic() + 120
+        while not metrics.exists() or metrics.read_bytes().count(b"\n") < 11:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+    done = metrics.read_bytes().count(b"\n") - 1
+    resumed, last_clip = tmp_path / "whole", (done + 3) * CLIPS_A_STEP - 1
+    for folder in (resumed, tmp_path / "expected"):
+        with pytest.raises(case.Killed):
+            case.train(folder, last_clip=last_clip, **changes)
+    assert case.outputs(resumed) == case.outputs(tmp_path / "expected")
+    assert len(metrics.read_text().splitlines()) == done + 4
+
+
+def test_two_processes(tmp_path):
+    """Two processes resume bit for bit, and equal one process that accumulates twice as long."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    arguments = [case.__file__, str(tmp_path), "15", "{}"]
+    with subprocess.Popen(
+        [*command, *arguments], env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as launcher:
+        try:
+            stdout, _ = launcher.communicate(timeout=300)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(launcher.pid, signal.SIGKILL)
+    assert launcher.returncode == 0
+    assert stdout.splitlines() == ["resumed from 3"] * 2
+    assert case.outputs(tmp_path / "resumed") == case.outputs(tmp_path / "whole")
+
+    case.train(tmp_path / "one", grad_accumulation=2)
+    last = Path("checkpoints") / "step-00000008" / "student.safetensors"
+    two, one = (load_file(tmp_path / folder / last) for folder in ("whole", "one"))
+    # Observed: 0, since halving two terms before or after adding them rounds alike.
+    assert max((two[name] - one[name]).abs().max().item() for name in one) < 1e-6

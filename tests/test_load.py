@@ -1,0 +1,496 @@
+"""Sources are found, recognised and checked from their headers, and every bad one is one clear line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import diffusers
+import huggingface_hub.constants
+import pytest
+import torch
+from checkpoint_case import CAUSAL, STOCK, pico_dense, pico_mla, pico_velocity
+from safetensors.torch import load_file, save_file
+
+from mla_convert import registry
+from mla_convert.errors import UserError
+from mla_convert.families import wan_files
+from mla_convert.load import LazyTensors, check_finite, load_dense, load_source
+from mla_convert.load.weights import INDEX, WEIGHTS
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A stock transformer folder, as diffusers writes it."""
+    torch.manual_seed(0)
+    diffusers.WanTransformer3DModel(**STOCK).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def change_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change_tensors(folder: Path, change) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+def refusal(model, **arguments) -> str:
+    with pytest.raises(UserError) as caught:
+        load_source(str(model), **arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def equal_tensors(a, b) -> bool:
+    return sorted(a) == sorted(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_folder(folder):
+    source = load_source(str(folder))
+
+    assert source.family.name == "wan"
+    assert source.folder == folder
+    assert (source.geometry.num_layers, source.geometry.num_heads, source.geometry.head_dim) == (2, 2, 12)
+    assert source.geometry.dense_scalars_per_token == 48
+    assert not any(key.startswith("_") for key in source.config)
+    assert equal_tensors(source.tensors, load_file(folder / WEIGHTS))
+
+
+def test_pipeline_folder_and_its_licence(folder, tmp_path):
+    shutil.move(folder, tmp_path / "pipeline" / "transformer")
+    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
+    (tmp_path / "pipeline" / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+
+    source = load_source(str(tmp_path / "pipeline"))
+
+    assert source.folder == tmp_path / "pipeline" / "transformer"
+    assert source.licence == "apache-2.0"
+    assert load_source(str(tmp_path / "pipeline"), subfolder="transformer").folder == source.folder
+    assert "has no folder transformer_2" in refusal(tmp_path / "pipeline", subfolder="transformer_2")
+
+
+def test_sharded_folder(folder, tmp_path):
+    whole = load_file(folder / WEIGHTS)
+    diffusers.WanTransformer3DModel.from_pretrained(folder).save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+
+    source = load_source(str(tmp_path / "sharded"))
+
+    assert equal_tensors(source.tensors, whole)
+    shard = source.tensors.files()[1]
+    shard.unlink()
+    assert refusal(tmp_path / "sharded") == f"{shard} is missing"
+
+
+def test_index_that_lists_more_than_there_is(folder):
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"absent.weight": WEIGHTS}}))
+    assert refusal(folder) == f"{folder / INDEX} lists absent.weight, which {WEIGHTS} does not hold"
+
+
+@pytest.mark.parametrize("weight_map", [None, ["a"], {"a": "../other.safetensors"}, {"a": 3}])
+def test_index_without_a_usable_map(folder, weight_map):
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    assert refusal(folder) == f"{folder / INDEX} has no usable weight_map"
+
+
+def test_single_file_with_its_config(folder):
+    file = folder.joinpath(WEIGHTS).rename(folder / "teacher.safetensors")
+    assert load_source(str(file)).geometry.num_heads == 2
+
+
+def test_single_file_without_a_config_needs_a_published_size(folder, tmp_path):
+    shutil.copy(folder / WEIGHTS, tmp_path / "alone.safetensors")
+    message = refusal(tmp_path / "alone.safetensors")
+    assert "number of heads of a Wan model with hidden size 24" in message
+    assert message.endswith("put the model's config.json beside the file")
+
+
+def wan_repository_name(name: str) -> str:
+    """A tensor's name in the Wan repository's own layout."""
+    for ours, theirs in (
+        ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
+        ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
+        ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
+        ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
+        ("condition_embedder.time_proj", "time_projection.1"),
+        (".attn1.", ".self_attn."),
+        (".attn2.", ".cross_attn."),
+        (".to_q.", ".q."),
+        (".to_k.", ".k."),
+        (".to_v.", ".v."),
+        (".to_out.0.", ".o."),
+        (".norm2.", ".norm3."),
+        ("ffn.net.0.proj", "ffn.0"),
+        ("ffn.net.2", "ffn.2"),
+        ("proj_out", "head.head"),
+    ):
+        name = name.replace(ours, theirs)
+    if name == "scale_shift_table":
+        return "head.modulation"
+    return name.replace("scale_shift_table", "modulation")
+
+
+def test_single_file_in_the_layout_of_the_wan_repository(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(wan_files.PUBLISHED_HEADS, 24, 2)
+    ours = load_file(folder / WEIGHTS)
+    theirs = {wan_repository_name(name): tensor for name, tensor in ours.items()}
+    assert not set(theirs) & {name for name in ours if "attn" in name}
+    save_file(theirs, tmp_path / "wan.safetensors")
+
+    source = load_source(str(tmp_path / "wan.safetensors"), causal=CAUSAL)
+
+    assert equal_tensors(source.tensors, ours)
+    config = {key: tuple(value) if isinstance(value, list) else value for key, value in source.config.items()}
+    assert config.items() >= STOCK.items()
+
+
+def test_loaded_model_is_the_stock_one(folder):
+    source = load_source(str(folder), causal=CAUSAL)
+    model = load_dense(source)
+    stock = diffusers.WanTransformer3DModel.from_pretrained(folder)
+
+    assert not model.training
+    assert model.causal.window_frames == CAUSAL["window_frames"]
+    assert equal_tensors(model.state_dict(), stock.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), stock.buffers(), strict=True))
+
+
+def test_loading_in_bfloat16_keeps_what_from_pretrained_keeps(folder):
+    model = load_dense(load_source(str(folder)), torch.bfloat16)
+    theirs = type(model).from_pretrained(folder, torch_dtype=torch.bfloat16, disable_mmap=True)
+
+    assert model.dtype == torch.bfloat16
+    dtypes = {name: tensor.dtype for name, tensor in theirs.state_dict().items()}
+    assert {name: tensor.dtype for name, tensor in model.state_dict().items()} == dtypes
+    assert set(dtypes.values()) == {torch.bfloat16, torch.float32}
+    assert torch.equal(pico_velocity(model), pico_velocity(theirs))
+
+
+def test_loaded_weights_are_not_the_file(folder):
+    model = load_dense(load_source(str(folder)))
+    before = pico_velocity(model)
+    change_tensors(folder, lambda tensors: tensors.update({name: 0 * tensor for name, tensor in tensors.items()}))
+    assert torch.equal(pico_velocity(model), before)
+
+
+def test_causal_section_of_the_source_unless_the_caller_gives_one(tmp_path):
+    pico_dense().save_pretrained(tmp_path)
+    assert load_source(str(tmp_path)).config["causal"] == CAUSAL
+    wider = CAUSAL | {"window_frames": 8}
+    assert load_source(str(tmp_path), causal=wider).config["causal"] == wider
+
+
+def test_tensors_are_read_when_they_are_asked_for(folder, monkeypatch):
+    read = []
+    original = LazyTensors.__getitem__
+    monkeypatch.setattr(LazyTensors, "__getitem__", lambda self, name: read.append(name) or original(self, name))
+
+    source = load_source(str(folder))
+
+    assert read == []
+    assert source.tensors["proj_out.bias"].shape == source.tensors.shape("proj_out.bias") == (16,)
+    assert source.tensors.dtype("proj_out.bias") == torch.float32
+    assert read == ["proj_out.bias"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_in_the_weights(folder, value):
+    change_tensors(folder, lambda tensors: tensors["blocks.1.attn1.to_k.weight"].view(-1)[5:7].fill_(value))
+    source = load_source(str(folder))
+    expected = "tensor blocks.1.attn1.to_k.weight has 2 NaN or infinite of 576 values"
+    with pytest.raises(UserError, match=expected):
+        check_finite(source)
+    with pytest.raises(UserError, match=expected):
+        load_dense(source)
+
+
+def test_missing_weights(folder):
+    (folder / WEIGHTS).unlink()
+    assert refusal(folder) == f"{folder / WEIGHTS} is missing"
+    (folder / "diffusion_pytorch_model.bin").touch()
+    assert "has no safetensors weights, only diffusion_pytorch_model.bin" in refusal(folder)
+
+
+def test_several_weight_files(folder):
+    for name in ("a", "b"):
+        shutil.copy(folder / WEIGHTS, folder / f"{name}.safetensors")
+    (folder / WEIGHTS).unlink()
+    assert "has 2 safetensors files" in refusal(folder)
+    (folder / "b.safetensors").unlink()
+    assert len(load_source(str(folder)).tensors) > 0
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_truncated_safetensors(folder, keep):
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content[:keep])
+    message = refusal(folder)
+    assert message.startswith(f"{folder / WEIGHTS} is cut short or not a safetensors file")
+    assert message.endswith("fetch it again")
+
+
+def test_git_lfs_pointer(folder):
+    (folder / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert "is a git-lfs pointer" in refusal(folder)
+
+
+def test_tensor_of_the_wrong_shape(folder):
+    change_tensors(folder, lambda tensors: tensors.update({"proj_out.bias": torch.zeros(3)}))
+    message = refusal(folder)
+    assert message == f"{folder}: tensor proj_out.bias has shape [3], its configuration asks for [16]"
+
+
+def test_missing_and_unknown_tensors(folder):
+    change_tensors(folder, lambda tensors: tensors.update({"extra.a": torch.zeros(1), "extra.b": torch.zeros(1)}))
+    assert refusal(folder) == f"{folder} has the unknown tensor extra.a and 1 more; it does not fit its configuration"
+    change_tensors(folder, lambda tensors: [tensors.pop(n) for n in ("extra.a", "extra.b", "proj_out.bias")])
+    assert refusal(folder) == f"{folder} lacks tensor proj_out.bias; it does not fit its configuration"
+
+
+def test_tensors_that_the_stock_class_ignores(folder):
+    name = "blocks.0.attn2.norm_added_q.weight"
+    change_tensors(folder, lambda tensors: tensors.update({name: torch.zeros(1)}))
+    assert name not in load_source(str(folder)).tensors
+
+
+def test_lora_weights(folder):
+    name = "transformer.blocks.0.attn1.to_q.lora_A.weight"
+    change_tensors(folder, lambda tensors: tensors.update({name: torch.zeros(1)}))
+    assert "holds LoRA weights; fuse them" in refusal(folder)
+
+
+def test_quantised_weights(folder):
+    def quantise(tensors):
+        tensors["proj_out.weight"] = tensors["proj_out.weight"].to(torch.float8_e4m3fn)
+
+    change_tensors(folder, quantise)
+    assert "tensor proj_out.weight is stored as F8_E4M3; quantised" in refusal(folder)
+    change_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    assert "the weights are quantised (bitsandbytes)" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("WanVACETransformer3DModel", "its control blocks are not part of the causal model"),
+        ("WanAnimateTransformer3DModel", "its motion encoder and face adapter are not"),
+        ("WanModel", "in the Wan repository's layout"),
+        ("UNet2DConditionModel", "its class is UNet2DConditionModel"),
+        (None, "its class is None"),
+    ],
+)
+def test_unsupported_class_lists_the_supported(folder, name, reason):
+    change_config(folder, _class_name=name)
+    message = refusal(folder)
+    assert reason in message
+    assert message.endswith("supported are WanTransformer3DModel, CausalWanTransformer3DModel")
+
+
+def test_tensors_of_an_unsupported_family(tmp_path):
+    save_file({"conv_in.weight": torch.zeros(1)}, tmp_path / "unet.safetensors")
+    assert "the tensors are of no supported model (WanTransformer3DModel" in refusal(tmp_path / "unet.safetensors")
+
+
+def test_converted_model_is_no_source(tmp_path):
+    pico_mla().save_pretrained(tmp_path)
+    assert "already converted (MLAWanTransformer3DModel); start from the dense model" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("{", "is not valid JSON"), ("[]", "does not hold a JSON object"), ("\xff", "is not valid JSON")],
+)
+def test_unreadable_config(folder, text, reason):
+    (folder / "config.json").write_bytes(text.encode("latin-1"))
+    assert f"{folder / 'config.json'} {reason}" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"num_layers": "two"}, "its configuration does not describe a CausalWanTransformer3DModel"),
+        ({"patch_size": [2, 4, 4]}, "temporal patches of 2 frames are not supported"),
+        ({"attention_head_dim": 13}, "does not describe"),
+        ({"causal": {"window_frames": 1}}, "window_frames=1 cannot hold sink_frames=0"),
+        ({"causal": {"windows": 1}}, "windows: Extra inputs are not permitted"),
+    ],
+)
+def test_config_that_describes_no_model(folder, changes, reason):
+    change_config(folder, **changes)
+    assert reason in refusal(folder)
+
+
+def test_unknown_config_keys_are_named(folder, caplog):
+    change_config(folder, sparse_attention=True, add_img_emb=None)
+    with caplog.at_level(logging.WARNING, "mla_convert"):
+        assert "sparse_attention" not in load_source(str(folder)).config
+    (record,) = caplog.records
+    assert record.getMessage().endswith("does not know the configuration keys sparse_attention")
+
+
+def test_what_is_no_model(tmp_path):
+    assert "neither config.json nor transformer/config.json" in refusal(tmp_path)
+    assert "there is no model zoo:letters in this package" in refusal("zoo:letters")
+    hint = "give a folder, a .safetensors file, a Hub id or zoo:NAME"
+    for name in ("nothing", "/no/such/folder", str(tmp_path / "missing.safetensors"), "a/b/c", "runs/x.pt"):
+        assert refusal(name) == f"{name} does not exist; {hint}"
+    (tmp_path / "model.pt").touch()
+    assert "is not a .safetensors file" in refusal(tmp_path / "model.pt")
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+SECRET = "hf_secretsecretsecret"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub on loopback with the files of `hub.files`; `hub.errors` maps a path's beginning to a refusal."""
+    state = SimpleNamespace(files={}, errors={}, requests=[])
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self, status=200, body=b"", **headers):
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                self.send_header(name.replace("_", "-"), value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        def do_GET(self):
+            path = self.path.partition("?")[0]
+            state.requests.append(path)
+            for beginning, (status, headers) in state.errors.items():
+                if path.startswith(beginning):
+                    return self.answer(status, **headers)
+            if path.startswith("/api/models/owner/model/tree/"):
+                tree = [
+                    {"type": "file", "path": name, "size": len(body), "oid": f"{i:040x}"}
+                    for i, (name, body) in enumerate(state.files.items())
+                ]
+                return self.answer(body=json.dumps(tree).encode(), Content_Type="application/json")
+            if path.startswith("/api/models/owner/model"):
+                info = {"id": "owner/model", "sha": COMMIT, "siblings": []}
+                return self.answer(body=json.dumps(info).encode(), Content_Type="application/json")
+            body = state.files[path.removeprefix(f"/owner/model/resolve/{COMMIT}/")]
+            etag = f'"{list(state.files.values()).index(body):040x}"'
+            return self.answer(body=body, ETag=etag, X_Repo_Commit=COMMIT)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *arguments):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    yield state
+    server.shutdown()
+    server.server_close()
+
+
+def test_hub_source(hub, folder):
+    card = b"---\nlicense: apache-2.0\n---\n"
+    hub.files = {"README.md": card, "model_index.json": b"{}", "vae/weights.safetensors": b"large"}
+    hub.files |= {f"transformer/{file.name}": file.read_bytes() for file in folder.iterdir()}
+
+    source = load_source("owner/model")
+
+    assert (source.origin, source.revision, source.licence) == ("owner/model", COMMIT, "apache-2.0")
+    assert equal_tensors(source.tensors, load_file(folder / WEIGHTS))
+    assert not any("vae" in path for path in hub.requests)
+    assert source.provenance()["revision"] == COMMIT
+
+
+def test_hub_source_is_refused_before_its_weights_come(hub, folder):
+    change_config(folder, _class_name="WanVACETransformer3DModel")
+    hub.files = {f"transformer/{file.name}": file.read_bytes() for file in folder.iterdir()}
+    assert "its control blocks" in refusal("owner/model")
+    assert not any(path.endswith(".safetensors") for path in hub.requests)
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "headers", "reason"),
+    [
+        ("/api/models", 404, {"X_Error_Code": "RepoNotFound"}, "no such model on the Hub; if it is private, log in"),
+        ("/api/models", 401, {"X_Error_Code": "RepoNotFound"}, "no such model on the Hub; if it is private, log in"),
+        (
+            "/api/models",
+            401,
+            {"X_Error_Message": "Invalid credentials in Authorization header"},
+            "the Hub does not accept your token for owner/model; log in again",
+        ),
+        ("/api/models", 404, {"X_Error_Code": "RevisionNotFound"}, "owner/model has no revision 'v9' on the Hub"),
+        ("/owner", 403, {"X_Error_Code": "GatedRepo"}, "owner/model is gated: accept its terms"),
+        ("/owner", 403, {}, "your Hub account may not read owner/model"),
+        ("/api/models", 500, {}, "the Hub answered 500 for owner/model"),
+    ],
+)
+def test_hub_refusals(hub, path, status, headers, reason):
+    hub.files = {"config.json": b"{}"}
+    hub.errors = {path: (status, headers)}
+    message = refusal("owner/model", revision="v9")
+    assert reason in message
+    assert SECRET not in message
+
+
+def test_hub_without_a_network(hub, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert "the Hub cannot be reached" in refusal("owner/model")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE forbids downloads" in refusal("owner/model")
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """An importable folder of modules; `package(name=text)` writes it and returns its name."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(**modules: str) -> str:
+        name = f"plugins_{tmp_path.name.replace('-', '_')}"
+        (tmp_path / name).mkdir()
+        for module, text in {"__init__": "", **modules}.items():
+            (tmp_path / name / f"{module}.py").write_text(text)
+        return name
+
+    return write
+
+
+ITEM = "import types\nITEM = types.SimpleNamespace(name={!r})\n"
+
+
+def test_registry_collects_by_name(package):
+    name = package(one=ITEM.format("b"), two=ITEM.format("a"), helper="VALUE = 1\n")
+    assert list(registry.collect(name, "ITEM")) == ["a", "b"]
+
+
+def test_registry_refuses_duplicates(package):
+    name = package(one=ITEM.format("same"), two=ITEM.format("same"))
+    with pytest.raises(ValueError, match=rf"{name}\.one and {name}\.two both export a ITEM called 'same'"):
+        registry.collect(name, "ITEM")
+
+
+def test_registry_swallows_nothing(package):
+    with pytest.raises(ZeroDivisionError):
+        registry.collect(package(broken="1 / 0\n"), "ITEM")
+
+
+def test_families_are_attributes_of_diffusers():
+    for family in registry.families().values():
+        for model_class in (family.dense_class, family.mla_class):
+            assert getattr(diffusers, model_class.__name__) is model_class
