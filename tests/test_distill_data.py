@@ -32,7 +32,7 @@ def open_latents(folder, heldout=1, **settings):
 
 def test_digits_derive_from_seed_and_index():
     first, again, other = DigitClips(0).example(5), DigitClips(0).example(5), DigitClips(1).example(5)
-    assert first["latents"].shape == (1, 18, 16, 16)
+    assert first["latents"].shape == (1, 16, 16, 16)
     assert first["encoder_hidden_states"].shape == (3, 32)
     assert first["latents"].dtype == torch.float32
     assert torch.equal(first["latents"], again["latents"])
@@ -43,7 +43,7 @@ def test_digits_derive_from_seed_and_index():
 def test_heldout_digits_are_the_same_for_every_seed_and_count():
     clips = open_data(DataConfig(), seed=0).heldout()
     few = open_data(DataConfig(), seed=7).heldout(10)
-    assert clips["latents"].shape == (128, 1, 18, 16, 16)
+    assert clips["latents"].shape == (128, 1, 16, 16, 16)
     assert torch.equal(few["latents"], clips["latents"][:10])
     assert torch.equal(few["encoder_hidden_states"], clips["encoder_hidden_states"][:10])
 

@@ -112,14 +112,14 @@ def environment() -> dict[str, str]:
 
 
 def test_sigkill_at_any_moment(tmp_path):
-    """Killed by the system without a chance to tidy up, somewhere after the tenth step."""
+    """Killed by the system without a chance to tidy up, somewhere after the fifth step."""
     changes = {"steps": 5000, "checkpoint_every": 1, "eval_every": None}
     arguments = [sys.executable, case.__file__, str(tmp_path), "inf", json.dumps(changes)]
     metrics = tmp_path / "whole" / "metrics.jsonl"
     process = subprocess.Popen(arguments, env=environment())
     try:
-        deadline = time.monotonic() + 120
-        while not metrics.exists() or metrics.read_bytes().count(b"\n") < 11:
+        deadline = time.monotonic() + 300
+        while not metrics.exists() or metrics.read_bytes().count(b"\n") < 6:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.001)

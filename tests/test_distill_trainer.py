@@ -12,13 +12,16 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import default_collate
 
 import mla_convert.distill.state as state
 from mla_convert.distill.metrics import Metrics
 from mla_convert.distill.objective import flow_loss
+from mla_convert.distill.order import NOISE, derived_generator
 from mla_convert.distill.progress import progress_bars
 from mla_convert.distill.trainer import run_stage
 from mla_convert.errors import UserError
+from mla_convert.registry import stages
 
 
 def rows(folder):
@@ -75,14 +78,44 @@ def test_stages_of_different_precision_follow_each_other(tmp_path):
     assert plain.heldout_loss == pytest.approx(mixed.heldout_loss, rel=1e-2)
 
 
-def test_accumulation_equals_a_larger_batch_of_the_same_noise(tmp_path):
-    """The data's gradient of one step does not depend on how the clips are cut into micro-batches."""
-    losses = []
-    for name, batch_size, accumulation in (("large", 4, 1), ("small", 2, 2)):
-        case.train(tmp_path / name, steps=1, batch_size=batch_size, grad_accumulation=accumulation, learning_rate=1e-30)
-        losses.append(rows(tmp_path / name)[1])
-    assert losses[0]["lr"] == losses[1]["lr"]
-    assert losses[0]["data_loss"] == pytest.approx(losses[1]["data_loss"], rel=0.2)
+def plain_loop(student, teacher, config):
+    """The same training in plain PyTorch; returns the averaged weights."""
+    names = [name for name, _ in student.named_parameters() if ".attn1." in name]
+    parameters = [student.get_parameter(name) for name in names]
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    stage, data = stages()[config.stage](config), case.Clips()
+    average = [parameter.detach().clone() for parameter in parameters]
+    for step in range(config.steps):
+        for micro in range(2 * step, 2 * step + 2):
+            clips = default_collate([data.example(2 * micro), data.example(2 * micro + 1)])
+            models = {"student": student, "teacher": teacher}
+            loss, _ = stage.loss(models, clips, derived_generator(NOISE, 0, 0, micro))
+            (loss / 2).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        optimizer.step()
+        student.zero_grad()
+        decay = 0.0 if step == 0 else min(config.ema_decay, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for kept, parameter in zip(average, parameters, strict=True):
+                kept.lerp_(parameter, 1 - decay)
+    return dict(zip(names, average, strict=True))
+
+
+def test_it_is_the_plain_loop(tmp_path):
+    changes = {
+        "steps": 4,
+        "grad_accumulation": 2,
+        "schedule": "constant",
+        "warmup_steps": 0,
+        "max_grad_norm": 0.01,
+        "weight_decay": 0.1,
+    }
+    _, weights = case.train(tmp_path, **changes)
+    teacher = case.tiny_model()
+    expected = plain_loop(case.perturbed(teacher), teacher, case.make_config(**changes))
+    # Observed: 4e-7 for weights of order 0.1; attention runs another backend here.
+    error = max((weights[name] - tensor).abs().max().item() for name, tensor in expected.items())
+    assert error < 1e-5
 
 
 def test_only_the_newest_checkpoints_stay(tmp_path):
@@ -118,9 +151,7 @@ class Poisoned(case.Clips):
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     teacher = case.tiny_model()
-    with pytest.raises(
-        UserError, match=r"match_velocity diverged: loss is nan at step 6; the last good .*00003; lower"
-    ):
+    with pytest.raises(UserError, match=r"diverged: loss is nan at step 6; the last good .*00003; lower"):
         run(tmp_path, case.make_config(), case.perturbed(teacher), teacher, Poisoned(10))
     assert [row["step"] for row in rows(tmp_path)] == list(range(6))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]

@@ -72,8 +72,8 @@ def test_ranks_by_layer_give_their_mean() -> None:
     result = plan(geometry, [20, 21, 22, 22], 8)
     assert result.latent_scalars_per_token == 29.25
     assert result.latent_scalars_by_layer == [28, 29, 30, 30]
-    assert result.latent_cache_bytes == sum([28, 29, 30, 30]) * 12 * 16 * 2
-    assert result.seconds_of_context == 12 / 8
+    assert result.latent_cache_bytes == sum([28, 29, 30, 30]) * 10 * 16 * 2
+    assert result.seconds_of_context == 10 / 8
 
 
 @pytest.mark.parametrize(

@@ -54,9 +54,6 @@ def main(args: list[str] | None = None) -> int:
     """Run a command line and return its exit code: 0, 1 failed, 2 bad usage or recipe, 130 interrupted."""
     try:
         code = app(args=args, prog_name="mla-convert", standalone_mode=False)
-    except typer.TyperException as error:
-        print_error(error.format_message())
-        return error.exit_code
     except UserError as error:
         print_error(str(error))
         return error.exit_code
@@ -67,7 +64,11 @@ def main(args: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        if os.environ.get(DEBUG):
+        # Usage errors are click's or Typer's own class, depending on the release.
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+            print_error(error.format_message())
+            return int(error.exit_code)
+        if os.environ.get(DEBUG, "0") != "0":
             raise
         print_error(unexpected(error))
         return 1

@@ -66,13 +66,14 @@ def evaluate(
 def generate(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="An .mp4 or .gif, .safetensors for latents, or a folder.")],
-    prompt: Annotated[str | None, typer.Option(help="Such as '7 at 2,3 moving up-left'.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Such as '7 at 2,1 moving up-left'.")] = None,
     prompt_embeds: Annotated[
         Path | None, typer.Option(help="A .safetensors file with prompt_embeds [L, D], for models with a text encoder.")
     ] = None,
     frames: Annotated[int, typer.Option(min=1, help="Latent frames; any number.")] = 21,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps a chunk.")] = 8,
     shift: Annotated[float | None, typer.Option(min=0, help="Timestep shift; 1 for digits, 5 for Wan.")] = None,
+    guidance_scale: Annotated[float, typer.Option(min=0, help="Classifier-free guidance; 1 for none.")] = 1.0,
     context_noise: Annotated[float, typer.Option(min=0, max=1, help="Noise level of cached chunks.")] = 0.0,
     latent_size: Annotated[str | None, typer.Option(metavar="HxW", help="Latent height and width.")] = None,
     fps: Annotated[int, typer.Option(min=1, help="Frames a second.")] = 8,
@@ -89,6 +90,7 @@ def generate(
         "num_frames": frames,
         "num_inference_steps": steps,
         "context_noise": context_noise,
+        "guidance_scale": guidance_scale,
         "fps": fps,
         "seed": seed,
     }

@@ -65,7 +65,7 @@ class DigitClips:
         self.seed, self.heldout_clips = seed, heldout
 
     def example(self, index: int) -> Batch:
-        """`latents` `[1, 18, 16, 16]` and `encoder_hidden_states` `[3, 32]`."""
+        """`latents` `[1, 16, 16, 16]` and `encoder_hidden_states` `[3, 32]`."""
         clip = sample_batch(1, CLIP_FRAMES, np.random.default_rng((self.seed, index)))
         return {"latents": clip.videos[0], "encoder_hidden_states": clip.embeddings[0]}
 

@@ -20,4 +20,5 @@ class EvaluateConfig(BaseModel):
     long_factor: int = Field(8, ge=0)
     num_inference_steps: int = Field(8, ge=1)
     shift: float = Field(1.0, gt=0)
+    guidance_scale: float = Field(1.0, ge=0)
     seed: int = 0

@@ -141,6 +141,5 @@ def _accuracy(model: Any, config: EvaluateConfig, progress: Callable[[int, int],
     The short rollout is the beginning of the long one: the same noise, fewer chunks.
     """
     lengths = rollout_lengths(config.long_factor)
-    steps = (config.num_inference_steps, config.shift, config.seed)
-    _, right = digit_rollouts(model, config.rollout_prompts, max(lengths.values()), *steps, progress)
+    _, right = digit_rollouts(model, max(lengths.values()), config, progress)
     return {name: float(right[:, frames - 1].float().mean()) for name, frames in lengths.items()}

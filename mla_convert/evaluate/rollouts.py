@@ -11,6 +11,7 @@ from torch import Tensor
 from ..run.stream import stream_chunks
 from ..zoo.digits.classifier import classify
 from ..zoo.digits.data import CLIP_FRAMES, FRAME, all_prompts
+from .config import EvaluateConfig
 
 
 def heldout_prompts(count: int) -> tuple[Tensor, Tensor]:
@@ -22,17 +23,24 @@ def heldout_prompts(count: int) -> tuple[Tensor, Tensor]:
 
 def digit_rollouts(
     model: Any,
-    prompts: int,
     num_frames: int,
-    num_inference_steps: int,
-    shift: float,
-    seed: int,
+    config: EvaluateConfig,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Videos `[N, 1, F, 16, 16]` of held-out prompts and whether each frame shows its class, bool `[N, F]`."""
-    text, classes = heldout_prompts(prompts)
+    text, classes = heldout_prompts(config.rollout_prompts)
     chunks = []
-    rollout = stream_chunks(model, text, num_frames, FRAME, FRAME, num_inference_steps, shift, seed=seed)
+    rollout = stream_chunks(
+        model,
+        text,
+        num_frames,
+        FRAME,
+        FRAME,
+        num_inference_steps=config.num_inference_steps,
+        shift=config.shift,
+        seed=config.seed,
+        guidance_scale=config.guidance_scale,
+    )
     for chunk in rollout:
         chunks.append(chunk.cpu())
         if progress is not None:

@@ -17,7 +17,7 @@ from ..export.checkpoint import load_checkpoint
 from ..files import atomic_file
 from ..recipe.schema import validate
 from ..run.config import GenerateConfig
-from ..run.sample import embed_prompts, load_prompt_embeds, prompt_encoder, rollout
+from ..run.sample import embed_prompts, latent_size, load_prompt_embeds, prompt_encoder, rollout
 from ..run.video import check_suffix, save_video, to_frames
 
 LATENTS = ".safetensors"
@@ -49,6 +49,10 @@ def generate_video(
     else:
         assert prompt_embeds is not None
         embeds = load_prompt_embeds(prompt_embeds, model.config.text_dim)[:1]
+    try:
+        model.token_grid(*latent_size(model.config, config))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     started = time.monotonic()
     chunks = _first_of_batch(rollout(model, embeds, config, lambda done, total: report("generate", done, total)))
     if out.suffix == LATENTS:

@@ -73,6 +73,7 @@ def rollout(
         shift=config.shift,
         context_noise=config.context_noise,
         seed=config.seed,
+        guidance_scale=config.guidance_scale,
     ):
         done += chunk.shape[2]
         if progress is not None:

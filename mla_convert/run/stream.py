@@ -22,16 +22,27 @@ def stream_chunks(
     shift: float = 1.0,
     context_noise: float = 0.0,
     seed: int = 0,
+    guidance_scale: float = 1.0,
+    negative_hidden_states: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Yield latent chunks `[B, C, F, H, W]`, float32, of a rollout of `num_frames` frames.
 
     Every chunk is denoised by `num_inference_steps` Euler steps and then written to the cache by
     one more pass at noise level `context_noise` (Self-Forcing, arXiv 2506.08009, algorithm 1).
+
+    With `guidance_scale` other than 1 every item is denoised a second time with
+    `negative_hidden_states` `[1, L, D]`, zeros by default, and its own half of the cache
+    (classifier-free guidance, arXiv 2207.12598).
     """
     device, dtype = model.device, model.dtype
     batch = encoder_hidden_states.shape[0]
     text = encoder_hidden_states.to(device, dtype)
-    cache = model.init_cache(batch, height, width)
+    guided = guidance_scale != 1
+    if guided:
+        negative = torch.zeros_like(text) if negative_hidden_states is None else negative_hidden_states.to(text)
+        text = torch.cat([text, negative.expand_as(text)])
+    copies = 2 if guided else 1
+    cache = model.init_cache(copies * batch, height, width)
     generator = torch.Generator().manual_seed(seed)
     times = sampling_times(num_inference_steps, shift)
     for start, stop in cache.causal.chunks(num_frames):
@@ -39,13 +50,17 @@ def stream_chunks(
         x = torch.randn(shape, generator=generator).to(device)
         with torch.no_grad():
             for t, t_next in itertools.pairwise(times):
-                timestep = torch.full((batch,), float(t) * NUM_TRAIN_TIMESTEPS, device=device)
-                v = model.forward_chunk(x.to(dtype), timestep, text, cache)
-                x = x + (t_next - t).to(device) * v.float()
-            t_context = torch.full((batch,), context_noise, device=device)
+                timestep = torch.full((copies * batch,), float(t) * NUM_TRAIN_TIMESTEPS, device=device)
+                v = model.forward_chunk(x.to(dtype).repeat(copies, 1, 1, 1, 1), timestep, text, cache).float()
+                if guided:
+                    v, unguided = v.chunk(2)
+                    v = unguided + guidance_scale * (v - unguided)
+                x = x + (t_next - t).to(device) * v
+            t_context = torch.full((batch,), float(context_noise), device=device)
             context = x
             if context_noise > 0:
                 noise = torch.randn(shape, generator=generator).to(device)
                 context = add_noise(x, noise, t_context)
-            model.forward_chunk(context.to(dtype), t_context * NUM_TRAIN_TIMESTEPS, text, cache, write=True)
+            context, t_context = context.to(dtype).repeat(copies, 1, 1, 1, 1), t_context.repeat(copies)
+            model.forward_chunk(context, t_context * NUM_TRAIN_TIMESTEPS, text, cache, write=True)
         yield x

@@ -18,7 +18,7 @@ from torch import Tensor
 FRAME, DIGIT, STEP = 16, 8, 4
 CELLS = (FRAME - DIGIT) // STEP + 1
 TEXT_DIM, TEXT_TOKENS = 32, 3
-CLIP_FRAMES = 18
+CLIP_FRAMES = 16
 CONTRAST = 2.0 / 16.0
 
 _VERTICAL = {"up": -1, "": 0, "down": 1}

@@ -27,7 +27,7 @@ from ...run.stream import stream_chunks
 from .classifier import classify
 from .data import CLIP_FRAMES, FRAME, TEXT_DIM, all_prompts, sample_batch
 
-CAUSAL = {"num_frames_per_block": 3, "window_frames": 12, "sink_frames": 3}
+CAUSAL = {"num_frames_per_block": 3, "window_frames": 10, "sink_frames": 1, "independent_first_frame": True}
 MODEL = {
     "patch_size": (1, 4, 4),
     "num_attention_heads": 6,
@@ -42,6 +42,7 @@ MODEL = {
 NULL_PROMPT_RATE = 0.1
 CONTEXT_NOISE = 0.3
 SHIFT = 3.0
+GUIDANCE = 3.0
 
 
 def heldout_loss(model: CausalWanTransformer3DModel) -> float:
@@ -51,13 +52,14 @@ def heldout_loss(model: CausalWanTransformer3DModel) -> float:
 
 
 def rollout_accuracy(
-    model: CausalWanTransformer3DModel, num_frames: int, rollouts: int = 216, shift: float = SHIFT, steps: int = 8
+    model: CausalWanTransformer3DModel, num_frames: int, rollouts: int = 216, guidance_scale: float = GUIDANCE
 ) -> float:
     """Share of rollouts of held-out prompts whose class the classifier reads in the last frame."""
     pool = all_prompts("heldout")
     chosen = [pool[i % len(pool)] for i in range(rollouts)]
     text = torch.stack([p.embedding() for p in chosen])
-    *_, last = stream_chunks(model, text, num_frames, FRAME, FRAME, num_inference_steps=steps, shift=shift)
+    rollout = stream_chunks(model, text, num_frames, FRAME, FRAME, shift=SHIFT, guidance_scale=guidance_scale)
+    *_, last = rollout
     hits = classify(last)[:, -1] == torch.tensor([p.digit for p in chosen])
     return hits.float().mean().item()
 

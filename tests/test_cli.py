@@ -1,0 +1,355 @@
+"""What the commands print, where they print it, and with which exit code they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from recipe_case import digests, write_recipe, write_teacher
+from safetensors.torch import load_file, save_file
+
+import mla_convert.cli
+from mla_convert import __version__
+from mla_convert.cli import main
+from mla_convert.cli.output import DEBUG
+
+COMMANDS = ["plan", "convert", "distill", "export", "evaluate", "generate", "run", "recipes", "demo"]
+HEAVY = {"torch", "diffusers", "transformers", "accelerate", "matplotlib", "pydantic"}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return write_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="module")
+def recipe(teacher, tmp_path_factory):
+    return str(write_recipe(tmp_path_factory.mktemp("recipe") / "pico.yaml", teacher))
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert main(["run", recipe, "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_debug(monkeypatch):
+    monkeypatch.delenv(DEBUG, raising=False)
+
+
+def call(capsys, *args) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command line."""
+    capsys.readouterr()
+    code = main([str(arg) for arg in args])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def error_line(err: str) -> str:
+    """The one line of an error."""
+    assert "Traceback" not in err
+    line = err.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    assert err.count("error: ") == 1
+    return line.removeprefix("error: ")
+
+
+def test_version_and_help(capsys):
+    assert call(capsys, "--version")[:2] == (0, f"mla-convert {__version__}\n")
+    code, out, _ = call(capsys, "--help")
+    assert code == 0
+    assert all(command in out for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_and_knows_json(capsys, command):
+    code, out, _ = call(capsys, command, "--help")
+    assert code == 0
+    if command == "recipes":
+        code, out, _ = call(capsys, command, "check", "--help")
+    assert "--json" in out
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["recipes", "list"], ["recipes", "show", "demo"]])
+def test_light_commands_import_nothing_heavy(arguments):
+    code = (
+        f"import sys; from mla_convert.cli import main; code = main({arguments!r}); "
+        f"print(code, sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stderr.strip() in ("0 []", "0 ['pydantic']")
+
+
+def test_plan_needs_no_torch():
+    code = "import sys; from mla_convert.cli import main; main(['plan', '--preset', 'digits', '--json']); "
+    code += f"print(sorted({HEAVY - {'pydantic'}!r} & set(sys.modules)), file=sys.stderr)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stderr.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--hlep"], "No such option: --hlep"),
+        (["rnu"], "No such command 'rnu'"),
+        (["run"], "Missing argument 'RECIPE'"),
+        (["run", "nothing-like-it"], "no recipe file or shipped recipe is called 'nothing-like-it'"),
+        (["plan"], "give a SOURCE or --preset, one of the two"),
+        (["plan", "--preset", "wan2.1-t2v-1.3"], "wan2.1-t2v-1.3b"),
+        (["plan", "--preset", "digits", "--frames", "many"], "'many' is not a valid int"),
+        (["recipes", "show", "dmo"], "did you mean demo?"),
+        (["recipes", "check", "demo", "--set", "convert.kv_lora_rnak=3"], "unknown key convert.kv_lora_rnak; did you"),
+        (["run", "demo", "--set", "convert.qk_rope_head_dim=3"], "qk_rope_head_dim must be even"),
+        (["generate", "x", "--out", "x.mp4"], "give --prompt or --prompt-embeds, one of the two"),
+        (["generate", "x", "--out", "x.mp4", "--prompt", "7", "--latent-size", "3"], "'3' is not a size"),
+        (["export", "x", "y", "--max-shard-size", "big"], "max_shard_size"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_2(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(capsys, *arguments)
+    assert message in error_line(err)
+    assert (code, out) == (2, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["export", "nowhere", "out"], "nowhere does not exist"),
+        (["evaluate", "nowhere"], "nowhere does not exist"),
+        (["generate", "nowhere", "--out", "x.mp4", "--prompt", "7"], "nowhere does not exist"),
+        (["plan", "nowhere"], "nowhere does not exist"),
+        (["run", "demo", "--set", "source.model=nowhere"], "nowhere does not exist"),
+    ],
+)
+def test_failure_is_one_line_and_exit_1(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(capsys, *arguments)
+    assert message in error_line(err)
+    assert (code, out) == (1, "")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_bug_is_one_line_with_a_hint_and_a_traceback_on_request(capsys, monkeypatch):
+    def broken(_):
+        raise ZeroDivisionError("division\nby zero")
+
+    monkeypatch.setattr("mla_convert.cli.recipes.find_recipe", broken)
+    code, _, err = call(capsys, "recipes", "show", "demo")
+    assert code == 1
+    assert error_line(err).startswith("ZeroDivisionError: division by zero (unexpected; `mla-convert --debug ...`")
+    with pytest.raises(ZeroDivisionError):
+        main(["--debug", "recipes", "show", "demo"])
+
+
+def test_memory_that_runs_out_is_explained():
+    assert "out of memory; lower the batch sizes" in mla_convert.cli.unexpected(MemoryError())
+
+
+def test_interrupt_is_exit_130(capsys, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mla_convert.cli.recipes.find_recipe", interrupted)
+    code, _, err = call(capsys, "recipes", "show", "demo")
+    assert (code, error_line(err)) == (130, "interrupted")
+
+
+def test_plan_says_the_papers_numbers(capsys):
+    code, out, err = call(capsys, "plan", "--preset", "wan2.1-t2v-1.3b", "--json")
+    plan = json.loads(out)
+    assert (code, err) == (0, "")
+    assert (plan["dense_scalars_per_token"], plan["latent_scalars_per_token"]) == (3072, 224)
+    assert round(100 * plan["reduction"], 1) == 92.7
+    assert round(plan["dense_cache_bytes"] / 1e9, 2) == 6.04
+    assert round(plan["latent_cache_bytes"] / 1e9, 2) == 0.44
+    assert 0 < plan["max_streams_dense"] < plan["max_streams_latent"]
+
+
+def test_plan_options_change_the_plan(capsys):
+    def plan(*options):
+        return json.loads(call(capsys, "plan", "--preset", "wan2.1-t2v-1.3b", "--json", *options)[1])
+
+    assert plan("--frames", "42")["dense_cache_bytes"] == 2 * plan()["dense_cache_bytes"]
+    assert plan("--dtype", "float32")["latent_cache_bytes"] == 2 * plan()["latent_cache_bytes"]
+    assert plan("--kv-lora-rank", "96")["latent_scalars_per_token"] == 128
+    assert plan("--kv-lora-rank", "96", "--qk-rope-head-dim", "0")["latent_scalars_per_token"] == 96
+    assert plan("--gpu", "24GB")["max_streams_latent"] < plan("--gpu", "H100")["max_streams_latent"]
+
+
+def test_plan_reads_a_model(capsys, teacher, finished):
+    dense = json.loads(call(capsys, "plan", teacher, "--kv-lora-rank", "8", "--json")[1])
+    assert (dense["dense_scalars_per_token"], dense["latent_scalars_per_token"]) == (48, 8)
+    latent = json.loads(call(capsys, "plan", finished, "--json")[1])
+    keys = ("dense_scalars_per_token", "latent_scalars_by_layer", "dense_cache_bytes", "tokens_per_frame")
+    assert {key: latent[key] for key in keys} == {key: dense[key] for key in keys}
+    code, _, err = call(capsys, "plan", finished, "--kv-lora-rank", "8")
+    assert code == 2
+    assert "already converted" in error_line(err)
+
+
+def test_recipes_are_listed_shown_copied_and_checked(capsys, tmp_path):
+    listed = json.loads(call(capsys, "recipes", "list", "--json")[1])
+    assert "demo" in [entry["name"] for entry in listed["recipes"]]
+    shown = call(capsys, "recipes", "show", "demo")[1]
+    code, out, _ = call(capsys, "recipes", "copy", "demo", tmp_path, "--json")
+    copy = tmp_path / "demo.yaml"
+    assert (code, json.loads(out)) == (0, {"path": str(copy)})
+    assert copy.read_text() == shown
+
+    code, _, err = call(capsys, "recipes", "copy", "demo", copy)
+    assert code == 1
+    assert "--force" in error_line(err)
+    assert call(capsys, "recipes", "copy", "demo", copy, "--force")[0] == 0
+
+    checked = json.loads(call(capsys, "recipes", "check", copy, "--set", "seed=5", "--json")[1])
+    assert checked["valid"]
+    assert checked["recipe"]["seed"] == 5
+    resolved = call(capsys, "recipes", "check", copy, "--resolved")[1]
+    copy.write_text(resolved)
+    assert call(capsys, "recipes", "check", copy, "--resolved")[1] == resolved
+
+
+def test_run_prints_one_object_with_the_figures(capsys, recipe, finished):
+    code, out, err = call(capsys, "run", recipe, "--out", finished, "--resume", "--json")
+    result = json.loads(out)
+    assert (code, err) == (0, "")
+    assert result["latent_scalars_per_token"] == 8
+    assert {"teacher_loss", "converted_loss", "student_loss", "accuracy", "seconds"} <= result.keys()
+    assert all(os.path.exists(path) for name, path in result["files"].items() if name != "videos")
+    assert len(result["files"]["videos"]) == 1
+
+
+def test_run_prints_a_table(capsys, recipe, finished):
+    code, out, _ = call(capsys, "run", recipe, "--out", finished, "--resume")
+    assert code == 0
+    for words in ("cached scalars a token", "-83.333 %", "held-out loss", "digits recognised", "report.html"):
+        assert words in out
+
+
+def test_demo_goes_on_by_itself(capsys, teacher, tmp_path):
+    sets = [
+        f"source.model={teacher}",
+        "convert.kv_lora_rank=8",
+        "convert.calibration={clips: 2, batch_size: 2}",
+        "distill.0.steps=1",
+        "distill.0.batch_size=1",
+        "evaluate={clips: 2, rollout_prompts: 1, long_factor: 0, num_inference_steps: 1}",
+        "generate={prompts: ['7'], num_frames: 3, num_inference_steps: 1}",
+    ]
+    options = [option for override in sets for option in ("--set", override)]
+    assert main(["convert", "demo", "--out", str(tmp_path / "demo"), *options]) == 0
+    for _ in range(2):
+        code, out, _ = call(capsys, "demo", "--out", tmp_path / "demo", *options)
+        assert code == 0
+        assert "dense teacher" in out
+        assert "samples" in out
+
+
+def test_convert_and_distill_stop_where_they_say(capsys, recipe, tmp_path):
+    folder = tmp_path / "run"
+    code, out, _ = call(capsys, "convert", recipe, "--out", folder, "--json")
+    assert (code, json.loads(out)["model"]) == (0, str(folder / "stages" / "00-convert"))
+    code, out, _ = call(capsys, "distill", recipe, "--out", folder, "--resume", "--json")
+    assert (code, json.loads(out)["model"]) == (0, str(folder / "stages" / "01-match_velocity"))
+    assert not (folder / "checkpoint").exists()
+
+
+def test_export_writes_another_dtype(capsys, finished, tmp_path):
+    code, out, _ = call(capsys, "export", finished, tmp_path / "out", "--dtype", "float32", "--json")
+    assert (code, json.loads(out)["dtype"]) == (0, "float32")
+    assert (tmp_path / "out" / "README.md").exists()
+
+
+def test_evaluate_writes_a_report(capsys, finished, teacher, tmp_path):
+    arguments = ["evaluate", finished, "--out", tmp_path / "report", "--clips", "2", "--rollout-prompts", "0"]
+    code, out, _ = call(capsys, *arguments, "--json")
+    result = json.loads(out)
+    assert code == 0
+    assert result["source"] == str(teacher)
+    assert result["loss_increase"] == pytest.approx(result["student_loss"] / result["teacher_loss"] - 1)
+    assert len(result["attention_rel_error"]) == 2
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"report.json", "report.html"}
+
+    code, out, _ = call(capsys, *arguments, "--teacher", teacher)
+    assert code == 0
+    assert "velocity error" in out
+
+
+def test_evaluate_leaves_the_run_as_it_is(capsys, recipe, finished):
+    before = digests(finished / "checkpoint")
+    assert call(capsys, "evaluate", finished, "--clips", "2", "--rollout-prompts", "0")[0] == 0
+    assert (finished / "evaluation" / "report.html").exists()
+    assert digests(finished / "checkpoint") == before
+
+
+@pytest.mark.parametrize("name", ["video.mp4", "video.gif", "frames", "latents.safetensors"])
+def test_generate_writes_what_the_suffix_says(capsys, finished, tmp_path, name):
+    out_file = tmp_path / name
+    arguments = ["generate", finished, "--prompt", "7 moving up-left", "--frames", "20", "--steps", "1"]
+    code, out, _ = call(capsys, *arguments, "--out", out_file, "--json")
+    result = json.loads(out)
+    assert code == 0
+    assert (result["path"], result["frames"]) == (str(out_file), 20)
+    if name.endswith(".safetensors"):
+        assert load_file(out_file)["latents"].shape == (1, 20, 16, 16)
+    elif name == "frames":
+        assert len(list(out_file.iterdir())) == 20
+    else:
+        assert out_file.stat().st_size > 500
+
+
+def test_generate_from_embeddings_equals_generate_from_the_prompt(capsys, finished, tmp_path):
+    from mla_convert.zoo.digits.data import parse_prompt
+
+    save_file({"prompt_embeds": parse_prompt("3 moving down").embedding()}, tmp_path / "embeds.safetensors")
+    common = ["generate", finished, "--frames", "6", "--steps", "2", "--seed", "3", "--out"]
+    assert call(capsys, *common, tmp_path / "a.mp4", "--prompt", "3 moving down")[0] == 0
+    assert call(capsys, *common, tmp_path / "b.mp4", "--prompt-embeds", tmp_path / "embeds.safetensors")[0] == 0
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--prompt", "seven"], 2, "cannot read the digits prompt 'seven'"),
+        (["--prompt", "7 moving sideways"], 2, "unknown direction 'sideways'"),
+        (["--prompt-embeds", "none.safetensors"], 1, "cannot read prompt embeddings from none.safetensors"),
+        (["--prompt", "7", "--latent-size", "15x16"], 2, "15x16"),
+    ],
+)
+def test_generate_refuses_bad_prompts(capsys, finished, tmp_path, monkeypatch, options, code, message):
+    monkeypatch.chdir(tmp_path)
+    got, _, err = call(capsys, "generate", finished, "--out", "x.mp4", *options)
+    assert message in error_line(err)
+    assert got == code
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_generate_knows_what_it_cannot_write(capsys, finished, tmp_path):
+    code, _, err = call(capsys, "generate", finished, "--prompt", "7", "--out", tmp_path / "x.avi")
+    assert code == 2
+    assert ".mp4, .gif" in error_line(err)
+
+
+def test_sigkill_and_resume_on_the_command_line(recipe, finished, tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "mla_convert", "run", recipe, "--out", str(folder), "--resume", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not (folder / "stages" / "00-convert").exists() and process.poll() is None:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+
+    assert json.loads(done.stdout)["run"] == str(folder)
+    assert digests(folder / "checkpoint") == digests(finished / "checkpoint")

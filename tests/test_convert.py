@@ -1,0 +1,168 @@
+"""The fit is the best there is in its metric, every init works in every layout, and bad input is named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pico
+import pytest
+import torch
+
+from mla_convert.convert.config import ConvertConfig
+from mla_convert.convert.factorize import low_rank_code, second_moment
+from mla_convert.convert.rope_key import complex_pairs, fastest_pairs
+from mla_convert.convert.surgery import convert_model, merge_state
+from mla_convert.errors import UsageError, UserError
+from mla_convert.families.wan import FAMILY
+from mla_convert.mla.rope import HEIGHT, TIME, WIDTH
+
+
+def metric_error(covariance: torch.Tensor, metric: torch.Tensor, product: torch.Tensor) -> float:
+    left = torch.eye(len(product), dtype=product.dtype) - product
+    return float(torch.trace(metric @ left @ covariance @ left.T))
+
+
+@pytest.mark.parametrize("rank", [1, 4, 9])
+def test_no_perturbation_of_the_code_lowers_its_error(rank: int) -> None:
+    generator = torch.Generator().manual_seed(rank)
+    samples = torch.randn(200, 12, generator=generator, dtype=torch.float64) * torch.linspace(3, 0.1, 12)
+    probes = torch.randn(300, 12, generator=generator, dtype=torch.float64) * torch.linspace(0.2, 2, 12)
+    mean, covariance = second_moment(samples)
+    metric = probes.T @ probes / len(probes)
+    code = low_rank_code(covariance, metric, mean, rank)
+    best = metric_error(covariance, metric, code.decoder @ code.encoder)
+    assert best == pytest.approx(code.error() * float(code.energy.sum()), rel=1e-4)
+    for _ in range(50):
+        encoder = code.encoder + 1e-3 * torch.randn(code.encoder.shape, generator=generator, dtype=torch.float64)
+        decoder = code.decoder + 1e-3 * torch.randn(code.decoder.shape, generator=generator, dtype=torch.float64)
+        assert metric_error(covariance, metric, decoder @ encoder) >= best * (1 - 1e-6)
+
+
+def test_a_full_code_is_the_identity_even_where_the_data_is_degenerate() -> None:
+    samples = torch.ones(20, 6, dtype=torch.float64)
+    samples[:, 0] = torch.arange(20)
+    mean, covariance = second_moment(samples)
+    code = low_rank_code(covariance, torch.zeros(6, 6, dtype=torch.float64), mean, 6)
+    torch.testing.assert_close(code.decoder @ code.encoder, torch.eye(6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("init", ["random", "svd", "activation"])
+@pytest.mark.parametrize("variant", pico.VARIANTS, ids=lambda v: f"{v['position']}-{v['own_chunk']}")
+def test_every_init_in_every_layout_runs(variant: dict[str, Any], init: str) -> None:
+    model = pico.convert(pico.dense_model(), init=init, **variant)
+    assert torch.isfinite(model(*pico.inputs(2, 7, 6, 4)).sample).all()
+    assert model.mla.scalars_per_token() == 20
+
+
+def test_activations_beat_weights_and_weights_beat_chance() -> None:
+    dense = pico.dense_model(layers=3)
+    clip = pico.inputs(4, 8, 6, 4, seed=10)
+    expected = dense(*clip).sample
+    errors = {}
+    for init in ("random", "svd", "activation"):
+        model = pico.convert(dense, init=init, position="rotate_on_read", kv_lora_rank=16, own_chunk="latent")
+        errors[init] = float((model(*clip).sample - expected).square().mean())
+    assert errors["activation"] < errors["svd"] < errors["random"]
+
+
+@pytest.mark.parametrize("init", ["svd", "activation"])
+def test_queries_of_full_rank_are_unchanged(init: str) -> None:
+    dense = pico.dense_model()
+    model = pico.convert(dense, init=init, kv_lora_rank=48, q_lora_rank=24)
+    clip = pico.inputs(2, 7, 6, 4)
+    assert pico.relative_error(model(*clip).sample, dense(*clip).sample) < 2e-5
+    assert not any(name.endswith("to_q.weight") and "attn1" in name for name in model.state_dict())
+
+
+def test_the_dense_model_is_left_alone() -> None:
+    dense = pico.dense_model()
+    before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
+    clip = pico.inputs(2, 7, 6, 4)
+    expected = dense(*clip).sample
+    pico.convert(dense, kv_lora_rank=6)
+    for name, tensor in dense.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert torch.equal(dense(*clip).sample, expected)
+
+
+def test_two_conversions_are_the_same_bytes() -> None:
+    first, second = (pico.convert(pico.dense_model(), kv_lora_rank=9).state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_an_unaccounted_tensor_is_an_error() -> None:
+    dense = pico.dense_model()
+    source = dict(dense.state_dict(), stray=torch.zeros(1))
+    with pytest.raises(RuntimeError, match="neither used, kept nor declared dropped: \\['stray'\\]"):
+        merge_state(source, [], dense.state_dict(), False)
+
+
+def test_paper_pairs_are_the_fast_ones_of_each_axis() -> None:
+    axes = (TIME,) * 22 + (HEIGHT,) * 21 + (WIDTH,) * 21
+    assert fastest_pairs(axes, 16) == [*range(6), *range(22, 27), *range(43, 48)]
+
+
+def test_shared_keys_are_not_fewer_than_asked() -> None:
+    key = torch.randn(5, 2, 12)
+    assert torch.equal(torch.view_as_real(complex_pairs(key)).flatten(-2), key.double())
+    with pytest.raises(UsageError, match=r"qk_rope_head_dim 26 is larger than the 24 rotary channels"):
+        pico.convert(pico.dense_model(), position="derived", kv_lora_rank=8, qk_rope_head_dim=26)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kv_lora_rank": 49}, "49 in layer 0 is not between 1 and 48"),
+        ({"kv_lora_rank": 0}, "0 in layer 0 is not between 1 and 48"),
+        ({"kv_lora_rank": [8, 8, 8]}, "lists 3 layers, the model has 2"),
+        ({"q_lora_rank": 25, "kv_lora_rank": 8}, "q_lora_rank 25 is larger than the rank 24"),
+    ],
+)
+def test_impossible_ranks_are_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        pico.convert(pico.dense_model(), **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"position": "decoupled", "qk_rope_head_dim": 5}, "must be even"),
+        ({"position": "decoupled"}, "needs a shared rotary key"),
+        ({"position": "rotate_on_read", "qk_rope_head_dim": 4}, "has no shared rotary key"),
+        ({"position": "twisted"}, "decoupled"),
+    ],
+)
+def test_layouts_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ConvertConfig(**settings)
+
+
+def test_degenerate_calibration_still_converts() -> None:
+    """Fewer tokens than the rank, and a layer whose keys and values are all the same."""
+    dense = pico.dense_model()
+    dense.blocks[0].attn1.to_k.weight.zero_()
+    dense.blocks[0].attn1.to_v.weight.zero_()
+    config = ConvertConfig(kv_lora_rank=40, calibration={"clips": 1, "batch_size": 1, "max_tokens": 8})
+    model = convert_model(FAMILY, dense, config, pico.batches()[:1])
+    assert torch.isfinite(model(*pico.inputs(2, 7, 6, 4)).sample).all()
+
+
+def test_infinite_activations_are_named() -> None:
+    dense = pico.dense_model()
+    dense.blocks[1].attn1.to_v.bias.fill_(float("inf"))
+    with pytest.raises(UserError, match="NaN or infinite values in the value of layer 1"):
+        pico.convert(dense, kv_lora_rank=8)
+
+
+def test_clips_of_one_chunk_cannot_calibrate_an_exact_own_chunk() -> None:
+    config = ConvertConfig(kv_lora_rank=8, own_chunk="exact")
+    with pytest.raises(UserError, match="one chunk long"):
+        convert_model(FAMILY, pico.dense_model(), config, pico.batches(frames=2))
+
+
+def test_mixed_dtypes_are_kept() -> None:
+    dense = pico.dense_model().to(torch.bfloat16)
+    dense.blocks[0].norm2.float()
+    model = pico.convert(dense, kv_lora_rank=8, init="svd")
+    assert model.blocks[0].norm2.weight.dtype is torch.float32
+    assert model.blocks[0].attn1.kv_a_proj.weight.dtype is torch.bfloat16

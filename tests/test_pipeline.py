@@ -1,0 +1,279 @@
+"""A run does its steps in order, once each, and survives being killed."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import shutil
+import time
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from recipe_case import RECIPE, digests, run_recipe, write_teacher
+
+from mla_convert.errors import UsageError, UserError
+from mla_convert.export.checkpoint import load_checkpoint
+from mla_convert.export.manifest import read_manifest, verify_files
+from mla_convert.pipeline import run
+from mla_convert.pipeline import steps as steps_module
+from mla_convert.pipeline.rundir import RunDir
+from mla_convert.recipe.load import parse_recipe
+
+STEPS = ["convert", "distill 01-match_velocity", "evaluate", "export", "samples", "report"]
+# What a run makes, in this order; the moment each appears is a moment to be killed at.
+MILESTONES = [
+    "state.json",
+    "stages/00-convert",
+    "training/01-match_velocity/checkpoints/step-00000002",
+    "training/01-match_velocity/checkpoints/step-00000006",
+    "stages/01-match_velocity",
+    "stages/01-match_velocity/report.json",
+    "checkpoint",
+    "samples",
+    "metrics.jsonl",
+    "report.json",
+]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return write_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+def recipe(teacher: Path, *overrides: str):
+    return parse_recipe(RECIPE.format(teacher=teacher), overrides)
+
+
+@pytest.fixture(scope="module")
+def finished(teacher, tmp_path_factory):
+    """A run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    run(recipe(teacher), folder)
+    return folder
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the finished run that a test may change."""
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def state(folder: Path) -> dict:
+    return json.loads((folder / "state.json").read_text())
+
+
+def test_run_folder_has_what_the_contract_says(finished):
+    names = {path.name for path in finished.iterdir()}
+    files = {"recipe.resolved.yaml", "state.json", "metrics.jsonl", "report.json", "report.html"}
+    assert names == files | {"checkpoint", "samples", "stages", "training"}
+    assert list(state(finished)["steps"]) == STEPS
+    assert state(finished)["finished"]
+    assert {path.suffix for path in (finished / "samples").iterdir()} == {".mp4", ".safetensors"}
+    assert not list(finished.rglob("*.tmp"))
+    assert not list(finished.glob("training/*/checkpoints"))
+
+
+def test_resolved_recipe_gives_the_same_recipe(teacher, finished):
+    assert parse_recipe((finished / "recipe.resolved.yaml").read_text()) == recipe(teacher)
+
+
+def test_checkpoint_is_a_diffusers_model_with_its_manifest(teacher, finished):
+    folder = finished / "checkpoint"
+    manifest = read_manifest(folder)
+
+    verify_files(folder, manifest)
+    model = diffusers.MLAWanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=torch.bfloat16)
+
+    assert model.mla.kv_lora_rank == (8, 8)
+    assert manifest["prompt_encoder"] == "digits"
+    assert manifest["source"]["model"] == str(teacher)
+    assert manifest["recipe"] == recipe(teacher).model_dump(mode="json")
+    assert "Measured" in (folder / "README.md").read_text()
+
+
+def test_report_has_the_contracts_keys(finished):
+    report = json.loads((finished / "report.json").read_text())
+    assert report["dense_scalars_per_token"] == 48
+    assert report["latent_scalars_per_token"] == 8
+    assert report["reduction"] == pytest.approx(1 - 8 / 48)
+    assert report["dense_cache_bytes"] == 6 * report["latent_cache_bytes"]
+    assert {"teacher_loss", "converted_loss", "student_loss", "loss_increase"} <= report.keys()
+    assert len(report["attention_rel_error"]) == 2
+    assert report["accuracy"].keys() == {"teacher", "student"}
+    assert set(report["seconds"]) == {*STEPS[:-1], "total"}
+    assert [row["step"] for row in report["curves"]] == list(range(7))
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert rows == report["curves"]
+
+
+def test_checkpoint_holds_no_time_and_no_place(finished):
+    for path in (finished / "checkpoint").rglob("*"):
+        if path.suffix in (".json", ".md"):
+            text = path.read_text()
+            assert "seconds" not in text
+            assert str(finished) not in text
+
+
+def test_run_again_says_that_it_is_finished(teacher, finished):
+    with pytest.raises(UserError, match=r"is finished; continue it with --resume or give another --out"):
+        run(recipe(teacher), finished)
+
+
+def test_resume_of_a_finished_run_changes_nothing(teacher, copied):
+    before = digests(copied)
+    run(recipe(teacher), copied, resume=True)
+    assert digests(copied) == before
+
+
+def test_another_recipe_is_refused_by_the_key_that_differs(teacher, copied):
+    before = digests(copied)
+    with pytest.raises(UsageError, match=r"another recipe: distill\.0\.learning_rate is 0\.001 .* and 0\.002"):
+        run(recipe(teacher, "distill.0.learning_rate=2e-3"), copied, resume=True)
+    assert digests(copied) == before
+
+
+@pytest.mark.parametrize(
+    ("damaged", "redone"),
+    [
+        ("checkpoint/transformer/config.json", ["export", "samples", "report"]),
+        ("report.html", ["report"]),
+    ],
+)
+def test_changed_output_is_made_again(teacher, finished, copied, damaged, redone):
+    (copied / damaged).write_text("{}")
+    ended = {name: step["ended"] for name, step in state(copied)["steps"].items()}
+    folder = RunDir(copied, recipe(teacher), resume=True)
+    try:
+        assert folder.verify(STEPS) == redone[0]
+        assert [step for step in ended if not folder.is_done(step)] == redone
+    finally:
+        folder.close()
+
+    run(recipe(teacher), copied, resume=True)
+
+    assert digests(copied / "checkpoint") == digests(finished / "checkpoint")
+    assert state(copied)["finished"]
+
+
+def test_parts_of_a_run_make_the_whole(teacher, finished, tmp_path):
+    folder = tmp_path / "run"
+    converted = run(recipe(teacher), folder, until="convert")
+    assert list(state(folder)["steps"]) == STEPS[:1]
+    assert converted.model == folder / "stages" / "00-convert"
+    load_checkpoint(converted.model)
+
+    with pytest.raises(UserError, match="was started before; continue it with --resume"):
+        run(recipe(teacher), folder, until="distill")
+    run(recipe(teacher), folder, resume=True, until="distill")
+    assert list(state(folder)["steps"]) == STEPS[:2]
+    assert not state(folder)["finished"]
+
+    run(recipe(teacher), folder, resume=True)
+    assert digests(folder / "checkpoint") == digests(finished / "checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("generate.prompts=[hello]", r"generate\.prompts: cannot read the digits prompt 'hello'"),
+        ("source.model=/nowhere", r"/nowhere does not exist"),
+    ],
+)
+def test_what_cannot_work_leaves_no_folder(teacher, tmp_path, override, message):
+    with pytest.raises(UserError, match=message):
+        run(recipe(teacher, override), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_impossible_rank_is_refused_and_the_folder_can_be_used(teacher, tmp_path):
+    with pytest.raises(UsageError, match=r"kv_lora_rank"):
+        run(recipe(teacher, "convert.kv_lora_rank=49"), tmp_path / "run")
+    assert state(tmp_path / "run")["steps"] == {}
+    run(recipe(teacher), tmp_path / "run", until="convert")
+
+
+def test_failed_step_keeps_what_was_done(teacher, tmp_path, monkeypatch):
+    def full(*_):
+        raise UserError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps_module, "evaluate", full)
+        with pytest.raises(UserError, match="the disk is full"):
+            run(recipe(teacher), tmp_path / "run")
+    assert list(state(tmp_path / "run")["steps"]) == STEPS[:2]
+
+
+def test_foreign_folder_is_refused(teacher, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="is not a run folder of mla-convert"):
+        run(recipe(teacher), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_two_processes_do_not_share_a_folder(teacher, tmp_path):
+    first = RunDir(tmp_path / "run", recipe(teacher), resume=False)
+    try:
+        with pytest.raises(UserError, match="another process is working in"):
+            RunDir(tmp_path / "run", recipe(teacher), resume=False)
+    finally:
+        first.close()
+
+
+@pytest.fixture(scope="module")
+def server():
+    """Starts processes that have imported everything already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["recipe_case", "mla_convert.pipeline"])
+    return context
+
+
+def start(server, teacher: Path, folder: Path):
+    process = server.Process(target=run_recipe, args=(teacher, folder))
+    process.start()
+    return process
+
+
+def finish(server, teacher: Path, folder: Path) -> None:
+    process = start(server, teacher, folder)
+    process.join()
+    assert process.exitcode == 0, (folder.parent / "stderr.txt").read_text()
+
+
+def test_killed_at_every_milestone_ends_with_the_same_bytes(server, teacher, finished, tmp_path):
+    folder = tmp_path / "run"
+    for milestone in MILESTONES:
+        process = start(server, teacher, folder)
+        while not (folder / milestone).exists() and process.is_alive():
+            time.sleep(0.0005)
+        process.kill()
+        process.join()
+        assert process.exitcode in (-9, 0), (tmp_path / "stderr.txt").read_text()
+    finish(server, teacher, folder)
+
+    assert digests(folder / "checkpoint") == digests(finished / "checkpoint")
+    assert digests(folder / "samples") == digests(finished / "samples")
+    assert (folder / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_killed_at_any_moment_ends_with_the_same_bytes(server, teacher, finished, tmp_path):
+    whole = sum(step["seconds"] for step in state(finished)["steps"].values())
+    moments = random.Random(0)
+    folder = tmp_path / "run"
+    killed = 0
+    while killed < 6:
+        process = start(server, teacher, folder)
+        process.join(timeout=moments.uniform(0, whole / 2))
+        if not process.is_alive():
+            break
+        process.kill()
+        process.join()
+        killed += 1
+    finish(server, teacher, folder)
+
+    assert killed > 0
+    assert digests(folder / "checkpoint") == digests(finished / "checkpoint")

@@ -1,0 +1,240 @@
+"""A recipe says what it means or is refused in one line that names the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from recipe_case import RECIPE
+
+from mla_convert.errors import UsageError
+from mla_convert.recipe.load import apply_override, first_difference, load_recipe, parse_recipe
+from mla_convert.recipe.reader import read_yaml
+from mla_convert.recipe.schema import Recipe
+from mla_convert.recipe.shipped import describe_recipe, find_recipe, shipped_recipes
+
+TEXT = RECIPE.format(teacher="zoo:digits")
+
+
+def refusal(text: str, *overrides: str) -> str:
+    with pytest.raises(UsageError) as caught:
+        parse_recipe(text, overrides)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1E5", 1e5),
+        (".5", 0.5),
+        ("-1.", -1.0),
+        ("5.0e-06", 5e-6),
+        (".inf", float("inf")),
+        ("-.INF", float("-inf")),
+        ("010", 10),
+        ("0o10", 8),
+        ("0x1F", 31),
+        ("-7", -7),
+        ("1_000", "1_000"),
+        ("1:30", "1:30"),
+        ("2024-01-01", "2024-01-01"),
+        ("yes", "yes"),
+        ("No", "No"),
+        ("on", "on"),
+        ("true", True),
+        ("FALSE", False),
+        ("null", None),
+        ("~", None),
+        ("", None),
+        ("'1e-4'", "1e-4"),
+        ("<<", "<<"),
+    ],
+)
+def test_scalars_are_those_of_yaml_1_2(text, value):
+    read = read_yaml(text)
+    assert read == value
+    assert type(read) is type(value)
+
+
+def test_anchors_work_and_nothing_is_constructed():
+    assert read_yaml("a: &x [1, 2]\nb: *x") == {"a": [1, 2], "b": [1, 2]}
+    with pytest.raises(UsageError, match="could not determine a constructor"):
+        read_yaml("!!python/object/apply:os.system [true]")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\nb: 2\na: 3", "line 3: key 'a' was already given in line 1; remove one"),
+        ("a:\n  b: 1\n  b: 1", "line 3: key 'b' was already given in line 2; remove one"),
+        ("1: a", "line 1: key '1' is not a string; put it in quotes"),
+        ("? [a]\n: b", "is not a string"),
+        ("a: [1", "line 1: not valid YAML"),
+        ("a: b: c", "line 1: not valid YAML: mapping values are not allowed here"),
+        ("\tx: 1", "not valid YAML"),
+        ("a: 1\n---\nb: 1", "not valid YAML"),
+    ],
+)
+def test_bad_yaml_is_refused_with_its_line(text, message):
+    with pytest.raises(UsageError) as caught:
+        read_yaml(text)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("nme=x", "unknown key nme; did you mean name?"),
+        ("convert.kv_lora_rnak=3", "unknown key convert.kv_lora_rnak; did you mean kv_lora_rank?"),
+        ("convert.calibration.clisp=3", "unknown key convert.calibration.clisp; did you mean clips?"),
+        ("distill.0.learning_rat=1", "unknown key distill.0.learning_rat; did you mean learning_rate?"),
+        ("causal.window=3", "unknown key causal.window; did you mean window_frames?"),
+        ("source.qqq=3", "unknown key source.qqq; valid here: model, subfolder, revision, dtype"),
+        ("name=3", "name: expected a string, got 3 (an integer)"),
+        ("seed=true", "seed: expected an integer, got true (a boolean)"),
+        ("seed='1'", "seed: expected an integer, got '1' (a string)"),
+        ("seed=1.5", "seed: expected an integer, got 1.5 (a number)"),
+        ("seed=null", "seed: expected an integer, got nothing (null)"),
+        ("convert=[1]", "convert: expected a section of keys, got a list"),
+        ("convert.keep_residual=yes", "convert.keep_residual: expected true or false, got 'yes' (a string)"),
+        ("convert.kv_lora_rank=x", "convert.kv_lora_rank: expected an integer or a list, got 'x' (a string)"),
+        ("convert.kv_lora_rank=[8, x]", "convert.kv_lora_rank.1: expected an integer, got 'x' (a string)"),
+        ("convert.position=decopled", "did you mean decoupled?"),
+        ("convert.position=derivd", "did you mean derived?"),
+        ("convert.qk_rope_head_dim=3", "convert: qk_rope_head_dim must be even"),
+        ("distill.0.learning_rate=fast", "distill.0.learning_rate: expected a number, got 'fast' (a string)"),
+        ("distill.0.steps=0", "distill.0.steps: input should be greater than or equal to 1, got 0"),
+        ("distill.0.stage=match_velocty", "no stage is called 'match_velocty'; did you mean match_velocity?"),
+        ("distill.0=3", "distill.0: expected a section of keys, got 3 (an integer)"),
+        ("distill=3", "distill: expected a list, got 3 (an integer)"),
+        ("causal={window_frames: 2}", "causal: window_frames=2 cannot hold sink_frames=0"),
+        ("version=2", "version: expected 1, got 2"),
+        ("source={}", "missing key source.model"),
+        ("distill=[{}]", "missing key distill.0.stage; one of match_velocity"),
+        ("generate.prompts=7", "generate.prompts: expected a list, got 7 (an integer)"),
+    ],
+)
+def test_wrong_recipe_is_refused_by_key(override, message):
+    assert message in refusal(TEXT, override)
+
+
+def test_unknown_key_is_named_before_the_one_it_hides():
+    text = TEXT.replace("  model: zoo", "  modle: zoo")
+    assert refusal(text) == "unknown key source.modle; did you mean model? (and 1 more)"
+
+
+@pytest.mark.parametrize("text", ["", "- 1", "recipe", "3"])
+def test_recipe_is_a_mapping(text):
+    assert "mapping of sections" in refusal(text)
+
+
+def test_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(UsageError, match=r"cannot read recipe .*none\.yaml: No such file"):
+        load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match=r"bad\.yaml: it is not UTF-8"):
+        load_recipe(tmp_path / "bad.yaml")
+    (tmp_path / "key.yaml").write_text(TEXT + "sed: 1\n")
+    with pytest.raises(UsageError, match=r"key\.yaml: unknown key sed; did you mean seed\?"):
+        load_recipe(tmp_path / "key.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("seed=3", ("seed",), 3),
+        ("distill.0.learning_rate=1e-4", ("distill", 0, "learning_rate"), 1e-4),
+        ("convert.kv_lora_rank=[4, 5]", ("convert", "kv_lora_rank"), [4, 5]),
+        ("causal.window_frames=9", ("causal", "window_frames"), 9),
+        ("name=a=b", ("name",), "a=b"),
+        ("source.model=", ("source", "model"), None),
+        ("distill.0.betas=[0.9, 0.95]", ("distill", 0, "betas"), [0.9, 0.95]),
+    ],
+)
+def test_override_sets_a_key(override, path, value):
+    recipe = read_yaml(TEXT)
+    apply_override(recipe, override)
+    for key in path:
+        recipe = recipe[key]
+    assert recipe == value
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed", "is not of the form key.path=value"),
+        ("=3", "is not of the form key.path=value"),
+        ("a..b=3", "is not of the form key.path=value"),
+        ("seed.x=3", "seed is not a section, it has no key 'x'"),
+        ("distill.1.steps=3", "distill has entries 0 to 0, not '1'"),
+        ("distill.first.steps=3", "distill has entries 0 to 0, not 'first'"),
+        ("seed=[", "--set seed: line 1: not valid YAML"),
+    ],
+)
+def test_bad_override_is_refused(override, message):
+    assert message in refusal(TEXT + "seed: 1\n", override)
+
+
+def test_stage_is_validated_as_its_own_class():
+    (stage,) = parse_recipe(TEXT, ["distill.0.copies=2"]).distill
+    assert type(stage).__name__ == "MatchVelocityConfig"
+    assert (stage.stage, stage.copies) == ("match_velocity", 2)
+
+
+def test_dump_is_complete_deterministic_and_read_back():
+    recipe = parse_recipe(TEXT, ["distill.0.learning_rate=1e-5", "causal={}"])
+    again = parse_recipe(recipe.dump())
+    assert again == recipe
+    assert again.dump() == recipe.dump()
+    assert again.sha256() == recipe.sha256()
+    assert yaml.safe_load(recipe.dump()).keys() == Recipe.model_fields.keys()
+    assert "teacher_weight: 1.0" in recipe.dump()
+
+
+def test_order_of_keys_does_not_matter():
+    lines = read_yaml(TEXT)
+    turned = yaml.safe_dump(dict(reversed(list(lines.items()))), sort_keys=False)
+    assert parse_recipe(turned).sha256() == parse_recipe(TEXT).sha256()
+    assert parse_recipe(TEXT, ["seed=1"]).sha256() != parse_recipe(TEXT).sha256()
+
+
+def test_first_difference_names_the_key():
+    old = parse_recipe(TEXT).model_dump(mode="json")
+    assert first_difference(old, old) is None
+    new = parse_recipe(TEXT, ["distill.0.steps=7"]).model_dump(mode="json")
+    assert first_difference(old, new) == ("distill.0.steps", 6, 7)
+    fewer = parse_recipe(TEXT, ["distill=[]"]).model_dump(mode="json")
+    assert first_difference(old, fewer)[0] == "distill"
+
+
+@pytest.mark.parametrize("path", shipped_recipes().values(), ids=lambda path: path.stem)
+def test_shipped_recipe_is_valid(path):
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    assert describe_recipe(path)
+
+
+def test_paper_recipe_is_the_papers():
+    convert = load_recipe(find_recipe("wan2.1-1.3b-paper")).convert
+    assert (convert.position, convert.init) == ("decoupled", "svd")
+    assert (convert.kv_lora_rank, convert.qk_rope_head_dim, convert.q_lora_rank) == (192, 32, 768)
+
+
+def test_demo_is_at_the_papers_ratio():
+    convert = load_recipe(find_recipe("demo")).convert
+    assert convert.kv_lora_rank / (2 * 6 * 32) == pytest.approx(224 / 3072)
+
+
+def test_recipe_is_found_by_name_or_path(tmp_path):
+    assert find_recipe("demo").name == "demo.yaml"
+    own = tmp_path / "own.yaml"
+    own.write_text(TEXT)
+    assert find_recipe(str(own)) == own
+    with pytest.raises(UsageError, match=r"called 'dmo'; did you mean demo\?"):
+        find_recipe("dmo")
+    assert all(isinstance(path, Path) and path.is_file() for path in shipped_recipes().values())
