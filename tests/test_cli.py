@@ -103,7 +103,7 @@ def test_plan_needs_no_torch():
         (["run", "nothing-like-it"], "no recipe file or shipped recipe is called 'nothing-like-it'"),
         (["plan"], "give a SOURCE or --preset, one of the two"),
         (["plan", "--preset", "wan2.1-t2v-1.3"], "wan2.1-t2v-1.3b"),
-        (["plan", "--preset", "digits", "--frames", "many"], "'many' is not a valid int"),
+        (["plan", "--preset", "digits", "--frames", "many"], "Invalid value for '--frames'"),
         (["recipes", "show", "dmo"], "did you mean demo?"),
         (["recipes", "check", "demo", "--set", "convert.kv_lora_rnak=3"], "unknown key convert.kv_lora_rnak; did you"),
         (["run", "demo", "--set", "convert.qk_rope_head_dim=3"], "qk_rope_head_dim must be even"),

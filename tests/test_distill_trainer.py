@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import default_collate
 
 import mla_convert.distill.state as state
@@ -112,10 +113,13 @@ def test_it_is_the_plain_loop(tmp_path):
     }
     _, weights = case.train(tmp_path, **changes)
     teacher = case.tiny_model()
-    expected = plain_loop(case.perturbed(teacher), teacher, case.make_config(**changes))
-    # Observed: 4e-7 for weights of order 0.1; attention runs another backend here.
+    # Adam turns the rounding of another attention backend into whole steps where the gradient is near zero.
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = plain_loop(case.perturbed(teacher), teacher, case.make_config(**changes))
+    # Observed: OBS for weights of order 0.1.
     error = max((weights[name] - tensor).abs().max().item() for name, tensor in expected.items())
-    assert error < 1e-5
+    print("OBS", error)
+    assert error < 1e-6
 
 
 def test_only_the_newest_checkpoints_stay(tmp_path):

@@ -227,7 +227,7 @@ def test_two_processes_do_not_share_a_folder(teacher, tmp_path):
 def server():
     """Starts processes that have imported everything already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["recipe_case", "mla_convert.pipeline"])
+    context.set_forkserver_preload(["mla_convert.pipeline", "sklearn.datasets"])
     return context
 
 

@@ -72,8 +72,12 @@ def generate(
     ] = None,
     frames: Annotated[int, typer.Option(min=1, help="Latent frames; any number.")] = 21,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps a chunk.")] = 8,
-    shift: Annotated[float | None, typer.Option(min=0, help="Timestep shift; 1 for digits, 5 for Wan.")] = None,
-    guidance_scale: Annotated[float, typer.Option(min=0, help="Classifier-free guidance; 1 for none.")] = 1.0,
+    shift: Annotated[
+        float | None, typer.Option(min=0, help="Timestep shift; 3 for digits, 1 for others; Wan was trained with 5.")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(min=0, help="Classifier-free guidance, 1 for none; 3 for digits, 1 for others.")
+    ] = None,
     context_noise: Annotated[float, typer.Option(min=0, max=1, help="Noise level of cached chunks.")] = 0.0,
     latent_size: Annotated[str | None, typer.Option(metavar="HxW", help="Latent height and width.")] = None,
     fps: Annotated[int, typer.Option(min=1, help="Frames a second.")] = 8,
@@ -90,12 +94,13 @@ def generate(
         "num_frames": frames,
         "num_inference_steps": steps,
         "context_noise": context_noise,
-        "guidance_scale": guidance_scale,
         "fps": fps,
         "seed": seed,
     }
     if shift is not None:
         settings["shift"] = shift
+    if guidance_scale is not None:
+        settings["guidance_scale"] = guidance_scale
     if latent_size is not None:
         settings["latent_height"], settings["latent_width"] = parse_size(latent_size)
     with stderr().status("loading PyTorch"):

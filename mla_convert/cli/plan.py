@@ -45,9 +45,8 @@ def plan(
     if preset is not None:
         known = find_preset(preset)
         geometry = known.geometry
-        if rows is None:
-            rows = known.kv_lora_rank
-            qk_rope_head_dim = known.qk_rope_head_dim if qk_rope_head_dim is None else qk_rope_head_dim
+        rows = known.kv_lora_rank if rows is None else rows
+        qk_rope_head_dim = known.qk_rope_head_dim if qk_rope_head_dim is None else qk_rope_head_dim
     else:
         assert source is not None
         geometry, cached = _read(source, latent_size)

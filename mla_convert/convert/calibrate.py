@@ -124,8 +124,9 @@ class _Recorder:
         item, row = torch.arange(batch).view(-1, 1, 1), torch.arange(len(rows)).view(1, -1, 1)
         p = weights[item, row, :, drawn] * importance.unsqueeze(-1)
         deviation = values[item, drawn] - out[item, row]
-        z = torch.randn(*drawn.shape, layer.out_features, generator=self.generator)
-        pulled = (z @ layer.to_out[0].weight.float()).unflatten(-1, (layer.heads, -1))
+        output: Any = layer.to_out[0]
+        z = torch.randn(*drawn.shape, output.out_features, generator=self.generator)
+        pulled = (z @ output.weight.float()).unflatten(-1, (layer.heads, -1))
         gain = p * (pulled * deviation).sum(-1) * layer.scale
         relative = q_rotations[row] * rotations[drawn].conj()
         return (

@@ -217,7 +217,7 @@ class DenseSelfAttention(CausalSelfAttention):
     def __init__(self, dim: int, heads: int, head_dim: int, eps: float, layer: int) -> None:
         super().__init__()
         inner = heads * head_dim
-        self.heads, self.head_dim, self.layer, self.out_features = heads, head_dim, layer, dim
+        self.heads, self.head_dim, self.layer = heads, head_dim, layer
         self.scale = head_dim**-0.5
         self.to_q = nn.Linear(dim, inner)
         self.to_k = nn.Linear(dim, inner)

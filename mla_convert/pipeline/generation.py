@@ -17,8 +17,9 @@ from ..export.checkpoint import load_checkpoint
 from ..files import atomic_file
 from ..recipe.schema import validate
 from ..run.config import GenerateConfig
-from ..run.sample import embed_prompts, latent_size, load_prompt_embeds, prompt_encoder, rollout
+from ..run.sample import DIGITS, embed_prompts, latent_size, load_prompt_embeds, prompt_encoder, rollout
 from ..run.video import check_suffix, save_video, to_frames
+from ..zoo.digits.data import GUIDANCE, SHIFT
 
 LATENTS = ".safetensors"
 
@@ -34,16 +35,20 @@ def generate_video(
 ) -> dict[str, Any]:
     """Roll the model in `folder` out for one prompt, or for its embeddings, and write `out`.
 
-    `settings` are keys of GenerateConfig. A `.safetensors` file gets the latents `[C, F, H, W]`
+    `settings` are keys of GenerateConfig; what is left out is what the model was trained for where
+    that is known. A `.safetensors` file gets the latents `[C, F, H, W]`
     under `latents`; everything else is a picture, which needs a model of pixels. Raises UserError.
     """
-    config = validate(GenerateConfig, dict(settings))
+    validate(GenerateConfig, dict(settings))
     if out.suffix != LATENTS:
         check_suffix(out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_checkpoint(folder, None if dtype is None else getattr(torch, dtype), device)
     if out.suffix != LATENTS and model.config.out_channels not in (1, 3):
         raise UsageError(f"the model makes latents and has no VAE here; write them to {out.with_suffix(LATENTS)}")
+    if prompt_encoder(model.config) == DIGITS:
+        settings = {"shift": SHIFT, "guidance_scale": GUIDANCE, **settings}
+    config = validate(GenerateConfig, dict(settings))
     if prompt is not None:
         embeds = embed_prompts([prompt], prompt_encoder(model.config))
     else:

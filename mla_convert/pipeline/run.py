@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from rich.console import Console
 
 from ..distill.progress import progress_bars
@@ -39,7 +42,7 @@ def run(
     run every process calls this; the first one does what is not training. Raises UserError in one
     line; what was done before stays.
     """
-    processes = PartialState()
+    processes = _processes()
     steps = _up_to(steps_of(recipe), until)
     model = path / STAGES / stage_names(recipe)[sum(step.everywhere for step in steps)]
     if not processes.is_main_process:
@@ -55,26 +58,43 @@ def run(
         folder.close()
 
 
+def _processes() -> PartialState:
+    """This process among those of its launcher; Accelerate takes several on a CPU only when told so."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or (several and not torch.accelerator.is_available())
+    return PartialState(cpu=on_cpu)
+
+
 def _lead(recipe: Recipe, folder: RunDir, steps: list[Step], processes: PartialState, console: Console) -> None:
     """The first process: check, do every step that is not done, and record it."""
     stale = folder.verify(step.name for step in steps_of(recipe))
     if stale:
         console.print(f"the output of {stale} is not what was written; it is made again")
-    with progress_bars(console) as report:
-        context = Context(recipe, folder.path, report)
-        if any(not folder.is_done(step.name) for step in steps):
-            check_inputs(context)
+    pending = [step for step in steps if not folder.is_done(step.name)]
+    for step in steps:
+        if step not in pending:
+            _discard_scratch(folder, step)
+    if not pending:
         folder.begin()
         processes.wait_for_everyone()
-        for step in steps:
-            if not folder.is_done(step.name):
-                context.seconds = folder.seconds
-                started = time.monotonic()
-                step.action(context)
-                processes.wait_for_everyone()
-                folder.mark_done(step.name, step.paths, time.monotonic() - started)
-            if step.scratch is not None:
-                shutil.rmtree(folder.path / step.scratch, ignore_errors=True)
+        return
+    with progress_bars(console) as report:
+        context = Context(recipe, folder.path, report)
+        check_inputs(context)
+        folder.begin()
+        processes.wait_for_everyone()
+        for step in pending:
+            context.seconds = folder.seconds
+            started = time.monotonic()
+            step.action(context)
+            processes.wait_for_everyone()
+            folder.mark_done(step.name, step.paths, time.monotonic() - started)
+            _discard_scratch(folder, step)
+
+
+def _discard_scratch(folder: RunDir, step: Step) -> None:
+    if step.scratch is not None:
+        shutil.rmtree(folder.path / step.scratch, ignore_errors=True)
 
 
 def _help(recipe: Recipe, path: Path, steps: list[Step], processes: PartialState) -> None:

@@ -20,6 +20,7 @@ CELLS = (FRAME - DIGIT) // STEP + 1
 TEXT_DIM, TEXT_TOKENS = 32, 3
 CLIP_FRAMES = 16
 CONTRAST = 2.0 / 16.0
+SHIFT, GUIDANCE = 3.0, 3.0
 
 _VERTICAL = {"up": -1, "": 0, "down": 1}
 _HORIZONTAL = {"left": -1, "": 0, "right": 1}

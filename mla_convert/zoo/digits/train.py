@@ -23,9 +23,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ...distill.data import DigitClips
 from ...distill.objective import flow_loss, teacher_forcing_loss
 from ...families.wan import CausalWanTransformer3DModel
+from ...files import write_json
 from ...run.stream import stream_chunks
 from .classifier import classify
-from .data import CLIP_FRAMES, FRAME, TEXT_DIM, all_prompts, sample_batch
+from .data import CLIP_FRAMES, FRAME, GUIDANCE, SHIFT, TEXT_DIM, all_prompts, sample_batch
 
 CAUSAL = {"num_frames_per_block": 3, "window_frames": 10, "sink_frames": 1, "independent_first_frame": True}
 MODEL = {
@@ -41,8 +42,6 @@ MODEL = {
 }
 NULL_PROMPT_RATE = 0.1
 CONTEXT_NOISE = 0.3
-SHIFT = 3.0
-GUIDANCE = 3.0
 
 
 def heldout_loss(model: CausalWanTransformer3DModel) -> float:
@@ -62,6 +61,15 @@ def rollout_accuracy(
     *_, last = rollout
     hits = classify(last)[:, -1] == torch.tensor([p.digit for p in chosen])
     return hits.float().mean().item()
+
+
+def save_teacher(model: Any, folder: Path) -> None:
+    """Write a stock `WanTransformer3DModel` folder whose configuration also says how it streams (`causal`)."""
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("_name_or_path", None)
+    write_json(folder / "config.json", {**config, "_class_name": "WanTransformer3DModel"})
+    (folder / "diffusion_pytorch_model.safetensors").chmod(0o644)
 
 
 def make_optimizers(model: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]:
@@ -147,7 +155,7 @@ def main() -> None:
             log.write(json.dumps(row) + "\n")
             log.flush()
             print(row, flush=True)
-            ema.save_pretrained(args.out / "transformer")
+            save_teacher(ema, args.out / "transformer")
             state = {
                 "model": model.state_dict(),
                 "average": average.state_dict(),
