@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -150,8 +151,10 @@ def test_bug_is_one_line_with_a_hint_and_a_traceback_on_request(capsys, monkeypa
         main(["--debug", "recipes", "show", "demo"])
 
 
-def test_memory_that_runs_out_is_explained():
+def test_what_runs_out_is_explained():
     assert "out of memory; lower the batch sizes" in mla_convert.cli.unexpected(MemoryError())
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x")
+    assert "the disk is full: cannot write runs/x" in mla_convert.cli.unexpected(full)
 
 
 def test_interrupt_is_exit_130(capsys, monkeypatch):
@@ -353,3 +356,15 @@ def test_sigkill_and_resume_on_the_command_line(recipe, finished, tmp_path):
 
     assert json.loads(done.stdout)["run"] == str(folder)
     assert digests(folder / "checkpoint") == digests(finished / "checkpoint")
+
+
+def test_distill_shares_the_work_of_two_processes(recipe, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, "-m", "mla_convert", "distill", recipe, "--out", str(tmp_path / "run"), "--json"]
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["model"] == str(tmp_path / "run" / "stages" / "01-match_velocity")
+    (rows,) = (tmp_path / "run" / "training").glob("*/metrics.jsonl")
+    assert len(rows.read_text().splitlines()) == 7

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import Annotated
@@ -82,5 +83,7 @@ def unexpected(error: Exception) -> str:
     name = type(error).__name__
     if isinstance(error, MemoryError) or name == "OutOfMemoryError":
         return "out of memory; lower the batch sizes of the recipe or use a machine with more memory"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full{f': cannot write {error.filename}' if error.filename else ''}; free some space"
     message = " ".join(str(error).split())
     return f"{name}: {message} (unexpected; `mla-convert --debug ...` or {DEBUG}=1 shows the traceback)"

@@ -1,4 +1,4 @@
-"""Train the digits teacher: `python -m mla_convert.zoo.digits.train --steps 12000`.
+"""Train the digits teacher: `python -m mla_convert.zoo.digits.train --steps 1800`.
 
 Teacher forcing (arXiv 2412.07772, 2506.08009): one clean copy of each clip provides the history,
 several noisy copies with an independent noise level a chunk are denoised against it, all in one
@@ -91,12 +91,12 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 100, decay: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/digits-teacher"))
-    parser.add_argument("--steps", type=int, default=12000)
+    parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--copies", type=int, default=3)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--eval-every", type=int, default=500)
+    parser.add_argument("--eval-every", type=int, default=200)
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
@@ -151,7 +151,7 @@ def main() -> None:
                 "accuracy": rollout_accuracy(ema, CLIP_FRAMES),
             }
             if done == args.steps:
-                row["accuracy_8x"] = rollout_accuracy(ema, 8 * CLIP_FRAMES)
+                row["accuracy_8x"] = rollout_accuracy(ema, 8 * CLIP_FRAMES, rollouts=72)
             log.write(json.dumps(row) + "\n")
             log.flush()
             print(row, flush=True)
