@@ -44,6 +44,14 @@ def to_clean(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
     return x_t - per_frame(t, x_t.ndim) * v
 
 
+def drop_prompts(text: Tensor, rate: float, generator: torch.Generator) -> Tensor:
+    """`text` `[B, L, D]` with a random share of the prompts emptied: zeros, the default negative of guidance."""
+    if rate == 0:
+        return text
+    kept = torch.rand(len(text), generator=generator) >= rate
+    return text * kept.view(-1, 1, 1).to(text)
+
+
 def chunk_times(batch_size: int, chunks: list[tuple[int, int]], generator: torch.Generator) -> Tensor:
     """One uniform noise level a chunk, repeated over its frames: `[B, F]` in [0, 1).
 

@@ -174,10 +174,11 @@ def calibrate(
             clean = batch.latents.to(model.device, torch.float32)
             t = flow.chunk_times(len(clean), model.causal.chunks(clean.shape[2]), generator)
             noise = torch.randn(clean.shape, generator=generator)
+            text = flow.drop_prompts(batch.encoder_hidden_states, config.empty_prompt_rate, generator)
             model(
                 flow.add_noise(clean, noise, t).to(model.dtype),
                 t * flow.NUM_TRAIN_TIMESTEPS,
-                batch.encoder_hidden_states.to(model.device, model.dtype),
+                text.to(model.device, model.dtype),
                 context=clean.to(model.dtype),
             )
             if progress is not None:

@@ -16,7 +16,8 @@ class CalibrationConfig(BaseModel):
 
     `clips` videos are run through the dense model at random noise levels; `queries_per_chunk`
     queries of every chunk, each with `keys_per_query` keys drawn by attention weight, sample what an
-    error in a cached token does to the output of the layer.
+    error in a cached token does to the output of the layer. `empty_prompt_rate` of the clips lose
+    their prompt, for models that are sampled with guidance.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -26,6 +27,7 @@ class CalibrationConfig(BaseModel):
     queries_per_chunk: int = Field(8, ge=1)
     keys_per_query: int = Field(4, ge=1)
     max_tokens: int = Field(8192, ge=1)
+    empty_prompt_rate: float = Field(0.0, ge=0, le=1)
     seed: int = 0
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from ...flow import drop_prompts
 from ..data import Batch
 from ..objective import noised_clips, predict_velocity
 from .base import Models, Stage, StageConfig
@@ -23,8 +24,9 @@ class MatchVelocityConfig(StageConfig):
 
     `copies` noisy versions of each clip share one forward. `timestep_shift` warps the noise levels
     (5 for Wan). `context: clean` is teacher forcing, every chunk sees clean history with up to
-    `context_noise` of noise; `noisy` is the plain block-causal forward. `teacher_weight` is the
-    share of the teacher's velocity in the loss, the rest is the data's own.
+    `context_noise` of noise; `noisy` is the plain block-causal forward. `empty_prompt_rate` of the
+    clips lose their prompt, for models that are sampled with guidance. `teacher_weight` is the share
+    of the teacher's velocity in the loss, the rest is the data's own.
     """
 
     stage: Literal["match_velocity"] = "match_velocity"
@@ -32,6 +34,7 @@ class MatchVelocityConfig(StageConfig):
     timestep_shift: float = Field(1.0, gt=0)
     context: Literal["clean", "noisy"] = "clean"
     context_noise: float = Field(0.0, ge=0, le=1)
+    empty_prompt_rate: float = Field(0.0, ge=0, le=1)
     teacher_weight: float = Field(1.0, ge=0, le=1)
 
 
@@ -49,7 +52,7 @@ class MatchVelocity(Stage[MatchVelocityConfig]):
         config, student = self.config, models["student"]
         clips = noised_clips(
             batch["latents"],
-            batch["encoder_hidden_states"],
+            drop_prompts(batch["encoder_hidden_states"], config.empty_prompt_rate, generator),
             student.causal,
             generator,
             copies=config.copies,
