@@ -209,7 +209,7 @@ def test_wheel_has_the_teacher_and_the_classifier(wheel):
 
 
 def test_wheel_has_nothing_else(wheel):
-    kinds = (".py", ".html", ".j2", ".css", ".typed", ".md", ".yaml", ".json", ".safetensors")
+    kinds = (".py", ".html", ".j2", ".css", ".typed", ".md", ".yaml", ".json", ".jsonl", ".safetensors")
     strays = [
         name
         for name in wheel.namelist()
