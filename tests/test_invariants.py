@@ -11,7 +11,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from mla_convert.mla.attention import stream_pass
-from mla_convert.mla.core import Segment, attend
+from mla_convert.mla.core import Query, Segment, attend
 from mla_convert.mla.latent import attend_absorbed
 from mla_convert.mla.window import CausalConfig
 
@@ -111,8 +111,6 @@ def test_absorbed_expanded_and_reference_agree(variant: dict[str, Any]) -> None:
     step = stream_pass(model.rotary_table(), cache, 2, write=False)
     hidden = torch.randn(2, 12, 36)
     query, key, value = layer.project(hidden)
-    from mla_convert.mla.core import Query
-
     addressed = layer.history_query(Query(None, layer.split_heads(query)), step).rotated(step.views[0].own_rotations)
     rows = layer.encode(key, value, step)
     expanded = layer.expand(rows)
@@ -202,7 +200,6 @@ def test_the_cache_holds_exactly_the_advertised_scalars(variant: dict[str, Any] 
     _, cache = pico.stream(model, latents, timestep, text)
     assert cache.scalars_per_token() == advertised
     assert cache.bytes() == 2 * 2 * 5 * 6 * advertised * 4
-    assert {rows.data_ptr() for rows in cache.rows} == {rows.data_ptr() for rows in cache.rows}
     held = [value for value in vars(cache).values() if isinstance(value, Tensor)]
     assert held == []
 
