@@ -14,4 +14,5 @@ if __name__ == "__main__":
     run = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo")
     videos = load_file(run / "samples" / "rollouts.safetensors")
     teacher, student = (np.stack([to_frames(v) for v in videos[name]]) for name in ("teacher", "student"))
-    save_video(side_by_side(teacher, student, ("dense teacher", "converted")), Path(__file__).parent / "demo.gif", 8)
+    frames = side_by_side(teacher, student, ("dense teacher", "converted"))[:32]
+    save_video(frames, Path(__file__).parent / "demo.gif", 8)
