@@ -1,6 +1,6 @@
 """Memory of a rollout ten windows long: `python docs/benchmarks/rollout_memory.py`.
 
-A random model with Wan's shapes at a quarter of the width (8 heads x 64, 4 layers, 300 tokens a
+A random model with Wan's shapes at a quarter of the width (8 heads x 64, 4 layers, 96 tokens a
 frame, window of 12 frames) is rolled out chunk by chunk, dense and latent, and the resident set of
 the process is read after every chunk. Prints one JSON object and exits 1 if either rollout holds
 more than 1 % more at its end than when its window had filled.
@@ -22,7 +22,7 @@ from mla_convert.families.wan import FAMILY, CausalWanTransformer3DModel
 
 CAUSAL = {"num_frames_per_block": 3, "window_frames": 12, "sink_frames": 3}
 WINDOWS = 10
-HEIGHT, WIDTH = 30, 40
+HEIGHT, WIDTH = 16, 24
 
 
 def dense_model() -> CausalWanTransformer3DModel:
