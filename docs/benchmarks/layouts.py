@@ -60,13 +60,19 @@ def measure(teacher: Any, row: dict[str, Any], seed: int) -> dict[str, float]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| `position` | `own_chunk` | `init` | cached scalars | held-out loss | velocity error |",
+        "| `position` | `own_chunk` | `init` | latent + cached key | held-out loss | velocity error |",
         "| --- | --- | --- | ---: | ---: | ---: |",
     ]
     for row in rows:
-        scalars, loss, error = (row[key] for key in ("scalars", "loss_increase", "velocity_rel_error"))
+        loss, error = row["loss_increase"], row["velocity_rel_error"]
+        key = round(row["scalars"]) - row["kv_lora_rank"]
         spread = "" if loss["max"] == loss["min"] else f" ({_percent(loss['min'])} to {_percent(loss['max'])})"
-        cells = [f"`{row['position']}`", row["own_chunk"], row["init"], f"{scalars:g}"]
+        cells = [
+            f"`{row['position']}`",
+            row["own_chunk"],
+            row["init"],
+            f"{row['kv_lora_rank']} + {key}" if key else f"{row['kv_lora_rank']}",
+        ]
         cells += [_percent(loss["median"]) + spread, f"{100 * error['median']:.1f} %"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
