@@ -75,7 +75,7 @@ class _Recorder:
         cached = context if self.history_only else len(hidden_states)
         tokens = cached * hidden_states.shape[1]
         chosen = torch.randperm(tokens, generator=self.generator)[: self.tokens_a_pass]
-        place = step.table.spatial(step.grid_rotations)
+        place = step.grid_rotations
 
         def flat(x: Tensor) -> Tensor:
             return x[:cached].flatten(0, 1)[chosen].float()

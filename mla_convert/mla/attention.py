@@ -36,12 +36,11 @@ class ChunkView(NamedTuple):
 class AttentionPass:
     """What every self-attention layer of one forward shares.
 
-    `grid_rotations` `[S, P]` are the rotations by absolute place of all tokens, for layouts that
-    bake the spatial ones in. With `context_batch` the first items of the batch are the clean
+    `grid_rotations` `[S, P]` are the rotations of all tokens by their place in the frame, time left
+    at 0, for layouts that bake them in. With `context_batch` the first items of the batch are the clean
     context that all items read their history from (teacher forcing, packed in the batch axis).
     """
 
-    table: RotaryTable
     views: list[ChunkView]
     grid_rotations: Tensor
     cache: FrameCache | None = None
@@ -83,7 +82,7 @@ def clip_pass(
             )
         )
     grid = table.rotations([0] * num_frames, height, width)
-    return AttentionPass(table, views, grid, context_batch=context_batch)
+    return AttentionPass(views, grid, context_batch=context_batch)
 
 
 def stream_pass(table: RotaryTable, cache: FrameCache, num_frames: int, write: bool) -> AttentionPass:
@@ -99,7 +98,7 @@ def stream_pass(table: RotaryTable, cache: FrameCache, num_frames: int, write: b
         table.rotations(causal.temporal_index(history, stop), cache.height, cache.width),
     )
     grid = table.rotations([0] * num_frames, cache.height, cache.width)
-    return AttentionPass(table, [view], grid, cache=cache, write=write, frames=own)
+    return AttentionPass([view], grid, cache=cache, write=write, frames=own)
 
 
 class CausalSelfAttention(nn.Module):

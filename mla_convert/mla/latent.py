@@ -124,7 +124,7 @@ class LatentSelfAttention(CausalSelfAttention):
 
     def _bake(self, x: Tensor, step: AttentionPass) -> Tensor:
         """Rotate the spatial pairs of `[B, S, H, D]` by each token's place in its frame."""
-        return rotate(x, step.table.spatial(step.grid_rotations))
+        return rotate(x, step.grid_rotations)
 
 
 class AbsorbedWeights(NamedTuple):

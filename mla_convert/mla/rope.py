@@ -28,10 +28,6 @@ class RotaryTable:
     def max_len(self) -> int:
         return self.cis.shape[0]
 
-    def pairs(self, *axes: int) -> list[int]:
-        """Pair numbers that measure one of `axes`."""
-        return [pair for pair, axis in enumerate(self.axes) if axis in axes]
-
     def rotations(self, frames: list[int], height: int, width: int) -> Tensor:
         """Rotation of every token of a grid: complex64 `[len(frames) * height * width, P]`.
 
@@ -45,11 +41,6 @@ class RotaryTable:
         ).view(-1, 3)
         index = grid[:, torch.tensor(self.axes)].to(self.cis.device)
         return self.cis.gather(0, index)
-
-    def spatial(self, rotations: Tensor) -> Tensor:
-        """`rotations` with every temporal pair replaced by the identity."""
-        temporal = torch.tensor([axis == TIME for axis in self.axes], device=rotations.device)
-        return torch.where(temporal, torch.ones_like(rotations), rotations)
 
 
 def wan_rotary_table(freqs_cos: Tensor, freqs_sin: Tensor, t_dim: int, h_dim: int, w_dim: int) -> RotaryTable:

@@ -22,11 +22,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...distill.data import DigitClips
 from ...distill.objective import flow_loss, teacher_forcing_loss
+from ...evaluate.config import EvaluateConfig
+from ...evaluate.rollouts import digit_rollouts
 from ...families.wan import CausalWanTransformer3DModel
 from ...files import write_json
-from ...run.stream import stream_chunks
-from .classifier import classify
-from .data import CLIP_FRAMES, FRAME, GUIDANCE, SHIFT, TEXT_DIM, all_prompts, sample_batch
+from .data import CLIP_FRAMES, GUIDANCE, SHIFT, TEXT_DIM, sample_batch
 
 CAUSAL = {"num_frames_per_block": 3, "window_frames": 10, "sink_frames": 1, "independent_first_frame": True}
 MODEL = {
@@ -54,13 +54,9 @@ def rollout_accuracy(
     model: CausalWanTransformer3DModel, num_frames: int, rollouts: int = 216, guidance_scale: float = GUIDANCE
 ) -> float:
     """Share of rollouts of held-out prompts whose class the classifier reads in the last frame."""
-    pool = all_prompts("heldout")
-    chosen = [pool[i % len(pool)] for i in range(rollouts)]
-    text = torch.stack([p.embedding() for p in chosen])
-    rollout = stream_chunks(model, text, num_frames, FRAME, FRAME, shift=SHIFT, guidance_scale=guidance_scale)
-    *_, last = rollout
-    hits = classify(last)[:, -1] == torch.tensor([p.digit for p in chosen])
-    return hits.float().mean().item()
+    config = EvaluateConfig(rollout_prompts=rollouts, shift=SHIFT, guidance_scale=guidance_scale)
+    _, right = digit_rollouts(model, num_frames, config)
+    return right[:, -1].float().mean().item()
 
 
 def save_teacher(model: Any, folder: Path) -> None:
