@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..mla.attention import DenseSelfAttention
 from ..mla.rope import TIME, rotate
-from .calibrate import LayerSample
 from .config import ConvertConfig
 from .factorize import Code, low_rank_code, second_moment
+from .probe import LayerSample
 from .rope_key import SharedKey, complex_pairs, fastest_pairs, mean_keys, mean_rotation, shared_keys
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .calibrate import LayerSample
+from .probe import LayerSample
 
 
 class SharedKey(NamedTuple):
