@@ -7,10 +7,15 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
 
 from .errors import UserError
 
@@ -82,19 +87,31 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def claim_folder(path: Path, kind: str) -> None:
+def claim_folder(path: Path, kind: str, markers: tuple[str, ...] = (MANIFEST, "state.json")) -> None:
     """Refuse an output folder that holds something that is not a `kind` of ours.
 
-    A folder is ours when it is missing, empty, or has our manifest or run state in it.
+    A folder is ours when it is missing, empty, or has one of `markers` in it: by default our manifest
+    or run state.
     """
     if not path.exists():
         return
     if not path.is_dir():
         raise UserError(f"{path} is a file; give a folder for the {kind}")
-    ours = any((path / name).exists() for name in (MANIFEST, "state.json"))
+    ours = any((path / name).exists() for name in markers)
     visible = [p for p in path.iterdir() if not p.name.endswith(".tmp")]
     if visible and not ours:
         raise UserError(f"{path} exists and is not a {kind} of mla-convert; choose another folder or empty it")
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file; a full disk is the OSError that safetensors reports as text."""
+    try:
+        safetensors.torch.save_file(dict(tensors), path, dict(metadata) if metadata else None)
+    except SafetensorError as error:
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from None
 
 
 def sha256(path: Path) -> str:

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from mla_convert.distill.data import Batch, DigitClips
-from mla_convert.distill.stages.match_velocity import MatchVelocityConfig
+from mla_convert.distill.stages.base import StageConfig
 from mla_convert.distill.trainer import StageResult, run_stage
 from mla_convert.families.wan import CausalWanTransformer3DModel
+from mla_convert.registry import stages
 
 CAUSAL = {"num_frames_per_block": 3, "window_frames": 12, "sink_frames": 3}
 HELDOUT_CLIPS = 2
@@ -47,7 +48,7 @@ def perturbed(teacher: CausalWanTransformer3DModel, scale: float = 0.1) -> Causa
     return student
 
 
-def make_config(**changes) -> MatchVelocityConfig:
+def make_config(stage: str = "match_velocity", **changes) -> StageConfig:
     settings = {
         "steps": 8,
         "learning_rate": 3e-3,
@@ -60,7 +61,7 @@ def make_config(**changes) -> MatchVelocityConfig:
         "eval_every": 4,
         "tracker": None,
     }
-    return MatchVelocityConfig(**{**settings, **changes})
+    return stages()[stage].config_class(**{**settings, **changes})
 
 
 class Killed(Exception):

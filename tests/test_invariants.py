@@ -118,10 +118,9 @@ def test_absorbed_expanded_and_reference_agree(variant: dict[str, Any]) -> None:
     fused = attend([Segment(addressed, keys, expanded.value)], layer.scale)
     logits = torch.einsum("bqhd,bkhd->bhqk", addressed.double(), keys.double()) * layer.scale
     reference = torch.einsum("bhqk,bkhd->bqhd", logits.softmax(-1), expanded.value.double())
-    nope = 2 * len(layer.nope_pairs)
-    absorbed = attend_absorbed(
-        addressed, nope, rows[..., : layer.rank], keys[:, :, 0, nope:], layer.absorbed(), layer.scale
-    )
+    nope, rope = 2 * len(layer.nope_pairs), 2 * len(layer.rope_pairs)
+    latent, shared, mean = rows[..., : layer.rank], keys[:, :, 0, nope : nope + rope], keys[0, :, :, nope + rope :]
+    absorbed = attend_absorbed(addressed, nope, latent, shared, layer.absorbed(), layer.scale, mean)
     assert pico.relative_error(fused.double(), reference) < FLOAT32
     assert pico.relative_error(absorbed.double(), reference) < FLOAT32
 

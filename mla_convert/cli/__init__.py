@@ -11,7 +11,7 @@ import typer
 
 from .. import __version__
 from ..errors import UserError
-from . import build, demo, models, plan, recipes
+from . import build, demo, inspect, models, plan, recipes
 from .output import DEBUG, print_error
 
 app = typer.Typer(
@@ -40,6 +40,7 @@ def _global_options(
         os.environ[DEBUG] = "1"
 
 
+app.command("inspect")(inspect.inspect)
 app.command("plan")(plan.plan)
 app.command("convert")(build.convert)
 app.command("distill")(build.distill)

@@ -1,81 +1,195 @@
-"""Samples of every layer of a dense model, gathered while it runs on noisy copies of calibration clips."""
+"""Samples of every layer of a dense model, block by block over the hidden states of calibration clips.
+
+With `metric: output` the blocks are run once, from the first to the last, and the probes of a layer ask
+how an error in what is cached changes the output of the layer. With `metric: velocity` they ask how it
+changes the model's velocity v: the gradient of `z^T v` for a random z is pulled back through `leave` and
+through one block after the other, from the last to the first. Each entry of z has variance 1 / n for the
+n numbers in the velocity of its batch, so that the expected square of a probe's product with an error is
+the MEAN squared error of the velocity that it causes. Only activations get gradients.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .. import flow
-from ..mla.attention import DenseSelfAttention
+from ..errors import UserError
+from ..families.base import BlockInputs
+from .blocks import Blocks, with_attention
+from .clips import PROJECTION, SAMPLE, Clips, drawn
 from .config import CalibrationConfig
 from .probe import LayerSample, join_samples, sample_layer
 
-
-class CalibrationBatch(NamedTuple):
-    """Clean latents `[B, C, F, H, W]` and `encoder_hidden_states` `[B, L, text_dim]`."""
-
-    latents: Tensor
-    encoder_hidden_states: Tensor
-
-
-@dataclass
-class _Recorder:
-    layer: DenseSelfAttention
-    config: CalibrationConfig
-    history_only: bool
-    generator: torch.Generator
-    tokens_a_pass: int
-    parts: list[LayerSample] = field(default_factory=list)
-
-    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        hidden_states, _, _, step = args
-        self.parts.append(
-            sample_layer(
-                self.layer, hidden_states, step, self.config, self.history_only, self.tokens_a_pass, self.generator
-            )
-        )
+Visit = Callable[[int, Any, LayerSample | None], nn.Module | None]
 
 
 @torch.no_grad()
-def calibrate(
-    model: Any,
-    batches: Iterable[CalibrationBatch],
+def sweep(
+    blocks: Blocks,
+    clips: Clips,
     config: CalibrationConfig,
     history_only: bool,
-    progress: Callable[[int], None] | None = None,
-) -> list[LayerSample]:
-    """Run a dense causal `model` on noisy copies of the clips and sample every layer.
+    wanted: Collection[int],
+    visit: Visit,
+    progress: Callable[[int, int], None] | None = None,
+    velocity: Callable[[Tensor], None] | None = None,
+) -> None:
+    """Sample the `wanted` layers, each for `visit(layer, block, sample)` while its block is open.
 
-    Noise levels are uniform, one a chunk; history is the clean clip. With `history_only` the probes
-    ask only about tokens of earlier chunks, which is all that an exact own chunk leaves to the cache.
-    Raises UserError for NaN or infinite activations.
+    With `history_only` the probes ask only about tokens of earlier chunks, which is all that an exact
+    own chunk leaves to the cache. With `hidden_states: converted` every layer is visited, the others
+    with no sample, and `visit` gives the converted attention that the blocks above run on. `progress`
+    counts the blocks of a forward sweep that comes before the visits; `velocity` is told the velocity
+    `[B, C, F, H, W]` of every batch. What was entered in `clips` is used up. Raises UserError for NaN
+    or infinite activations, and where the tokens that a sweep keeps do not fit on the disk.
     """
-    generator = torch.Generator().manual_seed(config.seed)
-    passes = max(1, -(-config.clips // config.batch_size))
-    recorders = [
-        _Recorder(block.attn1, config, history_only, generator, max(1, config.max_tokens // passes))
-        for block in model.blocks
-    ]
-    hooks = [recorder.layer.register_forward_pre_hook(recorder) for recorder in recorders]
-    try:
-        for index, batch in enumerate(batches):
-            clean = batch.latents.to(model.device, torch.float32)
-            t = flow.chunk_times(len(clean), model.causal.chunks(clean.shape[2]), generator)
-            noise = torch.randn(clean.shape, generator=generator)
-            text = flow.drop_prompts(batch.encoder_hidden_states, config.empty_prompt_rate, generator)
-            model(
-                flow.add_noise(clean, noise, t).to(model.dtype),
-                t * flow.NUM_TRAIN_TIMESTEPS,
-                text.to(model.device, model.dtype),
-                context=clean.to(model.dtype),
-            )
+    run = _Sweep(blocks, clips, config, history_only, frozenset(wanted), visit, velocity)
+    if config.metric == "velocity":
+        run.backward(progress)
+    else:
+        run.forward()
+
+
+class _Sweep(NamedTuple):
+    blocks: Blocks
+    clips: Clips
+    config: CalibrationConfig
+    history_only: bool
+    wanted: frozenset[int]
+    visit: Visit
+    velocity: Callable[[Tensor], None] | None
+
+    def forward(self) -> None:
+        """From the first block to the last wanted one, each layer sampled with z of its own."""
+        clips, converted = self.clips, self.config.hidden_states == "converted"
+        last = len(self.blocks) - 1 if self.velocity else max(self.wanted, default=-1)
+        clips.store.require(2 * clips.bytes_a_layer, "lower calibration.clips")
+        for layer in range(last + 1):
+            with self.blocks.open(layer) as block:
+                sampled, parts = layer in self.wanted, []
+                if sampled or not converted:
+                    for number, inputs in enumerate(clips.inputs):
+                        seen = _run(block, clips.store[clips.key(layer, number)], inputs, layer)
+                        if sampled:
+                            parts.append(self._sample(layer, number, block, seen.hidden))
+                        if not converted:
+                            clips.advance(layer, number, seen.tokens)
+                sample = join_samples(parts, layer) if sampled else None
+                del parts
+                attention = self.visit(layer, block, sample) if sampled or converted else None
+                del sample
+                if converted:
+                    assert attention is not None
+                    changed = with_attention(block, attention)
+                    for number, inputs in enumerate(clips.inputs):
+                        tokens = clips.store[clips.key(layer, number)]
+                        clips.advance(layer, number, _run(changed, tokens, inputs, layer).tokens)
+                    del attention, changed
+        if self.velocity is not None:
+            for number, inputs in enumerate(clips.inputs):
+                self.velocity(self.blocks.model.leave(clips.store[clips.key(last + 1, number)], inputs))
+
+    def backward(self, progress: Callable[[int, int], None] | None) -> None:
+        """Up through all blocks, keeping what enters them, then down to the first wanted one."""
+        first, count = min(self.wanted, default=len(self.blocks)), len(self.blocks)
+        remedy = "lower calibration.clips or set calibration.metric to output"
+        self.clips.store.require((count - first + 2) * self.clips.bytes_a_layer, remedy)
+        self._ascend(first, progress)
+        scales = self._pull_back_velocity()
+        for layer in reversed(range(first, count)):
+            with self.blocks.open(layer) as block:
+                parts = [self._descend(layer, number, block, scale) for number, scale in enumerate(scales)]
+                if layer in self.wanted:
+                    sample = join_samples([part for part in parts if part is not None], layer)
+                    del parts
+                    self.visit(layer, block, sample)
+                    del sample
+
+    def _ascend(self, first: int, progress: Callable[[int, int], None] | None) -> None:
+        clips, count = self.clips, len(self.blocks)
+        for layer in range(count):
+            with self.blocks.open(layer) as block:
+                for number, inputs in enumerate(clips.inputs):
+                    seen = _run(block, clips.store[clips.key(layer, number)], inputs, layer)
+                    clips.advance(layer, number, seen.tokens, keep=layer >= first)
             if progress is not None:
-                progress(index + 1)
+                progress(layer + 1, count)
+
+    def _pull_back_velocity(self) -> list[float]:
+        """The last block's tokens become the gradient of `z^T v` in them; the scale of z by batch.
+
+        z is drawn with unit variance and scaled where it is used, so that half precision holds it.
+        """
+        clips, model, scales = self.clips, self.blocks.model, []
+        for number, inputs in enumerate(clips.inputs):
+            key = clips.key(len(self.blocks), number)
+            tokens = clips.store[key].requires_grad_()
+            with torch.enable_grad():
+                v = model.leave(tokens, inputs)
+            if self.velocity is not None:
+                self.velocity(v.detach())
+            z = torch.randn(v.shape, generator=drawn(PROJECTION, self.config.seed, number))
+            (clips.store[key],) = torch.autograd.grad(v, tokens, z.to(v))
+            scales.append(v.numel() ** -0.5)
+        return scales
+
+    def _descend(self, layer: int, number: int, block: Any, scale: float) -> LayerSample | None:
+        """Turn the gradient above a block into that below it; a sample of the layer if it is wanted."""
+        clips, inputs = self.clips, self.clips.inputs[number]
+        above = clips.store.pop(clips.key(layer + 1, number))
+        tokens = clips.store[clips.key(layer, number)].requires_grad_()
+        with torch.enable_grad():
+            seen = _run(block, tokens, inputs, layer)
+        output_grad, below = torch.autograd.grad(seen.tokens, (seen.attention, tokens), above)
+        hidden = seen.hidden.detach()
+        del seen, above
+        clips.store[clips.key(layer, number)] = below
+        if layer not in self.wanted:
+            return None
+        return self._sample(layer, number, block, hidden, scale * output_grad.float())
+
+    def _sample(
+        self, layer: int, number: int, block: Any, hidden: Tensor, output_grad: Tensor | None = None
+    ) -> LayerSample:
+        return sample_layer(
+            block.attn1,
+            hidden,
+            self.clips.inputs[number].step,
+            self.config,
+            self.history_only,
+            max(1, self.config.max_tokens // len(self.clips)),
+            drawn(SAMPLE, self.config.seed, layer, number),
+            output_grad,
+        )
+
+
+class _Seen(NamedTuple):
+    """Input and output of a block's self-attention and the block's output, `[B, S, C]` each."""
+
+    hidden: Tensor
+    attention: Tensor
+    tokens: Tensor
+
+
+def _run(block: Any, tokens: Tensor, inputs: BlockInputs, layer: int) -> _Seen:
+    """One block, with gradients for activations only. Raises UserError for NaN or infinite activations."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    hook = block.attn1.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
+    frozen = {name: parameter.detach() for name, parameter in block.named_parameters()}
+    try:
+        output = torch.func.functional_call(block, frozen, (tokens, *inputs.shared))
     finally:
-        for hook in hooks:
-            hook.remove()
-    return [join_samples(recorder.parts, index) for index, recorder in enumerate(recorders)]
+        hook.remove()
+    hidden, attention = seen.pop()
+    if not torch.isfinite(output).all():
+        raise UserError(_first_bad(block.attn1, hidden, layer))
+    return _Seen(hidden, attention, output)
+
+
+def _first_bad(attention: Any, hidden: Tensor, layer: int) -> str:
+    named = dict(zip(("query", "key", "value"), attention.project(hidden), strict=True))
+    bad = next((name for name, x in {"input": hidden, **named}.items() if not torch.isfinite(x).all()), "output")
+    return f"calibration gave NaN or infinite values in the {bad} of layer {layer}; check the weights"

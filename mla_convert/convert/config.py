@@ -14,21 +14,32 @@ Init = Literal["random", "svd", "activation"]
 class CalibrationConfig(BaseModel):
     """How much data the activation statistics come from.
 
-    `clips` videos are run through the dense model at random noise levels; `queries_per_chunk`
-    queries of every chunk, each with `keys_per_query` keys drawn by attention weight, sample what an
-    error in a cached token does to the output of the layer. `empty_prompt_rate` of the clips lose
-    their prompt, for models that are sampled with guidance.
+    `clips` videos are run through the dense model at random noise levels. At most `queries_per_chunk`
+    queries of every chunk tell what an error in a cached token does to the output of the layer, for
+    at most `max_tokens` tokens a layer. `empty_prompt_rate` of the clips lose their prompt, for
+    models that are sampled with guidance.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    source: Literal["data", "rollouts"] = "data"
+    metric: Literal["output", "velocity"] = "velocity"
+    hidden_states: Literal["teacher", "converted"] = "teacher"
     clips: int = Field(64, ge=1)
     batch_size: int = Field(16, ge=1)
-    queries_per_chunk: int = Field(8, ge=1)
-    keys_per_query: int = Field(4, ge=1)
-    max_tokens: int = Field(8192, ge=1)
+    queries_per_chunk: int = Field(512, ge=1)
+    max_tokens: int = Field(65536, ge=1)
     empty_prompt_rate: float = Field(0.0, ge=0, le=1)
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _converted_goes_forward(self) -> CalibrationConfig:
+        if self.hidden_states == "converted" and self.metric == "velocity":
+            raise ValueError(
+                "hidden_states converted goes from the first layer to the last, metric velocity from the last to the "
+                "first: set metric to output"
+            )
+        return self
 
 
 class ConvertConfig(BaseModel):
@@ -41,6 +52,10 @@ class ConvertConfig(BaseModel):
     `init: random` draws the latent projections, `svd` factorises the weights and shares the mean key
     over the heads (VideoMLA, arXiv 2605.30351, section 3.2), `activation` fits the output of the
     attention on calibration data.
+
+    Of an `activation` fit with a shared rotary key: with `key_mean` the mean key of every head, which
+    is a constant and need not be cached, is rotated in full; with `keep_residual` the unrotated
+    channels restore what the shared key leaves of its pairs.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -52,6 +67,7 @@ class ConvertConfig(BaseModel):
     qk_rope_head_dim: int = Field(0, ge=0)
     q_lora_rank: int | None = Field(None, ge=1)
     keep_residual: bool = True
+    key_mean: bool = True
     calibration: CalibrationConfig = CalibrationConfig()
 
     @model_validator(mode="after")
@@ -65,6 +81,11 @@ class ConvertConfig(BaseModel):
                 f"position {self.position} needs a shared rotary key: set qk_rope_head_dim, 32 in VideoMLA"
             )
         return self
+
+    @property
+    def keeps_key_mean(self) -> bool:
+        """Whether the mean key is kept apart from what the latent restores."""
+        return self.key_mean and self.init == "activation" and self.position != "rotate_on_read"
 
     def ranks(self, num_layers: int) -> list[int]:
         """`kv_lora_rank` of every layer. Raises ValueError if a list has another length."""

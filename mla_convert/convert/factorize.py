@@ -1,8 +1,8 @@
 """Low-rank codes of keys and values, optimal in a given metric.
 
 For a target y with second moment C about its mean and a metric G, the code `c = E (y - mean)` of r
-numbers and its decoder D minimise `tr(G (I - D E) C (I - D E)^T)`: with `L = G^(1/2)` and U the top
-r eigenvectors of `L C L`, `E = U^T L` and `D = L^-1 U` (Eckart-Young in the metric G).
+numbers and its decoder D minimise `tr(G (I - D E) C (I - D E)^T)`: with `L L^T = G` and U the top
+r eigenvectors of `L^T C L`, `E = U^T L^T` and `D = L^-T U` (Eckart-Young in the metric G).
 """
 
 from __future__ import annotations
@@ -29,22 +29,15 @@ class Code(NamedTuple):
         return float(self.energy[len(self.encoder) :].clamp_min(0).sum() / total) if total > 0 else 0.0
 
 
-def second_moment(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean `[n]` and second moment about it `[n, n]` of samples `[T, n]`, float64."""
-    x = x.double()
-    mean = x.mean(0)
-    centred = x - mean
-    return mean, centred.T @ centred / len(x)
-
-
 def symmetric_root(g: Tensor) -> tuple[Tensor, Tensor]:
     """`G^(1/2)` and its inverse for a positive semi-definite G, with a ridge that keeps it invertible."""
-    ridge = RIDGE * torch.trace(g) / len(g)
-    if not ridge > 0:
-        return torch.eye(len(g), dtype=g.dtype), torch.eye(len(g), dtype=g.dtype)
-    values, vectors = torch.linalg.eigh(g + ridge * torch.eye(len(g), dtype=g.dtype))
-    root = values.clamp_min(0.5 * float(ridge)).sqrt()
-    return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
+    ridge = _ridge(g)
+    eye = torch.eye(len(g), dtype=g.dtype)
+    if ridge == 0:
+        return eye, eye
+    values, vectors = torch.linalg.eigh(g + ridge * eye)
+    root = values.clamp_min(0.5 * ridge).sqrt()
+    return (vectors * root) @ vectors.mH, (vectors / root) @ vectors.mH
 
 
 def low_rank_code(covariance: Tensor, metric: Tensor, mean: Tensor, rank: int) -> Code:
@@ -53,11 +46,44 @@ def low_rank_code(covariance: Tensor, metric: Tensor, mean: Tensor, rank: int) -
     Latents are scaled to unit variance under the covariance, so that their dtype and their training
     are well conditioned. Raises ValueError if `rank` exceeds the size of the target.
     """
-    size = len(covariance)
+    _check_rank(rank, len(covariance))
+    eye = torch.eye(len(metric), dtype=metric.dtype)
+    ridge = _ridge(metric)
+    # Any L with L L^T = G serves; a triangular one costs a tenth of the symmetric one.
+    root = torch.linalg.cholesky(metric + ridge * eye) if ridge > 0 else eye
+    values, vectors = torch.linalg.eigh(root.T @ covariance @ root)
+    energy, basis = values.flip(0), vectors.flip(1)[:, :rank]
+    spread = _spread(energy[:rank])
+    decoder = torch.linalg.solve_triangular(root.T, basis * spread, upper=True)
+    return Code((basis / spread).T @ root.T, decoder, mean, energy)
+
+
+def low_rank_factor(factor: Tensor, mean: Tensor, rank: int) -> Code:
+    """`low_rank_code` for the covariance `factor^T factor`, `factor` `[m, n]`, in the plain metric.
+
+    The eigenvectors are taken of the smaller of the two Gram matrices. Raises ValueError if `rank`
+    exceeds n.
+    """
+    _check_rank(rank, factor.shape[1])
+    if rank > len(factor):
+        return low_rank_code(factor.T @ factor, torch.zeros(factor.shape[1], factor.shape[1]).double(), mean, rank)
+    values, vectors = torch.linalg.eigh(factor @ factor.T)
+    energy = values.flip(0).clamp_min(0)
+    spread = _spread(energy[:rank])
+    # Orthonormal also where the spectrum has ended.
+    basis = torch.linalg.qr(factor.T @ vectors.flip(1)[:, :rank]).Q
+    return Code((basis / spread).T, basis * spread, mean, energy)
+
+
+def _check_rank(rank: int, size: int) -> None:
     if rank > size:
         raise ValueError(f"kv_lora_rank {rank} is larger than the {size} numbers it encodes")
-    root, inverse = symmetric_root(metric)
-    values, vectors = torch.linalg.eigh(root @ covariance @ root)
-    energy, basis = values.flip(0), vectors.flip(1)[:, :rank]
-    spread = energy[:rank].clamp_min(float(energy[0].clamp_min(1e-30)) * 1e-8).sqrt()
-    return Code((basis / spread).T @ root, inverse @ (basis * spread), mean, energy)
+
+
+def _ridge(g: Tensor) -> float:
+    return max(0.0, RIDGE * float(torch.trace(g).real) / len(g))
+
+
+def _spread(energy: Tensor) -> Tensor:
+    """Standard deviation of each latent, kept off zero where the data has none."""
+    return energy.clamp_min(float(energy[0].clamp_min(1e-30)) * 1e-8).sqrt()

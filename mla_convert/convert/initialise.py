@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from ..mla.attention import DenseSelfAttention
-from ..mla.rope import TIME, rotate
+from ..mla.rope import TIME
 from .config import ConvertConfig
-from .factorize import Code, low_rank_code, second_moment
+from .factorize import Code, low_rank_code, low_rank_factor
 from .probe import LayerSample
-from .rope_key import SharedKey, complex_pairs, fastest_pairs, mean_keys, mean_rotation, shared_keys
+from .rope_key import fastest_pairs, mean_keys, mean_rotation, shared_keys
+from .target import Target, baked, centred
 
 
 @dataclass
@@ -34,47 +35,17 @@ class LayerInit:
     tensors: dict[str, Tensor]
     lost_energy: float | None
 
-
-@dataclass
-class _Target:
-    """The linear map from keys `[T, H, D]` and values `[T, H, D]` to what a latent has to restore."""
-
-    shared: SharedKey | None
-    nope_pairs: list[int]
-    rho: Tensor
-    residual: bool
-    derived: bool
-
-    def nope(self, key: Tensor) -> Tensor:
-        pairs = complex_pairs(key)
-        if self.shared is not None and self.residual:
-            pairs = pairs.clone()
-            restored = torch.einsum("tj,jh->thj", self.kappa(key), self.shared.decoder)
-            for j, pair in enumerate(self.shared.pairs):
-                pairs[:, :, pair] -= restored[:, :, j]
-        return torch.view_as_real((pairs * self.rho)[:, :, self.nope_pairs]).flatten(1)
-
-    def kappa(self, key: Tensor) -> Tensor:
-        assert self.shared is not None
-        return torch.einsum("thj,jh->tj", complex_pairs(key)[:, :, self.shared.pairs], self.shared.encoder)
-
-    def __call__(self, key: Tensor, value: Tensor) -> Tensor:
-        parts = [self.nope(key)]
-        if self.derived:
-            parts.append(torch.view_as_real(self.kappa(key)).flatten(1))
-        return torch.cat([*parts, value.double().flatten(1)], dim=1)
-
-    def probes(self, sample: LayerSample) -> Tensor:
-        """Sensitivity of the output to each number of the target, `[N, n]`."""
-        gain = sample.key_gain.double().unsqueeze(-1)
-        query = complex_pairs(sample.query)
-        parts = [torch.view_as_real(gain * query[:, :, self.nope_pairs]).flatten(1)]
-        if self.derived:
-            assert self.shared is not None
-            turned = query[:, :, self.shared.pairs] * self.shared.decoder.T.conj()
-            summed = (gain * turned).sum(1) * sample.relative[:, self.shared.pairs].to(turned.dtype)
-            parts.append(torch.view_as_real(summed).flatten(1))
-        return torch.cat([*parts, sample.value_probe.double().flatten(1)], dim=1)
+    def truncated(self, rank: int) -> LayerInit:
+        """The same fit with the first `rank` latents alone, which are the most important ones."""
+        tensors = dict(self.tensors)
+        for name in ("kv_a_proj.weight", "kv_a_proj.bias"):
+            tensors[name] = tensors[name][:rank].contiguous()
+        width = self.tensors["kv_a_proj.weight"].shape[0]
+        for name in ("kv_b_proj.weight", "k_pe_proj.weight"):
+            # A shared key that is cached comes from the keys, not from the latent.
+            if name in tensors and tensors[name].shape[1] == width:
+                tensors[name] = tensors[name][:, :rank].contiguous()
+        return replace(self, tensors=tensors, lost_energy=None)
 
 
 def initialise_layer(
@@ -90,72 +61,72 @@ def initialise_layer(
     `axes` is the axis of each rotary pair. `sample` may be None unless `init: activation`. Raises
     ValueError for a rank or a rotary key larger than the layer has.
     """
-    heads, pairs = layer.heads, layer.head_dim // 2
-    count = config.qk_rope_head_dim // 2
+    fitted, mean = None, None
     if config.init == "activation":
         assert sample is not None
-        if config.position == "baked":
-            sample = _baked(sample, axes)
-        rho = mean_rotation(sample)
-    else:
-        rho = torch.ones(heads, pairs, dtype=torch.complex128)
-    shared = None
-    if config.position != "rotate_on_read":
-        candidates = [p for p in range(pairs) if config.position != "baked" or axes[p] == TIME]
-        if config.init == "activation":
-            assert sample is not None
-            shared = shared_keys(sample, count, candidates, config.keep_residual)
-        else:
-            chosen = fastest_pairs(tuple(axes[p] for p in candidates), count)
-            shared = mean_keys([candidates[p] for p in chosen], heads)
-    else:
-        rho = torch.ones_like(rho)
-    residual = config.keep_residual and config.init == "activation"
-    carried = set() if shared is None or residual else set(shared.pairs)
-    nope_pairs = [p for p in range(pairs) if p not in carried]
-    target = _Target(shared, nope_pairs, rho, residual, config.position == "derived")
-    code = None
+        fitted, mean = _as_read(sample, config)
+    target = _target(layer, fitted, axes, config)
+    shared, code = target.shared, None
     if config.init == "random":
         tensors = _random(layer, target, rank, generator)
     else:
-        code = _fit(layer, target, sample if config.init == "activation" else None, rank, shared is None)
+        code = _fit(layer, target, fitted, rank)
         tensors = _projections(layer, target, code)
     if config.q_lora_rank is not None:
         tensors |= _factorised_query(layer, config, sample, generator)
     if shared is not None:
-        tensors["q_pe_coef"] = torch.view_as_real(shared.decoder.T.contiguous()).float()
+        tensors["q_pe_coef"] = torch.view_as_real(shared.decoder.T.contiguous())
+    if mean is not None:
+        tensors["k_mean"] = mean
     return LayerInit(
         [] if shared is None else shared.pairs,
-        [] if shared is None else nope_pairs,
+        [] if shared is None else target.nope_pairs,
         {name: tensor.float().contiguous() for name, tensor in tensors.items()},
         None if code is None else code.error(),
     )
 
 
-def _baked(sample: LayerSample, axes: tuple[int, ...]) -> LayerSample:
-    """The sample as seen by a layout whose keys carry their spatial rotation already."""
-    temporal = torch.tensor([axis == TIME for axis in axes])
-    return replace(
-        sample,
-        key=rotate(sample.key, sample.place),
-        query=rotate(sample.query, sample.query_place),
-        relative=torch.where(temporal, sample.relative, torch.ones_like(sample.relative)),
-    )
+def _as_read(sample: LayerSample, config: ConvertConfig) -> tuple[LayerSample, Tensor | None]:
+    """The sample as the layout's cached keys are read, and the mean key `[H, D]` if that is kept apart."""
+    mean = None
+    if config.keeps_key_mean:
+        sample, mean = centred(sample)
+    if config.position == "baked":
+        sample = baked(sample)
+    if config.position == "rotate_on_read":
+        sample = replace(sample, fixed_grad=sample.rotated_grad)
+    return sample, mean
 
 
-def _fit(layer: DenseSelfAttention, target: _Target, sample: LayerSample | None, rank: int, rotated: bool) -> Code:
+def _target(
+    layer: DenseSelfAttention, sample: LayerSample | None, axes: tuple[int, ...], config: ConvertConfig
+) -> Target:
+    """What the layout restores from a latent; the shared key is fitted where there is a sample."""
+    pairs, count = layer.head_dim // 2, config.qk_rope_head_dim // 2
+    untouched = torch.ones(layer.heads, pairs, dtype=torch.complex128)
+    if config.position == "rotate_on_read":
+        return Target(None, list(range(pairs)), untouched, residual=False, derived=False)
+    candidates = [p for p in range(pairs) if config.position != "baked" or axes[p] == TIME]
+    if sample is None:
+        chosen = fastest_pairs(tuple(axes[p] for p in candidates), count)
+        shared, rho, residual = mean_keys([candidates[p] for p in chosen], layer.heads), untouched, False
+    else:
+        residual = config.keep_residual
+        shared, rho = shared_keys(sample, count, candidates, residual), mean_rotation(sample)
+    carried = set() if residual else set(shared.pairs)
+    nope_pairs = [p for p in range(pairs) if p not in carried]
+    return Target(shared, nope_pairs, rho, residual, config.position == "derived")
+
+
+def _fit(layer: DenseSelfAttention, target: Target, sample: LayerSample | None, rank: int) -> Code:
     """The code of the target: in the metric of the layer's output, or of the weights alone."""
     if sample is not None:
-        mean, covariance = second_moment(target(sample.key, sample.value))
-        if rotated:
-            sample = replace(sample, query=rotate(sample.query, sample.relative))
-        probes = target.probes(sample)
-        return low_rank_code(covariance, probes.T @ probes / len(probes), mean, rank)
+        covariance, mean, metric = target.moments(sample)
+        return low_rank_code(covariance, metric, mean, rank)
     weight, bias = _weights(layer)
     columns = weight.T.unflatten(1, (2, layer.heads, layer.head_dim))
-    factor = target(columns[:, 0], columns[:, 1])
     mean = target(*bias.view(2, 1, layer.heads, layer.head_dim))[0]
-    return low_rank_code(factor.T @ factor, torch.eye(factor.shape[1], dtype=factor.dtype), mean, rank)
+    return low_rank_factor(target(columns[:, 0], columns[:, 1]), mean, rank)
 
 
 def _weights(layer: DenseSelfAttention) -> tuple[Tensor, Tensor]:
@@ -175,7 +146,7 @@ def _as_matrix(function: Callable[[Tensor, Tensor], Tensor], heads: int, head_di
     return function(basis[:, 0], basis[:, 1]).T
 
 
-def _projections(layer: DenseSelfAttention, target: _Target, code: Code) -> dict[str, Tensor]:
+def _projections(layer: DenseSelfAttention, target: Target, code: Code) -> dict[str, Tensor]:
     heads, head_dim = layer.heads, layer.head_dim
     nope = 2 * heads * len(target.nope_pairs)
     shared = 0 if target.shared is None or not target.derived else 2 * len(target.shared.pairs)
@@ -202,7 +173,7 @@ def _projections(layer: DenseSelfAttention, target: _Target, code: Code) -> dict
     return tensors
 
 
-def _random(layer: DenseSelfAttention, target: _Target, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
+def _random(layer: DenseSelfAttention, target: Target, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Projections of the right shapes drawn at random, each with the gain that keeps the variance."""
     inner = layer.heads * layer.head_dim
 
@@ -235,7 +206,8 @@ def _factorised_query(
     moment, mean = torch.eye(weight.shape[1], dtype=torch.float64), torch.zeros(weight.shape[1], dtype=torch.float64)
     if config.init == "activation":
         assert sample is not None
-        mean, moment = second_moment(sample.hidden)
+        hidden = sample.hidden.double()
+        mean, moment = hidden.mean(0), torch.cov(hidden.T, correction=0)
     basis = torch.linalg.eigh(weight @ moment @ weight.T).eigenvectors.flip(1)[:, :rank]
     q_a = basis.T @ weight
     return {

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .factorize import symmetric_root
 from .probe import LayerSample
 
 
@@ -31,34 +32,34 @@ def complex_pairs(x: Tensor) -> Tensor:
 def mean_rotation(sample: LayerSample) -> Tensor:
     """What is left of each head's key when a pair is not rotated, complex128 `[H, P]`.
 
-    The factor rho that minimises the error of `conj(q) rho k` against `conj(q~) k`, q~ being the
-    query rotated into the key's frame; it is near 1 for slow pairs and near 0 for fast ones.
+    The factor rho that minimises the error of reading `rho k` with unrotated queries instead of k
+    with rotated ones; it is near 1 for slow pairs and near 0 for fast ones.
     """
-    query = complex_pairs(sample.query)
-    energy = sample.key_gain.double().square().unsqueeze(-1) * query.abs().square()
-    turned = (energy * sample.relative.conj().to(torch.complex128).unsqueeze(1)).sum(0)
-    return turned / energy.sum(0).clamp_min(1e-30)
+    rotated, fixed = complex_pairs(sample.rotated_grad), complex_pairs(sample.fixed_grad)
+    return (fixed * rotated.conj()).sum(0) / fixed.abs().square().sum(0).clamp_min(1e-30)
 
 
 def shared_keys(sample: LayerSample, count: int, candidates: list[int], residual: bool) -> SharedKey:
-    """Choose `count` rotary keys among `candidates` by the error of the logits that they remove.
+    """Choose `count` rotary keys among `candidates` by the error that they remove.
 
     A pair may be chosen more than once, with the next singular vector. With `residual` the part of
-    a key that the unrotated channels can carry anyway does not count.
+    a key that the unrotated channels can carry anyway does not count. Raises ValueError if there are fewer.
     """
-    key = complex_pairs(sample.key)
-    gain = (sample.key_gain.double().square().unsqueeze(-1) * complex_pairs(sample.query).abs().square()).mean(0)
-    lost = (1 - mean_rotation(sample).abs().square()).clamp_min(0) if residual else torch.ones_like(gain)
+    key, grad = complex_pairs(sample.key), complex_pairs(sample.rotated_grad)
+    lost = torch.ones(key.shape[1:], dtype=torch.float64)
+    if residual:
+        fixed = complex_pairs(sample.fixed_grad).abs().square().mean(0)
+        kept = mean_rotation(sample).abs().square() * fixed / grad.abs().square().mean(0).clamp_min(1e-30)
+        lost = (1 - kept).clamp(0, 1)
     options: list[tuple[float, int, Tensor, Tensor]] = []
     for pair in candidates:
-        weight = gain[:, pair].sqrt().clamp_min(1e-12)
-        weighted = key[:, :, pair] * weight
-        moment = weighted.T @ weighted.conj() / len(weighted)
-        values, vectors = torch.linalg.eigh(moment)
+        root, inverse = symmetric_root(grad[:, :, pair].T @ grad[:, :, pair].conj() / len(grad))
+        weighted = key[:, :, pair] @ root.T
+        values, vectors = torch.linalg.eigh(weighted.T @ weighted.conj() / len(weighted))
         for rank in range(len(values)):
             vector = vectors[:, -1 - rank]
             share = (vector.abs().square() * lost[:, pair]).sum()
-            options.append((float(values[-1 - rank] * share), pair, vector.conj() * weight, vector / weight))
+            options.append((float(values[-1 - rank] * share), pair, vector.conj() @ root, inverse @ vector))
     if count > len(options):
         limit = 2 * len(options)
         raise ValueError(f"qk_rope_head_dim {2 * count} is larger than the {limit} rotary channels of all heads")

@@ -21,8 +21,8 @@ INK, MUTED, RULE, TEACHER, STUDENT = "#010101", "#020202", "#030303", "#040404",
 _VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", TEACHER: "--teacher", STUDENT: "--student"}
 
 _SIZE = (5.4, 3.3)
-_STEPS = [1, 2, 2.5, 5, 10]
-_STYLE: dict[str, Any] = {
+STEPS = [1, 2, 2.5, 5, 10]
+STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "font.size": 11,
     "axes.spines.top": False,
@@ -137,7 +137,7 @@ def error_by_layer(errors: Sequence[float]) -> str:
         ax.set_xlim(-0.6, len(errors) - 0.4)
         ax.set_xlabel("layer")
         ax.xaxis.set_major_locator(MaxNLocator(10, integer=True))
-        _percent_axis(ax)
+        percent_axis(ax)
     return chart.svg
 
 
@@ -149,7 +149,7 @@ def error_by_timestep(points: Sequence[Sequence[float]]) -> str:
         ax.plot([t for t, _ in ordered], [100 * e for _, e in ordered], color=STUDENT, marker="o", markersize=4)
         ax.set_xlim(0, 1)
         ax.set_xlabel("t (0 clean, 1 pure noise)")
-        _percent_axis(ax)
+        percent_axis(ax)
     return chart.svg
 
 
@@ -162,7 +162,7 @@ class _chart:
 
     def __enter__(self) -> _chart:
         # A salt of its own keeps ids apart when several figures share one page, and bytes stable.
-        self._context = rc_context(_STYLE | {"svg.hashsalt": self.name})
+        self._context = rc_context(STYLE | {"svg.hashsalt": self.name})
         self._context.__enter__()
         self.figure = Figure(figsize=_SIZE, layout="constrained")
         self.axes: Axes = self.figure.add_subplot()
@@ -244,10 +244,10 @@ def _end_label(ax: Axes, x: float, y: float, text: str, color: str, above: bool)
 def _step_axis(ax: Axes, steps: Sequence[float]) -> None:
     ax.set_xlabel("step")
     ax.set_xlim(0, max(steps) * 1.02 or 1)
-    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=_STEPS))
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=STEPS))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     if ax.get_yscale() == "linear":
-        ax.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
+        ax.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
 
 
 def _memory_axes(ax: Axes, streams: int, top: float) -> None:
@@ -255,13 +255,13 @@ def _memory_axes(ax: Axes, streams: int, top: float) -> None:
     ax.set_ylim(0, top)
     ax.set_xlabel("parallel streams")
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 4, 5, 8, 10]))
-    ax.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
+    ax.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short_bytes(value, top)))
 
 
-def _percent_axis(ax: Axes) -> None:
+def percent_axis(ax: Axes) -> None:
     ax.set_ylim(bottom=0)
-    ax.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
+    ax.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
 
 

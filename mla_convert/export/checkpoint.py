@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import json
-import os
-import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors import SafetensorError
 
 from .. import registry
 from ..errors import UserError
-from ..files import MANIFEST, atomic_folder, claim_folder
-from ..load import accepted_config, build_model, check_tensors, open_weights, read_config, read_json
+from ..files import MANIFEST, atomic_folder, claim_folder, save_tensors
+from ..load import LazyTensors, accepted_config, build_model, check_tensors, open_weights, read_config, read_json
+from ..load.weights import CONFIG, INDEX, WEIGHTS
 from .card import write_card
 from .manifest import build_manifest, family_of, read_manifest, verify_files
 
@@ -51,16 +49,19 @@ def save_checkpoint(
     manifest: Mapping[str, Any],
     dtype: torch.dtype | None = None,
     max_shard_size: str = DEFAULT_SHARD_SIZE,
+    tensors: LazyTensors | None = None,
 ) -> None:
     """Write `folder/transformer` and the manifest; `folder` appears whole or not at all.
 
     `manifest` holds what the caller records (resolved recipe, source); versions, revision, cached
-    scalars and digests are added. The model is not changed. Raises UserError when `folder` holds
-    something else or the disk is full, ValueError for a converted model that the stock class would load.
+    scalars and digests are added. The model is not changed. With `tensors`, the weights of a `model`
+    on the meta device, one shard is in memory at a time; `dtype` must be None then. Raises UserError
+    when `folder` holds something else or the disk is full, ValueError for a converted model that the
+    stock class would load.
     """
     claim_checkpoint(folder)
     with atomic_folder(folder) as temporary:
-        _write(_in_dtype(model, dtype), temporary, manifest, max_shard_size)
+        _write(_in_dtype(model, dtype), temporary, manifest, max_shard_size, tensors)
 
 
 def load_checkpoint(
@@ -111,9 +112,9 @@ def export(checkpoint: Path, out: Path, config: ExportConfig) -> dict[str, Any]:
 def find_checkpoint(folder: Path) -> tuple[Path, Path]:
     """Checkpoint folder and transformer folder in a run, checkpoint or transformer folder. Raises UserError."""
     for root in (folder, folder / "checkpoint"):
-        if (root / TRANSFORMER / "config.json").is_file():
+        if (root / TRANSFORMER / CONFIG).is_file():
             return root, root / TRANSFORMER
-    if (folder / "config.json").is_file():
+    if (folder / CONFIG).is_file():
         return (folder.parent if (folder.parent / MANIFEST).is_file() else folder), folder
     if not folder.exists():
         raise UserError(f"{folder} does not exist")
@@ -143,21 +144,45 @@ def refuse_stock_loading(model: Any) -> None:
         raise ValueError(f"{type(model).__name__} has no tensor that a stock class refuses by its shape")
 
 
-def _write(model: Any, folder: Path, recorded: Mapping[str, Any], max_shard_size: str) -> dict[str, Any]:
+def _write(
+    model: Any,
+    folder: Path,
+    recorded: Mapping[str, Any],
+    max_shard_size: str,
+    tensors: LazyTensors | None = None,
+) -> dict[str, Any]:
     refuse_stock_loading(model)
     inner = folder / TRANSFORMER
-    with _safetensors_as_os_errors():
-        model.save_pretrained(inner, max_shard_size=max_shard_size)
-    config = read_json(inner / "config.json")
+    model.save_config(inner)
+    config = read_json(inner / CONFIG)
     # Where the model was loaded from is not part of the model.
     config.pop("_name_or_path", None)
-    (inner / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    for weights in inner.glob("*.safetensors"):
-        # safetensors writes files that only their owner may read.
-        shutil.copymode(inner / "config.json", weights)
+    (inner / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    _write_weights(model, inner, max_shard_size, tensors)
     manifest = build_manifest(model, folder, recorded)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True, allow_nan=False) + "\n")
     return manifest
+
+
+def _write_weights(model: Any, folder: Path, max_shard_size: str, tensors: LazyTensors | None) -> None:
+    """The shards and index that `save_pretrained` writes, one shard in memory at a time."""
+    state = model.state_dict()
+    if tensors is not None:
+        # Dtypes are those of the weights, whose shapes the plan of the shards needs too.
+        state = {name: tensor.to(tensors.dtype(name)) for name, tensor in state.items()}
+    pattern = WEIGHTS.replace(".safetensors", "{suffix}.safetensors")
+    split = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size, filename_pattern=pattern)
+    for filename, names in split.filename_to_tensors.items():
+        shard = {name: (state if tensors is None else tensors)[name].contiguous() for name in names}
+        save_tensors(shard, folder / filename, {"format": "pt"})
+        del shard
+        if tensors is not None:
+            tensors.release()
+        # safetensors writes files that only their owner may read.
+        shutil.copymode(folder / CONFIG, folder / filename)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _in_dtype(model: Any, dtype: torch.dtype | None) -> Any:
@@ -193,15 +218,3 @@ def _find_report(root: Path) -> dict[str, Any] | None:
     if (root.parent / "state.json").is_file():
         places.append(root.parent / REPORT)
     return next((read_json(path) for path in places if path.is_file()), None)
-
-
-@contextlib.contextmanager
-def _safetensors_as_os_errors() -> Iterator[None]:
-    """Raise the OSError that safetensors reports as text, a full disk for one."""
-    try:
-        yield
-    except SafetensorError as error:
-        code = re.search(r"\(os error (\d+)\)", str(error))
-        if code is None:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1]))) from None

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..mla.attention import AttentionPass
 
 Config = Mapping[str, Any]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -24,9 +28,37 @@ class Geometry:
         return 2 * self.num_heads * self.head_dim
 
 
+class BlockInputs(NamedTuple):
+    """One batch on its way through the blocks, as a dense class's `enter` prepares it.
+
+    `tokens` `[B, S, C]` are what the first block gets; every block gets its tokens and `shared`:
+    `text` `[B, L, C]`, `modulation` `[B, T, 6, C]` (T runs of tokens) and the attention pass `step`.
+    `temb` `[B, T, C]` and `size`, the (F, H, W) of the latent, are for `leave`.
+    """
+
+    tokens: Tensor
+    text: Tensor
+    modulation: Tensor
+    step: AttentionPass
+    temb: Tensor
+    size: tuple[int, int, int]
+
+    @property
+    def shared(self) -> tuple[Tensor, Tensor, AttentionPass]:
+        """Arguments of every block after its tokens."""
+        return self.text, self.modulation, self.step
+
+
 @dataclass(frozen=True)
 class Family:
     """A family of transformers: its stock classes by name, our dense and our converted class.
+
+    For conversion a dense class offers its layers as `blocks`, each with its self-attention as
+    `attn1` (a `DenseSelfAttention`), and everything around them as `enter(hidden_states, timestep,
+    encoder_hidden_states, context=...) -> BlockInputs` and `leave(tokens, inputs) -> velocity`, so
+    that `leave(blocks(enter(...)))` is its forward: blocks can then be read, run and dropped one at
+    a time. It also has `causal`, `rope` and `rotary_table()`. The converted class takes the same
+    configuration with `mla` beside it and differs in `attn1` alone.
 
     `geometry` reads a configuration of any of them. `near_misses` names related classes that cannot
     be converted, each with the reason. `stored_names` maps our tensor names to those of a file that is

@@ -12,7 +12,6 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
 
 from ..mla.attention import AttentionPass, CausalSelfAttention, DenseSelfAttention, clip_pass, stream_pass
@@ -21,42 +20,9 @@ from ..mla.config import MLAConfig
 from ..mla.latent import LatentSelfAttention
 from ..mla.rope import RotaryTable, wan_rotary_table
 from ..mla.window import CausalConfig
-from .base import Config, Family, Geometry
+from .base import BlockInputs, Config, Family, Geometry
+from .wan_block import CausalWanBlock, modulate
 from .wan_files import infer_config, stored_names
-
-
-def _modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """`x (1 + scale) + shift` with one scale and shift for each of T equal runs of tokens.
-
-    `x` is `[B, S, C]`, `scale` and `shift` are `[B, T, C]`; T divides S.
-    """
-    runs = x.unflatten(1, (scale.shape[1], -1))
-    return torch.addcmul(shift.unsqueeze(2), runs, 1 + scale.unsqueeze(2)).flatten(1, 2)
-
-
-class CausalWanBlock(WanTransformerBlock):
-    """A Wan block whose timestep may differ from frame to frame (`temb` `[B, T, 6, C]`)."""
-
-    def forward(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: AttentionPass
-    ) -> Tensor:
-        table = (self.scale_shift_table.unsqueeze(1) + temb.float()).unbind(2)
-        shift, scale, gate, ff_shift, ff_scale, ff_gate = table
-
-        def gated(x: Tensor, gate: Tensor) -> Tensor:
-            return (x.float().unflatten(1, (gate.shape[1], -1)) * gate.unsqueeze(2)).flatten(1, 2)
-
-        dtype = hidden_states.dtype
-        normed = _modulate(self.norm1(hidden_states.float()), scale, shift).to(dtype)
-        out = self.attn1(normed, None, None, rotary_emb)
-        hidden_states = (hidden_states.float() + gated(out, gate)).to(dtype)
-
-        normed = self.norm2(hidden_states.float()).to(dtype)
-        hidden_states = hidden_states + self.attn2(normed, encoder_hidden_states, None, None)
-
-        normed = _modulate(self.norm3(hidden_states.float()), ff_scale, ff_shift).to(dtype)
-        out = self.ffn(normed)
-        return (hidden_states.float() + gated(out, ff_gate)).to(dtype)
 
 
 class CausalWanTransformer3DModel(WanTransformer3DModel):
@@ -167,29 +133,15 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         `context` instead of its own noisy one (teacher forcing): item i reads context item i mod B'.
         `context_timestep` `[B']` or `[B', F]` is its noise level, 0 when left out.
         """
-        batch, _, frames, height, width = hidden_states.shape
-        grid = self.token_grid(height, width)
-        context_batch = None
-        if context is not None:
-            context_batch = context.shape[0]
-            if batch % context_batch or context.shape[1:] != hidden_states.shape[1:]:
-                shapes = f"{tuple(context.shape)} does not fit hidden_states {tuple(hidden_states.shape)}"
-                raise ValueError(f"context {shapes}")
-            if context_timestep is None:
-                context_timestep = timestep.new_zeros((context_batch, *timestep.shape[1:]))
-            elif context_timestep.ndim < timestep.ndim:
-                context_timestep = context_timestep.unsqueeze(1).expand(-1, timestep.shape[1])
-            hidden_states = torch.cat([context.to(hidden_states.dtype), hidden_states])
-            timestep = torch.cat([context_timestep.to(timestep.dtype), timestep])
-            encoder_hidden_states = torch.cat([encoder_hidden_states[:context_batch], encoder_hidden_states])
-            if encoder_hidden_states_image is not None:
-                encoder_hidden_states_image = torch.cat(
-                    [encoder_hidden_states_image[:context_batch], encoder_hidden_states_image]
-                )
-        step = clip_pass(self.rotary_table(), self.causal, frames, *grid, context_batch=context_batch)
-        sample = self._run(hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image, step)
-        if context_batch is not None:
-            sample = sample[context_batch:]
+        inputs = self.enter(
+            hidden_states,
+            timestep,
+            encoder_hidden_states,
+            encoder_hidden_states_image,
+            context=context,
+            context_timestep=context_timestep,
+        )
+        sample = self.leave(self._through_blocks(inputs), inputs)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def forward_chunk(
@@ -211,37 +163,83 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         if self.token_grid(*hidden_states.shape[3:]) != (cache.height, cache.width):
             raise ValueError(f"the cache is for {cache.height}x{cache.width} tokens a frame")
         step = stream_pass(self.rotary_table(), cache, frames, write)
-        sample = self._run(hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image, step)
+        inputs = self._embed(hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image, step)
+        sample = self.leave(self._through_blocks(inputs), inputs)
         if write:
             cache.frames_seen += frames
         return sample
 
-    def _run(
+    def enter(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_image: Tensor | None = None,
+        context: Tensor | None = None,
+        context_timestep: Tensor | None = None,
+    ) -> BlockInputs:
+        """What the first block gets for a whole clip; the arguments are those of `forward`.
+
+        With `context` its B' items come first in the batch of everything that is returned.
+        """
+        batch, _, frames, height, width = hidden_states.shape
+        context_batch = None
+        if context is not None:
+            context_batch = context.shape[0]
+            if batch % context_batch or context.shape[1:] != hidden_states.shape[1:]:
+                shapes = f"{tuple(context.shape)} does not fit hidden_states {tuple(hidden_states.shape)}"
+                raise ValueError(f"context {shapes}")
+            if context_timestep is None:
+                context_timestep = timestep.new_zeros((context_batch, *timestep.shape[1:]))
+            elif context_timestep.ndim < timestep.ndim:
+                context_timestep = context_timestep.unsqueeze(1).expand(-1, timestep.shape[1])
+            hidden_states = torch.cat([context.to(hidden_states.dtype), hidden_states])
+            timestep = torch.cat([context_timestep.to(timestep.dtype), timestep])
+            encoder_hidden_states = torch.cat([encoder_hidden_states[:context_batch], encoder_hidden_states])
+            if encoder_hidden_states_image is not None:
+                encoder_hidden_states_image = torch.cat(
+                    [encoder_hidden_states_image[:context_batch], encoder_hidden_states_image]
+                )
+        grid = self.token_grid(height, width)
+        step = clip_pass(self.rotary_table(), self.causal, frames, *grid, context_batch=context_batch)
+        return self._embed(hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image, step)
+
+    def leave(self, tokens: Tensor, inputs: BlockInputs) -> Tensor:
+        """Velocity `[B, C, F, H, W]` from the last block's `tokens` `[B' + B, S, C]`, context items left out."""
+        frames, height, width = inputs.size
+        rows, columns = self.token_grid(height, width)
+        shift, scale = (self.scale_shift_table.unsqueeze(1) + inputs.temb.unsqueeze(2)).unbind(2)
+        tokens = modulate(self.norm_out(tokens.float()), scale, shift).to(tokens.dtype)
+        _, p_h, p_w = self.config.patch_size
+        patches = self.proj_out(tokens).view(-1, frames, rows, columns, p_h, p_w, self.config.out_channels)
+        sample = patches.permute(0, 6, 1, 2, 4, 3, 5).reshape(-1, self.config.out_channels, frames, height, width)
+        return sample[inputs.step.context_batch or 0 :]
+
+    def _embed(
         self,
         hidden_states: Tensor,
         timestep: Tensor,
         encoder_hidden_states: Tensor,
         encoder_hidden_states_image: Tensor | None,
         step: AttentionPass,
-    ) -> Tensor:
+    ) -> BlockInputs:
         frames, height, width = hidden_states.shape[2:]
-        rows, columns = self.token_grid(height, width)
         tokens = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
         temb, modulation, text, image = self.embed_conditions(
             timestep, encoder_hidden_states, encoder_hidden_states_image
         )
         if image is not None:
             text = torch.cat([image, text], dim=1)
+        return BlockInputs(tokens, text, modulation, step, temb, (frames, height, width))
+
+    def _through_blocks(self, inputs: BlockInputs) -> Tensor:
+        tokens = inputs.tokens
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                tokens = self._gradient_checkpointing_func(block, tokens, text, modulation, step)
+                tokens = self._gradient_checkpointing_func(block, tokens, *inputs.shared)
             else:
-                tokens = block(tokens, text, modulation, step)
-        shift, scale = (self.scale_shift_table.unsqueeze(1) + temb.unsqueeze(2)).unbind(2)
-        tokens = _modulate(self.norm_out(tokens.float()), scale, shift).to(tokens.dtype)
-        _, p_h, p_w = self.config.patch_size
-        patches = self.proj_out(tokens).view(-1, frames, rows, columns, p_h, p_w, self.config.out_channels)
-        return patches.permute(0, 6, 1, 2, 4, 3, 5).reshape(-1, self.config.out_channels, frames, height, width)
+                tokens = block(tokens, *inputs.shared)
+        return tokens
 
     def embed_conditions(
         self, timestep: Tensor, encoder_hidden_states: Tensor, encoder_hidden_states_image: Tensor | None

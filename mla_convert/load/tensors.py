@@ -69,6 +69,13 @@ class LazyTensors(Mapping[str, Tensor]):
         """The files that hold the tensors."""
         return sorted({place.file for place in self._places.values()})
 
+    def release(self) -> None:
+        """Close the files, which are opened again when they are needed.
+
+        What was read of a mapped file counts as resident memory until then.
+        """
+        self._open.clear()
+
     def __getitem__(self, name: str) -> Tensor:
         file, stored = self._places[name]
         tensor: Tensor = self._handle(file).get_tensor(stored)

@@ -26,7 +26,8 @@ class MLAConfig(BaseModel):
 
     `rope_pairs` names the model's rotary pairs that the shared key carries, one for each two of its
     `qk_rope_head_dim` channels; a pair may occur more than once. `nope_pairs` names the pairs whose
-    channels, unrotated, are restored from the latent for every head.
+    channels, unrotated, are restored from the latent for every head. With `key_mean` every head has
+    a constant key that is added to those of all tokens, rotated in full by each token's position.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,6 +39,7 @@ class MLAConfig(BaseModel):
     v_head_dim: int
     rope_pairs: tuple[tuple[int, ...], ...]
     nope_pairs: tuple[tuple[int, ...], ...]
+    key_mean: bool = False
 
     @model_validator(mode="after")
     def _one_entry_a_layer(self) -> MLAConfig:

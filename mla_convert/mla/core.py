@@ -22,23 +22,27 @@ class KeyValue(NamedTuple):
     `nope` `[B, K, H, N]` enters the logits as it is, `rope` `[B, K, H or 1, R]` is rotated when it
     is read, `value` is `[B, K, H, V]`. A shared rotary key has one head, DeepSeek's `k_pe`
     (arXiv 2405.04434, eq. 14-18). `pairs` says which of the model's rotary pairs the channels of
-    `rope` are; None means all of them in order.
+    `rope` are; None means all of them in order. `mean` `[H, M]` is a constant part of every key with
+    all rotary pairs.
     """
 
     nope: Tensor | None
     rope: Tensor | None
     value: Tensor
     pairs: list[int] | None = None
+    mean: Tensor | None = None
 
     def keys(self, rotations: Tensor) -> Tensor:
-        """Keys ready for the dot product, `[B, K, H, N + R]`."""
-        if self.rope is None:
-            assert self.nope is not None
-            return self.nope
-        rope = rotate(self.rope, rotations if self.pairs is None else rotations[:, self.pairs])
-        if self.nope is None:
-            return rope
-        return torch.cat([self.nope, rope.expand(-1, -1, self.nope.shape[2], -1)], dim=-1)
+        """Keys ready for the dot product, `[B, K, H, N + R + M]`."""
+        batch, tokens, heads = self.value.shape[:3]
+        parts = [] if self.nope is None else [self.nope]
+        if self.rope is not None:
+            rope = rotate(self.rope, rotations if self.pairs is None else rotations[:, self.pairs])
+            parts.append(rope.expand(-1, -1, heads, -1))
+        if self.mean is not None:
+            turned = rotate(self.mean.expand(1, tokens, -1, -1), rotations)
+            parts.append(turned.to(self.value.dtype).expand(batch, -1, -1, -1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def tokens(self, slices: tuple[slice, ...]) -> KeyValue:
         """The tokens in `slices`, in that order."""
@@ -50,26 +54,32 @@ class KeyValue(NamedTuple):
 
         value = pick(self.value)
         assert value is not None
-        return KeyValue(pick(self.nope), pick(self.rope), value, self.pairs)
+        return KeyValue(pick(self.nope), pick(self.rope), value, self.pairs, self.mean)
 
 
 class Query(NamedTuple):
-    """Queries in the form in which a `KeyValue` expects them; `rope` has every head."""
+    """Queries in the form in which a `KeyValue` expects them; `rope` and `mean` have every head."""
 
     nope: Tensor | None
     rope: Tensor | None
     pairs: list[int] | None = None
+    mean: Tensor | None = None
 
     def tokens(self, chosen: slice) -> Query:
         """The queries of some tokens."""
-        nope = None if self.nope is None else self.nope[:, chosen]
-        return Query(nope, None if self.rope is None else self.rope[:, chosen], self.pairs)
+
+        def pick(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[:, chosen]
+
+        return Query(pick(self.nope), pick(self.rope), self.pairs, pick(self.mean))
 
     def rotated(self, rotations: Tensor) -> Tensor:
-        """Queries ready for the dot product, `[B, Q, H, N + R]`."""
+        """Queries ready for the dot product, `[B, Q, H, N + R + M]`."""
         parts = [] if self.nope is None else [self.nope]
         if self.rope is not None:
             parts.append(rotate(self.rope, rotations if self.pairs is None else rotations[:, self.pairs]))
+        if self.mean is not None:
+            parts.append(rotate(self.mean, rotations))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 

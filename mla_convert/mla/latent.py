@@ -17,7 +17,7 @@ from .config import MLAConfig
 from .core import KeyValue, Query
 from .rope import rotate
 
-LATENT_MODULES = ("q_a_proj", "q_b_proj", "kv_a_proj", "kv_b_proj", "k_pe_proj", "q_pe_coef")
+LATENT_MODULES = ("q_a_proj", "q_b_proj", "kv_a_proj", "kv_b_proj", "k_pe_proj", "q_pe_coef", "k_mean")
 
 
 class LatentSelfAttention(CausalSelfAttention):
@@ -26,7 +26,8 @@ class LatentSelfAttention(CausalSelfAttention):
     Parameters beside those of the dense layer: `kv_a_proj` `[r, 2 H D]` encodes `[k; v]`,
     `kv_b_proj` `[H (N + V), r]` restores unrotated keys and values, `k_pe_proj` gives the shared
     rotary key (from k, or from c when derived), and `q_pe_coef` `[H, R / 2, 2]` holds the complex
-    weight of each shared pair in each head, applied to the queries.
+    weight of each shared pair in each head, applied to the queries. `k_mean` `[H, D]` is the constant
+    key of each head, which is taken off before a key is encoded and added, rotated, when it is read.
     """
 
     def __init__(self, dim: int, heads: int, head_dim: int, eps: float, layer: int, mla: MLAConfig) -> None:
@@ -54,6 +55,7 @@ class LatentSelfAttention(CausalSelfAttention):
             source = self.rank if mla.position == "derived" else inner
             self.k_pe_proj = nn.Linear(source, 2 * len(self.rope_pairs))
             self.q_pe_coef = nn.Parameter(torch.ones(heads, len(self.rope_pairs), 2))
+        self.k_mean = nn.Parameter(torch.zeros(heads, head_dim)) if mla.key_mean else None
 
     @property
     def row_width(self) -> int:
@@ -77,6 +79,8 @@ class LatentSelfAttention(CausalSelfAttention):
         return self.norm_q(self.split_heads(query)).flatten(2), key, self.to_v(hidden_states)
 
     def encode(self, key: Tensor, value: Tensor, step: AttentionPass) -> Tensor:
+        if self.k_mean is not None:
+            key = key - self.k_mean.flatten()
         placed = key
         if self.mla.position == "baked":
             placed = self._bake(self.split_heads(key), step).flatten(2)
@@ -91,12 +95,13 @@ class LatentSelfAttention(CausalSelfAttention):
         assert query.rope is not None
         placed = self._bake(query.rope, step) if self.mla.position == "baked" else query.rope
         nope = _select(placed, self.nope_pairs) if self.nope_pairs else None
+        mean = None if self.k_mean is None else query.rope
         if not self.rope_pairs:
-            return Query(nope, None)
+            return Query(nope, None, mean=mean)
         pairs = torch.view_as_complex(_select(query.rope, self.rope_pairs).float().contiguous().unflatten(-1, (-1, 2)))
         coefficient = torch.view_as_complex(self.q_pe_coef.float())
         rope = torch.view_as_real(pairs * coefficient.conj()).flatten(-2).to(query.rope.dtype)
-        return Query(nope, rope, self.rope_pairs)
+        return Query(nope, rope, self.rope_pairs, mean)
 
     def expand(self, rows: Tensor) -> KeyValue:
         latent = rows[..., : self.rank]
@@ -106,12 +111,12 @@ class LatentSelfAttention(CausalSelfAttention):
             return KeyValue(None, key, value)
         nope = key if self.nope_pairs else None
         if not self.rope_pairs:
-            return KeyValue(nope, None, value)
+            return KeyValue(nope, None, value, mean=self.k_mean)
         shared = rows[..., self.rank :] if self.caches_shared_key else self.k_pe_proj(latent)
         shared = shared.unsqueeze(2)
         if nope is None:
             shared = shared.expand(-1, -1, self.heads, -1)
-        return KeyValue(nope, shared, value, self.rope_pairs)
+        return KeyValue(nope, shared, value, self.rope_pairs, self.k_mean)
 
     def absorbed(self) -> AbsorbedWeights:
         """`kv_b_proj` as it is absorbed into queries and outputs. Raises ValueError for `rotate_on_read`."""
@@ -137,18 +142,27 @@ class AbsorbedWeights(NamedTuple):
 
 
 def attend_absorbed(
-    query: Tensor, nope_channels: int, latent: Tensor, shared_key: Tensor, weights: AbsorbedWeights, scale: float
+    query: Tensor,
+    nope_channels: int,
+    latent: Tensor,
+    shared_key: Tensor,
+    weights: AbsorbedWeights,
+    scale: float,
+    mean_key: Tensor | None = None,
 ) -> Tensor:
     """Attention `[B, Q, H, V]` over latents without expanding them.
 
     `query` `[B, Q, H, N + R]` is ready for the dot product, `latent` is `[B, K, r]` and `shared_key`
-    `[B, K, R]` is rotated. The weights that restore keys move into the queries, those that restore
+    `[B, K, R]` is rotated; with `mean_key` `[K, H, M]`, the rotated constant key, queries have M more
+    channels. The weights that restore keys move into the queries, those that restore
     values behind the softmax (DeepSeek-V2, arXiv 2405.04434, section 2.1.2).
     """
-    nope, rope = query[..., :nope_channels], query[..., nope_channels:]
+    nope, rope, mean = query.tensor_split([nope_channels, nope_channels + shared_key.shape[-1]], dim=-1)
     absorbed = torch.einsum("bqhn,hnr->bqhr", nope, weights.w_uk)
     logits = torch.einsum("bqhr,bkr->bhqk", absorbed, latent) + torch.einsum("bqhp,bkp->bhqk", rope, shared_key)
     logits = logits + torch.einsum("bqhn,hn->bhq", nope, weights.b_uk).unsqueeze(-1)
+    if mean_key is not None:
+        logits = logits + torch.einsum("bqhm,khm->bhqk", mean, mean_key)
     mixed = torch.einsum("bhqk,bkr->bqhr", (scale * logits).softmax(-1), latent)
     return torch.einsum("bqhr,hvr->bqhv", mixed, weights.w_uv) + weights.b_uv
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch.utils.data import default_collate
 
-from ..convert import CalibrationBatch, convert_model
+from ..convert import convert_source
 from ..distill.trainer import run_stage
 from ..errors import UsageError
 from ..evaluate.fidelity import evaluate
@@ -23,10 +22,12 @@ from ..files import MANIFEST, atomic_folder, write_json, write_text
 from ..recipe.schema import Recipe
 from ..run.sample import embed_prompts, prompt_encoder, rollout
 from ..run.video import save_video, side_by_side, to_frames
+from .calibration import calibration_batches
 from .context import CHECKPOINT, METRICS, SAMPLES, STAGES, TRAINING, Context, stage_names
 from .summary import build_report, training_rows
 
 ROLLOUTS = "rollouts.safetensors"
+STREAMED_SHARD_SIZE = "1GB"
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def steps_of(recipe: Recipe) -> list[Step]:
     """What a run of `recipe` does, in order."""
     stages = stage_names(recipe)
     models = [(f"{STAGES}/{stage}/transformer", f"{STAGES}/{stage}/{MANIFEST}") for stage in stages]
-    steps = [Step("convert", models[0], _convert)]
+    steps = [Step("convert", models[0], _convert, scratch=_parts_of(recipe))]
     for index in range(1, len(stages)):
         steps.append(
             Step(
@@ -98,26 +99,28 @@ def recorded(context: Context) -> dict[str, Any]:
     }
 
 
-def _calibration_batches(context: Context) -> Iterator[CalibrationBatch]:
-    """The first training clips, in batches."""
-    config = context.recipe.convert.calibration
-    clips = config.clips if context.data.size is None else min(config.clips, context.data.size)
-    for start in range(0, clips, config.batch_size):
-        batch = default_collate([context.data.example(i) for i in range(start, min(start + config.batch_size, clips))])
-        yield CalibrationBatch(batch["latents"], batch["encoder_hidden_states"])
-
-
 def _convert(context: Context) -> None:
     recipe = context.recipe
-    model = convert_model(
-        context.source.family,
-        context.dense(),
+    work = context.path / _parts_of(recipe)
+    converted = convert_source(
+        context.source,
         recipe.convert,
-        _calibration_batches(context),
+        work,
+        calibration_batches(context, work),
         seed=recipe.seed,
+        dtype=getattr(torch, recipe.source.dtype),
         progress=context.report,
+        identity=recipe.model_dump(mode="json", include={"seed", "data", "generate"}),
     )
-    save_checkpoint(model, context.stage_folder(0), recorded(context))
+    folder = context.stage_folder(0)
+    save_checkpoint(
+        converted.model, folder, recorded(context), max_shard_size=STREAMED_SHARD_SIZE, tensors=converted.tensors
+    )
+
+
+def _parts_of(recipe: Recipe) -> str:
+    """Where the conversion keeps what it has done so far, in the run folder."""
+    return f"{STAGES}/.{stage_names(recipe)[0]}.parts"
 
 
 def _distill(context: Context, index: int) -> None:

@@ -1,0 +1,114 @@
+"""`mla-convert inspect`: what a dense model's layers hold, before anything is converted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from ..errors import UsageError
+from .output import Json, print_result, stderr
+
+_TOP_PAIRS = 4
+
+
+def inspect(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="A dense model: zoo:digits, a folder, a file or a Hub id.")
+    ],
+    subfolder: Annotated[str | None, typer.Option(help="Folder of the transformer in SOURCE.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Parquet shards to calibrate on; digits make their own.")
+    ] = None,
+    clips: Annotated[
+        int | None, typer.Option(min=0, help="Calibration clips; 64 by default, 0 for the weights alone.")
+    ] = None,
+    text_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Pad text embeddings of different lengths to this many tokens.")
+    ] = None,
+    ranks: Annotated[
+        str | None,
+        typer.Option(metavar="R,R,...", help="Cached scalars to report on; 64,128,192,224,256 for Wan2.1-1.3B."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for inspect.json and plots.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Spectra, 99 % ranks, rotary pairs and predicted error by rank; changes nothing."""
+    chosen = None if ranks is None else parse_ranks(ranks)
+    with stderr().status("loading PyTorch"):
+        from ..distill.progress import progress_bars
+        from ..pipeline.inspection import inspect_source
+
+    with progress_bars(stderr()) as report:
+        result = inspect_source(source, subfolder, data, clips, text_tokens, chosen, out, report)
+    tables = [rank_table(result), energy_table(result)]
+    if result["predicted"] is not None:
+        tables.append(prediction_table(result))
+    recommendation = Text(result["recommendation"], no_wrap=True, overflow="ignore")
+    print_result(as_json, result, *tables, recommendation, *([] if out is None else [f"plots: {out}"]))
+
+
+def parse_ranks(text: str) -> list[int]:
+    """Numbers in `64,128`. Raises UsageError."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise UsageError(f"--ranks: {text!r} is not a list of ranks; write them such as 64,128,192,256")
+    return [int(part) for part in parts]
+
+
+def rank_table(result: Mapping[str, Any]) -> Table:
+    """99 % ranks and the rotary pairs that matter most, by layer."""
+    table = Table(title=f"{result['model']}: directions for 99 % of the energy", title_justify="left")
+    columns = [("layer", "layer"), ("weights", "rank99_weight")]
+    if result["predicted"] is not None:
+        columns += [("keys, values", "rank99_activation"), ("output", "rank99_output")]
+    for heading, _ in columns:
+        table.add_column(heading, justify="right")
+    if result["predicted"] is not None:
+        table.add_column("rotary pairs that matter")
+    for row in result["layers"]:
+        pairs = row["rope_pairs"]
+        table.add_row(*(f"{row[key]:,}" for _, key in columns), *([] if pairs is None else [_pairs(pairs)]))
+    table.caption = f"[W_K; W_V] has {result['layers'][0]['directions']:,} directions"
+    table.caption_justify = "left"
+    return table
+
+
+def energy_table(result: Mapping[str, Any]) -> Table:
+    """Energy kept at each rank, by layer."""
+    seen = result["predicted"] is not None
+    what = "of the weights / of what the output sees" if seen else "of the weights"
+    table = Table(title=f"energy kept {what}, in %", title_justify="left")
+    table.add_column("layer", justify="right")
+    for rank in result["ranks"]:
+        table.add_column(f"rank {rank:,}", justify="right")
+    for row in result["layers"]:
+        kept = [row["energy_at"], *([row["energy_at_output"]] if seen else [])]
+        cells = (" / ".join(f"{100 * energy[str(rank)]:.1f}" for energy in kept) for rank in result["ranks"])
+        table.add_row(str(row["layer"]), *cells)
+    return table
+
+
+def prediction_table(result: Mapping[str, Any]) -> Table:
+    """Predicted velocity error of every layout by cached scalars."""
+    table = Table("position", title="predicted velocity error before training", title_justify="left")
+    for rank in result["ranks"]:
+        table.add_column(f"{rank:,} scalars", justify="right")
+    for layout, errors in result["predicted"].items():
+        table.add_row(layout, *("-" if error is None else f"{100 * error:.2g} %" for error in errors.values()))
+    data, trial = result["data"], result["measured"]
+    table.caption = (
+        f"own chunk exact, the same rank in every layer; {data['clips']} clips, {data['tokens']:,} tokens\n"
+        f"scaled by a trial: {trial['scalars']:,} scalars, {trial['position']}, "
+        f"{100 * trial['velocity_rel_error']:.2g} % measured on other clips"
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _pairs(pairs: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{row['axis']}{row['pair']} {100 * row['share']:.0f} %" for row in pairs[:_TOP_PAIRS])

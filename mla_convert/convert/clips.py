@@ -1,0 +1,93 @@
+"""Calibration clips on their way through the blocks of a dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import flow
+from ..errors import UserError
+from ..families.base import BlockInputs
+from .blocks import Blocks
+from .config import CalibrationConfig
+from .store import TensorStore
+
+NOISE, SAMPLE, PROJECTION, INIT = 1, 2, 3, 4
+
+
+class CalibrationBatch(NamedTuple):
+    """Clean latents `[B, C, F, H, W]` and `encoder_hidden_states` `[B, L, text_dim]`."""
+
+    latents: Tensor
+    encoder_hidden_states: Tensor
+
+
+def drawn(purpose: int, seed: int, *numbers: int) -> torch.Generator:
+    """CPU generator of one use: of a layer, of a batch. Different arguments give independent streams."""
+    state = np.random.SeedSequence((purpose, seed, *numbers)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+@dataclass
+class Clips:
+    """The calibration batches between blocks.
+
+    `inputs` are theirs without the tokens, which lie in `store` by layer and batch: `[B' + B, S, C]`
+    in the model's dtype, the B' clean clips before their B noisy copies.
+    """
+
+    store: TensorStore
+    inputs: list[BlockInputs] = field(default_factory=list)
+    bytes_a_layer: int = 0
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    @staticmethod
+    def key(layer: int, number: int) -> str:
+        """Name of the tokens of batch `number` as they enter block `layer`."""
+        return f"{layer:04d}-{number:05d}"
+
+    def advance(self, layer: int, number: int, tokens: Tensor, keep: bool = False) -> None:
+        """Store what block `layer` made of a batch; what entered it goes, unless it is to be kept."""
+        if not keep:
+            self.store.pop(self.key(layer, number))
+        self.store[self.key(layer + 1, number)] = tokens
+
+
+@torch.no_grad()
+def enter_clips(
+    blocks: Blocks, batches: Iterable[CalibrationBatch], config: CalibrationConfig, store: TensorStore
+) -> Clips:
+    """Noisy copies of the clips as the first block gets them.
+
+    Noise levels are uniform, one a chunk; history is the clean clip (teacher forcing, see
+    `distill.objective`). Raises UserError if there are no clips.
+    """
+    model, clips = blocks.model, Clips(store)
+    for number, batch in enumerate(batches):
+        generator = drawn(NOISE, config.seed, number)
+        clean = batch.latents.to(model.device, torch.float32)
+        t = flow.chunk_times(len(clean), model.causal.chunks(clean.shape[2]), generator).to(clean.device)
+        noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+        text = flow.drop_prompts(batch.encoder_hidden_states, config.empty_prompt_rate, generator)
+        inputs = model.enter(
+            flow.add_noise(clean, noise, t).to(model.dtype),
+            t * flow.NUM_TRAIN_TIMESTEPS,
+            text.to(model.device, model.dtype),
+            context=clean.to(model.dtype),
+        )
+        # The rotations of a pass are large and the same for equal clips.
+        same = (i.step for i in clips.inputs if i.size == inputs.size and i.step.context_batch == len(clean))
+        tokens = inputs.tokens
+        clips.store[clips.key(0, number)] = tokens
+        clips.bytes_a_layer += tokens.numel() * tokens.element_size()
+        clips.inputs.append(inputs._replace(tokens=tokens.new_empty(0), step=next(same, inputs.step)))
+    if not clips.inputs:
+        raise UserError("there are no clips to calibrate on; init: svd converts from the weights alone")
+    return clips

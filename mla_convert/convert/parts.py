@@ -1,0 +1,92 @@
+"""Converted layers on disk, one file each, so that a conversion that was killed goes on where it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from ..files import atomic_file, explain_os_errors, save_tensors, write_json
+from ..load import LazyTensors
+from .initialise import LayerInit
+from .state import ATTENTION, block_state
+
+FORMAT = 1
+IDENTITY = "identity.json"
+_PLAN, _TENSORS = "plan", "tensors"
+
+
+class PartFiles:
+    """A shelf of converted blocks in `folder`, and beside them what is around the blocks.
+
+    `identity` is everything that the bytes depend on; parts of another one are thrown away. The file
+    of a layer holds the converted block under the model's names, and in its header what a
+    `LayerInit` has beside its tensors. Files appear whole or not at all. Raises UserError for a full disk.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], query_factorised: bool) -> None:
+        self.folder, self.query_factorised = folder, query_factorised
+        stated = {"format": FORMAT, "sha256": _digest(identity)}
+        try:
+            same = json.loads((folder / IDENTITY).read_text()) == stated
+        except (OSError, ValueError):
+            same = False
+        if not same:
+            with explain_os_errors(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+            write_json(folder / IDENTITY, stated)
+
+    def __contains__(self, layer: object) -> bool:
+        return isinstance(layer, int) and self._path(layer).is_file()
+
+    def get(self, layer: int) -> LayerInit:
+        """A layer as it was fitted, its tensors in the dtype of the model."""
+        plan = self.outline(layer)
+        with safe_open(self._path(layer), framework="pt") as opened:
+            names = json.loads(opened.metadata()[_TENSORS])
+            plan.tensors = {name: opened.get_tensor(f"blocks.{layer}.{ATTENTION}.{name}").clone() for name in names}
+        return plan
+
+    def outline(self, layer: int) -> LayerInit:
+        """A layer as it was fitted, without its tensors."""
+        with safe_open(self._path(layer), framework="pt") as opened:
+            return LayerInit(**json.loads(opened.metadata()[_PLAN]), tensors={})
+
+    def put(self, layer: int, block: Any, plan: LayerInit) -> None:
+        """Write the converted form of the dense `block`."""
+        outline = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name != "tensors"}
+        header = {_PLAN: json.dumps(outline), _TENSORS: json.dumps(sorted(plan.tensors))}
+        state = block_state(block.state_dict(), plan, block.attn1.heads, self.query_factorised)
+        named = {f"blocks.{layer}.{name}": tensor for name, tensor in state.items()}
+        self._write(layer, named, header)
+
+    def has_surroundings(self) -> bool:
+        """Whether what is around the blocks was written."""
+        return self._path(None).is_file()
+
+    def put_surroundings(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write what is around the blocks."""
+        self._write(None, tensors, {})
+
+    def tensors(self, layers: int) -> LazyTensors:
+        """All tensors of a model of so many layers, whose parts are all there."""
+        return LazyTensors.from_files([self._path(layer) for layer in (None, *range(layers))])
+
+    def _write(self, layer: int | None, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        with atomic_file(self._path(layer)) as temporary:
+            save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+
+    def _path(self, layer: int | None) -> Path:
+        return self.folder / ("around.safetensors" if layer is None else f"block-{layer:04d}.safetensors")
+
+
+def _digest(identity: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,111 @@
+"""Names and tensors of the converted model, and the account of what became of every source tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..families.base import Shapes
+from ..mla.attention import DenseSelfAttention
+from ..mla.config import MLAConfig
+from ..mla.latent import LatentSelfAttention
+from .config import ConvertConfig
+from .initialise import LayerInit
+
+ATTENTION = "attn1"
+_BY_HEAD = ("norm_q.weight", "norm_k.weight")
+_QUERY = ("to_q.weight", "to_q.bias")
+
+
+def mla_config(config: ConvertConfig, ranks: Sequence[int], plans: Iterable[LayerInit], head_dim: int) -> MLAConfig:
+    """The `mla` section of a model whose layers were fitted as `plans`."""
+    planned = list(plans)
+    return MLAConfig(
+        position=config.position,
+        own_chunk=config.own_chunk,
+        kv_lora_rank=tuple(ranks),
+        q_lora_rank=config.q_lora_rank,
+        v_head_dim=head_dim,
+        rope_pairs=tuple(tuple(plan.rope_pairs) for plan in planned),
+        nope_pairs=tuple(tuple(plan.nope_pairs) for plan in planned),
+        key_mean=config.keeps_key_mean,
+    )
+
+
+def attention_state(
+    source: Mapping[str, Tensor], plan: LayerInit, heads: int, query_factorised: bool
+) -> dict[str, Tensor]:
+    """State of a latent self-attention from that of the dense one, in its dtype; kept tensors are shared."""
+    dtype = source["to_k.weight"].dtype
+    kept = {name: tensor for name, tensor in source.items() if not (query_factorised and name in _QUERY)}
+    # The gains of QK-norm are kept by head, a shape that the stock class refuses.
+    kept |= {name: kept[name].view(heads, -1) for name in _BY_HEAD}
+    return kept | {name: tensor.to(dtype) for name, tensor in plan.tensors.items()}
+
+
+def block_state(source: Mapping[str, Tensor], plan: LayerInit, heads: int, query_factorised: bool) -> dict[str, Tensor]:
+    """State of a converted block from that of the dense one."""
+    prefix = f"{ATTENTION}."
+    dense = {name.removeprefix(prefix): tensor for name, tensor in source.items() if name.startswith(prefix)}
+    rest = {name: tensor for name, tensor in source.items() if not name.startswith(prefix)}
+    latent = attention_state(dense, plan, heads, query_factorised)
+    return rest | {prefix + name: tensor for name, tensor in latent.items()}
+
+
+def latent_attention(
+    dense: DenseSelfAttention, plan: LayerInit, config: ConvertConfig, rank: int
+) -> LatentSelfAttention:
+    """One layer converted, for passes without a cache; the dense layer is left alone."""
+    mla = mla_config(config, [rank], [plan], dense.head_dim)
+    eps = dense.norm_k.eps
+    assert eps is not None
+    with torch.device("meta"):
+        attention = LatentSelfAttention(dense.to_k.in_features, dense.heads, dense.head_dim, eps, 0, mla)
+    state = attention_state(dense.state_dict(), plan, dense.heads, config.q_lora_rank is not None)
+    attention.load_state_dict(state, assign=True)
+    return attention.eval().requires_grad_(False)
+
+
+def merge_state(
+    source: Mapping[str, Tensor], planned: Sequence[LayerInit], wanted: Mapping[str, Tensor], query_factorised: bool
+) -> dict[str, Tensor]:
+    """State of the converted model; `wanted` gives its names and shapes.
+
+    Every source tensor is kept under its name or is the query projection that was factorised.
+    Raises RuntimeError when a tensor is neither, or when one is missing or of the wrong shape.
+    """
+    state = dict(source)
+    for layer, plan in enumerate(planned):
+        prefix = f"blocks.{layer}."
+        names = [name for name in source if name.startswith(prefix)]
+        block = {name.removeprefix(prefix): state.pop(name) for name in names}
+        heads = wanted[f"{prefix}{ATTENTION}.norm_k.weight"].shape[0]
+        converted = block_state(block, plan, heads, query_factorised)
+        state |= {prefix + name: tensor for name, tensor in converted.items()}
+    check_account(
+        source,
+        {name: tuple(tensor.shape) for name, tensor in state.items()},
+        {name: tuple(tensor.shape) for name, tensor in wanted.items()},
+        len(planned) if query_factorised else 0,
+    )
+    return state
+
+
+def check_account(source: Collection[str], state: Shapes, wanted: Shapes, layers_with_factorised_query: int) -> None:
+    """Hold the names of the `source` and the shapes of the converted `state` against what is `wanted`.
+
+    Raises RuntimeError when a source tensor is neither kept nor declared dropped, or when a tensor is
+    missing or of the wrong shape.
+    """
+    declared = {
+        f"blocks.{layer}.{ATTENTION}.{name}" for layer in range(layers_with_factorised_query) for name in _QUERY
+    }
+    kept = {name for name in source if name in state and name in wanted}
+    unaccounted = (set(source) - kept) ^ declared
+    if unaccounted:
+        raise RuntimeError(f"source tensors neither used, kept nor declared dropped: {sorted(unaccounted)[:4]}")
+    wrong = [name for name in wanted if state.get(name) != wanted[name]] + [n for n in state if n not in wanted]
+    if wrong:
+        raise RuntimeError(f"converted tensors missing, unknown or of the wrong shape: {wrong[:4]}")

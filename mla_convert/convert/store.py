@@ -1,0 +1,79 @@
+"""Activations between two visits of a block: in memory while they are few, in files beyond that."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..errors import UserError
+from ..files import explain_os_errors, save_tensors
+
+IN_MEMORY_BYTES = 256 * 2**20
+_NAME = "tensor"
+
+
+class TensorStore:
+    """Tensors by key; what would exceed `limit` bytes in memory goes to a file of `folder`.
+
+    Without a folder everything stays in memory. What is read back is the same to the bit.
+    """
+
+    def __init__(self, folder: Path | None = None, limit: int = IN_MEMORY_BYTES) -> None:
+        self.folder, self.limit = folder, limit
+        self._held: dict[str, Tensor] = {}
+        self._bytes = 0
+        self.clear()
+
+    def __setitem__(self, key: str, tensor: Tensor) -> None:
+        self._forget(key)
+        size = tensor.numel() * tensor.element_size()
+        if self.folder is None or self._bytes + size <= self.limit:
+            self._held[key] = tensor.detach()
+            self._bytes += size
+            return
+        with explain_os_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_tensors({_NAME: tensor.detach().contiguous()}, self._path(key))
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key in self._held:
+            return self._held[key]
+        # A mapped tensor need not be aligned, which would change the order of sums.
+        return load_file(self._path(key))[_NAME].clone()
+
+    def pop(self, key: str) -> Tensor:
+        """The tensor, which the store forgets."""
+        tensor = self[key]
+        self._forget(key)
+        return tensor
+
+    def clear(self) -> None:
+        """Forget everything, files of an earlier process included."""
+        self._held.clear()
+        self._bytes = 0
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def require(self, size: int, remedy: str) -> None:
+        """Raise UserError with `remedy` if `size` bytes fit neither in memory nor on the disk."""
+        if self.folder is None or size <= self.limit:
+            return
+        place = next(parent for parent in self.folder.parents if parent.exists())
+        free = shutil.disk_usage(place).free
+        if size > free:
+            sizes = f"{size / 1e9:.3g} GB of hidden states and {place} has {free / 1e9:.3g} GB free"
+            raise UserError(f"calibration keeps {sizes}; {remedy}")
+
+    def _forget(self, key: str) -> None:
+        held = self._held.pop(key, None)
+        if held is not None:
+            self._bytes -= held.numel() * held.element_size()
+        elif self.folder is not None:
+            self._path(key).unlink(missing_ok=True)
+
+    def _path(self, key: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{key}.safetensors"

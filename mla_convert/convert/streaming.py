@@ -1,0 +1,79 @@
+"""From a source on disk to converted parts on disk, one block in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..load import LazyTensors, Source
+from .blocks import BLOCKS, SourceBlocks
+from .clips import CalibrationBatch
+from .config import ConvertConfig
+from .layers import Progress, checked_ranks, convert_layers
+from .parts import PartFiles
+from .state import check_account, mla_config
+from .surgery import empty_model
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A converted model whose weights lie in part files: `model` on the meta device, `tensors` by its names."""
+
+    model: Any
+    tensors: LazyTensors
+
+
+@torch.no_grad()
+def convert_source(
+    source: Source,
+    config: ConvertConfig,
+    work: Path,
+    batches: Iterable[CalibrationBatch] | None = None,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+    identity: Mapping[str, Any] | None = None,
+) -> Converted:
+    """The latent form of `source`, the same bytes as `convert_model` of `load_dense(source, dtype)`.
+
+    Every layer is written to a file of the folder `work` as soon as it is fitted. A layer that is there
+    already is not fitted again if `config`, `seed`, `dtype`, the source and `identity` (what
+    else the result depends on, such as where the `batches` come from; JSON) are the same as then.
+    `batches` are read only for `init: activation`. `progress` is told (what, done, of how many).
+    Raises UsageError for ranks and shapes that the model does not have, UserError for tensors with a
+    NaN or an infinity and for a full disk. The caller removes `work` when it is done with the result.
+    """
+    stated = {
+        "config": config.model_dump(mode="json"),
+        "seed": seed,
+        "dtype": str(dtype),
+        "source": _fingerprint(source),
+        "version": __version__,
+        "identity": dict(identity or {}),
+    }
+    blocks = SourceBlocks(source, dtype)
+    ranks = checked_ranks(blocks, config)
+    parts = PartFiles(work, stated, config.q_lora_rank is not None)
+    if not parts.has_surroundings():
+        state = blocks.model.state_dict()
+        parts.put_surroundings({name: tensor for name, tensor in state.items() if not name.startswith(BLOCKS)})
+    convert_layers(blocks, config, batches, seed, parts, progress, work)
+    plans = [parts.outline(layer) for layer in range(len(blocks))]
+    mla = mla_config(config, ranks, plans, blocks.model.config.attention_head_dim)
+    model = empty_model(source.family, blocks.model, mla)
+    tensors = parts.tensors(len(blocks))
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    check_account(list(source.tensors), tensors.shapes(), wanted, len(blocks) if config.q_lora_rank else 0)
+    tensors.release()
+    return Converted(model.eval(), tensors)
+
+
+def _fingerprint(source: Source) -> dict[str, Any]:
+    """What tells a source from another one or from an earlier state of itself, without reading it."""
+    files = {str(file.resolve()): (file.stat().st_size, file.stat().st_mtime_ns) for file in source.tensors.files()}
+    return {"files": files, "family": source.family.name, "config": source.config}

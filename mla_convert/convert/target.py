@@ -1,0 +1,101 @@
+"""What a latent has to restore of a token: a linear target of its key and value, layout by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from ..mla.rope import rotate
+from .probe import LayerSample
+from .rope_key import SharedKey, complex_pairs
+
+FIELDS = tuple(f.name for f in fields(LayerSample))
+TOKENS_AT_ONCE = 4096
+
+
+@dataclass
+class Target:
+    """The linear map from keys `[T, H, D]` and values `[T, H, D]` to what a latent has to restore."""
+
+    shared: SharedKey | None
+    nope_pairs: list[int]
+    rho: Tensor
+    residual: bool
+    derived: bool
+
+    def nope(self, key: Tensor) -> Tensor:
+        pairs = complex_pairs(key)
+        if self.shared is not None and self.residual:
+            pairs = pairs.clone()
+            restored = torch.einsum("tj,jh->thj", self.kappa(key), self.shared.decoder)
+            for j, pair in enumerate(self.shared.pairs):
+                pairs[:, :, pair] -= restored[:, :, j]
+        return torch.view_as_real((pairs * self.rho)[:, :, self.nope_pairs]).flatten(1)
+
+    def kappa(self, key: Tensor) -> Tensor:
+        assert self.shared is not None
+        return torch.einsum("thj,jh->tj", complex_pairs(key)[:, :, self.shared.pairs], self.shared.encoder)
+
+    def __call__(self, key: Tensor, value: Tensor) -> Tensor:
+        parts = [self.nope(key)]
+        if self.derived:
+            parts.append(torch.view_as_real(self.kappa(key)).flatten(1))
+        return torch.cat([*parts, value.double().flatten(1)], dim=1)
+
+    def probes(self, sample: LayerSample) -> Tensor:
+        """Sensitivity of the output to each number of each token's target, `[T, n]`."""
+        parts = [torch.view_as_real(complex_pairs(sample.fixed_grad)[:, :, self.nope_pairs]).flatten(1)]
+        if self.derived:
+            assert self.shared is not None
+            turned = complex_pairs(sample.rotated_grad)[:, :, self.shared.pairs]
+            parts.append(torch.view_as_real(torch.einsum("thj,jh->tj", turned, self.shared.decoder.conj())).flatten(1))
+        return torch.cat([*parts, sample.value_grad.double().flatten(1)], dim=1)
+
+    def moments(self, sample: LayerSample) -> tuple[Tensor, Tensor, Tensor]:
+        """Covariance `[n, n]` and mean `[n]` of the target, and its metric `[n, n]`, float64.
+
+        Tokens that the output depends on count more: a token's weight is 1 plus the square of its
+        probe over the mean square, because the tokens that matter are not like the others.
+        """
+        pieces = [replace(sample, **dict(zip(FIELDS, piece, strict=True))) for piece in _pieces(sample)]
+        energy = sum(float(self.probes(piece).square().sum()) for piece in pieces) / len(sample.hidden)
+        metric, second, first, total = torch.zeros(()), torch.zeros(()), torch.zeros(()), torch.zeros(())
+        for piece in pieces:
+            numbers, probes = self(piece.key, piece.value), self.probes(piece)
+            weight = 1 + probes.square().sum(1) / max(energy, 1e-300)
+            metric = metric + probes.T @ probes
+            second = second + numbers.T @ (weight.unsqueeze(1) * numbers)
+            first, total = first + weight @ numbers, total + weight.sum()
+        mean = first / total
+        return second / total - torch.outer(mean, mean), mean, metric / len(sample.hidden)
+
+
+def centred(sample: LayerSample) -> tuple[LayerSample, Tensor]:
+    """The sample without its mean key, and that key `[H, D]`, tokens weighted as in `Target.moments`."""
+    energy = sample.rotated_grad.double().square().sum((1, 2))
+    weight = 1 + energy / energy.mean().clamp_min(1e-300)
+    mean = (torch.einsum("t,thd->hd", weight, sample.key.double()) / weight.sum()).float()
+    return replace(sample, key=sample.key - mean), mean
+
+
+def baked(sample: LayerSample) -> LayerSample:
+    """The sample as seen by a layout whose keys carry their spatial rotation already."""
+    return replace(
+        sample,
+        key=_turn(sample.key, sample.place),
+        rotated_grad=_turn(sample.rotated_grad, sample.place),
+        fixed_grad=sample.placed_grad,
+    )
+
+
+def _turn(x: Tensor, rotations: Tensor) -> Tensor:
+    """Rotate each token of `[T, H, D]` by its own `[T, P]`."""
+    return rotate(x.unsqueeze(0), rotations)[0]
+
+
+def _pieces(sample: LayerSample) -> Iterator[tuple[Tensor, ...]]:
+    """A sample's fields in pieces, because they are worked on in float64."""
+    return zip(*(getattr(sample, name).split(TOKENS_AT_ONCE) for name in FIELDS), strict=True)

@@ -1,0 +1,144 @@
+"""The velocity error that a conversion is predicted to have, by layout and cached scalars."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..convert.config import ConvertConfig
+from ..convert.factorize import low_rank_code
+from ..convert.initialise import _as_read, _target
+from ..convert.probe import LayerSample
+from ..convert.rope_key import complex_pairs, mean_rotation, shared_keys
+from ..convert.target import baked, centred
+from ..mla.attention import DenseSelfAttention
+from ..mla.config import Position
+from ..mla.rope import TIME
+from .spectrum import LEVEL, Spectrum
+
+TARGET_ERROR = 0.02
+"""Predicted relative velocity error that the recommendation looks for."""
+
+# Channels of the shared rotary key by those of a head; VideoMLA has 32 of 128. Derived keys cost no cache.
+_SHARED_KEY: dict[Position, float] = {"decoupled": 0.25, "derived": 1.5, "baked": 0.25, "rotate_on_read": 0.0}
+_CACHED_KEY = ("decoupled", "baked")
+
+
+def default_ranks(dense: int) -> list[int]:
+    """64, 128, 192, 224 and 256 of Wan2.1-1.3B's 3072 scalars, VideoMLA's 224 among them, and as many of others."""
+    step = 16 if dense >= 1024 else 2
+    return sorted({max(1, step * round(dense * share / 3072 / step)) for share in (64, 128, 192, 224, 256)})
+
+
+def layout_config(position: Position, head_dim: int) -> ConvertConfig:
+    """The layout as it is predicted: fitted to activations, its own chunk exact, its usual shared key."""
+    channels = 2 * round(_SHARED_KEY[position] * head_dim / 2)
+    if position != "rotate_on_read":
+        channels = max(2, channels)
+    return ConvertConfig(position=position, own_chunk="exact", qk_rope_head_dim=channels)
+
+
+@dataclass
+class Prediction:
+    """Predicted error of one layout with the same rank in every layer.
+
+    `error` `[n + 1]` is the squared error of the velocity by rank, relative to the velocity's own
+    square. `cached_key` are the scalars of the shared rotary key in a cache row.
+    """
+
+    cached_key: int
+    error: Tensor
+
+    def relative(self, scalars: int) -> float | None:
+        """Predicted relative velocity error at this many cached scalars; None where the key leaves no latent."""
+        rank = scalars - self.cached_key
+        if rank < 1:
+            return None
+        return float(self.error[min(rank, len(self.error) - 1)].clamp_min(0).sqrt())
+
+
+def cached_key(config: ConvertConfig) -> int:
+    """Scalars of the shared rotary key in a cache row."""
+    return config.qk_rope_head_dim if config.position in _CACHED_KEY else 0
+
+
+def recommend(predicted: Mapping[str, Mapping[str, float | None]], dense: int) -> str:
+    """One line from `{layout: {scalars: error}}`: the fewest scalars within `TARGET_ERROR`, and the next fewer."""
+    best: dict[int, tuple[float, str]] = {}
+    for layout, errors in predicted.items():
+        for scalars, error in errors.items():
+            if error is not None and (int(scalars) not in best or error < best[int(scalars)][0]):
+                best[int(scalars)] = (error, layout)
+    if not best:
+        return "no layout fits into the ranks asked for; give larger --ranks"
+    ordered = sorted(best)
+    chosen = next((scalars for scalars in ordered if best[scalars][0] <= TARGET_ERROR), ordered[-1])
+    error, layout = best[chosen]
+    line = (
+        f"{chosen:,} scalars ({100 * chosen / dense:.1f} % of the dense cache), {layout} with an exact own chunk, "
+        f"predicted {_percent(error)} velocity error before training"
+    )
+    for fewer in ordered[: ordered.index(chosen)][-1:]:
+        error, other = best[fewer]
+        line += f"; {fewer:,} scalars{'' if other == layout else f', {other},'} {_percent(error)}"
+    return line
+
+
+def recommend_by_weights(spectra: Sequence[Spectrum], ranks: Sequence[int]) -> str:
+    """One line from the weights alone: what they need for 99 %, and what the middle rank keeps of them."""
+    need = [spectrum.rank() for spectrum in spectra]
+    rank = ranks[len(ranks) // 2]
+    kept = statistics.median(spectrum.kept(rank) for spectrum in spectra)
+    span = f"{min(need):,} to {max(need):,}" if min(need) < max(need) else f"{need[0]:,}"
+    return (
+        f"by the weights alone {100 * LEVEL:g} % needs {span} of {len(spectra[0].energy):,} directions and "
+        f"rank {rank:,} keeps {100 * kept:.1f} % in the median layer; "
+        "only clips predict an error: give --data FOLDER"
+    )
+
+
+def _percent(share: float) -> str:
+    return f"+{100 * share:.2g} %" if share < 0.1 else f"+{100 * share:.0f} %"
+
+
+def error_curve(
+    attention: DenseSelfAttention, sample: LayerSample, axes: tuple[int, ...], config: ConvertConfig
+) -> Tensor:
+    """Squared error `[n + 1]` of the layer's fit with 0 to n latents, float64, in the units of its gradients.
+
+    To first order, the errors of single tokens taken to be independent; what the ridge of the metric adds
+    to its eigenvalues is left out.
+    """
+    fitted, _ = _as_read(sample, config)
+    covariance, mean, metric = _target(attention, fitted, axes, config).moments(fitted)
+    code = low_rank_code(covariance, metric, mean, len(covariance))
+    # The latents are uncorrelated, so that each direction adds its own error.
+    asked = (code.decoder * (metric @ code.decoder)).sum(0)
+    energy = (asked * ((code.encoder @ covariance) * code.encoder).sum(1)).clamp_min(0)
+    return torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
+
+
+def position_error(sample: LayerSample, axes: tuple[int, ...], config: ConvertConfig) -> float:
+    """What a layout with a shared rotary key loses at any rank, in the units of `error_curve`.
+
+    The unrotated channels carry what the shared key leaves of the keys (`keep_residual`), each pair times
+    the factor of `mean_rotation`, and are read with unrotated queries.
+    """
+    if config.position == "rotate_on_read":
+        return 0.0
+    sample, _ = centred(sample)
+    if config.position == "baked":
+        sample = baked(sample)
+    count, pairs = config.qk_rope_head_dim // 2, sample.key.shape[-1] // 2
+    candidates = [p for p in range(pairs) if config.position != "baked" or axes[p] == TIME]
+    shared, rho = shared_keys(sample, count, candidates, residual=True), mean_rotation(sample)
+    rest = complex_pairs(sample.key)
+    kappa = torch.einsum("thj,jh->tj", rest[:, :, shared.pairs], shared.encoder)
+    for j, pair in enumerate(shared.pairs):
+        rest[:, :, pair] -= kappa[:, j, None] * shared.decoder[j]
+    misread = complex_pairs(sample.rotated_grad) - complex_pairs(sample.fixed_grad) * rho.conj()
+    return float((misread.conj() * rest).real.sum((1, 2)).square().mean())

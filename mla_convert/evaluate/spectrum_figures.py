@@ -1,0 +1,151 @@
+"""Plots of `inspect` as PNG files: spectra, 99 % ranks, rotary pairs, predicted error."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from torch import Tensor
+
+from .figures import INK, MUTED, RULE, STEPS, STUDENT, STYLE, TEACHER, percent_axis
+from .prediction import Prediction
+from .spectrum import AXES, LEVEL, LayerSpectra, Spectrum
+
+_COLORS = {INK: "#1a1e23", MUTED: "#68727d", RULE: "#e3e7eb", TEACHER: "#a4adb7", STUDENT: "#14708a"}
+_LAYOUT_COLORS = ("#9a4b00", "#7a5aa8", "#c28a1f", _COLORS[STUDENT])
+_SOURCES = {"weights": "weights", "activations": "keys and values", "output": "as the output sees them"}
+_TITLES = {
+    "weights": "energy of the weights [W_K; W_V]",
+    "activations": "energy of the keys and values",
+    "output": "energy of the keys and values as the output sees it",
+}
+_SOURCE_COLORS = {"weights": _COLORS[TEACHER], "activations": "#7a5aa8", "output": _COLORS[STUDENT]}
+_PANEL = (5.4, 3.6)
+
+
+def write_figures(
+    folder: Path,
+    layers: Sequence[LayerSpectra],
+    axes: Sequence[int],
+    predictions: Mapping[str, Prediction],
+    ranks: Sequence[int],
+) -> None:
+    """Write the plots that there is data for into `folder`; `axes` is the axis of each rotary pair."""
+    spectra = {"weights": [layer.weights for layer in layers]}
+    spectra["activations"] = [layer.activations for layer in layers if layer.activations is not None]
+    spectra["output"] = [layer.output for layer in layers if layer.output is not None]
+    _energy(folder / "spectrum_weights.png", spectra, ("weights",), ranks)
+    _rank99(folder / "rank99.png", spectra)
+    if predictions:
+        _energy(folder / "spectrum_activations.png", spectra, ("activations", "output"), ranks)
+        unrotated = [layer.unrotated for layer in layers if layer.unrotated is not None]
+        _rope_pairs(folder / "rope_pairs.png", unrotated, axes)
+        _predicted_error(folder / "predicted_error.png", predictions, ranks)
+
+
+def _energy(path: Path, spectra: Mapping[str, Sequence[Spectrum]], names: Sequence[str], ranks: Sequence[int]) -> None:
+    """Energy kept by the number of directions, one line a layer."""
+    with _png(path, len(names)) as panels:
+        for ax, name in zip(panels, names, strict=True):
+            layers = spectra[name]
+            shades = colormaps["viridis"](np.linspace(0.05, 0.85, len(layers)))
+            for layer, (spectrum, shade) in enumerate(zip(layers, shades, strict=True)):
+                kept = 100 * spectrum.energy.cumsum(0) / spectrum.energy.sum().clamp_min(1e-300)
+                label = f"layer {layer}" if layer in (0, len(layers) - 1) else None
+                ax.plot(range(1, len(kept) + 1), kept, color=shade, linewidth=1.5, label=label)
+            ax.axhline(100 * LEVEL, color=_COLORS[MUTED], linewidth=1, dashes=(5, 3))
+            for rank in ranks:
+                ax.axvline(rank, color=_COLORS[RULE], linewidth=1, zorder=0.5)
+            ax.set_title(_TITLES[name])
+            ax.set_xlabel("directions")
+            ax.set_xscale("log")
+            ax.set_xlim(1, max(len(spectrum.energy) for spectrum in layers))
+            _plain_log(ax)
+            percent_axis(ax)
+            ax.set_ylim(0, 100)
+            ax.legend(frameon=False, loc="lower right")
+
+
+def _rank99(path: Path, spectra: Mapping[str, Sequence[Spectrum]]) -> None:
+    """Directions that hold 99 % by layer."""
+    with _png(path) as (ax,):
+        for name, layers in spectra.items():
+            if layers:
+                color = _SOURCE_COLORS[name]
+                ax.plot([s.rank() for s in layers], color=color, marker="o", markersize=4, label=_SOURCES[name])
+        ax.set_title(f"directions that hold {100 * LEVEL:g} % of the energy")
+        ax.set_xlabel("layer")
+        ax.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+        ax.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
+        ax.set_ylim(0, 1.05 * len(spectra["weights"][0].energy))
+        ax.legend(frameon=False)
+
+
+def _rope_pairs(path: Path, unrotated: Sequence[Tensor], axes: Sequence[int]) -> None:
+    """Share of each rotary pair in what a layer loses unrotated, layers down, pairs across."""
+    shares = torch.stack([lost / lost.sum().clamp_min(1e-300) for lost in unrotated]).numpy()
+    with _png(path) as (ax,):
+        image = ax.imshow(100 * shares, aspect="auto", cmap="viridis", norm=PowerNorm(0.5, vmin=0))
+        ax.grid(False)
+        bounds = [0, *(p for p in range(1, len(axes)) if axes[p] != axes[p - 1]), len(axes)]
+        for start, stop in itertools.pairwise(bounds):
+            ax.axvline(start - 0.5, color="white", linewidth=1.5)
+            ax.annotate(
+                AXES[axes[start]], ((start + stop - 1) / 2, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
+                textcoords="offset points", ha="center", va="bottom", color=_COLORS[MUTED],
+            )  # fmt: skip
+        ax.set_title("what is lost if a pair is not rotated, share of the layer", pad=20)
+        ax.set_xlabel("rotary pair")
+        ax.set_ylabel("layer")
+        ax.yaxis.set_major_locator(MaxNLocator(10, integer=True))
+        ax.figure.colorbar(image, ax=ax, format="%g %%")
+
+
+def _predicted_error(path: Path, predictions: Mapping[str, Prediction], ranks: Sequence[int]) -> None:
+    """Predicted relative velocity error by cached scalars, one line a layout."""
+    last = 2 * max(ranks)
+    with _png(path) as (ax,):
+        for (layout, prediction), color in zip(predictions.items(), _LAYOUT_COLORS, strict=True):
+            points = [(scalars, prediction.relative(scalars)) for scalars in range(1, last + 1)]
+            shown = [(scalars, 100 * error) for scalars, error in points if error is not None]
+            if shown:
+                ax.plot(*zip(*shown, strict=True), color=color, label=layout)
+        for rank in ranks:
+            ax.axvline(rank, color=_COLORS[RULE], linewidth=1, zorder=0.5)
+        ax.set_title("predicted velocity error before training")
+        ax.set_xlabel("cached scalars a token a layer")
+        ax.set_xlim(0, last)
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.legend(frameon=False)
+
+
+def _plain_log(ax: Axes) -> None:
+    """Powers of two under a logarithmic axis."""
+    ax.xaxis.set_major_locator(FixedLocator([float(2**power) for power in range(0, 20, 2)]))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    ax.xaxis.set_minor_locator(NullLocator())
+
+
+@contextmanager
+def _png(path: Path, panels: int = 1) -> Iterator[list[Axes]]:
+    """Axes side by side, written to `path` once the block has ended; equal data gives equal bytes."""
+    style: dict[str, Any] = {
+        key: _COLORS.get(value, value) if isinstance(value, str) else value for key, value in STYLE.items()
+    }
+    with rc_context(style | {"axes.titlesize": 11, "axes.titlecolor": _COLORS[INK]}):
+        figure = Figure(figsize=(_PANEL[0] * panels, _PANEL[1]), layout="constrained")
+        yield [figure.add_subplot(1, panels, index + 1) for index in range(panels)]
+        figure.savefig(path, dpi=150, metadata={"Software": None})

@@ -1,0 +1,43 @@
+"""One block of a causal Wan transformer: modulated self-attention, cross-attention and feed-forward."""
+
+from __future__ import annotations
+
+import torch
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+from torch import Tensor
+
+from ..mla.attention import AttentionPass
+
+
+def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """`x (1 + scale) + shift` with one scale and shift for each of T equal runs of tokens.
+
+    `x` is `[B, S, C]`, `scale` and `shift` are `[B, T, C]`; T divides S.
+    """
+    runs = x.unflatten(1, (scale.shape[1], -1))
+    return torch.addcmul(shift.unsqueeze(2), runs, 1 + scale.unsqueeze(2)).flatten(1, 2)
+
+
+class CausalWanBlock(WanTransformerBlock):
+    """A Wan block whose timestep may differ from frame to frame (`temb` `[B, T, 6, C]`)."""
+
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: AttentionPass
+    ) -> Tensor:
+        table = (self.scale_shift_table.unsqueeze(1) + temb.float()).unbind(2)
+        shift, scale, gate, ff_shift, ff_scale, ff_gate = table
+
+        def gated(x: Tensor, gate: Tensor) -> Tensor:
+            return (x.float().unflatten(1, (gate.shape[1], -1)) * gate.unsqueeze(2)).flatten(1, 2)
+
+        dtype = hidden_states.dtype
+        normed = modulate(self.norm1(hidden_states.float()), scale, shift).to(dtype)
+        out = self.attn1(normed, None, None, rotary_emb)
+        hidden_states = (hidden_states.float() + gated(out, gate)).to(dtype)
+
+        normed = self.norm2(hidden_states.float()).to(dtype)
+        hidden_states = hidden_states + self.attn2(normed, encoder_hidden_states, None, None)
+
+        normed = modulate(self.norm3(hidden_states.float()), ff_scale, ff_shift).to(dtype)
+        out = self.ffn(normed)
+        return (hidden_states.float() + gated(out, ff_gate)).to(dtype)

@@ -1,0 +1,151 @@
+"""The clips that `inspect` runs a dense model on, and what it sees of the model there."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from ..convert.blocks import SourceBlocks, with_attention
+from ..convert.calibrate import sweep
+from ..convert.clips import CalibrationBatch, enter_clips
+from ..convert.config import CalibrationConfig, ConvertConfig
+from ..convert.initialise import LayerInit
+from ..convert.probe import LayerSample
+from ..convert.state import latent_attention
+from ..convert.store import TensorStore
+from ..distill.data import DigitClips
+from ..distill.latents import LatentShards
+from ..distill.progress import Report
+from ..errors import UsageError
+from ..load import Source
+from ..run.sample import DIGITS, prompt_encoder
+
+# Clips are run together as long as they have no more tokens than this.
+_TOKENS_A_PASS = 16384
+_MAX_TOKENS = 16384
+_TRIED = 16
+
+
+@dataclass(frozen=True)
+class Clips:
+    """Clips by index: `read` gives one of `count` to calibrate on, `read_tried` one of `tried` for a trial."""
+
+    name: str
+    count: int
+    read: Callable[[int], dict[str, Tensor]]
+    tried: int
+    read_tried: Callable[[int], dict[str, Tensor]]
+
+
+def open_clips(source: Source, data: Path | None, clips: int | None, text_tokens: int | None) -> Clips | None:
+    """The clips to calibrate on, None for the weights alone. Raises UserError when they do not fit the model."""
+    wanted = CalibrationConfig().clips if clips is None else clips
+    digits = prompt_encoder(source.config) == DIGITS
+    if wanted == 0 or (data is None and not digits):
+        if data is None and clips:
+            raise UsageError("--clips needs --data FOLDER, the parquet shards to take clips from")
+        return None
+    if data is None:
+        digits_data = DigitClips(seed=0, heldout=_TRIED)
+        held = digits_data.heldout()
+        return Clips(DIGITS, wanted, digits_data.example, _TRIED, lambda index: {k: v[index] for k, v in held.items()})
+    shards = LatentShards(data, text_tokens)
+    # What a fit was calibrated on flatters it: a trial has clips of its own, the only clip aside.
+    last = min(_TRIED, max(1, len(shards) // 2))
+    first = len(shards) - last
+    found = Clips(str(data), min(wanted, max(1, first)), shards.read, last, lambda index: shards.read(first + index))
+    example = found.read(0)
+    for key, name, size in (
+        ("latents", "in_channels", example["latents"].shape[0]),
+        ("encoder_hidden_states", "text_dim", example["encoder_hidden_states"].shape[1]),
+    ):
+        if size != source.config[name]:
+            raise UsageError(
+                f"{data}: {key} have {size} channels, {source.origin} takes {source.config[name]} ({name})"
+            )
+    height, width = example["latents"].shape[2:]
+    down, across = source.config["patch_size"][1:]
+    if height % down or width % across:
+        raise UsageError(f"{data}: latents of {height}x{width} do not divide into patches of {down}x{across}")
+    return found
+
+
+class ClipRun:
+    """A dense model on clips, one block in memory at a time; `axes` are those of its rotary pairs."""
+
+    def __init__(self, source: Source, clips: Clips) -> None:
+        self.clips, self.blocks = clips, SourceBlocks(source)
+        self.axes: tuple[int, ...] = self.blocks.model.rotary_table().axes
+        latents = clips.read(0)["latents"]
+        rows, columns = self.blocks.model.token_grid(*latents.shape[2:])
+        together = _TOKENS_A_PASS // (latents.shape[1] * rows * columns)
+        batch_size = max(1, min(CalibrationConfig().batch_size, together))
+        self.config = CalibrationConfig(
+            metric="velocity", clips=clips.count, batch_size=batch_size, max_tokens=_MAX_TOKENS
+        )
+
+    def sample(self, visit: Callable[[int, Any, LayerSample], None], report: Report) -> None:
+        """Show `visit(layer, attention, sample)` every layer. Raises UserError for clips of one chunk."""
+
+        def seen(layer: int, block: Any, sample: LayerSample | None) -> None:
+            assert sample is not None
+            visit(layer, block.attn1, sample)
+
+        with tempfile.TemporaryDirectory() as scratch:
+            sweep(
+                self.blocks,
+                enter_clips(
+                    self.blocks,
+                    self._batches(self.clips.read, self.clips.count),
+                    self.config,
+                    TensorStore(Path(scratch) / "tokens"),
+                ),
+                self.config,
+                history_only=True,
+                wanted=range(len(self.blocks)),
+                visit=seen,
+                progress=lambda done, total: report("calibrate", done, total),
+            )
+
+    @torch.no_grad()
+    def velocity_error(self, config: ConvertConfig, plans: Mapping[int, LayerInit], report: Report) -> float:
+        """Relative velocity error of a conversion on clips that it was not calibrated on, with clean history."""
+        model, ranks = self.blocks.model, config.ranks(len(self.blocks))
+        with tempfile.TemporaryDirectory() as scratch:
+            store = TensorStore(Path(scratch) / "tokens")
+            clips = enter_clips(self.blocks, self._batches(self.clips.read_tried, self.clips.tried), self.config, store)
+            for number in range(len(clips)):
+                store[_converted(number)] = store[clips.key(0, number)]
+            for layer, rank in enumerate(ranks):
+                with self.blocks.open(layer) as block:
+                    changed = with_attention(block, latent_attention(block.attn1, plans[layer], config, rank))
+                    for number, inputs in enumerate(clips.inputs):
+                        dense = block(store[clips.key(layer, number)], *inputs.shared)
+                        clips.advance(layer, number, dense)
+                        store[_converted(number)] = changed(store[_converted(number)], *inputs.shared)
+                report("trial", layer + 1, len(ranks))
+            error = energy = 0.0
+            for number, inputs in enumerate(clips.inputs):
+                expected = model.leave(store[clips.key(len(ranks), number)], inputs).double()
+                actual = model.leave(store[_converted(number)], inputs).double()
+                error += float((actual - expected).square().sum())
+                energy += float(expected.square().sum())
+        return (error / max(energy, 1e-300)) ** 0.5
+
+    def _batches(self, read: Callable[[int], dict[str, Tensor]], count: int) -> Iterator[CalibrationBatch]:
+        size = self.config.batch_size
+        for start in range(0, count, size):
+            batch = default_collate([read(index) for index in range(start, min(start + size, count))])
+            yield CalibrationBatch(batch["latents"], batch["encoder_hidden_states"])
+
+
+def _converted(number: int) -> str:
+    """Key of a batch on its way through converted blocks."""
+    return f"converted-{number:05d}"

@@ -1,0 +1,65 @@
+"""Write natural clips for training: `python -m mla_convert.zoo.natural.data --out data/natural`.
+
+The folder is one that a recipe reads with `data: {kind: latents, folder: data/natural, heldout: 128}`:
+the held-out clips, all from a video that is not trained on, are its last ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from ...distill import latents
+from ...errors import UserError
+from .clips import CLIP_FRAMES, FRAME, Shot, sample_clip, shots
+
+CLIPS_PER_SHARD = 128
+
+
+def _clips(split: str, pool: tuple[Shot, ...], count: int, seed: int) -> Iterator[latents.Clip]:
+    for index in range(count):
+        clip = sample_clip(pool, seed, index)
+        prompt = "" if clip.shot.identity is None else f"{clip.shot.video}, shot {clip.shot.identity}"
+        yield latents.Clip(clip.video, clip.text, f"{split}-{index:06d}", prompt, width=FRAME, height=FRAME)
+
+
+def write_latents(folder: Path, split: str, count: int, seed: int, first_shard: int = 0) -> list[Path]:
+    """Clips 0 to `count` of a split, `[3, 16, 32, 32]` and `[1, 16]` float32, as parquet shards from `first_shard`.
+
+    Returns the shards. Raises UserError when the videos cannot be had.
+    """
+    clips = _clips(split, shots(split), count, seed)
+    return latents.write_latents(folder, clips, CLIPS_PER_SHARD, first_shard)
+
+
+def write_folder(folder: Path, train: int, heldout: int, seed: int) -> list[Path]:
+    """`train` clips and behind them `heldout` clips of the held-out video. Raises UserError."""
+    if any(folder.rglob("*.parquet")):
+        raise UserError(f"{folder} holds shards already; choose another folder or empty it")
+    shards = write_latents(folder, "train", train, seed)
+    return shards + write_latents(folder, "heldout", heldout, seed, first_shard=len(shards))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("data/natural"))
+    parser.add_argument("--train", type=int, default=2048)
+    parser.add_argument("--heldout", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    try:
+        shards = write_folder(args.out, args.train, args.heldout, args.seed)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    size = sum(path.stat().st_size for path in shards)
+    print(
+        f"{args.train} clips of {CLIP_FRAMES} frames of {FRAME}x{FRAME} and {args.heldout} held-out ones, "
+        f"{size / 2**20:.0f} MiB in {args.out}; read them with heldout: {args.heldout}"
+    )
+
+
+if __name__ == "__main__":
+    main()
