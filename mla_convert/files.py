@@ -11,13 +11,12 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-import safetensors.torch
-from safetensors import SafetensorError
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MANIFEST = "mla_convert.json"
 
@@ -105,6 +104,10 @@ def claim_folder(path: Path, kind: str, markers: tuple[str, ...] = (MANIFEST, "s
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file; a full disk is the OSError that safetensors reports as text."""
+    # Commands that only read recipes must not wait for PyTorch.
+    import safetensors.torch
+    from safetensors import SafetensorError
+
     try:
         safetensors.torch.save_file(dict(tensors), path, dict(metadata) if metadata else None)
     except SafetensorError as error:

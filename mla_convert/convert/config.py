@@ -28,7 +28,7 @@ class CalibrationConfig(BaseModel):
     clips: int = Field(64, ge=1)
     batch_size: int = Field(16, ge=1)
     queries_per_chunk: int = Field(512, ge=1)
-    max_tokens: int = Field(65536, ge=1)
+    max_tokens: int = Field(16384, ge=1)
     empty_prompt_rate: float = Field(0.0, ge=0, le=1)
     seed: int = 0
 

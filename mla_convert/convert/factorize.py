@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -16,17 +17,28 @@ RIDGE = 1e-6
 
 
 class Code(NamedTuple):
-    """`encoder` `[r, n]`, `decoder` `[n, r]`, `mean` `[n]`, float64; `energy` `[n]` the eigenvalues, falling."""
+    """`encoder` `[r, n]`, `decoder` `[n, r]`, `mean` `[n]`, float64.
+
+    `energy` `[r]` are the eigenvalues that the code carries, falling, and `total` the sum of all.
+    """
 
     encoder: Tensor
     decoder: Tensor
     mean: Tensor
     energy: Tensor
+    total: float
 
     def error(self) -> float:
         """Share of the metric's energy that the code loses, 0 to 1."""
-        total = self.energy.clamp_min(0).sum()
-        return float(self.energy[len(self.encoder) :].clamp_min(0).sum() / total) if total > 0 else 0.0
+        return max(0.0, 1 - float(self.energy.sum()) / self.total) if self.total > 0 else 0.0
+
+
+def _leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest eigenvalues `[count]`, falling, and their vectors `[n, count]` of a symmetric matrix."""
+    size = len(matrix)
+    # LAPACK's subset driver took 2.9 s for 224 of 3072, all of them 7.7 s (one core).
+    values, vectors = scipy.linalg.eigh(matrix.numpy(), subset_by_index=[size - count, size - 1], driver="evr")
+    return torch.from_numpy(values.copy()).flip(0), torch.from_numpy(vectors).flip(1)
 
 
 def symmetric_root(g: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,11 +63,11 @@ def low_rank_code(covariance: Tensor, metric: Tensor, mean: Tensor, rank: int) -
     ridge = _ridge(metric)
     # Any L with L L^T = G serves; a triangular one costs a tenth of the symmetric one.
     root = torch.linalg.cholesky(metric + ridge * eye) if ridge > 0 else eye
-    values, vectors = torch.linalg.eigh(root.T @ covariance @ root)
-    energy, basis = values.flip(0), vectors.flip(1)[:, :rank]
-    spread = _spread(energy[:rank])
+    whitened = root.T @ covariance @ root
+    energy, basis = _leading(whitened, rank)
+    spread = _spread(energy)
     decoder = torch.linalg.solve_triangular(root.T, basis * spread, upper=True)
-    return Code((basis / spread).T @ root.T, decoder, mean, energy)
+    return Code((basis / spread).T @ root.T, decoder, mean, energy, float(torch.trace(whitened)))
 
 
 def low_rank_factor(factor: Tensor, mean: Tensor, rank: int) -> Code:
@@ -67,12 +79,12 @@ def low_rank_factor(factor: Tensor, mean: Tensor, rank: int) -> Code:
     _check_rank(rank, factor.shape[1])
     if rank > len(factor):
         return low_rank_code(factor.T @ factor, torch.zeros(factor.shape[1], factor.shape[1]).double(), mean, rank)
-    values, vectors = torch.linalg.eigh(factor @ factor.T)
-    energy = values.flip(0).clamp_min(0)
-    spread = _spread(energy[:rank])
+    gram = factor @ factor.T
+    energy, vectors = _leading(gram, rank)
+    spread = _spread(energy)
     # Orthonormal also where the spectrum has ended.
-    basis = torch.linalg.qr(factor.T @ vectors.flip(1)[:, :rank]).Q
-    return Code((basis / spread).T, basis * spread, mean, energy)
+    basis = torch.linalg.qr(factor.T @ vectors).Q
+    return Code((basis / spread).T, basis * spread, mean, energy, float(torch.trace(gram)))
 
 
 def _check_rank(rank: int, size: int) -> None:
