@@ -29,8 +29,8 @@ def clips():
     return case.Clips().heldout()
 
 
-def run_loss(student, teacher, batch, **changes):
-    stage = MatchAttention(MatchAttentionConfig(steps=1, learning_rate=1e-3, **changes))
+def run_loss(student, teacher, batch, metric="output", **changes):
+    stage = MatchAttention(MatchAttentionConfig(steps=1, learning_rate=1e-3, metric=metric, **changes))
     return stage.loss({"student": student, "teacher": teacher}, batch, torch.Generator().manual_seed(3))
 
 

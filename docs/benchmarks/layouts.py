@@ -1,8 +1,10 @@
 """What each construction costs before any training: `python docs/benchmarks/layouts.py [--seeds 3]`.
 
-Converts the embedded digits teacher at 28 of 384 cached scalars a token, VideoMLA's share, in every
-layout and with every initialisation, one change at a time, and measures the held-out loss against
-the teacher's on the same noise. Writes `layouts.json` and the table `layouts.md` beside itself.
+Converts an embedded teacher at 28 of 384 cached scalars a token, VideoMLA's share, in every layout and
+with every initialisation, one change at a time, and measures the held-out loss against the teacher's
+on the same noise. Writes `layouts-NAME.json` and the table `layouts-NAME.md` beside itself. The digits
+are made as they are needed; for the natural clips `--model zoo:natural --data FOLDER` reads what
+`python -m mla_convert.zoo.natural.data --out FOLDER` has written.
 """
 
 from __future__ import annotations
@@ -18,41 +20,56 @@ import torch
 from torch.utils.data import default_collate
 
 from mla_convert.convert import CalibrationBatch, ConvertConfig, convert_model
-from mla_convert.distill.data import DataConfig, open_data
+from mla_convert.distill.data import Data, DataConfig, open_data
 from mla_convert.evaluate.fidelity import fidelity
 from mla_convert.families.wan import FAMILY
 from mla_convert.load import load_dense, load_source
 
+
+def _row(position: str, own_chunk: str, init: str, latent: int, key: int = 0, **more: Any) -> dict[str, Any]:
+    config = {"position": position, "own_chunk": own_chunk, "init": init, **more}
+    if "budget" not in more:
+        config["kv_lora_rank"] = latent
+    return config | ({"qk_rope_head_dim": key} if key else {})
+
+
+def _budget(scalars: float) -> dict[str, Any]:
+    return {"budget": {"scalars_per_token": scalars, "rank_multiple": 4}}
+
+
 ROWS: list[dict[str, Any]] = [
-    {"position": "decoupled", "own_chunk": "latent", "init": "random", "kv_lora_rank": 24, "qk_rope_head_dim": 4},
-    {"position": "decoupled", "own_chunk": "latent", "init": "svd", "kv_lora_rank": 24, "qk_rope_head_dim": 4},
-    {"position": "decoupled", "own_chunk": "latent", "init": "activation", "kv_lora_rank": 24, "qk_rope_head_dim": 4},
-    {"position": "decoupled", "own_chunk": "latent", "init": "activation", "kv_lora_rank": 16, "qk_rope_head_dim": 12},
-    {"position": "decoupled", "own_chunk": "exact", "init": "svd", "kv_lora_rank": 16, "qk_rope_head_dim": 12},
-    {"position": "decoupled", "own_chunk": "exact", "init": "activation", "kv_lora_rank": 16, "qk_rope_head_dim": 12},
-    {"position": "baked", "own_chunk": "latent", "init": "activation", "kv_lora_rank": 20, "qk_rope_head_dim": 8},
-    {"position": "baked", "own_chunk": "exact", "init": "activation", "kv_lora_rank": 20, "qk_rope_head_dim": 8},
-    {"position": "derived", "own_chunk": "latent", "init": "activation", "kv_lora_rank": 28, "qk_rope_head_dim": 48},
-    {"position": "derived", "own_chunk": "exact", "init": "activation", "kv_lora_rank": 28, "qk_rope_head_dim": 48},
-    {"position": "rotate_on_read", "own_chunk": "latent", "init": "activation", "kv_lora_rank": 28},
-    {"position": "rotate_on_read", "own_chunk": "exact", "init": "svd", "kv_lora_rank": 28},
-    {"position": "rotate_on_read", "own_chunk": "exact", "init": "activation", "kv_lora_rank": 28},
-    {"position": "rotate_on_read", "own_chunk": "exact", "init": "activation", "kv_lora_rank": 16},
-    {"position": "rotate_on_read", "own_chunk": "exact", "init": "activation", "kv_lora_rank": 8},
+    _row("decoupled", "latent", "random", 24, 4),
+    _row("decoupled", "latent", "svd", 24, 4),
+    _row("decoupled", "latent", "activation", 20, 8),
+    _row("decoupled", "exact", "svd", 20, 8),
+    _row("decoupled", "exact", "activation", 20, 8, key_mean=False),
+    _row("decoupled", "exact", "activation", 20, 8),
+    _row("baked", "latent", "activation", 22, 6),
+    _row("baked", "exact", "activation", 22, 6),
+    _row("derived", "exact", "activation", 28, 32),
+    _row("rotate_on_read", "latent", "activation", 28),
+    _row("rotate_on_read", "exact", "svd", 28),
+    _row("rotate_on_read", "exact", "activation", 28, calibration={"metric": "output"}),
+    _row("rotate_on_read", "exact", "activation", 28),
+    _row("rotate_on_read", "exact", "activation", 28, **_budget(28)),
+    _row("rotate_on_read", "exact", "activation", 14, **_budget(14)),
+    _row("rotate_on_read", "exact", "activation", 8, **_budget(8)),
 ]
 
 
-def measure(teacher: Any, row: dict[str, Any], seed: int) -> dict[str, float]:
-    config = ConvertConfig(calibration={"seed": seed}, **row)
-    data = open_data(DataConfig(kind="digits"), seed)
+def measure(teacher: Any, data: Data, row: dict[str, Any], seed: int, clips: int, heldout: int) -> dict[str, Any]:
+    calibration = {"clips": clips, "max_tokens": 65536, "seed": seed, **row.get("calibration", {})}
+    config = ConvertConfig(**{**row, "calibration": calibration})
     size = config.calibration.batch_size
-    starts = range(0, config.calibration.clips, size)
-    clips = (default_collate([data.example(start + i) for i in range(size)]) for start in starts)
-    batches = [CalibrationBatch(clip["latents"], clip["encoder_hidden_states"]) for clip in clips]
+    # Every seed draws clips of its own.
+    starts = range(seed * clips, (seed + 1) * clips, size)
+    examples = (default_collate([data.example(start + i) for i in range(size)]) for start in starts)
+    batches = [CalibrationBatch(clip["latents"], clip["encoder_hidden_states"]) for clip in examples]
     student = convert_model(FAMILY, teacher, config, batches, seed=seed)
-    result = fidelity(student, teacher, data.heldout(64), batch_size=32, seed=0)
+    result = fidelity(student, teacher, data.heldout(heldout), batch_size=16, seed=0)
     return {
         "scalars": student.mla.scalars_per_token(),
+        "ranks": list(student.mla.kv_lora_rank),
         "loss_increase": result["loss_increase"],
         "velocity_rel_error": result["velocity_rel_error"],
     }
@@ -65,16 +82,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         loss, error = row["loss_increase"], row["velocity_rel_error"]
-        key = round(row["scalars"]) - row["kv_lora_rank"]
+        latent = statistics.mean(row["ranks"])
+        key = round(row["scalars"] - latent)
         spread = "" if loss["max"] == loss["min"] else f" ({_percent(loss['min'])} to {_percent(loss['max'])})"
-        cells = [
-            f"`{row['position']}`",
-            row["own_chunk"],
-            row["init"],
-            f"{row['kv_lora_rank']} + {key}" if key else f"{row['kv_lora_rank']}",
-        ]
-        cells += [_percent(loss["median"]) + spread, f"{100 * error['median']:.1f} %"]
-        lines.append("| " + " | ".join(cells) + " |")
+        notes = ["key mean in the latent"] if row.get("key_mean") is False else []
+        notes += ["metric `output`"] if "calibration" in row else []
+        notes += [f"ranks {', '.join(map(str, row['ranks']))}"] if "budget" in row else []
+        cells = [f"`{row['position']}`", row["own_chunk"], ", ".join([row["init"], *notes])]
+        cells += [f"{latent:g} + {key}" if key else f"{latent:g}", _percent(loss["median"]) + spread]
+        lines.append("| " + " | ".join([*cells, f"{100 * error['median']:.1f} %"]) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -85,11 +101,22 @@ def _percent(share: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
-    seeds = range(parser.parse_args().seeds)
-    teacher = load_dense(load_source("zoo:digits"))
+    parser.add_argument("--model", default="zoo:digits")
+    parser.add_argument("--data", help="folder of latents; the digits teacher makes its own clips")
+    parser.add_argument("--clips", type=int, default=64, help="calibration clips, a multiple of 16")
+    parser.add_argument("--heldout", type=int, default=64)
+    parser.add_argument("--rows", type=int, nargs="*", help="numbers of the rows to measure, from 0; all by default")
+    arguments = parser.parse_args()
+    teacher = load_dense(load_source(arguments.model))
+    settings: dict[str, Any] = {"kind": "digits"}
+    if arguments.data:
+        settings = {"kind": "latents", "folder": arguments.data, "text_tokens": 1, "heldout": 128}
     rows = []
-    for row in ROWS:
-        runs = [measure(teacher, row, seed) for seed in seeds]
+    for row in [ROWS[i] for i in arguments.rows] if arguments.rows else ROWS:
+        runs = [
+            measure(teacher, open_data(DataConfig(**settings), 0), row, seed, arguments.clips, arguments.heldout)
+            for seed in range(arguments.seeds)
+        ]
         spread = {
             key: {
                 "median": statistics.median(run[key] for run in runs),
@@ -98,12 +125,12 @@ def main() -> None:
             }
             for key in ("loss_increase", "velocity_rel_error")
         }
-        rows.append({**row, "scalars": runs[0]["scalars"], **spread})
+        rows.append({**row, "scalars": runs[0]["scalars"], "ranks": runs[0]["ranks"], **spread})
         print(rows[-1], file=sys.stderr, flush=True)
-    folder = Path(__file__).parent
-    result = {"torch": torch.__version__, "device": "cpu", "seeds": len(seeds), "rows": rows}
-    (folder / "layouts.json").write_text(json.dumps(result, indent=2) + "\n")
-    (folder / "layouts.md").write_text(table(rows))
+    folder, name = Path(__file__).parent, arguments.model.split(":")[-1]
+    result = {"torch": torch.__version__, "device": "cpu", "arguments": vars(arguments), "rows": rows}
+    (folder / f"layouts-{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    (folder / f"layouts-{name}.md").write_text(table(rows))
     print(table(rows), end="")
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..families.base import BlockInputs
 from .blocks import Blocks, with_attention
+from .budget import Trace
 from .clips import PROJECTION, SAMPLE, Clips, drawn
 from .config import CalibrationConfig
 from .probe import LayerSample, join_samples, sample_layer
@@ -35,18 +36,21 @@ def sweep(
     wanted: Collection[int],
     visit: Visit,
     progress: Callable[[int, int], None] | None = None,
-    velocity: Callable[[Tensor], None] | None = None,
+    velocity: Callable[[int, Tensor], None] | None = None,
+    trace: Callable[[Trace], None] | None = None,
 ) -> None:
     """Sample the `wanted` layers, each for `visit(layer, block, sample)` while its block is open.
 
     With `history_only` the probes ask only about tokens of earlier chunks, which is all that an exact
     own chunk leaves to the cache. With `hidden_states: converted` every layer is visited, the others
     with no sample, and `visit` gives the converted attention that the blocks above run on. `progress`
-    counts the blocks of a forward sweep that comes before the visits; `velocity` is told the velocity
-    `[B, C, F, H, W]` of every batch. What was entered in `clips` is used up. Raises UserError for NaN
-    or infinite activations, and where the tokens that a sweep keeps do not fit on the disk.
+    counts the blocks of a forward sweep that comes before the visits; `velocity` is told the number
+    and the velocity `[B, C, F, H, W]` of every batch. With `metric: velocity` a `trace` is told what
+    each layer does on one batch in four (at least one), which is then not sampled if there are others.
+    What was entered in `clips` is used up. Raises UserError for NaN or infinite activations, and where
+    the tokens that a sweep keeps do not fit on the disk.
     """
-    run = _Sweep(blocks, clips, config, history_only, frozenset(wanted), visit, velocity)
+    run = _Sweep(blocks, clips, config, history_only, frozenset(wanted), visit, velocity, trace)
     if config.metric == "velocity":
         run.backward(progress)
     else:
@@ -60,7 +64,8 @@ class _Sweep(NamedTuple):
     history_only: bool
     wanted: frozenset[int]
     visit: Visit
-    velocity: Callable[[Tensor], None] | None
+    velocity: Callable[[int, Tensor], None] | None
+    trace: Callable[[Trace], None] | None
 
     def forward(self) -> None:
         """From the first block to the last wanted one, each layer sampled with z of its own."""
@@ -90,7 +95,7 @@ class _Sweep(NamedTuple):
                     del attention, changed
         if self.velocity is not None:
             for number, inputs in enumerate(clips.inputs):
-                self.velocity(self.blocks.model.leave(clips.store[clips.key(last + 1, number)], inputs))
+                self.velocity(number, self.blocks.model.leave(clips.store[clips.key(last + 1, number)], inputs))
 
     def backward(self, progress: Callable[[int, int], None] | None) -> None:
         """Up through all blocks, keeping what enters them, then down to the first wanted one."""
@@ -130,7 +135,7 @@ class _Sweep(NamedTuple):
             with torch.enable_grad():
                 v = model.leave(tokens, inputs)
             if self.velocity is not None:
-                self.velocity(v.detach())
+                self.velocity(number, v.detach())
             z = torch.randn(v.shape, generator=drawn(PROJECTION, self.config.seed, number))
             (clips.store[key],) = torch.autograd.grad(v, tokens, z.to(v))
             scales.append(v.numel() ** -0.5)
@@ -149,7 +154,15 @@ class _Sweep(NamedTuple):
         clips.store[clips.key(layer, number)] = below
         if layer not in self.wanted:
             return None
-        return self._sample(layer, number, block, hidden, scale * output_grad.float())
+        output_grad = scale * output_grad.float()
+        if self.trace is not None:
+            # Errors measured on what was fitted are too small: a quarter of the batches is kept from the fit.
+            count = len(clips)
+            if number % 4 == min(4, count) - 1:
+                self.trace(Trace(hidden, inputs.step, output_grad))
+                if count > 1:
+                    return None
+        return self._sample(layer, number, block, hidden, output_grad)
 
     def _sample(
         self, layer: int, number: int, block: Any, hidden: Tensor, output_grad: Tensor | None = None

@@ -38,10 +38,12 @@ class Clips:
     """The calibration batches between blocks.
 
     `inputs` are theirs without the tokens, which lie in `store` by layer and batch: `[B' + B, S, C]`
-    in the model's dtype, the B' clean clips before their B noisy copies.
+    in the model's dtype, the B' clean clips before their B noisy copies. `targets` `[B, C, F, H, W]`
+    are the true velocities.
     """
 
     store: TensorStore
+    targets: list[Tensor] = field(default_factory=list)
     inputs: list[BlockInputs] = field(default_factory=list)
     bytes_a_layer: int = 0
 
@@ -86,6 +88,7 @@ def enter_clips(
         same = (i.step for i in clips.inputs if i.size == inputs.size and i.step.context_batch == len(clean))
         tokens = inputs.tokens
         clips.store[clips.key(0, number)] = tokens
+        clips.targets.append(flow.velocity(clean, noise))
         clips.bytes_a_layer += tokens.numel() * tokens.element_size()
         clips.inputs.append(inputs._replace(tokens=tokens.new_empty(0), step=next(same, inputs.step)))
     if not clips.inputs:

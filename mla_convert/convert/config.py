@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -42,12 +42,41 @@ class CalibrationConfig(BaseModel):
         return self
 
 
+class Budget(BaseModel):
+    """How much a cache may hold or cost, for ranks that differ from layer to layer.
+
+    Exactly one of `scalars_per_token` (mean over layers, a cached shared key included), `reduction`
+    (share of the dense cache that goes, 0.927 in VideoMLA) and `loss_increase` (predicted rise of the
+    flow-matching loss before training, 0.01 for 1 %). Ranks are multiples of `rank_multiple`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    scalars_per_token: float | None = Field(None, gt=0)
+    reduction: float | None = Field(None, gt=0, lt=1)
+    loss_increase: float | None = Field(None, gt=0)
+    rank_multiple: int = Field(16, ge=1)
+
+    @model_validator(mode="after")
+    def _one_aim(self) -> Budget:
+        aims = ("scalars_per_token", "reduction", "loss_increase")
+        given = [name for name in aims if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"budget needs one of {', '.join(aims)}, got {', '.join(given) or 'none'}")
+        return self
+
+    def scalars(self, dense: int) -> float | None:
+        """Cached scalars a token of a model with `dense` of them; None for a `loss_increase`."""
+        return self.scalars_per_token if self.reduction is None else (1 - self.reduction) * dense
+
+
 class ConvertConfig(BaseModel):
     """What the converted attention looks like and how it is initialised.
 
     `position`, `own_chunk`: see `mla_convert.mla.config.MLAConfig`. `kv_lora_rank` is one number or
-    one a layer. `qk_rope_head_dim` counts the channels of the shared rotary key (even), which
-    `rotate_on_read` does without. `q_lora_rank: null` keeps the queries full.
+    one a layer (192 where it is left out), or null with a `budget` that chooses them.
+    `qk_rope_head_dim` counts the channels of the shared rotary key (even), which `rotate_on_read`
+    does without. `q_lora_rank: null` keeps the queries full.
 
     `init: random` draws the latent projections, `svd` factorises the weights and shares the mean key
     over the heads (VideoMLA, arXiv 2605.30351, section 3.2), `activation` fits the output of the
@@ -63,15 +92,27 @@ class ConvertConfig(BaseModel):
     position: Position = "rotate_on_read"
     own_chunk: OwnChunk = "exact"
     init: Init = "activation"
-    kv_lora_rank: int | list[int] = 192
+    kv_lora_rank: int | list[int] | None = None
+    budget: Budget | None = None
     qk_rope_head_dim: int = Field(0, ge=0)
     q_lora_rank: int | None = Field(None, ge=1)
     keep_residual: bool = True
     key_mean: bool = True
     calibration: CalibrationConfig = CalibrationConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_rank(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("budget") is None and "kv_lora_rank" not in value:
+            return {**value, "kv_lora_rank": 192}
+        return value
+
     @model_validator(mode="after")
     def _shared_key_fits_the_layout(self) -> ConvertConfig:
+        if (self.kv_lora_rank is None) == (self.budget is None):
+            raise ValueError("give kv_lora_rank or budget, one of the two")
+        if self.budget is not None and (self.init != "activation" or self.calibration.metric != "velocity"):
+            raise ValueError("budget measures layers: it needs init activation and calibration.metric velocity")
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim must be even (channel pairs are rotated), got {self.qk_rope_head_dim}")
         if self.position == "rotate_on_read" and self.qk_rope_head_dim:
@@ -83,12 +124,19 @@ class ConvertConfig(BaseModel):
         return self
 
     @property
+    def cached_key(self) -> int:
+        """Scalars of the shared rotary key in a cache row."""
+        return self.qk_rope_head_dim if self.position in ("decoupled", "baked") else 0
+
+    @property
     def keeps_key_mean(self) -> bool:
         """Whether the mean key is kept apart from what the latent restores."""
         return self.key_mean and self.init == "activation" and self.position != "rotate_on_read"
 
     def ranks(self, num_layers: int) -> list[int]:
-        """`kv_lora_rank` of every layer. Raises ValueError if a list has another length."""
+        """`kv_lora_rank` of every layer. Raises ValueError without one or if a list has another length."""
+        if self.kv_lora_rank is None:
+            raise ValueError("the budget chooses it layer by layer")
         if isinstance(self.kv_lora_rank, int):
             return [self.kv_lora_rank] * num_layers
         if len(self.kv_lora_rank) != num_layers:

@@ -27,24 +27,25 @@ class LayerInit:
     """Parameters of a `LatentSelfAttention` that its dense layer does not have, and its pairs.
 
     `tensors` are float32 by parameter name. `lost_energy` is the share of the target's energy,
-    measured in the metric of the fit, that the code does not carry.
+    measured in the metric of the fit, that the code does not carry. With `derived` the shared key
+    comes from the latent. `curve` are `[rank, predicted
+    rise of the loss]` of this layer alone, where a budget asked for them.
     """
 
     rope_pairs: list[int]
     nope_pairs: list[int]
     tensors: dict[str, Tensor]
     lost_energy: float | None
+    derived: bool = False
+    curve: list[tuple[int, float]] | None = None
 
     def truncated(self, rank: int) -> LayerInit:
         """The same fit with the first `rank` latents alone, which are the most important ones."""
         tensors = dict(self.tensors)
         for name in ("kv_a_proj.weight", "kv_a_proj.bias"):
             tensors[name] = tensors[name][:rank].contiguous()
-        width = self.tensors["kv_a_proj.weight"].shape[0]
-        for name in ("kv_b_proj.weight", "k_pe_proj.weight"):
-            # A shared key that is cached comes from the keys, not from the latent.
-            if name in tensors and tensors[name].shape[1] == width:
-                tensors[name] = tensors[name][:, :rank].contiguous()
+        for name in ("kv_b_proj.weight", *(["k_pe_proj.weight"] if self.derived else [])):
+            tensors[name] = tensors[name][:, :rank].contiguous()
         return replace(self, tensors=tensors, lost_energy=None)
 
 
@@ -83,6 +84,7 @@ def initialise_layer(
         [] if shared is None else target.nope_pairs,
         {name: tensor.float().contiguous() for name, tensor in tensors.items()},
         None if code is None else code.error(),
+        target.derived,
     )
 
 

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UsageError, UserError
 from .blocks import Blocks
+from .budget import Curve, Trace, allot, candidate_ranks, measured_curve
 from .calibrate import sweep
-from .clips import INIT, CalibrationBatch, drawn, enter_clips
+from .clips import INIT, CalibrationBatch, Clips, drawn, enter_clips
 from .config import ConvertConfig
 from .initialise import LayerInit, initialise_layer
 from .probe import LayerSample
@@ -54,18 +55,43 @@ class Plans:
         self._plans[layer] = plan
 
 
-def checked_ranks(blocks: Blocks, config: ConvertConfig) -> list[int]:
-    """`kv_lora_rank` of every layer. Raises UsageError for one that the model cannot have."""
+def fitted_ranks(blocks: Blocks, config: ConvertConfig) -> list[int]:
+    """Rank at which every layer is fitted: its `kv_lora_rank`, or the largest that a budget may choose.
+
+    Raises UsageError for one that the model cannot have.
+    """
+    limit = _width(blocks)
+    if config.budget is not None:
+        return [candidate_ranks(config.budget, _latent_scalars(blocks, config), limit)[-1]] * len(blocks)
     try:
         ranks = config.ranks(len(blocks))
     except ValueError as error:
         raise UsageError(f"convert.kv_lora_rank: {error}") from None
-    limit = 2 * blocks.model.config.num_attention_heads * blocks.model.config.attention_head_dim
     for layer, rank in enumerate(ranks):
         if not 1 <= rank <= limit:
             problem = f"{rank} in layer {layer} is not between 1 and {limit}, the width of [k; v]"
             raise UsageError(f"convert.kv_lora_rank: {problem}")
     return ranks
+
+
+def final_ranks(blocks: Blocks, config: ConvertConfig, plans: Iterable[LayerInit]) -> list[int]:
+    """Rank of every layer in the converted model. Raises UsageError if no ranks meet the budget."""
+    if config.budget is None:
+        return fitted_ranks(blocks, config)
+    curves = [plan.curve for plan in plans]
+    return allot([curve for curve in curves if curve is not None], config.budget, _latent_scalars(blocks, config))
+
+
+def _width(blocks: Blocks) -> int:
+    """Scalars of [k; v]."""
+    return int(2 * blocks.model.config.num_attention_heads * blocks.model.config.attention_head_dim)
+
+
+def _latent_scalars(blocks: Blocks, config: ConvertConfig) -> float | None:
+    """Mean rank that the budget leaves beside a cached shared key; None where that is open."""
+    assert config.budget is not None
+    scalars = config.budget.scalars(_width(blocks))
+    return None if scalars is None else scalars - config.cached_key
 
 
 def convert_layers(
@@ -85,7 +111,7 @@ def convert_layers(
     Raises UsageError for ranks and shapes that the model does not have, UserError for clips that
     cannot be calibrated on.
     """
-    run = _Layers(blocks, config, checked_ranks(blocks, config), seed, shelf, progress)
+    run = _Layers(blocks, config, fitted_ranks(blocks, config), seed, shelf, progress)
     wanted = [layer for layer in range(len(blocks)) if layer not in shelf]
     if not wanted:
         return
@@ -100,7 +126,7 @@ def convert_layers(
     try:
         clips = enter_clips(blocks, batches, config.calibration, store)
         history_only = config.own_chunk == "exact"
-        sweep(blocks, clips, config.calibration, history_only, wanted, run.visit, run.ascended)
+        sweep(blocks, clips, config.calibration, history_only, wanted, run.visit, run.ascended, *run.watch(clips))
     finally:
         store.clear()
 
@@ -119,6 +145,21 @@ class _Layers:
         self.config, self.ranks, self.seed, self.shelf, self.progress = config, ranks, seed, shelf, progress
         self.converted = config.init == "activation" and config.calibration.hidden_states == "converted"
         self.warned = False
+        self.candidates: list[int] = []
+        if config.budget is not None:
+            self.candidates = candidate_ranks(config.budget, _latent_scalars(blocks, config), _width(blocks))
+        self.traces: list[Trace] = []
+        self.teacher_losses: list[float] = []
+
+    def watch(self, clips: Clips) -> tuple[Callable[[int, Tensor], None], Callable[[Trace], None]] | tuple[None, None]:
+        """What a sweep has to tell for error curves: the teacher's velocity and each layer's traces."""
+        if self.config.budget is None:
+            return None, None
+
+        def velocity(number: int, v: Tensor) -> None:
+            self.teacher_losses.append(float((v.float() - clips.targets[number]).square().mean()))
+
+        return velocity, self.traces.append
 
     def visit(self, layer: int, block: Any, sample: LayerSample | None) -> nn.Module | None:
         """Fit a layer; the converted attention where the layers above run on it."""
@@ -140,9 +181,24 @@ class _Layers:
             logger.warning("%s; use more calibration.clips, a larger max_tokens or a smaller rank", tokens)
         generator = drawn(INIT, self.seed, layer)
         try:
-            return initialise_layer(block.attn1, sample, self.axes, self.config, rank, generator)
+            plan = initialise_layer(block.attn1, sample, self.axes, self.config, rank, generator)
         except ValueError as error:
             raise UsageError(f"convert, layer {layer}: {error}") from None
+        if self.config.budget is not None:
+            plan.curve = self._curve(block.attn1, plan, rank)
+        return plan
+
+    def _curve(self, attention: Any, plan: LayerInit, rank: int) -> Curve:
+        """What the layer's latents cost, as a rise of the teacher's loss."""
+        assert self.config.budget is not None
+
+        def latent(smaller: int) -> nn.Module:
+            return latent_attention(attention, plan.truncated(smaller), self.config, smaller)
+
+        loss = sum(self.teacher_losses) / len(self.teacher_losses)
+        curve = measured_curve(attention, latent, self.candidates, self.traces)
+        self.traces.clear()
+        return [(smaller, error / loss) for smaller, error in curve]
 
     def _told(self, what: str, done: int, total: int) -> None:
         if self.progress is not None:

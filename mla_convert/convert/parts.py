@@ -68,6 +68,15 @@ class PartFiles:
         named = {f"blocks.{layer}.{name}": tensor for name, tensor in state.items()}
         self._write(layer, named, header)
 
+    def truncate(self, layer: int, rank: int) -> None:
+        """Leave a layer the first `rank` latents of its fit. Doing it again changes nothing."""
+        with safe_open(self._path(layer), framework="pt") as opened:
+            header = opened.metadata()
+            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+        prefix = f"blocks.{layer}.{ATTENTION}."
+        shorter = self.get(layer).truncated(rank).tensors
+        self._write(layer, tensors | {prefix + name: tensor for name, tensor in shorter.items()}, header)
+
     def has_surroundings(self) -> bool:
         """Whether what is around the blocks was written."""
         return self._path(None).is_file()

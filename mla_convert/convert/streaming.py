@@ -14,7 +14,7 @@ from ..load import LazyTensors, Source
 from .blocks import BLOCKS, SourceBlocks
 from .clips import CalibrationBatch
 from .config import ConvertConfig
-from .layers import Progress, checked_ranks, convert_layers
+from .layers import Progress, convert_layers, final_ranks, fitted_ranks
 from .parts import PartFiles
 from .state import check_account, mla_config
 from .surgery import empty_model
@@ -57,13 +57,17 @@ def convert_source(
         "identity": dict(identity or {}),
     }
     blocks = SourceBlocks(source, dtype)
-    ranks = checked_ranks(blocks, config)
+    fitted_ranks(blocks, config)
     parts = PartFiles(work, stated, config.q_lora_rank is not None)
     if not parts.has_surroundings():
         state = blocks.model.state_dict()
         parts.put_surroundings({name: tensor for name, tensor in state.items() if not name.startswith(BLOCKS)})
     convert_layers(blocks, config, batches, seed, parts, progress, work)
     plans = [parts.outline(layer) for layer in range(len(blocks))]
+    ranks = final_ranks(blocks, config, plans)
+    if config.budget is not None:
+        for layer, rank in enumerate(ranks):
+            parts.truncate(layer, rank)
     mla = mla_config(config, ranks, plans, blocks.model.config.attention_head_dim)
     model = empty_model(source.family, blocks.model, mla)
     tensors = parts.tensors(len(blocks))

@@ -15,7 +15,7 @@ from ..mla.config import MLAConfig
 from .blocks import ModelBlocks
 from .clips import CalibrationBatch
 from .config import ConvertConfig
-from .layers import Plans, Progress, checked_ranks, convert_layers
+from .layers import Plans, Progress, convert_layers, final_ranks
 from .state import merge_state, mla_config
 
 
@@ -36,7 +36,9 @@ def convert_model(
     blocks, plans = ModelBlocks(dense), Plans()
     convert_layers(blocks, config, batches, seed, plans, progress)
     planned = [plans.get(layer) for layer in range(len(blocks))]
-    mla = mla_config(config, checked_ranks(blocks, config), planned, dense.config.attention_head_dim)
+    ranks = final_ranks(blocks, config, planned)
+    planned = [plan.truncated(rank) for plan, rank in zip(planned, ranks, strict=True)]
+    mla = mla_config(config, ranks, planned, dense.config.attention_head_dim)
     model = empty_model(family, dense, mla)
     model.rope = dense.rope
     state = merge_state(dense.state_dict(), planned, model.state_dict(), mla.q_lora_rank is not None)

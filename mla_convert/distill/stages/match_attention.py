@@ -1,13 +1,16 @@
 """Regress each layer's self-attention on the frozen dense teacher's, for the same inputs.
 
 Layers are trained side by side without a graph between them: every layer sees the activations of
-one forward without gradient. It is the attention-transfer step of linearisation (LoLCATs, arXiv
-2410.10254, section 3.2), here for the latent attention of VideoMLA (arXiv 2605.30351).
+one forward. It is the attention transfer of linearisation (LoLCATs, arXiv 2410.10254, section 3.2),
+here for the latent attention of VideoMLA (arXiv 2605.30351).
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -25,19 +28,21 @@ from .base import Models, Stage, StageConfig
 class MatchAttentionConfig(StageConfig):
     """Keys of `match_attention`.
 
-    `copies`, `timestep_shift`, `context`, `context_noise` and `empty_prompt_rate` are those of
-    `match_velocity`. `hidden_states` says whose activations the layers are compared on: `teacher`,
-    or `student` for what the converted layers in front really produce. `trainable` is `latent` or
-    `attention`, since nothing else takes part.
+    `metric` says what an error in a layer's output costs: `velocity`, what it does to the model's
+    velocity, or `output`, its square. `hidden_states` says whose activations the layers are compared
+    on: `teacher`, or `student` for what the converted layers in front really produce. `trainable` is
+    `latent` or `attention`, since nothing else takes part. `copies`, `timestep_shift`, `context`,
+    `context_noise` and `empty_prompt_rate` are those of `match_velocity`.
     """
 
     stage: Literal["match_attention"] = "match_attention"
+    metric: Literal["output", "velocity"] = "velocity"
+    hidden_states: Literal["teacher", "student"] = "teacher"
     copies: int = Field(1, ge=1)
     timestep_shift: float = Field(1.0, gt=0)
     context: Literal["clean", "noisy"] = "clean"
     context_noise: float = Field(0.0, ge=0, le=1)
     empty_prompt_rate: float = Field(0.0, ge=0, le=1)
-    hidden_states: Literal["teacher", "student"] = "teacher"
 
     @field_validator("trainable")
     @classmethod
@@ -47,35 +52,92 @@ class MatchAttentionConfig(StageConfig):
         return trainable
 
 
-class _Call(NamedTuple):
-    """One self-attention layer at work: `hidden_states` and its output `out`, both `[B, S, C]`."""
+@dataclass
+class _Call:
+    """One self-attention layer at work: `hidden_states` and what it should answer, both `[B, S, C]`.
+
+    `gradient` `[B, S, C]` is that of a random projection of the velocity with respect to the answer,
+    scaled so that the squares of its products with a token's error add up to the share of the
+    velocity's energy that the error costs, to first order and token by token.
+    """
 
     hidden_states: Tensor
     step: AttentionPass
     out: Tensor
+    gradient: Tensor | None = None
+
+
+@contextlib.contextmanager
+def _hooked(model: Any, hook: Any) -> Iterator[None]:
+    """`hook(layer, args, out)` on every self-attention of `model`; what it returns takes the place of `out`."""
+    handles = [
+        block.attn1.register_forward_hook(lambda _, args, out, layer=layer: hook(layer, args, out))
+        for layer, block in enumerate(model.blocks)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()
-def _attention_calls(model: Any, clips: NoisedClips) -> list[_Call]:
+def _calls(model: Any, clips: NoisedClips) -> list[_Call]:
     """What every self-attention of `model` is given and answers on `clips`, by layer."""
     calls: list[_Call] = []
 
-    def record(module: torch.nn.Module, args: tuple[Tensor, None, None, AttentionPass], out: Tensor) -> None:
+    def record(layer: int, args: tuple[Tensor, None, None, AttentionPass], out: Tensor) -> None:
         calls.append(_Call(args[0], args[3], out))
 
-    hooks = [block.attn1.register_forward_hook(record) for block in model.blocks]
-    try:
+    with _hooked(model, record):
         predict_velocity(model, clips)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return calls
 
 
-class MatchAttention(Stage[MatchAttentionConfig]):
-    """Mean over layers of `|student - teacher|^2 / |teacher|^2`, sums over all tokens and channels.
+@contextlib.contextmanager
+def _checkpointed(model: Any) -> Iterator[None]:
+    """Recompute blocks in a backward pass inside the context."""
+    already = model.is_gradient_checkpointing
+    model.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        if not already:
+            model.disable_gradient_checkpointing()
 
-    Tokens of the clean history count like noisy ones: later layers make keys and values of them.
+
+@torch.enable_grad()
+def _calls_with_gradient(model: Any, clips: NoisedClips, generator: torch.Generator) -> list[_Call]:
+    """`_calls` with the gradients that tell what an error in each answer does to the velocity."""
+    calls: dict[int, _Call] = {}
+    offsets: dict[int, Tensor] = {}
+
+    def record(layer: int, args: tuple[Tensor, None, None, AttentionPass], out: Tensor) -> Tensor:
+        # A block that is recomputed comes here again and must add the same leaf.
+        if layer not in calls:
+            calls[layer] = _Call(args[0].detach(), args[3], out.detach())
+            offsets[layer] = torch.zeros_like(out, requires_grad=True)
+        return out + offsets[layer]
+
+    with _hooked(model, record), _checkpointed(model):
+        velocity = predict_velocity(model, clips)
+        projection = torch.randn(velocity.shape, generator=generator).to(velocity.device)
+        gradients = torch.autograd.grad((projection * velocity).sum(), list(offsets.values()))
+    scale = velocity.detach().square().sum().clamp_min(1e-30).rsqrt()
+    for layer, gradient in zip(offsets, gradients, strict=True):
+        calls[layer].gradient = scale * gradient.float()
+    return [calls[layer] for layer in sorted(calls)]
+
+
+class MatchAttention(Stage[MatchAttentionConfig]):
+    """What the layers' errors cost, each layer on its own.
+
+    With `metric: output` the mean over layers of `|student - teacher|^2 / |teacher|^2`, sums over
+    all tokens and channels. With `metric: velocity` the sum over layers of `sum_tokens (g . error)^2`,
+    an unbiased estimate of the squared relative error of the velocity if errors of different tokens
+    and layers were independent; g is the gradient of a random projection of the velocity, the metric
+    of a conversion with `metric: velocity`. Tokens of the clean history take part too: later chunks
+    read keys and values made of them.
     """
 
     name = "match_attention"
@@ -97,26 +159,34 @@ class MatchAttention(Stage[MatchAttentionConfig]):
             clean_history=config.context == "clean",
             context_noise=config.context_noise,
         )
-        own_inputs = config.hidden_states == "student"
-        calls = _attention_calls(student if own_inputs else teacher, clips)
+        own = config.hidden_states == "student"
+        source = student if own else teacher
+        weighted = config.metric == "velocity"
+        calls = _calls_with_gradient(source, clips, generator) if weighted else _calls(source, clips)
         errors = []
         for block, dense_block, call in zip(student.blocks, teacher.blocks, calls, strict=True):
-            if own_inputs:
+            if own:
                 with torch.no_grad():
-                    out = dense_block.attn1(call.hidden_states.to(teacher.dtype), None, None, call.step)
-                call = call._replace(out=out)
+                    call.out = dense_block.attn1(call.hidden_states.to(teacher.dtype), None, None, call.step)
             # Recomputed in the backward pass, so that one layer's graph is alive at a time.
-            errors.append(checkpoint(_relative_error, block.attn1, call, use_reentrant=False, preserve_rng_state=False))
-        squared = torch.stack(errors)
+            errors.append(checkpoint(_errors, block.attn1, call, use_reentrant=False, preserve_rng_state=False))
+        squared, costs = torch.stack(errors).unbind(1)
         relative = squared.detach().sqrt()
-        return squared.mean(), {"attention_error": relative.mean(), "attention_error_max": relative.max()}
+        logs = {"attention_error": relative.mean(), "attention_error_max": relative.max()}
+        if not weighted:
+            return squared.mean(), logs
+        cost = costs.sum()
+        return cost, {**logs, "velocity_error": cost.detach().sqrt()}
 
 
-def _relative_error(attention: torch.nn.Module, call: _Call) -> Tensor:
-    """Squared error of `attention` over the energy of `call.out`, float32."""
+def _errors(attention: torch.nn.Module, call: _Call) -> Tensor:
+    """Of `attention` on a call: squared error over the energy of the answer, and what it costs; `[2]`, float32."""
     dtype = next(attention.parameters()).dtype
-    out, expected = attention(call.hidden_states.to(dtype), None, None, call.step).float(), call.out.float()
-    return (out - expected).square().sum() / expected.square().sum().clamp_min(1e-30)
+    expected = call.out.float()
+    error = attention(call.hidden_states.to(dtype), None, None, call.step).float() - expected
+    relative = error.square().sum() / expected.square().sum().clamp_min(1e-30)
+    cost = relative if call.gradient is None else (error * call.gradient).sum(-1).square().sum()
+    return torch.stack([relative, cost])
 
 
 STAGE = MatchAttention

@@ -1,0 +1,91 @@
+"""Ranks by layer: allotted from the curves as they should be, measured truly, and resumable."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pico
+import pytest
+import torch
+
+from mla_convert.convert import ConvertConfig, convert_model, convert_source
+from mla_convert.convert.budget import allot, candidate_ranks
+from mla_convert.convert.config import Budget
+from mla_convert.errors import UsageError
+from mla_convert.families.wan import FAMILY
+from mla_convert.load import load_dense, load_source
+from mla_convert.zoo.training import save_teacher
+
+CALIBRATION = {"clips": 8, "batch_size": 4}
+
+
+def test_what_lowers_the_error_most_for_a_scalar_comes_first() -> None:
+    steep, flat = [(4, 1.0), (8, 0.1), (12, 0.01)], [(4, 0.05), (8, 0.04), (12, 0.03)]
+    assert allot([steep, flat], Budget(scalars_per_token=8, rank_multiple=4), 8) == [12, 4]
+    assert allot([flat, steep], Budget(loss_increase=0.2, rank_multiple=4), None) == [4, 8]
+
+
+def test_a_plateau_is_looked_across() -> None:
+    late, early = [(4, 1.0), (8, 1.0), (12, 0.0)], [(4, 0.3), (8, 0.2), (12, 0.1)]
+    assert allot([late, early], Budget(scalars_per_token=8, rank_multiple=4), 8) == [12, 4]
+
+
+def test_a_loss_out_of_reach_is_named() -> None:
+    with pytest.raises(UsageError, match=r"loss_increase: 0\.001 is out of reach.*give 0\.5"):
+        allot([[(4, 1.0), (8, 0.5)]], Budget(loss_increase=0.001, rank_multiple=4), None)
+
+
+def test_candidates_are_multiples_up_to_twice_the_mean() -> None:
+    assert candidate_ranks(Budget(scalars_per_token=28, rank_multiple=4), 28, 384)[-1] == 56
+    assert all(rank % 16 == 0 for rank in candidate_ranks(Budget(reduction=0.927), 224, 3072))
+    with pytest.raises(UsageError, match="12 scalars a token are less than rank_multiple 16"):
+        candidate_ranks(Budget(scalars_per_token=12), 12, 384)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"budget": {}}, "one of scalars_per_token, reduction, loss_increase, got none"),
+        ({"budget": {"reduction": 0.9, "loss_increase": 0.1}}, "got reduction, loss_increase"),
+        ({"budget": {"reduction": 0.9}, "kv_lora_rank": 8}, "one of the two"),
+        ({"budget": {"reduction": 0.9}, "init": "svd"}, "needs init activation"),
+        ({"budget": {"reduction": 0.9}, "calibration": {"metric": "output"}}, "metric velocity"),
+    ],
+)
+def test_a_budget_that_cannot_be_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ConvertConfig(**settings)
+
+
+@pytest.mark.parametrize("layout", [{"position": "rotate_on_read"}, {"position": "decoupled", "qk_rope_head_dim": 4}])
+def test_the_budget_is_kept_and_better_than_its_reverse(layout: dict[str, Any]) -> None:
+    dense = pico.dense_model(layers=3)
+    # One layer whose keys and values hardly matter must not get the scalars.
+    dense.blocks[1].attn1.to_out[0].weight.mul_(0.01)
+    config = ConvertConfig(**layout, budget={"scalars_per_token": 16, "rank_multiple": 4}, calibration=CALIBRATION)
+    model = convert_model(FAMILY, dense, config, pico.batches())
+    ranks = model.mla.kv_lora_rank
+    assert model.mla.scalars_per_token() <= 16
+    assert ranks[1] == min(ranks) < max(ranks) and sum(ranks) == 3 * (16 - config.cached_key)
+    clip = pico.inputs(4, 8, 6, 4, seed=20)
+    expected = dense(*clip).sample
+    swapped = [ranks[1], ranks[0], ranks[2]]
+    errors = []
+    for settings in ({"kv_lora_rank": list(ranks)}, {"kv_lora_rank": swapped}):
+        other = convert_model(
+            FAMILY, dense, ConvertConfig(**layout, **settings, calibration=CALIBRATION), pico.batches()
+        )
+        errors.append(float((other(*clip).sample - expected).square().mean()))
+    assert errors[0] < errors[1]
+
+
+def test_from_disk_it_is_the_same_and_resumes(tmp_path: Path) -> None:
+    save_teacher(pico.dense_model(), tmp_path / "dense")
+    source = load_source(str(tmp_path / "dense"))
+    config = ConvertConfig(budget={"reduction": 0.6, "rank_multiple": 4}, calibration=CALIBRATION)
+    whole = convert_model(FAMILY, load_dense(source), config, pico.batches()).state_dict()
+    for _ in range(2):
+        converted = convert_source(source, config, tmp_path / "work", pico.batches())
+        assert {name: tuple(t.shape) for name, t in converted.model.state_dict().items()} == converted.tensors.shapes()
+        assert all(torch.equal(converted.tensors[name], tensor) for name, tensor in whole.items())
