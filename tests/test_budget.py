@@ -58,23 +58,28 @@ def test_a_budget_that_cannot_be_is_refused(settings: dict[str, Any], message: s
         ConvertConfig(**settings)
 
 
-@pytest.mark.parametrize("layout", [{"position": "rotate_on_read"}, {"position": "decoupled", "qk_rope_head_dim": 4}])
-def test_the_budget_is_kept_and_better_than_its_reverse(layout: dict[str, Any]) -> None:
+def test_a_cached_shared_key_counts() -> None:
+    budget = {"scalars_per_token": 16, "rank_multiple": 4}
+    config = ConvertConfig(position="decoupled", qk_rope_head_dim=4, budget=budget, calibration=CALIBRATION)
+    model = convert_model(FAMILY, pico.dense_model(layers=3), config, pico.batches())
+    assert model.mla.scalars_per_token() <= 16
+    assert all(rank % 4 == 0 for rank in model.mla.kv_lora_rank)
+
+
+def test_the_budget_is_kept_and_better_than_its_reverse() -> None:
     dense = pico.dense_model(layers=3)
-    # One layer whose keys and values hardly matter must not get the scalars.
+    # A layer that hardly matters must not get the scalars.
     dense.blocks[1].attn1.to_out[0].weight.mul_(0.01)
-    config = ConvertConfig(**layout, budget={"scalars_per_token": 16, "rank_multiple": 4}, calibration=CALIBRATION)
+    config = ConvertConfig(budget={"scalars_per_token": 16, "rank_multiple": 4}, calibration=CALIBRATION)
     model = convert_model(FAMILY, dense, config, pico.batches())
     ranks = model.mla.kv_lora_rank
-    assert model.mla.scalars_per_token() <= 16
-    assert ranks[1] == min(ranks) < max(ranks) and sum(ranks) == 3 * (16 - config.cached_key)
+    assert ranks[1] == 4 and sum(ranks) == 48
     clip = pico.inputs(4, 8, 6, 4, seed=20)
     expected = dense(*clip).sample
-    swapped = [ranks[1], ranks[0], ranks[2]]
     errors = []
-    for settings in ({"kv_lora_rank": list(ranks)}, {"kv_lora_rank": swapped}):
+    for chosen in (list(ranks), [ranks[1], ranks[0], ranks[2]]):
         other = convert_model(
-            FAMILY, dense, ConvertConfig(**layout, **settings, calibration=CALIBRATION), pico.batches()
+            FAMILY, dense, ConvertConfig(kv_lora_rank=chosen, calibration=CALIBRATION), pico.batches()
         )
         errors.append(float((other(*clip).sample - expected).square().mean()))
     assert errors[0] < errors[1]

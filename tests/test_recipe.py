@@ -115,7 +115,7 @@ def test_bad_yaml_is_refused_with_its_line(text, message):
         ("causal={window_frames: 2}", "causal: window_frames=2 cannot hold sink_frames=0"),
         ("version=2", "version: expected 1, got 2"),
         ("source={}", "missing key source.model"),
-        ("distill=[{}]", "missing key distill.0.stage; one of match_velocity"),
+        ("distill=[{}]", "missing key distill.0.stage; one of match_attention, match_velocity"),
         ("generate.prompts=7", "generate.prompts: expected a list, got 7 (an integer)"),
     ],
 )
@@ -227,7 +227,7 @@ def test_paper_recipe_is_the_papers():
 
 def test_demo_is_at_the_papers_ratio():
     convert = load_recipe(find_recipe("demo")).convert
-    assert convert.kv_lora_rank / (2 * 6 * 32) == pytest.approx(224 / 3072)
+    assert convert.budget.scalars_per_token / (2 * 6 * 32) == pytest.approx(224 / 3072)
 
 
 def test_recipe_is_found_by_name_or_path(tmp_path):
