@@ -133,15 +133,16 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         `context` instead of its own noisy one (teacher forcing): item i reads context item i mod B'.
         `context_timestep` `[B']` or `[B', F]` is its noise level, 0 when left out.
         """
-        inputs = self.enter(
-            hidden_states,
-            timestep,
-            encoder_hidden_states,
-            encoder_hidden_states_image,
-            context=context,
-            context_timestep=context_timestep,
+        sample = self._through_blocks(
+            self.enter(
+                hidden_states,
+                timestep,
+                encoder_hidden_states,
+                encoder_hidden_states_image,
+                context=context,
+                context_timestep=context_timestep,
+            )
         )
-        sample = self.leave(self._through_blocks(inputs), inputs)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def forward_chunk(
@@ -163,8 +164,9 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         if self.token_grid(*hidden_states.shape[3:]) != (cache.height, cache.width):
             raise ValueError(f"the cache is for {cache.height}x{cache.width} tokens a frame")
         step = stream_pass(self.rotary_table(), cache, frames, write)
-        inputs = self._embed(hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image, step)
-        sample = self.leave(self._through_blocks(inputs), inputs)
+        sample = self._through_blocks(
+            self._embed(hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image, step)
+        )
         if write:
             cache.frames_seen += frames
         return sample
@@ -234,12 +236,14 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
 
     def _through_blocks(self, inputs: BlockInputs) -> Tensor:
         tokens = inputs.tokens
+        # What entered the first block is not kept while the others run.
+        inputs = inputs._replace(tokens=tokens.new_empty(0))
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 tokens = self._gradient_checkpointing_func(block, tokens, *inputs.shared)
             else:
                 tokens = block(tokens, *inputs.shared)
-        return tokens
+        return self.leave(tokens, inputs)
 
     def embed_conditions(
         self, timestep: Tensor, encoder_hidden_states: Tensor, encoder_hidden_states_image: Tensor | None
