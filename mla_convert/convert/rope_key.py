@@ -59,7 +59,10 @@ def shared_keys(sample: LayerSample, count: int, candidates: list[int], residual
         for rank in range(len(values)):
             vector = vectors[:, -1 - rank]
             share = (vector.abs().square() * lost[:, pair]).sum()
-            options.append((float(values[-1 - rank] * share), pair, vector.conj() @ root, inverse @ vector))
+            # A shared key of unit variance trains at the rate of the others and keeps a metric balanced.
+            spread = values[-1 - rank].clamp_min(float(values[-1]) * 1e-8 + 1e-30).sqrt()
+            encoder, decoder = vector.conj() @ root / spread, inverse @ vector * spread
+            options.append((float(values[-1 - rank] * share), pair, encoder, decoder))
     if count > len(options):
         limit = 2 * len(options)
         raise ValueError(f"qk_rope_head_dim {2 * count} is larger than the {limit} rotary channels of all heads")
