@@ -190,14 +190,15 @@ def test_configuration_is_strict(change):
         MatchAttentionConfig(steps=1, learning_rate=1e-3, **change)
 
 
+@pytest.mark.parametrize("metric", ["output", "velocity"])
 @pytest.mark.parametrize("hidden_states", ["teacher", "student"])
-def test_the_student_comes_closer_to_the_teacher(tmp_path, hidden_states):
-    case.train(tmp_path, **STAGE, steps=30, hidden_states=hidden_states)
+def test_the_student_comes_closer_to_the_teacher(tmp_path, metric, hidden_states):
+    case.train(tmp_path, **STAGE, steps=30, metric=metric, hidden_states=hidden_states)
     rows = Metrics(tmp_path / "metrics.jsonl").rows()
-    # Observed after a random initialisation: 1.24 to 0.55.
-    assert rows[-1]["attention_error"] < 0.6 * rows[1]["attention_error"]
+    name = "velocity_error" if metric == "velocity" else "attention_error"
+    # Observed: attention 1.24 to 0.35, velocity 0.17 to 0.06.
+    assert rows[-1][name] < 0.5 * rows[1][name]
     assert rows[-1]["attention_error"] <= rows[-1]["attention_error_max"]
-    assert rows[-1]["heldout_loss"] != rows[0]["heldout_loss"]
 
 
 @pytest.mark.parametrize(
