@@ -1,9 +1,10 @@
-"""One block of a causal Wan transformer: modulated self-attention, cross-attention and feed-forward."""
+"""One block of a causal Wan-like transformer: modulated self-attention, cross-attention and feed-forward."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor
 
 from ..mla.attention import AttentionPass
@@ -18,12 +19,25 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return torch.addcmul(shift.unsqueeze(2), runs, 1 + scale.unsqueeze(2)).flatten(1, 2)
 
 
-class CausalWanBlock(WanTransformerBlock):
-    """A Wan block whose timestep may differ from frame to frame (`temb` `[B, T, 6, C]`)."""
+class CausalBlock:
+    """Goes before a stock block of Wan's make: a forward with a timestep for each run of tokens.
+
+    The stock block has `norm1`, `attn1`, `norm2`, `attn2`, `norm3`, `ffn` and `scale_shift_table`
+    `[1, 6, C]`; `attn1` is a `CausalSelfAttention`.
+    """
+
+    norm1: Any
+    attn1: Any
+    norm2: Any
+    attn2: Any
+    norm3: Any
+    ffn: Any
+    scale_shift_table: Any
 
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: AttentionPass
     ) -> Tensor:
+        """`hidden_states` `[B, S, C]` after the block; `temb` is `[B, T, 6, C]` and T divides S."""
         table = (self.scale_shift_table.unsqueeze(1) + temb.float()).unbind(2)
         shift, scale, gate, ff_shift, ff_scale, ff_gate = table
 
@@ -36,7 +50,7 @@ class CausalWanBlock(WanTransformerBlock):
         hidden_states = (hidden_states.float() + gated(out, gate)).to(dtype)
 
         normed = self.norm2(hidden_states.float()).to(dtype)
-        hidden_states = hidden_states + self.attn2(normed, encoder_hidden_states, None, None)
+        hidden_states = hidden_states + self.attn2(normed, encoder_hidden_states=encoder_hidden_states)
 
         normed = modulate(self.norm3(hidden_states.float()), ff_scale, ff_shift).to(dtype)
         out = self.ffn(normed)
