@@ -1,0 +1,298 @@
+"""A video transformer of Wan's make as a causal, streaming one: what every family's classes share.
+
+The dense form has the parameters of the stock model name for name, so a stock checkpoint loads into
+it unchanged; it is the teacher, the baseline and the lossless reference. The latent form differs in
+`attn1` alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor, nn
+
+from ..mla.attention import AttentionPass, CausalSelfAttention, DenseSelfAttention, clip_pass, stream_pass
+from ..mla.cache import DenseCache, FrameCache, LatentCache
+from ..mla.config import MLAConfig
+from ..mla.latent import LatentSelfAttention
+from ..mla.rope import RotaryTable
+from ..mla.window import CausalConfig
+from .base import BlockInputs
+from .block import modulate
+
+Conditions = dict[str, Tensor]
+
+
+class CausalTransformer(nn.Module):
+    """Goes before a stock model: block-causal self-attention and a streaming forward.
+
+    `causal` is a `CausalConfig` as a dict; everything else is the stock configuration. A family
+    gives `make_block`, `rotary_table` and `embed_conditions`. What its model is conditioned on beside
+    `timestep` and text goes by name through `forward`, `forward_chunk` and `enter` into
+    `embed_conditions`: tensors with the batch first. With `flow_map` the model predicts the mean
+    velocity from `timestep` to a second time, the condition `r_timestep` of the same shape.
+    """
+
+    _supports_qkv_fusion = False
+    flow_map: ClassVar[bool] = False
+    cache_class: type[FrameCache] = DenseCache
+    config: Any
+    causal: CausalConfig
+    dtype: Any
+    device: Any
+    rope: Any
+    patch_embedding: Any
+    condition_embedder: Any
+    norm_out: Any
+    proj_out: Any
+    scale_shift_table: Any
+    gradient_checkpointing: bool
+    _gradient_checkpointing_func: Any
+
+    def __init__(self, causal: dict[str, Any] | None, **stock: Any) -> None:
+        super().__init__(**{**stock, "num_layers": 0})
+        register: Any = self.register_to_config
+        register(num_layers=stock["num_layers"])
+        if stock["patch_size"][0] != 1:
+            raise ValueError(f"temporal patches of {stock['patch_size'][0]} frames are not supported, only 1")
+        self.causal = CausalConfig(**(self.default_causal() if causal is None else causal))
+        self.blocks = nn.ModuleList(self.make_block() for _ in range(stock["num_layers"]))
+        for layer, block in enumerate(self.blocks):
+            block.attn1 = self.make_attention(layer)
+
+    def default_causal(self) -> dict[str, Any]:
+        """`causal` of a stock model whose configuration has none."""
+        return {}
+
+    def make_block(self) -> nn.Module:
+        """One block: the stock one behind `CausalBlock`."""
+        raise NotImplementedError
+
+    def rotary_table(self) -> RotaryTable:
+        """Rotations by index, on the model's device."""
+        raise NotImplementedError
+
+    def embed_conditions(
+        self, timestep: Tensor, encoder_hidden_states: Tensor, encoder_hidden_states_image: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """`temb` `[B, T, C]`, `modulation` `[B, T, 6, C]`, text and image tokens; T = 1 for `timestep` `[B]`."""
+        raise NotImplementedError
+
+    def make_attention(self, layer: int) -> CausalSelfAttention:
+        """The self-attention of one block."""
+        heads, head_dim = self.config.num_attention_heads, self.config.attention_head_dim
+        return DenseSelfAttention(heads * head_dim, heads, head_dim, self.config.eps, layer)
+
+    def token_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Tokens down and across for a latent of `height x width`. Raises ValueError if it does not divide."""
+        _, p_h, p_w = self.config.patch_size
+        if height % p_h or width % p_w:
+            raise ValueError(f"a latent of {height}x{width} does not divide into patches of {p_h}x{p_w}")
+        return height // p_h, width // p_w
+
+    def init_cache(
+        self,
+        batch_size: int,
+        height: int,
+        width: int,
+        window_frames: int | None = None,
+        sink_frames: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> FrameCache:
+        """An empty cache for latents of `height x width`; window and sinks default to the model's."""
+        changes = {"window_frames": window_frames, "sink_frames": sink_frames}
+        settings = self.causal.model_dump() | {k: v for k, v in changes.items() if v is not None}
+        return self.make_cache(
+            CausalConfig(**settings), batch_size, height, width, dtype or self.dtype, device or self.device
+        )
+
+    def make_cache(
+        self,
+        causal: CausalConfig,
+        batch_size: int,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> FrameCache:
+        """The cache that `init_cache` describes. Raises ValueError for an unbounded window."""
+        return self.cache_class(causal, self.row_widths, batch_size, *self.token_grid(height, width), dtype, device)
+
+    @property
+    def row_widths(self) -> list[int]:
+        """Cached scalars a token by layer."""
+        blocks: Any = self.blocks
+        return [block.attn1.row_width for block in blocks]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_image: Tensor | None = None,
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        context: Tensor | None = None,
+        context_timestep: Tensor | None = None,
+        **conditions: Tensor,
+    ) -> Any:
+        """Block-causal velocity of a whole clip.
+
+        `hidden_states` `[B, C, F, H, W]`; `timestep` `[B]`, `[B, F]` or one a token `[B, S]`;
+        `encoder_hidden_states` `[B, L, text_dim]`.
+
+        With `context` `[B', C, F, H, W]`, B a multiple of B', every chunk sees the history of
+        `context` instead of its own noisy one (teacher forcing): item i reads context item i mod B'.
+        `context_timestep` `[B']` or `[B', F]` is its noise level, 0 when left out.
+        """
+        sample = self.through_blocks(
+            self.enter(
+                hidden_states,
+                timestep,
+                encoder_hidden_states,
+                encoder_hidden_states_image,
+                context=context,
+                context_timestep=context_timestep,
+                **conditions,
+            )
+        )
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def forward_chunk(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        cache: FrameCache,
+        write: bool = False,
+        encoder_hidden_states_image: Tensor | None = None,
+        **conditions: Tensor,
+    ) -> Tensor:
+        """Velocity `[B, C, F, H, W]` of the next F frames of a rollout.
+
+        With `write` the chunk's rows are kept and the rollout moves on by F frames.
+        """
+        self.check_chunk(hidden_states, cache)
+        frames = hidden_states.shape[2]
+        step = stream_pass(self.rotary_table(), cache, frames, write)
+        embedded = self.embed_conditions(timestep, encoder_hidden_states, encoder_hidden_states_image, **conditions)
+        sample = self.through_blocks(self.block_inputs(hidden_states, embedded, step))
+        if write:
+            cache.frames_seen += frames
+        return sample
+
+    def check_chunk(self, hidden_states: Tensor, cache: FrameCache) -> None:
+        """Raises ValueError when a chunk `[B, C, F, H, W]` does not fit the cache."""
+        if hidden_states.shape[0] != cache.batch_size:
+            raise ValueError(f"the cache holds {cache.batch_size} items, hidden_states has {hidden_states.shape[0]}")
+        if self.token_grid(*hidden_states.shape[3:]) != (cache.height, cache.width):
+            raise ValueError(f"the cache is for {cache.height}x{cache.width} tokens a frame")
+
+    def enter(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_image: Tensor | None = None,
+        context: Tensor | None = None,
+        context_timestep: Tensor | None = None,
+        **conditions: Tensor,
+    ) -> BlockInputs:
+        """What the first block gets for a whole clip; the arguments are those of `forward`.
+
+        With `context` its B' items come first in the batch of everything that is returned.
+        """
+        context_batch = None
+        if context is not None:
+            context_timestep = check_context(hidden_states, timestep, context, context_timestep)
+            context_batch = len(context)
+            hidden_states = torch.cat([context.to(hidden_states.dtype), hidden_states])
+            timestep = torch.cat([context_timestep.to(timestep.dtype), timestep])
+            encoder_hidden_states = torch.cat([encoder_hidden_states[:context_batch], encoder_hidden_states])
+            if encoder_hidden_states_image is not None:
+                encoder_hidden_states_image = torch.cat(
+                    [encoder_hidden_states_image[:context_batch], encoder_hidden_states_image]
+                )
+            conditions = {name: torch.cat([value[:context_batch], value]) for name, value in conditions.items()}
+        frames, height, width = hidden_states.shape[2:]
+        grid = self.token_grid(height, width)
+        step = clip_pass(self.rotary_table(), self.causal, frames, *grid, context_batch=context_batch)
+        embedded = self.embed_conditions(timestep, encoder_hidden_states, encoder_hidden_states_image, **conditions)
+        return self.block_inputs(hidden_states, embedded, step)
+
+    def leave(self, tokens: Tensor, inputs: BlockInputs) -> Tensor:
+        """Velocity `[B, C, F, H, W]` from the last block's `tokens` `[B' + B, S, C]`, context left out."""
+        frames, height, width = inputs.size
+        rows, columns = self.token_grid(height, width)
+        tokens = tokens[:, -frames * rows * columns :]
+        shift, scale = (self.scale_shift_table.unsqueeze(1) + inputs.temb.unsqueeze(2)).unbind(2)
+        tokens = modulate(self.norm_out(tokens.float()), scale, shift).to(tokens.dtype)
+        _, p_h, p_w = self.config.patch_size
+        patches = self.proj_out(tokens).view(-1, frames, rows, columns, p_h, p_w, self.config.out_channels)
+        sample = patches.permute(0, 6, 1, 2, 4, 3, 5).reshape(-1, self.config.out_channels, frames, height, width)
+        return sample[inputs.step.context_batch or 0 :]
+
+    def block_inputs(
+        self,
+        hidden_states: Tensor,
+        embedded: tuple[Tensor, Tensor, Tensor, Tensor | None],
+        step: AttentionPass,
+    ) -> BlockInputs:
+        """Tokens of a latent `[B, C, F, H, W]` and what `embed_conditions` gave, as the blocks take them."""
+        frames, height, width = hidden_states.shape[2:]
+        tokens = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
+        temb, modulation, text, image = embedded
+        if image is not None:
+            text = torch.cat([image, text], dim=1)
+        return BlockInputs(tokens, text, modulation, step, temb, (frames, height, width))
+
+    def through_blocks(self, inputs: BlockInputs) -> Tensor:
+        """`leave(blocks(inputs))`."""
+        tokens = inputs.tokens
+        # What entered the first block is not kept while the others run.
+        inputs = inputs._replace(tokens=tokens.new_empty(0))
+        for block in self.blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                tokens = self._gradient_checkpointing_func(block, tokens, *inputs.shared)
+            else:
+                tokens = block(tokens, *inputs.shared)
+        return self.leave(tokens, inputs)
+
+
+def check_context(hidden_states: Tensor, timestep: Tensor, context: Tensor, context_timestep: Tensor | None) -> Tensor:
+    """The noise level of `context` in the form of `timestep`. Raises ValueError when the shapes do not fit."""
+    batch = len(context)
+    if len(hidden_states) % batch or context.shape[1:] != hidden_states.shape[1:]:
+        shapes = f"{tuple(context.shape)} does not fit hidden_states {tuple(hidden_states.shape)}"
+        raise ValueError(f"context {shapes}")
+    if context_timestep is None:
+        return timestep.new_zeros((batch, *timestep.shape[1:]))
+    if context_timestep.ndim < timestep.ndim:
+        return context_timestep.unsqueeze(1).expand(-1, timestep.shape[1])
+    return context_timestep
+
+
+class LatentTransformer(CausalTransformer):
+    """Goes before a dense causal class: latent self-attention; `mla` is an `MLAConfig` as a dict.
+
+    A row of its cache holds `kv_lora_rank` (+ `qk_rope_head_dim`) scalars instead of
+    `2 * heads * head_dim`.
+    """
+
+    cache_class: type[FrameCache] = LatentCache
+
+    def __init__(self, mla: dict[str, Any] | None, **dense: Any) -> None:
+        if mla is None:
+            raise ValueError("an MLA model needs the `mla` section of its config.json")
+        config = MLAConfig(**mla)
+        if len(config.kv_lora_rank) != dense["num_layers"]:
+            raise ValueError(f"the mla config has {len(config.kv_lora_rank)} layers, the model {dense['num_layers']}")
+        self.mla = config
+        super().__init__(**dense)
+
+    def make_attention(self, layer: int) -> CausalSelfAttention:
+        heads, head_dim = self.config.num_attention_heads, self.config.attention_head_dim
+        return LatentSelfAttention(heads * head_dim, heads, head_dim, self.config.eps, layer, self.mla)

@@ -1,0 +1,31 @@
+"""Constructors that take what a stock model takes, without repeating its twenty parameters."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+
+def takes(stock: type[Any], **extra: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a constructor `__init__(self, **config)` the signature of `stock` and of `extra`, by default.
+
+    diffusers reads the keys of a configuration off that signature, so this goes below
+    `register_to_config`. The constructor gets every parameter by name, defaults filled in.
+    """
+    own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value) for name, value in extra.items()]
+    stock_signature = inspect.signature(stock.__init__)
+    signature = stock_signature.replace(parameters=[*stock_signature.parameters.values(), *own])
+
+    def decorate(init: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(init)
+        def bound(self: Any, *args: Any, **kwargs: Any) -> None:
+            call = signature.bind(self, *args, **kwargs)
+            call.apply_defaults()
+            init(**call.arguments)
+
+        vars(bound)["__signature__"] = signature
+        return bound
+
+    return decorate
