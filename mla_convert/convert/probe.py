@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..mla.attention import AttentionPass, ChunkView, DenseSelfAttention
+from ..mla.attention import AttentionPass, ChunkView, DenseSelfAttention, padded
 from ..mla.rope import rotate
 from .config import CalibrationConfig
 
@@ -81,11 +81,13 @@ def sample_layer(
         thinned = rows[torch.randperm(len(rows), generator=generator)[: config.queries_per_chunk]].sort().values
         pulled_rows = pulled[:, thinned] * (len(rows) / len(thinned)) ** 0.5
         _add_grads(grads, layer.scale, view, thinned, (query, key, value, pulled_rows), step, history_only)
-    chosen = torch.randperm(cached * key.shape[1], generator=generator)[:max_tokens]
-    place = step.grid_rotations[chosen % key.shape[1]]
+    kept = slice(None) if step.cached is None or not history_only else step.cached
+    tokens = key[:, kept].shape[1]
+    chosen = torch.randperm(cached * tokens, generator=generator)[:max_tokens]
+    place = step.grid_rotations[kept][chosen % tokens]
 
     def flat(x: Tensor) -> Tensor:
-        return x[:cached].flatten(0, 1)[chosen].float().cpu()
+        return x[:cached, kept].flatten(0, 1)[chosen].float().cpu()
 
     return LayerSample(flat(hidden_states), flat(key), flat(value), place.cpu(), *(flat(grad) for grad in grads))
 
@@ -114,12 +116,13 @@ def _add_grads(
         source = batch % context
         keys = rotate(torch.cat([key[source][:, past], key[batch][:, own]], dim=1), rotations)
         values = torch.cat([value[source][:, past], value[batch][:, own]], dim=1)
+        keys, values = padded(keys, view.zero_keys), padded(values, view.zero_keys)
         weights = (torch.einsum("bqhd,bkhd->bhqk", turned[batch], keys) * scale).softmax(-1)
         pull = torch.einsum("bqhd,bkhd->bhqk", pulled[batch], values)
         gain = weights * (pull - (weights * pull).sum(-1, keepdim=True)) * scale
         readers = (pulled[batch], turned[batch], placed[batch], query[batch][:, rows])
         for kind, reader in enumerate(readers):
-            asked = torch.einsum("bhqk,bqhd->bkhd", weights if kind == 0 else gain, reader)
+            asked = torch.einsum("bhqk,bqhd->bkhd", weights if kind == 0 else gain, reader)[:, : len(rotations)]
             if kind == 1:
                 asked = rotate(asked, rotations.conj())
             for item, index in enumerate(source.tolist()):

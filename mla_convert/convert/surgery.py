@@ -40,9 +40,9 @@ def convert_model(
     planned = [plan.truncated(rank) for plan, rank in zip(planned, ranks, strict=True)]
     mla = mla_config(config, ranks, planned, dense.config.attention_head_dim)
     model = empty_model(family, dense, mla)
-    model.rope = dense.rope
     state = merge_state(dense.state_dict(), planned, model.state_dict(), mla.q_lora_rank is not None)
     model.load_state_dict(state, strict=True, assign=True)
+    copy_unsaved_buffers(dense, model)
     return model.eval().requires_grad_(False)
 
 
@@ -51,3 +51,12 @@ def empty_model(family: Family, dense: Any, mla: MLAConfig) -> Any:
     settings = {name: value for name, value in dense.config.items() if not name.startswith("_")}
     with torch.device("meta"):
         return family.mla_class(**settings, mla=mla.model_dump(mode="json"))
+
+
+def copy_unsaved_buffers(dense: Any, model: Any) -> None:
+    """Give `model` the buffers of `dense` that no state dict holds, such as rotary tables."""
+    saved = dense.state_dict().keys()
+    for name, buffer in dense.named_buffers():
+        if name not in saved:
+            module, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(module), leaf, buffer)

@@ -13,6 +13,7 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
+from ..flow import ALL_NOISE
 from ..mla.attention import AttentionPass, CausalSelfAttention, DenseSelfAttention, clip_pass, stream_pass
 from ..mla.cache import DenseCache, FrameCache, LatentCache
 from ..mla.config import MLAConfig
@@ -22,8 +23,6 @@ from ..mla.window import CausalConfig
 from .base import BlockInputs
 from .block import modulate
 
-Conditions = dict[str, Tensor]
-
 
 class CausalTransformer(nn.Module):
     """Goes before a stock model: block-causal self-attention and a streaming forward.
@@ -32,11 +31,13 @@ class CausalTransformer(nn.Module):
     gives `make_block`, `rotary_table` and `embed_conditions`. What its model is conditioned on beside
     `timestep` and text goes by name through `forward`, `forward_chunk` and `enter` into
     `embed_conditions`: tensors with the batch first. With `flow_map` the model predicts the mean
-    velocity from `timestep` to a second time, the condition `r_timestep` of the same shape.
+    velocity from `timestep` to a second time, the condition `r_timestep` of the same shape. `noise_range`
+    are the noise levels that the model is for, narrower for one of several experts.
     """
 
     _supports_qkv_fusion = False
     flow_map: ClassVar[bool] = False
+    noise_range: tuple[float, float] = ALL_NOISE
     cache_class: type[FrameCache] = DenseCache
     config: Any
     causal: CausalConfig
@@ -137,7 +138,7 @@ class CausalTransformer(nn.Module):
         attention_kwargs: dict[str, Any] | None = None,
         context: Tensor | None = None,
         context_timestep: Tensor | None = None,
-        **conditions: Tensor,
+        **conditions: Any,
     ) -> Any:
         """Block-causal velocity of a whole clip.
 
@@ -169,7 +170,7 @@ class CausalTransformer(nn.Module):
         cache: FrameCache,
         write: bool = False,
         encoder_hidden_states_image: Tensor | None = None,
-        **conditions: Tensor,
+        **conditions: Any,
     ) -> Tensor:
         """Velocity `[B, C, F, H, W]` of the next F frames of a rollout.
 
@@ -179,7 +180,7 @@ class CausalTransformer(nn.Module):
         frames = hidden_states.shape[2]
         step = stream_pass(self.rotary_table(), cache, frames, write)
         embedded = self.embed_conditions(timestep, encoder_hidden_states, encoder_hidden_states_image, **conditions)
-        sample = self.through_blocks(self.block_inputs(hidden_states, embedded, step))
+        sample = self.through_blocks(block_inputs(self.patch(hidden_states), embedded, step, hidden_states))
         if write:
             cache.frames_seen += frames
         return sample
@@ -199,7 +200,7 @@ class CausalTransformer(nn.Module):
         encoder_hidden_states_image: Tensor | None = None,
         context: Tensor | None = None,
         context_timestep: Tensor | None = None,
-        **conditions: Tensor,
+        **conditions: Any,
     ) -> BlockInputs:
         """What the first block gets for a whole clip; the arguments are those of `forward`.
 
@@ -216,12 +217,16 @@ class CausalTransformer(nn.Module):
                 encoder_hidden_states_image = torch.cat(
                     [encoder_hidden_states_image[:context_batch], encoder_hidden_states_image]
                 )
-            conditions = {name: torch.cat([value[:context_batch], value]) for name, value in conditions.items()}
+            own = {name: value[:context_batch] for name, value in conditions.items()}
+            if self.flow_map:
+                # What is written to a cache has r = t.
+                own["r_timestep"] = context_timestep.to(timestep.dtype)
+            conditions = {name: torch.cat([own[name], value]) for name, value in conditions.items()}
         frames, height, width = hidden_states.shape[2:]
         grid = self.token_grid(height, width)
         step = clip_pass(self.rotary_table(), self.causal, frames, *grid, context_batch=context_batch)
         embedded = self.embed_conditions(timestep, encoder_hidden_states, encoder_hidden_states_image, **conditions)
-        return self.block_inputs(hidden_states, embedded, step)
+        return block_inputs(self.patch(hidden_states), embedded, step, hidden_states)
 
     def leave(self, tokens: Tensor, inputs: BlockInputs) -> Tensor:
         """Velocity `[B, C, F, H, W]` from the last block's `tokens` `[B' + B, S, C]`, context left out."""
@@ -235,22 +240,13 @@ class CausalTransformer(nn.Module):
         sample = patches.permute(0, 6, 1, 2, 4, 3, 5).reshape(-1, self.config.out_channels, frames, height, width)
         return sample[inputs.step.context_batch or 0 :]
 
-    def block_inputs(
-        self,
-        hidden_states: Tensor,
-        embedded: tuple[Tensor, Tensor, Tensor, Tensor | None],
-        step: AttentionPass,
-    ) -> BlockInputs:
-        """Tokens of a latent `[B, C, F, H, W]` and what `embed_conditions` gave, as the blocks take them."""
-        frames, height, width = hidden_states.shape[2:]
-        tokens = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
-        temb, modulation, text, image = embedded
-        if image is not None:
-            text = torch.cat([image, text], dim=1)
-        return BlockInputs(tokens, text, modulation, step, temb, (frames, height, width))
+    def patch(self, hidden_states: Tensor) -> Tensor:
+        """Tokens `[B, S, C]` of a latent `[B, C, F, H, W]`."""
+        tokens: Tensor = self.patch_embedding(hidden_states)
+        return tokens.flatten(2).transpose(1, 2).contiguous()
 
-    def through_blocks(self, inputs: BlockInputs) -> Tensor:
-        """`leave(blocks(inputs))`."""
+    def through_blocks(self, inputs: BlockInputs, leave: bool = True) -> Tensor:
+        """The velocity that `leave` gives, or without it the last block's tokens `[B, S, C]`."""
         tokens = inputs.tokens
         # What entered the first block is not kept while the others run.
         inputs = inputs._replace(tokens=tokens.new_empty(0))
@@ -259,7 +255,21 @@ class CausalTransformer(nn.Module):
                 tokens = self._gradient_checkpointing_func(block, tokens, *inputs.shared)
             else:
                 tokens = block(tokens, *inputs.shared)
-        return self.leave(tokens, inputs)
+        return self.leave(tokens, inputs) if leave else tokens
+
+
+def block_inputs(
+    tokens: Tensor,
+    embedded: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    step: AttentionPass,
+    hidden_states: Tensor,
+) -> BlockInputs:
+    """`tokens` of a latent `hidden_states` and what `embed_conditions` gave, as the blocks take them."""
+    frames, height, width = hidden_states.shape[2:]
+    temb, modulation, text, image = embedded
+    if image is not None:
+        text = torch.cat([image, text], dim=1)
+    return BlockInputs(tokens, text, modulation, step, temb, (frames, height, width))
 
 
 def check_context(hidden_states: Tensor, timestep: Tensor, context: Tensor, context_timestep: Tensor | None) -> Tensor:

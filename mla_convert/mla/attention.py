@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import FrameCache
@@ -22,7 +23,8 @@ class ChunkView(NamedTuple):
     """One chunk of queries: its tokens, the history it sees and the rotations of both.
 
     `history` are token slices of the clip; a streaming pass reads `history_frames` from the cache
-    instead. Rotations are complex64 `[tokens, P]`.
+    instead, by whatever names the cache gives its frames. Rotations are complex64 `[tokens, P]`.
+    `zero_keys` keys and values of zeros are attended to beside them, for models that pad so.
     """
 
     own: slice
@@ -30,6 +32,7 @@ class ChunkView(NamedTuple):
     history_frames: list[int]
     own_rotations: Tensor
     history_rotations: Tensor
+    zero_keys: int = 0
 
 
 @dataclass
@@ -38,7 +41,8 @@ class AttentionPass:
 
     `grid_rotations` `[S, P]` are the rotations of all tokens by their place in the frame, time left
     at 0, for layouts that bake them in. With `context_batch` the first items of the batch are the clean
-    context that all items read their history from (teacher forcing, packed in the batch axis).
+    context that all items read their history from (teacher forcing, packed in the batch axis). When
+    a sequence holds tokens that no cache ever keeps, `cached` are those that it may keep.
     """
 
     views: list[ChunkView]
@@ -47,9 +51,10 @@ class AttentionPass:
     write: bool = False
     frames: list[int] | None = None
     context_batch: int | None = None
+    cached: slice | None = None
 
 
-def _slices(frames: list[int], tokens: int) -> tuple[slice, ...]:
+def token_slices(frames: list[int], tokens: int) -> tuple[slice, ...]:
     """Token slices of ascending `frames`, one a contiguous run."""
     runs: list[list[int]] = []
     for frame in frames:
@@ -75,7 +80,7 @@ def clip_pass(
         views.append(
             ChunkView(
                 slice(start * tokens, stop * tokens),
-                _slices(history, tokens),
+                token_slices(history, tokens),
                 history,
                 table.rotations(causal.temporal_index(own, stop), height, width),
                 table.rotations(causal.temporal_index(history, stop), height, width),
@@ -99,6 +104,11 @@ def stream_pass(table: RotaryTable, cache: FrameCache, num_frames: int, write: b
     )
     grid = table.rotations([0] * num_frames, cache.height, cache.width)
     return AttentionPass([view], grid, cache=cache, write=write, frames=own)
+
+
+def padded(x: Tensor, zeros: int) -> Tensor:
+    """`[B, K, H, D]` with so many zero tokens behind it."""
+    return F.pad(x, (0, 0, 0, 0, 0, zeros)) if zeros else x
 
 
 class CausalSelfAttention(nn.Module):
@@ -162,7 +172,8 @@ class CausalSelfAttention(nn.Module):
         for view in step.views:
             here = own_query.tokens(view.own).rotated(view.own_rotations)
             own_chunk = own.tokens((view.own,))
-            segments = [Segment(here, own_chunk.keys(view.own_rotations), own_chunk.value)]
+            own_keys = own_chunk.keys(view.own_rotations)
+            segments = [Segment(here, padded(own_keys, view.zero_keys), padded(own_chunk.value, view.zero_keys))]
             if view.history_frames:
                 there = here
                 if query_for_history is not own_query:

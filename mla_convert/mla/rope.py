@@ -49,6 +49,12 @@ def wan_rotary_table(freqs_cos: Tensor, freqs_sin: Tensor, t_dim: int, h_dim: in
     return RotaryTable(cis, (TIME,) * (t_dim // 2) + (HEIGHT,) * (h_dim // 2) + (WIDTH,) * (w_dim // 2))
 
 
+def split_rotary_table(cis: Tensor, head_dim: int) -> RotaryTable:
+    """Table from complex `cis` `[max_len, head_dim / 2]` whose pairs Wan splits over time, height and width."""
+    spatial = head_dim // 6
+    return RotaryTable(cis, (TIME,) * (head_dim // 2 - 2 * spatial) + (HEIGHT,) * spatial + (WIDTH,) * spatial)
+
+
 def rotate(x: Tensor, rotations: Tensor) -> Tensor:
     """Rotate the channel pairs of `x` `[B, S, H, 2P]` by complex `rotations` `[S, P]` or `[B, S, P]`.
 

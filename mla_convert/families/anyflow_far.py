@@ -1,0 +1,334 @@
+"""AnyFlow-FAR as a causal, streaming transformer: coarse patches for far history, two timesteps.
+
+Stock inference encodes the whole video anew after every chunk. What is compressed depends on nothing
+that comes later, so here only the chunk that has just become far and the near ones are encoded
+(AnyFlow, arXiv 2605.13724; FAR, arXiv 2503.19325). Results are the stock pipeline's.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from diffusers import AnyFlowFARTransformer3DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.transformers.transformer_anyflow_far import AnyFlowFARTransformerOutput, AnyFlowTransformerBlock
+from torch import Tensor, nn
+
+from ..mla.cache import FrameCache
+from ..mla.rope import RotaryTable, split_rotary_table
+from ..mla.window import CausalConfig
+from .base import BlockInputs, Config, Family, Geometry
+from .block import CausalBlock
+from .causal import CausalTransformer, LatentTransformer, block_inputs, check_context
+from .far import FarCache, FarGrid, FarWindow, clip_layout, compressed_table, denoise_pass, encode_pass
+from .signature import takes
+
+CACHE, PARTITION = "latent_cache", "chunk_partition"
+
+
+class CausalAnyFlowBlock(CausalBlock, AnyFlowTransformerBlock):
+    """An AnyFlow block whose self-attention is ours."""
+
+
+class CausalAnyFlowFARTransformer3DModel(CausalTransformer, AnyFlowFARTransformer3DModel):
+    """`AnyFlowFARTransformer3DModel` with our self-attention, and a cache that is written chunk by chunk.
+
+    It predicts the mean velocity from `timestep` to `r_timestep` (the same when left out). `causal`
+    defaults to the chunks of `chunk_partition` and a window of all its frames. Called with
+    `chunk_partition` it takes what `AnyFlowFARPipeline` gives the stock model, `[B, F, C, H, W]`
+    included.
+    """
+
+    flow_map = True
+    far_patch_embedding: Any
+    _no_split_modules = ["CausalAnyFlowBlock"]
+    _repeated_blocks = ["CausalAnyFlowBlock"]
+
+    @register_to_config
+    @takes(AnyFlowFARTransformer3DModel, causal=None)
+    def __init__(self, **config: Any) -> None:
+        if config["full_chunk_limit"] < 2:
+            raise ValueError("full_chunk_limit must be at least 2: one full chunk of history and the current one")
+        coarse, fine = config["compressed_patch_size"], config["patch_size"]
+        if any(c % f for c, f in zip(coarse, fine, strict=True)) or coarse[0] != fine[0]:
+            raise ValueError(f"compressed patches of {coarse} are not spatial multiples of patches of {fine}")
+        super().__init__(**config)
+
+    def default_causal(self) -> dict[str, Any]:
+        partition = list(self.config.chunk_partition)
+        longest = max(partition)
+        return {
+            "num_frames_per_block": longest,
+            "window_frames": sum(partition),
+            "independent_first_frame": partition[0] == 1 < longest,
+        }
+
+    def make_block(self) -> nn.Module:
+        config = self.config
+        heads = config.num_attention_heads
+        return CausalAnyFlowBlock(
+            heads * config.attention_head_dim, config.ffn_dim, heads, config.cross_attn_norm, config.eps
+        )
+
+    def rotary_table(self) -> RotaryTable:
+        head_dim = self.config.attention_head_dim
+        # The stock table is made where it is asked for and is no buffer; MPS has no complex128.
+        cis = self.rope._build_freqs(torch.device("cpu")).to(self.device, torch.complex64)
+        return split_rotary_table(cis, head_dim)
+
+    @property
+    def far_window(self) -> FarWindow:
+        return FarWindow(self.causal, self.config.full_chunk_limit)
+
+    def far_grid(self, height: int, width: int) -> FarGrid:
+        """Tokens and rotations for latents of `height x width`. Raises ValueError for too small a latent."""
+        _, c_h, c_w = self.config.compressed_patch_size
+        if height < c_h or width < c_w:
+            raise ValueError(f"a latent of {height}x{width} is smaller than a compressed patch of {c_h}x{c_w}")
+        table, size = self.rotary_table(), self.token_grid(height, width)
+        ratio = [c // f for c, f in zip(self.config.compressed_patch_size, self.config.patch_size, strict=True)]
+        coarse = compressed_table(table, (ratio[0], ratio[1], ratio[2]))
+        return FarGrid(table, coarse, size, (height // c_h, width // c_w))
+
+    def make_cache(
+        self,
+        causal: CausalConfig,
+        batch_size: int,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> FrameCache:
+        window = FarWindow(causal, self.config.full_chunk_limit)
+        if causal.window_frames is None:
+            raise ValueError("a streaming cache needs a finite window: set window_frames")
+        block = causal.num_frames_per_block
+        # The chunk that is denoised and the one before it, the last of a video, may have a single frame.
+        far = causal.window_frames - 2 - (window.limit - 2) * block
+        frames = (max(0, far), (window.limit - 1) * block)
+        return FarCache(window, self.row_widths, batch_size, self.far_grid(height, width), frames, dtype, device)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_image: Tensor | None = None,
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        context: Tensor | None = None,
+        context_timestep: Tensor | None = None,
+        chunk_partition: list[int] | None = None,
+        kv_cache: dict[Any, Any] | None = None,
+        kv_cache_flag: dict[str, Any] | None = None,
+        attention_mask: Any = None,
+        **conditions: Any,
+    ) -> Any:
+        """Block-causal velocity of a clip as in `CausalTransformer.forward`; `r_timestep` is a condition.
+
+        With `chunk_partition` it is a step of `AnyFlowFARPipeline`: `kv_cache`, or an entry of
+        that name in `attention_kwargs`, is a dict whose content is replaced by our cache.
+        """
+        if chunk_partition is None:
+            return super().forward(
+                hidden_states,
+                timestep,
+                encoder_hidden_states,
+                encoder_hidden_states_image,
+                return_dict,
+                context=context,
+                context_timestep=context_timestep,
+                **conditions,
+            )
+        holder = (attention_kwargs or {}).get("kv_cache") if kv_cache is None else kv_cache
+        if holder is None:
+            raise ValueError("chunk_partition without kv_cache is the stock training forward; call without it")
+        latents = hidden_states.transpose(1, 2)
+        cache = self._pipeline_cache(holder, latents, list(chunk_partition))
+        text = (encoder_hidden_states, encoder_hidden_states_image)
+        sample = None
+        if (kv_cache_flag or {}).get("is_cache_step"):
+            for stage in range(len(cache.bounds), len(chunk_partition)):
+                start = sum(chunk_partition[:stage])
+                stop = start + chunk_partition[stage]
+                self._encode_next(latents[:, :, start:stop], timestep[:, start:stop], text, cache)
+        else:
+            sample = self.forward_chunk(
+                latents, timestep, text[0], cache, encoder_hidden_states_image=text[1], **conditions
+            ).transpose(1, 2)
+        return AnyFlowFARTransformerOutput(sample, holder) if return_dict else (sample, holder)
+
+    def forward_chunk(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        cache: FrameCache,
+        write: bool = False,
+        encoder_hidden_states_image: Tensor | None = None,
+        **conditions: Any,
+    ) -> Tensor:
+        """Velocity `[B, C, F, H, W]` of the next F frames of a rollout.
+
+        With `write` the chunk is encoded with those before it that are still near, and the velocity is
+        that of the encoding pass; `r_timestep` is then `timestep`.
+        """
+        self.check_chunk(hidden_states, cache)
+        assert isinstance(cache, FarCache)
+        text = (encoder_hidden_states, encoder_hidden_states_image)
+        if write:
+            return self._encode_next(hidden_states, timestep, text, cache)
+        step = denoise_pass(cache, hidden_states.shape[2])
+        embedded = self.embed_conditions(timestep, *text, **conditions)
+        return self.through_blocks(block_inputs(self.patch(hidden_states), embedded, step, hidden_states))
+
+    def enter(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_image: Tensor | None = None,
+        context: Tensor | None = None,
+        context_timestep: Tensor | None = None,
+        **conditions: Any,
+    ) -> BlockInputs:
+        """What the first block gets for a whole clip; the arguments are those of `forward`.
+
+        History lies in the sequence, not in the batch, since a chunk is seen in up to
+        `full_chunk_limit` forms: about two more tokens for each of the clip's.
+        """
+        frames, height, width = hidden_states.shape[2:]
+        if timestep.ndim == 1:
+            timestep = timestep.unsqueeze(1).expand(-1, frames)
+        past, past_timestep = hidden_states, timestep
+        if context is not None:
+            past_timestep = check_context(hidden_states, timestep, context, context_timestep)
+            copies = len(hidden_states) // len(context)
+            past = context.to(hidden_states.dtype).repeat(copies, 1, 1, 1, 1)
+            past_timestep = past_timestep.to(timestep.dtype).repeat(copies, 1)
+        grid = self.far_grid(height, width)
+        clip = clip_layout(self.far_window, grid, frames)
+        tokens = [self.patch(hidden_states)]
+        if clip.near:
+            tokens.insert(0, self.patch(past[:, :, clip.near]))
+        if clip.far:
+            tokens.insert(0, self.patch_compressed(past[:, :, clip.far]))
+        text = (encoder_hidden_states, encoder_hidden_states_image)
+        embedded = self.embed_conditions(timestep, *text, **conditions)
+        _, past_modulation, _, _ = self.embed_conditions(past_timestep, *text)
+        # One run of tokens for all: as many as divide both kinds of frames.
+        run = math.gcd(grid.full_tokens, grid.compressed_tokens)
+        modulation = torch.cat(
+            [
+                past_modulation[:, clip.far].repeat_interleave(grid.compressed_tokens // run, dim=1),
+                past_modulation[:, clip.near].repeat_interleave(grid.full_tokens // run, dim=1),
+                embedded[1].repeat_interleave(grid.full_tokens // run, dim=1),
+            ],
+            dim=1,
+        )
+        inputs = block_inputs(torch.cat(tokens, dim=1), embedded, clip.step, hidden_states)
+        return inputs._replace(modulation=modulation)
+
+    def embed_conditions(
+        self,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_image: Tensor | None,
+        r_timestep: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        embedder = self.condition_embedder
+        if timestep.ndim == 1:
+            timestep = timestep.unsqueeze(1)
+        target = timestep if r_timestep is None else r_timestep.reshape(timestep.shape)
+        delta = target if self.config.deltatime_type == "r" else timestep - target
+        temb, modulation = embedder.forward_timestep(timestep, delta, encoder_hidden_states, 1)
+        image = encoder_hidden_states_image
+        if image is not None:
+            image = embedder.image_embedder(image)
+        return temb, modulation.unflatten(2, (6, -1)), embedder.text_embedder(encoder_hidden_states), image
+
+    def patch_compressed(self, hidden_states: Tensor) -> Tensor:
+        """Coarse tokens `[B, S, C]` of a latent `[B, C, F, H, W]`."""
+        tokens: Tensor = self.far_patch_embedding(hidden_states)
+        return tokens.flatten(2).transpose(1, 2).contiguous()
+
+    def _encode_next(
+        self, latents: Tensor, timestep: Tensor, text: tuple[Tensor, Tensor | None], cache: FarCache
+    ) -> Tensor:
+        """Write the next chunk and those that are encoded anew with it; the chunk's velocity."""
+        start = cache.frames_seen
+        stop = start + latents.shape[2]
+        cache.bounds.append((start, stop))
+        cache.recent = [*cache.recent, (latents, timestep)][-cache.window.limit :]
+        stage = len(cache.bounds) - 1
+        oldest = stage - len(cache.recent) + 1
+        demoted = cache.window.demoted(stage)
+        if demoted is not None:
+            self._encode(stage, demoted, cache.recent[demoted - oldest], text, cache, compressed=True)
+        for chunk in cache.window.kept(stage):
+            velocity = self._encode(stage, chunk, cache.recent[chunk - oldest], text, cache, compressed=False)
+        cache.frames_seen = stop
+        return velocity
+
+    def _encode(
+        self,
+        stage: int,
+        chunk: int,
+        recent: tuple[Tensor, Tensor],
+        text: tuple[Tensor, Tensor | None],
+        cache: FarCache,
+        compressed: bool,
+    ) -> Tensor:
+        latents, timestep = recent
+        step = encode_pass(cache, stage, chunk, compressed)
+        tokens = self.patch_compressed(latents) if compressed else self.patch(latents)
+        embedded = self.embed_conditions(timestep, *text)
+        return self.through_blocks(block_inputs(tokens, embedded, step, latents), leave=not compressed)
+
+    def _pipeline_cache(self, holder: dict[Any, Any], latents: Tensor, partition: list[int]) -> FarCache:
+        """Our cache in the pipeline's `kv_cache`, made at the first call in place of the dense tensors."""
+        cache = holder.get(CACHE)
+        if isinstance(cache, FarCache):
+            return cache
+        grid, limit = self.far_grid(*latents.shape[3:]), self.config.full_chunk_limit
+        if PARTITION in holder:
+            whole = holder[PARTITION]
+            frames = (sum(whole[: max(0, len(whole) - limit)]), (limit - 1) * max(whole))
+        else:
+            full, coarse = holder[0]["full_cache"].shape[3], holder[0]["compressed_cache"].shape[3]
+            frames = (coarse // grid.compressed_tokens, full // grid.full_tokens // limit * (limit - 1))
+        # Every chunk sees the whole video, wherever its frames lie.
+        causal = CausalConfig(num_frames_per_block=max(partition), window_frames=None)
+        holder.clear()
+        cache = FarCache(
+            FarWindow(causal, limit), self.row_widths, len(latents), grid, frames, latents.dtype, latents.device
+        )
+        holder[CACHE] = cache
+        return cache
+
+
+class MLAAnyFlowFARTransformer3DModel(LatentTransformer, CausalAnyFlowFARTransformer3DModel):
+    """AnyFlow-FAR with latent self-attention: latents of full and of compressed frames are cached."""
+
+    @register_to_config
+    @takes(CausalAnyFlowFARTransformer3DModel, mla=None)
+    def __init__(self, **config: Any) -> None:
+        super().__init__(**config)
+
+
+def _geometry(config: Config) -> Geometry:
+    return Geometry(config["num_layers"], config["num_attention_heads"], config["attention_head_dim"])
+
+
+FAMILY = Family(
+    name="anyflow_far",
+    source_classes=("AnyFlowFARTransformer3DModel", "CausalAnyFlowFARTransformer3DModel"),
+    dense_class=CausalAnyFlowFARTransformer3DModel,
+    mla_class=MLAAnyFlowFARTransformer3DModel,
+    geometry=_geometry,
+    near_misses={
+        "AnyFlowTransformer3DModel": "it attends in both directions and has no cache; use AnyFlow-FAR, its causal form",
+    },
+)

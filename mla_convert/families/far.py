@@ -1,0 +1,265 @@
+"""Windows, cache and passes of FAR: near history in full, far history in coarse patches.
+
+A chunk sees the `limit - 1` chunks before it in full and everything older compressed, i.e. patched
+more coarsely (FAR, arXiv 2503.19325; the layout is diffusers' `AnyFlowFARTransformer3DModel`). When a
+chunk is finished the near history is encoded anew, since what it looks back on has just become
+coarser: that is a stage of the cache. Stage s follows chunk s; what is compressed never changes.
+A compressed frame f is named `~f` wherever a pass names frames. Shape letters: S tokens, P pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..mla.attention import AttentionPass, ChunkView, token_slices
+from ..mla.cache import FrameCache
+from ..mla.rope import RotaryTable
+from ..mla.window import CausalConfig
+
+Bounds = list[tuple[int, int]]
+# Stock inference attends to zero keys up to a multiple of this many queries.
+PADDED_TO = 128
+
+
+@dataclass(frozen=True)
+class FarGrid:
+    """Rotations and tokens `(down, across)` of a frame in full and compressed."""
+
+    full: RotaryTable
+    compressed: RotaryTable
+    full_size: tuple[int, int]
+    compressed_size: tuple[int, int]
+
+    @property
+    def full_tokens(self) -> int:
+        return self.full_size[0] * self.full_size[1]
+
+    @property
+    def compressed_tokens(self) -> int:
+        return self.compressed_size[0] * self.compressed_size[1]
+
+    def rotations(self, frames: list[int], causal: CausalConfig, stop: int) -> Tensor:
+        """Complex64 `[S, P]` for frames named as in a pass, as seen by the chunk that ends at `stop`."""
+        far, near = split_frames(frames)
+        return torch.cat(
+            [
+                self.compressed.rotations(causal.temporal_index(far, stop), *self.compressed_size),
+                self.full.rotations(causal.temporal_index(near, stop), *self.full_size),
+            ]
+        )
+
+    def grid_rotations(self, far_frames: int, near_frames: int) -> Tensor:
+        """Rotations by place in the frame alone, compressed frames first."""
+        far = self.compressed.rotations([0] * far_frames, *self.compressed_size)
+        return torch.cat([far, self.full.rotations([0] * near_frames, *self.full_size)])
+
+    def zero_keys(self, frames: int) -> int:
+        """Zero keys that a chunk of so many frames attends to while it is denoised."""
+        return -frames * self.full_tokens % PADDED_TO
+
+
+def compressed_table(table: RotaryTable, downscale: tuple[int, int, int]) -> RotaryTable:
+    """Rotations of coarse patches: the unit mean of those of the `downscale` patches that one covers."""
+    factors = torch.tensor([downscale[axis] for axis in table.axes], device=table.cis.device)
+    angles = table.cis[1].to(torch.complex128).angle()
+    index = torch.arange(table.max_len, device=angles.device, dtype=angles.dtype).unsqueeze(1)
+    total = torch.zeros(table.cis.shape, dtype=torch.complex128, device=angles.device)
+    for offset in range(max(downscale)):
+        turned = torch.polar(torch.ones_like(total.real), (index * factors + offset) * angles)
+        total += torch.where(offset < factors, turned, 0)
+    return RotaryTable((total / total.abs()).to(torch.complex64), table.axes)
+
+
+def split_frames(frames: list[int]) -> tuple[list[int], list[int]]:
+    """Compressed and full frames, both by their index in the video."""
+    return [~frame for frame in frames if frame < 0], [frame for frame in frames if frame >= 0]
+
+
+@dataclass(frozen=True)
+class FarWindow:
+    """Which frames each step of a rollout sees; `limit` counts the full chunks, the current one included."""
+
+    causal: CausalConfig
+    limit: int
+
+    def near(self, bounds: Bounds, stage: int) -> int:
+        """First frame that is in full at a stage."""
+        first = stage - self.limit + 2
+        return bounds[first][0] if first > 0 else 0
+
+    def denoised(self, bounds: Bounds, chunk: int) -> list[int]:
+        """What a chunk sees while it is denoised, its own frames aside."""
+        near = self.near(bounds, chunk - 1) if chunk else 0
+        return [frame if frame >= near else ~frame for frame in self.causal.history(*bounds[chunk])]
+
+    def encoded(self, bounds: Bounds, stage: int, chunk: int) -> list[int]:
+        """What a chunk sees while it is encoded at a stage, its own frames aside."""
+        near, end = self.near(bounds, stage), bounds[stage][1]
+        seen = self.causal.history(end, end + 1)
+        return [frame if frame >= near else ~frame for frame in seen if frame < bounds[chunk][0]]
+
+    def demoted(self, stage: int) -> int | None:
+        """The chunk that a stage compresses."""
+        chunk = stage - self.limit + 1
+        return chunk if chunk >= 0 else None
+
+    def kept(self, stage: int) -> range:
+        """The chunks that are in full at a stage."""
+        return range(max(0, stage - self.limit + 2), stage + 1)
+
+
+class FarCache(FrameCache):
+    """Rows `[B, slots, row]` a layer, compressed frames before full ones.
+
+    `frames` says how many of each fit, (compressed, full). Compressed frames lie in a ring behind
+    the sinks, full ones are written anew at every stage. `recent` holds what the next stage encodes
+    again: the latents `[B, C, F, H, W]` of the last chunks and their timesteps.
+    """
+
+    def __init__(
+        self,
+        window: FarWindow,
+        row_widths: list[int],
+        batch_size: int,
+        grid: FarGrid,
+        frames: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        self.causal, self.window, self.grid = window.causal, window, grid
+        self.height, self.width = grid.full_size
+        self.far_frames, self.near_frames = frames
+        slots = self.far_frames * grid.compressed_tokens + self.near_frames * grid.full_tokens
+        self.rows = [torch.zeros(batch_size, slots, width, dtype=dtype, device=device) for width in row_widths]
+        self.reset()
+
+    def reset(self) -> None:
+        super().reset()
+        self.bounds: Bounds = []
+        self.recent: list[tuple[Tensor, Tensor]] = []
+
+    def read(self, layer: int, frames: list[int]) -> Tensor:
+        return self.rows[layer].index_select(1, self._slots(layer, frames))
+
+    def write(self, layer: int, frames: list[int], rows: Tensor) -> None:
+        target = self.rows[layer]
+        target.index_copy_(1, self._slots(layer, frames), rows.detach().to(target.dtype))
+
+    def _slots(self, layer: int, frames: list[int]) -> Tensor:
+        """Token slots of frames, compressed ones first, as the passes order them."""
+        far, near = split_frames(frames)
+        if len(far) > self.far_frames or len(near) > self.near_frames:
+            raise ValueError(
+                f"the cache holds {self.far_frames} compressed and {self.near_frames} full frames, "
+                f"this rollout needs {len(far)} and {len(near)}; chunks must have num_frames_per_block frames"
+            )
+        coarse, fine = self.grid.compressed_tokens, self.grid.full_tokens
+        sinks = self.causal.sink_frames
+        starts = [f if f < sinks else sinks + (f - sinks) % max(1, self.far_frames - sinks) for f in far]
+        behind = self.far_frames * coarse
+        return torch.cat(
+            [
+                _spans([coarse * slot for slot in starts], coarse),
+                _spans([behind + fine * (f % self.near_frames) for f in near], fine),
+            ]
+        ).to(self.rows[layer].device)
+
+
+def _spans(starts: list[int], length: int) -> Tensor:
+    return (torch.tensor(starts, dtype=torch.long).unsqueeze(1) + torch.arange(length)).flatten()
+
+
+def denoise_pass(cache: FarCache, frames: int) -> AttentionPass:
+    """Pass over the next chunk of a rollout, of so many frames, which is not written."""
+    start, grid = cache.frames_seen, cache.grid
+    stop = start + frames
+    bounds = [*cache.bounds, (start, stop)]
+    history = cache.window.denoised(bounds, len(bounds) - 1)
+    own = list(range(start, stop))
+    return _stream(cache, own, history, stop, grid.zero_keys(frames), write=False)
+
+
+def encode_pass(cache: FarCache, stage: int, chunk: int, compressed: bool) -> AttentionPass:
+    """Pass that writes one chunk as a stage of the cache keeps it."""
+    start, stop = cache.bounds[chunk]
+    own = [~frame if compressed else frame for frame in range(start, stop)]
+    history = cache.window.encoded(cache.bounds, stage, chunk)
+    return _stream(cache, own, history, cache.bounds[stage][1] + 1, 0, write=True)
+
+
+def _stream(
+    cache: FarCache, own: list[int], history: list[int], stop: int, zero_keys: int, write: bool
+) -> AttentionPass:
+    grid, causal = cache.grid, cache.causal
+    own_rotations = grid.rotations(own, causal, stop)
+    far, near = split_frames(own)
+    view = ChunkView(
+        slice(0, len(own_rotations)), (), history, own_rotations, grid.rotations(history, causal, stop), zero_keys
+    )
+    places = grid.grid_rotations(len(far), len(near))
+    return AttentionPass([view], places, cache=cache, write=write, frames=own)
+
+
+@dataclass(frozen=True)
+class FarClip:
+    """A clip as one sequence: compressed history, full history stage by stage, the chunks themselves.
+
+    `far` and `near` are the frames of the history in the order of their tokens, `step` the pass.
+    """
+
+    far: list[int]
+    near: list[int]
+    step: AttentionPass
+
+
+def clip_layout(window: FarWindow, grid: FarGrid, num_frames: int) -> FarClip:
+    """How a clip of `num_frames` frames is packed so that every chunk sees what it will see in a rollout."""
+    causal, bounds = window.causal, window.causal.chunks(num_frames)
+    stages = range(len(bounds) - 1)
+    demoted = [(stage, chunk) for stage in stages if (chunk := window.demoted(stage)) is not None]
+    kept = [(stage, chunk) for stage in stages for chunk in window.kept(stage)]
+    far = [frame for _, chunk in demoted for frame in range(*bounds[chunk])]
+    near = [frame for _, chunk in kept for frame in range(*bounds[chunk])]
+    behind = len(far) * grid.compressed_tokens
+    place, starts = behind, {}
+    for stage, chunk in kept:
+        starts[stage, chunk] = place
+        place += (bounds[chunk][1] - bounds[chunk][0]) * grid.full_tokens
+    history_end = place
+
+    def view(own: slice, frames: list[int], names: list[int], stage: int, stop: int, zero_keys: int = 0) -> ChunkView:
+        coarse, fine = split_frames(names)
+        slices = token_slices(coarse, grid.compressed_tokens)
+        if fine:
+            first = window.kept(stage)[0]
+            shift = starts[stage, first] - bounds[first][0] * grid.full_tokens
+            slices += tuple(slice(s.start + shift, s.stop + shift) for s in token_slices(fine, grid.full_tokens))
+        return ChunkView(
+            own,
+            slices,
+            names,
+            grid.rotations(frames, causal, stop),
+            grid.rotations(names, causal, stop),
+            zero_keys,
+        )
+
+    views = []
+    for stage, chunk in demoted:
+        frames = list(range(*bounds[chunk]))
+        own = slice(frames[0] * grid.compressed_tokens, (frames[-1] + 1) * grid.compressed_tokens)
+        names = window.encoded(bounds, stage, chunk)
+        views.append(view(own, [~frame for frame in frames], names, stage, bounds[stage][1] + 1))
+    for stage, chunk in kept:
+        frames = list(range(*bounds[chunk]))
+        start = starts[stage, chunk]
+        own = slice(start, start + len(frames) * grid.full_tokens)
+        views.append(view(own, frames, window.encoded(bounds, stage, chunk), stage, bounds[stage][1] + 1))
+    for chunk, (start, stop) in enumerate(bounds):
+        own = slice(history_end + start * grid.full_tokens, history_end + stop * grid.full_tokens)
+        names = window.denoised(bounds, chunk)
+        views.append(view(own, list(range(start, stop)), names, chunk - 1, stop, grid.zero_keys(stop - start)))
+    places = grid.grid_rotations(len(far), len(near) + num_frames)
+    return FarClip(far, near, AttentionPass(views, places, cached=slice(0, history_end)))
