@@ -70,10 +70,7 @@ def describe_model(model: Any) -> dict[str, Any]:
     family = family_of(type(model))
     geometry = family.geometry(model.config)
     causal = model.causal
-    height, width = model.config.patch_size[1:]
-    shortest = causal.sink_frames + causal.num_frames_per_block
-    cache = model.init_cache(1, height, width, window_frames=shortest, device="cpu")
-    layers = [rows.shape[-1] for rows in cache.rows]
+    layers: list[int] = model.row_widths
     dense, latent = geometry.dense_scalars_per_token, sum(layers) / len(layers)
     return {
         "class": type(model).__name__,

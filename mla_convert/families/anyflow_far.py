@@ -55,6 +55,14 @@ class CausalAnyFlowFARTransformer3DModel(CausalTransformer, AnyFlowFARTransforme
         if any(c % f for c, f in zip(coarse, fine, strict=True)) or coarse[0] != fine[0]:
             raise ValueError(f"compressed patches of {coarse} are not spatial multiples of patches of {fine}")
         super().__init__(**config)
+        causal = self.causal
+        needed = causal.sink_frames + config["full_chunk_limit"] * causal.num_frames_per_block + 1
+        if causal.window_frames is not None and causal.window_frames < needed:
+            raise ValueError(
+                f"causal.window_frames={causal.window_frames} cannot hold sink_frames={causal.sink_frames}, "
+                f"full_chunk_limit={config['full_chunk_limit']} chunks of {causal.num_frames_per_block} frames "
+                f"and a compressed frame; {needed} can"
+            )
 
     def default_causal(self) -> dict[str, Any]:
         partition = list(self.config.chunk_partition)
