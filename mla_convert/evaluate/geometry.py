@@ -28,7 +28,8 @@ class Geometry(BaseModel):
 
     `window_frames` and `num_frames_per_block` count latent frames. The first latent frame holds one
     video frame, every other `temporal_compression` of them. No window is longer than the rotary table,
-    `rope_max_seq_len`. `parameters` counts the transformer's.
+    `rope_max_seq_len`. `parameters` counts the transformer's. Of a window all but `near_frames` frames
+    are cached with `far_tokens_per_frame` tokens where a model compresses its far history.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,6 +45,17 @@ class Geometry(BaseModel):
     fps: float = 16
     rope_max_seq_len: int = 1024
     parameters: int = 0
+    far_tokens_per_frame: int | None = None
+    near_frames: int = 0
+
+    def cached_tokens(self, frames: int) -> int:
+        """Tokens that a cache keeps for a window of so many frames."""
+        if self.far_tokens_per_frame is None:
+            return frames * self.tokens_per_frame
+        near = min(frames, self.near_frames)
+        # The chunk that is being made is not cached, and a short one leaves room for a longer history.
+        far = max(0, frames - 2 - near + self.num_frames_per_block)
+        return near * self.tokens_per_frame + far * self.far_tokens_per_frame
 
     @property
     def inner_dim(self) -> int:
@@ -95,15 +107,14 @@ PRESETS = {
     for preset in (
         _wan_1_3b("wan2.1-t2v-1.3b", parameters=1_418_996_800),
         _wan_14b("wan2.1-t2v-14b", parameters=14_288_491_584),
-        _wan_1_3b("anyflow-far-1.3b", parameters=1_422_147_136),
+        _wan_1_3b("anyflow-far-1.3b", parameters=1_422_147_136, far_tokens_per_frame=390, near_frames=6),
         _wan_1_3b("skyreels-v2-1.3b", parameters=1_435_525_696, **_SKYREELS),
         _wan_14b("skyreels-v2-14b", parameters=14_288_491_584, **_SKYREELS),
         Preset(geometry=_DIGITS, kv_lora_rank=20, qk_rope_head_dim=8),
     )
 }
 """480x832 at 16 frames/s for Wan and AnyFlow, 544x960 at 24 frames/s for SkyReels (their public
-configurations in diffusers); 16x16 pixels for the digits. AnyFlow's compressed history is counted as
-if it were whole."""
+configurations in diffusers); 16x16 pixels for the digits."""
 
 
 def preset(name: str) -> Preset:
@@ -154,8 +165,9 @@ def from_model(
         fps=fps,
         rope_max_seq_len=model.config.rope_max_seq_len,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
+        **model.far_history(height, width),
     )
-    return geometry, [block.attn1.row_width for block in model.blocks]
+    return geometry, model.row_widths
 
 
 def _squeezed(name: str) -> str:

@@ -70,7 +70,7 @@ class Plan(BaseModel):
 
 def activation_bytes(geometry: Geometry, frames: int, dtype_bytes: int) -> int:
     """Working memory of one stream in a window of `frames` (see the head of this file)."""
-    history = max(frames - geometry.num_frames_per_block, 0) * geometry.tokens_per_frame
+    history = geometry.cached_tokens(max(frames - geometry.num_frames_per_block, 0))
     chunk = min(frames, geometry.num_frames_per_block) * geometry.tokens_per_frame
     return geometry.inner_dim * (history * (3 * dtype_bytes + 8) + chunk * 12 * dtype_bytes)
 
@@ -106,8 +106,8 @@ def plan(
     dtype, size = _dtype(dtype)
     rows = _rows(geometry, kv_lora_rank, qk_rope_head_dim)
     dense_row = 2 * geometry.inner_dim
-    dense_frame = dense_row * geometry.num_layers * geometry.tokens_per_frame * size
-    latent_frame = sum(rows) * geometry.tokens_per_frame * size
+    dense_token = dense_row * geometry.num_layers * size
+    latent_token = sum(rows) * size
 
     label, total = gpu_memory(gpu)
     if gpu_memory_bytes is not None:
@@ -120,10 +120,13 @@ def plan(
             return activation_bytes_per_stream
         return activation_bytes(geometry, window, size)
 
-    def longest_window(frame_bytes: int) -> int:
-        windows = range(geometry.rope_max_seq_len + 1)
-        return max(bisect.bisect_right(windows, free, key=lambda f: f * frame_bytes + working(f)) - 1, 0)
+    def longest_window(token_bytes: int) -> int:
+        def needed(window: int) -> int:
+            return geometry.cached_tokens(window) * token_bytes + working(window)
 
+        return max(bisect.bisect_right(range(geometry.rope_max_seq_len + 1), free, key=needed) - 1, 0)
+
+    tokens = geometry.cached_tokens(frames)
     mean_row = statistics.fmean(rows)
     source = "as given" if activation_bytes_per_stream is not None else "derived: eager attention"
     return Plan(
@@ -136,17 +139,17 @@ def plan(
         latent_scalars_per_token=int(mean_row) if mean_row.is_integer() else mean_row,
         latent_scalars_by_layer=rows,
         reduction=1 - mean_row / dense_row,
-        dense_cache_bytes=frames * dense_frame,
-        latent_cache_bytes=frames * latent_frame,
+        dense_cache_bytes=tokens * dense_token,
+        latent_cache_bytes=tokens * latent_token,
         activation_bytes=working(frames),
         gpu=label,
         gpu_memory_bytes=total,
         reserved_bytes=RESERVED_BYTES,
         weights_bytes=weights,
-        max_streams_dense=max(free // (frames * dense_frame + working(frames)), 0),
-        max_streams_latent=max(free // (frames * latent_frame + working(frames)), 0),
-        max_seconds_dense=geometry.seconds(longest_window(dense_frame)),
-        max_seconds_latent=geometry.seconds(longest_window(latent_frame)),
+        max_streams_dense=max(free // (tokens * dense_token + working(frames)), 0),
+        max_streams_latent=max(free // (tokens * latent_token + working(frames)), 0),
+        max_seconds_dense=geometry.seconds(longest_window(dense_token)),
+        max_seconds_latent=geometry.seconds(longest_window(latent_token)),
         assumptions=[
             f"{format_bytes(weights)} of weights shared by all streams; text encoder and VAE elsewhere",
             f"{format_bytes(working(frames))} of working memory a stream ({source})",

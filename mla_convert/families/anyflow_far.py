@@ -100,6 +100,10 @@ class CausalAnyFlowFARTransformer3DModel(CausalTransformer, AnyFlowFARTransforme
         coarse = compressed_table(table, (ratio[0], ratio[1], ratio[2]))
         return FarGrid(table, coarse, size, (height // c_h, width // c_w))
 
+    def far_history(self, height: int, width: int) -> dict[str, int]:
+        near = (self.config.full_chunk_limit - 1) * self.causal.num_frames_per_block
+        return {"near_frames": near, "far_tokens_per_frame": self.far_grid(height, width).compressed_tokens}
+
     def make_cache(
         self,
         causal: CausalConfig,
@@ -337,6 +341,8 @@ FAMILY = Family(
     mla_class=MLAAnyFlowFARTransformer3DModel,
     geometry=_geometry,
     near_misses={
+        "FAR_Wan_Transformer3DModel": "its configuration is the research repository's; use a revision of the "
+        "checkpoint that names diffusers' class",
         "AnyFlowTransformer3DModel": "it attends in both directions and has no cache; use AnyFlow-FAR, its causal form",
     },
 )

@@ -128,6 +128,10 @@ class CausalTransformer(nn.Module):
         blocks: Any = self.blocks
         return [block.attn1.row_width for block in blocks]
 
+    def far_history(self, height: int, width: int) -> dict[str, int]:
+        """`near_frames` and `far_tokens_per_frame` for latents of `height x width` where far history is coarser."""
+        return {}
+
     def forward(
         self,
         hidden_states: Tensor,
