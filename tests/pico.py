@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mla_convert.convert import CalibrationBatch, ConvertConfig, convert_model
-from mla_convert.families.wan import FAMILY, CausalWanTransformer3DModel
+from mla_convert.export.manifest import family_of
+from mla_convert.families.anyflow_far import CausalAnyFlowFARTransformer3DModel
+from mla_convert.families.skyreels_v2 import CausalSkyReelsV2Transformer3DModel
+from mla_convert.families.wan import CausalWanTransformer3DModel
 
 LAYOUTS = [
     {"position": "decoupled", "kv_lora_rank": 14, "qk_rope_head_dim": 6},
@@ -17,6 +22,21 @@ LAYOUTS = [
     {"position": "baked", "kv_lora_rank": 16, "qk_rope_head_dim": 4},
     {"position": "rotate_on_read", "kv_lora_rank": 20},
 ]
+# What the stock constructors take; patches of 2x2, 2 latent channels and text of 8 channels in every family.
+WAN = {
+    "patch_size": (1, 2, 2),
+    "in_channels": 2,
+    "out_channels": 2,
+    "text_dim": 8,
+    "freq_dim": 16,
+    "ffn_dim": 24,
+}
+BUILDERS: dict[str, Callable[..., Any]] = {
+    "wan": functools.partial(CausalWanTransformer3DModel, **WAN),
+    "anyflow_far": functools.partial(CausalAnyFlowFARTransformer3DModel, **WAN),
+    "skyreels_v2": functools.partial(CausalSkyReelsV2Transformer3DModel, **WAN, inject_sample_info=True),
+}
+WINDOW = {"num_frames_per_block": 2, "window_frames": 5, "sink_frames": 1}
 VARIANTS = [layout | {"own_chunk": own} for layout, own in itertools.product(LAYOUTS, ("exact", "latent"))]
 
 
@@ -34,24 +54,27 @@ def lossless(heads: int, head_dim: int, own_chunk: str) -> list[dict[str, Any]]:
 
 
 def dense_model(
-    heads: int = 2, head_dim: int = 12, layers: int = 2, causal: dict[str, Any] | None = None, seed: int = 0
-) -> CausalWanTransformer3DModel:
-    """A dense causal Wan with patches of 2x2, 2 latent channels and text of 8 channels.
+    heads: int = 2,
+    head_dim: int = 12,
+    layers: int = 2,
+    causal: dict[str, Any] | None = WINDOW,
+    seed: int = 0,
+    family: str = "wan",
+    **changes: Any,
+) -> Any:
+    """A dense causal model of a family in BUILDERS; `changes` go to its constructor.
+
+    `causal` None leaves the window to the family.
 
     Biases and QK-norm gains are random too, so that nothing about them goes untested.
     """
     torch.manual_seed(seed)
-    model = CausalWanTransformer3DModel(
-        patch_size=(1, 2, 2),
+    model = BUILDERS[family](
         num_attention_heads=heads,
         attention_head_dim=head_dim,
-        in_channels=2,
-        out_channels=2,
-        text_dim=8,
-        freq_dim=16,
-        ffn_dim=24,
         num_layers=layers,
-        causal=causal or {"num_frames_per_block": 2, "window_frames": 5, "sink_frames": 1},
+        causal=causal,
+        **changes,
     )
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or "norm_" in name:
@@ -75,18 +98,18 @@ def batches(frames: int = 8, height: int = 6, width: int = 4) -> list[Calibratio
     return [CalibrationBatch(latents, text) for latents, _, text in drawn]
 
 
-def convert(dense: CausalWanTransformer3DModel, **settings: Any) -> Any:
+def convert(dense: Any, **settings: Any) -> Any:
     """`dense` converted with a small calibration."""
     calibration = {"clips": 8, "batch_size": 4, "queries_per_chunk": 8}
     config = ConvertConfig(calibration=calibration, **settings)
-    return convert_model(FAMILY, dense, config, batches())
+    return convert_model(family_of(type(dense)), dense, config, batches())
 
 
-def stream(model: Any, latents: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, Any]:
+def stream(model: Any, latents: Tensor, timestep: Tensor, text: Tensor, **conditions: Tensor) -> tuple[Tensor, Any]:
     """The clip chunk by chunk through a cache, every chunk written; the velocity and the cache."""
     cache = model.init_cache(len(latents), *latents.shape[3:])
     chunks = [
-        model.forward_chunk(latents[:, :, a:b], timestep[:, a:b], text, cache, write=True)
+        model.forward_chunk(latents[:, :, a:b], timestep[:, a:b], text, cache, write=True, **conditions)
         for a, b in model.causal.chunks(latents.shape[2])
     ]
     return torch.cat(chunks, dim=2), cache

@@ -26,6 +26,8 @@ WINDOWS = [
     {"num_frames_per_block": 2, "window_frames": 7, "sink_frames": 2, "independent_first_frame": True},
     {"num_frames_per_block": 2, "window_frames": 5, "sink_frames": 1, "sink_positions": "absolute"},
 ]
+# Models whose window is that of `CausalConfig`.
+FAMILIES = ["wan", "skyreels_v2"]
 
 
 def stock_copy(dense: Any) -> WanTransformer3DModel:
@@ -87,11 +89,12 @@ def test_streaming_equals_the_stock_forward_under_the_mask(window: dict[str, Any
     assert cache.frames_seen == 12
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("own_chunk", ["exact", "latent"])
 @pytest.mark.parametrize("case", range(4), ids=["rotate_on_read", "derived", "decoupled", "baked"])
 @pytest.mark.parametrize(("heads", "head_dim"), [(1, 16), (3, 12)])
-def test_full_rank_loses_nothing(heads: int, head_dim: int, case: int, own_chunk: str) -> None:
-    dense = pico.dense_model(heads, head_dim)
+def test_full_rank_loses_nothing(heads: int, head_dim: int, case: int, own_chunk: str, family: str) -> None:
+    dense = pico.dense_model(heads, head_dim, family=family)
     model = pico.convert(dense, **pico.lossless(heads, head_dim, own_chunk)[case])
     clip = pico.inputs(2, 11, 6, 4)
     expected = dense(*clip).sample
@@ -99,9 +102,10 @@ def test_full_rank_loses_nothing(heads: int, head_dim: int, case: int, own_chunk
     assert pico.relative_error(pico.stream(model, *clip)[0], expected) < FLOAT32
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("variant", pico.VARIANTS, ids=lambda v: f"{v['position']}-{v['own_chunk']}")
-def test_absorbed_expanded_and_reference_agree(variant: dict[str, Any]) -> None:
-    model = pico.convert(pico.dense_model(heads=3), **variant)
+def test_absorbed_expanded_and_reference_agree(variant: dict[str, Any], family: str) -> None:
+    model = pico.convert(pico.dense_model(heads=3, family=family), **variant)
     layer = model.blocks[0].attn1
     if variant["position"] == "rotate_on_read":
         with pytest.raises(ValueError, match="cannot be absorbed"):
@@ -125,10 +129,14 @@ def test_absorbed_expanded_and_reference_agree(variant: dict[str, Any]) -> None:
     assert pico.relative_error(absorbed.double(), reference) < FLOAT32
 
 
-@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize(
+    ("family", "window"),
+    [("wan", window) for window in WINDOWS] + [(name, WINDOWS[3]) for name in FAMILIES[1:]],
+    ids=str,
+)
 @pytest.mark.parametrize("variant", [None, *pico.VARIANTS], ids=lambda v: v and f"{v['position']}-{v['own_chunk']}")
-def test_streaming_equals_the_whole_clip(variant: dict[str, Any] | None, window: dict[str, Any]) -> None:
-    dense = pico.dense_model(causal=window)
+def test_streaming_equals_the_whole_clip(variant: dict[str, Any] | None, family: str, window: dict[str, Any]) -> None:
+    dense = pico.dense_model(causal=window, family=family)
     model = dense if variant is None else pico.convert(dense, **variant)
     # 23 frames wrap every one of these windows several times and end in a short chunk.
     clip = pico.inputs(3, 23, 2, 6)
@@ -145,10 +153,11 @@ def test_streaming_equals_the_whole_clip_in_bfloat16(variant: dict[str, Any]) ->
     assert pico.relative_error(pico.stream(model, *clip)[0].float(), model(*clip).sample.float()) < BFLOAT16
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("variant", [None, *pico.VARIANTS], ids=lambda v: v and f"{v['position']}-{v['own_chunk']}")
-def test_teacher_forcing_equals_chunk_by_chunk(variant: dict[str, Any] | None) -> None:
+def test_teacher_forcing_equals_chunk_by_chunk(variant: dict[str, Any] | None, family: str) -> None:
     """The packed forward with a clean context is a rollout whose cache holds the clean chunks."""
-    dense = pico.dense_model()
+    dense = pico.dense_model(family=family)
     model = dense if variant is None else pico.convert(dense, **variant)
     clean, _, text = pico.inputs(2, 9, 6, 4)
     noisy, timestep, _ = pico.inputs(4, 9, 6, 4, seed=3)
@@ -162,11 +171,12 @@ def test_teacher_forcing_equals_chunk_by_chunk(variant: dict[str, Any] | None) -
     assert pico.relative_error(torch.cat(chunks, dim=2), packed) < FLOAT32
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("variant", [None, *pico.VARIANTS], ids=lambda v: v and f"{v['position']}-{v['own_chunk']}")
 def test_shifting_every_temporal_index_changes_nothing(
-    variant: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
+    variant: dict[str, Any] | None, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dense = pico.dense_model()
+    dense = pico.dense_model(family=family)
     model = dense if variant is None else pico.convert(dense, **variant)
     clip = pico.inputs(2, 9, 6, 4)
     here, _ = pico.stream(model, *clip)
@@ -176,9 +186,10 @@ def test_shifting_every_temporal_index_changes_nothing(
     assert pico.relative_error(there, here) < FLOAT32
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("position", ["rotate_on_read", "derived", "decoupled", "baked"])
-def test_the_error_falls_with_the_rank(position: str) -> None:
-    dense = pico.dense_model()
+def test_the_error_falls_with_the_rank(position: str, family: str) -> None:
+    dense = pico.dense_model(family=family)
     clip = pico.inputs(4, 8, 6, 4, seed=10)
     expected = dense(*clip).sample
     shared = {} if position == "rotate_on_read" else {"qk_rope_head_dim": 6}
@@ -190,9 +201,10 @@ def test_the_error_falls_with_the_rank(position: str) -> None:
     assert errors[-1] < 0.5 * errors[0]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("variant", [None, *pico.VARIANTS], ids=lambda v: v and f"{v['position']}-{v['own_chunk']}")
-def test_the_cache_holds_exactly_the_advertised_scalars(variant: dict[str, Any] | None) -> None:
-    dense = pico.dense_model(heads=3)
+def test_the_cache_holds_exactly_the_advertised_scalars(variant: dict[str, Any] | None, family: str) -> None:
+    dense = pico.dense_model(heads=3, family=family)
     model = dense if variant is None else pico.convert(dense, **variant)
     advertised = 2 * 3 * 12 if variant is None else 20
     latents, timestep, text = pico.inputs(2, 12, 6, 4)

@@ -1,0 +1,141 @@
+"""SkyReels-V2 (arXiv 2504.13074) as a causal, streaming transformer: its diffusion-forcing models, 1.3B and 14B.
+
+Diffusers runs them without a cache and computes the history again for every step. With per-frame
+timesteps and a block-causal mask the history does not depend on what comes after it, so it can be cached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import SkyReelsV2Transformer3DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.transformers.transformer_skyreels_v2 import SkyReelsV2TransformerBlock
+from torch import Tensor, nn
+
+from ..mla.rope import RotaryTable, wan_rotary_table
+from ..mla.window import CausalConfig
+from . import wan_files
+from .base import Config, Family, Geometry, Shapes
+from .block import CausalBlock
+from .causal import CausalTransformer, LatentTransformer
+from .signature import takes
+
+# The pipeline's documentation: blocks of 5 latent frames, clips of 97 frames at 540p, which are 25 latent ones.
+FRAMES_PER_BLOCK, CLIP_FRAMES = 5, 25
+# Row of the embedding for every frame rate but 16, whose row is 0.
+FPS_24 = 1
+
+
+class CausalSkyReelsV2Block(CausalBlock, SkyReelsV2TransformerBlock):
+    """A SkyReels-V2 block whose timestep may differ from frame to frame."""
+
+
+class CausalSkyReelsV2Transformer3DModel(CausalTransformer, SkyReelsV2Transformer3DModel):
+    """`SkyReelsV2Transformer3DModel` with block-causal self-attention and a streaming forward.
+
+    `num_frame_per_block` of the configuration follows `causal`. A model with `inject_sample_info`
+    takes the condition `fps`, int64 `[B]`: 0 for 16 frames a second, 1 for 24, the default.
+    Raises ValueError for an image-to-video model.
+    """
+
+    _no_split_modules = ["CausalSkyReelsV2Block"]
+    _repeated_blocks = ["CausalSkyReelsV2Block"]
+
+    @register_to_config
+    @takes(SkyReelsV2Transformer3DModel, causal=None)
+    def __init__(self, **config: Any) -> None:
+        extras = [key for key in ("image_dim", "added_kv_proj_dim") if config[key] is not None]
+        if extras:
+            raise ValueError(
+                f"{' and '.join(extras)} make it an image-to-video model, which is bidirectional; take a "
+                "diffusion-forcing (DF) model, which continues an image whose latent is written to its cache"
+            )
+        super().__init__(**config)
+        self._set_ar_attention(self.causal.num_frames_per_block)
+
+    def default_causal(self) -> dict[str, Any]:
+        """Blocks of the stock configuration, whose 1 means no mask at all, in a window of one 540p clip."""
+        frames = self.config.num_frame_per_block
+        frames = frames if frames > 1 else FRAMES_PER_BLOCK
+        return {"num_frames_per_block": frames, "window_frames": max(frames, CLIP_FRAMES)}
+
+    def _set_ar_attention(self, causal_block_size: int) -> None:
+        """Chunks of so many latent frames; diffusers' pipelines ask for them here.
+
+        Raises ValueError when the window cannot hold one.
+        """
+        self.causal = CausalConfig(**self.causal.model_dump() | {"num_frames_per_block": causal_block_size})
+        register: Any = self.register_to_config
+        register(num_frame_per_block=causal_block_size, causal=self.causal.model_dump(mode="json"))
+
+    def make_block(self) -> nn.Module:
+        config = self.config
+        return CausalSkyReelsV2Block(
+            config.num_attention_heads * config.attention_head_dim,
+            config.ffn_dim,
+            config.num_attention_heads,
+            config.qk_norm,
+            config.cross_attn_norm,
+            config.eps,
+            config.added_kv_proj_dim,
+        )
+
+    def rotary_table(self) -> RotaryTable:
+        rope = self.rope
+        return wan_rotary_table(rope.freqs_cos, rope.freqs_sin, rope.t_dim, rope.h_dim, rope.w_dim)
+
+    def embed_conditions(
+        self,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_image: Tensor | None,
+        fps: Tensor | Sequence[int] | None = None,
+        enable_diffusion_forcing: bool | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """See `CausalTransformer`; a list of `fps` and the flag are what diffusers' pipelines give.
+
+        The flag says nothing that the shape of `timestep` does not.
+        """
+        temb, modulation, text, image = self.condition_embedder(
+            timestep, encoder_hidden_states, encoder_hidden_states_image
+        )
+        if timestep.ndim == 1:
+            temb, modulation = temb.unsqueeze(1), modulation.unsqueeze(1)
+        if self.config.inject_sample_info:
+            index = torch.as_tensor([FPS_24] * len(timestep) if fps is None else fps, device=modulation.device)
+            modulation = modulation + self.fps_projection(self.fps_embedding(index)).unsqueeze(1)
+        return temb, modulation.unflatten(2, (6, -1)), text, image
+
+
+class MLASkyReelsV2Transformer3DModel(LatentTransformer, CausalSkyReelsV2Transformer3DModel):
+    """SkyReels-V2 with latent self-attention."""
+
+    @register_to_config
+    @takes(CausalSkyReelsV2Transformer3DModel, mla=None)
+    def __init__(self, **config: Any) -> None:
+        super().__init__(**config)
+
+
+def _geometry(config: Config) -> Geometry:
+    return Geometry(config["num_layers"], config["num_attention_heads"], config["attention_head_dim"])
+
+
+def _infer_config(shapes: Shapes) -> dict[str, Any] | None:
+    """Without the frame-rate embedding nothing tells a file from Wan's, nor does its arithmetic."""
+    if "fps_embedding.weight" not in shapes:
+        return None
+    config = wan_files.infer_config(shapes)
+    return None if config is None else config | {"inject_sample_info": True}
+
+
+FAMILY = Family(
+    name="skyreels_v2",
+    source_classes=("SkyReelsV2Transformer3DModel", "CausalSkyReelsV2Transformer3DModel"),
+    dense_class=CausalSkyReelsV2Transformer3DModel,
+    mla_class=MLASkyReelsV2Transformer3DModel,
+    geometry=_geometry,
+    infer_config=_infer_config,
+)
