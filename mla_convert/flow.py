@@ -1,14 +1,18 @@
 """Flow matching as Wan defines it: `x_t = (1 - t) x_0 + t eps`, velocity `eps - x_0`, t in [0, 1].
 
-Models take `1000 t` as `timestep`. Source: arXiv 2210.02747 (flow matching), 2403.03206 (shift).
+Models take `1000 t` as `timestep`. A flow map predicts the mean velocity from t to a second time
+`r <= t`, which at r = t is the velocity itself. Source: arXiv 2210.02747 (flow matching), 2403.03206
+(shift), 2505.13447 (mean velocity).
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 NUM_TRAIN_TIMESTEPS = 1000
+ALL_NOISE = (0.0, 1.0)
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
@@ -39,6 +43,18 @@ def velocity(x0: Tensor, noise: Tensor) -> Tensor:
     return noise - x0
 
 
+def velocity_error(v: Tensor, target: Tensor, t: Tensor, r: Tensor | None = None) -> Tensor:
+    """Mean squared error of velocities `[B, C, F, H, W]` at times `[B, F]` against the data's `target`.
+
+    Of a flow map with second times `r` only the frames with r = t count, where the target holds; 0 if
+    there are none.
+    """
+    if r is None:
+        return F.mse_loss(v, target)
+    instant = per_frame((r == t).to(v), v.ndim).expand_as(v)
+    return ((v - target).square() * instant).sum() / instant.sum().clamp_min(1)
+
+
 def to_clean(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
     """The clean video that velocity `v` at `x_t` points to: `x_t - t v`."""
     return x_t - per_frame(t, x_t.ndim) * v
@@ -52,10 +68,36 @@ def drop_prompts(text: Tensor, rate: float, generator: torch.Generator) -> Tenso
     return text * kept.view(-1, 1, 1).to(text)
 
 
-def chunk_times(batch_size: int, chunks: list[tuple[int, int]], generator: torch.Generator) -> Tensor:
-    """One uniform noise level a chunk, repeated over its frames: `[B, F]` in [0, 1).
+def chunk_times(
+    batch_size: int,
+    chunks: list[tuple[int, int]],
+    generator: torch.Generator,
+    shift: float = 1.0,
+    noise_range: tuple[float, float] = ALL_NOISE,
+) -> Tensor:
+    """One noise level a chunk, uniform before the `shift`, repeated over its frames: `[B, F]` in [0, 1).
 
-    `chunks` are the half-open frame ranges of `CausalConfig.chunks`.
+    With a narrower `noise_range` only levels inside it come up, in the proportions that they have
+    among all. `chunks` are the half-open frame ranges of `CausalConfig.chunks`.
     """
     t = torch.rand(batch_size, len(chunks), generator=generator)
-    return t.repeat_interleave(torch.tensor([stop - start for start, stop in chunks]), dim=1)
+    if noise_range == ALL_NOISE:
+        return over_frames(shift_time(t, shift), chunks)
+    # Shifting by 1 / s is the inverse of shifting by s.
+    low, high = shift_time(torch.tensor(noise_range, dtype=torch.float64), 1 / shift).tolist()
+    return over_frames(shift_time(low + (high - low) * t, shift).clamp(*noise_range), chunks)
+
+
+def mean_times(t: Tensor, chunks: list[tuple[int, int]], generator: torch.Generator) -> Tensor:
+    """The second times r `[B, F]` of a flow map for the noise levels `t` `[B, F]` of `chunk_times`.
+
+    Half of the chunks have r = t, where the flow-matching target holds; the others r uniform in [0, t).
+    """
+    drawn = torch.rand(2, len(t), len(chunks), generator=generator)
+    share = torch.where(drawn[0] < 0.5, torch.ones(()), drawn[1])
+    return t * over_frames(share, chunks).to(t)
+
+
+def over_frames(values: Tensor, chunks: list[tuple[int, int]]) -> Tensor:
+    """Values `[B, chunks]` repeated over the frames of each chunk, `[B, F]`."""
+    return values.repeat_interleave(torch.tensor([stop - start for start, stop in chunks]), dim=1)

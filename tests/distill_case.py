@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -96,6 +98,27 @@ def outputs(folder: Path) -> dict[str, bytes]:
     """Everything that a resumed run must reproduce, by relative path."""
     paths = [folder / "metrics.jsonl", *(folder / "checkpoints").rglob("*.*")]
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(paths)}
+
+
+def environment() -> dict[str, str]:
+    """The environment of a process of its own."""
+    root = Path(__file__).parents[1]
+    return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(root)}
+
+
+def two_processes(folder: Path, last_clip: float, **changes) -> subprocess.CompletedProcess[str]:
+    """`main` in two processes that train together; what they print comes back."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    arguments = [__file__, str(folder), str(last_clip), json.dumps(changes)]
+    with subprocess.Popen(
+        [*command, *arguments], env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as launcher:
+        try:
+            stdout, _ = launcher.communicate(timeout=300)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(launcher.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(launcher.args, launcher.returncode, stdout)
 
 
 def main(folder: str, last_clip: str, changes: str) -> None:

@@ -396,7 +396,7 @@ def test_rollouts_have_the_size_of_the_data_and_are_made_once(
     assert [batch.latents.shape for batch in first] == 2 * [(2, *example["latents"].shape)]
     assert torch.equal(first[0].encoder_hidden_states[0], example["encoder_hidden_states"])
     assert not torch.equal(first[0].latents[0], first[1].latents[0])
-    monkeypatch.setattr(calibration_module, "stream_chunks", None)
+    monkeypatch.setattr(calibration_module, "rollout", None)
     again = list(calibration_batches(context, tmp_path / "work"))
     assert all(torch.equal(a.latents, b.latents) for a, b in zip(first, again, strict=True))
 
@@ -405,6 +405,19 @@ def test_run_that_calibrates_on_rollouts_leaves_a_checkpoint_alone(digits: Any, 
     run(digits, tmp_path / "run", until="convert")
     assert sorted(path.name for path in (tmp_path / "run" / "stages").iterdir()) == ["00-convert"]
     assert load_checkpoint(tmp_path / "run" / "stages" / "00-convert").mla.kv_lora_rank == (8, 8)
+
+
+def test_weights_alone_convert_where_the_data_is_not(tmp_path: Path) -> None:
+    teacher = write_teacher(tmp_path / "teacher")
+    elsewhere = ["data.kind=latents", f"data.folder={tmp_path / 'nowhere'}"]
+    recipe = parse_recipe(RECIPE.format(teacher=teacher), [*elsewhere, "convert.init=svd"])
+    run(recipe, tmp_path / "run", until="convert")
+    assert load_checkpoint(tmp_path / "run" / "stages" / "00-convert").mla.kv_lora_rank == (8, 8)
+    for name, until, changes in (("measured", None, ["convert.init=svd"]), ("fitted", "convert", [])):
+        recipe = parse_recipe(RECIPE.format(teacher=teacher), [*elsewhere, *changes])
+        with pytest.raises(UserError, match=r"no \.parquet shards in"):
+            run(recipe, tmp_path / name, until=until)
+        assert not (tmp_path / name / "stages").exists()
 
 
 def test_rollouts_need_a_window(digits: Any, tmp_path: Path) -> None:

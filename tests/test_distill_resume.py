@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import distill_case as case
 import pytest
@@ -106,17 +103,12 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
         case.train(tmp_path, steps=1, learning_rate=1e-3)
 
 
-def environment() -> dict[str, str]:
-    root = Path(__file__).parents[1]
-    return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(root)}
-
-
 def test_sigkill_at_any_moment(tmp_path):
     """Killed by the system without a chance to tidy up, somewhere after the fifth step."""
     changes = {"steps": 5000, "checkpoint_every": 1, "eval_every": None}
     arguments = [sys.executable, case.__file__, str(tmp_path), "inf", json.dumps(changes)]
     metrics = tmp_path / "whole" / "metrics.jsonl"
-    process = subprocess.Popen(arguments, env=environment())
+    process = subprocess.Popen(arguments, env=case.environment())
     try:
         deadline = time.monotonic() + 300
         while not metrics.exists() or metrics.read_bytes().count(b"\n") < 6:
@@ -138,18 +130,9 @@ def test_sigkill_at_any_moment(tmp_path):
 
 def test_two_processes(tmp_path):
     """Two processes resume bit for bit, and equal one process that accumulates twice as long."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    arguments = [case.__file__, str(tmp_path), "15", "{}"]
-    with subprocess.Popen(
-        [*command, *arguments], env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True
-    ) as launcher:
-        try:
-            stdout, _ = launcher.communicate(timeout=300)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(launcher.pid, signal.SIGKILL)
-    assert launcher.returncode == 0
-    assert stdout.splitlines() == ["resumed from 3"] * 2
+    launched = case.two_processes(tmp_path, last_clip=15)
+    assert launched.returncode == 0
+    assert launched.stdout.splitlines() == ["resumed from 3"] * 2
     assert case.outputs(tmp_path / "resumed") == case.outputs(tmp_path / "whole")
 
     case.train(tmp_path / "one", grad_accumulation=2)

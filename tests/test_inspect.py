@@ -15,6 +15,7 @@ from mla_convert.cli import main
 from mla_convert.convert import ConvertConfig
 from mla_convert.convert.initialise import initialise_layer
 from mla_convert.convert.probe import LayerSample
+from mla_convert.convert.target import as_read, layout_target
 from mla_convert.distill.latents import Clip, write_latents
 from mla_convert.evaluate.prediction import (
     Prediction,
@@ -206,7 +207,9 @@ def test_predictions_are_near_what_a_conversion_does(model, clips, layout):
     def visit(layer, attention, sample):
         for position in {layout, "rotate_on_read"}:
             settings = layout_config(position, 12)
-            curve = error_curve(attention, sample, run.axes, settings) + position_error(sample, run.axes, settings)
+            fitted, _ = as_read(sample, settings)
+            target = layout_target(attention, fitted, run.axes, settings)
+            curve = error_curve(target, fitted) + position_error(target, fitted)
             errors[position] = errors.get(position, 0) + curve
         for rank in (6, 12, 20):
             settings = config.model_copy(update={"kv_lora_rank": rank})

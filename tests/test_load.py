@@ -9,6 +9,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import unquote
 
 import diffusers
 import huggingface_hub.constants
@@ -19,7 +20,6 @@ from safetensors.torch import load_file, save_file
 
 from mla_convert import registry
 from mla_convert.errors import UserError
-from mla_convert.families import wan_files
 from mla_convert.load import LazyTensors, check_finite, load_dense, load_source
 from mla_convert.load.weights import INDEX, WEIGHTS
 
@@ -114,45 +114,6 @@ def test_single_file_without_a_config_needs_a_published_size(folder, tmp_path):
     assert message.endswith("put the model's config.json beside the file")
 
 
-def wan_repository_name(name: str) -> str:
-    """A tensor's name in the Wan repository's own layout."""
-    for ours, theirs in (
-        ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
-        ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
-        ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
-        ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
-        ("condition_embedder.time_proj", "time_projection.1"),
-        (".attn1.", ".self_attn."),
-        (".attn2.", ".cross_attn."),
-        (".to_q.", ".q."),
-        (".to_k.", ".k."),
-        (".to_v.", ".v."),
-        (".to_out.0.", ".o."),
-        (".norm2.", ".norm3."),
-        ("ffn.net.0.proj", "ffn.0"),
-        ("ffn.net.2", "ffn.2"),
-        ("proj_out", "head.head"),
-    ):
-        name = name.replace(ours, theirs)
-    if name == "scale_shift_table":
-        return "head.modulation"
-    return name.replace("scale_shift_table", "modulation")
-
-
-def test_single_file_in_the_layout_of_the_wan_repository(folder, tmp_path, monkeypatch):
-    monkeypatch.setitem(wan_files.PUBLISHED_HEADS, 24, 2)
-    ours = load_file(folder / WEIGHTS)
-    theirs = {wan_repository_name(name): tensor for name, tensor in ours.items()}
-    assert not set(theirs) & {name for name in ours if "attn" in name}
-    save_file(theirs, tmp_path / "wan.safetensors")
-
-    source = load_source(str(tmp_path / "wan.safetensors"), causal=CAUSAL)
-
-    assert equal_tensors(source.tensors, ours)
-    config = {key: tuple(value) if isinstance(value, list) else value for key, value in source.config.items()}
-    assert config.items() >= STOCK.items()
-
-
 def test_loaded_model_is_the_stock_one(folder):
     source = load_source(str(folder), causal=CAUSAL)
     model = load_dense(source)
@@ -215,16 +176,16 @@ def test_nan_in_the_weights(folder, value):
 
 def test_missing_weights(folder):
     (folder / WEIGHTS).unlink()
-    assert refusal(folder) == f"{folder / WEIGHTS} is missing"
-    (folder / "diffusion_pytorch_model.bin").touch()
-    assert "has no safetensors weights, only diffusion_pytorch_model.bin" in refusal(folder)
+    assert refusal(folder).startswith(f"{folder / WEIGHTS} is missing; name the weights with file")
+    (folder / "model.Q8_0.gguf").touch()
+    assert "has only GGUF weights, which are quantised" in refusal(folder)
 
 
 def test_several_weight_files(folder):
     for name in ("a", "b"):
         shutil.copy(folder / WEIGHTS, folder / f"{name}.safetensors")
     (folder / WEIGHTS).unlink()
-    assert "has 2 safetensors files" in refusal(folder)
+    assert "has 2 .safetensors files" in refusal(folder)
     (folder / "b.safetensors").unlink()
     assert len(load_source(str(folder)).tensors) > 0
 
@@ -251,9 +212,13 @@ def test_tensor_of_the_wrong_shape(folder):
 
 def test_missing_and_unknown_tensors(folder):
     change_tensors(folder, lambda tensors: tensors.update({"extra.a": torch.zeros(1), "extra.b": torch.zeros(1)}))
-    assert refusal(folder) == f"{folder} has the unknown tensor extra.a and 1 more; it does not fit its configuration"
+    assert refusal(folder) == f"{folder} has the unknown tensors extra.a, extra.b; it does not fit its configuration"
     change_tensors(folder, lambda tensors: [tensors.pop(n) for n in ("extra.a", "extra.b", "proj_out.bias")])
     assert refusal(folder) == f"{folder} lacks tensor proj_out.bias; it does not fit its configuration"
+    change_config(folder, num_layers=3)
+    message = refusal(folder)
+    assert f"{folder} lacks tensors blocks.2.scale_shift_table, " in message
+    assert message.endswith(" and 25 more; it does not fit its configuration")
 
 
 def test_tensors_that_the_stock_class_ignores(folder):
@@ -265,7 +230,7 @@ def test_tensors_that_the_stock_class_ignores(folder):
 def test_lora_weights(folder):
     name = "transformer.blocks.0.attn1.to_q.lora_A.weight"
     change_tensors(folder, lambda tensors: tensors.update({name: torch.zeros(1)}))
-    assert "holds LoRA weights; fuse them" in refusal(folder)
+    assert f"holds LoRA weights ({name}); fuse them into their base model" in refusal(folder)
 
 
 def test_quantised_weights(folder):
@@ -283,7 +248,7 @@ def test_quantised_weights(folder):
     [
         ("WanVACETransformer3DModel", "its control blocks are not part of the causal model"),
         ("WanAnimateTransformer3DModel", "its motion encoder and face adapter are not"),
-        ("WanModel", "in the Wan repository's layout"),
+        ("WanModel_S2V", "its audio layers are not"),
         ("UNet2DConditionModel", "its class is UNet2DConditionModel"),
         (None, "its class is None"),
     ],
@@ -292,12 +257,14 @@ def test_unsupported_class_lists_the_supported(folder, name, reason):
     change_config(folder, _class_name=name)
     message = refusal(folder)
     assert reason in message
-    assert message.endswith("supported are WanTransformer3DModel, CausalWanTransformer3DModel")
+    assert message.endswith("WanTransformer3DModel, CausalWanTransformer3DModel, WanModel, CausalWanModel")
 
 
 def test_tensors_of_an_unsupported_family(tmp_path):
     save_file({"conv_in.weight": torch.zeros(1)}, tmp_path / "unet.safetensors")
-    assert "the tensors are of no supported model (WanTransformer3DModel" in refusal(tmp_path / "unet.safetensors")
+    message = refusal(tmp_path / "unet.safetensors")
+    assert "its tensors (conv_in.weight, ...) are of no supported model" in message
+    assert message.endswith("put its config.json beside the file")
 
 
 def test_converted_model_is_no_source(tmp_path):
@@ -340,11 +307,11 @@ def test_unknown_config_keys_are_named(folder, caplog):
 def test_what_is_no_model(tmp_path):
     assert "neither config.json nor transformer/config.json" in refusal(tmp_path)
     assert "there is no model zoo:letters in this package" in refusal("zoo:letters")
-    hint = "give a folder, a .safetensors file, a Hub id or zoo:NAME"
+    hint = "give a folder, a weights file, a Hub id or zoo:NAME"
     for name in ("nothing", "/no/such/folder", str(tmp_path / "missing.safetensors"), "a/b/c", "runs/x.pt"):
         assert refusal(name) == f"{name} does not exist; {hint}"
-    (tmp_path / "model.pt").touch()
-    assert "is not a .safetensors file" in refusal(tmp_path / "model.pt")
+    (tmp_path / "model.onnx").touch()
+    assert "is no weights file; those are .safetensors, .pt" in refusal(tmp_path / "model.onnx")
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -366,7 +333,7 @@ def hub(tmp_path, monkeypatch):
                 self.wfile.write(body)
 
         def do_GET(self):
-            path = self.path.partition("?")[0]
+            path = unquote(self.path.partition("?")[0])
             state.requests.append(path)
             for beginning, (status, headers) in state.errors.items():
                 if path.startswith(beginning):
@@ -417,10 +384,32 @@ def test_hub_source(hub, folder):
     assert source.provenance()["revision"] == COMMIT
 
 
+@pytest.mark.parametrize("card", [b"{}", None])
+def test_one_file_of_a_hub_repository(hub, folder, card):
+    config, weights = ((folder / name).read_bytes() for name in ("config.json", WEIGHTS))
+    hub.files = {"checkpoints/a+b/[1].safetensors": weights, "checkpoints/a+b/other.safetensors": b"large"}
+    hub.files |= {"checkpoints/a+b/config.json": config, **({} if card is None else {"config.json": card})}
+
+    source = load_source("owner/model", file="checkpoints/a+b/[1].safetensors")
+
+    assert equal_tensors(source.tensors, load_file(folder / WEIGHTS))
+    assert (source.revision, source.provenance()["file"]) == (COMMIT, "checkpoints/a+b/[1].safetensors")
+    assert not any("other" in path for path in hub.requests)
+    assert refusal("owner/model", file="x.pt") == "owner/model has no file x.pt on the Hub"
+    assert "does not lie in the model's folder" in refusal("owner/model", file="../x.pt")
+
+
+def test_hub_repository_without_a_configuration(hub):
+    hub.files = {"checkpoints/self_forcing_dmd.pt": b"large", "README.md": b"-"}
+    assert refusal("owner/model").endswith("name its transformer with subfolder, or its weights with file")
+    assert not any(path.endswith(".pt") for path in hub.requests)
+
+
 def test_hub_source_is_refused_before_its_weights_come(hub, folder):
     change_config(folder, _class_name="WanVACETransformer3DModel")
     hub.files = {f"transformer/{file.name}": file.read_bytes() for file in folder.iterdir()}
     assert "its control blocks" in refusal("owner/model")
+    assert "its control blocks" in refusal("owner/model", file=f"transformer/{WEIGHTS}")
     assert not any(path.endswith(".safetensors") for path in hub.requests)
 
 

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
-import subprocess
-import sys
-
 import distill_case as case
 import pico
 import pytest
 import torch
 from pydantic import ValidationError
-from test_distill_resume import environment
 
 from mla_convert.distill.metrics import Metrics
 from mla_convert.distill.objective import noised_clips, predict_velocity
-from mla_convert.distill.stages import match_attention
+from mla_convert.distill.stages import noised as noised_stages
 from mla_convert.distill.stages.match_attention import MatchAttention, MatchAttentionConfig
 from mla_convert.distill.trainable import freeze_all_but, trainable_names
 from mla_convert.evaluate.fidelity import fidelity
@@ -117,7 +110,7 @@ def test_the_velocity_metric_is_what_an_error_does_to_the_velocity(clips):
         generator = torch.Generator().manual_seed(3)
         noised = noised_clips(clips["latents"], clips["encoder_hidden_states"], student.causal, generator)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(match_attention, "noised_clips", lambda *_, noised=noised, **__: noised)
+            patch.setattr(noised_stages, "noised_clips", lambda *_, noised=noised, **__: noised)
             generator = torch.Generator().manual_seed(projection)
             draws.append(stage.loss({"student": student, "teacher": teacher}, clips, generator)[0].item())
     with torch.no_grad():
@@ -216,18 +209,9 @@ def test_resume_ends_with_the_same_bytes(tmp_path, changes):
 
 def test_two_processes(tmp_path):
     """Two processes resume bit for bit, and equal one process that accumulates twice as long."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    arguments = [case.__file__, str(tmp_path), "15", '{"stage": "match_attention"}']
-    with subprocess.Popen(
-        [*command, *arguments], env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True
-    ) as launcher:
-        try:
-            stdout, _ = launcher.communicate(timeout=300)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(launcher.pid, signal.SIGKILL)
-    assert launcher.returncode == 0
-    assert stdout.splitlines() == ["resumed from 3"] * 2
+    launched = case.two_processes(tmp_path, last_clip=15, **STAGE)
+    assert launched.returncode == 0
+    assert launched.stdout.splitlines() == ["resumed from 3"] * 2
     assert case.outputs(tmp_path / "resumed") == case.outputs(tmp_path / "whole")
 
     case.train(tmp_path / "one", grad_accumulation=2, **STAGE)

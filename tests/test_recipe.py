@@ -94,7 +94,10 @@ def test_bad_yaml_is_refused_with_its_line(text, message):
         ("convert.calibration.clisp=3", "unknown key convert.calibration.clisp; did you mean clips?"),
         ("distill.0.learning_rat=1", "unknown key distill.0.learning_rat; did you mean learning_rate?"),
         ("causal.window=3", "unknown key causal.window; did you mean window_frames?"),
-        ("source.qqq=3", "unknown key source.qqq; valid here: model, subfolder, revision, dtype"),
+        (
+            "source.qqq=3",
+            "unknown key source.qqq; valid here: model, subfolder, revision, file, use_ema, dtype, noise_range",
+        ),
         ("name=3", "name: expected a string, got 3 (an integer)"),
         ("seed=true", "seed: expected an integer, got true (a boolean)"),
         ("seed='1'", "seed: expected an integer, got '1' (a string)"),

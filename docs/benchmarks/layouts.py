@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import default_collate
 
-from mla_convert.convert import CalibrationBatch, ConvertConfig, convert_model
+from mla_convert.convert import ConvertConfig, clip_batches, convert_model
 from mla_convert.distill.data import Data, DataConfig, open_data
 from mla_convert.evaluate.fidelity import fidelity
 from mla_convert.families.wan import FAMILY
@@ -60,11 +59,8 @@ ROWS: list[dict[str, Any]] = [
 def measure(teacher: Any, data: Data, row: dict[str, Any], seed: int, clips: int, heldout: int) -> dict[str, Any]:
     calibration = {"clips": clips, "max_tokens": 65536, "seed": seed, **row.get("calibration", {})}
     config = ConvertConfig(**{**row, "calibration": calibration})
-    size = config.calibration.batch_size
     # Every seed draws clips of its own.
-    starts = range(seed * clips, (seed + 1) * clips, size)
-    examples = (default_collate([data.example(start + i) for i in range(size)]) for start in starts)
-    batches = [CalibrationBatch(clip["latents"], clip["encoder_hidden_states"]) for clip in examples]
+    batches = clip_batches(data.example, range(seed * clips, (seed + 1) * clips), config.calibration.batch_size)
     student = convert_model(FAMILY, teacher, config, batches, seed=seed)
     result = fidelity(student, teacher, data.heldout(heldout), batch_size=16, seed=0)
     return {

@@ -1,4 +1,4 @@
-"""Checkpoints of Wan2.1's shapes with random weights, in the layout that diffusers saves, and cuts of them."""
+"""Checkpoints of the published models' shapes with random weights, in the layout that diffusers saves, and cuts."""
 
 from __future__ import annotations
 
@@ -7,17 +7,30 @@ import math
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import WanTransformer3DModel
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
 WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
+_SMALL = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
+_LARGE = {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
 SHAPES: dict[str, dict[str, Any]] = {
-    "1.3b": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
-    "14b": {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40},
+    "1.3b": _SMALL,
+    "14b": _LARGE,
+    "anyflow-far-1.3b": _SMALL,
+    "anyflow-far-14b": _LARGE,
+    "skyreels-v2-1.3b": {**_SMALL, "inject_sample_info": True},
+    "skyreels-v2-14b": _LARGE,
 }
+
+
+def stock_class(shape: str) -> Any:
+    """The class of diffusers that a key of SHAPES belongs to."""
+    if shape.startswith("anyflow"):
+        return diffusers.AnyFlowFARTransformer3DModel
+    return diffusers.SkyReelsV2Transformer3DModel if shape.startswith("skyreels") else diffusers.WanTransformer3DModel
 
 
 def write_checkpoint(
@@ -30,7 +43,7 @@ def write_checkpoint(
     """
     settings = {**SHAPES[shape], **({} if layers is None else {"num_layers": layers}), **changes}
     with torch.device("meta"):
-        model = WanTransformer3DModel(**settings)
+        model = stock_class(shape)(**settings)
     model.save_config(folder)
     state = _in_bfloat16(model)
     split = split_torch_state_dict_into_shards(state, max_shard_size=shard_size, filename_pattern=WEIGHTS)
@@ -55,13 +68,13 @@ def cut_checkpoint(source: Path, folder: Path, layers: int) -> int:
     for file in sorted(set(kept.values())):
         (folder / file).symlink_to(source / file)
     with torch.device("meta"):
-        model = WanTransformer3DModel.from_config({**config, "num_layers": layers})
+        model = getattr(diffusers, config["_class_name"]).from_config({**config, "num_layers": layers})
     state = _in_bfloat16(model)
     _write_index(folder, kept, sum(map(_bytes, state.values())))
     return sum(math.prod(tensor.shape) for tensor in state.values())
 
 
-def _in_bfloat16(model: WanTransformer3DModel) -> dict[str, torch.Tensor]:
+def _in_bfloat16(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
 
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..recipe.shipped import find_recipe
-from .output import Json, Overrides, RecipeName, RunFolder, print_result, stderr
+from .output import Expert, Json, Overrides, RecipeName, RunFolder, print_result, stderr
 
 if TYPE_CHECKING:
     from ..pipeline import RunResult
+    from ..recipe.schema import Recipe
 
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the run folder.")]
 
@@ -21,10 +22,11 @@ def convert(
     out: RunFolder = None,
     overrides: Overrides = None,
     resume: Resume = False,
+    expert: Expert = None,
     as_json: Json = False,
 ) -> None:
     """Calibrate and initialise the converted model."""
-    _print_model(start(recipe, out, overrides, resume, until="convert"), "converted", as_json)
+    _print_model(start(recipe, out, overrides, resume, "convert", expert), "converted", as_json)
 
 
 def distill(
@@ -32,13 +34,14 @@ def distill(
     out: RunFolder = None,
     overrides: Overrides = None,
     resume: Resume = False,
+    expert: Expert = None,
     as_json: Json = False,
 ) -> None:
     """Convert where that is not done yet, then train the stages.
 
     Runs under `accelerate launch` and `torch.distributed.run` too.
     """
-    _print_model(start(recipe, out, overrides, resume, until="distill"), "distilled", as_json)
+    _print_model(start(recipe, out, overrides, resume, "distill", expert), "distilled", as_json)
 
 
 def run(
@@ -46,14 +49,28 @@ def run(
     out: RunFolder = None,
     overrides: Overrides = None,
     resume: Resume = False,
+    expert: Expert = None,
     as_json: Json = False,
 ) -> None:
-    """Convert, distill, evaluate, export and report; a killed run continues with --resume."""
+    """Convert, distill, evaluate, export and report; a killed run continues with --resume.
+
+    The experts of a recipe that has several are done one after the other.
+    """
     from .summary import result_of, run_table
 
-    result = start(recipe, out, overrides, resume)
-    if result.main:
-        print_result(as_json, result_of(result.path), run_table(result.path))
+    loaded, out = _read(recipe, out, overrides)
+    if loaded.experts is None or expert is not None:
+        result = _run(loaded, out, resume, None, expert)
+        if result.main:
+            print_result(as_json, result_of(result.path), run_table(result.path))
+        return
+    with stderr().status("loading PyTorch"):
+        from ..pipeline.experts import run_experts
+    results = run_experts(loaded, out, resume, console=stderr())
+    if all(result.main for result in results.values()):
+        figures = {name: result_of(result.path) for name, result in results.items()}
+        tables = [run_table(result.path) for result in results.values()]
+        print_result(as_json, {"name": loaded.name, "run": str(out), "experts": figures}, *tables)
 
 
 def _print_model(result: RunResult, what: str, as_json: bool) -> None:
@@ -63,13 +80,31 @@ def _print_model(result: RunResult, what: str, as_json: bool) -> None:
 
 
 def start(
-    recipe: str, out: Path | None, overrides: list[str] | None, resume: bool, until: str | None = None
+    recipe: str,
+    out: Path | None,
+    overrides: list[str] | None,
+    resume: bool,
+    until: str | None = None,
+    expert: str | None = None,
 ) -> RunResult:
-    """Read the recipe, then run it up to `until`."""
+    """Read the recipe, then run it, or one of its experts, up to `until`."""
+    loaded, out = _read(recipe, out, overrides)
+    return _run(loaded, out, resume, until, expert)
+
+
+def _read(recipe: str, out: Path | None, overrides: list[str] | None) -> tuple[Recipe, Path]:
+    """The recipe and the run folder."""
     from ..recipe.load import load_recipe
 
     loaded = load_recipe(find_recipe(recipe), overrides or ())
+    return loaded, out or Path("runs") / loaded.name
+
+
+def _run(recipe: Recipe, out: Path, resume: bool, until: str | None, expert: str | None) -> RunResult:
     with stderr().status("loading PyTorch"):
         from ..pipeline import run as run_pipeline
+        from ..pipeline.experts import run_experts
 
-    return run_pipeline(loaded, out or Path("runs") / loaded.name, resume, until, stderr())
+    if expert is None:
+        return run_pipeline(recipe, out, resume, until, stderr())
+    return run_experts(recipe, out, resume, until, stderr(), only=expert)[expert]

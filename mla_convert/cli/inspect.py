@@ -21,6 +21,10 @@ def inspect(
         str, typer.Argument(metavar="SOURCE", help="A dense model: zoo:digits, a folder, a file or a Hub id.")
     ],
     subfolder: Annotated[str | None, typer.Option(help="Folder of the transformer in SOURCE.")] = None,
+    file: Annotated[str | None, typer.Option(help="Weights file in SOURCE, such as checkpoints/model.pt.")] = None,
+    use_ema: Annotated[
+        bool | None, typer.Option(help="Averaged or trained weights of a training checkpoint.", show_default=False)
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Parquet shards to calibrate on; digits make their own.")
     ] = None,
@@ -44,7 +48,7 @@ def inspect(
         from ..pipeline.inspection import inspect_source
 
     with progress_bars(stderr()) as report:
-        result = inspect_source(source, subfolder, data, clips, text_tokens, chosen, out, report)
+        result = inspect_source(source, subfolder, data, clips, text_tokens, chosen, out, report, file, use_ema)
     tables = [rank_table(result), energy_table(result)]
     if result["predicted"] is not None:
         tables.append(prediction_table(result))

@@ -78,6 +78,10 @@ def generate(
     guidance_scale: Annotated[
         float | None, typer.Option(min=0, help="Classifier-free guidance, 1 for none; 3 for digits, 1 for others.")
     ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(help="Begin with this: .safetensors with latents [C, F, H, W], or for pixels an image or video."),
+    ] = None,
     context_noise: Annotated[float, typer.Option(min=0, max=1, help="Noise level of cached chunks.")] = 0.0,
     latent_size: Annotated[str | None, typer.Option(metavar="HxW", help="Latent height and width.")] = None,
     fps: Annotated[int, typer.Option(min=1, help="Frames a second.")] = 8,
@@ -101,6 +105,8 @@ def generate(
         settings["shift"] = shift
     if guidance_scale is not None:
         settings["guidance_scale"] = guidance_scale
+    if start is not None:
+        settings["start"] = str(start)
     if latent_size is not None:
         settings["latent_height"], settings["latent_width"] = parse_size(latent_size)
     with stderr().status("loading PyTorch"):

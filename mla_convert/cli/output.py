@@ -17,6 +17,9 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a key of the recipe; repeatable.")
 ]
 RunFolder = Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; runs/NAME of the recipe by default.")]
+Expert = Annotated[
+    str | None, typer.Option("--expert", metavar="NAME", help="One of the recipe's experts, in a folder of its own.")
+]
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")]
 
 

@@ -20,6 +20,7 @@ def plan(
     source: Annotated[
         str | None, typer.Argument(help="A dense or converted model: zoo:digits, a folder, a file or a Hub id.")
     ] = None,
+    file: Annotated[str | None, typer.Option(help="Weights file in SOURCE, such as checkpoints/model.pt.")] = None,
     preset: Annotated[str | None, typer.Option(help="A known model, such as wan2.1-t2v-1.3b.")] = None,
     kv_lora_rank: Annotated[
         int | None, typer.Option(help="Latent scalars a token; by default the paper's share of the dense cache.")
@@ -49,7 +50,7 @@ def plan(
         qk_rope_head_dim = known.qk_rope_head_dim if qk_rope_head_dim is None else qk_rope_head_dim
     else:
         assert source is not None
-        geometry, cached = _read(source, latent_size)
+        geometry, cached = _read(source, file, latent_size)
         if cached is not None:
             if rows is not None or qk_rope_head_dim is not None:
                 raise UsageError(f"{source} is already converted; its ranks cannot be changed here")
@@ -62,9 +63,9 @@ def plan(
     print_result(as_json, result.model_dump(mode="json"), plan_table(result))
 
 
-def _read(source: str, latent_size: str | None) -> tuple[Geometry, list[int] | None]:
+def _read(source: str, file: str | None, latent_size: str | None) -> tuple[Geometry, list[int] | None]:
     """Geometry of a model, and its cached scalars a token by layer when it is converted."""
     from ..pipeline.planning import read_geometry
     from .models import parse_size
 
-    return read_geometry(source, None if latent_size is None else parse_size(latent_size))
+    return read_geometry(source, None if latent_size is None else parse_size(latent_size), file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -62,6 +63,7 @@ class SourceBlocks:
         model.load_state_dict(state, assign=True)
         source.tensors.release()
         self.model = model.eval().requires_grad_(False)
+        self.model.noise_range = source.noise_range
 
     def __len__(self) -> int:
         return len(self.model.blocks)
@@ -77,6 +79,7 @@ class SourceBlocks:
             yield block
         finally:
             block.to("meta")
+            give_back_memory()
 
     def _dtype(self, name: str) -> torch.dtype:
         return storage_dtype(self.source.family.dense_class, name, self.dtype) or self.source.tensors.dtype(name)
@@ -87,6 +90,12 @@ class SourceBlocks:
 
     def _unread(self, name: str, tensor: Tensor) -> Tensor:
         return torch.empty(tensor.shape, dtype=self._dtype(name), device="meta")
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system where the C library can; glibc keeps it and its holes grow."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def with_attention(block: Any, attention: nn.Module) -> Any:

@@ -44,9 +44,9 @@ def sweep(
     With `history_only` the probes ask only about tokens of earlier chunks, which is all that an exact
     own chunk leaves to the cache. With `hidden_states: converted` every layer is visited, the others
     with no sample, and `visit` gives the converted attention that the blocks above run on. `progress`
-    counts the blocks of a forward sweep that comes before the visits; `velocity` is told the number
-    and the velocity `[B, C, F, H, W]` of every batch. With `metric: velocity` a `trace` is told what
-    each layer does on one batch in four (at least one), which is then not sampled if there are others.
+    counts the blocks of a forward sweep that comes before the visits. With `metric: velocity` `velocity`
+    is told the number and the velocity `[B, C, F, H, W]` of every batch, and `trace` what each layer
+    does on one batch in four (at least one), which is then not sampled if there are others.
     What was entered in `clips` is used up. Raises UserError for NaN or infinite activations, and where
     the tokens that a sweep keeps do not fit on the disk.
     """
@@ -70,9 +70,8 @@ class _Sweep(NamedTuple):
     def forward(self) -> None:
         """From the first block to the last wanted one, each layer sampled with z of its own."""
         clips, converted = self.clips, self.config.hidden_states == "converted"
-        last = len(self.blocks) - 1 if self.velocity else max(self.wanted, default=-1)
         clips.store.require(2 * clips.bytes_a_layer, "lower calibration.clips")
-        for layer in range(last + 1):
+        for layer in range(max(self.wanted, default=-1) + 1):
             with self.blocks.open(layer) as block:
                 sampled, parts = layer in self.wanted, []
                 if sampled or not converted:
@@ -93,9 +92,6 @@ class _Sweep(NamedTuple):
                         tokens = clips.store[clips.key(layer, number)]
                         clips.advance(layer, number, _run(changed, tokens, inputs, layer).tokens)
                     del attention, changed
-        if self.velocity is not None:
-            for number, inputs in enumerate(clips.inputs):
-                self.velocity(number, self.blocks.model.leave(clips.store[clips.key(last + 1, number)], inputs))
 
     def backward(self, progress: Callable[[int, int], None] | None) -> None:
         """Up through all blocks, keeping what enters them, then down to the first wanted one."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from .. import flow
 from ..errors import UserError
@@ -27,6 +28,16 @@ class CalibrationBatch(NamedTuple):
     encoder_hidden_states: Tensor
 
 
+def clip_batches(read: Callable[[int], Mapping[str, Tensor]], clips: range, size: int) -> Iterator[CalibrationBatch]:
+    """The `clips` that `read` gives by index, `size` of them at a time; none is read before its batch is asked for.
+
+    A clip has `latents` `[C, F, H, W]` and `encoder_hidden_states` `[L, text_dim]`.
+    """
+    for start in range(0, len(clips), size):
+        batch = default_collate([read(index) for index in clips[start : start + size]])
+        yield CalibrationBatch(batch["latents"], batch["encoder_hidden_states"])
+
+
 def drawn(purpose: int, seed: int, *numbers: int) -> torch.Generator:
     """CPU generator of one use: of a layer, of a batch. Different arguments give independent streams."""
     state = np.random.SeedSequence((purpose, seed, *numbers)).generate_state(1, np.uint64)
@@ -39,16 +50,21 @@ class Clips:
 
     `inputs` are theirs without the tokens, which lie in `store` by layer and batch: `[B' + B, S, C]`
     in the model's dtype, the B' clean clips before their B noisy copies. `targets` `[B, C, F, H, W]`
-    are the true velocities.
+    are the true velocities, `times` the noise levels t and the second times r of a flow map, `[B, F]`.
     """
 
     store: TensorStore
     targets: list[Tensor] = field(default_factory=list)
     inputs: list[BlockInputs] = field(default_factory=list)
+    times: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
     bytes_a_layer: int = 0
 
     def __len__(self) -> int:
         return len(self.inputs)
+
+    def loss(self, number: int, velocity: Tensor) -> float:
+        """Flow-matching loss of the model's velocity `[B, C, F, H, W]` on batch `number`."""
+        return float(flow.velocity_error(velocity.float(), self.targets[number], *self.times[number]))
 
     @staticmethod
     def key(layer: int, number: int) -> str:
@@ -68,27 +84,33 @@ def enter_clips(
 ) -> Clips:
     """Noisy copies of the clips as the first block gets them.
 
-    Noise levels are uniform, one a chunk; history is the clean clip (teacher forcing, see
-    `distill.objective`). Raises UserError if there are no clips.
+    Noise levels are uniform over the model's `noise_range`, one a chunk; history is the clean clip
+    (teacher forcing, see `distill.objective`). A flow map gets second times too (`flow.mean_times`).
+    Raises UserError if there are no clips.
     """
     model, clips = blocks.model, Clips(store)
     for number, batch in enumerate(batches):
         generator = drawn(NOISE, config.seed, number)
         clean = batch.latents.to(model.device, torch.float32)
-        t = flow.chunk_times(len(clean), model.causal.chunks(clean.shape[2]), generator).to(clean.device)
+        chunks = model.causal.chunks(clean.shape[2])
+        t = flow.chunk_times(len(clean), chunks, generator, noise_range=model.noise_range).to(clean.device)
         noise = torch.randn(clean.shape, generator=generator).to(clean.device)
         text = flow.drop_prompts(batch.encoder_hidden_states, config.empty_prompt_rate, generator)
+        r = flow.mean_times(t, chunks, generator) if model.flow_map else None
+        conditions = {} if r is None else {"r_timestep": r * flow.NUM_TRAIN_TIMESTEPS}
         inputs = model.enter(
             flow.add_noise(clean, noise, t).to(model.dtype),
             t * flow.NUM_TRAIN_TIMESTEPS,
             text.to(model.device, model.dtype),
             context=clean.to(model.dtype),
+            **conditions,
         )
         # The rotations of a pass are large and the same for equal clips.
         same = (i.step for i in clips.inputs if i.size == inputs.size and i.step.context_batch == len(clean))
         tokens = inputs.tokens
         clips.store[clips.key(0, number)] = tokens
         clips.targets.append(flow.velocity(clean, noise))
+        clips.times.append((t, r))
         clips.bytes_a_layer += tokens.numel() * tokens.element_size()
         clips.inputs.append(inputs._replace(tokens=tokens.new_empty(0), step=next(same, inputs.step)))
     if not clips.inputs:

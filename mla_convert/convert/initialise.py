@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 
 from ..mla.attention import DenseSelfAttention
-from ..mla.rope import TIME
 from .config import ConvertConfig
 from .factorize import Code, low_rank_code, low_rank_factor
 from .probe import LayerSample
-from .rope_key import fastest_pairs, mean_keys, mean_rotation, shared_keys
-from .target import Target, baked, centred
+from .target import Target, as_read, layout_target
 
 
 @dataclass
@@ -28,8 +26,8 @@ class LayerInit:
 
     `tensors` are float32 by parameter name. `lost_energy` is the share of the target's energy,
     measured in the metric of the fit, that the code does not carry. With `derived` the shared key
-    comes from the latent. `curve` are `[rank, predicted
-    rise of the loss]` of this layer alone, where a budget asked for them.
+    comes from the latent. `curve` are `[rank, predicted rise of the loss]` of this layer alone,
+    where a budget asked for them.
     """
 
     rope_pairs: list[int]
@@ -65,8 +63,8 @@ def initialise_layer(
     fitted, mean = None, None
     if config.init == "activation":
         assert sample is not None
-        fitted, mean = _as_read(sample, config)
-    target = _target(layer, fitted, axes, config)
+        fitted, mean = as_read(sample, config)
+    target = layout_target(layer, fitted, axes, config)
     shared, code = target.shared, None
     if config.init == "random":
         tensors = _random(layer, target, rank, generator)
@@ -86,38 +84,6 @@ def initialise_layer(
         None if code is None else code.error(),
         target.derived,
     )
-
-
-def _as_read(sample: LayerSample, config: ConvertConfig) -> tuple[LayerSample, Tensor | None]:
-    """The sample as the layout's cached keys are read, and the mean key `[H, D]` if that is kept apart."""
-    mean = None
-    if config.keeps_key_mean:
-        sample, mean = centred(sample)
-    if config.position == "baked":
-        sample = baked(sample)
-    if config.position == "rotate_on_read":
-        sample = replace(sample, fixed_grad=sample.rotated_grad)
-    return sample, mean
-
-
-def _target(
-    layer: DenseSelfAttention, sample: LayerSample | None, axes: tuple[int, ...], config: ConvertConfig
-) -> Target:
-    """What the layout restores from a latent; the shared key is fitted where there is a sample."""
-    pairs, count = layer.head_dim // 2, config.qk_rope_head_dim // 2
-    untouched = torch.ones(layer.heads, pairs, dtype=torch.complex128)
-    if config.position == "rotate_on_read":
-        return Target(None, list(range(pairs)), untouched, residual=False, derived=False)
-    candidates = [p for p in range(pairs) if config.position != "baked" or axes[p] == TIME]
-    if sample is None:
-        chosen = fastest_pairs(tuple(axes[p] for p in candidates), count)
-        shared, rho, residual = mean_keys([candidates[p] for p in chosen], layer.heads), untouched, False
-    else:
-        residual = config.keep_residual
-        shared, rho = shared_keys(sample, count, candidates, residual), mean_rotation(sample)
-    carried = set() if residual else set(shared.pairs)
-    nope_pairs = [p for p in range(pairs) if p not in carried]
-    return Target(shared, nope_pairs, rho, residual, config.position == "derived")
 
 
 def _fit(layer: DenseSelfAttention, target: Target, sample: LayerSample | None, rank: int) -> Code:

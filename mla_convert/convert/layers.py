@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -55,14 +55,22 @@ class Plans:
         self._plans[layer] = plan
 
 
-def fitted_ranks(blocks: Blocks, config: ConvertConfig) -> list[int]:
-    """Rank at which every layer is fitted: its `kv_lora_rank`, or the largest that a budget may choose.
+class Ranks(NamedTuple):
+    """`fitted` is the rank at which each layer is fitted, `measured` those whose error a budget wants to know."""
+
+    fitted: list[int]
+    measured: list[int]
+
+
+def planned_ranks(blocks: Blocks, config: ConvertConfig) -> Ranks:
+    """Every layer is fitted at its `kv_lora_rank`, or at the largest that a budget may choose.
 
     Raises UsageError for one that the model cannot have.
     """
     limit = _width(blocks)
     if config.budget is not None:
-        return [candidate_ranks(config.budget, _latent_scalars(blocks, config), limit)[-1]] * len(blocks)
+        measured = candidate_ranks(config.budget, _latent_scalars(blocks, config), limit)
+        return Ranks([measured[-1]] * len(blocks), measured)
     try:
         ranks = config.ranks(len(blocks))
     except ValueError as error:
@@ -71,13 +79,13 @@ def fitted_ranks(blocks: Blocks, config: ConvertConfig) -> list[int]:
         if not 1 <= rank <= limit:
             problem = f"{rank} in layer {layer} is not between 1 and {limit}, the width of [k; v]"
             raise UsageError(f"convert.kv_lora_rank: {problem}")
-    return ranks
+    return Ranks(ranks, [])
 
 
 def final_ranks(blocks: Blocks, config: ConvertConfig, plans: Iterable[LayerInit]) -> list[int]:
     """Rank of every layer in the converted model. Raises UsageError if no ranks meet the budget."""
     if config.budget is None:
-        return fitted_ranks(blocks, config)
+        return planned_ranks(blocks, config).fitted
     curves = [plan.curve for plan in plans]
     return allot([curve for curve in curves if curve is not None], config.budget, _latent_scalars(blocks, config))
 
@@ -111,7 +119,7 @@ def convert_layers(
     Raises UsageError for ranks and shapes that the model does not have, UserError for clips that
     cannot be calibrated on.
     """
-    run = _Layers(blocks, config, fitted_ranks(blocks, config), seed, shelf, progress)
+    run = _Layers(blocks, config, planned_ranks(blocks, config), seed, shelf, progress)
     wanted = [layer for layer in range(len(blocks)) if layer not in shelf]
     if not wanted:
         return
@@ -136,18 +144,16 @@ class _Layers:
         self,
         blocks: Blocks,
         config: ConvertConfig,
-        ranks: list[int],
+        ranks: Ranks,
         seed: int,
         shelf: Shelf,
         progress: Progress | None,
     ) -> None:
         self.axes = blocks.model.rotary_table().axes
-        self.config, self.ranks, self.seed, self.shelf, self.progress = config, ranks, seed, shelf, progress
+        self.config, self.seed, self.shelf, self.progress = config, seed, shelf, progress
+        self.ranks, self.candidates = ranks
         self.converted = config.init == "activation" and config.calibration.hidden_states == "converted"
         self.warned = False
-        self.candidates: list[int] = []
-        if config.budget is not None:
-            self.candidates = candidate_ranks(config.budget, _latent_scalars(blocks, config), _width(blocks))
         self.traces: list[Trace] = []
         self.teacher_losses: list[float] = []
 
@@ -157,7 +163,7 @@ class _Layers:
             return None, None
 
         def velocity(number: int, v: Tensor) -> None:
-            self.teacher_losses.append(float((v.float() - clips.targets[number]).square().mean()))
+            self.teacher_losses.append(clips.loss(number, v))
 
         return velocity, self.traces.append
 
@@ -185,10 +191,10 @@ class _Layers:
         except ValueError as error:
             raise UsageError(f"convert, layer {layer}: {error}") from None
         if self.config.budget is not None:
-            plan.curve = self._curve(block.attn1, plan, rank)
+            plan.curve = self._curve(block.attn1, plan)
         return plan
 
-    def _curve(self, attention: Any, plan: LayerInit, rank: int) -> Curve:
+    def _curve(self, attention: Any, plan: LayerInit) -> Curve:
         """What the layer's latents cost, as a rise of the teacher's loss."""
         assert self.config.budget is not None
 

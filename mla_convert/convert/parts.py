@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +49,13 @@ class PartFiles:
 
     def get(self, layer: int) -> LayerInit:
         """A layer as it was fitted, its tensors in the dtype of the model."""
-        plan = self.outline(layer)
         with safe_open(self._path(layer), framework="pt") as opened:
-            names = json.loads(opened.metadata()[_TENSORS])
-            plan.tensors = {name: opened.get_tensor(f"blocks.{layer}.{ATTENTION}.{name}").clone() for name in names}
-        return plan
+            return _plan(opened.metadata(), lambda name: opened.get_tensor(_full_name(layer, name)).clone())
 
     def outline(self, layer: int) -> LayerInit:
         """A layer as it was fitted, without its tensors."""
         with safe_open(self._path(layer), framework="pt") as opened:
-            return LayerInit(**json.loads(opened.metadata()[_PLAN]), tensors={})
+            return _outline(opened.metadata())
 
     def put(self, layer: int, block: Any, plan: LayerInit) -> None:
         """Write the converted form of the dense `block`."""
@@ -73,9 +70,8 @@ class PartFiles:
         with safe_open(self._path(layer), framework="pt") as opened:
             header = opened.metadata()
             tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
-        prefix = f"blocks.{layer}.{ATTENTION}."
-        shorter = self.get(layer).truncated(rank).tensors
-        self._write(layer, tensors | {prefix + name: tensor for name, tensor in shorter.items()}, header)
+        shorter = _plan(header, lambda name: tensors[_full_name(layer, name)]).truncated(rank).tensors
+        self._write(layer, tensors | {_full_name(layer, name): tensor for name, tensor in shorter.items()}, header)
 
     def has_surroundings(self) -> bool:
         """Whether what is around the blocks was written."""
@@ -95,6 +91,21 @@ class PartFiles:
 
     def _path(self, layer: int | None) -> Path:
         return self.folder / ("around.safetensors" if layer is None else f"block-{layer:04d}.safetensors")
+
+
+def _outline(header: Mapping[str, str]) -> LayerInit:
+    return LayerInit(**json.loads(header[_PLAN]), tensors={})
+
+
+def _plan(header: Mapping[str, str], tensor: Callable[[str], Tensor]) -> LayerInit:
+    """The plan of a header, with each `tensor` by its name in the attention."""
+    plan = _outline(header)
+    plan.tensors = {name: tensor(name) for name in json.loads(header[_TENSORS])}
+    return plan
+
+
+def _full_name(layer: int, name: str) -> str:
+    return f"blocks.{layer}.{ATTENTION}.{name}"
 
 
 def _digest(identity: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from ..load import LazyTensors, Source
 from .blocks import BLOCKS, SourceBlocks
 from .clips import CalibrationBatch
 from .config import ConvertConfig
-from .layers import Progress, convert_layers, final_ranks, fitted_ranks
+from .layers import Progress, convert_layers, final_ranks, planned_ranks
 from .parts import PartFiles
 from .state import check_account, mla_config
 from .surgery import empty_model
@@ -57,7 +57,7 @@ def convert_source(
         "identity": dict(identity or {}),
     }
     blocks = SourceBlocks(source, dtype)
-    fitted_ranks(blocks, config)
+    planned_ranks(blocks, config)
     parts = PartFiles(work, stated, config.q_lora_rank is not None)
     if not parts.has_surroundings():
         state = blocks.model.state_dict()

@@ -8,9 +8,11 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from ..mla.rope import rotate
+from ..mla.attention import DenseSelfAttention
+from ..mla.rope import TIME, rotate
+from .config import ConvertConfig
 from .probe import LayerSample
-from .rope_key import SharedKey, complex_pairs
+from .rope_key import SharedKey, complex_pairs, fastest_pairs, mean_keys, mean_rotation, shared_keys
 
 FIELDS = tuple(f.name for f in fields(LayerSample))
 TOKENS_AT_ONCE = 4096
@@ -26,16 +28,25 @@ class Target:
     residual: bool
     derived: bool
 
-    def nope(self, key: Tensor) -> Tensor:
+    def rest(self, key: Tensor) -> Tensor:
+        """The pairs of keys `[T, H, D]`, less what the shared key restores if the latent gets the residual.
+
+        Complex128 `[T, H, P]`.
+        """
         pairs = complex_pairs(key)
         if self.shared is not None and self.residual:
             pairs = pairs.clone()
             restored = torch.einsum("tj,jh->thj", self.kappa(key), self.shared.decoder)
             for j, pair in enumerate(self.shared.pairs):
                 pairs[:, :, pair] -= restored[:, :, j]
-        return torch.view_as_real((pairs * self.rho)[:, :, self.nope_pairs]).flatten(1)
+        return pairs
+
+    def nope(self, key: Tensor) -> Tensor:
+        """What the unrotated channels restore, `[T, n]`."""
+        return torch.view_as_real((self.rest(key) * self.rho)[:, :, self.nope_pairs]).flatten(1)
 
     def kappa(self, key: Tensor) -> Tensor:
+        """The shared rotary key, complex128 `[T, R]`."""
         assert self.shared is not None
         return torch.einsum("thj,jh->tj", complex_pairs(key)[:, :, self.shared.pairs], self.shared.encoder)
 
@@ -71,6 +82,41 @@ class Target:
             first, total = first + weight @ numbers, total + weight.sum()
         mean = first / total
         return second / total - torch.outer(mean, mean), mean, metric / len(sample.hidden)
+
+
+def as_read(sample: LayerSample, config: ConvertConfig) -> tuple[LayerSample, Tensor | None]:
+    """The sample as the layout's cached keys are read, and the mean key `[H, D]` if that is kept apart."""
+    mean = None
+    if config.keeps_key_mean:
+        sample, mean = centred(sample)
+    if config.position == "baked":
+        sample = baked(sample)
+    if config.position == "rotate_on_read":
+        sample = replace(sample, fixed_grad=sample.rotated_grad)
+    return sample, mean
+
+
+def layout_target(
+    layer: DenseSelfAttention, sample: LayerSample | None, axes: tuple[int, ...], config: ConvertConfig
+) -> Target:
+    """What the layout restores from a latent; the shared key is fitted where there is a sample, given `as_read`.
+
+    `axes` is the axis of each rotary pair. Raises ValueError for a rotary key larger than the layer has.
+    """
+    pairs, count = layer.head_dim // 2, config.qk_rope_head_dim // 2
+    untouched = torch.ones(layer.heads, pairs, dtype=torch.complex128)
+    if config.position == "rotate_on_read":
+        return Target(None, list(range(pairs)), untouched, residual=False, derived=False)
+    candidates = [p for p in range(pairs) if config.position != "baked" or axes[p] == TIME]
+    if sample is None:
+        chosen = fastest_pairs(tuple(axes[p] for p in candidates), count)
+        shared, rho, residual = mean_keys([candidates[p] for p in chosen], layer.heads), untouched, False
+    else:
+        residual = config.keep_residual
+        shared, rho = shared_keys(sample, count, candidates, residual), mean_rotation(sample)
+    carried = set() if residual else set(shared.pairs)
+    nope_pairs = [p for p in range(pairs) if p not in carried]
+    return Target(shared, nope_pairs, rho, residual, config.position == "derived")
 
 
 def centred(sample: LayerSample) -> tuple[LayerSample, Tensor]:

@@ -25,7 +25,8 @@ class NoisedClips(NamedTuple):
 
     `x_t` and `target` `[B, C, F, H, W]`, `t` `[B, F]` in [0, 1], `text` `[B, L, D]`. With teacher
     forcing `context` `[B', C, F, H, W]` is the history at noise level `t_context` `[B']`, B a
-    multiple of B'.
+    multiple of B'. `r` `[B, F]` are the second times of a flow map, None for r = t; `target` holds
+    where r = t.
     """
 
     x_t: Tensor
@@ -34,6 +35,7 @@ class NoisedClips(NamedTuple):
     target: Tensor
     context: Tensor | None = None
     t_context: Tensor | None = None
+    r: Tensor | None = None
 
 
 def noised_clips(
@@ -46,39 +48,44 @@ def noised_clips(
     shift: float = 1.0,
     clean_history: bool = True,
     context_noise: float = 0.0,
+    noise_range: tuple[float, float] = flow.ALL_NOISE,
+    flow_map: bool = False,
 ) -> NoisedClips:
     """`copies` noisy versions of each of `latents` `[B, C, F, H, W]` with `text` `[B, L, D]`.
 
-    `shift` warps the noise levels. Without `clean_history` every chunk sees the noisy history of
-    its own copy. With `context_noise`, half of the clean histories carry noise up to that level,
-    so that a model learns to repair what it will have made itself. Everything is drawn on the CPU
-    from `generator`, so that the draws do not depend on the device.
+    `shift` warps the noise levels, all of which lie in `noise_range`. Without `clean_history` every
+    chunk sees the noisy history of its own copy. With `context_noise`, half of the clean histories
+    carry noise up to that level, so that a model learns to repair what it will have made itself. With
+    `flow_map` second times r are drawn too (`flow.mean_times`), after everything else. Everything is
+    drawn on the CPU from `generator`, so that the draws do not depend on the device.
     """
     device = latents.device
-    clips, frames = latents.shape[0], latents.shape[2]
+    clips, chunks = latents.shape[0], causal.chunks(latents.shape[2])
     videos = latents.repeat(copies, 1, 1, 1, 1)
     noise = torch.randn(videos.shape, generator=generator).to(device)
-    t = flow.shift_time(flow.chunk_times(len(videos), causal.chunks(frames), generator), shift).to(device)
+    t = flow.chunk_times(len(videos), chunks, generator, shift, noise_range).to(device)
     noised = NoisedClips(flow.add_noise(videos, noise, t), t, text.repeat(copies, 1, 1), flow.velocity(videos, noise))
-    if not clean_history:
-        return noised
-    noisy_history = torch.rand(clips, generator=generator) < 0.5
-    t_context = (context_noise * torch.rand(clips, generator=generator) * noisy_history).to(device)
-    context = flow.add_noise(latents, torch.randn(latents.shape, generator=generator).to(device), t_context)
-    return noised._replace(context=context, t_context=t_context)
+    if clean_history:
+        noisy_history = torch.rand(clips, generator=generator) < 0.5
+        t_context = (context_noise * torch.rand(clips, generator=generator) * noisy_history).to(device)
+        context = flow.add_noise(latents, torch.randn(latents.shape, generator=generator).to(device), t_context)
+        noised = noised._replace(context=context, t_context=t_context)
+    return noised._replace(r=flow.mean_times(t, chunks, generator)) if flow_map else noised
 
 
 def predict_velocity(model: Any, clips: NoisedClips) -> Tensor:
     """Velocity `[B, C, F, H, W]`, float32, of a causal model; inputs are cast to the model's dtype."""
     dtype = model.dtype
-    history: dict[str, Tensor] = {}
+    given: dict[str, Tensor] = {}
     if clips.context is not None and clips.t_context is not None:
-        history = {
+        given = {
             "context": clips.context.to(dtype),
             "context_timestep": clips.t_context * flow.NUM_TRAIN_TIMESTEPS,
         }
     timestep = clips.t * flow.NUM_TRAIN_TIMESTEPS
-    sample: Tensor = model(clips.x_t.to(dtype), timestep, clips.text.to(dtype), **history).sample
+    if model.flow_map:
+        given["r_timestep"] = timestep if clips.r is None else clips.r * flow.NUM_TRAIN_TIMESTEPS
+    sample: Tensor = model(clips.x_t.to(dtype), timestep, clips.text.to(dtype), **given).sample
     return sample.float()
 
 
@@ -92,9 +99,19 @@ def teacher_forcing_loss(
     shift: float = 1.0,
     context_noise: float = 0.0,
 ) -> Tensor:
-    """Mean squared velocity error of `copies` noisy versions of each clip given its clean history."""
+    """Mean squared velocity error of `copies` noisy versions of each clip given its clean history.
+
+    Noise levels are those of the model's `noise_range`; of a flow map it is the velocity at r = t.
+    """
     clips = noised_clips(
-        latents, text, model.causal, generator, copies=copies, shift=shift, context_noise=context_noise
+        latents,
+        text,
+        model.causal,
+        generator,
+        copies=copies,
+        shift=shift,
+        context_noise=context_noise,
+        noise_range=model.noise_range,
     )
     return (predict_velocity(model, clips) - clips.target).square().mean()
 

@@ -70,7 +70,13 @@ def fidelity(
     latent_batches, text_batches = (clips[key].split(batch_size) for key in ("latents", "encoder_hidden_states"))
     pieces = list(zip(latent_batches, text_batches, strict=True))
     for done, (latents, text) in enumerate(pieces):
-        inputs = noised_clips(latents.to(teacher.device), text.to(teacher.device), teacher.causal, generator)
+        inputs = noised_clips(
+            latents.to(teacher.device),
+            text.to(teacher.device),
+            teacher.causal,
+            generator,
+            noise_range=teacher.noise_range,
+        )
         expected = predict_velocity(teacher, inputs)
         actual = predict_velocity(student, inputs)
         squared["teacher"] += float((expected - inputs.target).double().square().sum())

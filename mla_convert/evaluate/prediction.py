@@ -11,13 +11,10 @@ from torch import Tensor
 
 from ..convert.config import ConvertConfig
 from ..convert.factorize import low_rank_code
-from ..convert.initialise import _as_read, _target
 from ..convert.probe import LayerSample
-from ..convert.rope_key import complex_pairs, mean_rotation, shared_keys
-from ..convert.target import baked, centred
-from ..mla.attention import DenseSelfAttention
+from ..convert.rope_key import complex_pairs
+from ..convert.target import Target
 from ..mla.config import Position
-from ..mla.rope import TIME
 from .spectrum import LEVEL, Spectrum
 
 TARGET_ERROR = 0.02
@@ -25,7 +22,6 @@ TARGET_ERROR = 0.02
 
 # Channels of the shared rotary key by those of a head; VideoMLA has 32 of 128. Derived keys cost no cache.
 _SHARED_KEY: dict[Position, float] = {"decoupled": 0.25, "derived": 1.5, "baked": 0.25, "rotate_on_read": 0.0}
-_CACHED_KEY = ("decoupled", "baked")
 
 
 def default_ranks(dense: int) -> list[int]:
@@ -59,11 +55,6 @@ class Prediction:
         if rank < 1:
             return None
         return float(self.error[min(rank, len(self.error) - 1)].clamp_min(0).sqrt())
-
-
-def cached_key(config: ConvertConfig) -> int:
-    """Scalars of the shared rotary key in a cache row."""
-    return config.qk_rope_head_dim if config.position in _CACHED_KEY else 0
 
 
 def recommend(predicted: Mapping[str, Mapping[str, float | None]], dense: int) -> str:
@@ -105,16 +96,13 @@ def _percent(share: float) -> str:
     return f"+{100 * share:.2g} %" if share < 0.1 else f"+{100 * share:.0f} %"
 
 
-def error_curve(
-    attention: DenseSelfAttention, sample: LayerSample, axes: tuple[int, ...], config: ConvertConfig
-) -> Tensor:
-    """Squared error `[n + 1]` of the layer's fit with 0 to n latents, float64, in the units of its gradients.
+def error_curve(target: Target, sample: LayerSample) -> Tensor:
+    """Squared error `[n + 1]` of a layer's fit with 0 to n latents, float64, in the units of its gradients.
 
-    To first order, the errors of single tokens taken to be independent; what the ridge of the metric adds
-    to its eigenvalues is left out.
+    `sample` is that of the layer `as_read` by the layout of the `target`. To first order, the errors of
+    single tokens taken to be independent; what the ridge of the metric adds to its eigenvalues is left out.
     """
-    fitted, _ = _as_read(sample, config)
-    covariance, mean, metric = _target(attention, fitted, axes, config).moments(fitted)
+    covariance, mean, metric = target.moments(sample)
     code = low_rank_code(covariance, metric, mean, len(covariance))
     # The latents are uncorrelated, so that each direction adds its own error.
     asked = (code.decoder * (metric @ code.decoder)).sum(0)
@@ -122,23 +110,13 @@ def error_curve(
     return torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
 
 
-def position_error(sample: LayerSample, axes: tuple[int, ...], config: ConvertConfig) -> float:
+def position_error(target: Target, sample: LayerSample) -> float:
     """What a layout with a shared rotary key loses at any rank, in the units of `error_curve`.
 
     The unrotated channels carry what the shared key leaves of the keys (`keep_residual`), each pair times
     the factor of `mean_rotation`, and are read with unrotated queries.
     """
-    if config.position == "rotate_on_read":
+    if target.shared is None:
         return 0.0
-    sample, _ = centred(sample)
-    if config.position == "baked":
-        sample = baked(sample)
-    count, pairs = config.qk_rope_head_dim // 2, sample.key.shape[-1] // 2
-    candidates = [p for p in range(pairs) if config.position != "baked" or axes[p] == TIME]
-    shared, rho = shared_keys(sample, count, candidates, residual=True), mean_rotation(sample)
-    rest = complex_pairs(sample.key)
-    kappa = torch.einsum("thj,jh->tj", rest[:, :, shared.pairs], shared.encoder)
-    for j, pair in enumerate(shared.pairs):
-        rest[:, :, pair] -= kappa[:, j, None] * shared.decoder[j]
-    misread = complex_pairs(sample.rotated_grad) - complex_pairs(sample.fixed_grad) * rho.conj()
-    return float((misread.conj() * rest).real.sum((1, 2)).square().mean())
+    misread = complex_pairs(sample.rotated_grad) - complex_pairs(sample.fixed_grad) * target.rho.conj()
+    return float((misread.conj() * target.rest(sample.key)).real.sum((1, 2)).square().mean())

@@ -61,10 +61,15 @@ class Family:
     configuration with `mla` beside it and differs in `attn1` alone.
 
     `geometry` reads a configuration of any of them. `near_misses` names related classes that cannot
-    be converted, each with the reason. `stored_names` maps our tensor names to those of a file that is
-    not in diffusers layout, or gives None when it does not know the layout. `infer_config` reads a
-    stock configuration off tensor shapes, or gives None when they are of another family; it raises
-    UserError when they leave something open.
+    be converted, each with the reason; `near_miss_tensors` does the same by a part of a tensor's name.
+
+    Four hooks import files that are not in diffusers layout. `stored_names` maps our tensor names to
+    those of a file, or gives None when it does not know the layout. `foreign_classes` are classes of
+    other repositories whose configuration `stock_config` turns into a stock one; it gets the stored
+    configuration and the shapes under our names (empty when only the configuration is there yet), and
+    gives None for a configuration that needs no translation. `infer_config` reads a stock
+    configuration off shapes alone, or gives None when they are of another family. The last two raise
+    UserError for a model that cannot be converted or leaves something open.
     """
 
     name: str
@@ -74,4 +79,7 @@ class Family:
     geometry: Callable[[Config], Geometry]
     near_misses: Mapping[str, str] = field(default_factory=dict)
     stored_names: Callable[[Collection[str]], dict[str, str] | None] = lambda names: None
+    foreign_classes: tuple[str, ...] = ()
+    near_miss_tensors: Mapping[str, str] = field(default_factory=dict)
+    stock_config: Callable[[Config, Shapes], dict[str, Any] | None] = lambda stored, shapes: None
     infer_config: Callable[[Shapes], dict[str, Any] | None] = lambda shapes: None

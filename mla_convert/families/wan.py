@@ -14,7 +14,7 @@ from .base import Config, Family, Geometry
 from .block import CausalBlock
 from .causal import CausalTransformer, LatentTransformer
 from .signature import takes
-from .wan_files import infer_config, stored_names
+from .wan_files import NEAR_MISS_TENSORS, NEAR_MISSES, infer_config, stock_config, stored_names
 
 
 class CausalWanBlock(CausalBlock, WanTransformerBlock):
@@ -71,21 +71,16 @@ def _geometry(config: Config) -> Geometry:
     return Geometry(config["num_layers"], config["num_attention_heads"], config["attention_head_dim"])
 
 
-_OTHER_LAYOUT = "its configuration is in the Wan repository's layout; use the checkpoint in diffusers layout"
-
 FAMILY = Family(
     name="wan",
     source_classes=("WanTransformer3DModel", "CausalWanTransformer3DModel"),
     dense_class=CausalWanTransformer3DModel,
     mla_class=MLAWanTransformer3DModel,
     geometry=_geometry,
-    near_misses={
-        "WanVACETransformer3DModel": "its control blocks are not part of the causal model",
-        "WanAnimateTransformer3DModel": "its motion encoder and face adapter are not part of the causal model",
-        "WanAnimate2Transformer3DModel": "its in-context reference blocks are not part of the causal model",
-        "WanModel": _OTHER_LAYOUT,
-        "CausalWanModel": _OTHER_LAYOUT,
-    },
+    foreign_classes=("WanModel", "CausalWanModel"),
+    near_misses=NEAR_MISSES,
+    near_miss_tensors=NEAR_MISS_TENSORS,
     stored_names=stored_names,
+    stock_config=stock_config,
     infer_config=infer_config,
 )

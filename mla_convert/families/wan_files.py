@@ -1,35 +1,195 @@
-"""Wan checkpoints that come without a diffusers configuration: names and geometry from the file itself."""
+"""Wan checkpoints that do not come from diffusers: names and configuration of the Wan repository's layout.
+
+Whatever the research repositories build on Wan (Self-Forcing, CausVid, Causal-Forcing, LongLive)
+names its tensors as the Wan repository does and stores its `WanModel` configuration, if any.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
-
 from ..errors import UserError
-from .base import Shapes
+from .base import Config, Shapes
 
 # Heads by hidden size of the published models; QK-norm runs over all heads, so no shape tells them.
 PUBLISHED_HEADS = {1536: 12, 3072: 24, 5120: 40}
 
+# The Wan repository's names by diffusers' names, `*` the number of a block; the rest is called the same in both.
+ORIGINAL_NAMES = {
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "condition_embedder.image_embedder.norm1": "img_emb.proj.0",
+    "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
+    "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
+    "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
+    "condition_embedder.image_embedder.pos_embed": "img_emb.emb_pos",
+    "proj_out": "head.head",
+    "scale_shift_table": "head.modulation",
+    "blocks.*.scale_shift_table": "blocks.*.modulation",
+    "blocks.*.norm2": "blocks.*.norm3",
+    "blocks.*.ffn.net.0.proj": "blocks.*.ffn.0",
+    "blocks.*.ffn.net.2": "blocks.*.ffn.2",
+    **{
+        f"blocks.*.{ours}.{projection}": f"blocks.*.{theirs}.{original}"
+        for ours, theirs in (("attn1", "self_attn"), ("attn2", "cross_attn"))
+        for projection, original in (
+            ("to_q", "q"),
+            ("to_k", "k"),
+            ("to_v", "v"),
+            ("to_out.0", "o"),
+            ("norm_q", "norm_q"),
+            ("norm_k", "norm_k"),
+        )
+    },
+    "blocks.*.attn2.add_k_proj": "blocks.*.cross_attn.k_img",
+    "blocks.*.attn2.add_v_proj": "blocks.*.cross_attn.v_img",
+    "blocks.*.attn2.norm_added_k": "blocks.*.cross_attn.norm_k_img",
+}
+_DIFFUSERS_NAMES = {original: ours for ours, original in ORIGINAL_NAMES.items()}
+
+_CONTROL = "its control blocks are not part of the causal model"
+_ANIMATE = "its motion encoder and face adapter are not part of the causal model"
+_AUDIO = "its audio layers are not part of the causal model"
+_FUN = "its control latents are not part of the causal model"
+
+NEAR_MISSES = {
+    "WanVACETransformer3DModel": _CONTROL,
+    "VaceWanModel": _CONTROL,
+    "WanAnimateTransformer3DModel": _ANIMATE,
+    "WanAnimateModel": _ANIMATE,
+    "WanAnimate2Transformer3DModel": "its in-context reference blocks are not part of the causal model",
+    "WanModel_S2V": _AUDIO,
+}
+NEAR_MISS_TENSORS = {
+    "vace_blocks": _CONTROL,
+    "vace_patch_embedding": _CONTROL,
+    "motion_encoder": _ANIMATE,
+    "face_adapter": _ANIMATE,
+    "pose_patch_embedding": _ANIMATE,
+    "audio_injector": _AUDIO,
+    "casual_audio_encoder": _AUDIO,
+    "audio_proj": _AUDIO,
+    "control_adapter": _FUN,
+    "ref_conv": _FUN,
+}
+_MODEL_TYPES = {"t2v": None, "i2v": None, "flf2v": None, "ti2v": None, "vace": _CONTROL, "s2v": _AUDIO}
+# Image-to-video puts a 4-channel mask and the image's latent beside the noisy latent.
+_MASK_CHANNELS = 4
+
 
 def stored_names(names: Collection[str]) -> dict[str, str] | None:
     """Diffusers' names to those of a file in the Wan repository's layout; None for any other layout."""
-    if not any(".self_attn.q.weight" in name for name in names):
+    if not any(name.endswith(".self_attn.q.weight") for name in names):
         return None
-    if any("motion_encoder" in name or "face_adapter" in name for name in names):
-        return None
-    renamed: dict[str, str] = convert_wan_transformer_to_diffusers({name: name for name in names})
-    return renamed
+    return {_translate(name, _DIFFUSERS_NAMES): name for name in names}
+
+
+def original_names(names: Collection[str]) -> dict[str, str]:
+    """The Wan repository's names to diffusers' `names`: the inverse of `stored_names`."""
+    return {_translate(name, ORIGINAL_NAMES): name for name in names}
+
+
+def _translate(name: str, table: Mapping[str, str]) -> str:
+    """`name` in the other layout; a name that neither knows stays as it is."""
+    block = re.match(r"blocks\.(\d+)\.", name)
+    pattern = name if block is None else f"blocks.*.{name[block.end() :]}"
+    module, _, parameter = pattern.rpartition(".")
+    renamed = table.get(pattern) or (f"{table[module]}.{parameter}" if module in table else pattern)
+    return renamed if block is None else renamed.replace("*", block[1], 1)
 
 
 def infer_config(shapes: Shapes) -> dict[str, Any] | None:
     """Stock configuration from shapes under diffusers' names; None if they are not Wan's.
 
-    Raises UserError when the hidden size is not that of a published model.
+    Raises UserError when the hidden size is not that of a published model, or for control latents.
     """
+    read = _from_shapes(shapes)
+    if read is None:
+        return None
+    hidden = shapes["patch_embedding.weight"][0]
+    if hidden not in PUBLISHED_HEADS:
+        raise UserError(
+            f"the number of heads of a Wan model with hidden size {hidden} cannot be read from its tensors; "
+            "put the model's config.json beside the file"
+        )
+    _check_channels(read["in_channels"], read["out_channels"])
+    heads = PUBLISHED_HEADS[hidden]
+    return {**read, "num_attention_heads": heads, "attention_head_dim": hidden // heads}
+
+
+def stock_config(stored: Config, shapes: Shapes) -> dict[str, Any] | None:
+    """Stock configuration for a `WanModel` or `CausalWanModel` configuration; None for any other.
+
+    `shapes` are under diffusers' names, empty as long as they are not known; they tell what that
+    configuration leaves out (text width, image embedder). `num_frame_per_block`, `local_attn_size`
+    and `sink_size` become `causal`. Raises UserError for a model type that cannot be converted.
+    """
+    if "num_attention_heads" in stored or "num_heads" not in stored:
+        return None
+    kind = stored.get("model_type", "t2v")
+    if _MODEL_TYPES.get(kind, f"known are {', '.join(_MODEL_TYPES)}") is not None:
+        reason = _MODEL_TYPES.get(kind) or "this kind is not known"
+        raise UserError(f"a Wan model of type {kind} cannot be converted: {reason}")
+    sizes = {}
+    for key in ("dim", "num_heads", "num_layers", "ffn_dim", "freq_dim", "in_dim", "out_dim"):
+        if not isinstance(stored.get(key), int) or stored[key] < 1:
+            raise UserError(f"the WanModel configuration lacks {key}, or it is not a positive number")
+        sizes[key] = stored[key]
+    _check_channels(sizes["in_dim"], sizes["out_dim"])
+    config = {
+        **(_from_shapes(shapes) or {}),
+        "num_attention_heads": sizes["num_heads"],
+        "attention_head_dim": sizes["dim"] // sizes["num_heads"],
+        "in_channels": sizes["in_dim"],
+        "out_channels": sizes["out_dim"],
+        "freq_dim": sizes["freq_dim"],
+        "ffn_dim": sizes["ffn_dim"],
+        "num_layers": sizes["num_layers"],
+        "eps": stored.get("eps", 1e-6),
+    }
+    for key in ("patch_size", "text_dim", "causal"):
+        if key in stored:
+            config[key] = stored[key]
+    causal = _causal(stored)
+    return {"causal": causal, **config} if causal else config
+
+
+def _causal(stored: Config) -> dict[str, Any]:
+    """The `causal` section that the keys of Self-Forcing's `CausalWanModel` describe; empty without any.
+
+    Its `local_attn_size` of -1 is a cache of 21 frames. It caches rotated keys (arXiv 2506.08009), so
+    sinks keep their place in the video.
+    """
+    causal = {}
+    for key, theirs in (
+        ("num_frames_per_block", "num_frame_per_block"),
+        ("sink_frames", "sink_size"),
+        ("independent_first_frame", "independent_first_frame"),
+    ):
+        if theirs in stored:
+            causal[key] = stored[theirs]
+    if "local_attn_size" in stored:
+        causal["window_frames"] = 21 if stored["local_attn_size"] == -1 else stored["local_attn_size"]
+    if causal.get("sink_frames"):
+        causal["sink_positions"] = "absolute"
+    return causal
+
+
+def _check_channels(in_channels: int, out_channels: int) -> None:
+    if in_channels not in (out_channels, 2 * out_channels + _MASK_CHANNELS):
+        raise UserError(
+            f"a Wan model of {in_channels} input and {out_channels} output channels cannot be converted: {_FUN}"
+        )
+
+
+def _from_shapes(shapes: Shapes) -> dict[str, Any] | None:
+    """What shapes tell of a stock configuration: all but the heads. None if they are not Wan's."""
     needed = {
         "patch": "patch_embedding.weight",
         "ffn": "blocks.0.ffn.net.0.proj.weight",
@@ -41,19 +201,12 @@ def infer_config(shapes: Shapes) -> dict[str, Any] | None:
     if not all(name in shapes for name in needed.values()):
         return None
     shape = {key: shapes[name] for key, name in needed.items()}
-    hidden, in_channels, *patch = shape["patch"]
-    if hidden not in PUBLISHED_HEADS:
-        raise UserError(
-            f"the number of heads of a Wan model with hidden size {hidden} cannot be read from its tensors; "
-            "put the model's config.json beside the file"
-        )
+    _, in_channels, *patch = shape["patch"]
     image = shapes.get("condition_embedder.image_embedder.ff.net.0.proj.weight")
     added = shapes.get("blocks.0.attn2.add_k_proj.weight")
     place = shapes.get("condition_embedder.image_embedder.pos_embed")
     return {
         "patch_size": list(patch),
-        "num_attention_heads": PUBLISHED_HEADS[hidden],
-        "attention_head_dim": hidden // PUBLISHED_HEADS[hidden],
         "in_channels": in_channels,
         "out_channels": shape["out"][0] // math.prod(patch),
         "text_dim": shape["text"][1],

@@ -18,6 +18,9 @@ from .tensors import LazyTensors
 
 logger = logging.getLogger(__name__)
 
+# Offending tensors that an error names.
+_NAMED = 3
+
 
 def accepted_config(model_class: type[Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of `config` that `model_class` takes; a warning names the others, private ones aside."""
@@ -32,27 +35,35 @@ def accepted_config(model_class: type[Any], config: Mapping[str, Any]) -> dict[s
 def check_tensors(model_class: type[Any], config: Mapping[str, Any], tensors: LazyTensors, where: str) -> LazyTensors:
     """The tensors that `model_class` needs, with names, shapes and dtypes checked from the headers.
 
-    Raises UserError that names `where`, the first offender and how many there are.
+    Raises UserError that names `where`, the first offenders and how many more there are.
     """
     expected = expected_shapes(model_class, config, where)
     ignored = model_class._keys_to_ignore_on_load_unexpected or []
     names = [name for name in tensors if name in expected or not any(re.search(p, name) for p in ignored)]
-    unexpected = [name for name in names if name not in expected]
-    if any("lora_" in name for name in unexpected):
-        raise UserError(f"{where} holds LoRA weights; fuse them into their base model (fuse_lora) and save that")
+    # Quantised weights also bring tensors of their own, so this comes first.
+    for name in names:
+        if name in expected:
+            tensors.dtype(name)
     missing = [name for name in expected if name not in tensors]
-    for problem, offenders in (("lacks", missing), ("has the unknown", unexpected)):
-        if offenders:
-            more = f" and {len(offenders) - 1} more" if len(offenders) > 1 else ""
-            raise UserError(f"{where} {problem} tensor {offenders[0]}{more}; it does not fit its configuration")
+    unexpected = [tensors.stored_name(name) for name in names if name not in expected]
+    problems = [f"lacks {_first(missing)}"] if missing else []
+    if unexpected:
+        problems.append(f"has the unknown {_first(unexpected)}")
+    if problems:
+        raise UserError(f"{where} {' and '.join(problems)}; it does not fit its configuration")
     for name in names:
         if tensors.shape(name) != expected[name]:
+            others = sum(tensors.shape(other) != expected[other] for other in names) - 1
             raise UserError(
-                f"{where}: tensor {name} has shape {list(tensors.shape(name))}, "
-                f"its configuration asks for {list(expected[name])}"
+                f"{where}: tensor {tensors.stored_name(name)} has shape {list(tensors.shape(name))}, its configuration "
+                f"asks for {list(expected[name])}" + (f" (and {others} more)" if others else "")
             )
-        tensors.dtype(name)
     return tensors.select({name: name for name in names})
+
+
+def _first(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"tensor{'s' if len(names) > 1 else ''} {', '.join(names[:_NAMED])}{more}"
 
 
 def expected_shapes(model_class: type[Any], config: Mapping[str, Any], where: str) -> dict[str, tuple[int, ...]]:

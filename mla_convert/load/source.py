@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import yaml
 from huggingface_hub import metadata_load
 
-from .. import registry
-from ..errors import UserError
 from ..families.base import Family, Geometry
+from ..flow import ALL_NOISE
 from .build import accepted_config, build_model, check_tensors
-from .hub import download
+from .locate import locate
+from .recognise import in_our_layout, in_our_names, infer, recognise
+from .states import find_state
 from .tensors import LazyTensors
-from .weights import CONFIG, FOREIGN_WEIGHTS, WEIGHTS, open_weights, read_config, weight_files
-
-ZOO = Path(__file__).parents[1] / "zoo"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+from .weights import open_weights, read_config
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,8 @@ class Source:
     `config` holds what `family.dense_class` takes, `causal` included where it is known. `tensors`
     have the names and shapes of that class and are read when they are asked for. `origin` is what the
     user called the model, `revision` the commit if it came from the Hub, `licence` the identifier in
-    its model card.
+    its model card. `file` is the weights file that the user named in there, `state` the key of a
+    training checkpoint that the weights were under, `noise_range` the noise levels that the model is for.
     """
 
     family: Family
@@ -40,6 +38,9 @@ class Source:
     folder: Path
     licence: str | None = None
     revision: str | None = None
+    file: str | None = None
+    state: str | None = None
+    noise_range: tuple[float, float] = ALL_NOISE
 
     @property
     def geometry(self) -> Geometry:
@@ -50,42 +51,48 @@ class Source:
         return {
             "model": self.origin,
             "revision": self.revision,
+            "file": self.file,
+            "state": self.state,
             "family": self.family.name,
             "license": self.licence,
         }
 
 
-class _Located(NamedTuple):
-    """A folder with a configuration, or a single weights file in a folder that may lack one."""
-
-    folder: Path
-    file: Path | None = None
-    revision: str | None = None
-
-
 def load_source(
-    model: str, subfolder: str | None = None, revision: str | None = None, causal: dict[str, Any] | None = None
+    model: str,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    causal: dict[str, Any] | None = None,
+    file: str | None = None,
+    use_ema: bool | None = None,
 ) -> Source:
     """Find `model`, recognise its family, and check names, shapes and dtypes of all its tensors.
 
-    `model` is `zoo:NAME`, a transformer's folder, a pipeline's folder, a single .safetensors file
-    (with config.json beside it unless its shapes tell everything), or a Hub id. `causal` replaces the
-    `causal` section of config.json. Raises UserError in one line.
+    `model` is `zoo:NAME`, a transformer's folder, a pipeline's folder, a weights file (.safetensors,
+    .pt, .pth, .ckpt or .bin, with config.json beside it unless its shapes tell everything), or a Hub
+    id. `file` names the weights file in a folder or Hub repository. `causal` replaces the `causal`
+    section of config.json. `use_ema` chooses between the averaged and the trained weights of a
+    training checkpoint; None takes the averaged ones where there are some. Raises UserError in one line.
     """
-    located = _locate(model, subfolder, revision)
+    located = locate(model, subfolder, revision, file)
     where = str(located.file or located.folder)
-    if located.file is None or (located.folder / CONFIG).is_file():
-        stored = read_config(located.folder)
-        family = _recognise(stored, located.folder / CONFIG)
-        tensors = LazyTensors.from_files([located.file]) if located.file else open_weights(located.folder)
-        tensors = _in_our_names(family, tensors)
+    stored = None if located.config is None else read_config(located.config.parent)
+    family = None if stored is None or located.config is None else recognise(stored, located.config)
+    tensors = open_weights(located.folder) if located.file is None else LazyTensors.from_files([located.file])
+    state = find_state(tensors, use_ema, where)
+    tensors = tensors.select(state.names)
+    if family is None or stored is None or located.config is None:
+        family, config, tensors = infer(tensors, where)
     else:
-        family, stored, tensors = _infer(located.file)
-    config = accepted_config(family.dense_class, stored)
+        tensors = in_our_names(family, tensors, where)
+        config = in_our_layout(family, stored, tensors, located.config)
+    config = accepted_config(family.dense_class, config)
     if causal is not None:
         config["causal"] = causal
     tensors = check_tensors(family.dense_class, config, tensors, where)
-    return Source(family, config, tensors, model, located.folder, _licence(located.folder), located.revision)
+    return Source(
+        family, config, tensors, model, located.folder, _licence(located.folder), located.revision, file, state.key
+    )
 
 
 def load_dense(source: Source, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Any:
@@ -93,94 +100,15 @@ def load_dense(source: Source, dtype: torch.dtype | None = None, device: torch.d
 
     Raises UserError for a tensor with a NaN or an infinity.
     """
-    return build_model(source.family.dense_class, source.config, source.tensors, dtype, device)
+    model = build_model(source.family.dense_class, source.config, source.tensors, dtype, device)
+    model.noise_range = source.noise_range
+    return model
 
 
 def check_finite(source: Source) -> None:
     """Read every tensor once; raises UserError that names the first with a NaN or an infinity."""
     for name in source.tensors:
         source.tensors[name]
-
-
-def _locate(model: str, subfolder: str | None, revision: str | None) -> _Located:
-    path = Path(model).expanduser()
-    if model.startswith("zoo:"):
-        folder = ZOO / model.removeprefix("zoo:") / "teacher"
-        if not folder.is_dir():
-            known = sorted(f"zoo:{found.parent.name}" for found in ZOO.glob("*/teacher"))
-            raise UserError(f"there is no model {model} in this package; it has {', '.join(known) or 'none'}")
-        return _Located(_transformer_folder(folder, subfolder))
-    if path.is_dir():
-        return _Located(_transformer_folder(path, subfolder))
-    if path.is_file():
-        if path.suffix != ".safetensors":
-            raise UserError(f"{path} is not a .safetensors file; convert it to safetensors first")
-        return _Located(path.parent, path)
-    if path.suffix in (".safetensors", *FOREIGN_WEIGHTS) or not _HUB_ID.fullmatch(model):
-        raise UserError(f"{model} does not exist; give a folder, a .safetensors file, a Hub id or zoo:NAME")
-    return _locate_on_hub(model, subfolder, revision)
-
-
-def _locate_on_hub(model: str, subfolder: str | None, revision: str | None) -> _Located:
-    """Download configurations first, so that what cannot be converted is refused before its weights come."""
-    inner = subfolder or "transformer"
-    index = f"{WEIGHTS}.index.json"
-    small = [CONFIG, index, "model_index.json", "README.md", f"{inner}/{CONFIG}", f"{inner}/{index}"]
-    snapshot = download(model, revision, small)
-    commit = snapshot.name
-    folder = _transformer_folder(snapshot, subfolder)
-    _recognise(read_config(folder), folder / CONFIG)
-    prefix = "" if folder == snapshot else f"{folder.relative_to(snapshot).as_posix()}/"
-    download(model, commit, [*small, *(f"{prefix}{name}" for name in weight_files(folder) or [WEIGHTS])])
-    return _Located(folder, revision=commit)
-
-
-def _transformer_folder(folder: Path, subfolder: str | None) -> Path:
-    """The folder of the transformer in a model's folder. Raises UserError."""
-    if subfolder is not None:
-        if not (folder / subfolder).is_dir():
-            raise UserError(f"{folder} has no folder {subfolder}")
-        return folder / subfolder
-    is_pipeline = (folder / "model_index.json").is_file() or not (folder / CONFIG).is_file()
-    inner = folder / "transformer"
-    if is_pipeline and inner.is_dir():
-        return inner
-    if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder} has neither {CONFIG} nor transformer/{CONFIG}; it is not a diffusers model")
-    return folder
-
-
-def _recognise(config: dict[str, Any], path: Path) -> Family:
-    """The family that a configuration belongs to. Raises UserError with the reason and what is supported."""
-    name = str(config.get("_class_name", "not given"))
-    families: list[Family] = list(registry.families().values())
-    for family in families:
-        if name in family.source_classes:
-            return family
-        if name == family.mla_class.__name__:
-            raise UserError(f"{path}: the model is already converted ({name}); start from the dense model")
-    reasons = [f"{name}: {family.near_misses[name]}" for family in families if name in family.near_misses]
-    supported = ", ".join(cls for family in families for cls in family.source_classes)
-    detail = reasons[0] if reasons else f"its class is {name}"
-    raise UserError(f"{path}: this model cannot be converted ({detail}); supported are {supported}")
-
-
-def _in_our_names(family: Family, tensors: LazyTensors) -> LazyTensors:
-    renamed = family.stored_names(tensors)
-    return tensors if renamed is None else tensors.select(renamed)
-
-
-def _infer(file: Path) -> tuple[Family, dict[str, Any], LazyTensors]:
-    """Family, configuration and tensors of a file that has no configuration beside it. Raises UserError."""
-    tensors = LazyTensors.from_files([file])
-    families: list[Family] = list(registry.families().values())
-    for family in families:
-        named = _in_our_names(family, tensors)
-        config = family.infer_config(named.shapes())
-        if config is not None:
-            return family, config, named
-    supported = ", ".join(cls for family in families for cls in family.source_classes)
-    raise UserError(f"{file}: the tensors are of no supported model ({supported}); put its {CONFIG} beside the file")
 
 
 def _licence(folder: Path) -> str | None:

@@ -1,19 +1,17 @@
-"""Tensors of safetensors files that are read one at a time, when they are asked for."""
+"""Tensors of weight files that are read one at a time, when they are asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import UserError
-
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_LFS_POINTER = b"version https://git-lfs"
+from .formats import SafetensorsFile, TensorFile
+from .pickles import PICKLES, PickleFile
 
 
 class Place(NamedTuple):
@@ -24,7 +22,7 @@ class Place(NamedTuple):
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Named tensors in one or more safetensors files.
+    """Named tensors in one or more files of safetensors or of `torch.save`.
 
     Looking one up reads it from its file, as it is stored, and raises UserError if it has a NaN or
     an infinity; names, shapes and dtypes come from the headers alone.
@@ -32,24 +30,30 @@ class LazyTensors(Mapping[str, Tensor]):
 
     def __init__(self, places: Mapping[str, Place]) -> None:
         self._places = dict(places)
-        self._open: dict[Path, Any] = {}
+        self._open: dict[Path, TensorFile] = {}
 
     @classmethod
     def from_files(cls, files: Collection[Path]) -> LazyTensors:
-        """Every tensor of every file. Raises UserError for a file that is missing, cut short or no safetensors."""
+        """Every tensor of every file. Raises UserError for a file that is missing, cut short or cannot be read."""
         tensors = cls({})
         for file in files:
-            names = tensors._handle(file).keys()
-            tensors._places.update({name: Place(file, name) for name in names})
+            tensors._places.update({name: Place(file, name) for name in tensors._handle(file).names()})
         return tensors
 
     def select(self, stored: Mapping[str, str]) -> LazyTensors:
         """The tensors under the names `stored.values()`, called `stored.keys()`."""
-        return LazyTensors({name: self._places[old] for name, old in stored.items()})
+        selected = LazyTensors({name: self._places[old] for name, old in stored.items()})
+        selected._open = dict(self._open)
+        return selected
+
+    def stored_name(self, name: str) -> str:
+        """What the file calls a tensor."""
+        return self._places[name].name
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape, from the header."""
-        return tuple(self._slice(name).get_shape())
+        file, stored = self._places[name]
+        return self._handle(file).shape(stored)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every shape, from the headers."""
@@ -57,13 +61,14 @@ class LazyTensors(Mapping[str, Tensor]):
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype, from the header. Raises UserError for anything but 16, 32 and 64 bit floating point."""
-        stored = self._slice(name).get_dtype()
-        if stored not in _DTYPES:
+        file, stored = self._places[name]
+        dtype = self._handle(file).dtype(stored)
+        if isinstance(dtype, str):
             raise UserError(
-                f"{self._places[name].file}: tensor {name} is stored as {stored}; "
+                f"{file}: tensor {stored} is stored as {dtype}; "
                 "quantised weights cannot be converted, use the checkpoint they were made from"
             )
-        return _DTYPES[stored]
+        return dtype
 
     def files(self) -> list[Path]:
         """The files that hold the tensors."""
@@ -78,7 +83,7 @@ class LazyTensors(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         file, stored = self._places[name]
-        tensor: Tensor = self._handle(file).get_tensor(stored)
+        tensor = self._handle(file).read(stored)
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise UserError(f"{file}: tensor {name} has {bad} NaN or infinite of {tensor.numel()} values")
@@ -94,27 +99,7 @@ class LazyTensors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._places)
 
-    def _slice(self, name: str) -> Any:
-        file, stored = self._places[name]
-        return self._handle(file).get_slice(stored)
-
-    def _handle(self, file: Path) -> Any:
+    def _handle(self, file: Path) -> TensorFile:
         if file not in self._open:
-            try:
-                # Opening checks that the file is as long as its header says.
-                self._open[file] = safe_open(file, framework="pt")
-            except FileNotFoundError:
-                raise UserError(f"{file} is missing") from None
-            except (SafetensorError, OSError) as error:
-                raise UserError(_unreadable(file, error)) from None
+            self._open[file] = PickleFile(file) if file.suffix in PICKLES else SafetensorsFile(file)
         return self._open[file]
-
-
-def _unreadable(file: Path, error: Exception) -> str:
-    if file.is_file():
-        with file.open("rb") as opened:
-            if opened.read(len(_LFS_POINTER)) == _LFS_POINTER:
-                return f"{file} is a git-lfs pointer, not the weights; run `git lfs pull` in its repository"
-    if isinstance(error, OSError):
-        return f"cannot read {file}: {error.strerror or error}"
-    return f"{file} is cut short or not a safetensors file ({error}); fetch it again"

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from .pickles import PICKLES
 from .tensors import LazyTensors, Place
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+PICKLED_WEIGHTS = "diffusion_pytorch_model.bin"
 INDEX = f"{WEIGHTS}.index.json"
-FOREIGN_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf")
+INDEXES = (INDEX, f"{PICKLED_WEIGHTS}.index.json")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -45,26 +47,32 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def weight_files(folder: Path) -> list[str] | None:
     """Names of the shards that the folder's index lists; None without an index. Raises UserError."""
-    if not (folder / INDEX).is_file():
-        return None
-    return sorted(set(_weight_map(folder / INDEX).values()))
+    index = _index(folder)
+    return None if index is None else sorted(set(_weight_map(index).values()))
 
 
 def open_weights(folder: Path) -> LazyTensors:
-    """The tensors of a model folder, sharded or not. Raises UserError."""
-    if (folder / INDEX).is_file():
-        return _open_shards(folder / INDEX)
-    if (folder / WEIGHTS).is_file():
-        return LazyTensors.from_files([folder / WEIGHTS])
-    others = sorted(folder.glob("*.safetensors"))
-    if len(others) == 1:
-        return LazyTensors.from_files(others)
-    if others:
-        raise UserError(f"{folder} has {len(others)} safetensors files and no {WEIGHTS}; name the file itself")
-    foreign = next((file.name for file in sorted(folder.iterdir()) if file.suffix in FOREIGN_WEIGHTS), None)
-    if foreign:
-        raise UserError(f"{folder} has no safetensors weights, only {foreign}; convert it to safetensors first")
-    raise UserError(f"{folder / WEIGHTS} is missing")
+    """The tensors of a model folder, sharded or not, safetensors before pickles. Raises UserError."""
+    index = _index(folder)
+    if index is not None:
+        return _open_shards(index)
+    for name, suffixes in ((WEIGHTS, (".safetensors",)), (PICKLED_WEIGHTS, PICKLES)):
+        if (folder / name).is_file():
+            return LazyTensors.from_files([folder / name])
+        others = sorted(file for file in folder.iterdir() if file.suffix in suffixes)
+        if len(others) == 1:
+            return LazyTensors.from_files(others)
+        if others:
+            raise UserError(
+                f"{folder} has {len(others)} {suffixes[0]} files and no {name}; name the one to read with file"
+            )
+    if any(file.suffix == ".gguf" for file in folder.iterdir()):
+        raise UserError(f"{folder} has only GGUF weights, which are quantised; use the checkpoint they were made from")
+    raise UserError(f"{folder / WEIGHTS} is missing; name the weights with file if they are called otherwise")
+
+
+def _index(folder: Path) -> Path | None:
+    return next((folder / name for name in INDEXES if (folder / name).is_file()), None)
 
 
 def _weight_map(index: Path) -> dict[str, str]:

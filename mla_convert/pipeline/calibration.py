@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.data import default_collate
 
-from ..convert import CalibrationBatch
+from ..convert import CalibrationBatch, clip_batches
 from ..errors import UsageError
 from ..files import atomic_file, save_tensors
-from ..run.stream import stream_chunks
+from ..run.sample import rollout
 from .context import Context
 
 
@@ -25,36 +25,24 @@ def calibration_batches(context: Context, work: Path) -> Iterator[CalibrationBat
     """
     config = context.recipe.convert.calibration
     clips = config.clips if context.data.size is None else min(config.clips, context.data.size)
-    starts = range(0, clips, config.batch_size)
-    for number, start in enumerate(starts):
-        examples = [context.data.example(i) for i in range(start, min(start + config.batch_size, clips))]
-        batch = default_collate(examples)
-        latents, text = batch["latents"], batch["encoder_hidden_states"]
+    for number, batch in enumerate(clip_batches(context.data.example, range(clips), config.batch_size)):
         if config.source == "rollouts":
-            latents = _rolled_out(context, work / f"rollout-{number:05d}.safetensors", latents.shape, text, number)
-            context.report("roll out", number + 1, len(starts))
-        yield CalibrationBatch(latents, text)
+            latents = _rolled_out(context, work / f"rollout-{number:05d}.safetensors", batch, number)
+            batch = CalibrationBatch(latents, batch.encoder_hidden_states)
+            context.report("roll out", number + 1, math.ceil(clips / config.batch_size))
+        yield batch
 
 
-def _rolled_out(context: Context, path: Path, size: torch.Size, text: Tensor, number: int) -> Tensor:
-    """Clips `[B, C, F, H, W]` of the teacher, from `path` if they lie there."""
+def _rolled_out(context: Context, path: Path, batch: CalibrationBatch, number: int) -> Tensor:
+    """Clips `[B, C, F, H, W]` of the teacher in place of those of the batch, from `path` if they lie there."""
     if not path.is_file():
         generate, teacher = context.recipe.generate, context.dense().to(context.device)
         if teacher.causal.window_frames is None:
             raise UsageError("convert.calibration.source: rollouts needs a finite window; set causal.window_frames")
-        frames, height, width = size[2:]
-        chunks = stream_chunks(
-            teacher,
-            text,
-            frames,
-            height,
-            width,
-            num_inference_steps=generate.num_inference_steps,
-            shift=generate.shift,
-            context_noise=generate.context_noise,
-            seed=generate.seed + number,
-            guidance_scale=generate.guidance_scale,
-        )
+        frames, height, width = batch.latents.shape[2:]
+        size = {"num_frames": frames, "latent_height": height, "latent_width": width}
+        same_size = generate.model_copy(update={**size, "seed": generate.seed + number, "start": None})
+        chunks = rollout(teacher, batch.encoder_hidden_states, same_size)
         latents = torch.cat([chunk.cpu() for chunk in chunks], dim=2)
         with atomic_file(path) as temporary:
             save_tensors({"latents": latents}, temporary)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -45,7 +46,8 @@ class Context:
         """The dense model, located and checked."""
         section = self.recipe.source
         causal = None if self.recipe.causal is None else self.recipe.causal.model_dump(mode="json")
-        return load_source(section.model, section.subfolder, section.revision, causal)
+        found = load_source(section.model, section.subfolder, section.revision, causal, section.file, section.use_ema)
+        return dataclasses.replace(found, noise_range=section.noise_range)
 
     @functools.cached_property
     def data(self) -> Data:
@@ -72,4 +74,6 @@ class Context:
 
     def load_stage(self, index: int) -> Any:
         """The student after stage `index`, from its files, so that a resumed run sees what this one sees."""
-        return load_checkpoint(self.stage_folder(index))
+        student = load_checkpoint(self.stage_folder(index))
+        student.noise_range = self.recipe.source.noise_range
+        return student

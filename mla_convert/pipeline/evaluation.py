@@ -41,6 +41,8 @@ def evaluate_checkpoint(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     student = load_checkpoint(folder, device=device)
     dense = _load_teacher(student, teacher, recipe, folder).to(device)
+    if recipe is not None:
+        student.noise_range = dense.noise_range = recipe.source.noise_range
     digits = prompt_encoder(student.config) == DIGITS
     if recipe is None and not digits:
         raise UsageError(f"{folder} has no {MANIFEST} that names its held-out data; evaluate a checkpoint of a run")
@@ -75,6 +77,5 @@ def _load_teacher(student: Any, teacher: str | None, recipe: Recipe | None, fold
     if recipe is None:
         raise UsageError(f"{folder} has no {MANIFEST} that names its source; give it with --teacher")
     source = recipe.source
-    return load_dense(
-        load_source(source.model, source.subfolder, source.revision, causal), getattr(torch, source.dtype)
-    )
+    found = load_source(source.model, source.subfolder, source.revision, causal, source.file, source.use_ema)
+    return load_dense(found, getattr(torch, source.dtype))

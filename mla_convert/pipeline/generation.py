@@ -13,13 +13,13 @@ from torch import Tensor
 
 from ..distill.progress import Report
 from ..errors import UsageError
-from ..export.checkpoint import load_checkpoint
 from ..files import atomic_file
 from ..recipe.schema import validate
 from ..run.config import GenerateConfig
 from ..run.sample import DIGITS, embed_prompts, latent_size, load_prompt_embeds, prompt_encoder, rollout
 from ..run.video import check_suffix, save_video, to_frames
 from ..zoo.digits.data import GUIDANCE, SHIFT
+from .experts import load_models
 
 LATENTS = ".safetensors"
 
@@ -33,7 +33,7 @@ def generate_video(
     dtype: str | None,
     report: Report,
 ) -> dict[str, Any]:
-    """Roll the model in `folder` out for one prompt, or for its embeddings, and write `out`.
+    """Roll the model in `folder`, or its experts, out for one prompt, or for its embeddings, and write `out`.
 
     `settings` are keys of GenerateConfig; what is left out is what the model was trained for where
     that is known. A `.safetensors` file gets the latents `[C, F, H, W]`
@@ -43,7 +43,8 @@ def generate_video(
     if out.suffix != LATENTS:
         check_suffix(out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_checkpoint(folder, None if dtype is None else getattr(torch, dtype), device)
+    models = load_models(folder, None if dtype is None else getattr(torch, dtype), device)
+    model = models[0]
     if out.suffix != LATENTS and model.config.out_channels not in (1, 3):
         raise UsageError(f"the model makes latents and has no VAE here; write them to {out.with_suffix(LATENTS)}")
     if prompt_encoder(model.config) == DIGITS:
@@ -59,7 +60,7 @@ def generate_video(
     except ValueError as error:
         raise UsageError(str(error)) from None
     started = time.monotonic()
-    chunks = _first_of_batch(rollout(model, embeds, config, lambda done, total: report("generate", done, total)))
+    chunks = _first_of_batch(rollout(models, embeds, config, lambda done, total: report("generate", done, total)))
     if out.suffix == LATENTS:
         latents = torch.cat(list(chunks), dim=1).contiguous()
         with atomic_file(out) as temporary:

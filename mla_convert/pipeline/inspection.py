@@ -14,11 +14,11 @@ from torch import Tensor
 from ..convert.config import ConvertConfig
 from ..convert.initialise import LayerInit, initialise_layer
 from ..convert.probe import LayerSample
+from ..convert.target import as_read, layout_target
 from ..distill.progress import Report
 from ..errors import UsageError
 from ..evaluate.prediction import (
     Prediction,
-    cached_key,
     default_ranks,
     error_curve,
     layout_config,
@@ -62,6 +62,8 @@ def inspect_source(
     ranks: Sequence[int] | None,
     out: Path | None,
     report: Report,
+    file: str | None = None,
+    use_ema: bool | None = None,
 ) -> dict[str, Any]:
     """Everything that `inspect --json` prints of a dense model, one layer in memory at a time.
 
@@ -70,7 +72,7 @@ def inspect_source(
     `spectra.safetensors` and the figures. Raises UserError in one line.
     """
     started = time.monotonic()
-    source = load_source(model, subfolder)
+    source = load_source(model, subfolder, file=file, use_ema=use_ema)
     dense = source.geometry.dense_scalars_per_token
     chosen = sorted(set(ranks or default_ranks(dense)))
     if not 1 <= chosen[0] <= chosen[-1] <= dense:
@@ -119,8 +121,9 @@ def _measure(source: Source, clips: Clips, ranks: Sequence[int], measured: _Meas
 
     def visit(layer: int, attention: Any, sample: LayerSample) -> None:
         for layout, config in configs.items():
-            curve = error_curve(attention, sample, measured.axes, config)
-            curve += position_error(sample, measured.axes, config)
+            fitted, _ = as_read(sample, config)
+            target = layout_target(attention, fitted, measured.axes, config)
+            curve = error_curve(target, fitted) + position_error(target, fitted)
             curves[layout] = curves[layout] + curve if layout in curves else curve
             if layout == TRIED:
                 measured.layers[layer].output = Spectrum.of_curve(curve)
@@ -141,7 +144,7 @@ def _measure(source: Source, clips: Clips, ranks: Sequence[int], measured: _Meas
     scale = measured.trial**2 / expected if expected > 0 else 0.0
     measured.trial_scalars = rank
     measured.predictions = {
-        layout: Prediction(cached_key(config), scale * curves[layout]) for layout, config in configs.items()
+        layout: Prediction(config.cached_key, scale * curves[layout]) for layout, config in configs.items()
     }
 
 

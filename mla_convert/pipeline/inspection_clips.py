@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
 
 from ..convert.blocks import SourceBlocks, with_attention
 from ..convert.calibrate import sweep
-from ..convert.clips import CalibrationBatch, enter_clips
+from ..convert.clips import CalibrationBatch, clip_batches, enter_clips
 from ..convert.config import CalibrationConfig, ConvertConfig
 from ..convert.initialise import LayerInit
 from ..convert.probe import LayerSample
@@ -26,10 +25,10 @@ from ..distill.progress import Report
 from ..errors import UsageError
 from ..load import Source
 from ..run.sample import DIGITS, prompt_encoder
+from .channels import check_channels
 
 # Clips are run together as long as they have no more tokens than this.
 _TOKENS_A_PASS = 16384
-_MAX_TOKENS = 16384
 _TRIED = 16
 
 
@@ -62,14 +61,7 @@ def open_clips(source: Source, data: Path | None, clips: int | None, text_tokens
     first = len(shards) - last
     found = Clips(str(data), min(wanted, max(1, first)), shards.read, last, lambda index: shards.read(first + index))
     example = found.read(0)
-    for key, name, size in (
-        ("latents", "in_channels", example["latents"].shape[0]),
-        ("encoder_hidden_states", "text_dim", example["encoder_hidden_states"].shape[1]),
-    ):
-        if size != source.config[name]:
-            raise UsageError(
-                f"{data}: {key} have {size} channels, {source.origin} takes {source.config[name]} ({name})"
-            )
+    check_channels(example, source, str(data))
     height, width = example["latents"].shape[2:]
     down, across = source.config["patch_size"][1:]
     if height % down or width % across:
@@ -87,9 +79,7 @@ class ClipRun:
         rows, columns = self.blocks.model.token_grid(*latents.shape[2:])
         together = _TOKENS_A_PASS // (latents.shape[1] * rows * columns)
         batch_size = max(1, min(CalibrationConfig().batch_size, together))
-        self.config = CalibrationConfig(
-            metric="velocity", clips=clips.count, batch_size=batch_size, max_tokens=_MAX_TOKENS
-        )
+        self.config = CalibrationConfig(clips=clips.count, batch_size=batch_size)
 
     def sample(self, visit: Callable[[int, Any, LayerSample], None], report: Report) -> None:
         """Show `visit(layer, attention, sample)` every layer. Raises UserError for clips of one chunk."""
@@ -140,10 +130,7 @@ class ClipRun:
         return (error / max(energy, 1e-300)) ** 0.5
 
     def _batches(self, read: Callable[[int], dict[str, Tensor]], count: int) -> Iterator[CalibrationBatch]:
-        size = self.config.batch_size
-        for start in range(0, count, size):
-            batch = default_collate([read(index) for index in range(start, min(start + size, count))])
-            yield CalibrationBatch(batch["latents"], batch["encoder_hidden_states"])
+        return clip_batches(read, range(count), self.config.batch_size)
 
 
 def _converted(number: int) -> str:

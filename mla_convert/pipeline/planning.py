@@ -16,15 +16,17 @@ from ..run.config import GenerateConfig
 from ..run.sample import DIGITS, latent_size, prompt_encoder
 
 
-def read_geometry(source: str, size: tuple[int, int] | None) -> tuple[Geometry, list[int] | None]:
+def read_geometry(
+    source: str, size: tuple[int, int] | None, file: str | None = None
+) -> tuple[Geometry, list[int] | None]:
     """Geometry of a dense or converted model, and for a converted one the row of every layer.
 
-    `size` is the height and width of the latent. Raises UserError in one line.
+    `size` is the height and width of the latent, `file` a weights file in a dense model's folder. Raises UserError in one line.
     """
-    model = _converted(Path(source))
+    model = None if file is not None else _converted(Path(source))
     rows = None
     if model is None:
-        found = load_source(source)
+        found = load_source(source, file=file)
         with torch.device("meta"):
             model = found.family.dense_class.from_config(found.config)
     else:

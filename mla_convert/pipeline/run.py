@@ -14,6 +14,7 @@ from accelerate.utils import parse_flag_from_env
 from rich.console import Console
 
 from ..distill.progress import progress_bars
+from ..errors import UsageError
 from ..recipe.schema import Recipe
 from .context import STAGES, Context, stage_names
 from .rundir import RunDir, read_state
@@ -40,10 +41,12 @@ def run(
 
     `until` is the first word of the last step to do, such as `convert` or `distill`. In a distributed
     run every process calls this; the first one does what is not training. Raises UserError in one
-    line; what was done before stays.
+    line; what was done before stays; UsageError for a recipe of several experts (`run_experts`).
     """
-    processes = _processes()
-    steps = _up_to(steps_of(recipe), until)
+    if recipe.experts is not None:
+        raise UsageError(f"recipe {recipe.name} converts several models; choose --expert {' or '.join(recipe.experts)}")
+    processes = this_process()
+    steps = steps_until(recipe, until)
     model = path / STAGES / stage_names(recipe)[sum(step.everywhere for step in steps)]
     if not processes.is_main_process:
         _help(recipe, path, steps, processes)
@@ -58,7 +61,7 @@ def run(
         folder.close()
 
 
-def _processes() -> PartialState:
+def this_process() -> PartialState:
     """This process among those of its launcher; Accelerate takes several on a CPU only when told so."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or (several and not torch.accelerator.is_available())
@@ -80,7 +83,7 @@ def _lead(recipe: Recipe, folder: RunDir, steps: list[Step], processes: PartialS
         return
     with progress_bars(console) as report:
         context = Context(recipe, folder.path, report)
-        check_inputs(context)
+        check_inputs(context, pending)
         folder.begin()
         processes.wait_for_everyone()
         for step in pending:
@@ -109,7 +112,9 @@ def _help(recipe: Recipe, path: Path, steps: list[Step], processes: PartialState
             processes.wait_for_everyone()
 
 
-def _up_to(steps: list[Step], until: str | None) -> list[Step]:
+def steps_until(recipe: Recipe, until: str | None) -> list[Step]:
+    """The steps of a recipe up to the last whose first word is `until`."""
+    steps = steps_of(recipe)
     if until is None:
         return steps
     last = max((index for index, step in enumerate(steps) if step.name.split()[0] == until), default=0)

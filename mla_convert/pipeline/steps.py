@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..recipe.schema import Recipe
 from ..run.sample import embed_prompts, prompt_encoder, rollout
 from ..run.video import save_video, side_by_side, to_frames
 from .calibration import calibration_batches
+from .channels import check_channels
 from .context import CHECKPOINT, METRICS, SAMPLES, STAGES, TRAINING, Context, stage_names
 from .summary import build_report, training_rows
 
@@ -34,13 +35,14 @@ STREAMED_SHARD_SIZE = "1GB"
 class Step:
     """`paths` are what it writes and `scratch` what goes when it is done, relative to the run folder.
 
-    With `everywhere` every process of a distributed run takes part.
+    With `reads_clips` it needs the data, with `everywhere` every process of a distributed run takes part.
     """
 
     name: str
     paths: tuple[str, ...]
     action: Callable[[Context], None]
     scratch: str | None = None
+    reads_clips: bool = False
     everywhere: bool = False
 
 
@@ -48,7 +50,8 @@ def steps_of(recipe: Recipe) -> list[Step]:
     """What a run of `recipe` does, in order."""
     stages = stage_names(recipe)
     models = [(f"{STAGES}/{stage}/transformer", f"{STAGES}/{stage}/{MANIFEST}") for stage in stages]
-    steps = [Step("convert", models[0], _convert, scratch=_parts_of(recipe))]
+    calibrated = recipe.convert.init == "activation"
+    steps = [Step("convert", models[0], _convert, scratch=_parts_of(recipe), reads_clips=calibrated)]
     for index in range(1, len(stages)):
         steps.append(
             Step(
@@ -56,11 +59,12 @@ def steps_of(recipe: Recipe) -> list[Step]:
                 models[index],
                 functools.partial(_distill, index=index),
                 scratch=f"{TRAINING}/{stages[index]}/checkpoints",
+                reads_clips=True,
                 everywhere=True,
             )
         )
     reports = tuple(f"{STAGES}/{stages[index]}/{REPORT_JSON}" for index in _measured(recipe))
-    steps.append(Step("evaluate", reports, _evaluate))
+    steps.append(Step("evaluate", reports, _evaluate, reads_clips=True))
     steps.append(Step("export", (CHECKPOINT,), _export))
     if recipe.generate.prompts:
         steps.append(Step("samples", (SAMPLES,), _samples))
@@ -73,21 +77,16 @@ def _measured(recipe: Recipe) -> list[int]:
     return sorted({0, len(recipe.distill)})
 
 
-def check_inputs(context: Context) -> None:
-    """Refuse before anything is written what would fail after hours. Raises UserError in one line."""
-    recipe, config = context.recipe, context.source.config
+def check_inputs(context: Context, pending: Iterable[Step]) -> None:
+    """Refuse before anything is written what would fail late in the `pending` steps. Raises UserError in one line."""
+    recipe, source = context.recipe, context.source
     if recipe.generate.prompts:
         try:
-            embed_prompts(recipe.generate.prompts, prompt_encoder(config))
+            embed_prompts(recipe.generate.prompts, prompt_encoder(source.config))
         except UsageError as error:
             raise UsageError(f"generate.prompts: {error}") from None
-    example = context.data.example(0)
-    for key, name, size in (
-        ("latents", "in_channels", example["latents"].shape[0]),
-        ("encoder_hidden_states", "text_dim", example["encoder_hidden_states"].shape[1]),
-    ):
-        if size != config[name]:
-            raise UsageError(f"data: {key} have {size} channels, {context.source.origin} takes {config[name]} ({name})")
+    if any(step.reads_clips for step in pending):
+        check_channels(context.data.example(0), source, "data")
 
 
 def recorded(context: Context) -> dict[str, Any]:
@@ -110,7 +109,9 @@ def _convert(context: Context) -> None:
         seed=recipe.seed,
         dtype=getattr(torch, recipe.source.dtype),
         progress=context.report,
-        identity=recipe.model_dump(mode="json", include={"seed", "data", "generate"}),
+        identity=recipe.model_dump(
+            mode="json", include={"seed": True, "data": True, "generate": True, "source": {"noise_range"}}
+        ),
     )
     folder = context.stage_folder(0)
     save_checkpoint(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from ..convert.config import ConvertConfig
 from ..distill.data import DataConfig
@@ -15,6 +15,7 @@ from ..distill.stages.base import StageConfig
 from ..errors import UsageError
 from ..evaluate.config import EvaluateConfig
 from ..export.checkpoint import ExportConfig
+from ..flow import ALL_NOISE
 from ..mla.window import CausalConfig
 from ..registry import stages
 from ..run.config import GenerateConfig
@@ -22,30 +23,54 @@ from .explain import describe, explain, nearest
 
 Model = TypeVar("Model", bound=BaseModel)
 
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+NoiseRange = tuple[float, float]
+ExpertName = Annotated[str, Field(pattern=_NAME)]
+
 
 class SourceConfig(BaseModel):
-    """Where the dense model comes from; `model` is `zoo:digits`, a path or a Hub id."""
+    """Where the dense model comes from; `model` is `zoo:digits`, a path or a Hub id.
+
+    `file` names one weights file in that folder or Hub repository, in `subfolder` if that is given.
+    `use_ema` chooses between the averaged and the trained weights of a training checkpoint; without it
+    the averaged ones are taken where there are some, as in the published commands of Self-Forcing
+    and Causal-Forcing. `noise_range` are the noise levels that the model is for, of one of several
+    experts those of its share: nothing else is calibrated, trained and measured.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str
     subfolder: str | None = None
     revision: str | None = None
+    file: str | None = None
+    use_ema: bool | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    noise_range: NoiseRange = ALL_NOISE
+
+    @field_validator("noise_range")
+    @classmethod
+    def _range_is_inside(cls, value: NoiseRange) -> NoiseRange:
+        if not 0 <= value[0] < value[1] <= 1:
+            raise ValueError(f"a noise range rises inside [0, 1], got {list(value)}")
+        return value
 
 
 class Recipe(BaseModel):
     """Everything that decides what a run computes; nothing about where it runs.
 
-    `causal` replaces the chunks and window of the source's own configuration.
+    `causal` replaces the chunks and window of the source's own configuration. `experts` names the
+    subfolders of a source whose models share the noise levels, each with its range: they are converted
+    one by one, as `expert` tells.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     version: Literal[1]
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=_NAME)
     seed: int = Field(0, ge=0)
     source: SourceConfig
+    experts: dict[ExpertName, NoiseRange] | None = None
     causal: CausalConfig | None = None
     data: DataConfig
     convert: ConvertConfig
@@ -60,6 +85,43 @@ class Recipe(BaseModel):
         if not isinstance(value, list):
             return value
         return tuple(_resolve_stage(entry, f"distill.{index}") for index, entry in enumerate(value))
+
+    @field_validator("experts")
+    @classmethod
+    def _experts_tile_the_noise(cls, value: dict[str, NoiseRange] | None) -> dict[str, NoiseRange] | None:
+        if value is None:
+            return None
+        ranges = sorted(value.values())
+        ends = [0.0, *(high for _, high in ranges)]
+        starts = [*(low for low, _ in ranges), 1.0]
+        if len(ranges) < 2 or ends != starts or any(low >= high for low, high in ranges):
+            shown = ", ".join(f"{name} {list(share)}" for name, share in value.items()) or "none"
+            raise ValueError(f"the noise ranges of two or more experts must tile [0, 1] without a gap, got {shown}")
+        return value
+
+    @model_validator(mode="after")
+    def _experts_roll_out_together(self) -> Recipe:
+        if self.experts is not None and (self.source.subfolder is not None or self.source.noise_range != ALL_NOISE):
+            raise ValueError("experts are the subfolders of the source; leave out source.subfolder and noise_range")
+        if self.experts is None and self.source.noise_range == ALL_NOISE:
+            return self
+        for key, wanted in (
+            ("generate.prompts", self.generate.prompts),
+            ("evaluate.rollout_prompts", self.data.kind == "digits" and self.evaluate.rollout_prompts),
+            ("convert.calibration.source: rollouts", self.convert.calibration.source == "rollouts"),
+        ):
+            if wanted:
+                raise ValueError(f"{key} rolls out one model, which takes all experts; leave it out and use generate")
+        return self
+
+    def expert(self, name: str) -> Recipe:
+        """The recipe of one of the experts alone. Raises UsageError for a name that is none of theirs."""
+        if not self.experts:
+            raise UsageError(f"recipe {self.name} has no experts; leave out --expert")
+        if name not in self.experts:
+            raise UsageError(f"recipe {self.name} has no expert {name!r}; {nearest(name, list(self.experts))}")
+        source = self.source.model_copy(update={"subfolder": name, "noise_range": self.experts[name]})
+        return self.model_copy(update={"name": f"{self.name}-{name}", "experts": None, "source": source})
 
     def dump(self) -> str:
         """The resolved recipe as YAML, every default written out; equal recipes give equal text."""

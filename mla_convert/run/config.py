@@ -11,7 +11,9 @@ class GenerateConfig(BaseModel):
     `latent_height` and `latent_width` are needed where the data does not fix them. `shift` warps the
     denoising times, `context_noise` is the noise level at which a finished chunk is cached. A
     `guidance_scale` other than 1 is classifier-free guidance against the empty prompt, at twice the
-    work and twice the cache.
+    work and twice the cache. `start` is a file that the video begins with: a .safetensors with clean
+    `latents` `[C, F0, H, W]`, or for a model of pixels an image or video; its F0 frames count among
+    `num_frames` and end with a chunk.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -26,3 +28,4 @@ class GenerateConfig(BaseModel):
     latent_width: int | None = Field(None, ge=1)
     fps: int = Field(16, ge=1)
     seed: int = 0
+    start: str | None = None

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import UsageError, UserError
 from ..zoo.digits.data import FRAME, TEXT_DIM, parse_prompt
 from .config import GenerateConfig
+from .start import read_start
 from .stream import stream_chunks
 
 DIGITS = "digits"
@@ -58,10 +59,20 @@ def load_prompt_embeds(path: Path, text_dim: int) -> Tensor:
 
 
 def rollout(
-    model: Any, embeds: Tensor, config: GenerateConfig, progress: Callable[[int, int], None] | None = None
+    model: Any | Sequence[Any],
+    embeds: Tensor,
+    config: GenerateConfig,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Tensor]:
-    """Latent chunks `[B, C, F, H, W]`, float32, for `embeds` `[B, L, D]`; progress counts frames."""
-    height, width = latent_size(model.config, config)
+    """Latent chunks `[B, C, F, H, W]`, float32, for `embeds` `[B, L, D]`; progress counts frames.
+
+    `model` may be the experts that `stream_chunks` takes. Raises UserError for a start that does not fit.
+    """
+    shape = (model[0] if isinstance(model, Sequence) else model).config
+    height, width = latent_size(shape, config)
+    start = None
+    if config.start is not None:
+        start = read_start(Path(config.start), shape["in_channels"], height, width).unsqueeze(0)
     done = 0
     for chunk in stream_chunks(
         model,
@@ -74,6 +85,7 @@ def rollout(
         context_noise=config.context_noise,
         seed=config.seed,
         guidance_scale=config.guidance_scale,
+        start=start,
     ):
         done += chunk.shape[2]
         if progress is not None:

@@ -13,36 +13,30 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import field_validator
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ...flow import drop_prompts
 from ...mla.attention import AttentionPass
 from ..data import Batch
-from ..objective import NoisedClips, noised_clips, predict_velocity
+from ..objective import NoisedClips, predict_velocity
 from ..trainable import Trainable
-from .base import Models, Stage, StageConfig
+from .base import Models, Stage
+from .noised import NoisedStageConfig, noised_batch
 
 
-class MatchAttentionConfig(StageConfig):
-    """Keys of `match_attention`.
+class MatchAttentionConfig(NoisedStageConfig):
+    """Keys of `match_attention`, beside those of stages on noised data.
 
     `metric` says what an error in a layer's output costs: `velocity`, what it does to the model's
     velocity, or `output`, its square. `hidden_states` says whose activations the layers are compared
     on: `teacher`, or `student` for what the converted layers in front really produce. `trainable` is
-    `latent` or `attention`, since nothing else takes part. `copies`, `timestep_shift`, `context`,
-    `context_noise` and `empty_prompt_rate` are those of `match_velocity`.
+    `latent` or `attention`, since nothing else takes part.
     """
 
     stage: Literal["match_attention"] = "match_attention"
     metric: Literal["output", "velocity"] = "velocity"
     hidden_states: Literal["teacher", "student"] = "teacher"
-    copies: int = Field(1, ge=1)
-    timestep_shift: float = Field(1.0, gt=0)
-    context: Literal["clean", "noisy"] = "clean"
-    context_noise: float = Field(0.0, ge=0, le=1)
-    empty_prompt_rate: float = Field(0.0, ge=0, le=1)
 
     @field_validator("trainable")
     @classmethod
@@ -149,16 +143,7 @@ class MatchAttention(Stage[MatchAttentionConfig]):
 
     def loss(self, models: Models, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         config, teacher, student = self.config, models["teacher"], models["student"]
-        clips = noised_clips(
-            batch["latents"],
-            drop_prompts(batch["encoder_hidden_states"], config.empty_prompt_rate, generator),
-            student.causal,
-            generator,
-            copies=config.copies,
-            shift=config.timestep_shift,
-            clean_history=config.context == "clean",
-            context_noise=config.context_noise,
-        )
+        clips = noised_batch(config, batch, student, generator)
         own = config.hidden_states == "student"
         source = student if own else teacher
         weighted = config.metric == "velocity"

@@ -13,33 +13,28 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ...flow import drop_prompts
+from ...flow import velocity_error
 from ..data import Batch
-from ..objective import noised_clips, predict_velocity
-from .base import Models, Stage, StageConfig
+from ..objective import predict_velocity
+from .base import Models, Stage
+from .noised import NoisedStageConfig, noised_batch
 
 
-class MatchVelocityConfig(StageConfig):
-    """Keys of `match_velocity`.
+class MatchVelocityConfig(NoisedStageConfig):
+    """Keys of `match_velocity`, beside those of stages on noised data.
 
-    `copies` noisy versions of each clip share one forward. `timestep_shift` warps the noise levels
-    (5 for Wan). `context: clean` is teacher forcing, every chunk sees clean history with up to
-    `context_noise` of noise; `noisy` is the plain block-causal forward. `empty_prompt_rate` of the
-    clips lose their prompt, for models that are sampled with guidance. `teacher_weight` is the share
-    of the teacher's velocity in the loss, the rest is the data's own.
+    `teacher_weight` is the share of the teacher's velocity in the loss, the rest is the data's own.
     """
 
     stage: Literal["match_velocity"] = "match_velocity"
-    copies: int = Field(1, ge=1)
-    timestep_shift: float = Field(1.0, gt=0)
-    context: Literal["clean", "noisy"] = "clean"
-    context_noise: float = Field(0.0, ge=0, le=1)
-    empty_prompt_rate: float = Field(0.0, ge=0, le=1)
     teacher_weight: float = Field(1.0, ge=0, le=1)
 
 
 class MatchVelocity(Stage[MatchVelocityConfig]):
-    """`w |v_student - v_teacher|^2 + (1 - w) |v_student - (eps - x_0)|^2`, means over all elements."""
+    """`w |v_student - v_teacher|^2 + (1 - w) |v_student - (eps - x_0)|^2`, means over all elements.
+
+    Of a flow map the second term is a mean over the frames with r = t alone.
+    """
 
     name = "match_velocity"
     config_class = MatchVelocityConfig
@@ -50,18 +45,12 @@ class MatchVelocity(Stage[MatchVelocityConfig]):
 
     def loss(self, models: Models, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         config, student = self.config, models["student"]
-        clips = noised_clips(
-            batch["latents"],
-            drop_prompts(batch["encoder_hidden_states"], config.empty_prompt_rate, generator),
-            student.causal,
-            generator,
-            copies=config.copies,
-            shift=config.timestep_shift,
-            clean_history=config.context == "clean",
-            context_noise=config.context_noise,
-        )
+        clips = noised_batch(config, batch, student, generator)
+        if config.teacher_weight == 0:
+            # The data knows nothing but the velocity at r = t.
+            clips = clips._replace(r=None)
         velocity = predict_velocity(student, clips)
-        data_loss = F.mse_loss(velocity, clips.target)
+        data_loss = velocity_error(velocity, clips.target, clips.t, clips.r)
         logs = {"data_loss": data_loss.detach()}
         if config.teacher_weight == 0:
             return data_loss, logs

@@ -7,10 +7,10 @@ the held-out clips, all from a video that is not trained on, are its last ones.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from ...cli.output import print_error
 from ...distill import latents
 from ...errors import UserError
 from .clips import CLIP_FRAMES, FRAME, Shot, sample_clip, shots
@@ -52,7 +52,7 @@ def main() -> None:
     try:
         shards = write_folder(args.out, args.train, args.heldout, args.seed)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(str(error))
         raise SystemExit(error.exit_code) from None
     size = sum(path.stat().st_size for path in shards)
     print(

@@ -1,0 +1,48 @@
+"""What stages that work on noised data share: the keys that say how clips are noised, and the clips."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from ...flow import drop_prompts
+from ..data import Batch
+from ..objective import NoisedClips, noised_clips
+from .base import StageConfig
+
+
+class NoisedStageConfig(StageConfig):
+    """Keys of stages on noised data.
+
+    `copies` noisy versions of each clip share one forward. `timestep_shift` warps the noise levels
+    (5 for Wan). `context: clean` is teacher forcing, every chunk sees clean history with up to
+    `context_noise` of noise; `noisy` is the plain block-causal forward. `empty_prompt_rate` of the
+    clips lose their prompt, for models that are sampled with guidance.
+    """
+
+    copies: int = Field(1, ge=1)
+    timestep_shift: float = Field(1.0, gt=0)
+    context: Literal["clean", "noisy"] = "clean"
+    context_noise: float = Field(0.0, ge=0, le=1)
+    empty_prompt_rate: float = Field(0.0, ge=0, le=1)
+
+
+def noised_batch(config: NoisedStageConfig, batch: Batch, model: Any, generator: torch.Generator) -> NoisedClips:
+    """The clips of a training batch, noised as the keys say, in the chunks and noise range of `model`.
+
+    A flow map gets second times r; where they differ from t only a teacher knows the answer.
+    """
+    return noised_clips(
+        batch["latents"],
+        drop_prompts(batch["encoder_hidden_states"], config.empty_prompt_rate, generator),
+        model.causal,
+        generator,
+        copies=config.copies,
+        shift=config.timestep_shift,
+        clean_history=config.context == "clean",
+        context_noise=config.context_noise,
+        noise_range=model.noise_range,
+        flow_map=model.flow_map,
+    )

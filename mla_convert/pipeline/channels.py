@@ -1,0 +1,23 @@
+"""Whether clips fit a model, told from one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from ..errors import UsageError
+from ..load import Source
+
+
+def check_channels(example: Mapping[str, Tensor], source: Source, where: str) -> None:
+    """Compare `latents` `[C, F, H, W]` and `encoder_hidden_states` `[L, D]` of one clip with what the model takes.
+
+    Raises UsageError that begins with `where`, the name of the data.
+    """
+    for key, axis, name in (("latents", 0, "in_channels"), ("encoder_hidden_states", 1, "text_dim")):
+        size = example[key].shape[axis]
+        if size != source.config[name]:
+            raise UsageError(
+                f"{where}: {key} have {size} channels, {source.origin} takes {source.config[name]} ({name})"
+            )

@@ -1,0 +1,105 @@
+"""Models that share the noise levels between them (Wan2.2): a run each, side by side in one folder."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from ..errors import UsageError
+from ..export.checkpoint import find_checkpoint, load_checkpoint
+from ..export.manifest import read_manifest
+from ..files import MANIFEST, claim_folder, write_text
+from ..flow import ALL_NOISE
+from ..recipe.reader import read_yaml
+from ..recipe.schema import Recipe
+from .context import Context
+from .run import RunResult, run, steps_until, this_process
+from .rundir import RESOLVED, STATE, RunDir
+from .steps import check_inputs
+
+
+def run_experts(
+    recipe: Recipe,
+    path: Path,
+    resume: bool = False,
+    until: str | None = None,
+    console: Console | None = None,
+    only: str | None = None,
+) -> dict[str, RunResult]:
+    """Run every expert of `recipe`, or `only` that one, in the folder of its name in `path`.
+
+    The arguments are those of `run`. What would stop a later expert is refused before the first one
+    starts. Raises UserError in one line.
+    """
+    names = list(recipe.experts or ()) if only is None else [only]
+    parts = {name: recipe.expert(name) for name in names}
+    if this_process().is_main_process:
+        _prepare(recipe, path, parts, resume, until)
+    return {name: run(part, path / name, resume, until, console) for name, part in parts.items()}
+
+
+def _prepare(recipe: Recipe, path: Path, parts: Mapping[str, Recipe], resume: bool, until: str | None) -> None:
+    """Check all `parts` and make `path` the folder of their recipe."""
+    claim_folder(path, "run folder of several experts", (RESOLVED,))
+    if (path / STATE).exists():
+        raise UsageError(f"{path} is the run folder of one model; give another --out")
+    created = not path.exists()
+    try:
+        for name, part in parts.items():
+            folder = RunDir(path / name, part, resume)
+            try:
+                pending = [step for step in steps_until(part, until) if not folder.is_done(step.name)]
+                if pending:
+                    check_inputs(Context(part, path / name, lambda *told: None), pending)
+            finally:
+                folder.close()
+    except BaseException:
+        if created:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
+    write_text(path / RESOLVED, recipe.dump())
+
+
+def load_models(folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> list[Any]:
+    """The model in a run, checkpoint or transformer folder, or all experts of a run folder, in eval mode.
+
+    `dtype` None keeps the stored dtypes. Raises UserError in one line, also for one expert alone, which
+    cannot roll out a video.
+    """
+    experts = _experts_of(folder)
+    models = []
+    for name, noise_range in experts.items():
+        model = load_checkpoint(folder / name, dtype, device)
+        model.noise_range = noise_range
+        models.append(model)
+    if models:
+        return models
+    root, _ = find_checkpoint(folder)
+    low, high = _noise_range(root)
+    if (low, high) != ALL_NOISE:
+        raise UsageError(
+            f"{folder} is one of several experts, for noise levels {low:g} to {high:g}; give the folder of all of them"
+        )
+    return [load_checkpoint(folder, dtype, device)]
+
+
+def _experts_of(folder: Path) -> dict[str, tuple[float, float]]:
+    """The experts of a run folder by name, none for other folders."""
+    if not (folder / RESOLVED).is_file():
+        return {}
+    recipe = read_yaml((folder / RESOLVED).read_text(encoding="utf-8"))
+    experts = recipe.get("experts") if isinstance(recipe, dict) else None
+    return {name: (low, high) for name, (low, high) in (experts or {}).items()}
+
+
+def _noise_range(root: Path) -> tuple[float, float]:
+    """The noise levels that a checkpoint is for, as its manifest says."""
+    recipe = read_manifest(root).get("recipe") if (root / MANIFEST).is_file() else None
+    low, high = (recipe or {}).get("source", {}).get("noise_range", ALL_NOISE)
+    return low, high
