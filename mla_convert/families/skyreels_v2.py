@@ -41,6 +41,8 @@ class CausalSkyReelsV2Transformer3DModel(CausalTransformer, SkyReelsV2Transforme
     Raises ValueError for an image-to-video model.
     """
 
+    fps_embedding: Any
+    fps_projection: Any
     _no_split_modules = ["CausalSkyReelsV2Block"]
     _repeated_blocks = ["CausalSkyReelsV2Block"]
 
