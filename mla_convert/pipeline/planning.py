@@ -21,7 +21,8 @@ def read_geometry(
 ) -> tuple[Geometry, list[int] | None]:
     """Geometry of a dense or converted model, and for a converted one the row of every layer.
 
-    `size` is the height and width of the latent, `file` a weights file in a dense model's folder. Raises UserError in one line.
+    `size` is the height and width of the latent, `file` a weights file in a dense model's folder.
+    Raises UserError in one line.
     """
     model = None if file is not None else _converted(Path(source))
     rows = None
