@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pico
@@ -9,6 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mla_convert.errors import UsageError
+from mla_convert.load import load_source
+from mla_convert.pipeline.channels import check_channels
 from mla_convert.run.stream import stream_chunks
 
 # Relative to the largest magnitude; the largest error seen on a CPU stands beside it.
@@ -63,3 +67,10 @@ def test_rollout_equals_the_whole_clip_given_its_context(
             context_timestep=torch.full((2,), 1000 * context_noise),
         ).sample
         assert pico.relative_error(velocity, packed) < FLOAT32
+
+
+def test_clips_do_not_fit_image_to_video_models(tmp_path: Path) -> None:
+    pico.dense_model(in_channels=6).save_pretrained(tmp_path)
+    clip = {"latents": torch.zeros(2, 4, 6, 4), "encoder_hidden_states": torch.zeros(3, 8)}
+    with pytest.raises(UsageError, match=r"is an image-to-video model \(6 channels in, 2 out\)"):
+        check_channels(clip, load_source(str(tmp_path)), "data")
