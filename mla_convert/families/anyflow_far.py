@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..mla.cache import FrameCache
 from ..mla.rope import RotaryTable, split_rotary_table
 from ..mla.window import CausalConfig
-from .base import BlockInputs, Config, Family, Geometry
+from .base import BlockInputs, Family
 from .block import CausalBlock
 from .causal import CausalTransformer, LatentTransformer, block_inputs, check_context
 from .far import FarCache, FarGrid, FarWindow, clip_layout, compressed_table, denoise_pass, encode_pass
@@ -330,16 +330,11 @@ class MLAAnyFlowFARTransformer3DModel(LatentTransformer, CausalAnyFlowFARTransfo
         super().__init__(**config)
 
 
-def _geometry(config: Config) -> Geometry:
-    return Geometry(config["num_layers"], config["num_attention_heads"], config["attention_head_dim"])
-
-
 FAMILY = Family(
     name="anyflow_far",
     source_classes=("AnyFlowFARTransformer3DModel", "CausalAnyFlowFARTransformer3DModel"),
     dense_class=CausalAnyFlowFARTransformer3DModel,
     mla_class=MLAAnyFlowFARTransformer3DModel,
-    geometry=_geometry,
     near_misses={
         "FAR_Wan_Transformer3DModel": "its configuration is the research repository's; use a revision of the "
         "checkpoint that names diffusers' class",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import diffusers
 from torch import Tensor
 
 from ..mla.attention import AttentionPass
@@ -26,6 +28,11 @@ class Geometry:
     def dense_scalars_per_token(self) -> int:
         """Cached scalars a token a layer of the dense model: a key and a value for every head."""
         return 2 * self.num_heads * self.head_dim
+
+
+def stock_geometry(config: Config) -> Geometry:
+    """The geometry under the keys that diffusers' video transformers share."""
+    return Geometry(config["num_layers"], config["num_attention_heads"], config["attention_head_dim"])
 
 
 class BlockInputs(NamedTuple):
@@ -70,16 +77,30 @@ class Family:
     gives None for a configuration that needs no translation. `infer_config` reads a stock
     configuration off shapes alone, or gives None when they are of another family. The last two raise
     UserError for a model that cannot be converted or leaves something open.
+
+    Making one makes its classes attributes of `diffusers`, where a pipeline's model_index.json looks.
+    Raises ValueError if diffusers or another family has a class of that name.
     """
 
     name: str
     source_classes: tuple[str, ...]
     dense_class: type[Any]
     mla_class: type[Any]
-    geometry: Callable[[Config], Geometry]
+    geometry: Callable[[Config], Geometry] = stock_geometry
     near_misses: Mapping[str, str] = field(default_factory=dict)
     stored_names: Callable[[Collection[str]], dict[str, str] | None] = lambda names: None
     foreign_classes: tuple[str, ...] = ()
     near_miss_tensors: Mapping[str, str] = field(default_factory=dict)
     stock_config: Callable[[Config, Shapes], dict[str, Any] | None] = lambda stored, shapes: None
     infer_config: Callable[[Shapes], dict[str, Any] | None] = lambda shapes: None
+
+    def __post_init__(self) -> None:
+        """Make both classes attributes of `diffusers`, where pipelines look for the models they load."""
+        for model_class in (self.dense_class, self.mla_class):
+            name = model_class.__name__
+            holder = getattr(diffusers, name, model_class).__module__
+            if holder != model_class.__module__:
+                raise ValueError(f"family {self.name}: {holder} has a class {name} already")
+            setattr(diffusers, name, model_class)
+            # A pipeline that is saved names the class by its module, in which diffusers then looks for the base class.
+            vars(sys.modules[model_class.__module__])["ModelMixin"] = diffusers.ModelMixin

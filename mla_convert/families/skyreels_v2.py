@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..mla.rope import RotaryTable, wan_rotary_table
 from ..mla.window import CausalConfig
 from . import wan_files
-from .base import Config, Family, Geometry, Shapes
+from .base import Family, Shapes
 from .block import CausalBlock
 from .causal import CausalTransformer, LatentTransformer
 from .signature import takes
@@ -121,10 +121,6 @@ class MLASkyReelsV2Transformer3DModel(LatentTransformer, CausalSkyReelsV2Transfo
         super().__init__(**config)
 
 
-def _geometry(config: Config) -> Geometry:
-    return Geometry(config["num_layers"], config["num_attention_heads"], config["attention_head_dim"])
-
-
 def _infer_config(shapes: Shapes) -> dict[str, Any] | None:
     """Without the frame-rate embedding nothing tells a file from Wan's, nor does its arithmetic."""
     if "fps_embedding.weight" not in shapes:
@@ -138,6 +134,5 @@ FAMILY = Family(
     source_classes=("SkyReelsV2Transformer3DModel", "CausalSkyReelsV2Transformer3DModel"),
     dense_class=CausalSkyReelsV2Transformer3DModel,
     mla_class=MLASkyReelsV2Transformer3DModel,
-    geometry=_geometry,
     infer_config=_infer_config,
 )

@@ -10,7 +10,7 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
 
 from ..mla.rope import RotaryTable, wan_rotary_table
-from .base import Config, Family, Geometry
+from .base import Family
 from .block import CausalBlock
 from .causal import CausalTransformer, LatentTransformer
 from .signature import takes
@@ -67,16 +67,11 @@ class MLAWanTransformer3DModel(LatentTransformer, CausalWanTransformer3DModel):
         super().__init__(**config)
 
 
-def _geometry(config: Config) -> Geometry:
-    return Geometry(config["num_layers"], config["num_attention_heads"], config["attention_head_dim"])
-
-
 FAMILY = Family(
     name="wan",
     source_classes=("WanTransformer3DModel", "CausalWanTransformer3DModel"),
     dense_class=CausalWanTransformer3DModel,
     mla_class=MLAWanTransformer3DModel,
-    geometry=_geometry,
     foreign_classes=("WanModel", "CausalWanModel"),
     near_misses=NEAR_MISSES,
     near_miss_tensors=NEAR_MISS_TENSORS,
