@@ -6,7 +6,7 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Iterator, Mapping
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from types import MappingProxyType
 from typing import Any
 
@@ -49,11 +49,6 @@ def stages() -> Mapping[str, Any]:
     return collect(f"{__package__}.distill.stages", "STAGE", STAGES)
 
 
-def installed(group: str) -> tuple[EntryPoint, ...]:
-    """The entry points of installed packages in `group`, not yet loaded."""
-    return tuple(entry_points(group=group))
-
-
 def own(package: str, constant: str) -> list[tuple[str, Any]]:
     """Module and `constant` of every module of `package` that has it."""
     names = [info.name for info in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}.")]
@@ -62,7 +57,7 @@ def own(package: str, constant: str) -> list[tuple[str, Any]]:
 
 
 def _installed(group: str | None) -> Iterator[tuple[str, Any]]:
-    for entry in () if group is None else installed(group):
+    for entry in () if group is None else entry_points(group=group):
         item = entry.load()
         if not isinstance(getattr(item, "name", None), str):
             raise ValueError(f"the entry point {entry.value} of {group} has no name: it is {item!r}")

@@ -163,7 +163,7 @@ def from_model(
         num_frames_per_block=model.causal.num_frames_per_block,
         temporal_compression=temporal_compression,
         fps=fps,
-        rope_max_seq_len=model.config.rope_max_seq_len,
+        rope_max_seq_len=model.rotary_table().max_len,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         **model.far_history(height, width),
     )
