@@ -302,3 +302,16 @@ def test_plan_counts_compressed_history_as_the_cache_does() -> None:
     published = preset("anyflow-far-1.3b").geometry
     # 6 frames in full and 13 compressed, of 21; 3 more fit where a video ends with a chunk of one frame.
     assert published.cached_tokens(21) == 6 * 1560 + 16 * 390
+
+
+@pytest.mark.parametrize("variant", [None, *pico.VARIANTS], ids=lambda v: v and f"{v['position']}-{v['own_chunk']}")
+def test_a_constant_shift_in_time_changes_nothing(variant: dict[str, Any] | None) -> None:
+    """Without sinks a window that is indexed from 0 again differs from absolute indices by a shift alone."""
+    window, clip = WINDOWS[2], pico.inputs(1, 9, HEIGHT, WIDTH)
+    found = []
+    for positions in ("window", "absolute"):
+        model = dense_model({**window, "sink_positions": positions})
+        if variant is not None:
+            model = convert(model, frames=4, **variant)
+        found.append(rollout(model, clip, clip[0], clip[1])[0])
+    assert pico.relative_error(*found) < FLOAT32
