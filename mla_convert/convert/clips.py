@@ -106,7 +106,8 @@ def enter_clips(
             **conditions,
         )
         # The rotations of a pass are large and the same for equal clips.
-        same = (i.step for i in clips.inputs if i.size == inputs.size and i.step.context_batch == len(clean))
+        kind = (inputs.size, inputs.step.context_batch)
+        same = (i.step for i in clips.inputs if (i.size, i.step.context_batch) == kind)
         tokens = inputs.tokens
         clips.store[clips.key(0, number)] = tokens
         clips.targets.append(flow.velocity(clean, noise))
