@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mla_convert.convert.config import ConvertConfig
-from mla_convert.convert.factorize import low_rank_code, low_rank_factor
+from mla_convert.convert.factorize import low_rank_code, low_rank_code_of_samples, low_rank_factor
 from mla_convert.convert.rope_key import complex_pairs, fastest_pairs
 from mla_convert.convert.state import merge_state
 from mla_convert.convert.surgery import convert_model
@@ -37,6 +37,22 @@ def test_no_perturbation_of_the_code_lowers_its_error(rank: int) -> None:
         encoder = code.encoder + 1e-3 * torch.randn(code.encoder.shape, generator=generator, dtype=torch.float64)
         decoder = code.decoder + 1e-3 * torch.randn(code.decoder.shape, generator=generator, dtype=torch.float64)
         assert metric_error(covariance, metric, decoder @ encoder) >= best * (1 - 1e-6)
+
+
+@pytest.mark.parametrize(("tokens", "rank"), [(20, 5), (20, 20), (39, 12)])
+def test_a_code_of_few_samples_is_that_of_their_moments(tokens: int, rank: int) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    samples = torch.randn(tokens, 40, generator=generator, dtype=torch.float64) * torch.linspace(3, 0.1, 40)
+    probes = torch.randn(tokens, 40, generator=generator, dtype=torch.float64) * torch.linspace(0.01, 2, 40)
+    mean = torch.zeros(40, dtype=torch.float64)
+    code = low_rank_code_of_samples(samples, probes, mean, rank)
+    moments = samples.T @ samples, probes.T @ probes
+    whole = low_rank_code(*moments, mean, rank)
+    # Observed at most 2e-12 of the total.
+    assert code.total == pytest.approx(whole.total)
+    errors = [metric_error(*moments, c.decoder @ c.encoder) / whole.total for c in (code, whole)]
+    assert errors[0] == pytest.approx(errors[1], abs=1e-10)
+    torch.testing.assert_close(samples @ (code.decoder @ code.encoder).T, samples @ (whole.decoder @ whole.encoder).T)
 
 
 def test_a_full_code_is_the_identity_even_where_the_data_is_degenerate() -> None:

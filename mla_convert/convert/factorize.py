@@ -70,6 +70,36 @@ def low_rank_code(covariance: Tensor, metric: Tensor, mean: Tensor, rank: int) -
     return Code((basis / spread).T @ root.T, decoder, mean, energy, float(torch.trace(whitened)))
 
 
+def low_rank_code_of_samples(samples: Tensor, probes: Tensor, mean: Tensor, rank: int) -> Code:
+    """`low_rank_code` for the covariance `samples^T samples` and the metric `probes^T probes`.
+
+    Of `samples` `[m, n]` and `probes` `[k, n]`, m and k below n, nothing of size n x n is made. Raises
+    ValueError if `rank` exceeds m.
+    """
+    _check_rank(rank, len(samples))
+    ridge = max(0.0, RIDGE * float(probes.square().sum()) / probes.shape[1])
+    if ridge == 0:
+        return low_rank_factor(samples, mean, rank)
+    values, vectors = torch.linalg.eigh(probes @ probes.T)
+    # Directions far below the ridge are lost in it.
+    kept = values > 1e-3 * ridge
+    values, axes = values[kept], probes.T @ (vectors[:, kept] / values[kept].sqrt())
+    del vectors
+
+    def metric_power(x: Tensor, power: float) -> Tensor:
+        """`[m, n]` times a power of the metric."""
+        base = ridge**power
+        return ((x @ axes) * ((values + ridge) ** power - base)) @ axes.T + base * x
+
+    whitened = metric_power(samples, 0.5)
+    energy, vectors = _leading(whitened @ whitened.T, rank)
+    spread = _spread(energy).unsqueeze(1)
+    total = float(whitened.square().sum())
+    # Orthonormal also where the spectrum has ended.
+    basis = torch.linalg.qr(whitened.T @ vectors).Q.T
+    return Code(metric_power(basis / spread, 0.5), metric_power(basis * spread, -0.5).T, mean, energy, total)
+
+
 def low_rank_factor(factor: Tensor, mean: Tensor, rank: int) -> Code:
     """`low_rank_code` for the covariance `factor^T factor`, `factor` `[m, n]`, in the plain metric.
 

@@ -7,7 +7,7 @@ if that is derived from the latent, and the values. A low-rank code of the targe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,9 +15,12 @@ from torch import Tensor
 
 from ..mla.attention import DenseSelfAttention
 from .config import ConvertConfig
-from .factorize import Code, low_rank_code, low_rank_factor
+from .factorize import Code, low_rank_code, low_rank_code_of_samples, low_rank_factor
 from .probe import LayerSample
 from .target import Target, as_read, layout_target
+
+# Columns of a float64 matrix that are made at once, 84 MB of those of a 14B layer.
+COLUMNS_AT_ONCE = 1024
 
 
 @dataclass
@@ -89,6 +92,10 @@ def initialise_layer(
 def _fit(layer: DenseSelfAttention, target: Target, sample: LayerSample | None, rank: int) -> Code:
     """The code of the target: in the metric of the layer's output, or of the weights alone."""
     if sample is not None:
+        size = target.size(layer.heads, layer.head_dim)
+        if rank <= len(sample.hidden) < size:
+            samples, mean, probes = target.factors(sample)
+            return low_rank_code_of_samples(samples, probes, mean, rank)
         covariance, mean, metric = target.moments(sample)
         return low_rank_code(covariance, metric, mean, rank)
     weight, bias = _weights(layer)
@@ -110,8 +117,17 @@ def _weights(layer: DenseSelfAttention) -> tuple[Tensor, Tensor]:
 
 def _as_matrix(function: Callable[[Tensor, Tensor], Tensor], heads: int, head_dim: int) -> Tensor:
     """A linear function of keys and values as a matrix `[n, 2I]`."""
-    basis = torch.eye(2 * heads * head_dim, dtype=torch.float64).unflatten(1, (2, heads, head_dim))
-    return function(basis[:, 0], basis[:, 1]).T
+    return torch.cat(list(_columns(function, heads, head_dim)), dim=1)
+
+
+def _columns(function: Callable[[Tensor, Tensor], Tensor], heads: int, head_dim: int) -> Iterator[Tensor]:
+    """The matrix of a linear function `[n, 2I]`, some of its columns at a time."""
+    size = 2 * heads * head_dim
+    for start in range(0, size, COLUMNS_AT_ONCE):
+        basis = torch.zeros(min(COLUMNS_AT_ONCE, size - start), size, dtype=torch.float64)
+        basis[:, start:].fill_diagonal_(1)
+        unit = basis.unflatten(1, (2, heads, head_dim))
+        yield function(unit[:, 0], unit[:, 1]).T
 
 
 def _projections(layer: DenseSelfAttention, target: Target, code: Code) -> dict[str, Tensor]:
@@ -119,7 +135,7 @@ def _projections(layer: DenseSelfAttention, target: Target, code: Code) -> dict[
     nope = 2 * heads * len(target.nope_pairs)
     shared = 0 if target.shared is None or not target.derived else 2 * len(target.shared.pairs)
     tensors = {
-        "kv_a_proj.weight": code.encoder @ _as_matrix(target, heads, head_dim),
+        "kv_a_proj.weight": torch.cat([code.encoder @ part for part in _columns(target, heads, head_dim)], dim=1),
         "kv_a_proj.bias": -code.encoder @ code.mean,
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -56,6 +55,11 @@ class Target:
             parts.append(torch.view_as_real(self.kappa(key)).flatten(1))
         return torch.cat([*parts, value.double().flatten(1)], dim=1)
 
+    def size(self, heads: int, head_dim: int) -> int:
+        """How many numbers a latent has to restore of a token."""
+        shared = 2 * len(self.shared.pairs) if self.derived and self.shared is not None else 0
+        return 2 * heads * len(self.nope_pairs) + shared + heads * head_dim
+
     def probes(self, sample: LayerSample) -> Tensor:
         """Sensitivity of the output to each number of each token's target, `[T, n]`."""
         parts = [torch.view_as_real(complex_pairs(sample.fixed_grad)[:, :, self.nope_pairs]).flatten(1)]
@@ -71,17 +75,30 @@ class Target:
         Tokens that the output depends on count more: a token's weight is 1 plus the square of its
         probe over the mean square, because the tokens that matter are not like the others.
         """
-        pieces = [replace(sample, **dict(zip(FIELDS, piece, strict=True))) for piece in _pieces(sample)]
+        pieces = _pieces(sample)
         energy = sum(float(self.probes(piece).square().sum()) for piece in pieces) / len(sample.hidden)
         metric, second, first, total = torch.zeros(()), torch.zeros(()), torch.zeros(()), torch.zeros(())
         for piece in pieces:
             numbers, probes = self(piece.key, piece.value), self.probes(piece)
-            weight = 1 + probes.square().sum(1) / max(energy, 1e-300)
+            weight = _token_weights(probes, energy)
             metric = metric + probes.T @ probes
             second = second + numbers.T @ (weight.unsqueeze(1) * numbers)
             first, total = first + weight @ numbers, total + weight.sum()
         mean = first / total
         return second / total - torch.outer(mean, mean), mean, metric / len(sample.hidden)
+
+    def factors(self, sample: LayerSample) -> tuple[Tensor, Tensor, Tensor]:
+        """`moments` by factors: `X^T X` is the covariance, `G^T G` the metric.
+
+        X `[T, n]`, the mean `[n]` and G `[T, n]`, float64.
+        """
+        pieces = _pieces(sample)
+        numbers = torch.cat([self(piece.key, piece.value) for piece in pieces])
+        probes = torch.cat([self.probes(piece) for piece in pieces])
+        share = _token_weights(probes, float(probes.square().sum()) / len(probes))
+        share /= share.sum()
+        mean = share @ numbers
+        return numbers.sub_(mean).mul_(share.sqrt().unsqueeze(1)), mean, probes.div_(len(probes) ** 0.5)
 
 
 def as_read(sample: LayerSample, config: ConvertConfig) -> tuple[LayerSample, Tensor | None]:
@@ -142,6 +159,11 @@ def _turn(x: Tensor, rotations: Tensor) -> Tensor:
     return rotate(x.unsqueeze(0), rotations)[0]
 
 
-def _pieces(sample: LayerSample) -> Iterator[tuple[Tensor, ...]]:
-    """A sample's fields in pieces, because they are worked on in float64."""
-    return zip(*(getattr(sample, name).split(TOKENS_AT_ONCE) for name in FIELDS), strict=True)
+def _token_weights(probes: Tensor, energy: float) -> Tensor:
+    return 1 + probes.square().sum(1) / max(energy, 1e-300)
+
+
+def _pieces(sample: LayerSample) -> list[LayerSample]:
+    """A sample in pieces, because they are worked on in float64."""
+    pieces = zip(*(getattr(sample, name).split(TOKENS_AT_ONCE) for name in FIELDS), strict=True)
+    return [replace(sample, **dict(zip(FIELDS, piece, strict=True))) for piece in pieces]
