@@ -89,7 +89,7 @@ def low_rank_code_of_samples(samples: Tensor, probes: Tensor, mean: Tensor, rank
     def metric_power(x: Tensor, power: float) -> Tensor:
         """`[m, n]` times a power of the metric."""
         base = ridge**power
-        return ((x @ axes) * ((values + ridge) ** power - base)) @ axes.T + base * x
+        return torch.addmm(x, (x @ axes) * ((values + ridge) ** power - base), axes.T, beta=base)
 
     whitened = metric_power(samples, 0.5)
     energy, vectors = _leading(whitened @ whitened.T, rank)

@@ -92,9 +92,12 @@ class Target:
 
         X `[T, n]`, the mean `[n]` and G `[T, n]`, float64.
         """
-        pieces = _pieces(sample)
-        numbers = torch.cat([self(piece.key, piece.value) for piece in pieces])
-        probes = torch.cat([self.probes(piece) for piece in pieces])
+        heads, head_dim = sample.key.shape[1:]
+        numbers, probes = torch.empty(2, len(sample.hidden), self.size(heads, head_dim), dtype=torch.float64).unbind()
+        start = 0
+        for piece in _pieces(sample, TOKENS_AT_ONCE // 8):
+            rows = slice(start, start := start + len(piece.hidden))
+            numbers[rows], probes[rows] = self(piece.key, piece.value), self.probes(piece)
         share = _token_weights(probes, float(probes.square().sum()) / len(probes))
         share /= share.sum()
         mean = share @ numbers
@@ -163,7 +166,7 @@ def _token_weights(probes: Tensor, energy: float) -> Tensor:
     return 1 + probes.square().sum(1) / max(energy, 1e-300)
 
 
-def _pieces(sample: LayerSample) -> list[LayerSample]:
+def _pieces(sample: LayerSample, tokens: int = TOKENS_AT_ONCE) -> list[LayerSample]:
     """A sample in pieces, because they are worked on in float64."""
-    pieces = zip(*(getattr(sample, name).split(TOKENS_AT_ONCE) for name in FIELDS), strict=True)
+    pieces = zip(*(getattr(sample, name).split(tokens) for name in FIELDS), strict=True)
     return [replace(sample, **dict(zip(FIELDS, piece, strict=True))) for piece in pieces]
