@@ -19,7 +19,19 @@ from mla_convert import __version__
 from mla_convert.cli import main
 from mla_convert.cli.output import DEBUG
 
-COMMANDS = ["inspect", "plan", "convert", "distill", "export", "evaluate", "generate", "run", "recipes", "demo"]
+COMMANDS = [
+    "inspect",
+    "plan",
+    "encode",
+    "convert",
+    "distill",
+    "export",
+    "evaluate",
+    "generate",
+    "run",
+    "recipes",
+    "demo",
+]
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "matplotlib", "pydantic"}
 
 

@@ -11,7 +11,7 @@ import typer
 
 from .. import __version__
 from ..errors import UserError
-from . import build, demo, inspect, models, plan, recipes
+from . import build, demo, encode, inspect, models, plan, recipes
 from .output import DEBUG, print_error
 
 app = typer.Typer(
@@ -42,6 +42,7 @@ def _global_options(
 
 app.command("inspect")(inspect.inspect)
 app.command("plan")(plan.plan)
+app.command("encode")(encode.encode)
 app.command("convert")(build.convert)
 app.command("distill")(build.distill)
 app.command("run")(build.run)

@@ -10,7 +10,7 @@ import bisect
 import functools
 import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,22 +97,41 @@ def _row(clip: Clip, number: int) -> dict[str, Any]:
     }
 
 
+def write_shard(path: Path, clips: Iterable[Clip], first: int = 0, notes: Mapping[str, str] | None = None) -> None:
+    """Write one file atomically; `clips` are taken one at a time, those without a name numbered from `first`.
+
+    `notes` go into the file's metadata as they stand after the last clip.
+    """
+    with atomic_file(path) as temporary, pq.ParquetWriter(temporary, SCHEMA, use_dictionary=False) as writer:
+        for number, clip in enumerate(clips, first):
+            writer.write_table(pa.Table.from_pylist([_row(clip, number)], SCHEMA), row_group_size=1)
+        if notes:
+            writer.add_key_value_metadata(dict(notes))
+
+
+def read_notes(path: Path) -> dict[str, str]:
+    """The metadata of a shard, as `write_shard` took them. Raises UserError."""
+    metadata = _open(path, os.getpid()).metadata.metadata or {}
+    return {key.decode(): value.decode() for key, value in metadata.items()}
+
+
 def write_latents(
     folder: Path | str, clips: Iterable[Clip], clips_per_shard: int = 64, first_shard: int = 0
 ) -> list[Path]:
     """Write `clips` as `shard-00000.parquet` and so on, each atomically; returns the shards."""
-    numbered = enumerate(clips, first_shard * clips_per_shard)
+    remaining = iter(clips)
     shards: list[Path] = []
     for shard in itertools.count(first_shard):
-        rows = list(itertools.islice(numbered, clips_per_shard))
-        if not rows:
+        some = list(itertools.islice(remaining, clips_per_shard))
+        if not some:
             return shards
-        path = Path(folder) / f"shard-{shard:05d}.parquet"
-        with atomic_file(path) as temporary, pq.ParquetWriter(temporary, SCHEMA, use_dictionary=False) as writer:
-            for number, clip in rows:
-                writer.write_table(pa.Table.from_pylist([_row(clip, number)], SCHEMA), row_group_size=1)
-        shards.append(path)
+        shards.append(Path(folder) / shard_name(shard))
+        write_shard(shards[-1], some, shard * clips_per_shard)
     raise AssertionError("unreachable")
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}.parquet"
 
 
 @functools.lru_cache(maxsize=OPEN_FILES)

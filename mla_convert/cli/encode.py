@@ -1,0 +1,84 @@
+"""`mla-convert encode`: videos with captions, or prompts, into latents and text embeddings to train on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from ..errors import UsageError
+from .output import Json, print_result, stderr
+
+_LISTED = 10
+
+
+def encode(
+    out: Annotated[Path, typer.Option("--out", "-o", help="A new folder for the shards.")],
+    model: Annotated[
+        str,
+        typer.Option(metavar="PIPELINE", help="Folder or Hub id with VAE and text encoder, in diffusers' layout."),
+    ],
+    videos: Annotated[
+        Path | None,
+        typer.Argument(metavar="[VIDEOS]", help="Folder of NAME.mp4 with NAME.txt, or a table: .csv, .jsonl, .json."),
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Text embeddings only, of one prompt a line; no VIDEOS.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of PIPELINE on the Hub.")] = None,
+    frames: Annotated[int, typer.Option(min=1, help="Frames of a clip, the first ones of its video.")] = 81,
+    height: Annotated[int, typer.Option(min=1, help="Pixels; the centre is cut out.")] = 480,
+    width: Annotated[int, typer.Option(min=1, help="Pixels.")] = 832,
+    fps: Annotated[float, typer.Option(min=0.1, help="Frames a second; videos of another rate are resampled.")] = 16,
+    dtype: Annotated[
+        Literal["bfloat16", "float32"], typer.Option(help="Of the text encoder, and of what is stored.")
+    ] = "bfloat16",
+    batch_size: Annotated[int, typer.Option(min=1, help="Clips, or prompts, encoded at once.")] = 1,
+    shard_size: Annotated[int, typer.Option(min=1, help="Clips, or prompts, in a file.")] = 64,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the shards in the folder.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Encode videos and captions, or prompts alone, for training.
+
+    Runs under `accelerate launch` and `torch.distributed.run` too: every process takes every n-th shard.
+    """
+    if (videos is None) == (prompts is None):
+        raise UsageError("give VIDEOS or --prompts, one of the two")
+    with stderr().status("loading PyTorch"):
+        from ..distill.encode import EncodeConfig, encode_prompts, encode_videos
+        from ..distill.progress import progress_bars
+        from ..pipeline.run import this_process
+
+    config = EncodeConfig(model, revision, frames, height, width, fps, dtype, batch_size, shard_size)
+    processes = this_process()
+    console = stderr()
+    # One set of bars for all processes.
+    console.quiet = not processes.is_main_process
+    with progress_bars(console) as report:
+        if videos is not None:
+            result = encode_videos(videos, out, config, processes, report, resume)
+        else:
+            assert prompts is not None
+            result = encode_prompts(prompts, out, config, processes, report, resume)
+    if result is not None:
+        print_result(as_json, result, *_lines(result, out))
+
+
+def _lines(result: Mapping[str, Any], out: Path) -> list[str]:
+    """What was written, and what was left out."""
+    if "latents" not in result:
+        return [f"wrote {out}: {result['encoded']:,} prompts in {result['shards']:,} files, {result['dtype']}"]
+    latents, text = ("x".join(map(str, result[key])) for key in ("latents", "text"))
+    lines = [
+        f"wrote {out}: {result['encoded']:,} clips in {result['shards']:,} shards, "
+        f"latents {latents} and text {text} in {result['dtype']}"
+    ]
+    skipped = result["skipped"]
+    if skipped:
+        lines.append(f"skipped {len(skipped):,}, listed in {out / 'skipped.jsonl'}:")
+        lines += [f"  {row['file_name']}: {row['reason']}" for row in skipped[:_LISTED]]
+        if len(skipped) > _LISTED:
+            lines.append(f"  and {len(skipped) - _LISTED:,} more")
+    return lines

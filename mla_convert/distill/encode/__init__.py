@@ -1,0 +1,6 @@
+"""Videos and captions, or prompts alone, into the shards that stages train on."""
+
+from .config import EncodeConfig
+from .run import encode_prompts, encode_videos
+
+__all__ = ["EncodeConfig", "encode_prompts", "encode_videos"]

@@ -1,0 +1,32 @@
+"""What can be chosen about an encoding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """`model` is a folder or a Hub id of a Wan pipeline in diffusers' layout, at `revision`.
+
+    Of every video the first `frames` at `fps` a second, `height` x `width` pixels, are encoded;
+    `batch_size` at once, `shard_size` in a file. The text encoder runs in `dtype`, and everything is
+    stored in it; the VAE runs in float32.
+    """
+
+    model: str
+    revision: str | None = None
+    frames: int = 81
+    height: int = 480
+    width: int = 832
+    fps: float = 16.0
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    batch_size: int = 1
+    shard_size: int = 64
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[self.dtype]

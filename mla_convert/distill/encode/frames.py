@@ -1,0 +1,79 @@
+"""The frames of a video file as a VAE takes them, decoded by the ffmpeg of imageio-ffmpeg."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+import imageio_ffmpeg
+import torch
+from torch import Tensor
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_ADDRESS = re.compile(r"\[[^\]]* @ 0x[0-9a-f]+\] ")
+
+
+class UnusableVideo(Exception):
+    """A video that is broken or too short; the message is the reason."""
+
+
+def read_frames(path: Path, frames: int, height: int, width: int, fps: float) -> Tensor:
+    """The first `frames` frames at `fps` a second, uint8 `[F, H, W, 3]`.
+
+    The picture is resized until it covers height x width pixels, then its centre is cut out. Raises
+    UnusableVideo for a file that ends too early or in which any frame up to there is damaged.
+    """
+    filters = [
+        f"fps={fps:g}",
+        f"scale={width}:{height}:force_original_aspect_ratio=increase:flags=bicubic+accurate_rnd+full_chroma_int",
+        "format=rgb24",
+        f"crop={width}:{height}",
+    ]
+    # One thread: clips are decoded beside each other, and the message about a broken one stays the same.
+    # The time is limited where the file is read: `-frames` would race with errors in what comes behind.
+    before = f"-nostdin -v error -xerror -threads 1 -t {(frames + 1) / fps:.6f} -i"
+    after = "-map 0:v:0 -an -sn -dn -f rawvideo -pix_fmt rgb24"
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), *before.split(), f"file:{path}", *after.split()]
+    command += ["-vf", ",".join(filters), "-"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    if done.returncode:
+        raise UnusableVideo(f"it cannot be decoded: {_reason(done.stderr, path)}")
+    decoded = torch.frombuffer(bytearray(done.stdout) or bytearray(1), dtype=torch.uint8)
+    found = len(decoded) // (height * width * 3)
+    if found < frames:
+        raise UnusableVideo(f"it is too short: {found} of {frames} frames at {fps:g} a second")
+    return decoded.view(found, height, width, 3)[:frames]
+
+
+def to_pixels(frames: Tensor) -> Tensor:
+    """uint8 frames `[F, H, W, 3]` as float32 pixels `[3, F, H, W]` in [-1, 1]."""
+    return frames.permute(3, 0, 1, 2).float().div(127.5).sub(1)
+
+
+def ahead(function: Callable[[Item], Result], items: Iterable[Item], count: int) -> Iterator[Result]:
+    """`function` of every item, in order; up to `count` are computed in threads while one is used."""
+    rest = iter(items)
+    with ThreadPoolExecutor(count) as pool:
+        waiting: deque[Future[Result]] = deque(pool.submit(function, item) for item in islice(rest, count))
+        try:
+            while waiting:
+                result = waiting.popleft().result()
+                waiting.extend(pool.submit(function, item) for item in islice(rest, 1))
+                yield result
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _reason(message: bytes, path: Path) -> str:
+    """ffmpeg's first complaint, without memory addresses and the path."""
+    lines = _ADDRESS.sub("", message.decode(errors="replace")).replace(f"file:{path}", "the file").splitlines()
+    return next((line.strip() for line in lines if line.strip()), "ffmpeg gave no reason")

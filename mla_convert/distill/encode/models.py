@@ -1,0 +1,147 @@
+"""The VAE and the text encoder of a Wan pipeline, one in memory at a time.
+
+Both follow diffusers' WanPipeline: prompts are cleaned and padded by its own method, latents are the
+mode of the VAE's distribution, standardised by the mean and standard deviation of its configuration.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from ...errors import UsageError, UserError
+from ...load.hub import download
+
+TEXT_TOKENS = 512
+VAE, TEXT_ENCODER, TOKENIZER = "vae", "text_encoder", "tokenizer"
+# Every Wan transformer works on patches of 2x2 latent pixels.
+PATCH = 2
+
+
+def find_pipeline(model: str, revision: str | None, config_only: bool) -> tuple[Path, str | None]:
+    """Folder of a pipeline, and its commit on the Hub. Raises UserError.
+
+    With `config_only` no more than configurations are downloaded.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder, None
+    patterns = ["model_index.json", f"{VAE}/config.json", f"{TEXT_ENCODER}/config.json"]
+    if not config_only:
+        patterns += [f"{part}/*.{kind}" for part in (VAE, TEXT_ENCODER) for kind in ("json", "safetensors")]
+        patterns.append(f"{TOKENIZER}/*")
+    snapshot = download(model, revision, patterns)
+    return snapshot, snapshot.name
+
+
+def check_model(folder: Path, videos: bool) -> None:
+    """Refuse a pipeline whose text encoder, or for `videos` whose VAE, is not of the kind that Wan has."""
+    found = _config(folder, TEXT_ENCODER).get("model_type")
+    if found != "umt5":
+        raise UserError(f"the text encoder of {folder} is of type {found}; encode reads umt5, which Wan has")
+    if videos:
+        found = _config(folder, VAE).get("_class_name")
+        if found != "AutoencoderKLWan":
+            raise UserError(f"the VAE of {folder} is {found}; encode reads AutoencoderKLWan")
+
+
+def check_size(folder: Path, frames: int, height: int, width: int) -> None:
+    """Raise UsageError unless the VAE and a transformer's patches divide the video evenly."""
+    config = _config(folder, VAE)
+    temporal, spatial = config.get("scale_factor_temporal", 4), config.get("scale_factor_spatial", 8)
+    if (frames - 1) % temporal:
+        below = frames - (frames - 1) % temporal
+        raise UsageError(
+            f"--frames {frames}: the VAE takes one frame and then {temporal} at a time; "
+            f"give {below} or {below + temporal}"
+        )
+    step = spatial * PATCH
+    for name, value in (("height", height), ("width", width)):
+        if value % step:
+            near = max(step, round(value / step) * step)
+            raise UsageError(
+                f"--{name} {value} is not a multiple of {step}, the VAE's {spatial} by {PATCH}; give {near}"
+            )
+
+
+@contextlib.contextmanager
+def text_encoder(folder: Path, dtype: torch.dtype, device: torch.device) -> Iterator[Callable[[list[str]], Tensor]]:
+    """A function from B prompts to embeddings `[B, 512, D]` in `dtype`, zeros behind each prompt; freed at the end."""
+    from diffusers import WanPipeline
+    from transformers import AutoTokenizer, UMT5EncoderModel
+
+    with _explained(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER)
+        encoder = UMT5EncoderModel.from_pretrained(folder / TEXT_ENCODER, dtype=dtype).to(device).eval()
+    pipeline = WanPipeline(tokenizer, encoder, None, None)
+
+    def embed(prompts: list[str]) -> Tensor:
+        with torch.no_grad():
+            embeds, _ = pipeline.encode_prompt(
+                prompts, do_classifier_free_guidance=False, max_sequence_length=TEXT_TOKENS, device=device
+            )
+        return embeds.to("cpu", dtype)
+
+    try:
+        yield embed
+    finally:
+        _free(encoder)
+
+
+@contextlib.contextmanager
+def video_encoder(folder: Path, device: torch.device) -> Iterator[Callable[[Tensor], Tensor]]:
+    """A function from pixels `[B, 3, F, H, W]` in [-1, 1] to latents `[B, C, f, h, w]`; both float32 on the CPU.
+
+    The VAE computes in float32, as diffusers advises for Wan, and is freed at the end.
+    """
+    from diffusers import AutoencoderKLWan
+
+    with _explained(folder):
+        vae: Any = AutoencoderKLWan.from_pretrained(folder / VAE, torch_dtype=torch.float32).to(device).eval()
+    mean, std = (
+        torch.tensor(vae.config[key], device=device).view(1, -1, 1, 1, 1) for key in ("latents_mean", "latents_std")
+    )
+
+    def encode(pixels: Tensor) -> Tensor:
+        # The same algorithm at every call, so that a resumed run gives the same bytes.
+        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+            mode = vae.encode(pixels.to(device)).latent_dist.mode()
+        return ((mode - mean) * (1.0 / std)).cpu()
+
+    try:
+        yield encode
+    finally:
+        _free(vae)
+
+
+def _config(folder: Path, part: str) -> dict[str, Any]:
+    path = folder / part / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no {part}/config.json; give the folder or Hub id of a whole pipeline") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    return config
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"cannot load the models of {folder}: {reason}") from None
+
+
+def _free(model: nn.Module) -> None:
+    # Not by dropping references: whoever got the function still holds one.
+    model.to("meta")
+    torch.cuda.empty_cache()

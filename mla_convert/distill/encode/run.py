@@ -1,0 +1,141 @@
+"""Encode videos or prompts shard by shard, in one process or several."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from ...errors import UserError
+from ...files import write_text
+from ..latents import LatentShards, shard_name
+from ..progress import Report
+from .config import EncodeConfig
+from .models import TEXT_TOKENS, check_model, check_size, find_pipeline
+from .plan import claimed, make_plan
+from .sources import find_videos, read_prompts
+from .text import write_embeddings
+from .videos import Shard, skipped_in, write_video_shards
+
+SKIPPED = "skipped.jsonl"
+_POLL_SECONDS = 0.2
+
+
+def encode_videos(
+    source: Path, out: Path, config: EncodeConfig, processes: PartialState, report: Report, resume: bool = False
+) -> dict[str, Any] | None:
+    """Turn the videos of `source` into `shard-*.parquet` in `out`, with those left out in `skipped.jsonl`.
+
+    Every process of a distributed run calls this and takes every n-th shard. Which clip goes where
+    depends on the names alone, so a resumed run writes the bytes of an unbroken one. Returns the
+    figures of the result, None in all processes but the first. Raises UserError in one line, also
+    when no video could be encoded; UsageError for sizes that the VAE does not take, or other settings
+    than those of the encoding that is resumed.
+    """
+    started = time.monotonic()
+    entries, without = find_videos(source)
+    folder, commit = find_pipeline(config.model, config.revision, config_only=True)
+    check_model(folder, videos=True)
+    check_size(folder, config.frames, config.height, config.width)
+    plan = make_plan("videos", {**asdict(config), "revision": commit}, [*(e[:2] for e in entries), *without])
+    size = config.shard_size
+    shards = [
+        Shard(out / shard_name(number), entries[first : first + size], first)
+        for number, first in enumerate(range(0, len(entries), size))
+    ]
+    paths = [shard.path for shard in shards]
+
+    def work(mine: Sequence[int]) -> None:
+        find_pipeline(config.model, commit, config_only=False)
+        write_video_shards([shards[number] for number in mine], folder, config, processes.device, report)
+
+    if not _share(out, plan, resume, processes, paths, work, report):
+        return None
+    skipped = sorted([*without, *(row for path in paths for row in skipped_in(path))])
+    rows = [{"file_name": name, "reason": reason} for name, reason in skipped]
+    write_text(out / SKIPPED, "".join(json.dumps(row) + "\n" for row in rows))
+    encoded = len(entries) + len(without) - len(skipped)
+    if encoded == 0:
+        name, reason = skipped[0]
+        raise UserError(f"none of {len(skipped)} videos could be encoded, see {out / SKIPPED}; {name}: {reason}")
+    example = LatentShards(out).read(0)
+    return {
+        "out": str(out),
+        "encoded": encoded,
+        "skipped": rows,
+        "shards": len(paths),
+        "latents": list(example["latents"].shape),
+        "text": list(example["encoder_hidden_states"].shape),
+        "dtype": config.dtype,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+def encode_prompts(
+    source: Path, out: Path, config: EncodeConfig, processes: PartialState, report: Report, resume: bool = False
+) -> dict[str, Any] | None:
+    """Turn the lines of `source` into `prompts-*.safetensors` in `out`: `prompt_embeds` `[N, 512, D]`.
+
+    Shards, processes, resume and errors are those of `encode_videos`.
+    """
+    started = time.monotonic()
+    prompts = read_prompts(source)
+    folder, commit = find_pipeline(config.model, config.revision, config_only=True)
+    check_model(folder, videos=False)
+    settings = {key: getattr(config, key) for key in ("model", "dtype", "batch_size", "shard_size")}
+    plan = make_plan("prompts", {**settings, "revision": commit}, [[prompt] for prompt in prompts])
+    size = config.shard_size
+    shards = [prompts[first : first + size] for first in range(0, len(prompts), size)]
+    paths = [out / f"prompts-{number:05d}.safetensors" for number in range(len(shards))]
+
+    def work(mine: Sequence[int]) -> None:
+        find_pipeline(config.model, commit, config_only=False)
+        files = [(paths[number], shards[number]) for number in mine]
+        write_embeddings(files, folder, config, processes.device, report, ragged=False)
+
+    if not _share(out, plan, resume, processes, paths, work, report):
+        return None
+    return {
+        "out": str(out),
+        "encoded": len(prompts),
+        "skipped": [],
+        "shards": len(paths),
+        "tokens": TEXT_TOKENS,
+        "dtype": config.dtype,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+def _share(
+    out: Path,
+    plan: dict[str, Any],
+    resume: bool,
+    processes: PartialState,
+    paths: Sequence[Path],
+    work: Callable[[Sequence[int]], None],
+    report: Report,
+) -> bool:
+    """Have `work` write the missing ones of `paths`, every n-th in each process; True in the first, when all exist."""
+
+    def begin() -> None:
+        processes.wait_for_everyone()
+        mine = range(processes.process_index, len(paths), processes.num_processes)
+        missing = [number for number in mine if not paths[number].exists()]
+        if missing:
+            work(missing)
+
+    if not processes.is_main_process:
+        begin()
+        return False
+    with claimed(out, plan, resume):
+        begin()
+        # A barrier would time out where the last shards take longer than its patience.
+        while (done := sum(path.exists() for path in paths)) < len(paths):
+            report("shards of other processes", done, len(paths))
+            time.sleep(_POLL_SECONDS)
+    return True

@@ -1,0 +1,107 @@
+"""Shards of videos: captions first, then frames, so that only one model is in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..latents import Clip, read_notes, write_shard
+from ..progress import Report
+from .config import EncodeConfig
+from .frames import UnusableVideo, ahead, read_frames, to_pixels
+from .models import video_encoder
+from .plan import WORK
+from .sources import Entry, Skipped
+from .text import read_ragged, write_embeddings
+
+DECODERS = 4
+_NOTE = "mla_convert.skipped"
+
+
+class Shard(NamedTuple):
+    """A file to be written and the videos planned for it, the first of which is number `first` of all."""
+
+    path: Path
+    entries: Sequence[Entry]
+    first: int
+
+    @property
+    def captions(self) -> Path:
+        """Where the embeddings of its captions wait for the videos."""
+        return self.path.parent / WORK / self.path.with_suffix(".safetensors").name
+
+
+def write_video_shards(
+    shards: Sequence[Shard], folder: Path, config: EncodeConfig, device: torch.device, report: Report
+) -> None:
+    """Encode `shards` with the models of the pipeline in `folder`; a video that cannot be used is left out."""
+    if not shards:
+        return
+    texts = [(s.captions, [entry.caption for entry in s.entries]) for s in shards if not s.captions.exists()]
+    write_embeddings(texts, folder, config, device, report, ragged=True)
+    total, done = sum(len(shard.entries) for shard in shards), 0
+    with video_encoder(folder, device) as encode:
+        for shard in shards:
+            notes: dict[str, str] = {}
+
+            def advance(count: int) -> None:
+                nonlocal done
+                done += count
+                report("videos", done, total)
+
+            write_shard(shard.path, _clips(shard, encode, config, notes, advance), shard.first, notes)
+            shard.captions.unlink(missing_ok=True)
+
+
+def skipped_in(path: Path) -> list[Skipped]:
+    """The videos that were planned for a shard and are not in it. Raises UserError."""
+    return [Skipped(*row) for row in json.loads(read_notes(path).get(_NOTE, "[]"))]
+
+
+def _clips(
+    shard: Shard,
+    encode: Callable[[Tensor], Tensor],
+    config: EncodeConfig,
+    notes: dict[str, str],
+    advance: Callable[[int], None],
+) -> Iterator[Clip]:
+    """The clips of a shard; those left out are in `notes` at the end."""
+
+    def read(number: int) -> tuple[int, Tensor | str]:
+        try:
+            size = config.frames, config.height, config.width, config.fps
+            return number, read_frames(shard.entries[number].path, *size)
+        except UnusableVideo as error:
+            return number, str(error)
+
+    texts, skipped = read_ragged(shard.captions), []
+    decoded = ahead(read, range(len(shard.entries)), DECODERS)
+    while some := list(islice(decoded, config.batch_size)):
+        usable = [(number, found) for number, found in some if isinstance(found, Tensor)]
+        skipped += [(shard.entries[n].name, found) for n, found in some if isinstance(found, str)]
+        if usable:
+            latents = encode(torch.stack([to_pixels(frames) for _, frames in usable]))
+            for (number, _), latent in zip(usable, latents, strict=True):
+                yield _clip(shard.entries[number], latent, texts[number], config)
+        advance(len(some))
+    if skipped:
+        notes[_NOTE] = json.dumps(skipped)
+
+
+def _clip(entry: Entry, latents: Tensor, text: Tensor, config: EncodeConfig) -> Clip:
+    return Clip(
+        latents.to(config.torch_dtype),
+        text,
+        name=entry.name,
+        caption=entry.caption,
+        width=config.width,
+        height=config.height,
+        fps=config.fps,
+        duration_sec=config.frames / config.fps,
+    )

@@ -1,0 +1,68 @@
+"""Flow matching on the data itself, with clean history: the first stage of Causal Forcing (arXiv 2602.02214).
+
+Packed as in `objective.noised_clips`: every chunk has a noise level of its own and no other network
+takes part.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ...flow import NUM_TRAIN_TIMESTEPS, per_frame, sampling_times
+from ..data import Batch
+from ..objective import predict_velocity
+from .base import Models, Stage
+from .noised import NoisedStageConfig, noised_batch
+
+
+class TeacherForcingConfig(NoisedStageConfig):
+    """Keys of `teacher_forcing`, beside those of stages on noised data; the history is always clean.
+
+    `weighting: bell` counts noise levels near 1/2 most, see `bell_weight`; `none` counts all alike.
+    """
+
+    stage: Literal["teacher_forcing"] = "teacher_forcing"
+    context: Literal["clean"] = "clean"
+    weighting: Literal["none", "bell"] = "bell"
+
+
+def bell_weight(t: Tensor, shift: float) -> Tensor:
+    """Weight of noise levels `t` in [0, 1], of any shape: a bell around 1/2 that falls to 0 at both ends.
+
+    `exp(-2 (t - 1/2)^2)` less its minimum, scaled to a mean of 1 over the 1000 training steps that
+    `shift` warps. No paper states it: it is what public flow-matching schedulers of Wan's users have.
+    """
+    steps = _bell(sampling_times(NUM_TRAIN_TIMESTEPS, shift)[:-1])
+    lowest = steps.min()
+    return (_bell(t) - lowest).clamp_min(0) / (steps - lowest).mean()
+
+
+def _bell(t: Tensor) -> Tensor:
+    return torch.exp(-2 * (t - 0.5).square())
+
+
+class TeacherForcing(Stage[TeacherForcingConfig]):
+    """Mean over all elements of `w(t) |v_student - (eps - x_0)|^2`; of a flow map the velocity at r = t."""
+
+    name = "teacher_forcing"
+    config_class = TeacherForcingConfig
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        return ()
+
+    def loss(self, models: Models, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        config, student = self.config, models["student"]
+        # The data knows nothing but the velocity at r = t.
+        clips = noised_batch(config, batch, student, generator)._replace(r=None)
+        squared = (predict_velocity(student, clips) - clips.target).square()
+        logs = {"data_loss": squared.detach().mean()}
+        if config.weighting == "none":
+            return squared.mean(), logs
+        return (per_frame(bell_weight(clips.t, config.timestep_shift), squared.ndim) * squared).mean(), logs
+
+
+STAGE = TeacherForcing
