@@ -54,7 +54,8 @@ def finished(recipe, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_debug(monkeypatch):
-    monkeypatch.delenv(DEBUG, raising=False)
+    # Set and not deleted, so that what --debug puts there is undone.
+    monkeypatch.setenv(DEBUG, "0")
 
 
 def call(capsys, *args) -> tuple[int, str, str]:

@@ -18,7 +18,7 @@ from mla_convert.distill.data import DataConfig, open_data
 from mla_convert.errors import UserError
 from mla_convert.files import sha256
 from mla_convert.load import load_dense, load_source
-from mla_convert.load.source import ZOO
+from mla_convert.load.locate import ZOO
 from mla_convert.zoo.natural import clips, data
 
 # Relative to the largest magnitude; 3.9e-7 was seen on a CPU.
