@@ -45,7 +45,7 @@ def test_a_code_of_few_samples_is_that_of_their_moments(tokens: int, rank: int) 
     samples = torch.randn(tokens, 40, generator=generator, dtype=torch.float64) * torch.linspace(3, 0.1, 40)
     probes = torch.randn(tokens, 40, generator=generator, dtype=torch.float64) * torch.linspace(0.01, 2, 40)
     mean = torch.zeros(40, dtype=torch.float64)
-    code = low_rank_code_of_samples(samples, probes, mean, rank)
+    code = low_rank_code_of_samples(samples.clone(), probes, mean, rank)
     moments = samples.T @ samples, probes.T @ probes
     whole = low_rank_code(*moments, mean, rank)
     # Observed at most 2e-12 of the total.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..families.base import BlockInputs
-from .blocks import Blocks, with_attention
+from .blocks import Blocks, give_back_memory, with_attention
 from .budget import Trace
 from .clips import PROJECTION, SAMPLE, Clips, drawn
 from .config import CalibrationConfig
@@ -83,6 +83,7 @@ class _Sweep(NamedTuple):
                             clips.advance(layer, number, seen.tokens)
                 sample = join_samples(parts, layer) if sampled else None
                 del parts
+                give_back_memory()
                 attention = self.visit(layer, block, sample) if sampled or converted else None
                 del sample
                 if converted:
@@ -106,6 +107,7 @@ class _Sweep(NamedTuple):
                 if layer in self.wanted:
                     sample = join_samples([part for part in parts if part is not None], layer)
                     del parts
+                    give_back_memory()
                     self.visit(layer, block, sample)
                     del sample
 
@@ -147,6 +149,7 @@ class _Sweep(NamedTuple):
         output_grad, below = torch.autograd.grad(seen.tokens, (seen.attention, tokens), above)
         hidden = seen.hidden.detach()
         del seen, above
+        give_back_memory()
         clips.store[clips.key(layer, number)] = below
         if layer not in self.wanted:
             return None

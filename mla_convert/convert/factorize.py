@@ -73,8 +73,8 @@ def low_rank_code(covariance: Tensor, metric: Tensor, mean: Tensor, rank: int) -
 def low_rank_code_of_samples(samples: Tensor, probes: Tensor, mean: Tensor, rank: int) -> Code:
     """`low_rank_code` for the covariance `samples^T samples` and the metric `probes^T probes`.
 
-    Of `samples` `[m, n]` and `probes` `[k, n]`, m and k below n, nothing of size n x n is made. Raises
-    ValueError if `rank` exceeds m.
+    Of `samples` `[m, n]`, which are overwritten, and `probes` `[k, n]`, m and k below n, nothing of size
+    n x n is made. Raises ValueError if `rank` exceeds m.
     """
     _check_rank(rank, len(samples))
     ridge = max(0.0, RIDGE * float(probes.square().sum()) / probes.shape[1])
@@ -83,21 +83,24 @@ def low_rank_code_of_samples(samples: Tensor, probes: Tensor, mean: Tensor, rank
     values, vectors = torch.linalg.eigh(probes @ probes.T)
     # Directions far below the ridge are lost in it.
     kept = values > 1e-3 * ridge
-    values, axes = values[kept], probes.T @ (vectors[:, kept] / values[kept].sqrt())
+    values, vectors = values[kept], vectors[:, kept]
+    axes = probes.T @ vectors.div_(values.sqrt())
     del vectors
 
-    def metric_power(x: Tensor, power: float) -> Tensor:
-        """`[m, n]` times a power of the metric."""
+    def times_metric_power(x: Tensor, power: float) -> Tensor:
+        """`x` `[m, n]` times a power of the metric, in place."""
         base = ridge**power
-        return torch.addmm(x, (x @ axes) * ((values + ridge) ** power - base), axes.T, beta=base)
+        part = (x @ axes).mul_((values + ridge) ** power - base)
+        return x.mul_(base).addmm_(part, axes.T)
 
-    whitened = metric_power(samples, 0.5)
+    whitened = times_metric_power(samples, 0.5)
     energy, vectors = _leading(whitened @ whitened.T, rank)
     spread = _spread(energy).unsqueeze(1)
     total = float(whitened.square().sum())
     # Orthonormal also where the spectrum has ended.
     basis = torch.linalg.qr(whitened.T @ vectors).Q.T
-    return Code(metric_power(basis / spread, 0.5), metric_power(basis * spread, -0.5).T, mean, energy, total)
+    encoder, decoder = times_metric_power(basis / spread, 0.5), times_metric_power(basis * spread, -0.5).T
+    return Code(encoder, decoder, mean, energy, total)
 
 
 def low_rank_factor(factor: Tensor, mean: Tensor, rank: int) -> Code:
