@@ -1,0 +1,1 @@
+"""Fused Triton kernels for multi-head latent attention over a ring of cached video frames."""
