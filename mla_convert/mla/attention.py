@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .cache import FrameCache
 from .core import KeyValue, Query, Segment, attend
+from .places import next_places
 from .rope import RotaryTable
 from .window import CausalConfig
 
@@ -92,18 +93,15 @@ def clip_pass(
 
 def stream_pass(table: RotaryTable, cache: FrameCache, num_frames: int, write: bool) -> AttentionPass:
     """Pass over the next `num_frames` frames of a rollout, with history from `cache`."""
-    causal = cache.causal
-    start, stop = cache.frames_seen, cache.frames_seen + num_frames
-    own, history = list(range(start, stop)), causal.history(start, stop)
+    places = next_places(table, cache, num_frames)
     view = ChunkView(
         slice(0, num_frames * cache.height * cache.width),
         (),
-        history,
-        table.rotations(causal.temporal_index(own, stop), cache.height, cache.width),
-        table.rotations(causal.temporal_index(history, stop), cache.height, cache.width),
+        places.history_frames,
+        places.own_rotations,
+        places.history_rotations,
     )
-    grid = table.rotations([0] * num_frames, cache.height, cache.width)
-    return AttentionPass([view], grid, cache=cache, write=write, frames=own)
+    return AttentionPass([view], places.grid, cache=cache, write=write, frames=places.own_frames)
 
 
 def padded(x: Tensor, zeros: int) -> Tensor:

@@ -6,6 +6,8 @@ is ever shifted or cloned, and the position of a slot is looked up when it is re
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,8 +18,12 @@ class FrameCache:
     """Per layer one tensor `[B, window_frames, tokens_per_frame, row]`, allocated once.
 
     `row_widths` says how many scalars a layer keeps a token. `frames_seen` counts the frames that
-    were written, so it is also the absolute index of the next one.
+    were written, so it is also the absolute index of the next one. `places` is what the passes of the
+    current chunk share, see `places.py`; with `fixed_places` it stays where it is in memory.
     """
+
+    places: tuple[tuple[int, int], Any] | None = None
+    fixed_places = False
 
     def __init__(
         self,
@@ -46,17 +52,32 @@ class FrameCache:
     def reset(self) -> None:
         """Forget every frame; the memory stays."""
         self.frames_seen = 0
+        self.places = None
+
+    def slots(self, frames: list[int]) -> Tensor:
+        """Ring slots of absolute `frames`, int64 `[len(frames)]` on the cache's device."""
+        return torch.tensor([self.causal.slot(f) for f in frames], dtype=torch.long).to(self.rows[0].device)
 
     def read(self, layer: int, frames: list[int]) -> Tensor:
         """Rows of absolute `frames`, `[B, len(frames) * tokens_per_frame, row]`."""
-        slots = torch.tensor([self.causal.slot(f) for f in frames], device=self.rows[layer].device)
-        return self.rows[layer].index_select(1, slots).flatten(1, 2)
+        return self.rows[layer].index_select(1, self._slots_of(frames)).flatten(1, 2)
 
     def write(self, layer: int, frames: list[int], rows: Tensor) -> None:
         """Store rows `[B, len(frames) * tokens_per_frame, row]` of absolute `frames`."""
-        slots = torch.tensor([self.causal.slot(f) for f in frames], device=self.rows[layer].device)
         target = self.rows[layer]
-        target.index_copy_(1, slots, rows.detach().to(target.dtype).unflatten(1, (len(frames), -1)))
+        target.index_copy_(1, self._slots_of(frames), rows.detach().to(target.dtype).unflatten(1, (len(frames), -1)))
+
+    def _slots_of(self, frames: list[int]) -> Tensor:
+        """`slots`, without a copy to the device where the current chunk knows them."""
+        places = None if self.places is None else self.places[1]
+        if places is not None:
+            if frames is places.history_frames:
+                known: Tensor = places.history_slots
+                return known
+            if frames is places.own_frames:
+                known = places.own_slots
+                return known
+        return self.slots(frames)
 
     def bytes(self) -> int:
         """Bytes allocated for all layers."""

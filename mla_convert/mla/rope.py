@@ -36,11 +36,11 @@ class RotaryTable:
         longest = max([*frames, height - 1, width - 1], default=0)
         if longest >= self.max_len:
             raise IndexError(f"rotary index {longest} is outside the table of {self.max_len} positions")
-        grid = torch.cartesian_prod(
-            torch.tensor(frames, dtype=torch.long), torch.arange(height), torch.arange(width)
-        ).view(-1, 3)
-        index = grid[:, torch.tensor(self.axes)].to(self.cis.device)
-        return self.cis.gather(0, index)
+        axes = torch.tensor(self.axes, device=self.cis.device)
+        # Only the few frame indices travel to the device.
+        time = self.cis[torch.tensor(frames, dtype=torch.long).to(self.cis.device)].view(-1, 1, 1, len(self.axes))
+        row, column = self.cis[:height].unsqueeze(1), self.cis[:width]
+        return torch.where(axes == TIME, time, torch.where(axes == HEIGHT, row, column)).flatten(0, 2)
 
 
 def wan_rotary_table(freqs_cos: Tensor, freqs_sin: Tensor, t_dim: int, h_dim: int, w_dim: int) -> RotaryTable:

@@ -1,0 +1,64 @@
+"""Where the tokens of a chunk of a rollout and of its history are: their rotations and ring slots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .cache import FrameCache
+from .rope import RotaryTable
+
+
+@dataclass
+class Places:
+    """The places of one chunk, shared by its passes and layers.
+
+    Rotations are complex64 `[tokens, P]`: of the chunk's own tokens, of the history's in the order in which it
+    is read, and of the own tokens with time left at 0 (`grid`). Slots are int64 `[frames]` on the cache's device.
+    """
+
+    own_frames: list[int]
+    history_frames: list[int]
+    own_rotations: Tensor
+    history_rotations: Tensor
+    grid: Tensor
+    own_slots: Tensor
+    history_slots: Tensor
+
+    def move_to(self, other: Places) -> None:
+        """Become `other` in the same memory, where a captured graph expects it."""
+        self.own_frames, self.history_frames = other.own_frames, other.history_frames
+        for name in ("own_rotations", "history_rotations", "grid", "own_slots", "history_slots"):
+            getattr(self, name).copy_(getattr(other, name))
+
+    def like(self, other: Places) -> bool:
+        """Whether both have the same shapes."""
+        return self.own_rotations.shape == other.own_rotations.shape and (
+            self.history_rotations.shape == other.history_rotations.shape
+        )
+
+
+def next_places(table: RotaryTable, cache: FrameCache, num_frames: int) -> Places:
+    """Places of the next `num_frames` frames of the rollout in `cache`, computed once a chunk.
+
+    With `cache.fixed_places`, chunks of the same shape, which is the steady state, keep theirs in the same tensors.
+    """
+    key = (cache.frames_seen, num_frames)
+    if cache.places is not None and cache.places[0] == key:
+        kept: Places = cache.places[1]
+        return kept
+    causal = cache.causal
+    start, stop = cache.frames_seen, cache.frames_seen + num_frames
+    own, history = list(range(start, stop)), causal.history(start, stop)
+
+    def rotations(frames: list[int]) -> Tensor:
+        return table.rotations(causal.temporal_index(frames, stop), cache.height, cache.width)
+
+    grid = table.rotations([0] * num_frames, cache.height, cache.width)
+    places = Places(own, history, rotations(own), rotations(history), grid, cache.slots(own), cache.slots(history))
+    if cache.fixed_places and cache.places is not None and places.like(cache.places[1]):
+        cache.places[1].move_to(places)
+        places = cache.places[1]
+    cache.places = (key, places)
+    return places
