@@ -17,6 +17,7 @@ from ..flow import ALL_NOISE
 from ..mla.attention import AttentionPass, CausalSelfAttention, DenseSelfAttention, clip_pass, stream_pass
 from ..mla.cache import DenseCache, FrameCache, LatentCache
 from ..mla.config import MLAConfig
+from ..mla.kernels import Kernels, Mode
 from ..mla.latent import LatentSelfAttention
 from ..mla.rope import RotaryTable
 from ..mla.window import CausalConfig
@@ -39,6 +40,7 @@ class CausalTransformer(nn.Module):
     flow_map: ClassVar[bool] = False
     noise_range: tuple[float, float] = ALL_NOISE
     cache_class: type[FrameCache] = DenseCache
+    kernels: Kernels | None = None
     config: Any
     causal: CausalConfig
     dtype: Any
@@ -92,6 +94,11 @@ class CausalTransformer(nn.Module):
         if height % p_h or width % p_w:
             raise ValueError(f"a latent of {height}x{width} does not divide into patches of {p_h}x{p_w}")
         return height // p_h, width // p_w
+
+    def set_kernels(self, mode: Mode, keep_history: bool = False) -> Kernels:
+        """Choose how `forward_chunk` attends without gradients: see `Kernels`, whose report says what was taken."""
+        self.kernels = Kernels(mode, keep_history)
+        return self.kernels
 
     def init_cache(
         self,
@@ -183,6 +190,7 @@ class CausalTransformer(nn.Module):
         self.check_chunk(hidden_states, cache)
         frames = hidden_states.shape[2]
         step = stream_pass(self.rotary_table(), cache, frames, write)
+        step.kernels = self.kernels
         embedded = self.embed_conditions(timestep, encoder_hidden_states, encoder_hidden_states_image, **conditions)
         sample = self.through_blocks(block_inputs(self.patch(hidden_states), embedded, step, hidden_states))
         if write:

@@ -7,7 +7,7 @@ whole clip costs no masked work and runs the same code as the streaming forward.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from .core import KeyValue, Query, Segment, attend
 from .places import next_places
 from .rope import RotaryTable
 from .window import CausalConfig
+
+if TYPE_CHECKING:
+    from .kernels import Kernels
 
 
 class ChunkView(NamedTuple):
@@ -43,7 +46,8 @@ class AttentionPass:
     `grid_rotations` `[S, P]` are the rotations of all tokens by their place in the frame, time left
     at 0, for layouts that bake them in. With `context_batch` the first items of the batch are the clean
     context that all items read their history from (teacher forcing, packed in the batch axis). When
-    a sequence holds tokens that no cache ever keeps, `cached` are those that it may keep.
+    a sequence holds tokens that no cache ever keeps, `cached` are those that it may keep. `kernels`
+    may take a layer's attention in a streaming pass.
     """
 
     views: list[ChunkView]
@@ -53,6 +57,7 @@ class AttentionPass:
     frames: list[int] | None = None
     context_batch: int | None = None
     cached: slice | None = None
+    kernels: Kernels | None = None
 
 
 def token_slices(frames: list[int], tokens: int) -> tuple[slice, ...]:
@@ -129,6 +134,10 @@ class CausalSelfAttention(nn.Module):
         """Scalars that the cache keeps a token."""
         raise NotImplementedError
 
+    def project_raw(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys before QK-norm, and values of `[B, S, C]`: three `[B, S, H * D]`."""
+        raise NotImplementedError
+
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, normalised and unrotated, and values of `[B, S, C]`: three `[B, S, H * D]`."""
         raise NotImplementedError
@@ -154,7 +163,12 @@ class CausalSelfAttention(nn.Module):
         return x.unflatten(-1, (self.heads, -1))
 
     def attention(self, hidden_states: Tensor, step: AttentionPass) -> Tensor:
-        """Attention output before `to_out`, `[B, S, H * V]`."""
+        """Attention output before `to_out`, `[B, S, H * V]`, by kernels where the pass has them."""
+        out = None if step.kernels is None else step.kernels.attention(self, hidden_states, step)
+        return self.eager_attention(hidden_states, step) if out is None else out
+
+    def eager_attention(self, hidden_states: Tensor, step: AttentionPass) -> Tensor:
+        """The definition of `attention`, in plain torch."""
         query, key, value = self.project(hidden_states)
         own_query = Query(None, self.split_heads(query))
         query_for_history = self.history_query(own_query, step)
@@ -238,9 +252,12 @@ class DenseSelfAttention(CausalSelfAttention):
     def row_width(self) -> int:
         return 2 * self.heads * self.head_dim
 
+    def project_raw(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
+
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query, key = self.norm_q(self.to_q(hidden_states)), self.norm_k(self.to_k(hidden_states))
-        return query, key, self.to_v(hidden_states)
+        query, key, value = self.project_raw(hidden_states)
+        return self.norm_q(query), self.norm_k(key), value
 
     def encode(self, key: Tensor, value: Tensor, step: AttentionPass) -> Tensor:
         return torch.cat([key, value], dim=-1)

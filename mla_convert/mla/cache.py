@@ -19,7 +19,8 @@ class FrameCache:
 
     `row_widths` says how many scalars a layer keeps a token. `frames_seen` counts the frames that
     were written, so it is also the absolute index of the next one. `places` is what the passes of the
-    current chunk share, see `places.py`; with `fixed_places` it stays where it is in memory.
+    current chunk share, see `places.py`; with `fixed_places` it stays where it is in memory. `workspace`
+    holds the expanded keys and values of kernels, `expanded` the chunk whose history a layer's holds.
     """
 
     places: tuple[tuple[int, int], Any] | None = None
@@ -40,6 +41,8 @@ class FrameCache:
         self.causal = causal
         self.height, self.width = height, width
         self.frames_seen = 0
+        self.workspace: dict[tuple[int, str], Tensor] = {}
+        self.expanded: dict[int, tuple[int, int]] = {}
         self.rows = [
             torch.zeros(batch_size, causal.window_frames, height * width, width_, dtype=dtype, device=device)
             for width_ in row_widths
@@ -53,10 +56,11 @@ class FrameCache:
         """Forget every frame; the memory stays."""
         self.frames_seen = 0
         self.places = None
+        self.expanded = {}
 
     def slots(self, frames: list[int]) -> Tensor:
-        """Ring slots of absolute `frames`, int64 `[len(frames)]` on the cache's device."""
-        return torch.tensor([self.causal.slot(f) for f in frames], dtype=torch.long).to(self.rows[0].device)
+        """Ring slots of absolute `frames`, int32 `[len(frames)]` on the cache's device."""
+        return torch.tensor([self.causal.slot(f) for f in frames], dtype=torch.int32).to(self.rows[0].device)
 
     def read(self, layer: int, frames: list[int]) -> Tensor:
         """Rows of absolute `frames`, `[B, len(frames) * tokens_per_frame, row]`."""
@@ -65,7 +69,7 @@ class FrameCache:
     def write(self, layer: int, frames: list[int], rows: Tensor) -> None:
         """Store rows `[B, len(frames) * tokens_per_frame, row]` of absolute `frames`."""
         target = self.rows[layer]
-        target.index_copy_(1, self._slots_of(frames), rows.detach().to(target.dtype).unflatten(1, (len(frames), -1)))
+        target[:, self._slots_of(frames)] = rows.detach().to(target.dtype).unflatten(1, (len(frames), -1))
 
     def _slots_of(self, frames: list[int]) -> Tensor:
         """`slots`, without a copy to the device where the current chunk knows them."""

@@ -70,13 +70,17 @@ class LatentSelfAttention(CausalSelfAttention):
     def caches_shared_key(self) -> bool:
         return self.mla.position in ("decoupled", "baked") and bool(self.rope_pairs)
 
-    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project_raw(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.mla.q_lora_rank is None:
             query = self.to_q(hidden_states)
         else:
             query = self.q_b_proj(self.q_a_proj(hidden_states))
-        key = self.norm_k(self.split_heads(self.to_k(hidden_states))).flatten(2)
-        return self.norm_q(self.split_heads(query)).flatten(2), key, self.to_v(hidden_states)
+        return query, self.to_k(hidden_states), self.to_v(hidden_states)
+
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = self.project_raw(hidden_states)
+        query, key = self.norm_q(self.split_heads(query)), self.norm_k(self.split_heads(key))
+        return query.flatten(2), key.flatten(2), value
 
     def encode(self, key: Tensor, value: Tensor, step: AttentionPass) -> Tensor:
         if self.k_mean is not None:

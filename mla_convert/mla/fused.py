@@ -1,0 +1,265 @@
+"""One streaming self-attention layer by the kernels of `mla_attention`.
+
+It equals `CausalSelfAttention.eager_attention`. Where history and own chunk are addressed by different
+queries they are two attentions, merged by their log-sum-exps. Shape letters as in `core.py`; r is
+`kv_lora_rank`, R the channels of the shared key, W the width of a row.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from .attention import AttentionPass, CausalSelfAttention, DenseSelfAttention
+from .cache import DenseCache, LatentCache
+from .core import Query
+from .latent import LatentSelfAttention
+from .places import Places
+from .rope import rotate
+
+Path = Literal["absorbed", "expand"]
+PATHS: tuple[Path, ...] = ("absorbed", "expand")
+
+
+def why_not(layer: CausalSelfAttention, dtype: torch.dtype, device: str, step: AttentionPass, path: Path) -> str | None:
+    """Why a layer cannot go this way, in one line; None when it can."""
+    assert step.cache is not None
+    try:
+        ops = importlib.import_module("mla_attention")
+    except ImportError as error:
+        return f"the package mla_attention cannot be imported: {error}"
+    if reason := ops.why_not(device, dtype):
+        return str(reason)
+    if type(step.cache) not in (DenseCache, LatentCache) or step.cache.places is None:
+        return f"{type(step.cache).__name__} is not a ring of frames"
+    if step.cache.rows[layer.layer].dtype != dtype:
+        return f"the cache is {step.cache.rows[layer.layer].dtype}, the model computes in {dtype}"
+    if any(view.zero_keys for view in step.views):
+        return "the model attends to keys of zeros"
+    if isinstance(layer, DenseSelfAttention):
+        return "a dense cache holds no latents" if path == "absorbed" else _attend_refusal(ops, layer.head_dim, layer)
+    assert isinstance(layer, LatentSelfAttention)
+    position = layer.mla.position
+    if path == "expand":
+        shared = 2 * len(layer.rope_pairs)
+        mean = 0 if layer.k_mean is None else layer.head_dim
+        return _attend_refusal(ops, layer.key_channels + shared + mean, layer) or ops.why_not_expand_kv(
+            layer.rank, layer.key_channels, shared, layer.mla.v_head_dim, dtype
+        )
+    if position == "rotate_on_read":
+        return "rotate_on_read rotates the expanded keys, which cannot be absorbed"
+    if position == "derived":
+        return "the shared keys of `derived` are computed from the latent, which the absorbed kernel does not do"
+    if layer.k_mean is not None:
+        return "every head has a mean key, which is as wide as a dense one"
+    return cast("str | None", ops.why_not_latent_attention(layer.rank, 2 * len(layer.rope_pairs), dtype))
+
+
+def attention(
+    layer: CausalSelfAttention, hidden_states: Tensor, step: AttentionPass, path: Path, keep_history: bool = False
+) -> Tensor:
+    """Attention output before `to_out`, `[B, N, H * V]`, of a streaming pass over hidden states `[B, N, C]`.
+
+    With `keep_history` the expanded history of every layer stays from pass to pass of a chunk.
+    """
+    pass_ = _FusedPass(layer, hidden_states, step, keep_history)
+    out = pass_.absorbed() if path == "absorbed" else pass_.expanded()
+    if step.write:
+        pass_.write()
+    return out.flatten(2)
+
+
+class _FusedPass:
+    """The projections of one layer in one pass, and what is done with them."""
+
+    def __init__(
+        self, layer: CausalSelfAttention, hidden_states: Tensor, step: AttentionPass, keep_history: bool
+    ) -> None:
+        assert step.cache is not None and step.cache.places is not None
+        self.ops: Any = importlib.import_module("mla_attention")
+        self.layer: Any = layer
+        self.step, self.cache, self.keep_history = step, step.cache, keep_history
+        self.chunk, self.places = cast("tuple[tuple[int, int], Places]", step.cache.places)
+        self.rows = self.cache.rows[layer.layer]
+        self.query, self.key, self.value = layer.project_raw(hidden_states)
+        self.history_tokens, self.own_tokens = len(self.places.history_rotations), hidden_states.shape[1]
+        self.read_own = not layer.own_chunk_exact
+        if self.read_own:
+            self.write()
+
+    def expanded(self) -> Tensor:
+        """Every head's keys and values in a workspace, then attention: `[B, N, H, V]`."""
+        layer, history = self.layer, self.history_tokens
+        one_query = isinstance(layer, DenseSelfAttention) or layer.mla.position == "rotate_on_read"
+        tokens = history + (self.own_tokens if self.read_own or one_query else 0)
+        parts = []
+        if one_query:
+            query = self._normed(self.query, layer.norm_q, self.places.own_rotations)
+        else:
+            plain = self._normed(self.query, layer.norm_q, None)
+            query = layer.history_query(Query(None, plain), self.step).rotated(self.places.own_rotations)
+            if not self.read_own:
+                parts.append(self._own_part(plain))
+        if tokens:
+            key, value = self._workspace(tokens, query.shape[-1])
+            if not self._kept():
+                self._expand(
+                    key[:, :history], value[:, :history], self.places.history_slots, self.places.history_rotations
+                )
+            if self.read_own:
+                self._expand(key[:, history:], value[:, history:], self.places.own_slots, self.places.own_rotations)
+            elif one_query:
+                key[:, history:] = self._normed(self.key, layer.norm_k, self.places.own_rotations)
+                value[:, history:] = layer.split_heads(self.value)
+            parts.append(self.ops.attend(query, key, value, None, layer.scale))
+        return self._merged(parts)
+
+    def absorbed(self) -> Tensor:
+        """Attention to the latent rows themselves: `[B, N, H, V]` (DeepSeek-V2, arXiv 2405.04434, section 2.1.2)."""
+        layer, places = self.layer, self.places
+        plain = self._normed(self.query, layer.norm_q, None)
+        parts = [] if self.read_own else [self._own_part(plain)]
+        slots, rotations = places.history_slots, places.history_rotations
+        if self.read_own:
+            slots = torch.cat([slots, places.own_slots])
+            rotations = torch.cat([rotations, places.own_rotations])
+        if len(slots):
+            query = layer.history_query(Query(None, plain), self.step).rotated(places.own_rotations)
+            nope, rope = query.split([layer.key_channels, 2 * len(layer.rope_pairs)], dim=-1)
+            weights = layer.absorbed()
+            out, lse = self.ops.latent_attention(
+                torch.einsum("bqhn,hnr->bqhr", nope, weights.w_uk).contiguous(),
+                rope.contiguous() if layer.rope_pairs else None,
+                self.rows,
+                None,
+                slots,
+                self._count(len(rotations)),
+                _cos_sin(rotations[:, layer.rope_pairs]) if layer.rope_pairs else None,
+                layer.scale,
+            )
+            # The bias of the keys shifts all logits of a query alike.
+            lse = lse + layer.scale * torch.einsum("bqhn,hn->bhq", nope.float(), weights.b_uk.float())
+            parts.append((torch.einsum("bqhr,hvr->bqhv", out, weights.w_uv) + weights.b_uv, lse))
+        return self._merged(parts)
+
+    def write(self) -> None:
+        """Keep the chunk's rows in its ring slots."""
+        layer = self.layer
+        if isinstance(layer, DenseSelfAttention):
+            self.cache.write(
+                layer.layer, self.places.own_frames, layer.encode(layer.norm_k(self.key), self.value, self.step)
+            )
+            return
+        shared = layer.k_pe_proj if layer.caches_shared_key else None
+        self.ops.latent_write_(
+            self.rows,
+            None,
+            self.places.own_slots,
+            self.key,
+            self.value,
+            layer.norm_k.weight.flatten(),
+            layer.norm_k.eps,
+            None if layer.k_mean is None else layer.k_mean.flatten(),
+            layer.kv_a_proj.weight,
+            layer.kv_a_proj.bias,
+            None if shared is None else shared.weight,
+            None if shared is None else shared.bias,
+            _cos_sin(self.places.grid) if layer.mla.position == "baked" else None,
+            layer.heads,
+        )
+
+    def _own_part(self, plain: Tensor) -> tuple[Tensor, Tensor]:
+        """The chunk's attention to its own dense keys and values."""
+        layer, rotations = self.layer, self.places.own_rotations
+        key = self._normed(self.key, layer.norm_k, rotations)
+        part: tuple[Tensor, Tensor] = self.ops.attend(
+            rotate(plain, rotations), key, layer.split_heads(self.value), None, layer.scale
+        )
+        return part
+
+    def _expand(self, key: Tensor, value: Tensor, slots: Tensor, rotations: Tensor) -> None:
+        """Write rotated keys `[B, K, H, D]` and values `[B, K, H, V]` of the frames in some slots."""
+        layer = self.layer
+        if not len(slots):
+            return
+        if isinstance(layer, DenseSelfAttention):
+            rows = self.rows.index_select(1, slots).flatten(1, 2)
+            dense_key, dense_value = (layer.split_heads(x) for x in rows.chunk(2, dim=-1))
+            key.copy_(rotate(dense_key, rotations))
+            value.copy_(dense_value)
+            return
+        every_head = layer.mla.position == "rotate_on_read"
+        derived = layer.mla.position == "derived" and bool(layer.rope_pairs)
+        turning = rotations if every_head else rotations[:, layer.rope_pairs] if layer.rope_pairs else None
+        width = layer.key_channels + (0 if every_head else 2 * len(layer.rope_pairs))
+        self.ops.expand_kv_(
+            key[..., :width],
+            value,
+            self.rows,
+            None,
+            slots,
+            self._count(len(rotations)),
+            layer.kv_b_proj.weight,
+            layer.kv_b_proj.bias,
+            layer.k_pe_proj.weight if derived else None,
+            layer.k_pe_proj.bias if derived else None,
+            None if turning is None else _cos_sin(turning),
+            every_head,
+        )
+        if layer.k_mean is not None:
+            mean = layer.k_mean.expand(1, len(rotations), -1, -1)
+            key[..., width:] = rotate(mean, rotations).to(key.dtype)
+
+    def _workspace(self, tokens: int, channels: int) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, tokens, H, ...]`, shared by all layers unless the history is kept."""
+        owner = self.layer.layer if self.keep_history else 0
+        shape = (self.rows.shape[0], tokens, self.layer.heads)
+        value_channels = (
+            self.layer.head_dim if isinstance(self.layer, DenseSelfAttention) else self.layer.mla.v_head_dim
+        )
+        shapes = {"key": (*shape, channels), "value": (*shape, value_channels)}
+        for name, wanted in shapes.items():
+            kept = self.cache.workspace.get((owner, name))
+            if kept is None or kept.shape != wanted:
+                self.cache.workspace[owner, name] = self.rows.new_empty(wanted)
+                self.cache.expanded.pop(owner, None)
+        return self.cache.workspace[owner, "key"], self.cache.workspace[owner, "value"]
+
+    def _kept(self) -> bool:
+        """Whether the workspace holds this chunk's history already; from now on it does."""
+        if not self.keep_history:
+            return False
+        kept = self.cache.expanded.get(self.layer.layer) == self.chunk
+        self.cache.expanded[self.layer.layer] = self.chunk
+        return kept
+
+    def _normed(self, x: Tensor, norm: Any, rotations: Tensor | None) -> Tensor:
+        """Queries or keys `[B, N, H * D]` after QK-norm and rotation, `[B, N, H, D]`."""
+        turning = None if rotations is None else _cos_sin(rotations)
+        out: Tensor = self.ops.qk_norm_rope(x, norm.weight.flatten(), norm.eps, turning, self.layer.heads)
+        return out
+
+    def _merged(self, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+        if len(parts) == 1:
+            return parts[0][0]
+        outs, lses = zip(*parts, strict=True)
+        merged: Tensor = self.ops.merge(torch.stack(outs), torch.stack(lses))[0]
+        return merged
+
+    def _count(self, keys: int) -> Tensor:
+        """A number of keys as the kernels read it, on the device."""
+        return torch.full((1,), keys, dtype=torch.int32, device=self.rows.device)
+
+
+def _cos_sin(rotations: Tensor) -> Tensor:
+    """Complex64 `[S, P]` as float32 `[S, P, 2]`."""
+    return torch.view_as_real(rotations.contiguous())
+
+
+def _attend_refusal(ops: Any, channels: int, layer: Any) -> str | None:
+    value_channels = layer.head_dim if isinstance(layer, DenseSelfAttention) else layer.mla.v_head_dim
+    reason: str | None = ops.why_not_attend(channels, value_channels)
+    return reason
