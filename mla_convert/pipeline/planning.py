@@ -10,6 +10,7 @@ import torch
 from .. import registry
 from ..errors import UserError
 from ..evaluate.geometry import Geometry, from_model
+from ..evaluate.geometry import preset as find_preset
 from ..export.checkpoint import find_checkpoint
 from ..load import accepted_config, load_source, read_config
 from ..run.config import GenerateConfig
@@ -39,6 +40,26 @@ def read_geometry(
     except ValueError as error:
         raise UserError(f"{source}: {error}") from None
     return geometry.model_copy(update={"name": source}), rows
+
+
+def bench_settings(source: str | None, preset: str | None) -> tuple[Geometry, dict[str, Any]]:
+    """Geometry and the keys of a `BenchConfig` that a model or a preset gives; a converted model's middle layer.
+
+    Raises UserError or UsageError in one line.
+    """
+    if preset is not None:
+        known = find_preset(preset)
+        rank, shared = known.kv_lora_rank, known.qk_rope_head_dim
+        # The preset's whole row goes to the latent, where the default layout keeps it.
+        return known.geometry, {"position": "rotate_on_read", "kv_lora_rank": rank + shared}
+    assert source is not None
+    geometry, rows = read_geometry(source, None)
+    if rows is None:
+        return geometry, {"kv_lora_rank": max(1, round(2 * geometry.inner_dim * 224 / 3072))}
+    mla = _converted(Path(source)).mla
+    layer = sorted(range(len(rows)), key=lambda index: rows[index])[len(rows) // 2]
+    settings = {"position": mla.position, "own_chunk": mla.own_chunk, "kv_lora_rank": mla.kv_lora_rank[layer]}
+    return geometry, settings | {"qk_rope_head_dim": mla.qk_rope_head_dim(layer)}
 
 
 def _converted(folder: Path) -> Any:

@@ -1,0 +1,61 @@
+"""`mla-convert bench`: what a pass of attention costs here, dense against latent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from ..errors import UsageError
+from .output import Json, print_result, stderr
+
+
+def bench(
+    source: Annotated[str | None, typer.Argument(metavar="[DIR]", help="A converted or dense model.")] = None,
+    preset: Annotated[str | None, typer.Option(help="A known model, such as wan2.1-t2v-1.3b.")] = None,
+    kv_lora_rank: Annotated[int | None, typer.Option(min=1, help="Latent scalars a token.")] = None,
+    qk_rope_head_dim: Annotated[int | None, typer.Option(min=0, help="Channels of the shared rotary key.")] = None,
+    position: Annotated[
+        Literal["decoupled", "derived", "baked", "rotate_on_read"] | None, typer.Option(help="Layout; rotate_on_read.")
+    ] = None,
+    own_chunk: Annotated[Literal["exact", "latent"] | None, typer.Option(help="exact by default.")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Window in latent frames.")] = None,
+    tokens_per_frame: Annotated[int | None, typer.Option(min=1, help="Tokens of one latent frame.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Streams at once.")] = 1,
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Data type.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
+    kernels: Annotated[Literal["auto", "triton", "torch"], typer.Option(help="Who attends.")] = "auto",
+    repeats: Annotated[int, typer.Option(min=1, help="Timed passes of each variant.")] = 5,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the result as JSON, too.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time one layer's attention to a full window, dense against latent, side by side."""
+    if (source is None) == (preset is None):
+        raise UsageError("give a DIR or --preset, one of the two")
+    with stderr().status("loading PyTorch"):
+        from ..distill.progress import progress_bars
+        from ..evaluate.bench import BenchConfig, bench_table
+        from ..evaluate.bench import bench as bench_attention
+        from ..files import write_json
+        from ..pipeline.planning import bench_settings
+        from ..recipe.schema import validate
+    geometry, settings = bench_settings(source, preset)
+    changes = {"window_frames": frames, "tokens_per_frame": tokens_per_frame}
+    geometry = geometry.model_copy(update={key: value for key, value in changes.items() if value is not None})
+    given: dict[str, Any] = {
+        "kv_lora_rank": kv_lora_rank,
+        "qk_rope_head_dim": qk_rope_head_dim,
+        "position": position,
+        "own_chunk": own_chunk,
+    }
+    settings |= {key: value for key, value in given.items() if value is not None}
+    if settings.get("position") == "rotate_on_read":
+        settings.pop("qk_rope_head_dim", None)
+    settings |= {"batch_size": batch_size, "dtype": dtype, "device": device, "kernels": kernels, "repeats": repeats}
+    config = validate(BenchConfig, settings)
+    with progress_bars(stderr()) as report:
+        result = bench_attention(geometry, config, lambda done, total: report("bench", done, total, ""))
+    if out is not None:
+        write_json(out, result)
+    print_result(as_json, result, bench_table(result))
