@@ -96,7 +96,8 @@ def test_frechet_distance_of_known_normals() -> None:
     # |m|^2 + tr(1 + 4 - 2 * 2) a channel = 1 + 3; observed 4.03.
     assert vm.frechet_distance(one, two) == pytest.approx(4, abs=0.1)
     assert vm.frechet_distance(one, one) == pytest.approx(0, abs=1e-6)
-    assert vm.frechet_floor(one) < 0.01
+    # Two halves of one set: what sampling alone gives; observed 3e-4.
+    assert vm.frechet_distance(one[:10000], one[10000:]) < 0.01
 
 
 def test_drift_and_interval() -> None:

@@ -14,7 +14,7 @@ from ..distill.objective import noised_clips, predict_velocity
 from ..distill.progress import Report
 from ..mla.attention import AttentionPass
 from .config import EvaluateConfig
-from .rollouts import digit_rollouts, rollout_lengths
+from .digits_bench import digits_bench
 
 TIME_BINS = 10
 
@@ -106,18 +106,16 @@ def evaluate(student: Any, teacher: Any, data: DataConfig, config: EvaluateConfi
     """Everything that the report says of a converted model beside its dense teacher.
 
     The keys of `fidelity`; `dense_scalars_per_token`, `latent_scalars_per_token`, `reduction` and
-    the cache bytes of one stream; `layout`; and for digits `accuracy`, the share of rollouts whose
-    last frame shows the prompted class, by model and length.
+    the cache bytes of one stream; `layout`; and for digits `digits_bench` and `accuracy`, the share of
+    rollouts whose last frame shows the prompted class, by model and length.
     """
     clips = open_data(data, config.seed).heldout(config.clips)
     told = functools.partial(report, "evaluate")
     result = fidelity(student, teacher, clips, config.batch_size, config.seed, told)
     result |= memory(student, teacher, *clips["latents"].shape[-2:])
     if data.kind == "digits" and config.rollout_prompts:
-        result["accuracy"] = {
-            name: _accuracy(model, config, functools.partial(report, f"rollouts of the {name}"))
-            for name, model in (("teacher", teacher), ("student", student))
-        }
+        models = {"teacher": teacher, "student": student}
+        result["digits_bench"], result["accuracy"] = digits_bench(models, config, report)
     return result
 
 
@@ -139,13 +137,3 @@ def memory(student: Any, teacher: Any, height: int, width: int) -> dict[str, Any
             "q_lora_rank": student.mla.q_lora_rank,
         },
     }
-
-
-def _accuracy(model: Any, config: EvaluateConfig, progress: Callable[[int, int], None]) -> dict[str, float]:
-    """Share of rollouts that end in the prompted class, by length.
-
-    The short rollout is the beginning of the long one: the same noise, fewer chunks.
-    """
-    lengths = rollout_lengths(config.long_factor)
-    _, right = digit_rollouts(model, max(lengths.values()), config, progress)
-    return {name: float(right[:, frames - 1].float().mean()) for name, frames in lengths.items()}

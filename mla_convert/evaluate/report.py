@@ -7,7 +7,8 @@ A section of the page appears when its data is in the report. The keys that it k
     teacher_loss, student_loss, converted_loss (before distillation), loss_increase
     velocity_rel_error, velocity_rel_error_by_timestep [[t, error], ...] with t in [0, 1]
     attention_rel_error [one a layer]
-    accuracy {teacher: {"1x": ...}, student: {...}}, seconds {convert, distill, evaluate, total}
+    accuracy {teacher: {"1x": ...}, student: {...}}, digits_bench (see `digits_bench.py`)
+    seconds {convert, distill, evaluate, total}
     curves [{stage, step, loss, heldout_loss}, ...], plan (what `plan --json` prints)
 """
 
@@ -24,7 +25,7 @@ import numpy as np
 from markupsafe import Markup
 
 from ..files import write_text
-from . import figures
+from . import bench_section, figures
 from .memory import format_bytes
 from .samples import Comparison, embed
 
@@ -88,6 +89,7 @@ def render_html(report: Mapping[str, Any], comparisons: Sequence[Comparison] = (
         seconds=_seconds(report.get("seconds") or {}),
         bars=_bars(report),
         charts=_charts(report),
+        bench=bench_section.tables(report["digits_bench"]) if _has(report, "digits_bench") else [],
         comparisons=[embed(comparison) for comparison in comparisons],
         layout={key: _plain(value) for key, value in (report.get("layout") or {}).items()},
         recipe=report.get("recipe") or "",
@@ -203,7 +205,7 @@ def _bars(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _charts(report: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Charts by section: `{"distillation": [{title, note, svg}], ...}`."""
-    charts: dict[str, list[dict[str, Any]]] = {"distillation": [], "memory": [], "error": []}
+    charts: dict[str, list[dict[str, Any]]] = {"distillation": [], "memory": [], "error": [], "bench": []}
 
     def add(section: str, title: str, note: str, svg: str) -> None:
         charts[section].append({"title": title, "note": note, "svg": Markup(svg)})
@@ -230,6 +232,9 @@ def _charts(report: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     if points:
         note = "Difference from the teacher's velocity, relative to its size."
         add("error", "Velocity by noise level", note, figures.error_by_timestep(points))
+    if _has(report, "digits_bench"):
+        note = "Share of the rollouts whose frame shows the prompted digit."
+        add("bench", "Recognition over time", note, bench_section.recognition_by_frame(report["digits_bench"]))
     return charts
 
 

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..run.stream import stream_chunks
 from ..zoo.digits.classifier import classify
-from ..zoo.digits.data import CLIP_FRAMES, FRAME, all_prompts
+from ..zoo.digits.data import FRAME, Prompt, all_prompts
 from .config import EvaluateConfig
 
 
-def heldout_prompts(count: int) -> tuple[Tensor, Tensor]:
-    """Embeddings `[N, 3, 32]` and classes `[N]` of `count` rollouts, the held-out prompts in turn."""
+def chosen_prompts(count: int) -> list[Prompt]:
+    """`count` held-out prompts in a fixed order: one of each digit in turn, places and directions mixed."""
     pool = all_prompts("heldout")
-    chosen = [pool[i % len(pool)] for i in range(count)]
+    shuffled = [pool[i] for i in np.random.default_rng(0).permutation(len(pool))]
+    by_digit = [[prompt for prompt in shuffled if prompt.digit == digit] for digit in range(10)]
+    turns = [prompt for turn in itertools.zip_longest(*by_digit) for prompt in turn if prompt is not None]
+    return [turns[i % len(turns)] for i in range(count)]
+
+
+def heldout_prompts(count: int) -> tuple[Tensor, Tensor]:
+    """Embeddings `[N, 3, 32]` and classes `[N]` of `count` rollouts."""
+    chosen = chosen_prompts(count)
     return torch.stack([p.embedding() for p in chosen]), torch.tensor([p.digit for p in chosen])
 
 
@@ -47,11 +57,3 @@ def digit_rollouts(
             progress(sum(c.shape[2] for c in chunks), num_frames)
     videos = torch.cat(chunks, dim=2)
     return videos, classify(videos) == classes.unsqueeze(1)
-
-
-def rollout_lengths(long_factor: int) -> dict[str, int]:
-    """Frames of the rollouts by name: the training length, and `long_factor` times it."""
-    lengths = {"1x": CLIP_FRAMES}
-    if long_factor > 1:
-        lengths[f"{long_factor}x"] = long_factor * CLIP_FRAMES
-    return lengths

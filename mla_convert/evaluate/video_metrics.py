@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from scipy.linalg import sqrtm
 from scipy.stats import bootstrap
 from torch import Tensor
 
@@ -122,15 +121,11 @@ def frechet_distance(first: Array, second: Array) -> float:
     """
     means = first.mean(0) - second.mean(0)
     one, two = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
-    product = np.real(sqrtm(one @ two))
-    return float(means @ means + np.trace(one + two - 2 * product))
-
-
-def frechet_floor(real: Array, seed: int = 0) -> float:
-    """Fréchet distance of two random halves of real features `[N, C]`: what sampling alone gives."""
-    order = np.random.default_rng(seed).permutation(len(real))
-    half = len(real) // 2
-    return frechet_distance(real[order[:half]], real[order[half : 2 * half]])
+    values, vectors = np.linalg.eigh(one)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    # tr (S_1 S_2)^(1/2) = tr (S_1^(1/2) S_2 S_1^(1/2))^(1/2), which is symmetric.
+    product = np.sqrt(np.linalg.eigvalsh(root @ two @ root).clip(0)).sum()
+    return float(means @ means + np.trace(one) + np.trace(two) - 2 * product)
 
 
 def drift(values: Array, share: float = 0.25) -> Array:

@@ -1,0 +1,82 @@
+"""The part of the report that shows Digits-Bench: one table a length, and recognition over time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .figures import MUTED, STUDENT, TEACHER, _chart, percent_axis
+
+METRICS = {
+    "digit_accuracy": ("Frames that show the prompted digit", "percent"),
+    "motion_accuracy": ("Frames with the digit in its place", "percent"),
+    "bounce_accuracy": ("Right place after a bounce", "percent"),
+    "subject_consistency": ("Subject consistency", "number"),
+    "temporal_flickering": ("Temporal flickering (1: none)", "number"),
+    "motion_smoothness": ("Acceleration, pixels a frame²", "number"),
+    "dynamic_degree": ("Speed, pixels a frame", "number"),
+    "sharpness": ("Sharpness", "number"),
+    "frechet_distance": ("Fréchet distance to real videos", "number"),
+}
+SOURCES = ("real", "teacher", "student")
+NOTHING = 1e-9
+"""Below this a number is rounding."""
+_DASH = "\N{EN DASH}"
+
+
+def tables(bench: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One table a length: `title`, and `rows` of a `name` and a cell, `mean` and `range`, for each of SOURCES."""
+    found = []
+    for length, by_source in bench["lengths"].items():
+        rows = [
+            {"name": name, "cells": [_cell(by_source[source].get(metric), kind) for source in SOURCES]}
+            for metric, (name, kind) in METRICS.items()
+        ]
+        rows.append(
+            {
+                "name": "Drift of recognition, end less beginning",
+                "cells": [_cell(by_source[source]["drift"]["digit_accuracy"], "points") for source in SOURCES],
+            }
+        )
+        frames = bench["clip_frames"] * int(length.rstrip("x"))
+        found.append({"title": f"{frames} frames ({length.rstrip('x')} × the training length)", "rows": rows})
+    return found
+
+
+def recognition_by_frame(bench: Mapping[str, Any]) -> str:
+    """Share of videos that show their digit, frame by frame, as SVG."""
+    by_frame: Mapping[str, Sequence[float]] = bench["digit_accuracy_by_frame"]
+    with _chart("recognition") as chart:
+        ax = chart.axes
+        for source, colour, ink in (("teacher", TEACHER, MUTED), ("student", STUDENT, STUDENT)):
+            values = 100 * np.asarray(by_frame[source])
+            width = max(1, len(values) // 64)
+            smooth = np.convolve(values, np.ones(width) / width, mode="valid")
+            steps = np.arange(len(smooth)) + (width + 1) / 2
+            ax.plot(steps, smooth, color=colour, label=source)
+            ax.annotate(source, (steps[-1], smooth[-1]), (4, 0), textcoords="offset points", color=ink, va="center")
+        ax.axvline(bench["clip_frames"], color=MUTED, linewidth=1, dashes=(2, 3))
+        ax.set_xlim(1, 1.15 * len(by_frame["teacher"]))
+        ax.set_ylim(0, 105)
+        ax.set_xlabel("frame (dashed: the training length)")
+        percent_axis(ax)
+    return chart.svg
+
+
+def _cell(value: Mapping[str, float | None] | None, kind: str) -> dict[str, str]:
+    """The mean, and its 95 % interval where it has one."""
+    if value is None or value["mean"] is None:
+        return {"mean": _DASH, "range": ""}
+    mean = _text(value["mean"], kind)
+    low, high = ("" if end is None else _text(end, kind) for end in (value["low"], value["high"]))
+    return {"mean": mean, "range": "" if low == high else f"{low} to {high}"}
+
+
+def _text(value: float, kind: str) -> str:
+    if kind == "percent":
+        return f"{100 * value:.1f} %"
+    if kind == "points":
+        return f"{100 * value:+.1f} points"
+    return f"{value if abs(value) > NOTHING else 0:.3g}"
