@@ -17,8 +17,8 @@ from mla_convert.zoo.digits.data import CLIP_FRAMES
 CONFIG = EvaluateConfig(rollout_prompts=20, rollout_seeds=2, long_factor=3, factors=(2,))
 
 
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture(scope="module")
+def bench():
     """A teacher that draws real videos, and a student that draws nothing after the training length."""
 
     def drawn(model, num_frames, config, progress):
@@ -28,13 +28,14 @@ def bench(monkeypatch: pytest.MonkeyPatch):
         progress(num_frames, num_frames)
         return video, None
 
-    monkeypatch.setattr(db, "digit_rollouts", drawn)
     told = []
-    found, accuracy = db.digits_bench(
-        {"teacher": "real", "student": "fades"}, CONFIG, lambda what, done, total: told.append((what, done, total))
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(db, "digit_rollouts", drawn)
+        found = db.digits_bench(
+            {"teacher": "real", "student": "fades"}, CONFIG, lambda what, done, total: told.append((what, done, total))
+        )
     assert told[-1] == ("rollouts of the student", 6 * CLIP_FRAMES, 6 * CLIP_FRAMES)
-    return found, accuracy
+    return found
 
 
 def test_prompts_of_every_digit_come_first() -> None:
@@ -76,7 +77,7 @@ def test_report_shows_every_metric(bench) -> None:
     assert all(name in page for name, _ in METRICS.values())
 
 
-def test_a_real_rollout(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_real_rollout() -> None:
     from mla_convert.load import load_dense, load_source
 
     torch.manual_seed(0)

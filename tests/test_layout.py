@@ -205,8 +205,8 @@ def test_wheel_has_every_file_that_the_package_reads(wheel):
 
 
 def test_wheel_has_the_recipes(wheel):
-    recipes = {f"mla_convert/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")}
-    assert "mla_convert/recipes/demo.yaml" in recipes
+    recipes = {f"mla_convert/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "recipes").rglob("*.yaml")}
+    assert {"mla_convert/recipes/demo.yaml", "mla_convert/recipes/bench/digits.yaml"} <= recipes
     assert sorted(recipes - set(wheel.namelist())) == []
 
 
@@ -224,8 +224,9 @@ def test_wheel_has_nothing_else(wheel):
     strays = [
         name
         for name in wheel.namelist()
-        if not name.startswith(("mla_convert-", "mla_convert/"))
+        if not name.startswith(("mla_convert-", "mla_convert/", "mla_attention/"))
         or (name.startswith("mla_convert/") and not name.endswith(kinds))
+        or (name.startswith("mla_attention/") and not name.endswith(".py"))
     ]
     assert strays == []
 
@@ -251,7 +252,7 @@ def third_party(path: Path) -> set[str]:
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
             names.add(str(node.module).split(".")[0])
-    return names - set(sys.stdlib_module_names) - {"mla_convert"}
+    return names - set(sys.stdlib_module_names) - {"mla_convert", "mla_attention"}
 
 
 def test_every_library_is_a_declared_dependency(wheel):

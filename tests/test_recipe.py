@@ -215,11 +215,11 @@ def test_first_difference_names_the_key():
     assert first_difference(old, fewer)[0] == "distill"
 
 
-@pytest.mark.parametrize("path", shipped_recipes().values(), ids=lambda path: path.stem)
-def test_shipped_recipe_is_valid(path):
-    recipe = load_recipe(path)
-    assert recipe.name == path.stem
-    assert describe_recipe(path)
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipe_is_valid(name):
+    recipe = load_recipe(find_recipe(name))
+    assert recipe.name == (name if "/" not in name else "-".join(reversed(name.split("/"))))
+    assert describe_recipe(find_recipe(name))
 
 
 def test_paper_recipe_is_the_papers():

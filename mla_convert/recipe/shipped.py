@@ -11,10 +11,11 @@ _PACKAGE = Path(__file__).parent.parent
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Files by recipe name, in alphabetical order."""
+    """Files by recipe name, in alphabetical order; those that measure are called `bench/NAME`."""
     for folder in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes"):
         if folder.is_dir():
-            return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+            files = sorted([*folder.glob("*.yaml"), *folder.glob("bench/*.yaml")])
+            return {path.relative_to(folder).with_suffix("").as_posix(): path for path in files}
     return {}
 
 
