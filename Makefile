@@ -3,12 +3,13 @@ WORKERS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup demo lint test clean
+.PHONY: help setup demo lint test docs clean
 
 help:
 	@echo "make demo    convert, distill and run the embedded teacher (minutes on two CPU cores)"
 	@echo "make test    lint, type check and tests"
 	@echo "make lint    ruff and mypy only"
+	@echo "make docs    build the documentation into build/site"
 	@echo "make setup   create .venv and install the package into it, editable"
 	@echo "make clean   remove .venv, caches and built packages; runs/ stays"
 
@@ -34,6 +35,11 @@ test: export OMP_NUM_THREADS := 1
 test: export MKL_NUM_THREADS := 1
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(STAMP)
+	$(BIN)/mla-convert recipes reference > docs/recipes.md
+	$(BIN)/mkdocs build --quiet --strict
 
 clean:
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache

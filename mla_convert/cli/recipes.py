@@ -73,3 +73,15 @@ def check(
         sys.stdout.write(loaded.dump())
     else:
         print_result(as_json, value, f"{path}: a valid recipe, {loaded.name!r}")
+
+
+@app.command("reference")
+def reference(as_json: Json = False) -> None:
+    """Print every key of a recipe, with its type and default, as Markdown."""
+    from ..recipe.reference import reference as write_reference
+
+    text = write_reference()
+    if as_json:
+        print_result(True, {"markdown": text})
+    else:
+        sys.stdout.write(text)

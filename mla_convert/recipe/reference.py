@@ -1,0 +1,122 @@
+"""The reference of all recipe keys as Markdown, from the classes that read them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from ..distill.stages.base import StageConfig
+from ..registry import stages
+from .schema import Recipe
+
+# By the names of the rules in annotated-types, which pydantic brings along.
+_BOUNDS = {"Ge": "at least", "Gt": "above", "Le": "at most", "Lt": "below"}
+HEAD = """# Recipe keys
+
+Every key of a recipe, with its type and default; a recipe with any other key is refused. `mla-convert recipes
+reference` prints this page.
+"""
+
+
+def reference() -> str:
+    """The whole page: the recipe, its sections with their own sections behind them, and the stages."""
+    parts = [HEAD, *_section("Recipe", Recipe, "")]
+    parts += ["## distill\n", "A list of stages, in the order in which they run.\n"]
+    parts += _section("every stage", StageConfig, "distill[]", level=3)
+    for name, stage in sorted(stages().items()):
+        own = [key for key in stage.config_class.model_fields if key not in StageConfig.model_fields]
+        changed = [
+            key
+            for key, field in stage.config_class.model_fields.items()
+            if key in StageConfig.model_fields and _default(field) != _default(StageConfig.model_fields[key])
+        ]
+        parts += _section(f"stage: {name}", stage.config_class, "distill[]", level=3, only=[*changed, *own])
+    return "\n".join(parts)
+
+
+def _section(
+    title: str, model: type[BaseModel], path: str, level: int = 2, only: list[str] | None = None
+) -> Iterator[str]:
+    """A heading, the class's own words and a table of its keys; then the sections inside it."""
+    yield f"{'#' * level} {title}\n"
+    yield f"{_words(model)}\n"
+    fields = {key: field for key, field in model.model_fields.items() if only is None or key in only}
+    if fields:
+        rows = [f"| `{key}` | {_type(field)} | {_shown(field)} |" for key, field in fields.items()]
+        yield "\n".join(["| key | type | default |", "| --- | --- | --- |", *rows]) + "\n"
+    for key, field in fields.items():
+        inner = _model(field.annotation)
+        if inner is not None and not issubclass(inner, StageConfig):
+            where = f"{path}.{key}" if path else key
+            yield from _section(where, inner, where, level=min(level + bool(path), 4))
+
+
+def _words(model: type[BaseModel]) -> str:
+    """The docstring of a class as paragraphs."""
+    text = inspect.cleandoc(model.__doc__ or "")
+    return "\n\n".join(" ".join(block.split()) if not _is_list(block) else block for block in text.split("\n\n"))
+
+
+def _is_list(block: str) -> bool:
+    return block.lstrip().startswith("- ")
+
+
+def _model(annotation: Any) -> type[BaseModel] | None:
+    """The section that a key holds, if it holds one."""
+    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+        return annotation
+    found = [_model(argument) for argument in get_args(annotation)]
+    return next((model for model in found if model is not None), None)
+
+
+def _type(field: FieldInfo) -> str:
+    """The type of a key for people, with its bounds."""
+    shown = _name(field.annotation)
+    rules = [(type(rule).__name__, rule) for rule in field.metadata]
+    bounds = [f"{_BOUNDS[name]} {getattr(rule, name.lower()):g}" for name, rule in rules if name in _BOUNDS]
+    return ", ".join([shown, *bounds])
+
+
+def _name(annotation: Any) -> str:
+    """A type in words: `int or null`, `list of str`."""
+    arguments, origin = get_args(annotation), get_origin(annotation)
+    if origin is Annotated:
+        return _name(arguments[0])
+    if origin is Literal:
+        return " or ".join(f"`{value}`" for value in arguments)
+    if origin in (Union, UnionType):
+        return " or ".join(_name(argument) for argument in arguments)
+    if origin is dict:
+        return f"{_name(arguments[1])} by name"
+    if origin in (tuple, list):
+        inner = [argument for argument in arguments if argument is not Ellipsis]
+        several = origin is tuple and Ellipsis not in arguments
+        return f"[{', '.join(map(_name, inner))}]" if several else f"list of {_name(inner[0])}"
+    if annotation is type(None):
+        return "null"
+    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+        return "section"
+    return str(getattr(annotation, "__name__", annotation))
+
+
+def _default(field: FieldInfo) -> Any:
+    return field.get_default(call_default_factory=True, validated_data={})
+
+
+def _shown(field: FieldInfo) -> str:
+    value = _default(field)
+    if value is PydanticUndefined:
+        return "required"
+    if isinstance(value, BaseModel):
+        return "its defaults"
+    if value is None:
+        return "null"
+    if isinstance(value, tuple | list):
+        return f"`[{', '.join(map(str, value))}]`"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
