@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MANIFEST = "mla_convert.json"
+
+# linux/fcntl.h and linux/fs.h.
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 @contextlib.contextmanager
@@ -68,6 +73,10 @@ def write_json(path: Path, value: Any) -> None:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path` that takes its place when the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    for aside in path.parent.glob(f".{path.name}.*.old.tmp"):
+        # Killed between two renames: the old folder comes back.
+        if not path.exists():
+            aside.rename(path)
     for stale in path.parent.glob(f".{path.name}.*.tmp"):
         shutil.rmtree(stale, ignore_errors=True)
     temporary = _temporary(path)
@@ -76,14 +85,25 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             temporary.mkdir()
             yield temporary
             if path.exists():
-                old = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
-                path.rename(old)
-                temporary.rename(path)
+                old = temporary
+                if not _exchange(temporary, path):
+                    old = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
+                    path.rename(old)
+                    temporary.rename(path)
                 shutil.rmtree(old)
             else:
                 temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two paths in one step, so that a kill leaves either state; False where the system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    if renameat2 is None:
+        return False
+    swapped: int = renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
+    return swapped == 0
 
 
 def claim_folder(path: Path, kind: str, markers: tuple[str, ...] = (MANIFEST, "state.json")) -> None:

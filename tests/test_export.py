@@ -16,17 +16,17 @@ import pytest
 import safetensors.torch
 import torch
 from checkpoint_case import CAUSAL, PAIRS, STOCK, pico_dense, pico_mla, pico_velocity
-from huggingface_hub import ModelCard
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mla_convert.errors import UserError
-from mla_convert.export import checkpoint as checkpoint_module
 from mla_convert.export import manifest as manifest_module
-from mla_convert.export.card import render_card
-from mla_convert.export.checkpoint import ExportConfig, export, load_checkpoint, refuse_stock_loading, save_checkpoint
+from mla_convert.export import release as release_module
+from mla_convert.export.checkpoint import load_checkpoint, refuse_stock_loading, save_checkpoint
+from mla_convert.export.config import ExportConfig
 from mla_convert.export.manifest import read_manifest, verify_files
+from mla_convert.export.release import export
 from mla_convert.files import MANIFEST
 
 RECIPE = {"version": 1, "convert": {"position": "rotate_on_read", "kv_lora_rank": [10, 8]}, "distill": []}
@@ -244,15 +244,14 @@ def test_export_twice_gives_the_same_bytes(saved, tmp_path):
 
 
 def test_export_compares_what_it_wrote(saved, tmp_path, monkeypatch):
-    original = checkpoint_module._write
+    original = release_module.write_model
 
-    def write_and_damage(model, folder, *rest):
-        manifest = original(model, folder, *rest)
-        path = folder / WEIGHTS
+    def write_and_damage(model, folder, *rest, **more):
+        original(model, folder, *rest, **more)
+        path = folder / Path(WEIGHTS).name
         path.write_bytes(path.read_bytes()[:-4] + bytes(4))
-        return manifest
 
-    monkeypatch.setattr(checkpoint_module, "_write", write_and_damage)
+    monkeypatch.setattr(release_module, "write_model", write_and_damage)
     message = refusal(export, saved, tmp_path / "out", ExportConfig())
     assert "changed on its way" in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["saved"]
@@ -340,68 +339,9 @@ def test_full_disk_leaves_nothing(tmp_path, monkeypatch, error):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("settings", [{"dtype": "float8"}, {"max_shard_size": "5 GB"}, {"shards": 3}])
+@pytest.mark.parametrize(
+    "settings", [{"dtype": "float8"}, {"max_shard_size": "5 GB"}, {"form": "both"}, {"components": True}, {"shards": 3}]
+)
 def test_export_settings_are_strict(settings):
     with pytest.raises(ValidationError):
         ExportConfig(**settings)
-
-
-REPORT = {
-    "teacher_loss": 0.1,
-    "student_loss": 0.103,
-    "velocity_rel_error": 0.0421,
-    "attention_rel_error": [0.01, 0.03],
-}
-
-
-def test_card(saved, tmp_path):
-    (saved / "report.json").write_text(json.dumps(REPORT))
-    export(saved, tmp_path / "out", ExportConfig())
-    card = ModelCard.load(tmp_path / "out" / "README.md")
-
-    assert card.data.library_name == "diffusers"
-    assert card.data.base_model == "owner/model"
-    assert card.data.get("base_model_relation") == "finetune"
-    assert card.data.license == "apache-2.0"
-    assert {"mla", "wan"} <= set(card.data.tags)
-    for text in (
-        "| cached scalars a token a layer | 48 | 9 |",
-        "| cache against the dense model | 100 % | 18.8 % |",
-        "| rise of the loss | +3.0% |",
-        "| relative error of the attention output, worst layer | 0.0300 |",
-        "from diffusers import MLAWanTransformer3DModel",
-        "kv_lora_rank",
-        "2605.30351",
-    ):
-        assert text in card.content
-
-
-def test_card_finds_the_report_of_its_run(saved, tmp_path):
-    run = tmp_path / "run"
-    shutil.move(saved, run / "checkpoint")
-    (run / "report.json").write_text(json.dumps(REPORT))
-    (run / "state.json").write_text("{}")
-    export(run, tmp_path / "out", ExportConfig())
-    assert "| rise of the loss | +3.0% |" in (tmp_path / "out" / "README.md").read_text()
-
-
-def test_card_without_a_report_or_a_recipe_says_so(saved):
-    manifest = read_manifest(saved) | {"recipe": None, "source": None}
-    card = render_card(manifest, None)
-    assert "Nothing was measured" in card
-    assert "base_model" not in card
-
-
-def test_card_shows_no_local_path(saved):
-    manifest = read_manifest(saved) | {"source": SOURCE | {"model": "/home/somebody/teacher", "revision": None}}
-    card = render_card(manifest, None)
-    assert "somebody" not in card
-    assert "from `teacher`" in card
-
-
-def test_card_code_runs(saved):
-    card = render_card(read_manifest(saved), None)
-    code = card.partition("```python\n")[2].partition("```")[0].replace("PATH_OR_REPOSITORY", str(saved))
-    names: dict[str, object] = {}
-    exec(code, names)
-    assert names["transformer"].dtype == torch.bfloat16

@@ -20,17 +20,28 @@ def export(
         Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Data type; that of DIR by default.")
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weights file, such as 5GB.")] = "5GB",
+    standalone: Annotated[
+        bool, typer.Option("--standalone", help="Bring the model's class along, for places without mla-convert.")
+    ] = False,
+    components: Annotated[
+        Literal["reference", "copy", "none"],
+        typer.Option(help="What becomes of the source's scheduler, tokenizer, text encoder and VAE."),
+    ] = "reference",
     as_json: Json = False,
 ) -> None:
-    """Write a diffusers checkpoint in its final data type, with manifest and model card."""
-    from ..export.checkpoint import ExportConfig
-    from ..export.checkpoint import export as export_checkpoint
-    from ..recipe.schema import validate
+    """Write a diffusers checkpoint in its final form, with its evidence and a model card."""
+    with stderr().status("loading PyTorch"):
+        from ..export.config import ExportConfig
+        from ..export.release import export as export_checkpoint
+        from ..recipe.schema import validate
 
-    config = validate(ExportConfig, {"dtype": dtype, "max_shard_size": max_shard_size})
-    result = export_checkpoint(model, out, config)
+    form = "standalone" if standalone else "installed"
+    settings = {"dtype": dtype, "max_shard_size": max_shard_size, "form": form, "components": components}
+    result = export_checkpoint(model, out, validate(ExportConfig, settings))
     print_result(
-        as_json, result, f"{result['class']} in {result['dtype']}, {result['bytes']:,} bytes: {result['path']}"
+        as_json,
+        result,
+        f"{result['class']} in {result['dtype']}, {result['form']}, {result['bytes']:,} bytes: {result['path']}",
     )
 
 

@@ -2,82 +2,202 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jinja2
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
+
+from .citations import BASE_MODELS, VIDEO_MLA
+from .components import Components, is_hub_id
+from .evidence import SAMPLES, Evidence
+from .pictures import ANIMATION, Picture
+from .standalone import library_versions
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
 TAGS = ["causal-video-diffusion", "mla-convert"]
 MLA_TAGS = ["multi-head-latent-attention", "mla", "kv-cache"]
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+MAX_PROMPT = 100
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+# A bracket would end the text of a link.
+_BRACKETS = str.maketrans("[]", "()")
 
 
-def write_card(path: Path, manifest: Mapping[str, Any], report: Mapping[str, Any] | None) -> None:
-    """Write the card of the checkpoint that `manifest` describes; `report` is its report.json, if there is one."""
-    path.write_text(render_card(manifest, report), encoding="utf-8")
+class Origin(NamedTuple):
+    """The source as the card names it; `hub_id` and `revision` only for a source on the Hub."""
+
+    name: str | None
+    hub_id: str | None = None
+    revision: str | None = None
 
 
-def render_card(manifest: Mapping[str, Any], report: Mapping[str, Any] | None) -> str:
-    """The card as Markdown with YAML front matter. A local path of the source appears by its last name only."""
+def write_card(
+    path: Path,
+    manifest: Mapping[str, Any],
+    evidence: Evidence,
+    pictures: Sequence[Picture] = (),
+    components: Components | None = None,
+) -> None:
+    """Write the card of the checkpoint that `manifest` describes."""
+    path.write_text(render_card(manifest, evidence, pictures, components), encoding="utf-8")
+
+
+def render_card(
+    manifest: Mapping[str, Any],
+    evidence: Evidence,
+    pictures: Sequence[Picture] = (),
+    components: Components | None = None,
+) -> str:
+    """The card as Markdown with YAML front matter.
+
+    A local path of the source appears by its last name only, a licence only if the source names one.
+    """
     model, source = manifest["model"], manifest.get("source") or {}
-    origin, hub_id = source.get("model"), None
-    # Only what came from the Hub has a revision.
-    if origin and source.get("revision") and _HUB_ID.fullmatch(origin):
-        hub_id = origin
-    elif origin and not origin.startswith("zoo:"):
-        origin = Path(origin).name
+    origin, recipe, report = find_origin(source), manifest.get("recipe") or {}, evidence.report or {}
+    samples = find_samples(evidence, recipe)
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-video",
-        base_model=hub_id,
-        base_model_relation="finetune" if hub_id else None,
+        base_model=origin.hub_id,
+        base_model_relation="finetune" if origin.hub_id else None,
         license=source.get("license"),
         tags=[*(MLA_TAGS if model.get("mla") else []), *TAGS, model["family"]],
+        widget=[{"text": text, "output": {"url": file}} for file, text in samples] or None,
     )
-    card = ModelCard.from_template(
-        data,
-        template_path=str(TEMPLATE),
+    base = BASE_MODELS.get(model["family"])
+    animation = next((picture for picture in pictures if picture.file == ANIMATION), None)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATE.parent),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(TEMPLATE.name).render(
+        card_data=data.to_yaml(),
         model=model,
         mla=model.get("mla"),
         origin=origin,
-        hub_id=hub_id,
-        revision=source.get("revision"),
-        recipe=_recipe_text(manifest.get("recipe")),
+        licence=source.get("license"),
+        code=next((file for file in manifest["files"] if file.endswith(".py")), None),
+        libraries=library_versions(),
+        components=components or Components({}),
+        noise_range=(recipe.get("source") or {}).get("noise_range", [0.0, 1.0]),
+        layers=_layers(model, report),
+        recipe=_recipe_text(recipe),
+        stages=[stage["stage"] for stage in recipe.get("distill") or []],
+        data_kind=(recipe.get("data") or {}).get("kind"),
         fidelity=_fidelity(report),
+        memory=_memory(report),
+        bench=evidence.bench,
+        samples=samples,
+        animation=animation,
+        pictures=[picture for picture in pictures if picture is not animation],
+        evidence=manifest.get("evidence") or {},
         versions=manifest["versions"],
         git_revision=manifest.get("git_revision"),
+        method=VIDEO_MLA if model.get("mla") else None,
+        base=base,
     )
-    return str(card)
 
 
-def _recipe_text(recipe: Mapping[str, Any] | None) -> str | None:
-    """The sections that decide what the weights are; the source's path stays out."""
-    if not recipe:
-        return None
-    shown = {key: recipe[key] for key in ("convert", "distill") if recipe.get(key)}
-    return yaml.safe_dump(shown, sort_keys=False).strip() or None
+def find_origin(source: Mapping[str, Any]) -> Origin:
+    """How the card calls the source of a manifest."""
+    name, revision = source.get("model"), source.get("revision")
+    if not name or name.startswith("zoo:"):
+        return Origin(name)
+    # Only what came from the Hub has a revision.
+    if revision and is_hub_id(name):
+        return Origin(name, name, revision)
+    return Origin(Path(name).name)
 
 
-def _fidelity(report: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    """Rows of the table of measured values; keys that the report lacks are left out."""
-    if not report:
+def find_samples(evidence: Evidence, recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """File and prompt, in one line and shortened, of each sample; runs number the files by prompt."""
+    prompts = (recipe.get("generate") or {}).get("prompts") or []
+    found = []
+    for file in evidence.samples:
+        number = file.stem.partition("-")[0]
+        known = number.isdecimal() and int(number) < len(prompts)
+        text = " ".join((prompts[int(number)] if known else file.stem).translate(_BRACKETS).split())
+        found.append((f"{SAMPLES}/{file.name}", textwrap.shorten(text, MAX_PROMPT, placeholder=" …")))
+    return found
+
+
+def _layers(model: Mapping[str, Any], report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rank, shared key, cached scalars and measured error of each layer of a converted model."""
+    mla = model.get("mla")
+    if not mla:
         return []
+    errors = report.get("attention_rel_error") or []
+    return [
+        {
+            "rank": rank,
+            "shared": 2 * len(mla["rope_pairs"][index]),
+            "cached": model["layer_scalars_per_token"][index],
+            "error": _percent(errors[index]) if index < len(errors) and errors[index] is not None else "",
+        }
+        for index, rank in enumerate(mla["kv_lora_rank"])
+    ]
+
+
+def _recipe_text(recipe: Mapping[str, Any]) -> str | None:
+    """The sections that decide what the weights are; the source's path stays out."""
+    shown = {key: recipe[key] for key in ("convert", "distill") if recipe.get(key)}
+    return yaml.safe_dump(shown, sort_keys=False).strip() if shown else None
+
+
+def _fidelity(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Rows of the table of measured values; keys that the report lacks are left out."""
     rows = []
-    teacher, student = report.get("teacher_loss"), report.get("student_loss")
+    teacher, converted, student = (report.get(f"{name}_loss") for name in ("teacher", "converted", "student"))
     if teacher is not None:
         rows.append(("held-out flow-matching loss of the dense model", f"{teacher:.4f}"))
+    if converted is not None:
+        rows.append(("the same, converted, before training", f"{converted:.4f}{_rise(converted, teacher)}"))
     if student is not None:
-        rows.append(("held-out flow-matching loss of this model", f"{student:.4f}"))
-    if teacher and student is not None:
-        rows.append(("rise of the loss", f"{(student - teacher) / teacher:+.1%}"))
+        rows.append(("the same, this model", f"{student:.4f}{_rise(student, teacher)}"))
     if report.get("velocity_rel_error") is not None:
-        rows.append(("relative error of the velocity", f"{report['velocity_rel_error']:.4f}"))
-    layers = report.get("attention_rel_error")
+        rows.append(("error of the velocity, relative to the dense model's", _percent(report["velocity_rel_error"])))
+    layers = [error for error in report.get("attention_rel_error") or [] if error is not None]
     if layers:
-        rows.append(("relative error of the attention output, mean over layers", f"{sum(layers) / len(layers):.4f}"))
-        rows.append(("relative error of the attention output, worst layer", f"{max(layers):.4f}"))
+        text = f"{_percent(sum(layers) / len(layers))}, {_percent(max(layers))}"
+        rows.append(("error of the attention output, mean over layers and worst layer", text))
+    accuracy = report.get("accuracy") or {}
+    for length, share in (accuracy.get("student") or {}).items():
+        dense = (accuracy.get("teacher") or {}).get(length)
+        beside = "" if dense is None else f" (dense {_percent(dense)})"
+        rows.append((f"prompted digit recognised at {length} the training length", f"{_percent(share)}{beside}"))
     return rows
+
+
+def _memory(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """What, dense, latent: the cache of a stream and the streams that fit a card, where the report has them."""
+    rows = []
+    if report.get("dense_cache_bytes") and report.get("latent_cache_bytes"):
+        values = (_bytes(report[f"{kind}_cache_bytes"]) for kind in ("dense", "latent"))
+        rows.append(("cache of one stream, a full window", *values))
+    plan = report.get("plan")
+    if plan:
+        streams = (f"{plan[f'max_streams_{kind}']:,}" for kind in ("dense", "latent"))
+        rows.append((f"parallel streams on one {plan['gpu']} (computed)", *streams))
+    return [(name, dense, latent) for name, dense, latent in rows]
+
+
+def _rise(loss: float, teacher: float | None) -> str:
+    return f" ({100 * (loss - teacher) / teacher:+.1f} %)" if teacher else ""
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
+
+
+def _bytes(count: float) -> str:
+    """Decimal units with three digits."""
+    power = 0
+    while count >= 999.5 and power < len(_UNITS) - 1:
+        count, power = count / 1000, power + 1
+    return f"{count:.3g} {_UNITS[power]}"

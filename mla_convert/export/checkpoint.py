@@ -1,4 +1,4 @@
-"""Checkpoints on disk: written whole, the same bytes for the same weights, reloaded before it says done."""
+"""Checkpoints on disk: written whole, the same bytes for the same weights."""
 
 from __future__ import annotations
 
@@ -7,40 +7,20 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from pydantic import BaseModel, ConfigDict, Field
 
 from .. import registry
 from ..errors import UserError
 from ..files import MANIFEST, atomic_folder, claim_folder, save_tensors
 from ..load import LazyTensors, accepted_config, build_model, check_tensors, open_weights, read_config, read_json
 from ..load.weights import CONFIG, INDEX, WEIGHTS
-from .card import write_card
+from .config import DEFAULT_SHARD_SIZE
 from .manifest import build_manifest, family_of, read_manifest, verify_files
 
 TRANSFORMER = "transformer"
-REPORT = "report.json"
-DEFAULT_SHARD_SIZE = "5GB"
-
-
-class ExportConfig(BaseModel):
-    """The form in which a checkpoint leaves.
-
-    `dtype: null` keeps that of the weights; modules that the model keeps in float32 stay there.
-    `max_shard_size` is a number with KB, MB or GB.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    max_shard_size: str = Field(DEFAULT_SHARD_SIZE, pattern=r"^[1-9][0-9]*(KB|MB|GB)$")
-
-    @property
-    def torch_dtype(self) -> torch.dtype | None:
-        return None if self.dtype is None else getattr(torch, self.dtype)
 
 
 def save_checkpoint(
@@ -61,7 +41,9 @@ def save_checkpoint(
     """
     claim_checkpoint(folder)
     with atomic_folder(folder) as temporary:
-        _write(_in_dtype(model, dtype), temporary, manifest, max_shard_size, tensors)
+        written = _in_dtype(model, dtype)
+        write_model(written, temporary / TRANSFORMER, max_shard_size, tensors)
+        write_manifest(written, temporary, manifest)
 
 
 def load_checkpoint(
@@ -76,37 +58,12 @@ def load_checkpoint(
     if verify:
         verify_files(root, read_manifest(root))
     stored = read_config(inner)
+    # The code that a standalone checkpoint brings along is not needed here.
+    stored.pop("auto_map", None)
     model_class = _model_class(stored.get("_class_name"), inner)
     config = accepted_config(model_class, stored)
     tensors = check_tensors(model_class, config, open_weights(inner), str(inner))
     return build_model(model_class, config, tensors, dtype, device)
-
-
-def export(checkpoint: Path, out: Path, config: ExportConfig) -> dict[str, Any]:
-    """Write a verified checkpoint to `out` in its final dtype, with a model card.
-
-    What was written is loaded again by `from_pretrained` and compared tensor by tensor before `out`
-    appears. Returns its path, class, dtype and bytes. Raises UserError in one line.
-    """
-    root, _ = find_checkpoint(checkpoint)
-    claim_checkpoint(out)
-    here, there = root.resolve(), out.resolve()
-    if here == there or here in there.parents or there in here.parents:
-        raise UserError(f"{out} and the checkpoint {root} lie in each other; choose another output folder")
-    recorded = read_manifest(root)
-    report = _find_report(root)
-    model = load_checkpoint(root, config.torch_dtype, verify=True)
-    with atomic_folder(out) as temporary:
-        manifest = _write(model, temporary, recorded, config.max_shard_size)
-        _compare_reloaded(model, temporary / TRANSFORMER)
-        write_card(temporary / "README.md", manifest, report)
-    written = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    return {
-        "path": str(out),
-        "class": type(model).__name__,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "bytes": written,
-    }
 
 
 def find_checkpoint(folder: Path) -> tuple[Path, Path]:
@@ -144,21 +101,31 @@ def refuse_stock_loading(model: Any) -> None:
         raise ValueError(f"{type(model).__name__} has no tensor that a stock class refuses by its shape")
 
 
-def _write(
+def write_model(
     model: Any,
     folder: Path,
-    recorded: Mapping[str, Any],
     max_shard_size: str,
     tensors: LazyTensors | None = None,
-) -> dict[str, Any]:
+    auto_map: Mapping[str, str] | None = None,
+) -> None:
+    """Write config.json and the weights into a transformer's `folder`; see `save_checkpoint`.
+
+    `auto_map` names the class in the folder's own code by the auto class that finds it.
+    """
     refuse_stock_loading(model)
-    inner = folder / TRANSFORMER
-    model.save_config(inner)
-    config = read_json(inner / CONFIG)
-    # Where the model was loaded from is not part of the model.
-    config.pop("_name_or_path", None)
-    (inner / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    _write_weights(model, inner, max_shard_size, tensors)
+    model.save_config(folder)
+    config = read_json(folder / CONFIG)
+    # Where the model was loaded from is not part of the model, nor is the code that it came with.
+    for key in ("_name_or_path", "auto_map"):
+        config.pop(key, None)
+    if auto_map:
+        config["auto_map"] = dict(auto_map)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    _write_weights(model, folder, max_shard_size, tensors)
+
+
+def write_manifest(model: Any, folder: Path, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Write and return the manifest of `model` as it lies in `folder`."""
     manifest = build_manifest(model, folder, recorded)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True, allow_nan=False) + "\n")
     return manifest
@@ -193,15 +160,6 @@ def _in_dtype(model: Any, dtype: torch.dtype | None) -> Any:
     return build_model(type(model), config, model.state_dict(), dtype, model.device)
 
 
-def _compare_reloaded(model: Any, folder: Path) -> None:
-    """Load a folder as a user would; raises UserError if a tensor is not what `model` has."""
-    reloaded = type(model).from_pretrained(folder, torch_dtype=model.dtype).state_dict()
-    for name, tensor in model.state_dict().items():
-        other = reloaded.get(name)
-        if other is None or not torch.equal(other.to(tensor.dtype), tensor.cpu()):
-            raise UserError(f"tensor {name} changed on its way to {folder.parent} and back; nothing was written")
-
-
 def _model_class(name: Any, folder: Path) -> type[Any]:
     classes: dict[str, type[Any]] = {}
     for family in registry.families().values():
@@ -210,11 +168,3 @@ def _model_class(name: Any, folder: Path) -> type[Any]:
     if name not in classes:
         raise UserError(f"{folder}: cannot load a model of class {name}; supported are {', '.join(classes)}")
     return classes[name]
-
-
-def _find_report(root: Path) -> dict[str, Any] | None:
-    """The evaluation of a checkpoint: beside it in its run folder, or inside it."""
-    places = [root / REPORT]
-    if (root.parent / "state.json").is_file():
-        places.append(root.parent / REPORT)
-    return next((read_json(path) for path in places if path.is_file()), None)

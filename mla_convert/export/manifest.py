@@ -19,20 +19,28 @@ from ..files import MANIFEST, sha256
 from ..load import read_json
 
 FORMAT = 1
+# What a checkpoint carries beside the model: its digests are recorded, and it may be measured anew.
+EVIDENCE = ("recipe.resolved.yaml", "report.json", "report.html", "bench.json", "figures", "samples")
 _LIBRARIES = ("torch", "diffusers", "safetensors", "huggingface_hub", "transformers", "accelerate")
 _PACKAGE = Path(__file__).parents[1]
 
 
 def build_manifest(model: Any, folder: Path, recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Manifest of `model` as it lies in `folder`; `recorded` is what the caller knows (recipe, source)."""
+    """Manifest of `model` as it lies in `folder`; `recorded` is what the caller knows (recipe, source).
+
+    The digests of the model's files come under `files`, those of its evidence under `evidence`.
+    """
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
+    digests = {file.relative_to(folder).as_posix(): sha256(file) for file in files}
+    evidence = {name: digest for name, digest in digests.items() if name.partition("/")[0] in EVIDENCE}
     return {
-        **recorded,
+        **{key: value for key, value in recorded.items() if key != "evidence"},
+        **({"evidence": evidence} if evidence else {}),
         "format": FORMAT,
         "versions": versions(),
         "git_revision": git_revision(),
         "model": describe_model(model),
-        "files": {file.relative_to(folder).as_posix(): sha256(file) for file in files},
+        "files": {name: digest for name, digest in digests.items() if name not in evidence},
     }
 
 
@@ -48,7 +56,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify_files(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Compare every recorded digest. Raises UserError that names the first file that differs."""
+    """Compare the digests of the model's files. Raises UserError that names the first file that differs."""
     for name, digest in manifest["files"].items():
         if not (folder / name).is_file():
             raise UserError(f"{folder / name} is missing, though {MANIFEST} lists it")

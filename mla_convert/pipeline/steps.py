@@ -17,7 +17,8 @@ from ..errors import UsageError
 from ..evaluate.fidelity import evaluate
 from ..evaluate.report import REPORT_HTML, REPORT_JSON, write_report
 from ..evaluate.samples import Comparison
-from ..export.checkpoint import export, save_checkpoint
+from ..export.checkpoint import save_checkpoint
+from ..export.release import export
 from ..files import MANIFEST, atomic_folder, write_json, write_text
 from ..recipe.schema import Recipe
 from ..run.sample import embed_prompts, prompt_encoder, rollout

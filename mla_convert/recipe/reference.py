@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from ..distill.stages.base import StageConfig
 from ..registry import stages
@@ -110,9 +109,9 @@ def _default(field: FieldInfo) -> Any:
 
 
 def _shown(field: FieldInfo) -> str:
-    value = _default(field)
-    if value is PydanticUndefined:
+    if field.is_required():
         return "required"
+    value = _default(field)
     if isinstance(value, BaseModel):
         return "its defaults"
     if value is None:

@@ -14,7 +14,7 @@ from ..distill.data import DataConfig
 from ..distill.stages.base import StageConfig
 from ..errors import UsageError
 from ..evaluate.config import EvaluateConfig
-from ..export.checkpoint import ExportConfig
+from ..export.config import ExportConfig
 from ..flow import ALL_NOISE
 from ..mla.window import CausalConfig
 from ..registry import stages

@@ -1,0 +1,124 @@
+"""`model_index.json`: the checkpoint as a diffusers pipeline, with the parts that its source brings along.
+
+A part that is only referenced is null for diffusers, and named under `_components`, where
+`StreamingMLAPipeline` looks for it: repository, commit, subfolder, library and class.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+
+from ..errors import UserError
+from ..load import read_json
+from ..load.hub import download
+
+logger = logging.getLogger(__name__)
+
+INDEX, REFERENCES = "model_index.json", "_components"
+PIPELINE, TRANSFORMER, AUTO_CLASS = "StreamingMLAPipeline", "transformer", "AutoModel"
+PARTS = ("scheduler", "tokenizer", "text_encoder", "vae")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Components:
+    """Library and class of a source's parts by name; `folder` has their files, or `repository` at `revision`."""
+
+    classes: Mapping[str, tuple[str, str]]
+    folder: Path | None = None
+    repository: str | None = None
+    revision: str | None = None
+
+
+def find_components(source: Mapping[str, Any] | None, wanted: Literal["reference", "copy", "none"]) -> Components:
+    """The parts beside the transformer that a checkpoint was made from; `source` is that of its manifest.
+
+    Parts are referenced only where others find them, on the Hub. A source of another kind than a pipeline
+    has none. Raises UserError for parts that are to be copied and cannot be read.
+    """
+    origin = (source or {}).get("model")
+    if wanted == "none" or source is None or not origin or origin.startswith("zoo:"):
+        return Components({})
+    revision = source.get("revision")
+    if revision and is_hub_id(origin):
+        return _on_hub(origin, revision, wanted == "copy")
+    here = Path(origin).expanduser()
+    root = next((folder for folder in (here, here.parent) if (folder / INDEX).is_file()), None)
+    if root is None or wanted == "reference":
+        if wanted == "copy" and not here.exists():
+            raise UserError(f"{here}, whose parts are to be copied, does not exist; choose another export.components")
+        return Components({})
+    classes = _classes(root)
+    for name in classes:
+        if not (root / name).is_dir():
+            raise UserError(f"{root / INDEX} names {name}, but {root / name} does not exist")
+    return Components(classes, folder=root)
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether `text` is written as `owner/name`."""
+    return _HUB_ID.fullmatch(text) is not None
+
+
+def _on_hub(repository: str, revision: str, copy: bool) -> Components:
+    try:
+        folder = download(repository, revision, [INDEX])
+        classes = _classes(folder) if (folder / INDEX).is_file() else {}
+    except UserError as error:
+        if copy:
+            raise
+        logger.warning("the parts of %s are not referenced: %s", repository, error)
+        return Components({})
+    if copy and classes:
+        folder = download(repository, revision, [f"{name}/*" for name in classes])
+        return Components(classes, folder=folder)
+    return Components(classes, repository=repository, revision=revision)
+
+
+def _classes(root: Path) -> dict[str, tuple[str, str]]:
+    index = read_json(root / INDEX)
+    found = {}
+    for name in PARTS:
+        match index.get(name):
+            case [str(library), str(class_name)]:
+                found[name] = (library, class_name)
+    return found
+
+
+def write_components(folder: Path, components: Components, model: Any, code: str | None) -> None:
+    """Write `model_index.json` and the parts' files into `folder`.
+
+    `code` is the module in the transformer's folder that defines the class of `model`; without one it is
+    looked up in diffusers, where this package registers it.
+    """
+    class_name = type(model).__name__
+    index: dict[str, Any] = {"_class_name": PIPELINE, "_diffusers_version": diffusers.__version__}
+    if code is not None:
+        # AutoModel asks the file at the top, also for a subfolder.
+        index["auto_map"] = {AUTO_CLASS: f"{code}.{class_name}"}
+    index[TRANSFORMER] = [code or "diffusers", class_name]
+    for name, entry in components.classes.items():
+        index[name] = [None, None] if components.folder is None else list(entry)
+        if components.folder is not None:
+            shutil.copytree(components.folder / name, folder / name)
+    if components.repository is not None and components.classes:
+        index[REFERENCES] = {
+            name: {
+                "repository": components.repository,
+                "revision": components.revision,
+                "subfolder": name,
+                "library": library,
+                "class": part,
+            }
+            for name, (library, part) in components.classes.items()
+        }
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

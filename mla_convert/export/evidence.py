@@ -1,0 +1,55 @@
+"""What a checkpoint carries as evidence: the resolved recipe, the report, samples of what it generates."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..load import read_json
+
+RECIPE, REPORT, PAGE, BENCH, SAMPLES = "recipe.resolved.yaml", "report.json", "report.html", "bench.json", "samples"
+MAX_SAMPLES = 4
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The measured report, what `mla-convert bench` wrote, the files of both, and videos that the model made."""
+
+    report: dict[str, Any] | None = None
+    bench: dict[str, Any] | None = None
+    files: tuple[Path, ...] = ()
+    samples: tuple[Path, ...] = ()
+
+
+def find_evidence(root: Path) -> Evidence:
+    """What was measured and generated of the checkpoint in `root`, in its run folder or in itself.
+
+    Raises UserError for a report that cannot be read.
+    """
+    run = root.parent if (root.parent / "state.json").is_file() else None
+    places = [root] if run is None else [run, run / "evaluation", root]
+    measured = next((place for place in places if (place / REPORT).is_file()), root)
+    timed = next((place for place in places if (place / BENCH).is_file()), root)
+    files = [file for file in (measured / REPORT, measured / PAGE, timed / BENCH) if file.is_file()]
+    report, bench = (read_json(file) if file.is_file() else None for file in (measured / REPORT, timed / BENCH))
+    videos = next((place / SAMPLES for place in places if (place / SAMPLES).is_dir()), None)
+    found = [] if videos is None else sorted(file for file in videos.iterdir() if file.suffix == ".mp4")
+    return Evidence(report, bench, tuple(files), tuple(found[:MAX_SAMPLES]))
+
+
+def write_evidence(folder: Path, evidence: Evidence, recipe: Mapping[str, Any] | None) -> None:
+    """Copy the evidence into `folder`, with the resolved `recipe` where it is known."""
+    for file in evidence.files:
+        shutil.copyfile(file, folder / file.name)
+    if evidence.samples:
+        (folder / SAMPLES).mkdir()
+    for file in evidence.samples:
+        shutil.copyfile(file, folder / SAMPLES / file.name)
+    if recipe:
+        text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
+        (folder / RECIPE).write_text(text, encoding="utf-8")

@@ -1,0 +1,144 @@
+"""The pictures of a model card: bars and curves from the report as PNG, one sample as an animation."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import imageio_ffmpeg
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from ..errors import UserError
+from .evidence import SAMPLES, Evidence
+
+FIGURES = "figures"
+ANIMATION = f"{SAMPLES}/sample.gif"
+ANIMATION_SECONDS, ANIMATION_WIDTH, ANIMATION_FPS = 8, 512, 12
+_INK, _MUTED, _RULE, _LATENT = "#1a1e23", "#68727d", "#e3e7eb", "#14708a"
+_STYLE: dict[str, Any] = {
+    "font.size": 11,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.edgecolor": _MUTED,
+    "axes.labelcolor": _MUTED,
+    "axes.titlecolor": _INK,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 12,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": _RULE,
+    "xtick.color": _MUTED,
+    "ytick.color": _MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+}
+
+
+class Picture(NamedTuple):
+    """A file in the checkpoint's folder, by its path in there, and what it shows."""
+
+    file: str
+    caption: str
+
+
+def draw_pictures(folder: Path, model: Any, evidence: Evidence) -> list[Picture]:
+    """Draw what the model and its report give into `folder`; equal input gives equal bytes.
+
+    Raises UserError when a sample cannot be read as a video.
+    """
+    report = evidence.report or {}
+    pictures = []
+
+    def add(name: str, caption: str, draw: Any, *data: Any) -> None:
+        (folder / FIGURES).mkdir(exist_ok=True)
+        with _png(folder / FIGURES / name) as axes:
+            draw(axes, *data)
+            axes.set_title(caption)
+        pictures.append(Picture(f"{FIGURES}/{name}", caption))
+
+    if model.config.get("mla"):
+        add("cache_by_layer.png", "Cached scalars a token by layer", _bars, model.row_widths)
+    errors = report.get("attention_rel_error")
+    if errors and None not in errors:
+        percents = [100 * error for error in errors]
+        add("error_by_layer.png", "Error of the attention output by layer", _bars, percents, "%")
+    points = [(t, e) for t, e in report.get("velocity_rel_error_by_timestep") or [] if e is not None]
+    if points:
+        add("error_by_noise.png", "Error of the velocity by noise level", _error_by_noise, points)
+    curve = [row for row in report.get("curves") or [] if row.get("heldout_loss") is not None]
+    if len(curve) > 1 and len({row.get("stage") for row in curve}) == 1:
+        add("heldout_loss.png", "Held-out loss in distillation", _heldout, curve)
+    if evidence.samples:
+        _animate(evidence.samples[0], folder / ANIMATION)
+        pictures.append(Picture(ANIMATION, "Sample"))
+    return pictures
+
+
+def _bars(ax: Axes, values: Sequence[float], unit: str = "") -> None:
+    ax.bar(range(len(values)), values, width=min(0.72, 0.12 * len(values)), color=_LATENT)
+    ax.set_xlim(-0.6, len(values) - 0.4)
+    ax.set_xlabel("layer")
+    ax.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+    _value_axis(ax, unit)
+
+
+def _error_by_noise(ax: Axes, points: Sequence[tuple[float, float]]) -> None:
+    ordered = sorted(points)
+    ax.plot([t for t, _ in ordered], [100 * e for _, e in ordered], color=_LATENT, marker="o", markersize=4)
+    ax.set_xlim(0, 1)
+    ax.set_xlabel("t (0 clean, 1 pure noise)")
+    _value_axis(ax, "%")
+
+
+def _heldout(ax: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    # The report's loss of the teacher was measured with other noise, so it has no place here.
+    ax.plot(
+        [row["step"] for row in rows],
+        [row["heldout_loss"] for row in rows],
+        color=_LATENT,
+        marker="o",
+        markersize=4,
+    )
+    ax.set_xlabel("step")
+    ax.margins(y=0.2)
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+
+def _value_axis(ax: Axes, unit: str) -> None:
+    ax.set_ylim(bottom=0)
+    ax.yaxis.set_major_locator(MaxNLocator(5))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} {unit}".strip()))
+
+
+@contextmanager
+def _png(path: Path) -> Iterator[Axes]:
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(5.4, 3.3), layout="constrained")
+        yield figure.add_subplot()
+        # Without the version of matplotlib, equal data gives equal bytes.
+        figure.savefig(path, dpi=144, metadata={"Software": None})
+
+
+def _animate(video: Path, gif: Path) -> None:
+    """The first seconds of a video as a small GIF that loops, which a card shows without a player."""
+    palette = "split[a][b];[a]palettegen=stats_mode=diff[p];[b][p]paletteuse=dither=bayer:bayer_scale=4"
+    scaled = f"fps={ANIMATION_FPS},scale='min({ANIMATION_WIDTH},iw)':-1:flags=area"
+    command = [
+        *(imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-threads", "1", "-t", str(ANIMATION_SECONDS)),
+        *("-i", str(video), "-filter_threads", "1", "-vf", f"{scaled},{palette}"),
+        *("-map_metadata", "-1", "-fflags", "+bitexact", "-f", "gif", str(gif)),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise UserError(f"{video} cannot be read as a video: {reason}")

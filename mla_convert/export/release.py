@@ -1,0 +1,67 @@
+"""A checkpoint as it is given to others: final form and data type, evidence, card; reloaded before it says done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..files import atomic_folder
+from .card import write_card
+from .checkpoint import TRANSFORMER, claim_checkpoint, find_checkpoint, load_checkpoint, write_manifest, write_model
+from .components import AUTO_CLASS, find_components, write_components
+from .config import ExportConfig
+from .evidence import find_evidence, write_evidence
+from .manifest import family_of, read_manifest
+from .pictures import draw_pictures
+from .reload import check_standalone, check_tensors_on_disk
+from .standalone import bundle
+
+
+def export(checkpoint: Path, out: Path, config: ExportConfig) -> dict[str, Any]:
+    """Write a verified checkpoint to `out` in its final form, with its evidence and a model card.
+
+    What was written is loaded again and compared before `out` appears: tensor by tensor, and in the
+    standalone form also by a short rollout in a process that lacks this package. Returns path, class,
+    form, dtype and bytes. Raises UserError in one line; an `out` that was there then stays as it was.
+    """
+    root, _ = find_checkpoint(checkpoint)
+    claim_checkpoint(out)
+    here, there = root.resolve(), out.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise UserError(f"{out} and the checkpoint {root} lie in each other; choose another output folder")
+    recorded = read_manifest(root)
+    evidence = find_evidence(root)
+    components = find_components(recorded.get("source"), config.components)
+    model = load_checkpoint(root, config.torch_dtype, verify=True)
+    source = _standalone_source(model) if config.form == "standalone" else None
+    code = f"modeling_mla_{family_of(type(model)).name}" if source else None
+    with atomic_folder(out) as folder:
+        auto_map = {AUTO_CLASS: f"{code}.{type(model).__name__}"} if code else None
+        write_model(model, folder / TRANSFORMER, config.max_shard_size, auto_map=auto_map)
+        if source:
+            (folder / TRANSFORMER / f"{code}.py").write_text(source, encoding="utf-8")
+        write_components(folder, components, model, code)
+        write_evidence(folder, evidence, recorded.get("recipe"))
+        pictures = draw_pictures(folder, model, evidence)
+        manifest = write_manifest(model, folder, {**recorded, "form": config.form})
+        check_tensors_on_disk(model, folder / TRANSFORMER)
+        if source:
+            check_standalone(model, folder)
+        write_card(folder / "README.md", manifest, evidence, pictures, components)
+    written = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    return {
+        "path": str(out),
+        "class": type(model).__name__,
+        "form": config.form,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "bytes": written,
+    }
+
+
+def _standalone_source(model: Any) -> str:
+    """The file that defines the class of `model`. Raises UserError when another package's class has none."""
+    try:
+        return bundle(type(model))
+    except ValueError as error:
+        raise UserError(f"{type(model).__name__} has no standalone form: {error}") from None

@@ -1,0 +1,29 @@
+"""Attention by plain torch alone, in place of the kernels that are shipped with the package.
+
+It stands in for `mla.kernels` in the self-contained file of a model.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import Tensor
+
+Mode = Literal["auto", "triton", "torch"]
+
+
+class Kernels:
+    """How a model attends while it streams: by torch. Raises ValueError for `triton`."""
+
+    def __init__(self, mode: Mode = "auto", keep_history: bool = False) -> None:
+        if mode == "triton":
+            raise ValueError("this file attends by torch; install mla-convert for its kernels")
+        self.mode, self.keep_history = mode, keep_history
+
+    def attention(self, layer: Any, hidden_states: Tensor, step: Any) -> Tensor | None:
+        """None: torch is to do it."""
+        return None
+
+    def report(self) -> dict[str, Any]:
+        """What was chosen."""
+        return {"mode": self.mode, "paths": {}, "refused": {}}
