@@ -1,0 +1,263 @@
+"""A streaming step of the Wan2.1-1.3B geometry with random weights, and the ways its self-attention can go.
+
+Plain torch and `mla_attention` only. A way owns its cache, full of random history, and answers
+`attend(layer, query, key, value)` with queries, keys and values `[B, N, H * D]` before QK-norm: it
+normalises, rotates, stores the chunk in its cache and attends to the whole window, as each of the
+denoising passes of a chunk does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mla_attention as ops
+import torch
+import torch.nn.functional as F
+
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Wan2.1-1.3B at 480x832: windows of 21 frames, chunks of 3, 1,560 tokens a frame."""
+
+    layers: int = 30
+    heads: int = 12
+    head_dim: int = 128
+    ffn: int = 8960
+    tokens: int = 1560
+    window: int = 21
+    chunk: int = 3
+    text: int = 512
+    batch: int = 1
+
+    @property
+    def dim(self):
+        return self.heads * self.head_dim
+
+    @property
+    def queries(self):
+        return self.chunk * self.tokens
+
+    @property
+    def keys(self):
+        return self.window * self.tokens
+
+
+def rotations(shape, frames, device):
+    """cos and sin of every token of some frames, float32 `[len(frames) * T, D / 2, 2]`, by Wan's three axes."""
+    pairs = shape.head_dim // 2
+    spatial = shape.head_dim // 6
+    width = next(w for w in range(int(shape.tokens**0.5), 0, -1) if shape.tokens % w == 0)
+    angle = 10000.0 ** -(torch.arange(pairs, device=device) / pairs)
+    grid = torch.cartesian_prod(
+        torch.tensor(frames, device=device),
+        torch.arange(shape.tokens // width, device=device),
+        torch.arange(width, device=device),
+    ).float()
+    axis = torch.tensor([0] * (pairs - 2 * spatial) + [1] * spatial + [2] * spatial, device=device)
+    turned = grid[:, axis] * angle
+    return torch.stack([turned.cos(), turned.sin()], dim=-1)
+
+
+class Published:
+    """Self-Forcing's attention as its published code executes it: float64 rotation, rolling cache by copies.
+
+    Semantics from its description (arXiv 2506.08009) and the counted traffic of its code: keys are
+    cached rotated, and when the window is full the kept part is cloned and moved before every write.
+    """
+
+    def __init__(self, shape, device, dtype):
+        self.shape = shape
+        size = (shape.batch, shape.keys, shape.heads, shape.head_dim)
+        self.keys = [torch.randn(size, device=device, dtype=dtype) for _ in range(shape.layers)]
+        self.values = [torch.randn(size, device=device, dtype=dtype) for _ in range(shape.layers)]
+        self.gain = torch.ones(shape.dim, device=device, dtype=dtype)
+        own = rotations(shape, range(shape.window - shape.chunk, shape.window), device).double()
+        self.cis = torch.view_as_complex(own)
+
+    def attend(self, layer, query, key, value):
+        heads = self.shape.heads
+        query = self._rotate(F.rms_norm(query.float(), query.shape[-1:], self.gain.float(), EPS).to(query), heads)
+        key = self._rotate(F.rms_norm(key.float(), key.shape[-1:], self.gain.float(), EPS).to(key), heads)
+        new = key.shape[1]
+        for cache, rows in ((self.keys[layer], key), (self.values[layer], value.unflatten(-1, (heads, -1)))):
+            cache[:, :-new] = cache[:, new:].clone()
+            cache[:, -new:] = rows
+        return _sdpa(query, self.keys[layer], self.values[layer])
+
+    def _rotate(self, x, heads):
+        pairs = torch.view_as_complex(x.unflatten(-1, (heads, -1)).double().unflatten(-1, (-1, 2)).contiguous())
+        return torch.view_as_real(pairs * self.cis.unsqueeze(1)).flatten(-2).to(x.dtype)
+
+    def bytes(self):
+        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+
+
+class Dense:
+    """A tuned dense cache: a ring, nothing moved, norm and rotation fused.
+
+    `reindexed` False keeps rotated keys (absolute positions); True keeps unrotated ones and rotates
+    the window into a workspace at every pass, as an unlimited rollout within the rotary table needs.
+    """
+
+    def __init__(self, shape, device, dtype, reindexed, splits=1):
+        self.shape, self.reindexed, self.splits = shape, reindexed, splits
+        size = (shape.batch, shape.keys, shape.heads, shape.head_dim)
+        self.keys = [torch.randn(size, device=device, dtype=dtype) for _ in range(shape.layers)]
+        self.values = [torch.randn(size, device=device, dtype=dtype) for _ in range(shape.layers)]
+        self.gain = torch.ones(shape.dim, device=device, dtype=dtype)
+        self.window = rotations(shape, range(shape.window), device)
+        self.own = self.window[-shape.queries :].contiguous()
+        self.workspace = torch.empty(size, device=device, dtype=dtype) if reindexed else None
+
+    def attend(self, layer, query, key, value):
+        heads, new = self.shape.heads, key.shape[1]
+        query = ops.qk_norm_rope(query, self.gain, EPS, self.own, heads)
+        keys, values = self.keys[layer], self.values[layer]
+        turn = None if self.reindexed else self.own
+        keys[:, -new:] = ops.qk_norm_rope(key, self.gain, EPS, turn, heads)
+        values[:, -new:] = value.unflatten(-1, (heads, -1))
+        if self.workspace is not None:
+            pairs, turned = keys.unflatten(-1, (-1, 2)), self.workspace.unflatten(-1, (-1, 2))
+            cos, sin = (self.window[..., i].unsqueeze(1).to(keys.dtype) for i in (0, 1))
+            torch.addcmul(-pairs[..., 1] * sin, pairs[..., 0], cos, out=turned[..., 0])
+            torch.addcmul(pairs[..., 0] * sin, pairs[..., 1], cos, out=turned[..., 1])
+            keys = self.workspace
+        if self.splits > 1:
+            return ops.attend(query, keys, values, None, self.shape.head_dim**-0.5, self.splits)[0]
+        return _sdpa(query, keys, values)
+
+    def bytes(self):
+        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+
+
+class Latent:
+    """History in latents, the own chunk exact; `path` is `absorbed` or `expand`, then by `attend` or SDPA.
+
+    `shared` 0 is the layout rotate_on_read, which can only be expanded; otherwise the shared key has so
+    many channels and every head `head_dim - shared` unrotated ones.
+    """
+
+    def __init__(self, shape, device, dtype, rank, shared, path, splits=1, attention="sdpa"):
+        self.shape, self.rank, self.shared, self.path = shape, rank, shared, path
+        self.splits, self.attention = splits, attention
+        dim, heads, depth = shape.dim, shape.heads, shape.head_dim
+        size = (shape.batch, shape.window, shape.tokens, rank + shared)
+        self.rows = [torch.randn(size, device=device, dtype=dtype) for _ in range(shape.layers)]
+        self.gain = torch.ones(dim, device=device, dtype=dtype)
+        self.nope = depth - shared
+
+        def weight(*sizes):
+            return torch.randn(*sizes, device=device, dtype=dtype) * sizes[-1] ** -0.5
+
+        self.down, self.down_bias = weight(rank, 2 * dim), torch.zeros(rank, device=device, dtype=dtype)
+        self.up = weight(heads * (self.nope + depth), rank)
+        self.up_bias = torch.zeros(len(self.up), device=device, dtype=dtype)
+        self.pe = weight(shared, dim) if shared else None
+        self.pe_bias = torch.zeros(shared, device=device, dtype=dtype) if shared else None
+        history = shape.window - shape.chunk
+        every = rotations(shape, range(shape.window), device)
+        self.own = every[-shape.queries :].contiguous()
+        pairs = shared // 2 if shared else depth // 2
+        self.turn = every[: history * shape.tokens, :pairs].contiguous()
+        self.slots = torch.arange(history, dtype=torch.int32, device=device)
+        self.own_slots = torch.arange(history, shape.window, dtype=torch.int32, device=device)
+        self.num_keys = torch.full((1,), history * shape.tokens, dtype=torch.int32, device=device)
+        if path == "expand":
+            tail = 0 if shared else shape.queries
+            keys = (shape.batch, history * shape.tokens + tail, heads, depth)
+            self.key, self.value = (torch.empty(keys, device=device, dtype=dtype) for _ in range(2))
+
+    def attend(self, layer, query, key, value):
+        shape, rows = self.shape, self.rows[layer]
+        scale, heads = shape.head_dim**-0.5, shape.heads
+        own_query = ops.qk_norm_rope(query, self.gain, EPS, self.own, heads)
+        own_key = ops.qk_norm_rope(key, self.gain, EPS, self.own, heads)
+        own_value = value.unflatten(-1, (heads, -1))
+        history = len(self.turn)
+        if self.path == "expand":
+            ops.expand_kv_(
+                self.key[:, :history], self.value[:, :history], rows, None, self.slots, self.num_keys,
+                self.up, self.up_bias, None, None, self.turn, not self.shared,
+            )  # fmt: skip
+            if not self.shared:
+                self.key[:, history:], self.value[:, history:] = own_key, own_value
+                return self._attention(own_query, self.key, self.value)
+            out = ops.attend(own_query, self.key, self.value, None, scale, self.splits)
+        else:
+            up_key, up_value = self.up.unflatten(0, (heads, -1)).split([self.nope, shape.head_dim], dim=1)
+            nope, pe = own_query.split([self.nope, self.shared], dim=-1)
+            absorbed = torch.einsum("bqhn,hnr->bqhr", nope, up_key)
+            mixed, lse = ops.latent_attention(
+                absorbed, pe.contiguous(), rows, None, self.slots, self.num_keys, self.turn, scale, self.splits
+            )
+            out = torch.einsum("bqhr,hvr->bqhv", mixed, up_value), lse
+        own = ops.attend(own_query, own_key, own_value, None, scale)
+        return ops.merge(torch.stack([out[0], own[0]]), torch.stack([out[1], own[1]]))[0]
+
+    def write(self, layer, key, value):
+        """Keep the chunk: what the last pass of a chunk does."""
+        ops.latent_write_(
+            self.rows[layer], None, self.own_slots, key, value, self.gain, EPS, None,
+            self.down, self.down_bias, self.pe, self.pe_bias, None, self.shape.heads,
+        )  # fmt: skip
+
+    def _attention(self, query, key, value):
+        if self.attention == "sdpa":
+            return _sdpa(query, key, value)
+        return ops.attend(query, key, value, None, self.shape.head_dim**-0.5, self.splits)[0]
+
+    def bytes(self):
+        return sum(rows.numel() * rows.element_size() for rows in self.rows)
+
+
+def _sdpa(query, key, value):
+    out = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    return out.transpose(1, 2)
+
+
+class Step:
+    """All blocks of the transformer once: self-attention by a way, cross-attention to text, feed-forward."""
+
+    def __init__(self, shape, device, dtype):
+        self.shape = shape
+        dim = shape.dim
+
+        def weight(*sizes):
+            return torch.randn(*sizes, device=device, dtype=dtype) * sizes[-1] ** -0.5
+
+        self.blocks = [
+            {
+                "qkv": [weight(dim, dim) for _ in range(3)],
+                "out": weight(dim, dim),
+                "cross_q": weight(dim, dim),
+                "cross_out": weight(dim, dim),
+                "up": weight(shape.ffn, dim),
+                "down": weight(dim, shape.ffn),
+            }
+            for _ in range(shape.layers)
+        ]
+        text = (shape.batch, shape.heads, shape.text, shape.head_dim)
+        self.text = [torch.randn(text, device=device, dtype=dtype) for _ in range(2)]
+        self.modulation = torch.randn(6, dim, device=device, dtype=torch.float32) * 0.02
+        self.hidden_states = torch.randn(shape.batch, shape.queries, dim, device=device, dtype=dtype)
+
+    def __call__(self, way):
+        x, heads = self.hidden_states, self.shape.heads
+        shift, scale, gate, ff_shift, ff_scale, ff_gate = self.modulation
+        for layer, block in enumerate(self.blocks):
+            normed = self._modulated(x, scale, shift)
+            query, key, value = (F.linear(normed, weight) for weight in block["qkv"])
+            out = way.attend(layer, query, key, value).flatten(2)
+            x = (x.float() + F.linear(out, block["out"]).float() * gate).to(x.dtype)
+            query = F.linear(x, block["cross_q"]).unflatten(-1, (heads, -1)).transpose(1, 2)
+            out = F.scaled_dot_product_attention(query, *self.text).transpose(1, 2).flatten(2)
+            x = x + F.linear(out, block["cross_out"])
+            hidden = F.gelu(F.linear(self._modulated(x, ff_scale, ff_shift), block["up"]), approximate="tanh")
+            x = (x.float() + F.linear(hidden, block["down"]).float() * ff_gate).to(x.dtype)
+        return x
+
+    def _modulated(self, x, scale, shift):
+        normed = F.layer_norm(x.float(), x.shape[-1:], eps=EPS)
+        return torch.addcmul(shift, normed, 1 + scale).to(x.dtype)

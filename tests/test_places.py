@@ -1,0 +1,81 @@
+"""The places of a chunk: computed once, shared by its passes, and where a graph needs it, never moved in memory."""
+
+from __future__ import annotations
+
+import pico
+import pytest
+import torch
+
+from mla_convert.mla.cache import FrameCache
+from mla_convert.mla.places import next_places
+from mla_convert.run.graph import GraphedChunk
+
+FRAMES, HEIGHT, WIDTH = 13, 6, 4
+
+
+def test_passes_of_a_chunk_share_their_places_and_chunks_do_not() -> None:
+    model = pico.dense_model()
+    cache, table = model.init_cache(1, HEIGHT, WIDTH), model.rotary_table()
+    first = next_places(table, cache, 2)
+    assert next_places(table, cache, 2) is first
+    cache.frames_seen = 2
+    second = next_places(table, cache, 2)
+    assert second is not first and second.history_frames == [0, 1] and second.own_frames == [2, 3]
+    cache.reset()
+    assert next_places(table, cache, 2).own_frames == [0, 1]
+
+
+def test_slots_are_those_of_the_frames() -> None:
+    model = pico.dense_model()
+    cache = model.init_cache(1, HEIGHT, WIDTH)
+    cache.frames_seen = 11
+    places = next_places(model.rotary_table(), cache, 2)
+    assert places.history_slots.tolist() == [model.causal.slot(frame) for frame in places.history_frames]
+    assert places.own_slots.tolist() == [model.causal.slot(frame) for frame in places.own_frames]
+
+
+def test_fixed_places_stay_where_they_are_and_hold_what_new_ones_would() -> None:
+    model = pico.dense_model()
+    table = model.rotary_table()
+    fixed, free = (model.init_cache(1, HEIGHT, WIDTH) for _ in range(2))
+    fixed.fixed_places = True
+    addresses = set()
+    for start, stop in model.causal.chunks(FRAMES)[:-1]:
+        fixed.frames_seen = free.frames_seen = start
+        kept, new = (next_places(table, cache, stop - start) for cache in (fixed, free))
+        assert kept.history_frames == new.history_frames
+        for name in ("own_rotations", "history_rotations", "grid", "own_slots", "history_slots"):
+            assert torch.equal(getattr(kept, name), getattr(new, name))
+        if len(new.history_frames) == 3:
+            addresses.add(kept.history_rotations.data_ptr())
+    assert len(addresses) == 1
+
+
+def test_a_gradient_survives_the_places_of_later_chunks() -> None:
+    model = pico.dense_model().requires_grad_(True)
+    latents, timestep, text = pico.inputs(1, 6, HEIGHT, WIDTH)
+    cache = model.init_cache(1, HEIGHT, WIDTH)
+    total = torch.zeros(())
+    for start, stop in model.causal.chunks(6):
+        chunk = (latents[:, :, start:stop], timestep[:, start:stop], text, cache)
+        total = total + model.forward_chunk(*chunk).square().mean()
+        with torch.no_grad():
+            model.forward_chunk(*chunk, write=True)
+    total.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_a_rollout_reads_the_same_rows_with_fixed_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pico.convert(pico.dense_model(), position="decoupled", kv_lora_rank=14, qk_rope_head_dim=6)
+    clip = pico.inputs(2, FRAMES, HEIGHT, WIDTH)
+    with torch.no_grad():
+        expected, _ = pico.stream(model, *clip)
+        monkeypatch.setattr(FrameCache, "fixed_places", True)
+        actual, _ = pico.stream(model, *clip)
+    assert torch.equal(actual, expected)
+
+
+def test_graphs_are_for_cuda_devices() -> None:
+    model = pico.dense_model()
+    with pytest.raises(ValueError, match="CUDA device, this one is on cpu"):
+        GraphedChunk(model, model.init_cache(1, HEIGHT, WIDTH))
