@@ -67,7 +67,7 @@ def attention(
     """
     pass_ = _FusedPass(layer, hidden_states, step, keep_history)
     out = pass_.absorbed() if path == "absorbed" else pass_.expanded()
-    if step.write:
+    if step.write and layer.own_chunk_exact:
         pass_.write()
     return out.flatten(2)
 

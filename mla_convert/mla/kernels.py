@@ -43,15 +43,16 @@ class Choice(NamedTuple):
 class Kernels:
     """How a model attends while it streams without gradients; `mode` is the recipe's key `kernels`.
 
-    `auto` takes kernels where they support a layer, after its first output has agreed with torch's, and
-    torch elsewhere; `triton` raises UserError instead; `torch` never asks. `choices` holds what was chosen,
-    by layer and shape. `keep_history` expands the history once a chunk and layer instead of once a pass,
-    for the memory of a dense cache.
+    `auto` takes kernels where they support a layer, after the first output with and without history has
+    agreed with torch's, and torch elsewhere; `triton` raises UserError instead and compares nothing; `torch`
+    never asks. `choices` holds what was chosen, by layer and shape. `keep_history` expands the history once a
+    chunk and layer instead of once a pass, for the memory of a dense cache.
     """
 
     mode: Mode = "auto"
     keep_history: bool = False
     choices: dict[tuple[int, Shape], Choice] = field(default_factory=dict)
+    checked: set[tuple[int, Shape, bool]] = field(default_factory=set)
 
     def attention(self, layer: CausalSelfAttention, hidden_states: Tensor, step: AttentionPass) -> Tensor | None:
         """`layer.attention` by kernels, `[B, S, H * V]`; None where torch is to do it."""
@@ -59,41 +60,46 @@ class Kernels:
             return None
         batch, queries = hidden_states.shape[:2]
         keys = step.cache.rows[layer.layer].shape[1:-1].numel()
-        key = (layer.layer, Shape(batch, queries, keys, hidden_states.dtype, hidden_states.device.type))
-        out = None
+        shape = Shape(batch, queries, keys, hidden_states.dtype, hidden_states.device.type)
+        key = (layer.layer, shape)
         if key not in self.choices:
-            self.choices[key] = choice = choose(layer, key[1], step)
-            if choice.path != "torch" and step.views[0].history_frames:
-                out = self._first(key, layer, hidden_states, step)
-        choice = self.choices[key]
-        if choice.path == "torch":
+            self.choices[key] = choose(layer, shape, step)
+        path = self.choices[key].path
+        if path == "torch":
             if self.mode == "triton":
+                reasons = "; ".join(self.choices[key].refused.values())
                 raise UserError(
-                    f"no kernel for the attention of layer {layer.layer} ({'; '.join(choice.refused.values())}); "
+                    f"no kernel for the attention of layer {layer.layer} ({reasons}); "
                     "`kernels: auto` lets torch take it"
                 )
             return None
-        return fused.attention(layer, hidden_states, step, choice.path, self.keep_history) if out is None else out
+        # Without history other kernels run than with it.
+        check = (*key, bool(step.views[0].history_frames))
+        if self.mode == "triton" or check in self.checked:
+            return fused.attention(layer, hidden_states, step, path, self.keep_history)
+        self.checked.add(check)
+        return self._checked(key, path, layer, hidden_states, step)
 
-    def _first(
-        self, key: tuple[int, Shape], layer: CausalSelfAttention, hidden_states: Tensor, step: AttentionPass
+    def _checked(
+        self,
+        key: tuple[int, Shape],
+        path: fused.Path,
+        layer: CausalSelfAttention,
+        hidden_states: Tensor,
+        step: AttentionPass,
     ) -> Tensor | None:
-        """The output of a kernel that was never used for this layer and shape, compared with torch's."""
-        choice = self.choices[key]
-        assert choice.path != "torch"
+        """The output of a kernel compared with torch's; where it fails or differs, None, and torch from now on."""
         try:
-            out = fused.attention(layer, hidden_states, step, choice.path, self.keep_history)
+            out = fused.attention(layer, hidden_states, step, path, self.keep_history)
         except Exception as error:
-            if self.mode == "triton":
-                raise
-            reason = f"{choice.path} failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            reason = f"{path} failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         else:
-            expected = layer.eager_attention(hidden_states, step)
-            difference = float((out.float() - expected.float()).abs().max() / expected.float().abs().max())
+            expected = layer.eager_attention(hidden_states, step).float()
+            difference = float((out.float() - expected).abs().max() / expected.abs().max())
             if difference <= CHECK[key[1].dtype]:
                 return out
-            reason = f"{choice.path} differs from torch by {difference:.1e} of the largest output"
-        self.choices[key] = Choice("torch", {**choice.refused, choice.path: reason})
+            reason = f"{path} differs from torch by {difference:.1e} of the largest output"
+        self.choices[key] = Choice("torch", {**self.choices[key].refused, path: reason})
         return None
 
     def report(self) -> dict[str, Any]:
