@@ -19,6 +19,7 @@ from ..mla.cache import DenseCache, FrameCache, LatentCache
 from ..mla.config import MLAConfig
 from ..mla.kernels import Kernels, Mode
 from ..mla.latent import LatentSelfAttention
+from ..mla.quantised import Int8LatentCache
 from ..mla.rope import RotaryTable
 from ..mla.window import CausalConfig
 from .base import BlockInputs
@@ -110,7 +111,10 @@ class CausalTransformer(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> FrameCache:
-        """An empty cache for latents of `height x width`; window and sinks default to the model's."""
+        """An empty cache for latents of `height x width`; window and sinks default to the model's.
+
+        `dtype` is the model's where it is left out; `torch.int8` quantises the rows of a converted model.
+        """
         changes = {"window_frames": window_frames, "sink_frames": sink_frames}
         settings = self.causal.model_dump() | {k: v for k, v in changes.items() if v is not None}
         return self.make_cache(
@@ -126,7 +130,12 @@ class CausalTransformer(nn.Module):
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> FrameCache:
-        """The cache that `init_cache` describes. Raises ValueError for an unbounded window."""
+        """The cache that `init_cache` describes.
+
+        Raises ValueError for an unbounded window, and for int8 where rows are no latents.
+        """
+        if dtype == torch.int8:
+            raise ValueError(f"{type(self).__name__} has no cache in int8; converted models with a ring of frames have")
         return self.cache_class(causal, self.row_widths, batch_size, *self.token_grid(height, width), dtype, device)
 
     @property
@@ -314,6 +323,20 @@ class LatentTransformer(CausalTransformer):
             raise ValueError(f"the mla config has {len(config.kv_lora_rank)} layers, the model {dense['num_layers']}")
         self.mla = config
         super().__init__(**dense)
+
+    def make_cache(
+        self,
+        causal: CausalConfig,
+        batch_size: int,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> FrameCache:
+        if dtype == torch.int8 and self.cache_class is LatentCache:
+            grid = self.token_grid(height, width)
+            return Int8LatentCache(causal, self.row_widths, batch_size, *grid, dtype, device)
+        return super().make_cache(causal, batch_size, height, width, dtype, device)
 
     def make_attention(self, layer: int) -> CausalSelfAttention:
         heads, head_dim = self.config.num_attention_heads, self.config.attention_head_dim

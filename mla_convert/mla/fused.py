@@ -18,6 +18,7 @@ from .cache import DenseCache, LatentCache
 from .core import Query
 from .latent import LatentSelfAttention
 from .places import Places
+from .quantised import Int8LatentCache
 from .rope import rotate
 
 Path = Literal["absorbed", "expand"]
@@ -33,10 +34,12 @@ def why_not(layer: CausalSelfAttention, dtype: torch.dtype, device: str, step: A
         return f"the package mla_attention cannot be imported: {error}"
     if reason := ops.why_not(device, dtype):
         return str(reason)
-    if type(step.cache) not in (DenseCache, LatentCache) or step.cache.places is None:
+    if type(step.cache) not in (DenseCache, LatentCache, Int8LatentCache) or step.cache.places is None:
         return f"{type(step.cache).__name__} is not a ring of frames"
-    if step.cache.rows[layer.layer].dtype != dtype:
+    if step.cache.rows[layer.layer].dtype not in (dtype, torch.int8):
         return f"the cache is {step.cache.rows[layer.layer].dtype}, the model computes in {dtype}"
+    if type(step.cache) is Int8LatentCache and not layer.own_chunk_exact:
+        return "the kernels would quantise the own chunk, which they read from the cache"
     if any(view.zero_keys for view in step.views):
         return "the model attends to keys of zeros"
     if isinstance(layer, DenseSelfAttention):
@@ -84,6 +87,8 @@ class _FusedPass:
         self.step, self.cache, self.keep_history = step, step.cache, keep_history
         self.chunk, self.places = cast("tuple[tuple[int, int], Places]", step.cache.places)
         self.rows = self.cache.rows[layer.layer]
+        self.scales = self.cache.scales[layer.layer] if isinstance(self.cache, Int8LatentCache) else None
+        self.dtype = hidden_states.dtype
         self.query, self.key, self.value = layer.project_raw(hidden_states)
         self.history_tokens, self.own_tokens = len(self.places.history_rotations), hidden_states.shape[1]
         self.read_own = not layer.own_chunk_exact
@@ -134,7 +139,7 @@ class _FusedPass:
                 torch.einsum("bqhn,hnr->bqhr", nope, weights.w_uk).contiguous(),
                 rope.contiguous() if layer.rope_pairs else None,
                 self.rows,
-                None,
+                self.scales,
                 slots,
                 self._count(len(rotations)),
                 _cos_sin(rotations[:, layer.rope_pairs]) if layer.rope_pairs else None,
@@ -156,7 +161,7 @@ class _FusedPass:
         shared = layer.k_pe_proj if layer.caches_shared_key else None
         self.ops.latent_write_(
             self.rows,
-            None,
+            self.scales,
             self.places.own_slots,
             self.key,
             self.value,
@@ -199,7 +204,7 @@ class _FusedPass:
             key[..., :width],
             value,
             self.rows,
-            None,
+            self.scales,
             slots,
             self._count(len(rotations)),
             layer.kv_b_proj.weight,
@@ -224,7 +229,7 @@ class _FusedPass:
         for name, wanted in shapes.items():
             kept = self.cache.workspace.get((owner, name))
             if kept is None or kept.shape != wanted:
-                self.cache.workspace[owner, name] = self.rows.new_empty(wanted)
+                self.cache.workspace[owner, name] = self.rows.new_empty(wanted, dtype=self.dtype)
                 self.cache.expanded.pop(owner, None)
         return self.cache.workspace[owner, "key"], self.cache.workspace[owner, "value"]
 

@@ -1,1 +1,36 @@
 """Fused Triton kernels for multi-head latent attention over a ring of cached video frames."""
+
+from __future__ import annotations
+
+from ._runtime import why_not
+from .attend import attend, attend_reference, why_not_attend
+from .expand_kv import expand_kv_, expand_kv_reference, why_not_expand_kv
+from .latent_attention import latent_attention, latent_attention_reference, why_not_latent_attention
+from .latent_write import latent_write_, latent_write_reference, why_not_latent_write
+from .merge import merge, merge_reference, why_not_merge
+from .qk_norm_rope import qk_norm_rope, qk_norm_rope_reference, why_not_qk_norm_rope
+from .quantise import dequantise_rows, quantise_rows
+
+__all__ = [
+    "attend",
+    "attend_reference",
+    "dequantise_rows",
+    "expand_kv_",
+    "expand_kv_reference",
+    "latent_attention",
+    "latent_attention_reference",
+    "latent_write_",
+    "latent_write_reference",
+    "merge",
+    "merge_reference",
+    "qk_norm_rope",
+    "qk_norm_rope_reference",
+    "quantise_rows",
+    "why_not",
+    "why_not_attend",
+    "why_not_expand_kv",
+    "why_not_latent_attention",
+    "why_not_latent_write",
+    "why_not_merge",
+    "why_not_qk_norm_rope",
+]

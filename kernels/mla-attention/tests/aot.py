@@ -1,0 +1,89 @@
+"""Compile the kernels ahead of time, without a GPU: `python aot.py 90 attend merge` prints one JSON line a variant.
+
+A process of its own, since Triton's interpreter, once chosen, compiles nothing. Every op module offers
+`aot_variants(capability)`; what the launcher would find out about its arguments is assumed here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+"""Bytes of shared memory that one block may use (CUDA C++ Programming Guide, technical specifications)."""
+
+TMEM_COLUMNS = 512
+"""Columns of tensor memory of one multiprocessor of compute capability 10.0 (PTX ISA, section on tcgen05)."""
+
+WARP_SIZE = 32
+
+
+def compiled(variant, capability):
+    """What a variant needs on a compute capability, and which instructions it has."""
+    kernel = variant.kernel
+    signature, divisible = {}, []
+    for index, parameter in enumerate(kernel.params):
+        name = parameter.name
+        signature[name] = "constexpr" if name in variant.plan.constants else variant.types.get(name, "i32")
+        pointer_or_int = signature[name][0] in "*i"
+        if pointer_or_int and not parameter.do_not_specialize:
+            divisible.append(index)
+    unknown = [name for name in (*variant.types, *variant.plan.constants) if name not in signature]
+    if unknown:
+        raise KeyError(f"{variant.name}: the kernel has no arguments {unknown}")
+    source = ASTSource(
+        kernel,
+        signature=signature,
+        constexprs=variant.plan.constants,
+        attrs={(index,): [["tt.divisibility", 16]] for index in divisible},
+    )
+    target = GPUTarget("cuda", capability, WARP_SIZE)
+    binary = triton.compile(source, target=target, options=variant.plan.options())
+    usage = resources(binary.asm["cubin"])
+    return {
+        "name": variant.name,
+        "capability": capability,
+        "warps": variant.plan.num_warps,
+        "stages": variant.plan.num_stages,
+        "registers": usage["REG"],
+        "spilled": usage["STACK"] + usage["LOCAL"],
+        "shared": binary.metadata.shared,
+        "tmem": getattr(binary.metadata, "tmem_size", 0) or 0,
+        "dot": variant.dot,
+        "tensor_cores": tensor_cores(binary.asm["ptx"]),
+    }
+
+
+def tensor_cores(ptx):
+    """The tensor core instructions in PTX: `mma` (8.0), `wgmma` (9.0) or `tcgen05` (10.0), None without any."""
+    found = [name for name in ("tcgen05", "wgmma", "mma") if re.search(rf"\b{name}\.(mma|sync|mma_async)", ptx)]
+    return found[0] if found else None
+
+
+def resources(cubin):
+    """REG, and bytes of STACK, SHARED and LOCAL memory, of the one kernel in a cubin; spills go to the stack."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", done.stdout)}
+
+
+def main(capability, modules):
+    for module in modules:
+        for variant in importlib.import_module(f"mla_attention.{module}").aot_variants(capability):
+            print(json.dumps(compiled(variant, capability)), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2:])

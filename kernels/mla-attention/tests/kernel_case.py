@@ -1,0 +1,86 @@
+"""What the kernel tests share: devices, dtypes, errors against float64, and rings of cache rows with poisoned slots."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from mla_attention import dequantise_rows, quantise_rows
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+DTYPES = [torch.float16, torch.float32, *([torch.bfloat16] if DEVICE == "cuda" else [])]
+"""The interpreter multiplies bfloat16 wrongly; a GPU does not."""
+
+EPSILON = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 2**-24}
+"""Half the distance of 1 to the next number: the relative error of one rounding."""
+
+
+def randn(*shape, dtype=torch.float32, seed=0, scale=1.0):
+    """Normal numbers, the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(*shape, generator=generator)).to(DEVICE, dtype)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """Norm of the difference relative to the norm of `expected`, in float64; NaN where anything is NaN."""
+    found, expected = found.double(), expected.double()
+    return float((found - expected).norm() / expected.norm())
+
+
+def unit_rotations(keys: int, pairs: int, seed: int = 0) -> Tensor:
+    """Rotations by random angles, float32 `[keys, pairs, 2]`."""
+    angles = randn(keys, pairs, seed=seed, scale=3.0)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
+
+
+def int32(values) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+class Ring(NamedTuple):
+    """Rows of one layer in a ring, as the ops read them, and what they hold.
+
+    `valid` `[B, num_keys, W]` are the rows of the valid keys in reading order, in float64, after
+    quantisation where there is one. Everything else in the ring is NaN (int8: NaN scales).
+    """
+
+    rows: Tensor
+    scales: Tensor | None
+    slots: Tensor
+    num_keys: Tensor
+    valid: Tensor
+
+
+def ring(
+    width: int,
+    dtype: torch.dtype,
+    batch: int = 2,
+    tokens: int = 7,
+    slots: tuple[int, ...] = (0, 3, 4, 1),
+    window: int = 5,
+    tail: int = 3,
+    quantised: bool = False,
+    seed: int = 0,
+    scale: float = 1.0,
+) -> Ring:
+    """A ring of `window` slots that has wrapped: a sink in slot 0, a stale slot 2, the last `tail` keys invalid."""
+    keys = len(slots) * tokens - tail
+    values = randn(batch, len(slots) * tokens, width, dtype=dtype, seed=seed, scale=scale)
+    scales = None
+    place = torch.tensor(slots, device=DEVICE)
+    if quantised:
+        steps, found = quantise_rows(values)
+        valid = dequantise_rows(steps, found, torch.float64)
+        found[:, keys:] = float("nan")
+        rows = torch.full((batch, window, tokens, width), -128, dtype=torch.int8, device=DEVICE)
+        rows[:, place] = steps.unflatten(1, (len(slots), tokens))
+        scales = found.new_full((batch, window, tokens, found.shape[-1]), float("nan"))
+        scales[:, place] = found.unflatten(1, (len(slots), tokens))
+    else:
+        valid = values.double()
+        values[:, keys:] = float("nan")
+        rows = values.new_full((batch, window, tokens, width), float("nan"))
+        rows[:, place] = values.unflatten(1, (len(slots), tokens))
+    return Ring(rows, scales, int32(slots), int32([keys]), valid[:, :keys])

@@ -1,0 +1,146 @@
+"""Attention over a valid prefix of a workspace."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kernel_case import DTYPES, EPSILON, error, int32, randn
+from mla_attention import attend, attend_reference, merge, why_not_attend
+from mla_attention._ops import ops
+
+
+def inputs(queries=21, keys=50, heads=3, channels=24, values=None, batch=2, dtype=torch.float32, scale=1.0):
+    values = channels if values is None else values
+    return (
+        randn(batch, queries, heads, channels, dtype=dtype, seed=1, scale=scale),
+        randn(batch, keys, heads, channels, dtype=dtype, seed=2, scale=scale),
+        randn(batch, keys, heads, values, dtype=dtype, seed=3),
+    )
+
+
+def exact(query, key, value, num_keys, scale):
+    """`attend` in float64."""
+    return attend_reference(query.double(), key.double(), value.double(), num_keys, scale)
+
+
+def sdpa(query, key, value, scale):
+    out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)), scale=scale)
+    return out.transpose(1, 2)
+
+
+GEOMETRIES = [(1, 16, 16), (3, 24, 24), (5, 64, 32), (3, 96, 96), (1, 160, 128), (2, 200, 128), (1, 128, 128)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "channels", "values"), GEOMETRIES)
+def test_error_is_that_of_sdpa(heads, channels, values, dtype):
+    query, key, value = inputs(heads=heads, channels=channels, values=values, keys=130, dtype=dtype)
+    scale = channels**-0.5
+
+    out, lse = attend(query, key, value, None, scale)
+
+    expected, expected_lse = exact(query, key, value, None, scale)
+    # The ratio to the error of SDPA is 0.6 to 1.1; the floor is the rounding of the result.
+    assert error(out, expected) <= max(1.2 * error(sdpa(query, key, value, scale), expected), EPSILON[dtype])
+    assert error(lse, expected_lse) < 1e-6  # 1e-7
+    assert out.dtype == dtype and lse.dtype == torch.float32
+
+
+@pytest.mark.parametrize("splits", [1, 2, 5])
+@pytest.mark.parametrize("count", [0, 1, 63, 64, 100, 130])
+def test_only_the_valid_prefix_counts(count, splits):
+    query, key, value = inputs(keys=130, dtype=torch.float16)
+    expected, expected_lse = exact(query, key[:, :count], value[:, :count], None, 0.2)
+    key[:, count:], value[:, count:] = float("nan"), float("nan")
+
+    out, lse = attend(query, key, value, int32([count]), 0.2, splits)
+
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-3)  # 5e-4
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=1e-5)  # 9e-7
+    if count == 0:
+        assert not out.any() and bool((lse == float("-inf")).all())
+
+
+def test_a_count_beyond_the_keys_means_all():
+    query, key, value = inputs()
+    beyond, all_keys = attend(query, key, value, int32([51]), 0.2), attend(query, key, value, None, 0.2)
+    torch.testing.assert_close(beyond, all_keys, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_splits_are_as_exact(dtype):
+    query, key, value = inputs(keys=300, channels=64, dtype=dtype)
+    expected, _ = exact(query, key, value, None, 0.125)
+    found, _ = attend(query, key, value, None, 0.125, 3)
+    assert error(found, expected) <= max(1.2 * error(sdpa(query, key, value, 0.125), expected), EPSILON[dtype])
+
+
+def test_parts_merge_to_the_whole():
+    query, key, value = inputs(keys=90)
+    parts = [attend(query, key[:, a:b], value[:, a:b], None, 0.2) for a, b in ((0, 20), (20, 20), (20, 90))]
+
+    out, lse = merge(torch.stack([part[0] for part in parts]), torch.stack([part[1] for part in parts]))
+
+    expected, expected_lse = exact(query, key, value, None, 0.2)
+    assert error(out, expected) < 1e-6 and error(lse, expected_lse) < 1e-6  # 2e-7, 8e-8
+
+
+@pytest.mark.parametrize("scale", [1e-6, 30.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_extreme_logits(dtype, scale):
+    """From equal weights to one key that takes it all: logits of some thousands."""
+    query, key, value = inputs(dtype=dtype, channels=64, scale=3.0)
+
+    out, lse = attend(query, key, value, None, scale)
+
+    expected, expected_lse = exact(query, key, value, None, scale)
+    assert error(out, expected) <= max(1.2 * error(sdpa(query, key, value, scale), expected), EPSILON[dtype])
+    assert error(lse, expected_lse) < 1e-6  # 2e-7
+
+
+def test_views():
+    """A part of a workspace, channels of a wider one, and heads that a projection laid side by side."""
+    query, key, value = inputs(queries=8)
+    wide_key, wide_value = randn(2, 80, 3, 40), randn(2, 80, 3, 40)
+    wide_key[:, 10:60, :, :24], wide_value[:, 10:60, :, 8:32] = key, value
+    query_view = query.transpose(1, 2).contiguous().transpose(1, 2)
+
+    found = attend(query_view, wide_key[:, 10:60, :, :24], wide_value[:, 10:60, :, 8:32], None, 0.2)
+
+    torch.testing.assert_close(found, attend(query, key, value, None, 0.2), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_opcheck(splits):
+    query, key, value = inputs(queries=4, keys=8)
+    arguments = (query, key, value, int32([7]), 0.2, splits)
+    torch.library.opcheck(ops.attend.default, arguments)
+    fused = torch.compile(attend, fullgraph=True, dynamic=True, backend="eager")
+    assert torch.equal(fused(*arguments)[0], attend(*arguments)[0])
+
+
+def test_reference_needs_no_valid_tail():
+    query, key, value = inputs()
+    expected, _ = attend_reference(query, key[:, :30], value[:, :30], None, 0.2)
+    key[:, 30:], value[:, 30:] = float("nan"), float("nan")
+    torch.testing.assert_close(attend_reference(query, key, value, int32([30]), 0.2)[0], expected)
+
+
+def test_refusals():
+    query, key, value = inputs()
+    with pytest.raises(ValueError, match=r"key is \[2, 50, 2, 24\], expected \[2, \*, 3, 24\]"):
+        attend(query, key[:, :, :2], value, None, 0.2)
+    with pytest.raises(ValueError, match=r"value is torch.float16, expected torch.float32"):
+        attend(query, key, value.half(), None, 0.2)
+    with pytest.raises(ValueError, match="the last axis of key must be contiguous"):
+        attend(query, key.transpose(2, 3).contiguous().transpose(2, 3), value, None, 0.2)
+    with pytest.raises(ValueError, match=r"num_keys is torch.int64, expected torch.int32"):
+        attend(query, key, value, int32([1]).long(), 0.2)
+    with pytest.raises(ValueError, match="0 splits, supported are 1 to 64"):
+        attend(query, key, value, None, 0.2, 0)
+    with pytest.raises(NotImplementedError, match="float64 is not supported"):
+        attend(query.double(), key.double(), value.double(), None, 0.2)
+    assert why_not_attend(384, 128) == "attend: 384 key channels a head, supported are 1 to 256"
+    assert why_not_attend(160, 192) == "attend: 192 value channels a head, supported are 1 to 128"
+    assert why_not_attend(160, 128, torch.bfloat16) is None

@@ -1,0 +1,194 @@
+"""Absorbed attention to the rows of a ring."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kernel_case import DTYPES, EPSILON, error, int32, randn, ring, unit_rotations
+from mla_attention import latent_attention, latent_attention_reference, merge, why_not_latent_attention
+from mla_attention._ops import ops
+
+SCALE = 0.1
+
+
+def case(
+    rank=64, shared=8, heads=3, queries=5, dtype=torch.float32, slots=(0, 3, 4, 1), tokens=7, scale=1.0, **of_ring
+):
+    """Arguments of `latent_attention` up to the scale, and the valid rows."""
+    cached = ring(rank + shared, dtype, slots=slots, tokens=tokens, **of_ring)
+    batch, keys = cached.rows.shape[0], len(slots) * tokens
+    pe = randn(batch, queries, heads, shared, dtype=dtype, seed=2, scale=scale) if shared else None
+    turn = unit_rotations(keys, shared // 2) if shared else None
+    if shared:
+        turn[len(cached.valid[0]) :] = float("nan")
+    latent = randn(batch, queries, heads, rank, dtype=dtype, seed=1, scale=scale)
+    return [latent, pe, cached.rows, cached.scales, cached.slots, cached.num_keys, turn], cached.valid
+
+
+def dense(arguments, valid):
+    """Queries, keys and values `[B, n, H, ...]` of plain attention that does the same, in float64."""
+    latent, pe, *_, turn = arguments
+    rank, heads = latent.shape[-1], latent.shape[2]
+    query, key = latent.double(), valid[..., :rank]
+    if pe is not None:
+        query = torch.cat([query, pe.double()], dim=-1)
+        pairs = torch.view_as_complex(valid[..., rank:].unflatten(-1, (-1, 2)).contiguous())
+        turned = pairs * torch.view_as_complex(turn[: valid.shape[1]].double())
+        key = torch.cat([key, torch.view_as_real(turned).flatten(-2)], dim=-1)
+    return query, *(x.unsqueeze(2).expand(-1, -1, heads, -1) for x in (key, valid[..., :rank]))
+
+
+def exact(arguments, valid, scale=SCALE):
+    """Output and lse by the definition, in float64."""
+    query, key, value = dense(arguments, valid)
+    logits = scale * torch.einsum("bqhd,bkhd->bhqk", query, key)
+    return torch.einsum("bhqk,bkhr->bqhr", logits.softmax(-1), value), logits.logsumexp(-1)
+
+
+def sdpa_error(arguments, valid, expected, scale=SCALE):
+    """What torch's attention loses in the dtype of the queries, on keys that were rotated exactly."""
+    query, key, value = (x.to(arguments[0].dtype).transpose(1, 2) for x in dense(arguments, valid))
+    return error(F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2), expected)
+
+
+def check(arguments, valid, scale=SCALE, splits=1):
+    """The errors of the output and of the lse, at most 1.2 times torch's and some units in the last place."""
+    out, lse = latent_attention(*arguments, scale, splits)
+    expected, expected_lse = exact(arguments, valid, scale)
+    dtype = arguments[0].dtype
+    # The ratio to the error of SDPA is 0.4 to 1.2; the floor is the rounding of the result.
+    assert error(out, expected) <= max(1.2 * sdpa_error(arguments, valid, expected, scale), EPSILON[dtype])
+    # Keys are rounded to the dtype after their rotation.
+    assert error(lse, expected_lse) <= max(EPSILON[dtype], 1e-6)  # 7e-8 in float32, 3e-5 in float16
+    assert out.dtype == dtype and lse.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [16, 64, 80, 96, 128, 192, 256, 512])
+def test_error_is_that_of_sdpa(rank, dtype):
+    check(*case(rank, shared=32, dtype=dtype))
+
+
+@pytest.mark.parametrize(("heads", "queries", "shared"), [(1, 1, 0), (1, 40, 12), (3, 1, 44), (5, 9, 2), (12, 11, 32)])
+def test_heads_queries_and_shared_channels(heads, queries, shared):
+    """Tiles of (query, head) that end within a query, and queries that are fewer than a tile."""
+    check(*case(96, shared, heads, queries, torch.float16))
+
+
+@pytest.mark.parametrize("splits", [1, 2, 5])
+@pytest.mark.parametrize(("tokens", "tail"), [(7, 3), (16, 0), (33, 1), (33, 70), (1, 0)])
+def test_rings_and_tails(tokens, tail, splits):
+    """Frames shorter and longer than a block of keys; everything behind the valid keys is NaN."""
+    check(*case(64, tokens=tokens, tail=tail), splits=splits)
+
+
+@pytest.mark.parametrize("slots", [(2,), (0, 1, 2, 3, 4), (0, 4, 1, 2)])
+def test_slots(slots):
+    """A single frame, a ring before it wraps, and one that has wrapped behind its sink."""
+    check(*case(64, slots=slots))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rank", "shared"), [(32, 0), (48, 16), (96, 44), (192, 32)])
+def test_int8(rank, shared, dtype):
+    """Groups that a block of the rank or the shared key cuts."""
+    arguments, valid = case(rank, shared, dtype=dtype, quantised=True)
+    out, lse = latent_attention(*arguments, SCALE)
+    expected, expected_lse = exact(arguments, valid)
+    assert error(out, expected) < 2 * max(EPSILON[dtype], 2**-22)  # float16: 4e-4, float32: 2e-7
+    assert error(lse, expected_lse) < max(EPSILON[dtype], 1e-6)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_no_keys(splits):
+    arguments, _ = case(64, tail=28)
+    for out, lse in (latent_attention(*arguments, SCALE, splits), latent_attention_reference(*arguments, SCALE)):
+        assert not out.any() and bool((lse == float("-inf")).all())
+
+
+@pytest.mark.parametrize("count", [1, 6, 28, 29])
+def test_the_count_lies_on_the_device(count):
+    """Every prefix, up to more keys than there are."""
+    arguments, valid = case(64, tail=0)
+    arguments[5] = int32([count])
+    check(arguments, valid[:, :count])
+
+
+@pytest.mark.parametrize("scale", [1e-6, 30.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_extreme_logits(dtype, scale):
+    """From equal weights to one key that takes it all: logits of some thousands."""
+    check(*case(64, dtype=dtype, scale=3.0), scale=scale)
+
+
+def test_parts_merge_to_the_whole():
+    """History read in two calls, as with a chunk of its own beside it."""
+    arguments, valid = case(64, tail=0)
+    latent, pe, rows, scales, slots, _, turn = arguments
+    parts = [
+        latent_attention(latent, pe, rows, scales, slots[a:b], int32([7 * (b - a)]), turn[7 * a : 7 * b], SCALE)
+        for a, b in ((0, 1), (1, 4))
+    ]
+    out, lse = merge(torch.stack([part[0] for part in parts]), torch.stack([part[1] for part in parts]))
+    expected, expected_lse = exact(arguments, valid)
+    assert error(out, expected) < 1e-6 and error(lse, expected_lse) < 1e-6  # 2e-7, 4e-8
+
+
+def test_views():
+    """Queries that projections laid side by side, a part of a batch, and wider rows than are read."""
+    arguments, _ = case(64)
+    latent, pe, rows, _, *others = arguments
+    wide = torch.cat([latent, pe], dim=-1).transpose(1, 2).contiguous().transpose(1, 2)
+    wider = F.pad(rows, (0, 24), value=float("nan")).repeat(2, 1, 1, 1)[2:]
+
+    found = latent_attention(wide[..., :64], wide[..., 64:], wider, None, *others, SCALE)
+
+    torch.testing.assert_close(found, latent_attention(*arguments, SCALE), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_reference_equals_the_definition(quantised):
+    arguments, valid = case(96, 12, quantised=quantised)
+    expected = exact(arguments, valid)
+    wide = [x.double() if x is not None and x.dtype == torch.float32 else x for x in arguments]
+    torch.testing.assert_close(latent_attention_reference(*wide, SCALE), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rank", [64, 96, 128, 192, 256, 512])
+def test_opcheck(rank):
+    arguments, _ = case(rank, queries=2, slots=(0, 2), quantised=rank == 192)
+    torch.library.opcheck(ops.latent_attention.default, (*arguments, SCALE, 1))
+
+
+def test_compiles_without_graph_breaks():
+    arguments, _ = case(64)
+    fused = torch.compile(latent_attention, fullgraph=True, dynamic=True, backend="eager")
+    assert torch.equal(fused(*arguments, SCALE, 2)[0], latent_attention(*arguments, SCALE, 2)[0])
+
+
+def test_refusals():
+    (latent, pe, rows, _, slots, count, turn), _ = case(64)
+    with pytest.raises(ValueError, match="rows are 72 wide, 80 are needed"):
+        latent_attention(F.pad(latent, (0, 8)), pe, rows, None, slots, count, turn, SCALE)
+    with pytest.raises(ValueError, match=r"rows is torch.float32, expected torch.int8"):
+        latent_attention(latent, pe, rows, rows.half(), slots, count, turn, SCALE)
+    with pytest.raises(ValueError, match=r"scales is \[2, 5, 7, 1\], expected \[2, 5, 7, 2\]"):
+        latent_attention(latent, pe, rows.to(torch.int8), rows[..., :1].half(), slots, count, turn, SCALE)
+    with pytest.raises(ValueError, match="rotations are missing"):
+        latent_attention(latent, pe, rows, None, slots, count, None, SCALE)
+    with pytest.raises(ValueError, match=r"rotations is \[27, 4, 2\], expected \[28, 4, 2\]"):
+        latent_attention(latent, pe, rows, None, slots, count, turn[1:], SCALE)
+    with pytest.raises(ValueError, match=r"slots is torch.int64, expected torch.int32"):
+        latent_attention(latent, pe, rows, None, slots.long(), count, turn, SCALE)
+    with pytest.raises(ValueError, match="65 splits, supported are 1 to 64"):
+        latent_attention(latent, pe, rows, None, slots, count, turn, SCALE, 65)
+    huge = torch.empty(2, 2**14, 2**11, 72, device="meta")
+    with pytest.raises(ValueError, match=r"2\*\*31 scalars"):
+        latent_attention(latent.to("meta"), pe.to("meta"), huge, None, slots, count, turn, SCALE)
+    with pytest.raises(NotImplementedError, match="float64 is not supported"):
+        latent_attention(latent.double(), pe.double(), rows.double(), None, slots, count, turn, SCALE)
+    assert why_not_latent_attention(520, 32) == "latent_attention: kv_lora_rank 520, supported are 1 to 512"
+    assert why_not_latent_attention(192, 7) == "latent_attention: 7 shared rotary channels are no pairs"
+    assert why_not_latent_attention(192, 66) == "latent_attention: 66 shared rotary channels, supported are 0 to 64"
+    assert why_not_latent_attention(192, 32, torch.bfloat16) is None

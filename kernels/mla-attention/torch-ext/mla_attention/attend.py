@@ -1,0 +1,286 @@
+"""Attention of a chunk's queries to keys and values in a workspace, of which a prefix is valid.
+
+Online softmax over blocks of keys (FlashAttention-2, arXiv 2307.08691), no mask. The length of the
+prefix lies on the device. With few tiles of queries the keys are split over more programs, whose parts
+are merged (Flash-Decoding). Shape letters: B batch, Q queries, K keys, H heads, D key and V value channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._ops import add_op_namespace_prefix, ops
+from ._runtime import (
+    DTYPES,
+    INTERPRETED,
+    Plan,
+    Variant,
+    blocks,
+    capability,
+    ceil_div,
+    check_tensor,
+    jit,
+    launch,
+    power_of_two,
+    refuse,
+    require,
+    tile_family,
+    tl,
+)
+from .merge import launch_merge
+
+MAX_CHANNELS = 256
+MAX_VALUE_CHANNELS = 128
+MAX_SPLITS = 64
+
+
+@jit
+def _load(pointers, offsets, live, start, SIZE: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """Channels `[start, start + BLOCK)` of some tokens, zeros behind SIZE and, if MASKED, where not `live`."""
+    c = start + tl.arange(0, BLOCK)
+    source = pointers + offsets[:, None] + c[None, :]
+    if start + BLOCK > SIZE:
+        if MASKED:
+            return tl.load(source, mask=live[:, None] & (c < SIZE)[None, :], other=0.0)
+        return tl.load(source, mask=(c < SIZE)[None, :], other=0.0)
+    if MASKED:
+        return tl.load(source, mask=live[:, None], other=0.0)
+    return tl.load(source)
+
+
+@jit
+def _attend_block(
+    q1, q2, acc1, acc2, total, top, keys, values, key_offsets, value_offsets, live, scale_log2,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, V: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax; `top` is in units of log2."""
+    logits = tl.dot(q1, _load(keys, key_offsets, live, 0, D, D1, MASKED).T, input_precision=PRECISION)
+    if D2 > 0:
+        k2 = _load(keys, key_offsets, live, D1, D, D2, MASKED)
+        logits = tl.dot(q2, k2.T, logits, input_precision=PRECISION)
+    logits = logits * scale_log2
+    if MASKED:
+        logits = tl.where(live[None, :], logits, float("-inf"))
+    highest = tl.maximum(top, tl.max(logits, 1))
+    weights = tl.exp2(logits - highest[:, None])
+    shrink = tl.exp2(top - highest)
+    total = total * shrink + tl.sum(weights, 1)
+    v1 = _load(values, value_offsets, live, 0, V, V1, MASKED)
+    weights = weights.to(v1.dtype)
+    acc1 = tl.dot(weights, v1, acc1 * shrink[:, None], input_precision=PRECISION)
+    if V2 > 0:
+        v2 = _load(values, value_offsets, live, V1, V, V2, MASKED)
+        acc2 = tl.dot(weights, v2, acc2 * shrink[:, None], input_precision=PRECISION)
+    return acc1, acc2, total, highest
+
+
+@jit(do_not_specialize=["queries", "keys"])
+def _attend_kernel(
+    query, key, value, num_keys, out, lse, scale, queries, keys, heads,
+    query_b, query_q, query_h, key_b, key_k, key_h, value_b, value_k, value_h,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, V: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, COUNTED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries of a head by a split of the keys: `out` `[splits, B, Q, H, V]`, `lse` `[splits, B, H, Q]`."""
+    b = (tl.program_id(1) // heads).to(tl.int64)
+    h = (tl.program_id(1) % heads).to(tl.int64)
+    valid = keys
+    if COUNTED:
+        valid = tl.minimum(tl.load(num_keys), keys)
+    share = tl.cdiv(tl.cdiv(valid, BLOCK_K), tl.num_programs(2)) * BLOCK_K
+    first = tl.minimum(tl.program_id(2) * share, valid)
+    last = tl.minimum(first + share, valid)
+    whole = first + (last - first) // BLOCK_K * BLOCK_K
+
+    q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    n = tl.arange(0, BLOCK_K)
+    inside = q < queries
+    query_offsets = q.to(tl.int64) * query_q
+    queries_of_head = query + b * query_b + h * query_h
+    q1 = _load(queries_of_head, query_offsets, inside, 0, D, D1, True)
+    q2 = q1
+    if D2 > 0:
+        q2 = _load(queries_of_head, query_offsets, inside, D1, D, D2, True)
+    acc1 = tl.zeros([BLOCK_Q, V1], tl.float32)
+    acc2 = tl.zeros([BLOCK_Q, V2 if V2 > 0 else 1], tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    scale_log2 = scale * 1.4426950408889634
+    keys_of_head = key + b * key_b + h * key_h
+    values_of_head = value + b * value_b + h * value_h
+    step_k = tl.cast(key_k, tl.int64)
+    step_v = tl.cast(value_k, tl.int64)
+    for start in range(first, whole, BLOCK_K):
+        acc1, acc2, total, top = _attend_block(
+            q1, q2, acc1, acc2, total, top, keys_of_head + start * step_k, values_of_head + start * step_v,
+            n * key_k, n * value_k, n >= 0, scale_log2, D, D1, D2, V, V1, V2, False, PRECISION,
+        )  # fmt: skip
+    if whole < last:
+        acc1, acc2, total, top = _attend_block(
+            q1, q2, acc1, acc2, total, top, keys_of_head + whole * step_k, values_of_head + whole * step_v,
+            n * key_k, n * value_k, n < last - whole, scale_log2, D, D1, D2, V, V1, V2, True, PRECISION,
+        )  # fmt: skip
+
+    # Without keys the sums are 0 and so is the output.
+    total_or_one = tl.where(total > 0, total, 1.0)
+    found = tl.where(total > 0, (top + tl.log2(total_or_one)) * 0.6931471805599453, float("-inf"))
+    item = tl.program_id(2).to(tl.int64) * (tl.num_programs(1) // heads) + b
+    tl.store(lse + (item * heads + h) * queries + q, found, mask=inside)
+    target = out + ((item * queries + q) * heads + h)[:, None] * V
+    v = tl.arange(0, V1)
+    mixed = (acc1 / total_or_one[:, None]).to(out.dtype.element_ty)
+    tl.store(target + v[None, :], mixed, mask=inside[:, None] & (v < V)[None, :])
+    if V2 > 0:
+        v = V1 + tl.arange(0, V2)
+        mixed = (acc2 / total_or_one[:, None]).to(out.dtype.element_ty)
+        tl.store(target + v[None, :], mixed, mask=inside[:, None] & (v < V)[None, :])
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, num_keys: Tensor | None, scale: float, splits: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Attention `(out [B, Q, H, V], lse [B, H, Q])`: out in the dtype of `query`, lse natural and float32.
+
+    `query` `[B, Q, H, D]`, `key` `[B, K, H, D]` and `value` `[B, K, H, V]` are float16, bfloat16 or float32,
+    with contiguous channels and any other strides. `num_keys`, int32 `[1]` on the device, says how many of
+    the K keys count (None: all); what lies behind them may be anything. Without any the result is 0 and -inf.
+    `scale` multiplies the logits; softmax and sums are float32. `splits` programs share the keys of a tile.
+
+    Raises ValueError on arguments that do not fit, NotImplementedError on what `why_not_attend` refuses.
+    """
+    _check(query, key, value, num_keys, splits)
+    return ops.attend(query, key, value, num_keys, scale, splits)
+
+
+def attend_reference(
+    query: Tensor, key: Tensor, value: Tensor, num_keys: Tensor | None, scale: float, splits: int = 1
+) -> tuple[Tensor, Tensor]:
+    """`attend` in plain torch, computed in float64 for float64 and else in float32; lse has that dtype.
+
+    It needs memory for all logits; `splits` does not change the result.
+    """
+    wide = torch.promote_types(query.dtype, torch.float32)
+    if num_keys is None:
+        valid = torch.ones(key.shape[1], dtype=torch.bool, device=key.device)
+    else:
+        valid = torch.arange(key.shape[1], device=key.device) < num_keys
+    # Products with a weight of 0 must not meet the NaN of what is not valid.
+    key, value = (x.to(wide).masked_fill(~valid.view(-1, 1, 1), 0) for x in (key, value))
+    logits = scale * torch.einsum("bqhd,bkhd->bhqk", query.to(wide), key)
+    logits = logits.masked_fill(~valid, float("-inf"))
+    lse = logits.logsumexp(-1)
+    weights = torch.exp(logits - lse.masked_fill(lse == float("-inf"), 0).unsqueeze(-1))
+    return torch.einsum("bhqk,bkhv->bqhv", weights, value).to(query.dtype).contiguous(), lse
+
+
+def why_not_attend(channels: int, value_channels: int, dtype: torch.dtype | None = None) -> str | None:
+    """Why `attend` refuses keys and values of so many channels or this dtype, in one line; None when it does not."""
+    for name, count, limit in (("key", channels, MAX_CHANNELS), ("value", value_channels, MAX_VALUE_CHANNELS)):
+        if not 1 <= count <= limit:
+            return f"attend: {count} {name} channels a head, supported are 1 to {limit}"
+    if dtype is not None and dtype not in DTYPES:
+        return f"attend: {dtype} is not supported: float16, bfloat16 or float32"
+    return None
+
+
+def attend_plan(
+    channels: int, value_channels: int, queries: int, dtype: torch.dtype, counted: bool, capability: int
+) -> Plan:
+    """Tiles by channels, queries, dtype and compute capability, see `_tiles`."""
+    d1, d2 = blocks(channels)
+    v1, v2 = blocks(value_channels)
+    block_q, block_k, warps, stages = _tiles(max(d1 + d2, v1 + v2), queries, dtype, tile_family(capability))
+    constants = {
+        "D": channels,
+        "D1": d1,
+        "D2": d2,
+        "V": value_channels,
+        "V1": v1,
+        "V2": v2,
+        "BLOCK_Q": block_q,
+        "BLOCK_K": block_k,
+        "COUNTED": counted,
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+    }
+    return Plan(constants, warps, stages)
+
+
+def _tiles(width: int, queries: int, dtype: torch.dtype, family: int) -> tuple[int, int, int, int]:
+    """BLOCK_Q, BLOCK_K, warps and stages by padded channels: large tiles that compile without spills."""
+    if dtype == torch.float32:
+        return min(32, max(16, power_of_two(queries))), 32 if width <= 128 else 16, 4, 1
+    if queries <= 32:
+        return max(16, power_of_two(queries)), 64 if width <= 160 else 32, 4, 2
+    if family == 80:
+        return 128, 32, 8, 3 if width <= 160 else 2
+    if family == 100 and width <= 128:
+        return 128, 128, 8, 2
+    return 128, 64, 8, 3
+
+
+def aot_variants(capability: int) -> list[Variant]:
+    """Ahead-of-time compilations: Wan's heads, with a shared or a mean key beside, and few queries."""
+    types = dict.fromkeys(("query", "key", "value", "out"), "*bf16") | {
+        "num_keys": "*i32",
+        "lse": "*fp32",
+        "scale": "fp32",
+    }
+    found = []
+    for channels, queries in ((128, 4680), (160, 4680), (256, 4680), (128, 32)):
+        plan = attend_plan(channels, 128, queries, torch.bfloat16, True, capability)
+        # The newer tensor cores take no tile of less than 64 rows.
+        found.append(Variant(f"attend D={channels} V=128 Q={queries}", _attend_kernel, types, plan, dot=queries >= 64))
+    return found
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, num_keys: Tensor | None, splits: int) -> None:
+    check_tensor("query", query, (None,) * 4)
+    batch, _, heads, channels = query.shape
+    check_tensor("key", key, (batch, None, heads, channels), query.dtype, like=query)
+    check_tensor("value", value, (batch, key.shape[1], heads, None), query.dtype, like=query)
+    if num_keys is not None:
+        check_tensor("num_keys", num_keys, (1,), torch.int32, like=query)
+    require(1 <= splits <= MAX_SPLITS, "attend: {} splits, supported are 1 to {}", splits, MAX_SPLITS)
+    refuse(why_not_attend(channels, value.shape[-1], query.dtype))
+
+
+def _launch(
+    query: Tensor, key: Tensor, value: Tensor, num_keys: Tensor | None, scale: float, splits: int
+) -> tuple[Tensor, Tensor]:
+    batch, queries, heads, channels = query.shape
+    keys, value_channels = value.shape[1], value.shape[3]
+    dtype = query.dtype if splits == 1 else torch.float32
+    out = torch.empty(splits, batch, queries, heads, value_channels, dtype=dtype, device=query.device)
+    lse = torch.empty(splits, batch, heads, queries, dtype=torch.float32, device=query.device)
+    plan = attend_plan(channels, value_channels, queries, query.dtype, num_keys is not None, capability(query.device))
+    launch(
+        _attend_kernel, (ceil_div(queries, plan.constants["BLOCK_Q"]), batch * heads, splits), plan, query,
+        query, key, value, num_keys, out, lse, scale, queries, keys, heads,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+    )  # fmt: skip
+    return (out[0], lse[0]) if splits == 1 else launch_merge(out, lse, query.dtype)
+
+
+@torch.library.custom_op(
+    add_op_namespace_prefix("attend"),
+    mutates_args=(),
+    device_types="cuda",
+    schema="(Tensor query, Tensor key, Tensor value, Tensor? num_keys, float scale, int splits) -> (Tensor, Tensor)",
+)
+def _attend(query, key, value, num_keys, scale, splits):
+    return _launch(query, key, value, num_keys, scale, splits)
+
+
+@_attend.register_kernel("cpu")
+def _attend_cpu(query, key, value, num_keys, scale, splits):
+    run = _launch if INTERPRETED else attend_reference
+    return run(query, key, value, num_keys, scale, splits)
+
+
+@_attend.register_fake
+def _attend_fake(query, key, value, num_keys, scale, splits):
+    batch, queries, heads, _ = query.shape
+    out = query.new_empty(batch, queries, heads, value.shape[3])
+    return out, query.new_empty(batch, heads, queries, dtype=torch.float32)

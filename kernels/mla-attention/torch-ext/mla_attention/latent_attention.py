@@ -1,0 +1,357 @@
+"""Absorbed attention: queries in latent space against the rows of the ring themselves, nothing expanded.
+
+The logit of a key is `q_latent . c + q_pe . rotated(k_pe)` and its value is its latent c, so all heads share
+the rows (DeepSeek-V2, arXiv 2405.04434, section 2.1.2): a tile holds several queries with all their heads, and
+a row is loaded once for it. Online softmax and splits as in `attend.py`. Shape letters: B batch, S slots, T tokens
+a frame, F frames read, K = F T keys, Q queries, H heads, r `kv_lora_rank`, R shared rotary channels, W row width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._ops import add_op_namespace_prefix, ops
+from ._runtime import (
+    DTYPES,
+    INTERPRETED,
+    Variant,
+    capability,
+    ceil_div,
+    check_tensor,
+    jit,
+    launch,
+    refuse,
+    require,
+    tl,
+)
+from .latent_tiles import MAX_RANK, latent_plan
+from .merge import launch_merge
+from .quantise import GROUP, dequantise_rows
+
+MAX_SHARED = 64
+MAX_SPLITS = 64
+
+
+@jit
+def _mask(inside, START: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr):
+    """Which of the channels `[START, START + BLOCK)` exist, by row; one number a row where all do."""
+    mask = inside[:, None]
+    if START + BLOCK > SIZE:
+        mask = mask & (START + tl.arange(0, BLOCK) < SIZE)[None, :]
+    return mask
+
+
+@jit
+def _latents(
+    rows, offsets, scales, scale_offsets, live, DTYPE: tl.constexpr, START: tl.constexpr, RANK: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, QUANTISED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Channels `[START, START + BLOCK)` of the latents of some keys, zeros from RANK on and where not `live`."""
+    source = rows + offsets[:, None] + (START + tl.arange(0, BLOCK))[None, :]
+    if MASKED or START + BLOCK > RANK:
+        tile = tl.load(source, mask=_mask(live, START, BLOCK, RANK), other=0)
+    else:
+        tile = tl.load(source)
+    if QUANTISED:
+        # The block holds whole groups or lies in one.
+        GROUPS: tl.constexpr = (BLOCK + 63) // 64
+        g = START // 64 + tl.arange(0, GROUPS)
+        mask = live[:, None] & (g * 64 < RANK)[None, :]
+        steps = tl.load(scales + scale_offsets[:, None] + g[None, :], mask=mask, other=0.0).to(tl.float32)
+        tile = tl.reshape(tile.to(tl.float32), [BLOCK_K, GROUPS, BLOCK // GROUPS]) * steps[:, :, None]
+        tile = tl.reshape(tile, [BLOCK_K, BLOCK]).to(DTYPE)
+    return tile
+
+
+@jit
+def _shared_keys(
+    rows, offsets, scales, scale_offsets, turns, live, DTYPE: tl.constexpr, RANK: tl.constexpr,
+    SHARED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, QUANTISED: tl.constexpr,
+):  # fmt: skip
+    """The shared keys of some rows, rotated; cos and sin lie in `turns` as the pairs do: interleaved."""
+    c = tl.arange(0, BLOCK)
+    mask = _mask(live, 0, BLOCK, SHARED)
+    k = tl.load(rows + offsets[:, None] + (RANK + c)[None, :], mask=mask, other=0).to(tl.float32)
+    if QUANTISED:
+        steps = scales + scale_offsets[:, None] + ((RANK + c) // 64)[None, :]
+        k *= tl.load(steps, mask=mask, other=0.0).to(tl.float32)
+    turn = tl.load(turns[:, None] + c[None, :], mask=mask, other=0.0)
+    cos, sin = tl.split(tl.reshape(turn, [BLOCK_K, BLOCK // 2, 2]))
+    x, y = tl.split(tl.reshape(k, [BLOCK_K, BLOCK // 2, 2]))
+    return tl.reshape(tl.join(x * cos - y * sin, x * sin + y * cos), [BLOCK_K, BLOCK]).to(DTYPE)
+
+
+@jit
+def _latent_block(
+    query, pe, acc, total, top, start, slot, last, rows, scales, rotations, tokens, scale_log2,
+    rows_s, rows_t, scales_s, scales_t, rotations_k,
+    RANK: tl.constexpr, WIDE: tl.constexpr, COUNT: tl.constexpr, REST: tl.constexpr, BLOCKS: tl.constexpr,
+    SHARED: tl.constexpr, PE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, QUANTISED: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax over the keys from `start` on, which lie in `slot`; `top` is in units of log2."""
+    DTYPE: tl.constexpr = query[0].dtype
+    n = start + tl.arange(0, BLOCK_K)
+    live = n < last
+    token = n % tokens
+    offsets = slot * rows_s + token * rows_t
+    scale_offsets = slot * scales_s + token * scales_t
+    logits = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    latents = ()
+    for i in tl.static_range(BLOCKS):
+        c = _latents(
+            rows, offsets, scales, scale_offsets, live, DTYPE, i * WIDE, RANK, WIDE if i < COUNT else REST,
+            BLOCK_K, QUANTISED, MASKED,
+        )  # fmt: skip
+        logits = tl.dot(query[i], c.T, logits, input_precision=PRECISION)
+        latents = latents + (c,)  # noqa: RUF005
+    if SHARED > 0:
+        turns = rotations + n * rotations_k
+        k = _shared_keys(rows, offsets, scales, scale_offsets, turns, live, DTYPE, RANK, SHARED, PE, BLOCK_K, QUANTISED)
+        logits = tl.dot(pe, k.T, logits, input_precision=PRECISION)
+    logits = logits * scale_log2
+    if MASKED:
+        logits = tl.where(live[None, :], logits, float("-inf"))
+    highest = tl.maximum(top, tl.max(logits, 1))
+    weights = tl.exp2(logits - highest[:, None])
+    shrink = tl.exp2(top - highest)
+    total = total * shrink + tl.sum(weights, 1)
+    weights = weights.to(DTYPE)
+    mixed = ()
+    for i in tl.static_range(BLOCKS):
+        part = tl.dot(weights, latents[i], acc[i] * shrink[:, None], input_precision=PRECISION)
+        mixed = mixed + (part,)  # noqa: RUF005
+    return mixed, total, highest
+
+
+@jit(do_not_specialize=["queries", "keys"])
+def _latent_kernel(
+    query, query_pe, rows, scales, slots, num_keys, rotations, out, lse, scale, queries, keys, heads, tokens,
+    query_b, query_q, query_h, pe_b, pe_q, pe_h, rows_b, rows_s, rows_t, scales_b, scales_s, scales_t, rotations_k,
+    RANK: tl.constexpr, WIDE: tl.constexpr, COUNT: tl.constexpr, REST: tl.constexpr, BLOCKS: tl.constexpr,
+    SHARED: tl.constexpr, PE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PEELED: tl.constexpr,
+    QUANTISED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of (query, head) by a split of the keys: `out` `[splits, B, Q, H, r]`, `lse` `[splits, B, H, Q]`.
+
+    The latent is taken in BLOCKS blocks, COUNT of WIDE channels and perhaps one of REST. With PEELED only a last
+    block of keys that is not full is masked, by code of its own.
+    """
+    b = tl.program_id(1).to(tl.int64)
+    valid = tl.minimum(tl.load(num_keys), keys)
+    share = tl.cdiv(tl.cdiv(valid, BLOCK_K), tl.num_programs(2)) * BLOCK_K
+    first = tl.minimum(tl.program_id(2) * share, valid)
+    last = tl.minimum(first + share, valid)
+
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = m < queries * heads
+    q = (m // heads).to(tl.int64)
+    h = m % heads
+    source = query + b * query_b + (q * query_q + h * query_h)[:, None]
+    # Triton knows no starred expressions.
+    latent = ()
+    acc = ()
+    for i in tl.static_range(BLOCKS):
+        c = i * WIDE + tl.arange(0, WIDE if i < COUNT else REST)
+        part = tl.load(source + c[None, :], mask=_mask(inside, i * WIDE, WIDE if i < COUNT else REST, RANK), other=0.0)
+        latent = latent + (part,)  # noqa: RUF005
+        acc = acc + (tl.zeros([BLOCK_M, WIDE if i < COUNT else REST], tl.float32),)  # noqa: RUF005
+    pe = latent[0]
+    if SHARED > 0:
+        source = query_pe + b * pe_b + (q * pe_q + h * pe_h)[:, None] + tl.arange(0, PE)[None, :]
+        pe = tl.load(source, mask=_mask(inside, 0, PE, SHARED), other=0.0)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    scale_log2 = scale * 1.4426950408889634
+    rows += b * rows_b
+    if QUANTISED:
+        scales += b * scales_b
+    n = first + tl.arange(0, BLOCK_K)
+    slot = tl.load(slots + n // tokens, mask=n < last, other=0)
+    stop = last
+    if PEELED:
+        stop = first + (last - first) // BLOCK_K * BLOCK_K
+    for start in range(first, stop, BLOCK_K):
+        # The slots of the next keys are on their way while these are used.
+        following = start + BLOCK_K + tl.arange(0, BLOCK_K)
+        following_slot = tl.load(slots + following // tokens, mask=following < last, other=0)
+        acc, total, top = _latent_block(
+            latent, pe, acc, total, top, start, slot, last, rows, scales, rotations, tokens, scale_log2,
+            rows_s, rows_t, scales_s, scales_t, rotations_k, RANK, WIDE, COUNT, REST, BLOCKS, SHARED, PE,
+            BLOCK_M, BLOCK_K, QUANTISED, not PEELED, PRECISION,
+        )  # fmt: skip
+        slot = following_slot
+    if stop < last:
+        acc, total, top = _latent_block(
+            latent, pe, acc, total, top, stop, slot, last, rows, scales, rotations, tokens, scale_log2,
+            rows_s, rows_t, scales_s, scales_t, rotations_k, RANK, WIDE, COUNT, REST, BLOCKS, SHARED, PE,
+            BLOCK_M, BLOCK_K, QUANTISED, True, PRECISION,
+        )  # fmt: skip
+
+    # Without keys the sums are 0 and so is the output.
+    total_or_one = tl.where(total > 0, total, 1.0)
+    found = tl.where(total > 0, (top + tl.log2(total_or_one)) * 0.6931471805599453, float("-inf"))
+    item = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + b
+    tl.store(lse + (item * heads + h) * queries + q, found, mask=inside)
+    target = out + (item * queries * heads + m)[:, None] * RANK
+    for i in tl.static_range(BLOCKS):
+        mixed = (acc[i] / total_or_one[:, None]).to(out.dtype.element_ty)
+        c = i * WIDE + tl.arange(0, WIDE if i < COUNT else REST)
+        tl.store(target + c[None, :], mixed, mask=_mask(inside, i * WIDE, WIDE if i < COUNT else REST, RANK))
+
+
+def latent_attention(
+    query_latent: Tensor, query_pe: Tensor | None, rows: Tensor, scales: Tensor | None, slots: Tensor,
+    num_keys: Tensor, rotations: Tensor | None, scale: float, splits: int = 1,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention to cached rows `(out [B, Q, H, r], lse [B, H, Q])`: mixed latents, lse natural and float32.
+
+    `query_latent` `[B, Q, H, r]` are queries times the key part of `kv_b_proj`, `query_pe` `[B, Q, H, R]` their
+    rotated shared part, None without one; float16, bfloat16 or float32, with contiguous channels and any other
+    strides. `rows` `[B, S, T, W]`, W >= r + R, is a ring of rows `[c | k_pe]` in the dtype of the queries, or int8
+    with float16 `scales` `[B, S, T, ceil(W / 64)]`. Key j is token `j % T` of slot `slots[j // T]`, `slots` int32
+    `[F]`; keys from `num_keys` (int32 `[1]`, on the device) on are not read. `k_pe` is rotated by `rotations`,
+    float32 `[K, R / 2, 2]` (cos, sin), by key in reading order. Without keys the result is 0 and -inf.
+
+    `scale` multiplies the logits; softmax and sums are float32. `splits` programs share the keys of a tile. Raises
+    ValueError on arguments that do not fit, NotImplementedError on what `why_not_latent_attention` refuses.
+    """
+    _check(query_latent, query_pe, rows, scales, slots, num_keys, rotations, splits)
+    return ops.latent_attention(query_latent, query_pe, rows, scales, slots, num_keys, rotations, scale, splits)
+
+
+def latent_attention_reference(
+    query_latent: Tensor, query_pe: Tensor | None, rows: Tensor, scales: Tensor | None, slots: Tensor,
+    num_keys: Tensor, rotations: Tensor | None, scale: float, splits: int = 1,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`latent_attention` in plain torch, computed in float64 for float64 and else in float32; lse has that dtype.
+
+    It needs memory for all logits; `splits` does not change the result.
+    """
+    wide = torch.promote_types(query_latent.dtype, torch.float32)
+    rank = query_latent.shape[-1]
+    found = rows.index_select(1, slots).flatten(1, 2)
+    if scales is not None:
+        found = dequantise_rows(found, scales.index_select(1, slots).flatten(1, 2), wide)
+    valid = torch.arange(found.shape[1], device=rows.device) < num_keys
+    # Products with a weight of 0 must not meet the NaN of what is not valid.
+    found = found.to(wide).masked_fill(~valid.unsqueeze(-1), 0)
+    latent = found[..., :rank]
+    logits = torch.einsum("bqhr,bkr->bhqk", query_latent.to(wide), latent)
+    if query_pe is not None:
+        x, y = found[..., rank : rank + query_pe.shape[-1]].unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = rotations.to(wide).masked_fill(~valid.view(-1, 1, 1), 0).unbind(-1)
+        shared = torch.stack([x * cos - y * sin, x * sin + y * cos], dim=-1).flatten(-2)
+        logits = logits + torch.einsum("bqhp,bkp->bhqk", query_pe.to(wide), shared)
+    logits = (scale * logits).masked_fill(~valid, float("-inf"))
+    lse = logits.logsumexp(-1)
+    weights = torch.exp(logits - lse.masked_fill(lse == float("-inf"), 0).unsqueeze(-1))
+    return torch.einsum("bhqk,bkr->bqhr", weights, latent).to(query_latent.dtype).contiguous(), lse
+
+
+def why_not_latent_attention(rank: int, shared_channels: int, dtype: torch.dtype | None = None) -> str | None:
+    """Why `latent_attention` refuses r, R or this dtype, in one line; None when it does not."""
+    if not 1 <= rank <= MAX_RANK:
+        return f"latent_attention: kv_lora_rank {rank}, supported are 1 to {MAX_RANK}"
+    if shared_channels % 2:
+        return f"latent_attention: {shared_channels} shared rotary channels are no pairs"
+    if not 0 <= shared_channels <= MAX_SHARED:
+        return f"latent_attention: {shared_channels} shared rotary channels, supported are 0 to {MAX_SHARED}"
+    if dtype is not None and dtype not in DTYPES:
+        return f"latent_attention: {dtype} is not supported: float16, bfloat16 or float32"
+    return None
+
+
+def aot_variants(capability: int) -> list[Variant]:
+    """Ahead-of-time compilations: ranks with and without a shared key, int8 rows, and few queries."""
+    cases = [(rank, 32, False, 4680) for rank in (64, 96, 128, 192, 256, 512)]
+    cases += [(192, 32, True, 4680), (512, 32, True, 4680), (192, 0, False, 4680), (192, 32, False, 1)]
+    heads, found = 12, []
+    for rank, shared, quantised, queries in cases:
+        plan = latent_plan(rank, shared, queries * heads, torch.bfloat16, quantised, capability)
+        types = dict.fromkeys(("query", "query_pe", "out"), "*bf16") | {
+            "rows": "*i8" if quantised else "*bf16",
+            "scales": "*fp16",
+            "slots": "*i32",
+            "num_keys": "*i32",
+            "rotations": "*fp32",
+            "lse": "*fp32",
+            "scale": "fp32",
+        }
+        there = {"query_pe": shared, "rotations": shared, "scales": quantised}
+        absent = {name: None for name, wanted in there.items() if not wanted}
+        types = {name: kind for name, kind in types.items() if name not in absent}
+        plan = plan._replace(constants={**plan.constants, **absent})
+        name = f"latent_attention r={rank} R={shared} Q={queries}" + ", int8" * quantised
+        # The newer tensor cores take no tile of less than 64 rows.
+        found.append(Variant(name, _latent_kernel, types, plan, dot=plan.constants["BLOCK_M"] >= 64))
+    return found
+
+
+def _check(
+    query: Tensor, query_pe: Tensor | None, rows: Tensor, scales: Tensor | None, slots: Tensor, num_keys: Tensor,
+    rotations: Tensor | None, splits: int,
+) -> None:  # fmt: skip
+    check_tensor("query_latent", query, (None,) * 4)
+    batch, queries, heads, rank = query.shape
+    shared = 0 if query_pe is None else query_pe.shape[-1]
+    require(1 <= splits <= MAX_SPLITS, "latent_attention: {} splits, supported are 1 to {}", splits, MAX_SPLITS)
+    refuse(why_not_latent_attention(rank, shared, query.dtype))
+    dtype = query.dtype if scales is None else torch.int8
+    check_tensor("rows", rows, (batch, None, None, None), dtype, like=query)
+    slots_of_ring, tokens, width = rows.shape[1:]
+    require(width >= rank + shared, "rows are {} wide, {} are needed", width, rank + shared)
+    # Offsets within an item are 32 bits.
+    require(slots_of_ring * rows.stride(1) < 2**31, "an item of rows has 2**31 scalars or more")
+    check_tensor("slots", slots, (None,), torch.int32, like=query)
+    check_tensor("num_keys", num_keys, (1,), torch.int32, like=query)
+    if scales is not None:
+        check_tensor("scales", scales, (*rows.shape[:3], ceil_div(width, GROUP)), torch.float16, like=query)
+    if query_pe is not None:
+        check_tensor("query_pe", query_pe, (batch, queries, heads, shared), query.dtype, like=query)
+        require(rotations is not None, "rotations are missing")
+        check_tensor("rotations", rotations, (slots.shape[0] * tokens, shared // 2, 2), torch.float32, like=query)
+        require(rotations.stride(1) == 2 or shared <= 2, "the pairs of rotations must be contiguous")
+
+
+def _launch(query, query_pe, rows, scales, slots, num_keys, rotations, scale, splits):
+    batch, queries, heads, rank = query.shape
+    tokens, shared = rows.shape[2], 0 if query_pe is None else query_pe.shape[-1]
+    dtype = query.dtype if splits == 1 else torch.float32
+    out = torch.empty(splits, batch, queries, heads, rank, dtype=dtype, device=query.device)
+    lse = torch.empty(splits, batch, heads, queries, dtype=torch.float32, device=query.device)
+    plan = latent_plan(rank, shared, queries * heads, query.dtype, scales is not None, capability(query.device))
+    launch(
+        _latent_kernel, (ceil_div(queries * heads, plan.constants["BLOCK_M"]), batch, splits), plan, query,
+        query, query_pe, rows, scales, slots, num_keys, rotations if shared else None, out, lse, scale,
+        queries, slots.shape[0] * tokens, heads, tokens,
+        *query.stride()[:3], *(query_pe.stride()[:3] if shared else (0, 0, 0)), *rows.stride()[:3],
+        *((0, 0, 0) if scales is None else scales.stride()[:3]), rotations.stride(0) if shared else 0,
+    )  # fmt: skip
+    return (out[0], lse[0]) if splits == 1 else launch_merge(out, lse, query.dtype)
+
+
+@torch.library.custom_op(
+    add_op_namespace_prefix("latent_attention"),
+    mutates_args=(),
+    device_types="cuda",
+    schema=(
+        "(Tensor query_latent, Tensor? query_pe, Tensor rows, Tensor? scales, Tensor slots, Tensor num_keys, "
+        "Tensor? rotations, float scale, int splits) -> (Tensor, Tensor)"
+    ),
+)
+def _latent_attention(*arguments):
+    return _launch(*arguments)
+
+
+@_latent_attention.register_kernel("cpu")
+def _latent_attention_cpu(*arguments):
+    return (_launch if INTERPRETED else latent_attention_reference)(*arguments)
+
+
+@_latent_attention.register_fake
+def _latent_attention_fake(query_latent, query_pe, rows, scales, slots, num_keys, rotations, scale, splits):
+    batch, queries, heads, rank = query_latent.shape
+    out = query_latent.new_empty(batch, queries, heads, rank)
+    return out, query_latent.new_empty(batch, heads, queries, dtype=torch.float32)

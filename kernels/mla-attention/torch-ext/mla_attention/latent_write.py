@@ -1,0 +1,358 @@
+"""Cache rows of new tokens from their projected keys and values, written to their slots of the ring.
+
+QK-norm over all heads is one scalar a token, so a row needs one pass over the keys: the product with
+`kv_a_proj` accumulates the keys without the scalar, their sum of squares beside it, and the scalar is applied
+before the values are added. Shape letters: B batch, S slots, T tokens a frame, F frames written, N = F T tokens, H
+heads, D key and V value channels, r `kv_lora_rank`, R shared rotary channels, W = r + R.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._ops import add_op_namespace_prefix, ops
+from ._runtime import (
+    DTYPES,
+    INTERPRETED,
+    Plan,
+    Variant,
+    capability,
+    ceil_div,
+    check_tensor,
+    jit,
+    launch,
+    refuse,
+    require,
+    tile_family,
+    tl,
+)
+from .quantise import GROUP, LEVELS, MAX_SCALE, quantise_rows
+
+MAX_RANK = 512
+MAX_SHARED = 128
+
+
+@jit
+def _channels(source, inside, c, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Channels `c` of some rows, zeros from SIZE on and where not `inside`."""
+    mask = inside[:, None]
+    if SIZE % BLOCK != 0:
+        mask = mask & (c < SIZE)[None, :]
+    return tl.load(source[:, None] + c[None, :], mask=mask, other=0.0)
+
+
+@jit
+def _vector(source, c, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Entries `c` of a vector in float32, zeros from SIZE on."""
+    if SIZE % BLOCK != 0:
+        return tl.load(source + c, mask=c < SIZE, other=0.0).to(tl.float32)
+    return tl.load(source + c).to(tl.float32)
+
+
+@jit
+def _squares(key, inside, KEYS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The sum of squares of each key."""
+    squares = tl.zeros([BLOCK_N], tl.float32)
+    for start in range(0, KEYS, BLOCK_C):
+        k = _channels(key, inside, start + tl.arange(0, BLOCK_C), KEYS, BLOCK_C).to(tl.float32)
+        squares += tl.sum(k * k, 1)
+    return squares
+
+
+@jit
+def _add_keys(
+    acc, key, inside, norm, gain, mean, grid, weight, used, count,
+    KEYS: tl.constexpr, D: tl.constexpr, PLACED: tl.constexpr, NORM_FIRST: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`acc` and the product of some weight rows with the keys, and the sum of squares of each key.
+
+    PLACED rotates by `grid`. NORM_FIRST applies `norm` and takes the mean off; without it both are left out.
+    Only the first `count` channels are read: all or none.
+    """
+    squares = tl.zeros([BLOCK_N], tl.float32)
+    for start in range(0, count, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        tile = _channels(key, inside, c, KEYS, BLOCK_C)
+        k = tile.to(tl.float32)
+        squares += tl.sum(k * k, 1)
+        if NORM_FIRST:
+            k = k * norm[:, None]
+        k = k * _vector(gain, c, KEYS, BLOCK_C)[None, :]
+        if mean is not None:
+            k = k - _vector(mean, c, KEYS, BLOCK_C)[None, :]
+        if PLACED:
+            # cos and sin lie as the pairs do: interleaved.
+            turn = tl.load(grid[:, None] + (c % D)[None, :], mask=inside[:, None], other=0.0)
+            cos, sin = tl.split(tl.reshape(turn, [BLOCK_N, BLOCK_C // 2, 2]))
+            x, y = tl.split(tl.reshape(k, [BLOCK_N, BLOCK_C // 2, 2]))
+            k = tl.reshape(tl.join(x * cos - y * sin, x * sin + y * cos), [BLOCK_N, BLOCK_C])
+        w = _channels(weight, used, c, KEYS, BLOCK_C)
+        acc = tl.dot(k.to(tile.dtype), w.T, acc, input_precision=PRECISION)
+    return acc, squares
+
+
+@jit(do_not_specialize=["length"])
+def _write_kernel(
+    rows, scales, slots, key, value, gain, mean, w_kv, b_kv, w_pe, b_pe, grid, eps, tokens, length,
+    rows_b, rows_s, rows_t, scales_b, scales_s, scales_t, key_b, key_n, value_b, value_n, grid_n,
+    RANK: tl.constexpr, SHARED: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, D: tl.constexpr,
+    NORM_FIRST: tl.constexpr, QUANTISED: tl.constexpr, LEVELS: tl.constexpr, MAX_SCALE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_W channels of the rows of BLOCK_N tokens; when QUANTISED these channels are one group."""
+    first = tl.program_id(0) * BLOCK_W
+    w = first + tl.arange(0, BLOCK_W)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    b = tl.program_id(2).to(tl.int64)
+    inside = n < length
+    position = n.to(tl.int64)
+    keys = key + b * key_b + position * key_n
+    places = grid
+    if grid is not None:
+        places = grid + position * grid_n
+    norm = tl.zeros([BLOCK_N], tl.float32)
+    if NORM_FIRST:
+        norm = tl.rsqrt(_squares(keys, inside, KEYS, BLOCK_N, BLOCK_C) / KEYS + eps)
+    acc = tl.zeros([BLOCK_N, BLOCK_W], tl.float32)
+    latent = w < RANK
+    weights = w_kv + w.to(tl.int64) * (KEYS + VALUES)
+    acc, squares = _add_keys(
+        acc, keys, inside, norm, gain, mean, places, weights, latent, tl.where(first < RANK, KEYS, 0),
+        KEYS, D, grid is not None, NORM_FIRST, BLOCK_N, BLOCK_C, PRECISION,
+    )  # fmt: skip
+    bias = tl.load(b_kv + w, mask=latent, other=0.0).to(tl.float32)
+    if SHARED > 0:
+        shared = (w >= RANK) & (w < RANK + SHARED)
+        acc, again = _add_keys(
+            acc, keys, inside, norm, gain, mean, places, w_pe + (w - RANK).to(tl.int64) * KEYS, shared,
+            tl.where(first + BLOCK_W > RANK, KEYS, 0),
+            KEYS, D, False, NORM_FIRST, BLOCK_N, BLOCK_C, PRECISION,
+        )  # fmt: skip
+        # Channels of both kinds in one block have read the keys twice.
+        squares = tl.maximum(squares, again)
+        if b_pe is not None:
+            bias += tl.load(b_pe + (w - RANK), mask=shared, other=0.0).to(tl.float32)
+    if not NORM_FIRST:
+        acc = acc * tl.rsqrt(squares / KEYS + eps)[:, None]
+    values = value + b * value_b + position * value_n
+    for start in range(0, tl.where(first < RANK, VALUES, 0), BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        tile = _channels(values, inside, c, VALUES, BLOCK_C)
+        weight = _channels(weights + KEYS, latent, c, VALUES, BLOCK_C)
+        acc = tl.dot(tile, weight.T, acc, input_precision=PRECISION)
+    acc += bias[None, :]
+
+    slot = tl.load(slots + n // tokens, mask=inside, other=0).to(tl.int64)
+    token = n % tokens
+    if QUANTISED:
+        # As quantise_rows: the scale is rounded before it divides, and steps to the nearest even number.
+        found = tl.minimum(tl.max(tl.abs(acc), 1) / LEVELS, MAX_SCALE).to(tl.float16)
+        target = scales + b * scales_b + slot * scales_s + token * scales_t + first // BLOCK_W
+        tl.store(target, found, mask=inside)
+        step = found.to(tl.float32)
+        acc = tl.where((step > 0)[:, None], acc / tl.where(step > 0, step, 1.0)[:, None], 0.0)
+        acc = (acc + 12582912.0) - 12582912.0
+        acc = tl.minimum(tl.maximum(acc, -LEVELS), LEVELS)
+    target = rows + b * rows_b + slot * rows_s + token * rows_t
+    mask = inside[:, None] & (w < RANK + SHARED)[None, :]
+    tl.store(target[:, None] + w[None, :], acc.to(rows.dtype.element_ty), mask=mask)
+
+
+def latent_write_(
+    rows: Tensor, scales: Tensor | None, slots: Tensor, key: Tensor, value: Tensor, norm_weight: Tensor, eps: float,
+    key_mean: Tensor | None, w_kv: Tensor, b_kv: Tensor, w_pe: Tensor | None, b_pe: Tensor | None,
+    grid: Tensor | None, heads: int,
+) -> None:  # fmt: skip
+    """Write `[c | k_pe]` of the tokens of F frames to `rows` `[B, S, T, W]` at `slots` (int32 `[F]`), in place.
+
+    `key` `[B, N, H D]` before QK-norm and `value` `[B, N, H V]`, N = F T, frame by frame. With
+    `k = RMSNorm(key) * norm_weight - key_mean`, the norm over all heads together with `eps`, and `placed` the pairs
+    of every head of k rotated by `grid`, float32 `[N, D / 2, 2]` (cos, sin), or k itself:
+    `c = w_kv [placed; value] + b_kv`, `w_kv` `[r, H D + H V]`, and `k_pe = w_pe k + b_pe`, `w_pe` `[R, H D]`.
+    Without `w_pe` R is 0. Rows are in the dtype of the keys, or int8 with float16 `scales`
+    `[B, S, T, ceil(W / 64)]` as `quantise_rows` has them. Slots must differ from one another.
+
+    Keys, values and weights have one dtype; the norm, sums and rotations are float32. Raises ValueError on
+    arguments that do not fit, NotImplementedError on what `why_not_latent_write` refuses.
+    """
+    _check(rows, scales, slots, key, value, norm_weight, key_mean, w_kv, b_kv, w_pe, b_pe, grid, heads)
+    ops.latent_write_(
+        rows, scales, slots, key, value, norm_weight, eps, key_mean, w_kv, b_kv, w_pe, b_pe, grid, heads
+    )  # fmt: skip
+
+
+def latent_write_reference(
+    rows: Tensor, scales: Tensor | None, slots: Tensor, key: Tensor, value: Tensor, norm_weight: Tensor, eps: float,
+    key_mean: Tensor | None, w_kv: Tensor, b_kv: Tensor, w_pe: Tensor | None, b_pe: Tensor | None,
+    grid: Tensor | None, heads: int,
+) -> None:  # fmt: skip
+    """`latent_write_` in plain torch, computed in float64 where the keys are float64 and else in float32."""
+    wide = torch.promote_types(key.dtype, torch.float32)
+    k = key.to(wide)
+    k = k * torch.rsqrt(k.square().mean(-1, keepdim=True) + eps) * norm_weight.to(wide)
+    if key_mean is not None:
+        k = k - key_mean.to(wide)
+    placed = k
+    if grid is not None:
+        cos, sin = grid.to(wide).unsqueeze(1).unbind(-1)
+        x, y = k.unflatten(-1, (heads, -1, 2)).unbind(-1)
+        placed = torch.stack([x * cos - y * sin, x * sin + y * cos], dim=-1).flatten(2)
+    found = F.linear(torch.cat([placed, value.to(wide)], dim=-1), w_kv.to(wide), b_kv.to(wide))
+    if w_pe is not None:
+        shared = F.linear(k, w_pe.to(wide), None if b_pe is None else b_pe.to(wide))
+        found = torch.cat([found, shared], dim=-1)
+    found = found.unflatten(1, (slots.shape[0], -1))
+    if scales is None:
+        rows[:, slots] = found.to(rows.dtype)
+    else:
+        rows[:, slots], scales[:, slots] = quantise_rows(found)
+
+
+def why_not_latent_write(
+    rank: int, shared_channels: int, head_dim: int, dtype: torch.dtype | None = None
+) -> str | None:
+    """Why `latent_write_` refuses r, R, D or this dtype, in one line; None when it does not."""
+    if not 1 <= rank <= MAX_RANK:
+        return f"latent_write: kv_lora_rank {rank}, supported are 1 to {MAX_RANK}"
+    if not 0 <= shared_channels <= MAX_SHARED:
+        return f"latent_write: {shared_channels} shared rotary channels, supported are 0 to {MAX_SHARED}"
+    if head_dim % 2:
+        return f"latent_write: {head_dim} key channels a head are no pairs"
+    if dtype is not None and dtype not in DTYPES:
+        return f"latent_write: {dtype} is not supported: float16, bfloat16 or float32"
+    return None
+
+
+def write_plan(
+    rank: int, shared: int, keys: int, values: int, head_dim: int, mean: bool, quantised: bool, dtype: torch.dtype,
+    capability: int,
+) -> Plan:  # fmt: skip
+    """Tiles of tokens by one group of channels; `keys` and `values` count the channels of all heads."""
+    exact = dtype == torch.float32
+    constants = {
+        "RANK": rank,
+        "SHARED": shared,
+        "KEYS": keys,
+        "VALUES": values,
+        "D": head_dim,
+        # A mean comes off normalised keys, and float16 cannot hold every other: such keys are read twice.
+        "NORM_FIRST": mean or dtype == torch.float16,
+        "QUANTISED": quantised,
+        "LEVELS": LEVELS,
+        "MAX_SCALE": MAX_SCALE,
+        "BLOCK_N": 32 if exact else 64,
+        "BLOCK_W": GROUP,
+        "BLOCK_C": 32 if exact else 64,
+        "PRECISION": "ieee" if exact else "tf32",
+    }
+    if exact:
+        return Plan(constants, 4, 1)
+    return Plan(constants, 4, 3) if tile_family(capability) == 80 else Plan(constants, 8, 4)
+
+
+def aot_variants(capability: int) -> list[Variant]:
+    """Ahead-of-time compilations at the Wan geometry: plain and baked, int8, a mean key, no shared key."""
+    channels, head_dim = 1536, 128
+    cases = [(rank, 32, True, False, False) for rank in (64, 96, 128, 192, 256)]
+    cases += [(192, 32, False, False, False), (192, 0, False, False, False), (192, 32, True, False, True)]
+    cases += [(192, 32, True, True, False), (192, 0, False, True, True)]
+    found = []
+    for rank, shared, baked, mean, quantised in cases:
+        plan = write_plan(rank, shared, channels, channels, head_dim, mean, quantised, torch.bfloat16, capability)
+        types = dict.fromkeys(("key", "value", "gain", "mean", "w_kv", "b_kv", "w_pe", "b_pe"), "*bf16") | {
+            "rows": "*i8" if quantised else "*bf16",
+            "scales": "*fp16",
+            "slots": "*i32",
+            "grid": "*fp32",
+            "eps": "fp32",
+        }
+        there = {"w_pe": shared, "b_pe": shared, "mean": mean, "grid": baked, "scales": quantised}
+        absent = {name: None for name, wanted in there.items() if not wanted}
+        types = {name: kind for name, kind in types.items() if name not in absent}
+        plan = plan._replace(constants={**plan.constants, **absent})
+        name = f"latent_write r={rank} R={shared}" + ", baked" * baked + ", mean" * mean + ", int8" * quantised
+        found.append(Variant(name, _write_kernel, types, plan))
+    return found
+
+
+def _check(
+    rows: Tensor, scales: Tensor | None, slots: Tensor, key: Tensor, value: Tensor, norm_weight: Tensor,
+    key_mean: Tensor | None, w_kv: Tensor, b_kv: Tensor, w_pe: Tensor | None, b_pe: Tensor | None,
+    grid: Tensor | None, heads: int,
+) -> None:  # fmt: skip
+    dtype = key.dtype
+    check_tensor("rows", rows, (None,) * 4, torch.int8 if scales is not None else dtype)
+    batch, _, tokens, width = rows.shape
+    check_tensor("slots", slots, (None,), torch.int32, like=rows)
+    length = slots.shape[0] * tokens
+    check_tensor("key", key, (batch, length, None), dtype, like=rows)
+    check_tensor("value", value, (batch, length, None), dtype, like=rows)
+    keys, values = key.shape[2], value.shape[2]
+    require(heads >= 1 and keys % heads == 0, "{} key channels are not divided among {} heads", keys, heads)
+    shared = 0 if w_pe is None else w_pe.shape[0]
+    check_tensor("w_kv", w_kv, (None, keys + values), dtype, like=rows)
+    rank = w_kv.shape[0]
+    refuse(why_not_latent_write(rank, shared, keys // heads, dtype))
+    require(width == rank + shared, "rows are {} wide, expected {}", width, rank + shared)
+    check_tensor("b_kv", b_kv, (rank,), dtype, like=rows)
+    check_tensor("norm_weight", norm_weight, (keys,), dtype, like=rows)
+    require(w_kv.stride(0) == keys + values or rank == 1, "w_kv must be contiguous")
+    if key_mean is not None:
+        check_tensor("key_mean", key_mean, (keys,), dtype, like=rows)
+    if w_pe is not None:
+        check_tensor("w_pe", w_pe, (shared, keys), dtype, like=rows)
+        require(w_pe.stride(0) == keys or shared == 1, "w_pe must be contiguous")
+        if b_pe is not None:
+            check_tensor("b_pe", b_pe, (shared,), dtype, like=rows)
+    if scales is not None:
+        check_tensor("scales", scales, (*rows.shape[:3], ceil_div(width, GROUP)), torch.float16, like=rows)
+    if grid is not None:
+        pairs = keys // heads // 2
+        check_tensor("grid", grid, (length, pairs, 2), torch.float32, like=rows)
+        require(grid.stride(1) == 2 or pairs == 1, "the pairs of grid must be contiguous")
+
+
+def _launch(
+    rows, scales, slots, key, value, norm_weight, eps, key_mean, w_kv, b_kv, w_pe, b_pe, grid, heads
+):  # fmt: skip
+    batch, length, keys = key.shape
+    rank, shared, values = w_kv.shape[0], 0 if w_pe is None else w_pe.shape[0], value.shape[2]
+    plan = write_plan(
+        rank, shared, keys, values, keys // heads, key_mean is not None, scales is not None, key.dtype,
+        capability(rows.device),
+    )  # fmt: skip
+    launch(
+        _write_kernel,
+        (ceil_div(rank + shared, plan.constants["BLOCK_W"]), ceil_div(length, plan.constants["BLOCK_N"]), batch),
+        plan, rows,
+        rows, scales, slots, key, value, norm_weight, key_mean, w_kv, b_kv, w_pe, None if w_pe is None else b_pe,
+        grid, eps, rows.shape[2], length,
+        *rows.stride()[:3], *((0, 0, 0) if scales is None else scales.stride()[:3]),
+        *key.stride()[:2], *value.stride()[:2], 0 if grid is None else grid.stride(0),
+    )  # fmt: skip
+
+
+@torch.library.custom_op(
+    add_op_namespace_prefix("latent_write_"),
+    mutates_args=("rows", "scales"),
+    device_types="cuda",
+    schema=(
+        "(Tensor(a!) rows, Tensor(b!)? scales, Tensor slots, Tensor key, Tensor value, Tensor norm_weight, float eps, "
+        "Tensor? key_mean, Tensor w_kv, Tensor b_kv, Tensor? w_pe, Tensor? b_pe, Tensor? grid, int heads) -> ()"
+    ),
+)
+def _latent_write(*arguments):
+    _launch(*arguments)
+
+
+@_latent_write.register_kernel("cpu")
+def _latent_write_cpu(*arguments):
+    (_launch if INTERPRETED else latent_write_reference)(*arguments)
+
+
+@_latent_write.register_fake
+def _latent_write_fake(*arguments):
+    return None

@@ -1,0 +1,167 @@
+"""Merge attentions over disjoint sets of keys by their log-sum-exps.
+
+Shape letters: n parts, B batch, Q queries, H heads, V value channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._ops import add_op_namespace_prefix, ops
+from ._runtime import (
+    DTYPES,
+    INTERPRETED,
+    Plan,
+    Variant,
+    ceil_div,
+    check_tensor,
+    jit,
+    launch,
+    power_of_two,
+    refuse,
+    require,
+    tl,
+)
+
+MAX_VALUE_CHANNELS = 1024
+
+
+@jit(do_not_specialize=["parts", "queries"])
+def _merge_kernel(
+    outs,
+    lses,
+    out,
+    lse,
+    parts,
+    queries,
+    heads,
+    stride_n,
+    stride_b,
+    stride_q,
+    stride_h,
+    VALUE: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    b = (tl.program_id(1) // heads).to(tl.int64)
+    h = tl.program_id(1) % heads
+    v = tl.arange(0, BLOCK_V)
+    inside = q < queries
+    mask = inside[:, None] & (v < VALUE)[None, :]
+    log_offset = tl.program_id(1).to(tl.int64) * queries
+    log_part = tl.num_programs(1).to(tl.int64) * queries
+    top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    logs = lses + log_offset + q
+    for _ in range(parts):
+        top = tl.maximum(top, tl.load(logs, mask=inside, other=float("-inf")))
+        logs += log_part
+    # Where every part is empty, any finite number keeps the differences from being NaN.
+    base = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    mixed = tl.zeros([BLOCK_Q, BLOCK_V], tl.float32)
+    logs = lses + log_offset + q
+    source = outs + b * stride_b + h * stride_h + q.to(tl.int64)[:, None] * stride_q + v[None, :]
+    for _ in range(parts):
+        weight = tl.exp(tl.load(logs, mask=inside, other=float("-inf")) - base)
+        # The output of an empty part is not read: it may be anything.
+        part = tl.load(source, mask=mask & (weight > 0)[:, None], other=0.0)
+        mixed += weight[:, None] * part.to(tl.float32)
+        total += weight
+        logs += log_part
+        source += stride_n
+    mixed = mixed / tl.where(total > 0, total, 1.0)[:, None]
+    target = out + ((b * queries + q[:, None]) * heads + h) * VALUE + v[None, :]
+    tl.store(target, mixed.to(out.dtype.element_ty), mask=mask)
+    tl.store(
+        lse + log_offset + q,
+        tl.where(total > 0, base + tl.log(tl.where(total > 0, total, 1.0)), float("-inf")),
+        mask=inside,
+    )
+
+
+def merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    """One attention over the keys of all parts: `(out [B, Q, H, V], lse [B, H, Q])`.
+
+    `outs` `[n, B, Q, H, V]` are the parts' outputs in float16, bfloat16 or float32, `lses` float32
+    `[n, B, H, Q]` their natural log-sum-exps; a part with -inf contributes nothing, whatever its output
+    holds, and where all are -inf the output is 0. Computed in float32 (FlashAttention-2, arXiv 2307.08691,
+    section 2.3). Raises ValueError on shapes that do not fit, NotImplementedError on more than
+    1024 value channels or another dtype.
+    """
+    _check(outs, lses)
+    return ops.merge(outs, lses)
+
+
+def merge_reference(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    """`merge` in plain torch, computed in the wider of float32 and the dtype of `outs`; lse has that dtype."""
+    wide = torch.promote_types(outs.dtype, torch.float32)
+    lse = torch.logsumexp(lses.to(wide), dim=0)
+    weights = torch.exp(lses.to(wide) - lse.masked_fill(lse == float("-inf"), 0))
+    weights = weights.transpose(-1, -2).unsqueeze(-1)
+    parts = torch.where(weights > 0, weights * outs.to(wide), torch.zeros((), dtype=wide, device=outs.device))
+    return parts.sum(0).to(outs.dtype), lse
+
+
+def why_not_merge(value_channels: int, dtype: torch.dtype | None = None) -> str | None:
+    """Why `merge` refuses so many value channels or this dtype, in one line; None when it does not."""
+    if not 1 <= value_channels <= MAX_VALUE_CHANNELS:
+        return f"merge: {value_channels} value channels, supported are 1 to {MAX_VALUE_CHANNELS}"
+    if dtype is not None and dtype not in DTYPES:
+        return f"merge: {dtype} is not supported: float16, bfloat16 or float32"
+    return None
+
+
+def launch_merge(outs: Tensor, lses: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`merge` by the kernel with the output in `dtype`, without checks: the last step of split attention."""
+    parts, batch, queries, heads, channels = outs.shape
+    out = torch.empty(batch, queries, heads, channels, dtype=dtype, device=outs.device)
+    lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=outs.device)
+    plan = merge_plan(channels)
+    grid = (ceil_div(queries, plan.constants["BLOCK_Q"]), batch * heads)
+    launch(
+        _merge_kernel, grid, plan, outs, outs, lses.contiguous(), out, lse, parts, queries, heads, *outs.stride()[:4]
+    )  # fmt: skip
+    return out, lse
+
+
+def merge_plan(channels: int) -> Plan:
+    """Tiles of some 2048 elements."""
+    block = power_of_two(channels)
+    return Plan({"VALUE": channels, "BLOCK_Q": max(1, 2048 // block), "BLOCK_V": block}, num_warps=4, num_stages=1)
+
+
+def aot_variants(capability: int) -> list[Variant]:
+    """Ahead-of-time compilations at the Wan geometry and for latents."""
+    types = {"outs": "*fp32", "lses": "*fp32", "out": "*bf16", "lse": "*fp32"}
+    return [Variant(f"merge V={v}", _merge_kernel, types, merge_plan(v), dot=False) for v in (128, 192)]
+
+
+def _check(outs: Tensor, lses: Tensor) -> None:
+    require(outs.dim() == 5, "outs is {}, expected [n, B, Q, H, V]", list(outs.shape))
+    parts, batch, queries, heads, channels = outs.shape
+    require(parts > 0, "merge needs at least one part")
+    check_tensor("outs", outs, (None,) * 5)
+    check_tensor("lses", lses, (parts, batch, heads, queries), torch.float32, like=outs)
+    refuse(why_not_merge(channels, outs.dtype))
+
+
+@torch.library.custom_op(
+    add_op_namespace_prefix("merge"),
+    mutates_args=(),
+    device_types="cuda",
+    schema="(Tensor outs, Tensor lses) -> (Tensor, Tensor)",
+)
+def _merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    return launch_merge(outs, lses, outs.dtype)
+
+
+@_merge.register_kernel("cpu")
+def _merge_cpu(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    return launch_merge(outs, lses, outs.dtype) if INTERPRETED else merge_reference(outs, lses)
+
+
+@_merge.register_fake
+def _merge_fake(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    return outs.new_empty(outs.shape[1:]), lses.new_empty(lses.shape[1:])

@@ -1,0 +1,186 @@
+"""RMSNorm over all heads together, then the rotation of every head's interleaved channel pairs.
+
+Wan's QK-norm is one scalar a token times a gain a channel (RMSNorm, arXiv 1910.07467, eq. 4; RoPE, arXiv
+2104.09864, section 3.2.2). A token's channels are read once and written once. Shape letters: B batch, N tokens, H
+heads, D channels a head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._ops import add_op_namespace_prefix, ops
+from ._runtime import (
+    DTYPES,
+    INTERPRETED,
+    Plan,
+    Variant,
+    ceil_div,
+    check_tensor,
+    jit,
+    launch,
+    power_of_two,
+    refuse,
+    require,
+    tl,
+)
+
+MAX_CHANNELS = 16384
+
+
+@jit(do_not_specialize=["length", "tokens"])
+def _norm_kernel(
+    x, weight, rotations, out, eps, length, tokens, x_b, x_n, rotations_n,
+    SIZE: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """All channels of BLOCK_N of the `length` tokens of a batch with `tokens` tokens an item."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    c = tl.arange(0, BLOCK_C)
+    inside = i < length
+    mask = inside[:, None] & (c < SIZE)[None, :]
+    n = i % tokens
+    source = x + (i // tokens) * x_b + n * x_n
+    found = tl.load(source[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
+    norm = tl.rsqrt(tl.sum(found * found, 1) / SIZE + eps)
+    gain = tl.load(weight + c, mask=c < SIZE, other=0.0).to(tl.float32)
+    found = found * norm[:, None] * gain[None, :]
+    if rotations is not None:
+        # cos and sin lie as the pairs do: interleaved.
+        turn = tl.load((rotations + n * rotations_n)[:, None] + (c % D)[None, :], mask=mask, other=0.0)
+        cos, sin = tl.split(tl.reshape(turn, [BLOCK_N, BLOCK_C // 2, 2]))
+        first, second = tl.split(tl.reshape(found, [BLOCK_N, BLOCK_C // 2, 2]))
+        found = tl.join(first * cos - second * sin, first * sin + second * cos)
+        found = tl.reshape(found, [BLOCK_N, BLOCK_C])
+    tl.store(out + i[:, None] * SIZE + c[None, :], found.to(out.dtype.element_ty), mask=mask)
+
+
+def qk_norm_rope(x: Tensor, weight: Tensor, eps: float, rotations: Tensor | None, heads: int) -> Tensor:
+    """Normalised and rotated queries or keys `[B, N, H, D]` in the dtype of `x`, contiguous.
+
+    `x` `[B, N, H D]` and `weight` `[H D]` are float16, bfloat16 or float32, each its own; the channels of x are
+    contiguous. The norm is taken over all heads together with `eps`; `rotations`, float32 `[N, D / 2, 2]` (cos, sin),
+    turn the pairs (2p, 2p + 1) of every head, None leaves them. Computed in float32. `x` and `weight` get gradients.
+
+    Raises ValueError on arguments that do not fit, NotImplementedError on what `why_not_qk_norm_rope` refuses.
+    """
+    _check(x, weight, rotations, heads)
+    return ops.qk_norm_rope(x, weight, eps, rotations, heads)
+
+
+def qk_norm_rope_reference(x: Tensor, weight: Tensor, eps: float, rotations: Tensor | None, heads: int) -> Tensor:
+    """`qk_norm_rope` in plain torch, computed in float64 for float64 and else in float32."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    found = x.to(wide)
+    found = found * torch.rsqrt(found.square().mean(-1, keepdim=True) + eps) * weight.to(wide)
+    found = found.unflatten(-1, (heads, -1))
+    return (found if rotations is None else _rotate(found, rotations, 1.0)).to(x.dtype)
+
+
+def why_not_qk_norm_rope(heads: int, head_dim: int, dtype: torch.dtype | None = None) -> str | None:
+    """Why `qk_norm_rope` refuses H, D or this dtype, in one line; None when it does not."""
+    if not 1 <= heads * head_dim <= MAX_CHANNELS:
+        return f"qk_norm_rope: {heads * head_dim} channels of all heads, supported are 1 to {MAX_CHANNELS}"
+    if head_dim % 2:
+        return f"qk_norm_rope: {head_dim} channels a head are no pairs"
+    if dtype is not None and dtype not in DTYPES:
+        return f"qk_norm_rope: {dtype} is not supported: float16, bfloat16 or float32"
+    return None
+
+
+def norm_plan(channels: int, head_dim: int) -> Plan:
+    """Whole tokens, some 2048 channels or one token a program."""
+    block = power_of_two(channels)
+    constants = {"SIZE": channels, "D": head_dim, "BLOCK_N": max(1, 2048 // block), "BLOCK_C": block}
+    return Plan(constants, num_warps=max(4, block // 512), num_stages=1)
+
+
+def aot_variants(capability: int) -> list[Variant]:
+    """Ahead-of-time compilations: the heads of Wan 1.3B and 14B, rotated, and keys that are cached unrotated."""
+    found = []
+    for heads, rotated in ((12, True), (12, False), (40, True)):
+        types = {"x": "*bf16", "weight": "*bf16", "out": "*bf16", "eps": "fp32"} | (
+            {"rotations": "*fp32"} if rotated else {}
+        )
+        plan = norm_plan(heads * 128, 128)
+        if not rotated:
+            plan = plan._replace(constants={**plan.constants, "rotations": None})
+        name = f"qk_norm_rope H={heads} D=128" + ", rotated" * rotated
+        found.append(Variant(name, _norm_kernel, types, plan, dot=False))
+    return found
+
+
+def _rotate(x: Tensor, rotations: Tensor, direction: float) -> Tensor:
+    """Rotate the pairs of `[B, N, H, 2 P]` by `[N, P, 2]`, back when `direction` is -1."""
+    cos, sin = rotations.to(x.dtype).unsqueeze(1).unbind(-1)
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    sin = sin * direction
+    return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2)
+
+
+def _check(x: Tensor, weight: Tensor, rotations: Tensor | None, heads: int) -> None:
+    check_tensor("x", x, (None,) * 3)
+    length, channels = x.shape[1:]
+    require(heads >= 1 and channels % heads == 0, "{} channels are not divided among {} heads", channels, heads)
+    head_dim = channels // heads
+    for dtype in (x.dtype, weight.dtype):
+        refuse(why_not_qk_norm_rope(heads, head_dim, dtype))
+    check_tensor("weight", weight, (channels,), like=x)
+    if rotations is not None:
+        check_tensor("rotations", rotations, (length, head_dim // 2, 2), torch.float32, like=x)
+        require(rotations.stride(1) == 2 or head_dim == 2, "the pairs of rotations must be contiguous")
+
+
+def _launch(x: Tensor, weight: Tensor, eps: float, rotations: Tensor | None, heads: int) -> Tensor:
+    batch, tokens, channels = x.shape
+    out = torch.empty(batch, tokens, heads, channels // heads, dtype=x.dtype, device=x.device)
+    plan = norm_plan(channels, channels // heads)
+    launch(
+        _norm_kernel, (ceil_div(batch * tokens, plan.constants["BLOCK_N"]),), plan, x,
+        x, weight, rotations, out, eps, batch * tokens, tokens, *x.stride()[:2],
+        0 if rotations is None else rotations.stride(0),
+    )  # fmt: skip
+    return out
+
+
+@torch.library.custom_op(
+    add_op_namespace_prefix("qk_norm_rope"),
+    mutates_args=(),
+    device_types="cuda",
+    schema="(Tensor x, Tensor weight, float eps, Tensor? rotations, int heads) -> Tensor",
+)
+def _qk_norm_rope(x, weight, eps, rotations, heads):
+    return _launch(x, weight, eps, rotations, heads)
+
+
+@_qk_norm_rope.register_kernel("cpu")
+def _qk_norm_rope_cpu(x, weight, eps, rotations, heads):
+    return (_launch if INTERPRETED else qk_norm_rope_reference)(x, weight, eps, rotations, heads)
+
+
+@_qk_norm_rope.register_fake
+def _qk_norm_rope_fake(x, weight, eps, rotations, heads):
+    return x.new_empty(x.shape[0], x.shape[1], heads, x.shape[2] // heads)
+
+
+def _keep(ctx, inputs, output):
+    x, weight, ctx.eps, rotations, _ = inputs
+    ctx.save_for_backward(x, weight, rotations)
+
+
+def _backward(ctx, gradient):
+    """Gradients in plain torch: the rotation's transpose turns back, then those of the norm, in float32."""
+    x, weight, rotations = ctx.saved_tensors
+    gradient = gradient.float()
+    if rotations is not None:
+        gradient = _rotate(gradient, rotations, -1.0)
+    gradient = gradient.flatten(2)
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + ctx.eps)
+    normed = wide * scale
+    inner = gradient * weight.float()
+    to_x = scale * (inner - normed * (inner * normed).mean(-1, keepdim=True))
+    return to_x.to(x.dtype), (gradient * normed).sum((0, 1)).to(weight.dtype), None, None, None
+
+
+_qk_norm_rope.register_autograd(_backward, setup_context=_keep)
