@@ -118,7 +118,7 @@ def test_bad_yaml_is_refused_with_its_line(text, message):
         ("causal={window_frames: 2}", "causal: window_frames=2 cannot hold sink_frames=0"),
         ("version=2", "version: expected 1, got 2"),
         ("source={}", "missing key source.model"),
-        ("distill=[{}]", "missing key distill.0.stage; one of match_attention, match_velocity"),
+        ("distill=[{}]", "missing key distill.0.stage; one of consistency, dmd, match_attention, match_velocity"),
         ("generate.prompts=7", "generate.prompts: expected a list, got 7 (an integer)"),
     ],
 )

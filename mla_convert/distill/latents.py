@@ -207,6 +207,19 @@ class LatentShards:
 
     def read(self, index: int) -> dict[str, Tensor]:
         """Clip `index`: float32 `latents` `[C, F, H, W]` and `encoder_hidden_states` `[L, D]`."""
+        values = self._row(index, COLUMNS)
+        place = self._place(index)
+        text = _unpack(values, TEXT, place)
+        if self.text_tokens is not None:
+            text = F.pad(text, (0, 0, 0, self.text_tokens - len(text)))
+        return {"latents": _unpack(values, LATENT, place), "encoder_hidden_states": text}
+
+    def caption(self, index: int) -> str:
+        """The caption of clip `index`; "" where the shards have none."""
+        return str(self._row(index, ["caption"]).get("caption") or "")
+
+    def _row(self, index: int, columns: list[str]) -> dict[str, Any]:
+        """Some columns of clip `index`; those that a shard does not have are left out."""
         if not 0 <= index < len(self):
             raise IndexError(f"clip {index} of {len(self)}")
         number = bisect.bisect_right(self._starts, index) - 1
@@ -218,14 +231,14 @@ class LatentShards:
             row -= shard.metadata.row_group(group).num_rows
             group += 1
         try:
-            values = shard.read_row_group(group, columns=COLUMNS, use_threads=False).slice(row, 1).to_pylist()[0]
+            values = shard.read_row_group(group, columns=columns, use_threads=False).slice(row, 1).to_pylist()[0]
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}; write it again") from None
-        place = f"clip {index - self._starts[number]} of {path}"
-        text = _unpack(values, TEXT, place)
-        if self.text_tokens is not None:
-            text = F.pad(text, (0, 0, 0, self.text_tokens - len(text)))
-        return {"latents": _unpack(values, LATENT, place), "encoder_hidden_states": text}
+        return dict(values)
+
+    def _place(self, index: int) -> str:
+        number = bisect.bisect_right(self._starts, index) - 1
+        return f"clip {index - self._starts[number]} of {self.paths[number]}"
 
 
 def _unpack(row: dict[str, Any], name: str, place: str) -> Tensor:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-ORDER, NOISE = 1, 2
+ORDER, NOISE, SHARED = 1, 2, 3
 
 
 def derived_generator(purpose: int, seed: int, stage_index: int, number: int) -> torch.Generator:

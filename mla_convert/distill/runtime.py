@@ -3,37 +3,39 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import UserError
 from .data import Batch
-from .stages.base import Stage, StageConfig
+from .stages.base import Models, StageConfig
+
+Loss = Callable[[Models, Batch, torch.Generator], tuple[Tensor, dict[str, Tensor]]]
 
 
 class StageModule(nn.Module):
-    """The student together with its loss, so that Accelerate wraps every way in which a stage calls it.
+    """A network called `name` together with its `loss`, so that Accelerate wraps every way in which that calls it.
 
     Gradient synchronisation and autocast then hold for `forward`, `forward_chunk` and whatever else
-    a loss uses, and the student itself is not patched.
+    a loss uses, and the network itself is not patched.
     """
 
-    def __init__(self, stage: Stage[Any], student: nn.Module, networks: Mapping[str, nn.Module]) -> None:
+    def __init__(self, loss: Loss, name: str, network: nn.Module, others: Mapping[str, nn.Module]) -> None:
         super().__init__()
-        self.student = student
-        self.stage = stage
-        # A plain dict hides the frozen networks from the optimizer, the checkpoint and DDP.
-        self.frozen = dict(networks)
+        self.network = network
+        self.name, self.loss = name, loss
+        # A plain dict hides the other networks from the optimizer, the checkpoint and DDP.
+        self.others = dict(others)
 
     def forward(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.stage.loss({**self.frozen, "student": self.student}, batch, generator)
+        return self.loss({**self.others, self.name: self.network}, batch, generator)
 
 
 def open_accelerator(config: StageConfig, work_dir: Path) -> Accelerator:
@@ -45,6 +47,7 @@ def open_accelerator(config: StageConfig, work_dir: Path) -> Accelerator:
         gradient_accumulation_steps=config.grad_accumulation,
         log_with=config.tracker,
         project_dir=work_dir,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.partial_gradients)],
     )
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("mixed_precision: fp16 needs a GPU; use bf16 or no on the CPU")

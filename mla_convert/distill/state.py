@@ -20,7 +20,8 @@ from ..errors import UserError
 from ..files import atomic_folder, write_json
 from .metrics import Row
 
-WEIGHTS, EMA, OPTIMIZER, STATE = "student.safetensors", "ema.safetensors", "optimizer.pt", "state.json"
+WEIGHTS, EMA, SECOND = "student.safetensors", "ema.safetensors", "second.safetensors"
+OPTIMIZER, STATE = "optimizer.pt", "state.json"
 FULL_BELOW = 1 << 20
 
 
@@ -28,8 +29,8 @@ FULL_BELOW = 1 << 20
 class TrainingState:
     """What a checkpoint holds: the trained weights, their average, the optimizers' state, the last row.
 
-    `weights` and `ema` are tensors by parameter name; `optimizer` is a nested dict of tensors and
-    plain values.
+    `weights`, `ema` and those of a `second` network are tensors by parameter name; `optimizer` is a
+    nested dict of tensors and plain values.
     """
 
     step: int
@@ -37,6 +38,7 @@ class TrainingState:
     ema: dict[str, Tensor] | None
     optimizer: dict[str, Any]
     row: Row
+    second: dict[str, Tensor] | None = None
 
 
 class Checkpoints:
@@ -82,6 +84,8 @@ class Checkpoints:
                 save_file(_on_cpu(state.weights), folder / WEIGHTS)
                 if state.ema is not None:
                     save_file(_on_cpu(state.ema), folder / EMA)
+                if state.second is not None:
+                    save_file(_on_cpu(state.second), folder / SECOND)
                 torch.save(state.optimizer, folder / OPTIMIZER)
             sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
             write_json(
@@ -94,9 +98,9 @@ class Checkpoints:
 def read_checkpoint(path: Path) -> TrainingState:
     """The content of a whole checkpoint, on the CPU."""
     state = json.loads((path / STATE).read_text())
-    ema = load_file(path / EMA) if (path / EMA).exists() else None
+    ema, second = (load_file(path / name) if (path / name).exists() else None for name in (EMA, SECOND))
     optimizer = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
-    return TrainingState(state["step"], load_file(path / WEIGHTS), ema, optimizer, state["row"])
+    return TrainingState(state["step"], load_file(path / WEIGHTS), ema, optimizer, state["row"], second)
 
 
 def _read_state(path: Path) -> dict[str, Any] | None:

@@ -16,22 +16,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.training_utils import EMAModel
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
 from ..registry import stages
+from .average import Average
 from .data import Batch, Data
+from .learner import Learner
 from .metrics import Metrics, Row
 from .objective import flow_loss
-from .order import NOISE, DataOrder, MicroBatches, derived_generator
+from .order import NOISE, SHARED, DataOrder, MicroBatches, derived_generator
 from .progress import Report
 from .runtime import StageModule, fast_attention, open_accelerator, tracking
 from .schedule import learning_rate
-from .stages.base import Stage, StageConfig
+from .stages.base import AVERAGE, START, Stage, StageConfig
 from .state import Checkpoints, TrainingState, read_checkpoint
 from .trainable import freeze_all_but, trainable_names
+from .views import start_of, trainable_copy, with_weights
 
 BOOKKEEPING = {"checkpoint_every", "keep_checkpoints", "data_workers", "tracker"}
 
@@ -65,9 +67,10 @@ def run_stage(
     not finite, with the last good checkpoint kept, and when inputs do not fit.
     """
     stage = stages()[config.stage](config)
-    missing = [name for name in stage.networks if name not in networks]
+    missing = [name for name in stage.networks if name not in {AVERAGE, START, *networks}]
     if missing:
         raise UserError(f"stage {config.stage} needs the network {', '.join(missing)}, which this run does not have")
+    stage.check(student, networks, data)
     return _Training(stage, student, networks, data, heldout, work_dir, seed, stage_index).run(progress)
 
 
@@ -91,6 +94,7 @@ class _Training:
         seed: int,
         stage_index: int,
     ) -> None:
+        self.stage = stage
         self.config: StageConfig = stage.config
         self.student, self.data, self.heldout = student, data, heldout
         self.seed, self.stage_index = seed, stage_index
@@ -102,16 +106,21 @@ class _Training:
 
         student.float().train()
         self.trained = freeze_all_but(student, trainable_names(student, config.trainable))
-        frozen = {name: networks[name].to(self.accelerator.device) for name in stage.networks}
-        for network in frozen.values():
+        others = {name: networks[name].to(self.accelerator.device) for name in stage.networks if name in networks}
+        for network in others.values():
             network.eval().requires_grad_(False)
-        optimizer = torch.optim.AdamW(
-            self.trained.values(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+        self.second = self._second(stage, others)
+        module = StageModule(stage.loss, "student", student, others)
+        self.learner = Learner(
+            self.accelerator, module, self.trained, config.learning_rate, config.betas, config.weight_decay
         )
-        self.module, self.optimizer = self.accelerator.prepare(StageModule(stage, student, frozen), optimizer)
+        if START in stage.networks:
+            module.others[START] = start_of(student, self.trained)
         self.average = None
         if config.ema_decay is not None:
-            self.average = EMAModel(self.trained.values(), decay=config.ema_decay)
+            self.average = Average(self.trained, config.ema_decay)
+            if AVERAGE in stage.networks:
+                module.others[AVERAGE] = with_weights(student, self.average.weights)
 
         self.metrics = Metrics(work_dir / "metrics.jsonl")
         identity = {
@@ -122,6 +131,18 @@ class _Training:
             "parameters": sum(parameter.numel() for parameter in self.trained.values()),
         }
         self.checkpoints = Checkpoints(work_dir / "checkpoints", identity, config.keep_checkpoints)
+
+    def _second(self, stage: Stage[Any], others: dict[str, nn.Module]) -> Learner | None:
+        """The stage's second network, which comes to `others` as a copy of its source."""
+        second = stage.second
+        if second is None:
+            return None
+        network = trainable_copy(others[second.source])
+        trained = freeze_all_but(network, trainable_names(network, second.trainable))
+        others[second.name] = network
+        module = StageModule(stage.second_loss, second.name, network, {**others, "student": self.student})
+        rates = (second.learning_rate, second.betas, second.weight_decay)
+        return Learner(self.accelerator, module, trained, *rates, second.updates)
 
     def run(self, progress: Report | None) -> StageResult:
         config, main = self.config, self.accelerator.is_main_process
@@ -145,7 +166,7 @@ class _Training:
                     progress(config.stage, done, config.steps, f"loss {row['loss']:.4g}")
         assert row is not None
         if self.average is not None:
-            self.average.copy_to(self.trained.values())
+            self.average.copy_to_trained()
         self.student.eval()
         return StageResult(config.steps, row["loss"], row.get("heldout_loss"), resumed_from)
 
@@ -155,7 +176,7 @@ class _Training:
         sampler = MicroBatches(
             DataOrder(self.data.size, self.seed, self.stage_index),
             config.batch_size,
-            config.grad_accumulation,
+            config.grad_accumulation * self._updates,
             accelerator.num_processes,
             accelerator.process_index,
             first,
@@ -171,66 +192,53 @@ class _Training:
         for batch in loader:
             yield {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
 
+    @property
+    def _updates(self) -> int:
+        """Optimizer steps in a step of the stage: those of the second network, then the student's."""
+        return 1 if self.second is None else self.second.updates + 1
+
     def _step(self, step: int, batches: Iterator[Batch]) -> Row:
-        """One optimizer step over `grad_accumulation` micro-batches."""
-        accelerator, config = self.accelerator, self.config
-        rate = learning_rate(config, step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        sums: dict[str, Tensor] = {}
-        row: Row = {"step": step + 1, "stage": config.stage}
-        for micro in range(step * config.grad_accumulation, (step + 1) * config.grad_accumulation):
-            number = micro * accelerator.num_processes + accelerator.process_index
-            generator = derived_generator(NOISE, self.seed, self.stage_index, number)
-            with accelerator.accumulate(self.module):
-                loss, logs = self.module(next(batches), generator)
-                accelerator.backward(loss)
-                for name, value in {"loss": loss.detach(), **logs}.items():
-                    sums[name] = sums.get(name, torch.zeros_like(value)) + value / config.grad_accumulation
-                if accelerator.sync_gradients:
-                    row |= self._mean(sums)
-                    self._require_finite(step + 1, "loss", row["loss"])
-                    row["grad_norm"] = self._clip(step + 1)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+        """One optimizer step of the student, after those of the second network."""
+        row: Row = {"step": step + 1, "stage": self.config.stage}
+        first, seconds = step * self._updates, {}
+        if self.second is not None:
+            for update in range(first, first + self.second.updates):
+                seconds = self._update(self.second, step, update, batches)
+        row |= self._update(self.learner, step, first + self._updates - 1, batches)
+        if self.second is not None:
+            row |= {f"{self.second.name}_{name}": value for name, value in seconds.items()}
         if self.average is not None:
-            self.average.step(self.trained.values())
-        return {**row, "lr": rate}
+            self.average.step()
+        return {**row, "lr": learning_rate(self.config, step)}
 
-    def _clip(self, step: int) -> float | None:
-        """Norm of the gradient before clipping; None where fp16 overflowed and the loss scaler skips the step."""
-        limit = self.config.max_grad_norm or math.inf
-        norm = float(self.accelerator.clip_grad_norm_(self.trained.values(), limit))
-        if self.accelerator.scaler is None:
-            self._require_finite(step, "gradient norm", norm)
-        return norm if math.isfinite(norm) else None
+    def _update(self, learner: Learner, step: int, update: int, batches: Iterator[Batch]) -> Row:
+        """Optimizer step number `update` of the stage, counted over both networks."""
+        config, accelerator = self.config, self.accelerator
+        numbers = [
+            micro * accelerator.num_processes + accelerator.process_index
+            for micro in range(update * config.grad_accumulation, (update + 1) * config.grad_accumulation)
+        ]
+        generators = (derived_generator(NOISE, self.seed, self.stage_index, number) for number in numbers)
+        self.stage.begin_update(derived_generator(SHARED, self.seed, self.stage_index, update))
+        name = "" if learner is self.learner else f"{learner.name} "
 
-    def _mean(self, values: dict[str, Tensor]) -> dict[str, float]:
-        """Mean of each value over the processes."""
-        names = list(values)
-        reduced: Tensor = self.accelerator.reduce(torch.stack([values[name] for name in names]), "mean")
-        return dict(zip(names, reduced.tolist(), strict=True))
+        def require_finite(what: str, value: float) -> None:
+            self._require_finite(step + 1, name + what, value)
+
+        rate = learning_rate(config, step)
+        if learner is not self.learner:
+            rate *= learner.learning_rate / config.learning_rate
+        return learner.update(batches, generators, rate, config.max_grad_norm, require_finite)
 
     def _evaluate(self, step: int) -> dict[str, float]:
         """Held-out loss of the weights that the stage would end with. Every process computes all of it."""
         if self.heldout is None:
             return {}
-        with self._averaged_weights(), self.accelerator.autocast():
+        averaged = contextlib.nullcontext() if self.average is None else self.average.in_place()
+        with averaged, self.accelerator.autocast():
             loss = flow_loss(self.student, self.heldout)
         self._require_finite(step, "held-out loss", loss)
         return {"heldout_loss": loss}
-
-    @contextlib.contextmanager
-    def _averaged_weights(self) -> Iterator[None]:
-        if self.average is None:
-            yield
-            return
-        self.average.store(self.trained.values())
-        self.average.copy_to(self.trained.values())
-        try:
-            yield
-        finally:
-            self.average.restore(self.trained.values())
 
     def _require_finite(self, step: int, what: str, value: float) -> None:
         if math.isfinite(value):
@@ -253,15 +261,16 @@ class _Training:
 
     def _save(self, row: Row) -> None:
         if self.accelerator.is_main_process:
-            optimizer: dict[str, Any] = {"optimizer": self.optimizer.state_dict()}
+            optimizer: dict[str, Any] = {"optimizer": self.learner.optimizer.state_dict()}
             if self.accelerator.scaler is not None:
                 optimizer["scaler"] = self.accelerator.scaler.state_dict()
-            average = None
+            average = second = None
             if self.average is not None:
-                average = dict(zip(self.trained, self.average.shadow_params, strict=True))
-                optimizer["average_steps"] = self.average.optimization_step
-            weights = {name: parameter.data for name, parameter in self.trained.items()}
-            self.checkpoints.save(TrainingState(row["step"], weights, average, optimizer, row))
+                average, optimizer["average_steps"] = self.average.weights, self.average.steps
+            if self.second is not None:
+                second = self.second.weights()
+                optimizer["second"] = self.second.optimizer.state_dict()
+            self.checkpoints.save(TrainingState(row["step"], self.learner.weights(), average, optimizer, row, second))
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> Row | None:
@@ -274,18 +283,15 @@ class _Training:
             self.metrics.rewind(-1 if row is None else row["step"])
         return row
 
-    @torch.no_grad()
     def _load(self, path: Path) -> Row:
         state = read_checkpoint(path)
-        for name, parameter in self.trained.items():
-            parameter.copy_(state.weights[name])
-        self.optimizer.load_state_dict(state.optimizer["optimizer"])
+        self.learner.load(state.weights, state.optimizer["optimizer"])
+        if self.second is not None and state.second is not None:
+            self.second.load(state.second, state.optimizer["second"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state.optimizer["scaler"])
         if self.average is not None and state.ema is not None:
-            for name, average in zip(self.trained, self.average.shadow_params, strict=True):
-                average.copy_(state.ema[name])
-            self.average.optimization_step = state.optimizer["average_steps"]
+            self.average.load(state.ema, state.optimizer["average_steps"])
         return state.row
 
 

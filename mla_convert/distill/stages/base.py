@@ -1,16 +1,19 @@
-"""What a stage is: a name, its configuration, the frozen networks it needs, and a loss."""
+"""What a stage is: a name, its configuration, the networks it needs, and its losses."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ..data import Batch
+from ..data import Batch, Data
+
+AVERAGE, START = "average", "start"
 
 Models = Mapping[str, Any]
 
@@ -27,6 +30,8 @@ class StageConfig(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    # Whether a step may leave some of the trained parameters without a gradient.
+    partial_gradients: ClassVar[bool] = False
 
     stage: str
     steps: int = Field(ge=1)
@@ -48,14 +53,33 @@ class StageConfig(BaseModel):
     tracker: Literal["tensorboard"] | None = "tensorboard"
 
 
+@dataclass(frozen=True)
+class SecondNetwork:
+    """A network that a stage trains beside the student, in float32: a copy of the network `source`.
+
+    It gets `updates` optimizer steps of its own AdamW before each of the student's, over
+    `trainable` of its parameters. Its rate `learning_rate` follows the stage's warm-up and schedule.
+    """
+
+    name: str
+    source: str
+    updates: int
+    trainable: Literal["attention", "all"]
+    learning_rate: float
+    betas: tuple[float, float]
+    weight_decay: float = 0.0
+
+
 Config = TypeVar("Config", bound=StageConfig)
 
 
 class Stage(ABC, Generic[Config]):
     """One way of training the student; a module exports a subclass as STAGE.
 
-    `networks` names the frozen networks that `loss` finds in `models` beside `student`. The trainer
-    places them, in evaluation mode and without gradients.
+    `networks` names the frozen networks that the losses find in `models` beside `student`. The trainer
+    places them, in evaluation mode and without gradients. Two of them it makes itself from the student:
+    `average` has the averaged weights of `ema_decay`, `start` the weights that the stage began with.
+    A stage with a `second` network finds that in `models` too.
     """
 
     name: ClassVar[str]
@@ -68,6 +92,20 @@ class Stage(ABC, Generic[Config]):
     @abstractmethod
     def networks(self) -> tuple[str, ...]: ...
 
+    @property
+    def second(self) -> SecondNetwork | None:
+        """The network that is trained beside the student, if there is one."""
+        return None
+
+    def check(self, student: Any, networks: Models, data: Data) -> None:
+        """Raise UserError, in one line, for what `loss` cannot work on; called before anything is written."""
+
+    def begin_update(self, generator: torch.Generator) -> None:
+        """Make the choices of the next optimizer step that its micro-batches and all processes share.
+
+        Every process calls it before every step of either network with a CPU generator in the same state.
+        """
+
     @abstractmethod
     def loss(self, models: Models, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Scalar loss with gradient, and scalars to log.
@@ -75,3 +113,7 @@ class Stage(ABC, Generic[Config]):
         Runs under the trainer's autocast. Every random draw comes from `generator`, a CPU generator
         of this micro-batch's own.
         """
+
+    def second_loss(self, models: Models, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of the `second` network, on the terms of `loss`."""
+        raise NotImplementedError(f"stage {self.name} trains no second network")

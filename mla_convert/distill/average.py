@@ -1,0 +1,49 @@
+"""The exponential moving average of the student's trained weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+
+class Average:
+    """Averages of `trained` parameters by name; `weights` are the averages, which stay where they are in memory."""
+
+    def __init__(self, trained: dict[str, nn.Parameter], decay: float) -> None:
+        self.trained = trained
+        self._model = EMAModel(trained.values(), decay=decay)
+        self.weights: dict[str, Tensor] = dict(zip(trained, self._model.shadow_params, strict=True))
+
+    @property
+    def steps(self) -> int:
+        """How often the average was moved."""
+        return int(self._model.optimization_step)
+
+    def step(self) -> None:
+        """Move towards the trained weights."""
+        self._model.step(self.trained.values())
+
+    def copy_to_trained(self) -> None:
+        """Overwrite the trained weights with the average."""
+        self._model.copy_to(self.trained.values())
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The student has the averaged weights inside the context."""
+        self._model.store(self.trained.values())
+        self.copy_to_trained()
+        try:
+            yield
+        finally:
+            self._model.restore(self.trained.values())
+
+    @torch.no_grad()
+    def load(self, weights: dict[str, Tensor], steps: int) -> None:
+        """Go on from a checkpoint's average."""
+        for name, average in self.weights.items():
+            average.copy_(weights[name])
+        self._model.optimization_step = steps

@@ -1,0 +1,93 @@
+"""Self-rollout inside training: the student makes the video that it is trained on (Self Forcing, arXiv 2506.08009).
+
+It is the rollout of `run/stream.py`, chunk by chunk with the cache that inference has, with a gradient
+through one denoising step of a chunk and none through the cache.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..flow import NUM_TRAIN_TIMESTEPS, add_noise, to_clean
+from ..mla.cache import FrameCache
+
+
+def self_rollout(
+    model: Any,
+    text: Tensor,
+    size: tuple[int, int, int],
+    times: Tensor,
+    exit_step: int,
+    generator: torch.Generator,
+    *,
+    context_noise: float = 0.0,
+    gradient_from: int = 0,
+) -> Tensor:
+    """A video `[B, C, F, H, W]`, float32, that `model` makes for `text` `[B, L, D]`; `size` is (F, H, W).
+
+    Every chunk takes the Euler steps of the falling `times` (last one 0) up to number `exit_step`,
+    counted from 0, whose velocity points to the clean chunk that ends the chunk. That step alone
+    carries a gradient, in the chunks from frame `gradient_from` on and where gradients are enabled.
+    The chunk is then written to the cache by a pass at noise level `context_noise`, without a graph.
+    F may exceed the window, which wraps as in inference. With gradient checkpointing the cache that a
+    chunk has read is kept until the backward pass.
+
+    Noise is drawn from `generator` on the CPU, in the order of `stream_chunks`: with the last exit
+    step the two rollouts are the same.
+    """
+    frames, height, width = size
+    batch, channels, device = len(text), model.config.in_channels, text.device
+    text = text.to(model.dtype)
+    cache = model.init_cache(batch, height, width, device=device)
+    made = []
+    for start, stop in model.causal.chunks(frames):
+        shape = (batch, channels, stop - start, height, width)
+        x = torch.randn(shape, generator=generator).to(device)
+        for t, t_next in itertools.islice(_steps(times), exit_step):
+            with torch.no_grad():
+                v = _velocity(model, x, t, text, cache)
+            x = x + (t_next - t).to(device) * v
+        carries = torch.is_grad_enabled() and start >= gradient_from
+        if carries:
+            # Autocast must not reuse weights that it has cast without a gradient, which not every torch sees to.
+            torch.clear_autocast_cache()
+        with torch.set_grad_enabled(carries):
+            # A recomputation in the backward pass must read what the chunk has read.
+            read = _kept(cache) if carries and model.is_gradient_checkpointing else cache
+            t = times[exit_step]
+            clean = to_clean(x, _velocity(model, x, t, text, read), t.to(device).expand(batch))
+        with torch.no_grad():
+            t_context = torch.full((batch,), context_noise, device=device)
+            context = clean
+            if context_noise > 0:
+                context = add_noise(clean, torch.randn(shape, generator=generator).to(device), t_context)
+            _pass(model, context, t_context, text, cache, write=True)
+        made.append(clean)
+    return torch.cat(made, dim=2)
+
+
+def _steps(times: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    return itertools.pairwise(times.unbind())
+
+
+def _velocity(model: Any, x: Tensor, t: Tensor, text: Tensor, cache: FrameCache) -> Tensor:
+    return _pass(model, x, t.to(x.device).expand(len(x)), text, cache, write=False)
+
+
+def _pass(model: Any, x: Tensor, t: Tensor, text: Tensor, cache: FrameCache, write: bool) -> Tensor:
+    """Velocity, float32, at noise levels `t` `[B]`."""
+    out: Tensor = model.forward_chunk(x.to(model.dtype), t * NUM_TRAIN_TIMESTEPS, text, cache, write=write)
+    return out.float()
+
+
+def _kept(cache: FrameCache) -> FrameCache:
+    """The cache as it is now; `cache` itself goes on in memory of its own."""
+    kept = copy.copy(cache)
+    cache.rows = [rows.clone() for rows in cache.rows]
+    return kept

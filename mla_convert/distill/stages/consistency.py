@@ -1,0 +1,91 @@
+"""Consistency distillation of a causal student: the second stage of Causal Forcing (arXiv 2602.02214, 2605.15141).
+
+One Euler step of the guided teacher leads from a noise level to the next lower one of a grid; both
+ends lie on one path of the probability-flow ODE, so they must point to the same clean chunk. Every
+chunk has a place on the grid of its own and sees clean history (teacher forcing).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from ...flow import add_noise, over_frames, per_frame, sampling_times, to_clean, velocity
+from ..data import Batch, Data
+from ..objective import NoisedClips, predict_velocity
+from .base import AVERAGE, START, Models, Stage
+from .guided import GuidedStageConfig, check_few_step, denoising_times, guided_velocity, negative_text
+
+
+class ConsistencyConfig(GuidedStageConfig):
+    """Keys of `consistency`, beside those of stages with a guided teacher.
+
+    `solver_steps` Euler steps make the grid from noise to data; `denoising_steps` come to it where it
+    lacks them. `teacher` is the run's dense `source`, or `start`: the student as the stage began, for
+    a student that was trained into a causal model by the stages before, as in the papers.
+    `ema_decay` is needed: the averaged student gives the target.
+    """
+
+    stage: Literal["consistency"] = "consistency"
+    ema_decay: float = Field(gt=0, lt=1)
+    solver_steps: int = Field(48, ge=2)
+    teacher: Literal["source", "start"] = "source"
+
+
+class Consistency(Stage[ConsistencyConfig]):
+    """`|f(x_t, t) - f_average(x_t', t')|^2`, the mean over all elements, with `f(x, t) = x - t v(x, t)`.
+
+    `x_t' = x_t + (t' - t) v_teacher(x_t, t)`, the teacher guided; at t' = 0 the target is `x_t'` itself.
+    """
+
+    name = "consistency"
+    config_class = ConsistencyConfig
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        return (self._teacher, AVERAGE)
+
+    @property
+    def _teacher(self) -> str:
+        return START if self.config.teacher == "start" else "teacher"
+
+    def check(self, student: Any, networks: Models, data: Data) -> None:
+        check_few_step(self.name, student)
+        if self._teacher in networks:
+            check_few_step(self.name, networks[self._teacher])
+
+    def grid(self) -> Tensor:
+        """Falling times from 1 to 0, float32."""
+        config = self.config
+        times = sampling_times(config.solver_steps, config.timestep_shift)
+        if config.denoising_steps is None:
+            return times
+        wanted = denoising_times(config.denoising_steps, config.timestep_shift)
+        # Times that differ by rounding alone are one.
+        lacking = [t for t in wanted if (times - t).abs().min() > 1e-6]
+        return torch.cat([times, torch.stack(lacking)]).sort(descending=True).values if lacking else times
+
+    def loss(self, models: Models, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        config, student = self.config, models["student"]
+        latents, text = batch["latents"], batch["encoder_hidden_states"]
+        chunks, grid = student.causal.chunks(latents.shape[2]), self.grid()
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        place = torch.randint(len(grid) - 1, (len(latents), len(chunks)), generator=generator)
+        t, t_next = (over_frames(grid[place + later], chunks).to(latents.device) for later in (0, 1))
+        context = {"context": latents, "t_context": torch.zeros(len(latents), device=latents.device)}
+        here = NoisedClips(add_noise(latents, noise, t), t, text, velocity(latents, noise), **context)
+        with torch.no_grad():
+            negative = negative_text(config.negative_embeds, text)
+            v_teacher = guided_velocity(models[self._teacher], here, negative, config.guidance_scale)
+            x_next = here.x_t + per_frame(t_next - t, latents.ndim) * v_teacher
+            there = here._replace(x_t=x_next, t=t_next)
+            target = to_clean(x_next, predict_velocity(models[AVERAGE], there), t_next)
+        clean = to_clean(here.x_t, predict_velocity(student, here), t)
+        return F.mse_loss(clean, target), {"clean_error": F.mse_loss(clean.detach(), latents)}
+
+
+STAGE = Consistency

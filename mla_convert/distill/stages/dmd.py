@@ -1,0 +1,197 @@
+"""Distribution matching distillation on the student's own rollouts: the third stage of Causal Forcing.
+
+Sources: DMD2 (arXiv 2405.14867) for the two scores and their updates, Self Forcing (arXiv 2506.08009) for
+the rollout, Causal Forcing (arXiv 2602.02214) for their place in the pipeline. The clips of the data give
+prompts and shapes alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from ...errors import UserError
+from ...flow import add_noise, shift_time, to_clean, velocity
+from ...mla.window import CausalConfig
+from ..data import Batch, Data
+from ..objective import NoisedClips, predict_velocity
+from ..rollout import self_rollout
+from .base import Models, SecondNetwork, Stage
+from .guided import GuidedStageConfig, check_few_step, denoising_times, guided_velocity, negative_text
+
+FAKE_SCORE = "fake_score"
+
+
+class DMDConfig(GuidedStageConfig):
+    """Keys of `dmd`, beside those of stages with a guided teacher.
+
+    The student rolls out `rollout_frames` frames (those of a clip when null), which may exceed its window,
+    and caches finished chunks at noise level `context_noise`. Scores see `score_frames` of them (all
+    when null): the `last`, or a `random` window.
+
+    `real_score` names the frozen network of the real score, the run's dense `teacher` or a network
+    `real_score` of its own; the fake score begins as a copy of it. With `score_attention:
+    bidirectional` all frames of the scored window see each other, with `causal` every chunk sees the
+    clean chunks before it. `score_range` clamps the scores' noise levels after the shift.
+
+    The fake score gets `critic_updates` optimizer steps before each of the student's, over
+    `critic_trainable` of its parameters; `steps` counts those of the student.
+    """
+
+    # With an exact own chunk the encoder of the cache gets no gradient.
+    partial_gradients = True
+
+    stage: Literal["dmd"] = "dmd"
+    betas: tuple[float, float] = (0.0, 0.999)
+    denoising_steps: tuple[int, ...] = (1000, 750, 500, 250)
+    rollout_frames: int | None = Field(None, ge=1)
+    context_noise: float = Field(0.0, ge=0, le=1)
+    real_score: Literal["teacher", "real_score"] = "teacher"
+    score_attention: Literal["causal", "bidirectional"] = "causal"
+    score_frames: int | None = Field(None, ge=1)
+    score_window: Literal["last", "random"] = "last"
+    score_range: tuple[float, float] = (0.02, 0.98)
+    critic_updates: int = Field(5, ge=1)
+    critic_learning_rate: float = Field(4e-7, gt=0)
+    critic_betas: tuple[float, float] = (0.0, 0.999)
+    critic_trainable: Literal["attention", "all"] = "all"
+
+    @field_validator("score_range")
+    @classmethod
+    def _range_is_inside(cls, value: tuple[float, float]) -> tuple[float, float]:
+        # At 0 and 1 nothing is left to estimate, or to estimate it from.
+        if not 0 < value[0] < value[1] < 1:
+            raise ValueError(f"score_range rises between 0 and 1, got {list(value)}")
+        return value
+
+
+class DMD(Stage[DMDConfig]):
+    """The student moves along `(x_fake - x_real) / mean |x - x_real|`, the difference of two scores at x.
+
+    `x_real` and `x_fake` are the clean videos that the guided real score and the fake score see in x
+    with noise; the mean is over a clip. The fake score learns the student's distribution by flow
+    matching on its rollouts.
+    """
+
+    name = "dmd"
+    config_class = DMDConfig
+
+    def __init__(self, config: DMDConfig) -> None:
+        super().__init__(config)
+        self._exit_step, self._place = len(config.denoising_steps) - 1, 1.0
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        return (self.config.real_score,)
+
+    @property
+    def second(self) -> SecondNetwork:
+        config = self.config
+        return SecondNetwork(
+            FAKE_SCORE,
+            config.real_score,
+            config.critic_updates,
+            config.critic_trainable,
+            config.critic_learning_rate,
+            config.critic_betas,
+            config.weight_decay,
+        )
+
+    def check(self, student: Any, networks: Models, data: Data) -> None:
+        check_few_step(self.name, student)
+        real = networks[self.config.real_score]
+        check_few_step(self.name, real)
+        if student.causal.window_frames is None:
+            raise UserError("stage dmd rolls out with a cache, which needs a finite window; set causal.window_frames")
+        if real.config.in_channels != student.config.in_channels:
+            raise UserError(
+                f"{self.config.real_score} scores latents of {real.config.in_channels} channels, the student makes "
+                f"{student.config.in_channels}; give a real score for the student's latents"
+            )
+        frames = self.config.rollout_frames or data.example(0)["latents"].shape[1]
+        if not self._windows(student.causal, frames):
+            raise UserError(
+                f"score_frames: {self.config.score_frames} is no run of whole chunks in a rollout of {frames} frames; "
+                "raise rollout_frames or change score_frames"
+            )
+
+    def begin_update(self, generator: torch.Generator) -> None:
+        self._exit_step = int(torch.randint(len(self.config.denoising_steps), (), generator=generator))
+        self._place = float(torch.rand((), generator=generator))
+
+    def _windows(self, causal: CausalConfig, frames: int) -> list[tuple[int, int]]:
+        """The frame ranges of a rollout that can be scored: whole chunks."""
+        length, chunks = self.config.score_frames or frames, causal.chunks(frames)
+        stops = {stop for _, stop in chunks}
+        return [(start, start + length) for start, _ in chunks if start + length in stops]
+
+    def _rollout(self, student: Any, batch: Batch, generator: torch.Generator) -> Tensor:
+        """The scored frames `[B, C, F', H, W]` of a rollout for the prompts of `batch`."""
+        config, (frames, height, width) = self.config, batch["latents"].shape[2:]
+        windows = self._windows(student.causal, config.rollout_frames or frames)
+        chosen = int(self._place * len(windows)) if config.score_window == "random" else -1
+        start, stop = windows[chosen]
+        videos = self_rollout(
+            student,
+            batch["encoder_hidden_states"],
+            (stop, height, width),
+            denoising_times(config.denoising_steps, config.timestep_shift),
+            self._exit_step,
+            generator,
+            context_noise=config.context_noise,
+            gradient_from=start,
+        )
+        return videos[:, :, start:]
+
+    def _noised(self, videos: Tensor, text: Tensor, generator: torch.Generator) -> NoisedClips:
+        """`videos` with noise of one level a clip, as the scores see them."""
+        low, high = self.config.score_range
+        t = shift_time(torch.rand(len(videos), generator=generator), self.config.timestep_shift).clamp(low, high)
+        noise = torch.randn(videos.shape, generator=generator).to(videos)
+        t = t.to(videos).unsqueeze(1).expand(-1, videos.shape[2])
+        clips = NoisedClips(add_noise(videos, noise, t), t, text, velocity(videos, noise))
+        if self.config.score_attention == "bidirectional":
+            return clips
+        return clips._replace(context=videos, t_context=torch.zeros(len(videos), device=videos.device))
+
+    def _scorer(self, model: Any, frames: int) -> Any:
+        """`model` with the attention that scores have."""
+        if self.config.score_attention == "causal":
+            return model
+        # A second face of the same weights.
+        view = copy.copy(model)
+        view.causal = CausalConfig(num_frames_per_block=frames, window_frames=None)
+        return view
+
+    def loss(self, models: Models, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        config, text = self.config, batch["encoder_hidden_states"]
+        videos = self._rollout(models["student"], batch, generator)
+        frames = videos.shape[2]
+        with torch.no_grad():
+            clips = self._noised(videos.detach(), text, generator)
+            negative = negative_text(config.negative_embeds, text)
+            v_real = guided_velocity(
+                self._scorer(models[config.real_score], frames), clips, negative, config.guidance_scale
+            )
+            v_fake = predict_velocity(self._scorer(models[FAKE_SCORE], frames), clips)
+            real, fake = (to_clean(clips.x_t, v, clips.t) for v in (v_real, v_fake))
+            distance = (videos - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
+            gradient = (fake - real) / distance.clamp_min(1e-8)
+        # Half the squared distance to a point one gradient away has that gradient.
+        loss = 0.5 * F.mse_loss(videos, videos.detach() - gradient)
+        return loss, {"score_difference": (fake - real).abs().mean(), "real_distance": distance.mean()}
+
+    def second_loss(self, models: Models, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.no_grad():
+            videos = self._rollout(models["student"], batch, generator)
+            clips = self._noised(videos, batch["encoder_hidden_states"], generator)
+        v = predict_velocity(self._scorer(models[FAKE_SCORE], videos.shape[2]), clips)
+        return F.mse_loss(v, clips.target), {}
+
+
+STAGE = DMD

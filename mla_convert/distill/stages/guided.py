@@ -1,0 +1,93 @@
+"""What stages with a guided teacher share: guidance (arXiv 2207.12598) and the noise levels of few-step sampling."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field, field_validator
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ...errors import UserError
+from ...flow import ALL_NOISE, NUM_TRAIN_TIMESTEPS, shift_time
+from ..objective import NoisedClips, predict_velocity
+from .base import StageConfig
+
+EMBEDS_KEY = "prompt_embeds"
+
+
+class GuidedStageConfig(StageConfig):
+    """Keys of stages with a guided teacher and a student that takes few steps.
+
+    `timestep_shift` warps every noise level (5 for Wan). The teacher is asked with `guidance_scale`; 1
+    is without guidance. `negative_embeds` is a .safetensors file whose tensor `prompt_embeds`
+    `[L, D]` is the negative prompt; without it that is the empty prompt, zeros. `denoising_steps` are
+    falling noise levels out of 1000, before the shift, at which the student is sampled.
+    """
+
+    timestep_shift: float = Field(5.0, gt=0)
+    guidance_scale: float = Field(3.0, ge=0)
+    negative_embeds: str | None = None
+    denoising_steps: tuple[int, ...] | None = None
+
+    @field_validator("denoising_steps")
+    @classmethod
+    def _steps_fall(cls, steps: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if steps is None:
+            return None
+        falling = all(a > b for a, b in itertools.pairwise(steps))
+        if not steps or not falling or steps[0] > NUM_TRAIN_TIMESTEPS or steps[-1] < 1:
+            raise ValueError(
+                f"denoising_steps fall from at most {NUM_TRAIN_TIMESTEPS} to at least 1, got {list(steps)}"
+            )
+        return steps
+
+
+def denoising_times(steps: tuple[int, ...], shift: float) -> Tensor:
+    """The shifted times of `denoising_steps` and 0 behind them: float32 `[len(steps) + 1]`.
+
+    `1000, 750, 500, 250` are those of four steps of `generate` with the same shift.
+    """
+    return shift_time(torch.tensor([*steps, 0], dtype=torch.float32) / NUM_TRAIN_TIMESTEPS, shift)
+
+
+def negative_text(path: str | None, text: Tensor) -> Tensor:
+    """The negative prompt in the shape of `text` `[B, L, D]`. Raises UserError for a file that does not fit."""
+    if path is None:
+        return torch.zeros_like(text)
+    try:
+        embeds = load_file(Path(path)).get(EMBEDS_KEY)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read negative_embeds {path}: {error}") from None
+    wanted = list(text.shape[1:])
+    if embeds is None or list(embeds.shape) != wanted:
+        found = "no tensor" if embeds is None else f"a {list(embeds.shape)} tensor"
+        raise UserError(f"negative_embeds {path} has {found} {EMBEDS_KEY}; the prompts of the clips are {wanted}")
+    return embeds.to(text).expand_as(text)
+
+
+def guided_velocity(model: Any, clips: NoisedClips, negative: Tensor, scale: float) -> Tensor:
+    """`v_neg + scale (v_text - v_neg)`, float32 `[B, C, F, H, W]`; each reads the history with its own prompt."""
+    v = predict_velocity(model, clips)
+    if scale == 1:
+        return v
+    unguided = predict_velocity(model, clips._replace(text=negative))
+    return unguided + scale * (v - unguided)
+
+
+def check_few_step(stage: str, student: Any) -> None:
+    """Raise UserError for students that these stages cannot train."""
+    if student.flow_map:
+        raise UserError(
+            f"stage {stage} cannot train {type(student).__name__}: a flow map takes few steps already; "
+            "use match_velocity or teacher_forcing"
+        )
+    if student.noise_range != ALL_NOISE:
+        raise UserError(
+            f"stage {stage} needs all noise levels, this student has {list(student.noise_range)}; "
+            "train experts with match_velocity or teacher_forcing"
+        )

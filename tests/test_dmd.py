@@ -1,0 +1,279 @@
+"""`dmd` against the scores of two Gaussians, against plain forwards, and as a stage that is run."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import distill_case as case
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+from mla_convert.distill.metrics import Metrics
+from mla_convert.distill.stages.dmd import DMD, DMDConfig
+from mla_convert.distill.trainer import run_stage
+from mla_convert.errors import UserError
+from mla_convert.mla.window import CausalConfig
+
+FLOAT32 = 1e-5
+SHORT = {"stage": "dmd", "denoising_steps": [1000, 500], "critic_updates": 2, "critic_learning_rate": 1e-3}
+TEXT = torch.zeros(64, 1, 1)
+
+
+class Gaussian:
+    """The velocity of elements that are normal around `mean` with deviation `spread`."""
+
+    dtype, device, flow_map = torch.float32, torch.device("cpu"), False
+
+    def __init__(self, mean, spread):
+        self.mean, self.spread = mean, spread
+
+    def variance(self, t):
+        return (1 - t) ** 2 * self.spread**2 + t**2
+
+    def __call__(self, x, timestep, text, context=None, context_timestep=None):
+        t = (timestep / 1000).view(len(x), 1, -1, 1, 1)
+        centred = x - (1 - t) * self.mean
+        clean = self.mean + (1 - t) * self.spread**2 / self.variance(t) * centred
+        noise = t / self.variance(t) * centred
+        return SimpleNamespace(sample=noise - clean)
+
+    def score(self, x, t):
+        """The gradient of the log density of noisy elements."""
+        return -(x - (1 - t) * self.mean) / self.variance(t)
+
+
+def stage_on(videos, **changes):
+    """The stage with `videos` in the place of a rollout."""
+    stage = DMD(case.make_config("dmd", guidance_scale=1.0, **changes))
+    stage._rollout = lambda student, batch, generator: videos
+    return stage
+
+
+def dmd_gradient(stage, videos, real, fake, seed=3):
+    videos.grad = None
+    models = {"student": None, "teacher": real, "fake_score": fake}
+    loss, logs = stage.loss(models, {"encoder_hidden_states": TEXT[: len(videos)]}, torch.Generator().manual_seed(seed))
+    loss.backward()
+    return loss.item(), logs
+
+
+@pytest.mark.parametrize("score_attention", ["causal", "bidirectional"])
+def test_gradient_is_the_difference_of_the_scores_of_two_gaussians(score_attention):
+    real, fake = Gaussian(1.0, 0.7), Gaussian(-0.5, 1.2)
+    videos = torch.randn(4, 1, 3, 2, 2, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    dmd_gradient(stage_on(videos, score_attention=score_attention), videos, real, fake)
+
+    generator = torch.Generator().manual_seed(3)
+    u = torch.rand(4, generator=generator)
+    t = (5 * u / (1 + 4 * u)).clamp(0.02, 0.98).view(-1, 1, 1, 1, 1)
+    x_t = (1 - t) * videos.detach() + t * torch.randn(videos.shape, generator=generator)
+    # Tweedie: clean = (x_t + t^2 score) / (1 - t).
+    real_clean = (x_t + t**2 * real.score(x_t, t)) / (1 - t)
+    scores = t**2 / (1 - t) * (fake.score(x_t, t) - real.score(x_t, t))
+    expected = scores / (videos.detach() - real_clean).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
+    error = (videos.grad * videos.numel() - expected).abs().max() / expected.abs().max()
+    # Observed: 1.7e-6.
+    assert error < FLOAT32
+
+
+def test_it_moves_a_gaussian_onto_another():
+    real, mean = Gaussian(1.0, 0.7), torch.nn.Parameter(torch.tensor(-0.5))
+    optimizer, generator = torch.optim.Adam([mean], lr=0.05), torch.Generator().manual_seed(0)
+    for step in range(100):
+        videos = mean + 0.7 * torch.randn(64, 1, 3, 2, 2, generator=generator)
+        stage = stage_on(videos)
+        models = {"student": None, "teacher": real, "fake_score": Gaussian(mean.detach(), 0.7)}
+        loss, _ = stage.loss(models, {"encoder_hidden_states": TEXT}, torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    # Observed: 1.009.
+    assert mean.item() == pytest.approx(1.0, abs=0.05)
+
+
+def test_the_fake_score_learns_a_gaussian():
+    """Its loss is least for the Gaussian that the rollouts come from."""
+    videos = -0.5 + 1.2 * torch.randn(64, 1, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    stage, batch = stage_on(videos), {"encoder_hidden_states": TEXT}
+
+    def loss(mean, spread):
+        models = {"student": None, "fake_score": Gaussian(mean, spread)}
+        return stage.second_loss(models, batch, torch.Generator().manual_seed(3))[0].item()
+
+    best = loss(-0.5, 1.2)
+    assert all(loss(mean, spread) > best for mean, spread in [(-0.8, 1.2), (-0.2, 1.2), (-0.5, 0.9), (-0.5, 1.6)])
+
+
+@pytest.mark.parametrize("score_attention", ["causal", "bidirectional"])
+def test_scores_of_a_model_are_those_of_plain_forwards(score_attention):
+    """Guided real score with its own prompts, fake score without; chunk by chunk, or all at once."""
+    real, batch = case.tiny_model().eval(), case.Clips().heldout()
+    fake, text = case.perturbed(real, 0.3).eval(), batch["encoder_hidden_states"]
+    videos = batch["latents"].clone().requires_grad_()
+    stage = stage_on(videos, score_attention=score_attention, timestep_shift=1.0)
+    stage.config = stage.config.model_copy(update={"guidance_scale": 2.0})
+    models = {"student": None, "teacher": real, "fake_score": fake}
+    loss, _ = stage.loss(models, batch, torch.Generator().manual_seed(3))
+    loss.backward()
+
+    generator = torch.Generator().manual_seed(3)
+    t = torch.rand(len(videos), generator=generator).clamp(0.02, 0.98)
+    at = t.view(-1, 1, 1, 1, 1)
+    x_t = (1 - at) * videos.detach() + at * torch.randn(videos.shape, generator=generator)
+
+    @torch.no_grad()
+    def clean(model, prompt):
+        if score_attention == "bidirectional":
+            whole = copy.deepcopy(model)
+            whole.causal = CausalConfig(num_frames_per_block=16, window_frames=16)
+            return x_t - at * whole(x_t, 1000 * t, prompt).sample
+        cache, made = model.init_cache(len(x_t), 16, 16), []
+        for start, stop in model.causal.chunks(16):
+            made.append(model.forward_chunk(x_t[:, :, start:stop], 1000 * t, prompt, cache))
+            history = videos.detach()[:, :, start:stop]
+            model.forward_chunk(history, torch.zeros(len(x_t)), prompt, cache, write=True)
+        return x_t - at * torch.cat(made, dim=2)
+
+    empty = torch.zeros_like(text)
+    x_real = clean(real, empty) + 2.0 * (clean(real, text) - clean(real, empty))
+    expected = (clean(fake, text) - x_real) / (videos.detach() - x_real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
+    error = (videos.grad * videos.numel() - expected).abs().max() / expected.abs().max()
+    # A difference of like figures. Observed: 1.1e-5.
+    assert error < 1e-4
+    assert all(p.grad is None for model in (real, fake) for p in model.parameters())
+    assert real.causal.window_frames == fake.causal.window_frames == 12
+
+
+def test_windows_to_score():
+    causal = case.tiny_model().causal
+
+    def windows(frames, **changes):
+        return DMD(case.make_config("dmd", **changes))._windows(causal, frames)
+
+    assert windows(16) == [(0, 16)]
+    assert windows(21, score_frames=15) == [(0, 15), (3, 18), (6, 21)]
+    # The last chunk of 16 frames is short.
+    assert windows(16, score_frames=7) == [(9, 16)]
+    assert windows(16, score_frames=8) == windows(16, score_frames=18) == []
+
+
+def test_the_window_is_what_is_scored():
+    student, batch = case.tiny_model().eval(), case.Clips().heldout()
+    changes = {"rollout_frames": 18, "score_frames": 6}
+
+    def rollout(seed, **more):
+        stage = DMD(case.make_config("dmd", **changes, **more))
+        stage.begin_update(torch.Generator().manual_seed(seed))
+        return stage, stage._rollout(student, batch, torch.Generator().manual_seed(0)).detach()
+
+    _, last = rollout(0)
+    assert last.shape[2] == 6
+    whole, _ = rollout(0, score_window="last")
+    whole.config = whole.config.model_copy(update={"score_frames": None})
+    assert torch.equal(whole._rollout(student, batch, torch.Generator().manual_seed(0))[:, :, 12:].detach(), last)
+    drawn = {rollout(seed, score_window="random")[0]._place for seed in range(4)}
+    steps = {rollout(seed)[0]._exit_step for seed in range(12)}
+    assert len(drawn) == 4 and steps == {0, 1, 2, 3}
+
+
+def test_both_networks_train(tmp_path):
+    result, _ = case.train(tmp_path, steps=12, critic_trainable="attention", **SHORT)
+    rows = Metrics(tmp_path / "metrics.jsonl").rows()
+    assert result.steps == 12 and [row["step"] for row in rows] == list(range(13))
+    losses = [row["fake_score_loss"] for row in rows[1:]]
+    # Observed: 2.6 to 2.2.
+    assert sum(losses[-4:]) < 0.95 * sum(losses[:4])
+    critic, teacher = load_file(tmp_path / "checkpoints" / "step-00000012" / "second.safetensors"), case.tiny_model()
+    assert critic.keys() == {name for name, _ in teacher.named_parameters() if ".attn1." in name}
+    assert not any(torch.equal(tensor, teacher.get_parameter(name)) for name, tensor in critic.items())
+
+
+def test_updates_share_their_choices_and_no_clips(tmp_path, monkeypatch):
+    seen, rollout = [], DMD._rollout
+
+    def watched(self, student, batch, generator):
+        seen.append((self._exit_step, self._place, batch["latents"].numpy().tobytes(), torch.is_grad_enabled()))
+        return rollout(self, student, batch, generator)
+
+    monkeypatch.setattr(DMD, "_rollout", watched)
+    case.train(tmp_path, steps=2, grad_accumulation=2, **SHORT)
+    # Two steps of two critic updates and one of the student, two micro-batches each.
+    assert [grad for *_, grad in seen] == [False] * 4 + [True] * 2 + [False] * 4 + [True] * 2
+    assert [choice[:2] for choice in seen[::2]] == [choice[:2] for choice in seen[1::2]]
+    assert len({place for _, place, *_ in seen}) == 6 and len({clip for *_, clip, _ in seen}) == 12
+
+
+@pytest.mark.parametrize("changes", [{}, {"grad_accumulation": 2, "rollout_frames": 18, "score_window": "random"}])
+def test_resume_ends_with_the_same_bytes(tmp_path, changes):
+    changes = {**SHORT, "steps": 4, "checkpoint_every": 2, "score_frames": 6, **changes}
+    _, expected = case.train(tmp_path / "whole", **changes)
+    # Six clips a step and micro-batch: killed among the critic updates of the fourth step.
+    with pytest.raises(case.Killed):
+        case.train(tmp_path / "resumed", last_clip=19 * changes.get("grad_accumulation", 1), **changes)
+    result, weights = case.train(tmp_path / "resumed", **changes)
+    assert result.resumed_from == 2
+    assert case.outputs(tmp_path / "resumed") == case.outputs(tmp_path / "whole")
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+
+
+def test_two_processes(tmp_path):
+    """Two processes resume bit for bit, and equal one process that accumulates twice as long."""
+    changes = {**SHORT, "steps": 2, "checkpoint_every": 1, "rollout_frames": 6}
+    launched = case.two_processes(tmp_path, last_clip=15, **changes)
+    assert launched.returncode == 0
+    assert launched.stdout.splitlines() == ["resumed from 1"] * 2
+    assert case.outputs(tmp_path / "resumed") == case.outputs(tmp_path / "whole")
+    case.train(tmp_path / "one", grad_accumulation=2, **changes)
+    two, one = (Metrics(tmp_path / folder / "metrics.jsonl").rows() for folder in ("whole", "one"))
+    for name in ("loss", "fake_score_loss", "grad_norm"):
+        # Observed: 0.
+        assert [row[name] for row in two[1:]] == pytest.approx([row[name] for row in one[1:]], rel=1e-4)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    student = case.tiny_model()
+    with torch.no_grad():
+        student.proj_out.weight.fill_(float("nan"))
+    config = case.make_config(steps=2, **SHORT)
+    with pytest.raises(UserError, match="stage dmd diverged: fake_score loss is nan at step 1; there is no checkpoint"):
+        run_stage(config, student, {"teacher": case.tiny_model()}, case.Clips(), None, tmp_path, 0, 0)
+
+
+def test_what_it_refuses(tmp_path):
+    def refused(message, student=None, **changes):
+        networks = {"teacher": case.tiny_model()}
+        config = case.make_config("dmd", steps=1, **changes)
+        with pytest.raises(UserError, match=message) as error:
+            run_stage(config, student or case.tiny_model(), networks, case.Clips(), None, tmp_path, 0, 0)
+        assert "\n" not in str(error.value)
+
+    other, unbounded = case.tiny_model(), case.tiny_model()
+    other.flow_map = True
+    unbounded.causal = CausalConfig(num_frames_per_block=3, window_frames=None)
+    refused("dmd needs the network real_score, which this run does not have", real_score="real_score")
+    refused("dmd cannot train CausalWanTransformer3DModel: a flow map takes few steps already", other)
+    refused("needs a finite window; set causal.window_frames", unbounded)
+    refused(
+        "score_frames: 18 is no run of whole chunks in a rollout of 16 frames; raise rollout_frames", score_frames=18
+    )
+    refused("score_frames: 4 is no run of whole chunks in a rollout of 18 frames", rollout_frames=18, score_frames=4)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"critic_updates": 0}, {"score_range": [0.0, 0.98]}, {"denoising_steps": [250, 500]}, {"real_score": "x"}],
+)
+def test_configuration_is_strict(change):
+    with pytest.raises(ValidationError):
+        DMDConfig(steps=1, learning_rate=1e-3, **change)
+
+
+def test_defaults_are_the_published_ones():
+    config = DMDConfig(steps=1, learning_rate=2e-6)
+    assert (config.critic_updates, config.critic_learning_rate, config.critic_betas) == (5, 4e-7, (0.0, 0.999))
+    assert (config.betas, config.guidance_scale, config.timestep_shift) == ((0.0, 0.999), 3.0, 5.0)
+    assert (config.denoising_steps, config.score_range) == ((1000, 750, 500, 250), (0.02, 0.98))
