@@ -1,0 +1,100 @@
+"""`mla-convert push`: a checkpoint to the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console, RenderableType
+from rich.filesize import decimal
+from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from ..errors import UsageError
+from .output import Json, print_result, stderr
+
+if TYPE_CHECKING:
+    from ..export.hub import Report
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder, a checkpoint or an export.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="OWNER/NAME on the Hub.")],
+    create: Annotated[
+        bool, typer.Option("--create", help="Make the repository, and the branch, where they are missing.")
+    ] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="A new repository is private; a public one is refused.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="The branch; main by default.")] = None,
+    pull_request: Annotated[
+        bool, typer.Option("--pull-request", help="Open a pull request, or go on with the one of an earlier push.")
+    ] = False,
+    message: Annotated[str | None, typer.Option("--message", "-m", help="Of the commit.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would change; send nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Upload a checkpoint to the Hub in one commit; files that are there already are not sent.
+
+    The token comes from HF_TOKEN or from `hf auth login`.
+    """
+    if pull_request and revision is not None:
+        raise UsageError("give --revision or --pull-request, not both; pull requests are opened against main")
+    if message is not None and not message.strip():
+        raise UsageError("--message is empty")
+    with stderr().status("loading PyTorch"):
+        from ..export.hub import PushConfig
+        from ..export.hub import push as push_checkpoint
+
+    config = PushConfig(repo_id, create, private, revision, pull_request, dry_run, message)
+    with _progress(stderr()) as report:
+        result = push_checkpoint(folder, config, report)
+    print_result(as_json, result, *_rendered(result))
+
+
+@contextlib.contextmanager
+def _progress(console: Console) -> Iterator[Report]:
+    """A bar of bytes with the file at work, one a job."""
+    bars = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[detail]}", markup=False),
+        console=console,
+    )
+    tasks: dict[str, TaskID] = {}
+
+    def report(what: str, done: int, total: int, detail: str = "", /) -> None:
+        if what not in tasks:
+            tasks[what] = bars.add_task(what, detail=detail)
+        bars.update(tasks[what], completed=done, total=total, detail=detail)
+
+    with bars:
+        yield report
+
+
+def _rendered(result: Mapping[str, Any]) -> list[RenderableType]:
+    """What was done or, in a dry run, the list of files; and where to look."""
+    sent, kept, deleted = (result[key] for key in ("uploaded", "skipped", "deleted"))
+    lines: list[RenderableType] = []
+    if result["dry_run"]:
+        table = Table("", "file", box=None)
+        table.add_column("size", justify="right")
+        for action, names in (("upload", sent), ("keep", kept), ("delete", deleted)):
+            for name in names:
+                size = result["sizes"].get(name)
+                table.add_row(action, Text(name), "" if size is None else decimal(size))
+        lines.append(table)
+    if not (sent or deleted or result["created"]):
+        return [*lines, Text(f"nothing to do: {result['url']} has all {len(kept)} files")]
+    verb = "would upload" if result["dry_run"] else "uploaded"
+    text = f"{verb} {len(sent)} files, {decimal(result['bytes'])}; {len(kept)} are there already"
+    if deleted:
+        text += f"; {'would delete' if result['dry_run'] else 'deleted'} {len(deleted)}"
+    return [*lines, Text(text), Text(result["pull_request"] or result["url"])]
