@@ -1,8 +1,8 @@
 """Loss before training against cached scalars, by layout: `python docs/benchmarks/ranks.py`.
 
-`--model zoo:natural --data FOLDER` takes the other teacher. One calibration seed and eight sizes a construction; the shared key of the layouts that cache one takes
-between a seventh and a quarter of the row. Writes `ranks-NAME.json`, the table `ranks-NAME.md` and the
-plot `ranks-NAME.svg` beside itself.
+`--model zoo:natural --data FOLDER` takes the other teacher. One calibration seed and eight sizes a
+construction; the shared key of the layouts that cache one takes between a seventh and a quarter of the row.
+Writes `ranks-NAME.json`, the table `ranks-NAME.md` and the plot `ranks-NAME.svg` beside itself.
 """
 
 from __future__ import annotations

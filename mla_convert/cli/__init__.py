@@ -11,7 +11,7 @@ import typer
 
 from .. import __version__
 from ..errors import UserError
-from . import bench, build, demo, encode, inspect, models, plan, recipes
+from . import bench, build, compare, demo, encode, inspect, models, plan, push, recipes, vbench
 from .output import DEBUG, print_error
 
 app = typer.Typer(
@@ -48,8 +48,11 @@ app.command("distill")(build.distill)
 app.command("run")(build.run)
 app.command("export")(models.export)
 app.command("evaluate")(models.evaluate)
+app.command("vbench")(vbench.vbench)
+app.command("compare")(compare.compare)
 app.command("bench")(bench.bench)
 app.command("generate")(models.generate)
+app.command("push")(push.push)
 app.command("demo")(demo.demo)
 app.add_typer(recipes.app, name="recipes")
 

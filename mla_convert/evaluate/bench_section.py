@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from .figures import MUTED, STUDENT, TEACHER, _chart, percent_axis
+from .text import DASH, SPACE
 
 METRICS = {
     "digit_accuracy": ("Frames that show the prompted digit", "percent"),
@@ -23,7 +24,6 @@ METRICS = {
 SOURCES = ("real", "teacher", "student")
 NOTHING = 1e-9
 """Below this a number is rounding."""
-_DASH = "\N{EN DASH}"
 
 
 def tables(bench: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -31,13 +31,13 @@ def tables(bench: Mapping[str, Any]) -> list[dict[str, Any]]:
     found = []
     for length, by_source in bench["lengths"].items():
         rows = [
-            {"name": name, "cells": [_cell(by_source[source].get(metric), kind) for source in SOURCES]}
+            {"name": name, "cells": [cell(by_source[source].get(metric), kind) for source in SOURCES]}
             for metric, (name, kind) in METRICS.items()
         ]
         rows.append(
             {
                 "name": "Drift of recognition, end less beginning",
-                "cells": [_cell(by_source[source]["drift"]["digit_accuracy"], "points") for source in SOURCES],
+                "cells": [cell(by_source[source]["drift"]["digit_accuracy"], "points") for source in SOURCES],
             }
         )
         frames = bench["clip_frames"] * int(length.rstrip("x"))
@@ -65,10 +65,10 @@ def recognition_by_frame(bench: Mapping[str, Any]) -> str:
     return chart.svg
 
 
-def _cell(value: Mapping[str, float | None] | None, kind: str) -> dict[str, str]:
-    """The mean, and its 95 % interval where it has one."""
+def cell(value: Mapping[str, float | None] | None, kind: str) -> dict[str, str]:
+    """`mean`, and `range`, its 95 % interval where it has one."""
     if value is None or value["mean"] is None:
-        return {"mean": _DASH, "range": ""}
+        return {"mean": DASH, "range": ""}
     mean = _text(value["mean"], kind)
     low, high = ("" if end is None else _text(end, kind) for end in (value["low"], value["high"]))
     return {"mean": mean, "range": "" if low == high else f"{low} to {high}"}
@@ -76,7 +76,7 @@ def _cell(value: Mapping[str, float | None] | None, kind: str) -> dict[str, str]
 
 def _text(value: float, kind: str) -> str:
     if kind == "percent":
-        return f"{100 * value:.1f} %"
+        return f"{100 * value:.1f}{SPACE}%"
     if kind == "points":
         return f"{100 * value:+.1f} points"
     return f"{value if abs(value) > NOTHING else 0:.3g}"

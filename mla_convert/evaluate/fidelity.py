@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,10 @@ from ..distill.data import DataConfig, open_data
 from ..distill.objective import noised_clips, predict_velocity
 from ..distill.progress import Report
 from ..mla.attention import AttentionPass
+from .attention_maps import AttentionMaps
 from .config import EvaluateConfig
 from .digits_bench import digits_bench
+from .worst_clips import ClipErrors, heldout_prompts
 
 TIME_BINS = 10
 
@@ -53,6 +55,7 @@ def fidelity(
     batch_size: int,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
+    prompts: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Losses and relative errors on `clips` with clean history and one noise level a chunk.
 
@@ -60,13 +63,15 @@ def fidelity(
     velocity against the data, `loss_increase` is their ratio minus 1. The relative errors are root
     mean squares of the student's difference from the teacher over that of the teacher: of the
     velocity, of the velocity in ten bins of noise level (`[middle of the bin, error]`), and of each
-    layer's self-attention output on the teacher's inputs.
+    layer's self-attention output on the teacher's inputs. `attention_maps` is what `AttentionMaps`
+    finds, `by_clip` what `ClipErrors` does, with the `prompts` of the clips.
     """
     generator = torch.Generator().manual_seed(seed)
     squared = {"teacher": 0.0, "student": 0.0}
     count = 0
     error, energy = torch.zeros(TIME_BINS, dtype=torch.float64), torch.zeros(TIME_BINS, dtype=torch.float64)
-    attention = _AttentionError(student, teacher)
+    attention, maps = _AttentionError(student, teacher), AttentionMaps(student, teacher)
+    by_clip = ClipErrors()
     latent_batches, text_batches = (clips[key].split(batch_size) for key in ("latents", "encoder_hidden_states"))
     pieces = list(zip(latent_batches, text_batches, strict=True))
     for done, (latents, text) in enumerate(pieces):
@@ -85,6 +90,7 @@ def fidelity(
         bins = (inputs.t * TIME_BINS).long().clamp_max(TIME_BINS - 1).cpu()
         error.index_put_((bins,), (actual - expected).double().square().sum((1, 3, 4)).cpu(), accumulate=True)
         energy.index_put_((bins,), expected.double().square().sum((1, 3, 4)).cpu(), accumulate=True)
+        by_clip.add(inputs, expected, actual)
         if progress is not None:
             progress(done + 1, len(pieces))
     by_time = [
@@ -99,6 +105,8 @@ def fidelity(
         "velocity_rel_error": float((error.sum() / energy.sum()).sqrt()),
         "velocity_rel_error_by_timestep": by_time,
         "attention_rel_error": attention.close(),
+        "attention_maps": maps.close(),
+        "by_clip": by_clip.result(prompts or [""] * len(clips["latents"])),
     }
 
 
@@ -109,9 +117,11 @@ def evaluate(student: Any, teacher: Any, data: DataConfig, config: EvaluateConfi
     the cache bytes of one stream; `layout`; and for digits `digits_bench` and `accuracy`, the share of
     rollouts whose last frame shows the prompted class, by model and length.
     """
-    clips = open_data(data, config.seed).heldout(config.clips)
+    source = open_data(data, config.seed)
+    clips = source.heldout(config.clips)
+    prompts = heldout_prompts(source, clips["encoder_hidden_states"])
     told = functools.partial(report, "evaluate")
-    result = fidelity(student, teacher, clips, config.batch_size, config.seed, told)
+    result = fidelity(student, teacher, clips, config.batch_size, config.seed, told, prompts)
     result |= memory(student, teacher, *clips["latents"].shape[-2:])
     if data.kind == "digits" and config.rollout_prompts:
         models = {"teacher": teacher, "student": student}

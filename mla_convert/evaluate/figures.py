@@ -18,7 +18,10 @@ from .memory import format_bytes
 
 # Matplotlib wants colours it can parse; each of these becomes a CSS variable in the finished SVG.
 INK, MUTED, RULE, TEACHER, STUDENT = "#010101", "#020202", "#030303", "#040404", "#050505"
-_VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", TEACHER: "--teacher", STUDENT: "--student"}
+RUNS = ("#060606", "#070707", "#080808", "#090909", "#0a0a0a", "#0b0b0b")
+_VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", TEACHER: "--teacher", STUDENT: "--student"} | {
+    color: f"--run-{number}" for number, color in enumerate(RUNS, start=1)
+}
 
 _SIZE = (5.4, 3.3)
 STEPS = [1, 2, 2.5, 5, 10]

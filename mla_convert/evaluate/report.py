@@ -6,9 +6,10 @@ A section of the page appears when its data is in the report. The keys that it k
     dense_scalars_per_token, latent_scalars_per_token, reduction, dense_cache_bytes, latent_cache_bytes
     teacher_loss, student_loss, converted_loss (before distillation), loss_increase
     velocity_rel_error, velocity_rel_error_by_timestep [[t, error], ...] with t in [0, 1]
-    attention_rel_error [one a layer]
+    attention_rel_error [one a layer], attention_maps (see `attention_maps.py`), by_clip (see `worst_clips.py`)
     accuracy {teacher: {"1x": ...}, student: {...}}, digits_bench (see `digits_bench.py`)
     seconds {convert, distill, evaluate, total}
+    vbench {suite, version, seconds, samples, scores {dimension: {score, videos}}, totals, published}
     curves [{stage, step, loss, heldout_loss}, ...], plan (what `plan --json` prints)
 """
 
@@ -20,17 +21,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 
 from ..files import write_text
-from . import bench_section, figures
-from .memory import format_bytes
+from . import bench_section, fidelity_section, figures
+from .page import render_page
 from .samples import Comparison, embed
+from .text import DASH, brief, bytes_text, duration, length_text, percent, plain, points_text, share_text, signed
+from .vbench_section import vbench_table
 
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
-_DASH, _MINUS, _SPACE = "\N{EN DASH}", "\N{MINUS SIGN}", "\N{NO-BREAK SPACE}"
 
 
 def write_report(folder: Path, report: Mapping[str, Any], comparisons: Sequence[Comparison] = ()) -> Path:
@@ -72,14 +73,8 @@ def finite(report: Mapping[str, Any]) -> dict[str, Any]:
 
 def render_html(report: Mapping[str, Any], comparisons: Sequence[Comparison] = ()) -> str:
     """The page of a report whose numbers are finite or None."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("mla_convert.evaluate", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(
+    return render_page(
+        "report.html.j2",
         title=_title(report),
         subtitle=_subtitle(report.get("layout") or {}),
         verdict=_verdict(report),
@@ -91,7 +86,10 @@ def render_html(report: Mapping[str, Any], comparisons: Sequence[Comparison] = (
         charts=_charts(report),
         bench=bench_section.tables(report["digits_bench"]) if _has(report, "digits_bench") else [],
         comparisons=[embed(comparison) for comparison in comparisons],
-        layout={key: _plain(value) for key, value in (report.get("layout") or {}).items()},
+        heads=fidelity_section.worst_heads(report.get("attention_maps") or []),
+        vbench=vbench_table(report["vbench"]) if _has(report, "vbench") else None,
+        worst=fidelity_section.worst_clips(report["by_clip"]) if _has(report, "by_clip") else None,
+        layout={key: plain(value) for key, value in (report.get("layout") or {}).items()},
         recipe=report.get("recipe") or "",
         versions={key: str(value) for key, value in (report.get("versions") or {}).items()},
     )
@@ -107,7 +105,7 @@ def _title(report: Mapping[str, Any]) -> str:
 
 def _subtitle(layout: Mapping[str, Any]) -> list[str]:
     names = {"position": "{}", "own_chunk": "own chunk {}", "kv_lora_rank": "rank {}"}
-    return [text.format(_brief(layout[key])) for key, text in names.items() if layout.get(key) is not None]
+    return [text.format(brief(layout[key])) for key, text in names.items() if layout.get(key) is not None]
 
 
 def _verdict(report: Mapping[str, Any]) -> str:
@@ -115,13 +113,13 @@ def _verdict(report: Mapping[str, Any]) -> str:
         return ""
     text = (
         f"Each layer of the converted model caches {report['latent_scalars_per_token']:,g} numbers a token where "
-        f"its teacher caches {report['dense_scalars_per_token']:,g}: {_percent(report['reduction'])} less memory"
+        f"its teacher caches {report['dense_scalars_per_token']:,g}: {percent(report['reduction'])} less memory"
     )
     increase = report.get("loss_increase")
     if increase is None:
         return text + "."
     side = "above" if increase >= 0 else "below"
-    return f"{text}, for a held-out loss {_percent(abs(increase))} {side} the teacher's."
+    return f"{text}, for a held-out loss {percent(abs(increase))} {side} the teacher's."
 
 
 def _tiles(report: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -129,20 +127,22 @@ def _tiles(report: Mapping[str, Any]) -> list[dict[str, str]]:
     tiles = []
     if _has(report, "dense_cache_bytes", "latent_cache_bytes"):
         dense, latent = report["dense_cache_bytes"], report["latent_cache_bytes"]
-        note = f"{_bytes(latent)} instead of {_bytes(dense)}"
+        note = f"{bytes_text(latent)} instead of {bytes_text(dense)}"
         tiles.append({"value": f"{dense / latent:.1f}×", "label": "smaller cache", "note": note})
     if _has(report, "loss_increase"):
         note = ""
         if _has(report, "teacher_loss", "student_loss"):
             note = f"{report['student_loss']:.4f} against {report['teacher_loss']:.4f}"
-        tiles.append({"value": _signed(report["loss_increase"]), "label": "held-out loss", "note": note})
+        tiles.append({"value": signed(report["loss_increase"]), "label": "held-out loss", "note": note})
     for length, teacher, student in _accuracies(report)[-1:]:
         if student is not None:
-            note = f"teacher {_percent(teacher)}" if teacher is not None else ""
-            tiles.append({"value": _percent(student), "label": f"digits recognised at {_length(length)}", "note": note})
+            note = f"teacher {percent(teacher)}" if teacher is not None else ""
+            tiles.append(
+                {"value": percent(student), "label": f"digits recognised at {length_text(length)}", "note": note}
+            )
     total = (report.get("seconds") or {}).get("total")
     if total is not None:
-        tiles.append({"value": _duration(total), "label": "from source to report", "note": ""})
+        tiles.append({"value": duration(total), "label": "from source to report", "note": ""})
     return tiles
 
 
@@ -155,10 +155,10 @@ def _rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
 
     if _has(report, "dense_scalars_per_token", "latent_scalars_per_token"):
         dense, latent = report["dense_scalars_per_token"], report["latent_scalars_per_token"]
-        add("Cached scalars a token", f"{dense:,g}", f"{latent:,g}", _signed(latent / dense - 1))
+        add("Cached scalars a token", f"{dense:,g}", f"{latent:,g}", signed(latent / dense - 1))
     if _has(report, "dense_cache_bytes", "latent_cache_bytes"):
         dense, latent = report["dense_cache_bytes"], report["latent_cache_bytes"]
-        add("Cache of one stream", _bytes(dense), _bytes(latent), _signed(latent / dense - 1))
+        add("Cache of one stream", bytes_text(dense), bytes_text(latent), signed(latent / dense - 1))
     plan = report.get("plan")
     if plan:
         dense, latent = plan["max_streams_dense"], plan["max_streams_latent"]
@@ -168,13 +168,13 @@ def _rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
     for name, key in (("Loss before distillation", "converted_loss"), ("Held-out loss", "student_loss")):
         if report.get(key) is not None:
             loss = report[key]
-            change = _signed(loss / teacher_loss - 1) if teacher_loss else ""
-            add(name, f"{teacher_loss:.4f}" if teacher_loss else _DASH, f"{loss:.4f}", change)
+            change = signed(loss / teacher_loss - 1) if teacher_loss else ""
+            add(name, f"{teacher_loss:.4f}" if teacher_loss else DASH, f"{loss:.4f}", change)
     if _has(report, "velocity_rel_error"):
-        add("Velocity error", _DASH, _percent(report["velocity_rel_error"]))
+        add("Velocity error", DASH, percent(report["velocity_rel_error"]))
     for length, teacher, student in _accuracies(report):
-        change = "" if teacher is None or student is None else _points(student - teacher)
-        add(f"Digits recognised at {_length(length)}", _share(teacher), _share(student), change)
+        change = "" if teacher is None or student is None else points_text(student - teacher)
+        add(f"Digits recognised at {length_text(length)}", share_text(teacher), share_text(student), change)
     return rows
 
 
@@ -187,9 +187,9 @@ def _accuracies(report: Mapping[str, Any]) -> list[tuple[str, float | None, floa
 
 
 def _seconds(seconds: Mapping[str, float]) -> str:
-    parts = [f"{name} {_duration(value)}" for name, value in seconds.items() if name != "total" and value is not None]
+    parts = [f"{name} {duration(value)}" for name, value in seconds.items() if name != "total" and value is not None]
     if seconds.get("total") is not None:
-        parts.append(f"{_duration(seconds['total'])} in all")
+        parts.append(f"{duration(seconds['total'])} in all")
     return ", ".join(parts)
 
 
@@ -198,8 +198,8 @@ def _bars(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         return []
     dense, latent = report["dense_cache_bytes"], report["latent_cache_bytes"]
     return [
-        {"name": "dense", "kind": "teacher", "share": 100.0, "value": _bytes(dense)},
-        {"name": "latent", "kind": "student", "share": 100 * latent / dense, "value": _bytes(latent)},
+        {"name": "dense", "kind": "teacher", "share": 100.0, "value": bytes_text(dense)},
+        {"name": "latent", "kind": "student", "share": 100 * latent / dense, "value": bytes_text(latent)},
     ]
 
 
@@ -226,69 +226,16 @@ def _charts(report: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     layers = [error for error in report.get("attention_rel_error") or [] if error is not None]
     if layers:
         worst = int(np.argmax(layers))
-        note = f"Mean {_percent(float(np.mean(layers)))}, worst {_percent(layers[worst])} in layer {worst}."
+        note = f"Mean {percent(float(np.mean(layers)))}, worst {percent(layers[worst])} in layer {worst}."
         add("error", "Attention output by layer", note, figures.error_by_layer(layers))
     points = [(t, error) for t, error in report.get("velocity_rel_error_by_timestep") or [] if error is not None]
     if points:
         note = "Difference from the teacher's velocity, relative to its size."
         add("error", "Velocity by noise level", note, figures.error_by_timestep(points))
+    if report.get("attention_maps"):
+        note = "Share of a head's attention that goes to other tokens than the teacher's (total variation)."
+        add("error", "Attention maps by layer", note, fidelity_section.map_chart(report["attention_maps"]))
     if _has(report, "digits_bench"):
         note = "Share of the rollouts whose frame shows the prompted digit."
         add("bench", "Recognition over time", note, bench_section.recognition_by_frame(report["digits_bench"]))
     return charts
-
-
-def _plain(value: Any) -> str:
-    """A value of the layout; equal entries of a list are said once."""
-    if isinstance(value, list) and value and all(entry == value[0] for entry in value):
-        return f"{_plain(value[0])} in each of {len(value)} layers" if len(value) > 1 else _plain(value[0])
-    if isinstance(value, list):
-        return ", ".join(_plain(entry) for entry in value)
-    return _DASH if value is None else str(value)
-
-
-def _brief(value: Any) -> str:
-    """A value of the layout in a word or two; a list of numbers as its range."""
-    if isinstance(value, list) and value and all(isinstance(entry, int | float) for entry in value):
-        low, high = min(value), max(value)
-        return f"{low:g}" if low == high else f"{low:g} to {high:g}"
-    return _plain(value)
-
-
-def _length(text: str) -> str:
-    """`1x`, the length of a training clip, and its multiples."""
-    return "training length" if text == "1x" else f"{text.rstrip('x')}× length"
-
-
-def _bytes(count: float) -> str:
-    return format_bytes(count).replace(" ", _SPACE)
-
-
-def _percent(share: float) -> str:
-    percent = 100 * share
-    return f"{percent:.2g}{_SPACE}%" if 0 < abs(percent) < 1 else f"{percent:.1f}{_SPACE}%"
-
-
-def _share(share: float | None) -> str:
-    return _DASH if share is None else _percent(share)
-
-
-def _signed(share: float) -> str:
-    return f"{_MINUS if share < 0 else '+'}{_percent(abs(share))}"
-
-
-def _points(share: float) -> str:
-    sign = _MINUS if share < 0 else "+"
-    return f"{sign}{100 * abs(share):.1f} points"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min"

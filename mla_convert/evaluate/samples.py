@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,29 +31,45 @@ class Comparison:
 def embed(comparison: Comparison) -> dict[str, Any]:
     """Both videos as one mp4 and a few frames of each as pictures, everything as data URIs."""
     frames = comparison.teacher.shape[0]
-    small = max(comparison.teacher.shape[1:3]) <= _PIXEL_ART
-    shown = np.unique(np.linspace(0, frames - 1, min(9 if small else 6, frames)).round().astype(int))
     teacher, student = _shrunk(comparison.teacher, _VIDEO_WIDTH), _shrunk(comparison.student, _VIDEO_WIDTH)
     both = side_by_side(teacher, student, labels=None)
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "video.mp4"
-        save_video(both, path, comparison.fps)
-        video = _data_uri("video/mp4", path.read_bytes())
     height, width = both.shape[1:3]
     return {
         "prompt": comparison.prompt,
-        "numbers": [int(index) for index in shown],
-        "strips": [
-            {"name": name, "frames": [_still(video_frames[index]) for index in shown]}
-            for name, video_frames in (("teacher", comparison.teacher), ("student", comparison.student))
-        ],
-        "small": small,
-        "ratio": f"{comparison.teacher.shape[2]} / {comparison.teacher.shape[1]}",
-        "video": video,
+        **film_strips({"teacher": comparison.teacher, "student": comparison.student}),
+        "video": _playing(both, comparison.fps),
         "width": width,
         "height": height,
         "seconds": f"{frames / comparison.fps:.1f}",
     }
+
+
+def film_strips(videos: Mapping[str, Frames]) -> dict[str, Any]:
+    """A few frames of each of some videos of one shape: `numbers` of the frames, `strips`, and how they are shown."""
+    frames, height, width = next(iter(videos.values())).shape[:3]
+    small = max(height, width) <= _PIXEL_ART
+    shown = np.unique(np.linspace(0, frames - 1, min(9 if small else 6, frames)).round().astype(int))
+    return {
+        "numbers": [int(index) for index in shown],
+        "strips": [
+            {"name": name, "frames": [_still(video[index]) for index in shown]} for name, video in videos.items()
+        ],
+        "small": small,
+        "ratio": f"{width} / {height}",
+    }
+
+
+def embed_video(frames: Frames, fps: float) -> dict[str, Any]:
+    """One video as a data URI, with the size of its frames."""
+    shrunk = _shrunk(frames, _VIDEO_WIDTH)
+    return {"video": _playing(shrunk, fps), "width": shrunk.shape[2], "height": shrunk.shape[1]}
+
+
+def _playing(frames: Frames, fps: float) -> str:
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "video.mp4"
+        save_video(frames, path, fps)
+        return _data_uri("video/mp4", path.read_bytes())
 
 
 def _shrunk(frames: Frames, width: int) -> Frames:

@@ -74,6 +74,14 @@ def parse_prompt(text: str) -> Prompt:
     return Prompt(int(digit), *cell, direction)
 
 
+def prompt_of(embedding: Tensor) -> Prompt:
+    """The prompt with this embedding `[3, 32]`."""
+    dy, dx = int(embedding[2, 20:23].argmax()) - 1, int(embedding[2, 23:26].argmax()) - 1
+    direction = next(name for name, step in DIRECTIONS.items() if step == (dy, dx))
+    row, column = int(embedding[1, 10:13].argmax()), int(embedding[1, 15:18].argmax())
+    return Prompt(int(embedding[0, :10].argmax()), row, column, direction)
+
+
 def null_embedding() -> Tensor:
     """The empty prompt, for classifier-free guidance."""
     return torch.zeros(TEXT_TOKENS, TEXT_DIM)

@@ -1,0 +1,26 @@
+"""`compare`: finished runs beside each other in one page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .output import Json, print_result, stderr
+
+
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Two or more run folders, or their evaluations.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page.")] = Path("compare.html"),
+    as_json: Json = False,
+) -> None:
+    """Show finished runs beside each other: figures, curves, videos."""
+    with stderr().status("reading the runs"):
+        from ..pipeline.comparison import compare_runs
+
+        compared = compare_runs(runs, out)
+    names = {run.name: run.folder for run in compared}
+    print_result(as_json, {"report": str(out), "runs": names}, f"{', '.join(names)}: {out}")

@@ -1,0 +1,93 @@
+"""`vbench`: the standard prompts of VBench, scored by the user's own VBench."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from .models import Model, parse_size
+from .output import Json, print_result, stderr
+
+
+def vbench(
+    model: Model,
+    checkout: Annotated[Path, typer.Option("--vbench", metavar="FOLDER", help="A checkout of VBench's repository.")],
+    python: Annotated[
+        str | None,
+        typer.Option(help="Python of VBench's own environment; without it videos are drawn and not scored."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for videos, scores and report; in the run folder.")
+    ] = None,
+    seconds: Annotated[int, typer.Option(min=1, help="Length of the videos; above 5 for VBench-Long.")] = 5,
+    samples: Annotated[int, typer.Option(min=1, max=5, help="Videos a prompt; VBench asks for 5.")] = 5,
+    dimensions: Annotated[
+        list[str] | None, typer.Option("--dimension", metavar="NAME", help="Repeatable; all 16 by default.")
+    ] = None,
+    pipeline: Annotated[
+        str | None, typer.Option(help="Folder or Hub id with text encoder and VAE, in diffusers' layout.")
+    ] = None,
+    prompt_embeds: Annotated[
+        Path | None, typer.Option(help="What `encode --prompts` made of --list-prompts, in place of a text encoder.")
+    ] = None,
+    longer_prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Rewritten prompts, in the order of prompts/all_dimension.txt.")
+    ] = None,
+    published: Annotated[
+        Path | None, typer.Option(metavar="JSON", help="{name: {dimension: value}} to stand beside the scores.")
+    ] = None,
+    list_prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Only write the prompts, one a line, for `encode --prompts`.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps a chunk.")] = 8,
+    shift: Annotated[float | None, typer.Option(min=0, help="Timestep shift, as in `generate`.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(min=0, help="As in `generate`.")] = None,
+    context_noise: Annotated[float, typer.Option(min=0, max=1, help="Noise level of cached chunks.")] = 0.0,
+    latent_size: Annotated[str | None, typer.Option(metavar="HxW", help="Latent height and width.")] = None,
+    fps: Annotated[int | None, typer.Option(min=1, help="Frames a second; 16 for latents, 8 for pixels.")] = None,
+    seed: Annotated[int, typer.Option(help="Every video has a seed of its own, made from this one.")] = 0,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Data type; that of DIR by default.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw VBench's standard prompts, score them with your own VBench, and report the scores.
+
+    Goes on where it stopped, video by video and dimension by dimension.
+    """
+    generate: dict[str, Any] = {"num_inference_steps": steps, "context_noise": context_noise, "seed": seed}
+    chosen = {"shift": shift, "guidance_scale": guidance_scale, "fps": fps}
+    generate |= {key: value for key, value in chosen.items() if value is not None}
+    if latent_size is not None:
+        generate["latent_height"], generate["latent_width"] = parse_size(latent_size)
+    with stderr().status("loading PyTorch"):
+        from ..distill.progress import progress_bars
+        from ..pipeline import vbench as pipelines
+
+    config = pipelines.VBenchConfig(
+        checkout,
+        python,
+        seconds,
+        samples,
+        tuple(dimensions or ()),
+        longer_prompts,
+        prompt_embeds,
+        pipeline,
+        published,
+        dtype,
+        generate,
+    )
+    if list_prompts is not None:
+        count = pipelines.list_prompts(config, list_prompts)
+        print_result(as_json, {"prompts": count, "path": str(list_prompts)}, f"{count} prompts: {list_prompts}")
+        return
+    with progress_bars(stderr()) as report:
+        result = pipelines.run_vbench(model, out, config, report)
+    if python is None:
+        print_result(as_json, result, f"{result['videos']} videos: {result['out']}; score them with --python")
+        return
+    scores = [f"{name:24} {entry['score']:.4f}" for name, entry in result["scores"].items()]
+    scores += [f"{name + ' score':24} {value:.4f}" for name, value in result["totals"].items()]
+    print_result(as_json, result, *scores, f"report: {result['report']}")

@@ -1,0 +1,135 @@
+"""How far the attention of a converted model's heads is from the teacher's, on the teacher's own inputs.
+
+A query of a chunk that has a history gives one distribution over the keys it sees, p with the teacher's
+keys and queries and q with the student's. Values take no part: this is where a head looks, not what it
+finds. Shape letters: B clips, H heads, Q queries, K keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..mla.attention import AttentionPass, CausalSelfAttention, padded
+from ..mla.core import KeyValue, Query
+
+QUERIES = 32
+"""Queries of a chunk that are measured, evenly spaced."""
+# Logits held at once, by either model.
+_ENTRIES = 1 << 26
+
+
+def head_logits(
+    layer: CausalSelfAttention, hidden_states: Tensor, step: AttentionPass, queries: int = QUERIES
+) -> Iterator[tuple[Tensor, int]]:
+    """Of each chunk with a history the scaled logits `[B, H, Q, K]`, float32, and how many keys are history.
+
+    `hidden_states` `[B', S, C]` are those of a pass over a whole clip; the clean context of teacher
+    forcing is left out, and the other items come in groups of B that bound the memory. The keys are those
+    of `CausalSelfAttention.eager_attention`, history first.
+    """
+    query, key, value = layer.project(hidden_states)
+    plain = Query(None, layer.split_heads(query))
+    for_history = layer.history_query(plain, step)
+    clip = layer.restore(key[: step.context_batch], value[: step.context_batch], step)
+    if layer.own_chunk_exact:
+        own = KeyValue(None, layer.split_heads(key), layer.split_heads(value))
+    else:
+        own, plain = layer.restore(key, value, step), for_history
+    first = step.context_batch or 0
+    for view in step.views:
+        if not view.history_frames:
+            continue
+        count = view.own.stop - view.own.start
+        picked = torch.linspace(0, count - 1, min(queries, count), device=query.device).round().long()
+        here = plain.tokens(view.own).rotated(view.own_rotations)[first:, picked]
+        there = for_history.tokens(view.own).rotated(view.own_rotations)[first:, picked]
+        own_keys = padded(own.tokens((view.own,)).keys(view.own_rotations), view.zero_keys)[first:]
+        past_keys = clip.tokens(view.history).keys(view.history_rotations)
+        if step.context_batch is None:
+            past_keys = past_keys[first:]
+        else:
+            past_keys = past_keys.repeat(len(there) // step.context_batch, 1, 1, 1)
+        keys = past_keys.shape[1] + own_keys.shape[1]
+        group = max(1, _ENTRIES // (layer.heads * len(picked) * keys))
+        for items in torch.arange(len(here), device=query.device).split(group):
+            logits = [
+                torch.einsum("bqhd,bkhd->bhqk", q[items].float(), k[items].float())
+                for q, k in ((there, past_keys), (here, own_keys))
+            ]
+            yield layer.scale * torch.cat(logits, dim=-1), past_keys.shape[1]
+
+
+def divergence(teacher: Tensor, student: Tensor, history: int) -> Tensor:
+    """Sums over clips and queries of five measures by head, float64 `[5, H]`, from logits `[B, H, Q, K]`.
+
+    Total variation `1/2 sum |p - q|`, Kullback-Leibler divergence `sum p log(p / q)` in nats, mean
+    square over keys of the logits' difference less its mean (a constant changes no attention), and
+    the share of p and of q on the first `history` keys.
+    """
+    log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
+    p, q = log_p.exp(), log_q.exp()
+    difference = student - teacher
+    difference = difference - difference.mean(-1, keepdim=True)
+    measures = [
+        (p - q).abs().sum(-1) / 2,
+        (p * (log_p - log_q)).sum(-1),
+        difference.square().mean(-1),
+        p[..., :history].sum(-1),
+        q[..., :history].sum(-1),
+    ]
+    return torch.stack([measure.double().sum((0, 2)) for measure in measures]).cpu()
+
+
+class AttentionMaps:
+    """Collects `divergence` of every head while the teacher runs; `close` takes it off again."""
+
+    def __init__(self, student: Any, teacher: Any, queries: int = QUERIES) -> None:
+        self.queries = queries
+        self.sums: list[Any] = [0.0] * len(teacher.blocks)
+        self.counts = [0] * len(teacher.blocks)
+        self.hooks = [
+            block.attn1.register_forward_hook(self._compare(number, student.blocks[number].attn1))
+            for number, block in enumerate(teacher.blocks)
+        ]
+
+    def _compare(self, number: int, student: CausalSelfAttention) -> Callable[..., None]:
+        def hook(teacher: CausalSelfAttention, args: tuple[Tensor, None, None, AttentionPass], out: Tensor) -> None:
+            hidden_states, step = args[0], args[3]
+            dtype = next(student.parameters()).dtype
+            pairs = zip(
+                head_logits(teacher, hidden_states, step, self.queries),
+                head_logits(student, hidden_states.to(dtype), step, self.queries),
+                strict=True,
+            )
+            for (expected, history), (actual, _) in pairs:
+                self.sums[number] = self.sums[number] + divergence(expected, actual, history)
+                self.counts[number] += expected.shape[0] * expected.shape[2]
+
+        return hook
+
+    def close(self) -> list[dict[str, Any]]:
+        """By layer, means over clips and queries by head; empty when no chunk has a history.
+
+        `total_variation` in [0, 1], `kl_divergence` in nats, `logit_error` the root mean square of the
+        logits' difference, `history_share` of `teacher` and `student`.
+        """
+        for hook in self.hooks:
+            hook.remove()
+        layers = []
+        for sums, count in zip(self.sums, self.counts, strict=True):
+            if count == 0:
+                return []
+            variation, kl, squared, teacher, student = (sums / count).tolist()
+            layers.append(
+                {
+                    "total_variation": variation,
+                    "kl_divergence": kl,
+                    "logit_error": [value**0.5 for value in squared],
+                    "history_share": {"teacher": teacher, "student": student},
+                }
+            )
+        return layers

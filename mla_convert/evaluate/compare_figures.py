@@ -1,0 +1,106 @@
+"""Curves of several runs in one chart, each in its run's colour; the page has the legend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from .figures import MUTED, RUNS, TEACHER, _chart, _curve, _step_axis, percent_axis
+
+Report = Mapping[str, Any]
+
+
+def heldout_loss(reports: Sequence[Report], teacher: float | None) -> str:
+    """Held-out loss over the steps of each run, from the converted model on; `teacher` as a dashed line."""
+    with _chart("compared heldout") as chart:
+        ax = chart.axes
+        ends = [1.0]
+        for report, color in zip(reports, RUNS, strict=False):
+            steps, values, _ = _curve(report.get("curves") or [], "heldout_loss")
+            if not values:
+                continue
+            if report.get("converted_loss") is not None and steps[0] > 0:
+                steps, values = [0, *steps], [report["converted_loss"], *values]
+            ax.plot(steps, values, color=color, marker="o", markersize=4, clip_on=False)
+            ends.append(steps[-1])
+        if teacher is not None:
+            ax.axhline(teacher, color=TEACHER, linewidth=1.5, dashes=(5, 3))
+        ax.margins(y=0.1)
+        _step_axis(ax, ends)
+    return chart.svg
+
+
+def training_loss(reports: Sequence[Report]) -> str:
+    """Moving average of each run's training loss."""
+    with _chart("compared training") as chart:
+        ax = chart.axes
+        ends, everything = [1.0], []
+        for report, color in zip(reports, RUNS, strict=False):
+            steps, values, _ = _curve(report.get("curves") or [], "loss")
+            if not values:
+                continue
+            width = max(1, len(values) // 20)
+            smooth = np.convolve(values, np.ones(width) / width, mode="valid")
+            first = (width - 1) // 2
+            ax.plot(steps[first : first + len(smooth)], smooth, color=color)
+            everything += list(smooth)
+            ends.append(steps[-1])
+        if min(everything) > 0 and max(everything) > 8 * min(everything):
+            ax.set_yscale("log")
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_minor_locator(NullLocator())
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        _step_axis(ax, ends)
+    return chart.svg
+
+
+def error_by_layer(reports: Sequence[Report]) -> str:
+    """Relative error of each layer's attention output."""
+    with _chart("compared layers") as chart:
+        ax = chart.axes
+        for report, color in zip(reports, RUNS, strict=False):
+            errors = [np.nan if e is None else 100 * e for e in report.get("attention_rel_error") or []]
+            ax.plot(range(len(errors)), errors, color=color, marker="o", markersize=5, clip_on=False)
+        ax.set_xlabel("layer")
+        ax.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+        percent_axis(ax)
+    return chart.svg
+
+
+def error_by_timestep(reports: Sequence[Report]) -> str:
+    """Relative velocity error at noise levels t in [0, 1]."""
+    with _chart("compared timesteps") as chart:
+        ax = chart.axes
+        for report, color in zip(reports, RUNS, strict=False):
+            points = report.get("velocity_rel_error_by_timestep") or []
+            known = sorted((float(t), 100 * float(error)) for t, error in points if error is not None)
+            ax.plot([t for t, _ in known], [e for _, e in known], color=color, marker="o", markersize=4)
+        ax.set_xlim(0, 1)
+        ax.set_xlabel("t (0 clean, 1 pure noise)")
+        percent_axis(ax)
+    return chart.svg
+
+
+def recognition_by_frame(benches: Sequence[Mapping[str, Any] | None]) -> str:
+    """Share of the students' videos that show their digit, frame by frame, and that of the first teacher."""
+    with _chart("compared recognition") as chart:
+        ax = chart.axes
+        known = [bench for bench in benches if bench is not None]
+        curves = [(known[0]["digit_accuracy_by_frame"]["teacher"], TEACHER)]
+        for bench, color in zip(benches, RUNS, strict=False):
+            if bench is not None:
+                curves.append((bench["digit_accuracy_by_frame"]["student"], color))
+        for by_frame, color in curves:
+            values = 100 * np.asarray(by_frame)
+            width = max(1, len(values) // 64)
+            smooth = np.convolve(values, np.ones(width) / width, mode="valid")
+            ax.plot(np.arange(len(smooth)) + (width + 1) / 2, smooth, color=color)
+        ax.axvline(known[0]["clip_frames"], color=MUTED, linewidth=1, dashes=(2, 3))
+        ax.set_xlim(1, max(len(by_frame) for by_frame, _ in curves))
+        ax.set_ylim(0, 105)
+        ax.set_xlabel("frame (dotted: the training length)")
+        percent_axis(ax)
+    return chart.svg

@@ -1,0 +1,82 @@
+"""The part of the report that shows which heads look elsewhere than the teacher's, and the worst clips."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.ticker import MaxNLocator
+
+from .figures import MUTED, STUDENT, _chart, percent_axis
+from .text import percent, signed
+
+ARROW = "\N{RIGHTWARDS ARROW}"
+HEADS = 5
+"""Heads that are listed."""
+
+
+def map_chart(layers: Sequence[Mapping[str, Any]]) -> str:
+    """Total variation of every head as a dot, layer by layer, and the mean of each layer as a line."""
+    with _chart("attention maps") as chart:
+        ax = chart.axes
+        heads = [[100 * value for value in _known(layer["total_variation"])] for layer in layers]
+        for number, values in enumerate(heads):
+            ax.plot([number] * len(values), values, color=MUTED, marker="o", markersize=4, linestyle="", alpha=0.6)
+        ax.plot(
+            range(len(heads)), [float(np.mean(values)) if values else float("nan") for values in heads], color=STUDENT
+        )
+        ax.set_xlim(-0.5, len(heads) - 0.5)
+        ax.set_xlabel("layer (dots: heads, line: their mean)")
+        ax.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+        percent_axis(ax)
+    return chart.svg
+
+
+def worst_heads(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """The heads with the largest total variation: `name`, `variation`, `kl`, `logit` and `history`."""
+    found = [
+        (value, number, head)
+        for number, layer in enumerate(layers)
+        for head, value in enumerate(layer["total_variation"])
+        if value is not None
+    ]
+    rows = []
+    for value, number, head in sorted(found, key=lambda entry: (-entry[0], entry[1:]))[:HEADS]:
+        layer = layers[number]
+        shares = [layer["history_share"][name][head] for name in ("teacher", "student")]
+        rows.append(
+            {
+                "name": f"layer {number}, head {head}",
+                "variation": percent(value),
+                "kl": f"{layer['kl_divergence'][head]:.2g}",
+                "logit": f"{layer['logit_error'][head]:.2g}",
+                "history": f" {ARROW} ".join(percent(share) for share in shares),
+            }
+        )
+    return rows
+
+
+def worst_clips(by_clip: Mapping[str, Any]) -> dict[str, Any]:
+    """`note` on all clips, and `clips`: `name`, `error`, `increase` and the `pictures` where there are any."""
+    clips = [
+        {
+            "name": clip["prompt"] or f"clip {clip['clip']}",
+            "error": percent(clip["velocity_rel_error"]),
+            "increase": signed(clip["loss_increase"]),
+            "pictures": clip.get("pictures"),
+        }
+        for clip in by_clip["worst"]
+        if clip["velocity_rel_error"] is not None and clip["loss_increase"] is not None
+    ]
+    note = ""
+    if by_clip.get("median") is not None and by_clip.get("p95") is not None:
+        note = (
+            f"Velocity error of {by_clip['clips']} held-out clips: median {percent(by_clip['median'])}, "
+            f"95 % of them below {percent(by_clip['p95'])}."
+        )
+    return {"note": note, "clips": clips}
+
+
+def _known(values: Sequence[float | None]) -> list[float]:
+    return [value for value in values if value is not None]

@@ -1,0 +1,149 @@
+"""VBench's standard prompts, and the videos that it asks for, named as it looks for them.
+
+The prompts come from the user's checkout of VBench (arXiv 2311.17982, https://github.com/Vchitect/VBench):
+nothing of it is part of this package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..distill.progress import Report
+from ..errors import UsageError, UserError
+from ..run.video import Frames, save_video
+
+DIMENSIONS = (
+    "subject_consistency",
+    "background_consistency",
+    "temporal_flickering",
+    "motion_smoothness",
+    "dynamic_degree",
+    "aesthetic_quality",
+    "imaging_quality",
+    "object_class",
+    "multiple_objects",
+    "human_action",
+    "color",
+    "spatial_relationship",
+    "scene",
+    "appearance_style",
+    "temporal_style",
+    "overall_consistency",
+)
+FLICKERING = "temporal_flickering"
+FLICKERING_FACTOR = 5
+"""So many times the samples of flickering prompts, since VBench drops the videos that move (its prompts/README.md)."""
+INFO = "vbench/VBench_full_info.json"
+ORDER = "prompts/all_dimension.txt"
+
+Draw = Callable[[str, int], Iterator[Frames]]
+"""A prompt and a seed into the frames of a video, chunk by chunk."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One standard prompt: the `text` that names its videos, the `dimensions` it is for, and what the model is told."""
+
+    text: str
+    dimensions: tuple[str, ...]
+    told: str
+
+
+@dataclass(frozen=True)
+class Video:
+    """One video to draw: `PROMPT-INDEX.mp4` from the noise of `seed`."""
+
+    prompt: Prompt
+    index: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.prompt.text}-{self.index}.mp4"
+
+
+def read_suite(checkout: Path, longer: Path | None = None) -> list[Prompt]:
+    """All standard prompts of a checkout, each once.
+
+    `longer` is a file of rewritten prompts, a line for each of the checkout's `prompts/all_dimension.txt`,
+    which the models are told in place of the short ones. Raises UserError in one line.
+    """
+    try:
+        entries = json.loads((checkout / INFO).read_text(encoding="utf-8"))
+        dimensions: dict[str, dict[str, None]] = {}
+        for entry in entries:
+            dimensions.setdefault(entry["prompt_en"], {}).update(dict.fromkeys(entry["dimension"]))
+    except OSError:
+        raise UserError(f"{checkout} is no checkout of VBench: it has no {INFO}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{checkout / INFO} is not the list of prompts of VBench 0.1; check out its repository"
+        ) from None
+    if unfit := next((text for text in dimensions if "/" in text), None):
+        raise UserError(f"the prompt {unfit!r} of {checkout / INFO} cannot be a file name; take it out")
+    told = {} if longer is None else _rewritten(checkout / ORDER, longer)
+    if longer is not None and (unknown := next((text for text in dimensions if text not in told), None)):
+        raise UserError(f"{longer} has nothing for {unknown!r}, which is not in {checkout / ORDER}")
+    return [Prompt(text, tuple(of), told.get(text, text)) for text, of in dimensions.items()]
+
+
+def _rewritten(order: Path, longer: Path) -> dict[str, str]:
+    short, long = (_lines(path) for path in (order, longer))
+    if len(short) != len(long):
+        raise UserError(f"{longer} has {len(long)} lines, {order} {len(short)}; give one for each")
+    return dict(zip(short, long, strict=True))
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read prompts from {path}: {error}") from None
+
+
+def check_dimensions(dimensions: Sequence[str]) -> tuple[str, ...]:
+    """The dimensions asked for in VBench's order; all of them for none. Raises UsageError."""
+    if unknown := [name for name in dimensions if name not in DIMENSIONS]:
+        raise UsageError(f"VBench has no dimension {unknown[0]}; it has {', '.join(DIMENSIONS)}")
+    return tuple(name for name in DIMENSIONS if not dimensions or name in dimensions)
+
+
+def wanted_videos(
+    suite: Sequence[Prompt], dimensions: Sequence[str], samples: int, long: bool, seed: int
+) -> list[Video]:
+    """The videos that some dimensions need, `samples` a prompt, each with a seed of its own.
+
+    The short form of temporal flickering takes `FLICKERING_FACTOR` times as many. The seed depends
+    on the prompt, the index and `seed` alone, not on what else is drawn.
+    """
+    videos = []
+    for prompt in suite:
+        wanted = set(dimensions) & set(prompt.dimensions)
+        if wanted:
+            factor = FLICKERING_FACTOR if FLICKERING in wanted and not long else 1
+            videos += [Video(prompt, index, _seed(seed, prompt.text, index)) for index in range(factor * samples)]
+    return videos
+
+
+def _seed(seed: int, text: str, index: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{index}/{text}".encode()).digest()[:4], "big")
+
+
+def draw_videos(videos: Sequence[Video], folder: Path, draw: Draw, fps: float, report: Report) -> int:
+    """Draw the videos that `folder` does not have yet, each whole or not at all; returns how many that were."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # VBench takes the suffix of whatever file it lists first for that of the videos.
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink()
+    drawn = 0
+    for done, video in enumerate(videos):
+        report("videos", done, len(videos), video.name)
+        if not (folder / video.name).exists():
+            save_video(draw(video.prompt.told, video.seed), folder / video.name, fps)
+            drawn += 1
+    report("videos", len(videos), len(videos))
+    return drawn

@@ -1,0 +1,86 @@
+"""Read finished runs and write the page that shows them beside each other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from ..errors import UsageError, UserError
+from ..evaluate.compare import MAX_RUNS, Run, render_comparison
+from ..evaluate.report import REPORT_JSON
+from ..evaluate.samples import Comparison
+from ..files import write_text
+from ..run.video import to_frames
+from .context import SAMPLES
+from .steps import ROLLOUTS
+
+
+def compare_runs(folders: Sequence[Path], out: Path) -> list[Run]:
+    """Write the comparison of the runs in `folders` as the page `out`; returns what was compared.
+
+    A folder is that of a run or any other with a `report.json`, as `evaluate` writes it. Raises
+    UsageError for a number of folders or an `out` that does not fit, UserError for a folder without a
+    report that can be read.
+    """
+    if not 2 <= len(folders) <= MAX_RUNS:
+        raise UsageError(f"compare takes two to {MAX_RUNS} runs, not {len(folders)}")
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"cannot write {out}: give a name that ends in .html")
+    reports = [_read_report(folder) for folder in folders]
+    names = _names(folders, reports)
+    runs = [
+        Run(name, str(folder), report, read_samples(folder, report))
+        for name, folder, report in zip(names, folders, reports, strict=True)
+    ]
+    write_text(out, render_comparison(runs))
+    return runs
+
+
+def _read_report(folder: Path) -> dict[str, Any]:
+    path = folder / REPORT_JSON
+    try:
+        report = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a folder; give the folder of a finished run") from None
+        raise UserError(
+            f"{folder} has no {REPORT_JSON}; finish the run or write one with `evaluate {folder}`"
+        ) from None
+    except (OSError, ValueError):
+        raise UserError(f"{path} cannot be read; write it anew with `evaluate {folder}`") from None
+    if not isinstance(report, dict):
+        raise UserError(f"{path} is not a report of mla-convert; give the folder of a finished run")
+    return report
+
+
+def _names(folders: Sequence[Path], reports: Sequence[dict[str, Any]]) -> list[str]:
+    """The runs' own names, or those of their folders, whichever tells them apart; the paths at last."""
+    own = [str(report.get("name") or folder.resolve().name) for folder, report in zip(folders, reports, strict=True)]
+    for names in (own, [folder.resolve().name for folder in folders], [str(folder) for folder in folders]):
+        if len(set(names)) == len(names):
+            return names
+    raise UsageError(f"{folders[0]} is given twice; compare different runs")
+
+
+def read_samples(folder: Path, report: dict[str, Any]) -> list[Comparison]:
+    """What the samples step of a run drew; nothing where that are latents, or where there are none."""
+    path = folder / SAMPLES / ROLLOUTS
+    if not path.is_file() or not report.get("recipe"):
+        return []
+    generate = yaml.safe_load(report["recipe"]).get("generate") or {}
+    try:
+        videos = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read the samples {path}: {error}; delete the folder or run it again") from None
+    if videos["student"].shape[1] not in (1, 3):
+        return []
+    return [
+        Comparison(prompt, to_frames(teacher), to_frames(student), generate["fps"])
+        for prompt, teacher, student in zip(generate["prompts"], videos["teacher"], videos["student"], strict=True)
+    ]

@@ -1,0 +1,299 @@
+"""VBench of a model: draw its standard prompts, have the user's VBench score them, put the scores into a report."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import gc
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ..distill.encode import EncodeConfig, encode_prompts
+from ..distill.encode.models import find_pipeline
+from ..distill.progress import Report
+from ..errors import UsageError, UserError
+from ..evaluate.report import REPORT_JSON, write_report
+from ..evaluate.vbench_scores import Judge, read_published, totals, version
+from ..evaluate.vbench_suite import Draw, Prompt, check_dimensions, draw_videos, read_suite, wanted_videos
+from ..export.checkpoint import find_checkpoint
+from ..export.manifest import versions
+from ..files import MANIFEST, claim_folder, explain_os_errors, sha256, write_json, write_text
+from ..recipe.load import first_difference
+from ..recipe.schema import validate
+from ..run.config import GenerateConfig
+from ..run.sample import DIGITS, embed_prompts, latent_size, prompt_encoder, rollout
+from ..run.video import Frames, to_frames
+from ..zoo.digits.data import GUIDANCE, SHIFT
+from .comparison import read_samples
+from .embeds import StoredEmbeds
+from .experts import load_models
+from .run import this_process
+from .rundir import STATE
+
+RECORD, VIDEOS, SCORES, PROMPTS = "vbench.json", "videos", "scores", "prompts"
+LONG_SECONDS = 5
+"""Videos longer than this are VBench-Long's."""
+PIXEL_FPS, LATENT_FPS, FRAMES_PER_LATENT = 8, 16, 4
+
+
+@dataclass(frozen=True)
+class VBenchConfig:
+    """What is drawn and how it is scored.
+
+    `checkout` is the user's VBench and `python` that of its environment; without one the videos are
+    drawn and not scored. Models with a text encoder take their prompts from `pipeline`, a folder or Hub
+    id in diffusers' layout, or from `prompt_embeds`, what `encode --prompts` wrote of `list_prompts`;
+    latents are decoded by the VAE of `pipeline`. `generate` are keys of GenerateConfig.
+    """
+
+    checkout: Path
+    python: str | None = None
+    seconds: int = 5
+    samples: int = 5
+    dimensions: tuple[str, ...] = ()
+    longer_prompts: Path | None = None
+    prompt_embeds: Path | None = None
+    pipeline: str | None = None
+    published: Path | None = None
+    dtype: str | None = None
+    generate: Mapping[str, Any] = field(default_factory=dict)
+
+
+def list_prompts(config: VBenchConfig, out: Path) -> int:
+    """Write what the model is told of every standard prompt, one a line, for `encode --prompts`; returns how many."""
+    suite = read_suite(config.checkout, config.longer_prompts)
+    write_text(out, "".join(f"{prompt.told}\n" for prompt in suite))
+    return len(suite)
+
+
+def run_vbench(folder: Path, out: Path | None, config: VBenchConfig, report: Report) -> dict[str, Any]:
+    """Draw, score and report the model in `folder`; goes on where an earlier run with the same settings stopped.
+
+    `out` gets `videos/`, `scores/`, `vbench.json`, and when there are scores `report.json` and
+    `report.html`: the report of the run with a section for VBench. Returns the figures. Raises UserError
+    in one line.
+    """
+    dimensions = check_dimensions(config.dimensions)
+    suite = read_suite(config.checkout, config.longer_prompts)
+    judge = None
+    if config.python is not None:
+        found = shutil.which(config.python)
+        # The link in an environment's folder is what makes it that environment.
+        python = config.python if found is None else str(Path(found).absolute())
+        judge = Judge(config.checkout.resolve(), python, config.seconds > LONG_SECONDS, config.samples)
+        judge.check()
+    published = {} if config.published is None else read_published(config.published)
+    out = _out_folder(folder, out, config.seconds)
+    claim_folder(out, "VBench folder", (RECORD,))
+    with _held(out):
+        return _run(folder, out, config, suite, dimensions, judge, published, report)
+
+
+def _run(
+    folder: Path,
+    out: Path,
+    config: VBenchConfig,
+    suite: Sequence[Prompt],
+    dimensions: Sequence[str],
+    judge: Judge | None,
+    published: Mapping[str, Any],
+    report: Report,
+) -> dict[str, Any]:
+    long = config.seconds > LONG_SECONDS
+    drawing = Drawing(folder, config, suite, out, report)
+    _claim(out, drawing.settings)
+    videos = wanted_videos(suite, dimensions, config.samples, long, drawing.config.seed)
+    with explain_os_errors(out):
+        drawn = draw_videos(videos, out / VIDEOS, drawing.draw, drawing.config.fps, report)
+    drawing.free()
+    result = {"videos": len(videos), "drawn": drawn, "out": str(out)}
+    if judge is None:
+        return result
+    scores = _scored(
+        judge, dimensions, {d: sum(d in v.prompt.dimensions for v in videos) for d in dimensions}, out, report
+    )
+    vbench = {
+        "suite": "VBench-Long" if long else "VBench",
+        "version": version(judge.checkout),
+        "seconds": config.seconds,
+        "samples": config.samples,
+        "told": "standard" if config.longer_prompts is None else "longer",
+        "scores": scores,
+        "totals": totals(judge.checkout, {name: entry["score"] for name, entry in scores.items()}),
+        "published": published,
+    }
+    base, samples = _known_report(folder)
+    page = write_report(out, {"versions": versions(), **base, "vbench": vbench}, samples)
+    return {**result, **vbench, "report": str(page)}
+
+
+def _out_folder(folder: Path, out: Path | None, seconds: int) -> Path:
+    if out is None and not (folder / STATE).exists():
+        raise UsageError(f"{folder} is not a run folder; say with --out where the videos go")
+    return (out or folder / f"vbench-{seconds}s").resolve()
+
+
+@contextlib.contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """Keep a second process out of a folder; the lock ends with this one, however it ends."""
+    with explain_os_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        handle = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"another process is working in {out}; wait for it or give another --out") from None
+    finally:
+        os.close(handle)
+
+
+def _claim(out: Path, settings: dict[str, Any]) -> None:
+    """Record what the videos in `out` are drawn with. Raises UsageError where others lie there."""
+    path = out / RECORD
+    if path.exists():
+        different = first_difference(json.loads(path.read_text()), settings)
+        if different:
+            key, *values = different
+            old, new = map(json.dumps, values)
+            raise UsageError(f"the videos in {out} were drawn with {key} {old}, not {new}; give another --out")
+    write_json(path, settings)
+
+
+class Drawing:
+    """How a prompt becomes a video; models are loaded when the first one is drawn.
+
+    `settings` is what the videos depend on, in JSON. Raises UserError where the model, its prompts and its
+    VAE do not fit.
+    """
+
+    def __init__(self, folder: Path, config: VBenchConfig, suite: Sequence[Prompt], out: Path, report: Report) -> None:
+        self.folder, self.vbench, self.suite, self.out, self.report = folder, config, suite, out, report
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = self.models[0]
+        self.digits = prompt_encoder(model.config) == DIGITS
+        pixels = model.config.out_channels in (1, 3)
+        if not pixels and config.pipeline is None:
+            raise UsageError("the model makes latents; give --pipeline, which has the VAE that decodes them")
+        if not self.digits and config.pipeline is None and config.prompt_embeds is None:
+            raise UsageError("the model reads text embeddings; give --pipeline or --prompt-embeds")
+        settings: dict[str, Any] = {"fps": PIXEL_FPS if pixels else LATENT_FPS, **config.generate}
+        if self.digits:
+            settings = {"shift": SHIFT, "guidance_scale": GUIDANCE, **settings}
+        frames = math.ceil(settings["fps"] * config.seconds)
+        if not pixels:
+            frames = 1 + math.ceil((frames - 1) / FRAMES_PER_LATENT)
+        ends = [stop for _, stop in model.causal.chunks(frames + model.causal.num_frames_per_block)]
+        settings["num_frames"] = next(stop for stop in ends if stop >= frames)
+        self.config = validate(GenerateConfig, settings)
+        self.pixels = pixels
+        try:
+            model.token_grid(*latent_size(model.config, self.config))
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        root = None if len(self.models) > 1 else find_checkpoint(folder)[0]
+        manifest = None if root is None or not (root / MANIFEST).is_file() else sha256(root / MANIFEST)
+        self.settings = {
+            "model": str(folder.resolve()),
+            "manifest_sha256": manifest,
+            "generate": self.config.model_dump(mode="json"),
+            "dtype": config.dtype,
+            "prompts": str(config.longer_prompts or "standard"),
+            "prompt_embeds": None if config.prompt_embeds is None else str(config.prompt_embeds),
+            "pipeline": config.pipeline,
+        }
+
+    @functools.cached_property
+    def models(self) -> list[Any]:
+        dtype = None if self.vbench.dtype is None else getattr(torch, self.vbench.dtype)
+        return load_models(self.folder, dtype, self.device)
+
+    def free(self) -> None:
+        """Give the device back, which VBench needs."""
+        for name in ("models", "vae"):
+            self.__dict__.pop(name, None)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    @property
+    def draw(self) -> Draw:
+        """A prompt and a seed into frames: the one place where a model is run."""
+
+        def draw(told: str, seed: int) -> Iterator[Frames]:
+            config = self.config.model_copy(update={"seed": seed})
+            chunks = (chunk[0].cpu() for chunk in rollout(self.models, self.embed(told), config))
+            if self.vae is None:
+                yield from (to_frames(chunk) for chunk in chunks)
+            else:
+                yield to_frames(torch.cat(list(chunks), dim=1), self.vae)
+
+        return draw
+
+    @functools.cached_property
+    def embed(self) -> Callable[[str], Tensor]:
+        """Text embeddings `[1, L, D]` of a prompt."""
+        if self.digits:
+            return lambda told: embed_prompts([told], DIGITS)
+        told = [prompt.told for prompt in self.suite]
+        path = self.vbench.prompt_embeds
+        if path is None:
+            assert self.vbench.pipeline is not None
+            path = self.out / PROMPTS
+            write_text(self.out / f"{PROMPTS}.txt", "".join(f"{text}\n" for text in told))
+            config = EncodeConfig(self.vbench.pipeline)
+            encode_prompts(self.out / f"{PROMPTS}.txt", path, config, this_process(), self.report, resume=True)
+        return StoredEmbeds(path, told, self.models[0].config.text_dim)
+
+    @functools.cached_property
+    def vae(self) -> Any:
+        """The VAE that decodes the model's latents; None for a model of pixels."""
+        if self.pixels:
+            return None
+        from diffusers import AutoencoderKLWan
+
+        assert self.vbench.pipeline is not None
+        folder, _ = find_pipeline(self.vbench.pipeline, None, config_only=False)
+        try:
+            vae = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(f"cannot load the VAE of {folder}: {str(error).splitlines()[0]}") from None
+        channels = self.models[0].config.out_channels
+        if vae.config.z_dim != channels:
+            raise UserError(f"the VAE of {folder} has latents of {vae.config.z_dim} channels, the model {channels}")
+        return vae.to(self.device).eval()
+
+
+def _scored(
+    judge: Judge, dimensions: Sequence[str], counts: Mapping[str, int], out: Path, report: Report
+) -> dict[str, dict[str, Any]]:
+    """Scores by dimension; one that was scored before from as many videos is not scored again."""
+    path = out / SCORES / "scores.json"
+    known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    for done, dimension in enumerate(dimensions):
+        report("VBench", done, len(dimensions), dimension)
+        if known.get(dimension, {}).get("videos") != counts[dimension]:
+            score = judge.score(dimension, out / VIDEOS, out / SCORES / dimension)
+            known[dimension] = {"score": score, "videos": counts[dimension]}
+            write_json(path, known)
+    report("VBench", len(dimensions), len(dimensions))
+    return {dimension: known[dimension] for dimension in dimensions}
+
+
+def _known_report(folder: Path) -> tuple[dict[str, Any], Sequence[Any]]:
+    """The report that the run or its evaluation has already, and the run's samples."""
+    for place in (folder, folder / "evaluation"):
+        if (place / REPORT_JSON).is_file():
+            report: dict[str, Any] = json.loads((place / REPORT_JSON).read_text())
+            return report, read_samples(folder, report)
+    return {}, ()

@@ -1,0 +1,275 @@
+"""`vbench` with a stand-in for VBench: names, resuming, both of its forms, scores and their totals in the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import imageio_ffmpeg
+import pytest
+import torch
+from checkpoint_case import CAUSAL, PAIRS, STOCK
+from diffusers import AutoencoderKLWan, WanPipeline
+from test_encode import tiny_tokenizer
+from transformers import UMT5Config, UMT5EncoderModel
+from vbench_case import PROMPTS, write_checkout
+
+from mla_convert.cli import main
+from mla_convert.errors import UserError
+from mla_convert.evaluate import vbench_scores as scores
+from mla_convert.evaluate.report import render_html
+from mla_convert.evaluate.vbench_suite import DIMENSIONS, check_dimensions, read_suite, wanted_videos
+from mla_convert.export.checkpoint import save_checkpoint
+from mla_convert.families.wan import MLAWanTransformer3DModel
+from mla_convert.pipeline.embeds import StoredEmbeds
+
+QUICK = ["--fps", "1", "--steps", "1", "--json"]
+
+
+def save_model(folder: Path, **changes) -> Path:
+    torch.manual_seed(0)
+    mla = {"position": "decoupled", "own_chunk": "exact", "kv_lora_rank": [10, 8], "v_head_dim": 12}
+    settings = {**STOCK, "text_dim": 32, **changes}
+    model = MLAWanTransformer3DModel(**settings, causal=CAUSAL, mla={**mla, **PAIRS["decoupled"]})
+    save_checkpoint(model.eval(), folder, {})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    return write_checkout(tmp_path_factory.mktemp("VBench"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A model of digits, whose prompts need no text encoder."""
+    return save_model(tmp_path_factory.mktemp("model") / "checkpoint")
+
+
+def vbench(capfd, model: Path, checkout: Path, out: Path, *options: str) -> tuple[int, dict, str]:
+    arguments = ["vbench", str(model), "--vbench", str(checkout), "--out", str(out), *QUICK, *options]
+    code = main(arguments)
+    shown = capfd.readouterr()
+    return code, json.loads(shown.out) if code == 0 else {}, shown.err.strip()
+
+
+def scored(*options: str) -> list[str]:
+    return ["--python", sys.executable, *options]
+
+
+def names(out: Path) -> list[str]:
+    return sorted(path.name for path in (out / "videos").iterdir())
+
+
+SOME = ["--dimension", "subject_consistency", "--dimension", "dynamic_degree", "--dimension", "color"]
+
+
+def test_from_prompts_to_the_report(capfd, checkout, model, tmp_path) -> None:
+    published = tmp_path / "published.json"
+    published.write_text(json.dumps({"Other <paper>": {"color": 0.75, "total": 0.8}}))
+    out = tmp_path / "out"
+    code, result, _ = vbench(capfd, model, checkout, out, *SOME, *scored("--published", str(published)))
+    assert code == 0
+    assert names(out) == sorted(f"{text}-{index}.mp4" for text in {text for text, _ in PROMPTS} for index in range(5))
+    assert result["scores"] == {
+        "subject_consistency": {"score": 0.9, "videos": 5},
+        "dynamic_degree": {"score": 0.5, "videos": 5},
+        "color": {"score": 0.5, "videos": 10},
+    }
+    # (0.8 / 0.9 + 0.5 * 0.5) / 1.5 by the ranges and weights of the checkout, then 4 to 1 with color.
+    quality = (0.8 / 0.9 + 0.25) / 1.5
+    assert result["totals"] == pytest.approx({"quality": quality, "semantic": 0.5, "total": (4 * quality + 0.5) / 5})
+    report = json.loads((out / "report.json").read_text())
+    assert report["vbench"]["suite"] == "VBench" and report["vbench"]["version"] == "0.1.5"
+    page = (out / "report.html").read_text()
+    for expected in (
+        "<h2>VBench</h2>",
+        "Subject consistency",
+        "0.9000",
+        "Other &lt;paper&gt;",
+        "0.7500",
+        "Total score",
+    ):
+        assert expected in page, expected
+    reader = imageio_ffmpeg.read_frames(str(out / "videos" / names(out)[0]))
+    next(reader)
+    assert len(list(reader)) == 6  # 5 s at one frame a second, up to the end of a chunk
+
+
+def test_it_goes_on_where_it_stopped(capfd, checkout, model, tmp_path) -> None:
+    out = tmp_path / "out"
+    code, whole, _ = vbench(capfd, model, checkout, out, *SOME, *scored())
+    assert code == 0 and whole["drawn"] == 15
+    contents = {name: (out / "videos" / name).read_bytes() for name in names(out)}
+    assert len(set(contents.values())) == 15
+    logs = {path: path.stat().st_mtime_ns for path in out.glob("scores/*/log.txt")}
+    gone = out / "videos" / "7 at 2,2 moving up-3.mp4"
+    gone.unlink()
+    (out / "videos" / ".half.mp4.1.tmp").write_bytes(b"x")
+    code, again, _ = vbench(capfd, model, checkout, out, *SOME, *scored())
+    assert code == 0 and again["drawn"] == 1 and again["scores"] == whole["scores"]
+    assert {name: (out / "videos" / name).read_bytes() for name in names(out)} == contents
+    assert {path: path.stat().st_mtime_ns for path in out.glob("scores/*/log.txt")} == logs
+    code, _, error = vbench(capfd, model, checkout, out, "--seed", "1", *SOME)
+    assert code == 2 and "were drawn with generate.seed 0, not 1" in error
+
+
+def test_flickering_takes_more_videos_and_the_static_filter(capfd, checkout, model, tmp_path) -> None:
+    out = tmp_path / "out"
+    code, result, _ = vbench(capfd, model, checkout, out, "--dimension", "temporal_flickering", *scored())
+    assert code == 0 and result["scores"]["temporal_flickering"] == {"score": 0.5, "videos": 25}
+    assert len(list((out / "scores" / "temporal_flickering" / "filtered_videos").iterdir())) == 5
+
+
+def test_long_videos_go_to_vbench_long(capfd, checkout, model, tmp_path) -> None:
+    out, options = tmp_path / "out", ["--seconds", "30", "--samples", "1", "--dimension"]
+    code, result, _ = vbench(capfd, model, checkout, out, *options, "temporal_flickering", *scored())
+    assert code == 0 and result["suite"] == "VBench-Long"
+    assert result["scores"]["temporal_flickering"] == {"score": 0.01, "videos": 1}
+    assert json.loads((out / "vbench.json").read_text())["generate"]["num_frames"] == 30
+    # VBench-Long leaves its clips among the videos.
+    code, result, _ = vbench(capfd, model, checkout, out, *options, "color", *scored())
+    assert code == 0 and result["drawn"] == 1 and result["totals"] == {"semantic": 0.02}
+
+
+def test_without_its_python_videos_are_only_drawn(capfd, checkout, model, tmp_path) -> None:
+    out = tmp_path / "out"
+    code, result, _ = vbench(capfd, model, checkout, out, "--dimension", "dynamic_degree", "--samples", "2")
+    assert code == 0 and result == {"videos": 2, "drawn": 2, "out": str(out)}
+    assert not (out / "report.json").exists()
+
+
+def test_a_run_folder_gets_its_own_report_with_the_scores(capfd, checkout, model, tmp_path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoint").symlink_to(model)
+    (run / "state.json").write_text("{}")
+    (run / "report.json").write_text(json.dumps({"source": "zoo:digits", "name": "mine"}))
+    arguments = ["vbench", str(run), "--vbench", str(checkout), *QUICK, "--dimension", "dynamic_degree"]
+    assert main([*arguments, *scored()]) == 0
+    capfd.readouterr()
+    report = json.loads((run / "vbench-5s" / "report.json").read_text())
+    assert report["name"] == "mine" and report["vbench"]["scores"]["dynamic_degree"]["score"] == 0.5
+    assert "vbench" not in json.loads((run / "report.json").read_text())
+
+
+def test_a_failure_of_vbench_is_one_line_with_its_last(capfd, model, tmp_path) -> None:
+    broken = write_checkout(tmp_path / "VBench")
+    (broken / "broken").touch()
+    out = tmp_path / "out"
+    code, _, error = vbench(capfd, model, broken, out, "--dimension", "color", *scored())
+    last = error.splitlines()[-1]
+    assert code == 1 and "VBench failed on color (exit code 1): RuntimeError: CUDA error: out of memory; see" in last
+    assert len(names(out)) == 10
+    (broken / "broken").unlink()
+    (broken / "evaluate.py").write_text("")
+    code, _, error = vbench(capfd, model, broken, out, "--dimension", "color", *scored())
+    assert code == 1 and "VBench wrote no *_eval_results.json for color" in error
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--dimension", "beauty"], 2, "VBench has no dimension beauty; it has subject_consistency"),
+        (["--python", "/nowhere/python"], 1, "/nowhere/python is not a program"),
+        (["--longer-prompts", "{tmp}/three.txt"], 1, "has 3 lines"),
+        (
+            ["--published", "{tmp}/three.txt", "--python", sys.executable],
+            1,
+            "is not {name: {dimension: value}} in JSON",
+        ),
+        (["--latent-size", "15x16"], 2, "15"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_is_drawn(capfd, checkout, model, tmp_path, options, code, message):
+    (tmp_path / "three.txt").write_text("a\nb\nc\n")
+    given = [option.replace("{tmp}", str(tmp_path)) for option in options]
+    found, _, error = vbench(capfd, model, checkout, tmp_path / "out", *given)
+    assert found == code and message in error.splitlines()[-1]
+    assert not (tmp_path / "out" / "videos").exists()
+
+
+def test_folders_that_are_not_what_they_should_be(capfd, checkout, model, tmp_path) -> None:
+    code, _, error = vbench(capfd, model, tmp_path, tmp_path / "out")
+    assert code == 1 and "is no checkout of VBench: it has no vbench/VBench_full_info.json" in error
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").touch()
+    code, _, error = vbench(capfd, model, checkout, tmp_path / "full")
+    assert code == 1 and "is not a VBench folder" in error
+    assert main(["vbench", str(model), "--vbench", str(checkout)]) == 2
+    assert "is not a run folder; say with --out" in capfd.readouterr().err
+
+
+def test_rewritten_prompts_are_told_and_the_short_ones_name_the_videos(checkout, tmp_path) -> None:
+    (tmp_path / "longer.txt").write_text("".join(f"{text}, in soft light\n" for text, _ in PROMPTS))
+    suite = read_suite(checkout, tmp_path / "longer.txt")
+    assert [prompt.told for prompt in suite] == [f"{prompt.text}, in soft light" for prompt in suite]
+    assert [prompt.dimensions for prompt in suite][1] == ("temporal_flickering", "color")
+    (video, *_) = wanted_videos(suite, ["dynamic_degree"], 5, False, 0)
+    assert video.name == "7 at 2,2 moving up-0.mp4"
+    assert video.seed == wanted_videos(suite[:1], check_dimensions([]), 1, True, 0)[0].seed
+    assert len({video.seed for video in wanted_videos(suite, DIMENSIONS, 5, False, 0)}) == 5 + 25 + 5
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory) -> Path:
+    """A tiny text encoder and VAE as WanPipeline saves them."""
+    torch.manual_seed(0)
+    encoder = UMT5EncoderModel(UMT5Config(vocab_size=25, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4))
+    vae = AutoencoderKLWan(base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    folder = tmp_path_factory.mktemp("pipeline")
+    WanPipeline(tiny_tokenizer(), encoder, vae, None).save_pretrained(folder)
+    return folder
+
+
+def test_latents_with_a_text_encoder_and_a_vae(capfd, checkout, pipeline, tmp_path) -> None:
+    """Prompts embedded here or by `encode --prompts` give the same videos; 5 frames are two latent ones."""
+    model = save_model(tmp_path / "model", in_channels=4, out_channels=4, patch_size=(1, 2, 2))
+    some = ["--dimension", "dynamic_degree", "--samples", "1", "--latent-size", "4x6", "--pipeline", str(pipeline)]
+    code, _, _ = vbench(capfd, model, checkout, tmp_path / "a", *some)
+    assert code == 0 and names(tmp_path / "a") == ["7 at 2,2 moving up-0.mp4"]
+    reader = imageio_ffmpeg.read_frames(str(tmp_path / "a" / "videos" / "7 at 2,2 moving up-0.mp4"))
+    assert next(reader)["size"] == (384, 256) and len(list(reader)) == 5
+    prompts, embeds = tmp_path / "prompts.txt", tmp_path / "embeds"
+    assert main(["vbench", str(model), "--vbench", str(checkout), "--list-prompts", str(prompts)]) == 0
+    assert prompts.read_text().splitlines() == list(dict(PROMPTS))
+    assert main(["encode", "--prompts", str(prompts), "--out", str(embeds), "--model", str(pipeline)]) == 0
+    capfd.readouterr()
+    code, _, _ = vbench(capfd, model, checkout, tmp_path / "b", *some, "--prompt-embeds", str(embeds))
+    assert code == 0
+    one, other = (next((tmp_path / name / "videos").iterdir()).read_bytes() for name in ("a", "b"))
+    assert one == other
+    code, _, error = vbench(capfd, model, checkout, tmp_path / "c", *some[:6])
+    assert code == 2 and "the model makes latents; give --pipeline" in error
+    with pytest.raises(UserError, match="embeddings of 3 prompts, VBench has 2"):
+        StoredEmbeds(embeds, ["a", "b"], 32)
+    with pytest.raises(UserError, match="was encoded from other prompts"):
+        StoredEmbeds(embeds, ["a", "b", "c"], 32)
+
+
+def test_the_totals_need_all_of_their_dimensions(checkout, tmp_path) -> None:
+    assert scores.totals(checkout, {"subject_consistency": 0.9}) == {}
+    assert scores.totals(tmp_path, {"color": 0.5}) == {}
+    assert scores.version(tmp_path) == "unknown"
+
+
+def test_a_report_without_published_values_has_one_column() -> None:
+    result = {"suite": "VBench-Long", "version": "0.1.5", "seconds": 60, "samples": 5, "told": "longer"}
+    result["scores"] = {"color": {"score": 0.5, "videos": 1200}}
+    html = render_html({"vbench": result})
+    assert html.count('<th scope="col">student</th>') == 1 and "1,200 videos" in html
+    assert "VBench-Long 0.1.5 on videos of 60 s" in html and "rewritten, longer prompts" in html
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs flock")
+def test_a_second_process_is_kept_out(capfd, checkout, model, tmp_path) -> None:
+    import fcntl
+
+    (tmp_path / "out").mkdir()
+    handle = os.open(tmp_path / "out", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    code, _, error = vbench(capfd, model, checkout, tmp_path / "out", "--dimension", "color")
+    os.close(handle)
+    assert code == 1 and "another process is working in" in error
