@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import sys
 import time
@@ -17,7 +18,12 @@ from mla_convert.cli import main
 
 # Started with the first child, so with the environment of that moment.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["mla_convert.cli", "mla_convert.export.hub", "mla_convert.families"])
+PRELOAD = ["mla_convert.cli", "mla_convert.export.hub", "mla_convert.families"]
+
+
+def stop_forkserver() -> None:
+    """End the one fork server of this process, which keeps the environment that it was started with."""
+    multiprocessing.forkserver._forkserver._stop()
 
 
 class Result(NamedTuple):
@@ -64,6 +70,8 @@ class Client:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.count = folder, 0
+        stop_forkserver()
+        CONTEXT.set_forkserver_preload(PRELOAD)
 
     def start(self, work: Callable[..., Any], arguments: list[Any], token: str | None, patient: bool = True) -> Any:
         self.count += 1

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_case import pico_dense, pico_mla
-from hub_client import Client, command_line
+from hub_client import Client, command_line, stop_forkserver
 from hub_server import OTHER, OWNER, WRONG_TOKEN, Answer, HubServer
 
 from mla_convert.cli import main
@@ -39,6 +39,7 @@ def running(tmp_path_factory):
             patch.setenv(name, value)
         patch.setenv("MLA_CONVERT_DEBUG", "1")
         yield server, Client(tmp_path_factory.mktemp("client"))
+        stop_forkserver()
     server.shutdown()
 
 
