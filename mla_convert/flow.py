@@ -7,6 +7,8 @@ Models take `1000 t` as `timestep`. A flow map predicts the mean velocity from t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +25,12 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
 def sampling_times(num_steps: int, shift: float) -> Tensor:
     """`num_steps + 1` decreasing times from 1 to 0, float32."""
     return shift_time(torch.linspace(1, 0, num_steps + 1), shift)
+
+
+def expert_at(noise_ranges: Sequence[tuple[float, float]], t: float) -> int:
+    """Which of several experts takes noise level `t`: the highest that begins at `t` or below, as in `WanPipeline`."""
+    below = [index for index, (low, _) in enumerate(noise_ranges) if low <= t]
+    return max(below, key=lambda index: noise_ranges[index][0]) if len(noise_ranges) > 1 else 0
 
 
 def per_frame(t: Tensor, ndim: int) -> Tensor:

@@ -64,12 +64,20 @@ class FrameCache:
 
     def read(self, layer: int, frames: list[int]) -> Tensor:
         """Rows of absolute `frames`, `[B, len(frames) * tokens_per_frame, row]`."""
-        return self.rows[layer].index_select(1, self._slots_of(frames)).flatten(1, 2)
+        return self._take(self.rows[layer], frames)
 
     def write(self, layer: int, frames: list[int], rows: Tensor) -> None:
         """Store rows `[B, len(frames) * tokens_per_frame, row]` of absolute `frames`."""
         target = self.rows[layer]
-        target[:, self._slots_of(frames)] = rows.detach().to(target.dtype).unflatten(1, (len(frames), -1))
+        self._put(target, frames, rows.detach().to(target.dtype))
+
+    def _take(self, kept: Tensor, frames: list[int]) -> Tensor:
+        """What a layer's tensor `[B, window_frames, ...]` keeps of some frames, `[B, len(frames) * tokens, ...]`."""
+        return kept.index_select(1, self._slots_of(frames)).flatten(1, 2)
+
+    def _put(self, kept: Tensor, frames: list[int], new: Tensor) -> None:
+        """The reverse of `_take`, in place."""
+        kept[:, self._slots_of(frames)] = new.unflatten(1, (len(frames), -1))
 
     def _slots_of(self, frames: list[int]) -> Tensor:
         """`slots`, without a copy to the device where the current chunk knows them."""

@@ -15,7 +15,8 @@ class Places:
     """The places of one chunk, shared by its passes and layers.
 
     Rotations are complex64 `[tokens, P]`: of the chunk's own tokens, of the history's in the order in which it
-    is read, and of the own tokens with time left at 0 (`grid`). Slots are int32 `[frames]` on the cache's device.
+    is read, and of the own tokens with time left at 0 (`grid`). Slots are int32 `[frames]` on the cache's device,
+    `[B, frames]` where every item of the batch has its own, see `pool.py`.
     """
 
     own_frames: list[int]

@@ -50,14 +50,11 @@ class Int8LatentCache(LatentCache):
         ]
 
     def read(self, layer: int, frames: list[int]) -> Tensor:
-        slots = self._slots_of(frames)
-        rows, scales = (kept[layer].index_select(1, slots).flatten(1, 2) for kept in (self.rows, self.scales))
-        return dequantise(rows, scales)
+        return dequantise(self._take(self.rows[layer], frames), self._take(self.scales[layer], frames))
 
     def write(self, layer: int, frames: list[int], rows: Tensor) -> None:
-        slots = self._slots_of(frames)
         for kept, new in zip((self.rows, self.scales), quantise(rows.detach()), strict=True):
-            kept[layer][:, slots] = new.unflatten(1, (len(frames), -1))
+            self._put(kept[layer], frames, new)
 
     def bytes(self) -> int:
         return super().bytes() + sum(scales.numel() * scales.element_size() for scales in self.scales)

@@ -44,11 +44,13 @@ class CausalConfig(BaseModel):
     def chunks(self, num_frames: int) -> list[tuple[int, int]]:
         """Half-open frame ranges of the chunks of a clip; the last one may be short."""
         bounds = [0]
-        if self.independent_first_frame and num_frames > 0:
-            bounds.append(1)
         while bounds[-1] < num_frames:
-            bounds.append(min(bounds[-1] + self.num_frames_per_block, num_frames))
+            bounds.append(min(self.chunk_end(bounds[-1]), num_frames))
         return list(itertools.pairwise(bounds))
+
+    def chunk_end(self, start: int) -> int:
+        """Where the chunk that begins at frame `start` ends, unless the clip ends before."""
+        return 1 if self.independent_first_frame and start == 0 else start + self.num_frames_per_block
 
     def history(self, start: int, stop: int) -> list[int]:
         """Earlier frames visible to the chunk `[start, stop)`: the sinks, then the recent ones."""

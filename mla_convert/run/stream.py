@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..flow import NUM_TRAIN_TIMESTEPS, add_noise, sampling_times
+from ..flow import NUM_TRAIN_TIMESTEPS, add_noise, expert_at, sampling_times
 from ..mla.window import CausalConfig
 
 
@@ -129,8 +129,5 @@ class _Expert:
 
 
 def _expert_for(experts: list[_Expert], t: float) -> _Expert:
-    """The expert of noise level `t`: that with the highest range that begins at `t` or below, as in `WanPipeline`."""
-    if len(experts) == 1:
-        return experts[0]
-    below = [expert for expert in experts if expert.model.noise_range[0] <= t]
-    return max(below, key=lambda expert: expert.model.noise_range[0])
+    """The expert of noise level `t`."""
+    return experts[expert_at([expert.model.noise_range for expert in experts], t)]

@@ -1,0 +1,317 @@
+"""Many independent rollouts in one process: streams join and leave, and share their passes.
+
+A `StreamBatch` works in rounds; `step` is one. A round makes the next chunk of every stream in the batch: the
+denoising steps, then the pass that writes the chunk to the cache. Rounds begin and end at chunk borders, so every
+stream is at the same denoising step as the others of its pass, however old it is, and that is where streams join,
+leave and change their prompt. A stream that arrives while a round runs waits for its end, at most one chunk.
+
+Streams share a pass when their chunks have the same shape and begin at the same place in the window, see
+`mla/pool.py`. In the steady state all do: a round is then as many passes as one chunk of one stream needs,
+whatever the ages of the streams. What does not fit goes in a pass of its own, in the same round: streams whose
+windows are still filling up, by their age; a short last chunk; prompts of another length.
+
+Noise comes from each stream's own generator, and no operation mixes batch items. So a stream is the rollout that
+`stream_chunks` makes of its prompt and seed, up to the order in which a matrix product sums, which may depend on
+the size of the batch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import UsageError, UserError
+from ..flow import NUM_TRAIN_TIMESTEPS, add_noise, expert_at, sampling_times
+from ..mla.pool import CachePool, place_in_window
+from .stream import check_start
+
+
+class StreamChunk(NamedTuple):
+    """A finished chunk of a stream: `latents` `[C, F, H, W]`, float32, from its frame `first` on.
+
+    `last` says that the stream has come to its `num_frames` and has left.
+    """
+
+    stream: int
+    first: int
+    latents: Tensor
+    last: bool
+
+
+@dataclass
+class _Stream:
+    """A rollout under way; `drawn` is the noise of the chunk in work, which a failed round leaves behind."""
+
+    text: Tensor
+    negative: Tensor
+    guidance_scale: float
+    num_frames: int | None
+    start: Tensor | None
+    generator: torch.Generator
+    lanes: list[int] = field(default_factory=list)
+    frames_seen: int = 0
+    drawn: list[Tensor] = field(default_factory=list)
+
+    @property
+    def lanes_needed(self) -> int:
+        return 1 if self.guidance_scale == 1 else 2
+
+
+class StreamBatch:
+    """Continuous batching of rollouts of `model`, or of several experts that share the noise levels (Wan2.2).
+
+    The cache is a pool of `lanes`, allocated at once for latents of `height x width`, in `cache_dtype` where that
+    is given: a stream takes one lane, with classifier-free guidance two. `num_inference_steps`, `shift` and
+    `context_noise` are those of `stream_chunks`, the same for all streams, since they belong to the model.
+
+    When the lanes do not suffice for a stream, `when_full` says what becomes of it: `refuse` raises UserError,
+    `queue` lets it wait in the order of arrival. A pass takes at most `lanes_per_pass` lanes, all of them when
+    left out: its working memory grows with them, the cache does not.
+
+    Not for several threads at once. Raises UserError for a model whose cache is no ring of frames.
+    """
+
+    def __init__(
+        self,
+        model: Any | Sequence[Any],
+        lanes: int,
+        height: int,
+        width: int,
+        num_inference_steps: int = 8,
+        shift: float = 1.0,
+        context_noise: float = 0.0,
+        when_full: Literal["refuse", "queue"] = "refuse",
+        lanes_per_pass: int | None = None,
+        cache_dtype: torch.dtype | None = None,
+    ) -> None:
+        if lanes < 1 or (lanes_per_pass is not None and lanes_per_pass < 1):
+            raise UsageError(f"a pool needs lanes: got lanes={lanes}, lanes_per_pass={lanes_per_pass}")
+        self.models = list(model) if isinstance(model, Sequence) else [model]
+        self.pool = CachePool([one.init_cache(lanes, height, width, dtype=cache_dtype) for one in self.models])
+        self.causal, self.device = self.pool.caches[0].causal, self.models[0].device
+        self.size = (self.models[0].config.in_channels, height, width)
+        self.times = sampling_times(num_inference_steps, shift)
+        self.context_noise, self.when_full, self.lanes_per_pass = context_noise, when_full, lanes_per_pass
+        self._streams: dict[int, _Stream] = {}
+        self._waiting: deque[int] = deque()
+        self._numbers = itertools.count()
+
+    @property
+    def active(self) -> list[int]:
+        """Streams that have lanes."""
+        return [number for number, stream in self._streams.items() if stream.lanes]
+
+    @property
+    def waiting(self) -> list[int]:
+        """Streams that wait for lanes, in the order of arrival."""
+        return list(self._waiting)
+
+    def bytes(self) -> int:
+        """Bytes of the pool."""
+        return self.pool.bytes()
+
+    def join(
+        self,
+        encoder_hidden_states: Tensor,
+        seed: int = 0,
+        num_frames: int | None = None,
+        guidance_scale: float = 1.0,
+        negative_hidden_states: Tensor | None = None,
+        start: Tensor | None = None,
+    ) -> int:
+        """Add a stream from the next round on; its number.
+
+        `encoder_hidden_states` and `negative_hidden_states`, zeros by default, are `[L, D]`, `start` is
+        `[C, F0, H, W]`; the meaning is that of `stream_chunks`. Without `num_frames` the stream goes on until
+        `leave`.
+
+        Raises UserError when the pool is full and `when_full` is `refuse`; UsageError for values that do not fit.
+        """
+        text = self._checked(encoder_hidden_states)
+        negative = torch.zeros_like(text) if negative_hidden_states is None else self._checked(negative_hidden_states)
+        if negative.shape != text.shape:
+            raise UsageError(
+                f"the negative prompt has {len(negative)} tokens, the prompt {len(text)}; pad them to one length"
+            )
+        if num_frames is not None and num_frames < 1:
+            raise UsageError(f"num_frames must be at least 1, got {num_frames}; leave it out for a stream without end")
+        if start is not None:
+            end = num_frames or start.shape[1] + self.causal.num_frames_per_block
+            check_start(start.unsqueeze(0), self.causal, end, self.size)
+        generator = torch.Generator().manual_seed(seed)
+        stream = _Stream(text, negative, guidance_scale, num_frames, start, generator)
+        self._check_room(stream)
+        number = next(self._numbers)
+        self._streams[number] = stream
+        self._waiting.append(number)
+        self._admit()
+        return number
+
+    def change_prompt(self, stream: int, encoder_hidden_states: Tensor) -> None:
+        """Give a stream another prompt `[L, D]` from its next chunk on; what it has made stays as it is.
+
+        A negative prompt other than zeros keeps its length, which the new one must have too. Raises UsageError.
+        """
+        changed, text = self._found(stream), self._checked(encoder_hidden_states)
+        if len(text) != len(changed.negative):
+            if changed.negative.any():
+                raise UsageError(
+                    f"the prompt has {len(text)} tokens, the negative one {len(changed.negative)}; pad it to that"
+                )
+            changed.negative = torch.zeros_like(text)
+        changed.text = text
+
+    def leave(self, stream: int) -> None:
+        """Take a stream out of the batch or the queue; its lanes are free at once. Raises UsageError."""
+        self.pool.give_back(self._found(stream).lanes)
+        del self._streams[stream]
+        if stream in self._waiting:
+            self._waiting.remove(stream)
+        self._admit()
+
+    @torch.no_grad()
+    def step(self) -> list[StreamChunk]:
+        """One round: the next chunk of every active stream, in the order of their numbers.
+
+        A round that fails, for want of memory say, leaves every stream where it was and may be repeated.
+        """
+        made: dict[int, Tensor] = {}
+        for numbers in self._shared_passes():
+            made.update(zip(numbers, self._chunks([self._streams[number] for number in numbers]), strict=True))
+        chunks = []
+        for number in sorted(made):
+            stream, latents = self._streams[number], made[number]
+            first, stream.drawn = stream.frames_seen, []
+            stream.frames_seen += latents.shape[1]
+            last = stream.frames_seen == stream.num_frames
+            chunks.append(StreamChunk(number, first, latents, last))
+        for chunk in chunks:
+            if chunk.last:
+                self.leave(chunk.stream)
+        return chunks
+
+    def chunks(self) -> Iterator[StreamChunk]:
+        """Chunks round by round until no stream is left."""
+        while self._streams:
+            yield from self.step()
+
+    def _checked(self, text: Tensor) -> Tensor:
+        width = self.models[0].config.text_dim
+        if text.ndim != 2 or text.shape[1] != width:
+            raise UsageError(f"a prompt of a stream is [L, {width}], got {list(text.shape)}")
+        return text
+
+    def _found(self, stream: int) -> _Stream:
+        if stream not in self._streams:
+            raise UsageError(f"there is no stream {stream} in the batch; it may have come to its end")
+        return self._streams[stream]
+
+    def _check_room(self, stream: _Stream) -> None:
+        """Raise unless the stream may join or queue."""
+        needed, free = stream.lanes_needed, len(self.pool.free)
+        if needed > self.pool.lanes:
+            raise UsageError(f"a stream with guidance needs {needed} lanes, the pool has {self.pool.lanes}")
+        if self.when_full == "refuse" and needed > free:
+            raise UserError(
+                f"the pool is full: the stream needs {needed} of its {self.pool.lanes} lanes, {free} are free; "
+                "when_full='queue' lets it wait"
+            )
+
+    def _admit(self) -> None:
+        """Lanes for those that wait, strictly in their order, so that nobody waits for ever."""
+        while self._waiting and self._streams[self._waiting[0]].lanes_needed <= len(self.pool.free):
+            stream = self._streams[self._waiting.popleft()]
+            stream.lanes = self.pool.take(stream.lanes_needed)
+
+    def _frames(self, stream: _Stream) -> int:
+        """Frames of a stream's next chunk."""
+        stop = self.causal.chunk_end(stream.frames_seen)
+        return (stop if stream.num_frames is None else min(stop, stream.num_frames)) - stream.frames_seen
+
+    def _shared_passes(self) -> list[list[int]]:
+        """The active streams by the passes that they share."""
+        shared: dict[tuple[Any, ...], list[int]] = {}
+        for number in self.active:
+            stream = self._streams[number]
+            frames = self._frames(stream)
+            place = place_in_window(self.causal, stream.frames_seen, frames)
+            given = stream.start is not None and stream.frames_seen < stream.start.shape[1]
+            shared.setdefault((frames, place, len(stream.text), given), []).append(number)
+        return [part for numbers in shared.values() for part in self._parts(numbers)]
+
+    def _parts(self, numbers: list[int]) -> Iterator[list[int]]:
+        """Streams in runs of at most `lanes_per_pass` lanes, or of one stream."""
+        part: list[int] = []
+        lanes = 0
+        for number in numbers:
+            more = len(self._streams[number].lanes)
+            if part and self.lanes_per_pass is not None and lanes + more > self.lanes_per_pass:
+                yield part
+                part, lanes = [], 0
+            part.append(number)
+            lanes += more
+        yield part
+
+    def _chunks(self, streams: list[_Stream]) -> Tensor:
+        """The next chunk of streams that share their passes, `[B, C, F, H, W]`."""
+        frames, (channels, height, width) = self._frames(streams[0]), self.size
+        for stream in streams:
+            while len(stream.drawn) < (2 if self.context_noise > 0 else 1):
+                stream.drawn.append(torch.randn((1, channels, frames, height, width), generator=stream.generator))
+        noises = [torch.cat(drawn).to(self.device) for drawn in zip(*(stream.drawn for stream in streams), strict=True)]
+        passes = _SharedPass(self.models, self.pool, streams, frames)
+        if streams[0].start is not None and streams[0].frames_seen < streams[0].start.shape[1]:
+            given = [s.start[:, s.frames_seen : s.frames_seen + frames] for s in streams if s.start is not None]
+            x = torch.stack(given).to(self.device, torch.float32)
+        else:
+            x = noises[0]
+            for t, t_next in itertools.pairwise(self.times):
+                x = x + (t_next - t).to(self.device) * passes.velocity(x, float(t), float(t_next))
+        t_context = torch.full((len(x),), float(self.context_noise), device=self.device)
+        passes.write(add_noise(x, noises[1], t_context) if self.context_noise > 0 else x, float(self.context_noise))
+        return x
+
+
+class _SharedPass:
+    """The passes over one chunk of some streams: first a lane for each, then one for each that is guided."""
+
+    def __init__(self, models: list[Any], pool: CachePool, streams: list[_Stream], frames: int) -> None:
+        self.models = models
+        guided = [index for index, stream in enumerate(streams) if stream.lanes_needed == 2]
+        self.order = [*range(len(streams)), *guided]
+        lanes = [stream.lanes[0] for stream in streams] + [streams[index].lanes[1] for index in guided]
+        seen = [streams[index].frames_seen for index in self.order]
+        self.views = [pool.view(expert, lanes, seen, frames) for expert in range(len(models))]
+        texts = [stream.text for stream in streams] + [streams[index].negative for index in guided]
+        self.texts = [torch.stack([text.to(model.device, model.dtype) for text in texts]) for model in models]
+        device = models[0].device
+        self.guided = torch.tensor(guided, dtype=torch.long).to(device)
+        self.scales = torch.tensor([streams[index].guidance_scale for index in guided]).view(-1, 1, 1, 1, 1).to(device)
+
+    def velocity(self, x: Tensor, t: float, r: float) -> Tensor:
+        """Velocity `[B, C, F, H, W]`, float32, at noise level t; of a flow map the mean one down to r."""
+        expert = expert_at([model.noise_range for model in self.models], t)
+        v = self._run(expert, x, t, r, write=False).float().to(x.device)
+        v, unguided = v[: len(x)], v[len(x) :]
+        if not len(unguided):
+            return v
+        return v.index_copy(0, self.guided, unguided + self.scales * (v[self.guided] - unguided))
+
+    def write(self, x: Tensor, t: float) -> None:
+        """Keep a finished chunk at noise level t."""
+        for expert in range(len(self.models)):
+            self._run(expert, x, t, t, write=True)
+
+    def _run(self, expert: int, x: Tensor, t: float, r: float, write: bool) -> Tensor:
+        model = self.models[expert]
+        x = x[self.order].to(model.device, model.dtype)
+        t_all, r_all = (torch.full((len(x),), time * NUM_TRAIN_TIMESTEPS, device=model.device) for time in (t, r))
+        conditions = {"r_timestep": r_all} if model.flow_map else {}
+        out: Tensor = model.forward_chunk(x, t_all, self.texts[expert], self.views[expert], write=write, **conditions)
+        return out

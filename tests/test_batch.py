@@ -1,0 +1,339 @@
+"""Streams that join and leave at different times and share their passes are the rollouts that they are alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pico
+import pytest
+import torch
+from torch import Tensor
+
+from mla_convert.errors import UsageError, UserError
+from mla_convert.evaluate.geometry import from_model
+from mla_convert.evaluate.memory import plan
+from mla_convert.evaluate.rollouts import heldout_prompts
+from mla_convert.load import load_dense, load_source
+from mla_convert.mla.pool import CachePool, LaneView
+from mla_convert.run.batch import StreamBatch
+from mla_convert.run.stream import stream_chunks
+from mla_convert.zoo.digits.data import FRAME, GUIDANCE, SHIFT
+
+HEIGHT, WIDTH = 6, 4
+STEPS = {"num_inference_steps": 2, "shift": 3.0}
+# Relative to the largest magnitude. A matrix product of another size may sum in another order, and a rollout feeds
+# what it made back; the largest error seen on a CPU is 1.2e-6.
+FLOAT32 = 1e-5
+WINDOWS = [
+    pico.WINDOW,
+    {"num_frames_per_block": 3, "window_frames": 7, "sink_frames": 0, "independent_first_frame": True},
+    {"num_frames_per_block": 2, "window_frames": 5, "sink_frames": 1, "sink_positions": "absolute"},
+]
+
+# The dense model, and every position with the own chunk one way or the other.
+VARIANTS = [None, *pico.VARIANTS[::3], pico.VARIANTS[4]]
+
+
+def prompt(seed: int, tokens: int = 3) -> Tensor:
+    return torch.randn(tokens, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def alone(model: Any, text: Tensor, num_frames: int, seed: int = 0, **settings: Any) -> Tensor:
+    """The rollout `[C, F, H, W]` of one prompt."""
+    chunks = stream_chunks(model, text.unsqueeze(0), num_frames, HEIGHT, WIDTH, seed=seed, **{**STEPS, **settings})
+    return torch.cat(list(chunks), dim=2)[0]
+
+
+def batch_of(model: Any, lanes: int, **settings: Any) -> StreamBatch:
+    return StreamBatch(model, lanes, HEIGHT, WIDTH, **{**STEPS, **settings})
+
+
+def poison(batch: StreamBatch) -> None:
+    """NaN wherever no stream has a lane."""
+    for cache in batch.pool.caches:
+        for rows in cache.rows:
+            rows[batch.pool.free] = torch.nan
+
+
+def collect(made: dict[int, list[Tensor]], batch: StreamBatch, rounds: int | None = None) -> None:
+    """Some rounds, or all that are left; free lanes hold NaN throughout."""
+    while batch.active and rounds != 0:
+        poison(batch)
+        for chunk in batch.step():
+            assert chunk.first == sum(x.shape[1] for x in made.setdefault(chunk.stream, []))
+            made[chunk.stream].append(chunk.latents)
+        rounds = None if rounds is None else rounds - 1
+
+
+def check(made: dict[int, list[Tensor]], expected: dict[int, Tensor]) -> None:
+    assert made.keys() == expected.keys()
+    for number, latents in expected.items():
+        actual = torch.cat(made[number], dim=1)
+        assert actual.shape == latents.shape
+        assert pico.relative_error(actual, latents) < FLOAT32
+
+
+def eventful(model: Any, **settings: Any) -> None:
+    """Five streams in five lanes: joins at four times, guidance, a leaver, a short last chunk, lanes taken over."""
+    batch, made = batch_of(model, 5, **settings), {}
+    first = batch.join(prompt(0), seed=10)
+    second = batch.join(prompt(1), seed=11, num_frames=9, guidance_scale=3.0)
+    collect(made, batch, 2)
+    third = batch.join(prompt(2), seed=12, num_frames=8)
+    collect(made, batch, 1)
+    batch.leave(first)
+    seen = sum(x.shape[1] for x in made[first])
+    fourth = batch.join(prompt(3), seed=13, num_frames=14, guidance_scale=2.0, negative_hidden_states=prompt(9))
+    collect(made, batch, 3)
+    fifth = batch.join(prompt(4), seed=14, num_frames=7)
+    collect(made, batch)
+    single = {key: value for key, value in settings.items() if key == "context_noise"}
+    check(
+        made,
+        {
+            first: alone(model, prompt(0), seen, 10, **single),
+            second: alone(model, prompt(1), 9, 11, guidance_scale=3.0, **single),
+            third: alone(model, prompt(2), 8, 12, **single),
+            fourth: alone(
+                model, prompt(3), 14, 13, guidance_scale=2.0, negative_hidden_states=prompt(9).unsqueeze(0), **single
+            ),
+            fifth: alone(model, prompt(4), 7, 14, **single),
+        },
+    )
+    assert sorted(batch.pool.free) == list(range(5))
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v and f"{v['position']}-{v['own_chunk']}")
+def test_streams_of_any_age_are_what_they_are_alone(variant: dict[str, Any] | None) -> None:
+    dense = pico.dense_model()
+    eventful(dense if variant is None else pico.convert(dense, **variant))
+
+
+@pytest.mark.parametrize("window", WINDOWS[1:], ids=["independent-first", "absolute"])
+def test_other_windows(window: dict[str, Any]) -> None:
+    eventful(pico.convert(pico.dense_model(causal=window), position="decoupled", kv_lora_rank=14, qk_rope_head_dim=6))
+
+
+def test_other_families_noisy_context_and_small_passes() -> None:
+    eventful(pico.dense_model(family="skyreels_v2"), context_noise=0.1, lanes_per_pass=2)
+
+
+def test_int8_and_experts() -> None:
+    """Two experts, each with its cache, quantised: what is rounded differs where the last bit before it does."""
+    experts = [
+        pico.convert(pico.dense_model(seed=seed), position="derived", kv_lora_rank=20, qk_rope_head_dim=8)
+        for seed in (0, 1)
+    ]
+    experts[0].noise_range, experts[1].noise_range = (0.7, 1.0), (0.0, 0.7)
+    batch, made = batch_of(experts, 2), {}
+    numbers = [batch.join(prompt(0), seed=1, num_frames=9)]
+    collect(made, batch, 1)
+    numbers.append(batch.join(prompt(1), seed=2, num_frames=5))
+    collect(made, batch)
+    check(made, {numbers[0]: alone(experts, prompt(0), 9, 1), numbers[1]: alone(experts, prompt(1), 5, 2)})
+    batch = batch_of(experts, 2, cache_dtype=torch.int8)
+    assert batch.bytes() == 2 * 2 * 2 * 5 * 6 * (20 + 2)
+    batch.join(prompt(0), seed=1, num_frames=9)
+    batch.step()
+    batch.join(prompt(1), seed=2)
+    chunks = [chunk for _ in range(4) for chunk in batch.step()]
+    assert all(chunk.latents.isfinite().all() for chunk in chunks)
+
+
+def test_in_the_steady_state_all_streams_share_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pico.dense_model()
+    batch = batch_of(model, 4)
+    passes: list[tuple[int, bool]] = []
+    forward = model.forward_chunk
+
+    def counted(x: Tensor, *args: Any, write: bool, **kwargs: Any) -> Tensor:
+        passes.append((len(x), write))
+        out: Tensor = forward(x, *args, write=write, **kwargs)
+        return out
+
+    monkeypatch.setattr(model, "forward_chunk", counted)
+    ages = []
+    for seed in range(3):
+        batch.join(prompt(seed), seed=seed, guidance_scale=2.0 if seed == 0 else 1.0)
+        batch.step()
+        ages.append(len(passes))
+    # Windows that have 0, 2 and 3 frames of history: each has its own passes.
+    assert ages == [3, 9, 18]
+    batch.step()
+    passes.clear()
+    batch.step()
+    assert len({stream.frames_seen for stream in batch._streams.values()}) == 3
+    assert passes == [(4, False), (4, False), (4, True)]
+
+
+def test_a_prompt_changes_what_comes_after_it_and_no_other_stream() -> None:
+    model = pico.convert(pico.dense_model(), position="rotate_on_read", kv_lora_rank=20)
+    runs = []
+    for change in (False, True):
+        batch, made = batch_of(model, 3), {}
+        changed, other = (
+            batch.join(prompt(0), seed=1, num_frames=10, guidance_scale=2.0),
+            batch.join(prompt(1), num_frames=10),
+        )
+        collect(made, batch, 3)
+        if change:
+            batch.change_prompt(changed, prompt(2, tokens=4))
+        collect(made, batch)
+        runs.append((torch.cat(made[changed], dim=1), torch.cat(made[other], dim=1)))
+    (before, beside), (after, beside_changed) = runs
+    assert torch.equal(before[:, :6], after[:, :6])
+    assert pico.relative_error(before[:, 6:], after[:, 6:]) > 1e-2
+    assert pico.relative_error(beside_changed, beside) < FLOAT32
+
+
+def test_a_start_is_continued() -> None:
+    model = pico.dense_model()
+    start = pico.inputs(1, 4, HEIGHT, WIDTH)[0][0]
+    batch, made = batch_of(model, 2), {}
+    begun = batch.join(prompt(0), seed=3, num_frames=8, start=start)
+    other = batch.join(prompt(1), seed=4, num_frames=8)
+    collect(made, batch)
+    assert torch.equal(torch.cat(made[begun], dim=1)[:, :4], start)
+    check(made, {begun: alone(model, prompt(0), 8, 3, start=start.unsqueeze(0)), other: alone(model, prompt(1), 8, 4)})
+    with pytest.raises(UsageError, match="a start of 3 frames does not end with a chunk"):
+        batch.join(prompt(0), start=start[:, :3])
+
+
+def test_a_failed_round_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pico.dense_model()
+    batch, made = batch_of(model, 2, context_noise=0.1), {}
+    old = batch.join(prompt(0), seed=1, num_frames=10)
+    collect(made, batch, 2)
+    young = batch.join(prompt(1), seed=2, num_frames=4)
+    forward, calls = model.forward_chunk, iter(range(100))
+
+    def failing(*args: Any, **kwargs: Any) -> Tensor:
+        if next(calls) == 4:
+            raise RuntimeError("out of memory")
+        out: Tensor = forward(*args, **kwargs)
+        return out
+
+    monkeypatch.setattr(model, "forward_chunk", failing)
+    with pytest.raises(RuntimeError):
+        batch.step()
+    collect(made, batch)
+    check(
+        made,
+        {
+            old: alone(model, prompt(0), 10, 1, context_noise=0.1),
+            young: alone(model, prompt(1), 4, 2, context_noise=0.1),
+        },
+    )
+
+
+def test_a_full_pool_refuses_or_lets_wait_in_turn() -> None:
+    model = pico.dense_model()
+    batch = batch_of(model, 2)
+    first = batch.join(prompt(0))
+    with pytest.raises(
+        UserError, match="the stream needs 2 of its 2 lanes, 1 are free; when_full='queue' lets it wait"
+    ):
+        batch.join(prompt(1), guidance_scale=2.0)
+    assert batch.active == [first] and batch.waiting == []
+
+    batch, made = batch_of(model, 2, when_full="queue"), {}
+    first = batch.join(prompt(0), seed=0, num_frames=4)
+    guided = batch.join(prompt(1), seed=1, num_frames=4, guidance_scale=2.0)
+    # It would fit, but would keep the one before it waiting.
+    last = batch.join(prompt(2), seed=2, num_frames=2)
+    gone = batch.join(prompt(3))
+    assert batch.active == [first] and batch.waiting == [guided, last, gone]
+    batch.leave(gone)
+    collect(made, batch, 2)
+    assert batch.active == [guided] and batch.waiting == [last]
+    collect(made, batch)
+    check(
+        made,
+        {
+            first: alone(model, prompt(0), 4, 0),
+            guided: alone(model, prompt(1), 4, 1, guidance_scale=2.0),
+            last: alone(model, prompt(2), 2, 2),
+        },
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"encoder_hidden_states": torch.zeros(1, 3, 8)}, r"a prompt of a stream is \[L, 8\], got \[1, 3, 8\]"),
+        ({"num_frames": 0}, "num_frames must be at least 1, got 0"),
+        ({"negative_hidden_states": torch.zeros(2, 8)}, "the negative prompt has 2 tokens, the prompt 3"),
+        ({"guidance_scale": 2.0}, "a stream with guidance needs 2 lanes, the pool has 1"),
+    ],
+    ids=["prompt", "frames", "negative", "lanes"],
+)
+def test_what_does_not_fit_is_refused(settings: dict[str, Any], message: str) -> None:
+    batch = batch_of(pico.dense_model(layers=1), 1, when_full="queue")
+    with pytest.raises(UsageError, match=message):
+        batch.join(**{"encoder_hidden_states": prompt(0), **settings})
+    assert batch.waiting == [] and batch.pool.free == [0]
+
+
+def test_unknown_streams_and_empty_pools() -> None:
+    model = pico.dense_model(layers=1)
+    batch = batch_of(model, 1)
+    assert batch.step() == []
+    number = batch.join(prompt(0), num_frames=2)
+    assert [chunk.last for chunk in batch.chunks()] == [True]
+    with pytest.raises(UsageError, match=f"there is no stream {number} in the batch"):
+        batch.leave(number)
+    with pytest.raises(UsageError, match="a pool needs lanes"):
+        batch_of(model, 0)
+
+
+def test_a_far_history_is_refused() -> None:
+    with pytest.raises(UserError, match="cannot share a FarCache"):
+        batch_of(pico.dense_model(family="anyflow_far", causal=None), 2)
+
+
+@pytest.mark.parametrize("position", [None, "decoupled", "rotate_on_read"])
+def test_bytes_are_those_of_the_plan(position: str | None) -> None:
+    model = pico.dense_model(heads=3)
+    if position is not None:
+        model = pico.convert(
+            model, position=position, kv_lora_rank=14, qk_rope_head_dim=6 if position == "decoupled" else 0
+        )
+    batch = batch_of(model, 64)
+    geometry, rows = from_model(model, HEIGHT, WIDTH)
+    planned = plan(geometry, rows, dtype="float32")
+    assert batch.bytes() == 64 * planned.latent_cache_bytes
+    if position is None:
+        assert batch.bytes() == 64 * planned.dense_cache_bytes
+
+
+def test_a_view_names_frames_by_their_place_in_the_window() -> None:
+    model = pico.dense_model()
+    cache = model.init_cache(3, HEIGHT, WIDTH)
+    view = CachePool([cache]).view(0, [2, 0], [10, 4], 2)
+    assert view.frames_seen == 3
+    # A sink, then two frames that lie behind it in a ring of four.
+    assert view.slots([0, 1, 2]).tolist() == [[10, 10 + 4, 10 + 1], [0, 2, 3]]
+    with pytest.raises(ValueError, match="cannot share a pass"):
+        LaneView(cache, [0, 1], [2, 4], 2)
+
+
+def test_digits_streams_are_what_they_are_alone() -> None:
+    """Six streams of the embedded teacher in lanes for eight, joining at three times; 64 are in docs/benchmarks."""
+    model = load_dense(load_source("zoo:digits"))
+    text, _ = heldout_prompts(6)
+    settings = {"num_inference_steps": 2, "shift": SHIFT}
+    batch = StreamBatch(model, 8, FRAME, FRAME, when_full="queue", **settings)
+    made: dict[int, list[Tensor]] = {}
+    for index in range(6):
+        scale = GUIDANCE if index % 3 == 0 else 1.0
+        batch.join(text[index], seed=index, num_frames=10 - index, guidance_scale=scale)
+        if index % 2:
+            collect(made, batch, 1)
+    collect(made, batch)
+    for index in range(6):
+        chunks = stream_chunks(
+            model, text[index : index + 1], 10 - index, FRAME, FRAME, seed=index,
+            guidance_scale=GUIDANCE if index % 3 == 0 else 1.0, **settings,
+        )  # fmt: skip
+        expected = torch.cat(list(chunks), dim=2)[0]
+        assert pico.relative_error(torch.cat(made[index], dim=1), expected) < FLOAT32
