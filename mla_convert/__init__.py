@@ -1,3 +1,14 @@
 """Convert causal video diffusion transformers to multi-head latent attention."""
 
+from typing import Any
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """`StreamingMLAPipeline`, imported when it is asked for: commands must not wait for PyTorch."""
+    if name == "StreamingMLAPipeline":
+        from .run.pipeline import StreamingMLAPipeline
+
+        return StreamingMLAPipeline
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,7 +7,9 @@ Models take `1000 t` as `timestep`. A flow map predicts the mean velocity from t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,8 @@ from torch import Tensor
 
 NUM_TRAIN_TIMESTEPS = 1000
 ALL_NOISE = (0.0, 1.0)
+
+Sampler = Literal["euler", "renoise"]
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
@@ -31,6 +35,24 @@ def expert_at(noise_ranges: Sequence[tuple[float, float]], t: float) -> int:
     """Which of several experts takes noise level `t`: the highest that begins at `t` or below, as in `WanPipeline`."""
     below = [index for index, (low, _) in enumerate(noise_ranges) if low <= t]
     return max(below, key=lambda index: noise_ranges[index][0]) if len(noise_ranges) > 1 else 0
+
+
+def check_steps(steps: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """`steps` if they are denoising steps that fall inside [1, 1000]. Raises ValueError."""
+    if steps is None:
+        return None
+    falling = all(a > b for a, b in itertools.pairwise(steps))
+    if not steps or not falling or steps[0] > NUM_TRAIN_TIMESTEPS or steps[-1] < 1:
+        raise ValueError(f"denoising_steps fall from at most {NUM_TRAIN_TIMESTEPS} to at least 1, got {list(steps)}")
+    return steps
+
+
+def denoising_times(steps: Sequence[float], shift: float) -> Tensor:
+    """The shifted times of denoising `steps` out of 1000, and 0 behind them: float32 `[len(steps) + 1]`.
+
+    `1000, 750, 500, 250` are those of four sampling steps with the same shift.
+    """
+    return shift_time(torch.tensor([*steps, 0], dtype=torch.float32) / NUM_TRAIN_TIMESTEPS, shift)
 
 
 def per_frame(t: Tensor, ndim: int) -> Tensor:
@@ -66,6 +88,19 @@ def velocity_error(v: Tensor, target: Tensor, t: Tensor, r: Tensor | None = None
 def to_clean(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
     """The clean video that velocity `v` at `x_t` points to: `x_t - t v`."""
     return x_t - per_frame(t, x_t.ndim) * v
+
+
+def next_sample(x_t: Tensor, v: Tensor, t: Tensor, t_next: Tensor, noise: Tensor | None = None) -> Tensor:
+    """`x_t` at the lower time `t_next`; both times are scalars.
+
+    An Euler step of the ODE, or with `noise` the clean video that `v` points to, noised anew: the
+    multistep sampling of consistency models (arXiv 2303.01469, algorithm 1), by which Self-Forcing's and
+    Causal-Forcing's students are sampled.
+    """
+    if noise is None:
+        return x_t + (t_next - t).to(v.device) * v
+    t, t_next = t.to(v.device), t_next.to(v.device)
+    return (1 - t_next) * (x_t - t * v) + t_next * noise
 
 
 def drop_prompts(text: Tensor, rate: float, generator: torch.Generator) -> Tensor:

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from mla_convert.distill.metrics import Metrics
 from mla_convert.distill.stages.consistency import Consistency, ConsistencyConfig
-from mla_convert.distill.stages.guided import denoising_times, negative_text
+from mla_convert.distill.stages.guided import negative_text
 from mla_convert.distill.trainer import run_stage
 from mla_convert.distill.views import with_weights
 from mla_convert.errors import UserError
-from mla_convert.flow import sampling_times
+from mla_convert.flow import denoising_times, sampling_times
 from mla_convert.mla.window import CausalConfig
 
 FLOAT32 = 1e-5

@@ -11,7 +11,7 @@ import typer
 
 from .. import __version__
 from ..errors import UserError
-from . import bench, build, compare, demo, encode, inspect, models, plan, push, recipes, vbench
+from . import bench, build, compare, demo, encode, generate, inspect, models, plan, push, recipes, vbench
 from .output import DEBUG, print_error
 
 app = typer.Typer(
@@ -51,7 +51,7 @@ app.command("evaluate")(models.evaluate)
 app.command("vbench")(vbench.vbench)
 app.command("compare")(compare.compare)
 app.command("bench")(bench.bench)
-app.command("generate")(models.generate)
+app.command("generate")(generate.generate)
 app.command("push")(push.push)
 app.command("demo")(demo.demo)
 app.add_typer(recipes.app, name="recipes")

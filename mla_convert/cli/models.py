@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -72,61 +72,6 @@ def evaluate(
             model, teacher, out, {key: value for key, value in changes.items() if value is not None}, report
         )
     print_result(as_json, {**result, "report": str(page)}, evaluation_table(result), f"report: {page}")
-
-
-def generate(
-    model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", help="An .mp4 or .gif, .safetensors for latents, or a folder.")],
-    prompt: Annotated[str | None, typer.Option(help="Such as '7 at 2,1 moving up-left'.")] = None,
-    prompt_embeds: Annotated[
-        Path | None, typer.Option(help="A .safetensors file with prompt_embeds [L, D], for models with a text encoder.")
-    ] = None,
-    frames: Annotated[int, typer.Option(min=1, help="Latent frames; any number.")] = 21,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps a chunk.")] = 8,
-    shift: Annotated[
-        float | None, typer.Option(min=0, help="Timestep shift; 3 for digits, 1 for others; Wan was trained with 5.")
-    ] = None,
-    guidance_scale: Annotated[
-        float | None, typer.Option(min=0, help="Classifier-free guidance, 1 for none; 3 for digits, 1 for others.")
-    ] = None,
-    start: Annotated[
-        Path | None,
-        typer.Option(help="Begin with this: .safetensors with latents [C, F, H, W], or for pixels an image or video."),
-    ] = None,
-    context_noise: Annotated[float, typer.Option(min=0, max=1, help="Noise level of cached chunks.")] = 0.0,
-    latent_size: Annotated[str | None, typer.Option(metavar="HxW", help="Latent height and width.")] = None,
-    fps: Annotated[int, typer.Option(min=1, help="Frames a second.")] = 8,
-    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Data type; that of DIR by default.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Stream a video of any length, in constant memory."""
-    if (prompt is None) == (prompt_embeds is None):
-        raise UsageError("give --prompt or --prompt-embeds, one of the two")
-    settings: dict[str, Any] = {
-        "num_frames": frames,
-        "num_inference_steps": steps,
-        "context_noise": context_noise,
-        "fps": fps,
-        "seed": seed,
-    }
-    if shift is not None:
-        settings["shift"] = shift
-    if guidance_scale is not None:
-        settings["guidance_scale"] = guidance_scale
-    if start is not None:
-        settings["start"] = str(start)
-    if latent_size is not None:
-        settings["latent_height"], settings["latent_width"] = parse_size(latent_size)
-    with stderr().status("loading PyTorch"):
-        from ..distill.progress import progress_bars
-        from ..pipeline.generation import generate_video
-
-    with progress_bars(stderr()) as report:
-        result = generate_video(model, out, prompt, prompt_embeds, settings, dtype, report)
-    print_result(as_json, result, f"wrote {out}: {result['frames']} frames, {result['frames_per_second']:.1f} a second")
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..flow import NUM_TRAIN_TIMESTEPS, add_noise, to_clean
+from ..flow import NUM_TRAIN_TIMESTEPS, Sampler, add_noise, next_sample, to_clean
 from ..mla.cache import FrameCache
 
 
@@ -27,11 +27,12 @@ def self_rollout(
     generator: torch.Generator,
     *,
     context_noise: float = 0.0,
+    sampler: Sampler = "euler",
     gradient_from: int = 0,
 ) -> Tensor:
     """A video `[B, C, F, H, W]`, float32, that `model` makes for `text` `[B, L, D]`; `size` is (F, H, W).
 
-    Every chunk takes the Euler steps of the falling `times` (last one 0) up to number `exit_step`,
+    Every chunk takes the steps of `sampler` along the falling `times` (last one 0) up to number `exit_step`,
     counted from 0, whose velocity points to the clean chunk that ends the chunk. That step alone
     carries a gradient, in the chunks from frame `gradient_from` on and where gradients are enabled.
     The chunk is then written to the cache by a pass at noise level `context_noise`, without a graph.
@@ -52,7 +53,8 @@ def self_rollout(
         for t, t_next in itertools.islice(_steps(times), exit_step):
             with torch.no_grad():
                 v = _velocity(model, x, t, text, cache)
-            x = x + (t_next - t).to(device) * v
+            noise = torch.randn(shape, generator=generator).to(device) if sampler == "renoise" else None
+            x = next_sample(x, v, t, t_next, noise)
         carries = torch.is_grad_enabled() and start >= gradient_from
         if carries:
             # Autocast must not reuse weights that it has cast without a gradient, which not every torch sees to.

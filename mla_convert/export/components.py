@@ -24,6 +24,20 @@ from ..load.hub import download
 logger = logging.getLogger(__name__)
 
 INDEX, REFERENCES = "model_index.json", "_components"
+# Keys of model_index.json that say how prompts are read and how the model is sampled.
+SAMPLING = ("prompt_format", "sampling")
+# What a recipe's `generate` section says of the model rather than of a video.
+TRAINED_FOR = (
+    "num_inference_steps",
+    "sampler",
+    "denoising_steps",
+    "shift",
+    "guidance_scale",
+    "context_noise",
+    "latent_height",
+    "latent_width",
+    "fps",
+)
 PIPELINE, TRANSFORMER, AUTO_CLASS = "StreamingMLAPipeline", "transformer", "AutoModel"
 PARTS = ("scheduler", "tokenizer", "text_encoder", "vae")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -94,11 +108,23 @@ def _classes(root: Path) -> dict[str, tuple[str, str]]:
     return found
 
 
-def write_components(folder: Path, components: Components, model: Any, code: str | None) -> None:
+def sampling_of(recipe: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`prompt_format` and `sampling` of a pipeline whose model this resolved recipe made, where it says."""
+    recipe = recipe or {}
+    generate = recipe.get("generate") or {}
+    sampling = {key: generate[key] for key in TRAINED_FOR if generate.get(key) is not None}
+    digits = (recipe.get("data") or {}).get("kind") == "digits"
+    return {**({"prompt_format": "digits"} if digits else {}), **({"sampling": sampling} if sampling else {})}
+
+
+def write_components(
+    folder: Path, components: Components, model: Any, code: str | None, recipe: Mapping[str, Any] | None = None
+) -> None:
     """Write `model_index.json` and the parts' files into `folder`.
 
-    `code` is the module in the transformer's folder that defines the class of `model`; without one it is
-    looked up in diffusers, where this package registers it.
+    The resolved `recipe` tells how the model reads prompts and is sampled. `code` is the module in the
+    transformer's folder that defines the class of `model`; without one it is looked up in diffusers, where
+    this package registers it.
     """
     class_name = type(model).__name__
     index: dict[str, Any] = {"_class_name": PIPELINE, "_diffusers_version": diffusers.__version__}
@@ -106,6 +132,7 @@ def write_components(folder: Path, components: Components, model: Any, code: str
         # AutoModel asks the file at the top, also for a subfolder.
         index["auto_map"] = {AUTO_CLASS: f"{code}.{class_name}"}
     index[TRANSFORMER] = [code or "diffusers", class_name]
+    index |= sampling_of(recipe)
     for name, entry in components.classes.items():
         index[name] = [None, None] if components.folder is None else list(entry)
         if components.folder is not None:

@@ -41,7 +41,7 @@ def export(checkpoint: Path, out: Path, config: ExportConfig) -> dict[str, Any]:
         write_model(model, folder / TRANSFORMER, config.max_shard_size, auto_map=auto_map)
         if source:
             (folder / TRANSFORMER / f"{code}.py").write_text(source, encoding="utf-8")
-        write_components(folder, components, model, code)
+        write_components(folder, components, model, code, recorded.get("recipe"))
         write_evidence(folder, evidence, recorded.get("recipe"))
         pictures = draw_pictures(folder, model, evidence)
         manifest = write_manifest(model, folder, {**recorded, "form": config.form})

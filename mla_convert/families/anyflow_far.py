@@ -132,6 +132,8 @@ class CausalAnyFlowFARTransformer3DModel(CausalTransformer, AnyFlowFARTransforme
         attention_kwargs: dict[str, Any] | None = None,
         context: Tensor | None = None,
         context_timestep: Tensor | None = None,
+        cache: FrameCache | None = None,
+        write: bool = False,
         chunk_partition: list[int] | None = None,
         kv_cache: dict[Any, Any] | None = None,
         kv_cache_flag: dict[str, Any] | None = None,
@@ -152,23 +154,25 @@ class CausalAnyFlowFARTransformer3DModel(CausalTransformer, AnyFlowFARTransforme
                 return_dict,
                 context=context,
                 context_timestep=context_timestep,
+                cache=cache,
+                write=write,
                 **conditions,
             )
         holder = (attention_kwargs or {}).get("kv_cache") if kv_cache is None else kv_cache
         if holder is None:
             raise ValueError("chunk_partition without kv_cache is the stock training forward; call without it")
         latents = hidden_states.transpose(1, 2)
-        cache = self._pipeline_cache(holder, latents, list(chunk_partition))
+        held = self._pipeline_cache(holder, latents, list(chunk_partition))
         text = (encoder_hidden_states, encoder_hidden_states_image)
         sample = None
         if (kv_cache_flag or {}).get("is_cache_step"):
-            for stage in range(len(cache.bounds), len(chunk_partition)):
+            for stage in range(len(held.bounds), len(chunk_partition)):
                 start = sum(chunk_partition[:stage])
                 stop = start + chunk_partition[stage]
-                self._encode_next(latents[:, :, start:stop], timestep[:, start:stop], text, cache)
+                self._encode_next(latents[:, :, start:stop], timestep[:, start:stop], text, held)
         else:
             sample = self.forward_chunk(
-                latents, timestep, text[0], cache, encoder_hidden_states_image=text[1], **conditions
+                latents, timestep, text[0], held, encoder_hidden_states_image=text[1], **conditions
             ).transpose(1, 2)
         return AnyFlowFARTransformerOutput(sample, holder) if return_dict else (sample, holder)
 

@@ -158,6 +158,8 @@ class CausalTransformer(nn.Module):
         attention_kwargs: dict[str, Any] | None = None,
         context: Tensor | None = None,
         context_timestep: Tensor | None = None,
+        cache: FrameCache | None = None,
+        write: bool = False,
         **conditions: Any,
     ) -> Any:
         """Block-causal velocity of a whole clip.
@@ -168,7 +170,12 @@ class CausalTransformer(nn.Module):
         With `context` `[B', C, F, H, W]`, B a multiple of B', every chunk sees the history of
         `context` instead of its own noisy one (teacher forcing): item i reads context item i mod B'.
         `context_timestep` `[B']` or `[B', F]` is its noise level, 0 when left out.
+
+        With `cache` it is `forward_chunk`, in a form that the hooks of offloading see.
         """
+        if cache is not None:
+            conditions["encoder_hidden_states_image"] = encoder_hidden_states_image
+            return self.forward_chunk(hidden_states, timestep, encoder_hidden_states, cache, write=write, **conditions)
         sample = self.through_blocks(
             self.enter(
                 hidden_states,

@@ -15,6 +15,7 @@ from ..export.checkpoint import find_checkpoint, load_checkpoint
 from ..export.manifest import read_manifest
 from ..files import MANIFEST, claim_folder, write_text
 from ..flow import ALL_NOISE
+from ..load import read_config
 from ..recipe.reader import read_yaml
 from ..recipe.schema import Recipe
 from .context import Context
@@ -87,6 +88,16 @@ def load_models(folder: Path, dtype: torch.dtype | None = None, device: torch.de
             f"{folder} is one of several experts, for noise levels {low:g} to {high:g}; give the folder of all of them"
         )
     return [load_checkpoint(folder, dtype, device)]
+
+
+def read_model_config(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Checkpoint folder and configuration of what `load_models` loads, of the first of several experts.
+
+    Raises UserError in one line.
+    """
+    names = list(_experts_of(folder))
+    root, inner = find_checkpoint(folder / names[0] if names else folder)
+    return root, read_config(inner)
 
 
 def _experts_of(folder: Path) -> dict[str, tuple[float, float]]:

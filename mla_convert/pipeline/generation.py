@@ -1,9 +1,12 @@
-"""Stream a video from a checkpoint into a file, chunk by chunk, in constant memory."""
+"""Stream videos from a checkpoint into files or a pipe, chunk by chunk, in constant memory."""
 
 from __future__ import annotations
 
+import functools
+import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,70 +14,263 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..distill.encode.models import load_vae, text_encoder
 from ..distill.progress import Report
-from ..errors import UsageError
-from ..files import atomic_file
+from ..errors import UsageError, UserError
+from ..export.manifest import read_manifest
+from ..files import MANIFEST, atomic_file
 from ..recipe.schema import validate
 from ..run.config import GenerateConfig
-from ..run.sample import DIGITS, embed_prompts, latent_size, load_prompt_embeds, prompt_encoder, rollout
-from ..run.video import check_suffix, save_video, to_frames
-from ..zoo.digits.data import GUIDANCE, SHIFT
-from .experts import load_models
+from ..run.decode import frame_chunks, latent_frames
+from ..run.offload import Offload, place
+from ..run.parts import PICTURES, TEXT, find_parts
+from ..run.prefetch import FrameWriter
+from ..run.prompts import PromptChange, PromptSchedule
+from ..run.sample import (
+    DIGITS,
+    check_latent_size,
+    embed_prompts,
+    latent_size,
+    load_prompt_embeds,
+    prompt_encoder,
+    rollout,
+    to_latent,
+    trained_for,
+)
+from ..run.start import LATENTS, read_start
+from ..run.video import STDOUT, check_suffix
+from .experts import load_models, read_model_config
 
-LATENTS = ".safetensors"
+WAN_TEMPORAL, WAN_SPATIAL = 4, 8
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for beside the keys of GenerateConfig.
+
+    `prompts` are texts, one video each; or `prompt_embeds` is a file with their embeddings. `changes` are
+    the prompts that follow. `components` is a folder or Hub id of the pipeline that has VAE and text encoder.
+    `seconds` is the length in place of `num_frames`; an `endless` video ends with Ctrl-C. `size` is height
+    and width in pixels.
+    """
+
+    prompts: tuple[str, ...] = ()
+    prompt_embeds: Path | None = None
+    changes: tuple[PromptChange, ...] = ()
+    negative_prompt: str | None = None
+    components: str | None = None
+    seconds: float | None = None
+    endless: bool = False
+    size: tuple[int, int] | None = None
+    dtype: str | None = None
+    offload: Offload = "none"
 
 
 def generate_video(
-    folder: Path,
-    out: Path,
-    prompt: str | None,
-    prompt_embeds: Path | None,
-    settings: Mapping[str, Any],
-    dtype: str | None,
-    report: Report,
+    folder: Path, out: Path, request: Request, settings: Mapping[str, Any], report: Report
 ) -> dict[str, Any]:
-    """Roll the model in `folder`, or its experts, out for one prompt, or for its embeddings, and write `out`.
+    """Roll the model in `folder`, or its experts, out for each prompt and write `out`.
 
     `settings` are keys of GenerateConfig; what is left out is what the model was trained for where
-    that is known. A `.safetensors` file gets the latents `[C, F, H, W]`
-    under `latents`; everything else is a picture, which needs a model of pixels. Raises UserError.
+    that is known. A `.safetensors` file gets the latents `[C, F, H, W]` under `latents`, everything else
+    the picture. Several prompts make `NAME-00`, `NAME-01` and so on, with the seeds from `seed` on. One
+    large model is in memory at a time: the text encoder, then the transformer with its VAE.
+
+    An interrupt ends the videos where they are; they are finished and `interrupted` says so. Raises
+    KeyboardInterrupt before the first frame, UserError in one line.
     """
     validate(GenerateConfig, dict(settings))
-    if out.suffix != LATENTS:
-        check_suffix(out)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    models = load_models(folder, None if dtype is None else getattr(torch, dtype), device)
-    model = models[0]
-    if out.suffix != LATENTS and model.config.out_channels not in (1, 3):
-        raise UsageError(f"the model makes latents and has no VAE here; write them to {out.with_suffix(LATENTS)}")
-    if prompt_encoder(model.config) == DIGITS:
-        settings = {"shift": SHIFT, "guidance_scale": GUIDANCE, **settings}
-    config = validate(GenerateConfig, dict(settings))
-    if prompt is not None:
-        embeds = embed_prompts([prompt], prompt_encoder(model.config))
-    else:
-        assert prompt_embeds is not None
-        embeds = load_prompt_embeds(prompt_embeds, model.config.text_dim)[:1]
-    try:
-        model.token_grid(*latent_size(model.config, config))
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+    task = _Task(folder, out, request, settings)
+    embeds, schedule, negative = task.texts()
+    vae = task.vae()
+    start = task.start(vae)
+    models = load_models(folder, None if request.dtype is None else getattr(torch, request.dtype))
+    place(models, vae, task.device, request.offload)
+    config, count = task.config, len(embeds)
+    chunks = rollout(
+        models,
+        embeds,
+        config,
+        lambda done, total: report("generate", done, total),
+        start=start,
+        endless=request.endless,
+        seed=config.seed if count == 1 else [config.seed + index for index in range(count)],
+        negative_hidden_states=negative,
+        prompt_at=schedule,
+        device=task.device,
+    )
     started = time.monotonic()
-    chunks = _first_of_batch(rollout(models, embeds, config, lambda done, total: report("generate", done, total)))
-    if out.suffix == LATENTS:
-        latents = torch.cat(list(chunks), dim=1).contiguous()
-        with atomic_file(out) as temporary:
-            save_file({"latents": latents}, temporary)
-    else:
-        save_video((to_frames(chunk) for chunk in chunks), out, config.fps)
+    paths = [out] if count == 1 else [out.with_name(f"{out.stem}-{index:02d}{out.suffix}") for index in range(count)]
+    write = _write_latents if out.suffix == LATENTS else functools.partial(_write_videos, vae=vae, fps=config.fps)
+    frames, interrupted = write(chunks, paths)
     seconds = time.monotonic() - started
     return {
         "path": str(out),
-        "frames": config.num_frames,
+        "paths": [str(path) for path in paths],
+        "frames": frames,
         "seconds": round(seconds, 3),
-        "frames_per_second": config.num_frames / seconds,
+        "frames_per_second": frames / seconds,
+        "interrupted": interrupted,
     }
 
 
-def _first_of_batch(chunks: Iterator[Tensor]) -> Iterator[Tensor]:
-    return (chunk[0].cpu() for chunk in chunks)
+class _Task:
+    """A request against the model in `folder`: checked before anything large is loaded."""
+
+    def __init__(self, folder: Path, out: Path, request: Request, settings: Mapping[str, Any]) -> None:
+        self.request, self.out = request, out
+        self.root, self.model = read_model_config(folder)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.digits = prompt_encoder(self.model) == DIGITS
+        self.pixels = self.model["out_channels"] in (1, 3)
+        self.temporal, self.spatial = (1, 1) if self.pixels else (WAN_TEMPORAL, WAN_SPATIAL)
+        self.pictures = out.suffix != LATENTS
+        self._check_out()
+        known = {**trained_for(recorded_sampling(self.root), self.digits), **settings}
+        if request.size is not None:
+            known["latent_height"] = to_latent("height", request.size[0], self.spatial)
+            known["latent_width"] = to_latent("width", request.size[1], self.spatial)
+        if request.seconds is not None:
+            if not (math.isfinite(request.seconds) and request.seconds > 0):
+                raise UsageError(f"a video of {request.seconds:g} seconds has no frames; give more than 0")
+            fps = validate(GenerateConfig, known).fps
+            known["num_frames"] = latent_frames(max(1, round(request.seconds * fps)), self.temporal)
+        self.config = validate(GenerateConfig, known)
+        self.height, self.width = latent_size(self.model, self.config)
+        check_latent_size(self.model, self.height, self.width, self.spatial)
+
+    def _check_out(self) -> None:
+        out, request = self.out, self.request
+        if self.pictures:
+            check_suffix(out)
+        if out == STDOUT and len(request.prompts) > 1:
+            raise UsageError("stdout takes one video; give one prompt, or a file")
+        if request.endless and out.suffix.lower() in (LATENTS, ".gif"):
+            raise UsageError(f"a {out.suffix} file is kept in memory until its end; write .mp4, a folder or -")
+
+    def texts(self) -> tuple[Tensor, PromptSchedule | None, Tensor | None]:
+        """Embeddings `[B, L, D]` of the prompts, those that follow, and the negative `[1, L, D]` if there is one."""
+        request, config = self.request, self.config
+        changes, guided = [change.prompt for change in request.changes], config.guidance_scale != 1
+        told = [*request.prompts, *changes]
+        negative = [request.negative_prompt or ""] if guided and (told or request.negative_prompt) else []
+        if self.digits:
+            # The empty prompt of digits is zeros, which is the rollout's own default.
+            negative = [text for text in negative if text]
+        embedded = self._embed([*told, *negative])
+        count = len(request.prompts)
+        if request.prompt_embeds is not None:
+            first = load_prompt_embeds(request.prompt_embeds, self.model["text_dim"])[:1]
+        else:
+            first = torch.stack(embedded[:count])
+        later = [text.unsqueeze(0) for text in embedded[count : len(told)]]
+        times = [change.seconds for change in request.changes]
+        schedule = PromptSchedule(list(zip(times, later, strict=True)), config.fps, self.temporal) if later else None
+        return first, schedule, embedded[-1].unsqueeze(0) if negative else None
+
+    def _embed(self, prompts: Sequence[str]) -> list[Tensor]:
+        if not prompts:
+            return []
+        if self.digits:
+            return list(embed_prompts(prompts, DIGITS))
+        parts = find_parts(self.root, TEXT, self.request.components)
+        if parts is None:
+            raise UsageError(
+                "this checkpoint has no text encoder; give --components, a folder or Hub id of its pipeline, "
+                "or --prompt-embeds, a .safetensors file"
+            )
+        with text_encoder(parts, torch.bfloat16, self.device) as embed:
+            embeds = [embed([prompt])[0].float() for prompt in prompts]
+        wide, wanted = embeds[0].shape[1], self.model["text_dim"]
+        if wide != wanted:
+            raise UserError(f"the text encoder in {parts} makes {wide} numbers a token, the model reads {wanted}")
+        return embeds
+
+    def vae(self) -> Any:
+        """The VAE, on the CPU, where pictures come in or go out of latents; else None."""
+        start = self.config.start
+        if self.pixels or not (self.pictures or (start is not None and Path(start).suffix != LATENTS)):
+            return None
+        parts = find_parts(self.root, PICTURES, self.request.components)
+        if parts is None:
+            raise UsageError(
+                "the model makes latents and this checkpoint has no VAE; give --components, a folder or Hub id of "
+                f"its pipeline, or write {self.out.with_suffix(LATENTS).name if self.out != STDOUT else LATENTS}"
+            )
+        vae = load_vae(parts)
+        if vae.config.z_dim != self.model["out_channels"]:
+            raise UserError(
+                f"the VAE in {parts} has latents of {vae.config.z_dim} channels, the model makes "
+                f"{self.model['out_channels']}; give --components"
+            )
+        return vae
+
+    def start(self, vae: Any) -> Tensor | None:
+        """The clean beginning `[1, C, F0, H, W]`."""
+        path = self.config.start
+        if path is None:
+            return None
+        if vae is not None:
+            vae.to(self.device)
+        start = read_start(Path(path), self.model["in_channels"], self.height, self.width, vae).unsqueeze(0)
+        if vae is not None:
+            vae.to("cpu")
+        return start
+
+
+def recorded_sampling(root: Path) -> dict[str, Any]:
+    """The `generate` section of the recipe that made a checkpoint."""
+    recipe = read_manifest(root).get("recipe") if (root / MANIFEST).is_file() else None
+    return (recipe or {}).get("generate") or {}
+
+
+def _write_latents(chunks: Iterable[Tensor], paths: Sequence[Path]) -> tuple[int, bool]:
+    """Latent frames written, and whether an interrupt ended them."""
+    made: list[Tensor] = []
+    interrupted = False
+    try:
+        made.extend(chunk.cpu() for chunk in chunks)
+    except KeyboardInterrupt:
+        if not made:
+            raise
+        interrupted = True
+    videos = torch.cat(made, dim=2)
+    for path, latents in zip(paths, videos, strict=True):
+        with atomic_file(path) as temporary:
+            save_file({"latents": latents.contiguous()}, temporary)
+    return videos.shape[2], interrupted
+
+
+def _write_videos(chunks: Iterable[Tensor], paths: Sequence[Path], vae: Any, fps: float) -> tuple[int, bool]:
+    """Latent frames written, and whether an interrupt ended them; each file in a thread of its own."""
+    counted = _Counted(chunks)
+    writers = [FrameWriter(path, fps) for path in paths]
+    interrupted = False
+    try:
+        try:
+            for videos in frame_chunks(counted, vae):
+                for writer, frames in zip(writers, videos, strict=True):
+                    writer.put(frames)
+        except KeyboardInterrupt:
+            if not writers[0].frames:
+                raise
+            interrupted = True
+        for writer in writers:
+            writer.close()
+    except BaseException:
+        for writer in writers:
+            writer.abort()
+        raise
+    return counted.frames, interrupted
+
+
+class _Counted:
+    """Chunks of a rollout, and the number of frames in those that were handed out."""
+
+    def __init__(self, chunks: Iterable[Tensor]) -> None:
+        self.chunks, self.frames = chunks, 0
+
+    def __iter__(self) -> Any:
+        for chunk in self.chunks:
+            self.frames += chunk.shape[2]
+            yield chunk

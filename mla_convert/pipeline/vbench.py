@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ..distill.encode import EncodeConfig, encode_prompts
-from ..distill.encode.models import find_pipeline
+from ..distill.encode.models import find_pipeline, load_vae
 from ..distill.progress import Report
 from ..errors import UsageError, UserError
 from ..evaluate.report import REPORT_JSON, write_report
@@ -260,18 +259,13 @@ class Drawing:
         """The VAE that decodes the model's latents; None for a model of pixels."""
         if self.pixels:
             return None
-        from diffusers import AutoencoderKLWan
-
         assert self.vbench.pipeline is not None
         folder, _ = find_pipeline(self.vbench.pipeline, None, config_only=False)
-        try:
-            vae = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=torch.float32)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"cannot load the VAE of {folder}: {str(error).splitlines()[0]}") from None
+        vae = load_vae(folder, self.device)
         channels = self.models[0].config.out_channels
         if vae.config.z_dim != channels:
             raise UserError(f"the VAE of {folder} has latents of {vae.config.z_dim} channels, the model {channels}")
-        return vae.to(self.device).eval()
+        return vae
 
 
 def _scored(

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from ..flow import Sampler, check_steps
 
 
 class GenerateConfig(BaseModel):
     """A streaming rollout of `num_frames` latent frames for each of `prompts`.
 
-    `latent_height` and `latent_width` are needed where the data does not fix them. `shift` warps the
-    denoising times, `context_noise` is the noise level at which a finished chunk is cached. A
+    `latent_height` and `latent_width` are needed where the data does not fix them. A chunk takes
+    `num_inference_steps` steps, or instead one at each of `denoising_steps`, falling noise levels out of
+    1000; `shift` warps them. `sampler` is `euler`, or `renoise` for students that were trained for it
+    (Self-Forcing, Causal-Forcing, LongLive): the clean chunk is predicted and noised anew.
+    `context_noise` is the noise level at which a finished chunk is cached. A
     `guidance_scale` other than 1 is classifier-free guidance against the empty prompt, at twice the
     work and twice the cache. `start` is a file that the video begins with: a .safetensors with clean
     `latents` `[C, F0, H, W]`, or for a model of pixels an image or video; its F0 frames count among
@@ -21,6 +26,8 @@ class GenerateConfig(BaseModel):
     prompts: tuple[str, ...] = ()
     num_frames: int = Field(21, ge=1)
     num_inference_steps: int = Field(8, ge=1)
+    sampler: Sampler = "euler"
+    denoising_steps: tuple[int, ...] | None = None
     shift: float = Field(1.0, gt=0)
     guidance_scale: float = Field(1.0, ge=0)
     context_noise: float = Field(0.0, ge=0, le=1)
@@ -29,3 +36,8 @@ class GenerateConfig(BaseModel):
     fps: int = Field(16, ge=1)
     seed: int = 0
     start: str | None = None
+
+    @field_validator("denoising_steps")
+    @classmethod
+    def _steps_fall(cls, steps: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        return check_steps(steps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import UsageError, UserError
-from ..zoo.digits.data import FRAME, TEXT_DIM, parse_prompt
+from ..export.components import TRAINED_FOR
+from ..zoo.digits.data import FRAME, GUIDANCE, SHIFT, TEXT_DIM, parse_prompt
 from .config import GenerateConfig
 from .start import read_start
-from .stream import stream_chunks
+from .stream import Seeds, stream_chunks
 
 DIGITS = "digits"
 EMBEDS_KEY = "prompt_embeds"
 WAN_480P = (60, 104)
+DIGITS_FPS = 8
 
 
 def prompt_encoder(config: Any) -> str | None:
@@ -31,6 +33,34 @@ def latent_size(config: Any, generate: GenerateConfig) -> tuple[int, int]:
     """Height and width of the latent: as asked for, 16x16 for digits, 480p for Wan."""
     height, width = (FRAME, FRAME) if prompt_encoder(config) == DIGITS else WAN_480P
     return generate.latent_height or height, generate.latent_width or width
+
+
+def trained_for(recorded: Mapping[str, Any], digits: bool) -> dict[str, Any]:
+    """How a model is sampled, in keys of GenerateConfig: what a recipe's section says other than its defaults."""
+    default = GenerateConfig().model_dump(mode="json")
+    known: dict[str, Any] = {"shift": SHIFT, "guidance_scale": GUIDANCE, "fps": DIGITS_FPS} if digits else {}
+    return {**known, **{key: recorded[key] for key in TRAINED_FOR if key in recorded and recorded[key] != default[key]}}
+
+
+def to_latent(name: str, pixels: int, spatial: int) -> int:
+    """A height or width, as `name` says, in latent pixels. Raises UsageError for what the VAE cannot divide."""
+    if pixels < 1 or pixels % spatial:
+        near = max(spatial, round(pixels / spatial) * spatial)
+        raise UsageError(f"a {name} of {pixels} is not a multiple of {spatial}, the VAE's; give {near}")
+    return pixels // spatial
+
+
+def check_latent_size(config: Any, height: int, width: int, spatial: int = 1) -> None:
+    """Raise UsageError unless a model's patches divide a latent; `spatial` is the VAE's factor to pixels."""
+    _, p_h, p_w = config.get("compressed_patch_size") or config["patch_size"]
+    for name, value, patch in (("height", height, p_h), ("width", width, p_w)):
+        if value % patch:
+            near = max(patch, round(value / patch) * patch)
+            pixels = f" ({near * spatial} pixels)" if spatial > 1 else ""
+            raise UsageError(
+                f"a latent of {height}x{width} does not divide into patches of {p_h}x{p_w}; "
+                f"a {name} of {near}{pixels} does"
+            )
 
 
 def embed_prompts(prompts: Sequence[str], encoder: str | None) -> Tensor:
@@ -63,31 +93,39 @@ def rollout(
     embeds: Tensor,
     config: GenerateConfig,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    start: Tensor | None = None,
+    endless: bool = False,
+    seed: Seeds | None = None,
+    **more: Any,
 ) -> Iterator[Tensor]:
     """Latent chunks `[B, C, F, H, W]`, float32, for `embeds` `[B, L, D]`; progress counts frames.
 
-    `model` may be the experts that `stream_chunks` takes. Raises UserError for a start that does not fit.
+    `model` may be the experts that `stream_chunks` takes, and `more` other arguments of it. `start` and
+    `seed` stand in for those of `config`. Raises UserError for a start that does not fit.
     """
     shape = (model[0] if isinstance(model, Sequence) else model).config
     height, width = latent_size(shape, config)
-    start = None
-    if config.start is not None:
+    if start is None and config.start is not None:
         start = read_start(Path(config.start), shape["in_channels"], height, width).unsqueeze(0)
     done = 0
     for chunk in stream_chunks(
         model,
         embeds,
-        config.num_frames,
+        None if endless else config.num_frames,
         height,
         width,
         num_inference_steps=config.num_inference_steps,
         shift=config.shift,
         context_noise=config.context_noise,
-        seed=config.seed,
+        seed=config.seed if seed is None else seed,
         guidance_scale=config.guidance_scale,
         start=start,
+        sampler=config.sampler,
+        denoising_steps=config.denoising_steps,
+        **more,
     ):
         done += chunk.shape[2]
         if progress is not None:
-            progress(done, config.num_frames)
+            progress(done, done if endless else config.num_frames)
         yield chunk

@@ -2,43 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import imageio_ffmpeg
 import numpy as np
 import torch
-from PIL import Image, ImageSequence, UnidentifiedImageError
+from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..distill.encode.frames import to_pixels
+from ..distill.encode.models import encode_pixels
 from ..errors import UsageError, UserError
 
 LATENTS, LATENTS_KEY = ".safetensors", "latents"
 
 
-def read_start(path: Path, channels: int, height: int, width: int) -> Tensor:
-    """Clean latents `[C, F0, H, W]`, float32, to begin a rollout with.
+def read_start(path: Path | Sequence[Image.Image], channels: int, height: int, width: int, vae: Any = None) -> Tensor:
+    """Clean latents `[C, F0, H, W]`, float32, to begin a rollout with, from a file or from pictures.
 
     A `.safetensors` file holds them under `latents`. For pixels, of 1 or 3 channels in [-1, 1], an
     image, a GIF or an mp4 will do: its frames are averaged down, or enlarged, to `height x width`,
     which undoes the enlargement of `save_video`. A GIF has lost the frames that repeat the one before.
-    Raises UserError for a file that cannot be read, UsageError for pictures where the model works on
-    latents.
+    Where the model works on latents, the `vae` encodes the pictures, resized until they cover the video
+    and cut to their centre. Raises UserError for a file that cannot be read, UsageError for pictures
+    without a VAE, and for a number of them that it does not take.
     """
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; --start takes a file")
-    if path.suffix == LATENTS:
-        return _read_latents(path)
+    if isinstance(path, Path):
+        if not path.is_file():
+            raise UserError(f"{path} does not exist; a start is a file")
+        if path.suffix == LATENTS:
+            return _read_latents(path)
+    if vae is not None:
+        return _encoded(path, height, width, vae)
     if channels not in (1, 3):
-        raise UsageError(f"{path}: the model works on latents; encode the picture and give a {LATENTS} file")
+        raise UsageError(f"{_named(path)}: the model works on latents; encode the picture and give a {LATENTS} file")
     mode = "L" if channels == 1 else "RGB"
     frames = [
         np.asarray(picture.convert(mode).resize((width, height), Image.Resampling.BOX)) for picture in _pictures(path)
     ]
     pixels = torch.from_numpy(np.stack(frames)).float().view(len(frames), height, width, channels)
     return (2 * pixels / 255 - 1).permute(3, 0, 1, 2).contiguous()
+
+
+def _named(source: Path | Sequence[Image.Image]) -> str:
+    return str(source) if isinstance(source, Path) else "the start"
+
+
+def _encoded(path: Path | Sequence[Image.Image], height: int, width: int, vae: Any) -> Tensor:
+    temporal, spatial = vae.config.scale_factor_temporal, vae.config.scale_factor_spatial
+    size = (width * spatial, height * spatial)
+    frames = [np.asarray(ImageOps.fit(picture.convert("RGB"), size)) for picture in _pictures(path)]
+    if (len(frames) - 1) % temporal:
+        below = len(frames) - (len(frames) - 1) % temporal
+        raise UsageError(
+            f"{_named(path)} has {len(frames)} frames; the VAE takes one and then {temporal} at a time: "
+            f"give {below} or {below + temporal}"
+        )
+    return encode_pixels(vae, to_pixels(torch.from_numpy(np.stack(frames))).unsqueeze(0))[0].cpu()
 
 
 def _read_latents(path: Path) -> Tensor:
@@ -52,8 +76,11 @@ def _read_latents(path: Path) -> Tensor:
     return tensors[LATENTS_KEY].float()
 
 
-def _pictures(path: Path) -> Iterator[Image.Image]:
+def _pictures(path: Path | Sequence[Image.Image]) -> Iterator[Image.Image]:
     """The frames of an image or a video. Raises UserError."""
+    if not isinstance(path, Path):
+        yield from path
+        return
     try:
         if path.suffix.lower() == ".mp4":
             frames = imageio_ffmpeg.read_frames(str(path))

@@ -3,36 +3,49 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..flow import NUM_TRAIN_TIMESTEPS, add_noise, expert_at, sampling_times
+from ..flow import NUM_TRAIN_TIMESTEPS, Sampler, add_noise, denoising_times, expert_at, next_sample, sampling_times
 from ..mla.window import CausalConfig
+
+Seeds = int | torch.Generator | Sequence[int] | Sequence[torch.Generator]
+OnStep = Callable[[int, int, float, Tensor], Tensor | None]
+PromptAt = Callable[[int], Tensor | None]
 
 
 def stream_chunks(
     model: Any | Sequence[Any],
     encoder_hidden_states: Tensor,
-    num_frames: int,
+    num_frames: int | None,
     height: int,
     width: int,
     num_inference_steps: int = 8,
     shift: float = 1.0,
     context_noise: float = 0.0,
-    seed: int = 0,
+    seed: Seeds = 0,
     guidance_scale: float = 1.0,
     negative_hidden_states: Tensor | None = None,
     start: Tensor | None = None,
+    *,
+    sampler: Sampler = "euler",
+    denoising_steps: Sequence[float] | None = None,
+    prompt_at: PromptAt | None = None,
+    on_step: OnStep | None = None,
+    device: torch.device | None = None,
 ) -> Iterator[Tensor]:
-    """Yield latent chunks `[B, C, F, H, W]`, float32, of a rollout of `num_frames` frames.
+    """Yield latent chunks `[B, C, F, H, W]`, float32, of a rollout of `num_frames` frames; None never ends.
 
-    Every chunk is denoised by `num_inference_steps` Euler steps and then written to the cache by
-    one more pass at noise level `context_noise` (Self-Forcing, arXiv 2506.08009, algorithm 1). A flow
-    map is asked for the mean velocity of each step, and for r = t by the pass that writes.
+    Every chunk is denoised in `num_inference_steps` steps and then written to the cache by one more pass
+    at noise level `context_noise` (Self-Forcing, arXiv 2506.08009, algorithm 1). `denoising_steps`, falling
+    noise levels out of 1000, stand in for evenly spaced ones; the `shift` warps both. `sampler` takes Euler
+    steps, or with `renoise` adds new noise to the predicted clean chunk, as few-step students of
+    Self-Forcing, Causal-Forcing and LongLive are sampled. A flow map is asked for the mean velocity of
+    each step, which for new noise leads down to 0, and for r = t by the pass that writes.
 
     `model` may be several experts, which share the work by their `noise_range` (Wan2.2): each step
     is taken by the expert of its noise level, and a finished chunk is written to the cache of each.
@@ -41,50 +54,96 @@ def stream_chunks(
     `negative_hidden_states` `[1, L, D]`, zeros by default, and its own half of the cache
     (classifier-free guidance, arXiv 2207.12598).
 
+    `seed` draws the noise of the whole batch; a seed, or generator, for each item makes item i the rollout
+    that it is alone.
+
     `start` `[B or 1, C, F0, H, W]` is a clean beginning: its chunks are written to the cache and
     yielded instead of being denoised. Their noise is drawn all the same, so that a rollout which
     starts with the first chunks of another goes on like it. Raises UsageError where `start` does not
     end with a chunk.
+
+    `prompt_at` is asked before every chunk, with the number of its first frame, for another text
+    `[B or 1, L, D]`; None keeps the one before. No text is cached, so what was made before is untouched.
+    `on_step` is told the chunk's first frame, the step, its time and the chunk after it, which what it
+    returns replaces. `device` is where the model computes, where hooks move its weights there and back.
     """
     models = list(model) if isinstance(model, Sequence) else [model]
     batch, channels = encoder_hidden_states.shape[0], models[0].config.in_channels
     experts = [
-        _Expert(one, encoder_hidden_states, negative_hidden_states, guidance_scale, height, width) for one in models
+        _Expert(one, encoder_hidden_states, negative_hidden_states, guidance_scale, height, width, device)
+        for one in models
     ]
-    device, causal = models[0].device, models[0].causal
+    device, causal = experts[0].device, models[0].causal
     if start is not None:
         check_start(start, causal, num_frames, (channels, height, width))
         start = start.to(device, torch.float32).expand(batch, -1, -1, -1, -1)
-    generator = torch.Generator().manual_seed(seed)
+    generators = _generators(seed, batch)
     times = sampling_times(num_inference_steps, shift)
-    for first, stop in causal.chunks(num_frames):
+    if denoising_steps is not None:
+        times = denoising_times(denoising_steps, shift)
+    for first, stop in chunk_ranges(causal, num_frames):
         shape = (batch, channels, stop - first, height, width)
-        x = torch.randn(shape, generator=generator).to(device)
+        text = None if prompt_at is None else prompt_at(first)
+        if text is not None:
+            for expert in experts:
+                expert.set_text(text)
+        given = start is not None and stop <= start.shape[2]
+        x = _noise(shape, generators).to(device)
         with torch.no_grad():
-            if start is not None and stop <= start.shape[2]:
+            for index, (t, t_next) in enumerate(itertools.pairwise(times)):
+                noise = _noise(shape, generators).to(device) if sampler == "renoise" and t_next > 0 else None
+                if given:
+                    continue
+                target = t_next if sampler == "euler" else times[-1]
+                v = _expert_for(experts, float(t)).velocity(x, float(t), float(target))
+                x = next_sample(x, v, t, t_next, noise)
+                changed = None if on_step is None else on_step(first, index, float(t), x)
+                x = x if changed is None else changed
+            if given:
+                assert start is not None
                 x = start[:, :, first:stop]
-            else:
-                for t, t_next in itertools.pairwise(times):
-                    v = _expert_for(experts, float(t)).velocity(x, float(t), float(t_next))
-                    x = x + (t_next - t).to(device) * v
             t_context = torch.full((batch,), float(context_noise), device=device)
             context = x
             if context_noise > 0:
-                noise = torch.randn(shape, generator=generator).to(device)
-                context = add_noise(x, noise, t_context)
+                context = add_noise(x, _noise(shape, generators).to(device), t_context)
             for expert in experts:
                 expert.write(context, t_context)
         yield x
 
 
-def check_start(start: Tensor, causal: CausalConfig, num_frames: int, shape: tuple[int, int, int]) -> None:
+def chunk_ranges(causal: CausalConfig, num_frames: int | None) -> Iterator[tuple[int, int]]:
+    """Half-open frame ranges of the chunks of a rollout; None goes on for ever."""
+    if num_frames is not None:
+        yield from causal.chunks(num_frames)
+        return
+    stop = 0
+    while True:
+        first, stop = stop, causal.chunk_end(stop)
+        yield first, stop
+
+
+def _generators(seed: Seeds, batch: int) -> list[torch.Generator]:
+    """One generator for the whole batch, or one an item. Raises ValueError for another number of them."""
+    seeds: list[Any] = list(seed) if isinstance(seed, Sequence) else [seed]
+    if isinstance(seed, Sequence) and len(seeds) != batch:
+        raise ValueError(f"{len(seeds)} seeds do not fit a batch of {batch}")
+    return [one if isinstance(one, torch.Generator) else torch.Generator().manual_seed(one) for one in seeds]
+
+
+def _noise(shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:
+    if len(generators) == 1:
+        return torch.randn(shape, generator=generators[0], device=generators[0].device)
+    return torch.cat([torch.randn((1, *shape[1:]), generator=one, device=one.device) for one in generators])
+
+
+def check_start(start: Tensor, causal: CausalConfig, num_frames: int | None, shape: tuple[int, int, int]) -> None:
     """Raise UsageError unless a rollout of `shape` (C, H, W) can begin with `start` `[B, C, F0, H, W]`."""
     channels, frames, height, width = start.shape[1:]
     if (channels, height, width) != shape:
         given, wanted = (f"{c} channels of {h}x{w}" for c, h, w in ((channels, height, width), shape))
         raise UsageError(f"the start has {given}, the rollout {wanted}; give the latent size of the start")
-    ends = [stop for _, stop in causal.chunks(num_frames)]
-    if frames > num_frames:
+    ends = [stop for _, stop in causal.chunks(num_frames or frames + 4 * causal.num_frames_per_block)]
+    if num_frames is not None and frames > num_frames:
         raise UsageError(f"the start has {frames} frames, more than the {num_frames} of the rollout; raise num_frames")
     if frames not in ends:
         shown = ", ".join(map(str, ends[:4])) + (", ..." if len(ends) > 4 else "")
@@ -95,15 +154,28 @@ class _Expert:
     """A model with its cache; with guidance the batch has a second half for the negative prompt."""
 
     def __init__(
-        self, model: Any, text: Tensor, negative: Tensor | None, guidance_scale: float, height: int, width: int
+        self,
+        model: Any,
+        text: Tensor,
+        negative: Tensor | None,
+        guidance_scale: float,
+        height: int,
+        width: int,
+        device: torch.device | None,
     ) -> None:
         self.model, self.guidance_scale = model, guidance_scale
+        self.device = device or model.device
         self.copies = 1 if guidance_scale == 1 else 2
-        self.text = text.to(model.device, model.dtype)
+        self.batch, self.negative = len(text), negative
+        self.set_text(text)
+        self.cache = model.init_cache(len(self.text), height, width, device=self.device)
+
+    def set_text(self, text: Tensor) -> None:
+        """The prompts `[B or 1, L, D]` of the passes to come."""
+        self.text = text.to(self.device, self.model.dtype).expand(self.batch, -1, -1)
         if self.copies == 2:
-            negative = torch.zeros_like(self.text) if negative is None else negative.to(self.text)
+            negative = torch.zeros_like(self.text) if self.negative is None else self.negative.to(self.text)
             self.text = torch.cat([self.text, negative.expand_as(self.text)])
-        self.cache = model.init_cache(len(self.text), height, width)
 
     def velocity(self, x: Tensor, t: float, r: float) -> Tensor:
         """Velocity `[B, C, F, H, W]`, float32, at noise level t; of a flow map the mean one down to r."""
@@ -120,11 +192,13 @@ class _Expert:
         self._run(x, timestep, timestep, write=True)
 
     def _run(self, x: Tensor, timestep: Tensor, r_timestep: Tensor, write: bool) -> Tensor:
+        """A pass of the model, the one place where a rollout calls it."""
         model = self.model
-        x = x.to(model.device, model.dtype).repeat(self.copies, 1, 1, 1, 1)
-        timestep, r_timestep = (time.to(model.device).repeat(self.copies) for time in (timestep, r_timestep))
+        x = x.to(self.device, model.dtype).repeat(self.copies, 1, 1, 1, 1)
+        timestep, r_timestep = (time.to(self.device).repeat(self.copies) for time in (timestep, r_timestep))
         conditions = {"r_timestep": r_timestep} if model.flow_map else {}
-        out: Tensor = model.forward_chunk(x, timestep, self.text, self.cache, write=write, **conditions)
+        # By the call, not by `forward_chunk`: hooks that bring weights to the device see calls alone.
+        out: Tensor = model(x, timestep, self.text, cache=self.cache, write=write, **conditions)
         return out
 
 

@@ -1,4 +1,4 @@
-"""Pictures out of a rollout: frames in [0, 1], written as mp4, gif or a folder of PNG files.
+"""Pictures out of a rollout: frames in [0, 1], written as mp4, gif, a folder of PNG files, or to a pipe.
 
 Frames are float32 `[F, H, W, 3]`, F video frames of H x W pixels.
 """
@@ -26,8 +26,11 @@ from ..files import atomic_file, atomic_folder
 Frames = NDArray[np.float32]
 
 SUFFIXES = (".mp4", ".gif")
+STDOUT = Path("-")
 MIN_PIXELS = 256
 _MACROBLOCK = 16
+# A fragment begins with every key frame, and a key frame comes with every second.
+_FRAGMENTED = "-movflags +frag_keyframe+empty_moov+default_base_moof -tune zerolatency -flush_packets 1"
 _GAP, _LABEL, _INK, _PAPER = 8, 24, 0.9, 0.2
 
 
@@ -39,12 +42,8 @@ def to_frames(video: Tensor, vae: Any = None) -> Frames:
     without a VAE.
     """
     if vae is not None:
-        mean, std = (
-            torch.tensor(vae.config[key], device=vae.device, dtype=vae.dtype).view(1, -1, 1, 1, 1)
-            for key in ("latents_mean", "latents_std")
-        )
         with torch.no_grad():
-            video = vae.decode(video.unsqueeze(0).to(vae.device, vae.dtype) * std + mean).sample[0]
+            video = vae.decode(denormalised(vae, video.unsqueeze(0))).sample[0]
     channels = video.shape[0]
     if channels not in (1, 3):
         raise UsageError(f"latents of {channels} channels are not a picture; give the VAE that decodes them")
@@ -54,8 +53,19 @@ def to_frames(video: Tensor, vae: Any = None) -> Frames:
     return np.ascontiguousarray(pixels.permute(1, 2, 3, 0).cpu().numpy())
 
 
+def denormalised(vae: Any, latents: Tensor) -> Tensor:
+    """Latents `[B, C, F, H, W]` of a transformer as the `vae` decodes them, in its dtype and on its device."""
+    mean, std = (
+        torch.tensor(vae.config[key], device=vae.device, dtype=vae.dtype).view(1, -1, 1, 1, 1)
+        for key in ("latents_mean", "latents_std")
+    )
+    return latents.to(vae.device, vae.dtype) * std + mean
+
+
 def check_suffix(path: Path) -> None:
     """Raise UsageError unless `save_video` can write `path`; call it before a long rollout."""
+    if path == STDOUT:
+        return
     if path.suffix.lower() not in (*SUFFIXES, ""):
         raise UsageError(f"cannot write {path}: use .mp4, .gif, or a name without suffix for a folder of PNG files")
     if path.suffix == "" and path.is_dir() and any(not _is_frame(file) for file in path.iterdir()):
@@ -65,8 +75,10 @@ def check_suffix(path: Path) -> None:
 def save_video(frames: Frames | Iterable[Frames], path: Path, fps: float, min_pixels: int = MIN_PIXELS) -> None:
     """Write frames, or an iterator over chunks of them, as `path`'s suffix says; equal input gives equal bytes.
 
-    Frames with a side below `min_pixels` are enlarged by a whole factor, pixel by pixel. Raises
-    UsageError for an unknown suffix, UserError when the disk is full; nothing is left half-written.
+    `-` is stdout, which gets a fragmented mp4 that can be played while it grows. Frames with a side below
+    `min_pixels` are enlarged by a whole factor, pixel by pixel. Raises UsageError for an unknown suffix,
+    UserError when the disk is full; nothing is left half-written.
+    Raises BrokenPipeError when nobody reads stdout any more.
     """
     check_suffix(path)
     chunks: Iterator[Frames] = iter([frames] if isinstance(frames, np.ndarray) else frames)
@@ -76,9 +88,11 @@ def save_video(frames: Frames | Iterable[Frames], path: Path, fps: float, min_pi
     factor = scale_factor(first.shape[1], first.shape[2], min_pixels)
     images = (_to_uint8(frame, factor) for chunk in itertools.chain([first], chunks) for frame in chunk)
     match path.suffix.lower():
+        case _ if path == STDOUT:
+            _write_mp4(images, "pipe:1", fps, _FRAGMENTED)
         case ".mp4":
             with atomic_file(path) as temporary:
-                _write_mp4(images, temporary, fps)
+                _write_mp4(images, str(temporary), fps, "-movflags +faststart")
         case ".gif":
             with atomic_file(path) as temporary:
                 _write_gif(images, temporary, fps)
@@ -150,10 +164,11 @@ def _to_uint8(frame: Frames, factor: int) -> NDArray[np.uint8]:
     return _enlarge((frame.clip(0, 1) * 255).round().astype(np.uint8), factor)
 
 
-def _write_mp4(images: Iterable[NDArray[np.uint8]], path: Path, fps: float) -> None:
+def _write_mp4(images: Iterable[NDArray[np.uint8]], target: str, fps: float, container: str) -> None:
     """H.264 in yuv420p, which every browser and player shows; odd sides get one repeated line.
 
-    One encoder thread and no metadata, so that the bytes depend on the frames alone.
+    One encoder thread and no metadata, so that the bytes depend on the frames alone. `container` are
+    ffmpeg's arguments for the kind of mp4.
     """
     images = iter(images)
     first = next(images)
@@ -163,10 +178,12 @@ def _write_mp4(images: Iterable[NDArray[np.uint8]], path: Path, fps: float) -> N
         -v error -xerror -y -f rawvideo -pix_fmt rgb24 -s {width + width % 2}x{height + height % 2} -r {fps} -i -
         -an -c:v libx264 -crf 16 -threads 1 -pix_fmt yuv420p -vf scale=out_color_matrix=bt709:out_range=tv
         -colorspace bt709 -color_primaries bt709 -color_trc bt709 -color_range tv
-        -map_metadata -1 -fflags +bitexact -flags:v +bitexact -movflags +faststart -f mp4
+        -map_metadata -1 -fflags +bitexact -flags:v +bitexact -g {max(1, round(fps)) if target == "pipe:1" else 250}
+        {container} -f mp4
     """
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), *arguments.split(), str(path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), *arguments.split(), target]
+    # In a session of its own, so that Ctrl-C in a terminal reaches this process alone.
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) as process:
         assert process.stdin is not None
         try:
             for image in itertools.chain([first], images):
@@ -181,6 +198,8 @@ def _write_mp4(images: Iterable[NDArray[np.uint8]], path: Path, fps: float) -> N
         text = message.decode(errors="replace").strip()
         if "No space left on device" in text:
             raise OSError(errno.ENOSPC, "No space left on device")
+        if "Broken pipe" in text:
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
         last = text.splitlines()[-1] if text else f"exit code {process.returncode}"
         raise UserError(f"ffmpeg could not encode the video: {last}")
 

@@ -71,52 +71,64 @@ def check_size(folder: Path, frames: int, height: int, width: int) -> None:
             )
 
 
+@torch.no_grad()
+def encode_text(
+    tokenizer: Any, encoder: Any, prompts: list[str], device: torch.device, tokens: int = TEXT_TOKENS
+) -> Tensor:
+    """Embeddings `[B, tokens, D]` of prompts, as `WanPipeline` makes them: cleaned, zeros behind each prompt."""
+    from diffusers import WanPipeline
+
+    embeds: Tensor
+    embeds, _ = WanPipeline(tokenizer, encoder, None, None).encode_prompt(
+        prompts, do_classifier_free_guidance=False, max_sequence_length=tokens, device=device
+    )
+    return embeds
+
+
 @contextlib.contextmanager
 def text_encoder(folder: Path, dtype: torch.dtype, device: torch.device) -> Iterator[Callable[[list[str]], Tensor]]:
     """A function from B prompts to embeddings `[B, 512, D]` in `dtype`, zeros behind each prompt; freed at the end."""
-    from diffusers import WanPipeline
     from transformers import AutoTokenizer, UMT5EncoderModel
 
     with _explained(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER)
         encoder = UMT5EncoderModel.from_pretrained(folder / TEXT_ENCODER, dtype=dtype).to(device).eval()
-    pipeline = WanPipeline(tokenizer, encoder, None, None)
-
-    def embed(prompts: list[str]) -> Tensor:
-        with torch.no_grad():
-            embeds, _ = pipeline.encode_prompt(
-                prompts, do_classifier_free_guidance=False, max_sequence_length=TEXT_TOKENS, device=device
-            )
-        return embeds.to("cpu", dtype)
-
     try:
-        yield embed
+        yield lambda prompts: encode_text(tokenizer, encoder, prompts, device).to("cpu", dtype)
     finally:
         _free(encoder)
+
+
+def load_vae(folder: Path, device: torch.device | str = "cpu") -> Any:
+    """The VAE of a pipeline, in float32, as diffusers advises for Wan. Raises UserError."""
+    from diffusers import AutoencoderKLWan
+
+    with _explained(folder):
+        vae: Any = AutoencoderKLWan.from_pretrained(folder / VAE, torch_dtype=torch.float32)
+    return vae.to(device).eval()
+
+
+def encode_pixels(vae: Any, pixels: Tensor) -> Tensor:
+    """Latents `[B, C, f, h, w]` as a transformer takes them, of pixels `[B, 3, F, H, W]` in [-1, 1]."""
+    mean, std = (
+        torch.tensor(vae.config[key], device=vae.device).view(1, -1, 1, 1, 1) for key in ("latents_mean", "latents_std")
+    )
+    # The same algorithm at every call, so that a resumed run gives the same bytes.
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+        mode = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
+    latents: Tensor = (mode - mean) * (1.0 / std)
+    return latents
 
 
 @contextlib.contextmanager
 def video_encoder(folder: Path, device: torch.device) -> Iterator[Callable[[Tensor], Tensor]]:
     """A function from pixels `[B, 3, F, H, W]` in [-1, 1] to latents `[B, C, f, h, w]`; both float32 on the CPU.
 
-    The VAE computes in float32, as diffusers advises for Wan, and is freed at the end.
+    The VAE computes in float32, and is freed at the end.
     """
-    from diffusers import AutoencoderKLWan
-
-    with _explained(folder):
-        vae: Any = AutoencoderKLWan.from_pretrained(folder / VAE, torch_dtype=torch.float32).to(device).eval()
-    mean, std = (
-        torch.tensor(vae.config[key], device=device).view(1, -1, 1, 1, 1) for key in ("latents_mean", "latents_std")
-    )
-
-    def encode(pixels: Tensor) -> Tensor:
-        # The same algorithm at every call, so that a resumed run gives the same bytes.
-        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
-            mode = vae.encode(pixels.to(device)).latent_dist.mode()
-        return ((mode - mean) * (1.0 / std)).cpu()
-
+    vae = load_vae(folder, device)
     try:
-        yield encode
+        yield lambda pixels: encode_pixels(vae, pixels).cpu()
     finally:
         _free(vae)
 

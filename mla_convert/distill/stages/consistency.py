@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ...flow import add_noise, over_frames, per_frame, sampling_times, to_clean, velocity
+from ...flow import add_noise, denoising_times, over_frames, per_frame, sampling_times, to_clean, velocity
 from ..data import Batch, Data
 from ..objective import NoisedClips, predict_velocity
 from .base import AVERAGE, START, Models, Stage
-from .guided import GuidedStageConfig, check_few_step, denoising_times, guided_velocity, negative_text
+from .guided import GuidedStageConfig, check_few_step, guided_velocity, negative_text
 
 
 class ConsistencyConfig(GuidedStageConfig):

@@ -16,13 +16,13 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from ...errors import UserError
-from ...flow import add_noise, shift_time, to_clean, velocity
+from ...flow import Sampler, add_noise, denoising_times, shift_time, to_clean, velocity
 from ...mla.window import CausalConfig
 from ..data import Batch, Data
 from ..objective import NoisedClips, predict_velocity
 from ..rollout import self_rollout
 from .base import Models, SecondNetwork, Stage
-from .guided import GuidedStageConfig, check_few_step, denoising_times, guided_velocity, negative_text
+from .guided import GuidedStageConfig, check_few_step, guided_velocity, negative_text
 
 FAKE_SCORE = "fake_score"
 
@@ -31,8 +31,9 @@ class DMDConfig(GuidedStageConfig):
     """Keys of `dmd`, beside those of stages with a guided teacher.
 
     The student rolls out `rollout_frames` frames (those of a clip when null), which may exceed its window,
-    and caches finished chunks at noise level `context_noise`. Scores see `score_frames` of them (all
-    when null): the `last`, or a `random` window.
+    and caches finished chunks at noise level `context_noise`. `sampler` leads from one of `denoising_steps`
+    to the next, by Euler steps or new noise; it has to be the one that `generate` uses. Scores see
+    `score_frames` of the frames (all when null): the `last`, or a `random` window.
 
     `real_score` names the frozen network of the real score, the run's dense `teacher` or a network
     `real_score` of its own; the fake score begins as a copy of it. With `score_attention:
@@ -49,6 +50,7 @@ class DMDConfig(GuidedStageConfig):
     stage: Literal["dmd"] = "dmd"
     betas: tuple[float, float] = (0.0, 0.999)
     denoising_steps: tuple[int, ...] = (1000, 750, 500, 250)
+    sampler: Sampler = "euler"
     rollout_frames: int | None = Field(None, ge=1)
     context_noise: float = Field(0.0, ge=0, le=1)
     real_score: Literal["teacher", "real_score"] = "teacher"
@@ -144,6 +146,7 @@ class DMD(Stage[DMDConfig]):
             self._exit_step,
             generator,
             context_noise=config.context_noise,
+            sampler=config.sampler,
             gradient_from=start,
         )
         return videos[:, :, start:]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ...errors import UserError
-from ...flow import ALL_NOISE, NUM_TRAIN_TIMESTEPS, shift_time
+from ...flow import ALL_NOISE, check_steps
 from ..objective import NoisedClips, predict_velocity
 from .base import StageConfig
 
@@ -37,22 +36,7 @@ class GuidedStageConfig(StageConfig):
     @field_validator("denoising_steps")
     @classmethod
     def _steps_fall(cls, steps: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        if steps is None:
-            return None
-        falling = all(a > b for a, b in itertools.pairwise(steps))
-        if not steps or not falling or steps[0] > NUM_TRAIN_TIMESTEPS or steps[-1] < 1:
-            raise ValueError(
-                f"denoising_steps fall from at most {NUM_TRAIN_TIMESTEPS} to at least 1, got {list(steps)}"
-            )
-        return steps
-
-
-def denoising_times(steps: tuple[int, ...], shift: float) -> Tensor:
-    """The shifted times of `denoising_steps` and 0 behind them: float32 `[len(steps) + 1]`.
-
-    `1000, 750, 500, 250` are those of four steps of `generate` with the same shift.
-    """
-    return shift_time(torch.tensor([*steps, 0], dtype=torch.float32) / NUM_TRAIN_TIMESTEPS, shift)
+        return check_steps(steps)
 
 
 def negative_text(path: str | None, text: Tensor) -> Tensor:

@@ -1,0 +1,151 @@
+"""`generate`: a video of any length from a model in a folder."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from ..errors import UsageError
+from .models import Model, parse_size
+from .output import Json, print_result, stderr
+
+INTERRUPTED = 130
+
+
+def generate(
+    model: Model,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "-o", help="An .mp4 or .gif, .safetensors for latents, a folder, or - for an mp4 on stdout."
+        ),
+    ],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Such as '7 at 2,1 moving up-left'; repeatable, a video each.")
+    ] = None,
+    prompt_embeds: Annotated[
+        Path | None, typer.Option(help="A .safetensors file with prompt_embeds [L, D], for models with a text encoder.")
+    ] = None,
+    prompt_at: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SECONDS:TEXT", help="Another prompt from then on, such as '5:a cat sits'; repeatable."),
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A YAML or .jsonl file of entries with seconds and prompt.")
+    ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What guidance leads away from; the empty prompt by default.")
+    ] = None,
+    components: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE", help="Folder or Hub id of the pipeline whose VAE and text encoder to use."),
+    ] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Latent frames; any number, 21 by default.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Length in seconds, in place of --frames.")] = None,
+    endless: Annotated[bool, typer.Option("--endless", help="Go on until Ctrl-C.")] = False,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps a chunk.")] = None,
+    sampler: Annotated[
+        Literal["euler", "renoise"] | None,
+        typer.Option(help="Euler steps, or new noise between steps for few-step students."),
+    ] = None,
+    denoising_steps: Annotated[
+        str | None, typer.Option(metavar="T,T,...", help="Noise levels out of 1000 instead, such as 1000,750,500,250.")
+    ] = None,
+    shift: Annotated[float | None, typer.Option(min=0, help="Timestep shift; Wan was trained with 5.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(min=0, help="Classifier-free guidance, 1 for none.")] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(help="Begin with this: an image, a video, or .safetensors with latents [C, F, H, W]."),
+    ] = None,
+    context_noise: Annotated[float | None, typer.Option(min=0, max=1, help="Noise level of cached chunks.")] = None,
+    size: Annotated[str | None, typer.Option(metavar="HxW", help="Height and width in pixels.")] = None,
+    latent_size: Annotated[str | None, typer.Option(metavar="HxW", help="Height and width of the latent.")] = None,
+    fps: Annotated[int | None, typer.Option(min=1, help="Frames a second; 8 for digits, 16 for others.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise; further prompts have those after it.")] = 0,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Data type; that of DIR by default.")
+    ] = None,
+    offload: Annotated[
+        Literal["none", "model", "group"],
+        typer.Option(help="For small GPUs: one model there at a time, or one block of the transformer."),
+    ] = "none",
+    as_json: Json = False,
+) -> None:
+    """Stream a video of any length, in constant memory; Ctrl-C ends it and finishes the file.
+
+    Steps, sampler, shift, guidance and frame rate are by default those of the recipe that made the model.
+    """
+    if prompt_embeds is not None and prompt:
+        raise UsageError("give --prompt or --prompt-embeds, one of the two")
+    if not (prompt or prompt_embeds or prompts):
+        raise UsageError("give --prompt or --prompt-embeds, one of the two, or --prompts with what comes at 0 seconds")
+    if [frames is None, seconds is None, not endless].count(False) > 1:
+        raise UsageError("give one of --frames, --seconds and --endless")
+    if size is not None and latent_size is not None:
+        raise UsageError("give --size or --latent-size, one of the two")
+    if str(out) == "-":
+        if as_json:
+            raise UsageError("--json prints on stdout, which `--out -` fills with the video; choose a file")
+        if sys.stdout.isatty():
+            raise UsageError("stdout is a terminal; pipe the video into a player or a file")
+    settings: dict[str, Any] = {
+        "num_frames": frames,
+        "num_inference_steps": steps,
+        "sampler": sampler,
+        "denoising_steps": None if denoising_steps is None else parse_steps(denoising_steps),
+        "shift": shift,
+        "guidance_scale": guidance_scale,
+        "context_noise": context_noise,
+        "fps": fps,
+        "seed": seed,
+        "start": None if start is None else str(start),
+    }
+    if latent_size is not None:
+        settings["latent_height"], settings["latent_width"] = parse_size(latent_size)
+    settings = {key: value for key, value in settings.items() if value is not None}
+    if steps is not None and denoising_steps is None:
+        # Those of the recipe give way.
+        settings["denoising_steps"] = None
+    with stderr().status("loading PyTorch"):
+        from ..distill.progress import progress_bars
+        from ..pipeline.generation import Request, generate_video
+        from ..pipeline.prompts import in_order, parse_change, read_prompts
+
+    changes = [parse_change(text) for text in prompt_at or []] + (read_prompts(prompts) if prompts else [])
+    changes, told = in_order(changes), tuple(prompt or ())
+    if not told and prompt_embeds is None:
+        if changes[0].seconds > 0:
+            raise UsageError(f"{prompts} says nothing for 0 seconds; give --prompt for the beginning")
+        told, changes = (changes[0].prompt,), changes[1:]
+    request = Request(
+        prompts=told,
+        prompt_embeds=prompt_embeds,
+        changes=tuple(changes),
+        negative_prompt=negative_prompt,
+        components=components,
+        seconds=seconds,
+        endless=endless,
+        size=None if size is None else parse_size(size),
+        dtype=dtype,
+        offload=offload,
+    )
+    with progress_bars(stderr()) as report:
+        result = generate_video(model, out, request, settings, report)
+    speed = f"{result['frames']} latent frames, {result['frames_per_second']:.1f} a second"
+    if str(out) == "-":
+        stderr().print(f"wrote stdout: {speed}")
+    else:
+        print_result(as_json, result, f"wrote {', '.join(result['paths'])}: {speed}")
+    if result["interrupted"]:
+        raise typer.Exit(INTERRUPTED)
+
+
+def parse_steps(text: str) -> list[int]:
+    """Noise levels in `1000,750,500,250`. Raises UsageError."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise UsageError(f"{text!r} are no denoising steps; write falling whole numbers such as 1000,750,500,250")
+    return [int(part) for part in parts]

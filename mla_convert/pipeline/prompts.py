@@ -1,0 +1,83 @@
+"""Prompts that change on the way, from the command line or a file."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError, UserError
+from ..recipe.reader import read_yaml
+from ..recipe.schema import validate
+from ..run.prompts import PromptChange
+
+KEYS = "seconds and prompt"
+
+
+def read_prompts(path: Path) -> list[PromptChange]:
+    """The entries of a prompts file: a YAML list, or JSON lines, with `seconds` and `prompt` each.
+
+    Raises UserError for a file that cannot be read, UsageError for one that is empty or says something else.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read prompts from {path}: {getattr(error, 'strerror', None) or error}") from None
+    entries = _json_lines(path, text) if path.suffix.lower() == ".jsonl" else _yaml_list(path, text)
+    if not entries:
+        raise UsageError(f"{path} has no prompts; write a list of {KEYS}")
+    return in_order([_change(f"{path}, entry {number}", entry) for number, entry in enumerate(entries, 1)])
+
+
+def in_order(changes: Sequence[PromptChange]) -> list[PromptChange]:
+    """The changes by time. Raises UsageError where two come at once."""
+    ordered = sorted(changes, key=lambda change: change.seconds)
+    times = [change.seconds for change in ordered]
+    twice = next((time for time, later in itertools.pairwise(times) if time == later), None)
+    if twice is not None:
+        raise UsageError(f"two prompts begin at {twice:g} seconds; leave one out")
+    return ordered
+
+
+def _change(where: str, entry: Any) -> PromptChange:
+    if not isinstance(entry, dict):
+        raise UsageError(f"{where}: {entry!r} is not an entry with {KEYS}")
+    try:
+        return validate(PromptChange, entry)
+    except UserError as error:
+        raise UsageError(f"{where}: {error}") from None
+
+
+def _yaml_list(path: Path, text: str) -> list[Any]:
+    try:
+        found = read_yaml(text)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+    if found is not None and not isinstance(found, list):
+        raise UsageError(f"{path} holds no list; write a list of entries with {KEYS}")
+    return found or []
+
+
+def _json_lines(path: Path, text: str) -> list[Any]:
+    entries = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                entries.append(json.loads(line))
+            except ValueError as error:
+                raise UsageError(f"{path}, line {number}: not valid JSON: {error}") from None
+    return entries
+
+
+def parse_change(text: str) -> PromptChange:
+    """A change in `SECONDS:TEXT`. Raises UsageError."""
+    seconds, colon, prompt = text.partition(":")
+    try:
+        at = float(seconds)
+    except ValueError:
+        colon = ""
+    if not (colon and prompt.strip()):
+        raise UsageError(f"{text!r} is no prompt with a time; write SECONDS:TEXT, such as '5:a cat sits'")
+    return _change(f"--prompt-at {text!r}", {"seconds": at, "prompt": prompt.strip()})

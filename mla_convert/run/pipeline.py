@@ -1,0 +1,368 @@
+"""`StreamingMLAPipeline`: a converted or dense causal model for users of diffusers.
+
+Importing this module makes the class an attribute of `diffusers`, where a checkpoint's model_index.json
+looks for it; `from mla_convert import StreamingMLAPipeline` does.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from diffusers.video_processor import VideoProcessor
+from PIL import Image
+from torch import Tensor
+
+from ..distill.encode.models import TEXT_TOKENS, encode_text
+from ..errors import UsageError, UserError
+from ..flow import Sampler, check_steps
+from ..zoo.digits.data import FRAME
+from .config import GenerateConfig
+from .decode import StreamingDecoder, latent_frames
+from .loading import load_arguments
+from .prefetch import prefetch
+from .prompts import PromptSchedule
+from .sample import DIGITS, WAN_480P, check_latent_size, embed_prompts, prompt_encoder, to_latent, trained_for
+from .start import read_start
+from .stream import chunk_ranges, stream_chunks
+
+OutputType = Literal["np", "pt", "pil", "latent"]
+Frames = Any
+Start = Tensor | str | Path | Image.Image | Sequence[Image.Image]
+DEFAULT_LATENT_FRAMES = 21
+
+
+@dataclass
+class StreamingPipelineOutput(BaseOutput):
+    """`frames` of a batch: float32 `[B, F, H, W, 3]` for `np`, `[B, F, 3, H, W]` for `pt`, both in [0, 1]; for `pil`
+    a list of images an item; for `latent` `[B, C, F, h, w]`.
+    """
+
+    frames: Frames
+
+
+class StreamingMLAPipeline(DiffusionPipeline):
+    """Video of any length, chunk by chunk, from a transformer with `forward_chunk`.
+
+    `transformer` is a model of this package. `vae` (`AutoencoderKLWan`) decodes where it makes latents;
+    `text_encoder` (UMT5) and `tokenizer` read prompts where `prompt_format` is not `digits`. A
+    `scheduler` is kept but not used: chunks are denoised by `sampler`. `sampling` are keys of a recipe's
+    `generate` section that the model was trained for; they are the defaults of a call.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _optional_components = ["vae", "text_encoder", "tokenizer", "scheduler"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        transformer: Any,
+        vae: Any = None,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+        scheduler: Any = None,
+        prompt_format: str | None = None,
+        sampling: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if not hasattr(transformer, "forward_chunk"):
+            raise ValueError(f"{type(transformer).__name__} does not stream; load it with mla_convert's class for it")
+        self.register_modules(
+            transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler
+        )
+        self.register_to_config(prompt_format=prompt_format, sampling=sampling)
+        self._interrupt = False
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
+        """Load an export, checkpoint, run or transformer folder, or a repository on the Hub.
+
+        Arguments are those of diffusers. Without `torch_dtype` the transformer keeps its stored dtype,
+        the VAE gets float32 and the text encoder bfloat16. Parts that the checkpoint only names are
+        loaded from where it names them; pass None for one to do without. Raises UserError in one line.
+        """
+        folder, arguments = load_arguments(cls, pretrained_model_name_or_path, kwargs)
+        return cls(**arguments) if folder is None else super().from_pretrained(folder, **arguments)
+
+    @property
+    def digits(self) -> bool:
+        """Whether prompts are those of the embedded digits model, which need no text encoder."""
+        known = self.config.prompt_format or prompt_encoder(self.transformer.config)
+        return bool(known == DIGITS)
+
+    @property
+    def pixels(self) -> bool:
+        """Whether the transformer makes pixels, not latents."""
+        return self.transformer.config.out_channels in (1, 3)
+
+    @property
+    def vae_scale(self) -> tuple[int, int]:
+        """Video frames a latent frame after the first, and pixels a latent pixel in height and width."""
+        if self.pixels:
+            return 1, 1
+        if self.vae is None:
+            return 4, 8
+        return self.vae.config.scale_factor_temporal, self.vae.config.scale_factor_spatial
+
+    @property
+    def guidance_scale(self) -> float:
+        """That of the last call."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Denoising steps a chunk of the last call."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Set it, from a callback say, to end the video with the chunk that is being made."""
+        return self._interrupt
+
+    @interrupt.setter
+    def interrupt(self, value: bool) -> None:
+        self._interrupt = value
+
+    def encode_prompt(self, prompt: str | Sequence[str], max_sequence_length: int = TEXT_TOKENS) -> Tensor:
+        """Embeddings `[B, L, D]`, made as `WanPipeline` makes them. Raises UsageError without a text encoder."""
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if self.digits:
+            return embed_prompts(prompts, DIGITS)
+        if self.text_encoder is None or self.tokenizer is None:
+            raise UsageError("this pipeline has no text encoder and tokenizer; pass them, or prompt_embeds")
+        return encode_text(self.tokenizer, self.text_encoder, prompts, self._execution_device, max_sequence_length)
+
+    def stream(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        num_frames: int | None = None,
+        seconds: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        prompt_schedule: Mapping[float, str] | Sequence[tuple[float, str]] = (),
+        negative_prompt: str | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        start: Start | None = None,
+        num_inference_steps: int | None = None,
+        denoising_steps: Sequence[int] | None = None,
+        sampler: Sampler | None = None,
+        shift: float | None = None,
+        guidance_scale: float | None = None,
+        context_noise: float | None = None,
+        fps: float | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        seed: int | Sequence[int] = 0,
+        output_type: OutputType = "np",
+        callback_on_step_end: Callable[..., Any] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int = TEXT_TOKENS,
+        ahead: int = 1,
+    ) -> Iterator[Frames]:
+        """Chunks of frames, in the form of `StreamingPipelineOutput.frames`, the next made while one is used.
+
+        Without `num_frames` or `seconds` the video never ends; lengths and sizes are those of the video, in
+        frames and pixels, and rounded up to whole latent frames. `prompt_schedule` has prompts by the
+        second from which on, at the next border of chunks, they are told to every item. `start` is a clean
+        beginning: latents `[C, F, h, w]`, pictures or a file of them. `generator` or `seed` for each item
+        of a batch makes it the video that it is alone. `ahead` chunks are made in advance by a thread,
+        which then also calls `callback_on_step_end(pipe, step, timestep, {"latents": ...})`; 0 for none.
+        Everything that is left out is what the model was trained for. Raises UsageError in one line.
+        """
+        asked = {
+            "num_inference_steps": num_inference_steps,
+            "denoising_steps": denoising_steps,
+            "sampler": sampler,
+            "shift": shift,
+            "guidance_scale": guidance_scale,
+            "context_noise": context_noise,
+            "fps": fps,
+        }
+        config = self._settings(asked)
+        if output_type not in ("np", "pt", "pil", "latent"):
+            raise UsageError(f"output_type is np, pt, pil or latent, not {output_type!r}")
+        if not self.pixels and self.vae is None and output_type != "latent":
+            raise UsageError("the model makes latents and this pipeline has no vae; pass one, or output_type='latent'")
+        size = self._latent_size(height, width, config)
+        frames = self._latent_frames(num_frames, seconds, config["fps"])
+        texts = self._texts(prompt, prompt_embeds, max_sequence_length)
+        changes = sorted(prompt_schedule.items() if isinstance(prompt_schedule, Mapping) else prompt_schedule)
+        embedded = [(at, self.encode_prompt(text, max_sequence_length)) for at, text in changes]
+        self._guidance_scale, self._interrupt = config["guidance_scale"], False
+        steps = config["denoising_steps"]
+        self._num_timesteps = config["num_inference_steps"] if steps is None else len(steps)
+        negative = negative_prompt_embeds
+        if negative is None and config["guidance_scale"] != 1 and (negative_prompt or self._reads_empty_prompts()):
+            negative = self.encode_prompt(negative_prompt or "", max_sequence_length)
+        settings = {
+            **{key: value for key, value in config.items() if key != "fps"},
+            "seed": seed if generator is None else generator,
+            "negative_hidden_states": negative,
+            "start": self._start(start, size),
+            "prompt_at": PromptSchedule(embedded, config["fps"], self.vae_scale[0]) if embedded else None,
+            "device": self._execution_device,
+        }
+        callback = None
+        if callback_on_step_end is not None:
+            names = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
+            unknown = [name for name in names if name not in self._callback_tensor_inputs]
+            if unknown:
+                raise UsageError(f"callbacks get {', '.join(self._callback_tensor_inputs)}, not {', '.join(unknown)}")
+            callback = callback_on_step_end
+        return prefetch(self._chunks(texts, frames, size, settings, output_type, callback), ahead)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        num_frames: int | None = None,
+        seconds: float | None = None,
+        output_type: OutputType = "np",
+        return_dict: bool = True,
+        **settings: Any,
+    ) -> StreamingPipelineOutput | tuple[Frames]:
+        """A whole video at once: the arguments of `stream`, with 21 latent frames where no length is given."""
+        if num_frames is None and seconds is None:
+            num_frames = 1 + (DEFAULT_LATENT_FRAMES - 1) * self.vae_scale[0]
+        chunks = list(
+            self.stream(
+                prompt, num_frames=num_frames, seconds=seconds, output_type=output_type, **{"ahead": 0, **settings}
+            )
+        )
+        frames: Frames
+        if output_type == "pil":
+            frames = [[image for part in parts for image in part] for parts in zip(*chunks, strict=True)]
+        elif output_type == "np":
+            frames = np.concatenate(chunks, axis=1)
+        else:
+            frames = torch.cat(chunks, dim=2 if output_type == "latent" else 1)
+        return StreamingPipelineOutput(frames=frames) if return_dict else (frames,)
+
+    def _chunks(
+        self,
+        texts: Tensor,
+        num_frames: int | None,
+        size: tuple[int, int],
+        settings: dict[str, Any],
+        output_type: OutputType,
+        callback: Callable[..., Any] | None,
+    ) -> Iterator[Frames]:
+        start = settings["start"]
+        given = 0 if start is None else start.shape[2]
+        total = None
+        if num_frames is not None:
+            total = self._num_timesteps * sum(
+                stop > given for _, stop in chunk_ranges(self.transformer.causal, num_frames)
+            )
+        decoder = None if self.pixels or output_type == "latent" else StreamingDecoder(self.vae)
+        done = 0
+        try:
+            with self.progress_bar(itertools.count() if total is None else None, total) as bar:
+
+                def on_step(first: int, index: int, t: float, x: Tensor) -> Tensor | None:
+                    nonlocal done
+                    bar.update()
+                    done += 1
+                    if callback is None:
+                        return None
+                    changed = callback(self, done - 1, torch.tensor(1000 * t), {"latents": x})
+                    return None if changed is None else changed.get("latents")
+
+                for chunk in stream_chunks(self.transformer, texts, num_frames, *size, on_step=on_step, **settings):
+                    yield self._finished(chunk, decoder, output_type)
+                    if self._interrupt:
+                        return
+        finally:
+            self.maybe_free_model_hooks()
+
+    def _finished(self, chunk: Tensor, decoder: StreamingDecoder | None, output_type: OutputType) -> Frames:
+        """A chunk `[B, C, F, h, w]` as the caller gets it."""
+        if output_type == "latent":
+            return chunk
+        pixels = chunk if decoder is None else decoder(chunk)
+        # Model offloading sends a part back when the next one in its order is called; none comes after the VAE.
+        for hook in getattr(self, "_all_hooks", []):
+            if hook.model is self.vae and decoder is not None:
+                hook.offload()
+        if not torch.isfinite(pixels).all():
+            raise UserError("the video holds NaN or Inf; the model diverged, or its dtype is too narrow (try float32)")
+        pixels = pixels.float().cpu().expand(-1, 3, -1, -1, -1)
+        return VideoProcessor(vae_scale_factor=1).postprocess_video(pixels, output_type=output_type)
+
+    def _settings(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """Values for all keys of `asked`: as given, as trained for, or the default of a recipe."""
+        given = {key: value for key, value in asked.items() if value is not None}
+        if "num_inference_steps" in given and "denoising_steps" not in given:
+            given["denoising_steps"] = None
+        known = {**trained_for(self.config.sampling or {}, self.digits), **given}
+        values: dict[str, Any] = {key: known.get(key, getattr(GenerateConfig(), key)) for key in asked}
+        if values["sampler"] not in ("euler", "renoise"):
+            raise UsageError(f"unknown sampler {values['sampler']!r}; there are euler and renoise")
+        if values["denoising_steps"] is not None:
+            try:
+                check_steps(tuple(values["denoising_steps"]))
+            except ValueError as error:
+                raise UsageError(str(error)) from None
+        for key in ("num_inference_steps", "shift", "fps"):
+            if not values[key] > 0:
+                raise UsageError(f"{key} is more than 0, not {values[key]}")
+        return values
+
+    def _latent_size(self, height: int | None, width: int | None, config: Mapping[str, Any]) -> tuple[int, int]:
+        spatial = self.vae_scale[1]
+        known = self.config.sampling or {}
+        default = (FRAME, FRAME) if self.digits else WAN_480P
+        down = known.get("latent_height") or default[0] if height is None else to_latent("height", height, spatial)
+        across = known.get("latent_width") or default[1] if width is None else to_latent("width", width, spatial)
+        check_latent_size(self.transformer.config, down, across, spatial)
+        return down, across
+
+    def _latent_frames(self, num_frames: int | None, seconds: float | None, fps: float) -> int | None:
+        if num_frames is not None and seconds is not None:
+            raise UsageError("give num_frames or seconds, one of the two")
+        if seconds is not None:
+            if not (math.isfinite(seconds) and seconds > 0):
+                raise UsageError(f"a video of {seconds:g} seconds has no frames; give more than 0")
+            num_frames = max(1, round(seconds * fps))
+        if num_frames is None:
+            return None
+        if num_frames < 1:
+            raise UsageError(f"a video has at least one frame, not {num_frames}")
+        return latent_frames(num_frames, self.vae_scale[0])
+
+    def _texts(self, prompt: str | Sequence[str] | None, embeds: Tensor | None, length: int) -> Tensor:
+        if (prompt is None) == (embeds is None):
+            raise UsageError("give prompt or prompt_embeds, one of the two")
+        if embeds is None:
+            assert prompt is not None
+            return self.encode_prompt(prompt, length)
+        embeds = embeds.unsqueeze(0) if embeds.ndim == 2 else embeds
+        width = self.transformer.config.text_dim
+        if embeds.ndim != 3 or embeds.shape[2] != width:
+            raise UsageError(f"prompt_embeds have shape {list(embeds.shape)}; [B, L, {width}] is expected")
+        return embeds
+
+    def _reads_empty_prompts(self) -> bool:
+        return not self.digits and self.text_encoder is not None and self.tokenizer is not None
+
+    def _start(self, start: Start | None, size: tuple[int, int]) -> Tensor | None:
+        if start is None or isinstance(start, Tensor):
+            return start.unsqueeze(0) if isinstance(start, Tensor) and start.ndim == 4 else start
+        pictures = [start] if isinstance(start, Image.Image) else start
+        source = Path(pictures) if isinstance(pictures, str) else pictures
+        device = self._execution_device
+        latents = read_start(source, self.transformer.config.in_channels, *size, None if self.pixels else self.vae)
+        return latents.unsqueeze(0).to(device)
+
+
+diffusers.StreamingMLAPipeline = StreamingMLAPipeline

@@ -1,0 +1,131 @@
+"""Work in a thread beside the one that uses it: the next chunk is computed while the last is written."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import torch
+
+from .video import MIN_PIXELS, Frames, save_video
+
+Item = TypeVar("Item")
+
+WAITING = 2
+_PATIENCE = 0.1
+
+
+class _End:
+    """The last thing in a queue, with what went wrong."""
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.error = error
+
+
+class _Channel(Generic[Item]):
+    """A bounded queue from one thread to another that either may give up."""
+
+    def __init__(self, size: int) -> None:
+        self._items: queue.Queue[Item | _End] = queue.Queue(size)
+        self.closed = threading.Event()
+
+    def put(self, item: Item | _End) -> bool:
+        """Whether the other side took it; False when that side has closed."""
+        while not self.closed.is_set():
+            with contextlib.suppress(queue.Full):
+                self._items.put(item, timeout=_PATIENCE)
+                return True
+        return False
+
+    def __iter__(self) -> Iterator[Item]:
+        while True:
+            item = self._items.get()
+            if isinstance(item, _End):
+                if item.error is not None:
+                    raise item.error
+                return
+            yield item
+
+
+def prefetch(items: Iterable[Item], count: int = 1) -> Iterator[Item]:
+    """The items in order, up to `count` of them computed ahead in a thread; 0 computes them when asked.
+
+    What computing raises is raised here. A caller that stops early stops the thread after its item.
+    """
+    if count == 0:
+        yield from items
+        return
+    channel: _Channel[Item] = _Channel(count)
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+    def compute() -> None:
+        error = None
+        try:
+            # The current device belongs to a thread.
+            with contextlib.nullcontext() if device is None else torch.cuda.device(device):
+                for item in items:
+                    if not channel.put(item):
+                        return
+        except BaseException as caught:
+            error = caught
+        channel.put(_End(error))
+
+    thread = threading.Thread(target=compute, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        yield from channel
+    finally:
+        channel.closed.set()
+        thread.join()
+
+
+class FrameWriter:
+    """A video file that a thread writes, by `save_video`, while the next frames are computed.
+
+    At most two chunks wait. The file appears when the writer is closed; `abort` leaves nothing. Both may
+    be called at any time, also after an error. What writing raises is raised by the next `put`, or by `close`.
+    """
+
+    def __init__(self, path: Path, fps: float, min_pixels: int = MIN_PIXELS) -> None:
+        self.path, self.frames = path, 0
+        self._channel: _Channel[Frames] = _Channel(WAITING)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._write, args=(fps, min_pixels), name="frames", daemon=True)
+        self._thread.start()
+
+    def _write(self, fps: float, min_pixels: int) -> None:
+        try:
+            save_video(self._channel, self.path, fps, min_pixels)
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._channel.closed.set()
+
+    def put(self, frames: Frames) -> None:
+        """Hand over frames `[F, H, W, 3]`; waits while two chunks are not written yet."""
+        if not self._channel.put(frames):
+            self._raise()
+        self.frames += len(frames)
+
+    def close(self) -> None:
+        """Wait until everything is written and the file is there."""
+        self._channel.put(_End())
+        self._thread.join()
+        self._raise()
+
+    def abort(self) -> None:
+        """Give up what was written so far."""
+        self._channel.put(_End(_Aborted()))
+        self._thread.join()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
+class _Aborted(Exception):
+    """The caller gave up."""
