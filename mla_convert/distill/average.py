@@ -9,9 +9,16 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
+from .sharding import gather
+
 
 class Average:
-    """Averages of `trained` parameters by name; `weights` are the averages, which stay where they are in memory."""
+    """Averages of `trained` parameters by name; `weights` are the averages, which stay where they are in memory.
+
+    A `replica` is a whole model that is given the averages of a sharded one.
+    """
+
+    replica: nn.Module | None = None
 
     def __init__(self, trained: dict[str, nn.Parameter], decay: float) -> None:
         self.trained = trained
@@ -26,6 +33,7 @@ class Average:
     def step(self) -> None:
         """Move towards the trained weights."""
         self._model.step(self.trained.values())
+        self._refresh()
 
     def copy_to_trained(self) -> None:
         """Overwrite the trained weights with the average."""
@@ -46,4 +54,13 @@ class Average:
         """Go on from a checkpoint's average."""
         for name, average in self.weights.items():
             average.copy_(weights[name])
+        self.loaded(steps)
+
+    def loaded(self, steps: int) -> None:
+        """The averages were read into `weights`, after so many steps."""
         self._model.optimization_step = steps
+        self._refresh()
+
+    def _refresh(self) -> None:
+        if self.replica is not None:
+            gather(self.weights, self.replica)

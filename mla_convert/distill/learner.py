@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -12,68 +14,108 @@ from torch import Tensor, nn
 
 from .data import Batch
 from .runtime import StageModule
+from .sharding import forget_gathered, is_sharded, whole
 
-RequireFinite = Callable[[str, float], None]
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW (arXiv 1711.05101) or Adafactor (arXiv 1804.04235); `betas` and `epsilon` are those of AdamW."""
+
+    kind: str
+    learning_rate: float
+    betas: tuple[float, float]
+    epsilon: float
+    weight_decay: float
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        rate, decay = self.learning_rate, self.weight_decay
+        if self.kind == "adafactor":
+            return torch.optim.Adafactor(parameters, lr=rate, weight_decay=decay)
+        return torch.optim.AdamW(parameters, lr=rate, betas=self.betas, eps=self.epsilon, weight_decay=decay)
+
+
+class Judge(Protocol):
+    """Called with the loss and the gradient norm of a step before it is taken; None is an fp16 overflow.
+
+    What it returns goes into the step's row; with `skipped` the step is left out. It raises where
+    training has to end.
+    """
+
+    def __call__(self, loss: float, grad_norm: float | None, /) -> dict[str, Any]: ...
 
 
 class Learner:
-    """The `trained` parameters, by name, of the network in `module`, with an AdamW of their own.
-
-    `updates` is the number of optimizer steps that it takes in a step of the stage.
-    """
+    """The `trained` parameters, by name, of the network in `module`, with an optimizer of their own."""
 
     def __init__(
-        self,
-        accelerator: Accelerator,
-        module: StageModule,
-        trained: dict[str, nn.Parameter],
-        learning_rate: float,
-        betas: tuple[float, float],
-        weight_decay: float,
-        updates: int = 1,
+        self, accelerator: Accelerator, module: StageModule, trained: Iterable[str], settings: OptimizerSettings
     ) -> None:
-        self.accelerator, self.trained, self.updates = accelerator, trained, updates
-        self.name, self.learning_rate = module.name, learning_rate
-        optimizer = torch.optim.AdamW(trained.values(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+        self.accelerator, self.name = accelerator, module.name
+        self.learning_rate = settings.learning_rate
+        names = list(trained)
+        optimizer = settings.build(module.network.get_parameter(name) for name in names)
         self.module, self.optimizer = accelerator.prepare(module, optimizer)
+        # Sharding puts other parameters in the place of those that were there.
+        self.trained: dict[str, nn.Parameter] = {name: module.network.get_parameter(name) for name in names}
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """`function(models, *arguments)` in the way in which losses are computed."""
+        # Accelerate puts every kind of module but a sharded one under autocast itself.
+        own = self.accelerator.autocast() if is_sharded(self.module) else contextlib.nullcontext()
+        with own:
+            return self.module(function, *arguments)
+
+    @torch.no_grad()
+    def measure(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """`call` without gradients; every process has to take part."""
+        try:
+            return self.call(function, *arguments)
+        finally:
+            forget_gathered(self.module)
 
     def update(
         self,
+        loss_of: Callable[..., tuple[Tensor, dict[str, Tensor]]],
         batches: Iterator[Batch],
         generators: Iterable[torch.Generator],
         rate: float,
         max_grad_norm: float | None,
-        require_finite: RequireFinite,
-    ) -> dict[str, float | None]:
+        judge: Judge,
+    ) -> dict[str, Any]:
         """One optimizer step at learning rate `rate`, a micro-batch for each of `generators`.
 
-        Returns the loss and what it logs, means over micro-batches and processes, and `grad_norm`.
+        Returns the loss and what it logs, means over micro-batches and processes, `grad_norm`, and what
+        `judge` says.
         """
         generators = list(generators)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         sums: dict[str, Tensor] = {}
-        row: dict[str, float | None] = {}
+        row: dict[str, Any] = {}
         for generator in generators:
             with self.accelerator.accumulate(self.module):
-                loss, logs = self.module(next(batches), generator)
+                loss, logs = self.call(loss_of, next(batches), generator)
                 self.accelerator.backward(loss)
                 for name, value in {"loss": loss.detach(), **logs}.items():
                     sums[name] = sums.get(name, torch.zeros_like(value)) + value / len(generators)
                 if self.accelerator.sync_gradients:
                     means = self._mean(sums)
-                    require_finite("loss", means["loss"])
-                    row = {**means, "grad_norm": self._clip(max_grad_norm, require_finite)}
-                self.optimizer.step()
+                    if not math.isfinite(means["loss"]):
+                        judge(means["loss"], None)
+                    norm = self._clip(max_grad_norm)
+                    row = {**means, "grad_norm": norm, **judge(means["loss"], norm)}
+                if row.get("skipped"):
+                    if self.accelerator.scaler is not None:
+                        self.accelerator.scaler.update()
+                else:
+                    self.optimizer.step()
                 self.optimizer.zero_grad()
         return row
 
-    def _clip(self, limit: float | None, require_finite: RequireFinite) -> float | None:
+    def _clip(self, limit: float | None) -> float | None:
         """Norm of the gradient before clipping; None where fp16 overflowed and the loss scaler skips the step."""
-        norm = float(self.accelerator.clip_grad_norm_(self.trained.values(), limit or math.inf))
-        if self.accelerator.scaler is None:
-            require_finite("gradient norm", norm)
-        return norm if math.isfinite(norm) else None
+        norm = float(whole(self.accelerator.clip_grad_norm_(self.trained.values(), limit or math.inf)))
+        return None if self.accelerator.scaler is not None and not math.isfinite(norm) else norm
 
     def _mean(self, values: dict[str, Tensor]) -> dict[str, float]:
         """Mean of each value over the processes."""

@@ -3,39 +3,47 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
-from torch import Tensor, nn
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import UserError
-from .data import Batch
-from .stages.base import Models, StageConfig
-
-Loss = Callable[[Models, Batch, torch.Generator], tuple[Tensor, dict[str, Tensor]]]
+from .stages.base import StageConfig
+from .trackers import tracker_names
 
 
 class StageModule(nn.Module):
-    """A network called `name` together with its `loss`, so that Accelerate wraps every way in which that calls it.
+    """A network called `name` with the `others` that its loss needs: what Accelerate wraps.
 
-    Gradient synchronisation and autocast then hold for `forward`, `forward_chunk` and whatever else
-    a loss uses, and the network itself is not patched.
+    Its forward calls a function of all networks, so that gradient synchronisation, sharding and autocast
+    hold for `forward`, `forward_chunk` and whatever else a loss uses, and the network itself is not
+    patched.
     """
 
-    def __init__(self, loss: Loss, name: str, network: nn.Module, others: Mapping[str, nn.Module]) -> None:
+    def __init__(self, name: str, network: nn.Module, others: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.network = network
-        self.name, self.loss = name, loss
+        self.name = name
         # A plain dict hides the other networks from the optimizer, the checkpoint and DDP.
         self.others = dict(others)
 
-    def forward(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.loss({**self.others, self.name: self.network}, batch, generator)
+    @property
+    def _no_split_modules(self) -> list[str] | None:
+        """The classes of the blocks, by which Accelerate shards."""
+        names: list[str] | None = getattr(self.network, "_no_split_modules", None)
+        return names
+
+    def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """`function(models, *arguments)`, models by name."""
+        return function({**self.others, self.name: self.network}, *arguments)
 
 
 def open_accelerator(config: StageConfig, work_dir: Path) -> Accelerator:
@@ -45,25 +53,16 @@ def open_accelerator(config: StageConfig, work_dir: Path) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.grad_accumulation,
-        log_with=config.tracker,
+        log_with=tracker_names(config) or None,
         project_dir=work_dir,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.partial_gradients)],
     )
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("mixed_precision: fp16 needs a GPU; use bf16 or no on the CPU")
+    if accelerator.is_fsdp2:
+        # Weights stay float32 and autocast computes in the lower precision, as without sharding.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
     return accelerator
-
-
-@contextlib.contextmanager
-def tracking(accelerator: Accelerator, config: StageConfig, first: int) -> Iterator[None]:
-    """Log to the stage's tracker from step `first` on; what it had seen after that step is forgotten."""
-    if config.tracker is not None:
-        accelerator.init_trackers(config.tracker, init_kwargs={"tensorboard": {"purge_step": first + 1}})
-    try:
-        yield
-    finally:
-        for tracker in accelerator.trackers:
-            tracker.finish()
 
 
 def fast_attention(device: torch.device) -> contextlib.AbstractContextManager[None]:

@@ -8,12 +8,13 @@ from .stages.base import StageConfig
 
 
 def learning_rate(config: StageConfig, step: int) -> float:
-    """Rate of the step with 0-based number `step`: linear warm-up, then constant or falling towards zero."""
+    """Rate of the step with 0-based number `step`: linear warm-up, then constant or falling to its minimum."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    lowest = config.min_learning_rate
     if config.schedule == "linear":
-        return config.learning_rate * (1 - done)
+        return lowest + (config.learning_rate - lowest) * (1 - done)
     if config.schedule == "cosine":
-        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+        return lowest + (config.learning_rate - lowest) * (0.5 * (1 + math.cos(math.pi * done)))
     return config.learning_rate

@@ -6,8 +6,8 @@ import contextlib
 import errno
 import json
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ class TrainingState:
     """What a checkpoint holds: the trained weights, their average, the optimizers' state, the last row.
 
     `weights`, `ema` and those of a `second` network are tensors by parameter name; `optimizer` is a
-    nested dict of tensors and plain values.
+    nested dict of tensors and plain values, `watch` plain values. Of a sharded network the tensors lie
+    in shards beside them.
     """
 
     step: int
@@ -39,6 +40,7 @@ class TrainingState:
     optimizer: dict[str, Any]
     row: Row
     second: dict[str, Tensor] | None = None
+    watch: dict[str, Any] = field(default_factory=dict)
 
 
 class Checkpoints:
@@ -77,8 +79,11 @@ class Checkpoints:
             if _read_state(path) is None:
                 shutil.rmtree(path)
 
-    def save(self, state: TrainingState) -> None:
-        """Write one checkpoint, then remove those beyond `keep`. Raises UserError when the disk is full."""
+    def save(self, state: TrainingState, write_shards: Callable[[Path], None] | None = None) -> None:
+        """Write one checkpoint, then remove those beyond `keep`. Raises UserError when the disk is full.
+
+        `write_shards` is called with the folder that the checkpoint is being written to.
+        """
         with atomic_folder(self.folder / f"step-{state.step:08d}") as folder:
             with _full_disk_as_os_error(folder):
                 save_file(_on_cpu(state.weights), folder / WEIGHTS)
@@ -87,10 +92,12 @@ class Checkpoints:
                 if state.second is not None:
                     save_file(_on_cpu(state.second), folder / SECOND)
                 torch.save(state.optimizer, folder / OPTIMIZER)
-            sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-            write_json(
-                folder / STATE, {"step": state.step, "row": state.row, "identity": self.identity, "sizes": sizes}
-            )
+                if write_shards is not None:
+                    write_shards(folder)
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+            value = {"step": state.step, "row": state.row, "identity": self.identity, "watch": state.watch}
+            write_json(folder / STATE, {**value, "sizes": sizes})
         for path in self._all()[: -self.keep]:
             shutil.rmtree(path)
 
@@ -100,7 +107,8 @@ def read_checkpoint(path: Path) -> TrainingState:
     state = json.loads((path / STATE).read_text())
     ema, second = (load_file(path / name) if (path / name).exists() else None for name in (EMA, SECOND))
     optimizer = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
-    return TrainingState(state["step"], load_file(path / WEIGHTS), ema, optimizer, state["row"], second)
+    weights = load_file(path / WEIGHTS)
+    return TrainingState(state["step"], weights, ema, optimizer, state["row"], second, state["watch"])
 
 
 def _read_state(path: Path) -> dict[str, Any] | None:

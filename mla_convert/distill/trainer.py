@@ -8,9 +8,10 @@ appear whole or not at all, see `state.py`.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,21 +22,29 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
 from ..registry import stages
-from .average import Average
+from .assembly import Assembly
 from .data import Batch, Data
+from .execution import execution
+from .launch import check_launch
 from .learner import Learner
 from .metrics import Metrics, Row
 from .objective import flow_loss
 from .order import NOISE, SHARED, DataOrder, MicroBatches, derived_generator
+from .preview import Picture, show_preview
 from .progress import Report
-from .runtime import StageModule, fast_attention, open_accelerator, tracking
+from .runtime import fast_attention, open_accelerator
 from .schedule import learning_rate
+from .sharding import from_main
+from .snapshots import Snapshots
 from .stages.base import AVERAGE, START, Stage, StageConfig
-from .state import Checkpoints, TrainingState, read_checkpoint
-from .trainable import freeze_all_but, trainable_names
-from .views import start_of, trainable_copy, with_weights
+from .state import Checkpoints
+from .trackers import tracking
+from .watch import Watch, relative_distance
 
-BOOKKEEPING = {"checkpoint_every", "keep_checkpoints", "data_workers", "tracker"}
+BOOKKEEPING = {"checkpoint_every", "keep_checkpoints", "data_workers", "tracker", "preview"}
+TEACHER = "teacher"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,7 @@ class StageResult:
 
 def run_stage(
     config: StageConfig,
-    student: nn.Module,
+    student: Any,
     networks: Mapping[str, nn.Module],
     data: Data,
     heldout: Batch | None,
@@ -58,20 +67,27 @@ def run_stage(
     seed: int,
     stage_index: int,
     progress: Report | None = None,
+    picture: Picture | None = None,
 ) -> StageResult:
     """Train `student` in place, in float32, and leave it in evaluation mode.
 
-    It ends with the averaged weights when the stage has `ema_decay`. Checkpoints, `metrics.jsonl` and
-    the tracker's files go to `work_dir`; when a checkpoint of the same stage lies there, training
-    goes on from it. Every process of a distributed run calls this. Raises UserError when the loss is
-    not finite, with the last good checkpoint kept, and when inputs do not fit.
+    It ends with the averaged weights when the stage has `ema_decay`, adapters merged into them.
+    Checkpoints, `metrics.jsonl`, previews by `picture`, and the tracker's files go to `work_dir`; when a
+    checkpoint of the same stage lies there, training goes on from it. Every process of a distributed
+    run calls this. Raises UserError when training diverges, with the last good checkpoint kept, and
+    when inputs do not fit.
     """
     stage = stages()[config.stage](config)
+    check_launch(config)
     missing = [name for name in stage.networks if name not in {AVERAGE, START, *networks}]
     if missing:
         raise UserError(f"stage {config.stage} needs the network {', '.join(missing)}, which this run does not have")
+    if config.stop is not None and heldout is None:
+        raise UserError(f"stage {config.stage}: stop needs held-out clips, which this run does not have")
+    if config.preview is not None and getattr(student, "causal", None) and student.causal.window_frames is None:
+        raise UserError(f"stage {config.stage}: preview needs a finite window; set causal.window_frames")
     stage.check(student, networks, data)
-    return _Training(stage, student, networks, data, heldout, work_dir, seed, stage_index).run(progress)
+    return _Training(stage, student, networks, data, heldout, work_dir, seed, stage_index, picture).run(progress)
 
 
 class _Examples(Dataset[Batch]):
@@ -93,82 +109,83 @@ class _Training:
         work_dir: Path,
         seed: int,
         stage_index: int,
+        picture: Picture | None,
     ) -> None:
         self.stage = stage
         self.config: StageConfig = stage.config
-        self.student, self.data, self.heldout = student, data, heldout
-        self.seed, self.stage_index = seed, stage_index
+        self.data, self.heldout, self.picture = data, heldout, picture
+        self.seed, self.stage_index, self.work_dir = seed, stage_index, work_dir
         config = self.config
         self.accelerator = open_accelerator(config, work_dir)
         processes = self.accelerator.num_processes
         if data.size is not None and data.size < processes:
             raise UserError(f"{processes} processes share {data.size} clips; use fewer processes or more data")
-
-        student.float().train()
-        self.trained = freeze_all_but(student, trainable_names(student, config.trainable))
-        others = {name: networks[name].to(self.accelerator.device) for name in stage.networks if name in networks}
-        for network in others.values():
-            network.eval().requires_grad_(False)
-        self.second = self._second(stage, others)
-        module = StageModule(stage.loss, "student", student, others)
-        self.learner = Learner(
-            self.accelerator, module, self.trained, config.learning_rate, config.betas, config.weight_decay
-        )
-        if START in stage.networks:
-            module.others[START] = start_of(student, self.trained)
-        self.average = None
-        if config.ema_decay is not None:
-            self.average = Average(self.trained, config.ema_decay)
-            if AVERAGE in stage.networks:
-                module.others[AVERAGE] = with_weights(student, self.average.weights)
-
+        self.teacher = networks.get(TEACHER)
+        self.parts = Assembly(self.accelerator, stage, student, networks, seed, stage_index)
+        self.watch = Watch(config.spike, config.stop)
         self.metrics = Metrics(work_dir / "metrics.jsonl")
         identity = {
             **config.model_dump(mode="json", exclude=BOOKKEEPING),
             "seed": seed,
             "stage_index": stage_index,
             "processes": processes,
-            "parameters": sum(parameter.numel() for parameter in self.trained.values()),
+            "sharded": self.parts.sharded,
+            "parameters": sum(parameter.numel() for parameter in self.parts.learner.trained.values()),
         }
         self.checkpoints = Checkpoints(work_dir / "checkpoints", identity, config.keep_checkpoints)
-
-    def _second(self, stage: Stage[Any], others: dict[str, nn.Module]) -> Learner | None:
-        """The stage's second network, which comes to `others` as a copy of its source."""
-        second = stage.second
-        if second is None:
-            return None
-        network = trainable_copy(others[second.source])
-        trained = freeze_all_but(network, trainable_names(network, second.trainable))
-        others[second.name] = network
-        module = StageModule(stage.second_loss, second.name, network, {**others, "student": self.student})
-        rates = (second.learning_rate, second.betas, second.weight_decay)
-        return Learner(self.accelerator, module, trained, *rates, second.updates)
+        self.snapshots = Snapshots(self.accelerator, self.parts, self.watch, self.checkpoints, self.metrics)
+        self.teacher_loss: float | None = None
 
     def run(self, progress: Report | None) -> StageResult:
         config, main = self.config, self.accelerator.is_main_process
-        row = self._resume()
+        row = self.snapshots.resume()
         resumed_from = None if row is None else row["step"]
         first = resumed_from or 0
-        with tracking(self.accelerator, config, first), fast_attention(self.accelerator.device):
-            if row is None:
-                self._record({"step": 0, "stage": config.stage, **self._evaluate(0)})
+        with (
+            tracking(self.accelerator, config, self.work_dir, first),
+            fast_attention(self.accelerator.device),
+            execution(config, self.parts.under_training, self.parts.frozen),
+        ):
+            self._begin(row)
             batches = self._batches(first)
             for step in range(first, config.steps):
+                if self.watch.plateau:
+                    break
                 started = time.monotonic()
                 row = self._step(step, batches)
                 done, last = step + 1, step + 1 == config.steps
                 if last or _due(config.eval_every, done):
                     row.update(self._evaluate(done))
+                last = last or self.watch.plateau
                 self._record(row, seconds=time.monotonic() - started)
+                if config.preview is not None and (last or _due(config.preview.every, done)):
+                    self._preview(done)
                 if last or _due(config.checkpoint_every, done):
-                    self._save(row)
+                    self.snapshots.save(row)
                 if progress is not None and main:
-                    progress(config.stage, done, config.steps, f"loss {row['loss']:.4g}")
+                    progress(config.stage, done, done if last else config.steps, f"loss {row['loss']:.4g}")
         assert row is not None
-        if self.average is not None:
-            self.average.copy_to_trained()
-        self.student.eval()
-        return StageResult(config.steps, row["loss"], row.get("heldout_loss"), resumed_from)
+        self.parts.finish(self.work_dir)
+        return StageResult(row["step"], row["loss"], row.get("heldout_loss"), resumed_from)
+
+    def _begin(self, row: Row | None) -> None:
+        """Measure the teacher and, in front of the first step, the student."""
+        if row is not None:
+            rows = self.metrics.rows() if self.accelerator.is_main_process else []
+            self.teacher_loss = rows[0].get("teacher_heldout_loss") if rows else None
+            return
+        start: Row = {"step": 0, "stage": self.config.stage}
+        if self.accelerator.is_main_process and self.heldout is not None and self.teacher is not None:
+            start["teacher_heldout_loss"] = self.teacher_loss = self._loss_of_teacher(self.teacher, self.heldout)
+        self._record(start | self._evaluate(0))
+
+    def _loss_of_teacher(self, teacher: Any, heldout: Batch) -> float:
+        """The dense teacher's held-out loss, wherever it is kept when the stage does not need it."""
+        place = teacher.device
+        with self.accelerator.autocast():
+            loss = flow_loss(teacher.to(self.accelerator.device), heldout)
+        teacher.to(place)
+        return loss
 
     def _batches(self, first: int) -> Iterator[Batch]:
         """This process's micro-batches from step `first` on, on its device."""
@@ -195,20 +212,23 @@ class _Training:
     @property
     def _updates(self) -> int:
         """Optimizer steps in a step of the stage: those of the second network, then the student's."""
-        return 1 if self.second is None else self.second.updates + 1
+        return 1 if self.stage.second is None else self.stage.second.updates + 1
 
     def _step(self, step: int, batches: Iterator[Batch]) -> Row:
         """One optimizer step of the student, after those of the second network."""
         row: Row = {"step": step + 1, "stage": self.config.stage}
         first, seconds = step * self._updates, {}
-        if self.second is not None:
-            for update in range(first, first + self.second.updates):
-                seconds = self._update(self.second, step, update, batches)
-        row |= self._update(self.learner, step, first + self._updates - 1, batches)
-        if self.second is not None:
-            row |= {f"{self.second.name}_{name}": value for name, value in seconds.items()}
-        if self.average is not None:
-            self.average.step()
+        second, average = self.parts.second, self.parts.average
+        if second is not None:
+            for update in range(first, first + self._updates - 1):
+                seconds = self._update(second, step, update, batches)
+        row |= self._update(self.parts.learner, step, first + self._updates - 1, batches)
+        if second is not None:
+            row |= {f"{second.name}_{name}": value for name, value in seconds.items()}
+        if average is not None:
+            if not row.get("skipped"):
+                average.step()
+            row["ema_distance"] = relative_distance(self.parts.learner.weights(), average.weights)
         return {**row, "lr": learning_rate(self.config, step)}
 
     def _update(self, learner: Learner, step: int, update: int, batches: Iterator[Batch]) -> Row:
@@ -220,33 +240,68 @@ class _Training:
         ]
         generators = (derived_generator(NOISE, self.seed, self.stage_index, number) for number in numbers)
         self.stage.begin_update(derived_generator(SHARED, self.seed, self.stage_index, update))
-        name = "" if learner is self.learner else f"{learner.name} "
+        student = learner is self.parts.learner
 
-        def require_finite(what: str, value: float) -> None:
-            self._require_finite(step + 1, name + what, value)
+        def judge(loss: float, grad_norm: float | None) -> Row:
+            return self._judge(step + 1, learner.name, "" if student else f"{learner.name} ", loss, grad_norm)
 
         rate = learning_rate(config, step)
-        if learner is not self.learner:
+        if not student:
             rate *= learner.learning_rate / config.learning_rate
-        return learner.update(batches, generators, rate, config.max_grad_norm, require_finite)
+        loss_of = self.stage.loss if student else self.stage.second_loss
+        return learner.update(loss_of, batches, generators, rate, config.max_grad_norm, judge)
 
-    def _evaluate(self, step: int) -> dict[str, float]:
-        """Held-out loss of the weights that the stage would end with. Every process computes all of it."""
-        if self.heldout is None:
+    def _judge(self, step: int, network: str, label: str, loss: float, grad_norm: float | None) -> Row:
+        """Whether a step may be taken. Raises UserError where training has diverged."""
+        self._require_finite(step, f"{label}loss", loss)
+        if grad_norm is not None:
+            self._require_finite(step, f"{label}gradient norm", grad_norm)
+        times = self.watch.spike_of(network, loss)
+        if times is None or self.config.spike is None:
             return {}
-        averaged = contextlib.nullcontext() if self.average is None else self.average.in_place()
-        with averaged, self.accelerator.autocast():
-            loss = flow_loss(self.student, self.heldout)
+        what = f"{label}loss is {loss:.4g}, {times:.1f} times the median of the last {self.config.spike.window},"
+        if self.config.spike.action == "stop":
+            raise self._diverged(step, what)
+        skipped = self.config.spike.action == "skip"
+        if self.accelerator.is_main_process:
+            then = "; the optimizer's step is left out" if skipped else ""
+            logger.warning(f"stage {self.config.stage}: {what} at step {step}{then}")
+        return {"spike": times, "skipped": True} if skipped else {"spike": times}
+
+    def _evaluate(self, step: int) -> Row:
+        """Held-out loss of the weights that the stage would end with. Every process computes all of it."""
+        heldout = self.heldout
+        if heldout is None:
+            return {}
+        loss = self._of_the_end(lambda student: flow_loss(student, heldout))
         self._require_finite(step, "held-out loss", loss)
-        return {"heldout_loss": loss}
+        if step > 0:
+            # Processes on different cards may round differently, and must end together.
+            self.watch.heldout(from_main(loss))
+        return {"heldout_loss": loss} | ({"heldout_ratio": loss / self.teacher_loss} if self.teacher_loss else {})
+
+    def _of_the_end(self, function: Callable[[Any], Any]) -> Any:
+        """`function` of the student with the weights that the stage would end with."""
+        average = self.parts.average
+        with contextlib.nullcontext() if average is None else average.in_place():
+            return self.parts.learner.measure(lambda models: function(models["student"]))
+
+    def _preview(self, step: int) -> None:
+        config, heldout, picture = self.config.preview, self.heldout, self.picture
+        if config is None or heldout is None or picture is None:
+            return
+        strip = self._of_the_end(lambda student: picture(student, config, heldout))
+        show_preview(self.accelerator, self.work_dir, strip, step)
 
     def _require_finite(self, step: int, what: str, value: float) -> None:
-        if math.isfinite(value):
-            return
+        if not math.isfinite(value):
+            raise self._diverged(step, f"{what} is {value}")
+
+    def _diverged(self, step: int, what: str) -> UserError:
         kept = self.checkpoints.newest()
         where = f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"
-        raise UserError(
-            f"stage {self.config.stage} diverged: {what} is {value} at step {step}; {where}; "
+        return UserError(
+            f"stage {self.config.stage} diverged: {what} at step {step}; {where}; "
             "lower learning_rate, lengthen warmup_steps or set max_grad_norm"
         )
 
@@ -258,41 +313,6 @@ class _Training:
         if seconds is not None:
             scalars["seconds"] = seconds
         self.accelerator.log(scalars, step=row["step"])
-
-    def _save(self, row: Row) -> None:
-        if self.accelerator.is_main_process:
-            optimizer: dict[str, Any] = {"optimizer": self.learner.optimizer.state_dict()}
-            if self.accelerator.scaler is not None:
-                optimizer["scaler"] = self.accelerator.scaler.state_dict()
-            average = second = None
-            if self.average is not None:
-                average, optimizer["average_steps"] = self.average.weights, self.average.steps
-            if self.second is not None:
-                second = self.second.weights()
-                optimizer["second"] = self.second.optimizer.state_dict()
-            self.checkpoints.save(TrainingState(row["step"], self.learner.weights(), average, optimizer, row, second))
-        self.accelerator.wait_for_everyone()
-
-    def _resume(self) -> Row | None:
-        """Load the newest checkpoint and forget what came after it; its last row, None when there is none."""
-        newest = self.checkpoints.newest()
-        row = None if newest is None else self._load(newest)
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            self.checkpoints.discard_broken()
-            self.metrics.rewind(-1 if row is None else row["step"])
-        return row
-
-    def _load(self, path: Path) -> Row:
-        state = read_checkpoint(path)
-        self.learner.load(state.weights, state.optimizer["optimizer"])
-        if self.second is not None and state.second is not None:
-            self.second.load(state.second, state.optimizer["second"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state.optimizer["scaler"])
-        if self.average is not None and state.ema is not None:
-            self.average.load(state.ema, state.optimizer["average_steps"])
-        return state.row
 
 
 def _due(every: int | None, step: int) -> bool:

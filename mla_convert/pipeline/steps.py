@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..convert import convert_source
+from ..distill.launch import check_launch
 from ..distill.trainer import run_stage
 from ..errors import UsageError
 from ..evaluate.fidelity import evaluate
@@ -26,6 +27,7 @@ from ..run.video import save_video, side_by_side, to_frames
 from .calibration import calibration_batches
 from .channels import check_channels
 from .context import CHECKPOINT, METRICS, SAMPLES, STAGES, TRAINING, Context, stage_names
+from .preview import preview_strip
 from .summary import build_report, training_rows
 
 ROLLOUTS = "rollouts.safetensors"
@@ -86,6 +88,8 @@ def check_inputs(context: Context, pending: Iterable[Step]) -> None:
             embed_prompts(recipe.generate.prompts, prompt_encoder(source.config))
         except UsageError as error:
             raise UsageError(f"generate.prompts: {error}") from None
+    for stage in recipe.distill if any(step.everywhere for step in pending) else ():
+        check_launch(stage)
     if any(step.reads_clips for step in pending):
         check_channels(context.data.example(0), source, "data")
 
@@ -138,6 +142,7 @@ def _distill(context: Context, index: int) -> None:
         recipe.seed,
         index,
         context.report,
+        preview_strip,
     )
     if context.main:
         save_checkpoint(student, context.stage_folder(index), recorded(context))

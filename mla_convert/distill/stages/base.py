@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from ..data import Batch, Data
+from ..keys import LoraConfig, PreviewConfig, SpikeConfig, StopConfig, Tracker
 
 AVERAGE, START = "average", "start"
 
@@ -21,43 +22,77 @@ Models = Mapping[str, Any]
 class StageConfig(BaseModel):
     """The keys that every stage has; a stage adds its own.
 
-    `steps` counts optimizer steps, `batch_size` clips a process and micro-step. The learning rate
-    rises linearly over `warmup_steps` and then follows `schedule`. With `ema_decay` the stage
-    ends with the averaged weights. `max_grad_norm` null clips nothing. `trainable` is `latent` (the
-    projections that conversion added), `attention` (all of the self-attention) or `all`.
-    `eval_every` null measures the held-out loss only before the first and after the last step;
-    `checkpoint_every` null writes a checkpoint only at the end.
+    **How long.** `steps` counts optimizer steps, of which `stop` may leave out the last; `batch_size`
+    clips a process and micro-step, `grad_accumulation` micro-steps a step.
+
+    **What is trained.** `trainable` is `latent` (the projections that conversion added), `attention`
+    (all of the self-attention) or `all`; `lora` puts adapters on linear layers of the rest.
+
+    **Optimizer.** `adamw`, in float32, with `betas`, `epsilon` and decoupled `weight_decay` on all that
+    is trained, or `adafactor`, whose state is some thousandth of that. The learning rate rises linearly
+    over `warmup_steps` and then follows `schedule`, which falls to `min_learning_rate` at `steps`.
+    `max_grad_norm` null clips nothing. With `ema_decay` the stage ends with the averaged weights.
+
+    **How it is computed.** `mixed_precision` is autocast over float32 weights; fp16 needs a GPU.
+    `gradient_checkpointing` computes blocks again in the backward pass instead of keeping what they
+    made. `compile` compiles each block by `torch.compile` with `compile_backend`.
+
+    **What is watched.** `spike` says which losses are out of line and what happens then; null watches for
+    none. `eval_every` null measures the held-out loss only before the first and after the last step;
+    `checkpoint_every` null writes a checkpoint only at the end. `tracker` is one or several, null for none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     # Whether a step may leave some of the trained parameters without a gradient.
     partial_gradients: ClassVar[bool] = False
+    # The modules inside which the stage's loss can train adapters.
+    adapted_part: ClassVar[str] = "blocks"
 
     stage: str
     steps: int = Field(ge=1)
+    stop: StopConfig | None = None
     learning_rate: float = Field(gt=0)
+    min_learning_rate: float = Field(0.0, ge=0)
     warmup_steps: int = Field(0, ge=0)
     schedule: Literal["constant", "cosine", "linear"] = "constant"
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = Field(1e-8, gt=0)
     max_grad_norm: float | None = Field(1.0, gt=0)
     batch_size: int = Field(8, ge=1)
     grad_accumulation: int = Field(1, ge=1)
     ema_decay: float | None = Field(None, gt=0, lt=1)
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    compile_backend: str = "inductor"
     trainable: Literal["latent", "attention", "all"] = "latent"
+    lora: LoraConfig | None = None
+    spike: SpikeConfig | None = SpikeConfig()
     checkpoint_every: int | None = Field(500, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
     eval_every: int | None = Field(500, ge=1)
+    preview: PreviewConfig | None = None
     data_workers: int = Field(0, ge=0)
-    tracker: Literal["tensorboard"] | None = "tensorboard"
+    tracker: Tracker | tuple[Tracker, ...] | None = "tensorboard"
+
+    @model_validator(mode="after")
+    def _keys_fit_each_other(self) -> StageConfig:
+        if self.lora is not None and self.trainable == "all":
+            raise ValueError("lora adapts what trainable leaves frozen, and trainable: all leaves nothing")
+        if self.stop is not None and self.eval_every is None:
+            raise ValueError("stop needs eval_every, the steps between two held-out losses")
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError("min_learning_rate is above learning_rate")
+        return self
 
 
 @dataclass(frozen=True)
 class SecondNetwork:
     """A network that a stage trains beside the student, in float32: a copy of the network `source`.
 
-    It gets `updates` optimizer steps of its own AdamW before each of the student's, over
+    It gets `updates` steps of an optimizer of its own before each of the student's, over
     `trainable` of its parameters. Its rate `learning_rate` follows the stage's warm-up and schedule.
     """
 
@@ -84,6 +119,8 @@ class Stage(ABC, Generic[Config]):
 
     name: ClassVar[str]
     config_class: ClassVar[type[StageConfig]]
+    # Whether the loss calls parts of the student's blocks on their own, which sharded blocks do not allow.
+    calls_parts: ClassVar[bool] = False
 
     def __init__(self, config: Config) -> None:
         self.config = config

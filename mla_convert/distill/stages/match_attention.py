@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...mla.attention import AttentionPass
 from ..data import Batch
+from ..execution import checkpointed
 from ..objective import NoisedClips, predict_velocity
 from ..trainable import Trainable
 from .base import Models, Stage
@@ -34,6 +35,8 @@ class MatchAttentionConfig(NoisedStageConfig):
     `latent` or `attention`, since nothing else takes part.
     """
 
+    adapted_part = "attn1"
+
     stage: Literal["match_attention"] = "match_attention"
     metric: Literal["output", "velocity"] = "velocity"
     hidden_states: Literal["teacher", "student"] = "teacher"
@@ -44,6 +47,13 @@ class MatchAttentionConfig(NoisedStageConfig):
         if trainable == "all":
             raise ValueError("match_attention trains latent or attention: nothing else gets a gradient")
         return trainable
+
+    @field_validator("compile")
+    @classmethod
+    def _layers_are_looked_into(cls, wanted: bool) -> bool:
+        if wanted:
+            raise ValueError("match_attention looks into the blocks, which compiled ones do not allow; leave it out")
+        return wanted
 
 
 @dataclass
@@ -88,18 +98,6 @@ def _calls(model: Any, clips: NoisedClips) -> list[_Call]:
     return calls
 
 
-@contextlib.contextmanager
-def _checkpointed(model: Any) -> Iterator[None]:
-    """Recompute blocks in a backward pass inside the context."""
-    already = model.is_gradient_checkpointing
-    model.enable_gradient_checkpointing()
-    try:
-        yield
-    finally:
-        if not already:
-            model.disable_gradient_checkpointing()
-
-
 @torch.enable_grad()
 def _calls_with_gradient(model: Any, clips: NoisedClips, generator: torch.Generator) -> list[_Call]:
     """`_calls` with the gradients that tell what an error in each answer does to the velocity."""
@@ -113,7 +111,7 @@ def _calls_with_gradient(model: Any, clips: NoisedClips, generator: torch.Genera
             offsets[layer] = torch.zeros_like(out, requires_grad=True)
         return out + offsets[layer]
 
-    with _hooked(model, record), _checkpointed(model):
+    with _hooked(model, record), checkpointed(model):
         velocity = predict_velocity(model, clips)
         projection = torch.randn(velocity.shape, generator=generator).to(velocity.device)
         gradients = torch.autograd.grad((projection * velocity).sum(), list(offsets.values()))
@@ -136,6 +134,7 @@ class MatchAttention(Stage[MatchAttentionConfig]):
 
     name = "match_attention"
     config_class = MatchAttentionConfig
+    calls_parts = True
 
     @property
     def networks(self) -> tuple[str, ...]:

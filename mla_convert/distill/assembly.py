@@ -1,0 +1,105 @@
+"""The networks of a stage, placed and ready: what is trained, what is frozen, and how it all ends as plain weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+
+from .adapters import ADAPTER, adapted_modules, add_adapters, merge_adapters, save_adapters
+from .average import Average
+from .learner import Learner, OptimizerSettings
+from .order import ADAPTERS, derived_generator
+from .runtime import StageModule
+from .sharding import gather, is_sharded, shards_weights
+from .stages.base import AVERAGE, START, SecondNetwork, Stage, StageConfig
+from .trainable import freeze_all_but, trainable_names
+from .views import start_of, trainable_copy, with_weights
+
+
+class Assembly:
+    """The learners of a stage and its average.
+
+    `learner` trains the student in place, in float32; where it is sharded, a copy of it, so that
+    `student` stays a plain model and is given the result. `second` trains the stage's second network.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        stage: Stage[Any],
+        student: Any,
+        networks: Mapping[str, Any],
+        seed: int,
+        stage_index: int,
+    ) -> None:
+        self.accelerator, self.config, self.student = accelerator, stage.config, student
+        config: StageConfig = stage.config
+        student.float().train()
+        names = trainable_names(student, config.trainable)
+        if config.lora is not None:
+            modules = adapted_modules(student, config.lora, names, config.adapted_part)
+            names |= add_adapters(student, config.lora, modules, derived_generator(ADAPTERS, seed, stage_index, 0))
+        trained = freeze_all_but(student, names)
+        others = {name: networks[name].to(accelerator.device) for name in stage.networks if name in networks}
+        for network in others.values():
+            network.eval().requires_grad_(False)
+        second = stage.second
+        self.second = None if second is None else self._second(second, others)
+        sharded = shards_weights(accelerator)
+        module = StageModule("student", copy.deepcopy(student) if sharded else student, others)
+        self.learner = Learner(accelerator, module, trained, _settings(config))
+        if START in stage.networks:
+            module.others[START] = self._frozen_copy() if sharded else start_of(student, trained)
+        self.average = None
+        if config.ema_decay is not None:
+            self.average = Average(self.learner.trained, config.ema_decay)
+            if AVERAGE in stage.networks:
+                if sharded:
+                    self.average.replica = self._frozen_copy()
+                module.others[AVERAGE] = self.average.replica or with_weights(student, self.average.weights)
+        self.under_training = [module.network, *([] if second is None else [others[second.name]])]
+        self.frozen = [network for network in module.others.values() if network not in self.under_training]
+
+    def _second(self, second: SecondNetwork, others: dict[str, nn.Module]) -> Learner:
+        """The stage's second network, which comes to `others` as a copy of its source."""
+        network = trainable_copy(others[second.source])
+        trained = freeze_all_but(network, trainable_names(network, second.trainable))
+        others[second.name] = network
+        config = self.config
+        settings = OptimizerSettings(
+            config.optimizer, second.learning_rate, second.betas, config.epsilon, second.weight_decay
+        )
+        module = StageModule(second.name, network, {**others, "student": self.student})
+        return Learner(self.accelerator, module, trained, settings)
+
+    def _frozen_copy(self) -> Any:
+        """The plain student as it is now, whole in every process."""
+        return copy.deepcopy(self.student).to(self.accelerator.device).eval().requires_grad_(False)
+
+    @property
+    def sharded(self) -> bool:
+        return is_sharded(self.learner.module)
+
+    def finish(self, work_dir: Path) -> None:
+        """Leave `student` plain, in evaluation mode, with the averaged weights where there are some.
+
+        Adapters are saved to `work_dir` and merged.
+        """
+        if self.average is not None:
+            self.average.copy_to_trained()
+        if self.sharded:
+            gather(self.learner.weights(), self.student)
+        if self.config.lora is not None:
+            if self.accelerator.is_main_process:
+                save_adapters(self.student, work_dir / ADAPTER)
+            merge_adapters(self.student)
+        self.student.eval()
+
+
+def _settings(config: StageConfig) -> OptimizerSettings:
+    return OptimizerSettings(config.optimizer, config.learning_rate, config.betas, config.epsilon, config.weight_decay)

@@ -1,0 +1,68 @@
+"""Sections of a stage's keys: adapters, the stopping rule, what counts as a spike, previews."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Tracker = Literal["tensorboard", "wandb", "trackio"]
+
+
+class LoraConfig(BaseModel):
+    """Low-rank adapters (LoRA, arXiv 2106.09685) on linear layers of the blocks that `trainable` leaves frozen.
+
+    Each adds `alpha / rank * B A` to a weight, with `A` `[rank, in]` random and `B` `[out, rank]` zero at
+    first. `target_modules` are ends of module names, such as `attn2.to_q` or `ffn.net.2`; all of those
+    layers when null. At the end of the stage the adapters are merged into the weights.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rank: int = Field(ge=1)
+    alpha: int = Field(ge=1)
+    target_modules: tuple[str, ...] | None = None
+
+
+class StopConfig(BaseModel):
+    """End before `steps` when the held-out loss no longer falls.
+
+    An evaluation counts as progress when its held-out loss is below `1 - min_delta` times the best one
+    so far; the stage ends after `patience` evaluations in a row without progress.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    patience: int = Field(ge=1)
+    min_delta: float = Field(0.0, ge=0, lt=1)
+
+
+class SpikeConfig(BaseModel):
+    """A loss above `factor` times the median of the last `window` losses is a spike, once there are so many.
+
+    `action: warn` logs it, `skip` leaves the optimizer's step out, `stop` ends the run as diverged.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    factor: float = Field(10.0, gt=1)
+    window: int = Field(50, ge=2)
+    action: Literal["warn", "skip", "stop"] = "warn"
+
+
+class PreviewConfig(BaseModel):
+    """Every `every` steps a rollout for the prompts of the first `clips` held-out clips.
+
+    It has `num_frames` latent frames (those of a clip when null) and is sampled as `generate` does. The
+    strip, one row a clip, goes to the tracker and to `previews/` in the stage's folder.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    every: int = Field(ge=1)
+    clips: int = Field(4, ge=1)
+    num_frames: int | None = Field(None, ge=1)
+    num_inference_steps: int = Field(4, ge=1)
+    shift: float = Field(1.0, gt=0)
+    guidance_scale: float = Field(1.0, ge=0)
+    seed: int = 0

@@ -1,0 +1,86 @@
+"""A stage under FSDP2: weights in shards over the processes, checkpoints in shards, plain weights at the end.
+
+Only the network under training is sharded (`fully_shard`, block by block); frozen networks are whole in
+every process. What is here asks the network itself whether it is sharded, so it holds however that came
+about. A checkpoint is one folder of torch.distributed.checkpoint, to which every process writes its part.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule
+
+SHARDS = "shards"
+_TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True)
+
+
+def shards_weights(accelerator: Accelerator) -> bool:
+    """Whether `accelerator` will shard what it prepares."""
+    return bool(accelerator.is_fsdp2)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    return isinstance(module, FSDPModule)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The plain tensor behind one that may be sharded; every process has to ask for it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def forget_gathered(module: nn.Module) -> None:
+    """Let a forward without a backward not leave gathered weights behind, which later changes would miss."""
+    if isinstance(module, FSDPModule):
+        module.reshard()
+
+
+@torch.no_grad()
+def gather(weights: dict[str, Tensor], model: nn.Module) -> None:
+    """Copy `weights` by name, sharded or not, into the plain `model`, one tensor at a time."""
+    for name, weight in weights.items():
+        model.get_parameter(name).copy_(whole(weight))
+
+
+def save_shards(folder: Path, module: nn.Module, optimizer: Any, average: dict[str, Tensor] | None) -> None:
+    """Write weights, optimizer and average to `folder`; every process calls this."""
+    dcp.save(_state(module, optimizer, average), checkpoint_id=folder)
+
+
+def load_shards(folder: Path, module: nn.Module, optimizer: Any, average: dict[str, Tensor] | None) -> None:
+    """Read back in place what `save_shards` wrote; every process calls this."""
+    state = _state(module, optimizer, average)
+    dcp.load(state, checkpoint_id=folder)
+    set_model_state_dict(module, state["weights"], options=StateDictOptions(ignore_frozen_params=True, strict=False))
+    set_optimizer_state_dict(module, optimizer, state["optimizer"], options=_TRAINED_ONLY)
+
+
+def _state(module: nn.Module, optimizer: Any, average: dict[str, Tensor] | None) -> dict[str, Any]:
+    """What a checkpoint holds; an optimizer that has not stepped yet gets an empty state of its own shape."""
+    state = {
+        "weights": get_model_state_dict(module, options=_TRAINED_ONLY),
+        "optimizer": get_optimizer_state_dict(module, optimizer, options=_TRAINED_ONLY),
+    }
+    return state if average is None else {**state, "average": average}
+
+
+def from_main(value: Any) -> Any:
+    """`value` of the first process, in every process."""
+    if not dist.is_initialized():
+        return value
+    told = [value]
+    dist.broadcast_object_list(told, src=0)
+    return told[0]

@@ -1,0 +1,85 @@
+"""From a stage under way to a checkpoint and back, with everything that the next step depends on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from .assembly import Assembly
+from .metrics import Metrics, Row
+from .sharding import SHARDS, from_main, load_shards, save_shards
+from .state import Checkpoints, TrainingState, read_checkpoint
+from .watch import Watch
+
+
+class Snapshots:
+    """Saves and resumes the networks of an `Assembly` and what `watch` remembers. Every process takes part."""
+
+    def __init__(
+        self, accelerator: Accelerator, parts: Assembly, watch: Watch, checkpoints: Checkpoints, metrics: Metrics
+    ) -> None:
+        self.accelerator, self.parts, self.watch = accelerator, parts, watch
+        self.checkpoints, self.metrics = checkpoints, metrics
+
+    def save(self, row: Row) -> None:
+        """Write a checkpoint of the step of `row`."""
+        if self.accelerator.is_main_process:
+            state = self._state(row)
+            if self.parts.sharded:
+                self.checkpoints.save(state, lambda folder: self._save_shards(from_main(folder)))
+            else:
+                self.checkpoints.save(state)
+        elif self.parts.sharded:
+            self._save_shards(from_main(None))
+        self.accelerator.wait_for_everyone()
+
+    def _state(self, row: Row) -> TrainingState:
+        parts, optimizer = self.parts, dict[str, Any]()
+        weights = average = second = None
+        if not parts.sharded:
+            weights, optimizer["optimizer"] = parts.learner.weights(), parts.learner.optimizer.state_dict()
+        if self.accelerator.scaler is not None:
+            optimizer["scaler"] = self.accelerator.scaler.state_dict()
+        if parts.average is not None:
+            optimizer["average_steps"] = parts.average.steps
+            average = None if parts.sharded else parts.average.weights
+        if parts.second is not None:
+            second = parts.second.weights()
+            optimizer["second"] = parts.second.optimizer.state_dict()
+        return TrainingState(row["step"], weights or {}, average, optimizer, row, second, self.watch.state())
+
+    def _save_shards(self, folder: Path) -> None:
+        parts = self.parts
+        average = None if parts.average is None else parts.average.weights
+        save_shards(folder / SHARDS, parts.learner.module, parts.learner.optimizer.optimizer, average)
+
+    def resume(self) -> Row | None:
+        """Load the newest checkpoint and forget what came after it; its last row, None when there is none."""
+        newest = self.checkpoints.newest()
+        row = None if newest is None else self._load(newest)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self.checkpoints.discard_broken()
+            self.metrics.rewind(-1 if row is None else row["step"])
+        return row
+
+    def _load(self, path: Path) -> Row:
+        parts, state = self.parts, read_checkpoint(path)
+        average = parts.average
+        if parts.sharded:
+            weights = None if average is None else average.weights
+            load_shards(path / SHARDS, parts.learner.module, parts.learner.optimizer.optimizer, weights)
+            if average is not None:
+                average.loaded(state.optimizer["average_steps"])
+        else:
+            parts.learner.load(state.weights, state.optimizer["optimizer"])
+            if average is not None and state.ema is not None:
+                average.load(state.ema, state.optimizer["average_steps"])
+        if parts.second is not None and state.second is not None:
+            parts.second.load(state.second, state.optimizer["second"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state.optimizer["scaler"])
+        self.watch.load(state.watch)
+        return state.row

@@ -1,0 +1,68 @@
+"""What a stage remembers of its course, to tell a spike from noise and a plateau from progress."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .keys import SpikeConfig, StopConfig
+from .sharding import whole
+
+
+class Watch:
+    """Recent losses by network and the best held-out loss, which every process sees alike and checkpoints keep."""
+
+    def __init__(self, spike: SpikeConfig | None, stop: StopConfig | None) -> None:
+        self.spike, self.stop = spike, stop
+        self.losses: dict[str, list[float]] = {}
+        self.best: float | None = None
+        self.stale = 0
+
+    def spike_of(self, network: str, loss: float) -> float | None:
+        """`loss` over the running median where it is a spike; None where not. It is remembered either way.
+
+        A loss that stays high becomes the median, so that `skip` cannot skip for ever.
+        """
+        if self.spike is None:
+            return None
+        recent = self.losses.setdefault(network, [])
+        median = statistics.median(recent) if len(recent) == self.spike.window else None
+        self.losses[network] = [*recent, loss][-self.spike.window :]
+        if median is None or median <= 0 or loss <= self.spike.factor * median:
+            return None
+        return loss / median
+
+    def heldout(self, loss: float) -> None:
+        """Note an evaluation."""
+        if self.stop is None:
+            return
+        if self.best is None or loss < (1 - self.stop.min_delta) * self.best:
+            self.best, self.stale = loss, 0
+        else:
+            self.stale += 1
+
+    @property
+    def plateau(self) -> bool:
+        """Whether the stopping rule ends the stage."""
+        return self.stop is not None and self.stale >= self.stop.patience
+
+    def state(self) -> dict[str, Any]:
+        """Everything above as JSON."""
+        return {"losses": self.losses, "best": self.best, "stale": self.stale}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self.losses, self.best, self.stale = dict(state["losses"]), state["best"], state["stale"]
+
+
+@torch.no_grad()
+def relative_distance(weights: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> float:
+    """`|w - w'| / |w|`, Euclidean over all tensors together, which may be sharded."""
+    # One difference at a time: together they would be a third copy of the weights.
+    apart = [whole(torch.linalg.vector_norm(weight - others[name])) for name, weight in weights.items()]
+    size = [whole(torch.linalg.vector_norm(weight)) for weight in weights.values()]
+    return float(torch.stack(apart).norm() / torch.stack(size).norm().clamp_min(1e-30))

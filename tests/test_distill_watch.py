@@ -1,0 +1,225 @@
+"""What a stage notices on its way: spikes, plateaus, distances, the teacher's loss, previews, trackers."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+
+import distill_case as case
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mla_convert.distill.keys import SpikeConfig, StopConfig
+from mla_convert.distill.metrics import Metrics
+from mla_convert.distill.objective import flow_loss
+from mla_convert.distill.schedule import learning_rate
+from mla_convert.distill.trainer import run_stage
+from mla_convert.distill.watch import Watch, relative_distance
+from mla_convert.errors import UsageError, UserError
+from mla_convert.pipeline.preview import as_strip, preview_strip
+from mla_convert.recipe.schema import validate
+
+SPIKE = {"factor": 4.0, "window": 3}
+LOUD = 7  # the step whose clips are far too loud
+
+
+class LoudClips(case.Clips):
+    """Digits of which those of step `LOUD` are ten times as bright."""
+
+    def example(self, index):
+        clip = super().example(index)
+        return {**clip, "latents": clip["latents"] * (10.0 if index // 2 == LOUD - 1 else 1.0)}
+
+
+def run(folder, data=None, picture=None, **changes):
+    teacher = case.tiny_model()
+    student = case.perturbed(teacher)
+    data = data or case.Clips()
+    config = case.make_config(**changes)
+    result = run_stage(config, student, {"teacher": teacher}, data, case.Clips().heldout(), folder, 0, 0, None, picture)
+    return result, student, Metrics(folder / "metrics.jsonl").rows()
+
+
+def test_a_spike_is_told_from_noise():
+    watch = Watch(SpikeConfig(**SPIKE), None)
+    assert [watch.spike_of("student", loss) for loss in (9.0, 1.0, 1.1)] == [None] * 3
+    assert watch.spike_of("student", 4.4) is None
+    assert watch.spike_of("student", 4.5) == pytest.approx(4.5 / 1.1)
+    # A level that stays becomes the median, of each network for itself.
+    assert [watch.spike_of("student", 20.0) for _ in range(3)] == [20 / 4.4, 20 / 4.5, None]
+    assert watch.spike_of("fake_score", 50.0) is None
+    assert Watch(None, None).spike_of("student", 1e9) is None
+    again = Watch(SpikeConfig(**SPIKE), None)
+    again.load(watch.state())
+    assert again.state() == watch.state()
+
+
+def test_a_plateau_is_told_from_progress():
+    watch = Watch(None, StopConfig(patience=2, min_delta=0.1))
+    for loss, plateau in ((1.0, False), (0.95, False), (0.85, False), (0.8, False), (0.77, True)):
+        watch.heldout(loss)
+        assert watch.plateau is plateau
+
+
+def test_a_spike_is_logged(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        _, _, rows = run(tmp_path, LoudClips(), spike=SPIKE, teacher_weight=0.0)
+    assert [row["step"] for row in rows if "spike" in row] == [LOUD]
+    assert f"times the median of the last 3, at step {LOUD}" in caplog.text
+
+
+def test_a_spike_is_skipped(tmp_path):
+    """The step changes neither weights nor average nor the optimizer, on the way and after a resume."""
+    changes = {
+        "teacher_weight": 0.0,
+        "spike": {**SPIKE, "action": "skip"},
+        "checkpoint_every": 1,
+        "keep_checkpoints": 9,
+    }
+    _, student, rows = run(tmp_path / "whole", LoudClips(), **changes)
+    assert [row["step"] for row in rows if row.get("skipped")] == [LOUD]
+    folders = [tmp_path / "whole" / "checkpoints" / f"step-{step:08d}" for step in (LOUD - 1, LOUD)]
+    for name in ("student.safetensors", "ema.safetensors"):
+        before, after = ((folder / name).read_bytes() for folder in folders)
+        assert before == after
+    before, after = (torch.load(folder / "optimizer.pt")["optimizer"]["state"] for folder in folders)
+    assert all(torch.equal(after[index][key], tensor) for index in before for key, tensor in before[index].items())
+
+    class Cut(LoudClips):
+        def example(self, index):
+            if index // 2 >= LOUD - 2:
+                raise case.Killed
+            return super().example(index)
+
+    with pytest.raises(case.Killed):
+        run(tmp_path / "resumed", Cut(), **changes)
+    _, resumed, _ = run(tmp_path / "resumed", LoudClips(), **changes)
+    assert case.outputs(tmp_path / "resumed") == case.outputs(tmp_path / "whole")
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), resumed.parameters(), strict=True))
+
+
+def test_a_spike_ends_the_run(tmp_path):
+    with pytest.raises(UserError, match=r"diverged: loss is .*, .* times the median .* at step 7; the last .*00006;"):
+        run(tmp_path, LoudClips(), spike={**SPIKE, "action": "stop"}, teacher_weight=0.0)
+    assert not (tmp_path / "checkpoints" / "step-00000008").exists()
+
+
+def test_a_plateau_ends_the_stage(tmp_path):
+    """It ends with a checkpoint, and run again it trains no further; a kill in between changes nothing."""
+    changes = {"steps": 40, "eval_every": 2, "stop": {"patience": 2, "min_delta": 0.5}, "schedule": "constant"}
+    result, student, rows = run(tmp_path / "whole", **changes)
+    assert 4 <= result.steps < 40
+    assert rows[-1]["step"] == result.steps
+    assert result.heldout_loss == rows[-1]["heldout_loss"]
+    again, same, _ = run(tmp_path / "whole", case.Clips(-1), **changes)
+    assert (again.steps, again.resumed_from) == (result.steps, result.steps)
+    with pytest.raises(case.Killed):
+        run(tmp_path / "resumed", case.Clips(7), **changes)
+    run(tmp_path / "resumed", **changes)
+    assert case.outputs(tmp_path / "resumed") == case.outputs(tmp_path / "whole")
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), same.parameters(), strict=True))
+
+
+def test_the_teacher_and_the_average_are_measured(tmp_path):
+    _, _, rows = run(tmp_path)
+    teacher_loss = flow_loss(case.tiny_model(), case.Clips().heldout())
+    # Observed: equal to 7 digits; another attention backend rounds otherwise.
+    assert rows[0]["teacher_heldout_loss"] == pytest.approx(teacher_loss, rel=1e-5)
+    for row in rows:
+        assert ("heldout_ratio" in row) == ("heldout_loss" in row)
+        if "heldout_loss" in row:
+            assert row["heldout_ratio"] == row["heldout_loss"] / rows[0]["teacher_heldout_loss"]
+    assert rows[1]["ema_distance"] == 0.0
+    assert all(0 < row["ema_distance"] < 1 for row in rows[2:])
+    assert all(row["grad_norm"] > 0 for row in rows[1:])
+
+
+def test_relative_distance():
+    one, other = (
+        {"a": torch.tensor([3.0]), "b": torch.tensor([4.0])},
+        {"a": torch.tensor([0.0]), "b": torch.tensor([0.0])},
+    )
+    assert relative_distance(one, other) == pytest.approx(1)
+    assert relative_distance(one, {**one, "a": torch.tensor([2.0])}) == pytest.approx(0.2)
+
+
+def test_a_preview_is_written_and_shown(tmp_path):
+    preview = {"every": 3, "clips": 2, "num_frames": 6, "num_inference_steps": 2}
+    _, student, _ = run(tmp_path / "with", picture=preview_strip, preview=preview, tracker="tensorboard")
+    pictures = sorted(path.name for path in (tmp_path / "with" / "previews").iterdir())
+    assert pictures == ["step-00000003.png", "step-00000006.png", "step-00000008.png"]
+    shown = Image.open(tmp_path / "with" / "previews" / "step-00000008.png")
+    # Six frames of 16 pixels, four times enlarged, in two rows with gaps of two.
+    assert shown.size == (6 * 64 + 5 * 2, 2 * 64 + 2)
+    config = case.make_config(preview=preview).preview
+    expected = preview_strip(student, config, case.Clips().heldout())
+    assert np.abs(np.asarray(shown).astype(int) - expected.astype(int)).max() <= 1
+    events = EventAccumulator(str(tmp_path / "with" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Images("preview")] == [3, 6, 8]
+    _, without, _ = run(tmp_path / "without")
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), without.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 16])
+def test_strips_show_any_latent(channels):
+    strip = as_strip(torch.full((1, channels, 20, 4, 4), float("nan")))
+    assert strip.shape == (64, 16 * 64 + 15 * 2, 3)
+
+
+def test_a_preview_needs_a_window(tmp_path):
+    student = case.tiny_model()
+    student.causal = student.causal.model_copy(update={"window_frames": None})
+    config = case.make_config(preview={"every": 1}, teacher_weight=0)
+    with pytest.raises(UserError, match=r"preview needs a finite window; set causal\.window_frames"):
+        run_stage(config, student, {}, case.Clips(), None, tmp_path, 0, 0)
+
+
+def test_a_tracker_that_is_not_installed(tmp_path):
+    with pytest.raises(UserError, match="tracker: trackio needs the package trackio, which is not installed: pip"):
+        run(tmp_path, tracker=["tensorboard", "trackio"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_schedules_fall_to_the_minimum():
+    for schedule in ("linear", "cosine"):
+        config = case.make_config(steps=10, warmup_steps=2, schedule=schedule, min_learning_rate=1e-3)
+        rates = [learning_rate(config, step) for step in range(11)]
+        assert rates[:3] == pytest.approx([1.5e-3, 3e-3, 3e-3])
+        assert rates[6] == pytest.approx(2e-3)
+        assert rates[10] == pytest.approx(1e-3)
+        assert all(a >= b for a, b in itertools.pairwise(rates[2:]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stop": {"patience": 2}, "eval_every": None}, "stop needs eval_every"),
+        ({"trainable": "all", "lora": {"rank": 2, "alpha": 2}}, "trainable: all leaves nothing"),
+        ({"min_learning_rate": 1.0}, "min_learning_rate is above learning_rate"),
+        ({"spike": {"action": "panic"}}, "expected 'warn', 'skip' or 'stop'"),
+        ({"tracker": "wandbb"}, "expected"),
+    ],
+)
+def test_keys_that_do_not_fit(changes, message):
+    kind = type(case.make_config())
+    with pytest.raises(UsageError, match=message):
+        validate(kind, {"stage": "match_velocity", "steps": 4, "learning_rate": 1e-3, **changes})
+
+
+def test_adafactor(tmp_path):
+    """Another optimizer trains, keeps a state without a second copy of the weights, and resumes."""
+    changes = {"optimizer": "adafactor", "learning_rate": 1e-2}
+    _, _, rows = run(tmp_path / "whole", **changes)
+    assert rows[-1]["teacher_loss"] < rows[1]["teacher_loss"]
+    assert all(math.isfinite(row["loss"]) for row in rows[1:])
+    with pytest.raises(case.Killed):
+        run(tmp_path / "resumed", case.Clips(9), **changes)
+    run(tmp_path / "resumed", **changes)
+    assert case.outputs(tmp_path / "resumed") == case.outputs(tmp_path / "whole")
+    folder = tmp_path / "whole" / "checkpoints" / "step-00000008"
+    assert (folder / "optimizer.pt").stat().st_size < (folder / "student.safetensors").stat().st_size
