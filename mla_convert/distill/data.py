@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -9,8 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from ..errors import UserError
 from ..zoo.digits.data import CLIP_FRAMES, sample_batch
 from .latents import LatentShards
+from .rollouts import RolloutsConfig
 
 Batch = dict[str, Tensor]
 
@@ -20,16 +23,18 @@ class DataConfig(BaseModel):
 
     `digits` are generated without end. `latents` is a `folder` of parquet shards in FastVideo's
     text-to-video schema; text embeddings of different lengths are padded with zeros to
-    `text_tokens`. `heldout` clips are set aside and never trained on: for digits, held-out
-    handwriting with held-out prompts, for latents the last ones.
+    `text_tokens`. `rollouts` are latents that the dense model makes at the beginning of a run, in the run's
+    folder. `heldout` clips are set aside and never trained on: for digits, held-out handwriting with
+    held-out prompts, for the others the last ones.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["digits", "latents"] = "digits"
+    kind: Literal["digits", "latents", "rollouts"] = "digits"
     folder: str | None = None
     text_tokens: int | None = Field(None, ge=1)
     heldout: int = Field(128, ge=1)
+    rollouts: RolloutsConfig | None = None
 
     @model_validator(mode="after")
     def _keys_fit_the_kind(self) -> DataConfig:
@@ -37,7 +42,22 @@ class DataConfig(BaseModel):
             raise ValueError("kind latents needs folder, the folder of parquet shards")
         if self.kind == "digits" and (self.folder is not None or self.text_tokens is not None):
             raise ValueError("kind digits is generated and takes neither folder nor text_tokens")
+        if (self.kind == "rollouts") != (self.rollouts is not None):
+            raise ValueError("kind rollouts and the section rollouts go together")
+        if self.rollouts is not None:
+            if self.folder is not None or self.text_tokens is not None:
+                raise ValueError("kind rollouts is made in the run's folder and takes neither folder nor text_tokens")
+            if self.heldout >= self.rollouts.clips:
+                raise ValueError(
+                    f"heldout: {self.heldout} leaves none of {self.rollouts.clips} rollouts to train on; lower heldout"
+                )
         return self
+
+    def made_in(self, folder: Path) -> DataConfig:
+        """Rollouts as the latents that they are once they lie in `folder`; other kinds as they are."""
+        if self.kind != "rollouts":
+            return self
+        return DataConfig(kind="latents", folder=str(folder), heldout=self.heldout)
 
 
 class Data(Protocol):
@@ -94,5 +114,6 @@ def open_data(config: DataConfig, seed: int) -> Data:
     """The clips that `config` names. Raises UserError when they cannot be trained on."""
     if config.kind == "digits":
         return DigitClips(seed, config.heldout)
-    assert config.folder is not None
+    if config.folder is None:
+        raise UserError("kind rollouts: the clips lie in the folder of a run, which is not known here")
     return LatentClips(LatentShards(config.folder, config.text_tokens), config.heldout)

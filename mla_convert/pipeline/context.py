@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..distill.data import Data, open_data
+from ..distill.data import Data, DataConfig, open_data
 from ..distill.progress import Report
 from ..export.checkpoint import load_checkpoint
 from ..load import Source, load_dense, load_source
@@ -19,6 +19,7 @@ from ..recipe.schema import Recipe
 
 STAGES, TRAINING = "stages", "training"
 CHECKPOINT, SAMPLES, METRICS = "checkpoint", "samples", "metrics.jsonl"
+DATA = "data"
 
 
 def stage_names(recipe: Recipe) -> list[str]:
@@ -49,9 +50,14 @@ class Context:
         found = load_source(section.model, section.subfolder, section.revision, causal, section.file, section.use_ema)
         return dataclasses.replace(found, noise_range=section.noise_range)
 
+    @property
+    def data_config(self) -> DataConfig:
+        """Where the clips lie, those that the run makes itself included."""
+        return self.recipe.data.made_in(self.path / DATA)
+
     @functools.cached_property
     def data(self) -> Data:
-        return open_data(self.recipe.data, self.recipe.seed)
+        return open_data(self.data_config, self.recipe.seed)
 
     @property
     def device(self) -> torch.device:

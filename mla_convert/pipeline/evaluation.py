@@ -22,6 +22,7 @@ from ..load import load_dense, load_source
 from ..recipe.schema import Recipe, validate
 from ..run.config import GenerateConfig
 from ..run.sample import DIGITS, prompt_encoder
+from .context import DATA
 from .rundir import STATE
 from .summary import describe
 
@@ -46,7 +47,7 @@ def evaluate_checkpoint(
     digits = prompt_encoder(student.config) == DIGITS
     if recipe is None and not digits:
         raise UsageError(f"{folder} has no {MANIFEST} that names its held-out data; evaluate a checkpoint of a run")
-    data = DataConfig(kind="digits") if recipe is None else recipe.data
+    data = DataConfig(kind="digits") if recipe is None else recipe.data.made_in(_run_of(root) / DATA)
     config = EvaluateConfig() if recipe is None else recipe.evaluate
     config = config.model_copy(update=dict(changes))
     result = {
@@ -59,6 +60,11 @@ def evaluate_checkpoint(
     if out is None:
         out = root.parent / "evaluation" if (root.parent / STATE).exists() else root
     return write_report(out, result), result
+
+
+def _run_of(root: Path) -> Path:
+    """The run folder that a checkpoint lies in, the checkpoint's own parent where it lies in none."""
+    return next((folder for folder in root.parents if (folder / STATE).exists()), root.parent)
 
 
 def _recorded_recipe(root: Path) -> Recipe | None:

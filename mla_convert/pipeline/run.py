@@ -47,7 +47,7 @@ def run(
         raise UsageError(f"recipe {recipe.name} converts several models; choose --expert {' or '.join(recipe.experts)}")
     processes = this_process()
     steps = steps_until(recipe, until)
-    model = path / STAGES / stage_names(recipe)[sum(step.everywhere for step in steps)]
+    model = path / STAGES / stage_names(recipe)[sum(step.trains for step in steps)]
     if not processes.is_main_process:
         _help(recipe, path, steps, processes)
         return RunResult(path, model, {}, main=False)

@@ -26,8 +26,9 @@ from ..run.sample import embed_prompts, prompt_encoder, rollout
 from ..run.video import save_video, side_by_side, to_frames
 from .calibration import calibration_batches
 from .channels import check_channels
-from .context import CHECKPOINT, METRICS, SAMPLES, STAGES, TRAINING, Context, stage_names
+from .context import CHECKPOINT, DATA, METRICS, SAMPLES, STAGES, TRAINING, Context, stage_names
 from .preview import preview_strip
+from .rollouts import check_rollouts, roll_out_data
 from .summary import build_report, training_rows
 
 ROLLOUTS = "rollouts.safetensors"
@@ -48,13 +49,21 @@ class Step:
     reads_clips: bool = False
     everywhere: bool = False
 
+    @property
+    def trains(self) -> bool:
+        """Whether it is a stage of `distill`."""
+        return self.name.startswith("distill ")
+
 
 def steps_of(recipe: Recipe) -> list[Step]:
     """What a run of `recipe` does, in order."""
     stages = stage_names(recipe)
     models = [(f"{STAGES}/{stage}/transformer", f"{STAGES}/{stage}/{MANIFEST}") for stage in stages]
     calibrated = recipe.convert.init == "activation"
-    steps = [Step("convert", models[0], _convert, scratch=_parts_of(recipe), reads_clips=calibrated)]
+    steps = []
+    if recipe.data.kind == "rollouts":
+        steps.append(Step("data", (DATA,), roll_out_data, everywhere=True))
+    steps.append(Step("convert", models[0], _convert, scratch=_parts_of(recipe), reads_clips=calibrated))
     for index in range(1, len(stages)):
         steps.append(
             Step(
@@ -88,9 +97,12 @@ def check_inputs(context: Context, pending: Iterable[Step]) -> None:
             embed_prompts(recipe.generate.prompts, prompt_encoder(source.config))
         except UsageError as error:
             raise UsageError(f"generate.prompts: {error}") from None
-    for stage in recipe.distill if any(step.everywhere for step in pending) else ():
+    for stage in recipe.distill if any(step.trains for step in pending) else ():
         check_launch(stage)
-    if any(step.reads_clips for step in pending):
+    if any(step.name == "data" for step in pending):
+        assert recipe.data.rollouts is not None
+        check_channels(check_rollouts(recipe.data.rollouts, source), source, "data.rollouts")
+    elif any(step.reads_clips for step in pending):
         check_channels(context.data.example(0), source, "data")
 
 
@@ -156,7 +168,7 @@ def _evaluate(context: Context) -> None:
         if index != len(recipe.distill):
             config = config.model_copy(update={"rollout_prompts": 0})
         student = context.load_stage(index).to(context.device)
-        result = evaluate(student, teacher, recipe.data, config, context.report)
+        result = evaluate(student, teacher, context.data_config, config, context.report)
         write_json(context.stage_folder(index) / REPORT_JSON, result)
 
 

@@ -108,6 +108,7 @@ class Recipe(BaseModel):
         for key, wanted in (
             ("generate.prompts", self.generate.prompts),
             ("evaluate.rollout_prompts", self.data.kind == "digits" and self.evaluate.rollout_prompts),
+            ("data.kind: rollouts", self.data.kind == "rollouts"),
             ("convert.calibration.source: rollouts", self.convert.calibration.source == "rollouts"),
         ):
             if wanted:

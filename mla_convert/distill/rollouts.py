@@ -1,0 +1,114 @@
+"""Training clips that the dense teacher makes itself: the data-free mode, for which prompts are enough.
+
+What a teacher generates in many guided steps is what a student of it should learn, and nothing else has to be
+collected (Self Forcing, arXiv 2506.08009, and DMD2, arXiv 2405.14867, train without videos too). The clips are
+written once, as shards that are read like any others.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from ..errors import UserError
+from ..files import write_json
+from .latents import Clip, shard_name, write_shard
+from .progress import Report
+
+PLAN = "rollouts.json"
+# Tells the noise of rollouts from every other use of the seed, see `order.py`.
+ROLLOUT = 4
+
+RollOut = Callable[[Tensor, int], Tensor]
+
+
+class RolloutsConfig(BaseModel):
+    """How the dense model makes the clips that are trained on.
+
+    `clips` clips of `num_frames` latent frames, the held-out ones included, are rolled out chunk by chunk
+    with the cache, `batch_size` of them at once and in a file. They take the prompts in turn, each with noise
+    of its own. Prompts are `prompts`, which the embedded digits teacher reads, or `prompt_embeds`: a
+    .safetensors file with `prompt_embeds` `[N, L, D]`, or a folder of them, as `mla-convert encode --prompts`
+    writes. `num_inference_steps`, `shift`, `guidance_scale` and `context_noise` are as in `generate`, but
+    the teacher's. `latent_height` and `latent_width` are needed where the model does not fix them. `dtype` is
+    that of the stored latents.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    clips: int = Field(ge=2)
+    num_frames: int = Field(21, ge=1)
+    batch_size: int = Field(8, ge=1)
+    prompts: tuple[str, ...] = ()
+    prompt_embeds: str | None = None
+    num_inference_steps: int = Field(48, ge=1)
+    shift: float = Field(1.0, gt=0)
+    guidance_scale: float = Field(1.0, ge=0)
+    context_noise: float = Field(0.0, ge=0, le=1)
+    latent_height: int | None = Field(None, ge=1)
+    latent_width: int | None = Field(None, ge=1)
+    dtype: str = Field("float32", pattern="^(float32|bfloat16)$")
+
+    @model_validator(mode="after")
+    def _one_source_of_prompts(self) -> RolloutsConfig:
+        if bool(self.prompts) == (self.prompt_embeds is not None):
+            raise ValueError("rollouts need prompts or prompt_embeds, one of the two")
+        return self
+
+
+def open_folder(folder: Path, identity: str) -> None:
+    """Make `folder` the one of these rollouts; what others left there, of another `identity`, goes."""
+    plan = folder / PLAN
+    if plan.is_file():
+        recorded = json.loads(plan.read_text())
+        if recorded.get("identity") == identity:
+            for leftover in folder.glob(".*.tmp"):
+                leftover.unlink()
+            return
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(plan, {"identity": identity})
+
+
+def write_rollouts(
+    folder: Path,
+    config: RolloutsConfig,
+    seed: int,
+    text: Tensor,
+    captions: Sequence[str],
+    roll_out: RollOut,
+    report: Report,
+    process: int = 0,
+    processes: int = 1,
+) -> None:
+    """Write the shards of `folder` that are missing, every `processes`-th of them from number `process`.
+
+    Clip i is for prompt i modulo the number of `text` `[N, L, D]` and its `captions`. `roll_out` gives latents
+    `[B, C, F, H, W]` for texts `[B, L, D]` and a seed, which derives from `seed` and the number of the shard:
+    a folder that was interrupted ends with the bytes of an unbroken one, whatever the number of processes.
+    Raises UserError for latents that are not finite.
+    """
+    starts = range(0, config.clips, config.batch_size)
+    mine = range(process, len(starts), processes)
+    for done, number in enumerate(mine):
+        path = folder / shard_name(number)
+        if not path.is_file():
+            rows = range(starts[number], min(starts[number] + config.batch_size, config.clips))
+            chosen = [row % len(text) for row in rows]
+            latents = roll_out(text[chosen], _seed(seed, number)).to(getattr(torch, config.dtype))
+            if not latents.isfinite().all():
+                raise UserError(f"the teacher's rollout of {shard_name(number)} has NaN or infinite values; check it")
+            clips = [Clip(latents[i], text[row], caption=captions[row]) for i, row in enumerate(chosen)]
+            write_shard(path, clips, starts[number])
+        report("roll out clips", done + 1, len(mine))
+
+
+def _seed(seed: int, number: int) -> int:
+    return int(np.random.SeedSequence((ROLLOUT, seed, number)).generate_state(1)[0])

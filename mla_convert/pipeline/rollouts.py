@@ -1,0 +1,87 @@
+"""The data-free mode of a run: its training clips are the dense model's own rollouts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from safetensors.torch import save
+from torch import Tensor
+
+from ..distill.rollouts import RolloutsConfig, open_folder, write_rollouts
+from ..errors import UsageError, UserError
+from ..load import Source
+from ..run.config import GenerateConfig
+from ..run.sample import embed_prompts, latent_size, load_prompt_embeds, prompt_encoder, rollout
+from .context import DATA, Context
+
+
+def roll_out_data(context: Context) -> None:
+    """Write the run's clips, those that are not there yet; every process of a distributed run takes its share."""
+    config = context.recipe.data.rollouts
+    assert config is not None
+    text, captions = read_prompts(config, context.source)
+    folder, processes = context.path / DATA, PartialState()
+    if context.main:
+        open_folder(folder, _identity(context, text))
+    processes.wait_for_everyone()
+    teacher = context.dense().to(processes.device)
+
+    def roll_out(embeds: Tensor, seed: int) -> Tensor:
+        chunks = rollout(teacher, embeds, _sampling(config, seed))
+        return torch.cat([chunk.cpu() for chunk in chunks], dim=2)
+
+    rank, count = processes.process_index, processes.num_processes
+    write_rollouts(folder, config, context.recipe.seed, text, captions, roll_out, context.report, rank, count)
+
+
+def read_prompts(config: RolloutsConfig, source: Source) -> tuple[Tensor, Sequence[str]]:
+    """Embeddings `[N, L, D]` of the prompts and their captions, "" where only embeddings are known.
+
+    Raises UsageError for prompts that the model does not read, UserError for files that cannot be read.
+    """
+    if config.prompt_embeds is None:
+        try:
+            return embed_prompts(config.prompts, prompt_encoder(source.config)), config.prompts
+        except UsageError as error:
+            raise UsageError(
+                f"data.rollouts.prompts: {str(error).replace('--prompt-embeds', 'prompt_embeds')}"
+            ) from None
+    path = Path(config.prompt_embeds)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"no .safetensors files in {path}; write them with `mla-convert encode --prompts`")
+    parts = [load_prompt_embeds(file, source.config["text_dim"]) for file in files]
+    if len({part.shape[1] for part in parts}) > 1:
+        raise UserError(f"the files in {path} have embeddings of different lengths; encode the prompts together")
+    text = torch.cat(parts)
+    return text, [""] * len(text)
+
+
+def check_rollouts(config: RolloutsConfig, source: Source) -> dict[str, Tensor]:
+    """One clip as it will be, its latents without values. Raises UserError for what cannot be rolled out."""
+    text, _ = read_prompts(config, source)
+    if (source.config.get("causal") or {}).get("window_frames", 0) is None:
+        raise UsageError("data.kind: rollouts needs a finite window; set causal.window_frames")
+    height, width = latent_size(source.config, _sampling(config, 0))
+    shape = (source.config["in_channels"], config.num_frames, height, width)
+    return {"latents": torch.empty(shape, device="meta"), "encoder_hidden_states": text[0]}
+
+
+def _sampling(config: RolloutsConfig, seed: int) -> GenerateConfig:
+    """How the teacher is sampled, in the keys of `generate`."""
+    shared = {key: getattr(config, key) for key in RolloutsConfig.model_fields if key in GenerateConfig.model_fields}
+    return GenerateConfig(**{**shared, "prompts": (), "seed": seed})
+
+
+def _identity(context: Context, text: Tensor) -> str:
+    """Digest of all that the clips depend on."""
+    parts: dict[str, Any] = context.recipe.model_dump(mode="json", include={"seed", "source", "causal", "data"})
+    parts["data"].pop("heldout")
+    parts["text"] = hashlib.sha256(save({"text": text.contiguous()})).hexdigest()
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
