@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import io
 import json
@@ -16,12 +17,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import default_collate
 
 import mla_convert.distill.state as state
+from mla_convert.convert import ConvertConfig, convert_model
 from mla_convert.distill.metrics import Metrics
 from mla_convert.distill.objective import flow_loss
 from mla_convert.distill.order import NOISE, derived_generator
 from mla_convert.distill.progress import progress_bars
+from mla_convert.distill.trainable import trainable_names
 from mla_convert.distill.trainer import run_stage
+from mla_convert.distill.views import require_apart
 from mla_convert.errors import UserError
+from mla_convert.families.wan import FAMILY
 from mla_convert.registry import stages
 
 
@@ -32,6 +37,17 @@ def rows(folder):
 def run(folder, config, student, teacher=None, data=None, heldout=None, progress=None):
     networks = {} if teacher is None else {"teacher": teacher}
     return run_stage(config, student, networks, data or case.Clips(), heldout, folder, 0, 0, progress)
+
+
+def test_a_student_that_shares_what_it_trains_with_its_teacher_is_refused(tmp_path):
+    teacher = case.tiny_model().requires_grad_(False)
+    student = convert_model(FAMILY, teacher, ConvertConfig(init="svd", kv_lora_rank=12))
+    shared = r"student's blocks\.0\..* is memory of the network teacher too"
+    with pytest.raises(ValueError, match=shared):
+        run(tmp_path, case.make_config(trainable="attention"), student, teacher)
+    require_apart(student, trainable_names(student, "latent"), {"teacher": teacher})
+    run(tmp_path, case.make_config(trainable="attention", steps=1, warmup_steps=0), copy.deepcopy(student), teacher)
+    assert all(map(torch.equal, teacher.state_dict().values(), case.tiny_model().state_dict().values()))
 
 
 def test_the_student_comes_closer_to_the_teacher(tmp_path):

@@ -39,6 +39,8 @@ from .snapshots import Snapshots
 from .stages.base import AVERAGE, START, Stage, StageConfig
 from .state import Checkpoints
 from .trackers import tracking
+from .trainable import trainable_names
+from .views import require_apart
 from .watch import Watch, relative_distance
 
 BOOKKEEPING = {"checkpoint_every", "keep_checkpoints", "data_workers", "tracker", "preview"}
@@ -87,6 +89,7 @@ def run_stage(
     if config.preview is not None and getattr(student, "causal", None) and student.causal.window_frames is None:
         raise UserError(f"stage {config.stage}: preview needs a finite window; set causal.window_frames")
     stage.check(student, networks, data)
+    require_apart(student, trainable_names(student, config.trainable), networks)
     return _Training(stage, student, networks, data, heldout, work_dir, seed, stage_index, picture).run(progress)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -16,6 +17,23 @@ def with_weights(model: Any, weights: Mapping[str, Tensor]) -> Any:
         shared[id(model.get_parameter(name))] = nn.Parameter(weight, requires_grad=False)
     view = copy.deepcopy(model, shared)
     return view.eval()
+
+
+def require_apart(model: Any, trained: Collection[str], networks: Mapping[str, Any]) -> None:
+    """Raise ValueError if parameters of `model` that are `trained` lie in the memory of one of the `networks`.
+
+    A converted model shares what it keeps with the dense one until it is saved or copied; trained in place
+    it would take its teacher along. Only float32 is trained in place.
+    """
+    mine = {
+        parameter.data_ptr(): name
+        for name, parameter in model.named_parameters()
+        if name in trained and parameter.dtype == torch.float32 and not parameter.is_meta
+    }
+    for network, other in networks.items():
+        shared = next((mine[p.data_ptr()] for p in other.parameters() if p.data_ptr() in mine), None)
+        if shared is not None:
+            raise ValueError(f"the student's {shared} is memory of the network {network} too; train a copy.deepcopy")
 
 
 def start_of(model: Any, trained: Mapping[str, nn.Parameter]) -> Any:
