@@ -57,6 +57,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "svd": {**PAPER, "init": "svd"},
     "random": {**PAPER, "init": "random"},
 }
+# A start that is far off has more to learn than its latent projections: what those rows change about the repair.
+FAR = {"learning_rate": 1e-3, "trainable": "all", "context_noise": 0.3}
 FEW_STEP = ("consistency", "dmd")
 MANY, FEW = "guided", "few"
 LONG = 8
@@ -79,7 +81,12 @@ class Bench:
 
     def stages(self, row: str) -> list[tuple[int, Any]]:
         """The stages of a row with their number in the recipe; the dense teacher needs no repair."""
-        numbered = enumerate(self.recipe.distill, 1)
+        changes = FAR if row in ("svd", "random") else {}
+        repaired = (
+            stage if stage.stage in FEW_STEP else type(stage)(**{**stage.model_dump(), **changes})
+            for stage in self.recipe.distill
+        )
+        numbered = enumerate(repaired, 1)
         chosen = [(index, stage) for index, stage in numbered if row != DENSE or stage.stage in FEW_STEP]
         last = max((place for place, (_, stage) in enumerate(chosen) if stage.stage == self.until), default=None)
         return chosen if last is None else chosen[: last + 1]
