@@ -34,6 +34,11 @@ def place_in_window(causal: CausalConfig, start: int, num_frames: int) -> int:
     return start if causal.sink_positions == "absolute" else min(start, causal.window_frames - num_frames)
 
 
+def _all_slots(kept: Tensor) -> Tensor:
+    """A layer's tensor `[lanes, window_frames, ...]` as `[lanes * window_frames, ...]`, in the same memory."""
+    return kept.view(-1, *kept.shape[2:])
+
+
 class LaneView(FrameCache):
     """Some lanes of a pool as the cache of one chunk of their streams, `frames_seen` of which each has seen.
 
@@ -67,10 +72,10 @@ class LaneView(FrameCache):
 
     def _take(self, kept: Tensor, frames: list[int]) -> Tensor:
         slots = self._slots_of(frames)
-        return kept.flatten(0, 1).index_select(0, slots.flatten()).unflatten(0, slots.shape).flatten(1, 2)
+        return _all_slots(kept).index_select(0, slots.flatten()).unflatten(0, slots.shape).flatten(1, 2)
 
     def _put(self, kept: Tensor, frames: list[int], new: Tensor) -> None:
-        kept.flatten(0, 1)[self._slots_of(frames)] = new.unflatten(1, (len(frames), -1))
+        _all_slots(kept)[self._slots_of(frames)] = new.unflatten(1, (len(frames), -1))
 
 
 class Int8LaneView(LaneView, Int8LatentCache):

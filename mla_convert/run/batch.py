@@ -11,8 +11,8 @@ whatever the ages of the streams. What does not fit goes in a pass of its own, i
 windows are still filling up, by their age; a short last chunk; prompts of another length.
 
 Noise comes from each stream's own generator, and no operation mixes batch items. So a stream is the rollout that
-`stream_chunks` makes of its prompt and seed, up to the order in which a matrix product sums, which may depend on
-the size of the batch.
+`stream_chunks` makes of its prompt and seed: to the bit where a stream has its passes to itself, otherwise up to
+the order in which a matrix product sums, which may depend on the size of the batch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,15 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError, UserError
-from ..flow import NUM_TRAIN_TIMESTEPS, add_noise, expert_at, sampling_times
+from ..flow import (
+    NUM_TRAIN_TIMESTEPS,
+    Sampler,
+    add_noise,
+    denoising_times,
+    expert_at,
+    next_sample,
+    sampling_times,
+)
 from ..mla.pool import CachePool, place_in_window
 from .stream import check_start
 
@@ -67,8 +75,9 @@ class StreamBatch:
     """Continuous batching of rollouts of `model`, or of several experts that share the noise levels (Wan2.2).
 
     The cache is a pool of `lanes`, allocated at once for latents of `height x width`, in `cache_dtype` where that
-    is given: a stream takes one lane, with classifier-free guidance two. `num_inference_steps`, `shift` and
-    `context_noise` are those of `stream_chunks`, the same for all streams, since they belong to the model.
+    is given: a stream takes one lane, with classifier-free guidance two. `num_inference_steps`, `shift`,
+    `context_noise`, `sampler` and `denoising_steps` are those of `stream_chunks`, the same for all streams, since
+    they belong to the model.
 
     When the lanes do not suffice for a stream, `when_full` says what becomes of it: `refuse` raises UserError,
     `queue` lets it wait in the order of arrival. A pass takes at most `lanes_per_pass` lanes, all of them when
@@ -89,14 +98,21 @@ class StreamBatch:
         when_full: Literal["refuse", "queue"] = "refuse",
         lanes_per_pass: int | None = None,
         cache_dtype: torch.dtype | None = None,
+        sampler: Sampler = "euler",
+        denoising_steps: Sequence[float] | None = None,
     ) -> None:
         if lanes < 1 or (lanes_per_pass is not None and lanes_per_pass < 1):
             raise UsageError(f"a pool needs lanes: got lanes={lanes}, lanes_per_pass={lanes_per_pass}")
+        if when_full not in ("refuse", "queue"):
+            raise UsageError(f"when_full is 'refuse' or 'queue', got {when_full!r}")
         self.models = list(model) if isinstance(model, Sequence) else [model]
         self.pool = CachePool([one.init_cache(lanes, height, width, dtype=cache_dtype) for one in self.models])
         self.causal, self.device = self.pool.caches[0].causal, self.models[0].device
         self.size = (self.models[0].config.in_channels, height, width)
         self.times = sampling_times(num_inference_steps, shift)
+        if denoising_steps is not None:
+            self.times = denoising_times(denoising_steps, shift)
+        self.sampler = sampler
         self.context_noise, self.when_full, self.lanes_per_pass = context_noise, when_full, lanes_per_pass
         self._streams: dict[int, _Stream] = {}
         self._waiting: deque[int] = deque()
@@ -186,7 +202,8 @@ class StreamBatch:
             made.update(zip(numbers, self._chunks([self._streams[number] for number in numbers]), strict=True))
         chunks = []
         for number in sorted(made):
-            stream, latents = self._streams[number], made[number]
+            # A copy: a chunk that is kept must not keep those of its whole pass.
+            stream, latents = self._streams[number], made[number].clone()
             first, stream.drawn = stream.frames_seen, []
             stream.frames_seen += latents.shape[1]
             last = stream.frames_seen == stream.num_frames
@@ -261,8 +278,11 @@ class StreamBatch:
     def _chunks(self, streams: list[_Stream]) -> Tensor:
         """The next chunk of streams that share their passes, `[B, C, F, H, W]`."""
         frames, (channels, height, width) = self._frames(streams[0]), self.size
+        times = list(itertools.pairwise(self.times))
+        renoised = len(times) - 1 if self.sampler == "renoise" else 0
+        draws = 1 + renoised + (1 if self.context_noise > 0 else 0)
         for stream in streams:
-            while len(stream.drawn) < (2 if self.context_noise > 0 else 1):
+            while len(stream.drawn) < draws:
                 stream.drawn.append(torch.randn((1, channels, frames, height, width), generator=stream.generator))
         noises = [torch.cat(drawn).to(self.device) for drawn in zip(*(stream.drawn for stream in streams), strict=True)]
         passes = _SharedPass(self.models, self.pool, streams, frames)
@@ -271,10 +291,14 @@ class StreamBatch:
             x = torch.stack(given).to(self.device, torch.float32)
         else:
             x = noises[0]
-            for t, t_next in itertools.pairwise(self.times):
-                x = x + (t_next - t).to(self.device) * passes.velocity(x, float(t), float(t_next))
-        t_context = torch.full((len(x),), float(self.context_noise), device=self.device)
-        passes.write(add_noise(x, noises[1], t_context) if self.context_noise > 0 else x, float(self.context_noise))
+            for index, (t, t_next) in enumerate(times):
+                target = t_next if self.sampler == "euler" else self.times[-1]
+                noise = noises[1 + index] if index < renoised else None
+                x = next_sample(x, passes.velocity(x, float(t), float(target)), t, t_next, noise)
+        context, t_context = x, torch.full((len(x),), float(self.context_noise), device=self.device)
+        if self.context_noise > 0:
+            context = add_noise(x, noises[-1], t_context)
+        passes.write(context, float(self.context_noise))
         return x
 
 
@@ -284,13 +308,14 @@ class _SharedPass:
     def __init__(self, models: list[Any], pool: CachePool, streams: list[_Stream], frames: int) -> None:
         self.models = models
         guided = [index for index, stream in enumerate(streams) if stream.lanes_needed == 2]
-        self.order = [*range(len(streams)), *guided]
+        order = [*range(len(streams)), *guided]
         lanes = [stream.lanes[0] for stream in streams] + [streams[index].lanes[1] for index in guided]
-        seen = [streams[index].frames_seen for index in self.order]
+        seen = [streams[index].frames_seen for index in order]
         self.views = [pool.view(expert, lanes, seen, frames) for expert in range(len(models))]
         texts = [stream.text for stream in streams] + [streams[index].negative for index in guided]
         self.texts = [torch.stack([text.to(model.device, model.dtype) for text in texts]) for model in models]
         device = models[0].device
+        self.order = torch.tensor(order).to(device)
         self.guided = torch.tensor(guided, dtype=torch.long).to(device)
         self.scales = torch.tensor([streams[index].guidance_scale for index in guided]).view(-1, 1, 1, 1, 1).to(device)
 
@@ -310,8 +335,9 @@ class _SharedPass:
 
     def _run(self, expert: int, x: Tensor, t: float, r: float, write: bool) -> Tensor:
         model = self.models[expert]
-        x = x[self.order].to(model.device, model.dtype)
+        x = x.index_select(0, self.order).to(model.device, model.dtype)
         t_all, r_all = (torch.full((len(x),), time * NUM_TRAIN_TIMESTEPS, device=model.device) for time in (t, r))
         conditions = {"r_timestep": r_all} if model.flow_map else {}
-        out: Tensor = model.forward_chunk(x, t_all, self.texts[expert], self.views[expert], write=write, **conditions)
+        # By the call, not by `forward_chunk`: hooks that bring weights to the device see calls alone.
+        out: Tensor = model(x, t_all, self.texts[expert], cache=self.views[expert], write=write, **conditions)
         return out
