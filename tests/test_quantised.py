@@ -39,7 +39,9 @@ def test_zeros_and_the_format_of_the_kernels() -> None:
 
 @pytest.mark.parametrize("variant", pico.VARIANTS, ids=lambda v: f"{v['position']}-{v['own_chunk']}")
 def test_a_rollout_with_an_int8_cache(variant: dict[str, Any]) -> None:
-    model = pico.convert(pico.dense_model(heads=3), **variant)
+    # Ranks for which eight tiny clips suffice: a latent that they never moved varies 200-fold on others, and
+    # then sets the scale of its group.
+    model = pico.convert(pico.dense_model(heads=3), **variant | {"kv_lora_rank": 14})
     latents, timestep, text = pico.inputs(2, FRAMES, HEIGHT, WIDTH)
     with torch.no_grad():
         expected, _ = pico.stream(model, latents, timestep, text)
@@ -49,8 +51,8 @@ def test_a_rollout_with_an_int8_cache(variant: dict[str, Any]) -> None:
             for a, b in model.causal.chunks(FRAMES)
         ]
     assert isinstance(cache, Int8LatentCache)
-    # Observed 1e-3 to 4e-3: a scale is 1/127 of the largest of 64 scalars.
-    assert 0 < pico.relative_error(torch.cat(chunks, dim=2), expected) < 1e-2
+    # Observed 3e-4 to 5e-4: a scale is 1/127 of the largest of 64 scalars.
+    assert 0 < pico.relative_error(torch.cat(chunks, dim=2), expected) < 2e-3
 
 
 def test_bytes() -> None:

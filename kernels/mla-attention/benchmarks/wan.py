@@ -76,6 +76,9 @@ class Published:
         own = rotations(shape, range(shape.window - shape.chunk, shape.window), device).double()
         self.cis = torch.view_as_complex(own)
 
+    def start_chunk(self):
+        """Nothing lasts from pass to pass."""
+
     def attend(self, layer, query, key, value):
         heads = self.shape.heads
         query = self._rotate(F.rms_norm(query.float(), query.shape[-1:], self.gain.float(), EPS).to(query), heads)
@@ -98,11 +101,12 @@ class Dense:
     """A tuned dense cache: a ring, nothing moved, norm and rotation fused.
 
     `reindexed` False keeps rotated keys (absolute positions); True keeps unrotated ones and rotates
-    the window into a workspace at every pass, as an unlimited rollout within the rotary table needs.
+    the window into a workspace at every pass, as an unlimited rollout within the rotary table needs. `run` attends
+    to `[B, N, H, D]`: the fastest stock attention with the fastest number of splits.
     """
 
-    def __init__(self, shape, device, dtype, reindexed, splits=1):
-        self.shape, self.reindexed, self.splits = shape, reindexed, splits
+    def __init__(self, shape, device, dtype, reindexed, run=None):
+        self.shape, self.reindexed, self.run = shape, reindexed, run or _sdpa
         size = (shape.batch, shape.keys, shape.heads, shape.head_dim)
         self.keys = [torch.randn(size, device=device, dtype=dtype) for _ in range(shape.layers)]
         self.values = [torch.randn(size, device=device, dtype=dtype) for _ in range(shape.layers)]
@@ -110,6 +114,9 @@ class Dense:
         self.window = rotations(shape, range(shape.window), device)
         self.own = self.window[-shape.queries :].contiguous()
         self.workspace = torch.empty(size, device=device, dtype=dtype) if reindexed else None
+
+    def start_chunk(self):
+        """Nothing lasts from pass to pass."""
 
     def attend(self, layer, query, key, value):
         heads, new = self.shape.heads, key.shape[1]
@@ -124,24 +131,24 @@ class Dense:
             torch.addcmul(-pairs[..., 1] * sin, pairs[..., 0], cos, out=turned[..., 0])
             torch.addcmul(pairs[..., 0] * sin, pairs[..., 1], cos, out=turned[..., 1])
             keys = self.workspace
-        if self.splits > 1:
-            return ops.attend(query, keys, values, None, self.shape.head_dim**-0.5, self.splits)[0]
-        return _sdpa(query, keys, values)
+        return self.run(query, keys, values)
 
     def bytes(self):
         return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
 
 
 class Latent:
-    """History in latents, the own chunk exact; `path` is `absorbed` or `expand`, then by `attend` or SDPA.
+    """History in latents, the own chunk exact; `path` is `absorbed` or `expand`, then by `run` or our `attend`.
 
     `shared` 0 is the layout rotate_on_read, which can only be expanded; otherwise the shared key has so
-    many channels and every head `head_dim - shared` unrotated ones.
+    many channels and every head `head_dim - shared` unrotated ones. `run` attends to `[B, N, H, D]`, None is
+    `attend`. With `keep` every layer keeps its expanded history for the passes of a chunk.
     """
 
-    def __init__(self, shape, device, dtype, rank, shared, path, splits=1, attention="sdpa"):
+    def __init__(self, shape, device, dtype, rank, shared, path, run=None, keep=False):
         self.shape, self.rank, self.shared, self.path = shape, rank, shared, path
-        self.splits, self.attention = splits, attention
+        self.run, self.keep = run, keep
+        self.expanded = set()
         dim, heads, depth = shape.dim, shape.heads, shape.head_dim
         size = (shape.batch, shape.window, shape.tokens, rank + shared)
         self.rows = [torch.randn(size, device=device, dtype=dtype) for _ in range(shape.layers)]
@@ -167,7 +174,12 @@ class Latent:
         if path == "expand":
             tail = 0 if shared else shape.queries
             keys = (shape.batch, history * shape.tokens + tail, heads, depth)
-            self.key, self.value = (torch.empty(keys, device=device, dtype=dtype) for _ in range(2))
+            owners = shape.layers if keep else 1
+            self.spaces = [[torch.empty(keys, device=device, dtype=dtype) for _ in range(2)] for _ in range(owners)]
+
+    def start_chunk(self):
+        """The histories of the layers are other ones now."""
+        self.expanded = set()
 
     def attend(self, layer, query, key, value):
         shape, rows = self.shape, self.rows[layer]
@@ -177,23 +189,29 @@ class Latent:
         own_value = value.unflatten(-1, (heads, -1))
         history = len(self.turn)
         if self.path == "expand":
-            ops.expand_kv_(
-                self.key[:, :history], self.value[:, :history], rows, None, self.slots, self.num_keys,
-                self.up, self.up_bias, None, None, self.turn, not self.shared,
-            )  # fmt: skip
+            keys, values = self.spaces[layer if self.keep else 0]
+            if layer not in self.expanded:
+                ops.expand_kv_(
+                    keys[:, :history], values[:, :history], rows, None, self.slots, self.num_keys,
+                    self.up, self.up_bias, None, None, self.turn, not self.shared,
+                )  # fmt: skip
+                if self.keep:
+                    self.expanded.add(layer)
             if not self.shared:
-                self.key[:, history:], self.value[:, history:] = own_key, own_value
-                return self._attention(own_query, self.key, self.value)
-            out = ops.attend(own_query, self.key, self.value, None, scale, self.splits)
+                keys[:, history:], values[:, history:] = own_key, own_value
+                if self.run is not None:
+                    return self.run(own_query, keys, values)
+                return ops.attend(own_query, keys, values, None, scale, 0)[0]
+            out = ops.attend(own_query, keys, values, None, scale, 0)
         else:
             up_key, up_value = self.up.unflatten(0, (heads, -1)).split([self.nope, shape.head_dim], dim=1)
             nope, pe = own_query.split([self.nope, self.shared], dim=-1)
             absorbed = torch.einsum("bqhn,hnr->bqhr", nope, up_key)
             mixed, lse = ops.latent_attention(
-                absorbed, pe.contiguous(), rows, None, self.slots, self.num_keys, self.turn, scale, self.splits
+                absorbed, pe.contiguous(), rows, None, self.slots, self.num_keys, self.turn, scale, 0
             )
             out = torch.einsum("bqhr,hvr->bqhv", mixed, up_value), lse
-        own = ops.attend(own_query, own_key, own_value, None, scale)
+        own = ops.attend(own_query, own_key, own_value, None, scale, 0)
         return ops.merge(torch.stack([out[0], own[0]]), torch.stack([out[1], own[1]]))[0]
 
     def write(self, layer, key, value):
@@ -202,11 +220,6 @@ class Latent:
             self.rows[layer], None, self.own_slots, key, value, self.gain, EPS, None,
             self.down, self.down_bias, self.pe, self.pe_bias, None, self.shape.heads,
         )  # fmt: skip
-
-    def _attention(self, query, key, value):
-        if self.attention == "sdpa":
-            return _sdpa(query, key, value)
-        return ops.attend(query, key, value, None, self.shape.head_dim**-0.5, self.splits)[0]
 
     def bytes(self):
         return sum(rows.numel() * rows.element_size() for rows in self.rows)

@@ -1,12 +1,16 @@
 """Compile the kernels ahead of time, without a GPU: `python aot.py 90 attend merge` prints one JSON line a variant.
 
 A process of its own, since Triton's interpreter, once chosen, compiles nothing. Every op module offers
-`aot_variants(capability)`; what the launcher would find out about its arguments is assumed here.
+`aot_variants(capability)`, the first of which is what Wan2.1-1.3B runs; what the launcher would find out about its
+arguments is assumed here. All ops where none is named; with `--first` only the first variant of each. Ends with 1
+when a variant spills registers, exceeds a limit of the device or does without the tensor cores it is meant for.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import importlib.util
 import json
 import re
 import subprocess
@@ -25,6 +29,10 @@ TMEM_COLUMNS = 512
 """Columns of tensor memory of one multiprocessor of compute capability 10.0 (PTX ISA, section on tcgen05)."""
 
 WARP_SIZE = 32
+
+TENSOR_CORES = {80: "mma", 90: "wgmma", 100: "tcgen05"}
+PACKAGE = Path(importlib.util.find_spec("mla_attention").origin).parent
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if "def aot_variants(" in path.read_text(encoding="utf-8"))
 
 
 def compiled(variant, capability):
@@ -79,11 +87,31 @@ def resources(cubin):
     return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", done.stdout)}
 
 
-def main(capability, modules):
-    for module in modules:
-        for variant in importlib.import_module(f"mla_attention.{module}").aot_variants(capability):
-            print(json.dumps(compiled(variant, capability)), flush=True)
+def violations(found):
+    """What is wrong with what `compiled` found, one line each."""
+    capability = found["capability"]
+    limits = {"spilled": 0, "shared": SHARED_LIMIT[capability], "tmem": TMEM_COLUMNS}
+    wrong = [f"{name} is {found[name]}, at most {limit}" for name, limit in limits.items() if found[name] > limit]
+    if found["dot"] and found["tensor_cores"] != TENSOR_CORES[capability]:
+        wrong.append(f"tensor cores by {found['tensor_cores']}, expected {TENSOR_CORES[capability]}")
+    return wrong
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("capability", type=int, choices=sorted(SHARED_LIMIT))
+    parser.add_argument("modules", nargs="*", default=MODULES)
+    parser.add_argument("--first", action="store_true", help="only what Wan2.1-1.3B runs")
+    chosen, failed = parser.parse_args(), False
+    for module in chosen.modules or MODULES:
+        variants = importlib.import_module(f"mla_attention.{module}").aot_variants(chosen.capability)
+        for variant in variants[:1] if chosen.first else variants:
+            found = compiled(variant, chosen.capability)
+            found["wrong"] = violations(found)
+            failed |= bool(found["wrong"])
+            print(json.dumps(found), flush=True)
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    sys.exit(main())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -43,7 +45,10 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import create_function_from_signature
 from mla_attention.attend import _attend_kernel
 from mla_attention.expand_kv import _expand_kernel
+from mla_attention.latent_attention import _latent_kernel
+from mla_attention.latent_write import _write_kernel
 from mla_attention.merge import _merge_kernel
+from mla_attention.qk_norm_rope import _norm_kernel
 
 def compilations(kernel, *lengths):
     bind = create_function_from_signature(kernel.signature, kernel.params, CUDABackend(GPUTarget("cuda", 90, 32)))
@@ -56,15 +61,21 @@ def compilations(kernel, *lengths):
 print(compilations(_attend_kernel, "queries", "keys"))
 print(compilations(_expand_kernel, "keys"))
 print(compilations(_merge_kernel, "queries", "parts"))
+print(compilations(_latent_kernel, "queries", "keys"))
+print(compilations(_write_kernel, "length"))
+print(compilations(_norm_kernel, "length", "tokens"))
 print(compilations(_attend_kernel, "key_k"))
 """
 
 
-def python(code, tmp_path, **env):
+def python(code, tmp_path, *arguments, **env):
     """What `code` prints in a new process in another folder, without the interpreter."""
     settings = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    settings.update(PYTHONPATH=str(PACKAGE.parent), **env)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=settings, cwd=tmp_path)
+    settings["PYTHONPATH"] = os.pathsep.join([str(PACKAGE.parent), settings.get("PYTHONPATH", "")])
+    settings.update(env)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=settings, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.splitlines()
 
@@ -96,10 +107,51 @@ def test_a_second_copy_loads_beside_it(tmp_path):
     assert torch.equal(*found)
 
 
+HUB_KERNEL = """
+import sys
+from pathlib import Path
+
+import torch
+from kernels import get_local_kernel
+
+module = get_local_kernel(Path(sys.argv[1]), backend="cpu", trust_remote_code=True)
+query = torch.randn(1, 3, 2, 16)
+print(module.attend(query, query, query, None, 0.25)[0].shape == query.shape, hasattr(torch.ops, "mla_attention_hub"))
+"""
+
+
+def test_loads_as_a_kernel_of_the_hub(tmp_path):
+    """A build as kernel-builder lays it out, made by hand: the sources, `_ops.py` of its own and metadata.json."""
+    try:
+        importlib.metadata.version("kernels")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("the package kernels is not installed")
+    build = tmp_path / "build" / "torch-cpu"
+    shutil.copytree(PACKAGE, build, ignore=shutil.ignore_patterns("__pycache__"))
+    namespace = (PACKAGE / "_ops.py").read_text(encoding="utf-8").replace('"mla_attention"', '"mla_attention_hub"')
+    (build / "_ops.py").write_text(namespace, encoding="utf-8")
+    metadata = {
+        "id": "_mla_attention_hub", "name": "mla-attention", "version": 1, "license": "Apache-2.0",
+        "python-depends": [], "backend": {"type": "cpu"},
+    }  # fmt: skip
+    (build / "metadata.json").write_text(json.dumps(metadata), encoding="utf-8")
+    assert python(HUB_KERNEL, tmp_path, str(tmp_path)) == ["True True"]
+
+
+def test_build_file():
+    """What kernel-builder reads of a kernel that is Python alone; the edition is one that it knows."""
+    tomllib = pytest.importorskip("tomllib", reason="tomllib came with Python 3.11")
+    build = tomllib.loads((PACKAGE.parents[1] / "build.toml").read_text(encoding="utf-8"))
+    assert set(build) == {"general", "torch-noarch"}
+    assert build["general"]["name"].replace("-", "_") == PACKAGE.name
+    assert set(build["general"]) == {"name", "version", "edition", "license", "backends"}
+    assert (build["general"]["edition"], build["general"]["backends"]) == (5, ["cuda", "cpu"])
+
+
 def test_lengths_do_not_recompile(tmp_path):
     """Triton compiles anew for a 1 and for multiples of 16, except in the arguments that change from chunk to chunk."""
     *lengths, stride = python(SPECIALISATION, tmp_path)
-    assert lengths == ["1", "1", "1"]
+    assert lengths == ["1"] * 6
     assert stride == "3"  # what an argument does that is specialised
 
 

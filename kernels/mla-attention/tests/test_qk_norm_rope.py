@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kernel_case import DEVICE, DTYPES, EPSILON, error, randn, unit_rotations
-from mla_attention import qk_norm_rope, qk_norm_rope_reference, why_not_qk_norm_rope
+from mla_attention import qk_norm_rope, qk_norm_rope_, qk_norm_rope_reference, why_not_qk_norm_rope
 from mla_attention._ops import ops
 
 EPS = 1e-6
@@ -71,6 +71,17 @@ def test_views():
     wide = torch.full((3, 7, 3 * x.shape[-1]), float("nan"), device=DEVICE)
     wide[1:, :, 72:144] = x
     assert torch.equal(qk_norm_rope(wide[1:, :, 72:144], *others), qk_norm_rope(x, *others))
+
+
+def test_writes_into_a_part_of_a_workspace():
+    arguments = case()
+    workspace = torch.full((2, 20, 3, 24), 7.0, device=DEVICE)
+    qk_norm_rope_(workspace[:, 5:12], *arguments)
+    assert torch.equal(workspace[:, 5:12], qk_norm_rope(*arguments))
+    assert bool((workspace[:, :5] == 7).all()) and bool((workspace[:, 12:] == 7).all())
+    torch.library.opcheck(ops.qk_norm_rope_.default, (workspace[:, 5:12], *arguments))
+    with pytest.raises(ValueError, match="the heads of out must be contiguous"):
+        qk_norm_rope_(torch.empty(2, 7, 3, 48, device=DEVICE)[..., :24], *arguments)
 
 
 def test_a_gain_of_another_dtype():

@@ -8,8 +8,9 @@ from .expand_kv import expand_kv_, expand_kv_reference, why_not_expand_kv
 from .latent_attention import latent_attention, latent_attention_reference, why_not_latent_attention
 from .latent_write import latent_write_, latent_write_reference, why_not_latent_write
 from .merge import merge, merge_reference, why_not_merge
-from .qk_norm_rope import qk_norm_rope, qk_norm_rope_reference, why_not_qk_norm_rope
+from .qk_norm_rope import qk_norm_rope, qk_norm_rope_, qk_norm_rope_reference, why_not_qk_norm_rope
 from .quantise import dequantise_rows, quantise_rows
+from .splits import split_count
 
 __all__ = [
     "attend",
@@ -24,8 +25,10 @@ __all__ = [
     "merge",
     "merge_reference",
     "qk_norm_rope",
+    "qk_norm_rope_",
     "qk_norm_rope_reference",
     "quantise_rows",
+    "split_count",
     "why_not",
     "why_not_attend",
     "why_not_expand_kv",

@@ -29,6 +29,7 @@ from ._runtime import (
     tl,
 )
 from .merge import launch_merge
+from .splits import multiprocessors, split_count
 
 MAX_CHANNELS = 256
 MAX_VALUE_CHANNELS = 128
@@ -146,7 +147,8 @@ def attend(
     `query` `[B, Q, H, D]`, `key` `[B, K, H, D]` and `value` `[B, K, H, V]` are float16, bfloat16 or float32,
     with contiguous channels and any other strides. `num_keys`, int32 `[1]` on the device, says how many of
     the K keys count (None: all); what lies behind them may be anything. Without any the result is 0 and -inf.
-    `scale` multiplies the logits; softmax and sums are float32. `splits` programs share the keys of a tile.
+    `scale` multiplies the logits; softmax and sums are float32. `splits` programs share the keys of a tile, 0 leaves
+    their number to `split_count`.
 
     Raises ValueError on arguments that do not fit, NotImplementedError on what `why_not_attend` refuses.
     """
@@ -242,7 +244,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, num_keys: Tensor | None, s
     check_tensor("value", value, (batch, key.shape[1], heads, None), query.dtype, like=query)
     if num_keys is not None:
         check_tensor("num_keys", num_keys, (1,), torch.int32, like=query)
-    require(1 <= splits <= MAX_SPLITS, "attend: {} splits, supported are 1 to {}", splits, MAX_SPLITS)
+    require(0 <= splits <= MAX_SPLITS, "attend: {} splits, supported are 0 to {}", splits, MAX_SPLITS)
     refuse(why_not_attend(channels, value.shape[-1], query.dtype))
 
 
@@ -251,10 +253,13 @@ def _launch(
 ) -> tuple[Tensor, Tensor]:
     batch, queries, heads, channels = query.shape
     keys, value_channels = value.shape[1], value.shape[3]
+    plan = attend_plan(channels, value_channels, queries, query.dtype, num_keys is not None, capability(query.device))
+    tiles = ceil_div(queries, plan.constants["BLOCK_Q"]) * batch * heads
+    if splits == 0:
+        splits = split_count(tiles, ceil_div(keys, plan.constants["BLOCK_K"]), multiprocessors(query.device))
     dtype = query.dtype if splits == 1 else torch.float32
     out = torch.empty(splits, batch, queries, heads, value_channels, dtype=dtype, device=query.device)
     lse = torch.empty(splits, batch, heads, queries, dtype=torch.float32, device=query.device)
-    plan = attend_plan(channels, value_channels, queries, query.dtype, num_keys is not None, capability(query.device))
     launch(
         _attend_kernel, (ceil_div(queries, plan.constants["BLOCK_Q"]), batch * heads, splits), plan, query,
         query, key, value, num_keys, out, lse, scale, queries, keys, heads,

@@ -194,7 +194,7 @@ def expand_plan(
 def aot_variants(capability: int) -> list[Variant]:
     """Ahead-of-time compilations at the Wan geometry: keys rotated, keys or values that are not, shared keys."""
     everywhere, shared = [(128, None, True), (128, None, False)], [(32, None, True), (32, 192, True)]
-    cases = [(rank, *case, False) for rank in (64, 128, 192, 256) for case in everywhere]
+    cases = [(rank, *case, False) for rank in (192, 64, 128, 256) for case in everywhere]
     cases += [(192, *case, False) for case in shared] + [(192, *case, True) for case in everywhere + shared]
     found = []
     for rank, channels, first, rotated, quantised in cases:

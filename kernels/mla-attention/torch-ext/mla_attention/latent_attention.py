@@ -28,6 +28,7 @@ from ._runtime import (
 from .latent_tiles import MAX_RANK, latent_plan
 from .merge import launch_merge
 from .quantise import GROUP, dequantise_rows
+from .splits import multiprocessors, split_count
 
 MAX_SHARED = 64
 MAX_SPLITS = 64
@@ -214,8 +215,9 @@ def latent_attention(
     `[F]`; keys from `num_keys` (int32 `[1]`, on the device) on are not read. `k_pe` is rotated by `rotations`,
     float32 `[K, R / 2, 2]` (cos, sin), by key in reading order. Without keys the result is 0 and -inf.
 
-    `scale` multiplies the logits; softmax and sums are float32. `splits` programs share the keys of a tile. Raises
-    ValueError on arguments that do not fit, NotImplementedError on what `why_not_latent_attention` refuses.
+    `scale` multiplies the logits; softmax and sums are float32. `splits` programs share the keys of a tile, 0 leaves
+    their number to `split_count`. Raises ValueError on arguments that do not fit, NotImplementedError on what
+    `why_not_latent_attention` refuses.
     """
     _check(query_latent, query_pe, rows, scales, slots, num_keys, rotations, splits)
     return ops.latent_attention(query_latent, query_pe, rows, scales, slots, num_keys, rotations, scale, splits)
@@ -265,7 +267,7 @@ def why_not_latent_attention(rank: int, shared_channels: int, dtype: torch.dtype
 
 def aot_variants(capability: int) -> list[Variant]:
     """Ahead-of-time compilations: ranks with and without a shared key, int8 rows, and few queries."""
-    cases = [(rank, 32, False, 4680) for rank in (64, 96, 128, 192, 256, 512)]
+    cases = [(rank, 32, False, 4680) for rank in (192, 64, 96, 128, 256, 512)]
     cases += [(192, 32, True, 4680), (512, 32, True, 4680), (192, 0, False, 4680), (192, 32, False, 1)]
     heads, found = 12, []
     for rank, shared, quantised, queries in cases:
@@ -296,7 +298,7 @@ def _check(
     check_tensor("query_latent", query, (None,) * 4)
     batch, queries, heads, rank = query.shape
     shared = 0 if query_pe is None else query_pe.shape[-1]
-    require(1 <= splits <= MAX_SPLITS, "latent_attention: {} splits, supported are 1 to {}", splits, MAX_SPLITS)
+    require(0 <= splits <= MAX_SPLITS, "latent_attention: {} splits, supported are 0 to {}", splits, MAX_SPLITS)
     refuse(why_not_latent_attention(rank, shared, query.dtype))
     dtype = query.dtype if scales is None else torch.int8
     check_tensor("rows", rows, (batch, None, None, None), dtype, like=query)
@@ -318,10 +320,14 @@ def _check(
 def _launch(query, query_pe, rows, scales, slots, num_keys, rotations, scale, splits):
     batch, queries, heads, rank = query.shape
     tokens, shared = rows.shape[2], 0 if query_pe is None else query_pe.shape[-1]
+    plan = latent_plan(rank, shared, queries * heads, query.dtype, scales is not None, capability(query.device))
+    tiles = ceil_div(queries * heads, plan.constants["BLOCK_M"]) * batch
+    if splits == 0:
+        blocks = ceil_div(slots.shape[0] * tokens, plan.constants["BLOCK_K"])
+        splits = split_count(tiles, blocks, multiprocessors(query.device))
     dtype = query.dtype if splits == 1 else torch.float32
     out = torch.empty(splits, batch, queries, heads, rank, dtype=dtype, device=query.device)
     lse = torch.empty(splits, batch, heads, queries, dtype=torch.float32, device=query.device)
-    plan = latent_plan(rank, shared, queries * heads, query.dtype, scales is not None, capability(query.device))
     launch(
         _latent_kernel, (ceil_div(queries * heads, plan.constants["BLOCK_M"]), batch, splits), plan, query,
         query, query_pe, rows, scales, slots, num_keys, rotations if shared else None, out, lse, scale,

@@ -31,7 +31,7 @@ MAX_CHANNELS = 16384
 
 @jit(do_not_specialize=["length", "tokens"])
 def _norm_kernel(
-    x, weight, rotations, out, eps, length, tokens, x_b, x_n, rotations_n,
+    x, weight, rotations, out, eps, length, tokens, x_b, x_n, out_b, out_n, rotations_n,
     SIZE: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """All channels of BLOCK_N of the `length` tokens of a batch with `tokens` tokens an item."""
@@ -52,7 +52,8 @@ def _norm_kernel(
         first, second = tl.split(tl.reshape(found, [BLOCK_N, BLOCK_C // 2, 2]))
         found = tl.join(first * cos - second * sin, first * sin + second * cos)
         found = tl.reshape(found, [BLOCK_N, BLOCK_C])
-    tl.store(out + i[:, None] * SIZE + c[None, :], found.to(out.dtype.element_ty), mask=mask)
+    target = out + (i // tokens) * out_b + n * out_n
+    tl.store(target[:, None] + c[None, :], found.to(out.dtype.element_ty), mask=mask)
 
 
 def qk_norm_rope(x: Tensor, weight: Tensor, eps: float, rotations: Tensor | None, heads: int) -> Tensor:
@@ -66,6 +67,17 @@ def qk_norm_rope(x: Tensor, weight: Tensor, eps: float, rotations: Tensor | None
     """
     _check(x, weight, rotations, heads)
     return ops.qk_norm_rope(x, weight, eps, rotations, heads)
+
+
+def qk_norm_rope_(out: Tensor, x: Tensor, weight: Tensor, eps: float, rotations: Tensor | None, heads: int) -> None:
+    """`qk_norm_rope` written to `out` `[B, N, H, D]`, in the dtype of `x`: a part of a workspace, say.
+
+    The channels of all heads of a token must be contiguous there. No gradients. Raises as `qk_norm_rope`.
+    """
+    _check(x, weight, rotations, heads)
+    check_tensor("out", out, (*x.shape[:2], heads, x.shape[2] // heads), x.dtype, like=x)
+    require(out.stride(2) == out.shape[3] or heads == 1, "the heads of out must be contiguous")
+    ops.qk_norm_rope_(out, x, weight, eps, rotations, heads)
 
 
 def qk_norm_rope_reference(x: Tensor, weight: Tensor, eps: float, rotations: Tensor | None, heads: int) -> Tensor:
@@ -132,15 +144,19 @@ def _check(x: Tensor, weight: Tensor, rotations: Tensor | None, heads: int) -> N
 
 
 def _launch(x: Tensor, weight: Tensor, eps: float, rotations: Tensor | None, heads: int) -> Tensor:
+    out = torch.empty(*x.shape[:2], heads, x.shape[2] // heads, dtype=x.dtype, device=x.device)
+    _launch_into(out, x, weight, eps, rotations, heads)
+    return out
+
+
+def _launch_into(out: Tensor, x: Tensor, weight: Tensor, eps: float, rotations: Tensor | None, heads: int) -> None:
     batch, tokens, channels = x.shape
-    out = torch.empty(batch, tokens, heads, channels // heads, dtype=x.dtype, device=x.device)
     plan = norm_plan(channels, channels // heads)
     launch(
         _norm_kernel, (ceil_div(batch * tokens, plan.constants["BLOCK_N"]),), plan, x,
-        x, weight, rotations, out, eps, batch * tokens, tokens, *x.stride()[:2],
+        x, weight, rotations, out, eps, batch * tokens, tokens, *x.stride()[:2], *out.stride()[:2],
         0 if rotations is None else rotations.stride(0),
     )  # fmt: skip
-    return out
 
 
 @torch.library.custom_op(
@@ -161,6 +177,29 @@ def _qk_norm_rope_cpu(x, weight, eps, rotations, heads):
 @_qk_norm_rope.register_fake
 def _qk_norm_rope_fake(x, weight, eps, rotations, heads):
     return x.new_empty(x.shape[0], x.shape[1], heads, x.shape[2] // heads)
+
+
+@torch.library.custom_op(
+    add_op_namespace_prefix("qk_norm_rope_"),
+    mutates_args=("out",),
+    device_types="cuda",
+    schema="(Tensor(a!) out, Tensor x, Tensor weight, float eps, Tensor? rotations, int heads) -> ()",
+)
+def _qk_norm_rope_into(out, x, weight, eps, rotations, heads):
+    _launch_into(out, x, weight, eps, rotations, heads)
+
+
+@_qk_norm_rope_into.register_kernel("cpu")
+def _qk_norm_rope_into_cpu(out, x, weight, eps, rotations, heads):
+    if INTERPRETED:
+        _launch_into(out, x, weight, eps, rotations, heads)
+    else:
+        out.copy_(qk_norm_rope_reference(x, weight, eps, rotations, heads))
+
+
+@_qk_norm_rope_into.register_fake
+def _qk_norm_rope_into_fake(out, x, weight, eps, rotations, heads):
+    return None
 
 
 def _keep(ctx, inputs, output):

@@ -1,0 +1,68 @@
+"""Write a device's entry of the table that chooses kernels: `python device_costs.py results/results.json`.
+
+Prices of a multiply-add on each way, relative to the best stock attention at the most queries, from the benchmark's
+attention part at a full window and batch 1. The entry goes into `mla_convert/mla/device_costs.json`, or `--table`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+TABLE = ROOT / "mla_convert" / "mla" / "device_costs.json"
+STOCK = ("flash", "cuDNN")
+RANK = 192
+
+
+def entry(result):
+    """The entry of a result. Raises ValueError where a size or a way was not measured."""
+    window = result["shape"]["window"] * result["shape"]["tokens"]
+    rows = {row["queries"]: row for row in result["attention"]["rows"] if row["batch"] == 1 and row["keys"] == window}
+    if not rows:
+        raise ValueError(f"no attention to {window} keys at batch 1 was measured")
+    queries = sorted(rows)
+
+    def seconds_per_flop(count, prefixes):
+        rates = [t["tflop_s"] for name, t in rows[count]["times"].items() if name.startswith(prefixes)]
+        if not rates:
+            raise ValueError(f"{' or '.join(prefixes)} was not measured at {count} queries")
+        return 1 / max(rates)
+
+    unit = seconds_per_flop(queries[-1], STOCK)
+    # The model's stock attention is not split and takes what torch chooses: its price is that of one split.
+    stock = tuple(f"{name}, 1 split" for name in STOCK)
+    ways = {"sdpa": stock, "attend": ("attend",), "absorbed": (f"absorbed, rank {RANK}",)}
+    return {
+        "source": f"kernels/mla-attention/benchmarks/run.py, torch {result['torch']}, triton {result['triton']}",
+        "queries": queries,
+        "attention": {
+            way: [round(seconds_per_flop(count, names) / unit, 4) for count in queries] for way, names in ways.items()
+        },
+        "expand": round(seconds_per_flop(queries[-1], (f"expand, rank {RANK}",)) / unit, 4),
+    }
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--table", type=Path, default=TABLE)
+    chosen = parser.parse_args(arguments)
+    result = json.loads(chosen.result.read_text(encoding="utf-8"))
+    if result["tiny"] or result["device"].startswith("CPU"):
+        parser.exit(1, "error: a result of a toy size or of a CPU says nothing about a GPU\n")
+    try:
+        found = entry(result)
+    except (KeyError, ValueError) as error:
+        parser.exit(1, f"error: {chosen.result} is not complete: {error}\n")
+    table = json.loads(chosen.table.read_text(encoding="utf-8"))
+    table[result["device"]] = found
+    chosen.table.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    print(f"{result['device']}: {json.dumps(found)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
