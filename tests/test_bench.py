@@ -9,7 +9,17 @@ import torch
 
 from mla_convert.cli import main
 from mla_convert.errors import UsageError
-from mla_convert.evaluate.bench import DENSE, LATENT, ROTATED, BenchConfig, _layers, _steady_pass, _table, bench
+from mla_convert.evaluate.bench import (
+    DENSE,
+    LATENT,
+    ROTATED,
+    BenchConfig,
+    _layers,
+    _steady_pass,
+    _table,
+    bench,
+    verdict,
+)
 from mla_convert.evaluate.geometry import Geometry
 from mla_convert.mla.kernels import Kernels
 from mla_convert.mla.rope import rotate
@@ -37,6 +47,9 @@ def test_ratios_are_those_of_the_medians(position: str) -> None:
     row = 8 + (shared if position in ("decoupled", "baked") else 0)
     assert result["ratio_cache"] == 2 * 24 / row
     assert (result["queries"], result["keys"]) == (12, 30)
+    slower = medians[LATENT] / medians[DENSE]
+    told = f"{slower:.2f}x the time of dense" if slower >= 1 else f"{1 / slower:.2f}x as fast as dense"
+    assert verdict(result) == f"latent: {told} attention, {48 / row:.1f}x less cache"
 
 
 def test_a_pass_sees_the_whole_window_and_rotated_keys_give_the_same_attention() -> None:

@@ -205,6 +205,13 @@ def test_wheel_has_every_file_that_the_package_reads(wheel):
     assert sorted(expected - names) == []
 
 
+def test_wheel_has_the_kernels_and_the_table_that_chooses_them(wheel):
+    sources = ROOT / "kernels" / "mla-attention" / "torch-ext"
+    expected = {path.relative_to(sources).as_posix() for path in sources.rglob("*.py")}
+    assert {"mla_attention/__init__.py", "mla_attention/_ops.py", "mla_attention/attend.py"} <= expected
+    assert sorted((expected | {"mla_convert/mla/device_costs.json"}) - set(wheel.namelist())) == []
+
+
 def test_wheel_has_the_recipes(wheel):
     recipes = {f"mla_convert/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "recipes").rglob("*.yaml")}
     assert {"mla_convert/recipes/demo.yaml", "mla_convert/recipes/bench/digits.yaml"} <= recipes

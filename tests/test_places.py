@@ -8,7 +8,6 @@ import torch
 
 from mla_convert.mla.cache import FrameCache
 from mla_convert.mla.places import next_places
-from mla_convert.run.graph import GraphedChunk
 
 FRAMES, HEIGHT, WIDTH = 13, 6, 4
 
@@ -73,9 +72,3 @@ def test_a_rollout_reads_the_same_rows_with_fixed_places(monkeypatch: pytest.Mon
         monkeypatch.setattr(FrameCache, "fixed_places", True)
         actual, _ = pico.stream(model, *clip)
     assert torch.equal(actual, expected)
-
-
-def test_graphs_are_for_cuda_devices() -> None:
-    model = pico.dense_model()
-    with pytest.raises(ValueError, match="CUDA device, this one is on cpu"):
-        GraphedChunk(model, model.init_cache(1, HEIGHT, WIDTH))

@@ -12,7 +12,7 @@ import typer
 from .. import __version__
 from ..errors import UserError
 from . import bench, build, compare, demo, encode, generate, inspect, models, plan, push, recipes, vbench
-from .output import DEBUG, print_error
+from .output import DEBUG, print_error, show_notes
 
 app = typer.Typer(
     name="mla-convert",
@@ -59,6 +59,7 @@ app.add_typer(recipes.app, name="recipes")
 
 def main(args: list[str] | None = None) -> int:
     """Run a command line and return its exit code: 0, 1 failed, 2 bad usage or recipe, 130 interrupted."""
+    show_notes()
     try:
         code = app(args=args, prog_name="mla-convert", standalone_mode=False)
     except UserError as error:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..recipe.shipped import find_recipe
-from .output import Expert, Json, Overrides, RecipeName, RunFolder, print_result, stderr
+from .output import Expert, Json, Kernels, Overrides, RecipeName, RunFolder, print_result, stderr
 
 if TYPE_CHECKING:
     from ..pipeline import RunResult
@@ -50,6 +50,7 @@ def run(
     overrides: Overrides = None,
     resume: Resume = False,
     expert: Expert = None,
+    kernels: Kernels = None,
     as_json: Json = False,
 ) -> None:
     """Convert, distill, evaluate, export and report; a killed run continues with --resume.
@@ -58,6 +59,8 @@ def run(
     """
     from .summary import result_of, run_table
 
+    if kernels is not None:
+        overrides = [*(overrides or ()), f"streaming.kernels={kernels}"]
     loaded, out = _read(recipe, out, overrides)
     if loaded.experts is None or expert is not None:
         result = _run(loaded, out, resume, None, expert)

@@ -10,7 +10,7 @@ import typer
 
 from ..errors import UsageError
 from .models import Model, parse_size
-from .output import Json, print_result, stderr
+from .output import Json, Kernels, print_result, stderr
 
 INTERRUPTED = 130
 
@@ -72,6 +72,14 @@ def generate(
         Literal["none", "model", "group"],
         typer.Option(help="For small GPUs: one model there at a time, or one block of the transformer."),
     ] = "none",
+    kernels: Kernels = None,
+    expand_history: Annotated[
+        Literal["auto", "chunk", "pass"] | None,
+        typer.Option(help="How often kernels expand the history; auto is once a chunk where memory allows."),
+    ] = None,
+    cuda_graph: Annotated[
+        Literal["auto", "off"] | None, typer.Option(help="Replay the passes of a chunk as a CUDA graph; auto.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Stream a video of any length, in constant memory; Ctrl-C ends it and finishes the file.
@@ -106,6 +114,7 @@ def generate(
     if latent_size is not None:
         settings["latent_height"], settings["latent_width"] = parse_size(latent_size)
     settings = {key: value for key, value in settings.items() if value is not None}
+    streaming = {"kernels": kernels, "expand_history": expand_history, "cuda_graph": cuda_graph}
     if steps is not None and denoising_steps is None:
         # Those of the recipe give way.
         settings["denoising_steps"] = None
@@ -131,6 +140,7 @@ def generate(
         size=None if size is None else parse_size(size),
         dtype=dtype,
         offload=offload,
+        streaming={key: value for key, value in streaming.items() if value is not None},
     )
     with progress_bars(stderr()) as report:
         result = generate_video(model, out, request, settings, report)

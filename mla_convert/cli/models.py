@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from ..errors import UsageError
-from .output import Json, print_result, stderr
+from .output import Json, Kernels, print_result, stderr
 
 Model = Annotated[Path, typer.Argument(metavar="DIR", help="A run folder, a checkpoint or a transformer folder.")]
 
@@ -58,6 +58,7 @@ def evaluate(
     long_factor: Annotated[
         int | None, typer.Option(min=0, help="Length of the long rollouts in clips; 0 for none.")
     ] = None,
+    kernels: Kernels = None,
     as_json: Json = False,
 ) -> None:
     """Measure a converted model against its teacher."""
@@ -69,7 +70,7 @@ def evaluate(
 
     with progress_bars(stderr()) as report:
         page, result = evaluate_checkpoint(
-            model, teacher, out, {key: value for key, value in changes.items() if value is not None}, report
+            model, teacher, out, {key: value for key, value in changes.items() if value is not None}, report, kernels
         )
     print_result(as_json, {**result, "report": str(page)}, evaluation_table(result), f"report: {page}")
 

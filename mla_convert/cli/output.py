@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console, RenderableType
@@ -17,10 +18,29 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a key of the recipe; repeatable.")
 ]
 RunFolder = Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; runs/NAME of the recipe by default.")]
+Kernels = Annotated[
+    Literal["auto", "triton", "torch"] | None,
+    typer.Option(help="Who attends while the model streams; by default streaming.kernels of the recipe, else auto."),
+]
 Expert = Annotated[
     str | None, typer.Option("--expert", metavar="NAME", help="One of the recipe's experts, in a folder of its own.")
 ]
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")]
+
+
+class _Notes(logging.Handler):
+    """What the package logs, as bare lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(f"{record.getMessage()}\n")
+
+
+def show_notes() -> None:
+    """Print what the package tells by its loggers: choices and warnings."""
+    logger = logging.getLogger("mla_convert")
+    if not any(isinstance(handler, _Notes) for handler in logger.handlers):
+        logger.addHandler(_Notes())
+    logger.setLevel(logging.INFO)
 
 
 def stderr() -> Console:

@@ -22,7 +22,7 @@ from ..mla.attention import CausalSelfAttention, DenseSelfAttention, stream_pass
 from ..mla.cache import DenseCache, FrameCache, LatentCache
 from ..mla.config import MLAConfig, OwnChunk, Position
 from ..mla.core import KeyValue
-from ..mla.kernels import Kernels, Mode
+from ..mla.kernels import Kernels, Mode, describe
 from ..mla.latent import LatentSelfAttention
 from ..mla.rope import RotaryTable, split_rotary_table
 from ..mla.window import CausalConfig
@@ -106,12 +106,19 @@ def bench(
     }
 
 
+def verdict(result: dict[str, Any]) -> str:
+    """What latent attention costs beside dense attention, in one line."""
+    time, memory = 1 / result["ratio_attention"], result["ratio_cache"]
+    how = f"{time:.2f}x the time of dense attention" if time >= 1 else f"{1 / time:.2f}x as fast as dense attention"
+    return f"latent: {how}, {memory:.1f}x less cache"
+
+
 def bench_table(result: dict[str, Any]) -> Table:
     """The result for a terminal."""
     table = Table(
         title=f"{result['model']}: one layer, {result['queries']:,} queries, {result['keys']:,} keys in the window, "
         f"{result['dtype']}, {result['device']}",
-        caption=f"medians of {result['repeats']} interleaved passes; kernels: {result['kernels']['paths'] or 'torch'}",
+        caption=f"{verdict(result)}\nmedians of {result['repeats']} interleaved passes; {describe(result['kernels'])}",
         title_justify="left",
         caption_justify="left",
     )

@@ -114,8 +114,9 @@ def evaluate(student: Any, teacher: Any, data: DataConfig, config: EvaluateConfi
     """Everything that the report says of a converted model beside its dense teacher.
 
     The keys of `fidelity`; `dense_scalars_per_token`, `latent_scalars_per_token`, `reduction` and
-    the cache bytes of one stream; `layout`; and for digits `digits_bench` and `accuracy`, the share of
-    rollouts whose last frame shows the prompted class, by model and length.
+    the cache bytes of one stream; `layout`; and for digits `digits_bench`, `kernels`, what attended in the
+    rollouts of both, and `accuracy`, the share of rollouts whose last frame shows the prompted class, by model
+    and length.
     """
     source = open_data(data, config.seed)
     clips = source.heldout(config.clips)
@@ -126,6 +127,7 @@ def evaluate(student: Any, teacher: Any, data: DataConfig, config: EvaluateConfi
     if data.kind == "digits" and config.rollout_prompts:
         models = {"teacher": teacher, "student": student}
         result["digits_bench"], result["accuracy"] = digits_bench(models, config, report)
+        result["kernels"] = {name: model.kernels.report() for name, model in models.items() if model.kernels}
     return result
 
 

@@ -10,15 +10,16 @@ from typing import Any, Literal
 from torch import Tensor
 
 Mode = Literal["auto", "triton", "torch"]
+History = Literal["auto", "chunk", "pass"]
 
 
 class Kernels:
     """How a model attends while it streams: by torch. Raises ValueError for `triton`."""
 
-    def __init__(self, mode: Mode = "auto", keep_history: bool = False) -> None:
+    def __init__(self, mode: Mode = "auto", history: History = "auto", cuda_graph: bool = True) -> None:
         if mode == "triton":
             raise ValueError("this file attends by torch; install mla-convert for its kernels")
-        self.mode, self.keep_history = mode, keep_history
+        self.mode, self.history, self.cuda_graph = mode, history, cuda_graph
 
     def attention(self, layer: Any, hidden_states: Tensor, step: Any) -> Tensor | None:
         """None: torch is to do it."""
@@ -26,4 +27,7 @@ class Kernels:
 
     def report(self) -> dict[str, Any]:
         """What was chosen."""
-        return {"mode": self.mode, "paths": {}, "refused": {}}
+        return {"mode": self.mode, "paths": {}, "refused": {}, "history": None}
+
+    def announce(self) -> None:
+        """Nothing: there was no choice."""

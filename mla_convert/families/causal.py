@@ -17,7 +17,7 @@ from ..flow import ALL_NOISE
 from ..mla.attention import AttentionPass, CausalSelfAttention, DenseSelfAttention, clip_pass, stream_pass
 from ..mla.cache import DenseCache, FrameCache, LatentCache
 from ..mla.config import MLAConfig
-from ..mla.kernels import Kernels, Mode
+from ..mla.kernels import History, Kernels, Mode
 from ..mla.latent import LatentSelfAttention
 from ..mla.quantised import Int8LatentCache
 from ..mla.rope import RotaryTable
@@ -96,9 +96,12 @@ class CausalTransformer(nn.Module):
             raise ValueError(f"a latent of {height}x{width} does not divide into patches of {p_h}x{p_w}")
         return height // p_h, width // p_w
 
-    def set_kernels(self, mode: Mode, keep_history: bool = False) -> Kernels:
-        """Choose how `forward_chunk` attends without gradients: see `Kernels`, whose report says what was taken."""
-        self.kernels = Kernels(mode, keep_history)
+    def set_kernels(self, mode: Mode, history: History = "auto", cuda_graph: bool = True) -> Kernels:
+        """Choose how `forward_chunk` attends without gradients: see `Kernels`, whose report says what was taken.
+
+        Without a choice torch attends.
+        """
+        self.kernels = Kernels(mode, history, cuda_graph)
         return self.kernels
 
     def init_cache(

@@ -7,7 +7,7 @@ whole clip costs no masked work and runs the same code as the streaming forward.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -127,6 +127,9 @@ class CausalSelfAttention(nn.Module):
     heads: int
     scale: float
     own_chunk_exact: bool
+    to_q: nn.Linear
+    to_k: nn.Linear
+    to_v: nn.Linear
     to_out: nn.ModuleList
 
     @property
@@ -136,7 +139,11 @@ class CausalSelfAttention(nn.Module):
 
     def project_raw(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys before QK-norm, and values of `[B, S, C]`: three `[B, S, H * D]`."""
-        raise NotImplementedError
+        return self.project_query(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
+
+    def project_query(self, hidden_states: Tensor) -> Tensor:
+        """Queries before QK-norm, `[B, S, H * D]`."""
+        return cast(Tensor, self.to_q(hidden_states))
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, normalised and unrotated, and values of `[B, S, C]`: three `[B, S, H * D]`."""
@@ -251,9 +258,6 @@ class DenseSelfAttention(CausalSelfAttention):
     @property
     def row_width(self) -> int:
         return 2 * self.heads * self.head_dim
-
-    def project_raw(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = self.project_raw(hidden_states)

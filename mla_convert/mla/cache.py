@@ -20,11 +20,13 @@ class FrameCache:
     `row_widths` says how many scalars a layer keeps a token. `frames_seen` counts the frames that
     were written, so it is also the absolute index of the next one. `places` is what the passes of the
     current chunk share, see `places.py`; with `fixed_places` it stays where it is in memory. `workspace`
-    holds the expanded keys and values of kernels, `expanded` the chunk whose history a layer's holds.
+    holds the expanded keys and values of kernels, `expanded` the chunk whose history a layer's holds, and
+    `keep_expanded` whether a layer has a workspace of its own for that, None while nobody has decided.
     """
 
     places: tuple[tuple[int, int], Any] | None = None
     fixed_places = False
+    keep_expanded: bool | None = None
 
     def __init__(
         self,

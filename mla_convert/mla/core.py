@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .rope import rotate
+from .rope import pair_index, rotate
 
 
 class KeyValue(NamedTuple):
@@ -37,7 +37,7 @@ class KeyValue(NamedTuple):
         batch, tokens, heads = self.value.shape[:3]
         parts = [] if self.nope is None else [self.nope]
         if self.rope is not None:
-            rope = rotate(self.rope, rotations if self.pairs is None else rotations[:, self.pairs])
+            rope = rotate(self.rope, of_pairs(rotations, self.pairs))
             parts.append(rope.expand(-1, -1, heads, -1))
         if self.mean is not None:
             turned = rotate(self.mean.expand(1, tokens, -1, -1), rotations)
@@ -77,10 +77,15 @@ class Query(NamedTuple):
         """Queries ready for the dot product, `[B, Q, H, N + R + M]`."""
         parts = [] if self.nope is None else [self.nope]
         if self.rope is not None:
-            parts.append(rotate(self.rope, rotations if self.pairs is None else rotations[:, self.pairs]))
+            parts.append(rotate(self.rope, of_pairs(rotations, self.pairs)))
         if self.mean is not None:
             parts.append(rotate(self.mean, rotations))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def of_pairs(rotations: Tensor, pairs: list[int] | None) -> Tensor:
+    """Rotations `[S, P]` of some pairs, `[S, len(pairs)]`; None means all of them."""
+    return rotations if pairs is None else rotations[:, pair_index(pairs, rotations)]
 
 
 class Segment(NamedTuple):

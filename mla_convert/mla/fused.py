@@ -7,15 +7,17 @@ queries they are two attentions, merged by their log-sum-exps. Shape letters as 
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from .attention import AttentionPass, CausalSelfAttention, DenseSelfAttention
 from .cache import DenseCache, LatentCache
-from .core import Query
+from .core import Query, of_pairs
 from .latent import LatentSelfAttention
 from .places import Places
 from .quantised import Int8LatentCache
@@ -23,6 +25,13 @@ from .rope import rotate
 
 Path = Literal["absorbed", "expand"]
 PATHS: tuple[Path, ...] = ("absorbed", "expand")
+
+Backend = Literal["sdpa", "attend"]
+"""Who attends to a workspace: torch's fused attention, or ours, which splits the keys and tells the log-sum-exp."""
+
+
+BY_RULE = 0
+"""`splits` of an attention: as many as the rule of the kernel package finds for the device."""
 
 
 def why_not(layer: CausalSelfAttention, dtype: torch.dtype, device: str, step: AttentionPass, path: Path) -> str | None:
@@ -61,14 +70,21 @@ def why_not(layer: CausalSelfAttention, dtype: torch.dtype, device: str, step: A
     return cast("str | None", ops.why_not_latent_attention(layer.rank, 2 * len(layer.rope_pairs), dtype))
 
 
+def backends(layer: CausalSelfAttention, path: Path) -> tuple[Backend, ...]:
+    """Who may attend on a way; `sdpa` where one softmax over the workspace is all there is to do."""
+    if path == "absorbed" or not (_one_query(layer) or not layer.own_chunk_exact):
+        return ("attend",)
+    return ("sdpa", "attend")
+
+
 def attention(
-    layer: CausalSelfAttention, hidden_states: Tensor, step: AttentionPass, path: Path, keep_history: bool = False
+    layer: CausalSelfAttention, hidden_states: Tensor, step: AttentionPass, path: Path, backend: Backend = "attend"
 ) -> Tensor:
     """Attention output before `to_out`, `[B, N, H * V]`, of a streaming pass over hidden states `[B, N, C]`.
 
-    With `keep_history` the expanded history of every layer stays from pass to pass of a chunk.
+    With `keep_expanded` of the cache the expanded history of every layer stays from pass to pass of a chunk.
     """
-    pass_ = _FusedPass(layer, hidden_states, step, keep_history)
+    pass_ = _FusedPass(layer, hidden_states, step, backend)
     out = pass_.absorbed() if path == "absorbed" else pass_.expanded()
     if step.write and layer.own_chunk_exact:
         pass_.write()
@@ -79,26 +95,33 @@ class _FusedPass:
     """The projections of one layer in one pass, and what is done with them."""
 
     def __init__(
-        self, layer: CausalSelfAttention, hidden_states: Tensor, step: AttentionPass, keep_history: bool
+        self, layer: CausalSelfAttention, hidden_states: Tensor, step: AttentionPass, backend: Backend
     ) -> None:
         assert step.cache is not None and step.cache.places is not None
         self.ops: Any = importlib.import_module("mla_attention")
         self.layer: Any = layer
-        self.step, self.cache, self.keep_history = step, step.cache, keep_history
+        self.step, self.cache, self.backend = step, step.cache, backend
         self.chunk, self.places = cast("tuple[tuple[int, int], Places]", step.cache.places)
         self.rows = self.cache.rows[layer.layer]
         self.scales = self.cache.scales[layer.layer] if isinstance(self.cache, Int8LatentCache) else None
         self.dtype = hidden_states.dtype
-        self.query, self.key, self.value = layer.project_raw(hidden_states)
+        self.hidden_states = hidden_states
+        self.query, self.key = layer.project_query(hidden_states), layer.to_k(hidden_states)
         self.history_tokens, self.own_tokens = len(self.places.history_rotations), hidden_states.shape[1]
         self.read_own = not layer.own_chunk_exact
         if self.read_own:
             self.write()
 
+    @functools.cached_property
+    def value(self) -> Tensor:
+        """Values of the chunk, `[B, N, H * V]`."""
+        found: Tensor = self.layer.to_v(self.hidden_states)
+        return found
+
     def expanded(self) -> Tensor:
         """Every head's keys and values in a workspace, then attention: `[B, N, H, V]`."""
         layer, history = self.layer, self.history_tokens
-        one_query = isinstance(layer, DenseSelfAttention) or layer.mla.position == "rotate_on_read"
+        one_query = _one_query(layer)
         tokens = history + (self.own_tokens if self.read_own or one_query else 0)
         parts = []
         if one_query:
@@ -117,9 +140,15 @@ class _FusedPass:
             if self.read_own:
                 self._expand(key[:, history:], value[:, history:], self.places.own_slots, self.places.own_rotations)
             elif one_query:
-                key[:, history:] = self._normed(self.key, layer.norm_k, self.places.own_rotations)
-                value[:, history:] = layer.split_heads(self.value)
-            parts.append(self.ops.attend(query, key, value, None, layer.scale))
+                turning = _cos_sin(self.places.own_rotations)
+                self.ops.qk_norm_rope_(
+                    key[:, history:], self.key, layer.norm_k.weight.flatten(), layer.norm_k.eps, turning, layer.heads
+                )
+                self.value = _project_into(value[:, history:], layer.to_v, self.hidden_states)
+            if self.backend == "sdpa" and not parts:
+                query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+                return F.scaled_dot_product_attention(query, key, value, scale=layer.scale).transpose(1, 2)
+            parts.append(self.ops.attend(query, key, value, None, layer.scale, BY_RULE))
         return self._merged(parts)
 
     def absorbed(self) -> Tensor:
@@ -142,8 +171,9 @@ class _FusedPass:
                 self.scales,
                 slots,
                 self._count(len(rotations)),
-                _cos_sin(rotations[:, layer.rope_pairs]) if layer.rope_pairs else None,
+                _cos_sin(of_pairs(rotations, layer.rope_pairs)) if layer.rope_pairs else None,
                 layer.scale,
+                BY_RULE,
             )
             # The bias of the keys shifts all logits of a query alike.
             lse = lse + layer.scale * torch.einsum("bqhn,hn->bhq", nope.float(), weights.b_uk.float())
@@ -181,7 +211,7 @@ class _FusedPass:
         layer, rotations = self.layer, self.places.own_rotations
         key = self._normed(self.key, layer.norm_k, rotations)
         part: tuple[Tensor, Tensor] = self.ops.attend(
-            rotate(plain, rotations), key, layer.split_heads(self.value), None, layer.scale
+            rotate(plain, rotations), key, layer.split_heads(self.value), None, layer.scale, BY_RULE
         )
         return part
 
@@ -198,7 +228,7 @@ class _FusedPass:
             return
         every_head = layer.mla.position == "rotate_on_read"
         derived = layer.mla.position == "derived" and bool(layer.rope_pairs)
-        turning = rotations if every_head else rotations[:, layer.rope_pairs] if layer.rope_pairs else None
+        turning = rotations if every_head else of_pairs(rotations, layer.rope_pairs) if layer.rope_pairs else None
         width = layer.key_channels + (0 if every_head else 2 * len(layer.rope_pairs))
         self.ops.expand_kv_(
             key[..., :width],
@@ -219,23 +249,23 @@ class _FusedPass:
             key[..., width:] = rotate(mean, rotations).to(key.dtype)
 
     def _workspace(self, tokens: int, channels: int) -> tuple[Tensor, Tensor]:
-        """Keys and values `[B, tokens, H, ...]`, shared by all layers unless the history is kept."""
-        owner = self.layer.layer if self.keep_history else 0
-        shape = (self.rows.shape[0], tokens, self.layer.heads)
-        value_channels = (
-            self.layer.head_dim if isinstance(self.layer, DenseSelfAttention) else self.layer.mla.v_head_dim
-        )
-        shapes = {"key": (*shape, channels), "value": (*shape, value_channels)}
+        """Keys and values `[B, tokens, H, ...]`: the beginning of buffers that hold a full window.
+
+        All layers share them unless the history is kept.
+        """
+        owner = self.layer.layer if self.cache.keep_expanded else 0
+        shape = (self.rows.shape[0], self.rows.shape[1] * self.rows.shape[2], self.layer.heads)
+        shapes = {"key": (*shape, channels), "value": (*shape, value_channels(self.layer))}
         for name, wanted in shapes.items():
             kept = self.cache.workspace.get((owner, name))
             if kept is None or kept.shape != wanted:
                 self.cache.workspace[owner, name] = self.rows.new_empty(wanted, dtype=self.dtype)
                 self.cache.expanded.pop(owner, None)
-        return self.cache.workspace[owner, "key"], self.cache.workspace[owner, "value"]
+        return self.cache.workspace[owner, "key"][:, :tokens], self.cache.workspace[owner, "value"][:, :tokens]
 
     def _kept(self) -> bool:
         """Whether the workspace holds this chunk's history already; from now on it does."""
-        if not self.keep_history:
+        if not self.cache.keep_expanded:
             return False
         kept = self.cache.expanded.get(self.layer.layer) == self.chunk
         self.cache.expanded[self.layer.layer] = self.chunk
@@ -259,12 +289,43 @@ class _FusedPass:
         return torch.full((1,), keys, dtype=torch.int32, device=self.rows.device)
 
 
+def _project_into(out: Tensor, linear: nn.Module, x: Tensor) -> Tensor:
+    """`linear(x)` in the memory of `out` `[B, N, H, V]`, as `[B, N, H * V]`; by a copy where it is no plain layer."""
+    flat = out.flatten(2)
+    plain = type(linear) is nn.Linear and linear.bias is not None and "forward" not in vars(linear)
+    device = x.device.type
+    cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if not plain or linear.weight.dtype != x.dtype or cast:
+        return flat.copy_(linear(x))
+    assert isinstance(linear, nn.Linear)
+    for item, target in zip(x, flat, strict=True):
+        torch.addmm(linear.bias, item, linear.weight.T, out=target)
+    return flat
+
+
 def _cos_sin(rotations: Tensor) -> Tensor:
     """Complex64 `[S, P]` as float32 `[S, P, 2]`."""
     return torch.view_as_real(rotations.contiguous())
 
 
 def _attend_refusal(ops: Any, channels: int, layer: Any) -> str | None:
-    value_channels = layer.head_dim if isinstance(layer, DenseSelfAttention) else layer.mla.v_head_dim
-    reason: str | None = ops.why_not_attend(channels, value_channels)
+    reason: str | None = ops.why_not_attend(channels, value_channels(layer))
     return reason
+
+
+def _one_query(layer: Any) -> bool:
+    """Whether history and own chunk are addressed by the same queries, so that both lie in one workspace."""
+    return isinstance(layer, DenseSelfAttention) or layer.mla.position == "rotate_on_read"
+
+
+def expanded_channels(layer: Any) -> int:
+    """Key and value channels a head of an expanded token."""
+    if _one_query(layer):
+        return int(layer.head_dim + value_channels(layer))
+    mean = 0 if layer.k_mean is None else layer.head_dim
+    return int(layer.key_channels + 2 * len(layer.rope_pairs) + mean + value_channels(layer))
+
+
+def value_channels(layer: Any) -> int:
+    """Value channels a head."""
+    return int(layer.head_dim if isinstance(layer, DenseSelfAttention) else layer.mla.v_head_dim)

@@ -7,69 +7,146 @@ Python costs more than running them when chunks are small.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..mla.cache import FrameCache
-from ..mla.places import next_places
+from .cache import FrameCache
+from .places import next_places
 
 WARM_UP = 2
 """Passes before a capture: the first use of a kernel compiles it, checks it and allocates its workspace."""
 
 
+class Recorder(Protocol):
+    """Records what a function does on the device, to be done again without running it."""
+
+    def capture(self, run: Callable[[], Tensor]) -> Tensor:
+        """What `run` gave; `replay` writes the same memory anew."""
+
+    def replay(self) -> None: ...
+
+
+def why_not_graph(model: Any, cache: Any) -> str | None:
+    """Why the passes of `model` cannot be captured, in one line; None when they can."""
+    if model.device.type != "cuda":
+        return f"CUDA graphs need a CUDA device, the model is on {model.device.type}"
+    if model.kernels is None or not model.kernels.cuda_graph:
+        return "CUDA graphs are off"
+    if model.training:
+        return "the model is in training mode"
+    if not isinstance(cache, FrameCache) or type(cache).slots is not FrameCache.slots:
+        return f"{type(cache).__name__} is not a ring of frames"
+    if cache.rows[0].device != model.device:
+        return "the cache is on another device than the model"
+    hooked = next((name for name, module in model.named_modules() if _hooked(module)), None)
+    if hooked is not None:
+        return f"the forward of {hooked or 'the model'} is wrapped, as offloading does"
+    return None
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether a call of `module` does more than its class says."""
+    return "forward" in vars(module) or bool(module._forward_pre_hooks or module._forward_hooks)
+
+
 class GraphedChunk:
     """`model.forward_chunk` without `write`, for one model and its cache on a CUDA device.
 
-    A graph is captured for each shape of chunk and history, which in the steady state is one. The
-    result lies in the graph's memory until the next call.
+    A graph is captured for each shape of chunk and history, which in the steady state is one; where histories
+    are kept for the passes of a chunk it is two, one that expands them and one that does not. The result lies
+    in the graph's memory until the next call. Raises ValueError with the reason of `why_not_graph`.
     """
 
-    def __init__(self, model: Any, cache: FrameCache) -> None:
-        if model.device.type != "cuda":
-            raise ValueError(f"CUDA graphs need a model on a CUDA device, this one is on {model.device}")
-        if model.kernels is not None and model.kernels.keep_history:
-            raise ValueError("a graph cannot tell the first pass of a chunk from the others; use keep_history=False")
+    def __init__(self, model: Any, cache: FrameCache, recorder: Callable[[], Recorder] | None = None) -> None:
+        reason = why_not_graph(model, cache) if recorder is None else None
+        if reason is not None:
+            raise ValueError(reason)
         self.model, self.cache = model, cache
+        self.recorder = recorder or (lambda: CUDARecorder(model.device))
         cache.fixed_places = True
         self.shape: tuple[Any, ...] | None = None
-        self.graph: Any = None
+        self.graphs: dict[bool, tuple[Recorder, Tensor]] = {}
         self.inputs: tuple[Tensor, ...] = ()
         self.conditions: dict[str, Tensor] = {}
-        self.out: Tensor | None = None
 
     def __call__(self, hidden_states: Tensor, timestep: Tensor, text: Tensor, **conditions: Tensor) -> Tensor:
         """Velocity `[B, C, F, H, W]`; the arguments are those of `forward_chunk`."""
-        places = next_places(self.model.rotary_table(), self.cache, hidden_states.shape[2])
+        frames = hidden_states.shape[2]
+        places = next_places(self.model.rotary_table(), self.cache, frames)
         given = (hidden_states, timestep, text)
         # New places in new memory, after a change of shape or a reset, need a new graph.
-        shape = (*(x.shape for x in given), places.history_rotations.data_ptr(), tuple(sorted(conditions)))
+        history = places.history_rotations
+        shape = (*(x.shape for x in given), history.shape, history.data_ptr(), tuple(sorted(conditions)))
         if shape != self.shape:
-            self._capture(given, conditions)
+            self.graphs = {}
+            self.inputs = tuple(x.clone() for x in given)
+            self.conditions = {name: value.clone() for name, value in conditions.items()}
             self.shape = shape
         for kept, new in zip(self.inputs, given, strict=True):
             kept.copy_(new)
         for name, value in conditions.items():
             self.conditions[name].copy_(value)
-        self.graph.replay()
-        assert self.out is not None
-        return self.out
+        chunk = (self.cache.frames_seen, frames)
+        expands = any(self.cache.expanded.get(layer) != chunk for layer in range(len(self.cache.rows)))
+        # Where nothing is kept all passes are alike.
+        which = expands and bool(self.cache.keep_expanded)
+        if which not in self.graphs:
+            captured = self._capture(expands)
+            # Warming up may have decided that histories are kept.
+            which = expands and bool(self.cache.keep_expanded)
+            self.graphs[which] = captured
+        recorder, out = self.graphs[which]
+        recorder.replay()
+        if self.cache.keep_expanded:
+            self.cache.expanded = dict.fromkeys(range(len(self.cache.rows)), chunk)
+        return out
 
-    def _capture(self, given: tuple[Tensor, ...], conditions: dict[str, Tensor]) -> None:
-        self.inputs = tuple(x.clone() for x in given)
-        self.conditions = {name: value.clone() for name, value in conditions.items()}
-        side = torch.cuda.Stream(self.model.device)
-        side.wait_stream(torch.cuda.current_stream(self.model.device))
+    def _capture(self, expands: bool) -> tuple[Recorder, Tensor]:
+        """Capture the pass that expands the histories, or the one that finds them."""
+        recorder = self.recorder()
+
+        def run() -> Tensor:
+            if expands:
+                self.cache.expanded = {}
+            with torch.no_grad():
+                out: Tensor = self.model.forward_chunk(*self.inputs, self.cache, write=False, **self.conditions)
+                return out
+
+        return recorder, recorder.capture(run)
+
+
+class CUDARecorder:
+    """A CUDA graph."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.graph = torch.cuda.CUDAGraph()
+
+    def capture(self, run: Callable[[], Tensor]) -> Tensor:
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):
-                self._pass()
-        torch.cuda.current_stream(self.model.device).wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
+                run()
+        torch.cuda.current_stream(self.device).wait_stream(side)
         with torch.cuda.graph(self.graph):
-            self.out = self._pass()
+            return run()
 
-    def _pass(self) -> Tensor:
-        with torch.no_grad():
-            out: Tensor = self.model.forward_chunk(*self.inputs, self.cache, write=False, **self.conditions)
-            return out
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+def denoiser(model: Any, cache: Any) -> Callable[..., Tensor]:
+    """`model.forward_chunk` without `write` over `cache`: replayed from a CUDA graph where that can be done."""
+    if why_not_graph(model, cache) is None:
+        return GraphedChunk(model, cache)
+
+    def eager(hidden_states: Tensor, timestep: Tensor, text: Tensor, **conditions: Tensor) -> Tensor:
+        # By the call, not by `forward_chunk`: hooks that bring weights to the device see calls alone.
+        out: Tensor = model(hidden_states, timestep, text, cache=cache, write=False, **conditions)
+        return out
+
+    return eager

@@ -1,11 +1,13 @@
 """Which way a layer takes while a model streams: fused kernels, absorbed or expanded, or plain torch.
 
-The rule is explicit and counts operations; what a kernel refuses is kept as text, so that it can be
-printed and recorded. The kernels are the package `mla_attention`, shipped beside this one.
+The rule is explicit: operations, weighed by the committed costs of the device (`costs.py`). What a kernel refuses
+is kept as text, so that it can be printed and recorded. The kernels are the package `mla_attention`, shipped
+beside this one.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -13,13 +15,22 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from . import fused
-from .attention import AttentionPass, CausalSelfAttention, DenseSelfAttention
+from . import costs, fused
+from .attention import AttentionPass, CausalSelfAttention
+from .cache import FrameCache
 
 Mode = Literal["auto", "triton", "torch"]
+History = Literal["auto", "chunk", "pass"]
+
+logger = logging.getLogger(__name__)
 
 CHECK = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest difference from torch, relative to the largest output, that the first use of a kernel may have."""
+
+FREE_SHARE = 0.5
+"""Share of the device's free memory that expanded histories may take with `history` auto."""
+
+CPU_DEFAULT = "on a CPU torch is the default; `kernels: triton` runs the kernels in Triton's interpreter"
 
 
 class Shape(NamedTuple):
@@ -33,26 +44,37 @@ class Shape(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The way of one layer, and why the others were not taken."""
+    """The way of one layer, who attends on it, and why the others were not taken."""
 
     path: fused.Path | Literal["torch"]
     refused: dict[str, str]
+    backend: fused.Backend = "attend"
 
 
 @dataclass
 class Kernels:
-    """How a model attends while it streams without gradients; `mode` is the recipe's key `kernels`.
+    """How a model attends while it streams without gradients; the fields are keys of a recipe's `streaming`.
 
-    `auto` takes kernels where they support a layer, after the first output with and without history has
-    agreed with torch's, and torch elsewhere; `triton` raises UserError instead and compares nothing; `torch`
-    never asks. `choices` holds what was chosen, by layer and shape. `keep_history` expands the history once a
-    chunk and layer instead of once a pass, for the memory of a dense cache.
+    `mode` `auto` takes kernels where they support a layer, after the first output with and without history has
+    agreed with torch's, and torch elsewhere and on a CPU; `triton` raises UserError instead and compares nothing;
+    `torch` never asks.
+
+    `history` says how often an expanded history is made: `chunk` once a chunk and layer, for the memory of a dense
+    cache; `pass` at every denoising pass, in one workspace for all layers; `auto` once a chunk where the histories
+    of all layers take at most half of the device's free memory when the first of them is made, else once a pass.
+
+    `cuda_graph` lets `stream_chunks` replay its passes as a CUDA graph where that can be done.
+
+    `choices` holds what was chosen, by layer and shape, `kept` what was decided about histories, with the reason.
     """
 
     mode: Mode = "auto"
-    keep_history: bool = False
+    history: History = "auto"
+    cuda_graph: bool = True
     choices: dict[tuple[int, Shape], Choice] = field(default_factory=dict)
     checked: set[tuple[int, Shape, bool]] = field(default_factory=set)
+    kept: tuple[str, str] | None = None
+    announced: bool = False
 
     def attention(self, layer: CausalSelfAttention, hidden_states: Tensor, step: AttentionPass) -> Tensor | None:
         """`layer.attention` by kernels, `[B, S, H * V]`; None where torch is to do it."""
@@ -63,34 +85,33 @@ class Kernels:
         shape = Shape(batch, queries, keys, hidden_states.dtype, hidden_states.device.type)
         key = (layer.layer, shape)
         if key not in self.choices:
-            self.choices[key] = choose(layer, shape, step)
-        path = self.choices[key].path
-        if path == "torch":
+            self.choices[key] = choose(layer, shape, step, self.mode, costs.for_device(hidden_states.device))
+        choice = self.choices[key]
+        if choice.path == "torch":
             if self.mode == "triton":
-                reasons = "; ".join(self.choices[key].refused.values())
+                reasons = "; ".join(choice.refused.values())
                 raise UserError(
                     f"no kernel for the attention of layer {layer.layer} ({reasons}); "
                     "`kernels: auto` lets torch take it"
                 )
             return None
+        if choice.path == "expand" and step.cache.keep_expanded is None:
+            step.cache.keep_expanded = self._keeps(layer, shape, step.cache)
         # Without history other kernels run than with it.
         check = (*key, bool(step.views[0].history_frames))
         if self.mode == "triton" or check in self.checked:
-            return fused.attention(layer, hidden_states, step, path, self.keep_history)
+            return fused.attention(layer, hidden_states, step, choice.path, choice.backend)
         self.checked.add(check)
-        return self._checked(key, path, layer, hidden_states, step)
+        return self._checked(key, layer, hidden_states, step)
 
     def _checked(
-        self,
-        key: tuple[int, Shape],
-        path: fused.Path,
-        layer: CausalSelfAttention,
-        hidden_states: Tensor,
-        step: AttentionPass,
+        self, key: tuple[int, Shape], layer: CausalSelfAttention, hidden_states: Tensor, step: AttentionPass
     ) -> Tensor | None:
         """The output of a kernel compared with torch's; where it fails or differs, None, and torch from now on."""
+        path, refused, backend = self.choices[key]
+        assert path != "torch"
         try:
-            out = fused.attention(layer, hidden_states, step, path, self.keep_history)
+            out = fused.attention(layer, hidden_states, step, path, backend)
         except Exception as error:
             reason = f"{path} failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         else:
@@ -99,50 +120,92 @@ class Kernels:
             if difference <= CHECK[key[1].dtype]:
                 return out
             reason = f"{path} differs from torch by {difference:.1e} of the largest output"
-        self.choices[key] = Choice("torch", {**self.choices[key].refused, path: reason})
+        self.choices[key] = Choice("torch", {**refused, path: reason})
+        logger.warning("kernels: torch attends in layer %d from now on: %s", layer.layer, reason)
         return None
+
+    def _keeps(self, layer: CausalSelfAttention, shape: Shape, cache: FrameCache) -> bool:
+        """Whether every layer keeps its expanded history for the passes of a chunk, by the rule of `history`."""
+        if self.history != "auto":
+            self.kept = (self.history, "as asked for")
+            return self.history == "chunk"
+        device = cache.rows[0].device
+        free = free_memory(device)
+        if free is None:
+            self.kept = ("pass", f"the free memory of a {device.type} device is not known")
+            return False
+        tokens = shape.batch * shape.keys * layer.heads
+        needed = tokens * fused.expanded_channels(layer) * shape.dtype.itemsize * len(cache.rows)
+        keeps = needed <= FREE_SHARE * free
+        self.kept = ("chunk" if keeps else "pass", f"{needed / 1e9:.2f} GB of {free / 1e9:.2f} GB free")
+        return keeps
 
     def report(self) -> dict[str, Any]:
         """What was chosen, for people and manifests: the number of layers a way, and every reason once."""
         paths: dict[str, int] = {}
         refused: dict[str, list[str]] = {}
         for choice in self.choices.values():
-            paths[choice.path] = paths.get(choice.path, 0) + 1
+            name = choice.path if choice.path != "expand" else f"expand, {choice.backend}"
+            paths[name] = paths.get(name, 0) + 1
             for path, reason in choice.refused.items():
                 if reason not in refused.setdefault(path, []):
                     refused[path].append(reason)
-        return {"mode": self.mode, "paths": paths, "refused": refused}
+        return {"mode": self.mode, "paths": paths, "refused": refused, "history": self.kept and list(self.kept)}
+
+    def announce(self) -> None:
+        """Say once what was chosen and why, in one line."""
+        if self.announced or not (self.choices or self.mode == "torch"):
+            return
+        self.announced = True
+        logger.info("%s", describe(self.report()))
 
 
-def choose(layer: CausalSelfAttention, shape: Shape, step: AttentionPass) -> Choice:
-    """The way with the fewest operations among those that the kernels support; torch when there is none."""
+def describe(report: dict[str, Any]) -> str:
+    """`Kernels.report` in one line."""
+    if report["mode"] == "torch":
+        return "kernels: torch attends, as asked for"
+    taken = ", ".join(f"{count} x {path}" for path, count in report["paths"].items())
+    reasons = dict.fromkeys(reason for found in report["refused"].values() for reason in found)
+    line = f"kernels: {report['mode']}: {taken}"
+    if report["history"]:
+        how, why = report["history"]
+        line += f"; history expanded once a {how} ({why})"
+    return line + (f"; not taken: {'; '.join(reasons)}" if reasons else "")
+
+
+def choose(
+    layer: CausalSelfAttention, shape: Shape, step: AttentionPass, mode: Mode, device_costs: costs.Costs
+) -> Choice:
+    """The cheapest way among those that the kernels support; torch when there is none."""
+    if mode == "auto" and shape.device == "cpu" and not interpreted_by_default():
+        return Choice("torch", dict.fromkeys(fused.PATHS, CPU_DEFAULT))
     refused: dict[str, str] = {}
-    costs: dict[fused.Path, float] = {}
+    found: dict[tuple[fused.Path, fused.Backend], float] = {}
     for path in fused.PATHS:
         reason = fused.why_not(layer, shape.dtype, shape.device, step, path)
-        if reason is None:
-            costs[path] = operations(layer, shape, path)
-        else:
+        if reason is not None:
             refused[path] = reason
-    if not costs:
+            continue
+        for backend in fused.backends(layer, path):
+            found[path, backend] = costs.cost(layer, shape.queries, shape.keys, path, backend, device_costs)
+    if not found:
         return Choice("torch", refused)
-    best = min(costs, key=costs.__getitem__)
-    refused |= {
-        path: f"{cost / costs[best]:.2f}x the operations of {best}" for path, cost in costs.items() if path != best
-    }
-    return Choice(best, refused)
+    path, backend = best = min(found, key=found.__getitem__)
+    for other in fused.PATHS:
+        least = min((cost for (way, _), cost in found.items() if way == other), default=None)
+        if other != path and least is not None:
+            refused[other] = f"{least / found[best]:.2f}x the cost of {path}"
+    return Choice(path, refused, backend)
 
 
-def operations(layer: Any, shape: Shape, path: fused.Path) -> float:
-    """Multiply-adds of one layer's attention to a full window, for one item of the batch.
+def interpreted_by_default() -> bool:
+    """Whether `auto` takes the kernels on a CPU, too; tests say so."""
+    return False
 
-    Absorbed, a pair of query and key costs `2 r + R` a head instead of `D + V`, and the weights that
-    restore keys and values are applied to the queries; expanded, they are applied to every key.
-    """
-    heads, queries, keys = layer.heads, shape.queries, shape.keys
-    if isinstance(layer, DenseSelfAttention):
-        return float(2 * heads * queries * keys * layer.head_dim)
-    restored, shared = layer.key_channels + layer.mla.v_head_dim, 2 * len(layer.rope_pairs)
-    if path == "absorbed":
-        return float(heads * queries * (keys * (2 * layer.rank + shared) + layer.rank * restored))
-    return float(heads * keys * (queries * (restored + shared) + layer.rank * restored))
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a CUDA device can still give, with what torch holds without using it; None for other devices."""
+    if device.type != "cuda":
+        return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0] + unused)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .attention import AttentionPass, CausalSelfAttention
 from .config import MLAConfig
 from .core import KeyValue, Query
-from .rope import rotate
+from .rope import pair_index, rotate
 
 LATENT_MODULES = ("q_a_proj", "q_b_proj", "kv_a_proj", "kv_b_proj", "k_pe_proj", "q_pe_coef", "k_mean")
 
@@ -70,12 +70,11 @@ class LatentSelfAttention(CausalSelfAttention):
     def caches_shared_key(self) -> bool:
         return self.mla.position in ("decoupled", "baked") and bool(self.rope_pairs)
 
-    def project_raw(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project_query(self, hidden_states: Tensor) -> Tensor:
         if self.mla.q_lora_rank is None:
-            query = self.to_q(hidden_states)
-        else:
-            query = self.q_b_proj(self.q_a_proj(hidden_states))
-        return query, self.to_k(hidden_states), self.to_v(hidden_states)
+            return super().project_query(hidden_states)
+        query: Tensor = self.q_b_proj(self.q_a_proj(hidden_states))
+        return query
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = self.project_raw(hidden_states)
@@ -173,4 +172,4 @@ def attend_absorbed(
 
 def _select(x: Tensor, pairs: list[int]) -> Tensor:
     """Channels of some pairs, `[..., 2 P]` to `[..., 2 len(pairs)]`."""
-    return x.unflatten(-1, (-1, 2))[..., pairs, :].flatten(-2)
+    return x.unflatten(-1, (-1, 2))[..., pair_index(pairs, x), :].flatten(-2)

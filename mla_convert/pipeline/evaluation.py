@@ -19,20 +19,28 @@ from ..export.checkpoint import find_checkpoint, load_checkpoint
 from ..export.manifest import read_manifest
 from ..files import MANIFEST
 from ..load import load_dense, load_source
+from ..mla.kernels import Mode
 from ..recipe.schema import Recipe, validate
 from ..run.config import GenerateConfig
 from ..run.sample import DIGITS, prompt_encoder
+from ..run.streaming import StreamingConfig
 from .context import DATA
 from .rundir import STATE
 from .summary import describe
 
 
 def evaluate_checkpoint(
-    folder: Path, teacher: str | None, out: Path | None, changes: Mapping[str, int], report: Report
+    folder: Path,
+    teacher: str | None,
+    out: Path | None,
+    changes: Mapping[str, int],
+    report: Report,
+    kernels: Mode | None = None,
 ) -> tuple[Path, dict[str, Any]]:
     """Compare the model in `folder` with its teacher; writes report.json and report.html.
 
-    `teacher` replaces the source in the manifest, `changes` entries of its evaluate section. The
+    `teacher` replaces the source in the manifest, `changes` entries of its evaluate section, `kernels`
+    the key of its streaming section. The
     report goes to `out`, by default into the checkpoint or beside it in its run folder. Returns the
     page and the report. Raises UserError in one line.
     """
@@ -42,6 +50,10 @@ def evaluate_checkpoint(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     student = load_checkpoint(folder, device=device)
     dense = _load_teacher(student, teacher, recipe, folder).to(device)
+    streaming = StreamingConfig() if recipe is None else recipe.streaming
+    if kernels is not None:
+        streaming = streaming.model_copy(update={"kernels": kernels})
+    streaming.apply(student, dense)
     if recipe is not None:
         student.noise_range = dense.noise_range = recipe.source.noise_range
     digits = prompt_encoder(student.config) == DIGITS

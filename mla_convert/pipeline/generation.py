@@ -6,7 +6,7 @@ import functools
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from ..run.sample import (
     trained_for,
 )
 from ..run.start import LATENTS, read_start
+from ..run.streaming import StreamingConfig
 from ..run.video import STDOUT, check_suffix
 from .experts import load_models, read_model_config
 
@@ -51,7 +52,7 @@ class Request:
     `prompts` are texts, one video each; or `prompt_embeds` is a file with their embeddings. `changes` are
     the prompts that follow. `components` is a folder or Hub id of the pipeline that has VAE and text encoder.
     `seconds` is the length in place of `num_frames`; an `endless` video ends with Ctrl-C. `size` is height
-    and width in pixels.
+    and width in pixels. `streaming` are keys of StreamingConfig.
     """
 
     prompts: tuple[str, ...] = ()
@@ -64,6 +65,7 @@ class Request:
     size: tuple[int, int] | None = None
     dtype: str | None = None
     offload: Offload = "none"
+    streaming: Mapping[str, Any] = field(default_factory=dict)
 
 
 def generate_video(
@@ -85,6 +87,7 @@ def generate_video(
     vae = task.vae()
     start = task.start(vae)
     models = load_models(folder, None if request.dtype is None else getattr(torch, request.dtype))
+    task.streaming.apply(*models)
     place(models, vae, task.device, request.offload)
     config, count = task.config, len(embeds)
     chunks = rollout(
@@ -111,6 +114,7 @@ def generate_video(
         "seconds": round(seconds, 3),
         "frames_per_second": frames / seconds,
         "interrupted": interrupted,
+        "kernels": [model.kernels.report() for model in models],
     }
 
 
@@ -126,7 +130,8 @@ class _Task:
         self.temporal, self.spatial = (1, 1) if self.pixels else (WAN_TEMPORAL, WAN_SPATIAL)
         self.pictures = out.suffix != LATENTS
         self._check_out()
-        known = {**trained_for(recorded_sampling(self.root), self.digits), **settings}
+        self.streaming = validate(StreamingConfig, {**recorded(self.root, "streaming"), **request.streaming})
+        known = {**trained_for(recorded(self.root, "generate"), self.digits), **settings}
         if request.size is not None:
             known["latent_height"] = to_latent("height", request.size[0], self.spatial)
             known["latent_width"] = to_latent("width", request.size[1], self.spatial)
@@ -218,10 +223,10 @@ class _Task:
         return start
 
 
-def recorded_sampling(root: Path) -> dict[str, Any]:
-    """The `generate` section of the recipe that made a checkpoint."""
+def recorded(root: Path, section: str) -> dict[str, Any]:
+    """A section of the recipe that made a checkpoint, as far as it is known."""
     recipe = read_manifest(root).get("recipe") if (root / MANIFEST).is_file() else None
-    return (recipe or {}).get("generate") or {}
+    return (recipe or {}).get(section) or {}
 
 
 def _write_latents(chunks: Iterable[Tensor], paths: Sequence[Path]) -> tuple[int, bool]:

@@ -26,7 +26,7 @@ from ..run.sample import embed_prompts, prompt_encoder, rollout
 from ..run.video import save_video, side_by_side, to_frames
 from .calibration import calibration_batches
 from .channels import check_channels
-from .context import CHECKPOINT, DATA, METRICS, SAMPLES, STAGES, TRAINING, Context, stage_names
+from .context import CHECKPOINT, DATA, KERNELS, METRICS, SAMPLES, STAGES, TRAINING, Context, stage_names
 from .preview import preview_strip
 from .rollouts import check_rollouts, roll_out_data
 from .summary import build_report, training_rows
@@ -168,6 +168,7 @@ def _evaluate(context: Context) -> None:
         if index != len(recipe.distill):
             config = config.model_copy(update={"rollout_prompts": 0})
         student = context.load_stage(index).to(context.device)
+        recipe.streaming.apply(teacher, student)
         result = evaluate(student, teacher, context.data_config, config, context.report)
         write_json(context.stage_folder(index) / REPORT_JSON, result)
 
@@ -179,17 +180,20 @@ def _export(context: Context) -> None:
 def _samples(context: Context) -> None:
     generate = context.recipe.generate
     embeds = embed_prompts(generate.prompts, prompt_encoder(context.source.config))
-    videos = {}
+    videos, chosen = {}, {}
     for name, model in (("teacher", context.dense()), ("student", context.load_stage(-1))):
+        context.recipe.streaming.apply(model)
 
         def told(done: int, total: int, name: str = name) -> None:
             context.report(f"sample {name}", done, total)
 
         chunks = rollout(model.to(context.device), embeds, generate, told)
         videos[name] = torch.cat([chunk.cpu() for chunk in chunks], dim=2)
+        chosen[name] = model.kernels.report()
     teacher, student = ([to_frames(video) for video in videos[name]] for name in ("teacher", "student"))
     with atomic_folder(context.path / SAMPLES) as folder:
         save_file(videos, folder / ROLLOUTS)
+        write_json(folder / KERNELS, chosen)
         for index, (prompt, a, b) in enumerate(zip(generate.prompts, teacher, student, strict=True)):
             name = f"{index:02d}-{'-'.join(prompt.replace(',', ' ').split())}.mp4"
             save_video(side_by_side(a, b), folder / name, generate.fps)

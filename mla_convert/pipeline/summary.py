@@ -14,7 +14,7 @@ from ..export.checkpoint import load_checkpoint
 from ..export.manifest import versions
 from ..run.config import GenerateConfig
 from ..run.sample import DIGITS, latent_size, prompt_encoder
-from .context import CHECKPOINT, Context
+from .context import CHECKPOINT, KERNELS, SAMPLES, Context
 
 SHARED_WITH_PLAN = (
     "dense_scalars_per_token",
@@ -53,12 +53,14 @@ def training_rows(context: Context) -> list[Row]:
 def build_report(context: Context) -> dict[str, Any]:
     """`report.json` of a run, in the keys of `mla_convert.evaluate.report`."""
     seconds = dict(context.seconds)
+    sampled = context.path / SAMPLES / KERNELS
     return {
         "name": context.recipe.name,
         "source": context.source.origin,
         "recipe": context.recipe.dump(),
         **read_evaluation(context.stage_folder(-1)),
         **describe(load_checkpoint(context.path / CHECKPOINT), context.recipe.generate),
+        **({"kernels": json.loads(sampled.read_text())} if context.recipe.generate.prompts else {}),
         "converted_loss": read_evaluation(context.stage_folder(0))["student_loss"],
         "seconds": {**seconds, "total": round(sum(seconds.values()), 3)},
         "curves": training_rows(context),

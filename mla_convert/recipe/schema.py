@@ -19,6 +19,7 @@ from ..flow import ALL_NOISE
 from ..mla.window import CausalConfig
 from ..registry import stages
 from ..run.config import GenerateConfig
+from ..run.streaming import StreamingConfig
 from .explain import describe, explain, nearest
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -77,6 +78,7 @@ class Recipe(BaseModel):
     distill: tuple[SerializeAsAny[StageConfig], ...] = ()
     evaluate: EvaluateConfig = EvaluateConfig()
     generate: GenerateConfig = GenerateConfig()
+    streaming: StreamingConfig = StreamingConfig()
     export: ExportConfig = ExportConfig()
 
     @field_validator("distill", mode="before")

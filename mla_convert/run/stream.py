@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..flow import NUM_TRAIN_TIMESTEPS, Sampler, add_noise, denoising_times, expert_at, next_sample, sampling_times
+from ..mla.graph import denoiser
 from ..mla.window import CausalConfig
 
 Seeds = int | torch.Generator | Sequence[int] | Sequence[torch.Generator]
@@ -169,6 +170,7 @@ class _Expert:
         self.batch, self.negative = len(text), negative
         self.set_text(text)
         self.cache = model.init_cache(len(self.text), height, width, device=self.device)
+        self.denoise = denoiser(model, self.cache)
 
     def set_text(self, text: Tensor) -> None:
         """The prompts `[B or 1, L, D]` of the passes to come."""
@@ -197,8 +199,13 @@ class _Expert:
         x = x.to(self.device, model.dtype).repeat(self.copies, 1, 1, 1, 1)
         timestep, r_timestep = (time.to(self.device).repeat(self.copies) for time in (timestep, r_timestep))
         conditions = {"r_timestep": r_timestep} if model.flow_map else {}
-        # By the call, not by `forward_chunk`: hooks that bring weights to the device see calls alone.
-        out: Tensor = model(x, timestep, self.text, cache=self.cache, write=write, **conditions)
+        if write:
+            # By the call, not by `forward_chunk`: hooks that bring weights to the device see calls alone.
+            out: Tensor = model(x, timestep, self.text, cache=self.cache, write=True, **conditions)
+        else:
+            out = self.denoise(x, timestep, self.text, **conditions)
+        if model.kernels is not None:
+            model.kernels.announce()
         return out
 
 

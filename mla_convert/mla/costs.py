@@ -1,0 +1,91 @@
+"""What an operation costs on each way, by device: the committed table that the choice of kernels follows.
+
+`device_costs.json` beside this file maps names of devices to what was measured on them;
+`kernels/mla-attention/benchmarks/device_costs.py` writes an entry from a result of the benchmark. A device that is
+not there gets `default`: operations counted, all at one price. Nothing is measured or tuned while a model serves.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from .attention import DenseSelfAttention
+
+TABLE = Path(__file__).with_name("device_costs.json")
+DEFAULT = "default"
+WAYS = ("sdpa", "attend", "absorbed")
+
+
+class Costs(NamedTuple):
+    """Prices of a multiply-add relative to that of torch's attention at the most queries measured.
+
+    `attention` maps each of WAYS to its price at each of `queries`, `expand` is that of the product that
+    restores keys and values. `source` says where they come from.
+    """
+
+    device: str
+    source: str
+    queries: tuple[int, ...]
+    attention: dict[str, tuple[float, ...]]
+    expand: float
+
+    def price(self, way: str, queries: int) -> float:
+        """Price on a way at the measured number of queries that is nearest, by ratio."""
+        nearest = min(range(len(self.queries)), key=lambda i: abs(math.log(self.queries[i] / max(1, queries))))
+        return self.attention[way][nearest]
+
+
+@functools.cache
+def table() -> dict[str, Costs]:
+    """The committed table. Raises ValueError where an entry lacks something."""
+    return {name: _read(name, entry) for name, entry in json.loads(TABLE.read_text(encoding="utf-8")).items()}
+
+
+def _read(name: str, entry: dict[str, Any]) -> Costs:
+    queries = tuple(entry["queries"])
+    attention = {way: tuple(entry["attention"][way]) for way in WAYS}
+    if any(len(prices) != len(queries) or min(prices) <= 0 for prices in attention.values()) or entry["expand"] <= 0:
+        raise ValueError(
+            f"the entry {name!r} of {TABLE.name} needs a price above 0 for each of {list(queries)} queries"
+        )
+    return Costs(name, entry["source"], queries, attention, entry["expand"])
+
+
+def for_device(device: torch.device) -> Costs:
+    """The entry of a device by its name, or the default one."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else DEFAULT
+    return table().get(name, table()[DEFAULT])
+
+
+def cost(
+    layer: Any,
+    queries: int,
+    keys: int,
+    path: Literal["absorbed", "expand"],
+    backend: Literal["sdpa", "attend"],
+    prices: Costs,
+) -> float:
+    """Priced multiply-adds of one layer's attention to a full window, for one item of the batch."""
+    restoring, attending = operations(layer, queries, keys, path)
+    return restoring * prices.expand + attending * prices.price("absorbed" if path == "absorbed" else backend, queries)
+
+
+def operations(layer: Any, queries: int, keys: int, path: Literal["absorbed", "expand"]) -> tuple[float, float]:
+    """Multiply-adds that restore keys and values, and those of the attention.
+
+    Absorbed, a pair of query and key costs `2 r + R` a head instead of `D + V`, and the weights that
+    restore keys and values are applied to the queries; expanded, they are applied to every key.
+    """
+    heads = layer.heads
+    if isinstance(layer, DenseSelfAttention):
+        return 0.0, float(2 * heads * queries * keys * layer.head_dim)
+    restored, shared = layer.key_channels + layer.mla.v_head_dim, 2 * len(layer.rope_pairs)
+    if path == "absorbed":
+        return float(heads * queries * layer.rank * restored), float(heads * queries * keys * (2 * layer.rank + shared))
+    return float(heads * keys * layer.rank * restored), float(heads * queries * keys * (restored + shared))

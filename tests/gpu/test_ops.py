@@ -1,0 +1,178 @@
+"""The kernels on a GPU at the geometry of Wan2.1-1.3B, against float64 and against what torch loses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mla_attention as ops
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+HEADS, DEPTH, TOKENS, WINDOW, SHARED = 12, 128, 1560, 21, 32
+QUERIES, KEYS, SCALE = 520, WINDOW * TOKENS, DEPTH**-0.5
+"""A ninth of a chunk's queries: the float64 logits of all of them take 15 GB."""
+DTYPES = [torch.bfloat16, torch.float16]
+RANKS = [64, 96, 128, 192, 256, 512]
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return (scale * torch.randn(*shape, device="cuda", generator=generator)).to(dtype)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """Norm of the difference relative to that of `expected`; NaN where anything is NaN."""
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+def rotations(keys: int, pairs: int) -> Tensor:
+    angles = randn(keys, pairs, seed=9, scale=3.0)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
+
+
+def wide(x: Any) -> Any:
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float16 else x
+
+
+def sdpa_error(query: Tensor, key: Tensor, value: Tensor, expected: Tensor) -> float:
+    found = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)), scale=SCALE)
+    return error(found.transpose(1, 2), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("splits", [0, 1, 5])
+def test_attend(splits: int, dtype: torch.dtype) -> None:
+    query, key, value = (randn(1, n, HEADS, DEPTH, dtype=dtype, seed=n) for n in (QUERIES, KEYS, KEYS + 1))
+    value = value[:, :KEYS]
+    expected, expected_lse = ops.attend_reference(query.double(), key.double(), value.double(), None, SCALE)
+    out, lse = ops.attend(query, key, value, None, SCALE, splits)
+    assert error(out, expected) <= 1.2 * sdpa_error(query, key, value, expected)
+    assert error(lse, expected_lse) < 1e-5
+
+
+def ring(rank: int, shared: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of a full ring with one stale slot of NaN, its slots in reading order, and the number of keys."""
+    rows = randn(1, WINDOW + 1, TOKENS, rank + shared, dtype=dtype, seed=1)
+    rows[:, 5] = float("nan")
+    slots = torch.tensor([0, *range(6, WINDOW + 1), *range(1, 5)], dtype=torch.int32, device="cuda")
+    return rows, slots, torch.tensor([len(slots) * TOKENS - 7], dtype=torch.int32, device="cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", RANKS)
+def test_latent_attention(rank: int, dtype: torch.dtype) -> None:
+    rows, slots, count = ring(rank, SHARED, dtype)
+    turn = rotations(len(slots) * TOKENS, SHARED // 2)
+    latent, pe = randn(1, 128, HEADS, rank, dtype=dtype, seed=2), randn(1, 128, HEADS, SHARED, dtype=dtype, seed=3)
+    arguments = (latent.double(), pe.double(), rows.double(), None, slots, count, turn.double(), SCALE)
+    expected, expected_lse = ops.latent_attention_reference(*arguments)
+    out, lse = ops.latent_attention(latent, pe, rows, None, slots, count, turn, SCALE, 0)
+    valid = rows[:, slots].flatten(1, 2)[:, : int(count)]
+    x, y = valid[..., rank:].double().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = turn[: int(count)].double().unbind(-1)
+    shared = torch.stack([x * cos - y * sin, x * sin + y * cos], dim=-1).flatten(-2).to(dtype)
+    key = torch.cat([valid[..., :rank], shared], dim=-1).unsqueeze(2).expand(-1, -1, HEADS, -1)
+    value = valid[..., :rank].unsqueeze(2).expand(-1, -1, HEADS, -1)
+    assert error(out, expected) <= 1.2 * sdpa_error(torch.cat([latent, pe], dim=-1), key, value, expected)
+    assert error(lse, expected_lse) < 2e-3
+
+
+@pytest.mark.parametrize("rank", [64, 192, 512])
+def test_latent_attention_to_int8_rows(rank: int) -> None:
+    rows, slots, count = ring(rank, SHARED, torch.float32)
+    steps, scales = ops.quantise_rows(rows.nan_to_num())
+    turn = rotations(len(slots) * TOKENS, SHARED // 2)
+    latent, pe = (randn(1, 64, HEADS, n, dtype=torch.bfloat16, seed=n) for n in (rank, SHARED))
+    arguments = (latent.double(), pe.double(), steps, scales, slots, count, turn.double(), SCALE)
+    expected, _ = ops.latent_attention_reference(*arguments)
+    out, _ = ops.latent_attention(latent, pe, steps, scales, slots, count, turn, SCALE, 0)
+    assert error(out, expected) < 1e-2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rotate_heads", [True, False])
+@pytest.mark.parametrize("rank", RANKS)
+def test_expand(rank: int, rotate_heads: bool, dtype: torch.dtype) -> None:
+    shared = 0 if rotate_heads else SHARED
+    nope = DEPTH - shared
+    rows, slots, count = ring(rank, shared, dtype)
+    keys = len(slots) * TOKENS
+    turn = rotations(keys, (DEPTH if rotate_heads else shared) // 2)
+    weight, bias = (
+        randn(HEADS * (nope + DEPTH), rank, dtype=dtype, seed=4, scale=rank**-0.5),
+        randn(HEADS * (nope + DEPTH), dtype=dtype, seed=5),
+    )
+    rest = (None, slots, count, weight, bias, None, None, turn, rotate_heads)
+    found = [torch.full((1, keys, HEADS, DEPTH), float("nan"), dtype=dtype, device="cuda") for _ in range(2)]
+    ops.expand_kv_(*found, rows, *rest)
+    expected = [x.double() for x in found]
+    ops.expand_kv_reference(*expected, rows.double(), *(wide(x) for x in rest))
+    valid = int(count)
+    for actual, exact in zip(found, expected, strict=True):
+        # One rounding of the result.
+        assert error(actual[:, :valid], exact[:, :valid]) < 2 * torch.finfo(dtype).eps / 2
+        assert bool(actual[:, valid:].isnan().all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("baked", [True, False])
+def test_write(baked: bool, dtype: torch.dtype) -> None:
+    rank, channels = 192, HEADS * DEPTH
+    slots = torch.tensor([3, 0, 2], dtype=torch.int32, device="cuda")
+    rows = torch.full((1, 5, TOKENS, rank + SHARED), float("nan"), dtype=dtype, device="cuda")
+    arguments = [
+        randn(1, 3 * TOKENS, channels, dtype=dtype, seed=1), randn(1, 3 * TOKENS, channels, dtype=dtype, seed=2),
+        1 + randn(channels, dtype=dtype, seed=3, scale=0.1), 1e-6, None,
+        randn(rank, 2 * channels, dtype=dtype, seed=4, scale=(2 * channels) ** -0.5), randn(rank, dtype=dtype, seed=5),
+        randn(SHARED, channels, dtype=dtype, seed=6, scale=channels**-0.5), randn(SHARED, dtype=dtype, seed=7),
+        rotations(3 * TOKENS, DEPTH // 2) if baked else None, HEADS,
+    ]  # fmt: skip
+    ops.latent_write_(rows, None, slots, *arguments)
+    exact = torch.zeros(rows.shape, dtype=torch.float64, device="cuda")
+    ops.latent_write_reference(exact, None, slots, *(x.double() if isinstance(x, Tensor) else x for x in arguments))
+    assert error(rows[:, slots], exact[:, slots]) < 2 * torch.finfo(dtype).eps
+    assert bool(rows[:, [1, 4]].isnan().all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_and_rotation(dtype: torch.dtype) -> None:
+    x, weight = randn(2, 4680, HEADS * DEPTH, dtype=dtype), 1 + randn(HEADS * DEPTH, dtype=dtype, seed=1, scale=0.1)
+    turn = rotations(4680, DEPTH // 2)
+    exact = ops.qk_norm_rope_reference(x.double(), weight.double(), 1e-6, turn.double(), HEADS)
+    assert error(ops.qk_norm_rope(x, weight, 1e-6, turn, HEADS), exact) < torch.finfo(dtype).eps
+
+
+def test_lengths_do_not_recompile() -> None:
+    from mla_attention.attend import _attend_kernel
+    from mla_attention.latent_attention import _latent_kernel
+
+    def compiled(kernel: Any) -> int:
+        return len(kernel.device_caches[torch.cuda.current_device()][0])
+
+    counts = []
+    for frames in range(3, 12):
+        keys = frames * 100 + 1
+        query, key = (randn(1, n, 2, 64, dtype=torch.bfloat16) for n in (300, keys))
+        ops.attend(query, key, key, torch.tensor([keys], dtype=torch.int32, device="cuda"), 0.1)
+        rows = randn(1, frames, 101, 96, dtype=torch.bfloat16)
+        slots = torch.arange(frames, dtype=torch.int32, device="cuda")
+        latent, pe = (randn(1, 300, 2, n, dtype=torch.bfloat16) for n in (64, 32))
+        count = torch.tensor([frames * 101], dtype=torch.int32, device="cuda")
+        ops.latent_attention(latent, pe, rows, None, slots, count, rotations(frames * 101, 16), 0.1)
+        counts.append((compiled(_attend_kernel), compiled(_latent_kernel)))
+    assert counts[0] == counts[-1]
+
+
+def test_launches_do_not_wait() -> None:
+    """torch raises where an op would make the host wait for the device."""
+    query, key = (randn(1, n, 2, 64, dtype=torch.bfloat16) for n in (300, 500))
+    count = torch.tensor([400], dtype=torch.int32, device="cuda")
+    ops.attend(query, key, key, count, 0.1, 0)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ops.attend(query, key, key, count, 0.1, 0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,153 @@
+"""Rollouts whose passes are recorded once and replayed: what a CUDA graph does, on the CPU.
+
+A tape of the operations that torch dispatched stands in for the graph. As there, nothing of Python is run again,
+and what was computed from numbers that Python knew stays as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mla_attention
+import pico
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mla_convert.mla import graph, kernels
+from mla_convert.mla.fused import PATHS
+from mla_convert.mla.graph import GraphedChunk, why_not_graph
+from mla_convert.run.stream import stream_chunks
+
+FRAMES, HEIGHT, WIDTH = 10, 6, 4
+REFUSAL = mla_attention.why_not("cpu", torch.float32)
+needs_interpreter = pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL))
+
+
+class Tape(TorchDispatchMode):
+    """A `Recorder` of dispatched operations; replaying does them again on the same memory."""
+
+    captures = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.steps.append((func, args, kwargs or {}, out))
+        return out
+
+    def capture(self, run: Callable[[], Tensor]) -> Tensor:
+        Tape.captures += 1
+        run()
+        with self:
+            out = run()
+        return out.fill_(float("nan"))
+
+    def replay(self) -> None:
+        with torch.no_grad():
+            for func, args, kwargs, kept in self.steps:
+                for old, new in zip(tree_leaves(kept), tree_leaves(func(*args, **kwargs)), strict=True):
+                    if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
+
+
+def rolled_out(model: Any, **settings: Any) -> Tensor:
+    _, _, text = pico.inputs(1, 1, HEIGHT, WIDTH)
+    return torch.cat(list(stream_chunks(model, text, FRAMES, HEIGHT, WIDTH, num_inference_steps=2, **settings)), dim=2)
+
+
+@pytest.fixture
+def taped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "why_not_graph", lambda model, cache: None)
+    monkeypatch.setattr(graph, "CUDARecorder", lambda device: Tape())
+    monkeypatch.setattr(Tape, "captures", 0)
+
+
+@pytest.mark.usefixtures("taped")
+@pytest.mark.parametrize("variant", [None, *pico.VARIANTS[::2]], ids=lambda v: "dense" if v is None else v["position"])
+def test_replayed_passes_are_those_that_are_run(
+    variant: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ring, sinks and positions move on between replays; with guidance, too. One capture a shape of the history."""
+    model = pico.dense_model() if variant is None else pico.convert(pico.dense_model(), **variant)
+    actual = rolled_out(model, guidance_scale=2.0)
+    captures = Tape.captures
+    monkeypatch.setattr(graph, "why_not_graph", lambda model, cache: "off")
+    assert torch.equal(actual, rolled_out(model, guidance_scale=2.0))
+    # Chunks of 2 frames, a window of 5: histories of 0, 2 and, from then on, 3 frames.
+    assert captures == 3 < len(model.causal.chunks(FRAMES))
+
+
+@needs_interpreter
+@pytest.mark.usefixtures("taped")
+@pytest.mark.parametrize("history", ["chunk", "pass"])
+def test_kernels_are_replayed(history: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept histories take two graphs a shape: one pass expands them, the others find them."""
+    model = pico.convert(pico.dense_model(layers=1), position="rotate_on_read", kv_lora_rank=14)
+    model.set_kernels("triton", history)
+    actual = rolled_out(model)
+    captures = Tape.captures
+    monkeypatch.setattr(graph, "why_not_graph", lambda model, cache: "off")
+    assert torch.equal(actual, rolled_out(model))
+    # Histories of three shapes.
+    assert captures == (6 if history == "chunk" else 3)
+
+
+def test_what_cannot_be_captured_says_why() -> None:
+    model = pico.dense_model()
+    cache = model.init_cache(1, HEIGHT, WIDTH)
+    assert why_not_graph(model, cache) == "CUDA graphs need a CUDA device, the model is on cpu"
+    with pytest.raises(ValueError, match="the model is on cpu"):
+        GraphedChunk(model, cache)
+
+    class OnCUDA:
+        device, training, kernels = torch.device("cuda:0"), False, None
+
+        def named_modules(self) -> Any:
+            return model.named_modules()
+
+    there: Any = OnCUDA()
+    assert why_not_graph(there, cache) == "CUDA graphs are off"
+    there.kernels = kernels.Kernels("torch")
+    assert why_not_graph(there, cache) == "the cache is on another device than the model"
+    assert why_not_graph(there, object()) == "object is not a ring of frames"
+    there.training = True
+    assert why_not_graph(there, cache) == "the model is in training mode"
+
+
+class NoHost(TorchDispatchMode):
+    """Refuses what makes the host wait for a device, or what copies between them; `meta` stands for a device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.partition(".")[0]
+        assert name not in ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "unique"), name
+        out = func(*args, **(kwargs or {}))
+        devices = {x.device.type for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor) and x.dim()}
+        assert devices <= {"meta"}, f"{name} touches {sorted(devices)}"
+        return out
+
+
+@pytest.mark.parametrize("mode", ["torch", *PATHS])
+@pytest.mark.parametrize("position", ["decoupled", "derived", "rotate_on_read"])
+def test_a_pass_neither_waits_nor_copies(position: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass of the steady state on a device without numbers, by torch and by each way of the kernels."""
+    if (mode, position) in (("absorbed", "derived"), ("absorbed", "rotate_on_read")):
+        pytest.skip("not absorbable")
+    variant = next(v for v in pico.VARIANTS if v["position"] == position)
+    model = pico.convert(pico.dense_model(layers=1), **variant, key_mean=False).to("meta")
+    latents, timestep, text = (x.to("meta") for x in pico.inputs(1, 2, HEIGHT, WIDTH))
+    chosen = model.set_kernels("torch" if mode == "torch" else "triton", "pass")
+    monkeypatch.setattr(mla_attention, "why_not", lambda *_: None)
+    monkeypatch.setattr(kernels, "choose", lambda *_: kernels.Choice(mode, {}))
+    cache = model.init_cache(1, HEIGHT, WIDTH, device="meta")
+    cache.frames_seen = 8
+    with torch.no_grad():
+        model.forward_chunk(latents, timestep, text, cache)
+        with NoHost():
+            model.forward_chunk(latents, timestep, text, cache)
+    assert mode == "torch" or chosen.choices
