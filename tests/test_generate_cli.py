@@ -30,7 +30,7 @@ from mla_convert.errors import UsageError, UserError
 from mla_convert.export.checkpoint import save_checkpoint
 from mla_convert.export.config import ExportConfig
 from mla_convert.export.release import export
-from mla_convert.pipeline.generation import recorded_sampling
+from mla_convert.pipeline.generation import recorded
 from mla_convert.pipeline.prompts import parse_change, read_prompts
 from mla_convert.run.decode import frame_chunks
 from mla_convert.run.parts import PICTURES, TEXT, find_parts
@@ -141,10 +141,10 @@ def test_parts_are_found_beside_the_model_by_name_and_in_the_source(checkpoint, 
 
 
 def test_what_the_recipe_says_is_the_default(checkpoint, digits):
-    recorded = recorded_sampling(checkpoint)
-    assert trained_for(recorded, digits=False) == {"num_inference_steps": 2, "shift": 5.0}
-    assert trained_for(recorded, digits=True)["shift"] == 5.0
-    assert trained_for(recorded_sampling(digits), digits=True) == {"shift": 3.0, "guidance_scale": 3.0, "fps": 8}
+    sampling = recorded(checkpoint, "generate")
+    assert trained_for(sampling, digits=False) == {"num_inference_steps": 2, "shift": 5.0}
+    assert trained_for(sampling, digits=True)["shift"] == 5.0
+    assert trained_for(recorded(digits, "generate"), digits=True) == {"shift": 3.0, "guidance_scale": 3.0, "fps": 8}
 
 
 def test_a_change_of_prompt_leaves_what_came_before(capsys, checkpoint, pipeline, tmp_path):

@@ -13,8 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .cache import FrameCache
+from .cache import DenseCache, FrameCache, LatentCache
 from .places import next_places
+from .quantised import Int8LatentCache
 
 WARM_UP = 2
 """Passes before a capture: the first use of a kernel compiles it, checks it and allocates its workspace."""
@@ -37,7 +38,7 @@ def why_not_graph(model: Any, cache: Any) -> str | None:
         return "CUDA graphs are off"
     if model.training:
         return "the model is in training mode"
-    if not isinstance(cache, FrameCache) or type(cache).slots is not FrameCache.slots:
+    if type(cache) not in (DenseCache, LatentCache, Int8LatentCache):
         return f"{type(cache).__name__} is not a ring of frames"
     if cache.rows[0].device != model.device:
         return "the cache is on another device than the model"

@@ -51,7 +51,7 @@ def attend(baseline, query, key, value, scale, splits=1):
     repeated = query.unsqueeze(1).expand(-1, splits, -1, -1, -1).reshape(batch * splits, queries, heads, depth)
     out, lse = run(repeated.transpose(1, 2), *parts, scale)
     out = out.transpose(1, 2).unflatten(0, (batch, splits)).transpose(0, 1)
-    lse = lse.float().reshape(batch, splits, heads, -1)[..., :queries].transpose(0, 1)
+    lse = lse.float().reshape(batch, splits, heads, -1)[..., :queries].transpose(0, 1).contiguous()
     return ops.merge(out, lse)[0]
 
 

@@ -40,7 +40,7 @@ WAN_SIZES = [
 """Queries, frames of keys and batch; what matters most comes first, in case time ends."""
 SHARES = {"step": 0.25, "chunk": 0.25, "graph": 0.1, "profile": 0.1, "streams": 0.35, "attention": 1.0}
 """Of the seconds that are left when a part begins."""
-TINY = Shape(layers=1, heads=2, head_dim=64, ffn=32, tokens=6, window=4, chunk=1, text=4)
+TINY = Shape(layers=1, heads=1, head_dim=64, ffn=32, tokens=4, window=4, chunk=1, text=4)
 
 
 def parse(arguments):

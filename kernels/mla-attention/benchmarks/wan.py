@@ -61,10 +61,10 @@ def rotations(shape, frames, device):
 
 
 class Published:
-    """Self-Forcing's attention as its published code executes it: float64 rotation, rolling cache by copies.
+    """Self-Forcing's attention as its published code executes it (arXiv 2506.08009).
 
-    Semantics from its description (arXiv 2506.08009) and the counted traffic of its code: keys are
-    cached rotated, and when the window is full the kept part is cloned and moved before every write.
+    Keys are rotated in float64 and cached rotated; the ends of the cache lie on the device and are read by the
+    host in every layer; at the first pass of a chunk the part of the full window that stays is cloned and moved.
     """
 
     def __init__(self, shape, device, dtype):
@@ -75,19 +75,25 @@ class Published:
         self.gain = torch.ones(shape.dim, device=device, dtype=dtype)
         own = rotations(shape, range(shape.window - shape.chunk, shape.window), device).double()
         self.cis = torch.view_as_complex(own)
+        self.ends = torch.full((2,), shape.keys, dtype=torch.long, device=device)
+        self.rolled = set()
 
     def start_chunk(self):
-        """Nothing lasts from pass to pass."""
+        """The window moves on."""
+        self.rolled = set()
 
     def attend(self, layer, query, key, value):
         heads = self.shape.heads
         query = self._rotate(F.rms_norm(query.float(), query.shape[-1:], self.gain.float(), EPS).to(query), heads)
         key = self._rotate(F.rms_norm(key.float(), key.shape[-1:], self.gain.float(), EPS).to(key), heads)
-        new = key.shape[1]
+        new, end = key.shape[1], int(self.ends[0].item())
         for cache, rows in ((self.keys[layer], key), (self.values[layer], value.unflatten(-1, (heads, -1)))):
-            cache[:, :-new] = cache[:, new:].clone()
-            cache[:, -new:] = rows
-        return _sdpa(query, self.keys[layer], self.values[layer])
+            if layer not in self.rolled:
+                cache[:, :-new] = cache[:, new:].clone()
+            cache[:, end - new : end] = rows
+        self.rolled.add(layer)
+        end = int(self.ends[1].item())
+        return _sdpa(query, self.keys[layer][:, :end], self.values[layer][:, :end])
 
     def _rotate(self, x, heads):
         pairs = torch.view_as_complex(x.unflatten(-1, (heads, -1)).double().unflatten(-1, (-1, 2)).contiguous())
