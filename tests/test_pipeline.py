@@ -104,6 +104,11 @@ def test_report_has_the_contracts_keys(finished):
     assert {"teacher_loss", "converted_loss", "student_loss", "loss_increase"} <= report.keys()
     assert len(report["attention_rel_error"]) == 2
     assert report["accuracy"].keys() == {"teacher", "student"}
+    assert {name: chosen["mode"] for name, chosen in report["kernels"].items()} == {
+        "teacher": "auto",
+        "student": "auto",
+    }
+    assert all(chosen["paths"] == {"torch": 2} for chosen in report["kernels"].values())
     assert set(report["seconds"]) == {*STEPS[:-1], "total"}
     assert [row["step"] for row in report["curves"]] == list(range(7))
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]

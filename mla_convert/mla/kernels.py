@@ -142,14 +142,15 @@ class Kernels:
 
     def report(self) -> dict[str, Any]:
         """What was chosen, for people and manifests: the number of layers a way, and every reason once."""
-        paths: dict[str, int] = {}
+        layers: dict[str, set[int]] = {}
         refused: dict[str, list[str]] = {}
-        for choice in self.choices.values():
+        for (layer, _), choice in self.choices.items():
             name = choice.path if choice.path != "expand" else f"expand, {choice.backend}"
-            paths[name] = paths.get(name, 0) + 1
+            layers.setdefault(name, set()).add(layer)
             for path, reason in choice.refused.items():
                 if reason not in refused.setdefault(path, []):
                     refused[path].append(reason)
+        paths = {name: len(found) for name, found in layers.items()}
         return {"mode": self.mode, "paths": paths, "refused": refused, "history": self.kept and list(self.kept)}
 
     def announce(self) -> None:

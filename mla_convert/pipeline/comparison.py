@@ -17,8 +17,7 @@ from ..evaluate.report import REPORT_JSON
 from ..evaluate.samples import Comparison
 from ..files import write_text
 from ..run.video import to_frames
-from .context import SAMPLES
-from .steps import ROLLOUTS
+from .context import ROLLOUTS, SAMPLES
 
 
 def compare_runs(folders: Sequence[Path], out: Path) -> list[Run]:

@@ -20,7 +20,7 @@ from ..recipe.schema import Recipe
 STAGES, TRAINING = "stages", "training"
 CHECKPOINT, SAMPLES, METRICS = "checkpoint", "samples", "metrics.jsonl"
 DATA = "data"
-KERNELS = "kernels.json"
+ROLLOUTS, KERNELS = "rollouts.safetensors", "kernels"
 
 
 def stage_names(recipe: Recipe) -> list[str]:

@@ -26,12 +26,11 @@ from ..run.sample import embed_prompts, prompt_encoder, rollout
 from ..run.video import save_video, side_by_side, to_frames
 from .calibration import calibration_batches
 from .channels import check_channels
-from .context import CHECKPOINT, DATA, KERNELS, METRICS, SAMPLES, STAGES, TRAINING, Context, stage_names
+from .context import CHECKPOINT, DATA, KERNELS, METRICS, ROLLOUTS, SAMPLES, STAGES, TRAINING, Context, stage_names
 from .preview import preview_strip
 from .rollouts import check_rollouts, roll_out_data
 from .summary import build_report, training_rows
 
-ROLLOUTS = "rollouts.safetensors"
 STREAMED_SHARD_SIZE = "1GB"
 
 
@@ -192,8 +191,7 @@ def _samples(context: Context) -> None:
         chosen[name] = model.kernels.report()
     teacher, student = ([to_frames(video) for video in videos[name]] for name in ("teacher", "student"))
     with atomic_folder(context.path / SAMPLES) as folder:
-        save_file(videos, folder / ROLLOUTS)
-        write_json(folder / KERNELS, chosen)
+        save_file(videos, folder / ROLLOUTS, metadata={KERNELS: json.dumps(chosen)})
         for index, (prompt, a, b) in enumerate(zip(generate.prompts, teacher, student, strict=True)):
             name = f"{index:02d}-{'-'.join(prompt.replace(',', ' ').split())}.mp4"
             save_video(side_by_side(a, b), folder / name, generate.fps)

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from ..distill.metrics import Metrics, Row
 from ..evaluate.geometry import from_model
 from ..evaluate.memory import plan
@@ -14,7 +16,7 @@ from ..export.checkpoint import load_checkpoint
 from ..export.manifest import versions
 from ..run.config import GenerateConfig
 from ..run.sample import DIGITS, latent_size, prompt_encoder
-from .context import CHECKPOINT, KERNELS, SAMPLES, Context
+from .context import CHECKPOINT, KERNELS, ROLLOUTS, SAMPLES, Context
 
 SHARED_WITH_PLAN = (
     "dense_scalars_per_token",
@@ -50,17 +52,24 @@ def training_rows(context: Context) -> list[Row]:
     return [row for index in stages for row in Metrics(context.training_folder(index) / "metrics.jsonl").rows()]
 
 
+def _sampled_by(context: Context) -> dict[str, Any]:
+    """`kernels`: what attended in the samples of a run, nothing where it has none."""
+    if not context.recipe.generate.prompts:
+        return {}
+    with safe_open(context.path / SAMPLES / ROLLOUTS, "pt") as file:
+        return {KERNELS: json.loads((file.metadata() or {}).get(KERNELS, "{}"))}
+
+
 def build_report(context: Context) -> dict[str, Any]:
     """`report.json` of a run, in the keys of `mla_convert.evaluate.report`."""
     seconds = dict(context.seconds)
-    sampled = context.path / SAMPLES / KERNELS
     return {
         "name": context.recipe.name,
         "source": context.source.origin,
         "recipe": context.recipe.dump(),
         **read_evaluation(context.stage_folder(-1)),
         **describe(load_checkpoint(context.path / CHECKPOINT), context.recipe.generate),
-        **({"kernels": json.loads(sampled.read_text())} if context.recipe.generate.prompts else {}),
+        **_sampled_by(context),
         "converted_loss": read_evaluation(context.stage_folder(0))["student_loss"],
         "seconds": {**seconds, "total": round(sum(seconds.values()), 3)},
         "curves": training_rows(context),
