@@ -106,10 +106,12 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(root)}
 
 
-def two_processes(folder: Path, last_clip: float, **changes) -> subprocess.CompletedProcess[str]:
-    """`main` in two processes that train together; what they print comes back."""
+def two_processes(
+    folder: Path, last_clip: float, script: str = __file__, **changes
+) -> subprocess.CompletedProcess[str]:
+    """`main` of this file or another in two processes that train together; what they print comes back."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    arguments = [__file__, str(folder), str(last_clip), json.dumps(changes)]
+    arguments = [script, str(folder), str(last_clip), json.dumps(changes)]
     with subprocess.Popen(
         [*command, *arguments], env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as launcher:

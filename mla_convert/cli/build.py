@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..errors import UsageError
 from ..recipe.shipped import find_recipe
+from .dry_run import print_needs
 from .output import Expert, Json, Kernels, Overrides, RecipeName, RunFolder, print_result, stderr
 
 if TYPE_CHECKING:
@@ -35,12 +37,26 @@ def distill(
     overrides: Overrides = None,
     resume: Resume = False,
     expert: Expert = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print parameters, memory a GPU, steps and tokens, and train nothing.")
+    ] = False,
+    launch: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --dry-run: the Accelerate configuration to count for.")
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="With --dry-run: count for so many, by DDP.")] = 1,
+    measure: Annotated[int, typer.Option(min=0, help="With --dry-run: time so many steps a stage, here.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Convert where that is not done yet, then train the stages.
 
     Runs under `accelerate launch` and `torch.distributed.run` too.
     """
+    if dry_run:
+        loaded, _ = _read(recipe, out, overrides)
+        print_needs(loaded if expert is None else loaded.expert(expert), launch, processes, measure, as_json)
+        return
+    if launch is not None or processes > 1 or measure:
+        raise UsageError("--launch, --processes and --measure belong to --dry-run")
     _print_model(start(recipe, out, overrides, resume, "distill", expert), "distilled", as_json)
 
 

@@ -77,6 +77,20 @@ class StageConfig(BaseModel):
     data_workers: int = Field(0, ge=0)
     tracker: Tracker | tuple[Tracker, ...] | None = "tensorboard"
 
+    @property
+    def sequences_a_clip(self) -> int:
+        """How many sequences of a clip's length go through the student with a graph, for each clip of a batch."""
+        return 1
+
+    @property
+    def rolls_out(self) -> bool:
+        """Whether the student makes its clips itself, with a cache."""
+        return False
+
+    def frames_with_graph(self, frames: int) -> int:
+        """Latent frames of such a sequence for clips of `frames`."""
+        return frames
+
     @model_validator(mode="after")
     def _keys_fit_each_other(self) -> StageConfig:
         if self.lora is not None and self.trainable == "all":

@@ -35,6 +35,10 @@ class ConsistencyConfig(GuidedStageConfig):
     solver_steps: int = Field(48, ge=2)
     teacher: Literal["source", "start"] = "source"
 
+    @property
+    def sequences_a_clip(self) -> int:
+        return 2
+
 
 class Consistency(Stage[ConsistencyConfig]):
     """`|f(x_t, t) - f_average(x_t', t')|^2`, the mean over all elements, with `f(x, t) = x - t v(x, t)`.

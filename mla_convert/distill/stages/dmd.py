@@ -63,6 +63,13 @@ class DMDConfig(GuidedStageConfig):
     critic_betas: tuple[float, float] = (0.0, 0.999)
     critic_trainable: Literal["attention", "all"] = "all"
 
+    @property
+    def rolls_out(self) -> bool:
+        return True
+
+    def frames_with_graph(self, frames: int) -> int:
+        return self.score_frames or self.rollout_frames or frames
+
     @field_validator("score_range")
     @classmethod
     def _range_is_inside(cls, value: tuple[float, float]) -> tuple[float, float]:

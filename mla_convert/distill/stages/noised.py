@@ -28,6 +28,10 @@ class NoisedStageConfig(StageConfig):
     context_noise: float = Field(0.0, ge=0, le=1)
     empty_prompt_rate: float = Field(0.0, ge=0, le=1)
 
+    @property
+    def sequences_a_clip(self) -> int:
+        return self.copies + (self.context == "clean")
+
 
 def noised_batch(config: NoisedStageConfig, batch: Batch, model: Any, generator: torch.Generator) -> NoisedClips:
     """The clips of a training batch, noised as the keys say, in the chunks and noise range of `model`.

@@ -1,0 +1,57 @@
+"""`distill --dry-run`: what training will need, as a table or as JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from ..errors import UsageError
+from .output import print_result, stderr
+
+if TYPE_CHECKING:
+    from ..recipe.schema import Recipe
+
+
+def print_needs(recipe: Recipe, launch: Path | None, processes: int, measure: int, as_json: bool) -> None:
+    """Print the needs of a recipe's stages. Raises UsageError for a recipe of several experts."""
+    if recipe.experts is not None:
+        raise UsageError(f"recipe {recipe.name} trains several models; choose --expert {' or '.join(recipe.experts)}")
+    with stderr().status("counting" if measure == 0 else f"counting, and measuring {measure} steps a stage"):
+        from ..pipeline.dry_run import dry_run, read_launch
+
+        result = dry_run(recipe, read_launch(launch, processes), measure)
+    print_result(as_json, result, needs_table(result))
+
+
+def needs_table(result: dict[str, Any]) -> Table:
+    """One column a stage; bytes are those of one GPU."""
+    from ..evaluate.memory import format_bytes
+
+    launch = result["launch"]
+    how = "FSDP2" if launch["sharded"] else "DDP" if launch["processes"] > 1 else "one process"
+    table = Table(
+        title=f"{result['recipe']}: {launch['processes']} x GPU, {how}",
+        caption="\n".join([*result["assumptions"], "1 GB reserved on the card; 1 GB = 10^9 bytes"]),
+        caption_justify="left",
+        title_justify="left",
+    )
+    table.add_column("")
+    stages = result["stages"]
+    for stage in stages:
+        table.add_column(stage["stage"], justify="right")
+    for key in ("parameters", "trained", "steps", "clips", "tokens"):
+        table.add_row(key, *(f"{stage[key]:,}" for stage in stages))
+    for cause in stages[0]["memory"]:
+        table.add_row(cause.replace("_", " "), *(format_bytes(stage["memory"][cause]) for stage in stages))
+    table.add_row("memory a GPU", *(format_bytes(stage["memory_bytes"]) for stage in stages))
+    if result["seconds"] is not None:
+        table.add_row("seconds a step, here", *(f"{stage['seconds_per_step']:.3g}" for stage in stages))
+        table.add_row("time, here", *(_hours(stage["seconds"]) for stage in stages))
+    return table
+
+
+def _hours(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{max(minutes, 1)} min"

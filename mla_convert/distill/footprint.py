@@ -1,0 +1,201 @@
+"""What a stage will need: parameters, bytes a GPU by cause, clips and tokens; from shapes alone.
+
+With N parameters of the student, T of them trained, W processes, e the bytes of a number in the forward (2
+under autocast, else 4), and n = W where the student is sharded (FSDP2), 1 where it is not, bytes are
+
+    parameters      4 N / n                     float32; a sharded student and two blocks gathered: + 8 b
+    gradients       4 T / n                     with DDP twice: its buckets are copies
+    optimizer       8 T / n                     AdamW's two moments; Adafactor's rows and columns
+    average         4 T / n                     a sharded student's average that a stage runs: + 4 N
+    second network  4 N' + 12 T'                weights, gradients and moments of a stage's second network
+    frozen networks their parameters in their dtype; `start` 4 T (4 N beside a sharded student)
+    casts           2 T                         autocast keeps the weights that it has cast
+    activations     tokens A                    what autograd keeps of a micro-batch, see below
+    caches          4 row S_w                   of a rollout in training, for a window of S_w tokens
+
+A token of one block of width d, feed-forward width f, whose chunks see h tokens of history a token of
+their own, keeps `d (54 + (12 + 2 h) e) + 2 f e` bytes, and in latent attention of rank r at most
+`d (4 + h) e + r e` more. With `gradient_checkpointing` all blocks together keep `4 d` a block and one
+block all of it. `tests/test_dry_run.py` compares this with what autograd kept of real blocks.
+
+Not counted: what is freed within a layer, the kernels' workspaces, fragmentation. `RESERVED_BYTES` is for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from .adapters import adapted_modules
+from .stages.base import AVERAGE, START, Stage, StageConfig
+from .trainable import trainable_names
+
+RESERVED_BYTES = 10**9
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a stage is started: processes, and whether the student is sharded over them."""
+
+    processes: int = 1
+    sharded: bool = False
+
+
+@dataclass(frozen=True)
+class ClipShape:
+    """A training clip: latents `[channels, frames, height, width]`, text `[text_tokens, text_dim]`."""
+
+    channels: int
+    frames: int
+    height: int
+    width: int
+    text_tokens: int
+    text_dim: int
+
+
+class Footprint(BaseModel):
+    """What one stage needs; `memory` are bytes a GPU by cause, `memory_bytes` their sum with what is reserved.
+
+    `clips` and `tokens` are those that the student is trained on over all steps and processes.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    stage: str
+    steps: int
+    clips: int
+    tokens: int
+    parameters: int
+    trained: int
+    memory: dict[str, int]
+    memory_bytes: int
+
+
+def footprint(
+    stage: Stage[Any], student: Any, networks: Mapping[str, Any], launch: Launch, clip: ClipShape
+) -> Footprint:
+    """Needs of `stage`; all models may be on the meta device, `student` is counted in float32."""
+    config: StageConfig = stage.config
+    trained, adapters = _trained(student, config)
+    rows, columns = student.token_grid(clip.height, clip.width)
+    tokens = clip.frames * rows * columns
+    parts = launch.processes if launch.sharded else 1
+    weights = count(student) + adapters
+    block = max(count(block) for block in student.blocks)
+    shapes = [parameter.shape for name, parameter in student.named_parameters() if name in trained]
+    learnt = sum(shape.numel() for shape in shapes) + adapters
+    memory = {
+        "parameters": 4 * weights // parts + (8 * block if launch.sharded else 0),
+        "gradients": 4 * learnt // parts * (2 if launch.processes > 1 and not launch.sharded else 1),
+        "optimizer": _optimizer_bytes(config, shapes, adapters) // parts,
+        "average": _average_bytes(config, stage, weights, learnt, launch),
+        "second_network": _second_bytes(stage, networks, config),
+        "frozen_networks": _frozen_bytes(stage, networks, weights, learnt, launch),
+        "casts": 0 if config.mixed_precision == "no" else 2 * learnt,
+        "activations": activation_bytes(stage, student, clip.frames, rows * columns),
+        "caches": _cache_bytes(config, student, clip.frames, rows * columns),
+    }
+    clips = config.steps * config.batch_size * config.grad_accumulation * launch.processes
+    return Footprint(
+        stage=config.stage,
+        steps=config.steps,
+        clips=clips,
+        tokens=clips * tokens,
+        parameters=weights,
+        trained=learnt,
+        memory=memory,
+        memory_bytes=sum(memory.values()) + RESERVED_BYTES,
+    )
+
+
+def count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def block_bytes(student: Any, tokens_of_history: float, e: int) -> float:
+    """Bytes that autograd keeps for one token of one block; see the head of this file."""
+    config = student.config
+    d = config.num_attention_heads * config.attention_head_dim
+    kept = d * (54 + (12 + 2 * tokens_of_history) * e) + 2 * config.ffn_dim * e
+    mla = getattr(student, "mla", None)
+    if mla is not None:
+        kept += d * (4 + tokens_of_history) * e + max(mla.kv_lora_rank) * e
+    return float(kept)
+
+
+def activation_bytes(stage: Stage[Any], student: Any, frames: int, tokens_per_frame: int) -> int:
+    """What autograd keeps of one micro-batch."""
+    config: StageConfig = stage.config
+    e = 4 if config.mixed_precision == "no" else 2
+    seen = config.frames_with_graph(frames)
+    chunks = student.causal.chunks(seen)
+    history = sum(len(student.causal.history(start, stop)) for start, stop in chunks) / seen
+    tokens = config.batch_size * config.sequences_a_clip * seen * tokens_per_frame
+    d = student.config.num_attention_heads * student.config.attention_head_dim
+    block, layers = block_bytes(student, history, e), len(student.blocks)
+    if stage.calls_parts:
+        return int(tokens * (block + 4 * d * layers))
+    if config.gradient_checkpointing:
+        return int(tokens * (4 * d * layers + block))
+    return int(tokens * block * layers)
+
+
+def _trained(student: Any, config: StageConfig) -> tuple[set[str], int]:
+    """Names of the parameters that are trained in full, and the number of adapter weights."""
+    names = trainable_names(student, config.trainable)
+    if config.lora is None:
+        return names, 0
+    layers = [student.get_submodule(name) for name in adapted_modules(student, config.lora, names, config.adapted_part)]
+    return names, sum(config.lora.rank * (layer.in_features + layer.out_features) for layer in layers)
+
+
+def _optimizer_bytes(config: StageConfig, shapes: list[torch.Size], adapters: int) -> int:
+    if config.optimizer == "adamw":
+        return 8 * (sum(shape.numel() for shape in shapes) + adapters)
+
+    def state(shape: torch.Size) -> int:
+        """Adafactor keeps the means of the rows and columns of a matrix, and all of anything smaller."""
+        return shape.numel() if len(shape) < 2 else shape.numel() // shape[-1] + shape.numel() // shape[-2]
+
+    return 4 * adapters + 4 * sum(map(state, shapes))
+
+
+def _average_bytes(config: StageConfig, stage: Stage[Any], weights: int, learnt: int, launch: Launch) -> int:
+    if config.ema_decay is None:
+        return 0
+    if not launch.sharded:
+        return 4 * learnt
+    return 4 * learnt // launch.processes + (4 * weights if AVERAGE in stage.networks else 0)
+
+
+def _second_bytes(stage: Stage[Any], networks: Mapping[str, Any], config: StageConfig) -> int:
+    second = stage.second
+    if second is None:
+        return 0
+    network = networks[second.source]
+    names = trainable_names(network, second.trainable)
+    shapes = [parameter.shape for name, parameter in network.named_parameters() if name in names]
+    return 4 * count(network) + 4 * sum(shape.numel() for shape in shapes) + _optimizer_bytes(config, shapes, 0)
+
+
+def _frozen_bytes(stage: Stage[Any], networks: Mapping[str, Any], weights: int, learnt: int, launch: Launch) -> int:
+    named = [networks[name] for name in stage.networks if name in networks]
+    held = sum(parameter.numel() * parameter.element_size() for network in named for parameter in network.parameters())
+    if START in stage.networks:
+        held += 4 * (weights if launch.sharded else learnt)
+    return held
+
+
+def _cache_bytes(config: StageConfig, student: Any, frames: int, tokens_per_frame: int) -> int:
+    """Of a stage that rolls out: the cache, and with gradient checkpointing what each chunk with a graph has read."""
+    if not config.rolls_out:
+        return 0
+    window = student.causal.window_frames or frames
+    cache = 4 * config.batch_size * sum(student.row_widths) * window * tokens_per_frame
+    chunks = len(student.causal.chunks(config.frames_with_graph(frames)))
+    return int(cache * (1 + chunks if config.gradient_checkpointing else 1))

@@ -1,0 +1,203 @@
+"""`distill --dry-run`: what the stages of a recipe will need, and how long, before anything is converted."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import registry
+from ..convert.config import ConvertConfig
+from ..distill.data import Batch, open_data
+from ..distill.footprint import ClipShape, Footprint, Launch, footprint
+from ..distill.trainer import run_stage
+from ..errors import UsageError, UserError
+from ..families.base import Family
+from ..load import accepted_config, load_source, read_config
+from ..mla.config import MLAConfig
+from ..recipe.schema import Recipe
+from ..registry import stages
+
+# What the published config.json of these models say beside diffusers' defaults.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "wan2.1-t2v-1.3b": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
+    "wan2.1-t2v-14b": {},
+}
+PAPER_SHARE = 224 / 3072
+WAN_CLIP = ClipShape(channels=16, frames=21, height=60, width=104, text_tokens=512, text_dim=4096)
+
+
+class DryRun:
+    """The models of a recipe on the meta device, and a clip's shape; nothing is read but shapes.
+
+    Raises UserError in one line where the source's configuration is not known here.
+    """
+
+    def __init__(self, recipe: Recipe, launch: Launch) -> None:
+        if not recipe.distill:
+            raise UsageError(f"recipe {recipe.name} has no distill stages")
+        self.recipe, self.launch = recipe, launch
+        self.assumptions: list[str] = []
+        self.family, self.config = self._source()
+        self.dtype = getattr(torch, recipe.source.dtype)
+        self.clip = self._clip()
+
+    def _source(self) -> tuple[Family, dict[str, Any]]:
+        section = self.recipe.source
+        causal = None if self.recipe.causal is None else self.recipe.causal.model_dump(mode="json")
+        try:
+            found = load_source(section.model, section.subfolder, section.revision, causal, section.file)
+            return found.family, found.config
+        except UserError as error:
+            family, config = self._known(error)
+        if causal is not None:
+            config["causal"] = causal
+        return family, config
+
+    def _known(self, error: UserError) -> tuple[Family, dict[str, Any]]:
+        """The configuration of a source whose weights are not here. Raises UserError."""
+        section = self.recipe.source
+        folder = Path(section.model) / (section.subfolder or "")
+        if (folder / "config.json").is_file():
+            stored = read_config(folder)
+            for family in registry.families().values():
+                if stored.get("_class_name") in family.source_classes:
+                    self.assumptions.append(f"shapes are those of {folder / 'config.json'}; its weights are not there")
+                    return family, accepted_config(family.dense_class, stored)
+        for name, changes in PUBLISHED.items():
+            if name in section.model.lower():
+                self.assumptions.append(f"shapes are those of the published {name}; its weights are not here")
+                family = registry.families()["wan"]
+                return family, accepted_config(family.dense_class, changes)
+        raise UserError(f"the shapes of {section.model} are not known without its files: {error}") from None
+
+    def _clip(self) -> ClipShape:
+        data = self.recipe.data
+        if data.kind == "latents" and not list(Path(data.folder or "").glob("**/*.parquet")):
+            self.assumptions.append(f"clips are [16, 21, 60, 104] with 512 text tokens; {data.folder} has none")
+            return WAN_CLIP
+        example = open_data(data, self.recipe.seed).example(0)
+        return ClipShape(*example["latents"].shape, *example["encoder_hidden_states"].shape)
+
+    def _mla(self, dense: Any) -> dict[str, Any]:
+        """The section of the model converted from `dense`, the mean rank on every layer where a budget chooses."""
+        convert: ConvertConfig = self.recipe.convert
+        layers, head_dim = dense.config.num_layers, dense.config.attention_head_dim
+        scalars = 2 * dense.config.num_attention_heads * head_dim
+        if convert.budget is None:
+            ranks = convert.ranks(layers)
+        else:
+            mean = convert.budget.scalars(scalars) or scalars * PAPER_SHARE
+            ranks = [max(1, round(mean) - convert.cached_key)] * layers
+        shared = tuple(range(convert.qk_rope_head_dim // 2))
+        every = tuple(range(head_dim // 2))
+        mla = MLAConfig(
+            position=convert.position,
+            own_chunk=convert.own_chunk,
+            kv_lora_rank=tuple(ranks),
+            q_lora_rank=convert.q_lora_rank,
+            v_head_dim=head_dim,
+            rope_pairs=(shared,) * layers,
+            nope_pairs=(every[len(shared) :],) * layers,
+            key_mean=convert.keeps_key_mean,
+        )
+        return mla.model_dump(mode="json")
+
+    def models(self, device: str = "meta") -> tuple[Any, Any]:
+        """The student and the dense teacher with random weights, the teacher in the source's dtype."""
+        with torch.device(device):
+            teacher = self.family.dense_class.from_config(self.config)
+            student = self.family.mla_class.from_config({**self.config, "mla": self._mla(teacher)})
+        for parameter in teacher.parameters():
+            parameter.data = parameter.data.to(self.dtype)
+        return student, teacher
+
+    def needs(self) -> list[Footprint]:
+        """What each stage needs."""
+        student, teacher = self.models()
+        known = stages()
+        return [
+            footprint(known[config.stage](config), student, {"teacher": teacher}, self.launch, self.clip)
+            for config in self.recipe.distill
+        ]
+
+    def measure(self, steps: int) -> list[float]:
+        """Seconds a step of each stage in this process, the median of `steps`, with random weights and clips."""
+        seconds = []
+        for index, config in enumerate(self.recipe.distill):
+            student, teacher = self.models("cpu")
+            student.noise_range = self.recipe.source.noise_range
+            # The first step prepares things, the last is followed by a checkpoint.
+            changes = {"steps": steps + 2, "warmup_steps": 0, "stop": None, "preview": None, "tracker": None}
+            short = config.model_copy(update=changes | {"checkpoint_every": None, "eval_every": None})
+            moments: list[float] = []
+
+            def told(what: str, done: int, total: int, detail: str = "", moments: list[float] = moments) -> None:
+                moments.append(time.monotonic())
+
+            with tempfile.TemporaryDirectory() as folder:
+                networks = {"teacher": teacher}
+                run_stage(short, student, networks, _Noise(self.clip), None, Path(folder), 0, index + 1, told)
+            seconds.append(statistics.median(b - a for a, b in itertools.pairwise(moments[:-1])))
+        return seconds
+
+
+class _Noise:
+    """Clips of noise in a shape."""
+
+    size: int | None = None
+
+    def __init__(self, clip: ClipShape) -> None:
+        self.clip = clip
+
+    def example(self, index: int) -> Batch:
+        generator, clip = torch.Generator().manual_seed(index), self.clip
+        text: Tensor = torch.randn(clip.text_tokens, clip.text_dim, generator=generator)
+        shape = (clip.channels, clip.frames, clip.height, clip.width)
+        return {"latents": torch.randn(shape, generator=generator), "encoder_hidden_states": text}
+
+    def heldout(self, count: int | None = None) -> Batch:
+        raise NotImplementedError("clips of noise are not held out")
+
+
+def read_launch(config_file: Path | None, processes: int) -> Launch:
+    """The launch that an Accelerate configuration describes; without one, DDP in `processes`. Raises UsageError."""
+    if config_file is None:
+        return Launch(processes)
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    try:
+        found = load_config_from_file(str(config_file))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UsageError(f"cannot read the Accelerate configuration {config_file}: {error}") from None
+    kind = str(getattr(found.distributed_type, "value", found.distributed_type))
+    if kind == "DEEPSPEED":
+        raise UsageError(f"{config_file} is for DeepSpeed, which stages do not run under; use FSDP2 or DDP")
+    return Launch(found.num_processes, kind == "FSDP")
+
+
+def dry_run(recipe: Recipe, launch: Launch, measure: int = 0) -> dict[str, Any]:
+    """What `distill --dry-run --json` prints, its keys in docs/distill.md."""
+    run = DryRun(recipe, launch)
+    needs: list[Mapping[str, Any]] = [need.model_dump(mode="json") for need in run.needs()]
+    seconds = run.measure(measure) if measure else [None] * len(needs)
+    rows = [
+        {**need, "seconds_per_step": second, "seconds": None if second is None else second * need["steps"]}
+        for need, second in zip(needs, seconds, strict=True)
+    ]
+    return {
+        "recipe": recipe.name,
+        "launch": {"processes": launch.processes, "sharded": launch.sharded},
+        "clip": vars(run.clip),
+        "stages": rows,
+        "memory_bytes": max(row["memory_bytes"] for row in rows),
+        "seconds": None if not measure else sum(row["seconds"] for row in rows),
+        "assumptions": run.assumptions,
+    }

@@ -1,0 +1,58 @@
+"""One process of a stage whose student is sharded by plain `fully_shard` on the CPU.
+
+Accelerate shards on GPUs only. Here its `prepare` is replaced by what it does there, on a gloo mesh;
+everything else is the trainer as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import distill_case as case
+import torch
+from accelerate import Accelerator
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from mla_convert.distill import assembly
+
+
+def prepare(accelerator: Accelerator, module: Any, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+    """Shard `module` block by block and give the optimizer its new parameters."""
+    mesh = init_device_mesh("cpu", (accelerator.num_processes,))
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    trained = [names[id(parameter)] for parameter in optimizer.param_groups[0]["params"]]
+    for block in module.network.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    optimizer.param_groups[0]["params"] = [module.get_parameter(name) for name in trained]
+    assert all(isinstance(parameter, DTensor) for parameter in module.parameters())
+    return module, accelerator.prepare_optimizer(optimizer)
+
+
+def main(folder: str, last_clip: str, changes: str) -> None:
+    """Train in `folder/whole`, and in `folder/resumed` with an interruption after clip `last_clip`."""
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    assembly.shards_weights = lambda accelerator: True
+    Accelerator.prepare = prepare
+    for name, settings in json.loads(changes).items():
+        root = Path(folder, name)
+        _, whole = case.train(root / "whole", **settings)
+        with contextlib.suppress(case.Killed):
+            case.train(root / "resumed", float(last_clip), **settings)
+        result, weights = case.train(root / "resumed", **settings)
+        assert result.resumed_from == 3
+        assert all(type(tensor) is torch.Tensor for tensor in weights.values())
+        assert all(torch.equal(weights[name], tensor) for name, tensor in whole.items())
+        if os.environ["RANK"] == "0":
+            torch.save(whole, root / "weights.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,69 @@
+"""The launcher configurations that ship: Accelerate reads them, and stages say what they cannot do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import distill_case as case
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType
+
+from mla_convert.distill.launch import check_launch
+from mla_convert.errors import UserError
+from mla_convert.pipeline.dry_run import read_launch
+
+FILES = sorted((Path(__file__).parents[1] / "recipes" / "accelerate").glob("*.yaml"))
+KINDS = {"one-gpu": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "machines": "MULTI_GPU"}
+
+
+def test_every_file_is_tested():
+    assert {path.stem for path in FILES} == set(KINDS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_accelerate_reads_it(path):
+    """With its own loader, and as `accelerate launch` merges it with a command line."""
+    config = load_config_from_file(str(path))
+    assert config.distributed_type == DistributedType(KINDS[path.stem])
+    assert config.mixed_precision == "no"
+    words = ["--config_file", str(path), "-m", "mla_convert", "distill", "demo"]
+    arguments, merged, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    assert merged is not None
+    assert arguments.num_processes == config.num_processes
+    assert arguments.use_fsdp == (path.stem == "fsdp2")
+    if path.stem == "fsdp2":
+        assert str(arguments.fsdp_version) == "2"
+    launch = read_launch(path, 1)
+    assert (launch.processes, launch.sharded) == (config.num_processes, path.stem == "fsdp2")
+
+
+@pytest.mark.parametrize(
+    ("variables", "stage", "message"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, "match_velocity", "FSDP1 is not supported; set fsdp_version: 2"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "match_velocity", "Accelerate trains with DDP on a CPU"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "dmd", "DeepSpeed"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "match_velocity", "DeepSpeed"),
+    ],
+)
+def test_what_cannot_be_is_said(monkeypatch, variables, stage, message):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    with pytest.raises(UserError, match=message) as error:
+        check_launch(case.make_config(stage))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"), [("dmd", "trains two networks and FSDP2 shards one"), ("match_attention", "looks into the")]
+)
+def test_what_cannot_be_sharded_is_said(monkeypatch, stage, message):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    with pytest.raises(UserError, match=message):
+        check_launch(case.make_config(stage))
+    check_launch(case.make_config("match_velocity"))
