@@ -24,6 +24,8 @@ from ..load import accepted_config, load_source, read_config
 from ..mla.config import MLAConfig
 from ..recipe.schema import Recipe
 from ..registry import stages
+from ..run.config import GenerateConfig
+from ..run.sample import DIGITS, latent_size, prompt_encoder
 
 # What the published config.json of these models say beside diffusers' defaults.
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -31,6 +33,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "wan2.1-t2v-14b": {},
 }
 PAPER_SHARE = 224 / 3072
+DIGITS_TEXT = 3
 WAN_CLIP = ClipShape(channels=16, frames=21, height=60, width=104, text_tokens=512, text_dim=4096)
 
 
@@ -79,7 +82,13 @@ class DryRun:
         raise UserError(f"the shapes of {section.model} are not known without its files: {error}") from None
 
     def _clip(self) -> ClipShape:
-        data = self.recipe.data
+        data, rollouts = self.recipe.data, self.recipe.data.rollouts
+        if rollouts is not None:
+            sizes = {"latent_height": rollouts.latent_height, "latent_width": rollouts.latent_width}
+            height, width = latent_size(self.config, GenerateConfig(**sizes))
+            text = DIGITS_TEXT if prompt_encoder(self.config) == DIGITS else WAN_CLIP.text_tokens
+            channels, text_dim = self.config.get("in_channels", 16), self.config.get("text_dim", 4096)
+            return ClipShape(channels, rollouts.num_frames, height, width, text, text_dim)
         if data.kind == "latents" and not list(Path(data.folder or "").glob("**/*.parquet")):
             self.assumptions.append(f"clips are [16, 21, 60, 104] with 512 text tokens; {data.folder} has none")
             return WAN_CLIP
