@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 
 from ..errors import UserError
 from ..export.checkpoint import TRANSFORMER, find_checkpoint, load_checkpoint
@@ -18,54 +19,51 @@ from ..files import MANIFEST
 from ..load import open_weights, read_json
 from ..load.hub import explain_hub_errors
 
-HUB = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "trust_remote_code")
+# Where and how to download; the rest are arguments of diffusers' own `from_pretrained`.
+HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 
 
-def load_arguments(pipeline: Any, name: str | Path, given: Mapping[str, Any]) -> tuple[Path | None, dict[str, Any]]:
-    """A folder and the arguments with which diffusers loads `name` as `pipeline`; None and the constructor's own.
+def load_arguments(name: str | Path, given: Mapping[str, Any]) -> tuple[Path | None, dict[str, Any]]:
+    """A folder and the arguments with which diffusers loads `name` as a pipeline; None and the constructor's own.
 
     Parts that model_index.json only references are among the arguments, loaded. A folder without
     model_index.json, or one that brings its class along, is read here: diffusers cannot, or would
     import that copy of the class. Raises UserError in one line.
     """
-    arguments = dict(given)
-    hub = {key: arguments[key] for key in HUB if key in arguments}
-    here = Path(name).expanduser()
-    if here.is_dir():
-        root, inner = find_checkpoint(here)
-    else:
-        with explain_hub_errors(str(name), hub.get("revision")):
-            root = Path(pipeline.download(str(name), **hub))
-        inner = root / TRANSFORMER
+    arguments = {key: value for key, value in given.items() if key not in HUB}
+    root, inner = _find(name, {key: given[key] for key in HUB if key in given}, arguments)
     index = read_json(root / INDEX) if (root / INDEX).is_file() else {}
     dtypes = _dtypes(inner, arguments)
     for part, entry in index.get(REFERENCES, {}).items():
         if part not in arguments:
-            arguments[part] = _load_part(
-                entry["library"],
-                entry["class"],
-                entry["repository"],
-                dtypes,
-                part,
-                entry["revision"],
-                entry["subfolder"],
-            )
+            place = {"subfolder": entry["subfolder"], "revision": entry["revision"]}
+            arguments[part] = _load_part(part, entry["library"], entry["class"], dtypes, entry["repository"], **place)
     if index.get(TRANSFORMER, [None])[0] == "diffusers":
         return root, {**arguments, "torch_dtype": dtypes}
-    own = {part: arguments[part] for part in (TRANSFORMER, *PARTS) if part in arguments}
-    others = [key for key in arguments if key not in (*own, *HUB, *SAMPLING, "torch_dtype", "dtype", "prompt_format")]
-    if others:
-        raise UserError(
-            f"{root} is read without diffusers' loader, which alone knows {', '.join(others)}; leave it out"
-        )
-    if TRANSFORMER not in own:
-        own[TRANSFORMER] = load_checkpoint(inner, dtypes[TRANSFORMER])
+    arguments.pop("trust_remote_code", None)
+    unknown = [key for key in arguments if key not in (TRANSFORMER, *PARTS, *SAMPLING)]
+    if unknown:
+        raise UserError(f"{root} is read without diffusers' loader, which alone knows {unknown[0]}; leave it out")
+    if TRANSFORMER not in arguments:
+        arguments[TRANSFORMER] = load_checkpoint(inner, dtypes[TRANSFORMER])
     for part in PARTS:
-        library, class_name = index.get(part) or (None, None)
-        if part not in own and library is not None and class_name is not None:
-            own[part] = _load_part(library, class_name, str(root), dtypes, part, None, part)
+        match index.get(part):
+            case [str(library), str(class_name)] if part not in arguments:
+                arguments[part] = _load_part(part, library, class_name, dtypes, str(root), subfolder=part)
     recipe = read_manifest(root).get("recipe") if (root / MANIFEST).is_file() else None
-    return None, {**own, **sampling_of(recipe), **{key: index[key] for key in SAMPLING if key in index}}
+    return None, {**sampling_of(recipe), **{key: index[key] for key in SAMPLING if key in index}, **arguments}
+
+
+def _find(name: str | Path, hub: Mapping[str, Any], arguments: Mapping[str, Any]) -> tuple[Path, Path]:
+    """Checkpoint and transformer folder here, or of a repository; parts that are given are not downloaded."""
+    here = Path(name).expanduser()
+    if here.is_dir():
+        return find_checkpoint(here)
+    wanted = [part for part in (TRANSFORMER, *PARTS) if part not in arguments]
+    patterns = [INDEX, MANIFEST, *(f"{part}/*" for part in wanted)]
+    with explain_hub_errors(str(name), hub.get("revision")):
+        root = Path(snapshot_download(str(name), allow_patterns=patterns, **hub))
+    return root, root / TRANSFORMER
 
 
 def _dtypes(inner: Path, arguments: dict[str, Any]) -> dict[str, torch.dtype]:
@@ -83,22 +81,14 @@ def _dtypes(inner: Path, arguments: dict[str, Any]) -> dict[str, torch.dtype]:
 
 
 def _load_part(
-    library: str,
-    class_name: str,
-    place: str,
-    dtypes: Mapping[str, torch.dtype],
-    part: str,
-    revision: str | None,
-    sub: str,
+    part: str, library: str, class_name: str, dtypes: Mapping[str, torch.dtype], place: str, **where: Any
 ) -> Any:
     """A part by its own class; `place` is a folder or a repository."""
     loader: Any = getattr(importlib.import_module(library), class_name)
-    more = {"torch_dtype": dtypes.get(part, dtypes["default"])} if part in ("vae", "text_encoder") else {}
-    if library == "transformers" and more:
-        more = {"dtype": more["torch_dtype"]}
+    dtype = {"dtype" if library == "transformers" else "torch_dtype": dtypes.get(part, dtypes["default"])}
     try:
-        with explain_hub_errors(place, revision):
-            return loader.from_pretrained(place, subfolder=sub, revision=revision, **more)
+        with explain_hub_errors(place, where.get("revision")):
+            return loader.from_pretrained(place, **where, **(dtype if part in ("vae", "text_encoder") else {}))
     except OSError as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot load {part} from {place}: {reason}; pass {part}=None to do without") from None

@@ -90,7 +90,7 @@ class StreamingMLAPipeline(DiffusionPipeline):
         the VAE gets float32 and the text encoder bfloat16. Parts that the checkpoint only names are
         loaded from where it names them; pass None for one to do without. Raises UserError in one line.
         """
-        folder, arguments = load_arguments(cls, pretrained_model_name_or_path, kwargs)
+        folder, arguments = load_arguments(pretrained_model_name_or_path, kwargs)
         return cls(**arguments) if folder is None else super().from_pretrained(folder, **arguments)
 
     @property
