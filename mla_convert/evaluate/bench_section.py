@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .figures import MUTED, STUDENT, TEACHER, _chart, percent_axis
+from .figures import MUTED, STUDENT, TEACHER, Chart, percent_axis
 from .text import DASH, SPACE
 
 METRICS = {
@@ -48,7 +48,7 @@ def tables(bench: Mapping[str, Any]) -> list[dict[str, Any]]:
 def recognition_by_frame(bench: Mapping[str, Any]) -> str:
     """Share of videos that show their digit, frame by frame, as SVG."""
     by_frame: Mapping[str, Sequence[float]] = bench["digit_accuracy_by_frame"]
-    with _chart("recognition") as chart:
+    with Chart("recognition") as chart:
         ax = chart.axes
         for source, colour, ink in (("teacher", TEACHER, MUTED), ("student", STUDENT, STUDENT)):
             values = 100 * np.asarray(by_frame[source])

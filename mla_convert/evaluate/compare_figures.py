@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from .figures import MUTED, RUNS, TEACHER, _chart, _curve, _step_axis, percent_axis
+from .figures import MUTED, RUNS, TEACHER, Chart, _curve, _step_axis, percent_axis
 
 Report = Mapping[str, Any]
 
 
 def heldout_loss(reports: Sequence[Report], teacher: float | None) -> str:
     """Held-out loss over the steps of each run, from the converted model on; `teacher` as a dashed line."""
-    with _chart("compared heldout") as chart:
+    with Chart("compared heldout") as chart:
         ax = chart.axes
         ends = [1.0]
         for report, color in zip(reports, RUNS, strict=False):
@@ -35,7 +35,7 @@ def heldout_loss(reports: Sequence[Report], teacher: float | None) -> str:
 
 def training_loss(reports: Sequence[Report]) -> str:
     """Moving average of each run's training loss."""
-    with _chart("compared training") as chart:
+    with Chart("compared training") as chart:
         ax = chart.axes
         ends, everything = [1.0], []
         for report, color in zip(reports, RUNS, strict=False):
@@ -59,7 +59,7 @@ def training_loss(reports: Sequence[Report]) -> str:
 
 def error_by_layer(reports: Sequence[Report]) -> str:
     """Relative error of each layer's attention output."""
-    with _chart("compared layers") as chart:
+    with Chart("compared layers") as chart:
         ax = chart.axes
         for report, color in zip(reports, RUNS, strict=False):
             errors = [np.nan if e is None else 100 * e for e in report.get("attention_rel_error") or []]
@@ -72,7 +72,7 @@ def error_by_layer(reports: Sequence[Report]) -> str:
 
 def error_by_timestep(reports: Sequence[Report]) -> str:
     """Relative velocity error at noise levels t in [0, 1]."""
-    with _chart("compared timesteps") as chart:
+    with Chart("compared timesteps") as chart:
         ax = chart.axes
         for report, color in zip(reports, RUNS, strict=False):
             points = report.get("velocity_rel_error_by_timestep") or []
@@ -86,7 +86,7 @@ def error_by_timestep(reports: Sequence[Report]) -> str:
 
 def recognition_by_frame(benches: Sequence[Mapping[str, Any] | None]) -> str:
     """Share of the students' videos that show their digit, frame by frame, and that of the first teacher."""
-    with _chart("compared recognition") as chart:
+    with Chart("compared recognition") as chart:
         ax = chart.axes
         known = [bench for bench in benches if bench is not None]
         curves = [(known[0]["digit_accuracy_by_frame"]["teacher"], TEACHER)]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from .figures import MUTED, STUDENT, _chart, percent_axis
+from .figures import MUTED, STUDENT, Chart, percent_axis
 from .text import percent, signed
 
 ARROW = "\N{RIGHTWARDS ARROW}"
@@ -18,7 +18,7 @@ HEADS = 5
 
 def map_chart(layers: Sequence[Mapping[str, Any]]) -> str:
     """Total variation of every head as a dot, layer by layer, and the mean of each layer as a line."""
-    with _chart("attention maps") as chart:
+    with Chart("attention maps") as chart:
         ax = chart.axes
         heads = [[100 * value for value in _known(layer["total_variation"])] for layer in layers]
         for number, values in enumerate(heads):

@@ -57,7 +57,7 @@ def heldout_loss(curves: Sequence[Mapping[str, Any]], teacher: float | None, con
     steps, values, bounds = _curve(curves, "heldout_loss")
     if converted is not None and (not steps or steps[0] > 0):
         steps, values = [0, *steps], [converted, *values]
-    with _chart("heldout") as chart:
+    with Chart("heldout") as chart:
         ax = chart.axes
         _stages(ax, bounds)
         ax.plot(steps, values, color=STUDENT, marker="o", markersize=4, clip_on=False)
@@ -76,7 +76,7 @@ def heldout_loss(curves: Sequence[Mapping[str, Any]], teacher: float | None, con
 def training_loss(curves: Sequence[Mapping[str, Any]]) -> str:
     """Training loss by step, faint, with its moving average."""
     steps, values, bounds = _curve(curves, "loss")
-    with _chart("training") as chart:
+    with Chart("training") as chart:
         ax = chart.axes
         _stages(ax, bounds)
         # Stages minimise different things, so no average runs across their border.
@@ -95,7 +95,7 @@ def training_loss(curves: Sequence[Mapping[str, Any]]) -> str:
 def cache_by_streams(dense_bytes: float, latent_bytes: float) -> str:
     """Cache of 1 to 64 streams, dense and latent."""
     streams = 64
-    with _chart("streams") as chart:
+    with Chart("streams") as chart:
         ax = chart.axes
         for per_stream, name, color, ink in (
             (dense_bytes, "dense", TEACHER, MUTED),
@@ -115,7 +115,7 @@ def memory_by_streams(plan: Mapping[str, Any]) -> str:
     limit = plan["gpu_memory_bytes"]
     fixed = plan["weights_bytes"] + plan["reserved_bytes"]
     streams = max(4, round(1.3 * plan["max_streams_latent"]))
-    with _chart("streams") as chart:
+    with Chart("streams") as chart:
         ax = chart.axes
         ax.axhline(limit, color=MUTED, linewidth=1, dashes=(2, 3))
         _text(ax, streams / 2, limit, plan["gpu"], MUTED, "center", "bottom", (0, 4))
@@ -132,7 +132,7 @@ def memory_by_streams(plan: Mapping[str, Any]) -> str:
 
 def error_by_layer(errors: Sequence[float]) -> str:
     """Relative error of each layer's attention output, as bars."""
-    with _chart("layers") as chart:
+    with Chart("layers") as chart:
         ax = chart.axes
         ax.bar(
             range(len(errors)), [100 * error for error in errors], width=min(0.72, 0.12 * len(errors)), color=STUDENT
@@ -147,7 +147,7 @@ def error_by_layer(errors: Sequence[float]) -> str:
 def error_by_timestep(points: Sequence[Sequence[float]]) -> str:
     """Relative velocity error at noise levels t in [0, 1]."""
     ordered = sorted((float(t), float(error)) for t, error in points)
-    with _chart("timesteps") as chart:
+    with Chart("timesteps") as chart:
         ax = chart.axes
         ax.plot([t for t, _ in ordered], [100 * e for _, e in ordered], color=STUDENT, marker="o", markersize=4)
         ax.set_xlim(0, 1)
@@ -156,19 +156,20 @@ def error_by_timestep(points: Sequence[Sequence[float]]) -> str:
     return chart.svg
 
 
-class _chart:
-    """One figure: `axes` to draw into, `svg` once the block has ended."""
+class Chart:
+    """One figure: `axes` to draw into, `panels` of them in a row, and `svg` once the block has ended."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, size: tuple[float, float] = _SIZE, panels: int = 1) -> None:
+        self.name, self.size, self.count = name, size, panels
         self.svg = ""
 
-    def __enter__(self) -> _chart:
+    def __enter__(self) -> Chart:
         # A salt of its own keeps ids apart when several figures share one page, and bytes stable.
         self._context = rc_context(STYLE | {"svg.hashsalt": self.name})
         self._context.__enter__()
-        self.figure = Figure(figsize=_SIZE, layout="constrained")
-        self.axes: Axes = self.figure.add_subplot()
+        self.figure = Figure(figsize=self.size, layout="constrained")
+        self.panels: list[Axes] = [self.figure.add_subplot(1, self.count, n + 1) for n in range(self.count)]
+        self.axes = self.panels[0]
         return self
 
     def __exit__(self, *error: Any) -> None:
