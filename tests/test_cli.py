@@ -307,6 +307,17 @@ def test_evaluate_leaves_the_run_as_it_is(capsys, recipe, finished):
     assert digests(finished / "checkpoint") == before
 
 
+def test_evaluate_twice_says_the_same(capsys, finished, tmp_path):
+    reports = []
+    for name in ("one", "two"):
+        arguments = ["--clips", "2", "--rollout-prompts", "2", "--out", tmp_path / name]
+        assert call(capsys, "evaluate", finished, *arguments)[0] == 0
+        reports.append(json.loads((tmp_path / name / "report.json").read_text()))
+    assert all(report.pop("seconds") for report in reports)
+    assert reports[0]["digits_bench"]["lengths"]["1x"]["student"]["digit_accuracy"]["low"] is not None
+    assert reports[0] == reports[1]
+
+
 @pytest.mark.parametrize("name", ["video.mp4", "video.gif", "frames", "latents.safetensors"])
 def test_generate_writes_what_the_suffix_says(capsys, finished, tmp_path, name):
     out_file = tmp_path / name

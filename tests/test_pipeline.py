@@ -179,6 +179,10 @@ def test_parts_of_a_run_make_the_whole(teacher, finished, tmp_path):
 
     run(recipe(teacher), folder, resume=True)
     assert digests(folder / "checkpoint") == digests(finished / "checkpoint")
+    again, before = (json.loads((path / "report.json").read_text()) for path in (folder, finished))
+    # Two runs with one seed say the same, but for how long they took.
+    assert {**again, "seconds": None} == {**before, "seconds": None}
+    assert "seed: 0" in before["recipe"] and {"torch", "diffusers", "mla_convert"} <= before["versions"].keys()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 MARGIN = 12
+SCALE = 1.3
 
 # An image does not see the page's style sheet, so each brings its own and a ground of its own.
 STYLE = """
@@ -25,7 +26,8 @@ def save(svg: str, path: Path) -> None:
     match = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
     assert match
     width, height = (float(size) + 2 * MARGIN for size in match.groups())
-    box = f'viewBox="{-MARGIN} {-MARGIN} {width:g} {height:g}" width="{width:g}" height="{height:g}"'
+    size = f'width="{SCALE * width:.0f}" height="{SCALE * height:.0f}"'
+    box = f'viewBox="{-MARGIN} {-MARGIN} {width:g} {height:g}" {size}'
     head, rest = svg.replace(match[0], box, 1).split(">", 1)
     ground = f'<rect class="ground" x="{-MARGIN}" y="{-MARGIN}" width="{width:g}" height="{height:g}" rx="6"/>'
     text = f"{head}>\n <style>{STYLE} </style>\n {ground}{rest}"

@@ -2,8 +2,9 @@
 
 `--model zoo:natural --data FOLDER` takes the other teacher. One calibration seed and eight sizes a
 construction; the shared key of the layouts that cache one takes between a seventh and a quarter of the row.
-Writes `ranks-NAME.json`, the table `ranks-NAME.md` and the plot `ranks-NAME.svg` beside itself; a killed
-run goes on with the rows that are not in the file, `--draw` makes table and plot again from it.
+All fits come from one pass over the calibration clips, with the clips, noise and held-out set of
+`layouts.py`. Writes `ranks-NAME.json`, the table `ranks-NAME.md` and the plot `ranks-NAME.svg` beside
+itself; `--draw` makes table and plot again from the first.
 """
 
 from __future__ import annotations
@@ -11,18 +12,29 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import plots
 import torch
-from layouts import measure
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, NullLocator
 
-from mla_convert.distill.data import DataConfig, open_data
+from mla_convert.convert import ConvertConfig, clip_batches
+from mla_convert.convert.blocks import ModelBlocks
+from mla_convert.convert.calibrate import sweep
+from mla_convert.convert.clips import INIT, drawn, enter_clips
+from mla_convert.convert.initialise import LayerInit, initialise_layer
+from mla_convert.convert.state import merge_state, mla_config
+from mla_convert.convert.store import TensorStore
+from mla_convert.convert.surgery import copy_unsaved_buffers, empty_model
+from mla_convert.distill.data import Data, DataConfig, open_data
+from mla_convert.distill.objective import NoisedClips, noised_clips, predict_velocity
 from mla_convert.evaluate.figures import MUTED, RUNS, Chart
+from mla_convert.families.wan import FAMILY
 from mla_convert.load import load_dense, load_source
 
+BATCH = 16
 SIZES = (8, 14, 20, 28, 40, 56, 96, 192)
 CONSTRUCTIONS: dict[str, dict[str, Any]] = {
     "decoupled, latent, svd (the paper's)": {"position": "decoupled", "own_chunk": "latent", "init": "svd"},
@@ -69,14 +81,15 @@ def plot(found: dict[str, list[dict[str, Any]]]) -> str:
         axes.set(
             xscale="log", yscale="log", xlabel="cached scalars a token a layer (dense: 384; dashed: VideoMLA's share)"
         )
+        axes.set_ylim(bottom=0.03)
         axes.set_ylabel("held-out loss above the teacher's")
         axes.set_xticks(SIZES, [str(size) for size in SIZES])
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
         axes.yaxis.set_minor_locator(NullLocator())
         above = axes.secondary_xaxis("top")
         above.set_xticks(SIZES, [f"{100 * size / DENSE:.3g} %" for size in SIZES])
-        above.xaxis.set_minor_formatter(NullFormatter())
+        above.xaxis.set_minor_locator(NullLocator())
         above.set_xlabel("share of the dense cache")
         axes.legend(frameon=False)
     return chart.svg
@@ -93,32 +106,97 @@ def main() -> None:
     folder, stem = Path(__file__).parent, f"ranks-{chosen.model.split(':')[-1]}"
     path = folder / f"{stem}.json"
     if not chosen.draw:
-        measure_all(chosen, path)
+        arguments = {name: value for name, value in vars(chosen).items() if name != "draw"}
+        rows = measure_all(chosen)
+        result = {"device": "cpu", "torch": torch.__version__, "arguments": arguments, "rows": rows}
+        path.write_text(json.dumps(result, indent=2) + "\n")
     found = json.loads(path.read_text())["rows"]
     (folder / f"{stem}.md").write_text(table(found))
     plots.save(plot(found), folder / f"{stem}.svg")
     print(table(found), end="")
 
 
-def measure_all(chosen: argparse.Namespace, path: Path) -> None:
-    """Measure every row that `path` does not have yet with the same arguments."""
-    arguments = {name: value for name, value in vars(chosen).items() if name != "draw"}
-    result: dict[str, Any] = {"torch": torch.__version__, "device": "cpu", "arguments": arguments, "rows": {}}
-    if path.is_file():
-        before = json.loads(path.read_text())
-        if {key: before[key] for key in ("torch", "arguments")} == {key: result[key] for key in ("torch", "arguments")}:
-            result = before
+class Heldout(NamedTuple):
+    """Noised clips with the velocities of the teacher, as `fidelity` draws them."""
+
+    batches: list[tuple[NoisedClips, torch.Tensor]]
+    loss: float
+    energy: float
+
+    @classmethod
+    def of(cls, teacher: Any, data: Data, count: int) -> Heldout:
+        clips, generator = data.heldout(count), torch.Generator().manual_seed(0)
+        batches, loss, energy = [], 0.0, 0.0
+        pieces = (clips[key].split(BATCH) for key in ("latents", "encoder_hidden_states"))
+        for latents, text in zip(*pieces, strict=True):
+            inputs = noised_clips(latents, text, teacher.causal, generator, noise_range=teacher.noise_range)
+            velocity = predict_velocity(teacher, inputs)
+            loss += float((velocity - inputs.target).double().square().sum())
+            energy += float(velocity.double().square().sum())
+            batches.append((inputs, velocity))
+        return cls(batches, loss, energy)
+
+    def compare(self, student: Any) -> dict[str, float]:
+        """`loss_increase` and `velocity_rel_error` of a converted model."""
+        loss = error = 0.0
+        for inputs, expected in self.batches:
+            velocity = predict_velocity(student, inputs)
+            loss += float((velocity - inputs.target).double().square().sum())
+            error += float((velocity - expected).double().square().sum())
+        return {"loss_increase": loss / self.loss - 1, "velocity_rel_error": (error / self.energy) ** 0.5}
+
+
+def fits(teacher: Any, data: Data, clips: int) -> Iterator[tuple[str, ConvertConfig, list[LayerInit]]]:
+    """Every construction at every size, fitted layer by layer from one sweep over `clips` clips."""
+    configs = {(name, size): ConvertConfig(**row(c, size)) for name, c in CONSTRUCTIONS.items() for size in SIZES[::-1]}
+    blocks, names = ModelBlocks(teacher), [*CONSTRUCTIONS]
+    axes = blocks.model.rotary_table().axes
+    plans: dict[tuple[str, int], dict[int, LayerInit]] = {key: {} for key in configs}
+
+    def visit(layer: int, block: Any, sample: Any) -> None:
+        for (name, size), config in configs.items():
+            rank = config.ranks(len(blocks))[layer]
+            largest = plans[name, max(SIZES)].get(layer)
+            if not config.cached_key and largest is not None and size < max(SIZES):
+                plans[name, size][layer] = largest.truncated(rank)
+                continue
+            seen = sample if config.init == "activation" else None
+            generator = drawn(INIT, 0, layer)
+            plans[name, size][layer] = initialise_layer(block.attn1, seen, axes, config, rank, generator)
+
+    calibration = next(config for config in configs.values() if config.init == "activation").calibration
+    batches = clip_batches(data.example, range(clips), calibration.batch_size)
+    entered = enter_clips(blocks, batches, calibration, TensorStore(None))
+    sweep(blocks, entered, calibration, history_only=True, wanted=range(len(blocks)), visit=visit)
+    for (name, size), config in sorted(configs.items(), key=lambda item: (names.index(item[0][0]), item[0][1])):
+        yield name, config, [plans[name, size][layer] for layer in range(len(blocks))]
+
+
+def build(teacher: Any, config: ConvertConfig, plans: list[LayerInit]) -> Any:
+    """The converted model of the fits."""
+    mla = mla_config(config, config.ranks(len(plans)), plans, teacher.config.attention_head_dim)
+    model = empty_model(FAMILY, teacher, mla)
+    model.load_state_dict(merge_state(teacher.state_dict(), plans, model.state_dict(), False), assign=True)
+    copy_unsaved_buffers(teacher, model)
+    return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def measure_all(chosen: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """Scalars, ranks and errors of every construction at every size."""
     teacher = load_dense(load_source(chosen.model))
     settings: dict[str, Any] = {"kind": "digits"}
     if chosen.data:
         settings = {"kind": "latents", "folder": chosen.data, "text_tokens": 1, "heldout": 128}
-    for name, construction in CONSTRUCTIONS.items():
-        entries = result["rows"].setdefault(name, [])
-        for size in SIZES[len(entries) :]:
-            data = open_data(DataConfig(**settings), 0)
-            entries.append(measure(teacher, data, row(construction, size), 0, chosen.clips, chosen.heldout))
-            path.write_text(json.dumps(result, indent=2) + "\n")
-            print(name, entries[-1], file=sys.stderr, flush=True)
+    data = open_data(DataConfig(**settings), 0)
+    heldout = Heldout.of(teacher, data, chosen.heldout)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, config, plans in fits(teacher, data, chosen.clips):
+        student = build(teacher, config, plans)
+        entry = {"scalars": student.mla.scalars_per_token(), "ranks": list(student.mla.kv_lora_rank)}
+        found.setdefault(name, []).append(entry | heldout.compare(student))
+        print(name, found[name][-1], file=sys.stderr, flush=True)
+    return found
 
 
 if __name__ == "__main__":

@@ -127,8 +127,26 @@ def memory() -> dict[str, Any]:
     }
 
 
+def operations() -> dict[str, dict[str, float]]:
+    """Floating-point operations of one layer's attention at a full window, by queries; two a multiply-add."""
+    geometry = preset("wan2.1-t2v-1.3b").geometry
+    heads, head_dim, rank, shared = geometry.num_attention_heads, geometry.attention_head_dim, *LATENTS["224"]
+    keys = geometry.cached_tokens(geometry.window_frames)
+    found = {}
+    for queries in (4680, 1560):
+        pairs = 2 * heads * queries * keys
+        found[str(queries)] = {
+            "dense": pairs * 2 * head_dim,
+            "expanding the latents, beside dense": 2 * heads * keys * rank * (2 * head_dim - shared),
+            "absorbed, rank 192": pairs * (2 * rank + shared),
+            "absorbed, rank 96": pairs * (2 * 96 + shared),
+            "absorbed, rank 64": pairs * (2 * 64 + shared),
+        }
+    return found
+
+
 def tables(found: dict[str, Any]) -> str:
-    """Three tables: spectra, rank used, memory by window."""
+    """Spectra, rank used, memory by window, what one plan says, operations."""
     lines = [
         "| teacher, layer | directions | 99 %: weights | keys and values | as the output sees them "
         f"| rank {RANK} keeps: weights | keys and values | as the output sees them |",
@@ -157,6 +175,27 @@ def tables(found: dict[str, Any]) -> str:
         caches = (f"{row[name] / 1e9:.2f} GB" for name in ("dense", *LATENTS))
         streams = f"{row['streams_dense']} | {row['streams_224']}"
         lines.append(f"| {frames} | {row['seconds']:.1f} | {' | '.join(caches)} | {streams} |")
+    card, large = (plan(preset("wan2.1-t2v-1.3b").geometry, *LATENTS["224"], gpu=gpu) for gpu in ("H100", "B200"))
+    working = card.activation_bytes / 1e9
+    lines += ["", "| | dense | latent |", "| --- | ---: | ---: |"]
+    lines += [
+        f"| cached scalars a token a layer | {card.dense_scalars_per_token:,} "
+        f"| {card.latent_scalars_per_token:,} (-{100 * card.reduction:.1f} %) |",
+        f"| cache of one stream, {card.frames} frames of {card.tokens_per_frame:,} tokens, bf16 "
+        f"| {card.dense_cache_bytes / 1e9:.2f} GB | {card.latent_cache_bytes / 1e9:.2f} GB |",
+        f"| streams in {card.gpu_memory_bytes / 1e9:.0f} GB | {card.max_streams_dense} | {card.max_streams_latent} |",
+        f"| one stream more, with its working memory | {card.dense_cache_bytes / 1e9 + working:.2f} GB "
+        f"| {card.latent_cache_bytes / 1e9 + working:.2f} GB |",
+        f"| streams on a B200 of 180 GB | {large.max_streams_dense} | {large.max_streams_latent} |",
+    ]
+    queries = found["operations"]
+    lines += [
+        "",
+        f"| GFLOP | {' | '.join(f'{int(number):,} queries' for number in queries)} |",
+        "| --- | ---: | ---: |",
+    ]
+    for way in next(iter(queries.values())):
+        lines.append(f"| {way} | {' | '.join(f'{row[way] / 1e9:.1f}' for row in queries.values())} |")
     return "\n".join(lines) + "\n"
 
 
@@ -249,11 +288,13 @@ def main() -> None:
     parser.add_argument("--draw", action="store_true", help="only tables and figures, from study.json")
     arguments = parser.parse_args()
     path = HERE / "study.json"
-    if not arguments.draw:
+    if arguments.draw:
+        found = json.loads(path.read_text())
+    else:
         runs = {name: Path(folder) for name, _, folder in (text.partition("=") for text in arguments.runs)}
         found = {"device": "cpu", "versions": versions(), "spectra": spectra(), "operators": operators(runs)}
-        path.write_text(json.dumps(found | {"memory": memory()}, indent=1) + "\n")
-    found = json.loads(path.read_text())
+    found |= {"memory": memory(), "operations": operations()}
+    path.write_text(json.dumps(found, indent=1) + "\n")
     (HERE / "study.md").write_text(tables(found))
     draw(found)
     print(tables(found), end="")

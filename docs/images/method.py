@@ -41,7 +41,7 @@ def canvas(ax: Axes, width: float, height: float) -> None:
 
 def row() -> str:
     """What one token leaves in the cache of one layer of Wan2.1-1.3B, to scale."""
-    with Chart("method row", (9, 1.9)) as chart:
+    with Chart("method row", (9, 1.75)) as chart:
         ax = chart.axes
         canvas(ax, 3400, 620)
         for head in range(12):
@@ -58,9 +58,10 @@ def row() -> str:
 
 def window() -> str:
     """Which keys a chunk sees, and in which form, while it is denoised."""
-    with Chart("method window", (9, 2.5)) as chart:
+    with Chart("method window", (9, 2.2)) as chart:
         ax = chart.axes
         canvas(ax, 20, 5.2)
+        ax.set_ylim(0.6, 5.2)
         names = {0: LATENT, 1: RULE, 2: RULE, 3: LATENT, 4: LATENT, 5: KEY}
         for place, color in names.items():
             for frame in range(3):
