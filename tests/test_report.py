@@ -216,6 +216,12 @@ def test_a_plan_adds_the_streams_of_a_card() -> None:
     assert "Streams on RTX 4090 24 GB" in page.text and "Cache by number of streams" in page.headings
 
 
+def test_the_teachers_line_is_of_the_curves_own_noise() -> None:
+    level = {"stage": "match_velocity", "step": 0, "heldout_loss": 0.24, "teacher_heldout_loss": 0.19}
+    assert ">teacher 0.1900<" in figures.heldout_loss([level, *FULL["curves"]])
+    assert ">teacher 0." not in render_html(FULL)
+
+
 def test_stages_follow_one_another_whether_or_not_they_count_on() -> None:
     def page(second: range) -> str:
         rows = [{"stage": "one", "step": s, "loss": 0.5} for s in range(1, 11)]

@@ -22,6 +22,8 @@ METRICS = {
     "frechet_distance": ("Fréchet distance to real videos", "number"),
 }
 SOURCES = ("real", "teacher", "student")
+LINE = 7
+"""Height of a line of text in the chart, in percentage points."""
 NOTHING = 1e-9
 """Below this a number is rounding."""
 
@@ -50,13 +52,19 @@ def recognition_by_frame(bench: Mapping[str, Any]) -> str:
     by_frame: Mapping[str, Sequence[float]] = bench["digit_accuracy_by_frame"]
     with Chart("recognition") as chart:
         ax = chart.axes
+        ends: list[tuple[float, float, str, str]] = []
         for source, colour, ink in (("teacher", TEACHER, MUTED), ("student", STUDENT, STUDENT)):
             values = 100 * np.asarray(by_frame[source])
             width = max(1, len(values) // 64)
             smooth = np.convolve(values, np.ones(width) / width, mode="valid")
             steps = np.arange(len(smooth)) + (width + 1) / 2
             ax.plot(steps, smooth, color=colour, label=source)
-            ax.annotate(source, (steps[-1], smooth[-1]), (4, 0), textcoords="offset points", color=ink, va="center")
+            ends.append((float(steps[-1]), float(smooth[-1]), source, ink))
+        # Names of lines that end together stand above each other.
+        apart = abs(ends[0][1] - ends[1][1]) >= LINE
+        for x, y, source, ink in sorted(ends, key=lambda end: end[1]):
+            place = y if apart else min(ends[0][1], ends[1][1]) + (LINE if source == "teacher" else 0) - LINE / 2
+            ax.annotate(source, (x, place), (4, 0), textcoords="offset points", color=ink, va="center")
         ax.axvline(bench["clip_frames"], color=MUTED, linewidth=1, dashes=(2, 3))
         ax.set_xlim(1, 1.15 * len(by_frame["teacher"]))
         ax.set_ylim(0, 105)

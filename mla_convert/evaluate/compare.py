@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from . import compare_figures as figures
 from . import compare_tables as tables
-from .figures import RUNS
+from .figures import RUNS, teacher_level
 from .page import render_page
 from .samples import Comparison, embed_video, film_strips
 from .text import brief, signed
@@ -117,7 +117,8 @@ def _charts(
         return any(row.get(key) is not None for report in reports for row in report.get("curves") or [])
 
     if some("heldout_loss"):
-        losses = [report["teacher_loss"] for report in reports if report.get("teacher_loss") is not None]
+        levels = [teacher_level(report.get("curves") or []) for report in reports]
+        losses = [level for level in levels if level is not None]
         same = bool(losses) and max(losses) <= min(losses) * (1 + 1e-6)
         note = "On clips that were never trained on" + ("; dashed: the teacher." if same else ".")
         add("distillation", "Held-out loss", note, figures.heldout_loss(reports, losses[0] if same else None))

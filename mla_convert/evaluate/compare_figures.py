@@ -14,7 +14,7 @@ Report = Mapping[str, Any]
 
 
 def heldout_loss(reports: Sequence[Report], teacher: float | None) -> str:
-    """Held-out loss over the steps of each run, from the converted model on; `teacher` as a dashed line."""
+    """Held-out loss over the steps of each run; `teacher` as a dashed line."""
     with Chart("compared heldout") as chart:
         ax = chart.axes
         ends = [1.0]
@@ -22,8 +22,6 @@ def heldout_loss(reports: Sequence[Report], teacher: float | None) -> str:
             steps, values, _ = _curve(report.get("curves") or [], "heldout_loss")
             if not values:
                 continue
-            if report.get("converted_loss") is not None and steps[0] > 0:
-                steps, values = [0, *steps], [report["converted_loss"], *values]
             ax.plot(steps, values, color=color, marker="o", markersize=4, clip_on=False)
             ends.append(steps[-1])
         if teacher is not None:

@@ -52,11 +52,19 @@ STYLE: dict[str, Any] = {
 }
 
 
-def heldout_loss(curves: Sequence[Mapping[str, Any]], teacher: float | None, converted: float | None) -> str:
-    """Held-out loss over the steps of distillation, with the teacher's as a line."""
+def teacher_level(curves: Sequence[Mapping[str, Any]]) -> float | None:
+    """The teacher's held-out loss on the clips and noise of the curves, where a stage has measured it."""
+    levels = [row["teacher_heldout_loss"] for row in curves if row.get("teacher_heldout_loss") is not None]
+    return levels[0] if levels else None
+
+
+def heldout_loss(curves: Sequence[Mapping[str, Any]]) -> str:
+    """Held-out loss over the steps of distillation, with the teacher's as a line.
+
+    The losses of an evaluation are no part of it: those are measured on noise of their own.
+    """
     steps, values, bounds = _curve(curves, "heldout_loss")
-    if converted is not None and (not steps or steps[0] > 0):
-        steps, values = [0, *steps], [converted, *values]
+    teacher = teacher_level(curves)
     with Chart("heldout") as chart:
         ax = chart.axes
         _stages(ax, bounds)
@@ -118,7 +126,7 @@ def memory_by_streams(plan: Mapping[str, Any]) -> str:
     with Chart("streams") as chart:
         ax = chart.axes
         ax.axhline(limit, color=MUTED, linewidth=1, dashes=(2, 3))
-        _text(ax, streams / 2, limit, plan["gpu"], MUTED, "center", "bottom", (0, 4))
+        _text(ax, 0, limit, plan["gpu"], MUTED, "left", "bottom", (4, 4))
         for name, color, ink in (("dense", TEACHER, MUTED), ("latent", STUDENT, STUDENT)):
             per_stream = plan[f"{name}_cache_bytes"] + plan["activation_bytes"]
             fits = plan[f"max_streams_{name}"]
@@ -259,6 +267,7 @@ def _memory_axes(ax: Axes, streams: int, top: float) -> None:
     ax.set_ylim(0, top)
     ax.set_xlabel("parallel streams")
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 4, 5, 8, 10]))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     ax.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short_bytes(value, top)))
 

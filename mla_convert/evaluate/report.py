@@ -212,7 +212,7 @@ def _charts(report: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
     curves = report.get("curves") or []
     if any(row.get("heldout_loss") is not None for row in curves):
-        svg = figures.heldout_loss(curves, report.get("teacher_loss"), report.get("converted_loss"))
+        svg = figures.heldout_loss(curves)
         add("distillation", "Held-out loss", "On clips that were never trained on, same noise at every point.", svg)
     if any(row.get("loss") is not None for row in curves):
         add("distillation", "Training loss", "What the stage minimises.", figures.training_loss(curves))
