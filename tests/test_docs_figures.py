@@ -20,6 +20,7 @@ STATED = {
     **dict.fromkeys(("92.7 %", "-92.7 %", "7.3 %"), "the cache of VideoMLA, arXiv 2605.30351"),
     "45.8 %": "arXiv 2605.30351: what rank 192 keeps of the weights in the median layer",
     **dict.fromkeys(("99 %", "95 %", "100 %"), "a level that a definition asks for"),
+    **dict.fromkeys(("6.26 GB", "0.78 GB"), "arXiv 2605.30351: memory of one stream more on a B200"),
     "6 GB": "6.04 GB, rounded",
     "1 GB": "an assumption of plan",
     **dict.fromkeys(("0.7 %", "2.5 %", "6 %", "12 %"), "aims, not results"),
