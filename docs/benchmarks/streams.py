@@ -7,9 +7,9 @@ Each is then rolled out alone with the same seed, and the largest difference in 
 largest magnitude. Throughput is taken from the same rollouts: CPU seconds of the batch, and of the single runs one
 after the other.
 
-Memory: for each of some numbers of lanes a process of its own fills the windows of so many streams. The pool's
-bytes are what `plan` says, times the lanes; the resident set is read before the pool is made and at the end. The
-slope between the smallest and the largest number is what a stream really costs while a pass takes 16 lanes.
+Memory: a process of its own fills the windows of some numbers of streams. The pool's bytes are what `plan` says,
+times the lanes; the resident set is read before the pool is made and when the windows are full. The slope between
+the smallest and the largest number is what a stream really costs while a pass takes 16 lanes.
 Writes `streams.json` and `streams.md` beside itself; exits 1 if the bytes are not the plan's or a stream differs
 from its single run by more than TOLERANCE.
 """
@@ -135,35 +135,38 @@ def empty_model(kind: str) -> Any:
     return MLAWanTransformer3DModel(mla=mla, **config).eval()
 
 
-def resident(kind: str, lanes: int) -> dict[str, int]:
-    """Resident bytes before and after the windows of so many streams have filled."""
+def resident(kind: str) -> list[dict[str, int]]:
+    """Bytes that pools of LANES add to the resident set when the windows of as many streams have filled."""
     model, process = empty_model(kind), psutil.Process()
-    text, start = chosen_prompts(1)[0].embedding(), torch.zeros(1, 10, FRAME, FRAME)
+    text, start = chosen_prompts(1)[0].embedding(), torch.zeros(1, model.causal.window_frames, FRAME, FRAME)
 
-    def full(count: int) -> StreamBatch:
-        batch = StreamBatch(model, count, FRAME, FRAME, num_inference_steps=1, lanes_per_pass=LANES_PER_PASS)
-        for seed in range(count):
+    def full(lanes: int) -> tuple[StreamBatch, int]:
+        gc.collect()
+        before = process.memory_info().rss
+        batch = StreamBatch(model, lanes, FRAME, FRAME, lanes_per_pass=LANES_PER_PASS)
+        for seed in range(lanes):
             batch.join(text, seed=seed, start=start)
-        # Ten frames that are only written, and one chunk that is made behind them.
-        for _ in range(5):
-            batch.step()
-        return batch
+        while batch.step()[0].first + model.causal.num_frames_per_block < model.causal.window_frames:
+            pass
+        gc.collect()
+        return batch, process.memory_info().rss - before
 
     # What the first passes allocate for good is not a stream's.
     full(LANES_PER_PASS)
-    gc.collect()
-    before = process.memory_info().rss
-    batch = full(lanes)
-    gc.collect()
-    return {"lanes": lanes, "pool_bytes": batch.bytes(), "rss_bytes": process.memory_info().rss - before}
+    found = []
+    for lanes in LANES:
+        batch, added = full(lanes)
+        found.append({"lanes": lanes, "pool_bytes": batch.bytes(), "rss_bytes": added})
+        del batch
+    return found
 
 
-def filled(kind: str, lanes: int) -> dict[str, int]:
-    command = [sys.executable, str(HERE), "--fill", kind, str(lanes)]
+def filled(kind: str) -> list[dict[str, int]]:
+    """`resident` in a process of its own."""
     # What is freed goes back to the system at once, so that the resident set is what is held.
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=env)
-    found: dict[str, int] = json.loads(done.stdout)
+    done = subprocess.run([sys.executable, str(HERE), "--fill", kind], check=True, stdout=subprocess.PIPE, env=env)
+    found: list[dict[str, int]] = json.loads(done.stdout)
     return found
 
 
@@ -209,11 +212,11 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--fill", nargs=2, metavar=("KIND", "LANES"), help=argparse.SUPPRESS)
+    parser.add_argument("--fill", help=argparse.SUPPRESS)
     parser.add_argument("--only", choices=["equality", "memory"], help="measure one, keep the other as it was")
     arguments = parser.parse_args()
     if arguments.fill:
-        print(json.dumps(resident(arguments.fill[0], int(arguments.fill[1]))))
+        print(json.dumps(resident(arguments.fill)))
         return 0
     result: dict[str, Any] = {"models": {"dense": {}, "latent": {}}}
     if arguments.only:
@@ -221,7 +224,7 @@ def main() -> int:
     result |= {"torch": torch.__version__, "device": "cpu"}
     if arguments.only != "equality":
         for kind, found in result["models"].items():
-            few, *_, many = found["memory"] = [filled(kind, lanes) for lanes in LANES]
+            few, *_, many = found["memory"] = filled(kind)
             found["rss_bytes_a_stream"] = round((many["rss_bytes"] - few["rss_bytes"]) / (many["lanes"] - few["lanes"]))
     if arguments.only != "memory":
         teacher = load_dense(load_source("zoo:digits"))
