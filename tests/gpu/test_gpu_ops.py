@@ -33,7 +33,7 @@ def rotations(keys: int, pairs: int) -> Tensor:
 
 
 def wide(x: Any) -> Any:
-    return x.double() if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float16 else x
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def sdpa_error(query: Tensor, key: Tensor, value: Tensor, expected: Tensor) -> float:
