@@ -21,7 +21,6 @@ HERE = Path(__file__).parent
 CASES = (
     {"position": "rotate_on_read", "kv_lora_rank": 224},
     {"position": "decoupled", "kv_lora_rank": 192, "qk_rope_head_dim": 32},
-    {"position": "decoupled", "kv_lora_rank": 64, "qk_rope_head_dim": 32},
 )
 
 
