@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import resource
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +24,18 @@ SVD_WIDTH = 1536
 
 
 def cost(width: int) -> dict[str, float | None]:
-    """CPU seconds and bytes over the start of the spectrum of bfloat16 `[W_K; W_V]`; seconds of an SVD if small."""
+    """CPU seconds of the spectrum of bfloat16 `[W_K; W_V]`, and of an SVD where that is small."""
     weights = [torch.randn(width, width).bfloat16() for _ in "kv"]
     gram_spectrum(*(weight[:64, :64] for weight in weights))
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    start = time.process_time()
     gram_spectrum(*weights)
     seconds = time.process_time() - start
-    over = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     svd = None
     if width <= SVD_WIDTH:
         start = time.process_time()
         torch.linalg.svdvals(torch.cat(weights).double())
         svd = time.process_time() - start
-    return {"seconds": seconds, "svd_seconds": svd, "bytes": over}
+    return {"seconds": seconds, "svd_seconds": svd}
 
 
 def tables(found: dict[str, Any]) -> str:
@@ -71,7 +68,7 @@ def tables(found: dict[str, Any]) -> str:
     ]
     for shape, spent in found["cost"].items():
         svd = "" if spent["svd_seconds"] is None else f"{spent['svd_seconds']:.1f}"
-        lines.append(f"| {shape} | {spent['seconds']:.1f} | {svd} | {spent['bytes'] / 1e6:.0f} MB |")
+        lines.append(f"| {shape} | {spent['seconds']:.1f} | {svd} |")
     return "\n".join(lines) + "\n"
 
 
@@ -79,8 +76,11 @@ def main() -> None:
     here, start = Path(__file__).parent, time.process_time()
     found = inspect_source("zoo:digits", None, None, None, None, RANKS, None, lambda *told: None)
     spent = time.process_time() - start
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as alone:
-        costs = {shape: alone.submit(cost, width).result() for shape, width in SHAPES.items()}
+    costs = {}
+    for shape, width in SHAPES.items():
+        # In a process of its own: what ran before leaves its threads and caches behind.
+        with multiprocessing.get_context("spawn").Pool(1) as alone:
+            costs[shape] = alone.apply(cost, (width,))
     result = {"device": "cpu", "threads": torch.get_num_threads(), "versions": versions()}
     result |= {"cpu_seconds": spent, "inspect": found, "cost": costs}
     (here / "inspect-digits.json").write_text(json.dumps(result, indent=1) + "\n")
