@@ -57,7 +57,7 @@ def test_new_noise_between_steps_is_the_published_loop(converted: bool) -> None:
     if converted:
         model = pico.convert(model, **pico.VARIANTS[6])
     found = video(model, text(), shift=5.0, sampler="renoise", denoising_steps=STEPS)
-    # Observed: 1.7e-6.
+    # Observed: 1.7e-7.
     assert pico.relative_error(found, few_step_loop(model, text(), 7, 5.0)) < FLOAT32
     assert pico.relative_error(found, video(model, text(), shift=5.0, denoising_steps=STEPS)) > 0.1
 
@@ -104,7 +104,7 @@ def test_a_flow_map_is_asked_down_to_0_before_new_noise(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("settings", [{}, {"guidance_scale": 3.0, "sampler": "renoise", "context_noise": 0.1}])
 def test_an_item_of_a_batch_is_its_single_rollout(settings: dict[str, Any]) -> None:
-    """Matrix products of another shape round differently: the largest difference seen is 4.8e-7 of 1."""
+    """Matrix products of another shape round differently: the largest difference seen is 7e-7, of values up to 3.4."""
     model, prompts, seeds = pico.convert(pico.dense_model(), **pico.VARIANTS[6]), text(3), [3, 1, 4]
     batch = video(model, prompts, seed=seeds, **settings)
     for item, seed in enumerate(seeds):
