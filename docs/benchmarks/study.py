@@ -196,6 +196,17 @@ def tables(found: dict[str, Any]) -> str:
     ]
     for way in next(iter(queries.values())):
         lines.append(f"| {way} | {' | '.join(f'{row[way] / 1e9:.1f}' for row in queries.values())} |")
+    frames = preset("wan2.1-t2v-1.3b").geometry.tokens_per_frame
+    heads = (f"{int(n):,} queries ({int(n) // frames} frame{'s' if int(n) > frames else ''})" for n in queries)
+    lines += ["", f"| | {' | '.join(heads)} |", "| --- | ---: | ---: |"]
+    counts = (f"{row['dense'] / 1e9:.0f} GFLOP" for row in queries.values())
+    lines.append(f"| dense attention | {' | '.join(counts)} |")
+    for rank in (192, 64):
+        # A hair more, so that halves are rounded up.
+        times = (f"{row[f'absorbed, rank {rank}'] / row['dense'] + 1e-9:.2f}x" for row in queries.values())
+        lines.append(f"| absorbed, `kv_lora_rank` {rank} + 32 | {' | '.join(times)} |")
+    shares = (f"{100 * row['expanding the latents, beside dense'] / row['dense']:.1f} %" for row in queries.values())
+    lines.append(f"| expanding, `kv_lora_rank` 192, beside dense attention | {' | '.join(shares)} |")
     return "\n".join(lines) + "\n"
 
 
