@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -110,11 +111,7 @@ def two_processes(
     folder: Path, last_clip: float, script: str = __file__, **changes
 ) -> subprocess.CompletedProcess[str]:
     """`main` of this file or another in two processes that train together; what they print comes back."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    arguments = [script, str(folder), str(last_clip), json.dumps(changes)]
-    with subprocess.Popen(
-        [*command, *arguments], env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True
-    ) as launcher:
+    with _launched([script, str(folder), str(last_clip), json.dumps(changes)]) as launcher:
         try:
             stdout, _ = launcher.communicate(timeout=300)
         finally:
@@ -123,8 +120,33 @@ def two_processes(
     return subprocess.CompletedProcess(launcher.args, launcher.returncode, stdout)
 
 
+def _launched(arguments: list[str]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return subprocess.Popen(
+        [*command, *arguments], env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def kill_two_processes(folder: Path, step: int, **changes) -> None:
+    """`main` in two processes, both ended by SIGKILL as soon as `folder/whole` has a row of `step`."""
+    metrics = folder / "whole" / "metrics.jsonl"
+    with _launched([__file__, str(folder), "inf", json.dumps(changes)]) as launcher:
+        try:
+            deadline = time.monotonic() + 300
+            while not metrics.exists() or metrics.read_bytes().count(b"\n") <= step:
+                assert launcher.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+        finally:
+            # The launcher gives its processes sessions of their own.
+            for process in (launcher.pid, *(int(path.read_text()) for path in folder.glob("pid-*"))):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+
+
 def main(folder: str, last_clip: str, changes: str) -> None:
     """Train in `folder/whole`, and in `folder/resumed` with an interruption after clip `last_clip`."""
+    Path(folder, f"pid-{os.environ.get('RANK', '0')}").write_text(str(os.getpid()))
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     train(Path(folder, "whole"), **json.loads(changes))
     with contextlib.suppress(Killed):
