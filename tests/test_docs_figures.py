@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -120,3 +121,11 @@ def test_the_demos_table_is_its_reports() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert (RESULTS / "demo.md").read_text(encoding="utf-8").strip() in readme
     assert f"in {found['seconds']['total'] / 60:.0f} minutes on two CPU cores" in readme
+
+
+def test_the_tables_of_the_stages_are_their_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(RESULTS))
+    stages = importlib.import_module("stages")
+    found = json.loads((RESULTS / "stages.json").read_text(encoding="utf-8"))
+    assert stages.table(found) == (RESULTS / "stages.md").read_text(encoding="utf-8")
+    assert stages.steps_table(found) == (RESULTS / "stages-steps.md").read_text(encoding="utf-8")
