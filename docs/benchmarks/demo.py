@@ -41,7 +41,7 @@ def table(found: dict[str, Any]) -> str:
         f"| held-out loss | {teacher:.4f} | {converted:.4f} ({100 * (converted / teacher - 1):+.2f} %) "
         f"| {student:.4f} ({100 * (student / teacher - 1):+.2f} %) |",
     ]
-    names = {"1x": "prompted digit recognised at the training length (24 prompts)"}
+    names = {"1x": f"prompted digit recognised at the training length ({found['prompts']} prompts)"}
     for length, share in found["accuracy"]["teacher"].items():
         name = names.get(length, f"prompted digit recognised at {length} the training length")
         lines.append(f"| {name} | {100 * share:.0f} % | | {100 * found['accuracy']['student'][length]:.0f} % |")
@@ -51,7 +51,7 @@ def table(found: dict[str, Any]) -> str:
 def main() -> None:
     run = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo")
     report = json.loads((run / "report.json").read_text())
-    found = {key: report[key] for key in KEYS if key in report}
+    found = {key: report[key] for key in KEYS if key in report} | {"prompts": report["digits_bench"]["prompts"]}
     (HERE / "demo.json").write_text(json.dumps(found, indent=2, sort_keys=True) + "\n")
     (HERE / "demo.md").write_text(table(found))
     print(table(found))
