@@ -92,7 +92,7 @@ def test_activations_are_what_autograd_keeps(monkeypatch, position, precise, blo
     counted = (kept(two, precise, monkeypatch) - kept(one, precise, monkeypatch)) / tokens
     history = sum(len(one.causal.history(*chunk)) for chunk in one.causal.chunks(FRAMES)) / FRAMES
     predicted = block_bytes(one, history, 4 if precise else 2)
-    # Observed: 0.96 to 1.00 of it dense; latent layouts keep less than the most that is counted for them.
+    # Observed: 0.99 to 1.01 of it dense, 0.98 to 1.17 latent: less is kept than the most that is counted for layouts.
     assert 0.93 < predicted / counted < (1.03 if position is None else 1.30)
 
 
@@ -118,15 +118,16 @@ def test_the_paper_on_eight_cards(capsys):
     assert consistency["memory"]["frozen_networks"] == 4 * weights
     assert dmd["memory"]["frozen_networks"] == 2 * 1_418_996_800
     assert dmd["memory"]["second_network"] == 16 * 1_418_996_800
-    assert dmd["memory"]["caches"] == 4 * 21 * 1560 * 30 * 224
+    # Recomputed blocks keep the cache as each of the seven chunks found it.
+    assert dmd["memory"]["caches"] == 8 * 4 * 21 * 1560 * 30 * 224
     assert plain["seconds"] is None
 
     sharded = needs(capsys, "wan2.1-1.3b-paper", "--launch", "recipes/accelerate/fsdp2.yaml")
     assert sharded["launch"] == {"processes": 8, "sharded": True}
     memory = sharded["stages"][0]["memory"]
     assert (memory["gradients"], memory["optimizer"]) == (weights // 2, weights)
-    less = needs(capsys, "wan2.1-1.3b-paper", "--set", "distill.0.gradient_checkpointing=true")["stages"][0]
-    assert less["memory"]["activations"] < forcing["memory"]["activations"] / 10
+    more = needs(capsys, "wan2.1-1.3b-paper", "--set", "distill.0.gradient_checkpointing=false")["stages"][0]
+    assert forcing["memory"]["activations"] < more["memory"]["activations"] / 10
 
 
 def test_bad_input_is_one_line(capsys, tmp_path):
