@@ -14,7 +14,7 @@ from mla_convert.evaluate.report import render_html
 from mla_convert.evaluate.rollouts import chosen_prompts
 from mla_convert.zoo.digits.data import CLIP_FRAMES
 
-CONFIG = EvaluateConfig(rollout_prompts=20, rollout_seeds=2, long_factor=3, factors=(2,))
+CONFIG = EvaluateConfig(rollout_prompts=20, rollout_seeds=2, long_factor=3, factors=(2,), sampler="renoise")
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +22,7 @@ def bench():
     """A teacher that draws real videos, and a student that draws nothing after the training length."""
 
     def drawn(model, num_frames, config, progress):
+        assert config.sampler == ("euler" if model == "real" else "renoise")
         video = db.real_videos(chosen_prompts(config.rollout_prompts), num_frames, config.seed + 50)
         if model == "fades":
             video[:, :, CLIP_FRAMES:] = -1

@@ -43,8 +43,9 @@ def digits_bench(
     videos = {"real": real_videos(prompts, frames, config.seed)}
     for name, model in models.items():
         drawn = []
+        sampler = config.sampler if name == "student" else "euler"
         for seed in range(config.rollout_seeds):
-            changed = config.model_copy(update={"seed": config.seed + seed})
+            changed = config.model_copy(update={"seed": config.seed + seed, "sampler": sampler})
 
             def told(done: int, total: int, name: str = name, before: int = seed * frames) -> None:
                 report(f"rollouts of the {name}", before + done, config.rollout_seeds * total)

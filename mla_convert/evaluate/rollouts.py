@@ -50,6 +50,7 @@ def digit_rollouts(
         shift=config.shift,
         seed=config.seed,
         guidance_scale=config.guidance_scale,
+        sampler=config.sampler,
     )
     for chunk in rollout:
         chunks.append(chunk.cpu())
