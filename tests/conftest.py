@@ -12,12 +12,16 @@ os.environ["MPLBACKEND"] = "Agg"
 
 # The variables above are read when these are imported.
 import random
+import signal
 
 import numpy as np
 import pytest
 import torch
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # So a shell starts what runs in the background, and children that are to be interrupted inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if not torch.cuda.is_available():
     # Read when Triton is imported: kernels run in its interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
