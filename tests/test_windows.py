@@ -40,8 +40,8 @@ def test_rollout_equals_the_whole_clip_given_its_context(
     written: list[Tensor] = []
     forward_chunk = model.forward_chunk
 
-    def watched(x: Tensor, timestep: Tensor, *rest: Any, write: bool = False) -> Tensor:
-        velocity = forward_chunk(x, timestep, *rest, write=write)
+    def watched(x: Tensor, timestep: Tensor, *rest: Any, write: bool = False, **more: Any) -> Tensor:
+        velocity = forward_chunk(x, timestep, *rest, write=write, **more)
         if write:
             assert timestep.tolist() == pytest.approx([1000 * context_noise] * 2)
             written.append(x)
