@@ -30,7 +30,7 @@ CHECK = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 FREE_SHARE = 0.5
 """Share of the device's free memory that expanded histories may take with `history` auto."""
 
-CPU_DEFAULT = "on a CPU torch is the default; `kernels: triton` runs the kernels in Triton's interpreter"
+CPU_DEFAULT = "on a CPU torch is the default"
 
 
 class Shape(NamedTuple):
