@@ -5,20 +5,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console, RenderableType
 from rich.filesize import decimal
-from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from ..distill.progress import Report, reporting
 from ..errors import UsageError
 from .output import Json, print_result, stderr
-
-if TYPE_CHECKING:
-    from ..export.hub import Report
 
 
 def push(
@@ -68,14 +66,7 @@ def _progress(console: Console) -> Iterator[Report]:
         TextColumn("{task.fields[detail]}", markup=False),
         console=console,
     )
-    tasks: dict[str, TaskID] = {}
-
-    def report(what: str, done: int, total: int, detail: str = "", /) -> None:
-        if what not in tasks:
-            tasks[what] = bars.add_task(what, detail=detail)
-        bars.update(tasks[what], completed=done, total=total, detail=detail)
-
-    with bars:
+    with reporting(bars) as report:
         yield report
 
 

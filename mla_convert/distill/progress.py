@@ -36,6 +36,13 @@ def progress_bars(console: Console | None = None) -> Iterator[Report]:
         TextColumn("{task.fields[detail]}"),
         console=console or Console(stderr=True),
     )
+    with reporting(bars) as report:
+        yield report
+
+
+@contextlib.contextmanager
+def reporting(bars: Progress) -> Iterator[Report]:
+    """`bars`, with a field `detail`, as a report that gives every job a bar."""
     tasks: dict[str, TaskID] = {}
 
     def report(what: str, done: int, total: int, detail: str = "", /) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
-from .figures import MUTED, RUNS, TEACHER, Chart, _curve, _step_axis, percent_axis
+from .figures import MUTED, RUNS, TEACHER, Chart, _curve, _step_axis, log_axis_where_wide, percent_axis
 
 Report = Mapping[str, Any]
 
@@ -46,11 +46,7 @@ def training_loss(reports: Sequence[Report]) -> str:
             ax.plot(steps[first : first + len(smooth)], smooth, color=color)
             everything += list(smooth)
             ends.append(steps[-1])
-        if min(everything) > 0 and max(everything) > 8 * min(everything):
-            ax.set_yscale("log")
-            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            ax.yaxis.set_minor_locator(NullLocator())
-            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        log_axis_where_wide(ax, everything)
         _step_axis(ax, ends)
     return chart.svg
 

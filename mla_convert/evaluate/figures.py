@@ -91,11 +91,7 @@ def training_loss(curves: Sequence[Mapping[str, Any]]) -> str:
         starts = [int(np.searchsorted(steps, start, side="right")) for _, start in bounds]
         for first, end in itertools.pairwise([*starts, len(steps)]):
             _smoothed(ax, steps[first:end], values[first:end])
-        if min(values) > 0 and max(values) > 8 * min(values):
-            ax.set_yscale("log")
-            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            ax.yaxis.set_minor_locator(NullLocator())
-            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        log_axis_where_wide(ax, values)
         _step_axis(ax, steps)
     return chart.svg
 
@@ -251,6 +247,15 @@ def _text(
 
 def _end_label(ax: Axes, x: float, y: float, text: str, color: str, above: bool) -> None:
     _text(ax, x, y, text, color, "right", "bottom" if above else "top", (0, 7 if above else -6))
+
+
+def log_axis_where_wide(ax: Axes, values: Sequence[float]) -> None:
+    """A logarithmic axis for positive values that span more than a factor of eight."""
+    if min(values) > 0 and max(values) > 8 * min(values):
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _step_axis(ax: Axes, steps: Sequence[float]) -> None:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, errors, get_token
 from huggingface_hub.hf_api import RepoFile
@@ -15,6 +15,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from huggingface_hub.utils.sha import git_hash
 
 from .. import __version__
+from ..distill.progress import Report
 from ..errors import UserError
 from ..files import MANIFEST, sha256
 from .hub_errors import check_repo_id, explain_push_errors, name_taken
@@ -39,12 +40,6 @@ class PushConfig:
     pull_request: bool = False
     dry_run: bool = False
     message: str | None = None
-
-
-class Report(Protocol):
-    """Called with the name of a job, its bytes done and in all, and the file at work."""
-
-    def __call__(self, what: str, done: int, total: int, detail: str = "", /) -> None: ...
 
 
 @dataclass
@@ -79,7 +74,8 @@ def push(folder: Path, config: PushConfig, report: Report | None = None) -> dict
 
     `folder` is a run folder, a checkpoint or an export; the digests in its manifest are verified first.
     Files that are there already are not sent, and files of an earlier push that are gone here are
-    deleted; others stay. The token comes from the environment or the stored login. Returns `repo_id`,
+    deleted; others stay. `report` counts bytes and names the file at work. The token comes from the
+    environment or the stored login. Returns `repo_id`,
     `url`, `revision`, `commit`, `pull_request` (its URL), `created`, `uploaded`, `skipped`, `deleted`
     (names), `bytes` (of the uploaded files), `sizes` and `dry_run`. Raises UsageError for a malformed
     repository id, UserError in one line for all else.

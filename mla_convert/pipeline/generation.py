@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from ..export.manifest import read_manifest
 from ..files import MANIFEST, atomic_file
 from ..recipe.schema import validate
 from ..run.config import GenerateConfig
-from ..run.decode import frame_chunks, latent_frames
+from ..run.decode import frame_chunks, latent_frames, video_frames
 from ..run.offload import Offload, place
 from ..run.parts import PICTURES, TEXT, find_parts
 from ..run.prefetch import FrameWriter
@@ -136,10 +135,8 @@ class _Task:
             known["latent_height"] = to_latent("height", request.size[0], self.spatial)
             known["latent_width"] = to_latent("width", request.size[1], self.spatial)
         if request.seconds is not None:
-            if not (math.isfinite(request.seconds) and request.seconds > 0):
-                raise UsageError(f"a video of {request.seconds:g} seconds has no frames; give more than 0")
             fps = validate(GenerateConfig, known).fps
-            known["num_frames"] = latent_frames(max(1, round(request.seconds * fps)), self.temporal)
+            known["num_frames"] = latent_frames(video_frames(request.seconds, fps), self.temporal)
         self.config = validate(GenerateConfig, known)
         self.height, self.width = latent_size(self.model, self.config)
         check_latent_size(self.model, self.height, self.width, self.spatial)

@@ -7,6 +7,7 @@ from chunk to chunk, so that decoding in parts is decoding the whole, at the mem
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
 from torch import Tensor
 
+from ..errors import UsageError
 from .video import Frames, denormalised, to_frames
 
 
@@ -66,6 +68,13 @@ def frame_chunks(chunks: Iterable[Tensor], vae: Any = None) -> Iterator[list[Fra
 def first_video_frame(latent_frame: int, temporal: int) -> int:
     """Number of the first video frame of a latent one, for a VAE that takes one frame and then `temporal` at a time."""
     return 0 if latent_frame == 0 else 1 + (latent_frame - 1) * temporal
+
+
+def video_frames(seconds: float, fps: float) -> int:
+    """The video frames of some seconds, at least one. Raises UsageError unless they are more than 0."""
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise UsageError(f"a video of {seconds:g} seconds has no frames; give more than 0")
+    return max(1, round(seconds * fps))
 
 
 def latent_frames(video_frames: int, temporal: int) -> int:

@@ -7,7 +7,6 @@ looks for it; `from mla_convert import StreamingMLAPipeline` does.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from ..errors import UsageError, UserError
 from ..flow import Sampler, check_steps
 from ..zoo.digits.data import FRAME
 from .config import GenerateConfig
-from .decode import StreamingDecoder, latent_frames
+from .decode import StreamingDecoder, latent_frames, video_frames
 from .loading import load_arguments
 from .prefetch import prefetch
 from .prompts import PromptSchedule
@@ -331,9 +330,7 @@ class StreamingMLAPipeline(DiffusionPipeline):
         if num_frames is not None and seconds is not None:
             raise UsageError("give num_frames or seconds, one of the two")
         if seconds is not None:
-            if not (math.isfinite(seconds) and seconds > 0):
-                raise UsageError(f"a video of {seconds:g} seconds has no frames; give more than 0")
-            num_frames = max(1, round(seconds * fps))
+            num_frames = video_frames(seconds, fps)
         if num_frames is None:
             return None
         if num_frames < 1:
