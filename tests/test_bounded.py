@@ -125,13 +125,13 @@ class Killed(Exception):
 def fitted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The layers that were fitted, in order."""
     seen: list[int] = []
-    original = layers_module.initialise_layer
+    original = layers_module.read_layer
 
     def counted(layer: Any, *arguments: Any) -> Any:
         seen.append(layer.layer)
         return original(layer, *arguments)
 
-    monkeypatch.setattr(layers_module, "initialise_layer", counted)
+    monkeypatch.setattr(layers_module, "read_layer", counted)
     return seen
 
 

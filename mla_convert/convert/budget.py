@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..mla.attention import AttentionPass
+from ..mla.latent import shared_latents
 from .config import Budget
 
 MEASURED_RANKS = 8
@@ -36,7 +38,8 @@ class Trace(NamedTuple):
 def candidate_ranks(budget: Budget, scalars: float | None, limit: int) -> list[int]:
     """At most `MEASURED_RANKS` ranks at which curves are measured, rising; the last is the largest on offer.
 
-    `scalars` is the mean rank that the budget leaves, None if that is open; `limit` the width of [k; v].
+    `scalars` is the mean rank that the budget leaves a latent, None if that is open; `limit` how many numbers
+    it encodes.
     Raises UsageError if there is no room for a single multiple.
     """
     step = budget.rank_multiple
@@ -50,22 +53,37 @@ def candidate_ranks(budget: Budget, scalars: float | None, limit: int) -> list[i
 
 @torch.no_grad()
 def measured_curve(
-    dense: nn.Module, latent_of_rank: Callable[[int], nn.Module], ranks: Sequence[int], traces: Sequence[Trace]
+    dense: Sequence[nn.Module],
+    latent_of_rank: Callable[[int], Sequence[Any]],
+    ranks: Sequence[int],
+    traces: Sequence[Sequence[Trace]],
 ) -> Curve:
-    """`(rank, squared error)` of one layer at each rank; the unit is that of the traces' gradients squared."""
+    """`(rank, squared error)` at each rank of a latent; the unit is that of the traces' gradients squared.
+
+    The layers that share it are `dense`, `traces` lists their forwards layer by layer.
+    """
     curve: Curve = []
-    expected = [dense(trace.hidden_states, None, None, trace.step) for trace in traces]
+    batches = list(zip(*traces, strict=True))
+    expected = [
+        [layer(trace.hidden_states, None, None, trace.step) for layer, trace in zip(dense, batch, strict=True)]
+        for batch in batches
+    ]
     for rank in ranks:
-        attention, total = latent_of_rank(rank), 0.0
-        for trace, out in zip(traces, expected, strict=True):
-            change = (attention(trace.hidden_states, None, None, trace.step) - out).float()
-            total += float((change * trace.output_grad.float()).sum((1, 2)).double().square().sum())
-        curve.append((rank, total / len(traces)))
+        layers, total = latent_of_rank(rank), 0.0
+        for batch, outs in zip(batches, expected, strict=True):
+            step, error = batch[0].step, torch.zeros(())
+            if len(layers) > 1:
+                step = replace(step, latents=shared_latents(layers, [trace.hidden_states for trace in batch], step))
+            for layer, trace, out in zip(layers, batch, outs, strict=True):
+                change = (layer(trace.hidden_states, None, None, step) - out).float()
+                error = error + (change * trace.output_grad.float()).sum((1, 2)).cpu()
+            total += float(error.double().square().sum())
+        curve.append((rank, total / len(batches)))
     return curve
 
 
 def allot(curves: Sequence[Curve], budget: Budget, scalars: float | None) -> list[int]:
-    """A rank for every layer, multiples of `rank_multiple` within the ranks that were measured.
+    """A rank for every latent, multiples of `rank_multiple` within the ranks that were measured.
 
     Starting from the smallest, what lowers the summed error most for each further scalar comes next,
     until the mean is `scalars` or the sum is at most `loss_increase`. Raises UsageError if the curves

@@ -38,6 +38,7 @@ def sweep(
     progress: Callable[[int, int], None] | None = None,
     velocity: Callable[[int, Tensor], None] | None = None,
     trace: Callable[[Trace], None] | None = None,
+    layers_per_latent: int = 1,
 ) -> None:
     """Sample the `wanted` layers, each for `visit(layer, block, sample)` while its block is open.
 
@@ -46,11 +47,12 @@ def sweep(
     with no sample, and `visit` gives the converted attention that the blocks above run on. `progress`
     counts the blocks of a forward sweep that comes before the visits. With `metric: velocity` `velocity`
     is told the number and the velocity `[B, C, F, H, W]` of every batch, and `trace` what each layer
-    does on one batch in four (at least one), which is then not sampled if there are others.
+    does on one batch in four (at least one), which is then not sampled if there are others. Layers that
+    share a latent are sampled at the same tokens.
     What was entered in `clips` is used up. Raises UserError for NaN or infinite activations, and where
     the tokens that a sweep keeps do not fit on the disk.
     """
-    run = _Sweep(blocks, clips, config, history_only, frozenset(wanted), visit, velocity, trace)
+    run = _Sweep(blocks, clips, config, history_only, frozenset(wanted), visit, velocity, trace, layers_per_latent)
     if config.metric == "velocity":
         run.backward(progress)
     else:
@@ -66,6 +68,7 @@ class _Sweep(NamedTuple):
     visit: Visit
     velocity: Callable[[int, Tensor], None] | None
     trace: Callable[[Trace], None] | None
+    layers_per_latent: int
 
     def forward(self) -> None:
         """From the first block to the last wanted one, each layer sampled with z of its own."""
@@ -173,7 +176,7 @@ class _Sweep(NamedTuple):
             self.config,
             self.history_only,
             max(1, self.config.max_tokens // len(self.clips)),
-            drawn(SAMPLE, self.config.seed, layer, number),
+            drawn(SAMPLE, self.config.seed, layer - layer % self.layers_per_latent, number),
             output_grad,
         )
 

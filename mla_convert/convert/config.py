@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ..mla.config import OwnChunk, Position
+from ..mla.config import OwnChunk, Position, check_shared_latent
 
 Init = Literal["random", "svd", "activation"]
 
@@ -73,8 +73,9 @@ class Budget(BaseModel):
 class ConvertConfig(BaseModel):
     """What the converted attention looks like and how it is initialised.
 
-    `position`, `own_chunk`: see `mla_convert.mla.config.MLAConfig`. `kv_lora_rank` is one number or
-    one a layer (192 where it is left out), or null with a `budget` that chooses them.
+    `position`, `own_chunk`, `layers_per_latent`: see `mla_convert.mla.config.MLAConfig`. `kv_lora_rank` is one
+    number or one a latent (192 for each of its layers where it is left out), or null with a `budget` that
+    chooses them. Of a latent that 4 layers share, 4 times the rank is as much cache as one of each layer's own.
     `qk_rope_head_dim` counts the channels of the shared rotary key (even), which `rotate_on_read`
     does without. `q_lora_rank: null` keeps the queries full.
 
@@ -93,6 +94,7 @@ class ConvertConfig(BaseModel):
     own_chunk: OwnChunk = "exact"
     init: Init = "activation"
     kv_lora_rank: int | list[int] | None = None
+    layers_per_latent: int = Field(1, ge=1)
     budget: Budget | None = None
     qk_rope_head_dim: int = Field(0, ge=0)
     q_lora_rank: int | None = Field(None, ge=1)
@@ -104,7 +106,8 @@ class ConvertConfig(BaseModel):
     @classmethod
     def _default_rank(cls, value: Any) -> Any:
         if isinstance(value, dict) and value.get("budget") is None and "kv_lora_rank" not in value:
-            return {**value, "kv_lora_rank": 192}
+            layers = value.get("layers_per_latent", 1)
+            return {**value, "kv_lora_rank": 192 * (layers if isinstance(layers, int) else 1)}
         return value
 
     @model_validator(mode="after")
@@ -120,6 +123,19 @@ class ConvertConfig(BaseModel):
         if self.position != "rotate_on_read" and not self.qk_rope_head_dim:
             raise ValueError(
                 f"position {self.position} needs a shared rotary key: set qk_rope_head_dim, 32 in VideoMLA"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _latents_that_can_be_shared(self) -> ConvertConfig:
+        check_shared_latent(self.layers_per_latent, self.position, self.own_chunk)
+        if self.layers_per_latent > 1 and self.init == "svd":
+            raise ValueError(
+                "layers_per_latent above 1 needs init activation: the weights do not say what layers have in common"
+            )
+        if self.layers_per_latent > 1 and self.init == "activation" and self.calibration.metric != "velocity":
+            raise ValueError(
+                "layers_per_latent above 1 weighs layers against each other: set calibration.metric velocity"
             )
         return self
 
@@ -139,6 +155,11 @@ class ConvertConfig(BaseModel):
             raise ValueError("the budget chooses it layer by layer")
         if isinstance(self.kv_lora_rank, int):
             return [self.kv_lora_rank] * num_layers
-        if len(self.kv_lora_rank) != num_layers:
-            raise ValueError(f"kv_lora_rank lists {len(self.kv_lora_rank)} layers, the model has {num_layers}")
-        return list(self.kv_lora_rank)
+        latents, what = num_layers // self.layers_per_latent, "layers" if self.layers_per_latent == 1 else "latents"
+        if len(self.kv_lora_rank) != latents:
+            raise ValueError(f"kv_lora_rank lists {len(self.kv_lora_rank)} {what}, the model has {latents}")
+        return self.for_layers(self.kv_lora_rank)
+
+    def for_layers(self, by_latent: list[int]) -> list[int]:
+        """Ranks of latents, one for each of the layers that share it."""
+        return [rank for rank in by_latent for _ in range(self.layers_per_latent)]

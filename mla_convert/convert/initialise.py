@@ -7,7 +7,7 @@ if that is derived from the latent, and the values. A low-rank code of the targe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +17,7 @@ from ..mla.attention import DenseSelfAttention
 from .config import ConvertConfig
 from .factorize import Code, low_rank_code, low_rank_code_of_samples, low_rank_factor
 from .probe import LayerSample
-from .target import Target, as_read, layout_target
+from .target import Target, as_read, factors, layout_target, moments, size
 
 # Columns of a float64 matrix that are made at once, 84 MB of those of a 14B layer.
 COLUMNS_AT_ONCE = 1024
@@ -50,6 +50,79 @@ class LayerInit:
         return replace(self, tensors=tensors, lost_energy=None)
 
 
+@dataclass
+class LayerReading:
+    """What a layer's latent has to restore, and what its latent form needs that does not depend on the latent.
+
+    `read` is the sample `as_read` by the target; None unless `init: activation`. `tensors` by parameter name.
+    """
+
+    target: Target
+    heads: int
+    head_dim: int
+    read: LayerSample | None
+    weights: tuple[Tensor, Tensor] | None
+    tensors: dict[str, Tensor]
+    generator: torch.Generator
+
+
+def read_layer(
+    layer: DenseSelfAttention,
+    sample: LayerSample | None,
+    axes: tuple[int, ...],
+    config: ConvertConfig,
+    generator: torch.Generator,
+) -> LayerReading:
+    """What `initialise_layers` needs of `layer`, which may be let go then.
+
+    `axes` is the axis of each rotary pair. `sample` may be None unless `init: activation`. Raises
+    ValueError for a rotary key larger than the layer has.
+    """
+    read, mean = None, None
+    if config.init == "activation":
+        assert sample is not None
+        read, mean = as_read(sample, config)
+    target = layout_target(layer, read, axes, config)
+    tensors: dict[str, Tensor] = {}
+    if target.shared is not None:
+        tensors["q_pe_coef"] = torch.view_as_real(target.shared.decoder.T.contiguous())
+    if mean is not None:
+        tensors["k_mean"] = mean
+    weights = _weights(layer) if config.init == "svd" else None
+    if config.q_lora_rank is not None:
+        tensors |= _factorised_query(layer, config, sample, generator)
+    return LayerReading(target, layer.heads, layer.head_dim, read, weights, tensors, generator)
+
+
+def initialise_layers(readings: Sequence[LayerReading], config: ConvertConfig, rank: int) -> list[LayerInit]:
+    """Everything that the latent forms of layers need that share a latent of `rank` numbers; often it is one layer.
+
+    One code restores what all of them need, in the metric of all their errors together, and each layer gets
+    its columns of the encoder and its rows of the decoder. Raises ValueError for a rank that is larger than
+    the layers have.
+    """
+    code = None if config.init == "random" else _fit(readings, rank)
+    plans, start = [], 0
+    for reading in readings:
+        if code is None:
+            tensors = _random(reading, rank, len(readings))
+        else:
+            own = slice(start, start := start + reading.target.size(reading.heads, reading.head_dim))
+            part = code._replace(encoder=code.encoder[:, own], decoder=code.decoder[own], mean=code.mean[own])
+            tensors = _projections(reading, part)
+        shared = reading.target.shared
+        plans.append(
+            LayerInit(
+                [] if shared is None else shared.pairs,
+                [] if shared is None else reading.target.nope_pairs,
+                {name: tensor.float().contiguous() for name, tensor in (tensors | reading.tensors).items()},
+                None if code is None else code.error(),
+                reading.target.derived,
+            )
+        )
+    return plans
+
+
 def initialise_layer(
     layer: DenseSelfAttention,
     sample: LayerSample | None,
@@ -58,50 +131,25 @@ def initialise_layer(
     rank: int,
     generator: torch.Generator,
 ) -> LayerInit:
-    """Everything that the latent form of `layer` needs beside the dense parameters.
-
-    `axes` is the axis of each rotary pair. `sample` may be None unless `init: activation`. Raises
-    ValueError for a rank or a rotary key larger than the layer has.
-    """
-    fitted, mean = None, None
-    if config.init == "activation":
-        assert sample is not None
-        fitted, mean = as_read(sample, config)
-    target = layout_target(layer, fitted, axes, config)
-    shared, code = target.shared, None
-    if config.init == "random":
-        tensors = _random(layer, target, rank, generator)
-    else:
-        code = _fit(layer, target, fitted, rank)
-        tensors = _projections(layer, target, code)
-    if config.q_lora_rank is not None:
-        tensors |= _factorised_query(layer, config, sample, generator)
-    if shared is not None:
-        tensors["q_pe_coef"] = torch.view_as_real(shared.decoder.T.contiguous())
-    if mean is not None:
-        tensors["k_mean"] = mean
-    return LayerInit(
-        [] if shared is None else shared.pairs,
-        [] if shared is None else target.nope_pairs,
-        {name: tensor.float().contiguous() for name, tensor in tensors.items()},
-        None if code is None else code.error(),
-        target.derived,
-    )
+    """`initialise_layers` for a layer with a latent of its own."""
+    return initialise_layers([read_layer(layer, sample, axes, config, generator)], config, rank)[0]
 
 
-def _fit(layer: DenseSelfAttention, target: Target, sample: LayerSample | None, rank: int) -> Code:
-    """The code of the target: in the metric of the layer's output, or of the weights alone."""
-    if sample is not None:
-        size = target.size(layer.heads, layer.head_dim)
-        if rank <= len(sample.hidden) < size:
-            samples, mean, probes = target.factors(sample)
+def _fit(readings: Sequence[LayerReading], rank: int) -> Code:
+    """The code of the targets: in the metric of the model's or the layer's output, or of the weights alone."""
+    read = [(reading.target, reading.read) for reading in readings if reading.read is not None]
+    if read:
+        if rank <= len(read[0][1].hidden) < size(read):
+            samples, mean, probes = factors(read)
             return low_rank_code_of_samples(samples, probes, mean, rank)
-        covariance, mean, metric = target.moments(sample)
+        covariance, mean, metric = moments(read)
         return low_rank_code(covariance, metric, mean, rank)
-    weight, bias = _weights(layer)
-    columns = weight.T.unflatten(1, (2, layer.heads, layer.head_dim))
-    mean = target(*bias.view(2, 1, layer.heads, layer.head_dim))[0]
-    return low_rank_factor(target(columns[:, 0], columns[:, 1]), mean, rank)
+    (reading,) = readings
+    assert reading.weights is not None
+    weight, bias = reading.weights
+    columns = weight.T.unflatten(1, (2, reading.heads, reading.head_dim))
+    mean = reading.target(*bias.view(2, 1, reading.heads, reading.head_dim))[0]
+    return low_rank_factor(reading.target(columns[:, 0], columns[:, 1]), mean, rank)
 
 
 def _weights(layer: DenseSelfAttention) -> tuple[Tensor, Tensor]:
@@ -130,8 +178,8 @@ def _columns(function: Callable[[Tensor, Tensor], Tensor], heads: int, head_dim:
         yield function(unit[:, 0], unit[:, 1]).T
 
 
-def _projections(layer: DenseSelfAttention, target: Target, code: Code) -> dict[str, Tensor]:
-    heads, head_dim = layer.heads, layer.head_dim
+def _projections(reading: LayerReading, code: Code) -> dict[str, Tensor]:
+    target, heads, head_dim = reading.target, reading.heads, reading.head_dim
     nope = 2 * heads * len(target.nope_pairs)
     shared = 0 if target.shared is None or not target.derived else 2 * len(target.shared.pairs)
     tensors = {
@@ -157,15 +205,19 @@ def _projections(layer: DenseSelfAttention, target: Target, code: Code) -> dict[
     return tensors
 
 
-def _random(layer: DenseSelfAttention, target: Target, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Projections of the right shapes drawn at random, each with the gain that keeps the variance."""
-    inner = layer.heads * layer.head_dim
+def _random(reading: LayerReading, rank: int, layers: int) -> dict[str, Tensor]:
+    """Projections of the right shapes drawn at random, each with the gain that keeps the variance.
+
+    The latent is the sum of what so many `layers` make of their keys and values.
+    """
+    target, heads, generator = reading.target, reading.heads, reading.generator
+    inner = heads * reading.head_dim
 
     def draw(rows: int, columns: int) -> Tensor:
         return torch.randn(rows, columns, generator=generator) / columns**0.5
 
-    restored = layer.heads * (2 * len(target.nope_pairs) + layer.head_dim)
-    tensors = {"kv_a_proj.weight": draw(rank, 2 * inner), "kv_a_proj.bias": torch.zeros(rank)}
+    restored = heads * (2 * len(target.nope_pairs) + reading.head_dim)
+    tensors = {"kv_a_proj.weight": draw(rank, 2 * inner) / layers**0.5, "kv_a_proj.bias": torch.zeros(rank)}
     tensors |= {"kv_b_proj.weight": draw(restored, rank), "kv_b_proj.bias": torch.zeros(restored)}
     if target.shared is not None:
         channels = 2 * len(target.shared.pairs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -15,7 +16,7 @@ from .budget import Curve, Trace, allot, candidate_ranks, measured_curve
 from .calibrate import sweep
 from .clips import INIT, CalibrationBatch, Clips, drawn, enter_clips
 from .config import ConvertConfig
-from .initialise import LayerInit, initialise_layer
+from .initialise import LayerInit, LayerReading, initialise_layers, read_layer
 from .probe import LayerSample
 from .state import latent_attention
 from .store import TensorStore
@@ -67,7 +68,12 @@ def planned_ranks(blocks: Blocks, config: ConvertConfig) -> Ranks:
 
     Raises UsageError for one that the model cannot have.
     """
-    limit = _width(blocks)
+    layers, shared = len(blocks), config.layers_per_latent
+    if layers % shared:
+        possible = ", ".join(str(count) for count in range(1, layers + 1) if layers % count == 0)
+        problem = f"{layers} layers cannot share latents {shared} at a time"
+        raise UsageError(f"convert.layers_per_latent: {problem}; one of {possible}")
+    limit = _width(blocks, config)
     if config.budget is not None:
         measured = candidate_ranks(config.budget, _latent_scalars(blocks, config), limit)
         return Ranks([measured[-1]] * len(blocks), measured)
@@ -77,7 +83,8 @@ def planned_ranks(blocks: Blocks, config: ConvertConfig) -> Ranks:
         raise UsageError(f"convert.kv_lora_rank: {error}") from None
     for layer, rank in enumerate(ranks):
         if not 1 <= rank <= limit:
-            problem = f"{rank} in layer {layer} is not between 1 and {limit}, the width of [k; v]"
+            of_all = "" if shared == 1 else f" of {shared} layers"
+            problem = f"{rank} in layer {layer} is not between 1 and {limit}, the width of [k; v]{of_all}"
             raise UsageError(f"convert.kv_lora_rank: {problem}")
     return Ranks(ranks, [])
 
@@ -87,19 +94,21 @@ def final_ranks(blocks: Blocks, config: ConvertConfig, plans: Iterable[LayerInit
     if config.budget is None:
         return planned_ranks(blocks, config).fitted
     curves = [plan.curve for plan in plans]
-    return allot([curve for curve in curves if curve is not None], config.budget, _latent_scalars(blocks, config))
+    measured = [curve for curve in curves if curve is not None]
+    return config.for_layers(allot(measured, config.budget, _latent_scalars(blocks, config)))
 
 
-def _width(blocks: Blocks) -> int:
-    """Scalars of [k; v]."""
-    return int(2 * blocks.model.config.num_attention_heads * blocks.model.config.attention_head_dim)
+def _width(blocks: Blocks, config: ConvertConfig) -> int:
+    """Numbers that a latent encodes: [k; v] of its layers."""
+    model = blocks.model.config
+    return int(2 * model.num_attention_heads * model.attention_head_dim * config.layers_per_latent)
 
 
 def _latent_scalars(blocks: Blocks, config: ConvertConfig) -> float | None:
-    """Mean rank that the budget leaves beside a cached shared key; None where that is open."""
+    """Mean rank that the budget leaves a latent beside a cached shared key; None where that is open."""
     assert config.budget is not None
-    scalars = config.budget.scalars(_width(blocks))
-    return None if scalars is None else scalars - config.cached_key
+    scalars = config.budget.scalars(_width(blocks, config) // config.layers_per_latent)
+    return None if scalars is None else config.layers_per_latent * (scalars - config.cached_key)
 
 
 def convert_layers(
@@ -113,16 +122,24 @@ def convert_layers(
 ) -> None:
     """Fit every layer that is not on the `shelf` yet and put it there.
 
-    Memory is one block, its sample and, up to `store.IN_MEMORY_BYTES`, the hidden states of the
-    `batches`; more of those go to files in `work`. Draws depend on seed, layer and batch alone, so that
-    it does not matter which layers were done before. `progress` is told (what, done, of how many).
+    Memory is one block and its sample, or the samples of the layers that share a latent, and, up to
+    `store.IN_MEMORY_BYTES`, the hidden states of the `batches`; more of those go to files in `work`. Draws depend
+    on seed, layer and batch alone, so that it does not matter which layers were done before. `progress` is told
+    (what, done, of how many).
     Raises UsageError for ranks and shapes that the model does not have, UserError for clips that
     cannot be calibrated on.
     """
-    run = _Layers(blocks, config, planned_ranks(blocks, config), seed, shelf, progress)
-    wanted = [layer for layer in range(len(blocks)) if layer not in shelf]
+    ranks = planned_ranks(blocks, config)
+    wanted = [
+        layer
+        for first in range(0, len(blocks), config.layers_per_latent)
+        for layers in [range(first, first + config.layers_per_latent)]
+        if any(layer not in shelf for layer in layers)
+        for layer in layers
+    ]
     if not wanted:
         return
+    run = _Layers(blocks, config, ranks, seed, shelf, progress, frozenset(wanted))
     if config.init != "activation":
         for layer in wanted:
             with blocks.open(layer) as block:
@@ -133,8 +150,19 @@ def convert_layers(
     store = TensorStore(None if work is None else work / "activations")
     try:
         clips = enter_clips(blocks, batches, config.calibration, store)
-        history_only = config.own_chunk == "exact"
-        sweep(blocks, clips, config.calibration, history_only, wanted, run.visit, run.ascended, *run.watch(clips))
+        velocity, trace = run.watch(clips)
+        sweep(
+            blocks,
+            clips,
+            config.calibration,
+            config.own_chunk == "exact",
+            wanted,
+            run.visit,
+            progress=run.ascended,
+            velocity=velocity,
+            trace=trace,
+            layers_per_latent=config.layers_per_latent,
+        )
     finally:
         store.clear()
 
@@ -148,13 +176,16 @@ class _Layers:
         seed: int,
         shelf: Shelf,
         progress: Progress | None,
+        wanted: frozenset[int],
     ) -> None:
-        self.axes = blocks.model.rotary_table().axes
-        self.config, self.seed, self.shelf, self.progress = config, seed, shelf, progress
+        self.blocks, self.axes = blocks, blocks.model.rotary_table().axes
+        self.config, self.seed, self.shelf, self.progress, self.wanted = config, seed, shelf, progress, wanted
         self.ranks, self.candidates = ranks
+        self.readings: dict[int, LayerReading] = {}
         self.converted = config.init == "activation" and config.calibration.hidden_states == "converted"
         self.warned = False
-        self.traces: list[Trace] = []
+        self.traces: dict[int, list[Trace]] = {}
+        self.untold: list[Trace] = []
         self.teacher_losses: list[float] = []
 
     def watch(self, clips: Clips) -> tuple[Callable[[int, Tensor], None], Callable[[Trace], None]] | tuple[None, None]:
@@ -165,13 +196,19 @@ class _Layers:
         def velocity(number: int, v: Tensor) -> None:
             self.teacher_losses.append(clips.loss(number, v))
 
-        return velocity, self.traces.append
+        return velocity, self.untold.append
 
     def visit(self, layer: int, block: Any, sample: LayerSample | None) -> nn.Module | None:
-        """Fit a layer; the converted attention where the layers above run on it."""
-        if layer not in self.shelf:
-            self.shelf.put(layer, block, self._fit(layer, block, sample))
-            self._told("convert", sum(i in self.shelf for i in range(len(self.ranks))), len(self.ranks))
+        """Fit a layer, with those it shares a latent with as soon as all are seen.
+
+        The converted attention where the layers above run on it.
+        """
+        if layer in self.wanted:
+            self._read(layer, block, sample)
+            first = layer - layer % self.config.layers_per_latent
+            layers = range(first, first + self.config.layers_per_latent)
+            if all(other in self.readings for other in layers):
+                self._fit(layers, layer, block)
         if not self.converted:
             return None
         return latent_attention(block.attn1, self.shelf.get(layer), self.config, self.ranks[layer])
@@ -179,7 +216,7 @@ class _Layers:
     def ascended(self, done: int, total: int) -> None:
         self._told("calibrate", done, total)
 
-    def _fit(self, layer: int, block: Any, sample: LayerSample | None) -> LayerInit:
+    def _read(self, layer: int, block: Any, sample: LayerSample | None) -> None:
         rank = self.ranks[layer]
         if sample is not None and len(sample.hidden) < rank and not self.warned:
             self.warned = True
@@ -187,23 +224,42 @@ class _Layers:
             logger.warning("%s; use more calibration.clips, a larger max_tokens or a smaller rank", tokens)
         generator = drawn(INIT, self.seed, layer)
         try:
-            plan = initialise_layer(block.attn1, sample, self.axes, self.config, rank, generator)
+            self.readings[layer] = read_layer(block.attn1, sample, self.axes, self.config, generator)
         except ValueError as error:
             raise UsageError(f"convert, layer {layer}: {error}") from None
+        self.traces[layer] = list(self.untold)
+        self.untold.clear()
+
+    def _fit(self, layers: range, opened: int, block: Any) -> None:
+        """Fit layers that share a latent and put them on the shelf; `block` is that of the layer which is `opened`."""
+        readings = [self.readings.pop(layer) for layer in layers]
+        try:
+            plans = initialise_layers(readings, self.config, self.ranks[layers[0]])
+        except ValueError as error:
+            raise UsageError(f"convert, layer {layers[0]}: {error}") from None
+        del readings
+
+        def open_block(layer: int) -> AbstractContextManager[Any]:
+            return nullcontext(block) if layer == opened else self.blocks.open(layer)
+
         if self.config.budget is not None:
-            plan.curve = self._curve(block.attn1, plan)
-        return plan
+            with ExitStack() as stack:
+                dense = [stack.enter_context(open_block(layer)).attn1 for layer in layers]
+                plans[0].curve = self._curve(dense, plans, [self.traces.pop(layer) for layer in layers])
+        for layer, plan in zip(layers, plans, strict=True):
+            with open_block(layer) as own:
+                self.shelf.put(layer, own, plan)
+        self._told("convert", sum(i in self.shelf for i in range(len(self.ranks))), len(self.ranks))
 
-    def _curve(self, attention: Any, plan: LayerInit) -> Curve:
-        """What the layer's latents cost, as a rise of the teacher's loss."""
-        assert self.config.budget is not None
+    def _curve(self, dense: list[Any], plans: list[LayerInit], traces: list[list[Trace]]) -> Curve:
+        """What the latents of layers that share them cost, as a rise of the teacher's loss."""
 
-        def latent(smaller: int) -> nn.Module:
-            return latent_attention(attention, plan.truncated(smaller), self.config, smaller)
+        def latent(smaller: int) -> list[nn.Module]:
+            pairs = zip(dense, plans, strict=True)
+            return [latent_attention(layer, plan.truncated(smaller), self.config, smaller) for layer, plan in pairs]
 
         loss = sum(self.teacher_losses) / len(self.teacher_losses)
-        curve = measured_curve(attention, latent, self.candidates, self.traces)
-        self.traces.clear()
+        curve = measured_curve(dense, latent, self.candidates, traces)
         return [(smaller, error / loss) for smaller, error in curve]
 
     def _told(self, what: str, done: int, total: int) -> None:

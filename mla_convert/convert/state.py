@@ -31,6 +31,7 @@ def mla_config(config: ConvertConfig, ranks: Sequence[int], plans: Iterable[Laye
         rope_pairs=tuple(tuple(plan.rope_pairs) for plan in planned),
         nope_pairs=tuple(tuple(plan.nope_pairs) for plan in planned),
         key_mean=config.keeps_key_mean,
+        layers_per_latent=config.layers_per_latent,
     )
 
 
@@ -57,8 +58,11 @@ def block_state(source: Mapping[str, Tensor], plan: LayerInit, heads: int, query
 def latent_attention(
     dense: DenseSelfAttention, plan: LayerInit, config: ConvertConfig, rank: int
 ) -> LatentSelfAttention:
-    """One layer converted, for passes without a cache; the dense layer is left alone."""
-    mla = mla_config(config, [rank], [plan], dense.head_dim)
+    """One layer converted, for passes without a cache; the dense layer is left alone.
+
+    One that shares its latent needs the `latents` of a pass.
+    """
+    mla = mla_config(config.model_copy(update={"layers_per_latent": 1}), [rank], [plan], dense.head_dim)
     eps = dense.norm_k.eps
     assert eps is not None
     with torch.device("meta"):

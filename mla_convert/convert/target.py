@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -56,7 +57,7 @@ class Target:
         return torch.cat([*parts, value.double().flatten(1)], dim=1)
 
     def size(self, heads: int, head_dim: int) -> int:
-        """How many numbers a latent has to restore of a token."""
+        """How many numbers of a token these are."""
         shared = 2 * len(self.shared.pairs) if self.derived and self.shared is not None else 0
         return 2 * heads * len(self.nope_pairs) + shared + heads * head_dim
 
@@ -69,39 +70,62 @@ class Target:
             parts.append(torch.view_as_real(torch.einsum("thj,jh->tj", turned, self.shared.decoder.conj())).flatten(1))
         return torch.cat([*parts, sample.value_grad.double().flatten(1)], dim=1)
 
-    def moments(self, sample: LayerSample) -> tuple[Tensor, Tensor, Tensor]:
-        """Covariance `[n, n]` and mean `[n]` of the target, and its metric `[n, n]`, float64.
 
-        Tokens that the output depends on count more: a token's weight is 1 plus the square of its
-        probe over the mean square, because the tokens that matter are not like the others.
-        """
-        pieces = _pieces(sample)
-        energy = sum(float(self.probes(piece).square().sum()) for piece in pieces) / len(sample.hidden)
-        metric, second, first, total = torch.zeros(()), torch.zeros(()), torch.zeros(()), torch.zeros(())
-        for piece in pieces:
-            numbers, probes = self(piece.key, piece.value), self.probes(piece)
-            weight = _token_weights(probes, energy)
-            metric = metric + probes.T @ probes
-            second = second + numbers.T @ (weight.unsqueeze(1) * numbers)
-            first, total = first + weight @ numbers, total + weight.sum()
-        mean = first / total
-        return second / total - torch.outer(mean, mean), mean, metric / len(sample.hidden)
+Read = Sequence[tuple[Target, LayerSample]]
+"""Layers that share a latent, each with its sample `as_read` by its target; the tokens are the same in all."""
 
-    def factors(self, sample: LayerSample) -> tuple[Tensor, Tensor, Tensor]:
-        """`moments` by factors: `X^T X` is the covariance, `G^T G` the metric.
 
-        X `[T, n]`, the mean `[n]` and G `[T, n]`, float64.
-        """
-        heads, head_dim = sample.key.shape[1:]
-        numbers, probes = torch.empty(2, len(sample.hidden), self.size(heads, head_dim), dtype=torch.float64).unbind()
-        start = 0
-        for piece in _pieces(sample, TOKENS_AT_ONCE // 8):
-            rows = slice(start, start := start + len(piece.hidden))
-            numbers[rows], probes[rows] = self(piece.key, piece.value), self.probes(piece)
-        share = _token_weights(probes, float(probes.square().sum()) / len(probes))
-        share /= share.sum()
-        mean = share @ numbers
-        return numbers.sub_(mean).mul_(share.sqrt().unsqueeze(1)), mean, probes.div_(len(probes) ** 0.5)
+def size(layers: Read) -> int:
+    """How many numbers n a latent has to restore of a token."""
+    return sum(target.size(*sample.key.shape[1:]) for target, sample in layers)
+
+
+def moments(layers: Read) -> tuple[Tensor, Tensor, Tensor]:
+    """Covariance `[n, n]` and mean `[n]` of what a latent has to restore, and its metric `[n, n]`, float64.
+
+    Tokens that the output depends on count more: a token's weight is 1 plus the square of its
+    probe over the mean square, because the tokens that matter are not like the others.
+    """
+    pieces, count = _pieces(layers), len(layers[0][1].hidden)
+    energy = sum(float(_probes(piece).square().sum()) for piece in pieces) / count
+    metric, second, first, total = torch.zeros(()), torch.zeros(()), torch.zeros(()), torch.zeros(())
+    for piece in pieces:
+        numbers, probes = _numbers(piece), _probes(piece)
+        weight = _token_weights(probes, energy)
+        metric = metric + probes.T @ probes
+        second = second + numbers.T @ (weight.unsqueeze(1) * numbers)
+        first, total = first + weight @ numbers, total + weight.sum()
+    mean = first / total
+    return second / total - torch.outer(mean, mean), mean, metric / count
+
+
+def factors(layers: Read) -> tuple[Tensor, Tensor, Tensor]:
+    """`moments` by factors: `X^T X` is the covariance, `G^T G` the metric.
+
+    X `[T, n]`, the mean `[n]` and G `[T, n]`, float64.
+    """
+    numbers, probes = torch.empty(2, len(layers[0][1].hidden), size(layers), dtype=torch.float64).unbind()
+    start = 0
+    for piece in _pieces(layers, TOKENS_AT_ONCE // 8):
+        rows = slice(start, start := start + len(piece[0][1].hidden))
+        numbers[rows], probes[rows] = _numbers(piece), _probes(piece)
+    share = _token_weights(probes, float(probes.square().sum()) / len(probes))
+    share /= share.sum()
+    mean = share @ numbers
+    return numbers.sub_(mean).mul_(share.sqrt().unsqueeze(1)), mean, probes.div_(len(probes) ** 0.5)
+
+
+def _numbers(layers: Read) -> Tensor:
+    """What a latent has to restore of each token, `[T, n]`."""
+    return _beside([target(sample.key, sample.value) for target, sample in layers])
+
+
+def _probes(layers: Read) -> Tensor:
+    return _beside([target.probes(sample) for target, sample in layers])
+
+
+def _beside(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def as_read(sample: LayerSample, config: ConvertConfig) -> tuple[LayerSample, Tensor | None]:
@@ -140,7 +164,7 @@ def layout_target(
 
 
 def centred(sample: LayerSample) -> tuple[LayerSample, Tensor]:
-    """The sample without its mean key, and that key `[H, D]`, tokens weighted as in `Target.moments`."""
+    """The sample without its mean key, and that key `[H, D]`, tokens weighted as in `moments`."""
     energy = sample.rotated_grad.double().square().sum((1, 2))
     weight = 1 + energy / energy.mean().clamp_min(1e-300)
     mean = (torch.einsum("t,thd->hd", weight, sample.key.double()) / weight.sum()).float()
@@ -166,7 +190,12 @@ def _token_weights(probes: Tensor, energy: float) -> Tensor:
     return 1 + probes.square().sum(1) / max(energy, 1e-300)
 
 
-def _pieces(sample: LayerSample, tokens: int = TOKENS_AT_ONCE) -> list[LayerSample]:
-    """A sample in pieces, because they are worked on in float64."""
-    pieces = zip(*(getattr(sample, name).split(tokens) for name in FIELDS), strict=True)
-    return [replace(sample, **dict(zip(FIELDS, piece, strict=True))) for piece in pieces]
+def _pieces(layers: Read, tokens: int = TOKENS_AT_ONCE) -> list[Read]:
+    """So many tokens at a time, because they are worked on in float64."""
+
+    def pieces(sample: LayerSample) -> Iterator[LayerSample]:
+        for piece in zip(*(getattr(sample, name).split(tokens) for name in FIELDS), strict=True):
+            yield replace(sample, **dict(zip(FIELDS, piece, strict=True)))
+
+    targets, samples = zip(*layers, strict=True)
+    return [list(zip(targets, piece, strict=True)) for piece in zip(*map(pieces, samples), strict=True)]

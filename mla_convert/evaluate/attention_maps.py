@@ -7,7 +7,7 @@ finds. Shape letters: B clips, H heads, Q queries, K keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..mla.attention import AttentionPass, CausalSelfAttention, padded
 from ..mla.core import KeyValue, Query
+from .beside import Beside
 
 QUERIES = 32
 """Queries of a chunk that are measured, evenly spaced."""
@@ -34,7 +35,10 @@ def head_logits(
     query, key, value = layer.project(hidden_states)
     plain = Query(None, layer.split_heads(query))
     for_history = layer.history_query(plain, step)
-    clip = layer.restore(key[: step.context_batch], value[: step.context_batch], step)
+    if step.latents is not None:
+        clip = layer.expand(step.latents)
+    else:
+        clip = layer.restore(key[: step.context_batch], value[: step.context_batch], step)
     if layer.own_chunk_exact:
         own = KeyValue(None, layer.split_heads(key), layer.split_heads(value))
     else:
@@ -88,28 +92,24 @@ class AttentionMaps:
     """Collects `divergence` of every head while the teacher runs; `close` takes it off again."""
 
     def __init__(self, student: Any, teacher: Any, queries: int = QUERIES) -> None:
-        self.queries = queries
+        self.student, self.teacher, self.queries = student, teacher, queries
         self.sums: list[Any] = [0.0] * len(teacher.blocks)
         self.counts = [0] * len(teacher.blocks)
-        self.hooks = [
-            block.attn1.register_forward_hook(self._compare(number, student.blocks[number].attn1))
-            for number, block in enumerate(teacher.blocks)
-        ]
+        self.beside = Beside(student, teacher, self._compare)
 
-    def _compare(self, number: int, student: CausalSelfAttention) -> Callable[..., None]:
-        def hook(teacher: CausalSelfAttention, args: tuple[Tensor, None, None, AttentionPass], out: Tensor) -> None:
-            hidden_states, step = args[0], args[3]
-            dtype = next(student.parameters()).dtype
-            pairs = zip(
-                head_logits(teacher, hidden_states, step, self.queries),
-                head_logits(student, hidden_states.to(dtype), step, self.queries),
-                strict=True,
-            )
-            for (expected, history), (actual, _) in pairs:
-                self.sums[number] = self.sums[number] + divergence(expected, actual, history)
-                self.counts[number] += expected.shape[0] * expected.shape[2]
-
-        return hook
+    def _compare(
+        self, number: int, hidden_states: Tensor, step: AttentionPass, out: Tensor, student_step: AttentionPass
+    ) -> None:
+        student, teacher = self.student.blocks[number].attn1, self.teacher.blocks[number].attn1
+        dtype = next(student.parameters()).dtype
+        pairs = zip(
+            head_logits(teacher, hidden_states, step, self.queries),
+            head_logits(student, hidden_states.to(dtype), student_step, self.queries),
+            strict=True,
+        )
+        for (expected, history), (actual, _) in pairs:
+            self.sums[number] = self.sums[number] + divergence(expected, actual, history)
+            self.counts[number] += expected.shape[0] * expected.shape[2]
 
     def close(self) -> list[dict[str, Any]]:
         """By layer, means over clips and queries by head; empty when no chunk has a history.
@@ -117,8 +117,7 @@ class AttentionMaps:
         `total_variation` in [0, 1], `kl_divergence` in nats, `logit_error` the root mean square of the
         logits' difference, `history_share` of `teacher` and `student`.
         """
-        for hook in self.hooks:
-            hook.remove()
+        self.beside.close()
         layers = []
         for sums, count in zip(self.sums, self.counts, strict=True):
             if count == 0:

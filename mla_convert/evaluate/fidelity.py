@@ -14,6 +14,7 @@ from ..distill.objective import noised_clips, predict_velocity
 from ..distill.progress import Report
 from ..mla.attention import AttentionPass
 from .attention_maps import AttentionMaps
+from .beside import Beside
 from .config import EvaluateConfig
 from .digits_bench import digits_bench
 from .worst_clips import ClipErrors, heldout_prompts
@@ -26,24 +27,21 @@ class _AttentionError:
 
     def __init__(self, student: Any, teacher: Any) -> None:
         layers = len(teacher.blocks)
+        self.student = student
         self.error, self.energy = [0.0] * layers, [0.0] * layers
-        self.hooks = [
-            block.attn1.register_forward_hook(self._compare(layer, student.blocks[layer].attn1))
-            for layer, block in enumerate(teacher.blocks)
-        ]
+        self.beside = Beside(student, teacher, self._compare)
 
-    def _compare(self, layer: int, student_attention: torch.nn.Module) -> Callable[..., None]:
-        def hook(module: torch.nn.Module, args: tuple[Tensor, None, None, AttentionPass], out: Tensor) -> None:
-            dtype = next(student_attention.parameters()).dtype
-            other = student_attention(args[0].to(dtype), None, None, args[3]).float()
-            self.error[layer] += float((other - out.float()).square().sum())
-            self.energy[layer] += float(out.float().square().sum())
-
-        return hook
+    def _compare(
+        self, layer: int, hidden_states: Tensor, step: AttentionPass, out: Tensor, student_step: AttentionPass
+    ) -> None:
+        attention = self.student.blocks[layer].attn1
+        dtype = next(attention.parameters()).dtype
+        other = attention(hidden_states.to(dtype), None, None, student_step).float()
+        self.error[layer] += float((other - out.float()).square().sum())
+        self.energy[layer] += float(out.float().square().sum())
 
     def close(self) -> list[float]:
-        for hook in self.hooks:
-            hook.remove()
+        self.beside.close()
         return [(e / max(n, 1e-30)) ** 0.5 for e, n in zip(self.error, self.energy, strict=True)]
 
 
@@ -145,6 +143,7 @@ def memory(student: Any, teacher: Any, height: int, width: int) -> dict[str, Any
             "position": student.mla.position,
             "own_chunk": student.mla.own_chunk,
             "kv_lora_rank": list(student.mla.kv_lora_rank),
+            "layers_per_latent": student.mla.layers_per_latent,
             "qk_rope_head_dim": [student.mla.qk_rope_head_dim(layer) for layer in layers],
             "q_lora_rank": student.mla.q_lora_rank,
         },

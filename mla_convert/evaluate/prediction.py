@@ -13,7 +13,7 @@ from ..convert.config import ConvertConfig
 from ..convert.factorize import low_rank_code
 from ..convert.probe import LayerSample
 from ..convert.rope_key import complex_pairs
-from ..convert.target import Target
+from ..convert.target import Target, moments
 from ..mla.config import Position
 from .spectrum import LEVEL, Spectrum
 
@@ -102,7 +102,7 @@ def error_curve(target: Target, sample: LayerSample) -> Tensor:
     `sample` is that of the layer `as_read` by the layout of the `target`. To first order, the errors of
     single tokens taken to be independent; what the ridge of the metric adds to its eigenvalues is left out.
     """
-    covariance, mean, metric = target.moments(sample)
+    covariance, mean, metric = moments([(target, sample)])
     code = low_rank_code(covariance, metric, mean, len(covariance))
     # The latents are uncorrelated, so that each direction adds its own error.
     asked = (code.decoder * (metric @ code.decoder)).sum(0)

@@ -7,6 +7,7 @@ it unchanged; it is the teacher, the baseline and the lossless reference. The la
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +25,7 @@ from ..mla.rope import RotaryTable
 from ..mla.window import CausalConfig
 from .base import BlockInputs
 from .block import modulate
+from .shared import chunk_by_chunk
 
 
 class CausalTransformer(nn.Module):
@@ -276,17 +278,30 @@ class CausalTransformer(nn.Module):
         tokens: Tensor = self.patch_embedding(hidden_states)
         return tokens.flatten(2).transpose(1, 2).contiguous()
 
+    @property
+    def latent_groups(self) -> list[range]:
+        """The layers of each latent; those of a dense model are on their own."""
+        return [range(layer, layer + 1) for layer in range(len(self.blocks))]
+
     def through_blocks(self, inputs: BlockInputs, leave: bool = True) -> Tensor:
         """The velocity that `leave` gives, or without it the last block's tokens `[B, S, C]`."""
         tokens = inputs.tokens
         # What entered the first block is not kept while the others run.
         inputs = inputs._replace(tokens=tokens.new_empty(0))
-        for block in self.blocks:
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                tokens = self._gradient_checkpointing_func(block, tokens, *inputs.shared)
-            else:
-                tokens = block(tokens, *inputs.shared)
+        for layers in self.latent_groups:
+            blocks = [self.blocks[layer] for layer in layers]
+            if len(blocks) > 1 and inputs.step.cache is None:
+                tokens = chunk_by_chunk(blocks, tokens, inputs, self._run_part)
+                continue
+            for block in blocks:
+                tokens = self._run_part(block, tokens, *inputs.shared)
         return self.leave(tokens, inputs) if leave else tokens
+
+    def _run_part(self, part: Callable[..., Any], *args: Any) -> Any:
+        """Call a block or several, which are computed again in a backward pass with gradient checkpointing."""
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(part, *args)
+        return part(*args)
 
 
 def block_inputs(
@@ -347,6 +362,10 @@ class LatentTransformer(CausalTransformer):
             grid = self.token_grid(height, width)
             return Int8LatentCache(causal, self.row_widths, batch_size, *grid, dtype, device)
         return super().make_cache(causal, batch_size, height, width, dtype, device)
+
+    @property
+    def latent_groups(self) -> list[range]:
+        return self.mla.latent_groups()
 
     def make_attention(self, layer: int) -> CausalSelfAttention:
         heads, head_dim = self.config.num_attention_heads, self.config.attention_head_dim

@@ -48,6 +48,9 @@ class AttentionPass:
     context that all items read their history from (teacher forcing, packed in the batch axis). When
     a sequence holds tokens that no cache ever keeps, `cached` are those that it may keep. `kernels`
     may take a layer's attention in a streaming pass.
+
+    Layers that share a latent leave their parts of it in `gathered` `[B', S, r]` where `write` is set. In a
+    pass over a clip they read history from `latents` `[B', K, r]`, the whole latents of the clip's tokens.
     """
 
     views: list[ChunkView]
@@ -58,6 +61,8 @@ class AttentionPass:
     context_batch: int | None = None
     cached: slice | None = None
     kernels: Kernels | None = None
+    latents: Tensor | None = None
+    gathered: Tensor | None = None
 
 
 def token_slices(frames: list[int], tokens: int) -> tuple[slice, ...]:
@@ -161,6 +166,16 @@ class CausalSelfAttention(nn.Module):
         """What later chunks will see of these keys and values."""
         return self.expand(self.encode(key, value, step))
 
+    def keep(self, key: Tensor, value: Tensor, step: AttentionPass) -> None:
+        """Write these keys and values to the cache of a pass that does."""
+        assert step.cache is not None and step.frames is not None
+        step.cache.write(self.layer, step.frames, self.encode(key, value, step))
+
+    @property
+    def row_layer(self) -> int:
+        """The layer whose rows of a cache this one reads."""
+        return self.layer
+
     def history_query(self, query: Query, step: AttentionPass) -> Query:
         """Dense queries as `expand` expects them; the same object when nothing changes."""
         return query
@@ -182,7 +197,7 @@ class CausalSelfAttention(nn.Module):
         clip: KeyValue | None = None
         if self.own_chunk_exact:
             own = KeyValue(None, self.split_heads(key), self.split_heads(value))
-            if step.cache is None and len(step.views) > 1:
+            if step.cache is None and step.latents is None and len(step.views) > 1:
                 clip = self.restore(key[: step.context_batch], value[: step.context_batch], step)
         else:
             own = clip = self.restore(key, value, step)
@@ -199,9 +214,8 @@ class CausalSelfAttention(nn.Module):
                     there = query_for_history.tokens(view.own).rotated(view.own_rotations)
                 segments.insert(0, Segment(there, *self._history(view, clip, here, step)))
             outputs.append(attend(segments, self.scale))
-        if step.cache is not None and step.write:
-            assert step.frames is not None
-            step.cache.write(self.layer, step.frames, self.encode(key, value, step))
+        if step.write:
+            self.keep(key, value, step)
         return torch.cat(outputs, dim=1).flatten(2)
 
     def _history(
@@ -209,7 +223,11 @@ class CausalSelfAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Rotated keys and values of the frames that a chunk looks back on."""
         if step.cache is not None:
-            history = self.expand(step.cache.read(self.layer, view.history_frames).to(query.dtype))
+            history = self.expand(step.cache.read(self.row_layer, view.history_frames).to(query.dtype))
+        elif step.latents is not None:
+            history = self.expand(
+                torch.cat([step.latents[:, tokens] for tokens in view.history], dim=1).to(query.dtype)
+            )
         else:
             assert clip is not None
             history = clip.tokens(view.history)

@@ -4,10 +4,26 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Position = Literal["decoupled", "derived", "baked", "rotate_on_read"]
 OwnChunk = Literal["exact", "latent"]
+
+
+def check_shared_latent(layers_per_latent: int, position: Position, own_chunk: OwnChunk) -> None:
+    """Raises ValueError for a layout in which several layers cannot share a latent."""
+    if layers_per_latent == 1:
+        return
+    if own_chunk != "exact":
+        raise ValueError(
+            "layers_per_latent above 1 needs own_chunk exact: a shared latent is whole only behind the last of its "
+            "layers"
+        )
+    if position not in ("rotate_on_read", "derived"):
+        raise ValueError(
+            f"layers_per_latent above 1 needs position rotate_on_read or derived: {position} caches a rotary key of "
+            "every layer's own"
+        )
 
 
 class MLAConfig(BaseModel):
@@ -28,6 +44,11 @@ class MLAConfig(BaseModel):
     `qk_rope_head_dim` channels; a pair may occur more than once. `nope_pairs` names the pairs whose
     channels, unrotated, are restored from the latent for every head. With `key_mean` every head has
     a constant key that is added to those of all tokens, rotated in full by each token's position.
+
+    `layers_per_latent` consecutive layers share one latent of `kv_lora_rank` numbers a token, which is cached
+    once: it is the sum of what each of them makes of its keys and values, and each restores its own from all
+    of it. Since that is whole only behind the last of them, it needs an exact own chunk, and a layout that
+    caches nothing but the latent.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -40,6 +61,7 @@ class MLAConfig(BaseModel):
     rope_pairs: tuple[tuple[int, ...], ...]
     nope_pairs: tuple[tuple[int, ...], ...]
     key_mean: bool = False
+    layers_per_latent: int = Field(1, ge=1)
 
     @model_validator(mode="after")
     def _one_entry_a_layer(self) -> MLAConfig:
@@ -50,6 +72,27 @@ class MLAConfig(BaseModel):
             raise ValueError("kv_lora_rank must be at least 1 in every layer")
         return self
 
+    @model_validator(mode="after")
+    def _latents_that_can_be_shared(self) -> MLAConfig:
+        check_shared_latent(self.layers_per_latent, self.position, self.own_chunk)
+        layers = len(self.kv_lora_rank)
+        if layers % self.layers_per_latent:
+            raise ValueError(f"{layers} layers cannot share latents {self.layers_per_latent} at a time")
+        if any(len({self.kv_lora_rank[layer] for layer in group}) > 1 for group in self.latent_groups()):
+            raise ValueError("layers that share a latent must have the same kv_lora_rank")
+        return self
+
+    def latent_groups(self) -> list[range]:
+        """The layers of each latent."""
+        return [
+            range(first, first + self.layers_per_latent)
+            for first in range(0, len(self.kv_lora_rank), self.layers_per_latent)
+        ]
+
+    def row_layer(self, layer: int) -> int:
+        """The layer in whose rows the cache keeps the latent of `layer`: the first of those that share it."""
+        return layer - layer % self.layers_per_latent
+
     def qk_rope_head_dim(self, layer: int) -> int:
         """Channels of the shared rotary key of a layer."""
         return 2 * len(self.rope_pairs[layer])
@@ -59,7 +102,9 @@ class MLAConfig(BaseModel):
         return 2 * len(self.nope_pairs[layer])
 
     def row_width(self, layer: int) -> int:
-        """Scalars that a layer caches a token."""
+        """Scalars that a layer caches a token; 0 where the latent lies in the rows of another layer."""
+        if self.row_layer(layer) != layer:
+            return 0
         shared_key = self.qk_rope_head_dim(layer) if self.position in ("decoupled", "baked") else 0
         return self.kv_lora_rank[layer] + shared_key
 

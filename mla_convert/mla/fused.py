@@ -102,8 +102,8 @@ class _FusedPass:
         self.layer: Any = layer
         self.step, self.cache, self.backend = step, step.cache, backend
         self.chunk, self.places = cast("tuple[tuple[int, int], Places]", step.cache.places)
-        self.rows = self.cache.rows[layer.layer]
-        self.scales = self.cache.scales[layer.layer] if isinstance(self.cache, Int8LatentCache) else None
+        self.rows = self.cache.rows[layer.row_layer]
+        self.scales = self.cache.scales[layer.row_layer] if isinstance(self.cache, Int8LatentCache) else None
         self.dtype = hidden_states.dtype
         self.hidden_states = hidden_states
         self.query, self.key = layer.project_query(hidden_states), layer.to_k(hidden_states)
@@ -184,9 +184,11 @@ class _FusedPass:
         """Keep the chunk's rows in its ring slots."""
         layer = self.layer
         if isinstance(layer, DenseSelfAttention):
-            self.cache.write(
-                layer.layer, self.places.own_frames, layer.encode(layer.norm_k(self.key), self.value, self.step)
-            )
+            layer.keep(layer.norm_k(self.key), self.value, self.step)
+            return
+        if layer.mla.layers_per_latent > 1:
+            # Parts are summed before they are rounded to what the cache holds, so torch writes them.
+            layer.keep(self._normed(self.key, layer.norm_k, None).flatten(2), self.value, self.step)
             return
         shared = layer.k_pe_proj if layer.caches_shared_key else None
         self.ops.latent_write_(

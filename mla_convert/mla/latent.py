@@ -7,6 +7,7 @@ is cached. Source: DeepSeek-V2 (arXiv 2405.04434, section 2.1), VideoMLA (arXiv 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ class LatentSelfAttention(CausalSelfAttention):
     rotary key (from k, or from c when derived), and `q_pe_coef` `[H, R / 2, 2]` holds the complex
     weight of each shared pair in each head, applied to the queries. `k_mean` `[H, D]` is the constant
     key of each head, which is taken off before a key is encoded and added, rotated, when it is read.
+    Where layers share a latent, `encode` gives this layer's part of it.
     """
 
     def __init__(self, dim: int, heads: int, head_dim: int, eps: float, layer: int, mla: MLAConfig) -> None:
@@ -62,6 +64,10 @@ class LatentSelfAttention(CausalSelfAttention):
         return self.mla.row_width(self.layer)
 
     @property
+    def row_layer(self) -> int:
+        return self.mla.row_layer(self.layer)
+
+    @property
     def key_channels(self) -> int:
         """Key channels a head that `kv_b_proj` restores."""
         return self.head_dim if self.mla.position == "rotate_on_read" else self.mla.qk_nope_head_dim(self.layer)
@@ -91,6 +97,26 @@ class LatentSelfAttention(CausalSelfAttention):
         if not self.caches_shared_key:
             return latent
         return torch.cat([latent, self.k_pe_proj(key)], dim=-1)
+
+    def keep(self, key: Tensor, value: Tensor, step: AttentionPass) -> None:
+        shared = self.mla.layers_per_latent
+        if shared == 1:
+            super().keep(key, value, step)
+            return
+        # Summed in float32, and quantised once if at all.
+        part = self.encode(key[: step.context_batch], value[: step.context_batch], step).float()
+        if self.layer != self.row_layer:
+            assert step.gathered is not None
+            part = step.gathered + part
+        step.gathered = part
+        if step.cache is not None and self.layer == self.row_layer + shared - 1:
+            assert step.frames is not None
+            step.cache.write(self.row_layer, step.frames, part)
+
+    def restore(self, key: Tensor, value: Tensor, step: AttentionPass) -> KeyValue:
+        if self.mla.layers_per_latent > 1:
+            raise ValueError("a layer that shares its latent cannot restore alone: give the pass its `latents`")
+        return super().restore(key, value, step)
 
     def history_query(self, query: Query, step: AttentionPass) -> Query:
         if self.mla.position == "rotate_on_read":
@@ -133,6 +159,19 @@ class LatentSelfAttention(CausalSelfAttention):
     def _bake(self, x: Tensor, step: AttentionPass) -> Tensor:
         """Rotate the spatial pairs of `[B, S, H, D]` by each token's place in its frame."""
         return rotate(x, step.grid_rotations)
+
+
+def shared_latents(
+    layers: Sequence[CausalSelfAttention], hidden_states: Sequence[Tensor], step: AttentionPass
+) -> Tensor:
+    """What layers that share a latent make of a clip, `[B', S, r]`; `hidden_states` `[B, S, C]` enter each of them."""
+    rows: Tensor | None = None
+    for layer, hidden in zip(layers, hidden_states, strict=True):
+        _, key, value = layer.project(hidden)
+        part = layer.encode(key[: step.context_batch], value[: step.context_batch], step)
+        rows = part if rows is None else rows + part
+    assert rows is not None
+    return rows
 
 
 class AbsorbedWeights(NamedTuple):

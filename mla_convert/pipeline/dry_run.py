@@ -104,7 +104,7 @@ class DryRun:
             ranks = convert.ranks(layers)
         else:
             mean = convert.budget.scalars(scalars) or scalars * PAPER_SHARE
-            ranks = [max(1, round(mean) - convert.cached_key)] * layers
+            ranks = [max(1, convert.layers_per_latent * (round(mean) - convert.cached_key))] * layers
         shared = tuple(range(convert.qk_rope_head_dim // 2))
         every = tuple(range(head_dim // 2))
         mla = MLAConfig(
@@ -116,6 +116,7 @@ class DryRun:
             rope_pairs=(shared,) * layers,
             nope_pairs=(every[len(shared) :],) * layers,
             key_mean=convert.keeps_key_mean,
+            layers_per_latent=convert.layers_per_latent,
         )
         return mla.model_dump(mode="json")
 

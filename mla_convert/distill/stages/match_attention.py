@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -17,8 +17,10 @@ from pydantic import field_validator
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ...errors import UsageError
 from ...mla.attention import AttentionPass
-from ..data import Batch
+from ...mla.latent import shared_latents
+from ..data import Batch, Data
 from ..execution import checkpointed
 from ..objective import NoisedClips, predict_velocity
 from ..trainable import Trainable
@@ -140,6 +142,14 @@ class MatchAttention(Stage[MatchAttentionConfig]):
     def networks(self) -> tuple[str, ...]:
         return ("teacher",)
 
+    def check(self, student: Any, networks: Models, data: Data) -> None:
+        super().check(student, networks, data)
+        if self.config.hidden_states == "student" and student.mla.layers_per_latent > 1:
+            raise UsageError(
+                "match_attention: layers that share a latent take a clip chunk by chunk, which hidden_states: student "
+                "cannot look into; set hidden_states to teacher"
+            )
+
     def loss(self, models: Models, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         config, teacher, student = self.config, models["teacher"], models["student"]
         clips = noised_batch(config, batch, student, generator)
@@ -148,13 +158,17 @@ class MatchAttention(Stage[MatchAttentionConfig]):
         weighted = config.metric == "velocity"
         calls = _calls_with_gradient(source, clips, generator) if weighted else _calls(source, clips)
         errors = []
-        for block, dense_block, call in zip(student.blocks, teacher.blocks, calls, strict=True):
+        for layers in student.latent_groups:
+            shared = [calls[layer] for layer in layers]
             if own:
-                with torch.no_grad():
-                    call.out = dense_block.attn1(call.hidden_states.to(teacher.dtype), None, None, call.step)
-            # Recomputed in the backward pass, so that one layer's graph is alive at a time.
-            errors.append(checkpoint(_errors, block.attn1, call, use_reentrant=False, preserve_rng_state=False))
-        squared, costs = torch.stack(errors).unbind(1)
+                for layer, call in zip(layers, shared, strict=True):
+                    with torch.no_grad():
+                        dense = teacher.blocks[layer].attn1
+                        call.out = dense(call.hidden_states.to(teacher.dtype), None, None, call.step)
+            attentions = [student.blocks[layer].attn1 for layer in layers]
+            # Recomputed in the backward pass, so that the graph of one latent's layers is alive at a time.
+            errors.append(checkpoint(_errors, attentions, shared, use_reentrant=False, preserve_rng_state=False))
+        squared, costs = torch.cat(errors).unbind(1)
         relative = squared.detach().sqrt()
         logs = {"attention_error": relative.mean(), "attention_error_max": relative.max()}
         if not weighted:
@@ -163,14 +177,22 @@ class MatchAttention(Stage[MatchAttentionConfig]):
         return cost, {**logs, "velocity_error": cost.detach().sqrt()}
 
 
-def _errors(attention: torch.nn.Module, call: _Call) -> Tensor:
-    """Of `attention` on a call: squared error over the energy of the answer, and what it costs; `[2]`, float32."""
-    dtype = next(attention.parameters()).dtype
-    expected = call.out.float()
-    error = attention(call.hidden_states.to(dtype), None, None, call.step).float() - expected
-    relative = error.square().sum() / expected.square().sum().clamp_min(1e-30)
-    cost = relative if call.gradient is None else (error * call.gradient).sum(-1).square().sum()
-    return torch.stack([relative, cost])
+def _errors(attentions: list[Any], calls: list[_Call]) -> Tensor:
+    """Of layers that share a latent on their calls: squared error over the energy of the answer, and what it costs.
+
+    `[layers, 2]`, float32.
+    """
+    dtype, step = next(attentions[0].parameters()).dtype, calls[0].step
+    if len(calls) > 1:
+        step = replace(step, latents=shared_latents(attentions, [call.hidden_states.to(dtype) for call in calls], step))
+    errors = []
+    for attention, call in zip(attentions, calls, strict=True):
+        expected = call.out.float()
+        error = attention(call.hidden_states.to(dtype), None, None, step).float() - expected
+        relative = error.square().sum() / expected.square().sum().clamp_min(1e-30)
+        cost = relative if call.gradient is None else (error * call.gradient).sum(-1).square().sum()
+        errors.append(torch.stack([relative, cost]))
+    return torch.stack(errors)
 
 
 STAGE = MatchAttention

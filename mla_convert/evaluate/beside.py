@@ -1,0 +1,57 @@
+"""A student's self-attention layers beside those of its teacher, on the teacher's own inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..mla.attention import AttentionPass
+from ..mla.latent import shared_latents
+
+Compare = Callable[[int, Tensor, AttentionPass, Tensor, AttentionPass], None]
+
+
+class Beside:
+    """Calls `compare(layer, hidden_states, step, out, student_step)` for every layer while the teacher runs.
+
+    `hidden_states` and `out` `[B, S, C]` are what the teacher's self-attention was given in the pass `step` over a
+    clip and what it answered. In `student_step` the student's layer can answer the same `hidden_states`: layers
+    that share a latent read what all of them make of the teacher's inputs. `close` ends it.
+    """
+
+    def __init__(self, student: Any, teacher: Any, compare: Compare) -> None:
+        self.student, self.compare = student, compare
+        self.groups = {layer: layers for layers in student.latent_groups for layer in layers}
+        self.seen: dict[int, tuple[Tensor, AttentionPass, Tensor]] = {}
+        self.hooks = [
+            block.attn1.register_forward_hook(self._seen(layer)) for layer, block in enumerate(teacher.blocks)
+        ]
+
+    def _seen(self, layer: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, None, None, AttentionPass], out: Tensor) -> None:
+            self.seen[layer] = (args[0], args[3], out)
+            layers = self.groups[layer]
+            if layer == layers[-1]:
+                self._compare(layers)
+
+        return hook
+
+    def _compare(self, layers: range) -> None:
+        calls = [self.seen.pop(layer) for layer in layers]
+        student_step = calls[0][1]
+        if len(layers) > 1:
+            attentions = [self.student.blocks[layer].attn1 for layer in layers]
+            dtype = next(attentions[0].parameters()).dtype
+            with torch.no_grad():
+                latents = shared_latents(attentions, [hidden.to(dtype) for hidden, _, _ in calls], student_step)
+            student_step = replace(student_step, latents=latents)
+        for layer, (hidden_states, step, out) in zip(layers, calls, strict=True):
+            self.compare(layer, hidden_states, step, out, student_step)
+
+    def close(self) -> None:
+        for hook in self.hooks:
+            hook.remove()

@@ -1,0 +1,46 @@
+"""Blocks whose layers share a latent, over a whole clip.
+
+A layer's history are the latents of earlier chunks, which are whole only behind the last of the layers
+that share them. So these blocks do not take the whole clip one after the other: they take one chunk of it
+after the other, as a rollout does, with the latents of the clip so far in place of a cache. Other layers
+are not concerned, and no token is computed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..mla.attention import AttentionPass, ChunkView
+from .base import BlockInputs
+
+
+def chunk_by_chunk(blocks: Sequence[nn.Module], tokens: Tensor, inputs: BlockInputs, run: Callable[..., Any]) -> Tensor:
+    """`tokens` `[B, S, C]` of a clip after `blocks`, whose layers share a latent.
+
+    `run(part, *args)` calls a part of the work, which may be done again in a backward pass.
+    """
+    runs, step = inputs.modulation.shape[1], inputs.step
+    length = tokens.shape[1] // runs
+
+    def one_chunk(own: Tensor, modulation: Tensor, latents: Tensor | None, view: ChunkView) -> tuple[Tensor, Tensor]:
+        place = step.grid_rotations[view.own]
+        local = AttentionPass([view._replace(own=slice(0, own.shape[1]))], place, write=True, latents=latents)
+        local.context_batch = step.context_batch
+        for block in blocks:
+            own = block(own, inputs.text, modulation, local)
+        assert local.gathered is not None
+        return own, local.gathered
+
+    done: list[Tensor] = []
+    latents: Tensor | None = None
+    for view in step.views:
+        # One run of the modulation serves all tokens, or each run of `length` tokens has its own.
+        part = slice(None) if runs == 1 else slice(view.own.start // length, view.own.stop // length)
+        out, rows = run(one_chunk, tokens[:, view.own], inputs.modulation[:, part], latents, view)
+        done.append(out)
+        latents = rows if latents is None else torch.cat([latents, rows], dim=1)
+    return torch.cat(done, dim=1)
