@@ -15,6 +15,7 @@ def bench(
     source: Annotated[str | None, typer.Argument(metavar="[DIR]", help="A converted or dense model.")] = None,
     preset: Annotated[str | None, typer.Option(help="A known model, such as wan2.1-t2v-1.3b.")] = None,
     kv_lora_rank: Annotated[int | None, typer.Option(min=1, help="Latent scalars a token.")] = None,
+    layers_per_latent: Annotated[int | None, typer.Option(min=1, help="Layers that share the latent.")] = None,
     qk_rope_head_dim: Annotated[int | None, typer.Option(min=0, help="Channels of the shared rotary key.")] = None,
     position: Annotated[
         Literal["decoupled", "derived", "baked", "rotate_on_read"] | None, typer.Option(help="Layout; rotate_on_read.")
@@ -45,6 +46,7 @@ def bench(
     geometry = geometry.model_copy(update={key: value for key, value in changes.items() if value is not None})
     given: dict[str, Any] = {
         "kv_lora_rank": kv_lora_rank,
+        "layers_per_latent": layers_per_latent,
         "qk_rope_head_dim": qk_rope_head_dim,
         "position": position,
         "own_chunk": own_chunk,

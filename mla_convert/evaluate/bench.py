@@ -27,6 +27,7 @@ from ..mla.latent import LatentSelfAttention
 from ..mla.rope import RotaryTable, split_rotary_table
 from ..mla.window import CausalConfig
 from .geometry import Geometry
+from .text import layout_parts
 
 DENSE, ROTATED, LATENT = "dense", "dense_rotated", "latent"
 
@@ -39,6 +40,7 @@ class BenchConfig(BaseModel):
     position: Position = "rotate_on_read"
     own_chunk: OwnChunk = "exact"
     kv_lora_rank: int = Field(224, ge=1)
+    layers_per_latent: int = Field(1, ge=1)
     qk_rope_head_dim: int = Field(0, ge=0)
     batch_size: int = Field(1, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -81,6 +83,8 @@ def bench(
     found = {name: _summary(values) for name, values in times.items()}
     medians = {name: summary["median_ms"] for name, summary in found.items()}
     cache_bytes = {name: cache.bytes() for name, (_, cache) in passes.items()}
+    # Every layer of a latent reads all of it, and has its share of what is cached.
+    cache_bytes[LATENT] //= config.layers_per_latent
     chunk, window = geometry.num_frames_per_block, geometry.window_frames
     return {
         "model": geometry.name,
@@ -92,6 +96,7 @@ def bench(
         "position": config.position,
         "own_chunk": config.own_chunk,
         "kv_lora_rank": config.kv_lora_rank,
+        "layers_per_latent": config.layers_per_latent,
         "qk_rope_head_dim": config.qk_rope_head_dim,
         "batch_size": config.batch_size,
         "queries": chunk * geometry.tokens_per_frame,
@@ -127,7 +132,7 @@ def bench_table(result: dict[str, Any]) -> Table:
     labels = {
         DENSE: "dense, window re-indexed",
         ROTATED: "dense, rotated keys kept",
-        LATENT: f"latent, {result['position']}, own chunk {result['own_chunk']}",
+        LATENT: ", ".join(["latent", *layout_parts({**result, "kv_lora_rank": None})]),
     }
     latent = result["attention"][LATENT]["median_ms"]
     for name, summary in result["attention"].items():

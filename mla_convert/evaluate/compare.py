@@ -14,7 +14,7 @@ from . import compare_tables as tables
 from .figures import RUNS, teacher_level
 from .page import render_page
 from .samples import Comparison, embed_video, film_strips
-from .text import brief, signed
+from .text import layout_parts, signed
 
 MAX_RUNS = len(RUNS)
 
@@ -52,9 +52,7 @@ def _joined(names: Sequence[str], word: str) -> str:
 
 
 def _layout(report: Mapping[str, Any]) -> str:
-    layout = report.get("layout") or {}
-    names = {"position": "{}", "own_chunk": "own chunk {}", "kv_lora_rank": "rank {}"}
-    return ", ".join(text.format(brief(layout[key])) for key, text in names.items() if layout.get(key) is not None)
+    return ", ".join(layout_parts(report.get("layout") or {}))
 
 
 def _verdict(runs: Sequence[Run]) -> str:

@@ -228,8 +228,10 @@ def _rows(geometry: Geometry, kv_lora_rank: int | Sequence[int], qk_rope_head_di
         if len(values) != geometry.num_layers:
             raise UsageError(f"{name} has {len(values)} entries for {geometry.num_layers} layers")
     limit = 2 * geometry.inner_dim
+    # The latent of several layers lies in the rows of the first of them, and 0 in those of the others.
+    least, most = (0, limit * geometry.num_layers) if 0 in ranks and any(ranks) else (1, limit)
     for rank, rope in zip(ranks, ropes, strict=True):
-        if not 1 <= rank <= limit:
+        if not least <= rank <= most:
             raise UsageError(f"kv_lora_rank {rank} is impossible: keys and values of a layer have {limit} directions")
         if rope < 0 or rope % 2:
             raise UsageError(f"qk_rope_head_dim {rope} must be even: rotary channels come in pairs")

@@ -28,7 +28,7 @@ from ..files import write_text
 from . import bench_section, fidelity_section, figures
 from .page import render_page
 from .samples import Comparison, embed
-from .text import DASH, brief, bytes_text, duration, length_text, percent, plain, points_text, share_text, signed
+from .text import DASH, bytes_text, duration, layout_parts, length_text, percent, plain, points_text, share_text, signed
 from .vbench_section import vbench_table
 
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
@@ -76,7 +76,7 @@ def render_html(report: Mapping[str, Any], comparisons: Sequence[Comparison] = (
     return render_page(
         "report.html.j2",
         title=_title(report),
-        subtitle=_subtitle(report.get("layout") or {}),
+        subtitle=layout_parts(report.get("layout") or {}),
         verdict=_verdict(report),
         not_finite=report.get("not_finite", []),
         tiles=_tiles(report),
@@ -101,11 +101,6 @@ def _has(report: Mapping[str, Any], *keys: str) -> bool:
 
 def _title(report: Mapping[str, Any]) -> str:
     return f"Conversion of {report['source']}" if report.get("source") else "Conversion report"
-
-
-def _subtitle(layout: Mapping[str, Any]) -> list[str]:
-    names = {"position": "{}", "own_chunk": "own chunk {}", "kv_lora_rank": "rank {}"}
-    return [text.format(brief(layout[key])) for key, text in names.items() if layout.get(key) is not None]
 
 
 def _verdict(report: Mapping[str, Any]) -> str:

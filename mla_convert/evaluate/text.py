@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from .memory import format_bytes
@@ -24,6 +25,14 @@ def brief(value: Any) -> str:
         low, high = min(value), max(value)
         return f"{low:g}" if low == high else f"{low:g} to {high:g}"
     return plain(value)
+
+
+def layout_parts(layout: Mapping[str, Any]) -> list[str]:
+    """The layout of a report in a few words each."""
+    names = {"position": "{}", "own_chunk": "own chunk {}", "kv_lora_rank": "rank {}"}
+    parts = [text.format(brief(layout[key])) for key, text in names.items() if layout.get(key) is not None]
+    shared = layout.get("layers_per_latent") or 1
+    return [*parts, f"one latent for {shared} layers"] if shared > 1 else parts
 
 
 def length_text(text: str) -> str:

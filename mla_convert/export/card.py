@@ -133,11 +133,14 @@ def _layers(model: Mapping[str, Any], report: Mapping[str, Any]) -> list[dict[st
     if not mla:
         return []
     errors = report.get("attention_rel_error") or []
+    together = mla.get("layers_per_latent", 1)
     return [
         {
             "rank": rank,
             "shared": 2 * len(mla["rope_pairs"][index]),
-            "cached": model["layer_scalars_per_token"][index],
+            "cached": model["layer_scalars_per_token"][index]
+            if index % together == 0
+            else f"with {index - index % together}",
             "error": _percent(errors[index]) if index < len(errors) and errors[index] is not None else "",
         }
         for index, rank in enumerate(mla["kv_lora_rank"])

@@ -57,8 +57,9 @@ def bench_settings(source: str | None, preset: str | None) -> tuple[Geometry, di
     if rows is None:
         return geometry, {"kv_lora_rank": max(1, round(2 * geometry.inner_dim * 224 / 3072))}
     mla = _converted(Path(source)).mla
-    layer = sorted(range(len(rows)), key=lambda index: rows[index])[len(rows) // 2]
+    layer = sorted(range(len(rows)), key=lambda index: mla.kv_lora_rank[index])[len(rows) // 2]
     settings = {"position": mla.position, "own_chunk": mla.own_chunk, "kv_lora_rank": mla.kv_lora_rank[layer]}
+    settings |= {"layers_per_latent": mla.layers_per_latent}
     return geometry, settings | {"qk_rope_head_dim": mla.qk_rope_head_dim(layer)}
 
 
