@@ -2,8 +2,9 @@
 
 Converts an embedded teacher at 28 of 384 cached scalars a token, VideoMLA's share, in every layout and
 with every initialisation, one change at a time, and measures the held-out loss against the teacher's
-on the same noise. Writes `layouts-NAME.json` and the table `layouts-NAME.md` beside itself. The digits
-are made as they are needed; for the natural clips `--model zoo:natural --data FOLDER` reads what
+on the same noise. Writes `layouts-NAME.json` and the table `layouts-NAME.md` beside itself, after every row;
+rows that the first holds already, measured alike, are not measured again (`--again` does). The digits are
+made as they are needed; for the natural clips `--model zoo:natural --data FOLDER` reads what
 `python -m mla_convert.zoo.natural.data --out FOLDER` has written.
 """
 
@@ -53,7 +54,13 @@ ROWS: list[dict[str, Any]] = [
     _row("rotate_on_read", "exact", "activation", 28, **_budget(28)),
     _row("rotate_on_read", "exact", "activation", 14, **_budget(14)),
     _row("rotate_on_read", "exact", "activation", 8, **_budget(8)),
+    _row("rotate_on_read", "exact", "activation", 56, layers_per_latent=2),
+    _row("rotate_on_read", "exact", "activation", 112, layers_per_latent=4),
+    _row("derived", "exact", "activation", 112, 32, layers_per_latent=4),
+    _row("rotate_on_read", "exact", "activation", 56, layers_per_latent=4),
+    _row("rotate_on_read", "exact", "activation", 32, layers_per_latent=4),
 ]
+FOUND = ("scalars", "ranks", "loss_increase", "velocity_rel_error")
 
 
 def measure(teacher: Any, data: Data, row: dict[str, Any], seed: int, clips: int, heldout: int) -> dict[str, Any]:
@@ -78,12 +85,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         loss, error = row["loss_increase"], row["velocity_rel_error"]
-        latent = statistics.mean(row["ranks"])
+        shared = row.get("layers_per_latent", 1)
+        latent = statistics.mean(row["ranks"]) / shared
         key = round(row["scalars"] - latent)
         spread = "" if loss["max"] == loss["min"] else f" ({_percent(loss['min'])} to {_percent(loss['max'])})"
         notes = ["key mean in the latent"] if row.get("key_mean") is False else []
         notes += ["metric `output`"] if "calibration" in row else []
         notes += [f"ranks {', '.join(map(str, row['ranks']))}"] if "budget" in row else []
+        notes += [f"one latent of {row['ranks'][0]} for {shared} layers"] if shared > 1 else []
         cells = [f"`{row['position']}`", row["own_chunk"], ", ".join([row["init"], *notes])]
         cells += [f"{latent:g} + {key}" if key else f"{latent:g}", _percent(loss["median"]) + spread]
         lines.append("| " + " | ".join([*cells, f"{100 * error['median']:.1f} %"]) + " |")
@@ -102,13 +111,22 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=64, help="calibration clips, a multiple of 16")
     parser.add_argument("--heldout", type=int, default=64)
     parser.add_argument("--rows", type=int, nargs="*", help="numbers of the rows to measure, from 0; all by default")
-    arguments = parser.parse_args()
+    parser.add_argument("--again", action="store_true", help="measure rows anew that are there")
+    chosen = parser.parse_args()
+    arguments = argparse.Namespace(**{name: value for name, value in vars(chosen).items() if name != "again"})
+    folder, name = Path(__file__).parent, arguments.model.split(":")[-1]
+    path = folder / f"layouts-{name}.json"
+    kept = [] if chosen.again or not path.exists() else measured_alike(json.loads(path.read_text()), vars(arguments))
     teacher = load_dense(load_source(arguments.model))
     settings: dict[str, Any] = {"kind": "digits"}
     if arguments.data:
         settings = {"kind": "latents", "folder": arguments.data, "text_tokens": 1, "heldout": 128}
-    rows = []
-    for row in [ROWS[i] for i in arguments.rows] if arguments.rows else ROWS:
+    rows: list[dict[str, Any]] = []
+    wanted = [ROWS[i] for i in arguments.rows] if arguments.rows else ROWS
+    for row in wanted:
+        if known := next((entry for entry in kept if settings_of(entry) == row), None):
+            rows.append(known)
+            continue
         runs = [
             measure(teacher, open_data(DataConfig(**settings), 0), row, seed, arguments.clips, arguments.heldout)
             for seed in range(arguments.seeds)
@@ -123,11 +141,24 @@ def main() -> None:
         }
         rows.append({**row, "scalars": runs[0]["scalars"], "ranks": runs[0]["ranks"], **spread})
         print(rows[-1], file=sys.stderr, flush=True)
-    folder, name = Path(__file__).parent, arguments.model.split(":")[-1]
-    result = {"torch": torch.__version__, "device": "cpu", "arguments": vars(arguments), "rows": rows}
-    (folder / f"layouts-{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+        # What is kept but comes later stays in the file until its turn.
+        later = [entry for entry in kept if entry not in rows and settings_of(entry) in wanted]
+        result = {"torch": torch.__version__, "device": "cpu", "arguments": vars(arguments), "rows": rows + later}
+        path.write_text(json.dumps(result, indent=2) + "\n")
     (folder / f"layouts-{name}.md").write_text(table(rows))
     print(table(rows), end="")
+
+
+def settings_of(entry: dict[str, Any]) -> dict[str, Any]:
+    """The row that a result belongs to."""
+    return {key: value for key, value in entry.items() if key not in FOUND}
+
+
+def measured_alike(result: dict[str, Any], arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an earlier result, none if it was measured otherwise."""
+    same = ("seeds", "model", "clips", "heldout")
+    alike = result["torch"] == torch.__version__ and all(result["arguments"][key] == arguments[key] for key in same)
+    return list(result["rows"]) if alike else []
 
 
 if __name__ == "__main__":
