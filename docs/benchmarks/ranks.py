@@ -24,7 +24,7 @@ from mla_convert.convert import ConvertConfig, clip_batches
 from mla_convert.convert.blocks import ModelBlocks
 from mla_convert.convert.calibrate import sweep
 from mla_convert.convert.clips import INIT, drawn, enter_clips
-from mla_convert.convert.initialise import LayerInit, initialise_layer
+from mla_convert.convert.initialise import LayerInit, LayerReading, initialise_layer, initialise_layers, read_layer
 from mla_convert.convert.state import merge_state, mla_config
 from mla_convert.convert.store import TensorStore
 from mla_convert.convert.surgery import copy_unsaved_buffers, empty_model
@@ -41,15 +41,24 @@ CONSTRUCTIONS: dict[str, dict[str, Any]] = {
     "decoupled, exact, activation": {"position": "decoupled", "own_chunk": "exact", "init": "activation"},
     "derived, exact, activation": {"position": "derived", "own_chunk": "exact", "init": "activation"},
     "rotate_on_read, exact, activation": {"position": "rotate_on_read", "own_chunk": "exact", "init": "activation"},
+    **{
+        f"the same, one latent for {layers} layers": {
+            "position": "rotate_on_read",
+            "own_chunk": "exact",
+            "init": "activation",
+            "layers_per_latent": layers,
+        }
+        for layers in (2, 4)
+    },
 }
-COLOURS = (RUNS[1], RUNS[2], RUNS[5], RUNS[0])
+COLOURS = (RUNS[1], RUNS[2], RUNS[5], RUNS[0], RUNS[3], RUNS[4])
 DENSE = 384
 
 
 def row(construction: dict[str, Any], scalars: int) -> dict[str, Any]:
     """A conversion that caches so many scalars a token."""
     if construction["position"] == "rotate_on_read":
-        return {**construction, "kv_lora_rank": scalars}
+        return {**construction, "kv_lora_rank": scalars * construction.get("layers_per_latent", 1)}
     if construction["position"] == "derived":
         return {**construction, "kv_lora_rank": scalars, "qk_rope_head_dim": 32}
     shared = 2 * max(1, min(16, scalars // 8))
@@ -152,9 +161,13 @@ def fits(teacher: Any, data: Data, clips: int) -> Iterator[tuple[str, ConvertCon
     blocks, names = ModelBlocks(teacher), [*CONSTRUCTIONS]
     axes = blocks.model.rotary_table().axes
     plans: dict[tuple[str, int], dict[int, LayerInit]] = {key: {} for key in configs}
+    readings: dict[int, LayerReading] = {}
+    shared = [config for config in configs.values() if config.layers_per_latent > 1]
 
     def visit(layer: int, block: Any, sample: Any) -> None:
         for (name, size), config in configs.items():
+            if config.layers_per_latent > 1:
+                continue
             rank = config.ranks(len(blocks))[layer]
             largest = plans[name, max(SIZES)].get(layer)
             if not config.cached_key and largest is not None and size < max(SIZES):
@@ -163,11 +176,32 @@ def fits(teacher: Any, data: Data, clips: int) -> Iterator[tuple[str, ConvertCon
             seen = sample if config.init == "activation" else None
             generator = drawn(INIT, 0, layer)
             plans[name, size][layer] = initialise_layer(block.attn1, seen, axes, config, rank, generator)
+        # What layers share is fitted when all of them were seen; they come from the last to the first.
+        readings[layer] = read_layer(block.attn1, sample, axes, shared[0], drawn(INIT, 0, layer))
+        for (name, size), config in configs.items():
+            layers = range(layer, layer + config.layers_per_latent)
+            if len(layers) == 1 or layer % len(layers):
+                continue
+            rank, largest = config.ranks(len(blocks))[layer], plans[name, max(SIZES)]
+            if layer in largest:
+                fitted = [largest[other].truncated(rank) for other in layers]
+            else:
+                fitted = initialise_layers([readings[other] for other in layers], config, rank)
+            plans[name, size] |= dict(zip(layers, fitted, strict=True))
 
     calibration = next(config for config in configs.values() if config.init == "activation").calibration
     batches = clip_batches(data.example, range(clips), calibration.batch_size)
     entered = enter_clips(blocks, batches, calibration, TensorStore(None))
-    sweep(blocks, entered, calibration, history_only=True, wanted=range(len(blocks)), visit=visit)
+    most = max(config.layers_per_latent for config in configs.values())
+    sweep(
+        blocks,
+        entered,
+        calibration,
+        history_only=True,
+        wanted=range(len(blocks)),
+        visit=visit,
+        layers_per_latent=most,
+    )
     for (name, size), config in sorted(configs.items(), key=lambda item: (names.index(item[0][0]), item[0][1])):
         yield name, config, [plans[name, size][layer] for layer in range(len(blocks))]
 

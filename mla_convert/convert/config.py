@@ -73,9 +73,10 @@ class Budget(BaseModel):
 class ConvertConfig(BaseModel):
     """What the converted attention looks like and how it is initialised.
 
-    `position`, `own_chunk`, `layers_per_latent`: see `mla_convert.mla.config.MLAConfig`. `kv_lora_rank` is one
-    number or one a latent (192 for each of its layers where it is left out), or null with a `budget` that
-    chooses them. Of a latent that 4 layers share, 4 times the rank is as much cache as one of each layer's own.
+    `position`, `own_chunk`: see `mla_convert.mla.config.MLAConfig`. `layers_per_latent` consecutive layers share
+    one latent, which is cached once. `kv_lora_rank` is the width of a latent, one number or one a latent (192 for
+    each of its layers where it is left out), or null with a `budget` that chooses them: 448 for two layers are as
+    much cache as 224 for each.
     `qk_rope_head_dim` counts the channels of the shared rotary key (even), which `rotate_on_read`
     does without. `q_lora_rank: null` keeps the queries full.
 

@@ -144,7 +144,7 @@ class MatchAttention(Stage[MatchAttentionConfig]):
 
     def check(self, student: Any, networks: Models, data: Data) -> None:
         super().check(student, networks, data)
-        if self.config.hidden_states == "student" and student.mla.layers_per_latent > 1:
+        if self.config.hidden_states == "student" and any(len(layers) > 1 for layers in student.latent_groups):
             raise UsageError(
                 "match_attention: layers that share a latent take a clip chunk by chunk, which hidden_states: student "
                 "cannot look into; set hidden_states to teacher"
