@@ -4,7 +4,8 @@ Converts the digits teacher as rows of `layouts.py` do and measures two things. 
 rollouts, four windows long: the held-out loss and velocity error on its generated clips, where every
 chunk but the first sees a window of history that has moved on, or is full. The other is the rollouts of each
 model from the same noise and prompts: the share that shows the prompted digit, in the last frame and over
-all frames, at the training length and at 8 times that. Writes `rollouts.json` and `rollouts.md` beside itself.
+all frames, at the training length and at 8 times that. Writes `rollouts.json` and `rollouts.md` beside itself;
+models that the first holds already, measured alike, are not measured again (`--again` does).
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from mla_convert.families.wan import FAMILY
 from mla_convert.load import load_dense, load_source
 from mla_convert.zoo.digits.data import CLIP_FRAMES, GUIDANCE, SHIFT
 
-CHOSEN = [1, 5, 8, 12, 13]
+CHOSEN = [1, 5, 8, 12, 13, 16, 17, 19, 20]
+FOUND = ("ranks", "loss_increase", "velocity_rel_error", "rollouts")
 CLIPS, WINDOWS, LONG = 64, 4, 8
 
 
@@ -51,38 +53,59 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         made, loss = ["dense", "", ""], ["", ""]
         if "position" in row:
-            ranks = f", ranks {', '.join(map(str, row['ranks']))}" if "budget" in row else ""
-            made = [f"`{row['position']}`", row["own_chunk"], row["init"] + ranks]
+            notes = f", ranks {', '.join(map(str, row['ranks']))}" if "budget" in row else ""
+            if (shared := row.get("layers_per_latent", 1)) > 1:
+                notes = f", one latent of {row['ranks'][0]} for {shared} layers"
+            made = [f"`{row['position']}`", row["own_chunk"], row["init"] + notes]
             loss = [f"{100 * row['loss_increase']:+.2f} %", f"{100 * row['velocity_rel_error']:.1f} %"]
         right = (row["rollouts"]["1x"]["last"], row["rollouts"]["8x"]["last"], row["rollouts"]["8x"]["frames"])
         lines.append("| " + " | ".join([*made, *loss, *(f"{100 * share:.0f} %" for share in right)]) + " |")
     return "\n".join(lines) + "\n"
 
 
+def settings_of(entry: dict[str, Any]) -> dict[str, Any]:
+    """The row of layouts.py that a result belongs to; nothing for the dense model."""
+    return {key: value for key, value in entry.items() if key not in FOUND}
+
+
+def measured_alike(result: dict[str, Any], prompts: int) -> list[dict[str, Any]]:
+    """The models of an earlier result, none if it was measured otherwise."""
+    alike = result["torch"] == torch.__version__ and result["arguments"]["prompts"] == prompts
+    return list(result["rows"]) if alike else []
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompts", type=int, default=48, help="rollouts a model")
     parser.add_argument("--rows", type=int, nargs="*", default=CHOSEN, help="rows of layouts.py, from 0")
-    arguments = parser.parse_args()
+    parser.add_argument("--again", action="store_true", help="measure models anew that are there")
+    chosen = parser.parse_args()
+    arguments = argparse.Namespace(prompts=chosen.prompts, rows=chosen.rows)
+    here = Path(__file__)
+    path = here.with_suffix(".json")
+    kept = [] if chosen.again or not path.exists() else measured_alike(json.loads(path.read_text()), arguments.prompts)
     teacher = load_dense(load_source("zoo:digits"))
     config = EvaluateConfig(rollout_prompts=arguments.prompts, shift=SHIFT, guidance_scale=GUIDANCE)
     videos, _ = digit_rollouts(teacher, WINDOWS * CLIP_FRAMES, config)
     clips = {"latents": videos, "encoder_hidden_states": heldout_prompts(arguments.prompts)[0]}
-    rows: list[dict[str, Any]] = [{"rollouts": rolled_out(teacher, config)}]
+    known = {json.dumps(settings_of(entry)): entry for entry in kept}
+    rows: list[dict[str, Any]] = [known.get("{}") or {"rollouts": rolled_out(teacher, config)}]
     data = open_data(DataConfig(kind="digits"), 0)
     for row in [ROWS[i] for i in arguments.rows]:
+        if entry := known.get(json.dumps(row)):
+            rows.append(entry)
+            continue
         settings = {"clips": CLIPS, "max_tokens": 65536, **row.get("calibration", {})}
         convert = ConvertConfig(**{**row, "calibration": settings})
         batches = clip_batches(data.example, range(CLIPS), convert.calibration.batch_size)
         student = convert_model(FAMILY, teacher, convert, batches, seed=0)
         found = fidelity(student, teacher, clips, batch_size=16, seed=0)
-        kept = {key: found[key] for key in ("loss_increase", "velocity_rel_error")}
+        errors = {key: found[key] for key in ("loss_increase", "velocity_rel_error")}
         ranks = list(student.mla.kv_lora_rank)
-        rows.append({**row, "ranks": ranks, **kept, "rollouts": rolled_out(student, config)})
+        rows.append({**row, "ranks": ranks, **errors, "rollouts": rolled_out(student, config)})
         print(rows[-1], file=sys.stderr, flush=True)
-    here = Path(__file__)
     result = {"torch": torch.__version__, "device": "cpu", "arguments": vars(arguments), "rows": rows}
-    here.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+    path.write_text(json.dumps(result, indent=2) + "\n")
     here.with_suffix(".md").write_text(table(rows))
     print(table(rows), end="")
 
