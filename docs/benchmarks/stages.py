@@ -1,12 +1,12 @@
 """What every stage of training does, from several initialisations: `python docs/benchmarks/stages.py`.
 
 Takes the stages of `recipes/bench/stages.yaml` and runs them on the digits teacher converted at 28 of 384
-scalars a token in three ways, and the few-step stages on the dense teacher itself. After every stage it
+scalars a token in several ways, and the few-step stages on the dense teacher itself. After every stage it
 measures the held-out loss and rollouts of held-out prompts: with eight guided steps while the model is one of
 many steps, with four unguided ones always. Writes `stages.json` after every measurement and, from all that is
 in it, `stages.md`, `stages-steps.md` and `stages.svg` beside itself. What is there is not run again and what was
 stopped goes on where it was, from its checkpoints in `--work`, so a table may take several days:
-`--rows activation dense --seeds 0 1 2`; `--until match_velocity` stops each row after that stage, and
+`--rows shared dense --seeds 0 1 2`; `--until match_velocity` stops each row after that stage, and
 `--only-table` draws what there is.
 """
 
@@ -52,16 +52,23 @@ DENSE = "dense"
 # A start that is far off has more to learn than its latent projections: what is changed about the repair.
 FAR = {"learning_rate": 1e-3, "trainable": "all", "context_noise": 0.3}
 # What a row changes about the recipe's conversion: the paper's construction, and the same from random numbers.
-PAPER = {"position": "decoupled", "own_chunk": "latent", "kv_lora_rank": 24, "qk_rope_head_dim": 4}
+PAPER = {
+    "position": "decoupled",
+    "own_chunk": "latent",
+    "layers_per_latent": 1,
+    "kv_lora_rank": 24,
+    "qk_rope_head_dim": 4,
+}
 ROWS: dict[str, dict[str, Any]] = {
-    "activation": {},
+    "shared": {},
     DENSE: {},
-    "activation-far": {},
+    "activation": {"layers_per_latent": 1, "kv_lora_rank": 28},
+    "shared-far": {},
     "svd": {**PAPER, "init": "svd"},
     "random": {**PAPER, "init": "random"},
 }
 # The good start is repaired in this way too, so that three starts can be compared.
-FAR_ROWS = ("activation-far", "svd", "random")
+FAR_ROWS = ("shared-far", "svd", "random")
 FEW_STEP = ("consistency", "dmd")
 MANY, FEW = "guided", "few"
 LONG = 8
@@ -225,8 +232,9 @@ def name_of(row: str) -> str:
     if row == DENSE:
         return "dense teacher"
     best = "`rotate_on_read`, own chunk exact, `activation`"
-    repaired = {"activation": best, "activation-far": f"{best}, repaired as a bad start"}
-    return repaired.get(row, f"`decoupled`, `{row}`")
+    shared = f"{best}, one latent for all layers"
+    named = {"activation": best, "shared": shared, "shared-far": f"{shared}, repaired as a bad start"}
+    return named.get(row, f"`decoupled`, `{row}`")
 
 
 def table(results: list[dict[str, Any]]) -> str:
