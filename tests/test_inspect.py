@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from mla_convert.cli import main
 from mla_convert.convert import ConvertConfig
+from mla_convert.convert.factorize import low_rank_code
 from mla_convert.convert.initialise import initialise_layer
 from mla_convert.convert.probe import LayerSample
-from mla_convert.convert.target import as_read, layout_target
+from mla_convert.convert.target import as_read, layout_target, moments
 from mla_convert.distill.latents import Clip, write_latents
 from mla_convert.evaluate.prediction import (
     Prediction,
@@ -186,7 +187,9 @@ def test_with_clips(capsys, model, clips, tmp_path):
         assert sum(pair["share"] for pair in row["rope_pairs"]) == pytest.approx(1)
         shares = [pair["share"] for pair in row["rope_pairs"]]
         assert shares == sorted(shares, reverse=True)
-    assert set(found["predicted"]) == {"decoupled", "derived", "baked", "rotate_on_read"}
+    shared = "rotate_on_read, 2 layers a latent"
+    assert set(found["predicted"]) == {"decoupled", "derived", "baked", "rotate_on_read", shared}
+    assert found["predicted"][shared]["16"] < found["predicted"]["rotate_on_read"]["16"]
     for errors in found["predicted"].values():
         known = [error for error in errors.values() if error is not None]
         assert known == sorted(known, reverse=True)
@@ -194,6 +197,23 @@ def test_with_clips(capsys, model, clips, tmp_path):
     again = result(capsys, model, "--data", clips, "--clips", "4", "--ranks", "4,16,40", "--out", out)
     assert {**again, "seconds": 0} == {**found, "seconds": 0}
     assert [path.name for path in tmp_path.iterdir()] == ["inspected"]
+
+
+def test_error_of_layers_that_share_a_latent_is_that_of_its_code(model, clips):
+    source = load_source(str(model))
+    run = ClipRun(source, open_clips(source, clips, None, None))
+    config, read = ConvertConfig(kv_lora_rank=9), []
+
+    def visit(layer, attention, sample):
+        fitted, _ = as_read(sample, config)
+        read.append((layout_target(attention, fitted, run.axes, config), fitted))
+
+    run.sample(visit, lambda *_: None, 2)
+    curve, covariance, mean, metric = error_curve(read), *moments(read)
+    code = low_rank_code(covariance, metric, mean, 9)
+    lost = torch.eye(len(metric), dtype=torch.float64) - code.decoder @ code.encoder
+    assert float(curve[9]) == pytest.approx(float(torch.trace(metric @ lost @ covariance @ lost.T)), rel=1e-4)
+    assert torch.allclose(error_curve(read, 12)[:13], curve[:13], rtol=1e-4)
 
 
 @pytest.mark.parametrize("layout", ["decoupled", "derived", "baked", "rotate_on_read"])
@@ -209,7 +229,7 @@ def test_predictions_are_near_what_a_conversion_does(model, clips, layout):
             settings = layout_config(position, 12)
             fitted, _ = as_read(sample, settings)
             target = layout_target(attention, fitted, run.axes, settings)
-            curve = error_curve(target, fitted) + position_error(target, fitted)
+            curve = error_curve([(target, fitted)]) + position_error(target, fitted)
             errors[position] = errors.get(position, 0) + curve
         for rank in (6, 12, 20):
             settings = config.model_copy(update={"kv_lora_rank": rank})

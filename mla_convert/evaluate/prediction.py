@@ -13,7 +13,7 @@ from ..convert.config import ConvertConfig
 from ..convert.factorize import low_rank_code
 from ..convert.probe import LayerSample
 from ..convert.rope_key import complex_pairs
-from ..convert.target import Target, moments
+from ..convert.target import Read, Target, moments
 from ..mla.config import Position
 from .spectrum import LEVEL, Spectrum
 
@@ -43,15 +43,16 @@ class Prediction:
     """Predicted error of one layout with the same rank in every layer.
 
     `error` `[n + 1]` is the squared error of the velocity by rank, relative to the velocity's own
-    square. `cached_key` are the scalars of the shared rotary key in a cache row.
+    square. `cached_key` are the scalars of the shared rotary key in a cache row, `layers` share a latent.
     """
 
     cached_key: int
     error: Tensor
+    layers: int = 1
 
     def relative(self, scalars: int) -> float | None:
         """Predicted relative velocity error at this many cached scalars; None where the key leaves no latent."""
-        rank = scalars - self.cached_key
+        rank = self.layers * (scalars - self.cached_key)
         if rank < 1:
             return None
         return float(self.error[min(rank, len(self.error) - 1)].clamp_min(0).sqrt())
@@ -96,18 +97,22 @@ def _percent(share: float) -> str:
     return f"+{100 * share:.2g} %" if share < 0.1 else f"+{100 * share:.0f} %"
 
 
-def error_curve(target: Target, sample: LayerSample) -> Tensor:
-    """Squared error `[n + 1]` of a layer's fit with 0 to n latents, float64, in the units of its gradients.
+def error_curve(layers: Read, most: int | None = None) -> Tensor:
+    """Squared error `[n + 1]` of a fit with 0 to n latents, float64, in the units of the gradients.
 
-    `sample` is that of the layer `as_read` by the layout of the `target`. To first order, the errors of
-    single tokens taken to be independent; what the ridge of the metric adds to its eigenvalues is left out.
+    n is `most`, or all that the `layers` that share the latent have. To first order, the errors of single tokens
+    taken to be independent; what the ridge of the metric adds to its eigenvalues is left out.
     """
-    covariance, mean, metric = moments([(target, sample)])
-    code = low_rank_code(covariance, metric, mean, len(covariance))
+    covariance, mean, metric = moments(layers)
+    count = len(covariance) if most is None else min(most, len(covariance))
+    code = low_rank_code(covariance, metric, mean, count)
     # The latents are uncorrelated, so that each direction adds its own error.
     asked = (code.decoder * (metric @ code.decoder)).sum(0)
     energy = (asked * ((code.encoder @ covariance) * code.encoder).sum(1)).clamp_min(0)
-    return torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
+    rest = energy.new_zeros(1)
+    if count < len(covariance):
+        rest += ((metric * covariance).sum() - energy.sum()).clamp_min(0)
+    return torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)]) + rest
 
 
 def position_error(target: Target, sample: LayerSample) -> float:

@@ -22,7 +22,7 @@ from .prediction import Prediction
 from .spectrum import AXES, LEVEL, LayerSpectra, Spectrum
 
 _COLORS = {INK: "#1a1e23", MUTED: "#68727d", RULE: "#e3e7eb", TEACHER: "#a4adb7", STUDENT: "#14708a"}
-_LAYOUT_COLORS = ("#9a4b00", "#7a5aa8", "#c28a1f", _COLORS[STUDENT])
+_LAYOUT_COLORS = ("#9a4b00", "#7a5aa8", "#c28a1f", _COLORS[STUDENT], "#2f6b3a")
 _SOURCES = {"weights": "weights", "activations": "keys and values", "output": "as the output sees them"}
 _TITLES = {
     "weights": "energy of the weights [W_K; W_V]",
@@ -115,7 +115,7 @@ def _predicted_error(path: Path, predictions: Mapping[str, Prediction], ranks: S
     """Predicted relative velocity error by cached scalars, one line a layout."""
     last = 2 * max(ranks)
     with _png(path) as (ax,):
-        for (layout, prediction), color in zip(predictions.items(), _LAYOUT_COLORS, strict=True):
+        for (layout, prediction), color in zip(predictions.items(), _LAYOUT_COLORS, strict=False):
             points = [(scalars, prediction.relative(scalars)) for scalars in range(1, last + 1)]
             shown = [(scalars, 100 * error) for scalars, error in points if error is not None]
             if shown:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..convert.config import ConvertConfig
 from ..convert.initialise import LayerInit, initialise_layer
 from ..convert.probe import LayerSample
-from ..convert.target import as_read, layout_target
+from ..convert.target import Target, as_read, layout_target
 from ..distill.progress import Report
 from ..errors import UsageError
 from ..evaluate.prediction import (
@@ -36,6 +36,8 @@ from .inspection_clips import ClipRun, Clips, open_clips
 INSPECT_JSON, SPECTRA = "inspect.json", "spectra.safetensors"
 LAYOUTS: tuple[Position, ...] = get_args(Position)
 TRIED: Position = "rotate_on_read"
+TOGETHER = 2
+SHARED = f"{TRIED}, {TOGETHER} layers a latent"
 
 
 @dataclass
@@ -116,6 +118,8 @@ def _measure(source: Source, clips: Clips, ranks: Sequence[int], measured: _Meas
     run = ClipRun(source, clips)
     measured.axes = run.axes
     curves: dict[str, Tensor] = {}
+    together = TOGETHER if source.geometry.num_layers % TOGETHER == 0 else 1
+    neighbours: list[tuple[Target, LayerSample]] = []
     plans: dict[int, LayerInit] = {}
     tried = ConvertConfig(position=TRIED, kv_lora_rank=ranks[len(ranks) // 2])
 
@@ -123,10 +127,17 @@ def _measure(source: Source, clips: Clips, ranks: Sequence[int], measured: _Meas
         for layout, config in configs.items():
             fitted, _ = as_read(sample, config)
             target = layout_target(attention, fitted, measured.axes, config)
-            curve = error_curve(target, fitted) + position_error(target, fitted)
+            curve = error_curve([(target, fitted)]) + position_error(target, fitted)
             curves[layout] = curves[layout] + curve if layout in curves else curve
             if layout == TRIED:
                 measured.layers[layer].output = Spectrum.of_curve(curve)
+                neighbours.append((target, fitted))
+        if len(neighbours) == together:
+            if together > 1:
+                # As far as the plot shows it.
+                curve = error_curve(neighbours, 2 * together * ranks[-1])
+                curves[SHARED] = curves[SHARED] + curve if SHARED in curves else curve
+            neighbours.clear()
         plans[layer] = initialise_layer(
             attention, sample, measured.axes, tried, tried.ranks(layer + 1)[layer], torch.Generator()
         )
@@ -137,7 +148,7 @@ def _measure(source: Source, clips: Clips, ranks: Sequence[int], measured: _Meas
         measured.tokens = len(sample.hidden)
         report("activations", len(plans), len(measured.layers))
 
-    run.sample(visit, report)
+    run.sample(visit, report, together)
     measured.trial = run.velocity_error(tried, plans, report)
     rank = tried.ranks(1)[0]
     expected = float(curves[TRIED][rank])
@@ -146,6 +157,8 @@ def _measure(source: Source, clips: Clips, ranks: Sequence[int], measured: _Meas
     measured.predictions = {
         layout: Prediction(config.cached_key, scale * curves[layout]) for layout, config in configs.items()
     }
+    if SHARED in curves:
+        measured.predictions[SHARED] = Prediction(0, scale * curves[SHARED], together)
 
 
 def _result(source: Source, ranks: Sequence[int], measured: _Measured, clips: Clips | None) -> dict[str, Any]:

@@ -81,8 +81,13 @@ class ClipRun:
         batch_size = max(1, min(CalibrationConfig().batch_size, together))
         self.config = CalibrationConfig(clips=clips.count, batch_size=batch_size)
 
-    def sample(self, visit: Callable[[int, Any, LayerSample], None], report: Report) -> None:
-        """Show `visit(layer, attention, sample)` every layer. Raises UserError for clips of one chunk."""
+    def sample(
+        self, visit: Callable[[int, Any, LayerSample], None], report: Report, layers_per_latent: int = 1
+    ) -> None:
+        """Show `visit(layer, attention, sample)` every layer, from the last to the first.
+
+        Raises UserError for clips of one chunk.
+        """
 
         def seen(layer: int, block: Any, sample: LayerSample | None) -> None:
             assert sample is not None
@@ -102,6 +107,7 @@ class ClipRun:
                 wanted=range(len(self.blocks)),
                 visit=seen,
                 progress=lambda done, total: report("calibrate", done, total),
+                layers_per_latent=layers_per_latent,
             )
 
     @torch.no_grad()
