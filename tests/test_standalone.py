@@ -39,7 +39,14 @@ FAMILIES = ("wan", "anyflow_far", "skyreels_v2")
 SHARED = {"rope_pairs": [[0, 2, 4], [0, 2, 4]], "nope_pairs": [[1, 3, 5], [1, 3, 5]]}
 # Two layers of two heads of twelve channels, another layout for each family.
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "wan": {"position": "derived", "own_chunk": "exact", "key_mean": True, **SHARED},
+    "wan": {
+        "position": "derived",
+        "own_chunk": "exact",
+        "key_mean": True,
+        "kv_lora_rank": [9, 9],
+        "layers_per_latent": 2,
+        **SHARED,
+    },
     "anyflow_far": {"position": "baked", "own_chunk": "latent", "rope_pairs": [[0], [0, 1]], "nope_pairs": [[2], [3]]},
     "skyreels_v2": {"position": "decoupled", "own_chunk": "exact", "q_lora_rank": 5, **SHARED},
 }
@@ -59,7 +66,7 @@ def converted(family: str) -> Any:
         attention_head_dim=12,
         num_layers=2,
         causal=WINDOW | {"window_frames": 9},
-        mla={"v_head_dim": 12, "kv_lora_rank": [9, 7], **LAYOUTS[family]},
+        mla={"v_head_dim": 12, "kv_lora_rank": [9, 7]} | LAYOUTS[family],
     )
     for parameter in model.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
@@ -233,12 +240,15 @@ CONFIGS = [
     (CausalConfig, {"window": 3}),
     (CausalConfig, {"sink_positions": "relative"}),
     (CausalConfig, {"sink_frames": None}),
-    *((MLAConfig, {"v_head_dim": 12, "kv_lora_rank": [9, 7], **layout}) for layout in LAYOUTS.values()),
-    (MLAConfig, {"v_head_dim": 12, "kv_lora_rank": [9], **LAYOUTS["wan"]}),
-    (MLAConfig, {"v_head_dim": 12, "kv_lora_rank": [0, 9], **LAYOUTS["wan"]}),
-    (MLAConfig, {"kv_lora_rank": [9, 7], **LAYOUTS["wan"]}),
-    (MLAConfig, {"v_head_dim": "x", "kv_lora_rank": [9, 7], **LAYOUTS["wan"]}),
-    (MLAConfig, {"v_head_dim": 12, "kv_lora_rank": 9, **LAYOUTS["wan"]}),
+    *((MLAConfig, {"v_head_dim": 12, "kv_lora_rank": [9, 7]} | layout) for layout in LAYOUTS.values()),
+    (MLAConfig, {"v_head_dim": 12, **LAYOUTS["wan"], "kv_lora_rank": [9]}),
+    (MLAConfig, {"v_head_dim": 12, **LAYOUTS["wan"], "kv_lora_rank": [9, 7]}),
+    (MLAConfig, {"v_head_dim": 12, **LAYOUTS["wan"], "layers_per_latent": 0}),
+    (MLAConfig, {"v_head_dim": 12, **LAYOUTS["wan"], "own_chunk": "latent"}),
+    (MLAConfig, {"v_head_dim": 12, **LAYOUTS["skyreels_v2"], "kv_lora_rank": [0, 9]}),
+    (MLAConfig, {**LAYOUTS["wan"]}),
+    (MLAConfig, {"v_head_dim": "x", **LAYOUTS["wan"]}),
+    (MLAConfig, {"v_head_dim": 12, **LAYOUTS["wan"], "kv_lora_rank": 9}),
 ]
 
 
