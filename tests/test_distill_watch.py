@@ -22,6 +22,7 @@ from mla_convert.distill.watch import Watch, relative_distance
 from mla_convert.errors import UsageError, UserError
 from mla_convert.pipeline.preview import as_strip, preview_strip
 from mla_convert.recipe.schema import validate
+from mla_convert.run.stream import stream_chunks
 
 SPIKE = {"factor": 4.0, "window": 3}
 LOUD = 7  # the step whose clips are far too loud
@@ -163,6 +164,20 @@ def test_a_preview_is_written_and_shown(tmp_path):
     assert [event.step for event in events.Images("preview")] == [3, 6, 8]
     _, without, _ = run(tmp_path / "without")
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), without.parameters(), strict=True))
+
+
+def test_a_preview_samples_as_the_stage_trains():
+    student, clips = case.tiny_model(), case.Clips().heldout()
+    few = {"every": 3, "clips": 1, "num_frames": 4, "sampler": "renoise", "denoising_steps": [1000, 500]}
+    strips = [
+        preview_strip(student, case.make_config(preview=few | changes).preview, clips)
+        for changes in ({}, {"sampler": "euler"}, {"denoising_steps": [1000, 250]})
+    ]
+    assert not np.array_equal(strips[0], strips[1]) and not np.array_equal(strips[0], strips[2])
+    rolled = stream_chunks(
+        student, clips["encoder_hidden_states"][:1], 4, 16, 16, sampler="renoise", denoising_steps=(1000, 500)
+    )
+    assert np.array_equal(strips[0], as_strip(torch.cat(list(rolled), dim=2)))
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 16])

@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..flow import Sampler
+
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 
 
@@ -53,8 +55,9 @@ class SpikeConfig(BaseModel):
 class PreviewConfig(BaseModel):
     """Every `every` steps a rollout for the prompts of the first `clips` held-out clips.
 
-    It has `num_frames` latent frames (those of a clip when null) and is sampled as `generate` does. The
-    strip, one row a clip, goes to the tracker and to `previews/` in the stage's folder.
+    It has `num_frames` latent frames (those of a clip when null) and is sampled as `generate` does, by its
+    `sampler` and its `denoising_steps`: give those that the stage trains its student for. The strip, one
+    row a clip, goes to the tracker and to `previews/` in the stage's folder.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -63,6 +66,8 @@ class PreviewConfig(BaseModel):
     clips: int = Field(4, ge=1)
     num_frames: int | None = Field(None, ge=1)
     num_inference_steps: int = Field(4, ge=1)
+    sampler: Sampler = "euler"
+    denoising_steps: tuple[int, ...] | None = None
     shift: float = Field(1.0, gt=0)
     guidance_scale: float = Field(1.0, ge=0)
     seed: int = 0

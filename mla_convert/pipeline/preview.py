@@ -35,6 +35,8 @@ def preview_strip(student: Any, config: PreviewConfig, heldout: Batch) -> NDArra
         shift=config.shift,
         seed=config.seed,
         guidance_scale=config.guidance_scale,
+        sampler=config.sampler,
+        denoising_steps=config.denoising_steps,
     )
     return as_strip(torch.cat([chunk.cpu() for chunk in chunks], dim=2))
 
