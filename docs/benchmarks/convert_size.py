@@ -2,7 +2,8 @@
 
 Writes random checkpoints of Wan2.1's shapes (bfloat16, sharded), 1.3B with 30, 20 and 10 layers and six
 layers of 14B, and converts each from disk to disk in a process of its own: from the weights alone
-(`svd`) and with 4,032 calibration tokens (`activation`, `metric: velocity`). Peaks are over the resident
+(`svd`) and with 4,032 calibration tokens (`activation`, `metric: velocity`), 1.3B also with one latent for
+two layers (`shared`). Peaks are over the resident
 memory after the imports: all of it (VmHWM, pages of mapped files included) and the anonymous part,
 sampled every 10 ms. Writes `convert_size.json` and `convert_size.md` beside itself and exits 1 if a
 target is missed. `--layers 3` measures one small cut of each shape instead and writes nothing.
@@ -27,7 +28,7 @@ from typing import Any
 CLIPS, FRAMES, HEIGHT, WIDTH, TEXT_TOKENS = 3, 21, 16, 16, 32
 TOKENS = CLIPS * FRAMES * HEIGHT * WIDTH // 4
 RANK = 224
-SECONDS = {"svd": 240, "activation": 900}
+SECONDS = {"svd": 240, "activation": 900, "shared": 900}
 PEAK_BYTES = {"1.3b": 3e9, "14b": 4e9}
 # How far 30 layers may lie from the line through 10 and 20, and their peak over that of 10.
 LINEAR, FLAT = 0.15, 1.1
@@ -41,6 +42,7 @@ def rows_to_measure(layers: int | None) -> list[dict[str, Any]]:
         for shape, counts in cuts.items()
         for count in counts
         for init in SECONDS
+        if init != "shared" or shape == "1.3b"
     ]
 
 
@@ -78,7 +80,13 @@ def convert(folder: Path, out: Path, init: str, metric: str) -> dict[str, Any]:
 
     causal = {"num_frames_per_block": 3, "window_frames": 21, "sink_frames": 3}
     calibration = {"clips": CLIPS, "batch_size": 1, "max_tokens": TOKENS, "metric": metric}
-    config = ConvertConfig(init=init, kv_lora_rank=RANK, calibration=calibration)
+    together = 2 if init == "shared" else 1
+    config = ConvertConfig(
+        init="svd" if init == "svd" else "activation",
+        layers_per_latent=together,
+        kv_lora_rank=together * RANK,
+        calibration=calibration,
+    )
     generator = torch.Generator().manual_seed(0)
 
     def batches() -> Iterator[CalibrationBatch]:
