@@ -219,7 +219,7 @@ def test_stock_attention_where_one_softmax_is_all() -> None:
 
 def test_the_report_names_a_reason_once() -> None:
     chosen = Kernels("auto")
-    shape = Shape(1, 2, 3, torch.float32, "cpu")
+    shape = Shape(1, 2, 3, torch.float32, "cpu", "LatentCache")
     for layer in range(3):
         chosen.choices[layer, shape] = Choice("torch", {"absorbed": "no", "expand": "neither"})
     assert chosen.report() == {

@@ -64,6 +64,10 @@ class FrameCache:
         """Ring slots of absolute `frames`, int32 `[len(frames)]` on the cache's device."""
         return torch.tensor([self.causal.slot(f) for f in frames], dtype=torch.int32).to(self.rows[0].device)
 
+    def ring(self, kept: Tensor) -> Tensor:
+        """A layer's tensor `[lanes, window_frames, ...]` as kernels address it by what `slots` gives."""
+        return kept
+
     def read(self, layer: int, frames: list[int]) -> Tensor:
         """Rows of absolute `frames`, `[B, len(frames) * tokens_per_frame, row]`."""
         return self._take(self.rows[layer], frames)

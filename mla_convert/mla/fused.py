@@ -20,6 +20,7 @@ from .cache import DenseCache, LatentCache
 from .core import Query, of_pairs
 from .latent import LatentSelfAttention
 from .places import Places
+from .pool import Int8LaneView, LaneView
 from .quantised import Int8LatentCache
 from .rope import rotate
 
@@ -29,6 +30,9 @@ PATHS: tuple[Path, ...] = ("absorbed", "expand")
 Backend = Literal["sdpa", "attend"]
 """Who attends to a workspace: torch's fused attention, or ours, which splits the keys and tells the log-sum-exp."""
 
+
+RINGS = (DenseCache, LatentCache, Int8LatentCache, LaneView, Int8LaneView)
+"""Caches that the kernels read."""
 
 BY_RULE = 0
 """`splits` of an attention: as many as the rule of the kernel package finds for the device."""
@@ -43,18 +47,22 @@ def why_not(layer: CausalSelfAttention, dtype: torch.dtype, device: str, step: A
         return f"the package mla_attention cannot be imported: {error}"
     if reason := ops.why_not(device, dtype):
         return str(reason)
-    if type(step.cache) not in (DenseCache, LatentCache, Int8LatentCache) or step.cache.places is None:
+    if type(step.cache) not in RINGS or step.cache.places is None:
         return f"{type(step.cache).__name__} is not a ring of frames"
     if step.cache.rows[layer.layer].dtype not in (dtype, torch.int8):
         return f"the cache is {step.cache.rows[layer.layer].dtype}, the model computes in {dtype}"
-    if type(step.cache) is Int8LatentCache and not layer.own_chunk_exact:
+    if isinstance(step.cache, Int8LatentCache) and not layer.own_chunk_exact:
         return "the kernels would quantise the own chunk, which they read from the cache"
     if any(view.zero_keys for view in step.views):
         return "the model attends to keys of zeros"
     if isinstance(layer, DenseSelfAttention):
         return "a dense cache holds no latents" if path == "absorbed" else _attend_refusal(ops, layer.head_dim, layer)
     assert isinstance(layer, LatentSelfAttention)
-    position = layer.mla.position
+    position, cached = layer.mla.position, 2 * len(layer.rope_pairs) if layer.caches_shared_key else 0
+    if layer.mla.layers_per_latent == 1:
+        reason = ops.why_not_latent_write(layer.rank, cached, layer.head_dim, dtype)
+        if reason is not None:
+            return cast(str, reason)
     if path == "expand":
         shared = 2 * len(layer.rope_pairs)
         mean = 0 if layer.k_mean is None else layer.head_dim
@@ -102,8 +110,9 @@ class _FusedPass:
         self.layer: Any = layer
         self.step, self.cache, self.backend = step, step.cache, backend
         self.chunk, self.places = cast("tuple[tuple[int, int], Places]", step.cache.places)
-        self.rows = self.cache.rows[layer.row_layer]
-        self.scales = self.cache.scales[layer.row_layer] if isinstance(self.cache, Int8LatentCache) else None
+        self.rows, self.scales = self.cache.ring(self.cache.rows[layer.row_layer]), None
+        if isinstance(self.cache, Int8LatentCache):
+            self.scales = self.cache.ring(self.cache.scales[layer.row_layer])
         self.dtype = hidden_states.dtype
         self.hidden_states = hidden_states
         self.query, self.key = layer.project_query(hidden_states), layer.to_k(hidden_states)
@@ -158,9 +167,9 @@ class _FusedPass:
         parts = [] if self.read_own else [self._own_part(plain)]
         slots, rotations = places.history_slots, places.history_rotations
         if self.read_own:
-            slots = torch.cat([slots, places.own_slots])
+            slots = torch.cat([slots, places.own_slots], dim=-1)
             rotations = torch.cat([rotations, places.own_rotations])
-        if len(slots):
+        if len(rotations):
             query = layer.history_query(Query(None, plain), self.step).rotated(places.own_rotations)
             nope, rope = query.split([layer.key_channels, 2 * len(layer.rope_pairs)], dim=-1)
             weights = layer.absorbed()
@@ -220,10 +229,11 @@ class _FusedPass:
     def _expand(self, key: Tensor, value: Tensor, slots: Tensor, rotations: Tensor) -> None:
         """Write rotated keys `[B, K, H, D]` and values `[B, K, H, V]` of the frames in some slots."""
         layer = self.layer
-        if not len(slots):
+        if not len(rotations):
             return
         if isinstance(layer, DenseSelfAttention):
-            rows = self.rows.index_select(1, slots).flatten(1, 2)
+            # Of a dense layer nothing but history is expanded.
+            rows = self.cache.read(layer.layer, self.places.history_frames)
             dense_key, dense_value = (layer.split_heads(x) for x in rows.chunk(2, dim=-1))
             key.copy_(rotate(dense_key, rotations))
             value.copy_(dense_value)
@@ -256,7 +266,8 @@ class _FusedPass:
         All layers share them unless the history is kept.
         """
         owner = self.layer.layer if self.cache.keep_expanded else 0
-        shape = (self.rows.shape[0], self.rows.shape[1] * self.rows.shape[2], self.layer.heads)
+        window_tokens = self.cache.rows[self.layer.row_layer].shape[1:-1].numel()
+        shape = (len(self.hidden_states), window_tokens, self.layer.heads)
         shapes = {"key": (*shape, channels), "value": (*shape, value_channels(self.layer))}
         for name, wanted in shapes.items():
             kept = self.cache.workspace.get((owner, name))

@@ -34,13 +34,14 @@ CPU_DEFAULT = "on a CPU torch is the default"
 
 
 class Shape(NamedTuple):
-    """What a choice depends on: `queries` of a chunk and `keys` of the whole window, in tokens."""
+    """What a choice depends on: `queries` of a chunk and `keys` of the whole window, in tokens; the kind of cache."""
 
     batch: int
     queries: int
     keys: int
     dtype: torch.dtype
     device: str
+    cache: str
 
 
 class Choice(NamedTuple):
@@ -81,8 +82,10 @@ class Kernels:
         if self.mode == "torch" or step.cache is None or torch.is_grad_enabled():
             return None
         batch, queries = hidden_states.shape[:2]
-        keys = step.cache.rows[layer.layer].shape[1:-1].numel()
-        shape = Shape(batch, queries, keys, hidden_states.dtype, hidden_states.device.type)
+        rows = step.cache.rows[layer.layer]
+        kind = f"{type(step.cache).__name__}, {rows.dtype}"
+        keys = rows.shape[1:-1].numel()
+        shape = Shape(batch, queries, keys, hidden_states.dtype, hidden_states.device.type, kind)
         key = (layer.layer, shape)
         if key not in self.choices:
             self.choices[key] = choose(layer, shape, step, self.mode, costs.for_device(hidden_states.device))

@@ -42,7 +42,8 @@ def _all_slots(kept: Tensor) -> Tensor:
 class LaneView(FrameCache):
     """Some lanes of a pool as the cache of one chunk of their streams, `frames_seen` of which each has seen.
 
-    Made anew for every chunk. The rows are the pool's; a pass that writes moves no stream on.
+    Made anew for every chunk, so what kernels have expanded is a chunk's own, too. The rows are the pool's; a pass
+    that writes moves no stream on.
     Raises ValueError where the streams cannot share a pass.
     """
 
@@ -69,6 +70,10 @@ class LaneView(FrameCache):
             for lane, offset in zip(self.lanes, self.offsets, strict=True)
         ]
         return torch.tensor(table, dtype=torch.int32).view(len(table), len(frames)).to(self.rows[0].device)
+
+    def ring(self, kept: Tensor) -> Tensor:
+        """One ring of the slots of all lanes, `[1, lanes * window_frames, ...]`, in the same memory."""
+        return _all_slots(kept).unsqueeze(0)
 
     def _take(self, kept: Tensor, frames: list[int]) -> Tensor:
         slots = self._slots_of(frames)

@@ -340,4 +340,6 @@ class _SharedPass:
         conditions = {"r_timestep": r_all} if model.flow_map else {}
         # By the call, not by `forward_chunk`: hooks that bring weights to the device see calls alone.
         out: Tensor = model(x, t_all, self.texts[expert], cache=self.views[expert], write=write, **conditions)
+        if model.kernels is not None:
+            model.kernels.announce()
         return out

@@ -13,6 +13,7 @@ pytest.importorskip("diffusers", reason="models need diffusers")
 import pico
 
 from mla_convert.mla.graph import why_not_graph
+from mla_convert.run.batch import StreamBatch
 from mla_convert.run.stream import stream_chunks
 
 FRAMES, HEIGHT, WIDTH = 12, 32, 32
@@ -38,6 +39,29 @@ def test_kernels_equal_torch(variant: dict[str, Any] | None, dtype: torch.dtype)
     streaming = model(variant, dtype)
     expected, actual = rolled_out(streaming, "torch"), rolled_out(streaming, "triton")
     assert pico.relative_error(actual, expected) < TOLERANCE[dtype]
+    assert "torch" not in streaming.kernels.report()["paths"]
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("variant", [None, *pico.VARIANTS], ids=str)
+def test_streams_that_share_passes(variant: dict[str, Any] | None, dtype: torch.dtype) -> None:
+    streaming = model(variant, dtype)
+
+    def streamed(mode: str) -> dict[int, Tensor]:
+        streaming.set_kernels(mode)
+        batch, made = StreamBatch(streaming, 4, HEIGHT, WIDTH, num_inference_steps=3), {}
+        for seed in range(3):
+            text = pico.inputs(1, 1, HEIGHT, WIDTH, seed)[2][0]
+            batch.join(text, seed, FRAMES, guidance_scale=2.0 if seed == 0 else 1.0)
+            for chunk in batch.step():
+                made.setdefault(chunk.stream, []).append(chunk.latents)
+        for chunk in batch.chunks():
+            made[chunk.stream].append(chunk.latents)
+        return {number: torch.cat(chunks, dim=1) for number, chunks in made.items()}
+
+    expected, actual = streamed("torch"), streamed("triton")
+    for number, latents in expected.items():
+        assert pico.relative_error(actual[number], latents) < TOLERANCE[dtype]
     assert "torch" not in streaming.kernels.report()["paths"]
 
 

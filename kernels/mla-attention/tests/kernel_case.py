@@ -84,3 +84,29 @@ def ring(
         rows = values.new_full((batch, window, tokens, width), float("nan"))
         rows[:, place] = values.unflatten(1, (len(slots), tokens))
     return Ring(rows, scales, int32(slots), int32([keys]), valid[:, :keys])
+
+
+TABLES = ((0, 3, 4, 1), (0, 4, 1, 2))
+"""Slots of two items in rings that have wrapped differently."""
+
+
+def with_tables(cached: Ring, pooled: bool, window: int = 5, lanes: tuple[int, int] = (2, 0)) -> Ring:
+    """The two items of a ring with a table of slots each: in rings of their own, or in lanes of a pool of three.
+
+    A pool is one ring for all items, whose slots are counted through. Everything that no table names is NaN.
+    """
+    places = [[slot + pooled * lane * window for slot in table] for table, lane in zip(TABLES, lanes)]  # noqa: B905
+
+    def moved(kept: Tensor | None, empty: float) -> Tensor | None:
+        if kept is None:
+            return None
+        rings = (1, 3 * window) if pooled else (2, window)
+        target = torch.full((*rings, *kept.shape[2:]), empty, dtype=kept.dtype, device=kept.device)
+        for item, place in enumerate(places):
+            target[0 if pooled else item, torch.tensor(place, device=DEVICE)] = kept[item, cached.slots]
+        return target
+
+    empty = float("nan") if cached.scales is None else -128
+    return cached._replace(
+        rows=moved(cached.rows, empty), scales=moved(cached.scales, float("nan")), slots=int32(places)
+    )

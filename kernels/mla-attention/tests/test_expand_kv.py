@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_case import DEVICE, DTYPES, EPSILON, error, int32, randn, ring, unit_rotations
+from kernel_case import DEVICE, DTYPES, EPSILON, Ring, error, int32, randn, ring, unit_rotations, with_tables
 from mla_attention import expand_kv_, expand_kv_reference, why_not_expand_kv
 from mla_attention._ops import ops
 
@@ -73,15 +73,59 @@ def test_equals_float64(layout, dtype):
     check(arguments, valid, (1 if dtype != torch.float32 else 8) * EPSILON[dtype])
 
 
-@pytest.mark.parametrize("rank", [16, 64, 96, 128, 192, 256, 512])
+def tabled(arguments, valid, pooled):
+    """The same arguments with a table of slots for each item."""
+    found = with_tables(Ring(*arguments[2:6], valid), pooled)
+    return [*arguments[:2], *found[:4], *arguments[6:]]
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["rotate_on_read", "cached", "derived"])
+def test_a_table_of_slots_for_each_item(layout, dtype, quantised, pooled):
+    arguments, valid = case(layout, dtype=dtype, quantised=quantised)
+    arguments = tabled(arguments, valid, pooled)
+    expand_kv_(*arguments)
+    # 2.1e-4 in float16, 2.7e-4 from int8; 1.1e-7 in float32.
+    check(arguments, valid, (1 + quantised if dtype != torch.float32 else 8) * EPSILON[dtype])
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("quantised", [False, True])
+def test_reference_with_tables(quantised, pooled):
+    arguments, valid = case("cached", quantised=quantised)
+    wide = [x.double() if x is not None and not isinstance(x, bool) and x.dtype == torch.float32 else x
+            for x in tabled(arguments, valid, pooled)]  # fmt: skip
+    expand_kv_reference(*wide)
+    check(wide, valid, 1e-12)
+
+
+def test_items_that_share_a_ring_and_a_table():
+    arguments, valid = case("cached", batch=1)
+    arguments[:2] = [x.repeat(3, 1, 1, 1) for x in arguments[:2]]
+    expand_kv_(*arguments)
+    check(arguments, valid.expand(3, -1, -1), 1e-6)
+
+
+@pytest.mark.parametrize("rank", [16, 64, 96, 128, 192, 256, 512, 1024])
 def test_opcheck(rank):
     arguments, _ = case("cached", rank=rank, heads=1, batch=1, tokens=2, slots=(0, 2), tail=1, quantised=rank == 192)
     torch.library.opcheck(ops.expand_kv_.default, tuple(arguments))
 
 
+def test_opcheck_with_tables():
+    arguments, valid = case("cached", heads=1, tokens=2)
+    torch.library.opcheck(ops.expand_kv_.default, tuple(tabled(arguments, valid, True)))
+
+
 @pytest.mark.parametrize(
-    ("rank", "quantised"), [(16, False), (64, True), (96, True), (128, False), (192, True), (256, False), (512, True)]
-)
+    ("rank", "quantised"),
+    [
+        (16, False), (64, True), (96, True), (128, False), (192, True), (256, False), (512, True), (640, False),
+        (1120, True), (2048, False),
+    ],
+)  # fmt: skip
 def test_ranks(rank, quantised):
     arguments, valid = case("cached", rank=rank, heads=1, batch=1, dtype=torch.float16, quantised=quantised)
     expand_kv_(*arguments)
@@ -188,7 +232,11 @@ def test_refusals():
         refused(arguments, rows=rows.half())
     with pytest.raises(ValueError, match=r"key_out is torch.float16, expected torch.float32"):
         refused(arguments, key_out=key_out.half())
-    assert why_not_expand_kv(1024, 96, 32, 128) == "expand_kv: kv_lora_rank 1024, supported are 1 to 512"
+    with pytest.raises(ValueError, match="rows hold 2 rings, expected 1 or 3"):
+        refused(arguments, key_out=key_out[:1].repeat(3, 1, 1, 1), value_out=value_out[:1].repeat(3, 1, 1, 1))
+    with pytest.raises(ValueError, match=r"slots is \[3, 4\], expected \[2, \*\]"):
+        refused(arguments, slots=slots.repeat(3, 1))
+    assert why_not_expand_kv(2049, 96, 32, 128) == "expand_kv: kv_lora_rank 2049, supported are 1 to 2048"
     assert why_not_expand_kv(192, 96, 31, 128) == "expand_kv: 31 shared rotary channels are no pairs"
     assert why_not_expand_kv(192, 96, 32, 512) == "expand_kv: 512 value channels, supported are 1 to 256"
     assert "float64 is not supported" in why_not_expand_kv(192, 96, 32, 128, torch.float64)

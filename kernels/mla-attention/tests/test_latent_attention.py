@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_case import DTYPES, EPSILON, error, int32, randn, ring, unit_rotations
+from kernel_case import DEVICE, DTYPES, EPSILON, Ring, error, int32, randn, ring, unit_rotations, with_tables
 from mla_attention import latent_attention, latent_attention_reference, merge, why_not_latent_attention
 from mla_attention._ops import ops
 
@@ -102,6 +102,40 @@ def test_int8(rank, shared, dtype):
     assert error(lse, expected_lse) < max(EPSILON[dtype], 1e-6)
 
 
+def tabled(arguments, valid, pooled):
+    """The same arguments with a table of slots for each item."""
+    found = with_tables(Ring(*arguments[2:6], valid), pooled)
+    return [*arguments[:2], *found[:4], arguments[6]]
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_a_table_of_slots_for_each_item(splits, dtype, quantised, pooled):
+    arguments, valid = case(dtype=dtype, quantised=quantised)
+    out, lse = latent_attention(*tabled(arguments, valid, pooled), SCALE, splits)
+    expected, expected_lse = exact(arguments, valid)
+    assert error(out, expected) < 2 * max(EPSILON[dtype], 2**-22)  # float16: 3.6e-4, float32: 1.7e-7
+    assert error(lse, expected_lse) < max(EPSILON[dtype], 1e-6)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the file is in the memory of the CPU")
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_ring_whose_offsets_take_64_bits(quantised, tmp_path):
+    """2**31 scalars and more, in a sparse file of which nothing but the slots in use is written."""
+    arguments, valid = case(dtype=torch.float16, quantised=quantised)
+    pool = with_tables(Ring(*arguments[2:6], valid), True)
+    (slots, tokens, width), step = pool.rows.shape[1:], 2**28
+    file = torch.from_file(str(tmp_path / "rows"), shared=True, size=slots * step, dtype=pool.rows.dtype)
+    far = file.as_strided((1, slots, tokens, width), (slots * step, step, width, 1))
+    for table in pool.slots.long():
+        far[0, table] = pool.rows[0, table]
+    expected = latent_attention(*arguments[:2], *pool[:4], arguments[6], SCALE)
+    found = latent_attention(*arguments[:2], far, *pool[1:4], arguments[6], SCALE)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("splits", [1, 3])
 def test_no_keys(splits):
     arguments, _ = case(64, tail=28)
@@ -154,13 +188,19 @@ def test_reference_equals_the_definition(quantised):
     arguments, valid = case(96, 12, quantised=quantised)
     expected = exact(arguments, valid)
     wide = [x.double() if x is not None and x.dtype == torch.float32 else x for x in arguments]
-    torch.testing.assert_close(latent_attention_reference(*wide, SCALE), expected, rtol=1e-12, atol=1e-12)
+    for given in (wide, tabled(wide, valid, False), tabled(wide, valid, True)):
+        torch.testing.assert_close(latent_attention_reference(*given, SCALE), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("rank", [64, 96, 128, 192, 256, 512])
 def test_opcheck(rank):
     arguments, _ = case(rank, heads=1, queries=2, slots=(0, 2), tokens=2, batch=1, quantised=rank == 192)
     torch.library.opcheck(ops.latent_attention.default, (*arguments, SCALE, 1))
+
+
+def test_opcheck_with_tables():
+    arguments, valid = case(16, heads=1, queries=2, tokens=2)
+    torch.library.opcheck(ops.latent_attention.default, (*tabled(arguments, valid, True), SCALE, 1))
 
 
 def test_compiles_without_graph_breaks():
@@ -185,9 +225,10 @@ def test_refusals():
         latent_attention(latent, pe, rows, None, slots.long(), count, turn, SCALE)
     with pytest.raises(ValueError, match="65 splits, supported are 0 to 64"):
         latent_attention(latent, pe, rows, None, slots, count, turn, SCALE, 65)
-    huge = torch.empty(2, 2**14, 2**11, 72, device="meta")
-    with pytest.raises(ValueError, match=r"2\*\*31 scalars"):
-        latent_attention(latent.to("meta"), pe.to("meta"), huge, None, slots, count, turn, SCALE)
+    with pytest.raises(ValueError, match="rows hold 3 rings, expected 1 or 2"):
+        latent_attention(latent, pe, rows[:1].repeat(3, 1, 1, 1), None, slots, count, turn, SCALE)
+    with pytest.raises(ValueError, match=r"slots is \[1, 4\], expected \[2, \*\]"):
+        latent_attention(latent, pe, rows, None, slots.unsqueeze(0), count, turn, SCALE)
     with pytest.raises(NotImplementedError, match="float64 is not supported"):
         latent_attention(latent.double(), pe.double(), rows.double(), None, slots, count, turn, SCALE)
     assert why_not_latent_attention(520, 32) == "latent_attention: kv_lora_rank 520, supported are 1 to 512"

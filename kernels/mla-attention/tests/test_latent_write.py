@@ -87,7 +87,7 @@ def test_error_is_that_of_torch(shared, baked, mean, dtype):
     check(case(shared=shared, baked=baked, mean=mean, dtype=dtype))
 
 
-@pytest.mark.parametrize("rank", [16, 64, 96, 128, 192, 256, 512])
+@pytest.mark.parametrize("rank", [16, 64, 96, 128, 192, 256, 512, 1120])
 def test_ranks(rank):
     """Groups that hold only latents, only the shared key, or the end of one and the start of the other."""
     check(case(rank, shared=32, heads=1, dtype=torch.float16, batch=1))
@@ -99,6 +99,34 @@ def test_ranks(rank):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_heads_and_channels(heads, channels, values, shared, dtype):
     check(case(96, shared, heads, channels, values, dtype, batch=1))
+
+
+def tabled(arguments, pooled):
+    """The same arguments with a table of slots for each item: in rings of their own, or in lanes of a pool of three."""
+    rows, scales = arguments[:2]
+    tables = [[13, 10], [3, 1]] if pooled else [[3, 0], [3, 1]]
+    if pooled:
+        rows, scales = (None if x is None else x[:1].repeat(1, 3, 1, 1) for x in (rows, scales))
+    return [rows, scales, int32(tables), *arguments[3:]]
+
+
+@pytest.mark.parametrize("write", [latent_write_, latent_write_reference])
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_table_of_slots_for_each_item(dtype, quantised, pooled, write):
+    arguments = case(dtype=dtype)
+    expected = by_torch(arguments, torch.float64)
+    limit = max(1.2 * error(by_torch(arguments, dtype), expected), EPSILON[dtype], 8e-3 * quantised)
+    arguments = tabled(case(dtype=dtype, quantised=quantised), pooled)
+    write(*arguments)
+    rows, scales, slots = arguments[:3]
+    index = (torch.zeros_like(slots) if pooled else torch.arange(2, device=DEVICE).unsqueeze(1), slots)
+    found = rows[index] if scales is None else dequantise_rows(rows[index], scales[index], torch.float64)
+    assert error(found, expected) <= limit  # int8: 6e-3
+    kept = rows if scales is None else scales
+    kept[index] = float("nan")
+    assert bool(kept.isnan().all())
 
 
 @pytest.mark.parametrize("quantised", [False, True])
@@ -173,9 +201,14 @@ def test_reference_equals_the_definition(mean, quantised):
     torch.testing.assert_close(written(wide), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("rank", [64, 96, 128, 192, 256, 512])
+@pytest.mark.parametrize("rank", [64, 96, 128, 192, 256, 512, 1024])
 def test_opcheck(rank):
     arguments = case(rank, heads=1, batch=1, tokens=2, quantised=rank == 192, mean=rank == 96, baked=rank != 64)
+    torch.library.opcheck(ops.latent_write_.default, tuple(arguments))
+
+
+def test_opcheck_with_tables():
+    arguments = tabled(case(16, heads=1, tokens=2), True)
     torch.library.opcheck(ops.latent_write_.default, tuple(arguments))
 
 
@@ -206,6 +239,8 @@ def test_refusals():
     fails(NotImplementedError, "9 key channels a head are no pairs", _13=lambda x: 8)
     doubled = {f"_{i}": (lambda x: x.double()) for i in (0, 3, 4, 5, 8, 9, 10, 11)}
     fails(NotImplementedError, "float64 is not supported", **doubled)
-    assert why_not_latent_write(513, 32, 128) == "latent_write: kv_lora_rank 513, supported are 1 to 512"
+    fails(ValueError, "items that share a ring cannot write to the same slots", _0=lambda x: x[:1])
+    fails(ValueError, r"slots is \[3, 2\], expected \[2, \*\]", _2=lambda x: x.repeat(3, 1))
+    assert why_not_latent_write(2049, 32, 128) == "latent_write: kv_lora_rank 2049, supported are 1 to 2048"
     assert why_not_latent_write(192, 130, 128) == "latent_write: 130 shared rotary channels, supported are 0 to 128"
     assert why_not_latent_write(192, 32, 128, torch.bfloat16) is None

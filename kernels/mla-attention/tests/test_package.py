@@ -59,10 +59,10 @@ def compilations(kernel, *lengths):
     return len(found)
 
 print(compilations(_attend_kernel, "queries", "keys"))
-print(compilations(_expand_kernel, "keys"))
+print(compilations(_expand_kernel, "keys", "slots_b"))
 print(compilations(_merge_kernel, "queries", "parts"))
-print(compilations(_latent_kernel, "queries", "keys"))
-print(compilations(_write_kernel, "length"))
+print(compilations(_latent_kernel, "queries", "keys", "slots_b"))
+print(compilations(_write_kernel, "length", "slots_b"))
 print(compilations(_norm_kernel, "length", "tokens"))
 print(compilations(_attend_kernel, "key_k"))
 """

@@ -30,15 +30,17 @@ from ._runtime import (
     tl,
 )
 from .quantise import GROUP, dequantise_rows
+from .ring import check_ring, ring_index, ring_strides
 
-MAX_RANK = 512
+MAX_RANK = 2048
 MAX_CHANNELS = 256
 
 
-@jit(do_not_specialize=["keys"])
+@jit(do_not_specialize=["keys", "slots_b"])
 def _expand_kernel(
     out, rows, scales, slots, num_keys, weight, bias, rotations, tokens, keys, copies,
-    out_b, out_k, out_h, rows_b, rows_s, rows_t, scales_b, scales_s, scales_t, head_rows, rotations_k,
+    out_b, out_k, out_h, rows_b, rows_s, rows_t, scales_b, scales_s, scales_t, slots_b,
+    head_rows, rotations_k,
     RANK: tl.constexpr, CHANNELS: tl.constexpr, FIRST: tl.constexpr, PROJECTED: tl.constexpr,
     ROTATED: tl.constexpr, QUANTISED: tl.constexpr, TILES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
@@ -55,7 +57,7 @@ def _expand_kernel(
     if tl.program_id(1) * BLOCK_M >= valid:
         return
     live = n < valid
-    slot = tl.load(slots + n // tokens, mask=live, other=0).to(tl.int64)
+    slot = tl.load(slots + b * slots_b + n // tokens, mask=live, other=0).to(tl.int64)
     token = n % tokens
     source = rows + b * rows_b + slot * rows_s + token * rows_t
     if QUANTISED:
@@ -101,9 +103,10 @@ def expand_kv_(
 ) -> None:  # fmt: skip
     """Write the valid keys and values to `key_out` `[B, K, H, D]` and `value_out` `[B, K, H, V]`, in place.
 
-    `rows` `[B, S, T, W]` is a ring of cache rows `[c | k_pe]`, or int8 with float16 `scales`
-    `[B, S, T, ceil(W / 64)]`. Key j is token `j % T` of slot `slots[j // T]`, `slots` int32 `[F]`; keys from
-    `num_keys` (int32 `[1]`, on the device) on are neither read nor written, K may be more or less than F T.
+    `rows` `[B, S, T, W]` is a ring of cache rows `[c | k_pe]` for each item, `[1, S, T, W]` one for all, or int8 with
+    float16 `scales` `[B or 1, S, T, ceil(W / 64)]`. Key j is token `j % T` of slot `slots[j // T]`, `slots` int32
+    `[F]` for all items or `[B, F]`; keys from `num_keys` (int32 `[1]`, on the device) on are neither read nor
+    written, K may be more or less than F T.
     `w_kvb` `[H (N + V), r]` and `b_kvb` hold, head by head, N rows of the key and V of the value.
 
     With `rotate_heads` D = N and all channels are rotated by `rotations`, float32 `[F T, D / 2, 2]`. Without, a
@@ -128,9 +131,10 @@ def expand_kv_reference(
     wide = torch.promote_types(w_kvb.dtype, torch.float32)
     heads, value_channels, rank = key_out.shape[2], value_out.shape[3], w_kvb.shape[1]
     nope = w_kvb.shape[0] // heads - value_channels
-    found = rows.index_select(1, slots).flatten(1, 2)
+    place = ring_index(rows, slots, len(key_out))
+    found = rows[place].flatten(1, 2)
     if scales is not None:
-        found = dequantise_rows(found, scales.index_select(1, slots).flatten(1, 2), wide)
+        found = dequantise_rows(found, scales[place].flatten(1, 2), wide)
     count = min(found.shape[1], key_out.shape[1])
     found = found[:, :count].to(wide)
     latent = found[..., :rank]
@@ -194,7 +198,7 @@ def expand_plan(
 def aot_variants(capability: int) -> list[Variant]:
     """Ahead-of-time compilations at the Wan geometry: keys rotated, keys or values that are not, shared keys."""
     everywhere, shared = [(128, None, True), (128, None, False)], [(32, None, True), (32, 192, True)]
-    cases = [(rank, *case, False) for rank in (192, 64, 128, 256) for case in everywhere]
+    cases = [(rank, *case, False) for rank in (192, 64, 128, 256, 1024) for case in everywhere]
     cases += [(192, *case, False) for case in shared] + [(192, *case, True) for case in everywhere + shared]
     found = []
     for rank, channels, first, rotated, quantised in cases:
@@ -224,11 +228,10 @@ def _check(
     rotate_heads: bool,
 ) -> None:  # fmt: skip
     dtype = w_kvb.dtype
-    check_tensor("rows", rows, (None,) * 4, torch.int8 if scales is not None else dtype)
-    check_tensor("key_out", key_out, (rows.shape[0], None, None, None), dtype, like=rows)
+    check_tensor("key_out", key_out, (None,) * 4, dtype)
     batch, capacity, heads, key_width = key_out.shape
-    check_tensor("value_out", value_out, (batch, capacity, heads, None), dtype, like=rows)
-    check_tensor("slots", slots, (None,), torch.int32, like=rows)
+    check_tensor("value_out", value_out, (batch, capacity, heads, None), dtype, like=key_out)
+    check_ring(rows, scales, slots, batch, dtype, key_out)
     check_tensor("num_keys", num_keys, (1,), torch.int32, like=rows)
     check_tensor("w_kvb", w_kvb, (None, None), dtype, like=rows)
     weight_rows, rank = w_kvb.shape
@@ -244,8 +247,6 @@ def _check(
     require(w_kvb.stride(0) == rank and b_kvb.stride(0) == 1, "w_kvb and b_kvb must be contiguous")
     refuse(why_not_expand_kv(rank, nope, shared, value_channels, dtype))
     require(not rotate_heads or key_width % 2 == 0, "{} key channels are no pairs", key_width)
-    if scales is not None:
-        check_tensor("scales", scales, (*rows.shape[:3], ceil_div(width, GROUP)), torch.float16, like=rows)
     if shared and w_pe is not None:
         check_tensor("w_pe", w_pe, (shared, rank), dtype, like=rows)
         require(w_pe.stride(0) == rank, "w_pe must be contiguous")
@@ -256,7 +257,7 @@ def _check(
     if rotate_heads or shared:
         require(rotations is not None, "rotations are missing")
         pairs = (key_width if rotate_heads else shared) // 2
-        check_tensor("rotations", rotations, (slots.shape[0] * rows.shape[2], pairs, 2), torch.float32, like=rows)
+        check_tensor("rotations", rotations, (slots.shape[-1] * rows.shape[2], pairs, 2), torch.float32, like=rows)
         require(rotations.stride(1) == 2 or pairs == 1, "the pairs of rotations must be contiguous")
 
 
@@ -285,7 +286,7 @@ def _launch_part(out, channels, heads, rows, scales, slots, num_keys, weight, bi
     """
     rank = 1 if weight is None else weight.shape[1]
     tokens = rows.shape[2]
-    keys = min(slots.shape[0] * tokens, out.shape[1])
+    keys = min(slots.shape[-1] * tokens, out.shape[1])
     device = capability(rows.device)
     plan = expand_plan(rank, channels, first, rotations is not None, scales is not None, out.dtype, device)
     all_heads = out.shape[2]
@@ -293,8 +294,8 @@ def _launch_part(out, channels, heads, rows, scales, slots, num_keys, weight, bi
         _expand_kernel,
         (heads * plan.constants["TILES"], ceil_div(keys, plan.constants["BLOCK_M"]), out.shape[0]), plan, out,
         out, rows, scales, slots, num_keys, weight, bias, rotations, tokens, keys, all_heads // heads,
-        *out.stride()[:3], *rows.stride()[:3], *((0, 0, 0) if scales is None else scales.stride()[:3]),
-        head_rows, 0 if rotations is None else rotations.stride(0),
+        *out.stride()[:3], *ring_strides(rows, scales, slots), head_rows,
+        0 if rotations is None else rotations.stride(0),
     )  # fmt: skip
 
 

@@ -27,11 +27,14 @@ from ._runtime import (
 )
 from .latent_tiles import MAX_RANK, latent_plan
 from .merge import launch_merge
-from .quantise import GROUP, dequantise_rows
+from .quantise import dequantise_rows
+from .ring import check_ring, ring_index, ring_strides
 from .splits import multiprocessors, split_count
 
 MAX_SHARED = 64
 MAX_SPLITS = 64
+NEAR = 2**31
+"""Scalars of a ring from which on offsets take 64 bits."""
 
 
 @jit
@@ -89,13 +92,15 @@ def _latent_block(
     rows_s, rows_t, scales_s, scales_t, rotations_k,
     RANK: tl.constexpr, WIDE: tl.constexpr, COUNT: tl.constexpr, REST: tl.constexpr, BLOCKS: tl.constexpr,
     SHARED: tl.constexpr, PE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, QUANTISED: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax over the keys from `start` on, which lie in `slot`; `top` is in units of log2."""
     DTYPE: tl.constexpr = query[0].dtype
     n = start + tl.arange(0, BLOCK_K)
     live = n < last
     token = n % tokens
+    if FAR:
+        slot = slot.to(tl.int64)
     offsets = slot * rows_s + token * rows_t
     scale_offsets = slot * scales_s + token * scales_t
     logits = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
@@ -126,18 +131,19 @@ def _latent_block(
     return mixed, total, highest
 
 
-@jit(do_not_specialize=["queries", "keys"])
+@jit(do_not_specialize=["queries", "keys", "slots_b"])
 def _latent_kernel(
     query, query_pe, rows, scales, slots, num_keys, rotations, out, lse, scale, queries, keys, heads, tokens,
-    query_b, query_q, query_h, pe_b, pe_q, pe_h, rows_b, rows_s, rows_t, scales_b, scales_s, scales_t, rotations_k,
+    query_b, query_q, query_h, pe_b, pe_q, pe_h, rows_b, rows_s, rows_t, scales_b, scales_s, scales_t, slots_b,
+    rotations_k,
     RANK: tl.constexpr, WIDE: tl.constexpr, COUNT: tl.constexpr, REST: tl.constexpr, BLOCKS: tl.constexpr,
     SHARED: tl.constexpr, PE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PEELED: tl.constexpr,
-    QUANTISED: tl.constexpr, PRECISION: tl.constexpr,
+    QUANTISED: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of (query, head) by a split of the keys: `out` `[splits, B, Q, H, r]`, `lse` `[splits, B, H, Q]`.
 
     The latent is taken in BLOCKS blocks, COUNT of WIDE channels and perhaps one of REST. With PEELED only a last
-    block of keys that is not full is masked, by code of its own.
+    block of keys that is not full is masked, by code of its own. FAR rings take offsets of 64 bits.
     """
     b = tl.program_id(1).to(tl.int64)
     valid = tl.minimum(tl.load(num_keys), keys)
@@ -168,26 +174,28 @@ def _latent_kernel(
     rows += b * rows_b
     if QUANTISED:
         scales += b * scales_b
+    # 32 bits: one register less than a pointer to the item's table.
+    table = tl.program_id(1) * slots_b
     n = first + tl.arange(0, BLOCK_K)
-    slot = tl.load(slots + n // tokens, mask=n < last, other=0)
+    slot = tl.load(slots + (table + n // tokens), mask=n < last, other=0)
     stop = last
     if PEELED:
         stop = first + (last - first) // BLOCK_K * BLOCK_K
     for start in range(first, stop, BLOCK_K):
         # The slots of the next keys are on their way while these are used.
         following = start + BLOCK_K + tl.arange(0, BLOCK_K)
-        following_slot = tl.load(slots + following // tokens, mask=following < last, other=0)
+        following_slot = tl.load(slots + (table + following // tokens), mask=following < last, other=0)
         acc, total, top = _latent_block(
             latent, pe, acc, total, top, start, slot, last, rows, scales, rotations, tokens, scale_log2,
             rows_s, rows_t, scales_s, scales_t, rotations_k, RANK, WIDE, COUNT, REST, BLOCKS, SHARED, PE,
-            BLOCK_M, BLOCK_K, QUANTISED, not PEELED, PRECISION,
+            BLOCK_M, BLOCK_K, QUANTISED, not PEELED, FAR, PRECISION,
         )  # fmt: skip
         slot = following_slot
     if stop < last:
         acc, total, top = _latent_block(
             latent, pe, acc, total, top, stop, slot, last, rows, scales, rotations, tokens, scale_log2,
             rows_s, rows_t, scales_s, scales_t, rotations_k, RANK, WIDE, COUNT, REST, BLOCKS, SHARED, PE,
-            BLOCK_M, BLOCK_K, QUANTISED, True, PRECISION,
+            BLOCK_M, BLOCK_K, QUANTISED, True, FAR, PRECISION,
         )  # fmt: skip
 
     # Without keys the sums are 0 and so is the output.
@@ -210,10 +218,11 @@ def latent_attention(
 
     `query_latent` `[B, Q, H, r]` are queries times the key part of `kv_b_proj`, `query_pe` `[B, Q, H, R]` their
     rotated shared part, None without one; float16, bfloat16 or float32, with contiguous channels and any other
-    strides. `rows` `[B, S, T, W]`, W >= r + R, is a ring of rows `[c | k_pe]` in the dtype of the queries, or int8
-    with float16 `scales` `[B, S, T, ceil(W / 64)]`. Key j is token `j % T` of slot `slots[j // T]`, `slots` int32
-    `[F]`; keys from `num_keys` (int32 `[1]`, on the device) on are not read. `k_pe` is rotated by `rotations`,
-    float32 `[K, R / 2, 2]` (cos, sin), by key in reading order. Without keys the result is 0 and -inf.
+    strides. `rows` `[B, S, T, W]`, W >= r + R, is a ring of rows `[c | k_pe]` for each item, `[1, S, T, W]` one for
+    all, in the dtype of the queries, or int8 with float16 `scales` `[B or 1, S, T, ceil(W / 64)]`. Key j is token
+    `j % T` of slot `slots[j // T]`, `slots` int32 `[F]` for all items or `[B, F]`; keys from `num_keys` (int32 `[1]`,
+    on the device) on are not read. `k_pe` is rotated by `rotations`, float32 `[K, R / 2, 2]` (cos, sin), by key in
+    reading order. Without keys the result is 0 and -inf.
 
     `scale` multiplies the logits; softmax and sums are float32. `splits` programs share the keys of a tile, 0 leaves
     their number to `split_count`. Raises ValueError on arguments that do not fit, NotImplementedError on what
@@ -233,9 +242,10 @@ def latent_attention_reference(
     """
     wide = torch.promote_types(query_latent.dtype, torch.float32)
     rank = query_latent.shape[-1]
-    found = rows.index_select(1, slots).flatten(1, 2)
+    place = ring_index(rows, slots, len(query_latent))
+    found = rows[place].flatten(1, 2)
     if scales is not None:
-        found = dequantise_rows(found, scales.index_select(1, slots).flatten(1, 2), wide)
+        found = dequantise_rows(found, scales[place].flatten(1, 2), wide)
     valid = torch.arange(found.shape[1], device=rows.device) < num_keys
     # Products with a weight of 0 must not meet the NaN of what is not valid.
     found = found.to(wide).masked_fill(~valid.unsqueeze(-1), 0)
@@ -266,12 +276,14 @@ def why_not_latent_attention(rank: int, shared_channels: int, dtype: torch.dtype
 
 
 def aot_variants(capability: int) -> list[Variant]:
-    """Ahead-of-time compilations: ranks with and without a shared key, int8 rows, and few queries."""
-    cases = [(rank, 32, False, 4680) for rank in (192, 64, 96, 128, 256, 512)]
-    cases += [(192, 32, True, 4680), (512, 32, True, 4680), (192, 0, False, 4680), (192, 32, False, 1)]
+    """Ahead-of-time compilations: ranks with and without a shared key, int8 rows, few queries, and large rings."""
+    ranks = [(rank, 32, False, 4680) for rank in (192, 64, 96, 128, 256, 512)]
+    ranks += [(192, 32, True, 4680), (512, 32, True, 4680)]
+    cases = [(*case, False) for case in (*ranks, (192, 0, False, 4680), (192, 32, False, 1))]
+    cases += [(*case, True) for case in ranks]
     heads, found = 12, []
-    for rank, shared, quantised, queries in cases:
-        plan = latent_plan(rank, shared, queries * heads, torch.bfloat16, quantised, capability)
+    for rank, shared, quantised, queries, far in cases:
+        plan = latent_plan(rank, shared, queries * heads, torch.bfloat16, quantised, far, capability)
         types = dict.fromkeys(("query", "query_pe", "out"), "*bf16") | {
             "rows": "*i8" if quantised else "*bf16",
             "scales": "*fp16",
@@ -285,7 +297,7 @@ def aot_variants(capability: int) -> list[Variant]:
         absent = {name: None for name, wanted in there.items() if not wanted}
         types = {name: kind for name, kind in types.items() if name not in absent}
         plan = plan._replace(constants={**plan.constants, **absent})
-        name = f"latent_attention r={rank} R={shared} Q={queries}" + ", int8" * quantised
+        name = f"latent_attention r={rank} R={shared} Q={queries}" + ", int8" * quantised + ", far" * far
         # The newer tensor cores take no tile of less than 64 rows.
         found.append(Variant(name, _latent_kernel, types, plan, dot=plan.constants["BLOCK_M"] >= 64))
     return found
@@ -300,30 +312,25 @@ def _check(
     shared = 0 if query_pe is None else query_pe.shape[-1]
     require(0 <= splits <= MAX_SPLITS, "latent_attention: {} splits, supported are 0 to {}", splits, MAX_SPLITS)
     refuse(why_not_latent_attention(rank, shared, query.dtype))
-    dtype = query.dtype if scales is None else torch.int8
-    check_tensor("rows", rows, (batch, None, None, None), dtype, like=query)
-    slots_of_ring, tokens, width = rows.shape[1:]
+    check_ring(rows, scales, slots, batch, query.dtype, query)
+    tokens, width = rows.shape[2:]
     require(width >= rank + shared, "rows are {} wide, {} are needed", width, rank + shared)
-    # Offsets within an item are 32 bits.
-    require(slots_of_ring * rows.stride(1) < 2**31, "an item of rows has 2**31 scalars or more")
-    check_tensor("slots", slots, (None,), torch.int32, like=query)
     check_tensor("num_keys", num_keys, (1,), torch.int32, like=query)
-    if scales is not None:
-        check_tensor("scales", scales, (*rows.shape[:3], ceil_div(width, GROUP)), torch.float16, like=query)
     if query_pe is not None:
         check_tensor("query_pe", query_pe, (batch, queries, heads, shared), query.dtype, like=query)
         require(rotations is not None, "rotations are missing")
-        check_tensor("rotations", rotations, (slots.shape[0] * tokens, shared // 2, 2), torch.float32, like=query)
+        check_tensor("rotations", rotations, (slots.shape[-1] * tokens, shared // 2, 2), torch.float32, like=query)
         require(rotations.stride(1) == 2 or shared <= 2, "the pairs of rotations must be contiguous")
 
 
 def _launch(query, query_pe, rows, scales, slots, num_keys, rotations, scale, splits):
     batch, queries, heads, rank = query.shape
     tokens, shared = rows.shape[2], 0 if query_pe is None else query_pe.shape[-1]
-    plan = latent_plan(rank, shared, queries * heads, query.dtype, scales is not None, capability(query.device))
+    far = rows.shape[1] * rows.stride(1) >= NEAR
+    plan = latent_plan(rank, shared, queries * heads, query.dtype, scales is not None, far, capability(query.device))
     tiles = ceil_div(queries * heads, plan.constants["BLOCK_M"]) * batch
     if splits == 0:
-        blocks = ceil_div(slots.shape[0] * tokens, plan.constants["BLOCK_K"])
+        blocks = ceil_div(slots.shape[-1] * tokens, plan.constants["BLOCK_K"])
         splits = split_count(tiles, blocks, multiprocessors(query.device))
     dtype = query.dtype if splits == 1 else torch.float32
     out = torch.empty(splits, batch, queries, heads, rank, dtype=dtype, device=query.device)
@@ -331,9 +338,9 @@ def _launch(query, query_pe, rows, scales, slots, num_keys, rotations, scale, sp
     launch(
         _latent_kernel, (ceil_div(queries * heads, plan.constants["BLOCK_M"]), batch, splits), plan, query,
         query, query_pe, rows, scales, slots, num_keys, rotations if shared else None, out, lse, scale,
-        queries, slots.shape[0] * tokens, heads, tokens,
-        *query.stride()[:3], *(query_pe.stride()[:3] if shared else (0, 0, 0)), *rows.stride()[:3],
-        *((0, 0, 0) if scales is None else scales.stride()[:3]), rotations.stride(0) if shared else 0,
+        queries, slots.shape[-1] * tokens, heads, tokens,
+        *query.stride()[:3], *(query_pe.stride()[:3] if shared else (0, 0, 0)),
+        *ring_strides(rows, scales, slots), rotations.stride(0) if shared else 0,
     )  # fmt: skip
     return (out[0], lse[0]) if splits == 1 else launch_merge(out, lse, query.dtype)
 

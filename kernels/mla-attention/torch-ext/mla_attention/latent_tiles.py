@@ -66,8 +66,13 @@ _TILES = {
 Latents of int8 pass through registers, so such tiles are smaller. Those of family 80 fit 99 kB of shared memory."""
 
 
-def latent_plan(rank: int, shared: int, rows: int, dtype: torch.dtype, quantised: bool, capability: int) -> Plan:
-    """Tiles by rank, dtype, compute capability and `rows`, the queries times the heads of an item."""
+def latent_plan(
+    rank: int, shared: int, rows: int, dtype: torch.dtype, quantised: bool, far: bool, capability: int
+) -> Plan:
+    """Tiles by rank, dtype, compute capability and `rows`, the queries times the heads of an item.
+
+    `far` says that offsets in the ring need 64 bits.
+    """
     if dtype == torch.float32:
         tiles = _Tiles(64, min(32 if rank <= 256 else 16, max(16, power_of_two(rows))), 16, True, 4, 1)
     elif rows <= 32:
@@ -91,6 +96,7 @@ def latent_plan(rank: int, shared: int, rows: int, dtype: torch.dtype, quantised
         "BLOCK_K": tiles.block_k,
         "PEELED": tiles.peeled,
         "QUANTISED": quantised,
+        "FAR": far,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
     }
     return Plan(constants, tiles.warps, tiles.stages)

@@ -29,8 +29,9 @@ from ._runtime import (
     tl,
 )
 from .quantise import GROUP, LEVELS, MAX_SCALE, quantise_rows
+from .ring import check_ring, ring_index, ring_strides
 
-MAX_RANK = 512
+MAX_RANK = 2048
 MAX_SHARED = 128
 
 
@@ -94,10 +95,11 @@ def _add_keys(
     return acc, squares
 
 
-@jit(do_not_specialize=["length"])
+@jit(do_not_specialize=["length", "slots_b"])
 def _write_kernel(
     rows, scales, slots, key, value, gain, mean, w_kv, b_kv, w_pe, b_pe, grid, eps, tokens, length,
-    rows_b, rows_s, rows_t, scales_b, scales_s, scales_t, key_b, key_n, value_b, value_n, grid_n,
+    rows_b, rows_s, rows_t, scales_b, scales_s, scales_t, slots_b,
+    key_b, key_n, value_b, value_n, grid_n,
     RANK: tl.constexpr, SHARED: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, D: tl.constexpr,
     NORM_FIRST: tl.constexpr, QUANTISED: tl.constexpr, LEVELS: tl.constexpr, MAX_SCALE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
@@ -145,7 +147,7 @@ def _write_kernel(
         acc = tl.dot(tile, weight.T, acc, input_precision=PRECISION)
     acc += bias[None, :]
 
-    slot = tl.load(slots + n // tokens, mask=inside, other=0).to(tl.int64)
+    slot = tl.load(slots + b * slots_b + n // tokens, mask=inside, other=0).to(tl.int64)
     token = n % tokens
     if QUANTISED:
         # As quantise_rows: the scale is rounded before it divides, and steps to the nearest even number.
@@ -166,14 +168,17 @@ def latent_write_(
     key_mean: Tensor | None, w_kv: Tensor, b_kv: Tensor, w_pe: Tensor | None, b_pe: Tensor | None,
     grid: Tensor | None, heads: int,
 ) -> None:  # fmt: skip
-    """Write `[c | k_pe]` of the tokens of F frames to `rows` `[B, S, T, W]` at `slots` (int32 `[F]`), in place.
+    """Write `[c | k_pe]` of the tokens of F frames to `rows` at `slots`, in place.
+
+    `rows` is `[B, S, T, W]`, or `[1, S, T, W]` where all items share a ring; `slots` int32 `[F]` for all items or
+    `[B, F]`. No two frames may be written to one slot of a ring.
 
     `key` `[B, N, H D]` before QK-norm and `value` `[B, N, H V]`, N = F T, frame by frame. With
     `k = RMSNorm(key) * norm_weight - key_mean`, the norm over all heads together with `eps`, and `placed` the pairs
     of every head of k rotated by `grid`, float32 `[N, D / 2, 2]` (cos, sin), or k itself:
     `c = w_kv [placed; value] + b_kv`, `w_kv` `[r, H D + H V]`, and `k_pe = w_pe k + b_pe`, `w_pe` `[R, H D]`.
     Without `w_pe` R is 0. Rows are in the dtype of the keys, or int8 with float16 `scales`
-    `[B, S, T, ceil(W / 64)]` as `quantise_rows` has them. Slots must differ from one another.
+    `[B or 1, S, T, ceil(W / 64)]` as `quantise_rows` has them.
 
     Keys, values and weights have one dtype; the norm, sums and rotations are float32. Raises ValueError on
     arguments that do not fit, NotImplementedError on what `why_not_latent_write` refuses.
@@ -204,11 +209,11 @@ def latent_write_reference(
     if w_pe is not None:
         shared = F.linear(k, w_pe.to(wide), None if b_pe is None else b_pe.to(wide))
         found = torch.cat([found, shared], dim=-1)
-    found = found.unflatten(1, (slots.shape[0], -1))
+    found, place = found.unflatten(1, (slots.shape[-1], -1)), ring_index(rows, slots, len(key))
     if scales is None:
-        rows[:, slots] = found.to(rows.dtype)
+        rows[place] = found.to(rows.dtype)
     else:
-        rows[:, slots], scales[:, slots] = quantise_rows(found)
+        rows[place], scales[place] = quantise_rows(found)
 
 
 def why_not_latent_write(
@@ -256,7 +261,7 @@ def write_plan(
 def aot_variants(capability: int) -> list[Variant]:
     """Ahead-of-time compilations at the Wan geometry: plain and baked, int8, a mean key, no shared key."""
     channels, head_dim = 1536, 128
-    cases = [(rank, 32, True, False, False) for rank in (192, 64, 96, 128, 256)]
+    cases = [(rank, 32, True, False, False) for rank in (192, 64, 96, 128, 256, 1024)]
     cases += [(192, 32, False, False, False), (192, 0, False, False, False), (192, 32, True, False, True)]
     cases += [(192, 32, True, True, False), (192, 0, False, True, True)]
     found = []
@@ -284,10 +289,13 @@ def _check(
     grid: Tensor | None, heads: int,
 ) -> None:  # fmt: skip
     dtype = key.dtype
-    check_tensor("rows", rows, (None,) * 4, torch.int8 if scales is not None else dtype)
-    batch, _, tokens, width = rows.shape
-    check_tensor("slots", slots, (None,), torch.int32, like=rows)
-    length = slots.shape[0] * tokens
+    check_tensor("key", key, (None,) * 3, dtype)
+    batch = key.shape[0]
+    check_ring(rows, scales, slots, batch, dtype, key)
+    tokens, width = rows.shape[2:]
+    alone = batch == 1 or rows.shape[0] == batch or slots.dim() == 2
+    require(alone, "items that share a ring cannot write to the same slots: give each a table of its own")
+    length = slots.shape[-1] * tokens
     check_tensor("key", key, (batch, length, None), dtype, like=rows)
     check_tensor("value", value, (batch, length, None), dtype, like=rows)
     keys, values = key.shape[2], value.shape[2]
@@ -307,8 +315,6 @@ def _check(
         require(w_pe.stride(0) == keys or shared == 1, "w_pe must be contiguous")
         if b_pe is not None:
             check_tensor("b_pe", b_pe, (shared,), dtype, like=rows)
-    if scales is not None:
-        check_tensor("scales", scales, (*rows.shape[:3], ceil_div(width, GROUP)), torch.float16, like=rows)
     if grid is not None:
         pairs = keys // heads // 2
         check_tensor("grid", grid, (length, pairs, 2), torch.float32, like=rows)
@@ -330,8 +336,8 @@ def _launch(
         plan, rows,
         rows, scales, slots, key, value, norm_weight, key_mean, w_kv, b_kv, w_pe, None if w_pe is None else b_pe,
         grid, eps, rows.shape[2], length,
-        *rows.stride()[:3], *((0, 0, 0) if scales is None else scales.stride()[:3]),
-        *key.stride()[:2], *value.stride()[:2], 0 if grid is None else grid.stride(0),
+        *ring_strides(rows, scales, slots), *key.stride()[:2], *value.stride()[:2],
+        0 if grid is None else grid.stride(0),
     )  # fmt: skip
 
 
