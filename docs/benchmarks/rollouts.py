@@ -29,7 +29,7 @@ from mla_convert.families.wan import FAMILY
 from mla_convert.load import load_dense, load_source
 from mla_convert.zoo.digits.data import CLIP_FRAMES, GUIDANCE, SHIFT
 
-CHOSEN = [1, 5, 8, 12, 13, 16, 17, 19, 20]
+CHOSEN = [1, 5, 8, 12, 13, 17, 19]
 FOUND = ("ranks", "loss_increase", "velocity_rel_error", "rollouts")
 CLIPS, WINDOWS, LONG = 64, 4, 8
 
