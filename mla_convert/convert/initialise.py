@@ -1,8 +1,9 @@
-"""Latent projections of one layer from its dense weights and, with `init: activation`, its samples.
+"""Latent projections of a layer, or of layers that share a latent: from dense weights or, fitted, from samples.
 
 Every layout is a linear target of f = [k; v]: the unrotated keys it restores, the shared rotary key
 if that is derived from the latent, and the values. A low-rank code of the target then gives
-`kv_a_proj` and `kv_b_proj`. Shape letters: I = heads * head_dim, H heads, D channels, R shared pairs.
+`kv_a_proj` and `kv_b_proj`. Layers that share a latent have one code for all of their targets, as
+cross-layer SVD has (xKV, arXiv 2503.18893), here in the metric of the fit. Shape letters: I = heads * head_dim, H heads, D channels, R shared pairs.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class LayerInit:
 
     `tensors` are float32 by parameter name. `lost_energy` is the share of the target's energy,
     measured in the metric of the fit, that the code does not carry. With `derived` the shared key
-    comes from the latent. `curve` are `[rank, predicted rise of the loss]` of this layer alone,
-    where a budget asked for them.
+    comes from the latent. `curve` are `[rank, predicted rise of the loss]` of this latent alone, where a
+    budget asked for them; the first of the layers that share it has them.
     """
 
     rope_pairs: list[int]
@@ -54,7 +55,8 @@ class LayerInit:
 class LayerReading:
     """What a layer's latent has to restore, and what its latent form needs that does not depend on the latent.
 
-    `read` is the sample `as_read` by the target; None unless `init: activation`. `tensors` by parameter name.
+    `read` is the sample `as_read` by the target, `weights` `[2I, C]` and `[2I]` are [k; v] as a linear map of the
+    input; each None where `init` does not ask for it. `tensors` are by parameter name.
     """
 
     target: Target

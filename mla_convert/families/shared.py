@@ -1,9 +1,9 @@
 """Blocks whose layers share a latent, over a whole clip.
 
-A layer's history are the latents of earlier chunks, which are whole only behind the last of the layers
-that share them. So these blocks do not take the whole clip one after the other: they take one chunk of it
-after the other, as a rollout does, with the latents of the clip so far in place of a cache. Other layers
-are not concerned, and no token is computed twice.
+A layer's history is made of the latents of earlier chunks, which are whole only behind the last of the
+layers that share them. So these blocks do not take the whole clip one after the other: together they take
+one chunk after the other, as in a rollout, with the latents of the clip so far in place of a cache. Other
+layers are not concerned, and no token is computed twice.
 """
 
 from __future__ import annotations
