@@ -2,8 +2,9 @@
 
 Every layout is a linear target of f = [k; v]: the unrotated keys it restores, the shared rotary key
 if that is derived from the latent, and the values. A low-rank code of the target then gives
-`kv_a_proj` and `kv_b_proj`. Layers that share a latent have one code for all of their targets, as
-cross-layer SVD has (xKV, arXiv 2503.18893), here in the metric of the fit. Shape letters: I = heads * head_dim, H heads, D channels, R shared pairs.
+`kv_a_proj` and `kv_b_proj`. Layers that share a latent have one code for all of their targets, as in
+cross-layer SVD (xKV, arXiv 2503.18893), here in the metric of the fit. Shape letters: I = heads *
+head_dim, H heads, D channels, R shared pairs.
 """
 
 from __future__ import annotations
