@@ -296,7 +296,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     axes.set_yscale("log")
     axes.set(xlabel="step", ylabel="held-out loss / teacher's")
     if axes.lines[2:]:
-        axes.legend(frameon=False, fontsize=8, loc="center right")
+        axes.legend(frameon=False, fontsize=8, loc="upper right")
     # No date and fixed identifiers: the same results give the same bytes.
     with atomic_file(path) as temporary, rc_context({"svg.hashsalt": "stages"}):
         figure.savefig(temporary, format="svg", metadata={"Date": None})
