@@ -78,6 +78,14 @@ def test_report_shows_every_metric(bench) -> None:
     assert all(name in page for name, _ in METRICS.values())
 
 
+def test_lengths_are_shown_from_short_to_long(bench) -> None:
+    """Also where JSON has put 16x before 3x."""
+    lengths = bench[0]["lengths"]
+    longer = {"16x": lengths["3x"], **lengths}
+    titles = [table["title"] for table in tables({**bench[0], "lengths": longer})]
+    assert titles[-1].startswith("256 frames") and titles[:-1] == [t["title"] for t in tables(bench[0])]
+
+
 def test_a_real_rollout() -> None:
     from mla_convert.load import load_dense, load_source
 

@@ -10,6 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from ..evaluate.memory import format_bytes
+from ..evaluate.text import times_training
 
 
 def read_report(path: Path) -> dict[str, Any]:
@@ -97,8 +98,8 @@ def _recognised(length: str) -> str:
 def _accuracies(report: Mapping[str, Any]) -> list[tuple[str, tuple[str, str]]]:
     accuracy = report.get("accuracy") or {}
     return [
-        (length, (f"{100 * teacher:.0f} %", f"{100 * accuracy['student'][length]:.0f} %"))
-        for length, teacher in (accuracy.get("teacher") or {}).items()
+        (length, (f"{100 * accuracy['teacher'][length]:.0f} %", f"{100 * accuracy['student'][length]:.0f} %"))
+        for length in sorted(accuracy.get("teacher") or {}, key=times_training)
     ]
 
 

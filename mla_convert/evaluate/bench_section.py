@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .figures import MUTED, STUDENT, TEACHER, Chart, percent_axis
-from .text import DASH, SPACE
+from .text import DASH, SPACE, times_training
 
 METRICS = {
     "digit_accuracy": ("Frames that show the prompted digit", "percent"),
@@ -31,7 +31,8 @@ NOTHING = 1e-9
 def tables(bench: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One table a length: `title`, and `rows` of a `name` and a cell, `mean` and `range`, for each of SOURCES."""
     found = []
-    for length, by_source in bench["lengths"].items():
+    for length in sorted(bench["lengths"], key=times_training):
+        by_source = bench["lengths"][length]
         rows = [
             {"name": name, "cells": [cell(by_source[source].get(metric), kind) for source in SOURCES]}
             for metric, (name, kind) in METRICS.items()

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from .bench_section import METRICS, cell
-from .text import DASH, bytes_text, duration, length_text, percent, plain, points_text, signed
+from .text import DASH, bytes_text, duration, length_text, percent, plain, points_text, signed, times_training
 from .vbench_section import TOTALS
 from .vbench_suite import DIMENSIONS
 
@@ -103,7 +103,7 @@ def _rows(reports: Sequence[Report]) -> Iterator[Row]:
         -1,
     )
     lengths = {length for report in reports for side in (report.get("accuracy") or {}).values() for length in side}
-    for length in sorted(lengths, key=lambda text: float(text.rstrip("x"))):
+    for length in sorted(lengths, key=times_training):
         yield Row(
             f"Digits recognised at {length_text(length)}",
             percent,
@@ -160,7 +160,7 @@ def bench_tables(benches: Sequence[Mapping[str, Any] | None]) -> list[dict[str, 
     known = [bench for bench in benches if bench is not None]
     lengths = {length: bench for bench in reversed(known) for length in bench["lengths"]}
     tables = []
-    for length in sorted(lengths, key=lambda text: float(text.rstrip("x"))):
+    for length in sorted(lengths, key=times_training):
         rows = []
         for metric, (name, kind) in METRICS.items():
             shared = lengths[length]["lengths"][length]

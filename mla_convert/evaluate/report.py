@@ -28,7 +28,19 @@ from ..files import write_text
 from . import bench_section, fidelity_section, figures
 from .page import render_page
 from .samples import Comparison, embed
-from .text import DASH, bytes_text, duration, layout_parts, length_text, percent, plain, points_text, share_text, signed
+from .text import (
+    DASH,
+    bytes_text,
+    duration,
+    layout_parts,
+    length_text,
+    percent,
+    plain,
+    points_text,
+    share_text,
+    signed,
+    times_training,
+)
 from .vbench_section import vbench_table
 
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
@@ -177,7 +189,7 @@ def _accuracies(report: Mapping[str, Any]) -> list[tuple[str, float | None, floa
     """`(length, teacher, student)` from short to long."""
     accuracy = report.get("accuracy") or {}
     teacher, student = accuracy.get("teacher") or {}, accuracy.get("student") or {}
-    lengths = sorted({*teacher, *student}, key=lambda text: float(text.rstrip("x")))
+    lengths = sorted({*teacher, *student}, key=times_training)
     return [(length, teacher.get(length), student.get(length)) for length in lengths]
 
 

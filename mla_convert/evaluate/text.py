@@ -35,6 +35,11 @@ def layout_parts(layout: Mapping[str, Any]) -> list[str]:
     return [*parts, f"one latent for {shared} layers"] if shared > 1 else parts
 
 
+def times_training(length: str) -> float:
+    """8 for `8x`: the key by which lengths are put in order."""
+    return float(length.rstrip("x"))
+
+
 def length_text(text: str) -> str:
     """`1x`, the length of a training clip, and its multiples."""
     return "training length" if text == "1x" else f"{text.rstrip('x')}× length"
