@@ -254,7 +254,8 @@ def test_run_prints_a_table(capsys, recipe, finished):
 def test_demo_goes_on_by_itself(capsys, teacher, tmp_path):
     sets = [
         f"source.model={teacher}",
-        "convert.budget={scalars_per_token: 8, rank_multiple: 4}",
+        "convert.layers_per_latent=2",
+        "convert.kv_lora_rank=16",
         "convert.calibration={clips: 2, batch_size: 2}",
         "distill.0.steps=1",
         "distill.0.batch_size=1",

@@ -268,9 +268,10 @@ def test_run_prints_all_experts(
 
 @pytest.mark.parametrize("name", ["wan2.1-14b", "wan2.2-t2v-a14b"])
 def test_recipes_of_14b_have_the_papers_share(name: str) -> None:
-    """The largest multiple of 16 within it."""
+    """The largest multiple of 16 a layer within it."""
     loaded = load_recipe(find_recipe(name))
-    assert loaded.convert.kv_lora_rank == 2 * 40 * 128 * 224 // 3072 // 16 * 16
+    share = 2 * 40 * 128 * 224 // 3072 // 16 * 16
+    assert loaded.convert.kv_lora_rank == loaded.convert.layers_per_latent * share
     assert loaded.experts == (EXPERTS if name == "wan2.2-t2v-a14b" else None)
 
 
