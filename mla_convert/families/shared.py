@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..mla.attention import AttentionPass, ChunkView
+from ..mla.latent import whole_latent
 from .base import BlockInputs
 
 
@@ -32,8 +33,7 @@ def chunk_by_chunk(blocks: Sequence[nn.Module], tokens: Tensor, inputs: BlockInp
         local.context_batch = step.context_batch
         for block in blocks:
             own = block(own, inputs.text, modulation, local)
-        assert local.gathered is not None
-        return own, local.gathered
+        return own, whole_latent(list(local.gathered.values()))
 
     done: list[Tensor] = []
     latents: Tensor | None = None

@@ -6,7 +6,7 @@ whole clip costs no masked work and runs the same code as the streaming forward.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
@@ -49,8 +49,9 @@ class AttentionPass:
     a sequence holds tokens that no cache ever keeps, `cached` are those that it may keep. `kernels`
     may take a layer's attention in a streaming pass.
 
-    Layers that share a latent leave their parts of it in `gathered` `[B', S, r]` where `write` is set. In a
-    pass over a clip they read history from `latents` `[B', K, r]`, the whole latents of the clip's tokens.
+    Layers that share a latent leave their parts of it, `[B', S, r]`, in `gathered` by layer where `write` is
+    set: one that is run again leaves its part again, not twice. In a pass over a clip they read history from
+    `latents` `[B', K, r]`, the whole latents of the clip's tokens.
     """
 
     views: list[ChunkView]
@@ -62,7 +63,7 @@ class AttentionPass:
     cached: slice | None = None
     kernels: Kernels | None = None
     latents: Tensor | None = None
-    gathered: Tensor | None = None
+    gathered: dict[int, Tensor] = field(default_factory=dict)
 
 
 def token_slices(frames: list[int], tokens: int) -> tuple[slice, ...]:

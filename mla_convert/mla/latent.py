@@ -104,14 +104,11 @@ class LatentSelfAttention(CausalSelfAttention):
             super().keep(key, value, step)
             return
         # Summed in float32, and quantised once if at all.
-        part = self.encode(key[: step.context_batch], value[: step.context_batch], step).float()
-        if self.layer != self.row_layer:
-            assert step.gathered is not None
-            part = step.gathered + part
-        step.gathered = part
-        if step.cache is not None and self.layer == self.row_layer + shared - 1:
+        step.gathered[self.layer] = self.encode(key[: step.context_batch], value[: step.context_batch], step).float()
+        layers = range(self.row_layer, self.row_layer + shared)
+        if step.cache is not None and self.layer == layers[-1]:
             assert step.frames is not None
-            step.cache.write(self.row_layer, step.frames, part)
+            step.cache.write(self.row_layer, step.frames, whole_latent([step.gathered[layer] for layer in layers]))
 
     def restore(self, key: Tensor, value: Tensor, step: AttentionPass) -> KeyValue:
         if self.mla.layers_per_latent > 1:
@@ -165,13 +162,16 @@ def shared_latents(
     layers: Sequence[CausalSelfAttention], hidden_states: Sequence[Tensor], step: AttentionPass
 ) -> Tensor:
     """What layers that share a latent make of a clip, `[B', S, r]`; `hidden_states` `[B, S, C]` enter each of them."""
-    rows: Tensor | None = None
+    parts = []
     for layer, hidden in zip(layers, hidden_states, strict=True):
         _, key, value = layer.project(hidden)
-        part = layer.encode(key[: step.context_batch], value[: step.context_batch], step)
-        rows = part if rows is None else rows + part
-    assert rows is not None
-    return rows
+        parts.append(layer.encode(key[: step.context_batch], value[: step.context_batch], step))
+    return whole_latent(parts)
+
+
+def whole_latent(parts: Sequence[Tensor]) -> Tensor:
+    """The latent that layers share, the sum of their parts `[B', S, r]`."""
+    return sum(parts[1:], start=parts[0])
 
 
 class AbsorbedWeights(NamedTuple):
