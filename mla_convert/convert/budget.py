@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..mla.attention import AttentionPass
-from ..mla.latent import shared_latents
+from ..mla.latent import reading_together
 from .config import Budget
 
 MEASURED_RANKS = 8
@@ -71,9 +70,8 @@ def measured_curve(
     for rank in ranks:
         layers, total = latent_of_rank(rank), 0.0
         for batch, outs in zip(batches, expected, strict=True):
-            step, error = batch[0].step, torch.zeros(())
-            if len(layers) > 1:
-                step = replace(step, latents=shared_latents(layers, [trace.hidden_states for trace in batch], step))
+            step = reading_together(layers, [trace.hidden_states for trace in batch], batch[0].step)
+            error = torch.zeros(())
             for layer, trace, out in zip(layers, batch, outs, strict=True):
                 change = (layer(trace.hidden_states, None, None, step) - out).float()
                 error = error + (change * trace.output_grad.float()).sum((1, 2)).cpu()

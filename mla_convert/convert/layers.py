@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from ..errors import UsageError, UserError
+from ..mla.config import latent_groups
 from .blocks import Blocks
 from .budget import Curve, Trace, allot, candidate_ranks, measured_curve
 from .calibrate import sweep
@@ -130,16 +131,12 @@ def convert_layers(
     cannot be calibrated on.
     """
     ranks = planned_ranks(blocks, config)
-    wanted = [
-        layer
-        for first in range(0, len(blocks), config.layers_per_latent)
-        for layers in [range(first, first + config.layers_per_latent)]
-        if any(layer not in shelf for layer in layers)
-        for layer in layers
-    ]
+    groups = latent_groups(len(blocks), config.layers_per_latent)
+    together = {layer: layers for layers in groups if any(one not in shelf for one in layers) for layer in layers}
+    wanted = list(together)
     if not wanted:
         return
-    run = _Layers(blocks, config, ranks, seed, shelf, progress, frozenset(wanted))
+    run = _Layers(blocks, config, ranks, seed, shelf, progress, together)
     if config.init != "activation":
         for layer in wanted:
             with blocks.open(layer) as block:
@@ -176,10 +173,10 @@ class _Layers:
         seed: int,
         shelf: Shelf,
         progress: Progress | None,
-        wanted: frozenset[int],
+        together: dict[int, range],
     ) -> None:
         self.blocks, self.axes = blocks, blocks.model.rotary_table().axes
-        self.config, self.seed, self.shelf, self.progress, self.wanted = config, seed, shelf, progress, wanted
+        self.config, self.seed, self.shelf, self.progress, self.together = config, seed, shelf, progress, together
         self.ranks, self.candidates = ranks
         self.readings: dict[int, LayerReading] = {}
         self.converted = config.init == "activation" and config.calibration.hidden_states == "converted"
@@ -203,10 +200,9 @@ class _Layers:
 
         The converted attention where the layers above run on it.
         """
-        if layer in self.wanted:
+        if layer in self.together:
             self._read(layer, block, sample)
-            first = layer - layer % self.config.layers_per_latent
-            layers = range(first, first + self.config.layers_per_latent)
+            layers = self.together[layer]
             if all(other in self.readings for other in layers):
                 self._fit(layers, layer, block)
         if not self.converted:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..mla.attention import AttentionPass
-from ..mla.latent import shared_latents
+from ..mla.latent import reading_together
 
 Compare = Callable[[int, Tensor, AttentionPass, Tensor, AttentionPass], None]
 
@@ -42,13 +41,10 @@ class Beside:
 
     def _compare(self, layers: range) -> None:
         calls = [self.seen.pop(layer) for layer in layers]
-        student_step = calls[0][1]
-        if len(layers) > 1:
-            attentions = [self.student.blocks[layer].attn1 for layer in layers]
-            dtype = next(attentions[0].parameters()).dtype
-            with torch.no_grad():
-                latents = shared_latents(attentions, [hidden.to(dtype) for hidden, _, _ in calls], student_step)
-            student_step = replace(student_step, latents=latents)
+        attentions = [self.student.blocks[layer].attn1 for layer in layers]
+        dtype = next(attentions[0].parameters()).dtype
+        with torch.no_grad():
+            student_step = reading_together(attentions, [hidden.to(dtype) for hidden, _, _ in calls], calls[0][1])
         for layer, (hidden_states, step, out) in zip(layers, calls, strict=True):
             self.compare(layer, hidden_states, step, out, student_step)
 

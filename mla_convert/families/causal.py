@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..flow import ALL_NOISE
 from ..mla.attention import AttentionPass, CausalSelfAttention, DenseSelfAttention, clip_pass, stream_pass
 from ..mla.cache import DenseCache, FrameCache, LatentCache
-from ..mla.config import MLAConfig
+from ..mla.config import MLAConfig, latent_groups
 from ..mla.kernels import History, Kernels, Mode
 from ..mla.latent import LatentSelfAttention
 from ..mla.quantised import Int8LatentCache
@@ -281,7 +281,7 @@ class CausalTransformer(nn.Module):
     @property
     def latent_groups(self) -> list[range]:
         """The layers of each latent; those of a dense model are on their own."""
-        return [range(layer, layer + 1) for layer in range(len(self.blocks))]
+        return latent_groups(len(self.blocks))
 
     def through_blocks(self, inputs: BlockInputs, leave: bool = True) -> Tensor:
         """The velocity that `leave` gives, or without it the last block's tokens `[B, S, C]`."""

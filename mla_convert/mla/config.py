@@ -26,6 +26,11 @@ def check_shared_latent(layers_per_latent: int, position: Position, own_chunk: O
         )
 
 
+def latent_groups(layers: int, layers_per_latent: int = 1) -> list[range]:
+    """The layers of each latent of a model of so many `layers`."""
+    return [range(first, first + layers_per_latent) for first in range(0, layers, layers_per_latent)]
+
+
 class MLAConfig(BaseModel):
     """Latent attention of every layer; tuples hold one entry a layer.
 
@@ -84,10 +89,7 @@ class MLAConfig(BaseModel):
 
     def latent_groups(self) -> list[range]:
         """The layers of each latent."""
-        return [
-            range(first, first + self.layers_per_latent)
-            for first in range(0, len(self.kv_lora_rank), self.layers_per_latent)
-        ]
+        return latent_groups(len(self.kv_lora_rank), self.layers_per_latent)
 
     def row_layer(self, layer: int) -> int:
         """The layer in whose rows the cache keeps the latent of `layer`: the first of those that share it."""

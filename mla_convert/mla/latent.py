@@ -8,6 +8,7 @@ is cached. Source: DeepSeek-V2 (arXiv 2405.04434, section 2.1), VideoMLA (arXiv 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -158,15 +159,20 @@ class LatentSelfAttention(CausalSelfAttention):
         return rotate(x, step.grid_rotations)
 
 
-def shared_latents(
+def reading_together(
     layers: Sequence[CausalSelfAttention], hidden_states: Sequence[Tensor], step: AttentionPass
-) -> Tensor:
-    """What layers that share a latent make of a clip, `[B', S, r]`; `hidden_states` `[B, S, C]` enter each of them."""
+) -> AttentionPass:
+    """The pass over a clip in which layers read the latent that they share, whole, each from its own input.
+
+    `hidden_states` `[B, S, C]` are what enters each of them. A layer on its own needs no other pass than `step`.
+    """
+    if len(layers) == 1:
+        return step
     parts = []
     for layer, hidden in zip(layers, hidden_states, strict=True):
         _, key, value = layer.project(hidden)
         parts.append(layer.encode(key[: step.context_batch], value[: step.context_batch], step))
-    return whole_latent(parts)
+    return replace(step, latents=whole_latent(parts))
 
 
 def whole_latent(parts: Sequence[Tensor]) -> Tensor:

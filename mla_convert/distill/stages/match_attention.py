@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...errors import UsageError
 from ...mla.attention import AttentionPass
-from ...mla.latent import shared_latents
+from ...mla.latent import reading_together
 from ..data import Batch, Data
 from ..execution import checkpointed
 from ..objective import NoisedClips, predict_velocity
@@ -182,9 +182,8 @@ def _errors(attentions: list[Any], calls: list[_Call]) -> Tensor:
 
     `[layers, 2]`, float32.
     """
-    dtype, step = next(attentions[0].parameters()).dtype, calls[0].step
-    if len(calls) > 1:
-        step = replace(step, latents=shared_latents(attentions, [call.hidden_states.to(dtype) for call in calls], step))
+    dtype = next(attentions[0].parameters()).dtype
+    step = reading_together(attentions, [call.hidden_states.to(dtype) for call in calls], calls[0].step)
     errors = []
     for attention, call in zip(attentions, calls, strict=True):
         expected = call.out.float()
