@@ -60,7 +60,6 @@ ROWS: list[dict[str, Any]] = [
     _row("rotate_on_read", "exact", "activation", 56, layers_per_latent=4),
     _row("rotate_on_read", "exact", "activation", 32, layers_per_latent=4),
 ]
-FOUND = ("scalars", "ranks", "loss_increase", "velocity_rel_error")
 
 
 def measure(teacher: Any, data: Data, row: dict[str, Any], seed: int, clips: int, heldout: int) -> dict[str, Any]:
@@ -116,7 +115,8 @@ def main() -> None:
     arguments = argparse.Namespace(**{name: value for name, value in vars(chosen).items() if name != "again"})
     folder, name = Path(__file__).parent, arguments.model.split(":")[-1]
     path = folder / f"layouts-{name}.json"
-    kept = [] if chosen.again or not path.exists() else measured_alike(json.loads(path.read_text()), vars(arguments))
+    same = {name: getattr(arguments, name) for name in ("seeds", "model", "clips", "heldout")}
+    kept = [] if chosen.again else measured_alike(path, same)
     teacher = load_dense(load_source(arguments.model))
     settings: dict[str, Any] = {"kind": "digits"}
     if arguments.data:
@@ -150,14 +150,16 @@ def main() -> None:
 
 
 def settings_of(entry: dict[str, Any]) -> dict[str, Any]:
-    """The row that a result belongs to."""
-    return {key: value for key, value in entry.items() if key not in FOUND}
+    """The row that a result belongs to; nothing for a dense model."""
+    return {key: value for key, value in entry.items() if key in ConvertConfig.model_fields}
 
 
-def measured_alike(result: dict[str, Any], arguments: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of an earlier result, none if it was measured otherwise."""
-    same = ("seeds", "model", "clips", "heldout")
-    alike = result["torch"] == torch.__version__ and all(result["arguments"][key] == arguments[key] for key in same)
+def measured_alike(path: Path, same: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an earlier result, none if there is none or these arguments were others."""
+    if not path.exists():
+        return []
+    result = json.loads(path.read_text())
+    alike = result["torch"] == torch.__version__ and all(result["arguments"][key] == same[key] for key in same)
     return list(result["rows"]) if alike else []
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from layouts import ROWS
+from layouts import ROWS, measured_alike, settings_of
 from torch import Tensor
 
 from mla_convert.convert import ConvertConfig, clip_batches, convert_model
@@ -30,7 +30,6 @@ from mla_convert.load import load_dense, load_source
 from mla_convert.zoo.digits.data import CLIP_FRAMES, GUIDANCE, SHIFT
 
 CHOSEN = [1, 5, 8, 12, 13, 17, 19]
-FOUND = ("ranks", "loss_increase", "velocity_rel_error", "rollouts")
 CLIPS, WINDOWS, LONG = 64, 4, 8
 
 
@@ -63,17 +62,6 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def settings_of(entry: dict[str, Any]) -> dict[str, Any]:
-    """The row of layouts.py that a result belongs to; nothing for the dense model."""
-    return {key: value for key, value in entry.items() if key not in FOUND}
-
-
-def measured_alike(result: dict[str, Any], prompts: int) -> list[dict[str, Any]]:
-    """The models of an earlier result, none if it was measured otherwise."""
-    alike = result["torch"] == torch.__version__ and result["arguments"]["prompts"] == prompts
-    return list(result["rows"]) if alike else []
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompts", type=int, default=48, help="rollouts a model")
@@ -83,7 +71,7 @@ def main() -> None:
     arguments = argparse.Namespace(prompts=chosen.prompts, rows=chosen.rows)
     here = Path(__file__)
     path = here.with_suffix(".json")
-    kept = [] if chosen.again or not path.exists() else measured_alike(json.loads(path.read_text()), arguments.prompts)
+    kept = [] if chosen.again else measured_alike(path, {"prompts": arguments.prompts})
     teacher = load_dense(load_source("zoo:digits"))
     config = EvaluateConfig(rollout_prompts=arguments.prompts, shift=SHIFT, guidance_scale=GUIDANCE)
     videos, _ = digit_rollouts(teacher, WINDOWS * CLIP_FRAMES, config)
