@@ -55,6 +55,18 @@ def test_a_code_of_few_samples_is_that_of_their_moments(tokens: int, rank: int) 
     torch.testing.assert_close(samples @ (code.decoder @ code.encoder).T, samples @ (whole.decoder @ whole.encoder).T)
 
 
+def test_directions_that_no_sample_has_are_filled_up() -> None:
+    generator = torch.Generator().manual_seed(0)
+    spanned = torch.randn(3, 40, generator=generator, dtype=torch.float64)
+    samples = torch.randn(20, 3, generator=generator, dtype=torch.float64) @ spanned
+    probes = torch.randn(20, 40, generator=generator, dtype=torch.float64) * torch.linspace(0.01, 2, 40)
+    code = low_rank_code_of_samples(samples, probes, torch.zeros(40, dtype=torch.float64), 8)
+    # Observed 3e-12 and 8e-16 of the largest.
+    torch.testing.assert_close(code.encoder @ code.decoder, torch.eye(8).double(), atol=1e-10, rtol=0)
+    torch.testing.assert_close(samples @ (code.decoder @ code.encoder).T, samples)
+    assert code.error() == pytest.approx(0, abs=1e-12)
+
+
 def test_a_full_code_is_the_identity_even_where_the_data_is_degenerate() -> None:
     samples = torch.ones(20, 6, dtype=torch.float64)
     samples[:, 0] = torch.arange(20)

@@ -7,6 +7,7 @@ r eigenvectors of `L^T C L`, `E = U^T L^T` and `D = L^-T U` (Eckart-Young in the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import scipy.linalg
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 RIDGE = 1e-6
+# Share of the largest eigenvalue below which rounding of a Gram matrix in float64 hides a direction.
+LOST = 1e-12
 
 
 class Code(NamedTuple):
@@ -80,34 +83,44 @@ def low_rank_code(covariance: Tensor, metric: Tensor, mean: Tensor, rank: int) -
 def low_rank_code_of_samples(samples: Tensor, probes: Tensor, mean: Tensor, rank: int) -> Code:
     """`low_rank_code` for the covariance `samples^T samples` and the metric `probes^T probes`.
 
-    Of `samples` `[m, n]`, which are overwritten, and `probes` `[k, n]`, m and k below n, nothing of size
-    n x n is made. Raises ValueError if `rank` exceeds m.
+    Of X = `samples` `[m, n]` and P = `probes` `[k, n]`, m and k below n, nothing of size n x n is made and no root
+    of the metric G = P^T P + ridge: with U, E the leading eigenpairs of `X G X^T` the columns of `X^T U E^-1/2` are
+    orthonormal in G and are the decoder, D, but for the scale of the latents s; the encoder is `s^-2 D^T G`.
+    Raises ValueError if `rank` exceeds m.
     """
     _check_rank(rank, len(samples))
     ridge = max(0.0, RIDGE * float(probes.square().sum()) / probes.shape[1])
     if ridge == 0:
         return low_rank_factor(samples, mean, rank)
-    values, vectors = torch.linalg.eigh(probes @ probes.T)
-    # Directions far below the ridge are lost in it.
-    kept = values > 1e-3 * ridge
-    values, vectors = values[kept], vectors[:, kept]
-    axes = probes.T @ vectors.div_(values.sqrt())
-    del vectors
 
-    def times_metric_power(x: Tensor, power: float) -> Tensor:
-        """`x` `[m, n]` times a power of the metric, in place."""
-        base = ridge**power
-        part = (x @ axes).mul_((values + ridge) ** power - base)
-        return x.mul_(base).addmm_(part, axes.T)
+    def times_metric(x: Tensor) -> Tensor:
+        return (ridge * x).addmm_(probes.T, probes @ x)
 
-    whitened = times_metric_power(samples, 0.5)
-    energy, vectors = _leading(whitened @ whitened.T, rank, overwrite=True)
-    spread = _spread(energy).unsqueeze(1)
-    total = float(whitened.square().sum())
-    # Orthonormal also where the spectrum has ended.
-    basis = torch.linalg.qr(whitened.T @ vectors).Q.T
-    encoder, decoder = times_metric_power(basis / spread, 0.5), times_metric_power(basis * spread, -0.5).T
-    return Code(encoder, decoder, mean, energy, total)
+    cross = samples @ probes.T
+    kernel = (samples @ samples.T).mul_(ridge).addmm_(cross, cross.T)
+    del cross
+    total = float(kernel.trace())
+    energy, vectors = _leading(kernel, rank, overwrite=True)
+    # Of the others rounding leaves no direction, and any will do.
+    carried = int((energy > LOST * energy[0]).sum())
+    basis = samples.T @ (vectors[:, :carried] / energy[:carried].sqrt())
+    basis = _orthonormal(basis, times_metric)
+    if carried < rank:
+        generator = torch.Generator().manual_seed(0)
+        others = torch.randn(len(basis), rank - carried, generator=generator, dtype=basis.dtype).to(basis.device)
+        for _ in range(2):
+            others -= basis @ (basis.T @ times_metric(others))
+        basis = torch.cat([basis, _orthonormal(others, times_metric)], dim=1)
+    spread = _spread(energy)
+    return Code((times_metric(basis) / spread).T, basis * spread, mean, energy, total)
+
+
+def _orthonormal(x: Tensor, times_metric: Callable[[Tensor], Tensor]) -> Tensor:
+    """The columns of `x` `[n, r]` made orthonormal in a metric, each by those before it."""
+    for _ in range(2):
+        root = torch.linalg.cholesky(x.T @ times_metric(x))
+        x = torch.linalg.solve_triangular(root, x.T, upper=False).T
+    return x
 
 
 def low_rank_factor(factor: Tensor, mean: Tensor, rank: int) -> Code:

@@ -1,0 +1,172 @@
+"""A GPU that is none: tensors that say they are on `cuda` and compute on the CPU.
+
+Inside `pretended()` factories take `device="cuda"`, `.to("cuda")` moves, and what a GPU refuses is refused: an
+operation on tensors of both devices, a CPU generator for a draw on the device, `.numpy()`. So a test sees a tensor
+that was left on the wrong device without a GPU. Kernels, streams and speed it knows nothing of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from accelerate.state import PartialState
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+GPU = torch.device("cuda", 0)
+aten = torch.ops.aten
+# Index tensors and what is copied may be on the CPU.
+INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+GROUPED = torch._C._group_tensors_by_device_and_dtype
+MOVES = {aten._to_copy.default, aten.copy_.default, aten.copy.default}
+
+
+class GpuTensor(torch.Tensor):
+    """A tensor that says it is on the GPU; `value` is what it holds, on the CPU."""
+
+    value: Tensor
+
+    @staticmethod
+    def __new__(cls, value: Tensor) -> GpuTensor:
+        shape = {"strides": value.stride(), "storage_offset": value.storage_offset(), "dtype": value.dtype}
+        made = torch.Tensor._make_wrapper_subclass(cls, value.shape, device="meta", **shape)
+        made.value = value
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @property
+    def device(self) -> torch.device:
+        return GPU
+
+    @property
+    def is_cuda(self) -> bool:
+        return True
+
+    @property
+    def is_meta(self) -> bool:
+        return False
+
+    def numpy(self, **_: Any) -> Any:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
+
+    def __array__(self, *_: Any) -> Any:
+        return self.numpy()
+
+    def __repr__(self) -> str:
+        return f"GpuTensor({self.value!r})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = GpuTensor(self.value.clone()).requires_grad_(self.requires_grad)
+        if isinstance(self, torch.nn.Parameter):
+            copied = torch.nn.Parameter(copied, self.requires_grad)
+        memo[id(self)] = copied
+        return copied
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return dispatched(func, args, kwargs or {})
+
+
+def on_gpu(device: Any) -> bool:
+    return device is not None and torch.device(device).type == "cuda"
+
+
+def dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """An operation on the inner values, its result on the device that a GPU's would be on."""
+    tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    inside = [x for x in tensors if isinstance(x, GpuTensor)]
+    asked = kwargs.get("device")
+    if func is aten._fused_sdp_choice.default:
+        return 0
+    here = on_gpu(asked) or (bool(inside) and asked is None)
+    if func is aten.copy_.default:
+        here = isinstance(args[0], GpuTensor)
+    if here and func not in MOVES:
+        checked = args[:1] if func in INDEXED else (args, kwargs)
+        plain = [x for x in pytree.tree_leaves(checked) if isinstance(x, Tensor) and not isinstance(x, GpuTensor)]
+        strays = [x for x in plain if x.dim() or x.is_meta]
+        if strays:
+            raise RuntimeError(f"{func}: expected all tensors on cuda:0, but found one on {strays[0].device}")
+    if on_gpu(asked):
+        generator = kwargs.get("generator")
+        if generator is not None and generator.device.type != "cuda":
+            raise RuntimeError(f"{func}: expected a 'cuda' generator but found 'cpu'")
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+
+    def inner(x: Any) -> Any:
+        return x.value if isinstance(x, GpuTensor) else x
+
+    result = func(*pytree.tree_map(inner, args), **pytree.tree_map(inner, kwargs))
+    known = {id(x.value): x for x in inside}
+
+    def outer(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        # What was changed in place is the tensor that was given.
+        return known.get(id(x)) if id(x) in known else GpuTensor(x)
+
+    return pytree.tree_map(outer, result) if here else result
+
+
+class _Dispatch(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return dispatched(func, args, kwargs or {})
+
+
+class _Functions(TorchFunctionMode):
+    """What would ask a driver below Python, or reads a device there, where a `GpuTensor` is none."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.to:
+            return _moved(*args, **kwargs)
+        if func is torch.Tensor.tolist:
+            return torch.Tensor.tolist(args[0].cpu())
+        if func is torch.Tensor.cuda:
+            return _moved(args[0], GPU)
+        if func in (torch.tensor, torch.as_tensor) and on_gpu(kwargs.get("device")):
+            return func(*args, **{**kwargs, "device": None}).to(GPU)
+        return func(*args, **kwargs)
+
+
+def _moved(x: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
+    """`x.to(...)`."""
+    if args and isinstance(args[0], Tensor):
+        args = (args[0].device, args[0].dtype, *args[1:])
+    device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+    device = x.device if device is None else GPU if on_gpu(device) else device
+    dtype = dtype or x.dtype
+    if not copy and (device, dtype) == (x.device, x.dtype):
+        return x
+    return torch.ops.aten._to_copy(x, device=device, dtype=dtype)
+
+
+def _grouped(lists: Any, with_indices: bool = False) -> dict[Any, Any]:
+    """`torch._C._group_tensors_by_device_and_dtype` by the devices that tensors say they are on."""
+    found = GROUPED(lists, with_indices)
+    devices = {key: next(x.device for x in group[0][0] if x is not None) for key, group in found.items()}
+    return {(devices[key], key[1]): group for key, group in found.items()}
+
+
+@contextlib.contextmanager
+def pretended() -> Iterator[None]:
+    """There is a GPU as far as tensors go."""
+    PartialState._reset_state()
+    with (
+        patch("torch.cuda._lazy_init", lambda: None),
+        patch("torch._C._group_tensors_by_device_and_dtype", _grouped),
+        # A module that moves keeps its parameters, as on a GPU.
+        patch("torch.__future__._swap_module_params_on_conversion", True),
+        patch.object(PartialState, "default_device", GPU),
+        _Functions(),
+        _Dispatch(),
+    ):
+        yield
+    PartialState._reset_state()
