@@ -62,11 +62,14 @@ def identical(first: Path, second: Path) -> bool:
     return digests(first / "transformer") == digests(second / "transformer")
 
 
+@pytest.mark.parametrize(("run", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
 @pytest.mark.parametrize("context", [False, True])
-def test_blocks_one_at_a_time_are_the_whole_forward(source: Source, context: bool) -> None:
-    latents, timestep, text = (x.to(torch.bfloat16) for x in pico.inputs(2, 7, 6, 4))
+def test_blocks_one_at_a_time_are_the_whole_forward(
+    source: Source, context: bool, run: bool, dtype: torch.dtype
+) -> None:
+    latents, timestep, text = (x.to(dtype) for x in pico.inputs(2, 7, 6, 4))
     clean = {"context": 0.5 * latents} if context else {}
-    blocks, dense = SourceBlocks(source), load_dense(source)
+    blocks, dense = SourceBlocks(source, run=run), load_dense(source, dtype if run else None)
     with torch.no_grad():
         inputs = blocks.model.enter(latents, timestep, text, **clean)
         tokens = inputs.tokens

@@ -1,4 +1,8 @@
-"""The dense blocks of a model, one at a time: of a model in memory, or read from a source and let go."""
+"""The dense blocks of a model, one at a time: of a model in memory, or read from a source and let go.
+
+Blocks that are run on a CPU are run in float32: many CPUs multiply half precision at a tenth of its rate, and a
+fit sees no rounding. On a GPU they are run in the dtype they are stored in.
+"""
 
 from __future__ import annotations
 
@@ -28,32 +32,50 @@ class Blocks(Protocol):
     def __len__(self) -> int: ...
 
     def open(self, layer: int) -> AbstractContextManager[Any]:
-        """Block number `layer` with its weights, for as long as the context lasts."""
+        """Block number `layer` with its weights, ready to run, for as long as the context lasts."""
+        ...
+
+    def state(self, layer: int, block: Any) -> dict[str, Tensor]:
+        """The state of a block that is open, in the dtypes that the converted model gets."""
         ...
 
 
 class ModelBlocks:
-    """The blocks of a dense model that is in memory anyway."""
+    """The blocks of a dense model that is in memory anyway, on its device."""
 
     def __init__(self, model: Any) -> None:
-        self.model = model
+        self._dense = model
+        self._widened = runs_in(model.dtype, model.device) != model.dtype
+        self.model = _widened_around(model) if self._widened else model
 
     def __len__(self) -> int:
-        return len(self.model.blocks)
+        return len(self._dense.blocks)
 
     @contextlib.contextmanager
     def open(self, layer: int) -> Iterator[Any]:
-        yield self.model.blocks[layer]
+        block = self._dense.blocks[layer]
+        yield copy.deepcopy(block).float() if self._widened else block
+
+    def state(self, layer: int, block: Any) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self._dense.blocks[layer].state_dict()
+        return state
 
 
 class SourceBlocks:
     """The blocks of a source: what is around them is read once, a block when it is opened.
 
-    `dtype` None keeps the stored dtypes. Raises UserError for a tensor with a NaN or an infinity.
+    `dtype` is what the converted model is to have, None the stored dtypes. Blocks are opened on `device`, in
+    those dtypes unless they are to be `run` there. Raises UserError for a tensor with a NaN or an infinity.
     """
 
-    def __init__(self, source: Source, dtype: torch.dtype | None = None) -> None:
-        self.source, self.dtype = source, dtype
+    def __init__(
+        self,
+        source: Source,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        run: bool = True,
+    ) -> None:
+        self.source, self.dtype, self.device, self.run = source, dtype, torch.device(device), run
         with no_init_weights(), init_empty_weights():
             model = source.family.dense_class.from_config(dict(source.config))
         state = {
@@ -61,6 +83,10 @@ class SourceBlocks:
             for name, tensor in model.state_dict().items()
         }
         model.load_state_dict(state, assign=True)
+        for name, child in model.named_children():
+            if f"{name}." != BLOCKS:
+                # Rotary tables are in no state.
+                child.to(self.device)
         source.tensors.release()
         self.model = model.eval().requires_grad_(False)
         self.model.noise_range = source.noise_range
@@ -81,15 +107,45 @@ class SourceBlocks:
             block.to("meta")
             give_back_memory()
 
+    def state(self, layer: int, block: Any) -> dict[str, Tensor]:
+        return {name: self._stored(f"{BLOCKS}{layer}.{name}", x) for name, x in block.state_dict().items()}
+
+    def around(self) -> dict[str, Tensor]:
+        """The state of what is around the blocks, in the dtypes that the converted model gets."""
+        state = self.model.state_dict().items()
+        return {name: self._stored(name, tensor) for name, tensor in state if not name.startswith(BLOCKS)}
+
+    def _stored(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor.to("cpu", self._dtype(name))
+
     def _dtype(self, name: str) -> torch.dtype:
         return storage_dtype(self.source.family.dense_class, name, self.dtype) or self.source.tensors.dtype(name)
 
+    def _opened_in(self, name: str) -> torch.dtype:
+        return runs_in(self._dtype(name), self.device) if self.run else self._dtype(name)
+
     def _read(self, name: str) -> Tensor:
-        # The copy lets go of the file, whose tensors need not be aligned.
-        return self.source.tensors[name].to(dtype=self._dtype(name), copy=True)
+        # Rounded as the converted model is. The copy lets go of the file, whose tensors need not be aligned.
+        rounded = self.source.tensors[name].to(dtype=self._dtype(name), copy=True)
+        return rounded.to(self.device, self._opened_in(name))
 
     def _unread(self, name: str, tensor: Tensor) -> Tensor:
-        return torch.empty(tensor.shape, dtype=self._dtype(name), device="meta")
+        return torch.empty(tensor.shape, dtype=self._opened_in(name), device="meta")
+
+
+def runs_in(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype that blocks stored in `dtype` are run in."""
+    return torch.float32 if device.type == "cpu" and dtype.itemsize < 4 else dtype
+
+
+def _widened_around(model: Any) -> Any:
+    """`model` with what is around its blocks in float32; the blocks are shared."""
+    changed = copy.copy(model)
+    changed._modules = {
+        name: child if f"{name}." == BLOCKS else copy.deepcopy(child).float() for name, child in model._modules.items()
+    }
+    changed._parameters = {name: nn.Parameter(x.float(), False) for name, x in model._parameters.items()}
+    return changed
 
 
 def give_back_memory() -> None:

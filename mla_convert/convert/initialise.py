@@ -9,6 +9,7 @@ head_dim, H heads, D channels, R shared pairs.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,7 +20,9 @@ from ..mla.attention import DenseSelfAttention
 from .config import ConvertConfig
 from .factorize import Code, low_rank_code, low_rank_code_of_samples, low_rank_factor
 from .probe import LayerSample
-from .target import Target, as_read, factors, layout_target, moments, size
+from .target import Read, Target, as_read, factors, layout_target, moments, size
+
+logger = logging.getLogger(__name__)
 
 # Columns of a float64 matrix that are made at once, 84 MB of those of a 14B layer.
 COLUMNS_AT_ONCE = 1024
@@ -97,14 +100,16 @@ def read_layer(
     return LayerReading(target, layer.heads, layer.head_dim, read, weights, tensors, generator)
 
 
-def initialise_layers(readings: Sequence[LayerReading], config: ConvertConfig, rank: int) -> list[LayerInit]:
+def initialise_layers(
+    readings: Sequence[LayerReading], config: ConvertConfig, rank: int, device: torch.device | str = "cpu"
+) -> list[LayerInit]:
     """Everything that the latent forms of layers need that share a latent of `rank` numbers; often it is one layer.
 
     One code restores what all of them need, in the metric of all their errors together, and each layer gets
-    its columns of the encoder and its rows of the decoder. Raises ValueError for a rank that is larger than
-    the layers have.
+    its columns of the encoder and its rows of the decoder. The code is found on `device` where its memory holds
+    that, everything else on the CPU. Raises ValueError for a rank that is larger than the layers have.
     """
-    code = None if config.init == "random" else _fit(readings, rank)
+    code = None if config.init == "random" else _fit(readings, rank, torch.device(device))
     plans, start = [], 0
     for reading in readings:
         if code is None:
@@ -138,15 +143,15 @@ def initialise_layer(
     return initialise_layers([read_layer(layer, sample, axes, config, generator)], config, rank)[0]
 
 
-def _fit(readings: Sequence[LayerReading], rank: int) -> Code:
+def _fit(readings: Sequence[LayerReading], rank: int, device: torch.device) -> Code:
     """The code of the targets: in the metric of the model's or the layer's output, or of the weights alone."""
     read = [(reading.target, reading.read) for reading in readings if reading.read is not None]
     if read:
-        if rank <= len(read[0][1].hidden) < size(read):
-            samples, mean, probes = factors(read)
-            return low_rank_code_of_samples(samples, probes, mean, rank)
-        covariance, mean, metric = moments(read)
-        return low_rank_code(covariance, metric, mean, rank)
+        try:
+            return _fit_read(read, rank, device).cpu()
+        except torch.OutOfMemoryError:
+            logger.warning("a fit of %d numbers does not fit into the memory of %s: on the CPU", size(read), device)
+            return _fit_read(read, rank, torch.device("cpu"))
     (reading,) = readings
     assert reading.weights is not None
     weight, bias = reading.weights
@@ -155,15 +160,26 @@ def _fit(readings: Sequence[LayerReading], rank: int) -> Code:
     return low_rank_factor(reading.target(columns[:, 0], columns[:, 1]), mean, rank)
 
 
+def _fit_read(read: Read, rank: int, device: torch.device) -> Code:
+    if rank <= len(read[0][1].hidden) < size(read):
+        samples, mean, probes = factors(read, device)
+        return low_rank_code_of_samples(samples, probes, mean, rank)
+    covariance, mean, metric = moments(read, device)
+    return low_rank_code(covariance, metric, mean, rank)
+
+
 def _weights(layer: DenseSelfAttention) -> tuple[Tensor, Tensor]:
     """`[k; v]` as a linear map of the input, `[2I, C]` and `[2I]`, with QK-norm at its mean scale.
 
     The scale takes the input, a modulated LayerNorm, to be white with unit variance.
     """
-    w_k, b_k = layer.to_k.weight.double(), layer.to_k.bias.double()
-    scale = layer.norm_k.weight.double() * (w_k.square().sum(1) + b_k.square()).mean().clamp_min(1e-12).rsqrt()
-    weight = torch.cat([scale.unsqueeze(1) * w_k, layer.to_v.weight.double()])
-    return weight, torch.cat([scale * b_k, layer.to_v.bias.double()])
+    w_k, b_k, gain, w_v, b_v = (
+        x.double().cpu()
+        for x in (layer.to_k.weight, layer.to_k.bias, layer.norm_k.weight, layer.to_v.weight, layer.to_v.bias)
+    )
+    scale = gain * (w_k.square().sum(1) + b_k.square()).mean().clamp_min(1e-12).rsqrt()
+    weight = torch.cat([scale.unsqueeze(1) * w_k, w_v])
+    return weight, torch.cat([scale * b_k, b_v])
 
 
 def _as_matrix(function: Callable[[Tensor, Tensor], Tensor], heads: int, head_dim: int) -> Tensor:
@@ -235,7 +251,7 @@ def _factorised_query(
     """`q_b_proj @ q_a_proj` of rank `q_lora_rank`: the best fit of the queries on the calibration inputs."""
     rank = config.q_lora_rank
     assert rank is not None
-    weight, bias = layer.to_q.weight.double(), layer.to_q.bias.double()
+    weight, bias = layer.to_q.weight.double().cpu(), layer.to_q.bias.double().cpu()
     if rank > min(weight.shape):
         raise ValueError(f"q_lora_rank {rank} is larger than the rank {min(weight.shape)} of the query projection")
     if config.init == "random":

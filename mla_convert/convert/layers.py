@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -19,7 +20,7 @@ from .clips import INIT, CalibrationBatch, Clips, drawn, enter_clips
 from .config import ConvertConfig
 from .initialise import LayerInit, LayerReading, initialise_layers, read_layer
 from .probe import LayerSample
-from .state import latent_attention
+from .state import ATTENTION, latent_attention
 from .store import TensorStore
 
 logger = logging.getLogger(__name__)
@@ -36,8 +37,8 @@ class Shelf(Protocol):
         """What was put there for a layer."""
         ...
 
-    def put(self, layer: int, block: Any, plan: LayerInit) -> None:
-        """Keep the fit of `block`, number `layer`."""
+    def put(self, layer: int, dense: Mapping[str, Tensor], heads: int, plan: LayerInit) -> None:
+        """Keep the fit of block number `layer`, of state `dense`."""
         ...
 
 
@@ -53,8 +54,9 @@ class Plans:
     def get(self, layer: int) -> LayerInit:
         return self._plans[layer]
 
-    def put(self, layer: int, block: Any, plan: LayerInit) -> None:
-        self._plans[layer] = plan
+    def put(self, layer: int, dense: Mapping[str, Tensor], heads: int, plan: LayerInit) -> None:
+        dtype = dense[f"{ATTENTION}.to_k.weight"].dtype
+        self._plans[layer] = replace(plan, tensors={name: tensor.to(dtype) for name, tensor in plan.tensors.items()})
 
 
 class Ranks(NamedTuple):
@@ -144,7 +146,7 @@ def convert_layers(
         return
     if batches is None:
         raise UserError("init: activation needs calibration clips; init: svd converts from the weights alone")
-    store = TensorStore(None if work is None else work / "activations")
+    store = TensorStore(None if work is None else work / "activations", device=blocks.model.device)
     try:
         clips = enter_clips(blocks, batches, config.calibration, store)
         velocity, trace = run.watch(clips)
@@ -230,7 +232,7 @@ class _Layers:
         """Fit layers that share a latent and put them on the shelf; `block` is that of the layer which is `opened`."""
         readings = [self.readings.pop(layer) for layer in layers]
         try:
-            plans = initialise_layers(readings, self.config, self.ranks[layers[0]])
+            plans = initialise_layers(readings, self.config, self.ranks[layers[0]], self.blocks.model.device)
         except ValueError as error:
             raise UsageError(f"convert, layer {layers[0]}: {error}") from None
         del readings
@@ -244,7 +246,7 @@ class _Layers:
                 plans[0].curve = self._curve(dense, plans, [self.traces.pop(layer) for layer in layers])
         for layer, plan in zip(layers, plans, strict=True):
             with open_block(layer) as own:
-                self.shelf.put(layer, own, plan)
+                self.shelf.put(layer, self.blocks.state(layer, own), own.attn1.heads, plan)
         self._told("convert", sum(i in self.shelf for i in range(len(self.ranks))), len(self.ranks))
 
     def _curve(self, dense: list[Any], plans: list[LayerInit], traces: list[list[Trace]]) -> Curve:

@@ -57,11 +57,11 @@ class PartFiles:
         with safe_open(self._path(layer), framework="pt") as opened:
             return _outline(opened.metadata())
 
-    def put(self, layer: int, block: Any, plan: LayerInit) -> None:
-        """Write the converted form of the dense `block`."""
+    def put(self, layer: int, dense: Mapping[str, Tensor], heads: int, plan: LayerInit) -> None:
+        """Write the converted form of a block of state `dense`."""
         outline = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name != "tensors"}
         header = {_PLAN: json.dumps(outline), _TENSORS: json.dumps(sorted(plan.tensors))}
-        state = block_state(block.state_dict(), plan, block.attn1.heads, self.query_factorised)
+        state = block_state(dense, plan, heads, self.query_factorised)
         named = {f"blocks.{layer}.{name}": tensor for name, tensor in state.items()}
         self._write(layer, named, header)
 

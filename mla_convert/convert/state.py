@@ -38,12 +38,15 @@ def mla_config(config: ConvertConfig, ranks: Sequence[int], plans: Iterable[Laye
 def attention_state(
     source: Mapping[str, Tensor], plan: LayerInit, heads: int, query_factorised: bool
 ) -> dict[str, Tensor]:
-    """State of a latent self-attention from that of the dense one, in its dtype; kept tensors are shared."""
-    dtype = source["to_k.weight"].dtype
+    """State of a latent self-attention from that of the dense one, in its dtype and on its device.
+
+    Kept tensors are shared.
+    """
+    like = source["to_k.weight"]
     kept = {name: tensor for name, tensor in source.items() if not (query_factorised and name in _QUERY)}
     # The gains of QK-norm are kept by head, a shape that the stock class refuses.
     kept |= {name: kept[name].view(heads, -1) for name in _BY_HEAD}
-    return kept | {name: tensor.to(dtype) for name, tensor in plan.tensors.items()}
+    return kept | {name: tensor.to(like) for name, tensor in plan.tensors.items()}
 
 
 def block_state(source: Mapping[str, Tensor], plan: LayerInit, heads: int, query_factorised: bool) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -18,11 +19,14 @@ _NAME = "tensor"
 class TensorStore:
     """Tensors by key; what would exceed `limit` bytes in memory goes to a file of `folder`.
 
-    Without a folder everything stays in memory. What is read back is the same to the bit.
+    Without a folder everything stays in memory, that of the CPU. What is read back, on `device`, is the same to
+    the bit.
     """
 
-    def __init__(self, folder: Path | None = None, limit: int = IN_MEMORY_BYTES) -> None:
-        self.folder, self.limit = folder, limit
+    def __init__(
+        self, folder: Path | None = None, limit: int = IN_MEMORY_BYTES, device: torch.device | str = "cpu"
+    ) -> None:
+        self.folder, self.limit, self.device = folder, limit, torch.device(device)
         self._held: dict[str, Tensor] = {}
         self._bytes = 0
         self.clear()
@@ -31,18 +35,18 @@ class TensorStore:
         self._forget(key)
         size = tensor.numel() * tensor.element_size()
         if self.folder is None or self._bytes + size <= self.limit:
-            self._held[key] = tensor.detach()
+            self._held[key] = tensor.detach().cpu()
             self._bytes += size
             return
         with explain_os_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_tensors({_NAME: tensor.detach().contiguous()}, self._path(key))
+            save_tensors({_NAME: tensor.detach().cpu().contiguous()}, self._path(key))
 
     def __getitem__(self, key: str) -> Tensor:
         if key in self._held:
-            return self._held[key]
+            return self._held[key].to(self.device)
         # A mapped tensor need not be aligned, which would change the order of sums.
-        return load_file(self._path(key))[_NAME].clone()
+        return load_file(self._path(key))[_NAME].clone().to(self.device)
 
     def pop(self, key: str) -> Tensor:
         """The tensor, which the store forgets."""

@@ -11,7 +11,7 @@ import torch
 
 from .. import __version__
 from ..load import LazyTensors, Source
-from .blocks import BLOCKS, SourceBlocks
+from .blocks import SourceBlocks
 from .clips import CalibrationBatch
 from .config import ConvertConfig
 from .layers import Progress, convert_layers, final_ranks, planned_ranks
@@ -38,8 +38,9 @@ def convert_source(
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
     identity: Mapping[str, Any] | None = None,
+    device: torch.device | str = "cpu",
 ) -> Converted:
-    """The latent form of `source`, the same bytes as `convert_model` of `load_dense(source, dtype)`.
+    """The latent form of `source`, the same bytes as `convert_model` of `load_dense(source, dtype)` on `device`.
 
     Every layer is written to a file of the folder `work` as soon as it is fitted. A layer that is there
     already is not fitted again if `config`, `seed`, `dtype`, the source and `identity` (what
@@ -56,12 +57,11 @@ def convert_source(
         "version": __version__,
         "identity": dict(identity or {}),
     }
-    blocks = SourceBlocks(source, dtype)
+    blocks = SourceBlocks(source, dtype, device, run=config.init == "activation")
     planned_ranks(blocks, config)
     parts = PartFiles(work, stated, config.q_lora_rank is not None)
     if not parts.has_surroundings():
-        state = blocks.model.state_dict()
-        parts.put_surroundings({name: tensor for name, tensor in state.items() if not name.startswith(BLOCKS)})
+        parts.put_surroundings(blocks.around())
     convert_layers(blocks, config, batches, seed, parts, progress, work)
     plans = [parts.outline(layer) for layer in range(len(blocks))]
     ranks = final_ranks(blocks, config, plans)

@@ -28,7 +28,7 @@ def convert_model(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Any:
-    """The latent form of `dense`, an instance of `family.dense_class`, in its dtype and on the CPU.
+    """The latent form of `dense`, an instance of `family.dense_class`, in its dtype and on its device.
 
     `batches` are needed for `init: activation`. `progress` is told (what, done, of how many).
     Raises UsageError for ranks and shapes that the model does not have.

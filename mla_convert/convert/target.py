@@ -80,17 +80,17 @@ def size(layers: Read) -> int:
     return sum(target.size(*sample.key.shape[1:]) for target, sample in layers)
 
 
-def moments(layers: Read) -> tuple[Tensor, Tensor, Tensor]:
-    """Covariance `[n, n]` and mean `[n]` of what a latent has to restore, and its metric `[n, n]`, float64.
+def moments(layers: Read, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    """Covariance `[n, n]` and mean `[n]` of what a latent has to restore, and its metric `[n, n]`, float64 on `device`.
 
     Tokens that the output depends on count more: a token's weight is 1 plus the square of its
     probe over the mean square, because the tokens that matter are not like the others.
     """
     pieces, count = _pieces(layers), len(layers[0][1].hidden)
     energy = sum(float(_probes(piece).square().sum()) for piece in pieces) / count
-    metric, second, first, total = torch.zeros(()), torch.zeros(()), torch.zeros(()), torch.zeros(())
+    metric, second, first, total = torch.zeros(4, device=device).unbind()
     for piece in pieces:
-        numbers, probes = _numbers(piece), _probes(piece)
+        numbers, probes = _numbers(piece).to(device), _probes(piece).to(device)
         weight = _token_weights(probes, energy)
         metric = metric + probes.T @ probes
         second = second + numbers.T @ (weight.unsqueeze(1) * numbers)
@@ -99,16 +99,17 @@ def moments(layers: Read) -> tuple[Tensor, Tensor, Tensor]:
     return second / total - torch.outer(mean, mean), mean, metric / count
 
 
-def factors(layers: Read) -> tuple[Tensor, Tensor, Tensor]:
+def factors(layers: Read, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """`moments` by factors: `X^T X` is the covariance, `G^T G` the metric.
 
-    X `[T, n]`, the mean `[n]` and G `[T, n]`, float64.
+    X `[T, n]`, the mean `[n]` and G `[T, n]`, float64 on `device`.
     """
-    numbers, probes = torch.empty(2, len(layers[0][1].hidden), size(layers), dtype=torch.float64).unbind()
+    shape = (2, len(layers[0][1].hidden), size(layers))
+    numbers, probes = torch.empty(shape, dtype=torch.float64, device=device).unbind()
     start = 0
     for piece in _pieces(layers, TOKENS_AT_ONCE // 8):
         rows = slice(start, start := start + len(piece[0][1].hidden))
-        numbers[rows], probes[rows] = _numbers(piece), _probes(piece)
+        numbers[rows], probes[rows] = _numbers(piece).to(device), _probes(piece).to(device)
     share = _token_weights(probes, float(probes.square().sum()) / len(probes))
     share /= share.sum()
     mean = share @ numbers

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..devices import default_device
 from ..distill.data import Data, DataConfig, open_data
 from ..distill.progress import Report
 from ..export.checkpoint import load_checkpoint
@@ -63,7 +64,7 @@ class Context:
     @property
     def device(self) -> torch.device:
         """Where models run outside of training."""
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return default_device()
 
     def dense(self) -> Any:
         """The teacher, read once, in the source's dtype."""

@@ -19,6 +19,7 @@ from ..convert.initialise import LayerInit
 from ..convert.probe import LayerSample
 from ..convert.state import latent_attention
 from ..convert.store import TensorStore
+from ..devices import default_device
 from ..distill.data import DigitClips
 from ..distill.latents import LatentShards
 from ..distill.progress import Report
@@ -73,7 +74,7 @@ class ClipRun:
     """A dense model on clips, one block in memory at a time; `axes` are those of its rotary pairs."""
 
     def __init__(self, source: Source, clips: Clips) -> None:
-        self.clips, self.blocks = clips, SourceBlocks(source)
+        self.clips, self.blocks = clips, SourceBlocks(source, device=default_device())
         self.axes: tuple[int, ...] = self.blocks.model.rotary_table().axes
         latents = clips.read(0)["latents"]
         rows, columns = self.blocks.model.token_grid(*latents.shape[2:])
@@ -100,7 +101,7 @@ class ClipRun:
                     self.blocks,
                     self._batches(self.clips.read, self.clips.count),
                     self.config,
-                    TensorStore(Path(scratch) / "tokens"),
+                    TensorStore(Path(scratch) / "tokens", device=self.blocks.device),
                 ),
                 self.config,
                 history_only=True,
@@ -115,7 +116,7 @@ class ClipRun:
         """Relative velocity error of a conversion on clips that it was not calibrated on, with clean history."""
         model, ranks = self.blocks.model, config.ranks(len(self.blocks))
         with tempfile.TemporaryDirectory() as scratch:
-            store = TensorStore(Path(scratch) / "tokens")
+            store = TensorStore(Path(scratch) / "tokens", device=self.blocks.device)
             clips = enter_clips(self.blocks, self._batches(self.clips.read_tried, self.clips.tried), self.config, store)
             for number in range(len(clips)):
                 store[_converted(number)] = store[clips.key(0, number)]

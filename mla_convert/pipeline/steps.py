@@ -125,6 +125,7 @@ def _convert(context: Context) -> None:
         seed=recipe.seed,
         dtype=getattr(torch, recipe.source.dtype),
         progress=context.report,
+        device=context.device,
         identity=recipe.model_dump(
             mode="json", include={"seed": True, "data": True, "generate": True, "source": {"noise_range"}}
         ),
