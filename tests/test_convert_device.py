@@ -80,14 +80,14 @@ def test_what_does_not_fit_on_a_gpu_is_fitted_on_the_cpu(
 
     def full(read: Any, rank: int, device: torch.device) -> Any:
         if device.type == "cuda":
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise torch.OutOfMemoryError("CUDA out of memory\nand more")
         return fit_read(read, rank, device)
 
     converted(source, tmp_path / "cpu", "cpu", **SHARED)
     monkeypatch.setattr(initialise, "_fit_read", full)
     with pretended():
         converted(source, tmp_path / "gpu", GPU, **SHARED)
-    assert "does not fit into the memory of cuda:0: on the CPU" in caplog.text
+    assert "cuda:0 cannot fit 96 numbers, which is done on the CPU: CUDA out of memory" in caplog.text
     assert velocity_error(tmp_path) < LIKE
 
 

@@ -24,7 +24,7 @@ from mla_convert.convert import ConvertConfig, clip_batches
 from mla_convert.convert.blocks import ModelBlocks
 from mla_convert.convert.calibrate import sweep
 from mla_convert.convert.clips import INIT, drawn, enter_clips
-from mla_convert.convert.initialise import LayerInit, LayerReading, initialise_layer, initialise_layers, read_layer
+from mla_convert.convert.initialise import LayerInit, LayerReading, initialise_layers, read_layer
 from mla_convert.convert.state import merge_state, mla_config
 from mla_convert.convert.store import TensorStore
 from mla_convert.convert.surgery import copy_unsaved_buffers, empty_model
@@ -161,32 +161,22 @@ def fits(teacher: Any, data: Data, clips: int) -> Iterator[tuple[str, ConvertCon
     blocks, names = ModelBlocks(teacher), [*CONSTRUCTIONS]
     axes = blocks.model.rotary_table().axes
     plans: dict[tuple[str, int], dict[int, LayerInit]] = {key: {} for key in configs}
-    readings: dict[int, LayerReading] = {}
-    shared = [config for config in configs.values() if config.layers_per_latent > 1]
+    readings: dict[tuple[str, int], dict[int, LayerReading]] = {key: {} for key in configs}
 
     def visit(layer: int, block: Any, sample: Any) -> None:
         for (name, size), config in configs.items():
-            if config.layers_per_latent > 1:
+            largest, nested = plans[name, max(SIZES)], not config.cached_key and size < max(SIZES)
+            if not nested:
+                seen, generator = sample if config.init == "activation" else None, drawn(INIT, 0, layer)
+                readings[name, size][layer] = read_layer(block.attn1, seen, axes, config, generator)
+            # What layers share is fitted when all of them were seen; they come from the last to the first.
+            if layer % config.layers_per_latent:
                 continue
-            rank = config.ranks(len(blocks))[layer]
-            largest = plans[name, max(SIZES)].get(layer)
-            if not config.cached_key and largest is not None and size < max(SIZES):
-                plans[name, size][layer] = largest.truncated(rank)
-                continue
-            seen = sample if config.init == "activation" else None
-            generator = drawn(INIT, 0, layer)
-            plans[name, size][layer] = initialise_layer(block.attn1, seen, axes, config, rank, generator)
-        # What layers share is fitted when all of them were seen; they come from the last to the first.
-        readings[layer] = read_layer(block.attn1, sample, axes, shared[0], drawn(INIT, 0, layer))
-        for (name, size), config in configs.items():
-            layers = range(layer, layer + config.layers_per_latent)
-            if len(layers) == 1 or layer % len(layers):
-                continue
-            rank, largest = config.ranks(len(blocks))[layer], plans[name, max(SIZES)]
-            if layer in largest:
+            rank, layers = config.ranks(len(blocks))[layer], range(layer, layer + config.layers_per_latent)
+            if nested:
                 fitted = [largest[other].truncated(rank) for other in layers]
             else:
-                fitted = initialise_layers([readings[other] for other in layers], config, rank)
+                fitted = initialise_layers([readings[name, size].pop(other) for other in layers], config, rank)
             plans[name, size] |= dict(zip(layers, fitted, strict=True))
 
     calibration = next(config for config in configs.values() if config.init == "activation").calibration

@@ -23,6 +23,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import study
 import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -38,6 +39,7 @@ from mla_convert.evaluate.config import EvaluateConfig
 from mla_convert.evaluate.rollouts import chosen_prompts, digit_rollouts
 from mla_convert.evaluate.video_metrics import estimate, frame_metrics
 from mla_convert.export.manifest import versions
+from mla_convert.families.causal import LatentTransformer
 from mla_convert.families.wan import FAMILY
 from mla_convert.files import atomic_file, save_tensors, write_json, write_text
 from mla_convert.load import load_dense, load_source
@@ -50,7 +52,7 @@ HERE = Path(__file__)
 RECIPE = "bench/stages"
 DENSE = "dense"
 # A start that is far off has more to learn than its latent projections: what is changed about the repair.
-FAR = {"learning_rate": 1e-3, "trainable": "all", "context_noise": 0.3}
+FAR = {"learning_rate": 1e-3, "trainable": "all", "context_noise": 0.3, "steps": 1000, "eval_every": 50}
 # What a row changes about the recipe's conversion: the paper's construction, and the same from random numbers.
 PAPER = {
     "position": "decoupled",
@@ -118,6 +120,8 @@ class Bench:
         """Held-out loss, and rollouts: of a model of `many` steps the long ones are guided."""
         model = model.to(self.device)
         found: dict[str, Any] = {"heldout_loss": flow_loss(model, clips)}
+        if isinstance(model, LatentTransformer):
+            found["rank_used"] = statistics.mean(row["rank99"] / row["rank"] for row in study.rank_used(model))
         if many:
             found[MANY] = {"1x": rolled_out(model, CLIP_FRAMES, self.prompts, 8, GUIDANCE)}
             if self.long_prompts:
@@ -266,8 +270,9 @@ def table(results: list[dict[str, Any]]) -> str:
 def steps_table(results: list[dict[str, Any]]) -> str:
     """How far each initialisation comes in the stages of many steps."""
     lines = [
-        "| start | steps | held-out loss at the start | at the end | steps to within 2 % of the teacher |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| start | steps | held-out loss at the start | at the end | steps to within 2 % of the teacher "
+        "| rank used at the start | at the end |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row, entries in finished_rows(results):
         entries = [entry for entry in entries if entry["curve"]]
@@ -277,7 +282,9 @@ def steps_table(results: list[dict[str, Any]]) -> str:
         ends = [[e["curve"][at][1] / e["teacher_loss"] - 1 for e in entries] for at in (0, -1)]
         shown = [spread(end, "{:+.2%}" if max(end) < 1 else "{:+.0%}").replace("%", " %") for end in ends]
         first = ", ".join(str(found) if (found := near(e)) is not None else f"not within {last}" for e in entries)
-        lines.append(f"| {name_of(row)} | {last} | {' | '.join(shown)} | {first} |")
+        ranks = [[e["stages"][at].get("rank_used") for e in entries if len(e["stages"]) > at] for at in (0, 1)]
+        used = [spread(known, "{:.2f}") if (known := [u for u in stage if u]) else "" for stage in ranks]
+        lines.append(f"| {name_of(row)} | {last} | {' | '.join(shown)} | {first} | {' | '.join(used)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -149,8 +149,11 @@ def _fit(readings: Sequence[LayerReading], rank: int, device: torch.device) -> C
     if read:
         try:
             return _fit_read(read, rank, device).cpu()
-        except torch.OutOfMemoryError:
-            logger.warning("a fit of %d numbers does not fit into the memory of %s: on the CPU", size(read), device)
+        except (torch.OutOfMemoryError, torch.linalg.LinAlgError) as error:
+            if device.type == "cpu":
+                raise
+            reason = str(error).partition("\n")[0]
+            logger.warning("%s cannot fit %d numbers, which is done on the CPU: %s", device, size(read), reason)
             return _fit_read(read, rank, torch.device("cpu"))
     (reading,) = readings
     assert reading.weights is not None

@@ -17,6 +17,8 @@ DENSE = (PUBLISHED, TUNED, REINDEXED)
 RANKS = (64, 96, 128, 192, 256)
 SPLITS = (1, 2, 5)
 SHARED = 32
+# What the shipped recipes for published models convert to.
+PAIRED = "latent 448 of two layers, rotated on read"
 
 
 def attention(shape, device, dtype, repeats, budget, sizes, save):
@@ -114,6 +116,7 @@ def ways(shape, device, dtype, run):
     for rank in (64, 192, 224):
         found[f"latent {rank}, rotated on read"] = build(Latent, shape, device, dtype, rank, 0, "expand", run=run)
     found["latent 224, rotated on read, attend"] = build(Latent, shape, device, dtype, 224, 0, "expand")
+    found[PAIRED] = build(Latent, shape, device, dtype, 448, 0, "expand", run=run, together=2)
     return found
 
 
@@ -154,6 +157,7 @@ def chunk(shape, device, dtype, repeats, budget, run, passes=5):
         f"latent 64+{SHARED}, absorbed": build(64, SHARED, "absorbed"),
         "latent 192, rotated on read": build(192, 0, "expand", run=run),
         "latent 192, rotated on read, history kept": build(192, 0, "expand", run=run, keep=True),
+        PAIRED: build(448, 0, "expand", run=run, together=2),
     }
 
     def passed(way):
@@ -223,6 +227,7 @@ def streams(shape, device, dtype, budget):
     builders = {
         "latent 192, rotated on read": lambda s: Latent(s, device, dtype, 192, 0, "expand", run=None),
         f"latent 192+{SHARED}, absorbed": lambda s: Latent(s, device, dtype, 192, SHARED, "absorbed"),
+        PAIRED: lambda s: Latent(s, device, dtype, 448, 0, "expand", run=None, together=2),
         TUNED: lambda s: Dense(s, device, dtype, reindexed=False),
     }
     for name, build in builders.items():

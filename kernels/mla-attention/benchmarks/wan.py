@@ -148,16 +148,18 @@ class Latent:
 
     `shared` 0 is the layout rotate_on_read, which can only be expanded; otherwise the shared key has so
     many channels and every head `head_dim - shared` unrotated ones. `run` attends to `[B, N, H, D]`, None is
-    `attend`. With `keep` every layer keeps its expanded history for the passes of a chunk.
+    `attend`. With `keep` every layer keeps its expanded history for the passes of a chunk. Of `together` layers
+    the first owns the rows, which all of them write a part of and each expands for itself.
     """
 
-    def __init__(self, shape, device, dtype, rank, shared, path, run=None, keep=False):
+    def __init__(self, shape, device, dtype, rank, shared, path, run=None, keep=False, together=1):
         self.shape, self.rank, self.shared, self.path = shape, rank, shared, path
-        self.run, self.keep = run, keep
+        self.run, self.keep, self.together = run, keep, together
+        self.parts = None
         self.expanded = set()
         dim, heads, depth = shape.dim, shape.heads, shape.head_dim
         size = (shape.batch, shape.window, shape.tokens, rank + shared)
-        self.rows = [torch.randn(size, device=device, dtype=dtype) for _ in range(shape.layers)]
+        self.rows = [torch.randn(size, device=device, dtype=dtype) for _ in range(0, shape.layers, together)]
         self.gain = torch.ones(dim, device=device, dtype=dtype)
         self.nope = depth - shared
 
@@ -188,7 +190,7 @@ class Latent:
         self.expanded = set()
 
     def attend(self, layer, query, key, value):
-        shape, rows = self.shape, self.rows[layer]
+        shape, rows = self.shape, self.rows[layer // self.together]
         scale, heads = shape.head_dim**-0.5, shape.heads
         own_query = ops.qk_norm_rope(query, self.gain, EPS, self.own, heads)
         own_key = ops.qk_norm_rope(key, self.gain, EPS, self.own, heads)
@@ -222,10 +224,22 @@ class Latent:
 
     def write(self, layer, key, value):
         """Keep the chunk: what the last pass of a chunk does."""
+        if self.together > 1:
+            self._write_part(layer, key, value)
+            return
         ops.latent_write_(
             self.rows[layer], None, self.own_slots, key, value, self.gain, EPS, None,
             self.down, self.down_bias, self.pe, self.pe_bias, None, self.shape.heads,
         )  # fmt: skip
+
+    def _write_part(self, layer, key, value):
+        """A layer's part of a shared latent, by torch as the package does it; the last layer writes the sum."""
+        key = ops.qk_norm_rope(key, self.gain, EPS, None, self.shape.heads).flatten(2)
+        part = F.linear(torch.cat([key, value], dim=-1), self.down, self.down_bias).float()
+        self.parts = part if layer % self.together == 0 else self.parts + part
+        if (layer + 1) % self.together == 0:
+            frames = self.parts.to(key.dtype).unflatten(1, (self.shape.chunk, -1))
+            self.rows[layer // self.together][:, self.own_slots.long()] = frames
 
     def bytes(self):
         return sum(rows.numel() * rows.element_size() for rows in self.rows)
