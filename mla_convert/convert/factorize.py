@@ -7,7 +7,6 @@ r eigenvectors of `L^T C L`, `E = U^T L^T` and `D = L^-T U` (Eckart-Young in the
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import scipy.linalg
@@ -17,6 +16,7 @@ from torch import Tensor
 RIDGE = 1e-6
 # Share of the largest eigenvalue below which rounding of a Gram matrix in float64 hides a direction.
 LOST = 1e-12
+ROWS_AT_ONCE = 512
 
 
 class Code(NamedTuple):
@@ -43,11 +43,11 @@ class Code(NamedTuple):
 def _leading(matrix: Tensor, count: int, overwrite: bool = False) -> tuple[Tensor, Tensor]:
     """The `count` largest eigenvalues `[count]`, falling, and their vectors `[n, count]` of a symmetric matrix.
 
-    With `overwrite` the matrix is used as LAPACK's workspace instead of a copy of it.
+    With `overwrite` only its upper triangle is read, and it is LAPACK's workspace instead of a copy of it.
     """
     size = len(matrix)
     if matrix.device.type != "cpu":
-        values, vectors = torch.linalg.eigh(matrix)
+        values, vectors = torch.linalg.eigh(matrix, UPLO="U")
         return values[-count:].flip(0), vectors[:, -count:].flip(1)
     # LAPACK's subset driver took 2.9 s for 224 of 3072, all of them 7.7 s (one core).
     # LAPACK wants columns; those of a symmetric matrix are its rows.
@@ -104,30 +104,40 @@ def low_rank_code_of_samples(samples: Tensor, probes: Tensor, mean: Tensor, rank
         return (ridge * x).addmm_(probes.T, probes @ x)
 
     cross = samples @ probes.T
-    kernel = (samples @ samples.T).mul_(ridge).addmm_(cross, cross.T)
+    kernel = _upper_gram(samples).mul_(ridge).add_(_upper_gram(cross))
     del cross
     total = float(kernel.trace())
     energy, vectors = _leading(kernel, rank, overwrite=True)
     # Of the others rounding leaves no direction, and any will do.
     carried = int((energy > LOST * energy[0]).sum())
     basis = samples.T @ (vectors[:, :carried] / energy[:carried].sqrt())
-    basis = _orthonormal(basis, times_metric)
+    basis, seen = _orthonormal(basis, times_metric(basis))
     if carried < rank:
         generator = torch.Generator().manual_seed(0)
         others = torch.randn(len(basis), rank - carried, generator=generator, dtype=basis.dtype).to(basis.device)
         for _ in range(2):
-            others -= basis @ (basis.T @ times_metric(others))
-        basis = torch.cat([basis, _orthonormal(others, times_metric)], dim=1)
+            others -= basis @ (seen.T @ others)
+        filled = _orthonormal(others, times_metric(others))
+        basis, seen = (torch.cat(parts, dim=1) for parts in zip((basis, seen), filled, strict=True))
     spread = _spread(energy)
-    return Code((times_metric(basis) / spread).T, basis * spread, mean, energy, total)
+    return Code((seen / spread).T, basis * spread, mean, energy, total)
 
 
-def _orthonormal(x: Tensor, times_metric: Callable[[Tensor], Tensor]) -> Tensor:
-    """The columns of `x` `[n, r]` made orthonormal in a metric, each by those before it."""
+def _orthonormal(x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """The columns of `x` `[n, r]` made orthonormal in a metric, each by those before it; `seen` is metric times x."""
     for _ in range(2):
-        root = torch.linalg.cholesky(x.T @ times_metric(x))
-        x = torch.linalg.solve_triangular(root, x.T, upper=False).T
-    return x
+        root = torch.linalg.cholesky(x.T @ seen)
+        x, seen = (torch.linalg.solve_triangular(root, part.T, upper=False).T for part in (x, seen))
+    return x, seen
+
+
+def _upper_gram(x: Tensor) -> Tensor:
+    """The upper triangle of `x x^T`, at little more than half its cost; what is below it is zero or right."""
+    gram = x.new_zeros(len(x), len(x))
+    for start in range(0, len(x), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        torch.mm(x[rows], x[start:].T, out=gram[rows, start:])
+    return gram
 
 
 def low_rank_factor(factor: Tensor, mean: Tensor, rank: int) -> Code:
