@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import random
 import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -17,11 +19,14 @@ from recipe_case import RECIPE, digests, run_recipe, write_teacher
 from mla_convert.errors import UsageError, UserError
 from mla_convert.export.checkpoint import load_checkpoint
 from mla_convert.export.manifest import read_manifest, verify_files
+from mla_convert.files import write_json
 from mla_convert.pipeline import run
 from mla_convert.pipeline import steps as steps_module
 from mla_convert.pipeline.rundir import RunDir
+from mla_convert.pipeline.steps import Step
 from mla_convert.recipe.load import parse_recipe
 
+run_module = importlib.import_module("mla_convert.pipeline.run")
 STEPS = ["convert", "distill 01-match_velocity", "evaluate", "export", "samples", "report"]
 # What a run makes, in this order; the moment each appears is a moment to be killed at.
 MILESTONES = [
@@ -286,3 +291,44 @@ def test_killed_at_any_moment_ends_with_the_same_bytes(server, teacher, finished
 
     assert killed > 0
     assert digests(folder / "checkpoint") == digests(finished / "checkpoint")
+
+
+class Meetings:
+    """A process that is not the first one, or is; counts how often it waits for all."""
+
+    def __init__(self, is_main_process: bool) -> None:
+        self.is_main_process, self.count = is_main_process, 0
+
+    def wait_for_everyone(self) -> None:
+        self.count += 1
+
+
+def test_processes_meet_only_where_all_take_part(teacher, tmp_path, monkeypatch):
+    first, other = Meetings(True), Meetings(False)
+    monkeypatch.setattr(run_module, "this_process", lambda: first)
+    run(recipe(teacher), tmp_path / "run")
+    # At the start and behind the stage: a conversion may take longer than a barrier waits.
+    assert first.count == 2
+
+    acted = []
+    stage = Step("stage", (), lambda context: acted.append(context.main), everywhere=True)
+    steps = [Step("convert", (), lambda context: acted.append("wrong")), stage]
+    (tmp_path / "shared").mkdir()
+
+    def done(*names: str) -> None:
+        content = json.loads((tmp_path / "run" / "state.json").read_text()) | {"steps": dict.fromkeys(names)}
+        write_json(tmp_path / "shared" / "state.json", content)
+
+    done()
+    helper = threading.Thread(target=run_module._help, args=(recipe(teacher), tmp_path / "shared", steps, other))
+    helper.start()
+    time.sleep(1)
+    assert helper.is_alive() and not acted and other.count == 1
+    done("convert")
+    while not acted:
+        time.sleep(0.01)
+    time.sleep(1)
+    assert helper.is_alive() and acted == [False] and other.count == 2
+    done("convert", "stage")
+    helper.join(timeout=60)
+    assert not helper.is_alive() and other.count == 2

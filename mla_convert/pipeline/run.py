@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -19,6 +20,9 @@ from ..recipe.schema import Recipe
 from .context import STAGES, Context, stage_names
 from .rundir import RunDir, read_state
 from .steps import Step, check_inputs, steps_of
+
+_PATIENCE = timedelta(hours=1)
+_POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -62,10 +66,14 @@ def run(
 
 
 def this_process() -> PartialState:
-    """This process among those of its launcher; Accelerate takes several on a CPU only when told so."""
+    """This process among those of its launcher; Accelerate takes several on a CPU only when told so.
+
+    Where they meet they wait for each other for an hour, not NCCL's ten minutes: the first one also measures
+    held-out losses, draws previews and writes checkpoints.
+    """
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or (several and not torch.accelerator.is_available())
-    return PartialState(cpu=on_cpu)
+    return PartialState(cpu=on_cpu, timeout=_PATIENCE)
 
 
 def _lead(recipe: Recipe, folder: RunDir, steps: list[Step], processes: PartialState, console: Console) -> None:
@@ -90,7 +98,8 @@ def _lead(recipe: Recipe, folder: RunDir, steps: list[Step], processes: PartialS
             context.seconds = folder.seconds
             started = time.monotonic()
             step.action(context)
-            processes.wait_for_everyone()
+            if step.everywhere:
+                processes.wait_for_everyone()
             folder.mark_done(step.name, step.paths, time.monotonic() - started)
             _discard_scratch(folder, step)
 
@@ -101,7 +110,10 @@ def _discard_scratch(folder: RunDir, step: Step) -> None:
 
 
 def _help(recipe: Recipe, path: Path, steps: list[Step], processes: PartialState) -> None:
-    """The other processes: take part in training, wait for everything else."""
+    """The other processes: take part in training, wait for everything else.
+
+    They wait by looking: what the first process does alone may take longer than a barrier's patience.
+    """
     processes.wait_for_everyone()
     done = read_state(path)["steps"]
     context = Context(recipe, path, lambda *told: None, main=False)
@@ -109,7 +121,9 @@ def _help(recipe: Recipe, path: Path, steps: list[Step], processes: PartialState
         if step.name not in done:
             if step.everywhere:
                 step.action(context)
-            processes.wait_for_everyone()
+                processes.wait_for_everyone()
+            while step.name not in read_state(path)["steps"]:
+                time.sleep(_POLL_SECONDS)
 
 
 def steps_until(recipe: Recipe, until: str | None) -> list[Step]:
