@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..devices import default_device
 from ..distill.data import DataConfig
 from ..distill.progress import Report
 from ..errors import UsageError
@@ -47,7 +48,7 @@ def evaluate_checkpoint(
     root, _ = find_checkpoint(folder)
     recipe = _recorded_recipe(root)
     started = time.monotonic()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     student = load_checkpoint(folder, device=device)
     dense = _load_teacher(student, teacher, recipe, folder).to(device)
     streaming = StreamingConfig() if recipe is None else recipe.streaming

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..devices import default_device
 from ..distill.encode.models import load_vae, text_encoder
 from ..distill.progress import Report
 from ..errors import UsageError, UserError
@@ -123,7 +124,7 @@ class _Task:
     def __init__(self, folder: Path, out: Path, request: Request, settings: Mapping[str, Any]) -> None:
         self.request, self.out = request, out
         self.root, self.model = read_model_config(folder)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = default_device()
         self.digits = prompt_encoder(self.model) == DIGITS
         self.pixels = self.model["out_channels"] in (1, 3)
         self.temporal, self.spatial = (1, 1) if self.pixels else (WAN_TEMPORAL, WAN_SPATIAL)

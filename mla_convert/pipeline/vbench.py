@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..devices import default_device
 from ..distill.encode import EncodeConfig, encode_prompts
 from ..distill.encode.models import find_pipeline, load_vae
 from ..distill.progress import Report
@@ -179,7 +180,7 @@ class Drawing:
 
     def __init__(self, folder: Path, config: VBenchConfig, suite: Sequence[Prompt], out: Path, report: Report) -> None:
         self.folder, self.vbench, self.suite, self.out, self.report = folder, config, suite, out, report
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = default_device()
         model = self.models[0]
         self.digits = prompt_encoder(model.config) == DIGITS
         pixels = model.config.out_channels in (1, 3)
