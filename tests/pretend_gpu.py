@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
 
@@ -17,7 +17,6 @@ import torch
 from accelerate.state import PartialState
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 GPU, META = torch.device("cuda", 0), torch.device("meta")
@@ -84,13 +83,30 @@ class GpuTensor(torch.Tensor):
         return dispatched(func, args, kwargs or {})
 
 
+def leaves(tree: Any) -> list[Any]:
+    """What lies in nested tuples, lists and dicts; torch's own function is made for more and takes longer."""
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, tuple | list):
+        return [tree]
+    return [leaf for part in tree for leaf in leaves(part)]
+
+
+def mapped(function: Callable[[Any], Any], tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: mapped(function, part) for key, part in tree.items()}
+    if isinstance(tree, tuple | list):
+        return type(tree)([mapped(function, part) for part in tree])
+    return function(tree)
+
+
 def on_gpu(device: Any) -> bool:
     return device is not None and torch.device(device).type == "cuda"
 
 
 def dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """An operation on the inner values, its result on the device that a GPU's would be on."""
-    tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    tensors = [x for x in leaves((args, kwargs)) if isinstance(x, Tensor)]
     inside = [x for x in tensors if isinstance(x, GpuTensor)]
     asked = kwargs.get("device")
     if asked == META and (func is aten.scalar_tensor.default or torch._C._current_graph_task_id() >= 0):
@@ -105,7 +121,7 @@ def dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         here = isinstance(args[0], GpuTensor)
     if here and func not in MOVES:
         checked = args[:1] if func in INDEXED else (args, kwargs)
-        plain = [x for x in pytree.tree_leaves(checked) if isinstance(x, Tensor) and not isinstance(x, GpuTensor)]
+        plain = [x for x in leaves(checked) if isinstance(x, Tensor) and not isinstance(x, GpuTensor)]
         strays = [x for x in plain if x.dim() or x.is_meta]
         if strays:
             raise RuntimeError(f"{func}: expected all tensors on cuda:0, but found one on {strays[0].device}")
@@ -118,7 +134,7 @@ def dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     def inner(x: Any) -> Any:
         return x.value if isinstance(x, GpuTensor) else x
 
-    result = func(*pytree.tree_map(inner, args), **pytree.tree_map(inner, kwargs))
+    result = func(*mapped(inner, args), **mapped(inner, kwargs))
     known = {id(x.value): x for x in inside}
 
     def outer(x: Any) -> Any:
@@ -127,7 +143,7 @@ def dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         # What was changed in place is the tensor that was given.
         return known.get(id(x)) if id(x) in known else GpuTensor(x)
 
-    return pytree.tree_map(outer, result) if here else result
+    return mapped(outer, result) if here else result
 
 
 class _Dispatch(TorchDispatchMode):
@@ -144,7 +160,7 @@ class _Functions(TorchFunctionMode):
             return _moved(*args, **kwargs)
         if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and isinstance(args[0], GpuTensor):
             args = (args[0], _index(args[1]), *args[2:])
-        if func is torch.Tensor.data.__set__ and isinstance(args[0], GpuTensor) != isinstance(args[1], GpuTensor):
+        if func == torch.Tensor.data.__set__ and isinstance(args[0], GpuTensor) != isinstance(args[1], GpuTensor):
             new = args[1].detach()
             is_parameter = isinstance(args[0], torch.nn.Parameter)
             torch.utils.swap_tensors(args[0], torch.nn.Parameter(new, args[0].requires_grad) if is_parameter else new)

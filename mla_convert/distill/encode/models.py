@@ -109,7 +109,7 @@ def load_vae(folder: Path, device: torch.device | str = "cpu") -> Any:
 
 
 def bring_weights(vae: Any) -> None:
-    """Let a hook of offloading bring the weights of a VAE, which its `encode` and `decode` do too late for its device."""
+    """Let a hook of offloading bring the weights of a VAE, which its `encode` and `decode` do too late to ask where."""
     hook = getattr(vae, "_hf_hook", None)
     if hasattr(hook, "pre_forward"):
         hook.pre_forward(vae)
