@@ -110,9 +110,8 @@ def load_vae(folder: Path, device: torch.device | str = "cpu") -> Any:
 
 def bring_weights(vae: Any) -> None:
     """Let a hook of offloading bring the weights of a VAE, which its `encode` and `decode` do too late to ask where."""
-    hook = getattr(vae, "_hf_hook", None)
-    if hasattr(hook, "pre_forward"):
-        hook.pre_forward(vae)
+    if hasattr(getattr(vae, "_hf_hook", None), "pre_forward"):
+        vae._hf_hook.pre_forward(vae)
 
 
 def encode_pixels(vae: Any, pixels: Tensor) -> Tensor:
