@@ -8,7 +8,8 @@ that was left on the wrong device without a GPU. Kernels, streams and speed it k
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
 
@@ -16,14 +17,16 @@ import torch
 from accelerate.state import PartialState
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-GPU = torch.device("cuda", 0)
+GPU, META = torch.device("cuda", 0), torch.device("meta")
 aten = torch.ops.aten
 # Index tensors and what is copied may be on the CPU.
 INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+RUN = threading.Thread.run
+ENGINE = torch.autograd.graph._engine_run_backward
 GROUPED = torch._C._group_tensors_by_device_and_dtype
+LAZY = {aten._conj.default: aten.conj_physical.default, aten._neg_view.default: aten.neg.default}
 MOVES = {aten._to_copy.default, aten.copy_.default, aten.copy.default}
 
 
@@ -69,9 +72,32 @@ class GpuTensor(torch.Tensor):
         memo[id(self)] = copied
         return copied
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.value.__reduce_ex__(protocol)
+
+    def data_ptr(self) -> int:
+        return self.value.data_ptr()
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return dispatched(func, args, kwargs or {})
+
+
+def leaves(tree: Any) -> list[Any]:
+    """What lies in nested tuples, lists and dicts; torch's own function is made for more and takes longer."""
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, tuple | list):
+        return [tree]
+    return [leaf for part in tree for leaf in leaves(part)]
+
+
+def mapped(function: Callable[[Any], Any], tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: mapped(function, part) for key, part in tree.items()}
+    if isinstance(tree, tuple | list):
+        return type(tree)([mapped(function, part) for part in tree])
+    return function(tree)
 
 
 def on_gpu(device: Any) -> bool:
@@ -80,17 +106,22 @@ def on_gpu(device: Any) -> bool:
 
 def dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """An operation on the inner values, its result on the device that a GPU's would be on."""
-    tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    tensors = [x for x in leaves((args, kwargs)) if isinstance(x, Tensor)]
     inside = [x for x in tensors if isinstance(x, GpuTensor)]
     asked = kwargs.get("device")
+    if asked == META and (func is aten.scalar_tensor.default or torch._C._current_graph_task_id() >= 0):
+        # A number, or a gradient of zeros, which C++ makes where it believes the others to be.
+        asked, kwargs = GPU, {**kwargs, "device": GPU}
     if func is aten._fused_sdp_choice.default:
         return 0
     here = on_gpu(asked) or (bool(inside) and asked is None)
+    # A value cannot say that it is to be conjugated or negated when it is read.
+    func = LAZY.get(func, func)
     if func is aten.copy_.default:
         here = isinstance(args[0], GpuTensor)
     if here and func not in MOVES:
         checked = args[:1] if func in INDEXED else (args, kwargs)
-        plain = [x for x in pytree.tree_leaves(checked) if isinstance(x, Tensor) and not isinstance(x, GpuTensor)]
+        plain = [x for x in leaves(checked) if isinstance(x, Tensor) and not isinstance(x, GpuTensor)]
         strays = [x for x in plain if x.dim() or x.is_meta]
         if strays:
             raise RuntimeError(f"{func}: expected all tensors on cuda:0, but found one on {strays[0].device}")
@@ -103,7 +134,7 @@ def dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     def inner(x: Any) -> Any:
         return x.value if isinstance(x, GpuTensor) else x
 
-    result = func(*pytree.tree_map(inner, args), **pytree.tree_map(inner, kwargs))
+    result = func(*mapped(inner, args), **mapped(inner, kwargs))
     known = {id(x.value): x for x in inside}
 
     def outer(x: Any) -> Any:
@@ -112,7 +143,7 @@ def dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         # What was changed in place is the tensor that was given; bits for later are lost on the way in again.
         return known[id(x)] if id(x) in known else GpuTensor(x.resolve_conj().resolve_neg())
 
-    return pytree.tree_map(outer, result) if here else result
+    return mapped(outer, result) if here else result
 
 
 class _Dispatch(TorchDispatchMode):
@@ -127,6 +158,13 @@ class _Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.Tensor.to:
             return _moved(*args, **kwargs)
+        if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and isinstance(args[0], GpuTensor):
+            args = (args[0], _index(args[1]), *args[2:])
+        if func == torch.Tensor.data.__set__ and isinstance(args[0], GpuTensor) != isinstance(args[1], GpuTensor):
+            new = args[1].detach()
+            is_parameter = isinstance(args[0], torch.nn.Parameter)
+            torch.utils.swap_tensors(args[0], torch.nn.Parameter(new, args[0].requires_grad) if is_parameter else new)
+            return None
         if func is torch.Tensor.tolist:
             return torch.Tensor.tolist(args[0].cpu())
         if func is torch.Tensor.cuda:
@@ -134,6 +172,13 @@ class _Functions(TorchFunctionMode):
         if func in (torch.tensor, torch.as_tensor) and on_gpu(kwargs.get("device")):
             return func(*args, **{**kwargs, "device": None}).to(GPU)
         return func(*args, **kwargs)
+
+
+def _index(index: Any) -> Any:
+    """An index with tensors in place of lists, which C++ would make where it believes the indexed tensor to be."""
+    if isinstance(index, tuple):
+        return tuple(_index(part) for part in index)
+    return torch.tensor(index) if isinstance(index, list) else index
 
 
 def _moved(x: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
@@ -148,6 +193,12 @@ def _moved(x: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
     return torch.ops.aten._to_copy(x, device=device, dtype=dtype)
 
 
+def _backward(*args: Any, **kwargs: Any) -> Any:
+    """A backward pass; the function that asked for it has left `_Functions`, and checkpoints compute again inside."""
+    with _Functions():
+        return ENGINE(*args, **kwargs)
+
+
 def _grouped(lists: Any, with_indices: bool = False) -> dict[Any, Any]:
     """`torch._C._group_tensors_by_device_and_dtype` by the devices that tensors say they are on."""
     found = GROUPED(lists, with_indices)
@@ -155,18 +206,28 @@ def _grouped(lists: Any, with_indices: bool = False) -> dict[Any, Any]:
     return {(devices[key], key[1]): group for key, group in found.items()}
 
 
+def _started(self: threading.Thread) -> None:
+    """`threading.Thread.run`; the modes of torch belong to a thread."""
+    with _Functions(), _Dispatch():
+        RUN(self)
+
+
 @contextlib.contextmanager
 def pretended() -> Iterator[None]:
     """There is a GPU as far as tensors go."""
     PartialState._reset_state()
     with (
+        patch("threading.Thread.run", _started),
         patch("torch.cuda._lazy_init", lambda: None),
         patch("torch._C._group_tensors_by_device_and_dtype", _grouped),
+        patch("torch.autograd._engine_run_backward", _backward),
         # A module that moves keeps its parameters, as on a GPU.
         patch("torch.__future__._swap_module_params_on_conversion", True),
         patch.object(PartialState, "default_device", GPU),
         _Functions(),
         _Dispatch(),
     ):
-        yield
-    PartialState._reset_state()
+        try:
+            yield
+        finally:
+            PartialState._reset_state()

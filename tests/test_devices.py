@@ -2,10 +2,89 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pico
 import pytest
 import torch
+from accelerate import cpu_offload_with_hook
+from diffusers import AutoencoderKLWan, WanPipeline
+from PIL import Image
 from pretend_gpu import GPU, pretended
-from torch import nn
+from recipe_case import write_teacher
+from test_bench import SMALL
+from test_encode import DIM, tiny_tokenizer
+from torch import Tensor, nn
+from transformers import UMT5Config, UMT5EncoderModel
+
+import mla_convert.run.offload
+from mla_convert import StreamingMLAPipeline
+from mla_convert.distill.data import Batch
+from mla_convert.distill.encode.models import text_encoder, video_encoder
+from mla_convert.distill.trainer import run_stage
+from mla_convert.evaluate.bench import BenchConfig, bench
+from mla_convert.evaluate.config import EvaluateConfig
+from mla_convert.evaluate.fidelity import fidelity, memory
+from mla_convert.evaluate.rollouts import digit_rollouts
+from mla_convert.evaluate.vbench_suite import Prompt
+from mla_convert.export.checkpoint import load_checkpoint, save_checkpoint
+from mla_convert.mla.graph import GraphedChunk
+from mla_convert.pipeline.generation import Request, generate_video
+from mla_convert.pipeline.preview import preview_strip
+from mla_convert.pipeline.vbench import Drawing, VBenchConfig
+from mla_convert.registry import stages
+from mla_convert.run.batch import StreamBatch
+from mla_convert.run.offload import place
+from mla_convert.run.stream import stream_chunks
+
+CPU = torch.device("cpu")
+WAN = {"in_channels": 4, "out_channels": 4, "text_dim": DIM, "causal": {"num_frames_per_block": 1, "window_frames": 4}}
+FAR = {"causal": None, "chunk_partition": [1, 2, 2, 2], "compressed_patch_size": (1, 4, 4)}
+FEW = {"num_inference_steps": 1}
+
+
+def same(made: Callable[[torch.device], Any]) -> None:
+    """What `made` gives, tensors or arrays, on the pretended GPU as on the CPU."""
+    expected = made(CPU)
+    with pretended():
+        actual = made(GPU)
+    # Observed at most 1.8e-7 of the largest magnitude for latents and 1.7e-6 for pixels.
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@functools.cache
+def model(variant: int | None = 0, family: str = "wan", **changes: Any) -> Any:
+    """A dense model, or one that is converted in a layout of `pico.VARIANTS`."""
+    dense = pico.dense_model(family=family, **(FAR if family == "anyflow_far" else {}))
+    return dense if variant is None else pico.convert(dense, **pico.VARIANTS[variant], **changes)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Wan model whose source, a pipeline with a tiny text encoder and VAE, lies beside it in `pipeline`."""
+    folder = tmp_path_factory.mktemp("wan")
+    torch.manual_seed(0)
+    encoder = UMT5EncoderModel(UMT5Config(vocab_size=25, d_model=DIM, d_kv=8, d_ff=64, num_layers=1, num_heads=4))
+    vae = AutoencoderKLWan(base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], latents_mean=[0.1] * 4, latents_std=[2.0] * 4)
+    WanPipeline(tiny_tokenizer(), encoder, vae, None).save_pretrained(folder / "pipeline")
+    source = {"source": {"model": str(folder / "pipeline")}}
+    save_checkpoint(pico.dense_model(layers=1, **WAN), folder / "checkpoint", source)
+    Image.new("RGB", (96, 64), (200, 30, 30)).save(folder / "start.png")
+    return folder / "checkpoint"
+
+
+@pytest.fixture(autouse=True)
+def unstreamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Group offloading without the streams that overlap its copies."""
+    known = mla_convert.run.offload.apply_group_offloading
+    monkeypatch.setattr(
+        mla_convert.run.offload, "apply_group_offloading", lambda *a, **k: known(*a, **{**k, "use_stream": False})
+    )
 
 
 def test_the_pretended_gpu_refuses_what_a_gpu_refuses() -> None:
@@ -42,3 +121,250 @@ def test_a_network_learns_on_the_pretended_gpu_as_it_does_on_the_cpu() -> None:
         actual = learnt(GPU)
     # Observed no difference.
     torch.testing.assert_close(actual, expected)
+
+
+class Clips:
+    """Random clips of six frames; `stop` ends the run at that one."""
+
+    size = None
+
+    def __init__(self, stop: int | None) -> None:
+        self.stop = stop
+
+    def example(self, index: int) -> Batch:
+        if index == self.stop:
+            raise KeyboardInterrupt
+        latents, _, text = pico.inputs(1, 6, 4, 4, seed=index)
+        return {"latents": latents[0], "encoder_hidden_states": text[0]}
+
+    def heldout(self, count: int) -> Batch:
+        latents, _, text = pico.inputs(count, 6, 4, 4, seed=99)
+        return {"latents": latents, "encoder_hidden_states": text}
+
+
+PREVIEW = {"every": 1, "clips": 1, "num_frames": 2, **FEW}
+TRAINED: dict[str, dict[str, Any]] = {
+    "match_velocity": {"lora": {"rank": 2, "alpha": 2}, "preview": PREVIEW, "ema_decay": 0.5},
+    "match_attention": {"max_grad_norm": None},
+    "teacher_forcing": {"gradient_checkpointing": True, "empty_prompt_rate": 0.5, "optimizer": "adafactor"},
+    "consistency": {"solver_steps": 4, "ema_decay": 0.5, "teacher": "start"},
+    "dmd": {"denoising_steps": (1000, 500), "sampler": "renoise", "context_noise": 0.1, "critic_updates": 1},
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_stages_train_and_go_on_from_a_checkpoint(name: str, tmp_path: Path) -> None:
+    """By two steps, the second after an interruption; the stage of shared latents is `match_attention`."""
+    stage = stages()[name].config_class
+    settings = {"steps": 2, "learning_rate": 1e-3, "batch_size": 1, "checkpoint_every": 1, "tracker": None}
+    # A large epsilon, so that Adam does not make rounding as large as a gradient.
+    config = stage(stage=name, **settings, epsilon=1e-2, trainable="attention", **TRAINED[name])
+    start = model(6, layers_per_latent=2) if name == "match_attention" else model()
+
+    def trained(device: torch.device) -> list[Tensor]:
+        def run(stop: int | None) -> Any:
+            student, data = copy.deepcopy(start), Clips(stop)
+            teacher = {"teacher": copy.deepcopy(model(None))}
+            folder = tmp_path / device.type
+            result = run_stage(config, student, teacher, data, data.heldout(2), folder, 0, 0, picture=preview_strip)
+            assert student.device == device
+            return result, [parameter.detach().cpu() for parameter in student.parameters()]
+
+        if device == GPU:
+            with pytest.raises(KeyboardInterrupt):
+                run(2 if name == "dmd" else 1)
+        result, parameters = run(None)
+        assert result.resumed_from == (1 if device == GPU else None)
+        return [torch.tensor([result.final_loss, result.heldout_loss]), *parameters]
+
+    # Observed no difference.
+    same(trained)
+
+
+def rolled_out(models: list[Any], device: torch.device, offload: str | None = None, **settings: Any) -> Tensor:
+    """A guided rollout of two items with a start, a change of the prompt, and a noisy history."""
+    models = copy.deepcopy(models)
+    if offload is None:
+        models = [one.to(device) for one in models]
+    else:
+        place(models, None, device, offload)  # type: ignore[arg-type]
+        settings["device"] = device
+    for one in models:
+        one.set_kernels("torch", cuda_graph=False)
+    start, _, text = pico.inputs(2, models[0].causal.chunk_end(0), 4, 4)
+    changed = pico.inputs(2, 1, 4, 4, seed=5)[2]
+    settings = {**FEW, "guidance_scale": 2.0, "context_noise": 0.1, "seed": [1, 2], "start": start, **settings}
+    made = list(
+        stream_chunks(models, text, 7, 4, 4, prompt_at=lambda first: changed if first > 3 else None, **settings)
+    )
+    assert all(chunk.device == device for chunk in made)
+    return torch.cat([chunk.cpu() for chunk in made], dim=2)
+
+
+@pytest.mark.parametrize("variant", [None, *range(len(pico.VARIANTS))])
+def test_every_layout_streams(variant: int | None) -> None:
+    same(lambda device: rolled_out([model(variant)], device))
+
+
+def test_shared_latents_stream() -> None:
+    same(lambda device: rolled_out([model(6, layers_per_latent=2)], device, sampler="renoise"))
+
+
+@pytest.mark.parametrize(
+    ("family", "offload"), [("anyflow_far", None), ("anyflow_far", "model"), ("skyreels_v2", "group")]
+)
+def test_other_families_stream(family: str, offload: str | None) -> None:
+    same(lambda device: rolled_out([model(0, family)], device, offload))
+
+
+def experts() -> list[Any]:
+    high, low = copy.deepcopy(model()), copy.deepcopy(model())
+    high.noise_range, low.noise_range = (0.5, 1.0), (0.0, 0.5)
+    return [high, low]
+
+
+def test_experts_stream_one_at_a_time() -> None:
+    same(lambda device: rolled_out(experts(), device, "model", num_inference_steps=2))
+
+
+def test_streams_share_passes() -> None:
+    """Two experts with caches in int8; a stream joins late, and one changes its prompt."""
+    start, _, texts = pico.inputs(3, 2, 4, 4)
+
+    def made(device: torch.device) -> list[Tensor]:
+        settings = {"num_inference_steps": 2, "context_noise": 0.1, "sampler": "renoise", "cache_dtype": torch.int8}
+        batch = StreamBatch([one.to(device) for one in experts()], 4, 4, 4, **settings)
+        batch.join(texts[0], seed=1, num_frames=6, guidance_scale=2.0, start=start[0])
+        chunks = batch.step()
+        batch.join(texts[1], seed=2, num_frames=4)
+        chunks += batch.step()
+        batch.change_prompt(0, texts[2])
+        chunks += list(batch.chunks())
+        assert all(chunk.latents.device == device for chunk in chunks)
+        return [chunk.latents.cpu() for chunk in chunks]
+
+    same(made)
+
+
+class Counted:
+    """A recorder that runs what it is given, where a copy from the CPU is an error, as while a graph is captured."""
+
+    def capture(self, run: Callable[[], Tensor]) -> Tensor:
+        run()
+        self.run = run
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("tensor", "as_tensor", "from_numpy"):
+                patch.setattr(torch, name, lambda *_, **__: pytest.fail("a copy from the host"))
+            self.out = run()
+        return self.out
+
+    def replay(self) -> None:
+        self.out.copy_(self.run())
+
+
+@pytest.mark.parametrize(("family", "variant"), [("wan", 0), ("wan", 7), ("skyreels_v2", None), ("skyreels_v2", 4)])
+def test_what_a_graph_captures_copies_nothing_from_the_host(family: str, variant: int | None) -> None:
+    found = model(variant, family)
+    latents, timestep, text = pico.inputs(1, 2, 4, 4)
+    cache = found.init_cache(1, 4, 4)
+    with torch.no_grad():
+        found.forward_chunk(latents, timestep, text, cache, write=True)
+        GraphedChunk(found, cache, Counted)(latents, timestep, text)
+
+
+def pipeline_with(checkpoint: Path, device: torch.device, offload: str | None) -> Any:
+    parts = WanPipeline.from_pretrained(checkpoint.parent / "pipeline", transformer=None, scheduler=None)
+    pipe = StreamingMLAPipeline(load_checkpoint(checkpoint), parts.vae, parts.text_encoder, parts.tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    if offload is None:
+        return pipe.to(device)
+    # By hand: `enable_model_cpu_offload` asks for an accelerator.
+    hook, pipe._all_hooks, pipe.maybe_free_model_hooks = None, [], lambda: None
+    for name in pipe.model_cpu_offload_seq.split("->"):
+        _, hook = cpu_offload_with_hook(getattr(pipe, name), device, prev_module_hook=hook)
+        pipe._all_hooks.append(hook)
+    return pipe
+
+
+@pytest.mark.parametrize("offload", [None, "model"])
+def test_the_pipeline_reads_text_and_pictures_and_decodes(checkpoint: Path, offload: str | None) -> None:
+    def made(device: torch.device) -> Any:
+        pipe = pipeline_with(checkpoint, device, offload)
+        settings = {**FEW, "height": 32, "width": 48, "num_frames": 9, "fps": 8, "guidance_scale": 2.0}
+        start = Image.open(checkpoint.parent / "start.png")
+        chunks = list(pipe.stream("a", prompt_schedule={0.3: "square"}, start=start, ahead=1, **settings))
+        if offload is not None:
+            assert pipe.vae.device == CPU
+        return np.concatenate(chunks, axis=1)
+
+    same(made)
+
+
+@pytest.fixture
+def available(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.device], None]:
+    """Says whether torch sees a GPU."""
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "pretended")
+    return lambda device: monkeypatch.setattr(torch.cuda, "is_available", lambda: device == GPU)
+
+
+@pytest.mark.parametrize("offload", ["none", "group"])
+def test_generate_writes_the_same_pictures(checkpoint: Path, tmp_path: Path, available: Any, offload: Any) -> None:
+    def made(device: torch.device) -> Any:
+        available(device)
+        streaming = {"kernels": "torch", "cuda_graph": "off"}
+        request = Request(("a",), negative_prompt="dark", size=(32, 48), offload=offload, streaming=streaming)
+        settings = {**FEW, "num_frames": 2, "guidance_scale": 2.0, "start": str(checkpoint.parent / "start.png")}
+        out = tmp_path / device.type
+        generate_video(checkpoint, out, request, settings, lambda *_: None)
+        # Levels of 255, the last of which may be rounded either way.
+        return np.stack([np.asarray(Image.open(path)) for path in sorted(out.iterdir())]) / 2550
+
+    same(made)
+
+
+def test_vbench_draws_and_encoders_encode(checkpoint: Path, tmp_path: Path, available: Any) -> None:
+    pipeline = checkpoint.parent / "pipeline"
+
+    def made(device: torch.device) -> Any:
+        available(device)
+        settings = {**FEW, "latent_height": 4, "latent_width": 6, "fps": 2}
+        config = VBenchConfig(tmp_path, seconds=1, pipeline=str(pipeline), generate=settings)
+        out = tmp_path / device.type
+        drawing = Drawing(checkpoint, config, [Prompt("a", (), "a square")], out, lambda *_: None)
+        (video,) = drawing.draw("a square", 0)
+        with text_encoder(pipeline, torch.float32, device) as embed, video_encoder(pipeline, device) as encode:
+            return [torch.from_numpy(video), embed(["red"]), encode(torch.linspace(-1, 1, 4608).view(1, 3, 1, 32, 48))]
+
+    same(made)
+
+
+@pytest.mark.parametrize("variant", [0, 7])
+def test_fidelity_finds_the_same(variant: int) -> None:
+    def numbers(found: Any) -> list[float]:
+        if isinstance(found, dict):
+            found = [found[key] for key in sorted(found)]
+        if isinstance(found, list):
+            return [number for part in found for number in numbers(part)]
+        return [float(found)] if isinstance(found, int | float) else []
+
+    def measured(device: torch.device) -> Tensor:
+        student, teacher = (copy.deepcopy(one).to(device) for one in (model(variant), model(None)))
+        found = fidelity(student, teacher, Clips(None).heldout(3), batch_size=2, seed=0)
+        return torch.tensor(numbers([found, memory(student, teacher, 4, 4)]))
+
+    same(measured)
+
+
+def test_digits_are_told_and_a_pass_is_timed(tmp_path: Path, available: Any) -> None:
+    teacher = write_teacher(tmp_path / "teacher")
+
+    def made(device: torch.device) -> Any:
+        available(device)
+        times = bench(SMALL, BenchConfig(kernels="torch", kv_lora_rank=8, repeats=1, device=str(device)))
+        assert times["device"] == "pretended" or device == CPU
+        config = EvaluateConfig(rollout_prompts=2, **FEW)
+        return list(digit_rollouts(load_checkpoint(teacher, device=device), 4, config))
+
+    same(made)

@@ -9,7 +9,7 @@ A compressed frame f is named `~f` wherever a pass names frames. Shape letters: 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,6 +40,11 @@ class FarGrid:
     @property
     def compressed_tokens(self) -> int:
         return self.compressed_size[0] * self.compressed_size[1]
+
+    def to(self, device: torch.device | str) -> FarGrid:
+        """The same with its rotations on `device`."""
+        full, compressed = (replace(table, cis=table.cis.to(device)) for table in (self.full, self.compressed))
+        return replace(self, full=full, compressed=compressed)
 
     def rotations(self, frames: list[int], causal: CausalConfig, stop: int) -> Tensor:
         """Complex64 `[S, P]` for frames named as in a pass, as seen by the chunk that ends at `stop`."""
@@ -129,7 +134,8 @@ class FarCache(FrameCache):
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        self.causal, self.window, self.grid = window.causal, window, grid
+        # The model may still be elsewhere: hooks of offloading bring it when it is called.
+        self.causal, self.window, self.grid = window.causal, window, grid.to(device)
         self.height, self.width = grid.full_size
         self.far_frames, self.near_frames = frames
         slots = self.far_frames * grid.compressed_tokens + self.near_frames * grid.full_tokens

@@ -107,7 +107,11 @@ class CausalSkyReelsV2Transformer3DModel(CausalTransformer, SkyReelsV2Transforme
         if timestep.ndim == 1:
             temb, modulation = temb.unsqueeze(1), modulation.unsqueeze(1)
         if self.config.inject_sample_info:
-            index = torch.as_tensor([FPS_24] * len(timestep) if fps is None else fps, device=modulation.device)
+            if fps is None:
+                # Made on the device: a copy from the host is what a CUDA graph cannot hold.
+                index = torch.full((len(timestep),), FPS_24, device=modulation.device)
+            else:
+                index = torch.as_tensor(fps, device=modulation.device)
             modulation = modulation + self.fps_projection(self.fps_embedding(index)).unsqueeze(1)
         return temb, modulation.unflatten(2, (6, -1)), text, image
 

@@ -133,7 +133,8 @@ class CUDARecorder:
             for _ in range(WARM_UP):
                 run()
         torch.cuda.current_stream(self.device).wait_stream(side)
-        with torch.cuda.graph(self.graph):
+        # On the model's device, which need not be the current one, and whatever other threads do on theirs meanwhile.
+        with torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local"):
             return run()
 
     def replay(self) -> None:

@@ -37,9 +37,6 @@ class StreamingDecoder:
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
         vae = self.vae
-        # What `vae.decode` does first: a hook of offloading brings the weights.
-        if hasattr(getattr(vae, "_hf_hook", None), "pre_forward"):
-            vae._hf_hook.pre_forward(vae)
         made = []
         # Frame by frame from here on, so that the chunks' borders do not even show in the rounding.
         for latent in denormalised(vae, latents).split(1, dim=2):

@@ -289,14 +289,18 @@ class StreamingMLAPipeline(DiffusionPipeline):
         if output_type == "latent":
             return chunk
         pixels = chunk if decoder is None else decoder(chunk)
-        # Model offloading sends a part back when the next one in its order is called; none comes after the VAE.
-        for hook in getattr(self, "_all_hooks", []):
-            if hook.model is self.vae and decoder is not None:
-                hook.offload()
+        if decoder is not None:
+            self._send_back_vae()
         if not torch.isfinite(pixels).all():
             raise UserError("the video holds NaN or Inf; the model diverged, or its dtype is too narrow (try float32)")
         pixels = pixels.float().cpu().expand(-1, 3, -1, -1, -1)
         return VideoProcessor(vae_scale_factor=1).postprocess_video(pixels, output_type=output_type)
+
+    def _send_back_vae(self) -> None:
+        """Model offloading sends a part back when the next one in its order is called; none comes after the VAE."""
+        for hook in getattr(self, "_all_hooks", []):
+            if hook.model is self.vae:
+                hook.offload()
 
     def _settings(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """Values for all keys of `asked`: as given, as trained for, or the default of a recipe."""
@@ -359,6 +363,7 @@ class StreamingMLAPipeline(DiffusionPipeline):
         source = Path(pictures) if isinstance(pictures, str) else pictures
         device = self._execution_device
         latents = read_start(source, self.transformer.config.in_channels, *size, None if self.pixels else self.vae)
+        self._send_back_vae()
         return latents.unsqueeze(0).to(device)
 
 

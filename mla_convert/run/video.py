@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ..distill.encode.models import bring_weights
 from ..errors import UsageError, UserError
 from ..files import atomic_file, atomic_folder
 
@@ -55,6 +56,7 @@ def to_frames(video: Tensor, vae: Any = None) -> Frames:
 
 def denormalised(vae: Any, latents: Tensor) -> Tensor:
     """Latents `[B, C, F, H, W]` of a transformer as the `vae` decodes them, in its dtype and on its device."""
+    bring_weights(vae)
     mean, std = (
         torch.tensor(vae.config[key], device=vae.device, dtype=vae.dtype).view(1, -1, 1, 1, 1)
         for key in ("latents_mean", "latents_std")

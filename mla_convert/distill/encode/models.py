@@ -108,8 +108,15 @@ def load_vae(folder: Path, device: torch.device | str = "cpu") -> Any:
     return vae.to(device).eval()
 
 
+def bring_weights(vae: Any) -> None:
+    """Let a hook of offloading bring the weights of a VAE, which its `encode` and `decode` do too late to ask where."""
+    if hasattr(getattr(vae, "_hf_hook", None), "pre_forward"):
+        vae._hf_hook.pre_forward(vae)
+
+
 def encode_pixels(vae: Any, pixels: Tensor) -> Tensor:
     """Latents `[B, C, f, h, w]` as a transformer takes them, of pixels `[B, 3, F, H, W]` in [-1, 1]."""
+    bring_weights(vae)
     mean, std = (
         torch.tensor(vae.config[key], device=vae.device).view(1, -1, 1, 1, 1) for key in ("latents_mean", "latents_std")
     )
