@@ -140,8 +140,8 @@ def dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     def outer(x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
-        # What was changed in place is the tensor that was given; bits for later are lost on the way in again.
-        return known[id(x)] if id(x) in known else GpuTensor(x.resolve_conj().resolve_neg())
+        # What was changed in place is the tensor that was given.
+        return known[id(x)] if id(x) in known else GpuTensor(x)
 
     return mapped(outer, result) if here else result
 
