@@ -21,6 +21,7 @@ PACKAGE = ROOT / "mla_convert"
 ORDER = ("mla", "families", "load", "convert", "distill", "export", "run", "evaluate", "recipe", "pipeline", "cli")
 # Anyone may import these; they import only each other.
 LEAVES = (
+    "devices",
     "errors",
     "files",
     "flow",
