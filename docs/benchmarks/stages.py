@@ -31,6 +31,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mla_convert.convert import ConvertConfig, clip_batches, convert_model
+from mla_convert.devices import default_device
 from mla_convert.distill.data import open_data
 from mla_convert.distill.metrics import Metrics
 from mla_convert.distill.objective import flow_loss
@@ -330,7 +331,7 @@ def main() -> None:
     kept = HERE.with_suffix(".json")
     results = json.loads(kept.read_text()) if kept.exists() else []
     if not arguments.only_table:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = default_device().type
         recipe = load_recipe(find_recipe(RECIPE))
         bench = Bench(recipe, arguments.work, arguments.prompts, arguments.long_prompts, arguments.until, device)
         for seed in arguments.seeds:

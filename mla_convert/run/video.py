@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..distill.encode.models import bring_weights
+from ..devices import bring_weights
 from ..errors import UsageError, UserError
 from ..files import atomic_file, atomic_folder
 

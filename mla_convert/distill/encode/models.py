@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ...devices import bring_weights
 from ...errors import UsageError, UserError
 from ...load.hub import download
 
@@ -106,12 +107,6 @@ def load_vae(folder: Path, device: torch.device | str = "cpu") -> Any:
     with _explained(folder):
         vae: Any = AutoencoderKLWan.from_pretrained(folder / VAE, torch_dtype=torch.float32)
     return vae.to(device).eval()
-
-
-def bring_weights(vae: Any) -> None:
-    """Let a hook of offloading bring the weights of a VAE, which its `encode` and `decode` do too late to ask where."""
-    if hasattr(getattr(vae, "_hf_hook", None), "pre_forward"):
-        vae._hf_hook.pre_forward(vae)
 
 
 def encode_pixels(vae: Any, pixels: Tensor) -> Tensor:
