@@ -1,6 +1,6 @@
 """A rollout of 2,000 chunks: `python docs/benchmarks/long_rollout.py`.
 
-Converts the digits teacher to 28 of 384 scalars, without training, and rolls the result out chunk by chunk; with
+Converts the digits teacher as the demo does, without training, and rolls the result out chunk by chunk; with
 `--teacher` the teacher too, from the same noise and prompts. Measured on the way: the resident set of the process,
 the largest rotary index that was looked up, the share of frames that show the prompted digit, and what the model
 says 2,000 chunks on about a window that it saw after 20: the rows of that window are put back into the ring,
@@ -24,12 +24,14 @@ import psutil
 import torch
 from torch import Tensor
 
-from mla_convert.convert import ConvertConfig, clip_batches, convert_model
+from mla_convert.convert import clip_batches, convert_model
 from mla_convert.distill.data import DataConfig, open_data
 from mla_convert.evaluate.rollouts import heldout_prompts
 from mla_convert.families.wan import FAMILY
 from mla_convert.load import load_dense, load_source
 from mla_convert.mla.rope import RotaryTable
+from mla_convert.recipe.load import load_recipe
+from mla_convert.recipe.shipped import find_recipe
 from mla_convert.run.stream import stream_chunks
 from mla_convert.zoo.digits.classifier import classify
 from mla_convert.zoo.digits.data import CLIP_FRAMES, FRAME, SHIFT
@@ -41,17 +43,12 @@ SPANS = (1, 8, 64)
 
 
 def converted(teacher: Any) -> Any:
-    """The digits teacher in the layout of `recipes/demo.yaml`, at that recipe's mean rank in every layer, untrained."""
-    convert = ConvertConfig(
-        position="rotate_on_read",
-        own_chunk="exact",
-        init="activation",
-        kv_lora_rank=28,
-        calibration={"clips": 32, "max_tokens": 16384},
-    )
+    """The digits teacher as `recipes/demo.yaml` converts it, untrained."""
+    recipe = load_recipe(find_recipe("demo"))
+    settings, convert = recipe.convert.calibration, recipe.convert
     data = open_data(DataConfig(kind="digits"), 0)
-    batches = clip_batches(data.example, range(32), convert.calibration.batch_size)
-    return convert_model(FAMILY, teacher, convert, batches, seed=0)
+    batches = clip_batches(data.example, range(settings.clips), settings.batch_size)
+    return convert_model(FAMILY, teacher, convert, batches, seed=recipe.seed)
 
 
 class Watched(RotaryTable):

@@ -1,6 +1,6 @@
 """Streams against memory, and 64 streams against 64 single runs: `python docs/benchmarks/streams.py`.
 
-The digits teacher, dense, and converted to 28 of 384 scalars without training.
+The digits teacher, dense, and as the demo converts it, without training.
 
 Equality: 64 rollouts, every fourth with guidance, join a `StreamBatch` over four rounds and end at different times.
 Each is then rolled out alone with the same seed, and the largest difference in its frames is set against their
@@ -36,6 +36,8 @@ from mla_convert.evaluate.memory import plan
 from mla_convert.evaluate.rollouts import chosen_prompts, heldout_prompts
 from mla_convert.families.wan import CausalWanTransformer3DModel, MLAWanTransformer3DModel
 from mla_convert.load import load_dense, load_source
+from mla_convert.recipe.load import load_recipe
+from mla_convert.recipe.shipped import find_recipe
 from mla_convert.run.batch import StreamBatch
 from mla_convert.run.stream import stream_chunks
 from mla_convert.zoo.digits.data import FRAME, GUIDANCE, SHIFT
@@ -123,11 +125,13 @@ def empty_model(kind: str) -> Any:
     config = dict(load_source("zoo:digits").config)
     if kind == "dense":
         return CausalWanTransformer3DModel(**config).eval()
+    convert = load_recipe(find_recipe("demo")).convert
     layers, pairs = config["num_layers"], config["attention_head_dim"] // 2
     mla = {
-        "position": "rotate_on_read",
-        "own_chunk": "exact",
-        "kv_lora_rank": (28,) * layers,
+        "position": convert.position,
+        "own_chunk": convert.own_chunk,
+        "kv_lora_rank": (convert.kv_lora_rank,) * layers,
+        "layers_per_latent": convert.layers_per_latent,
         "v_head_dim": config["attention_head_dim"],
         "rope_pairs": ((),) * layers,
         "nope_pairs": (tuple(range(pairs)),) * layers,

@@ -35,8 +35,8 @@ class Blocks(Protocol):
         """Block number `layer` with its weights, ready to run, for as long as the context lasts."""
         ...
 
-    def state(self, layer: int, block: Any) -> dict[str, Tensor]:
-        """The state of a block that is open, in the dtypes that the converted model gets."""
+    def state(self, layer: int) -> dict[str, Tensor]:
+        """The state of a block, in the dtypes that the converted model gets."""
         ...
 
 
@@ -56,7 +56,7 @@ class ModelBlocks:
         block = self._dense.blocks[layer]
         yield copy.deepcopy(block).float() if self._widened else block
 
-    def state(self, layer: int, block: Any) -> dict[str, Tensor]:
+    def state(self, layer: int) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self._dense.blocks[layer].state_dict()
         return state
 
@@ -107,16 +107,16 @@ class SourceBlocks:
             block.to("meta")
             give_back_memory()
 
-    def state(self, layer: int, block: Any) -> dict[str, Tensor]:
-        return {name: self._stored(f"{BLOCKS}{layer}.{name}", x) for name, x in block.state_dict().items()}
+    def state(self, layer: int) -> dict[str, Tensor]:
+        state = {name: self._stored(f"{BLOCKS}{layer}.{name}") for name in self.model.blocks[layer].state_dict()}
+        self.source.tensors.release()
+        return state
 
     def around(self) -> dict[str, Tensor]:
         """The state of what is around the blocks, in the dtypes that the converted model gets."""
-        state = self.model.state_dict().items()
-        return {name: self._stored(name, tensor) for name, tensor in state if not name.startswith(BLOCKS)}
-
-    def _stored(self, name: str, tensor: Tensor) -> Tensor:
-        return tensor.to("cpu", self._dtype(name))
+        state = {name: self._stored(name) for name in self.model.state_dict() if not name.startswith(BLOCKS)}
+        self.source.tensors.release()
+        return state
 
     def _dtype(self, name: str) -> torch.dtype:
         return storage_dtype(self.source.family.dense_class, name, self.dtype) or self.source.tensors.dtype(name)
@@ -124,10 +124,13 @@ class SourceBlocks:
     def _opened_in(self, name: str) -> torch.dtype:
         return runs_in(self._dtype(name), self.device) if self.run else self._dtype(name)
 
+    def _stored(self, name: str) -> Tensor:
+        # The copy lets go of the file, whose tensors need not be aligned.
+        return self.source.tensors[name].to(dtype=self._dtype(name), copy=True)
+
     def _read(self, name: str) -> Tensor:
-        # Rounded as the converted model is. The copy lets go of the file, whose tensors need not be aligned.
-        rounded = self.source.tensors[name].to(dtype=self._dtype(name), copy=True)
-        return rounded.to(self.device, self._opened_in(name))
+        # Rounded as the converted model is.
+        return self._stored(name).to(self.device, self._opened_in(name))
 
     def _unread(self, name: str, tensor: Tensor) -> Tensor:
         return torch.empty(tensor.shape, dtype=self._opened_in(name), device="meta")

@@ -39,8 +39,11 @@ def sweep(
     velocity: Callable[[int, Tensor], None] | None = None,
     trace: Callable[[Trace], None] | None = None,
     layers_per_latent: int = 1,
+    visited: Callable[[int], None] | None = None,
 ) -> None:
     """Sample the `wanted` layers, each for `visit(layer, block, sample)` while its block is open.
+
+    `visited(layer)` follows when the block has been let go.
 
     With `history_only` the probes ask only about tokens of earlier chunks, which is all that an exact
     own chunk leaves to the cache. With `hidden_states: converted` every layer is visited, the others
@@ -52,7 +55,8 @@ def sweep(
     What was entered in `clips` is used up. Raises UserError for NaN or infinite activations, and where
     the tokens that a sweep keeps do not fit on the disk.
     """
-    run = _Sweep(blocks, clips, config, history_only, frozenset(wanted), visit, velocity, trace, layers_per_latent)
+    chosen = frozenset(wanted)
+    run = _Sweep(blocks, clips, config, history_only, chosen, visit, velocity, trace, layers_per_latent, visited)
     if config.metric == "velocity":
         run.backward(progress)
     else:
@@ -69,6 +73,7 @@ class _Sweep(NamedTuple):
     velocity: Callable[[int, Tensor], None] | None
     trace: Callable[[Trace], None] | None
     layers_per_latent: int
+    visited: Callable[[int], None] | None
 
     def forward(self) -> None:
         """From the first block to the last wanted one, each layer sampled with z of its own."""
@@ -96,6 +101,8 @@ class _Sweep(NamedTuple):
                         tokens = clips.store[clips.key(layer, number)]
                         clips.advance(layer, number, _run(changed, tokens, inputs, layer).tokens)
                     del attention, changed
+            if self.visited is not None and (sampled or converted):
+                self.visited(layer)
 
     def backward(self, progress: Callable[[int, int], None] | None) -> None:
         """Up through all blocks, keeping what enters them, then down to the first wanted one."""
@@ -113,6 +120,8 @@ class _Sweep(NamedTuple):
                     give_back_memory()
                     self.visit(layer, block, sample)
                     del sample
+            if self.visited is not None and layer in self.wanted:
+                self.visited(layer)
 
     def _ascend(self, first: int, progress: Callable[[int, int], None] | None) -> None:
         clips, count = self.clips, len(self.blocks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError, UserError
 from ..mla.config import latent_groups
-from .blocks import Blocks
+from .blocks import Blocks, give_back_memory
 from .budget import Curve, Trace, allot, candidate_ranks, measured_curve
 from .calibrate import sweep
 from .clips import INIT, CalibrationBatch, Clips, drawn, enter_clips
@@ -143,6 +143,7 @@ def convert_layers(
         for layer in wanted:
             with blocks.open(layer) as block:
                 run.visit(layer, block, None)
+            run.visited(layer)
         return
     if batches is None:
         raise UserError("init: activation needs calibration clips; init: svd converts from the weights alone")
@@ -161,6 +162,7 @@ def convert_layers(
             velocity=velocity,
             trace=trace,
             layers_per_latent=config.layers_per_latent,
+            visited=run.visited,
         )
     finally:
         store.clear()
@@ -198,18 +200,19 @@ class _Layers:
         return velocity, self.untold.append
 
     def visit(self, layer: int, block: Any, sample: LayerSample | None) -> nn.Module | None:
-        """Fit a layer, with those it shares a latent with as soon as all are seen.
-
-        The converted attention where the layers above run on it.
-        """
+        """Read what a layer's latent has to restore; the converted attention where the layers above run on it."""
         if layer in self.together:
             self._read(layer, block, sample)
-            layers = self.together[layer]
-            if all(other in self.readings for other in layers):
-                self._fit(layers, layer, block)
         if not self.converted:
             return None
+        self.visited(layer)
         return latent_attention(block.attn1, self.shelf.get(layer), self.config, self.ranks[layer])
+
+    def visited(self, layer: int) -> None:
+        """Fit a layer, with those it shares a latent with as soon as all were read."""
+        layers = self.together.get(layer, ())
+        if layers and all(other in self.readings for other in layers):
+            self._fit(layers)
 
     def ascended(self, done: int, total: int) -> None:
         self._told("calibrate", done, total)
@@ -228,25 +231,22 @@ class _Layers:
         self.traces[layer] = list(self.untold)
         self.untold.clear()
 
-    def _fit(self, layers: range, opened: int, block: Any) -> None:
-        """Fit layers that share a latent and put them on the shelf; `block` is that of the layer which is `opened`."""
+    def _fit(self, layers: range) -> None:
+        """Fit layers that share a latent and put them on the shelf."""
         readings = [self.readings.pop(layer) for layer in layers]
         try:
             plans = initialise_layers(readings, self.config, self.ranks[layers[0]], self.blocks.model.device)
         except ValueError as error:
             raise UsageError(f"convert, layer {layers[0]}: {error}") from None
         del readings
-
-        def open_block(layer: int) -> AbstractContextManager[Any]:
-            return nullcontext(block) if layer == opened else self.blocks.open(layer)
-
+        give_back_memory()
         if self.config.budget is not None:
             with ExitStack() as stack:
-                dense = [stack.enter_context(open_block(layer)).attn1 for layer in layers]
+                dense = [stack.enter_context(self.blocks.open(layer)).attn1 for layer in layers]
                 plans[0].curve = self._curve(dense, plans, [self.traces.pop(layer) for layer in layers])
+        heads = self.blocks.model.config.num_attention_heads
         for layer, plan in zip(layers, plans, strict=True):
-            with open_block(layer) as own:
-                self.shelf.put(layer, self.blocks.state(layer, own), own.attn1.heads, plan)
+            self.shelf.put(layer, self.blocks.state(layer), heads, plan)
         self._told("convert", sum(i in self.shelf for i in range(len(self.ranks))), len(self.ranks))
 
     def _curve(self, dense: list[Any], plans: list[LayerInit], traces: list[list[Trace]]) -> Curve:
