@@ -15,7 +15,13 @@ from mla_convert.errors import UserError
 from mla_convert.pipeline.dry_run import read_launch
 
 FILES = sorted((Path(__file__).parents[1] / "recipes" / "accelerate").glob("*.yaml"))
-KINDS = {"one-gpu": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "machines": "MULTI_GPU"}
+KINDS = {
+    "one-gpu": "NO",
+    "ddp": "MULTI_GPU",
+    "fsdp2": "FSDP",
+    "deepspeed-zero2": "DEEPSPEED",
+    "machines": "MULTI_GPU",
+}
 
 
 def test_every_file_is_tested():
@@ -36,7 +42,11 @@ def test_accelerate_reads_it(path):
     if path.stem == "fsdp2":
         assert str(arguments.fsdp_version) == "2"
     launch = read_launch(path, 1)
-    assert (launch.processes, launch.sharded) == (config.num_processes, path.stem == "fsdp2")
+    if path.stem == "deepspeed-zero2":
+        assert arguments.use_deepspeed
+        assert arguments.zero_stage == 2
+    how = (path.stem == "fsdp2", path.stem == "deepspeed-zero2")
+    assert (launch.processes, launch.sharded, launch.zero) == (config.num_processes, *how)
 
 
 @pytest.mark.parametrize(
@@ -44,11 +54,11 @@ def test_accelerate_reads_it(path):
     [
         ({"ACCELERATE_USE_FSDP": "true"}, "match_velocity", "FSDP1 is not supported; set fsdp_version: 2"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "match_velocity", "Accelerate trains with DDP on a CPU"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "dmd", "DeepSpeed"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "match_velocity", "DeepSpeed"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "match_velocity", "Accelerate trains with DDP on a CPU"),
     ],
 )
 def test_what_cannot_be_is_said(monkeypatch, variables, stage, message):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
@@ -67,3 +77,34 @@ def test_what_cannot_be_sharded_is_said(monkeypatch, stage, message):
     with pytest.raises(UserError, match=message):
         check_launch(case.make_config(stage))
     check_launch(case.make_config("match_velocity"))
+
+
+@pytest.mark.parametrize(
+    ("variables", "settings", "message"),
+    [
+        ({"CONFIG_FILE": "ds.json"}, {}, "of DeepSpeed's own is not read; use recipes/accelerate/deepspeed-zero2.yaml"),
+        ({"ZERO_STAGE": "3"}, {}, "only zero_stage 2 is supported"),
+        ({"OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, {}, "set offload_optimizer_device: none"),
+        ({}, {"stage": "dmd"}, "trains two networks and DeepSpeed has one engine"),
+        ({}, {"optimizer": "adafactor"}, "set adamw"),
+        ({}, {"mixed_precision": "fp16"}, "set bf16"),
+        ({}, {"spike": {"action": "skip"}}, "set spike.action to warn or stop"),
+    ],
+)
+def test_what_deepspeed_cannot_do_is_said(monkeypatch, variables, settings, message):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    check_launch(case.make_config())
+    for name, value in variables.items():
+        monkeypatch.setenv(f"ACCELERATE_DEEPSPEED_{name}", value)
+    with pytest.raises(UserError, match=message) as error:
+        check_launch(case.make_config(**settings))
+    assert "\n" not in str(error.value)
+
+
+def test_deepspeed_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install deepspeed"):
+        check_launch(case.make_config())

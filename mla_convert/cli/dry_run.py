@@ -30,7 +30,8 @@ def needs_table(result: dict[str, Any]) -> Table:
     from ..evaluate.memory import format_bytes
 
     launch = result["launch"]
-    how = "FSDP2" if launch["sharded"] else "DDP" if launch["processes"] > 1 else "one process"
+    how = "DDP" if launch["processes"] > 1 else "one process"
+    how = "FSDP2" if launch["sharded"] else "DeepSpeed ZeRO-2" if launch["zero"] else how
     table = Table(
         title=f"{result['recipe']}: {launch['processes']} x GPU, {how}",
         caption="\n".join([*result["assumptions"], "1 GB reserved on the card; 1 GB = 10^9 bytes"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from .adapters import ADAPTER, adapted_modules, add_adapters, merge_adapters, sa
 from .average import Average
 from .learner import Learner, OptimizerSettings
 from .order import ADAPTERS, derived_generator
-from .runtime import StageModule
+from .runtime import StageModule, autocast, splits_optimizer
 from .sharding import gather, is_sharded, shards_weights
 from .stages.base import AVERAGE, START, SecondNetwork, Stage, StageConfig
 from .trainable import freeze_all_but, trainable_names
 from .views import start_of, trainable_copy, with_weights
+from .zero import ZeroLearner
 
 
 class Assembly:
@@ -51,8 +53,10 @@ class Assembly:
         second = stage.second
         self.second = None if second is None else self._second(second, others)
         sharded = shards_weights(accelerator)
-        module = StageModule("student", copy.deepcopy(student) if sharded else student, others)
-        self.learner = Learner(accelerator, module, trained, _settings(config))
+        network = copy.deepcopy(student) if sharded else student
+        module = StageModule("student", network, others, self._precision)
+        learner = ZeroLearner if splits_optimizer(accelerator) else Learner
+        self.learner = learner(accelerator, module, trained, _settings(config))
         if START in stage.networks:
             module.others[START] = self._frozen_copy() if sharded else start_of(student, trained)
         self.average = None
@@ -74,8 +78,11 @@ class Assembly:
         settings = OptimizerSettings(
             config.optimizer, second.learning_rate, second.betas, config.epsilon, second.weight_decay
         )
-        module = StageModule(second.name, network, {**others, "student": self.student})
+        module = StageModule(second.name, network, {**others, "student": self.student}, self._precision)
         return Learner(self.accelerator, module, trained, settings)
+
+    def _precision(self) -> AbstractContextManager[None]:
+        return autocast(self.accelerator.device, self.config.mixed_precision)
 
     def _frozen_copy(self) -> Any:
         """The plain student as it is now, whole in every process."""
@@ -92,6 +99,7 @@ class Assembly:
         """
         if self.average is not None:
             self.average.copy_to_trained()
+        self.learner.finish()
         if self.sharded:
             gather(self.learner.weights(), self.student)
         if self.config.lora is not None:

@@ -2,10 +2,12 @@
 
 With N parameters of the student, T of them trained, W processes, e the bytes of a number in the forward (2
 under autocast, else 4), and n = W where the student is sharded (FSDP2), 1 where it is not, bytes are
+(under ZeRO-2 n is W for gradients and optimizer alone)
 
     parameters      4 N / n                     float32; a sharded student and two blocks gathered: + 8 b
     gradients       4 T / n                     with DDP twice: its buckets are copies
-    optimizer       8 T / n                     AdamW's two moments; Adafactor's rows and columns
+    optimizer       8 T / n                     AdamW's two moments; Adafactor's rows and columns; ZeRO-2's
+                                                own weights: + 4 T / W
     average         4 T / n                     a sharded student's average that a stage runs: + 4 N
     second network  4 N' + 12 T'                weights, gradients and moments of a stage's second network
     frozen networks their parameters in their dtype; `start` 4 T (4 N beside a sharded student)
@@ -32,6 +34,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from .adapters import adapted_modules
+from .runtime import BUCKET
 from .stages.base import AVERAGE, START, Stage, StageConfig
 from .trainable import trainable_names
 
@@ -40,10 +43,11 @@ RESERVED_BYTES = 10**9
 
 @dataclass(frozen=True)
 class Launch:
-    """How a stage is started: processes, and whether the student is sharded over them."""
+    """How a stage is started: processes, and whether they share the student (FSDP2) or its optimizer alone (ZeRO-2)."""
 
     processes: int = 1
     sharded: bool = False
+    zero: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,14 +89,15 @@ def footprint(
     rows, columns = student.token_grid(clip.height, clip.width)
     tokens = clip.frames * rows * columns
     parts = launch.processes if launch.sharded else 1
+    split = launch.processes if launch.zero else parts
     weights = count(student) + adapters
     block = max(count(block) for block in student.blocks)
     shapes = [parameter.shape for name, parameter in student.named_parameters() if name in trained]
     learnt = sum(shape.numel() for shape in shapes) + adapters
     memory = {
         "parameters": 4 * weights // parts + (8 * block if launch.sharded else 0),
-        "gradients": 4 * learnt // parts * (2 if launch.processes > 1 and not launch.sharded else 1),
-        "optimizer": _optimizer_bytes(config, shapes, adapters) // parts,
+        "gradients": _gradient_bytes(learnt, launch),
+        "optimizer": (_optimizer_bytes(config, shapes, adapters) + (4 * learnt if launch.zero else 0)) // split,
         "average": _average_bytes(config, stage, weights, learnt, launch),
         "second_network": _second_bytes(stage, networks, config),
         "frozen_networks": _frozen_bytes(stage, networks, weights, learnt, launch),
@@ -181,6 +186,15 @@ def _second_bytes(stage: Stage[Any], networks: Mapping[str, Any], config: StageC
     names = trainable_names(network, second.trainable)
     shapes = [parameter.shape for name, parameter in network.named_parameters() if name in names]
     return 4 * count(network) + 4 * sum(shape.numel() for shape in shapes) + _optimizer_bytes(config, shapes, 0)
+
+
+def _gradient_bytes(learnt: int, launch: Launch) -> int:
+    """What is reduced over processes is held a second time, by DeepSpeed in buckets of a size of its own."""
+    if launch.zero:
+        return 4 * learnt // launch.processes + 8 * BUCKET
+    if launch.sharded:
+        return 4 * learnt // launch.processes
+    return 4 * learnt * (2 if launch.processes > 1 else 1)
 
 
 def _frozen_bytes(stage: Stage[Any], networks: Mapping[str, Any], weights: int, learnt: int, launch: Launch) -> int:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .data import Batch
 from .runtime import StageModule
-from .sharding import forget_gathered, is_sharded, whole
+from .sharding import forget_gathered, whole
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,9 @@ class Judge(Protocol):
 class Learner:
     """The `trained` parameters, by name, of the network in `module`, with an optimizer of their own."""
 
+    in_parts = False
+    """Whether each process has a part of the optimizer, which `save_part` and `load_part` write and read."""
+
     def __init__(
         self, accelerator: Accelerator, module: StageModule, trained: Iterable[str], settings: OptimizerSettings
     ) -> None:
@@ -60,10 +63,7 @@ class Learner:
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """`function(models, *arguments)` in the way in which losses are computed."""
-        # Accelerate puts every kind of module but a sharded one under autocast itself.
-        own = self.accelerator.autocast() if is_sharded(self.module) else contextlib.nullcontext()
-        with own:
-            return self.module(function, *arguments)
+        return self.module(function, *arguments)
 
     @torch.no_grad()
     def measure(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -95,7 +95,7 @@ class Learner:
         for generator in generators:
             with self.accelerator.accumulate(self.module):
                 loss, logs = self.call(loss_of, next(batches), generator)
-                self.accelerator.backward(loss)
+                self._backward(loss)
                 for name, value in {"loss": loss.detach(), **logs}.items():
                     sums[name] = sums.get(name, torch.zeros_like(value)) + value / len(generators)
                 if self.accelerator.sync_gradients:
@@ -104,13 +104,19 @@ class Learner:
                         judge(means["loss"], None)
                     norm = self._clip(max_grad_norm)
                     row = {**means, "grad_norm": norm, **judge(means["loss"], norm)}
-                if row.get("skipped"):
-                    if self.accelerator.scaler is not None:
-                        self.accelerator.scaler.update()
-                else:
-                    self.optimizer.step()
-                self.optimizer.zero_grad()
+                self._step(bool(row.get("skipped")))
         return row
+
+    def _backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss)
+
+    def _step(self, skipped: bool) -> None:
+        """Move the weights where gradients are complete, unless the step is `skipped`, and forget the gradients."""
+        if not skipped:
+            self.optimizer.step()
+        elif self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()
+        self.optimizer.zero_grad()
 
     def _clip(self, limit: float | None) -> float | None:
         """Norm of the gradient before clipping; None where fp16 overflowed and the loss scaler skips the step."""
@@ -130,6 +136,20 @@ class Learner:
     @torch.no_grad()
     def load(self, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
         """Go on from a checkpoint's weights and optimizer state."""
+        self._copy(weights)
+        self.optimizer.load_state_dict(optimizer)
+
+    def _copy(self, weights: dict[str, Tensor]) -> None:
         for name, parameter in self.trained.items():
             parameter.copy_(weights[name])
-        self.optimizer.load_state_dict(optimizer)
+
+    def save_part(self, folder: Path) -> None:
+        """Write this process's part of the optimizer to the folder of a checkpoint."""
+        raise NotImplementedError
+
+    def load_part(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """`load` with this process's part of the optimizer, from the folder of a checkpoint."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Leave the network's parameters as plain as they were."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, parse_flag_from_env
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -19,19 +19,29 @@ from ..errors import UserError
 from .stages.base import StageConfig
 from .trackers import tracker_names
 
+# Numbers that DeepSpeed reduces or gathers at once; its own 500 million would take 2 GB in float32.
+BUCKET = 50_000_000
+
 
 class StageModule(nn.Module):
     """A network called `name` with the `others` that its loss needs: what Accelerate wraps.
 
-    Its forward calls a function of all networks, so that gradient synchronisation, sharding and autocast
-    hold for `forward`, `forward_chunk` and whatever else a loss uses, and the network itself is not
-    patched.
+    Its forward calls a function of all networks in the context that `precision` makes, so that gradient
+    synchronisation, sharding and autocast hold for `forward`, `forward_chunk` and whatever else a loss uses, and
+    the network itself is not patched. Not every wrapper has an autocast of its own, or lets one in from outside.
     """
 
-    def __init__(self, name: str, network: nn.Module, others: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self,
+        name: str,
+        network: nn.Module,
+        others: Mapping[str, nn.Module],
+        precision: Callable[[], contextlib.AbstractContextManager[None]],
+    ) -> None:
         super().__init__()
         self.network = network
         self.name = name
+        self.precision = precision
         # A plain dict hides the other networks from the optimizer, the checkpoint and DDP.
         self.others = dict(others)
 
@@ -43,15 +53,24 @@ class StageModule(nn.Module):
 
     def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """`function(models, *arguments)`, models by name."""
-        return function({**self.others, self.name: self.network}, *arguments)
+        with self.precision():
+            return function({**self.others, self.name: self.network}, *arguments)
+
+
+def autocast(device: torch.device, mixed_precision: str) -> contextlib.AbstractContextManager[None]:
+    """The context in which a stage of that `mixed_precision` computes on `device`."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def open_accelerator(config: StageConfig, work_dir: Path) -> Accelerator:
     """An Accelerator with the stage's precision. Raises UserError when the device cannot do it."""
     # Accelerate keeps one precision a process; stages may differ in theirs. The process group stays.
     AcceleratorState._reset_state()
+    # DeepSpeed would keep the weights in that precision.
+    zero = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
     accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
+        mixed_precision="no" if zero else config.mixed_precision,
         gradient_accumulation_steps=config.grad_accumulation,
         log_with=tracker_names(config) or None,
         project_dir=work_dir,
@@ -62,7 +81,16 @@ def open_accelerator(config: StageConfig, work_dir: Path) -> Accelerator:
     if accelerator.is_fsdp2:
         # Weights stay float32 and autocast computes in the lower precision, as without sharding.
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+    if splits_optimizer(accelerator):
+        settings = accelerator.state.deepspeed_plugin.deepspeed_config
+        settings["train_micro_batch_size_per_gpu"] = config.batch_size
+        settings["zero_optimization"] |= {"reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
     return accelerator
+
+
+def splits_optimizer(accelerator: Accelerator) -> bool:
+    """Whether `accelerator` gives each process a part of the optimizer (DeepSpeed's ZeRO-2)."""
+    return bool(accelerator.distributed_type == DistributedType.DEEPSPEED)
 
 
 def fast_attention(device: torch.device) -> contextlib.AbstractContextManager[None]:

@@ -27,19 +27,21 @@ class Snapshots:
         """Write a checkpoint of the step of `row`."""
         if self.accelerator.is_main_process:
             state = self._state(row)
-            if self.parts.sharded:
-                self.checkpoints.save(state, lambda folder: self._save_shards(from_main(folder)))
+            if self._all_write:
+                self.checkpoints.save(state, lambda folder: self._save_parts(from_main(folder)))
             else:
                 self.checkpoints.save(state)
-        elif self.parts.sharded:
-            self._save_shards(from_main(None))
+        elif self._all_write:
+            self._save_parts(from_main(None))
         self.accelerator.wait_for_everyone()
 
     def _state(self, row: Row) -> TrainingState:
         parts, optimizer = self.parts, dict[str, Any]()
         weights = average = second = None
         if not parts.sharded:
-            weights, optimizer["optimizer"] = parts.learner.weights(), parts.learner.optimizer.state_dict()
+            weights = parts.learner.weights()
+            if not parts.learner.in_parts:
+                optimizer["optimizer"] = parts.learner.optimizer.state_dict()
         if self.accelerator.scaler is not None:
             optimizer["scaler"] = self.accelerator.scaler.state_dict()
         if parts.average is not None:
@@ -50,8 +52,18 @@ class Snapshots:
             optimizer["second"] = parts.second.optimizer.state_dict()
         return TrainingState(row["step"], weights or {}, average, optimizer, row, second, self.watch.state())
 
-    def _save_shards(self, folder: Path) -> None:
+    @property
+    def _all_write(self) -> bool:
+        """Whether every process has something of its own to write."""
+        return self.parts.sharded or self.parts.learner.in_parts
+
+    def _save_parts(self, folder: Path) -> None:
         parts = self.parts
+        if parts.learner.in_parts:
+            parts.learner.save_part(folder)
+            # The first process counts the files.
+            self.accelerator.wait_for_everyone()
+            return
         average = None if parts.average is None else parts.average.weights
         save_shards(folder / SHARDS, parts.learner.module, parts.learner.optimizer.optimizer, average)
 
@@ -74,7 +86,10 @@ class Snapshots:
             if average is not None:
                 average.loaded(state.optimizer["average_steps"])
         else:
-            parts.learner.load(state.weights, state.optimizer["optimizer"])
+            if parts.learner.in_parts:
+                parts.learner.load_part(path, state.weights)
+            else:
+                parts.learner.load(state.weights, state.optimizer["optimizer"])
             if average is not None and state.ema is not None:
                 average.load(state.ema, state.optimizer["average_steps"])
         if parts.second is not None and state.second is not None:

@@ -32,7 +32,7 @@ from .objective import flow_loss
 from .order import NOISE, SHARED, DataOrder, MicroBatches, derived_generator
 from .preview import Picture, show_preview
 from .progress import Report
-from .runtime import fast_attention, open_accelerator
+from .runtime import autocast, fast_attention, open_accelerator
 from .schedule import learning_rate
 from .sharding import from_main
 from .snapshots import Snapshots
@@ -132,7 +132,7 @@ class _Training:
             "seed": seed,
             "stage_index": stage_index,
             "processes": processes,
-            "sharded": self.parts.sharded,
+            "sharded": "optimizer" if self.parts.learner.in_parts else self.parts.sharded,
             "parameters": sum(parameter.numel() for parameter in self.parts.learner.trained.values()),
         }
         self.checkpoints = Checkpoints(work_dir / "checkpoints", identity, config.keep_checkpoints)
@@ -185,7 +185,7 @@ class _Training:
     def _loss_of_teacher(self, teacher: Any, heldout: Batch) -> float:
         """The dense teacher's held-out loss, wherever it is kept when the stage does not need it."""
         place = teacher.device
-        with self.accelerator.autocast():
+        with autocast(self.accelerator.device, self.config.mixed_precision):
             loss = flow_loss(teacher.to(self.accelerator.device), heldout)
         teacher.to(place)
         return loss

@@ -188,9 +188,7 @@ def read_launch(config_file: Path | None, processes: int) -> Launch:
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"cannot read the Accelerate configuration {config_file}: {error}") from None
     kind = str(getattr(found.distributed_type, "value", found.distributed_type))
-    if kind == "DEEPSPEED":
-        raise UsageError(f"{config_file} is for DeepSpeed, which stages do not run under; use FSDP2 or DDP")
-    return Launch(found.num_processes, kind == "FSDP")
+    return Launch(found.num_processes, kind == "FSDP", kind == "DEEPSPEED")
 
 
 def dry_run(recipe: Recipe, launch: Launch, measure: int = 0) -> dict[str, Any]:
@@ -204,7 +202,7 @@ def dry_run(recipe: Recipe, launch: Launch, measure: int = 0) -> dict[str, Any]:
     ]
     return {
         "recipe": recipe.name,
-        "launch": {"processes": launch.processes, "sharded": launch.sharded},
+        "launch": vars(launch),
         "clip": vars(run.clip),
         "stages": rows,
         "memory_bytes": max(row["memory_bytes"] for row in rows),

@@ -1,0 +1,55 @@
+"""A student whose optimizer is in parts (DeepSpeed's ZeRO-2) trains as a whole one does and resumes exactly."""
+
+from __future__ import annotations
+
+import distill_case as case
+import pytest
+import torch
+import zero_case
+
+from mla_convert.distill.metrics import Metrics
+
+pytest.importorskip("deepspeed", reason="needs the package deepspeed, which is not a dependency")
+
+SETTINGS = {
+    "adapters": {"trainable": "attention", "lora": {"rank": 2, "alpha": 2}, "gradient_checkpointing": True},
+    # The average and the start share the student's weights here.
+    "consistency": {"stage": "consistency", "teacher": "start", "trainable": "all", "steps": 5},
+    "accumulated": {"batch_size": 1, "grad_accumulation": 2, "max_grad_norm": 0.03, "steps": 5},
+    "lower": {"mixed_precision": "bf16", "steps": 5},
+}
+# Largest difference of a weight. Adam turns the rounding of another order of sums into steps where the gradient is
+# near zero; bfloat16 rounds what both processes compute alike.
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def parted(tmp_path_factory):
+    """Every stage, whole and resumed, in two processes that are started once."""
+    folder = tmp_path_factory.mktemp("parted")
+    launched = case.two_processes(folder, 15, script=zero_case.__file__, **SETTINGS)
+    assert launched.returncode == 0
+    return folder
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_two_parts_equal_one_process(parted, tmp_path, name):
+    settings = SETTINGS[name]
+    _, expected = case.train(tmp_path, **{**settings, "grad_accumulation": 2 * settings.get("grad_accumulation", 1)})
+    weights = torch.load(parted / name / "weights.pt")
+    assert list(weights) == list(expected)
+    assert max((weights[n] - tensor).abs().max().item() for n, tensor in expected.items()) < TOLERANCE
+    one, two = (Metrics(folder / "metrics.jsonl").rows() for folder in (tmp_path, parted / name / "whole"))
+    for key in ("loss", "grad_norm", "ema_distance", "heldout_loss", "heldout_ratio"):
+        values = [[row[key] for row in rows if key in row] for rows in (one, two)]
+        assert values[1] == pytest.approx(values[0], rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_parts_resume_exactly(parted, name):
+    whole, resumed = (parted / name / folder for folder in ("whole", "resumed"))
+    assert (whole / "metrics.jsonl").read_bytes() == (resumed / "metrics.jsonl").read_bytes()
+    (newest, *_) = sorted((whole / "checkpoints").iterdir(), reverse=True)
+    assert len(list((newest / "optimizer").glob("part-*.pt"))) == 2
+    for path in newest.rglob("*.*"):
+        assert path.read_bytes() == (resumed / path.relative_to(whole)).read_bytes()

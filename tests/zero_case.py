@@ -1,0 +1,53 @@
+"""One process of a stage under DeepSpeed on the CPU.
+
+Accelerate takes DeepSpeed to several processes on GPUs only. Here it is told its process after it has found none;
+everything else, DeepSpeed itself included, is as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import distill_case as case
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+
+from mla_convert.distill import launch, runtime
+
+
+class Launched(Accelerator):
+    """An Accelerator that knows how many processes there are."""
+
+    def __init__(self, **settings) -> None:
+        super().__init__(**settings)
+        rank = int(os.environ["RANK"])
+        for state in (PartialState._shared_state, AcceleratorState._shared_state):
+            state.update(num_processes=2, process_index=rank, local_process_index=rank)
+
+
+def main(folder: str, last_clip: str, changes: str) -> None:
+    """Train in `folder/whole`, and in `folder/resumed` with an interruption after clip `last_clip`."""
+    torch.set_num_threads(1)
+    os.environ |= {"ACCELERATE_USE_CPU": "false", "ACCELERATE_USE_DEEPSPEED": "true"}
+    launch.torch.accelerator.is_available = lambda: True
+    runtime.Accelerator = Launched
+    for name, settings in json.loads(changes).items():
+        root = Path(folder, name)
+        _, whole = case.train(root / "whole", **settings)
+        with contextlib.suppress(case.Killed):
+            case.train(root / "resumed", float(last_clip), **settings)
+        result, weights = case.train(root / "resumed", **settings)
+        assert result.resumed_from == 3
+        assert all(torch.equal(weights[name], tensor) for name, tensor in whole.items())
+        assert len({tensor.untyped_storage().data_ptr() for tensor in weights.values()}) == len(weights)
+        if os.environ["RANK"] == "0":
+            torch.save(whole, root / "weights.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
