@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import itertools
 import logging
 import math
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
 
 import distill_case as case
 import numpy as np
@@ -194,7 +201,43 @@ def test_a_preview_needs_a_window(tmp_path):
         run_stage(config, student, {}, case.Clips(), None, tmp_path, 0, 0)
 
 
-def test_a_tracker_that_is_not_installed(tmp_path):
+TRACKED = """
+import contextlib, sys
+from pathlib import Path
+import distill_case as case
+
+folder, name = Path(sys.argv[1], "training", "01-match_velocity"), sys.argv[2]
+with contextlib.suppress(case.Killed):
+    case.train(folder, 9, tracker=name)
+for resumed_from in (3, 8):
+    assert case.train(folder, tracker=name)[0].resumed_from == resumed_from
+"""
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_trackers_by_name_go_on_with_a_run(tmp_path, name):
+    """Killed, gone on with, and once more with nothing left to do. The packages are not dependencies."""
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"needs the package {name}, which is not a dependency")
+    folder = tmp_path / "run"
+    environment = {**case.environment(), "TRACKIO_DIR": str(tmp_path / "trackio"), "WANDB_MODE": "offline"}
+    environment["PYTHONPATH"] += f"{os.pathsep}{Path(__file__).parent}"
+    command = [sys.executable, "-c", TRACKED, str(folder), name]
+    done = subprocess.run(command, env=environment, check=True, timeout=300, stdout=subprocess.PIPE)
+    assert done.stdout == b""
+    if name == "wandb":
+        runs = list(folder.glob("training/*/wandb/offline-run-*"))
+        assert len(runs) == 2 and len({run.name.rpartition("-")[2] for run in runs}) == 1
+    else:
+        with contextlib.closing(sqlite3.connect(tmp_path / "trackio" / "mla-convert.db")) as database:
+            rows = database.execute("select run_name, step from metrics").fetchall()
+        assert {run for run, _ in rows} == {"run-01-match_velocity"}
+        assert {step for _, step in rows} == set(range(9))
+
+
+def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "trackio" else found(name))
     with pytest.raises(UserError, match="tracker: trackio needs the package trackio, which is not installed: pip"):
         run(tmp_path, tracker=["tensorboard", "trackio"])
     assert list(tmp_path.iterdir()) == []

@@ -104,7 +104,7 @@ def needs(capsys, *arguments):
 def test_the_paper_on_eight_cards(capsys):
     """Without the weights; the published model has 1,418,996,800 parameters, its teacher lies in bf16."""
     plain = needs(capsys, "wan2.1-1.3b-paper", "--processes", "8")
-    assert plain["launch"] == {"processes": 8, "sharded": False}
+    assert plain["launch"] == {"processes": 8, "sharded": False, "zero": False}
     assert "its weights are not here" in plain["assumptions"][0]
     forcing, consistency, dmd = plain["stages"]
     weights = forcing["parameters"]
@@ -123,9 +123,14 @@ def test_the_paper_on_eight_cards(capsys):
     assert plain["seconds"] is None
 
     sharded = needs(capsys, "wan2.1-1.3b-paper", "--launch", "recipes/accelerate/fsdp2.yaml")
-    assert sharded["launch"] == {"processes": 8, "sharded": True}
+    assert sharded["launch"] == {"processes": 8, "sharded": True, "zero": False}
     memory = sharded["stages"][0]["memory"]
     assert (memory["gradients"], memory["optimizer"]) == (weights // 2, weights)
+    parted = needs(capsys, "wan2.1-1.3b-paper", "--launch", "recipes/accelerate/deepspeed-zero2.yaml")
+    assert parted["launch"] == {"processes": 8, "sharded": False, "zero": True}
+    memory = parted["stages"][0]["memory"]
+    assert (memory["parameters"], memory["optimizer"]) == (4 * weights, 12 * weights // 8)
+    assert memory["gradients"] == weights // 2 + 400_000_000
     more = needs(capsys, "wan2.1-1.3b-paper", "--set", "distill.0.gradient_checkpointing=false")["stages"][0]
     assert forcing["memory"]["activations"] < more["memory"]["activations"] / 10
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import os
+import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +17,11 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 
 from ..errors import UserError
+from ..files import write_text
 from .stages.base import StageConfig
 
 PROJECT = "mla-convert"
+WANDB_RUN = "wandb-run.txt"
 
 
 def tracker_names(config: StageConfig) -> list[str]:
@@ -37,9 +42,9 @@ def tracking(accelerator: Accelerator, config: StageConfig, work_dir: Path, firs
     """Log to the stage's trackers from step `first` on; tensorboard forgets what it had seen after that step.
 
     wandb works offline unless WANDB_MODE says otherwise (`wandb sync` sends its files later), trackio
-    keeps its runs on this machine.
+    keeps its runs on this machine. A stage that goes on after a kill goes on with its run.
     """
-    names = tracker_names(config)
+    names = tracker_names(config) if first < config.steps else []
     if names:
         run = f"{work_dir.parent.parent.name}-{work_dir.name}"
         options: dict[str, dict[str, Any]] = {
@@ -47,14 +52,35 @@ def tracking(accelerator: Accelerator, config: StageConfig, work_dir: Path, firs
             "wandb": {"name": run, "dir": str(work_dir), "mode": os.environ.get("WANDB_MODE", "offline")},
             "trackio": {"name": run, "resume": "allow"},
         }
+        if "wandb" in names and accelerator.is_main_process:
+            options["wandb"] |= {"id": _run_id(work_dir), "resume": "allow"}
         # The project is the name of tensorboard's folder.
         project = "tensorboard" if names == ["tensorboard"] else PROJECT
-        accelerator.init_trackers(project, init_kwargs={name: options[name] for name in names})
+        # What trackers have to say is no result.
+        with contextlib.redirect_stdout(sys.stderr):
+            accelerator.init_trackers(project, init_kwargs={name: options[name] for name in names})
     try:
         yield
     finally:
-        for tracker in accelerator.trackers:
-            tracker.finish()
+        with contextlib.redirect_stdout(sys.stderr):
+            for tracker in accelerator.trackers:
+                _finish(tracker, accelerator.is_main_process)
+
+
+def _finish(tracker: Any, main: bool) -> None:
+    if tracker.name != "trackio":
+        tracker.finish()
+    elif main:
+        # Its own way, without which it ends the run, and says so, once more when Python exits.
+        importlib.import_module("trackio").finish()
+
+
+def _run_id(work_dir: Path) -> str:
+    """What wandb calls a stage's run, the same whenever the stage goes on."""
+    path = work_dir / WANDB_RUN
+    if not path.exists():
+        write_text(path, uuid.uuid4().hex[:12] + "\n")
+    return path.read_text().strip()
 
 
 def log_picture(accelerator: Accelerator, name: str, picture: NDArray[np.uint8], step: int) -> None:
