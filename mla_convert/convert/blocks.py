@@ -39,6 +39,10 @@ class Blocks(Protocol):
         """The state of a block, in the dtypes that the converted model gets."""
         ...
 
+    def entered(self) -> None:
+        """All clips have entered the model: what only that needs may go."""
+        ...
+
 
 class ModelBlocks:
     """The blocks of a dense model that is in memory anyway, on its device."""
@@ -59,6 +63,9 @@ class ModelBlocks:
     def state(self, layer: int) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self._dense.blocks[layer].state_dict()
         return state
+
+    def entered(self) -> None:
+        """The model is somebody else's, too."""
 
 
 class SourceBlocks:
@@ -111,6 +118,10 @@ class SourceBlocks:
         state = {name: self._stored(f"{BLOCKS}{layer}.{name}") for name in self.model.blocks[layer].state_dict()}
         self.source.tensors.release()
         return state
+
+    def entered(self) -> None:
+        self.model.condition_embedder.to("meta")
+        give_back_memory()
 
     def around(self) -> dict[str, Tensor]:
         """The state of what is around the blocks, in the dtypes that the converted model gets."""

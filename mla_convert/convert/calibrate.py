@@ -22,7 +22,7 @@ from .blocks import Blocks, give_back_memory, with_attention
 from .budget import Trace
 from .clips import PROJECTION, SAMPLE, Clips, drawn
 from .config import CalibrationConfig
-from .probe import LayerSample, join_samples, sample_layer
+from .probe import FIELDS, LayerSample, require_finite, sample_layer
 
 Visit = Callable[[int, Any, LayerSample | None], nn.Module | None]
 
@@ -81,16 +81,15 @@ class _Sweep(NamedTuple):
         clips.store.require(2 * clips.bytes_a_layer, "lower calibration.clips")
         for layer in range(max(self.wanted, default=-1) + 1):
             with self.blocks.open(layer) as block:
-                sampled, parts = layer in self.wanted, []
+                sampled = layer in self.wanted
                 if sampled or not converted:
                     for number, inputs in enumerate(clips.inputs):
                         seen = _run(block, clips.store[clips.key(layer, number)], inputs, layer)
                         if sampled:
-                            parts.append(self._sample(layer, number, block, seen.hidden))
+                            self._sample(layer, number, block, seen.hidden)
                         if not converted:
                             clips.advance(layer, number, seen.tokens)
-                sample = join_samples(parts, layer) if sampled else None
-                del parts
+                sample = self._sampled(layer) if sampled else None
                 give_back_memory()
                 attention = self.visit(layer, block, sample) if sampled or converted else None
                 del sample
@@ -113,10 +112,10 @@ class _Sweep(NamedTuple):
         scales = self._pull_back_velocity()
         for layer in reversed(range(first, count)):
             with self.blocks.open(layer) as block:
-                parts = [self._descend(layer, number, block, scale) for number, scale in enumerate(scales)]
+                for number, scale in enumerate(scales):
+                    self._descend(layer, number, block, scale)
                 if layer in self.wanted:
-                    sample = join_samples([part for part in parts if part is not None], layer)
-                    del parts
+                    sample = self._sampled(layer)
                     give_back_memory()
                     self.visit(layer, block, sample)
                     del sample
@@ -151,8 +150,8 @@ class _Sweep(NamedTuple):
             scales.append(v.numel() ** -0.5)
         return scales
 
-    def _descend(self, layer: int, number: int, block: Any, scale: float) -> LayerSample | None:
-        """Turn the gradient above a block into that below it; a sample of the layer if it is wanted."""
+    def _descend(self, layer: int, number: int, block: Any, scale: float) -> None:
+        """Turn the gradient above a block into that below it, and sample the layer if it is wanted."""
         clips, inputs = self.clips, self.clips.inputs[number]
         above = clips.store.pop(clips.key(layer + 1, number))
         tokens = clips.store[clips.key(layer, number)].requires_grad_()
@@ -164,7 +163,7 @@ class _Sweep(NamedTuple):
         give_back_memory()
         clips.store[clips.key(layer, number)] = below
         if layer not in self.wanted:
-            return None
+            return
         output_grad = scale * output_grad.float()
         if self.trace is not None:
             # Errors measured on what was fitted are too small: a quarter of the batches is kept from the fit.
@@ -172,13 +171,12 @@ class _Sweep(NamedTuple):
             if number % 4 == min(4, count) - 1:
                 self.trace(Trace(hidden, inputs.step, output_grad))
                 if count > 1:
-                    return None
-        return self._sample(layer, number, block, hidden, output_grad)
+                    return
+        self._sample(layer, number, block, hidden, output_grad)
 
-    def _sample(
-        self, layer: int, number: int, block: Any, hidden: Tensor, output_grad: Tensor | None = None
-    ) -> LayerSample:
-        return sample_layer(
+    def _sample(self, layer: int, number: int, block: Any, hidden: Tensor, output_grad: Tensor | None = None) -> None:
+        """Sample a layer on one batch. Beside other layers' tokens samples are large and wait in the store."""
+        sample = sample_layer(
             block.attn1,
             hidden,
             self.clips.inputs[number].step,
@@ -188,6 +186,20 @@ class _Sweep(NamedTuple):
             drawn(SAMPLE, self.config.seed, layer - layer % self.layers_per_latent, number),
             output_grad,
         )
+        for name in FIELDS:
+            self.clips.store[_part(number, name)] = getattr(sample, name)
+
+    def _sampled(self, layer: int) -> LayerSample:
+        """The samples of all batches. Raises UserError for NaN or infinite activations."""
+        store = self.clips.store
+        numbers = [number for number in range(len(self.clips)) if _part(number, FIELDS[0]) in store]
+        joined = {name: torch.cat([store.pop(_part(number, name)).cpu() for number in numbers]) for name in FIELDS}
+        return require_finite(LayerSample(**joined), layer)
+
+
+def _part(number: int, name: str) -> str:
+    """Where a field of the sample of batch `number` waits."""
+    return f"sample-{number:05d}-{name}"
 
 
 class _Seen(NamedTuple):

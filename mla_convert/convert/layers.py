@@ -150,6 +150,7 @@ def convert_layers(
     store = TensorStore(None if work is None else work / "activations", device=blocks.model.device)
     try:
         clips = enter_clips(blocks, batches, config.calibration, store)
+        blocks.entered()
         velocity, trace = run.watch(clips)
         sweep(
             blocks,

@@ -48,6 +48,9 @@ class LayerSample:
     fixed_grad: Tensor
 
 
+FIELDS = tuple(f.name for f in fields(LayerSample))
+
+
 @torch.no_grad()
 def sample_layer(
     layer: DenseSelfAttention,
@@ -131,12 +134,12 @@ def _add_grads(
                 grads[kind, batch.unsqueeze(1), own] += asked[:, len(past) :]
 
 
-def join_samples(parts: list[LayerSample], layer: int) -> LayerSample:
-    """The samples of several forwards of layer number `layer`. Raises UserError for NaN or infinite activations."""
-    joined = LayerSample(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(LayerSample)))
-    for f in fields(LayerSample):
-        if not torch.isfinite(torch.view_as_real(x) if (x := getattr(joined, f.name)).is_complex() else x).all():
+def require_finite(sample: LayerSample, layer: int) -> LayerSample:
+    """The sample of layer number `layer`. Raises UserError for NaN or infinite activations."""
+    for name in FIELDS:
+        x = getattr(sample, name)
+        if not torch.isfinite(torch.view_as_real(x) if x.is_complex() else x).all():
             raise UserError(
-                f"calibration gave NaN or infinite values in the {f.name} of layer {layer}; check the weights"
+                f"calibration gave NaN or infinite values in the {name} of layer {layer}; check the weights"
             )
-    return joined
+    return sample

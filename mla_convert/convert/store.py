@@ -48,6 +48,9 @@ class TensorStore:
         # A mapped tensor need not be aligned, which would change the order of sums.
         return load_file(self._path(key))[_NAME].clone().to(self.device)
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._held or (self.folder is not None and self._path(str(key)).exists())
+
     def pop(self, key: str) -> Tensor:
         """The tensor, which the store forgets."""
         tensor = self[key]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,10 +11,9 @@ from torch import Tensor
 from ..mla.attention import DenseSelfAttention
 from ..mla.rope import TIME, rotate
 from .config import ConvertConfig
-from .probe import LayerSample
+from .probe import FIELDS, LayerSample
 from .rope_key import SharedKey, complex_pairs, fastest_pairs, mean_keys, mean_rotation, shared_keys
 
-FIELDS = tuple(f.name for f in fields(LayerSample))
 TOKENS_AT_ONCE = 4096
 
 
