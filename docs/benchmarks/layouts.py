@@ -85,20 +85,25 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         loss, error = row["loss_increase"], row["velocity_rel_error"]
         shared = row.get("layers_per_latent", 1)
-        latent = statistics.mean(row["ranks"]) / shared
-        key = round(row["scalars"] - latent)
-        spread = "" if loss["max"] == loss["min"] else f" ({_percent(loss['min'])} to {_percent(loss['max'])})"
+        spread = "" if loss["max"] == loss["min"] else f" ({signed(loss['min'])} to {signed(loss['max'])})"
         notes = ["key mean in the latent"] if row.get("key_mean") is False else []
         notes += ["metric `output`"] if "calibration" in row else []
         notes += [f"ranks {', '.join(map(str, row['ranks']))}"] if "budget" in row else []
         notes += [f"one latent of {row['ranks'][0]} for {shared} layers"] if shared > 1 else []
         cells = [f"`{row['position']}`", row["own_chunk"], ", ".join([row["init"], *notes])]
-        cells += [f"{latent:g} + {key}" if key else f"{latent:g}", _percent(loss["median"]) + spread]
+        cells += [cached(row), signed(loss["median"]) + spread]
         lines.append("| " + " | ".join([*cells, f"{100 * error['median']:.1f} %"]) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _percent(share: float) -> str:
+def cached(row: dict[str, Any]) -> str:
+    """Cached scalars a token a layer: of the latent and, if there is one, of the shared key."""
+    latent = statistics.mean(row["ranks"]) / row.get("layers_per_latent", 1)
+    key = round(row["scalars"] - latent)
+    return f"{latent:g} + {key}" if key else f"{latent:g}"
+
+
+def signed(share: float) -> str:
     return f"{100 * share:+.0f} %" if share >= 0.1 else f"{100 * share:+.2f} %"
 
 
