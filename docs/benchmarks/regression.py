@@ -30,7 +30,7 @@ from mla_convert.load import load_dense, load_source
 
 HERE = Path(__file__)
 CHOSEN = (5, 17, 19, 20)
-CLIPS = HELDOUT = 64
+CLIPS, HELDOUT = 128, 64
 STAGE = {
     "steps": 200,
     "learning_rate": 1e-4,
@@ -46,7 +46,7 @@ STAGE = {
 
 def measure(teacher: Any, data: Data, row: dict[str, Any], seed: int) -> dict[str, Any]:
     """A conversion before and after the stage, and the CPU seconds that the stage took."""
-    config = ConvertConfig(**{**row, "calibration": {"clips": CLIPS, "max_tokens": 65536, "seed": seed}})
+    config = ConvertConfig(**{**row, "calibration": {"clips": CLIPS, "max_tokens": 131072, "seed": seed}})
     batches = clip_batches(data.example, range(seed * CLIPS, (seed + 1) * CLIPS), config.calibration.batch_size)
     student = convert_model(FAMILY, teacher, config, batches, seed=seed)
     heldout = data.heldout(HELDOUT)
