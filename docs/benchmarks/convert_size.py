@@ -6,7 +6,8 @@ layers of 14B, and converts each from disk to disk in a process of its own: from
 two layers (`shared`). Peaks are over the resident
 memory after the imports: all of it (VmHWM, pages of mapped files included) and the anonymous part,
 sampled every 10 ms. Writes `convert_size.json` and `convert_size.md` beside itself and exits 1 if a
-target is missed. `--layers 3` measures one small cut of each shape instead and writes nothing.
+target is missed. Rows that the file holds already, measured alike, stay as they are, so a table may take several
+calls: `--only "1.3b 30"`. `--layers 3` measures one small cut of each shape instead and writes nothing.
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ def rows_to_measure(layers: int | None) -> list[dict[str, Any]]:
         for init in SECONDS
         if init != "shared" or shape == "1.3b"
     ]
+
+
+def name_of(row: dict[str, Any]) -> str:
+    return f"{row['shape']} {row['layers']} {row['init']}"
 
 
 def status(field: str) -> int:
@@ -177,7 +182,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, help="measure this cut of each shape and write nothing")
-    parser.add_argument("--only", default="", help="rows whose 'shape layers init' contains this; writes nothing")
+    parser.add_argument("--only", default="", help="measure only rows whose 'shape layers init' contains this")
     parser.add_argument("--metric", choices=["output", "velocity"], default="velocity")
     parser.add_argument("--folder", type=Path, help="where checkpoints are written, some 15 GB; default: temporary")
     parser.add_argument("--measure", nargs=3, metavar=("FOLDER", "OUT", "INIT"), help=argparse.SUPPRESS)
@@ -189,9 +194,16 @@ def main() -> int:
 
     from wan_shapes import cut_checkpoint, write_checkpoint
 
-    wanted = rows_to_measure(arguments.layers)
-    wanted = [row for row in wanted if arguments.only in f"{row['shape']} {row['layers']} {row['init']}"]
+    settings = {"rank": RANK, "calibration_tokens": TOKENS, "metric": arguments.metric, "cores": os.cpu_count()}
+    path = Path(__file__).with_suffix(".json")
     rows: list[dict[str, Any]] = []
+    if arguments.layers is None and path.exists():
+        stored = json.loads(path.read_text())
+        rows = stored["rows"] if all(stored[key] == value for key, value in settings.items()) else []
+    order = [name_of(row) for row in rows_to_measure(arguments.layers)]
+    there = {name_of(row) for row in rows}
+    wanted = [row for row in rows_to_measure(arguments.layers) if name_of(row) not in there]
+    wanted = [row for row in wanted if arguments.only in name_of(row)]
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="convert-size-") as place:
         for shape in sorted({row["shape"] for row in wanted}):
             most = max(row["layers"] for row in wanted if row["shape"] == shape)
@@ -203,14 +215,12 @@ def main() -> int:
                 rows.append(measure(row, cut, Path(place) / "out", arguments.metric))
                 shutil.rmtree(cut)
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+                rows.sort(key=lambda row: order.index(name_of(row)))
+                if arguments.layers is None:
+                    path.write_text(json.dumps({**settings, "targets": verdicts(rows), "rows": rows}, indent=2) + "\n")
+                    path.with_suffix(".md").write_text(table(rows))
             shutil.rmtree(whole)
     met = verdicts(rows)
-    settings = {"rank": RANK, "calibration_tokens": TOKENS, "metric": arguments.metric, "cores": os.cpu_count()}
-    result = {**settings, "targets": met, "rows": rows}
-    if arguments.layers is None and not arguments.only:
-        folder = Path(__file__).parent
-        (folder / "convert_size.json").write_text(json.dumps(result, indent=2) + "\n")
-        (folder / "convert_size.md").write_text(table(rows))
     print(table(rows), end="")
     for name, held in met.items():
         print(f"{'met   ' if held else 'MISSED'} {name}")
