@@ -18,7 +18,8 @@ from .trackers import check_trackers
 def check_launch(config: StageConfig) -> None:
     """Refuse what this launcher's settings and this machine cannot do for a stage. Raises UserError in one line."""
     check_trackers(config)
-    if config.mixed_precision == "fp16" and not torch.accelerator.is_available():
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    if config.mixed_precision == "fp16" and on_cpu:
         raise UserError("mixed_precision: fp16 needs a GPU; use bf16 or no on the CPU")
     stage = stages()[config.stage](config)
     what = f"stage {config.stage}"

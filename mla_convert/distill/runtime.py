@@ -15,7 +15,6 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..errors import UserError
 from .stages.base import StageConfig
 from .trackers import tracker_names
 
@@ -64,7 +63,7 @@ def autocast(device: torch.device, mixed_precision: str) -> contextlib.AbstractC
 
 
 def open_accelerator(config: StageConfig, work_dir: Path) -> Accelerator:
-    """An Accelerator with the stage's precision. Raises UserError when the device cannot do it."""
+    """An Accelerator with the stage's precision, which `check_launch` has found possible."""
     # Accelerate keeps one precision a process; stages may differ in theirs. The process group stays.
     AcceleratorState._reset_state()
     # DeepSpeed would keep the weights in that precision.
@@ -76,8 +75,6 @@ def open_accelerator(config: StageConfig, work_dir: Path) -> Accelerator:
         project_dir=work_dir,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.partial_gradients)],
     )
-    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise UserError("mixed_precision: fp16 needs a GPU; use bf16 or no on the CPU")
     if accelerator.is_fsdp2:
         # Weights stay float32 and autocast computes in the lower precision, as without sharding.
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
