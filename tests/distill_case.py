@@ -11,9 +11,11 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from mla_convert.distill.data import Batch, DigitClips
+from mla_convert.distill.metrics import Metrics
 from mla_convert.distill.stages.base import StageConfig
 from mla_convert.distill.trainer import StageResult, run_stage
 from mla_convert.families.wan import CausalWanTransformer3DModel
@@ -93,6 +95,32 @@ def train(folder: Path, last_clip: float = float("inf"), **changes) -> tuple[Sta
         make_config(**changes), student, {"teacher": teacher}, data, data.heldout(), folder, seed=0, stage_index=0
     )
     return result, student.state_dict()
+
+
+def whole_and_resumed(root: Path, last_clip: float, **changes) -> dict[str, torch.Tensor]:
+    """The weights of the stage in `root/whole`, which one in `root/resumed` that was interrupted ends with, too."""
+    _, whole = train(root / "whole", **changes)
+    with contextlib.suppress(Killed):
+        train(root / "resumed", last_clip, **changes)
+    result, weights = train(root / "resumed", **changes)
+    assert result.resumed_from == 3
+    assert all(type(tensor) is torch.Tensor for tensor in weights.values())
+    assert all(torch.equal(weights[name], tensor) for name, tensor in whole.items())
+    if os.environ["RANK"] == "0":
+        torch.save(whole, root / "weights.pt")
+    return weights
+
+
+def assert_as_one_process(root: Path, folder: Path, tolerance: float, **changes) -> None:
+    """The `whole_and_resumed` stage of two processes in `root` is that of one process, trained in `folder`."""
+    _, expected = train(folder, **{**changes, "grad_accumulation": 2 * changes.get("grad_accumulation", 1)})
+    weights = torch.load(root / "weights.pt")
+    assert list(weights) == list(expected)
+    assert max((weights[name] - tensor).abs().max().item() for name, tensor in expected.items()) < tolerance
+    one, two = (Metrics(path / "metrics.jsonl").rows() for path in (folder, root / "whole"))
+    for key in ("loss", "grad_norm", "ema_distance", "heldout_loss", "heldout_ratio"):
+        values = [[row[key] for row in rows if key in row] for rows in (one, two)]
+        assert values[1] == pytest.approx(values[0], rel=1e-3, abs=1e-6)
 
 
 def outputs(folder: Path) -> dict[str, bytes]:

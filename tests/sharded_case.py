@@ -6,7 +6,6 @@ everything else is the trainer as it is.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
@@ -42,16 +41,7 @@ def main(folder: str, last_clip: str, changes: str) -> None:
     assembly.shards_weights = lambda accelerator: True
     Accelerator.prepare = prepare
     for name, settings in json.loads(changes).items():
-        root = Path(folder, name)
-        _, whole = case.train(root / "whole", **settings)
-        with contextlib.suppress(case.Killed):
-            case.train(root / "resumed", float(last_clip), **settings)
-        result, weights = case.train(root / "resumed", **settings)
-        assert result.resumed_from == 3
-        assert all(type(tensor) is torch.Tensor for tensor in weights.values())
-        assert all(torch.equal(weights[name], tensor) for name, tensor in whole.items())
-        if os.environ["RANK"] == "0":
-            torch.save(whole, root / "weights.pt")
+        case.whole_and_resumed(Path(folder, name), float(last_clip), **settings)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import distill_case as case
 import pytest
-import torch
 import zero_case
-
-from mla_convert.distill.metrics import Metrics
 
 pytest.importorskip("deepspeed", reason="needs the package deepspeed, which is not a dependency")
 
@@ -34,15 +31,7 @@ def parted(tmp_path_factory):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_two_parts_equal_one_process(parted, tmp_path, name):
-    settings = SETTINGS[name]
-    _, expected = case.train(tmp_path, **{**settings, "grad_accumulation": 2 * settings.get("grad_accumulation", 1)})
-    weights = torch.load(parted / name / "weights.pt")
-    assert list(weights) == list(expected)
-    assert max((weights[n] - tensor).abs().max().item() for n, tensor in expected.items()) < TOLERANCE
-    one, two = (Metrics(folder / "metrics.jsonl").rows() for folder in (tmp_path, parted / name / "whole"))
-    for key in ("loss", "grad_norm", "ema_distance", "heldout_loss", "heldout_ratio"):
-        values = [[row[key] for row in rows if key in row] for rows in (one, two)]
-        assert values[1] == pytest.approx(values[0], rel=1e-3, abs=1e-6)
+    case.assert_as_one_process(parted / name, tmp_path, TOLERANCE, **SETTINGS[name])
 
 
 @pytest.mark.parametrize("name", SETTINGS)
