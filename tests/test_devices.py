@@ -6,7 +6,7 @@ import copy
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pico
@@ -227,13 +227,20 @@ def test_experts_stream_one_at_a_time() -> None:
     same(lambda device: rolled_out(experts(), device, "model", num_inference_steps=2))
 
 
-def test_streams_share_passes() -> None:
+@pytest.mark.parametrize("offload", [None, "model"])
+def test_streams_share_passes(offload: Literal["model"] | None) -> None:
     """Two experts with caches in int8; a stream joins late, and one changes its prompt."""
     start, _, texts = pico.inputs(3, 2, 4, 4)
 
     def made(device: torch.device) -> list[Tensor]:
         settings = {"num_inference_steps": 2, "context_noise": 0.1, "sampler": "renoise", "cache_dtype": torch.int8}
-        batch = StreamBatch([one.to(device) for one in experts()], 4, 4, 4, **settings)
+        models = experts()
+        if offload is None:
+            models = [one.to(device) for one in models]
+        else:
+            place(models, None, device, offload)
+        batch = StreamBatch(models, 4, 4, 4, device=device, **settings)
+        assert {rows.device for cache in batch.pool.caches for rows in cache.rows if rows.numel()} == {device}
         batch.join(texts[0], seed=1, num_frames=6, guidance_scale=2.0, start=start[0])
         chunks = batch.step()
         batch.join(texts[1], seed=2, num_frames=4)

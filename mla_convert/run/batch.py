@@ -81,7 +81,8 @@ class StreamBatch:
 
     When the lanes do not suffice for a stream, `when_full` says what becomes of it: `refuse` raises UserError,
     `queue` lets it wait in the order of arrival. A pass takes at most `lanes_per_pass` lanes, all of them when
-    left out: its working memory grows with them, the cache does not.
+    left out: its working memory grows with them, the cache does not. `device` is where the model computes, where
+    hooks move its weights there and back; the pool lies there.
 
     Not for several threads at once. Raises UserError for a model whose cache is no ring of frames.
     """
@@ -100,14 +101,17 @@ class StreamBatch:
         cache_dtype: torch.dtype | None = None,
         sampler: Sampler = "euler",
         denoising_steps: Sequence[float] | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         if lanes < 1 or (lanes_per_pass is not None and lanes_per_pass < 1):
             raise UsageError(f"a pool needs lanes: got lanes={lanes}, lanes_per_pass={lanes_per_pass}")
         if when_full not in ("refuse", "queue"):
             raise UsageError(f"when_full is 'refuse' or 'queue', got {when_full!r}")
         self.models = list(model) if isinstance(model, Sequence) else [model]
-        self.pool = CachePool([one.init_cache(lanes, height, width, dtype=cache_dtype) for one in self.models])
-        self.causal, self.device = self.pool.caches[0].causal, self.models[0].device
+        self.devices = [torch.device(device or one.device) for one in self.models]
+        places = zip(self.models, self.devices, strict=True)
+        self.pool = CachePool([m.init_cache(lanes, height, width, dtype=cache_dtype, device=d) for m, d in places])
+        self.causal, self.device = self.pool.caches[0].causal, self.devices[0]
         self.size = (self.models[0].config.in_channels, height, width)
         self.times = sampling_times(num_inference_steps, shift)
         if denoising_steps is not None:
@@ -285,7 +289,7 @@ class StreamBatch:
             while len(stream.drawn) < draws:
                 stream.drawn.append(torch.randn((1, channels, frames, height, width), generator=stream.generator))
         noises = [torch.cat(drawn).to(self.device) for drawn in zip(*(stream.drawn for stream in streams), strict=True)]
-        passes = _SharedPass(self.models, self.pool, streams, frames)
+        passes = _SharedPass(self.models, self.pool, streams, frames, self.devices)
         if streams[0].start is not None and streams[0].frames_seen < streams[0].start.shape[1]:
             given = [s.start[:, s.frames_seen : s.frames_seen + frames] for s in streams if s.start is not None]
             x = torch.stack(given).to(self.device, torch.float32)
@@ -305,16 +309,18 @@ class StreamBatch:
 class _SharedPass:
     """The passes over one chunk of some streams: first a lane for each, then one for each that is guided."""
 
-    def __init__(self, models: list[Any], pool: CachePool, streams: list[_Stream], frames: int) -> None:
-        self.models = models
+    def __init__(
+        self, models: list[Any], pool: CachePool, streams: list[_Stream], frames: int, devices: list[torch.device]
+    ) -> None:
+        self.models, self.devices = models, devices
         guided = [index for index, stream in enumerate(streams) if stream.lanes_needed == 2]
         order = [*range(len(streams)), *guided]
         lanes = [stream.lanes[0] for stream in streams] + [streams[index].lanes[1] for index in guided]
         seen = [streams[index].frames_seen for index in order]
         self.views = [pool.view(expert, lanes, seen, frames) for expert in range(len(models))]
         texts = [stream.text for stream in streams] + [streams[index].negative for index in guided]
-        self.texts = [torch.stack([text.to(model.device, model.dtype) for text in texts]) for model in models]
-        device = models[0].device
+        self.texts = [torch.stack(texts).to(place, model.dtype) for model, place in zip(models, devices, strict=True)]
+        device = devices[0]
         self.order = torch.tensor(order).to(device)
         self.guided = torch.tensor(guided, dtype=torch.long).to(device)
         self.scales = torch.tensor([streams[index].guidance_scale for index in guided]).view(-1, 1, 1, 1, 1).to(device)
@@ -334,9 +340,9 @@ class _SharedPass:
             self._run(expert, x, t, t, write=True)
 
     def _run(self, expert: int, x: Tensor, t: float, r: float, write: bool) -> Tensor:
-        model = self.models[expert]
-        x = x.index_select(0, self.order).to(model.device, model.dtype)
-        t_all, r_all = (torch.full((len(x),), time * NUM_TRAIN_TIMESTEPS, device=model.device) for time in (t, r))
+        model, device = self.models[expert], self.devices[expert]
+        x = x.index_select(0, self.order).to(device, model.dtype)
+        t_all, r_all = (torch.full((len(x),), time * NUM_TRAIN_TIMESTEPS, device=device) for time in (t, r))
         conditions = {"r_timestep": r_all} if model.flow_map else {}
         # By the call, not by `forward_chunk`: hooks that bring weights to the device see calls alone.
         out: Tensor = model(x, t_all, self.texts[expert], cache=self.views[expert], write=write, **conditions)
