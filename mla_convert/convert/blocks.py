@@ -120,8 +120,11 @@ class SourceBlocks:
         return state
 
     def entered(self) -> None:
-        self.model.condition_embedder.to("meta")
-        give_back_memory()
+        # Diffusers' name for what embeds time and text, the largest part around the blocks.
+        conditioner = getattr(self.model, "condition_embedder", None)
+        if conditioner is not None:
+            conditioner.to("meta")
+            give_back_memory()
 
     def around(self) -> dict[str, Tensor]:
         """The state of what is around the blocks, in the dtypes that the converted model gets."""
