@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mla_convert.cli import leave_processes
 from mla_convert.distill.data import Batch, DigitClips
 from mla_convert.distill.metrics import Metrics
 from mla_convert.distill.stages.base import StageConfig
@@ -186,3 +187,4 @@ def main(folder: str, last_clip: str, changes: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave_processes()

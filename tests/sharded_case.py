@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from mla_convert.cli import leave_processes
 from mla_convert.distill import assembly
 
 
@@ -46,3 +47,4 @@ def main(folder: str, last_clip: str, changes: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave_processes()

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
+from mla_convert.cli import leave_processes
 from mla_convert.distill import launch, runtime
 
 
@@ -43,3 +44,4 @@ def main(folder: str, last_clip: str, changes: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave_processes()

@@ -62,6 +62,7 @@ def main(args: list[str] | None = None) -> int:
     show_notes()
     try:
         code = app(args=args, prog_name="mla-convert", standalone_mode=False)
+        leave_processes()
     except UserError as error:
         print_error(str(error))
         return error.exit_code
@@ -83,6 +84,13 @@ def main(args: list[str] | None = None) -> int:
     if code == 130:
         print_error("interrupted")
     return code if isinstance(code, int) else 0
+
+
+def leave_processes() -> None:
+    """End a distributed run: a thread of its process group that outlives Python aborts what has gone well."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def unexpected(error: Exception) -> str:
