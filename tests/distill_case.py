@@ -24,6 +24,11 @@ from mla_convert.registry import stages
 
 CAUSAL = {"num_frames_per_block": 3, "window_frames": 12, "sink_frames": 3}
 HELDOUT_CLIPS = 2
+IN_PARTS = {
+    "adapters": {"trainable": "attention", "lora": {"rank": 2, "alpha": 2}, "gradient_checkpointing": True},
+    "consistency": {"stage": "consistency", "teacher": "start", "trainable": "all", "steps": 5},
+}
+"""Stages that are trained with weights or optimizer in parts."""
 
 
 def tiny_model(seed: int = 0) -> CausalWanTransformer3DModel:
@@ -107,9 +112,24 @@ def whole_and_resumed(root: Path, last_clip: float, **changes) -> dict[str, torc
     assert result.resumed_from == 3
     assert all(type(tensor) is torch.Tensor for tensor in weights.values())
     assert all(torch.equal(weights[name], tensor) for name, tensor in whole.items())
-    if os.environ["RANK"] == "0":
+    if os.environ.get("RANK", "0") == "0":
         torch.save(whole, root / "weights.pt")
     return weights
+
+
+def trained_by_two(folder: Path, script: str, settings: dict[str, dict]) -> Path:
+    """Every stage of `settings` whole and resumed, by `main` of a script in two processes that are started once."""
+    launched = two_processes(folder, 15, script=script, **settings)
+    assert launched.returncode == 0
+    return folder
+
+
+def equal_checkpoints(root: Path) -> list[Path]:
+    """The newest checkpoints of `whole` and `resumed` in `root`, behind metrics that are the same."""
+    whole, resumed = (root / folder for folder in ("whole", "resumed"))
+    assert (whole / "metrics.jsonl").read_bytes() == (resumed / "metrics.jsonl").read_bytes()
+    newest = max((whole / "checkpoints").iterdir())
+    return [newest, resumed / newest.relative_to(whole)]
 
 
 def assert_as_one_process(root: Path, folder: Path, tolerance: float, **changes) -> None:

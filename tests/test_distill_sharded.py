@@ -6,20 +6,13 @@ import distill_case as case
 import pytest
 import sharded_case
 
-SETTINGS = {
-    "adapters": {"trainable": "attention", "lora": {"rank": 2, "alpha": 2}, "gradient_checkpointing": True},
-    # The average and the start are networks of their own here.
-    "consistency": {"stage": "consistency", "teacher": "start", "trainable": "all", "steps": 5},
-}
+# The average and the start of `consistency` are networks of their own here.
+SETTINGS = case.IN_PARTS
 
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
-    """Every stage, whole and resumed, in two processes that are started once."""
-    folder = tmp_path_factory.mktemp("sharded")
-    launched = case.two_processes(folder, 15, script=sharded_case.__file__, **SETTINGS)
-    assert launched.returncode == 0
-    return folder
+    return case.trained_by_two(tmp_path_factory.mktemp("sharded"), sharded_case.__file__, SETTINGS)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -30,7 +23,5 @@ def test_two_shards_equal_one_process(sharded, tmp_path, name):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_shards_resume_exactly(sharded, name):
-    whole, resumed = (sharded / name / folder for folder in ("whole", "resumed"))
-    assert (whole / "metrics.jsonl").read_bytes() == (resumed / "metrics.jsonl").read_bytes()
-    (newest, *_) = sorted((whole / "checkpoints").iterdir(), reverse=True)
+    newest, _ = case.equal_checkpoints(sharded / name)
     assert len(list((newest / "shards").glob("*.distcp"))) == 2

@@ -202,13 +202,15 @@ def test_a_preview_needs_a_window(tmp_path):
 
 
 TRACKED = """
-import contextlib, sys
+import contextlib, sys, time
 from pathlib import Path
 import distill_case as case
 
 folder, name = Path(sys.argv[1], "training", "01-match_velocity"), sys.argv[2]
 with contextlib.suppress(case.Killed):
     case.train(folder, 9, tracker=name)
+# wandb names its folders by the second.
+time.sleep(1.1)
 for resumed_from in (3, 8):
     assert case.train(folder, tracker=name)[0].resumed_from == resumed_from
 """

@@ -8,10 +8,9 @@ import zero_case
 
 pytest.importorskip("deepspeed", reason="needs the package deepspeed, which is not a dependency")
 
+# The average and the start of `consistency` share the student's weights here.
 SETTINGS = {
-    "adapters": {"trainable": "attention", "lora": {"rank": 2, "alpha": 2}, "gradient_checkpointing": True},
-    # The average and the start share the student's weights here.
-    "consistency": {"stage": "consistency", "teacher": "start", "trainable": "all", "steps": 5},
+    **case.IN_PARTS,
     "accumulated": {"batch_size": 1, "grad_accumulation": 2, "max_grad_norm": 0.03, "steps": 5},
     "lower": {"mixed_precision": "bf16", "steps": 5},
 }
@@ -22,11 +21,7 @@ TOLERANCE = 1e-4
 
 @pytest.fixture(scope="module")
 def parted(tmp_path_factory):
-    """Every stage, whole and resumed, in two processes that are started once."""
-    folder = tmp_path_factory.mktemp("parted")
-    launched = case.two_processes(folder, 15, script=zero_case.__file__, **SETTINGS)
-    assert launched.returncode == 0
-    return folder
+    return case.trained_by_two(tmp_path_factory.mktemp("parted"), zero_case.__file__, SETTINGS)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -36,9 +31,7 @@ def test_two_parts_equal_one_process(parted, tmp_path, name):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_parts_resume_exactly(parted, name):
-    whole, resumed = (parted / name / folder for folder in ("whole", "resumed"))
-    assert (whole / "metrics.jsonl").read_bytes() == (resumed / "metrics.jsonl").read_bytes()
-    (newest, *_) = sorted((whole / "checkpoints").iterdir(), reverse=True)
+    newest, resumed = case.equal_checkpoints(parted / name)
     assert len(list((newest / "optimizer").glob("part-*.pt"))) == 2
     for path in newest.rglob("*.*"):
-        assert path.read_bytes() == (resumed / path.relative_to(whole)).read_bytes()
+        assert path.read_bytes() == (resumed / path.relative_to(newest)).read_bytes()

@@ -5,9 +5,9 @@ from disk to disk in a process of its own: from the weights alone (`svd`) and wi
 (`activation`, `metric: velocity`), 1.3B also with one latent for two layers (`shared`). Peaks are over the resident
 memory after the imports: all of it (VmHWM, pages of mapped files included) and the anonymous part, sampled every
 10 ms. Time is linear in layers, and memory flat, if the last third of the layers takes what the first third does.
-Writes `convert_size.json` and `convert_size.md` beside itself and exits 1 if a
-target is missed. Rows that the file holds already, measured alike, stay as they are, so a table may take several
-calls: `--only "1.3b 30"`. `--layers 3` measures one small cut of each shape instead and writes nothing.
+Writes `convert_size.json` and `convert_size.md` beside itself and exits 1 if a target is missed. Rows that the
+first holds already, measured alike, stay as they are, so a table may take several calls: `--only "1.3b 30"`.
+`--layers 3` measures one small cut of each shape instead and writes nothing.
 """
 
 from __future__ import annotations

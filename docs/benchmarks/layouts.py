@@ -62,12 +62,16 @@ ROWS: list[dict[str, Any]] = [
 ]
 
 
-def measure(teacher: Any, data: Data, row: dict[str, Any], seed: int, clips: int, heldout: int) -> dict[str, Any]:
-    calibration = {"clips": clips, "max_tokens": 65536, "seed": seed, **row.get("calibration", {})}
+def converted(teacher: Any, data: Data, row: dict[str, Any], seed: int, clips: int, max_tokens: int = 65536) -> Any:
+    """The teacher in the layout of a row; every seed draws clips of its own."""
+    calibration = {"clips": clips, "max_tokens": max_tokens, "seed": seed, **row.get("calibration", {})}
     config = ConvertConfig(**{**row, "calibration": calibration})
-    # Every seed draws clips of its own.
     batches = clip_batches(data.example, range(seed * clips, (seed + 1) * clips), config.calibration.batch_size)
-    student = convert_model(FAMILY, teacher, config, batches, seed=seed)
+    return convert_model(FAMILY, teacher, config, batches, seed=seed)
+
+
+def measure(teacher: Any, data: Data, row: dict[str, Any], seed: int, clips: int, heldout: int) -> dict[str, Any]:
+    student = converted(teacher, data, row, seed, clips)
     result = fidelity(student, teacher, data.heldout(heldout), batch_size=16, seed=0)
     return {
         "scalars": student.mla.scalars_per_token(),

@@ -1,9 +1,9 @@
 """What `match_attention` adds to a conversion: `python docs/benchmarks/regression.py [--seeds 3]`.
 
 Takes rows of `layouts.py`, the best layout at three sizes and the paper's with an exact own chunk, converts the
-digits teacher with each as it is done there, and regresses every layer's attention on the teacher's for some two
-CPU minutes. Loss and velocity error are those of `layouts.py`. Writes `regression.json` and `regression.md` beside
-itself after every row; rows that the first holds are not measured again (`--again` does).
+digits teacher with each on twice as many clips as there, and regresses every layer's attention on the teacher's
+for two to three CPU minutes. Loss and velocity error are those of `layouts.py`. Writes `regression.json` and
+`regression.md` beside itself after every row; rows that the first holds are not measured again (`--again` does).
 """
 
 from __future__ import annotations
@@ -18,14 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from layouts import ROWS, cached, signed
+from layouts import ROWS, cached, converted, signed
 
-from mla_convert.convert import ConvertConfig, clip_batches, convert_model
 from mla_convert.distill.data import Data, DataConfig, open_data
 from mla_convert.distill.stages.match_attention import MatchAttentionConfig
 from mla_convert.distill.trainer import run_stage
 from mla_convert.evaluate.fidelity import fidelity
-from mla_convert.families.wan import FAMILY
 from mla_convert.load import load_dense, load_source
 
 HERE = Path(__file__)
@@ -46,9 +44,7 @@ STAGE = {
 
 def measure(teacher: Any, data: Data, row: dict[str, Any], seed: int) -> dict[str, Any]:
     """A conversion before and after the stage, and the CPU seconds that the stage took."""
-    config = ConvertConfig(**{**row, "calibration": {"clips": CLIPS, "max_tokens": 131072, "seed": seed}})
-    batches = clip_batches(data.example, range(seed * CLIPS, (seed + 1) * CLIPS), config.calibration.batch_size)
-    student = convert_model(FAMILY, teacher, config, batches, seed=seed)
+    student = converted(teacher, data, row, seed, CLIPS, max_tokens=131072)
     heldout = data.heldout(HELDOUT)
     found: dict[str, Any] = {"ranks": list(student.mla.kv_lora_rank), "scalars": student.mla.scalars_per_token()}
     found["before"] = fidelity(student, teacher, heldout, batch_size=16, seed=0)

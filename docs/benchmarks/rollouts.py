@@ -17,15 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from layouts import ROWS, measured_alike, settings_of
+from layouts import ROWS, converted, measured_alike, settings_of
 from torch import Tensor
 
-from mla_convert.convert import ConvertConfig, clip_batches, convert_model
 from mla_convert.distill.data import DataConfig, open_data
 from mla_convert.evaluate.config import EvaluateConfig
 from mla_convert.evaluate.fidelity import fidelity
 from mla_convert.evaluate.rollouts import digit_rollouts, heldout_prompts
-from mla_convert.families.wan import FAMILY
 from mla_convert.load import load_dense, load_source
 from mla_convert.zoo.digits.data import CLIP_FRAMES, GUIDANCE, SHIFT
 
@@ -83,10 +81,7 @@ def main() -> None:
         if entry := known.get(json.dumps(row)):
             rows.append(entry)
             continue
-        settings = {"clips": CLIPS, "max_tokens": 65536, **row.get("calibration", {})}
-        convert = ConvertConfig(**{**row, "calibration": settings})
-        batches = clip_batches(data.example, range(CLIPS), convert.calibration.batch_size)
-        student = convert_model(FAMILY, teacher, convert, batches, seed=0)
+        student = converted(teacher, data, row, 0, CLIPS)
         found = fidelity(student, teacher, clips, batch_size=16, seed=0)
         errors = {key: found[key] for key in ("loss_increase", "velocity_rel_error")}
         ranks = list(student.mla.kv_lora_rank)

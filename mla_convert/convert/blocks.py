@@ -128,9 +128,8 @@ class SourceBlocks:
 
     def around(self) -> dict[str, Tensor]:
         """The state of what is around the blocks, in the dtypes that the converted model gets."""
-        state = {name: self._stored(name) for name in self.model.state_dict() if not name.startswith(BLOCKS)}
-        self.source.tensors.release()
-        return state
+        state = self.model.state_dict().items()
+        return {name: x.to("cpu", self._dtype(name)) for name, x in state if not name.startswith(BLOCKS)}
 
     def _dtype(self, name: str) -> torch.dtype:
         return storage_dtype(self.source.family.dense_class, name, self.dtype) or self.source.tensors.dtype(name)

@@ -43,7 +43,7 @@ def sweep(
 ) -> None:
     """Sample the `wanted` layers, each for `visit(layer, block, sample)` while its block is open.
 
-    `visited(layer)` follows when the block has been let go.
+    `visited(layer)` follows for each of them when its block has been let go.
 
     With `history_only` the probes ask only about tokens of earlier chunks, which is all that an exact
     own chunk leaves to the cache. With `hidden_states: converted` every layer is visited, the others
@@ -100,7 +100,7 @@ class _Sweep(NamedTuple):
                         tokens = clips.store[clips.key(layer, number)]
                         clips.advance(layer, number, _run(changed, tokens, inputs, layer).tokens)
                     del attention, changed
-            if self.visited is not None and (sampled or converted):
+            if self.visited is not None and sampled:
                 self.visited(layer)
 
     def backward(self, progress: Callable[[int, int], None] | None) -> None:

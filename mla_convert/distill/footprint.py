@@ -1,11 +1,11 @@
 """What a stage will need: parameters, bytes a GPU by cause, clips and tokens; from shapes alone.
 
 With N parameters of the student, T of them trained, W processes, e the bytes of a number in the forward (2
-under autocast, else 4), and n = W where the student is sharded (FSDP2), 1 where it is not, bytes are
-(under ZeRO-2 n is W for gradients and optimizer alone)
+under autocast, else 4), and n = W where the student is sharded (FSDP2), 1 where it is not (under ZeRO-2 W for
+gradients and optimizer alone), bytes are
 
     parameters      4 N / n                     float32; a sharded student and two blocks gathered: + 8 b
-    gradients       4 T / n                     with DDP twice: its buckets are copies
+    gradients       4 T / n                     with DDP twice, its buckets are copies; ZeRO-2's two: + 8 `BUCKET`
     optimizer       8 T / n                     AdamW's two moments; Adafactor's rows and columns; ZeRO-2's
                                                 own weights: + 4 T / W
     average         4 T / n                     a sharded student's average that a stage runs: + 4 N
@@ -90,13 +90,14 @@ def footprint(
     tokens = clip.frames * rows * columns
     parts = launch.processes if launch.sharded else 1
     split = launch.processes if launch.zero else parts
+    copies = 2 if launch.processes > 1 and not (launch.sharded or launch.zero) else 1
     weights = count(student) + adapters
     block = max(count(block) for block in student.blocks)
     shapes = [parameter.shape for name, parameter in student.named_parameters() if name in trained]
     learnt = sum(shape.numel() for shape in shapes) + adapters
     memory = {
         "parameters": 4 * weights // parts + (8 * block if launch.sharded else 0),
-        "gradients": _gradient_bytes(learnt, launch),
+        "gradients": 4 * learnt // split * copies + (8 * BUCKET if launch.zero else 0),
         "optimizer": (_optimizer_bytes(config, shapes, adapters) + (4 * learnt if launch.zero else 0)) // split,
         "average": _average_bytes(config, stage, weights, learnt, launch),
         "second_network": _second_bytes(stage, networks, config),
@@ -186,15 +187,6 @@ def _second_bytes(stage: Stage[Any], networks: Mapping[str, Any], config: StageC
     names = trainable_names(network, second.trainable)
     shapes = [parameter.shape for name, parameter in network.named_parameters() if name in names]
     return 4 * count(network) + 4 * sum(shape.numel() for shape in shapes) + _optimizer_bytes(config, shapes, 0)
-
-
-def _gradient_bytes(learnt: int, launch: Launch) -> int:
-    """What is reduced over processes is held a second time, by DeepSpeed in buckets of a size of its own."""
-    if launch.zero:
-        return 4 * learnt // launch.processes + 8 * BUCKET
-    if launch.sharded:
-        return 4 * learnt // launch.processes
-    return 4 * learnt * (2 if launch.processes > 1 else 1)
 
 
 def _frozen_bytes(stage: Stage[Any], networks: Mapping[str, Any], weights: int, learnt: int, launch: Launch) -> int:

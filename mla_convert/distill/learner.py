@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -48,7 +47,7 @@ class Learner:
     """The `trained` parameters, by name, of the network in `module`, with an optimizer of their own."""
 
     in_parts = False
-    """Whether each process has a part of the optimizer, which `save_part` and `load_part` write and read."""
+    """Whether `own_optimizer` is a part of the optimizer, another one in each process."""
 
     def __init__(
         self, accelerator: Accelerator, module: StageModule, trained: Iterable[str], settings: OptimizerSettings
@@ -135,21 +134,15 @@ class Learner:
 
     @torch.no_grad()
     def load(self, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
-        """Go on from a checkpoint's weights and optimizer state."""
-        self._copy(weights)
-        self.optimizer.load_state_dict(optimizer)
-
-    def _copy(self, weights: dict[str, Tensor]) -> None:
+        """Go on from a checkpoint's weights and the state of `own_optimizer`."""
         for name, parameter in self.trained.items():
             parameter.copy_(weights[name])
+        self.own_optimizer.load_state_dict(optimizer)
 
-    def save_part(self, folder: Path) -> None:
-        """Write this process's part of the optimizer to the folder of a checkpoint."""
-        raise NotImplementedError
-
-    def load_part(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """`load` with this process's part of the optimizer, from the folder of a checkpoint."""
-        raise NotImplementedError
+    @property
+    def own_optimizer(self) -> Any:
+        """What holds this process's state of the optimizer."""
+        return self.optimizer
 
     def finish(self) -> None:
         """Leave the network's parameters as plain as they were."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from .assembly import Assembly
 from .metrics import Metrics, Row
 from .sharding import SHARDS, from_main, load_shards, save_shards
-from .state import Checkpoints, TrainingState, read_checkpoint
+from .state import Checkpoints, TrainingState, read_checkpoint, read_optimizer
 from .watch import Watch
+
+PARTS = "optimizer"
 
 
 class Snapshots:
@@ -41,7 +44,7 @@ class Snapshots:
         if not parts.sharded:
             weights = parts.learner.weights()
             if not parts.learner.in_parts:
-                optimizer["optimizer"] = parts.learner.optimizer.state_dict()
+                optimizer["optimizer"] = parts.learner.own_optimizer.state_dict()
         if self.accelerator.scaler is not None:
             optimizer["scaler"] = self.accelerator.scaler.state_dict()
         if parts.average is not None:
@@ -60,12 +63,18 @@ class Snapshots:
     def _save_parts(self, folder: Path) -> None:
         parts = self.parts
         if parts.learner.in_parts:
-            parts.learner.save_part(folder)
+            path = self._part(folder)
+            path.parent.mkdir(exist_ok=True)
+            torch.save(parts.learner.own_optimizer.state_dict(), path)
             # The first process counts the files.
             self.accelerator.wait_for_everyone()
             return
         average = None if parts.average is None else parts.average.weights
         save_shards(folder / SHARDS, parts.learner.module, parts.learner.optimizer.optimizer, average)
+
+    def _part(self, folder: Path) -> Path:
+        """Where a checkpoint keeps this process's part of the optimizer."""
+        return folder / PARTS / f"part-{self.accelerator.process_index:05d}.pt"
 
     def resume(self) -> Row | None:
         """Load the newest checkpoint and forget what came after it; its last row, None when there is none."""
@@ -86,10 +95,9 @@ class Snapshots:
             if average is not None:
                 average.loaded(state.optimizer["average_steps"])
         else:
-            if parts.learner.in_parts:
-                parts.learner.load_part(path, state.weights)
-            else:
-                parts.learner.load(state.weights, state.optimizer["optimizer"])
+            learner = parts.learner
+            own = read_optimizer(self._part(path)) if learner.in_parts else state.optimizer["optimizer"]
+            learner.load(state.weights, own)
             if average is not None and state.ema is not None:
                 average.load(state.ema, state.optimizer["average_steps"])
         if parts.second is not None and state.second is not None:

@@ -106,9 +106,15 @@ def read_checkpoint(path: Path) -> TrainingState:
     """The content of a whole checkpoint, on the CPU."""
     state = json.loads((path / STATE).read_text())
     ema, second = (load_file(path / name) if (path / name).exists() else None for name in (EMA, SECOND))
-    optimizer = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
+    optimizer = read_optimizer(path / OPTIMIZER)
     weights = load_file(path / WEIGHTS)
     return TrainingState(state["step"], weights, ema, optimizer, state["row"], second, state["watch"])
+
+
+def read_optimizer(path: Path) -> dict[str, Any]:
+    """The state of an optimizer, on the CPU."""
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
 
 
 def _read_state(path: Path) -> dict[str, Any] | None:

@@ -2,20 +2,17 @@
 
 Weights stay float32 and autocast computes, as everywhere else, so the engine is told of no precision. Its step clips
 and moves the weights at once; here the gradient's norm is asked for before it, so that a stage that diverges ends
-with good weights. Each process writes its part of the optimizer to a checkpoint in plain tensors.
+with good weights. Each process has its part of the optimizer in a plain one, which a checkpoint keeps.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .learner import Learner
-
-PARTS = "optimizer"
 
 
 class ZeroLearner(Learner):
@@ -33,23 +30,15 @@ class ZeroLearner(Learner):
         return float(self.module.optimizer.scaled_global_norm())
 
     def _step(self, skipped: bool) -> None:
-        if skipped:
-            raise NotImplementedError("an engine of DeepSpeed does not leave out a step")
+        assert not skipped, "check_launch lets no stage come here that would skip a step"
         if self.accelerator.sync_gradients:
             self.module.step()
 
-    def save_part(self, folder: Path) -> None:
-        """Write this process's part of the optimizer."""
-        path = self._part(folder)
-        path.parent.mkdir(exist_ok=True)
-        torch.save(self._own_optimizer.state_dict(), path)
-
     @torch.no_grad()
-    def load_part(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """Go on from the weights of a checkpoint and this process's part of its optimizer."""
-        self._copy(weights)
+    def load(self, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
+        """Go on from a checkpoint's weights and this process's part of its optimizer."""
+        super().load(weights, optimizer)
         self.module.optimizer.refresh_fp32_params()
-        self._own_optimizer.load_state_dict(torch.load(self._part(folder), map_location="cpu", weights_only=True))
 
     def finish(self) -> None:
         """Let go of the engine, which holds on to the network's parameters and keeps their values in one tensor."""
@@ -58,9 +47,6 @@ class ZeroLearner(Learner):
             parameter.data = parameter.data.clone()
 
     @property
-    def _own_optimizer(self) -> Any:
+    def own_optimizer(self) -> Any:
         """The plain optimizer of this process's part."""
         return self.module.optimizer.optimizer
-
-    def _part(self, folder: Path) -> Path:
-        return folder / PARTS / f"part-{self.accelerator.process_index:05d}.pt"
