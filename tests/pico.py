@@ -98,10 +98,14 @@ def batches(frames: int = 8, height: int = 6, width: int = 4) -> list[Calibratio
     return [CalibrationBatch(latents, text) for latents, _, text in drawn]
 
 
+def calibration(**settings: Any) -> dict[str, Any]:
+    """The settings of a small calibration."""
+    return {"clips": 8, "batch_size": 4, "queries_per_chunk": 4, **settings}
+
+
 def convert(dense: Any, **settings: Any) -> Any:
     """`dense` converted with a small calibration."""
-    calibration = {"clips": 8, "batch_size": 4, "queries_per_chunk": 8}
-    config = ConvertConfig(calibration=calibration, **settings)
+    config = ConvertConfig(calibration=calibration(queries_per_chunk=8), **settings)
     return convert_model(family_of(type(dense)), dense, config, batches())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,9 @@ from recipe_case import RECIPE, digests, write_teacher
 from safetensors.torch import load_file
 
 from mla_convert.convert import CalibrationBatch, ConvertConfig, convert_model, convert_source
-from mla_convert.convert import calibrate as calibrate_module
 from mla_convert.convert import layers as layers_module
-from mla_convert.convert.blocks import ModelBlocks, SourceBlocks, with_attention
-from mla_convert.convert.calibrate import sweep
-from mla_convert.convert.clips import PROJECTION, drawn, enter_clips
+from mla_convert.convert.blocks import SourceBlocks, with_attention
 from mla_convert.convert.config import CalibrationConfig
-from mla_convert.convert.probe import LayerSample
-from mla_convert.convert.store import TensorStore
 from mla_convert.errors import UsageError, UserError
 from mla_convert.export.checkpoint import load_checkpoint, save_checkpoint
 from mla_convert.families.wan import FAMILY
@@ -42,12 +36,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def calibration(**settings: Any) -> dict[str, Any]:
-    return {"clips": 8, "batch_size": 4, "queries_per_chunk": 4, **settings}
-
-
 def config(**settings: Any) -> ConvertConfig:
-    return ConvertConfig(**{"kv_lora_rank": 10, "calibration": calibration(), **settings})
+    return ConvertConfig(**{"kv_lora_rank": 10, "calibration": pico.calibration(), **settings})
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +77,7 @@ def test_blocks_one_at_a_time_are_the_whole_forward(
 def test_streamed_conversion_is_the_same_bytes(
     source: Source, tmp_path: Path, method: str, dtype: torch.dtype | None
 ) -> None:
-    settings = config(calibration=calibration(**METHODS[method]))
+    settings = config(calibration=pico.calibration(**METHODS[method]))
     model = convert_model(FAMILY, load_dense(source, dtype), settings, pico.batches())
     save_checkpoint(model, tmp_path / "memory", {})
     converted = convert_source(source, settings, tmp_path / "work", pico.batches(), dtype=dtype)
@@ -143,7 +133,7 @@ def fitted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_killed_after_each_layer_ends_with_the_same_bytes(
     source: Source, tmp_path: Path, fitted: list[int], method: str, init: str
 ) -> None:
-    settings = config(init=init, calibration=calibration(**METHODS[method]))
+    settings = config(init=init, calibration=pico.calibration(**METHODS[method]))
 
     def convert(work: str, progress: Any = None) -> Path:
         converted = convert_source(source, settings, tmp_path / work, pico.batches(), progress=progress)
@@ -195,151 +185,6 @@ def test_no_clips_are_said_so(source: Source, tmp_path: Path) -> None:
         convert_source(source, config(), tmp_path / "work", [])
 
 
-def collect(dense: Any, layers: set[int], store: TensorStore | None = None, **settings: Any) -> dict[int, LayerSample]:
-    """Samples of some layers of a dense model, by layer."""
-    samples: dict[int, LayerSample] = {}
-
-    def keep(layer: int, block: Any, sample: LayerSample | None) -> None:
-        assert sample is not None
-        samples[layer] = sample
-
-    blocks, chosen = ModelBlocks(dense), CalibrationConfig(**calibration(**settings))
-    clips = enter_clips(blocks, pico.batches(), chosen, store or TensorStore())
-    sweep(blocks, clips, chosen, True, layers, keep)
-    return samples
-
-
-def equal(first: LayerSample, second: LayerSample) -> bool:
-    return all(torch.equal(x, vars(second)[name]) for name, x in vars(first).items())
-
-
-@pytest.mark.parametrize("metric", ["output", "velocity"])
-def test_a_sample_does_not_depend_on_which_others_are_taken(metric: str) -> None:
-    dense = pico.dense_model(layers=LAYERS)
-    every = collect(dense, {0, 1, 2}, metric=metric)
-    for layers in ({0}, {1, 2}, {2}):
-        some = collect(dense, layers, metric=metric)
-        assert some.keys() == layers
-        assert all(equal(some[layer], every[layer]) for layer in layers)
-
-
-@pytest.mark.parametrize("metric", ["output", "velocity"])
-def test_hidden_states_on_disk_change_nothing(tmp_path: Path, metric: str) -> None:
-    dense = pico.dense_model(layers=LAYERS)
-    held = collect(dense, {0, 1, 2}, metric=metric)
-    store = TensorStore(tmp_path / "activations", limit=0)
-    spilled = collect(dense, {0, 1, 2}, store, metric=metric)
-    assert all(equal(spilled[layer], held[layer]) for layer in held)
-    store.clear()
-    assert not (tmp_path / "activations").exists()
-
-
-def test_hidden_states_that_fit_nowhere_are_refused_before_they_are_computed(tmp_path: Path) -> None:
-    store = TensorStore(tmp_path / "activations", limit=0)
-    with pytest.raises(UserError, match=r"keeps 1e\+09 GB of hidden states .* free; lower clips"):
-        store.require(10**18, "lower clips")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_gradient_of_the_velocity_is_that_of_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Block by block with weights that would want gradients, against autograd through the model."""
-    dense = pico.dense_model(layers=LAYERS).requires_grad_()
-    chosen = CalibrationConfig(**calibration())
-    grads: dict[tuple[int, int], torch.Tensor] = {}
-    numbers = itertools.count()
-
-    def record(layer: Any, hidden: torch.Tensor, *rest: Any) -> Any:
-        grads[layer.layer, next(numbers) % 2] = rest[-1]
-        return original(layer, hidden, *rest)
-
-    original = calibrate_module.sample_layer
-    monkeypatch.setattr(calibrate_module, "sample_layer", record)
-    collect(dense, {0, 1, 2})
-    assert all(parameter.grad is None for parameter in dense.parameters())
-
-    clips = enter_clips(ModelBlocks(dense), pico.batches(), chosen, TensorStore())
-    for number, inputs in enumerate(clips.inputs):
-        seen: list[torch.Tensor] = []
-        hooks = [b.attn1.register_forward_hook(lambda _, args, out, s=seen: s.append(out)) for b in dense.blocks]
-        tokens = clips.store[clips.key(0, number)]
-        for block in dense.blocks:
-            tokens = block(tokens, *inputs.shared)
-        v = dense.leave(tokens, inputs)
-        for hook in hooks:
-            hook.remove()
-        z = torch.randn(v.shape, generator=drawn(PROJECTION, chosen.seed, number))
-        expected = torch.autograd.grad(v, seen, z / v.numel() ** 0.5)
-        for layer, grad in enumerate(expected):
-            # Observed 2.4e-7 of the largest.
-            assert pico.relative_error(grads[layer, number], grad) < 2e-6
-
-
-def test_expected_square_of_a_probe_is_the_mean_squared_velocity_error() -> None:
-    """A random error of the attention output, weighed by many gradients, against what it does to the velocity."""
-    dense = pico.dense_model()
-    blocks, chosen = ModelBlocks(dense), CalibrationConfig(**calibration())
-    inputs = enter_clips(blocks, pico.batches()[:1], chosen, store := TensorStore()).inputs[0]
-    tokens = store["0000-00000"]
-    error = 1e-3 * torch.randn(tokens.shape, generator=torch.Generator().manual_seed(0))
-
-    def velocity(added: torch.Tensor) -> torch.Tensor:
-        hook = dense.blocks[0].attn1.register_forward_hook(lambda _, args, out: out + added)
-        x = tokens
-        for block in dense.blocks:
-            x = block(x, *inputs.shared)
-        hook.remove()
-        return dense.leave(x, inputs)
-
-    with torch.no_grad():
-        mean_squared = float((velocity(error) - velocity(torch.zeros_like(error))).square().mean())
-    added = torch.zeros_like(error).requires_grad_()
-    v = velocity(added)
-    products = []
-    for draw in range(200):
-        z = torch.randn(v.shape, generator=drawn(PROJECTION, draw, 0)) * v.numel() ** -0.5
-        (grad,) = torch.autograd.grad(v, added, z, retain_graph=True)
-        products.append(float((grad * error).sum()) ** 2)
-    assert sum(products) / len(products) == pytest.approx(mean_squared, rel=0.3)
-
-
-def test_layers_see_what_the_converted_ones_below_made() -> None:
-    dense = pico.dense_model(layers=LAYERS)
-    states = {}
-    for name, settings in (("teacher", {"metric": "output"}), ("converted", METHODS["converted"])):
-        model = convert_model(
-            FAMILY, dense, config(kv_lora_rank=4, calibration=calibration(**settings)), pico.batches()
-        )
-        assert torch.isfinite(model(*pico.inputs(2, 7, 6, 4)).sample).all()
-        states[name] = model.state_dict()
-    same = [
-        torch.equal(states["teacher"][name], states["converted"][name])
-        for name in (f"blocks.{layer}.attn1.kv_a_proj.weight" for layer in range(LAYERS))
-    ]
-    assert same == [True, False, False]
-
-
-def test_converted_hidden_states_are_those_of_the_converted_model() -> None:
-    """What enters layer 2 is what the converted model's layers 0 and 1 make of the same clips."""
-    dense = pico.dense_model(layers=LAYERS)
-    settings = config(kv_lora_rank=4, calibration=calibration(**METHODS["converted"]))
-    model = convert_model(FAMILY, dense, settings, pico.batches())
-    blocks = ModelBlocks(dense)
-    entered: dict[int, torch.Tensor] = {}
-
-    def visit(layer: int, block: Any, sample: LayerSample | None) -> Any:
-        if layer == LAYERS - 1:
-            entered[layer] = clips.store[clips.key(layer, 0)]
-        return model.blocks[layer].attn1
-
-    clips = enter_clips(blocks, pico.batches(), settings.calibration, TensorStore())
-    tokens, inputs = clips.store[clips.key(0, 0)], clips.inputs[0]
-    sweep(blocks, clips, settings.calibration, True, {LAYERS - 1}, visit)
-    with torch.no_grad():
-        for block in model.blocks[: LAYERS - 1]:
-            tokens = block(tokens, *inputs.shared)
-    assert torch.equal(entered[LAYERS - 1], tokens)
-
-
 def test_a_block_with_another_attention_leaves_the_first_alone() -> None:
     block = pico.dense_model().blocks[0]
     attention = block.attn1
@@ -359,12 +204,12 @@ def test_infinite_activations_name_the_layer(method: str) -> None:
     dense = pico.dense_model(layers=LAYERS)
     dense.blocks[1].attn1.to_k.bias.fill_(float("inf"))
     with pytest.raises(UserError, match="NaN or infinite values in the key of layer 1; check the weights"):
-        convert_model(FAMILY, dense, config(calibration=calibration(**METHODS[method])), pico.batches())
+        convert_model(FAMILY, dense, config(calibration=pico.calibration(**METHODS[method])), pico.batches())
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_fewer_tokens_than_the_rank_are_said_once(caplog: pytest.LogCaptureFixture, method: str) -> None:
-    few = calibration(**METHODS[method], max_tokens=6)
+    few = pico.calibration(**METHODS[method], max_tokens=6)
     model = convert_model(FAMILY, pico.dense_model(), config(kv_lora_rank=20, calibration=few), pico.batches())
     assert torch.isfinite(model(*pico.inputs(2, 7, 6, 4)).sample).all()
     (message,) = caplog.messages
@@ -377,7 +222,7 @@ def test_layers_without_keys_convert(method: str) -> None:
     for part in (dense.blocks[1].attn1.to_k, dense.blocks[1].attn1.norm_k):
         for parameter in part.parameters():
             parameter.zero_()
-    settings = config(kv_lora_rank=40, calibration=calibration(**METHODS[method]))
+    settings = config(kv_lora_rank=40, calibration=pico.calibration(**METHODS[method]))
     model = convert_model(FAMILY, dense, settings, pico.batches())
     clip = pico.inputs(2, 7, 6, 4)
     assert pico.relative_error(model(*clip).sample, dense(*clip).sample) < 0.1

@@ -10,6 +10,8 @@ the MEAN squared error of the velocity that it causes. Only activations get grad
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
@@ -23,6 +25,8 @@ from .budget import Trace
 from .clips import PROJECTION, SAMPLE, Clips, drawn
 from .config import CalibrationConfig
 from .probe import FIELDS, LayerSample, require_finite, sample_layer
+
+logger = logging.getLogger(__name__)
 
 Visit = Callable[[int, Any, LayerSample | None], nn.Module | None]
 
@@ -104,33 +108,63 @@ class _Sweep(NamedTuple):
                 self.visited(layer)
 
     def backward(self, progress: Callable[[int, int], None] | None) -> None:
-        """Up through all blocks, keeping what enters them, then down to the first wanted one."""
-        first, count = min(self.wanted, default=len(self.blocks)), len(self.blocks)
-        remedy = "lower calibration.clips or set calibration.metric to output"
-        self.clips.store.require((count - first + 2) * self.clips.bytes_a_layer, remedy)
-        self._ascend(first, progress)
-        scales = self._pull_back_velocity()
-        for layer in reversed(range(first, count)):
-            with self.blocks.open(layer) as block:
-                for number, scale in enumerate(scales):
-                    self._descend(layer, number, block, scale)
-                if layer in self.wanted:
-                    sample = self._sampled(layer)
-                    give_back_memory()
-                    self.visit(layer, block, sample)
-                    del sample
-            if self.visited is not None and layer in self.wanted:
-                self.visited(layer)
+        """Up through all blocks, keeping what enters them, then down to the first wanted one.
 
-    def _ascend(self, first: int, progress: Callable[[int, int], None] | None) -> None:
+        Where that is more than the store takes, only one block's in n is kept, n as small as may be, and the way
+        down computes what enters the n - 1 above it again, to the same bits (Chen et al., arXiv 1604.06174).
+        """
+        first, count = min(self.wanted, default=len(self.blocks)), len(self.blocks)
+        every = self._spacing(count - first)
+        self._ascend(range(first, count, every), progress)
+        scales = self._pull_back_velocity()
+        for start in reversed(range(first, count, every)):
+            segment = range(start, min(start + every, count))
+            self._refill(segment[:-1])
+            for layer in reversed(segment):
+                self._visit_above(layer, scales)
+
+    def _spacing(self, layers: int) -> int:
+        """Of how many of the upper `layers` one's input is kept. Raises UserError where no number will do."""
+        store, size = self.clips.store, self.clips.bytes_a_layer
+        # One of each segment, all of the segment on its way down, and what enters a block beside what leaves it.
+        kept = {every: (math.ceil(layers / every) + every + 1) * size for every in range(1, max(layers, 1) + 1)}
+        store.require(min(kept.values()), "lower calibration.clips or set calibration.metric to output")
+        every = next(every for every, needed in kept.items() if store.fits(needed))
+        if every > 1:
+            sizes = f"{kept[every] / 1e9:.3g} GB instead of {kept[1] / 1e9:.3g} GB"
+            logger.warning("calibration keeps the input of one block in %d, %s, and runs blocks twice", every, sizes)
+        return every
+
+    def _ascend(self, kept: Collection[int], progress: Callable[[int, int], None] | None) -> None:
         clips, count = self.clips, len(self.blocks)
         for layer in range(count):
             with self.blocks.open(layer) as block:
                 for number, inputs in enumerate(clips.inputs):
                     seen = _run(block, clips.store[clips.key(layer, number)], inputs, layer)
-                    clips.advance(layer, number, seen.tokens, keep=layer >= first)
+                    clips.advance(layer, number, seen.tokens, keep=layer in kept)
             if progress is not None:
                 progress(layer + 1, count)
+
+    def _refill(self, layers: Collection[int]) -> None:
+        """Compute what enters the blocks above `layers` again."""
+        for layer in layers:
+            with self.blocks.open(layer) as block:
+                for number, inputs in enumerate(self.clips.inputs):
+                    tokens = self.clips.store[self.clips.key(layer, number)]
+                    self.clips.advance(layer, number, _run(block, tokens, inputs, layer).tokens, keep=True)
+
+    def _visit_above(self, layer: int, scales: list[float]) -> None:
+        """Pull the gradient back through a block, and give the layer to `visit` if it is wanted."""
+        with self.blocks.open(layer) as block:
+            for number, scale in enumerate(scales):
+                self._descend(layer, number, block, scale)
+            if layer in self.wanted:
+                sample = self._sampled(layer)
+                give_back_memory()
+                self.visit(layer, block, sample)
+                del sample
+        if self.visited is not None and layer in self.wanted:
+            self.visited(layer)
 
     def _pull_back_velocity(self) -> list[float]:
         """The last block's tokens become the gradient of `z^T v` in them; the scale of z by batch.

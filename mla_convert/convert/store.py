@@ -13,6 +13,7 @@ from ..errors import UserError
 from ..files import explain_os_errors, save_tensors
 
 IN_MEMORY_BYTES = 256 * 2**20
+SHARE_OF_DISK = 0.9
 _NAME = "tensor"
 
 
@@ -64,15 +65,22 @@ class TensorStore:
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
+    def fits(self, size: int) -> bool:
+        """Whether `size` bytes fit in memory or on the disk, of which a tenth is left to others."""
+        return self.folder is None or size <= max(self.limit, int(SHARE_OF_DISK * self._free()))
+
     def require(self, size: int, remedy: str) -> None:
-        """Raise UserError with `remedy` if `size` bytes fit neither in memory nor on the disk."""
-        if self.folder is None or size <= self.limit:
-            return
-        place = next(parent for parent in self.folder.parents if parent.exists())
-        free = shutil.disk_usage(place).free
-        if size > free:
-            sizes = f"{size / 1e9:.3g} GB of hidden states and {place} has {free / 1e9:.3g} GB free"
-            raise UserError(f"calibration keeps {sizes}; {remedy}")
+        """Raise UserError with `remedy` if `size` bytes do not fit."""
+        if not self.fits(size):
+            sizes = f"{size / 1e9:.3g} GB of hidden states and {self._place()} has {self._free() / 1e9:.3g} GB free"
+            raise UserError(f"calibration keeps {sizes}, of which it takes nine tenths at most; {remedy}")
+
+    def _place(self) -> Path:
+        assert self.folder is not None
+        return next(parent for parent in self.folder.parents if parent.exists())
+
+    def _free(self) -> int:
+        return shutil.disk_usage(self._place()).free
 
     def _forget(self, key: str) -> None:
         held = self._held.pop(key, None)
