@@ -8,6 +8,7 @@ import mla_attention
 import pico
 import pytest
 import torch
+from stream_case import FLOAT32, HEIGHT, VARIANTS, WIDTH, alone, batch_of, prompt
 from torch import Tensor
 
 from mla_convert.errors import UsageError, UserError
@@ -23,11 +24,6 @@ from mla_convert.run.batch import StreamBatch
 from mla_convert.run.stream import stream_chunks
 from mla_convert.zoo.digits.data import FRAME, GUIDANCE, SHIFT
 
-HEIGHT, WIDTH = 6, 4
-STEPS = {"num_inference_steps": 2, "shift": 3.0}
-# Relative to the largest magnitude. A matrix product of another size may sum in another order, and a rollout feeds
-# what it made back; the largest error seen on a CPU is 1.2e-6.
-FLOAT32 = 1e-5
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REFUSAL = mla_attention.why_not(DEVICE, torch.float32)
 needs_kernels = pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL))
@@ -36,23 +32,6 @@ WINDOWS = [
     {"num_frames_per_block": 3, "window_frames": 7, "sink_frames": 0, "independent_first_frame": True},
     {"num_frames_per_block": 2, "window_frames": 5, "sink_frames": 1, "sink_positions": "absolute"},
 ]
-
-# The dense model, and every position with the own chunk one way or the other.
-VARIANTS = [None, *pico.VARIANTS[::3], pico.VARIANTS[4]]
-
-
-def prompt(seed: int, tokens: int = 3) -> Tensor:
-    return torch.randn(tokens, 8, generator=torch.Generator().manual_seed(seed))
-
-
-def alone(model: Any, text: Tensor, num_frames: int, seed: int = 0, **settings: Any) -> Tensor:
-    """The rollout `[C, F, H, W]` of one prompt."""
-    chunks = stream_chunks(model, text.unsqueeze(0), num_frames, HEIGHT, WIDTH, seed=seed, **{**STEPS, **settings})
-    return torch.cat(list(chunks), dim=2)[0]
-
-
-def batch_of(model: Any, lanes: int, **settings: Any) -> StreamBatch:
-    return StreamBatch(model, lanes, HEIGHT, WIDTH, **{**STEPS, **settings})
 
 
 def poison(batch: StreamBatch) -> None:

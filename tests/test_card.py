@@ -197,6 +197,24 @@ def test_origin(run, source, name, hub):
     assert (f"base_model: {hub}\n" in card) == (hub is not None)
 
 
+@pytest.mark.parametrize(
+    ("source", "adapters", "text"),
+    [
+        (SOURCE, [("lora.pt", 1.0)], "revision 0123456789ab and the LoRA `lora.pt`, with mla-convert"),
+        (
+            {"model": "/a/base"},
+            [("a.pt", 1.0), ("b.pt", 0.5)],
+            "from `base` and the LoRA `a.pt` and the LoRA `b.pt` (0.5 times), with mla-convert",
+        ),
+    ],
+)
+def test_adapters_are_said(run, source, adapters, text):
+    manifest = read_manifest(run / "checkpoint")
+    listed = [{"file": file, "scale": scale} for file, scale in adapters]
+    card = render_card({**manifest, "source": {**source, "adapters": listed}}, Evidence())
+    assert text in " ".join(card.split())
+
+
 def test_dense_checkpoint_has_a_card_too(tmp_path):
     save_checkpoint(pico_dense(), tmp_path / "dense", {})
     export(tmp_path / "dense", tmp_path / "out", ExportConfig())

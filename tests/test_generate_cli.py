@@ -161,6 +161,18 @@ def test_a_change_of_prompt_leaves_what_came_before(capsys, checkpoint, pipeline
     assert torch.equal(latents_of(capsys, tmp_path / "c.safetensors", *given), after)
 
 
+def test_recache_writes_the_window_again_for_the_new_prompt(capsys, checkpoint, tmp_path):
+    """A window of four frames that is filling: what comes after is the continuation of a start with the new prompt."""
+    common = ["generate", checkpoint, "--frames", "4", *SIZE]
+    changed = [*common, "--prompt", "a red square", "--prompt-at", "1:the dark"]
+    kept = latents_of(capsys, tmp_path / "kept.safetensors", *changed, "--no-recache")
+    anew = latents_of(capsys, tmp_path / "anew.safetensors", *changed, "--recache")
+    assert torch.equal(anew[:, :3], kept[:, :3]) and not torch.equal(anew[:, 3], kept[:, 3])
+    save_file({"latents": anew[:, :3].contiguous()}, tmp_path / "start.safetensors")
+    start = ["--prompt", "the dark", "--start", tmp_path / "start.safetensors"]
+    assert torch.equal(latents_of(capsys, tmp_path / "c.safetensors", *common, *start), anew)
+
+
 def test_several_prompts_are_several_videos(capsys, digits, tmp_path):
     common = ["generate", digits, "--frames", "6", "--steps", "1"]
     told = ["--prompt", "7", "--prompt", "3 moving up"]

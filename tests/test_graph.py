@@ -83,6 +83,16 @@ def test_replayed_passes_are_those_that_are_run(
     assert captures == 3 < len(model.causal.chunks(FRAMES))
 
 
+@pytest.mark.usefixtures("taped")
+def test_a_window_that_is_written_again_is_captured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rewinding moves the places in memory."""
+    model = pico.convert(pico.dense_model(), position="rotate_on_read", kv_lora_rank=20)
+    settings = {"prompt_at": {8: torch.ones(1, 3, 8)}.get, "recache": True}
+    actual = rolled_out(model, **settings)
+    monkeypatch.setattr(graph, "why_not_graph", lambda model, cache: "off")
+    assert torch.equal(actual, rolled_out(model, **settings))
+
+
 @needs_interpreter
 @pytest.mark.usefixtures("taped")
 @pytest.mark.parametrize("history", ["chunk", "pass"])

@@ -259,7 +259,7 @@ def test_lora(tmp_path, original):
     adapter = {f"base_model.model.blocks.0.self_attn.q.lora_{side}.weight": torch.zeros(1) for side in "AB"}
     for state in ({"generator_lora": adapter}, {"generator": original, "generator_lora": adapter}, adapter):
         torch.save(state, tmp_path / "lora.pt")
-        assert "fuse them into their base model (merge_and_unload in peft" in refusal(tmp_path / "lora.pt")
+        assert "name the base model as the source and this file under source.adapters" in refusal(tmp_path / "lora.pt")
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])

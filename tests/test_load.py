@@ -230,7 +230,7 @@ def test_tensors_that_the_stock_class_ignores(folder):
 def test_lora_weights(folder):
     name = "transformer.blocks.0.attn1.to_q.lora_A.weight"
     change_tensors(folder, lambda tensors: tensors.update({name: torch.zeros(1)}))
-    assert f"holds LoRA weights ({name}); fuse them into their base model" in refusal(folder)
+    assert f"holds LoRA weights ({name}), which is half of a model; name the base model" in refusal(folder)
 
 
 def test_quantised_weights(folder):

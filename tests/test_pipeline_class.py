@@ -155,6 +155,9 @@ def test_prompts_change_at_the_next_border(digits: Any) -> None:
     np.testing.assert_array_equal(after[:, :6], before[:, :6])
     assert not np.array_equal(after[:, 6:9], before[:, 6:9])
     np.testing.assert_array_equal(digits("7", num_frames=12, prompt_schedule=[(1.2, "3 moving up")]).frames, after)
+    anew = digits("7", num_frames=12, prompt_schedule={1.2: "3 moving up"}, recache=True).frames
+    np.testing.assert_array_equal(anew[:, :6], before[:, :6])
+    assert not np.array_equal(anew[:, 6:9], after[:, 6:9])
 
 
 def test_callbacks_see_every_step_and_may_change_it(digits: Any) -> None:

@@ -233,7 +233,10 @@ def test_demo_is_at_the_papers_ratio():
     assert convert.kv_lora_rank / convert.layers_per_latent / (2 * 6 * 32) == pytest.approx(224 / 3072)
 
 
-@pytest.mark.parametrize(("name", "dense"), [("wan2.1-1.3b", 3072), ("self-forcing-1.3b", 3072), ("wan2.1-14b", 10240)])
+@pytest.mark.parametrize(
+    ("name", "dense"),
+    [("wan2.1-1.3b", 3072), ("self-forcing-1.3b", 3072), ("longlive-1.3b", 3072), ("wan2.1-14b", 10240)],
+)
 def test_recipes_for_published_models_are_near_the_papers_ratio(name, dense):
     convert = load_recipe(find_recipe(name)).convert
     assert convert.kv_lora_rank / convert.layers_per_latent / dense == pytest.approx(224 / 3072, rel=0.02)

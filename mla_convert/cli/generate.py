@@ -36,6 +36,14 @@ def generate(
     prompts: Annotated[
         Path | None, typer.Option(help="A YAML or .jsonl file of entries with seconds and prompt.")
     ] = None,
+    recache: Annotated[
+        bool | None,
+        typer.Option(
+            "--recache/--no-recache",
+            help="Compute the cached window again where the prompt changes, as LongLive does.",
+            show_default=False,
+        ),
+    ] = None,
     negative_prompt: Annotated[
         str | None, typer.Option(help="What guidance leads away from; the empty prompt by default.")
     ] = None,
@@ -107,6 +115,7 @@ def generate(
         "shift": shift,
         "guidance_scale": guidance_scale,
         "context_noise": context_noise,
+        "recache": recache,
         "fps": fps,
         "seed": seed,
         "start": None if start is None else str(start),

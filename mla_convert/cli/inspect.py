@@ -25,6 +25,10 @@ def inspect(
     use_ema: Annotated[
         bool | None, typer.Option(help="Averaged or trained weights of a training checkpoint.", show_default=False)
     ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE", help="LoRA weights to add, in SOURCE or a file of their own; may be repeated."),
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Parquet shards to calibrate on; digits make their own.")
     ] = None,
@@ -45,10 +49,14 @@ def inspect(
     chosen = None if ranks is None else parse_ranks(ranks)
     with stderr().status("loading PyTorch"):
         from ..distill.progress import progress_bars
+        from ..load import AdapterConfig
         from ..pipeline.inspection import inspect_source
 
+    adapters = [AdapterConfig(model=one) if Path(one).is_file() else AdapterConfig(file=one) for one in adapter or []]
     with progress_bars(stderr()) as report:
-        result = inspect_source(source, subfolder, data, clips, text_tokens, chosen, out, report, file, use_ema)
+        result = inspect_source(
+            source, subfolder, data, clips, text_tokens, chosen, out, report, file, use_ema, adapters
+        )
     tables = [rank_table(result), energy_table(result)]
     if result["predicted"] is not None:
         tables.append(prediction_table(result))

@@ -80,4 +80,5 @@ def convert_source(
 def _fingerprint(source: Source) -> dict[str, Any]:
     """What tells a source from another one or from an earlier state of itself, without reading it."""
     files = {str(file.resolve()): (file.stat().st_size, file.stat().st_mtime_ns) for file in source.tensors.files()}
-    return {"files": files, "family": source.family.name, "config": source.config}
+    found = {"files": files, "family": source.family.name, "config": source.config}
+    return found | {"adapters": list(source.adapters)}

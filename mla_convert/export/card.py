@@ -81,6 +81,7 @@ def render_card(
         model=model,
         mla=model.get("mla"),
         origin=origin,
+        adapters=[(adapter["file"], adapter["scale"]) for adapter in source.get("adapters") or []],
         licence=source.get("license"),
         code=next((file for file in manifest["files"] if file.endswith(".py")), None),
         libraries=library_versions(),

@@ -34,6 +34,7 @@ TRAINED_FOR = (
     "shift",
     "guidance_scale",
     "context_noise",
+    "recache",
     "latent_height",
     "latent_width",
     "fps",

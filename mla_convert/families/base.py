@@ -70,8 +70,9 @@ class Family:
     `geometry` reads a configuration of any of them. `near_misses` names related classes that cannot
     be converted, each with the reason; `near_miss_tensors` does the same by a part of a tensor's name.
 
-    Four hooks import files that are not in diffusers layout. `stored_names` maps our tensor names to
-    those of a file, or gives None when it does not know the layout. `foreign_classes` are classes of
+    Five hooks import files that are not in diffusers layout. `stored_names` maps our tensor names to
+    those of a file, or gives None when it does not know the layout. `original_names` maps the names of another
+    layout to our names, for adapters that are called by it. `foreign_classes` are classes of
     other repositories whose configuration `stock_config` turns into a stock one; it gets the stored
     configuration and the shapes under our names (empty when only the configuration is there yet), and
     gives None for a configuration that needs no translation. `infer_config` reads a stock
@@ -89,6 +90,7 @@ class Family:
     geometry: Callable[[Config], Geometry] = stock_geometry
     near_misses: Mapping[str, str] = field(default_factory=dict)
     stored_names: Callable[[Collection[str]], dict[str, str] | None] = lambda names: None
+    original_names: Callable[[Collection[str]], dict[str, str]] = lambda names: {}
     foreign_classes: tuple[str, ...] = ()
     near_miss_tensors: Mapping[str, str] = field(default_factory=dict)
     stock_config: Callable[[Config, Shapes], dict[str, Any] | None] = lambda stored, shapes: None

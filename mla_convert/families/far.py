@@ -124,6 +124,8 @@ class FarCache(FrameCache):
     again: the latents `[B, C, F, H, W]` of the last chunks and their timesteps.
     """
 
+    can_rewind = False
+
     def __init__(
         self,
         window: FarWindow,

@@ -14,7 +14,7 @@ from .base import Family
 from .block import CausalBlock
 from .causal import CausalTransformer, LatentTransformer
 from .signature import takes
-from .wan_files import NEAR_MISS_TENSORS, NEAR_MISSES, infer_config, stock_config, stored_names
+from .wan_files import NEAR_MISS_TENSORS, NEAR_MISSES, infer_config, original_names, stock_config, stored_names
 
 
 class CausalWanBlock(CausalBlock, WanTransformerBlock):
@@ -76,6 +76,7 @@ FAMILY = Family(
     near_misses=NEAR_MISSES,
     near_miss_tensors=NEAR_MISS_TENSORS,
     stored_names=stored_names,
+    original_names=original_names,
     stock_config=stock_config,
     infer_config=infer_config,
 )

@@ -1,11 +1,13 @@
 """From a folder, a Hub id or a single file to a checked source: configuration and lazy tensors."""
 
+from .adapters import AdapterConfig
 from .build import accepted_config, build_model, check_tensors
 from .source import Source, check_finite, load_dense, load_source
 from .tensors import LazyTensors
 from .weights import open_weights, read_config, read_json
 
 __all__ = [
+    "AdapterConfig",
     "LazyTensors",
     "Source",
     "accepted_config",

@@ -30,6 +30,10 @@ class TensorFile(Protocol):
         """The tensor as it is stored; it may be a view of the mapped file."""
         ...
 
+    def metadata(self) -> dict[str, str]:
+        """Text in the header."""
+        ...
+
 
 class SafetensorsFile:
     """A .safetensors file. Raises UserError when it is missing, cut short or something else."""
@@ -55,6 +59,9 @@ class SafetensorsFile:
     def read(self, name: str) -> Tensor:
         tensor: Tensor = self._open.get_tensor(name)
         return tensor
+
+    def metadata(self) -> dict[str, str]:
+        return self._open.metadata() or {}
 
 
 def raise_if_unreadable(path: Path, error: Exception) -> None:

@@ -15,6 +15,7 @@ from .weights import CONFIG, INDEXES, WEIGHTS, read_config, weight_files
 
 ZOO = Path(__file__).parents[1] / "zoo"
 WEIGHT_SUFFIXES = (".safetensors", *PICKLES)
+ADAPTER_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_model.bin")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -53,6 +54,34 @@ def locate(model: str, subfolder: str | None, revision: str | None, file: str | 
     if file is not None:
         return _file_on_hub(model, subfolder, revision, file)
     return _folder_on_hub(model, subfolder, revision)
+
+
+def locate_file(model: str, revision: str | None, file: str | None, beside: str) -> tuple[Path, str | None]:
+    """A weights file of a folder or a Hub repository, or `model` itself, and the commit on the Hub.
+
+    Without `file` there must be one of `ADAPTER_FILES`. `beside` is fetched too where it lies in the same folder.
+    Raises UserError in one line.
+    """
+    path = Path(model).expanduser()
+    if file is not None:
+        _check_inner(file)
+    names = ADAPTER_FILES if file is None else (file,)
+    if path.is_file():
+        if file is not None:
+            raise UserError(f"{path} is a file; leave file out or name its folder")
+        _check_suffix(path)
+        return path, None
+    root, commit = path, None
+    if not path.is_dir():
+        if path.suffix in (*WEIGHT_SUFFIXES, ".gguf") or not _HUB_ID.fullmatch(model):
+            raise UserError(f"{model} does not exist; give a folder, a weights file or a Hub id")
+        wanted = [name for inner in names for name in (inner, (PurePosixPath(inner).parent / beside).as_posix())]
+        root = download(model, revision, [glob.escape(name) for name in wanted])
+        commit = root.name
+    found = next((root / name for name in names if (root / name).is_file()), None)
+    if found is None:
+        raise UserError(f"{model} has no file {' or '.join(names)}")
+    return found, commit
 
 
 def _in_folder(root: Path, subfolder: str | None, file: str | None) -> Located:

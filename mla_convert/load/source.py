@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from huggingface_hub import metadata_load
 
 from ..families.base import Family, Geometry
 from ..flow import ALL_NOISE
+from .adapters import PEFT_CONFIG, AdapterConfig, adapted, module_names
 from .build import accepted_config, build_model, check_tensors
-from .locate import locate
+from .locate import Located, locate, locate_file
 from .recognise import in_our_layout, in_our_names, infer, recognise
 from .states import find_state
 from .tensors import LazyTensors
@@ -29,6 +31,7 @@ class Source:
     user called the model, `revision` the commit if it came from the Hub, `licence` the identifier in
     its model card. `file` is the weights file that the user named in there, `state` the key of a
     training checkpoint that the weights were under, `noise_range` the noise levels that the model is for.
+    `adapters` are those that are added to the tensors as they are read, as a manifest records them.
     """
 
     family: Family
@@ -41,6 +44,7 @@ class Source:
     file: str | None = None
     state: str | None = None
     noise_range: tuple[float, float] = ALL_NOISE
+    adapters: tuple[dict[str, Any], ...] = ()
 
     @property
     def geometry(self) -> Geometry:
@@ -55,6 +59,7 @@ class Source:
             "state": self.state,
             "family": self.family.name,
             "license": self.licence,
+            "adapters": list(self.adapters),
         }
 
 
@@ -65,6 +70,7 @@ def load_source(
     causal: dict[str, Any] | None = None,
     file: str | None = None,
     use_ema: bool | None = None,
+    adapters: Sequence[AdapterConfig] = (),
 ) -> Source:
     """Find `model`, recognise its family, and check names, shapes and dtypes of all its tensors.
 
@@ -72,7 +78,8 @@ def load_source(
     .pt, .pth, .ckpt or .bin, with config.json beside it unless its shapes tell everything), or a Hub
     id. `file` names the weights file in a folder or Hub repository. `causal` replaces the `causal`
     section of config.json. `use_ema` chooses between the averaged and the trained weights of a
-    training checkpoint; None takes the averaged ones where there are some. Raises UserError in one line.
+    training checkpoint; None takes the averaged ones where there are some. `adapters` are added to the
+    tensors when they are read. Raises UserError in one line.
     """
     located = locate(model, subfolder, revision, file)
     where = str(located.file or located.folder)
@@ -90,9 +97,35 @@ def load_source(
     if causal is not None:
         config["causal"] = causal
     tensors = check_tensors(family.dense_class, config, tensors, where)
+    files = [_locate_adapter(adapter, model, located) for adapter in adapters]
+    if files:
+        names = module_names(tensors, family.original_names(tensors))
+        tensors = adapted(tensors, names, [(path, adapter) for (path, _), adapter in zip(files, adapters, strict=True)])
     return Source(
-        family, config, tensors, model, located.folder, _licence(located.folder), located.revision, file, state.key
+        family,
+        config,
+        tensors,
+        model,
+        located.folder,
+        _licence(located.folder),
+        located.revision,
+        file,
+        state.key,
+        adapters=tuple(
+            {**adapter.model_dump(), "model": adapter.model or model, "file": path.name, "revision": commit}
+            for (path, commit), adapter in zip(files, adapters, strict=True)
+        ),
     )
+
+
+def _locate_adapter(adapter: AdapterConfig, model: str, located: Located) -> tuple[Path, str | None]:
+    """The file of an adapter and its commit on the Hub; the model's own folder and commit where it names none."""
+    if adapter.model is not None:
+        return locate_file(adapter.model, adapter.revision, adapter.file, PEFT_CONFIG)
+    own = str(Path(model).parent) if Path(model).is_file() else model
+    if model.startswith("zoo:"):
+        own = str(located.folder)
+    return locate_file(own, adapter.revision or located.revision, adapter.file, PEFT_CONFIG)
 
 
 def load_dense(source: Source, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Any:

@@ -47,8 +47,8 @@ def find_state(names: Collection[str], use_ema: bool | None, where: str) -> Stat
     adapter = adapter or next((name for name in chosen if "lora_" in name), None)
     if adapter is not None:
         raise UserError(
-            f"{where} holds LoRA weights ({adapter}); fuse them into their base model (merge_and_unload in peft, "
-            "fuse_lora in diffusers) and save that"
+            f"{where} holds LoRA weights ({adapter}), which is half of a model; name the base model as the source and "
+            "this file under source.adapters"
         )
     stripped: dict[str, str] = {}
     for name in chosen:

@@ -46,6 +46,15 @@ class LazyTensors(Mapping[str, Tensor]):
         selected._open = dict(self._open)
         return selected
 
+    @property
+    def places(self) -> Mapping[str, Place]:
+        """Where every tensor lies."""
+        return self._places
+
+    def metadata(self, file: Path) -> dict[str, str]:
+        """What the header of one of the files says beside names and shapes."""
+        return self._handle(file).metadata()
+
     def stored_name(self, name: str) -> str:
         """What the file calls a tensor."""
         return self._places[name].name

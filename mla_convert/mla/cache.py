@@ -6,7 +6,7 @@ is ever shifted or cloned, and the position of a slot is looked up when it is re
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,8 +22,11 @@ class FrameCache:
     current chunk share, see `places.py`; with `fixed_places` it stays where it is in memory. `workspace`
     holds the expanded keys and values of kernels, `expanded` the chunk whose history a layer's holds, and
     `keep_expanded` whether a layer has a workspace of its own for that, None while nobody has decided.
+    After a `rewind` frames before `oldest`, sinks aside, are no longer there to be seen.
     """
 
+    can_rewind: ClassVar[bool] = True
+    oldest = 0
     places: tuple[tuple[int, int], Any] | None = None
     fixed_places = False
     keep_expanded: bool | None = None
@@ -56,7 +59,14 @@ class FrameCache:
 
     def reset(self) -> None:
         """Forget every frame; the memory stays."""
-        self.frames_seen = 0
+        self.frames_seen = self.oldest = 0
+        self.places = None
+        self.expanded = {}
+
+    def rewind(self, frame: int) -> None:
+        """Go back to absolute `frame`, from where on chunks are written again; earlier ones see what the ring holds."""
+        self.oldest = self.causal.first_kept(self.frames_seen)
+        self.frames_seen = frame
         self.places = None
         self.expanded = {}
 

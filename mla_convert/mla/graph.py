@@ -79,8 +79,7 @@ class GraphedChunk:
         places = next_places(self.model.rotary_table(), self.cache, frames)
         given = (hidden_states, timestep, text)
         # New places in new memory, after a change of shape or a reset, need a new graph.
-        history = places.history_rotations
-        shape = (*(x.shape for x in given), history.shape, history.data_ptr(), tuple(sorted(conditions)))
+        shape = (*(x.shape for x in given), places.memory, tuple(sorted(conditions)))
         if shape != self.shape:
             self.graphs = {}
             self.inputs = tuple(x.clone() for x in given)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .cache import FrameCache
@@ -30,8 +31,17 @@ class Places:
     def move_to(self, other: Places) -> None:
         """Become `other` in the same memory, where a captured graph expects it."""
         self.own_frames, self.history_frames = other.own_frames, other.history_frames
-        for name in ("own_rotations", "history_rotations", "grid", "own_slots", "history_slots"):
-            getattr(self, name).copy_(getattr(other, name))
+        for kept, new in zip(self._tensors, other._tensors, strict=True):
+            kept.copy_(new)
+
+    @property
+    def memory(self) -> tuple[tuple[torch.Size, int], ...]:
+        """Shapes and addresses: a graph that was captured over these places fits others of the same."""
+        return tuple((x.shape, x.data_ptr()) for x in self._tensors)
+
+    @property
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.own_rotations, self.history_rotations, self.grid, self.own_slots, self.history_slots
 
     def like(self, other: Places) -> bool:
         """Whether both have the same shapes."""
@@ -51,7 +61,8 @@ def next_places(table: RotaryTable, cache: FrameCache, num_frames: int) -> Place
         return kept
     causal = cache.causal
     start, stop = cache.frames_seen, cache.frames_seen + num_frames
-    own, history = list(range(start, stop)), causal.history(start, stop)
+    own = list(range(start, stop))
+    history = [f for f in causal.history(start, stop) if f < causal.sink_frames or f >= cache.oldest]
 
     def rotations(frames: list[int]) -> Tensor:
         return table.rotations(causal.temporal_index(frames, stop), cache.height, cache.width)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,10 +45,18 @@ class LaneView(FrameCache):
 
     Made anew for every chunk, so what kernels have expanded is a chunk's own, too. The rows are the pool's; a pass
     that writes moves no stream on.
+    With `oldest`, a frame of a single stream, earlier ones are not seen, see `FrameCache.rewind`.
     Raises ValueError where the streams cannot share a pass.
     """
 
-    def __init__(self, cache: FrameCache, lanes: Sequence[int], frames_seen: Sequence[int], num_frames: int) -> None:
+    def __init__(
+        self,
+        cache: FrameCache,
+        lanes: Sequence[int],
+        frames_seen: Sequence[int],
+        num_frames: int,
+        oldest: int | None = None,
+    ) -> None:
         self.causal, self.height, self.width = cache.causal, cache.height, cache.width
         self.rows = cache.rows
         self.reset()
@@ -57,6 +66,8 @@ class LaneView(FrameCache):
             raise ValueError(f"chunks of {num_frames} frames at {sorted(set(frames_seen))} cannot share a pass")
         (self.frames_seen,) = places
         self.lanes, self.offsets = list(lanes), [start - self.frames_seen for start in frames_seen]
+        if oldest is not None:
+            self.oldest = oldest - self.offsets[0]
 
     @property
     def batch_size(self) -> int:
@@ -86,10 +97,8 @@ class LaneView(FrameCache):
 class Int8LaneView(LaneView, Int8LatentCache):
     """Lanes of a pool of `Int8LatentCache`."""
 
-    def __init__(
-        self, cache: Int8LatentCache, lanes: Sequence[int], frames_seen: Sequence[int], num_frames: int
-    ) -> None:
-        super().__init__(cache, lanes, frames_seen, num_frames)
+    def __init__(self, cache: Int8LatentCache, *places: Any, **more: Any) -> None:
+        super().__init__(cache, *places, **more)
         self.scales = cache.scales
 
 
@@ -121,12 +130,19 @@ class CachePool:
         for lane in lanes:
             heapq.heappush(self.free, lane)
 
-    def view(self, expert: int, lanes: Sequence[int], frames_seen: Sequence[int], num_frames: int) -> LaneView:
+    def view(
+        self,
+        expert: int,
+        lanes: Sequence[int],
+        frames_seen: Sequence[int],
+        num_frames: int,
+        oldest: int | None = None,
+    ) -> LaneView:
         """The cache of one expert for the next `num_frames` frames of the streams in `lanes`."""
         cache = self.caches[expert]
         if isinstance(cache, Int8LatentCache):
-            return Int8LaneView(cache, lanes, frames_seen, num_frames)
-        return LaneView(cache, lanes, frames_seen, num_frames)
+            return Int8LaneView(cache, lanes, frames_seen, num_frames, oldest)
+        return LaneView(cache, lanes, frames_seen, num_frames, oldest)
 
     def bytes(self) -> int:
         """Bytes allocated for all lanes, layers and experts."""

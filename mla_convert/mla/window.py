@@ -67,6 +67,11 @@ class CausalConfig(BaseModel):
         shift = max(0, stop - self.window_frames)
         return [frame if frame < self.sink_frames else frame - shift for frame in frames]
 
+    def first_kept(self, frames_seen: int) -> int:
+        """The first frame that a ring of `frames_seen` frames still holds behind the sinks."""
+        assert self.window_frames is not None
+        return max(self.sink_frames, frames_seen - (self.window_frames - self.sink_frames))
+
     def slot(self, frame: int) -> int:
         """Ring slot of an absolute frame: sinks are pinned, the rest wraps behind them."""
         assert self.window_frames is not None

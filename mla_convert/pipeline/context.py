@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,8 +14,9 @@ from ..devices import default_device
 from ..distill.data import Data, DataConfig, open_data
 from ..distill.progress import Report
 from ..export.checkpoint import load_checkpoint
-from ..load import Source, load_dense, load_source
+from ..load import Source, load_dense
 from ..recipe.schema import Recipe
+from .sources import source_of
 
 STAGES, TRAINING = "stages", "training"
 CHECKPOINT, SAMPLES, METRICS = "checkpoint", "samples", "metrics.jsonl"
@@ -49,8 +49,7 @@ class Context:
         """The dense model, located and checked."""
         section = self.recipe.source
         causal = None if self.recipe.causal is None else self.recipe.causal.model_dump(mode="json")
-        found = load_source(section.model, section.subfolder, section.revision, causal, section.file, section.use_ema)
-        return dataclasses.replace(found, noise_range=section.noise_range)
+        return source_of(section, causal)
 
     @property
     def data_config(self) -> DataConfig:

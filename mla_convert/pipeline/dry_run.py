@@ -20,12 +20,13 @@ from ..distill.footprint import ClipShape, Footprint, Launch, footprint
 from ..distill.trainer import run_stage
 from ..errors import UsageError, UserError
 from ..families.base import Family
-from ..load import accepted_config, load_source, read_config
+from ..load import accepted_config, read_config
 from ..mla.config import MLAConfig
 from ..recipe.schema import Recipe
 from ..registry import stages
 from ..run.config import GenerateConfig
 from ..run.sample import DIGITS, latent_size, prompt_encoder
+from .sources import source_of
 
 # What the published config.json of these models say beside diffusers' defaults.
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -56,7 +57,7 @@ class DryRun:
         section = self.recipe.source
         causal = None if self.recipe.causal is None else self.recipe.causal.model_dump(mode="json")
         try:
-            found = load_source(section.model, section.subfolder, section.revision, causal, section.file)
+            found = source_of(section, causal)
             return found.family, found.config
         except UserError as error:
             family, config = self._known(error)

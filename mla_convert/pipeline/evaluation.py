@@ -27,6 +27,7 @@ from ..run.sample import DIGITS, prompt_encoder
 from ..run.streaming import StreamingConfig
 from .context import DATA
 from .rundir import STATE
+from .sources import source_of
 from .summary import describe
 
 
@@ -96,5 +97,4 @@ def _load_teacher(student: Any, teacher: str | None, recipe: Recipe | None, fold
     if recipe is None:
         raise UsageError(f"{folder} has no {MANIFEST} that names its source; give it with --teacher")
     source = recipe.source
-    found = load_source(source.model, source.subfolder, source.revision, causal, source.file, source.use_ema)
-    return load_dense(found, getattr(torch, source.dtype))
+    return load_dense(source_of(source, causal), getattr(torch, source.dtype))

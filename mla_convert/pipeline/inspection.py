@@ -29,7 +29,7 @@ from ..evaluate.prediction import (
 from ..evaluate.spectrum import LayerSpectra, Spectrum, activation_spectrum, gram_spectrum, unrotated_error
 from ..evaluate.spectrum_figures import write_figures
 from ..files import atomic_folder, claim_folder, save_tensors, write_json
-from ..load import Source, load_source
+from ..load import AdapterConfig, Source, load_source
 from ..mla.config import Position
 from .inspection_clips import ClipRun, Clips, open_clips
 
@@ -66,6 +66,7 @@ def inspect_source(
     report: Report,
     file: str | None = None,
     use_ema: bool | None = None,
+    adapters: Sequence[AdapterConfig] = (),
 ) -> dict[str, Any]:
     """Everything that `inspect --json` prints of a dense model, one layer in memory at a time.
 
@@ -74,7 +75,7 @@ def inspect_source(
     `spectra.safetensors` and the figures. Raises UserError in one line.
     """
     started = time.monotonic()
-    source = load_source(model, subfolder, file=file, use_ema=use_ema)
+    source = load_source(model, subfolder, file=file, use_ema=use_ema, adapters=adapters)
     dense = source.geometry.dense_scalars_per_token
     chosen = sorted(set(ranks or default_ranks(dense)))
     if not 1 <= chosen[0] <= chosen[-1] <= dense:

@@ -16,6 +16,7 @@ from ..errors import UsageError
 from ..evaluate.config import EvaluateConfig
 from ..export.config import ExportConfig
 from ..flow import ALL_NOISE
+from ..load import AdapterConfig
 from ..mla.window import CausalConfig
 from ..registry import stages
 from ..run.config import GenerateConfig
@@ -36,7 +37,8 @@ class SourceConfig(BaseModel):
     `use_ema` chooses between the averaged and the trained weights of a training checkpoint; without it
     the averaged ones are taken where there are some, as in the published commands of Self-Forcing
     and Causal-Forcing. `noise_range` are the noise levels that the model is for, of one of several
-    experts those of its share: nothing else is calibrated, trained and measured.
+    experts those of its share: nothing else is calibrated, trained and measured. `adapters` are LoRA files
+    that belong to the model, as LongLive publishes them beside its base.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,6 +50,7 @@ class SourceConfig(BaseModel):
     use_ema: bool | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     noise_range: NoiseRange = ALL_NOISE
+    adapters: tuple[AdapterConfig, ...] = ()
 
     @field_validator("noise_range")
     @classmethod
@@ -105,6 +108,10 @@ class Recipe(BaseModel):
     def _experts_roll_out_together(self) -> Recipe:
         if self.experts is not None and (self.source.subfolder is not None or self.source.noise_range != ALL_NOISE):
             raise ValueError("experts are the subfolders of the source; leave out source.subfolder and noise_range")
+        if self.experts is not None and self.source.adapters:
+            raise ValueError(
+                "source.adapters belong to one model; write a recipe with source.subfolder for each expert"
+            )
         if self.experts is None and self.source.noise_range == ALL_NOISE:
             return self
         for key, wanted in (

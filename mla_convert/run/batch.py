@@ -37,7 +37,7 @@ from ..flow import (
     sampling_times,
 )
 from ..mla.pool import CachePool, place_in_window
-from .stream import check_start
+from .stream import RecentChunks, check_start
 
 
 class StreamChunk(NamedTuple):
@@ -54,7 +54,11 @@ class StreamChunk(NamedTuple):
 
 @dataclass
 class _Stream:
-    """A rollout under way; `drawn` is the noise of the chunk in work, which a failed round leaves behind."""
+    """A rollout under way; `drawn` is the noise of the chunk in work, which a failed round leaves behind.
+
+    `recent` are the chunks `[1, C, F, H, W]` that its ring holds, where they may have to be written again, and
+    `stale` says that they have to.
+    """
 
     text: Tensor
     negative: Tensor
@@ -65,6 +69,8 @@ class _Stream:
     lanes: list[int] = field(default_factory=list)
     frames_seen: int = 0
     drawn: list[Tensor] = field(default_factory=list)
+    recent: RecentChunks = field(default_factory=RecentChunks)
+    stale: bool = False
 
     @property
     def lanes_needed(self) -> int:
@@ -82,7 +88,8 @@ class StreamBatch:
     When the lanes do not suffice for a stream, `when_full` says what becomes of it: `refuse` raises UserError,
     `queue` lets it wait in the order of arrival. A pass takes at most `lanes_per_pass` lanes, all of them when
     left out: its working memory grows with them, the cache does not. `device` is where the model computes, where
-    hooks move its weights there and back; the pool lies there.
+    hooks move its weights there and back; the pool lies there. With `recache` a changed prompt has the stream's
+    window written again before its next chunk, as in `stream_chunks`.
 
     Not for several threads at once. Raises UserError for a model whose cache is no ring of frames.
     """
@@ -102,6 +109,7 @@ class StreamBatch:
         sampler: Sampler = "euler",
         denoising_steps: Sequence[float] | None = None,
         device: torch.device | str | None = None,
+        recache: bool = False,
     ) -> None:
         if lanes < 1 or (lanes_per_pass is not None and lanes_per_pass < 1):
             raise UsageError(f"a pool needs lanes: got lanes={lanes}, lanes_per_pass={lanes_per_pass}")
@@ -116,7 +124,7 @@ class StreamBatch:
         self.times = sampling_times(num_inference_steps, shift)
         if denoising_steps is not None:
             self.times = denoising_times(denoising_steps, shift)
-        self.sampler = sampler
+        self.sampler, self.recache = sampler, recache
         self.context_noise, self.when_full, self.lanes_per_pass = context_noise, when_full, lanes_per_pass
         self._streams: dict[int, _Stream] = {}
         self._waiting: deque[int] = deque()
@@ -176,6 +184,8 @@ class StreamBatch:
     def change_prompt(self, stream: int, encoder_hidden_states: Tensor) -> None:
         """Give a stream another prompt `[L, D]` from its next chunk on; what it has made stays as it is.
 
+        With `recache` the next round begins by writing its window to the cache again.
+
         A negative prompt other than zeros keeps its length, which the new one must have too. Raises UsageError.
         """
         changed, text = self._found(stream), self._checked(encoder_hidden_states)
@@ -185,7 +195,7 @@ class StreamBatch:
                     f"the prompt has {len(text)} tokens, the negative one {len(changed.negative)}; pad it to that"
                 )
             changed.negative = torch.zeros_like(text)
-        changed.text = text
+        changed.text, changed.stale = text, self.recache
 
     def leave(self, stream: int) -> None:
         """Take a stream out of the batch or the queue; its lanes are free at once. Raises UsageError."""
@@ -201,15 +211,20 @@ class StreamBatch:
 
         A round that fails, for want of memory say, leaves every stream where it was and may be repeated.
         """
-        made: dict[int, Tensor] = {}
+        for number in self.active:
+            self._rewrite(self._streams[number])
+        made: dict[int, tuple[Tensor, Tensor]] = {}
         for numbers in self._shared_passes():
             made.update(zip(numbers, self._chunks([self._streams[number] for number in numbers]), strict=True))
         chunks = []
         for number in sorted(made):
             # A copy: a chunk that is kept must not keep those of its whole pass.
-            stream, latents = self._streams[number], made[number].clone()
+            stream, latents = self._streams[number], made[number][0].clone()
             first, stream.drawn = stream.frames_seen, []
             stream.frames_seen += latents.shape[1]
+            if self.recache:
+                written = made[number][1].clone().unsqueeze(0)
+                stream.recent.add(first, written, self.causal.first_kept(stream.frames_seen))
             last = stream.frames_seen == stream.num_frames
             chunks.append(StreamChunk(number, first, latents, last))
         for chunk in chunks:
@@ -279,8 +294,18 @@ class StreamBatch:
             lanes += more
         yield part
 
-    def _chunks(self, streams: list[_Stream]) -> Tensor:
-        """The next chunk of streams that share their passes, `[B, C, F, H, W]`."""
+    def _rewrite(self, stream: _Stream) -> None:
+        """Write the window of a stream whose prompt has changed again; a round that fails here does it once more."""
+        if not stream.stale:
+            return
+        oldest = self.causal.first_kept(stream.frames_seen)
+        for first, written in stream.recent:
+            passes = _SharedPass(self.models, self.pool, [stream], written.shape[2], self.devices, first, oldest)
+            passes.write(written, float(self.context_noise))
+        stream.stale = False
+
+    def _chunks(self, streams: list[_Stream]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The next chunk `[C, F, H, W]` of each of the streams, which share their passes, and what is cached of it."""
         frames, (channels, height, width) = self._frames(streams[0]), self.size
         times = list(itertools.pairwise(self.times))
         renoised = len(times) - 1 if self.sampler == "renoise" else 0
@@ -303,21 +328,32 @@ class StreamBatch:
         if self.context_noise > 0:
             context = add_noise(x, noises[-1], t_context)
         passes.write(context, float(self.context_noise))
-        return x
+        return zip(x, context, strict=True)
 
 
 class _SharedPass:
-    """The passes over one chunk of some streams: first a lane for each, then one for each that is guided."""
+    """The passes over one chunk of some streams: first a lane for each, then one for each that is guided.
+
+    It is their next chunk, or for one stream that which begins at frame `first`, to which `oldest` is the first
+    frame that is still there.
+    """
 
     def __init__(
-        self, models: list[Any], pool: CachePool, streams: list[_Stream], frames: int, devices: list[torch.device]
+        self,
+        models: list[Any],
+        pool: CachePool,
+        streams: list[_Stream],
+        frames: int,
+        devices: list[torch.device],
+        first: int | None = None,
+        oldest: int | None = None,
     ) -> None:
         self.models, self.devices = models, devices
         guided = [index for index, stream in enumerate(streams) if stream.lanes_needed == 2]
         order = [*range(len(streams)), *guided]
         lanes = [stream.lanes[0] for stream in streams] + [streams[index].lanes[1] for index in guided]
-        seen = [streams[index].frames_seen for index in order]
-        self.views = [pool.view(expert, lanes, seen, frames) for expert in range(len(models))]
+        seen = [streams[index].frames_seen if first is None else first for index in order]
+        self.views = [pool.view(expert, lanes, seen, frames, oldest) for expert in range(len(models))]
         texts = [stream.text for stream in streams] + [streams[index].negative for index in guided]
         self.texts = [torch.stack(texts).to(place, model.dtype) for model, place in zip(models, devices, strict=True)]
         device = devices[0]

@@ -18,7 +18,8 @@ class GenerateConfig(BaseModel):
     `guidance_scale` other than 1 is classifier-free guidance against the empty prompt, at twice the
     work and twice the cache. `start` is a file that the video begins with: a .safetensors with clean
     `latents` `[C, F0, H, W]`, or for a model of pixels an image or video; its F0 frames count among
-    `num_frames` and end with a chunk.
+    `num_frames` and end with a chunk. `recache` is for models that were trained with it (LongLive): where the
+    prompt changes, the cached window is computed again.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -36,6 +37,7 @@ class GenerateConfig(BaseModel):
     fps: int = Field(16, ge=1)
     seed: int = 0
     start: str | None = None
+    recache: bool = False
 
     @field_validator("denoising_steps")
     @classmethod

@@ -159,6 +159,7 @@ class StreamingMLAPipeline(DiffusionPipeline):
         shift: float | None = None,
         guidance_scale: float | None = None,
         context_noise: float | None = None,
+        recache: bool | None = None,
         fps: float | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         seed: int | Sequence[int] = 0,
@@ -172,7 +173,8 @@ class StreamingMLAPipeline(DiffusionPipeline):
 
         Without `num_frames` or `seconds` the video never ends; lengths and sizes are those of the video, in
         frames and pixels, and rounded up to whole latent frames. `prompt_schedule` has prompts by the
-        second from which on, at the next border of chunks, they are told to every item. `start` is a clean
+        second from which on, at the next border of chunks, they are told to every item; with `recache` the
+        cached window is then computed again. `start` is a clean
         beginning: latents `[C, F, h, w]`, pictures or a file of them. `generator` or `seed` for each item
         of a batch makes it the video that it is alone. `ahead` chunks are made in advance by a thread,
         which then also calls `callback_on_step_end(pipe, step, timestep, {"latents": ...})`; 0 for none.
@@ -185,6 +187,7 @@ class StreamingMLAPipeline(DiffusionPipeline):
             "shift": shift,
             "guidance_scale": guidance_scale,
             "context_noise": context_noise,
+            "recache": recache,
             "fps": fps,
         }
         config = self._settings(asked)

@@ -123,6 +123,7 @@ def rollout(
         start=start,
         sampler=config.sampler,
         denoising_steps=config.denoising_steps,
+        recache=config.recache,
         **more,
     ):
         done += chunk.shape[2]

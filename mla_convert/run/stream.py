@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -36,6 +37,7 @@ def stream_chunks(
     sampler: Sampler = "euler",
     denoising_steps: Sequence[float] | None = None,
     prompt_at: PromptAt | None = None,
+    recache: bool = False,
     on_step: OnStep | None = None,
     device: torch.device | None = None,
 ) -> Iterator[Tensor]:
@@ -82,12 +84,17 @@ def stream_chunks(
     times = sampling_times(num_inference_steps, shift)
     if denoising_steps is not None:
         times = denoising_times(denoising_steps, shift)
+    t_context = torch.full((batch,), float(context_noise), device=device)
+    recent = RecentChunks() if recache else None
+    check_rewinds(recache, [expert.cache for expert in experts])
     for first, stop in chunk_ranges(causal, num_frames):
         shape = (batch, channels, stop - first, height, width)
         text = None if prompt_at is None else prompt_at(first)
         if text is not None:
             for expert in experts:
                 expert.set_text(text)
+                if recent is not None:
+                    expert.rewrite(recent, t_context)
         given = start is not None and stop <= start.shape[2]
         x = _noise(shape, generators).to(device)
         with torch.no_grad():
@@ -103,13 +110,40 @@ def stream_chunks(
             if given:
                 assert start is not None
                 x = start[:, :, first:stop]
-            t_context = torch.full((batch,), float(context_noise), device=device)
             context = x
             if context_noise > 0:
                 context = add_noise(x, _noise(shape, generators).to(device), t_context)
             for expert in experts:
                 expert.write(context, t_context)
+            if recent is not None:
+                recent.add(first, context, causal.first_kept(stop))
         yield x
+
+
+class RecentChunks:
+    """The chunks `[B, C, F, H, W]` that a ring still holds whole, as they were written, by their first frame."""
+
+    def __init__(self) -> None:
+        self._chunks: deque[tuple[int, Tensor]] = deque()
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        return iter(self._chunks)
+
+    def add(self, first: int, written: Tensor, first_kept: int) -> None:
+        """Take a chunk that begins at frame `first`; let go of those that begin before `first_kept`."""
+        self._chunks.append((first, written))
+        while self._chunks and self._chunks[0][0] < first_kept:
+            self._chunks.popleft()
+
+
+def check_rewinds(recache: bool, caches: Sequence[Any]) -> None:
+    """Raise UsageError where `recache` is asked of a cache that cannot be rewound."""
+    other = next((type(cache).__name__ for cache in caches if not cache.can_rewind), None)
+    if recache and other is not None:
+        raise UsageError(
+            f"a {other} cannot be written again for a new prompt, and encodes its near history anew after every chunk "
+            "anyway; leave recache out"
+        )
 
 
 def chunk_ranges(causal: CausalConfig, num_frames: int | None) -> Iterator[tuple[int, int]]:
@@ -192,6 +226,14 @@ class _Expert:
         """Keep a finished chunk at noise levels `t` `[B]`; the rollout moves on."""
         timestep = t * NUM_TRAIN_TIMESTEPS
         self._run(x, timestep, timestep, write=True)
+
+    @torch.no_grad()
+    def rewrite(self, recent: RecentChunks, t: Tensor) -> None:
+        """Write the chunks that the ring holds again, for the text of now."""
+        for index, (first, written) in enumerate(recent):
+            if index == 0:
+                self.cache.rewind(first)
+            self.write(written, t)
 
     def _run(self, x: Tensor, timestep: Tensor, r_timestep: Tensor, write: bool) -> Tensor:
         """A pass of the model, the one place where a rollout calls it."""
