@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from mla_convert.errors import UserError
 from mla_convert.families import wan_files
 from mla_convert.families.wan_files import original_names, stored_names
-from mla_convert.load import LazyTensors, load_dense, load_source
+from mla_convert.load import AdapterConfig, LazyTensors, load_dense, load_source
 
 T2V = {"in_channels": 1}
 I2V = {"in_channels": 6, "image_dim": 8, "added_kv_proj_dim": 24, "pos_embed_seq_len": 4}
@@ -253,6 +253,28 @@ def test_near_misses_are_known_by_their_tensors(tmp_path, original, name, reason
     torch.save({"model": original | {name: torch.zeros(1)}}, tmp_path / "near.pt")
     assert f"cannot be converted (tensor {name}: {reason}" in refusal(tmp_path / "near.pt")
     assert reason in refusal(folder_of(tmp_path / "wan", original | {name: torch.zeros(1)}))
+
+
+def test_longlive_is_its_base_and_its_lora(tmp_path, model, original):
+    """As the repository lays them out; a LoRA of one module of each kind, in peft's names."""
+    modules = [
+        name.removesuffix(".weight") for name in original if name.startswith("blocks.1.") and original[name].ndim == 2
+    ]
+    generator = torch.Generator().manual_seed(0)
+    wanted, lora = {name: x.clone() for name, x in original.items()}, {}
+    for module in modules:
+        weight = original[f"{module}.weight"]
+        up, down = (torch.randn(shape, generator=generator) for shape in ((len(weight), 2), (2, weight.shape[1])))
+        lora |= {f"base_model.model.{module}.lora_A.weight": down, f"base_model.model.{module}.lora_B.weight": up}
+        wanted[f"{module}.weight"] += 256 / 2 * up @ down
+    assert len(modules) == 10
+    (tmp_path / "models").mkdir()
+    torch.save({"generator": in_wan_names(model.state_dict(), "model.")}, tmp_path / "models" / "longlive_base.pt")
+    torch.save({"generator_lora": lora}, tmp_path / "models" / "lora.pt")
+    adapters = [AdapterConfig(file="models/lora.pt", alpha=256)]
+    source = load_source(str(tmp_path), file="models/longlive_base.pt", causal=CAUSAL, use_ema=False, adapters=adapters)
+    state = {ours: wanted[name] for ours, name in stored_names(wanted).items()}
+    assert same(load_dense(source).state_dict(), state)
 
 
 def test_lora(tmp_path, original):

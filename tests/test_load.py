@@ -16,11 +16,11 @@ import huggingface_hub.constants
 import pytest
 import torch
 from checkpoint_case import CAUSAL, STOCK, pico_dense, pico_mla, pico_velocity
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from mla_convert import registry
 from mla_convert.errors import UserError
-from mla_convert.load import LazyTensors, check_finite, load_dense, load_source
+from mla_convert.load import AdapterConfig, LazyTensors, check_finite, load_dense, load_source
 from mla_convert.load.weights import INDEX, WEIGHTS
 
 
@@ -397,6 +397,29 @@ def test_one_file_of_a_hub_repository(hub, folder, card):
     assert not any("other" in path for path in hub.requests)
     assert refusal("owner/model", file="x.pt") == "owner/model has no file x.pt on the Hub"
     assert "does not lie in the model's folder" in refusal("owner/model", file="../x.pt")
+
+
+def test_adapters_of_a_hub_repository(hub, folder):
+    """The file and peft's configuration beside it are fetched, and nothing else; the commit is recorded."""
+    state = load_file(folder / WEIGHTS)
+    name = next(name for name in state if name.endswith("attn1.to_q.weight"))
+    out, inner = state[name].shape
+    module = name.removesuffix(".weight")
+    matrices = {f"{module}.lora_A.weight": torch.ones(2, inner), f"{module}.lora_B.weight": torch.ones(out, 2)}
+    hub.files = {f"base/{file.name}": file.read_bytes() for file in folder.iterdir()}
+    hub.files |= {"lora/a.safetensors": save(matrices), "lora/adapter_config.json": b'{"lora_alpha": 8}'}
+    hub.files |= {"lora/b.safetensors": b"large"}
+
+    adapters = [AdapterConfig(file="lora/a.safetensors"), AdapterConfig(model="owner/model", file="lora/a.safetensors")]
+    source = load_source("owner/model", subfolder="base", adapters=adapters)
+
+    # Twice 8 / 2 times a sum of two ones.
+    torch.testing.assert_close(source.tensors[name], state[name] + 2 * 8 / 2 * 2)
+    assert [adapter["revision"] for adapter in source.adapters] == [COMMIT, COMMIT]
+    assert not any("lora/b" in path for path in hub.requests)
+    assert "owner/model has no file lora/c.pt" in refusal(
+        "owner/model", subfolder="base", adapters=[AdapterConfig(file="lora/c.pt")]
+    )
 
 
 def test_hub_repository_without_a_configuration(hub):
