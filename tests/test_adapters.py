@@ -140,14 +140,13 @@ def test_peft_and_diffusers_add_the_same(tmp_path: Path, base: Path, dense: Any)
 
 
 def test_differences_and_several_adapters_add_up(tmp_path: Path, base: Path, dense: Any, matrices: Any) -> None:
-    weight, bias = torch.randn(24, 24), torch.randn(24)
-    save_file(
-        {"diffusion_model.blocks.1.self_attn.q.diff": weight, "diffusion_model.blocks.1.self_attn.q.diff_b": bias},
-        base / "diff.safetensors",
-    )
+    weight, bias, up, down = torch.randn(24, 24), torch.randn(24), torch.randn(24, 2), torch.randn(2, 24)
+    parts = {"diff": weight, "diff_b": bias, "lora_up.weight": up, "lora_down.weight": down}
+    query = {f"diffusion_model.blocks.1.self_attn.q.{name}": part for name, part in parts.items()}
+    save_file(query, base / "diff.safetensors")
     first, factor = write(tmp_path / "lora", "peft", matrices)
     wanted = expected(dense, matrices, factor)
-    wanted["blocks.1.attn1.to_q.weight"] += 0.5 * weight.double()
+    wanted["blocks.1.attn1.to_q.weight"] += 0.5 * (weight.double() + up.double() @ down.double())
     wanted["blocks.1.attn1.to_q.bias"] += 0.5 * bias.double()
     # Without a model the file lies in the source's folder.
     second = AdapterConfig(file="diff.safetensors", scale=0.5)
@@ -246,6 +245,13 @@ def test_what_peft_does_otherwise_is_refused(tmp_path: Path, base: Path, matrice
     told = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps({**told, key: {"a": 1}}))
     assert f"asks for {key}, which cannot be added" in refusal(base, config)
+
+
+@pytest.mark.parametrize("form", ["peft", "kohya"])
+def test_two_alphas_are_refused(tmp_path: Path, base: Path, matrices: Any, form: str) -> None:
+    config, _ = write(tmp_path / "lora", form, matrices)
+    assert "says alpha 5, source.adapters 8; leave it out" in refusal(base, config.model_copy(update={"alpha": 8.0}))
+    assert load_source(str(base), adapters=[config.model_copy(update={"alpha": ALPHA})]).adapters
 
 
 def test_files_that_are_not_there_or_hold_nothing(tmp_path: Path, base: Path) -> None:

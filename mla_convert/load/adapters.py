@@ -117,7 +117,7 @@ def adapted(
     """
     changes: dict[str, list[Change]] = {}
     for path, config in adapters:
-        for name, change in _read(path, config, known).items():
+        for name, change in _read(path, config, known):
             if name not in tensors or not change.fits(tensors.shape(name)):
                 held = f"shape {list(tensors.shape(name))}" if name in tensors else "no such tensor"
                 raise UserError(f"{path}: {change.up} does not fit {name}, of which the model has {held}")
@@ -136,13 +136,13 @@ def _module(name: str) -> str:
     return name.rpartition(".")[0] or name
 
 
-def _read(path: Path, config: AdapterConfig, known: Mapping[str, str]) -> dict[str, Change]:
-    """The changes in a file by our names of the weights. Raises UserError."""
+def _read(path: Path, config: AdapterConfig, known: Mapping[str, str]) -> list[tuple[str, Change]]:
+    """The changes in a file with our names of the weights. Raises UserError."""
     stored = LazyTensors.from_files([path])
     chosen = [name for name in stored if name.startswith(f"{LORA}.")] or list(stored)
     pairs: dict[str, dict[bool, str]] = {}
     alphas: dict[str, float] = {}
-    changes: dict[str, Change] = {}
+    changes: list[tuple[str, Change]] = []
     for name in chosen:
         matrix, (module, _, kind) = _MATRIX.fullmatch(name), name.rpartition(".")
         if matrix is not None:
@@ -150,19 +150,23 @@ def _read(path: Path, config: AdapterConfig, known: Mapping[str, str]) -> dict[s
         elif kind == "alpha":
             alphas[_ours(path, module, known)] = float(stored[name])
         elif kind in _DIFFERENCES:
-            changes[f"{_ours(path, module, known)}.{_DIFFERENCES[kind]}"] = Change(stored, config.scale, name)
+            weight = f"{_ours(path, module, known)}.{_DIFFERENCES[kind]}"
+            changes.append((weight, Change(stored, config.scale, name)))
         else:
             raise UserError(f"{path} holds {name}, which is no plain LoRA and cannot be added; {_REMEDY}")
     if not pairs and not changes:
         raise UserError(f"{path} holds no LoRA weights; give source.adapters the file that does")
     told = _told(path, stored)
+    said = next(iter(alphas.values()), told.alpha)
+    if said is not None and config.alpha not in (None, said):
+        raise UserError(f"{path} says alpha {said:g}, source.adapters {config.alpha:g}; leave it out, or use scale")
     for module, pair in pairs.items():
         if len(pair) < 2:
             raise UserError(f"{path} has {next(iter(pair.values()))} without its other half; fetch it again")
         rank = stored.shape(pair[False])[0]
-        alpha = alphas.get(module, config.alpha or told.alpha or rank)
+        alpha = alphas.get(module, told.alpha or config.alpha or rank)
         factor = config.scale * alpha / (math.sqrt(rank) if told.root else rank)
-        changes[f"{module}.weight"] = Change(stored, factor, pair[True], pair[False])
+        changes.append((f"{module}.weight", Change(stored, factor, pair[True], pair[False])))
     return changes
 
 
