@@ -4,6 +4,8 @@ Takes rows of `layouts.py`, the best layout at three sizes and the paper's with 
 digits teacher with each on twice as many clips as there, and regresses every layer's attention on the teacher's
 for two to three CPU minutes. Loss and velocity error are those of `layouts.py`. Writes `regression.json` and
 `regression.md` beside itself after every row; rows that the first holds are not measured again (`--again` does).
+`--model zoo:natural --data FOLDER --clips 32 --heldout 16 --rows 17` does the same with the teacher of natural
+video, on the clips of `layouts.py`, into `regression-natural.json` and `.md`.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from mla_convert.load import load_dense, load_source
 
 HERE = Path(__file__)
 CHOSEN = (5, 17, 19, 20)
-CLIPS, HELDOUT = 128, 64
+DIGITS = "zoo:digits"
 STAGE = {
     "steps": 200,
     "learning_rate": 1e-4,
@@ -42,10 +44,10 @@ STAGE = {
 }
 
 
-def measure(teacher: Any, data: Data, row: dict[str, Any], seed: int) -> dict[str, Any]:
+def measure(teacher: Any, data: Data, row: dict[str, Any], seed: int, clips: int, heldout_clips: int) -> dict[str, Any]:
     """A conversion before and after the stage, and the CPU seconds that the stage took."""
-    student = converted(teacher, data, row, seed, CLIPS, max_tokens=131072)
-    heldout = data.heldout(HELDOUT)
+    student = converted(teacher, data, row, seed, clips, max_tokens=1024 * clips)
+    heldout = data.heldout(heldout_clips)
     found: dict[str, Any] = {"ranks": list(student.mla.kv_lora_rank), "scalars": student.mla.scalars_per_token()}
     found["before"] = fidelity(student, teacher, heldout, batch_size=16, seed=0)
     began = time.process_time()
@@ -81,26 +83,39 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--model", default=DIGITS)
+    parser.add_argument("--data", help="folder of latents; the digits teacher makes its own clips")
+    parser.add_argument("--clips", type=int, default=128, help="calibration clips, a multiple of 16")
+    parser.add_argument("--heldout", type=int, default=64)
+    parser.add_argument("--rows", type=int, nargs="*", default=CHOSEN, help="rows of layouts.py, from 0")
     parser.add_argument("--again", action="store_true", help="measure rows anew that are there")
     arguments = parser.parse_args()
-    path = HERE.with_suffix(".json")
+    name = HERE.stem if arguments.model == DIGITS else f"{HERE.stem}-{arguments.model.split(':')[-1]}"
+    path = HERE.with_name(f"{name}.json")
+    same = {"model": arguments.model, "clips": arguments.clips, "heldout": arguments.heldout, "seeds": arguments.seeds}
     kept: list[dict[str, Any]] = []
     if path.exists() and not arguments.again:
         stored = json.loads(path.read_text())
-        kept = stored["rows"] if stored["stage"] == STAGE and stored["seeds"] == arguments.seeds else []
-    teacher, data = load_dense(load_source("zoo:digits")), open_data(DataConfig(kind="digits"), 0)
+        kept = stored["rows"] if {**same, "stage": STAGE}.items() <= stored.items() else []
+    settings: dict[str, Any] = {"kind": "digits"}
+    if arguments.data:
+        settings = {"kind": "latents", "folder": arguments.data, "text_tokens": 1, "heldout": 128}
+    teacher, data = load_dense(load_source(arguments.model)), open_data(DataConfig(**settings), 0)
     rows: list[dict[str, Any]] = []
-    for number in CHOSEN:
+    for number in arguments.rows:
         row = next((known for known in kept if known["settings"] == ROWS[number]), None)
         if row is None:
-            runs = [measure(teacher, data, ROWS[number], seed) for seed in range(arguments.seeds)]
+            runs = [
+                measure(teacher, data, ROWS[number], seed, arguments.clips, arguments.heldout)
+                for seed in range(arguments.seeds)
+            ]
             row = {"settings": ROWS[number], "runs": runs}
             print(json.dumps(row), file=sys.stderr, flush=True)
         rows.append(row)
         result = {"torch": torch.__version__, "device": "cpu", "threads": torch.get_num_threads()}
-        result |= {"seeds": arguments.seeds, "stage": STAGE, "rows": rows}
+        result |= {**same, "stage": STAGE, "rows": rows}
         path.write_text(json.dumps(result, indent=2) + "\n")
-        HERE.with_suffix(".md").write_text(table(rows))
+        path.with_suffix(".md").write_text(table(rows))
     print(table(rows), end="")
 
 
