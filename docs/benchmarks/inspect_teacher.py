@@ -63,8 +63,8 @@ def tables(found: dict[str, Any]) -> str:
     lines.append(f"| `{trial['position']}` | {trial['scalars']} | {error:.1f} % |")
     lines += [
         "",
-        "| `[W_K; W_V]` | CPU seconds a layer | by an SVD | memory over start |",
-        "| --- | ---: | ---: | ---: |",
+        "| `[W_K; W_V]` | CPU seconds a layer | by an SVD |",
+        "| --- | ---: | ---: |",
     ]
     for shape, spent in found["cost"].items():
         svd = "" if spent["svd_seconds"] is None else f"{spent['svd_seconds']:.1f}"
