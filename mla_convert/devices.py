@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,6 +13,18 @@ import torch
 def default_device() -> torch.device:
     """The first GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextlib.contextmanager
+def all_threads() -> Iterator[None]:
+    """Compute with all CPU threads what one process of a launcher does alone; launchers give each process one."""
+    before = torch.get_num_threads()
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        torch.set_num_threads(max(before, len(os.sched_getaffinity(0))))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def bring_weights(vae: Any) -> None:

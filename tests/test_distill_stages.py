@@ -63,6 +63,16 @@ def test_flow_loss_is_the_error_of_the_streamed_velocity(clips):
     assert flow_loss(model, clips, seed=1) != flow_loss(model, clips, seed=2)
 
 
+def test_flow_loss_in_smaller_forwards_is_the_same(clips):
+    """The noise does not depend on how many clips a forward takes; the largest one is what was asked for."""
+    model, seen = case.tiny_model().eval(), []
+    model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    whole, in_ones = flow_loss(model, clips), flow_loss(model, clips, forward_size=1)
+    # Observed: 1e-7.
+    assert in_ones == pytest.approx(whole, rel=1e-6)
+    assert seen == [2, 1, 1]
+
+
 def test_noise_levels(clips):
     causal = case.tiny_model().causal
     noised = draw(clips, causal, copies=4, shift=5.0)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import errno
+import gc
 import io
 import json
+import weakref
 
 import distill_case as case
 import pytest
@@ -18,6 +20,7 @@ from torch.utils.data import default_collate
 
 import mla_convert.distill.state as state
 from mla_convert.convert import ConvertConfig, convert_model
+from mla_convert.distill.learner import Learner
 from mla_convert.distill.metrics import Metrics
 from mla_convert.distill.objective import flow_loss
 from mla_convert.distill.order import NOISE, derived_generator
@@ -84,6 +87,32 @@ def test_it_ends_with_the_average(tmp_path):
     student = case.tiny_model()
     student.load_state_dict(weights)
     assert flow_loss(student, case.Clips().heldout()) == pytest.approx(result.heldout_loss, abs=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_nothing_of_a_stage_stays_in_memory(tmp_path, precision, monkeypatch):
+    """Its optimizer's state and what wraps the student would lie beside those of the next stage."""
+    learners = []
+    built = Learner.__init__
+
+    def remembered(self, *arguments):
+        built(self, *arguments)
+        learners.extend(weakref.ref(part) for part in (self, self.module, self.optimizer))
+
+    monkeypatch.setattr(Learner, "__init__", remembered)
+    gc.disable()
+    try:
+        case.train(tmp_path, steps=2, mixed_precision=precision, ema_decay=0.9)
+        assert len(learners) == 3 and all(part() is None for part in learners)
+    finally:
+        gc.enable()
+
+
+def test_accumulation_is_the_recipes_whatever_the_launcher_says(tmp_path, monkeypatch):
+    expected = case.train(tmp_path / "alone", steps=2, grad_accumulation=2)[1]
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    found = case.train(tmp_path / "launched", steps=2, grad_accumulation=2)[1]
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_stages_of_different_precision_follow_each_other(tmp_path):

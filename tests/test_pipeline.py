@@ -332,3 +332,22 @@ def test_processes_meet_only_where_all_take_part(teacher, tmp_path, monkeypatch)
     done("convert", "stage")
     helper.join(timeout=60)
     assert not helper.is_alive() and other.count == 2
+
+
+def test_a_process_that_waits_ends_when_the_first_one_fails(teacher, tmp_path, monkeypatch):
+    """Until the next run of the folder begins."""
+    first, other = Meetings(True), Meetings(False)
+    first.num_processes = 2
+    monkeypatch.setattr(run_module, "this_process", lambda: first)
+
+    def failing(context):
+        raise UserError("no space")
+
+    monkeypatch.setattr(run_module, "steps_of", lambda recipe: [Step("convert", (), failing)])
+    with pytest.raises(UserError, match="no space"):
+        run(recipe(teacher), tmp_path / "run")
+    with pytest.raises(UserError, match="the first process of the run has failed"):
+        run_module._help(recipe(teacher), tmp_path / "run", [Step("convert", (), failing)], other)
+    monkeypatch.setattr(run_module, "steps_of", lambda recipe: [Step("convert", (), lambda context: None)])
+    run(recipe(teacher), tmp_path / "run", until="convert")
+    run_module._help(recipe(teacher), tmp_path / "run", [Step("convert", (), failing)], other)

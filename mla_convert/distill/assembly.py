@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +50,13 @@ class Assembly:
         others = {name: networks[name].to(accelerator.device) for name in stage.networks if name in networks}
         for network in others.values():
             network.eval().requires_grad_(False)
-        second = stage.second
+        second, sharded = stage.second, shards_weights(accelerator)
+        self._precision = functools.partial(autocast, accelerator.device, config.mixed_precision, sharded)
         self.second = None if second is None else self._second(second, others)
-        sharded = shards_weights(accelerator)
         network = copy.deepcopy(student) if sharded else student
         module = StageModule("student", network, others, self._precision)
         learner = ZeroLearner if splits_optimizer(accelerator) else Learner
-        self.learner = learner(accelerator, module, trained, _settings(config))
+        self.learner = learner(accelerator, module, trained, _settings(accelerator, config))
         if START in stage.networks:
             module.others[START] = self._frozen_copy() if sharded else start_of(student, trained)
         self.average = None
@@ -76,13 +76,15 @@ class Assembly:
         others[second.name] = network
         config = self.config
         settings = OptimizerSettings(
-            config.optimizer, second.learning_rate, second.betas, config.epsilon, second.weight_decay
+            config.optimizer,
+            second.learning_rate,
+            second.betas,
+            config.epsilon,
+            second.weight_decay,
+            _fuses(self.accelerator, config),
         )
         module = StageModule(second.name, network, {**others, "student": self.student}, self._precision)
         return Learner(self.accelerator, module, trained, settings)
-
-    def _precision(self) -> AbstractContextManager[None]:
-        return autocast(self.accelerator.device, self.config.mixed_precision)
 
     def _frozen_copy(self) -> Any:
         """The plain student as it is now, whole in every process."""
@@ -109,5 +111,14 @@ class Assembly:
         self.student.eval()
 
 
-def _settings(config: StageConfig) -> OptimizerSettings:
-    return OptimizerSettings(config.optimizer, config.learning_rate, config.betas, config.epsilon, config.weight_decay)
+def _settings(accelerator: Accelerator, config: StageConfig) -> OptimizerSettings:
+    fused = _fuses(accelerator, config)
+    return OptimizerSettings(
+        config.optimizer, config.learning_rate, config.betas, config.epsilon, config.weight_decay, fused
+    )
+
+
+def _fuses(accelerator: Accelerator, config: StageConfig) -> bool:
+    """Whether AdamW runs as one kernel: on a GPU, unless a loss scaler or DeepSpeed does the step."""
+    on_gpu = accelerator.device.type == "cuda"
+    return on_gpu and config.mixed_precision != "fp16" and not splits_optimizer(accelerator)

@@ -18,19 +18,24 @@ from .sharding import forget_gathered, whole
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW (arXiv 1711.05101) or Adafactor (arXiv 1804.04235); `betas` and `epsilon` are those of AdamW."""
+    """AdamW (arXiv 1711.05101) or Adafactor (arXiv 1804.04235); `betas` and `epsilon` are those of AdamW.
+
+    `fused` AdamW needs no memory beside its state; torch's loss scaler skips steps in another way with it.
+    """
 
     kind: str
     learning_rate: float
     betas: tuple[float, float]
     epsilon: float
     weight_decay: float
+    fused: bool = False
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         rate, decay = self.learning_rate, self.weight_decay
         if self.kind == "adafactor":
             return torch.optim.Adafactor(parameters, lr=rate, weight_decay=decay)
-        return torch.optim.AdamW(parameters, lr=rate, betas=self.betas, eps=self.epsilon, weight_decay=decay)
+        more = {"fused": True} if self.fused else {}
+        return torch.optim.AdamW(parameters, lr=rate, betas=self.betas, eps=self.epsilon, weight_decay=decay, **more)
 
 
 class Judge(Protocol):

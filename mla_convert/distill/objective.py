@@ -7,7 +7,8 @@ forward. Shape letters: B clips, C channels, F frames, L text tokens, D text cha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +37,19 @@ class NoisedClips(NamedTuple):
     context: Tensor | None = None
     t_context: Tensor | None = None
     r: Tensor | None = None
+
+    def split(self, size: int) -> Iterator[NoisedClips]:
+        """`size` clips at a time, of one noisy version of each."""
+        for start in range(0, len(self.target), size):
+            yield self._each(operator.itemgetter(slice(start, start + size)))
+
+    def to(self, device: torch.device | str) -> NoisedClips:
+        """The same on `device`."""
+        return self._each(operator.methodcaller("to", device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> NoisedClips:
+        tensors = {name: tensor for name, tensor in self._asdict().items() if tensor is not None}
+        return self._replace(**{name: change(tensor) for name, tensor in tensors.items()})
 
 
 def noised_clips(
@@ -117,18 +131,27 @@ def teacher_forcing_loss(
 
 
 @torch.no_grad()
-def flow_loss(model: Any, clips: Mapping[str, Tensor], seed: int = HELDOUT_SEED, batch_size: int = 32) -> float:
+def flow_loss(
+    model: Any,
+    clips: Mapping[str, Tensor],
+    seed: int = HELDOUT_SEED,
+    batch_size: int = 32,
+    forward_size: int | None = None,
+) -> float:
     """Teacher-forcing loss on `clips` with the noise that `seed` gives: comparable between models.
 
     `clips` holds `latents` `[N, C, F, H, W]` and `encoder_hidden_states` `[N, L, D]`; the figure
-    depends on `batch_size` through the order of the draws.
+    depends on `batch_size` through the order of the draws. A forward takes `forward_size` clips of a batch, all
+    of them when left out.
     """
     generator = torch.Generator().manual_seed(seed)
     losses, sizes = [], []
     for latents, text in zip(
         clips["latents"].split(batch_size), clips["encoder_hidden_states"].split(batch_size), strict=True
     ):
-        loss = teacher_forcing_loss(model, latents.to(model.device), text.to(model.device), generator)
-        losses.append(loss.item())
-        sizes.append(len(latents))
+        noised = noised_clips(latents, text, model.causal, generator, noise_range=model.noise_range)
+        for part in noised.split(forward_size or len(latents)):
+            part = part.to(model.device)
+            losses.append((predict_velocity(model, part) - part.target).square().mean().item())
+            sizes.append(len(part.target))
     return float(np.average(losses, weights=sizes))

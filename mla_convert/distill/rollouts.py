@@ -8,6 +8,7 @@ written once, as shards that are read like any others.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -77,6 +78,11 @@ def open_folder(folder: Path, identity: str) -> None:
     write_json(plan, {"identity": identity})
 
 
+def shards_of(folder: Path, config: RolloutsConfig) -> list[Path]:
+    """The files of all clips."""
+    return [folder / shard_name(number) for number in range(math.ceil(config.clips / config.batch_size))]
+
+
 def write_rollouts(
     folder: Path,
     config: RolloutsConfig,
@@ -95,16 +101,16 @@ def write_rollouts(
     a folder that was interrupted ends with the bytes of an unbroken one, whatever the number of processes.
     Raises UserError for latents that are not finite.
     """
-    starts = range(0, config.clips, config.batch_size)
+    starts, paths = range(0, config.clips, config.batch_size), shards_of(folder, config)
     mine = range(process, len(starts), processes)
     for done, number in enumerate(mine):
-        path = folder / shard_name(number)
+        path = paths[number]
         if not path.is_file():
             rows = range(starts[number], min(starts[number] + config.batch_size, config.clips))
             chosen = [row % len(text) for row in rows]
             latents = roll_out(text[chosen], _seed(seed, number)).to(getattr(torch, config.dtype))
             if not latents.isfinite().all():
-                raise UserError(f"the teacher's rollout of {shard_name(number)} has NaN or infinite values; check it")
+                raise UserError(f"the teacher's rollout of {path.name} has NaN or infinite values; check it")
             clips = [Clip(latents[i], text[row], caption=captions[row]) for i, row in enumerate(chosen)]
             write_shard(path, clips, starts[number])
         report("roll out clips", done + 1, len(mine))

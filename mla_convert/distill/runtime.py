@@ -10,7 +10,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, parse_flag_from_env
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+    parse_flag_from_env,
+)
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -56,10 +61,17 @@ class StageModule(nn.Module):
             return function({**self.others, self.name: self.network}, *arguments)
 
 
-def autocast(device: torch.device, mixed_precision: str) -> contextlib.AbstractContextManager[None]:
-    """The context in which a stage of that `mixed_precision` computes on `device`."""
+def autocast(
+    device: torch.device, mixed_precision: str, sharded: bool = False
+) -> contextlib.AbstractContextManager[None]:
+    """The context in which a stage of that `mixed_precision` computes on `device`.
+
+    What it has cast of a `sharded` network is not kept: it would outlive the weights that were gathered for a block.
+    """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
-    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype, cache_enabled=not sharded)
 
 
 def open_accelerator(config: StageConfig, work_dir: Path) -> Accelerator:
@@ -70,10 +82,14 @@ def open_accelerator(config: StageConfig, work_dir: Path) -> Accelerator:
     zero = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
     accelerator = Accelerator(
         mixed_precision="no" if zero else config.mixed_precision,
-        gradient_accumulation_steps=config.grad_accumulation,
+        gradient_accumulation_plugin=_accumulation(config),
         log_with=tracker_names(config) or None,
         project_dir=work_dir,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.partial_gradients)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(
+                find_unused_parameters=config.partial_gradients, gradient_as_bucket_view=True, broadcast_buffers=False
+            )
+        ],
     )
     if accelerator.is_fsdp2:
         # Weights stay float32 and autocast computes in the lower precision, as without sharding.
@@ -81,8 +97,19 @@ def open_accelerator(config: StageConfig, work_dir: Path) -> Accelerator:
     if splits_optimizer(accelerator):
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
         settings["train_micro_batch_size_per_gpu"] = config.batch_size
+        settings["gradient_accumulation_steps"] = config.grad_accumulation
         settings["zero_optimization"] |= {"reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
     return accelerator
+
+
+def _accumulation(config: StageConfig) -> GradientAccumulationPlugin:
+    """The stage's accumulation, which a number in the launcher's environment would otherwise replace.
+
+    A sharded network's gradients are reduced after every micro-batch: what waits for the last one is whole.
+    """
+    return GradientAccumulationPlugin(
+        num_steps=config.grad_accumulation, sync_each_batch=parse_flag_from_env("ACCELERATE_USE_FSDP")
+    )
 
 
 def splits_optimizer(accelerator: Accelerator) -> bool:

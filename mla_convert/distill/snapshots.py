@@ -78,7 +78,8 @@ class Snapshots:
 
     def resume(self) -> Row | None:
         """Load the newest checkpoint and forget what came after it; its last row, None when there is none."""
-        newest = self.checkpoints.newest()
+        # Of a shared folder every machine has a view of its own.
+        newest = from_main(self.checkpoints.newest())
         row = None if newest is None else self._load(newest)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:

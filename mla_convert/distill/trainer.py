@@ -8,6 +8,7 @@ appear whole or not at all, see `state.py`.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import math
 import time
@@ -90,7 +91,13 @@ def run_stage(
         raise UserError(f"stage {config.stage}: preview needs a finite window; set causal.window_frames")
     stage.check(student, networks, data)
     require_apart(student, trainable_names(student, config.trainable), networks)
-    return _Training(stage, student, networks, data, heldout, work_dir, seed, stage_index, picture).run(progress)
+    try:
+        return _Training(stage, student, networks, data, heldout, work_dir, seed, stage_index, picture).run(progress)
+    finally:
+        # Wrapped networks and their optimizers refer to each other, and would lie beside those of the next stage.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 class _Examples(Dataset[Batch]):
@@ -186,9 +193,13 @@ class _Training:
         """The dense teacher's held-out loss, wherever it is kept when the stage does not need it."""
         place = teacher.device
         with autocast(self.accelerator.device, self.config.mixed_precision):
-            loss = flow_loss(teacher.to(self.accelerator.device), heldout)
+            loss = self._heldout_loss(teacher.to(self.accelerator.device), heldout)
         teacher.to(place)
         return loss
+
+    def _heldout_loss(self, model: Any, heldout: Batch) -> float:
+        """In forwards of as many clips as training takes, since those fit."""
+        return flow_loss(model, heldout, forward_size=self.config.batch_size)
 
     def _batches(self, first: int) -> Iterator[Batch]:
         """This process's micro-batches from step `first` on, on its device."""
@@ -276,7 +287,7 @@ class _Training:
         heldout = self.heldout
         if heldout is None:
             return {}
-        loss = self._of_the_end(lambda student: flow_loss(student, heldout))
+        loss = self._of_the_end(lambda student: self._heldout_loss(student, heldout))
         self._require_finite(step, "held-out loss", loss)
         if step > 0:
             # Processes on different cards may round differently, and must end together.

@@ -17,8 +17,8 @@ from .cache import DenseCache, FrameCache, LatentCache
 from .places import next_places
 from .quantised import Int8LatentCache
 
-WARM_UP = 2
-"""Passes before a capture: the first use of a kernel compiles it, checks it and allocates its workspace."""
+WARM_UP = 1
+"""Passes before a capture, on its stream; the chunk before has compiled the kernels, checked them and allocated."""
 
 
 class Recorder(Protocol):
@@ -56,9 +56,10 @@ def _hooked(module: nn.Module) -> bool:
 class GraphedChunk:
     """`model.forward_chunk` without `write`, for one model and its cache on a CUDA device.
 
-    A graph is captured for each shape of chunk and history, which in the steady state is one; where histories
-    are kept for the passes of a chunk it is two, one that expands them and one that does not. The result lies
-    in the graph's memory until the next call. Raises ValueError with the reason of `why_not_graph`.
+    The first chunk of a shape of chunk and history is run as it is, and a graph is captured for the second: in the
+    steady state, whose chunks are alike, one; where histories are kept for the passes of a chunk two, one that
+    expands them and one that does not. What a replay gives lies in the graph's memory until the next call. Raises
+    ValueError with the reason of `why_not_graph`.
     """
 
     def __init__(self, model: Any, cache: FrameCache, recorder: Callable[[], Recorder] | None = None) -> None:
@@ -69,6 +70,7 @@ class GraphedChunk:
         self.recorder = recorder or (lambda: CUDARecorder(model.device))
         cache.fixed_places = True
         self.shape: tuple[Any, ...] | None = None
+        self.first: tuple[int, int] | None = None
         self.graphs: dict[bool, tuple[Recorder, Tensor]] = {}
         self.inputs: tuple[Tensor, ...] = ()
         self.conditions: dict[str, Tensor] = {}
@@ -80,16 +82,21 @@ class GraphedChunk:
         given = (hidden_states, timestep, text)
         # New places in new memory, after a change of shape or a reset, need a new graph.
         shape = (*(x.shape for x in given), places.memory, tuple(sorted(conditions)))
+        chunk = (self.cache.frames_seen, frames)
         if shape != self.shape:
-            self.graphs = {}
+            self.graphs, self.first = {}, chunk
             self.inputs = tuple(x.clone() for x in given)
             self.conditions = {name: value.clone() for name, value in conditions.items()}
             self.shape = shape
+        if chunk == self.first:
+            # While a window fills every chunk has a shape of its own, and a graph of it would serve no other.
+            with torch.no_grad():
+                out: Tensor = self.model.forward_chunk(*given, self.cache, write=False, **conditions)
+                return out
         for kept, new in zip(self.inputs, given, strict=True):
             kept.copy_(new)
         for name, value in conditions.items():
             self.conditions[name].copy_(value)
-        chunk = (self.cache.frames_seen, frames)
         expands = any(self.cache.expanded.get(layer) != chunk for layer in range(len(self.cache.rows)))
         # Where nothing is kept all passes are alike.
         which = expands and bool(self.cache.keep_expanded)

@@ -68,8 +68,14 @@ class Context:
     def dense(self) -> Any:
         """The teacher, read once, in the source's dtype."""
         if self._dense is None:
-            self._dense = load_dense(self.source, getattr(torch, self.recipe.source.dtype))
+            self._dense = load_dense(self.source, self.dtype)
         return self._dense
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the source, in which its models are used."""
+        dtype: torch.dtype = getattr(torch, self.recipe.source.dtype)
+        return dtype
 
     def stage_folder(self, index: int) -> Path:
         """Checkpoint of the student after stage `index`; stage 0 is the conversion, -1 the last."""
@@ -79,8 +85,11 @@ class Context:
         """Where stage `index` keeps its metrics and, while it trains, its checkpoints."""
         return self.path / TRAINING / stage_names(self.recipe)[index]
 
-    def load_stage(self, index: int) -> Any:
-        """The student after stage `index`, from its files, so that a resumed run sees what this one sees."""
-        student = load_checkpoint(self.stage_folder(index))
+    def load_stage(self, index: int, dtype: torch.dtype | None = None) -> Any:
+        """The student after stage `index`, from its files, so that a resumed run sees what this one sees.
+
+        A stage leaves it in float32; `dtype` None keeps that.
+        """
+        student = load_checkpoint(self.stage_folder(index), dtype)
         student.noise_range = self.recipe.source.noise_range
         return student

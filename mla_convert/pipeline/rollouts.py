@@ -13,7 +13,8 @@ from accelerate import PartialState
 from safetensors.torch import save
 from torch import Tensor
 
-from ..distill.rollouts import RolloutsConfig, open_folder, write_rollouts
+from ..distill.rollouts import RolloutsConfig, open_folder, shards_of, write_rollouts
+from ..distill.waiting import wait_until
 from ..errors import UsageError, UserError
 from ..load import Source
 from ..run.config import GenerateConfig
@@ -38,6 +39,8 @@ def roll_out_data(context: Context) -> None:
 
     rank, count = processes.process_index, processes.num_processes
     write_rollouts(folder, config, context.recipe.seed, text, captions, roll_out, context.report, rank, count)
+    # One of the processes may have had a shard more.
+    wait_until(lambda: all(path.exists() for path in shards_of(folder, config)))
 
 
 def read_prompts(config: RolloutsConfig, source: Source) -> tuple[Tensor, Sequence[str]]:

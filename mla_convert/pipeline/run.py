@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import time
@@ -15,14 +16,14 @@ from accelerate.utils import parse_flag_from_env
 from rich.console import Console
 
 from ..distill.progress import progress_bars
-from ..errors import UsageError
+from ..distill.waiting import wait_until
+from ..errors import UsageError, UserError
 from ..recipe.schema import Recipe
 from .context import STAGES, Context, stage_names
-from .rundir import RunDir, read_state
+from .rundir import RunDir, has_failed, read_state
 from .steps import Step, check_inputs, steps_of
 
 _PATIENCE = timedelta(hours=1)
-_POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,10 @@ def run(
         if until is None:
             folder.mark_finished()
         return RunResult(path, model, folder.seconds, main=True)
+    except BaseException:
+        if processes.num_processes > 1:
+            folder.mark_failed()
+        raise
     finally:
         folder.close()
 
@@ -122,8 +127,14 @@ def _help(recipe: Recipe, path: Path, steps: list[Step], processes: PartialState
             if step.everywhere:
                 step.action(context)
                 processes.wait_for_everyone()
-            while step.name not in read_state(path)["steps"]:
-                time.sleep(_POLL_SECONDS)
+            wait_until(functools.partial(_is_done, path, step.name))
+
+
+def _is_done(path: Path, step: str) -> bool:
+    """Whether the first process has done a step. Raises UserError when it has failed."""
+    if has_failed(path):
+        raise UserError("the first process of the run has failed; its own message says why")
+    return step in read_state(path)["steps"]
 
 
 def steps_until(recipe: Recipe, until: str | None) -> list[Step]:

@@ -22,7 +22,7 @@ from ..recipe.explain import describe
 from ..recipe.load import first_difference
 from ..recipe.schema import Recipe
 
-STATE, RESOLVED = "state.json", "recipe.resolved.yaml"
+STATE, RESOLVED, FAILED = "state.json", "recipe.resolved.yaml", ".failed"
 FORMAT = 1
 
 
@@ -75,6 +75,7 @@ class RunDir:
         """Make the folder a run folder of this recipe, rid of what a killed process left half-written."""
         for leftover in self.path.glob(".*.tmp"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        (self.path / FAILED).unlink(missing_ok=True)
         self._save()
         write_text(self.path / RESOLVED, self.recipe.dump())
 
@@ -128,6 +129,11 @@ class RunDir:
         self._state["finished"] = True
         self._save()
 
+    def mark_failed(self) -> None:
+        """Tell the processes that wait for this one; the next `begin` takes it back."""
+        with contextlib.suppress(OSError):
+            (self.path / FAILED).touch()
+
     def _save(self) -> None:
         write_json(self.path / STATE, self._state)
 
@@ -146,6 +152,11 @@ class RunDir:
                 f"the run in {self.path} has another recipe: {key} is {describe(old)} there and {describe(new)} here; "
                 "give another --out"
             )
+
+
+def has_failed(path: Path) -> bool:
+    """Whether the first process of the run in `path` has ended with an error."""
+    return (path / FAILED).exists()
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -6,12 +6,14 @@ import functools
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..convert import convert_source
+from ..convert import Converted, convert_source
+from ..devices import all_threads
 from ..distill.launch import check_launch
 from ..distill.trainer import run_stage
 from ..errors import UsageError
@@ -117,22 +119,28 @@ def recorded(context: Context) -> dict[str, Any]:
 def _convert(context: Context) -> None:
     recipe = context.recipe
     work = context.path / _parts_of(recipe)
-    converted = convert_source(
+    with all_threads():
+        converted = _converted(context, work)
+    folder = context.stage_folder(0)
+    save_checkpoint(
+        converted.model, folder, recorded(context), max_shard_size=STREAMED_SHARD_SIZE, tensors=converted.tensors
+    )
+
+
+def _converted(context: Context, work: Path) -> Converted:
+    recipe = context.recipe
+    return convert_source(
         context.source,
         recipe.convert,
         work,
         calibration_batches(context, work),
         seed=recipe.seed,
-        dtype=getattr(torch, recipe.source.dtype),
+        dtype=context.dtype,
         progress=context.report,
         device=context.device,
         identity=recipe.model_dump(
             mode="json", include={"seed": True, "data": True, "generate": True, "source": {"noise_range"}}
         ),
-    )
-    folder = context.stage_folder(0)
-    save_checkpoint(
-        converted.model, folder, recorded(context), max_shard_size=STREAMED_SHARD_SIZE, tensors=converted.tensors
     )
 
 
@@ -156,6 +164,8 @@ def _distill(context: Context, index: int) -> None:
         context.report,
         preview_strip,
     )
+    # A later stage may do without it.
+    context.dense().to("cpu")
     if context.main:
         save_checkpoint(student, context.stage_folder(index), recorded(context))
 
@@ -167,9 +177,11 @@ def _evaluate(context: Context) -> None:
         config = recipe.evaluate
         if index != len(recipe.distill):
             config = config.model_copy(update={"rollout_prompts": 0})
-        student = context.load_stage(index).to(context.device)
+        student = context.load_stage(index, context.dtype).to(context.device)
         recipe.streaming.apply(teacher, student)
         result = evaluate(student, teacher, context.data_config, config, context.report)
+        # Not beside the next one.
+        del student
         write_json(context.stage_folder(index) / REPORT_JSON, result)
 
 
@@ -181,7 +193,8 @@ def _samples(context: Context) -> None:
     generate = context.recipe.generate
     embeds = embed_prompts(generate.prompts, prompt_encoder(context.source.config))
     videos, chosen = {}, {}
-    for name, model in (("teacher", context.dense()), ("student", context.load_stage(-1))):
+    for name in ("teacher", "student"):
+        model = context.dense() if name == "teacher" else context.load_stage(-1, context.dtype)
         context.recipe.streaming.apply(model)
 
         def told(done: int, total: int, name: str = name) -> None:
@@ -190,6 +203,7 @@ def _samples(context: Context) -> None:
         chunks = rollout(model.to(context.device), embeds, generate, told)
         videos[name] = torch.cat([chunk.cpu() for chunk in chunks], dim=2)
         chosen[name] = model.kernels.report()
+        model.to("cpu")
     teacher, student = ([to_frames(video) for video in videos[name]] for name in ("teacher", "student"))
     with atomic_folder(context.path / SAMPLES) as folder:
         save_file(videos, folder / ROLLOUTS, metadata={KERNELS: json.dumps(chosen)})

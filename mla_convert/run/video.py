@@ -51,7 +51,7 @@ def to_frames(video: Tensor, vae: Any = None) -> Frames:
     if not torch.isfinite(video).all():
         raise UserError("the video holds NaN or Inf; the model diverged, or its dtype is too narrow (try float32)")
     pixels = ((video.float() + 1) / 2).clamp(0, 1).expand(3, -1, -1, -1)
-    return np.ascontiguousarray(pixels.permute(1, 2, 3, 0).cpu().numpy())
+    return pixels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
 
 
 def denormalised(vae: Any, latents: Tensor) -> Tensor:

@@ -62,15 +62,22 @@ class MatchAttentionConfig(NoisedStageConfig):
 class _Call:
     """One self-attention layer at work: `hidden_states` and what it should answer, both `[B, S, C]`.
 
-    `gradient` `[B, S, C]` is that of a random projection of the velocity with respect to the answer,
-    scaled so that the squares of its products with a token's error add up to the share of the
-    velocity's energy that the error costs, to first order and token by token.
+    `gradient` `[B, S, C]` is that of a random projection of the velocity with respect to the answer. Times
+    `scale` the squares of its products with a token's error add up to the share of the velocity's energy that
+    the error costs, to first order and token by token.
     """
 
     hidden_states: Tensor
     step: AttentionPass
     out: Tensor
     gradient: Tensor | None = None
+    scale: Tensor | None = None
+
+    def cost(self, error: Tensor) -> Tensor | None:
+        """What an `error` `[B, S, C]` of the answer costs; None without a gradient."""
+        if self.gradient is None or self.scale is None:
+            return None
+        return (error * (self.scale * self.gradient.float())).sum(-1).square().sum()
 
 
 @contextlib.contextmanager
@@ -119,7 +126,8 @@ def _calls_with_gradient(model: Any, clips: NoisedClips, generator: torch.Genera
         gradients = torch.autograd.grad((projection * velocity).sum(), list(offsets.values()))
     scale = velocity.detach().square().sum().clamp_min(1e-30).rsqrt()
     for layer, gradient in zip(offsets, gradients, strict=True):
-        calls[layer].gradient = scale * gradient.float()
+        # In its own dtype: of all layers at once it is large.
+        calls[layer].gradient, calls[layer].scale = gradient, scale
     return [calls[layer] for layer in sorted(calls)]
 
 
@@ -189,8 +197,8 @@ def _errors(attentions: list[Any], calls: list[_Call]) -> Tensor:
         expected = call.out.float()
         error = attention(call.hidden_states.to(dtype), None, None, step).float() - expected
         relative = error.square().sum() / expected.square().sum().clamp_min(1e-30)
-        cost = relative if call.gradient is None else (error * call.gradient).sum(-1).square().sum()
-        errors.append(torch.stack([relative, cost]))
+        cost = call.cost(error)
+        errors.append(torch.stack([relative, relative if cost is None else cost]))
     return torch.stack(errors)
 
 
