@@ -111,6 +111,47 @@ def test_auto_leaves_a_kernel_that_fails_and_triton_does_not(monkeypatch: pytest
     assert torch.equal(actual, expected) and "out of registers" in str(chosen.report()["refused"])
 
 
+@needs_kernels
+@pytest.mark.usefixtures("interpreted")
+def test_auto_goes_on_where_torch_has_no_memory_to_compare(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def too_large(*_: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    model = pair(pico.VARIANTS[0])
+    expected, _, _ = rollout(model, "torch")
+    monkeypatch.setattr(model.blocks[0].attn1, "eager_attention", too_large)
+    actual, _, chosen = rollout(model, "auto")
+    assert pico.relative_error(actual, expected) < FLOAT32
+    assert "torch" not in chosen.report()["paths"]
+    # With and without history.
+    assert caplog.text.count("does not fit, nothing is compared") == 2
+
+
+@needs_kernels
+@pytest.mark.usefixtures("interpreted")
+def test_more_items_are_not_compared_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pair(pico.VARIANTS[6])
+    layer = model.blocks[0].attn1
+    compared, eager = [], layer.eager_attention
+    monkeypatch.setattr(layer, "eager_attention", lambda x, step: compared.append(len(x)) or eager(x, step))
+    model.set_kernels("auto")
+    with torch.no_grad():
+        for batch in (1, 3):
+            latents, timestep, text = (x.to(DEVICE) for x in pico.inputs(batch, 2, HEIGHT, WIDTH))
+            model.forward_chunk(latents, timestep, text, model.init_cache(batch, HEIGHT, WIDTH))
+    assert compared == [1]
+
+
+def test_float32_on_a_gpu_is_left_to_torch() -> None:
+    """Without tensor cores in 16 bits the kernels would be slower than what they replace."""
+    shape = Shape(1, 4680, 32760, torch.float32, "cuda", "LatentCache")
+    unasked: Any = None
+    choice = kernels.choose(unasked, shape, unasked, "auto", unasked)
+    assert choice == Choice("torch", dict.fromkeys(fused.PATHS, kernels.FLOAT32_DEFAULT))
+
+
 @pytest.mark.usefixtures("interpreted")
 def test_a_refusal_is_one_line_before_any_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mla_attention, "why_not", lambda *_: "the kernels run on a GPU")

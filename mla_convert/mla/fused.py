@@ -139,7 +139,7 @@ class _FusedPass:
             plain = self._normed(self.query, layer.norm_q, None)
             query = layer.history_query(Query(None, plain), self.step).rotated(self.places.own_rotations)
             if not self.read_own:
-                parts.append(self._own_part(plain))
+                parts.append(self._own_part())
         if tokens:
             key, value = self._workspace(tokens, query.shape[-1])
             if not self._kept():
@@ -164,7 +164,7 @@ class _FusedPass:
         """Attention to the latent rows themselves: `[B, N, H, V]` (DeepSeek-V2, arXiv 2405.04434, section 2.1.2)."""
         layer, places = self.layer, self.places
         plain = self._normed(self.query, layer.norm_q, None)
-        parts = [] if self.read_own else [self._own_part(plain)]
+        parts = [] if self.read_own else [self._own_part()]
         slots, rotations = places.history_slots, places.history_rotations
         if self.read_own:
             slots = torch.cat([slots, places.own_slots], dim=-1)
@@ -217,12 +217,14 @@ class _FusedPass:
             layer.heads,
         )
 
-    def _own_part(self, plain: Tensor) -> tuple[Tensor, Tensor]:
+    def _own_part(self) -> tuple[Tensor, Tensor]:
         """The chunk's attention to its own dense keys and values."""
         layer, rotations = self.layer, self.places.own_rotations
-        key = self._normed(self.key, layer.norm_k, rotations)
+        query, key = (
+            self._normed(x, norm, rotations) for x, norm in ((self.query, layer.norm_q), (self.key, layer.norm_k))
+        )
         part: tuple[Tensor, Tensor] = self.ops.attend(
-            rotate(plain, rotations), key, layer.split_heads(self.value), None, layer.scale, BY_RULE
+            query, key, layer.split_heads(self.value), None, layer.scale, BY_RULE
         )
         return part
 

@@ -31,6 +31,7 @@ FREE_SHARE = 0.5
 """Share of the device's free memory that expanded histories may take with `history` auto."""
 
 CPU_DEFAULT = "on a CPU torch is the default"
+FLOAT32_DEFAULT = "in float32 torch is the default: kernels are made for tensor cores in 16 bits"
 
 
 class Shape(NamedTuple):
@@ -57,8 +58,8 @@ class Kernels:
     """How a model attends while it streams without gradients; the fields are keys of a recipe's `streaming`.
 
     `mode` `auto` takes kernels where they support a layer, after the first output with and without history has
-    agreed with torch's, and torch elsewhere and on a CPU; `triton` raises UserError instead and compares nothing;
-    `torch` never asks.
+    agreed with torch's, and torch elsewhere, in float32 and on a CPU; `triton` raises UserError instead and
+    compares nothing; `torch` never asks.
 
     `history` says how often an expanded history is made: `chunk` once a chunk and layer, for the memory of a dense
     cache; `pass` at every denoising pass, in one workspace for all layers; `auto` once a chunk where the histories
@@ -100,14 +101,16 @@ class Kernels:
             return None
         if choice.path == "expand" and step.cache.keep_expanded is None:
             step.cache.keep_expanded = self._keeps(layer, shape, step.cache)
-        # Without history other kernels run than with it.
-        check = (*key, bool(step.views[0].history_frames))
+        # Without history other kernels run than with it; with more items the same.
+        check = (layer.layer, shape._replace(batch=1), bool(step.views[0].history_frames))
         if self.mode == "triton" or check in self.checked:
             return fused.attention(layer, hidden_states, step, choice.path, choice.backend)
-        self.checked.add(check)
-        return self._checked(key, layer, hidden_states, step)
+        out = self._compared(key, layer, hidden_states, step)
+        if out is not None:
+            self.checked.add(check)
+        return out
 
-    def _checked(
+    def _compared(
         self, key: tuple[int, Shape], layer: CausalSelfAttention, hidden_states: Tensor, step: AttentionPass
     ) -> Tensor | None:
         """The output of a kernel compared with torch's; where it fails or differs, None, and torch from now on."""
@@ -118,7 +121,12 @@ class Kernels:
         except Exception as error:
             reason = f"{path} failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         else:
-            expected = layer.eager_attention(hidden_states, step).float()
+            try:
+                expected = layer.eager_attention(hidden_states, step).float()
+            except torch.OutOfMemoryError:
+                # It takes more memory than what it is to confirm.
+                logger.warning("kernels: torch's attention of layer %d does not fit, nothing is compared", layer.layer)
+                return out
             difference = float((out.float() - expected).abs().max() / expected.abs().max())
             if difference <= CHECK[key[1].dtype]:
                 return out
@@ -183,6 +191,8 @@ def choose(
     """The cheapest way among those that the kernels support; torch when there is none."""
     if mode == "auto" and shape.device == "cpu" and not interpreted_by_default():
         return Choice("torch", dict.fromkeys(fused.PATHS, CPU_DEFAULT))
+    if mode == "auto" and shape.device == "cuda" and shape.dtype == torch.float32:
+        return Choice("torch", dict.fromkeys(fused.PATHS, FLOAT32_DEFAULT))
     refused: dict[str, str] = {}
     found: dict[tuple[fused.Path, fused.Backend], float] = {}
     for path in fused.PATHS:

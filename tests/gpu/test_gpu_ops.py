@@ -14,7 +14,7 @@ HEADS, DEPTH, TOKENS, WINDOW, SHARED = 12, 128, 1560, 21, 32
 QUERIES, KEYS, SCALE = 520, WINDOW * TOKENS, DEPTH**-0.5
 """A ninth of a chunk's queries: the float64 logits of all of them take 15 GB."""
 DTYPES = [torch.bfloat16, torch.float16]
-RANKS = [64, 96, 128, 192, 256, 512]
+RANKS = [64, 96, 128, 192, 256, 448, 512]
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:

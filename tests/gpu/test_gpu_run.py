@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("diffusers", reason="a whole run needs the package's dependencies")
+
 from recipe_case import RECIPE, write_teacher
 
 from mla_convert.convert import clip_batches, convert_source

@@ -30,6 +30,8 @@ def cudnn(query, key, value, scale):
 def _compiled_flex():
     from torch.nn.attention.flex_attention import flex_attention
 
+    # Every size is compiled: beyond the limit, 8, calls would silently run unfused.
+    torch._dynamo.config.recompile_limit = 64
     return torch.compile(flex_attention, dynamic=False)
 
 

@@ -78,6 +78,9 @@ def describe(device, dtype, shape, chosen):
 def main(arguments=None):
     parser, chosen = parse(arguments)
     device = torch.device(chosen.device)
+    if device.type == "cuda" and device.index is not None:
+        # Events and streams are those of the current device.
+        torch.cuda.set_device(device)
     dtype, shape, sizes = torch.bfloat16, Shape(), WAN_SIZES
     if chosen.tiny:
         # The interpreter's products of bfloat16 are wrong.

@@ -139,6 +139,8 @@ def test_refusals():
         attend(query, key, value, int32([1]).long(), 0.2)
     with pytest.raises(ValueError, match="-1 splits, supported are 0 to 64"):
         attend(query, key, value, None, 0.2, -1)
+    with pytest.raises(ValueError, match=r"scale -0.2 is not positive"):
+        attend(query, key, value, None, -0.2)
     with pytest.raises(NotImplementedError, match="float64 is not supported"):
         attend(query.double(), key.double(), value.double(), None, 0.2)
     assert why_not_attend(384, 128) == "attend: 384 key channels a head, supported are 1 to 256"

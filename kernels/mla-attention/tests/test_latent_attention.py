@@ -225,6 +225,8 @@ def test_refusals():
         latent_attention(latent, pe, rows, None, slots.long(), count, turn, SCALE)
     with pytest.raises(ValueError, match="65 splits, supported are 0 to 64"):
         latent_attention(latent, pe, rows, None, slots, count, turn, SCALE, 65)
+    with pytest.raises(ValueError, match=r"scale 0.0 is not positive"):
+        latent_attention(latent, pe, rows, None, slots, count, turn, 0.0)
     with pytest.raises(ValueError, match="rows hold 3 rings, expected 1 or 2"):
         latent_attention(latent, pe, rows[:1].repeat(3, 1, 1, 1), None, slots, count, turn, SCALE)
     with pytest.raises(ValueError, match=r"slots is \[1, 4\], expected \[2, \*\]"):

@@ -61,11 +61,11 @@ def _attend_block(
     if D2 > 0:
         k2 = _load(keys, key_offsets, live, D1, D, D2, MASKED)
         logits = tl.dot(q2, k2.T, logits, input_precision=PRECISION)
-    logits = logits * scale_log2
     if MASKED:
         logits = tl.where(live[None, :], logits, float("-inf"))
-    highest = tl.maximum(top, tl.max(logits, 1))
-    weights = tl.exp2(logits - highest[:, None])
+    # One multiplication and subtraction a logit: a positive scale goes past the maximum.
+    highest = tl.maximum(top, tl.max(logits, 1) * scale_log2)
+    weights = tl.exp2(logits * scale_log2 - highest[:, None])
     shrink = tl.exp2(top - highest)
     total = total * shrink + tl.sum(weights, 1)
     v1 = _load(values, value_offsets, live, 0, V, V1, MASKED)
@@ -147,12 +147,12 @@ def attend(
     `query` `[B, Q, H, D]`, `key` `[B, K, H, D]` and `value` `[B, K, H, V]` are float16, bfloat16 or float32,
     with contiguous channels and any other strides. `num_keys`, int32 `[1]` on the device, says how many of
     the K keys count (None: all); what lies behind them may be anything. Without any the result is 0 and -inf.
-    `scale` multiplies the logits; softmax and sums are float32. `splits` programs share the keys of a tile, 0 leaves
-    their number to `split_count`.
+    `scale`, more than 0, multiplies the logits; softmax and sums are float32. `splits` programs share the keys of a
+    tile, 0 leaves their number to `split_count`.
 
     Raises ValueError on arguments that do not fit, NotImplementedError on what `why_not_attend` refuses.
     """
-    _check(query, key, value, num_keys, splits)
+    _check(query, key, value, num_keys, scale, splits)
     return ops.attend(query, key, value, num_keys, scale, splits)
 
 
@@ -237,7 +237,7 @@ def aot_variants(capability: int) -> list[Variant]:
     return found
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, num_keys: Tensor | None, splits: int) -> None:
+def _check(query: Tensor, key: Tensor, value: Tensor, num_keys: Tensor | None, scale: float, splits: int) -> None:
     check_tensor("query", query, (None,) * 4)
     batch, _, heads, channels = query.shape
     check_tensor("key", key, (batch, None, heads, channels), query.dtype, like=query)
@@ -245,6 +245,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, num_keys: Tensor | None, s
     if num_keys is not None:
         check_tensor("num_keys", num_keys, (1,), torch.int32, like=query)
     require(0 <= splits <= MAX_SPLITS, "attend: {} splits, supported are 0 to {}", splits, MAX_SPLITS)
+    require(scale > 0, "attend: scale {} is not positive", scale)
     refuse(why_not_attend(channels, value.shape[-1], query.dtype))
 
 

@@ -15,6 +15,7 @@ from ._ops import add_op_namespace_prefix, ops
 from ._runtime import (
     DTYPES,
     INTERPRETED,
+    Plan,
     Variant,
     capability,
     ceil_div,
@@ -104,6 +105,16 @@ def _latent_block(
     offsets = slot * rows_s + token * rows_t
     scale_offsets = slot * scales_s + token * scales_t
     logits = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    # Before the latents rotating overlaps the products of the keys before; large tiles have no registers for that.
+    EARLY: tl.constexpr = RANK <= 256 and BLOCK_M >= 64
+    turns = rotations
+    if SHARED > 0:
+        turns = rotations + n * rotations_k
+        if EARLY:
+            k = _shared_keys(
+                rows, offsets, scales, scale_offsets, turns, live, DTYPE, RANK, SHARED, PE, BLOCK_K, QUANTISED
+            )
+            logits = tl.dot(pe, k.T, logits, input_precision=PRECISION)
     latents = ()
     for i in tl.static_range(BLOCKS):
         c = _latents(
@@ -112,15 +123,14 @@ def _latent_block(
         )  # fmt: skip
         logits = tl.dot(query[i], c.T, logits, input_precision=PRECISION)
         latents = latents + (c,)  # noqa: RUF005
-    if SHARED > 0:
-        turns = rotations + n * rotations_k
+    if SHARED > 0 and not EARLY:
         k = _shared_keys(rows, offsets, scales, scale_offsets, turns, live, DTYPE, RANK, SHARED, PE, BLOCK_K, QUANTISED)
         logits = tl.dot(pe, k.T, logits, input_precision=PRECISION)
-    logits = logits * scale_log2
     if MASKED:
         logits = tl.where(live[None, :], logits, float("-inf"))
-    highest = tl.maximum(top, tl.max(logits, 1))
-    weights = tl.exp2(logits - highest[:, None])
+    # One multiplication and subtraction a logit: a positive scale goes past the maximum.
+    highest = tl.maximum(top, tl.max(logits, 1) * scale_log2)
+    weights = tl.exp2(logits * scale_log2 - highest[:, None])
     shrink = tl.exp2(top - highest)
     total = total * shrink + tl.sum(weights, 1)
     weights = weights.to(DTYPE)
@@ -138,7 +148,7 @@ def _latent_kernel(
     rotations_k,
     RANK: tl.constexpr, WIDE: tl.constexpr, COUNT: tl.constexpr, REST: tl.constexpr, BLOCKS: tl.constexpr,
     SHARED: tl.constexpr, PE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PEELED: tl.constexpr,
-    QUANTISED: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr,
+    QUANTISED: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """A tile of (query, head) by a split of the keys: `out` `[splits, B, Q, H, r]`, `lse` `[splits, B, H, Q]`.
 
@@ -176,6 +186,9 @@ def _latent_kernel(
         scales += b * scales_b
     # 32 bits: one register less than a pointer to the item's table.
     table = tl.program_id(1) * slots_b
+    if TOKENS > 0:
+        # Dividing by a number that the compiler knows takes no division.
+        tokens = TOKENS
     n = first + tl.arange(0, BLOCK_K)
     slot = tl.load(slots + (table + n // tokens), mask=n < last, other=0)
     stop = last
@@ -224,11 +237,11 @@ def latent_attention(
     on the device) on are not read. `k_pe` is rotated by `rotations`, float32 `[K, R / 2, 2]` (cos, sin), by key in
     reading order. Without keys the result is 0 and -inf.
 
-    `scale` multiplies the logits; softmax and sums are float32. `splits` programs share the keys of a tile, 0 leaves
-    their number to `split_count`. Raises ValueError on arguments that do not fit, NotImplementedError on what
-    `why_not_latent_attention` refuses.
+    `scale`, more than 0, multiplies the logits; softmax and sums are float32. `splits` programs share the keys of a
+    tile, 0 leaves their number to `split_count`. Raises ValueError on arguments that do not fit, NotImplementedError
+    on what `why_not_latent_attention` refuses.
     """
-    _check(query_latent, query_pe, rows, scales, slots, num_keys, rotations, splits)
+    _check(query_latent, query_pe, rows, scales, slots, num_keys, rotations, scale, splits)
     return ops.latent_attention(query_latent, query_pe, rows, scales, slots, num_keys, rotations, scale, splits)
 
 
@@ -277,7 +290,7 @@ def why_not_latent_attention(rank: int, shared_channels: int, dtype: torch.dtype
 
 def aot_variants(capability: int) -> list[Variant]:
     """Ahead-of-time compilations: ranks with and without a shared key, int8 rows, few queries, and large rings."""
-    ranks = [(rank, 32, False, 4680) for rank in (192, 64, 96, 128, 256, 512)]
+    ranks = [(rank, 32, False, 4680) for rank in (192, 64, 96, 128, 256, 448, 512)]
     ranks += [(192, 32, True, 4680), (512, 32, True, 4680)]
     cases = [(*case, False) for case in (*ranks, (192, 0, False, 4680), (192, 32, False, 1))]
     cases += [(*case, True) for case in ranks]
@@ -296,7 +309,7 @@ def aot_variants(capability: int) -> list[Variant]:
         there = {"query_pe": shared, "rotations": shared, "scales": quantised}
         absent = {name: None for name, wanted in there.items() if not wanted}
         types = {name: kind for name, kind in types.items() if name not in absent}
-        plan = plan._replace(constants={**plan.constants, **absent})
+        plan = _of_frames(plan._replace(constants={**plan.constants, **absent}), 1560)
         name = f"latent_attention r={rank} R={shared} Q={queries}" + ", int8" * quantised + ", far" * far
         # The newer tensor cores take no tile of less than 64 rows.
         found.append(Variant(name, _latent_kernel, types, plan, dot=plan.constants["BLOCK_M"] >= 64))
@@ -305,12 +318,13 @@ def aot_variants(capability: int) -> list[Variant]:
 
 def _check(
     query: Tensor, query_pe: Tensor | None, rows: Tensor, scales: Tensor | None, slots: Tensor, num_keys: Tensor,
-    rotations: Tensor | None, splits: int,
+    rotations: Tensor | None, scale: float, splits: int,
 ) -> None:  # fmt: skip
     check_tensor("query_latent", query, (None,) * 4)
     batch, queries, heads, rank = query.shape
     shared = 0 if query_pe is None else query_pe.shape[-1]
     require(0 <= splits <= MAX_SPLITS, "latent_attention: {} splits, supported are 0 to {}", splits, MAX_SPLITS)
+    require(scale > 0, "latent_attention: scale {} is not positive", scale)
     refuse(why_not_latent_attention(rank, shared, query.dtype))
     check_ring(rows, scales, slots, batch, query.dtype, query)
     tokens, width = rows.shape[2:]
@@ -323,11 +337,18 @@ def _check(
         require(rotations.stride(1) == 2 or shared <= 2, "the pairs of rotations must be contiguous")
 
 
+def _of_frames(plan: Plan, tokens: int) -> Plan:
+    """The plan for frames of so many tokens, by which every key's place is divided; large tiles do not ask."""
+    known = tokens if plan.constants["RANK"] <= 256 else 0
+    return plan._replace(constants={**plan.constants, "TOKENS": known})
+
+
 def _launch(query, query_pe, rows, scales, slots, num_keys, rotations, scale, splits):
     batch, queries, heads, rank = query.shape
     tokens, shared = rows.shape[2], 0 if query_pe is None else query_pe.shape[-1]
     far = rows.shape[1] * rows.stride(1) >= NEAR
     plan = latent_plan(rank, shared, queries * heads, query.dtype, scales is not None, far, capability(query.device))
+    plan = _of_frames(plan, tokens)
     tiles = ceil_div(queries * heads, plan.constants["BLOCK_M"]) * batch
     if splits == 0:
         blocks = ceil_div(slots.shape[-1] * tokens, plan.constants["BLOCK_K"])

@@ -107,4 +107,7 @@ def _blocks(rank: int, widest: int) -> tuple[int, int, int]:
     wide = max(16, min(widest, power_of_two(rank + 1) // 2))
     count, left = divmod(rank, wide)
     rest = max(16, power_of_two(left)) if left else 0
-    return (wide, count + 1, 0) if rest == wide else (wide, count, rest)
+    if rest != wide:
+        return wide, count, rest
+    # Two blocks alike are one where it may be so wide: their sums take less room than those of two.
+    return (2 * wide, 1, 0) if count == 1 and 2 * wide <= widest else (wide, count + 1, 0)
