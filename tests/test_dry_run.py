@@ -110,7 +110,7 @@ def test_the_paper_on_eight_cards(capsys):
     weights = forcing["parameters"]
     assert forcing["trained"] == weights
     memory = forcing["memory"]
-    assert (memory["parameters"], memory["gradients"], memory["optimizer"]) == (4 * weights, 8 * weights, 8 * weights)
+    assert (memory["parameters"], memory["gradients"], memory["optimizer"]) == (4 * weights, 4 * weights, 8 * weights)
     assert (memory["average"], memory["casts"], memory["frozen_networks"]) == (4 * weights, 2 * weights, 0)
     assert forcing["clips"] == 4000 * 8
     assert forcing["tokens"] == 4000 * 8 * 21 * 1560
@@ -118,6 +118,7 @@ def test_the_paper_on_eight_cards(capsys):
     assert consistency["memory"]["frozen_networks"] == 4 * weights
     assert dmd["memory"]["frozen_networks"] == 2 * 1_418_996_800
     assert dmd["memory"]["second_network"] == 16 * 1_418_996_800
+    assert dmd["memory"]["casts"] == 2 * weights + 2 * 1_418_996_800
     # Recomputed blocks keep the cache as each of the seven chunks found it.
     assert dmd["memory"]["caches"] == 8 * 4 * 21 * 1560 * 30 * 224
     assert plain["seconds"] is None

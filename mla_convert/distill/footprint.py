@@ -5,20 +5,22 @@ under autocast, else 4), and n = W where the student is sharded (FSDP2), 1 where
 gradients and optimizer alone), bytes are
 
     parameters      4 N / n                     float32; a sharded student and two blocks gathered: + 8 b
-    gradients       4 T / n                     with DDP twice, its buckets are copies; ZeRO-2's two: + 8 `BUCKET`
+    gradients       4 T / n                     DDP's buckets are what the gradients lie in; ZeRO-2's two: + 8 `BUCKET`
     optimizer       8 T / n                     AdamW's two moments; Adafactor's rows and columns; ZeRO-2's
                                                 own weights: + 4 T / W
     average         4 T / n                     a sharded student's average that a stage runs: + 4 N
     second network  4 N' + 12 T'                weights, gradients and moments of a stage's second network
     frozen networks their parameters in their dtype; `start` 4 T (4 N beside a sharded student)
-    casts           2 T                         autocast keeps the weights that it has cast
+    casts           2 (T + T')                  autocast keeps the weights that it has cast; FSDP2: of one block
     activations     tokens A                    what autograd keeps of a micro-batch, see below
     caches          4 row S_w                   of a rollout in training, for a window of S_w tokens
 
 A token of one block of width d, feed-forward width f, whose chunks see h tokens of history a token of
 their own, keeps `d (54 + (12 + 2 h) e) + 2 f e` bytes, and in latent attention of rank r at most
-`d (4 + h) e + r e` more. With `gradient_checkpointing` all blocks together keep `4 d` a block and one
-block all of it. `tests/test_dry_run.py` compares this with what autograd kept of real blocks.
+`d (4 + h) e + r e` more. With `gradient_checkpointing` what enters a block is kept, `d e`, and one block keeps all of
+it; of L layers that share a latent the work on one chunk of C is computed again, and kept are what enters the first
+of them and the latents that each chunk reads, `d e + r e C / 2`. `match_attention` keeps input, answer and
+gradient of every layer, `3 d e`. `tests/test_dry_run.py` compares this with what autograd kept of real blocks.
 
 Not counted: what is freed within a layer, the kernels' workspaces, fragmentation. `RESERVED_BYTES` is for them.
 """
@@ -90,19 +92,19 @@ def footprint(
     tokens = clip.frames * rows * columns
     parts = launch.processes if launch.sharded else 1
     split = launch.processes if launch.zero else parts
-    copies = 2 if launch.processes > 1 and not (launch.sharded or launch.zero) else 1
     weights = count(student) + adapters
     block = max(count(block) for block in student.blocks)
     shapes = [parameter.shape for name, parameter in student.named_parameters() if name in trained]
     learnt = sum(shape.numel() for shape in shapes) + adapters
+    second = sum(shape.numel() for shape in _second_shapes(stage, networks))
     memory = {
         "parameters": 4 * weights // parts + (8 * block if launch.sharded else 0),
-        "gradients": 4 * learnt // split * copies + (8 * BUCKET if launch.zero else 0),
+        "gradients": 4 * learnt // split + (8 * BUCKET if launch.zero else 0),
         "optimizer": (_optimizer_bytes(config, shapes, adapters) + (4 * learnt if launch.zero else 0)) // split,
         "average": _average_bytes(config, stage, weights, learnt, launch),
         "second_network": _second_bytes(stage, networks, config),
         "frozen_networks": _frozen_bytes(stage, networks, weights, learnt, launch),
-        "casts": 0 if config.mixed_precision == "no" else 2 * learnt,
+        "casts": 0 if config.mixed_precision == "no" else 2 * (block if launch.sharded else learnt + second),
         "activations": activation_bytes(stage, student, clip.frames, rows * columns),
         "caches": _cache_bytes(config, student, clip.frames, rows * columns),
     }
@@ -145,9 +147,13 @@ def activation_bytes(stage: Stage[Any], student: Any, frames: int, tokens_per_fr
     d = student.config.num_attention_heads * student.config.attention_head_dim
     block, layers = block_bytes(student, history, e), len(student.blocks)
     if stage.calls_parts:
-        return int(tokens * (block + 4 * d * layers))
+        return int(tokens * (block + 3 * d * e * layers))
     if config.gradient_checkpointing:
-        return int(tokens * (4 * d * layers + block))
+        shared = max(map(len, student.latent_groups))
+        if shared == 1:
+            return int(tokens * (d * e * layers + block))
+        read = max(student.mla.kv_lora_rank) * e * len(chunks) / 2
+        return int(tokens * ((d * e + read) * layers / shared + block * shared / len(chunks)))
     return int(tokens * block * layers)
 
 
@@ -179,14 +185,22 @@ def _average_bytes(config: StageConfig, stage: Stage[Any], weights: int, learnt:
     return 4 * learnt // launch.processes + (4 * weights if AVERAGE in stage.networks else 0)
 
 
-def _second_bytes(stage: Stage[Any], networks: Mapping[str, Any], config: StageConfig) -> int:
+def _second_shapes(stage: Stage[Any], networks: Mapping[str, Any]) -> list[torch.Size]:
+    """Of the parameters that are trained of a stage's second network."""
     second = stage.second
     if second is None:
-        return 0
+        return []
     network = networks[second.source]
     names = trainable_names(network, second.trainable)
-    shapes = [parameter.shape for name, parameter in network.named_parameters() if name in names]
-    return 4 * count(network) + 4 * sum(shape.numel() for shape in shapes) + _optimizer_bytes(config, shapes, 0)
+    return [parameter.shape for name, parameter in network.named_parameters() if name in names]
+
+
+def _second_bytes(stage: Stage[Any], networks: Mapping[str, Any], config: StageConfig) -> int:
+    if stage.second is None:
+        return 0
+    shapes = _second_shapes(stage, networks)
+    gradients = 4 * sum(shape.numel() for shape in shapes)
+    return 4 * count(networks[stage.second.source]) + gradients + _optimizer_bytes(config, shapes, 0)
 
 
 def _frozen_bytes(stage: Stage[Any], networks: Mapping[str, Any], weights: int, learnt: int, launch: Launch) -> int:
