@@ -5,53 +5,23 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from types import SimpleNamespace
-from urllib.parse import unquote
 
 import diffusers
-import huggingface_hub.constants
 import pytest
 import torch
-from checkpoint_case import CAUSAL, STOCK, pico_dense, pico_mla, pico_velocity
-from safetensors.torch import load_file, save, save_file
+from checkpoint_case import CAUSAL, pico_dense, pico_mla, pico_velocity
+from load_case import change_config, change_tensors, equal_tensors, refusal, stock_folder
+from safetensors.torch import load_file, save_file
 
 from mla_convert import registry
 from mla_convert.errors import UserError
-from mla_convert.load import AdapterConfig, LazyTensors, check_finite, load_dense, load_source
+from mla_convert.load import LazyTensors, check_finite, load_dense, load_source
 from mla_convert.load.weights import INDEX, WEIGHTS
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A stock transformer folder, as diffusers writes it."""
-    torch.manual_seed(0)
-    diffusers.WanTransformer3DModel(**STOCK).save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-def change_config(folder: Path, **changes) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def change_tensors(folder: Path, change) -> None:
-    tensors = load_file(folder / WEIGHTS)
-    change(tensors)
-    save_file(tensors, folder / WEIGHTS)
-
-
-def refusal(model, **arguments) -> str:
-    with pytest.raises(UserError) as caught:
-        load_source(str(model), **arguments)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def equal_tensors(a, b) -> bool:
-    return sorted(a) == sorted(b) and all(torch.equal(a[name], b[name]) for name in a)
+    return stock_folder(tmp_path / "model")
 
 
 def test_folder(folder):
@@ -312,160 +282,6 @@ def test_what_is_no_model(tmp_path):
         assert refusal(name) == f"{name} does not exist; {hint}"
     (tmp_path / "model.onnx").touch()
     assert "is no weights file; those are .safetensors, .pt" in refusal(tmp_path / "model.onnx")
-
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-SECRET = "hf_secretsecretsecret"
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A Hub on loopback with the files of `hub.files`; `hub.errors` maps a path's beginning to a refusal."""
-    state = SimpleNamespace(files={}, errors={}, requests=[])
-
-    class Handler(BaseHTTPRequestHandler):
-        def answer(self, status=200, body=b"", **headers):
-            self.send_response(status)
-            for name, value in {"Content-Length": str(len(body)), **headers}.items():
-                self.send_header(name.replace("_", "-"), value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
-
-        def do_GET(self):
-            path = unquote(self.path.partition("?")[0])
-            state.requests.append(path)
-            for beginning, (status, headers) in state.errors.items():
-                if path.startswith(beginning):
-                    return self.answer(status, **headers)
-            if path.startswith("/api/models/owner/model/tree/"):
-                tree = [
-                    {"type": "file", "path": name, "size": len(body), "oid": f"{i:040x}"}
-                    for i, (name, body) in enumerate(state.files.items())
-                ]
-                return self.answer(body=json.dumps(tree).encode(), Content_Type="application/json")
-            if path.startswith("/api/models/owner/model"):
-                info = {"id": "owner/model", "sha": COMMIT, "siblings": []}
-                return self.answer(body=json.dumps(info).encode(), Content_Type="application/json")
-            body = state.files[path.removeprefix(f"/owner/model/resolve/{COMMIT}/")]
-            etag = f'"{list(state.files.values()).index(body):040x}"'
-            return self.answer(body=body, ETag=etag, X_Repo_Commit=COMMIT)
-
-        do_HEAD = do_GET
-
-        def log_message(self, *arguments):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
-    template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setenv("HF_TOKEN", SECRET)
-    yield state
-    server.shutdown()
-    server.server_close()
-
-
-def test_hub_source(hub, folder):
-    card = b"---\nlicense: apache-2.0\n---\n"
-    hub.files = {"README.md": card, "model_index.json": b"{}", "vae/weights.safetensors": b"large"}
-    hub.files |= {f"transformer/{file.name}": file.read_bytes() for file in folder.iterdir()}
-
-    source = load_source("owner/model")
-
-    assert (source.origin, source.revision, source.licence) == ("owner/model", COMMIT, "apache-2.0")
-    assert equal_tensors(source.tensors, load_file(folder / WEIGHTS))
-    assert not any("vae" in path for path in hub.requests)
-    assert source.provenance()["revision"] == COMMIT
-
-
-@pytest.mark.parametrize("card", [b"{}", None])
-def test_one_file_of_a_hub_repository(hub, folder, card):
-    config, weights = ((folder / name).read_bytes() for name in ("config.json", WEIGHTS))
-    hub.files = {"checkpoints/a+b/[1].safetensors": weights, "checkpoints/a+b/other.safetensors": b"large"}
-    hub.files |= {"checkpoints/a+b/config.json": config, **({} if card is None else {"config.json": card})}
-
-    source = load_source("owner/model", file="checkpoints/a+b/[1].safetensors")
-
-    assert equal_tensors(source.tensors, load_file(folder / WEIGHTS))
-    assert (source.revision, source.provenance()["file"]) == (COMMIT, "checkpoints/a+b/[1].safetensors")
-    assert not any("other" in path for path in hub.requests)
-    assert refusal("owner/model", file="x.pt") == "owner/model has no file x.pt on the Hub"
-    assert "does not lie in the model's folder" in refusal("owner/model", file="../x.pt")
-
-
-def test_adapters_of_a_hub_repository(hub, folder):
-    """The file and peft's configuration beside it are fetched, and nothing else; the commit is recorded."""
-    state = load_file(folder / WEIGHTS)
-    name = next(name for name in state if name.endswith("attn1.to_q.weight"))
-    out, inner = state[name].shape
-    module = name.removesuffix(".weight")
-    matrices = {f"{module}.lora_A.weight": torch.ones(2, inner), f"{module}.lora_B.weight": torch.ones(out, 2)}
-    hub.files = {f"base/{file.name}": file.read_bytes() for file in folder.iterdir()}
-    hub.files |= {"lora/a.safetensors": save(matrices), "lora/adapter_config.json": b'{"lora_alpha": 8}'}
-    hub.files |= {"lora/b.safetensors": b"large"}
-
-    adapters = [AdapterConfig(file="lora/a.safetensors"), AdapterConfig(model="owner/model", file="lora/a.safetensors")]
-    source = load_source("owner/model", subfolder="base", adapters=adapters)
-
-    # Twice 8 / 2 times a sum of two ones.
-    torch.testing.assert_close(source.tensors[name], state[name] + 2 * 8 / 2 * 2)
-    assert [adapter["revision"] for adapter in source.adapters] == [COMMIT, COMMIT]
-    assert not any("lora/b" in path for path in hub.requests)
-    assert "owner/model has no file lora/c.pt" in refusal(
-        "owner/model", subfolder="base", adapters=[AdapterConfig(file="lora/c.pt")]
-    )
-
-
-def test_hub_repository_without_a_configuration(hub):
-    hub.files = {"checkpoints/self_forcing_dmd.pt": b"large", "README.md": b"-"}
-    assert refusal("owner/model").endswith("name its transformer with subfolder, or its weights with file")
-    assert not any(path.endswith(".pt") for path in hub.requests)
-
-
-def test_hub_source_is_refused_before_its_weights_come(hub, folder):
-    change_config(folder, _class_name="WanVACETransformer3DModel")
-    hub.files = {f"transformer/{file.name}": file.read_bytes() for file in folder.iterdir()}
-    assert "its control blocks" in refusal("owner/model")
-    assert "its control blocks" in refusal("owner/model", file=f"transformer/{WEIGHTS}")
-    assert not any(path.endswith(".safetensors") for path in hub.requests)
-
-
-@pytest.mark.parametrize(
-    ("path", "status", "headers", "reason"),
-    [
-        ("/api/models", 404, {"X_Error_Code": "RepoNotFound"}, "no such model on the Hub; if it is private, log in"),
-        ("/api/models", 401, {"X_Error_Code": "RepoNotFound"}, "no such model on the Hub; if it is private, log in"),
-        (
-            "/api/models",
-            401,
-            {"X_Error_Message": "Invalid credentials in Authorization header"},
-            "the Hub does not accept your token for owner/model; log in again",
-        ),
-        ("/api/models", 404, {"X_Error_Code": "RevisionNotFound"}, "owner/model has no revision 'v9' on the Hub"),
-        ("/owner", 403, {"X_Error_Code": "GatedRepo"}, "owner/model is gated: accept its terms"),
-        ("/owner", 403, {}, "your Hub account may not read owner/model"),
-        ("/api/models", 500, {}, "the Hub answered 500 for owner/model"),
-    ],
-)
-def test_hub_refusals(hub, path, status, headers, reason):
-    hub.files = {"config.json": b"{}"}
-    hub.errors = {path: (status, headers)}
-    message = refusal("owner/model", revision="v9")
-    assert reason in message
-    assert SECRET not in message
-
-
-def test_hub_without_a_network(hub, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert "the Hub cannot be reached" in refusal("owner/model")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert "HF_HUB_OFFLINE forbids downloads" in refusal("owner/model")
 
 
 @pytest.fixture

@@ -1,0 +1,45 @@
+"""A stock transformer on disk, what may be wrong with it, and how it is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from checkpoint_case import STOCK
+from safetensors.torch import load_file, save_file
+
+from mla_convert.errors import UserError
+from mla_convert.load import load_source
+from mla_convert.load.weights import WEIGHTS
+
+
+def stock_folder(path: Path) -> Path:
+    """A stock transformer folder, as diffusers writes it."""
+    torch.manual_seed(0)
+    diffusers.WanTransformer3DModel(**STOCK).save_pretrained(path)
+    return path
+
+
+def change_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change_tensors(folder: Path, change) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+def refusal(model, **arguments) -> str:
+    with pytest.raises(UserError) as caught:
+        load_source(str(model), **arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def equal_tensors(a, b) -> bool:
+    return sorted(a) == sorted(b) and all(torch.equal(a[name], b[name]) for name in a)
