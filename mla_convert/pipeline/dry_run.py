@@ -28,10 +28,13 @@ from ..run.config import GenerateConfig
 from ..run.sample import DIGITS, latent_size, prompt_encoder
 from .sources import source_of
 
-# What the published config.json of these models say beside diffusers' defaults.
+WAN_1_3B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
+# What these published models, called by a part of their names, have other than diffusers' defaults.
 PUBLISHED: dict[str, dict[str, Any]] = {
-    "wan2.1-t2v-1.3b": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
+    "wan2.1-t2v-1.3b": WAN_1_3B,
     "wan2.1-t2v-14b": {},
+    "self-forcing": WAN_1_3B,
+    "longlive-1.3b": WAN_1_3B,
 }
 PAPER_SHARE = 224 / 3072
 DIGITS_TEXT = 3
