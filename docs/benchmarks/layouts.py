@@ -62,6 +62,12 @@ ROWS: list[dict[str, Any]] = [
 ]
 
 
+def data_of(folder: str | None) -> Data:
+    """The latents of a `folder`, or without one the digits that are made as they are needed."""
+    natural = {"kind": "latents", "folder": folder, "text_tokens": 1, "heldout": 128}
+    return open_data(DataConfig(**(natural if folder else {"kind": "digits"})), 0)
+
+
 def converted(teacher: Any, data: Data, row: dict[str, Any], seed: int, clips: int, max_tokens: int = 65536) -> Any:
     """The teacher in the layout of a row; every seed draws clips of its own."""
     calibration = {"clips": clips, "max_tokens": max_tokens, "seed": seed, **row.get("calibration", {})}
@@ -127,9 +133,6 @@ def main() -> None:
     same = {name: getattr(arguments, name) for name in ("seeds", "model", "clips", "heldout")}
     kept = [] if chosen.again else measured_alike(path, same)
     teacher = load_dense(load_source(arguments.model))
-    settings: dict[str, Any] = {"kind": "digits"}
-    if arguments.data:
-        settings = {"kind": "latents", "folder": arguments.data, "text_tokens": 1, "heldout": 128}
     rows: list[dict[str, Any]] = []
     wanted = [ROWS[i] for i in arguments.rows] if arguments.rows else ROWS
     for row in wanted:
@@ -137,7 +140,7 @@ def main() -> None:
             rows.append(known)
             continue
         runs = [
-            measure(teacher, open_data(DataConfig(**settings), 0), row, seed, arguments.clips, arguments.heldout)
+            measure(teacher, data_of(arguments.data), row, seed, arguments.clips, arguments.heldout)
             for seed in range(arguments.seeds)
         ]
         spread = {

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import plots
 import torch
+from layouts import data_of
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from mla_convert.convert import ConvertConfig, clip_batches
@@ -28,7 +29,7 @@ from mla_convert.convert.initialise import LayerInit, LayerReading, initialise_l
 from mla_convert.convert.state import merge_state, mla_config
 from mla_convert.convert.store import TensorStore
 from mla_convert.convert.surgery import copy_unsaved_buffers, empty_model
-from mla_convert.distill.data import Data, DataConfig, open_data
+from mla_convert.distill.data import Data
 from mla_convert.distill.objective import NoisedClips, noised_clips, predict_velocity
 from mla_convert.evaluate.figures import MUTED, RUNS, Chart
 from mla_convert.families.wan import FAMILY
@@ -209,10 +210,7 @@ def build(teacher: Any, config: ConvertConfig, plans: list[LayerInit]) -> Any:
 def measure_all(chosen: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Scalars, ranks and errors of every construction at every size."""
     teacher = load_dense(load_source(chosen.model))
-    settings: dict[str, Any] = {"kind": "digits"}
-    if chosen.data:
-        settings = {"kind": "latents", "folder": chosen.data, "text_tokens": 1, "heldout": 128}
-    data = open_data(DataConfig(**settings), 0)
+    data = data_of(chosen.data)
     heldout = Heldout.of(teacher, data, chosen.heldout)
     found: dict[str, list[dict[str, Any]]] = {}
     for name, config, plans in fits(teacher, data, chosen.clips):

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from layouts import ROWS, cached, converted, signed
+from layouts import ROWS, cached, converted, data_of, signed
 
-from mla_convert.distill.data import Data, DataConfig, open_data
+from mla_convert.distill.data import Data
 from mla_convert.distill.stages.match_attention import MatchAttentionConfig
 from mla_convert.distill.trainer import run_stage
 from mla_convert.evaluate.fidelity import fidelity
@@ -97,10 +97,7 @@ def main() -> None:
     if path.exists() and not arguments.again:
         stored = json.loads(path.read_text())
         kept = stored["rows"] if {**same, "stage": STAGE}.items() <= stored.items() else []
-    settings: dict[str, Any] = {"kind": "digits"}
-    if arguments.data:
-        settings = {"kind": "latents", "folder": arguments.data, "text_tokens": 1, "heldout": 128}
-    teacher, data = load_dense(load_source(arguments.model)), open_data(DataConfig(**settings), 0)
+    teacher, data = load_dense(load_source(arguments.model)), data_of(arguments.data)
     rows: list[dict[str, Any]] = []
     for number in arguments.rows:
         row = next((known for known in kept if known["settings"] == ROWS[number]), None)

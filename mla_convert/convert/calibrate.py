@@ -115,11 +115,11 @@ class _Sweep(NamedTuple):
         """
         first, count = min(self.wanted, default=len(self.blocks)), len(self.blocks)
         every = self._spacing(count - first)
-        self._ascend(range(first, count, every), progress)
+        self._ascend(range(count), range(first, count, every), progress)
         scales = self._pull_back_velocity()
         for start in reversed(range(first, count, every)):
             segment = range(start, min(start + every, count))
-            self._refill(segment[:-1])
+            self._ascend(segment[:-1], segment)
             for layer in reversed(segment):
                 self._visit_above(layer, scales)
 
@@ -135,23 +135,16 @@ class _Sweep(NamedTuple):
             logger.warning("calibration keeps the input of one block in %d, %s, and runs blocks twice", every, sizes)
         return every
 
-    def _ascend(self, kept: Collection[int], progress: Callable[[int, int], None] | None) -> None:
-        clips, count = self.clips, len(self.blocks)
-        for layer in range(count):
+    def _ascend(self, layers: range, kept: Collection[int], progress: Callable[[int, int], None] | None = None) -> None:
+        """Run the blocks of `layers` one after the other; what enters a block goes, unless it is one of `kept`."""
+        clips = self.clips
+        for layer in layers:
             with self.blocks.open(layer) as block:
                 for number, inputs in enumerate(clips.inputs):
                     seen = _run(block, clips.store[clips.key(layer, number)], inputs, layer)
                     clips.advance(layer, number, seen.tokens, keep=layer in kept)
             if progress is not None:
-                progress(layer + 1, count)
-
-    def _refill(self, layers: Collection[int]) -> None:
-        """Compute what enters the blocks above `layers` again."""
-        for layer in layers:
-            with self.blocks.open(layer) as block:
-                for number, inputs in enumerate(self.clips.inputs):
-                    tokens = self.clips.store[self.clips.key(layer, number)]
-                    self.clips.advance(layer, number, _run(block, tokens, inputs, layer).tokens, keep=True)
+                progress(layer + 1, len(self.blocks))
 
     def _visit_above(self, layer: int, scales: list[float]) -> None:
         """Pull the gradient back through a block, and give the layer to `visit` if it is wanted."""

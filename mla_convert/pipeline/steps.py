@@ -6,13 +6,12 @@ import functools
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..convert import Converted, convert_source
+from ..convert import convert_source
 from ..devices import all_threads
 from ..distill.launch import check_launch
 from ..distill.trainer import run_stage
@@ -120,27 +119,22 @@ def _convert(context: Context) -> None:
     recipe = context.recipe
     work = context.path / _parts_of(recipe)
     with all_threads():
-        converted = _converted(context, work)
+        converted = convert_source(
+            context.source,
+            recipe.convert,
+            work,
+            calibration_batches(context, work),
+            seed=recipe.seed,
+            dtype=context.dtype,
+            progress=context.report,
+            device=context.device,
+            identity=recipe.model_dump(
+                mode="json", include={"seed": True, "data": True, "generate": True, "source": {"noise_range"}}
+            ),
+        )
     folder = context.stage_folder(0)
     save_checkpoint(
         converted.model, folder, recorded(context), max_shard_size=STREAMED_SHARD_SIZE, tensors=converted.tensors
-    )
-
-
-def _converted(context: Context, work: Path) -> Converted:
-    recipe = context.recipe
-    return convert_source(
-        context.source,
-        recipe.convert,
-        work,
-        calibration_batches(context, work),
-        seed=recipe.seed,
-        dtype=context.dtype,
-        progress=context.report,
-        device=context.device,
-        identity=recipe.model_dump(
-            mode="json", include={"seed": True, "data": True, "generate": True, "source": {"noise_range"}}
-        ),
     )
 
 

@@ -85,7 +85,7 @@ def stream_chunks(
     if denoising_steps is not None:
         times = denoising_times(denoising_steps, shift)
     t_context = torch.full((batch,), float(context_noise), device=device)
-    recent = RecentChunks() if recache else None
+    recent = RecentChunks() if recache and prompt_at is not None else None
     check_rewinds(recache, [expert.cache for expert in experts])
     for first, stop in chunk_ranges(causal, num_frames):
         shape = (batch, channels, stop - first, height, width)
