@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from mla_convert.cli import leave_processes
-from mla_convert.distill import assembly
+from mla_convert.distill import assembly, trainer
 
 
 def prepare(accelerator: Accelerator, module: Any, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
@@ -36,11 +36,23 @@ def prepare(accelerator: Accelerator, module: Any, optimizer: torch.optim.Optimi
     return module, accelerator.prepare_optimizer(optimizer)
 
 
+class Watched(assembly.Assembly):
+    """Networks of which nothing lies whole in a process."""
+
+    def __init__(self, *inputs: Any) -> None:
+        super().__init__(*inputs)
+        assert self.frozen
+        for network in (*self.under_training, *self.frozen):
+            assert all(isinstance(parameter, DTensor) for parameter in network.parameters())
+        assert not any(isinstance(parameter, DTensor) for parameter in self.student.parameters())
+
+
 def main(folder: str, last_clip: str, changes: str) -> None:
     """Train in `folder/whole`, and in `folder/resumed` with an interruption after clip `last_clip`."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     assembly.shards_weights = lambda accelerator: True
     Accelerator.prepare = prepare
+    trainer.Assembly = Watched
     for name, settings in json.loads(changes).items():
         case.whole_and_resumed(Path(folder, name), float(last_clip), **settings)
 

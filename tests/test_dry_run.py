@@ -127,6 +127,8 @@ def test_the_paper_on_eight_cards(capsys):
     assert sharded["launch"] == {"processes": 8, "sharded": True, "zero": False}
     memory = sharded["stages"][0]["memory"]
     assert (memory["gradients"], memory["optimizer"]) == (weights // 2, weights)
+    memory = sharded["stages"][1]["memory"]
+    assert (memory["average"], memory["frozen_networks"]) == (weights, weights // 2)
     parted = needs(capsys, "wan2.1-1.3b-paper", "--launch", "recipes/accelerate/deepspeed-zero2.yaml")
     assert parted["launch"] == {"processes": 8, "sharded": False, "zero": True}
     memory = parted["stages"][0]["memory"]

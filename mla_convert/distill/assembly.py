@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,10 +15,10 @@ from .average import Average
 from .learner import Learner, OptimizerSettings
 from .order import ADAPTERS, derived_generator
 from .runtime import StageModule, autocast, splits_optimizer
-from .sharding import gather, is_sharded, shards_weights
+from .sharding import frozen_shards, gather, is_sharded, shards_weights
 from .stages.base import AVERAGE, START, SecondNetwork, Stage, StageConfig
 from .trainable import freeze_all_but, trainable_names
-from .views import start_of, trainable_copy, with_weights
+from .views import apart, start_of, trainable_copy, with_weights
 from .zero import ZeroLearner
 
 
@@ -47,24 +46,28 @@ class Assembly:
             modules = adapted_modules(student, config.lora, names, config.adapted_part)
             names |= add_adapters(student, config.lora, modules, derived_generator(ADAPTERS, seed, stage_index, 0))
         trained = freeze_all_but(student, names)
-        others = {name: networks[name].to(accelerator.device) for name in stage.networks if name in networks}
+        second, sharded = stage.second, shards_weights(accelerator)
+        others = {name: networks[name] for name in stage.networks if name in networks}
         for network in others.values():
             network.eval().requires_grad_(False)
-        second, sharded = stage.second, shards_weights(accelerator)
+            if not sharded:
+                network.to(accelerator.device)
         self._precision = functools.partial(autocast, accelerator.device, config.mixed_precision, sharded)
         self.second = None if second is None else self._second(second, others)
-        network = copy.deepcopy(student) if sharded else student
+        network = apart(student) if sharded else student
         module = StageModule("student", network, others, self._precision)
         learner = ZeroLearner if splits_optimizer(accelerator) else Learner
         self.learner = learner(accelerator, module, trained, _settings(accelerator, config))
+        if sharded:
+            module.others = {name: self._in_shards(network) for name, network in others.items()}
         if START in stage.networks:
-            module.others[START] = self._frozen_copy() if sharded else start_of(student, trained)
+            module.others[START] = self._in_shards(student) if sharded else start_of(student, trained)
         self.average = None
         if config.ema_decay is not None:
             self.average = Average(self.learner.trained, config.ema_decay)
             if AVERAGE in stage.networks:
                 if sharded:
-                    self.average.replica = self._frozen_copy()
+                    self.average.replica = self._in_shards(student)
                 module.others[AVERAGE] = self.average.replica or with_weights(student, self.average.weights)
         self.under_training = [module.network, *([] if second is None else [others[second.name]])]
         self.frozen = [network for network in module.others.values() if network not in self.under_training]
@@ -86,9 +89,10 @@ class Assembly:
         module = StageModule(second.name, network, {**others, "student": self.student}, self._precision)
         return Learner(self.accelerator, module, trained, settings)
 
-    def _frozen_copy(self) -> Any:
-        """The plain student as it is now, whole in every process."""
-        return copy.deepcopy(self.student).to(self.accelerator.device).eval().requires_grad_(False)
+    def _in_shards(self, network: Any) -> Any:
+        """`network` as it is now, frozen, over the processes that share the student."""
+        trained: Any = next(iter(self.learner.trained.values()))
+        return frozen_shards(network, trained.device_mesh)
 
     @property
     def sharded(self) -> bool:

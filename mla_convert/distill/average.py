@@ -9,13 +9,11 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from .sharding import gather
-
 
 class Average:
     """Averages of `trained` parameters by name; `weights` are the averages, which stay where they are in memory.
 
-    A `replica` is a whole model that is given the averages of a sharded one.
+    A `replica` is a model that is given the averages, sharded as the one they are of.
     """
 
     replica: nn.Module | None = None
@@ -61,6 +59,8 @@ class Average:
         self._model.optimization_step = steps
         self._refresh()
 
+    @torch.no_grad()
     def _refresh(self) -> None:
         if self.replica is not None:
-            gather(self.weights, self.replica)
+            for name, average in self.weights.items():
+                self.replica.get_parameter(name).copy_(average)

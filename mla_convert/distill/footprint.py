@@ -8,9 +8,9 @@ gradients and optimizer alone), bytes are
     gradients       4 T / n                     DDP's buckets are what the gradients lie in; ZeRO-2's two: + 8 `BUCKET`
     optimizer       8 T / n                     AdamW's two moments; Adafactor's rows and columns; ZeRO-2's
                                                 own weights: + 4 T / W
-    average         4 T / n                     a sharded student's average that a stage runs: + 4 N
+    average         4 T / n                     a sharded student's average that a stage runs: + 4 N / n
     second network  4 N' + 12 T'                weights, gradients and moments of a stage's second network
-    frozen networks their parameters in their dtype; `start` 4 T (4 N beside a sharded student)
+    frozen networks their parameters in their dtype / n; `start` 4 T (4 N / n beside a sharded student)
     casts           2 (T + T')                  autocast keeps the weights that it has cast; FSDP2: of one block
     activations     tokens A                    what autograd keeps of a micro-batch, see below
     caches          4 row S_w                   of a rollout in training, for a window of S_w tokens
@@ -182,7 +182,7 @@ def _average_bytes(config: StageConfig, stage: Stage[Any], weights: int, learnt:
         return 0
     if not launch.sharded:
         return 4 * learnt
-    return 4 * learnt // launch.processes + (4 * weights if AVERAGE in stage.networks else 0)
+    return 4 * (learnt + (weights if AVERAGE in stage.networks else 0)) // launch.processes
 
 
 def _second_shapes(stage: Stage[Any], networks: Mapping[str, Any]) -> list[torch.Size]:
@@ -208,7 +208,7 @@ def _frozen_bytes(stage: Stage[Any], networks: Mapping[str, Any], weights: int, 
     held = sum(parameter.numel() * parameter.element_size() for network in named for parameter in network.parameters())
     if START in stage.networks:
         held += 4 * (weights if launch.sharded else learnt)
-    return held
+    return held // launch.processes if launch.sharded else held
 
 
 def _cache_bytes(config: StageConfig, student: Any, frames: int, tokens_per_frame: int) -> int:

@@ -1,8 +1,8 @@
 """A stage under FSDP2: weights in shards over the processes, checkpoints in shards, plain weights at the end.
 
-Only the network under training is sharded (`fully_shard`, block by block); frozen networks are whole in
-every process. What is here asks the network itself whether it is sharded, so it holds however that came
-about. A checkpoint is one folder of torch.distributed.checkpoint, to which every process writes its part.
+The network under training and the frozen ones are sharded, block by block (`fully_shard`). What is here asks
+the network itself whether it is sharded, so it holds however that came about. A checkpoint is one folder of
+torch.distributed.checkpoint, to which every process writes its part.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from .views import apart
 
 SHARDS = "shards"
 _TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True)
@@ -35,6 +38,15 @@ def shards_weights(accelerator: Accelerator) -> bool:
 
 def is_sharded(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule)
+
+
+def frozen_shards(network: Any, mesh: DeviceMesh) -> Any:
+    """A frozen second model with the weights of the plain `network`, in shards over `mesh`; `network` stays whole."""
+    view = apart(network).eval().requires_grad_(False)
+    for module in (*view.blocks, view):
+        # A root left gathered would miss what the average is given later.
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    return view
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -185,12 +185,19 @@ class _Training:
             self.teacher_loss = rows[0].get("teacher_heldout_loss") if rows else None
             return
         start: Row = {"step": 0, "stage": self.config.stage}
-        if self.accelerator.is_main_process and self.heldout is not None and self.teacher is not None:
-            start["teacher_heldout_loss"] = self.teacher_loss = self._loss_of_teacher(self.teacher, self.heldout)
+        if self.heldout is not None and self.teacher is not None:
+            self.teacher_loss = self._loss_of_teacher(self.teacher, self.heldout)
+            if self.teacher_loss is not None:
+                start["teacher_heldout_loss"] = self.teacher_loss
         self._record(start | self._evaluate(0))
 
-    def _loss_of_teacher(self, teacher: Any, heldout: Batch) -> float:
-        """The dense teacher's held-out loss, wherever it is kept when the stage does not need it."""
+    def _loss_of_teacher(self, teacher: Any, heldout: Batch) -> float | None:
+        """The dense teacher's held-out loss; where the stage keeps none, in the first process alone."""
+        if TEACHER in self.stage.networks:
+            # It may be in shards, and then takes every process.
+            return self.parts.learner.measure(lambda models: self._heldout_loss(models[TEACHER], heldout))
+        if not self.accelerator.is_main_process:
+            return None
         place = teacher.device
         with autocast(self.accelerator.device, self.config.mixed_precision):
             loss = self._heldout_loss(teacher.to(self.accelerator.device), heldout)

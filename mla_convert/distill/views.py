@@ -41,6 +41,12 @@ def start_of(model: Any, trained: Mapping[str, nn.Parameter]) -> Any:
     return with_weights(model, {name: parameter.detach().clone() for name, parameter in trained.items()})
 
 
+def apart(model: Any) -> Any:
+    """A second model over the same memory with parameters of its own: where one is moved, the other stays."""
+    own: dict[int, Any] = {id(each): nn.Parameter(each.detach(), each.requires_grad) for each in model.parameters()}
+    return copy.deepcopy(model, own)
+
+
 def trainable_copy(model: nn.Module) -> nn.Module:
     """A float32 copy of a frozen model, to be trained on its own."""
     return copy.deepcopy(model).float().train()
