@@ -15,6 +15,7 @@ from ...errors import UserError
 from ...files import write_text
 from ..latents import LatentShards, shard_name
 from ..progress import Report
+from ..waiting import wait_until
 from .config import EncodeConfig
 from .models import TEXT_TOKENS, check_model, check_size, find_pipeline
 from .plan import claimed, make_plan
@@ -23,7 +24,6 @@ from .text import write_embeddings
 from .videos import Shard, skipped_in, write_video_shards
 
 SKIPPED = "skipped.jsonl"
-_POLL_SECONDS = 0.2
 
 
 def encode_videos(
@@ -132,10 +132,14 @@ def _share(
     if not processes.is_main_process:
         begin()
         return False
+    def all_exist() -> bool:
+        done = sum(path.exists() for path in paths)
+        if done < len(paths):
+            report("shards of other processes", done, len(paths))
+        return done == len(paths)
+
     with claimed(out, plan, resume):
         begin()
         # A barrier would time out where the last shards take longer than its patience.
-        while (done := sum(path.exists() for path in paths)) < len(paths):
-            report("shards of other processes", done, len(paths))
-            time.sleep(_POLL_SECONDS)
+        wait_until(all_exist)
     return True
