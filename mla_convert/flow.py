@@ -103,12 +103,12 @@ def next_sample(x_t: Tensor, v: Tensor, t: Tensor, t_next: Tensor, noise: Tensor
     return (1 - t_next) * (x_t - t * v) + t_next * noise
 
 
-def drop_prompts(text: Tensor, rate: float, generator: torch.Generator) -> Tensor:
-    """`text` `[B, L, D]` with a random share of the prompts emptied: zeros, the default negative of guidance."""
+def drop_prompts(text: Tensor, rate: float, generator: torch.Generator, negative: Tensor | None = None) -> Tensor:
+    """`text` `[B, L, D]` with the `negative` prompt `[L, D]`, zeros without one, in place of a random share."""
     if rate == 0:
         return text
-    kept = torch.rand(len(text), generator=generator) >= rate
-    return text * kept.view(-1, 1, 1).to(text)
+    kept = (torch.rand(len(text), generator=generator) >= rate).view(-1, 1, 1).to(text.device)
+    return torch.where(kept, text, torch.zeros_like(text[0]) if negative is None else negative.to(text))
 
 
 def chunk_times(

@@ -9,11 +9,10 @@ import distill_case as case
 import pytest
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from mla_convert.distill.metrics import Metrics
 from mla_convert.distill.stages.consistency import Consistency, ConsistencyConfig
-from mla_convert.distill.stages.guided import negative_text
 from mla_convert.distill.trainer import run_stage
 from mla_convert.distill.views import with_weights
 from mla_convert.errors import UserError
@@ -258,15 +257,3 @@ def test_configuration_is_strict(change):
 def test_the_average_is_needed():
     with pytest.raises(ValidationError, match="ema_decay"):
         ConsistencyConfig(steps=1, learning_rate=1e-3)
-
-
-def test_a_negative_prompt(tmp_path):
-    text, path = torch.zeros(2, 3, 4), tmp_path / "negative.safetensors"
-    save_file({"prompt_embeds": torch.ones(3, 4)}, path)
-    assert torch.equal(negative_text(str(path), text), torch.ones(2, 3, 4))
-    assert torch.equal(negative_text(None, text + 1), text)
-    with pytest.raises(UserError, match=r"has a \[3, 4\] tensor prompt_embeds; the prompts of the clips are \[3, 8\]"):
-        negative_text(str(path), torch.zeros(2, 3, 8))
-    path.write_bytes(b"no")
-    with pytest.raises(UserError, match="cannot read negative_embeds"):
-        negative_text(str(path), text)

@@ -131,6 +131,10 @@ class Clips:
     def __init__(self, stop: int | None) -> None:
         self.stop = stop
 
+    @property
+    def negative(self) -> Tensor:
+        return torch.ones_like(self.example(0)["encoder_hidden_states"])
+
     def example(self, index: int) -> Batch:
         if index == self.stop:
             raise KeyboardInterrupt
@@ -325,8 +329,14 @@ def test_generate_writes_the_same_pictures(checkpoint: Path, tmp_path: Path, ava
     def made(device: torch.device) -> Any:
         available(device)
         streaming = {"kernels": "torch", "cuda_graph": "off"}
-        request = Request(("a",), negative_prompt="dark", size=(32, 48), offload=offload, streaming=streaming)
-        settings = {**FEW, "num_frames": 2, "guidance_scale": 2.0, "start": str(checkpoint.parent / "start.png")}
+        request = Request(("a",), size=(32, 48), offload=offload, streaming=streaming)
+        settings = {
+            **FEW,
+            "num_frames": 2,
+            "guidance_scale": 2.0,
+            "negative_prompt": "dark",
+            "start": str(checkpoint.parent / "start.png"),
+        }
         out = tmp_path / device.type
         generate_video(checkpoint, out, request, settings, lambda *_: None)
         # Levels of 255, the last of which may be rounded either way.

@@ -24,10 +24,11 @@ from mla_convert.distill.encode import videos as video_shards
 from mla_convert.distill.encode.frames import UnusableVideo, ahead, read_frames, to_pixels
 from mla_convert.distill.encode.models import text_encoder
 from mla_convert.distill.encode.sources import find_videos, read_prompts
+from mla_convert.distill.negative import WAN_NEGATIVE_PROMPT
 from mla_convert.errors import UserError
 from mla_convert.pipeline import run
 from mla_convert.recipe.load import parse_recipe
-from mla_convert.run.sample import load_prompt_embeds
+from mla_convert.run.sample import load_prompt_embeds, prompt_files
 from mla_convert.run.video import save_video
 
 FRAMES, HEIGHT, WIDTH, DIM = 9, 48, 64, 32
@@ -142,6 +143,11 @@ def test_embeddings_are_those_of_the_stock_pipeline(clips, pipeline, encoded, tm
         assert embedding.shape == (512, DIM)
         assert torch.equal(embedding, expected.float())
         assert embedding[0].any() and not embedding[40:].any()
+    with torch.no_grad():
+        (expected,), _ = stock.encode_prompt(
+            WAN_NEGATIVE_PROMPT, do_classifier_free_guidance=False, max_sequence_length=512
+        )
+    assert expected.any() and torch.equal(data.negative, expected.float())
 
 
 def test_rows_describe_the_clip(encoded):
@@ -152,6 +158,7 @@ def test_rows_describe_the_clip(encoded):
     assert (row["vae_latent_dtype"], row["text_embedding_dtype"]) == ("bfloat16", "bfloat16")
     assert sorted(path.name for path in encoded.iterdir()) == [
         "encode.json",
+        "negative.safetensors",
         *(f"shard-0000{n}.parquet" for n in range(3)),
         "skipped.jsonl",
     ]
@@ -293,7 +300,7 @@ def test_prompts_alone_become_embeddings_for_generate(pipeline, tmp_path, capsys
     options = ["--prompts", str(prompts), "--shard-size", "2", "--json"]
     assert encode(None, out, pipeline, *options, "--dtype", "float32") == 0
     assert json.loads(capsys.readouterr().out)["encoded"] == 3
-    files = sorted(out.glob("*.safetensors"))
+    files = prompt_files(out)
     assert [path.name for path in files] == ["prompts-00000.safetensors", "prompts-00001.safetensors"]
     embeds = torch.cat([load_prompt_embeds(path, DIM) for path in files])
     stock = stock_pipeline(pipeline, torch.float32)

@@ -24,6 +24,7 @@ from test_encode import DIM, tiny_tokenizer
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
+from mla_convert import StreamingMLAPipeline
 from mla_convert.cli import main
 from mla_convert.distill.encode.models import load_vae, text_encoder
 from mla_convert.errors import UsageError, UserError
@@ -118,6 +119,32 @@ def test_a_prompt_goes_through_the_text_encoder_and_the_vae(capsys, checkpoint, 
     save_video(video, tmp_path / "expected", fps=8)
     for path in (tmp_path / "expected").iterdir():
         assert path.read_bytes() == (out / path.name).read_bytes()
+
+
+def test_the_negative_prompt_of_the_recipe_is_the_default(capsys, pipeline, tmp_path):
+    generate = {"num_inference_steps": 1, "guidance_scale": 2.0, "negative_prompt": "dark"}
+    manifest = {"source": {"model": str(pipeline)}, "recipe": {"generate": generate}}
+    save_checkpoint(pico.dense_model(**WAN), tmp_path / "model", manifest)
+    settings = [tmp_path / "model", "--prompt", "a red  square", "--frames", "1", "--latent-size", "4x6"]
+
+    def made(name: str, *options: str) -> Tensor:
+        return latents_of(capsys, tmp_path / f"{name}.safetensors", "generate", *settings, *options)
+
+    recorded, told = made("recorded"), made("told", "--negative-prompt", "dark")
+    assert torch.equal(recorded, told)
+    assert not torch.equal(recorded, made("empty", "--negative-prompt", ""))
+    pipe = StreamingMLAPipeline.from_pretrained(tmp_path / "model", vae=None)
+    embeds = {"prompt_embeds": embedding(pipeline, "a red  square"), "height": 32, "width": 48, "num_frames": 1}
+    with pytest.raises(UsageError, match=r"no text encoder .* negative_prompt_embeds"):
+        pipe(**embeds, output_type="latent")
+    video = pipe(**embeds, negative_prompt_embeds=embedding(pipeline, "dark"), output_type="latent").frames
+    assert torch.equal(video[0], recorded)
+
+
+def embedding(pipeline: Path, prompt: str) -> Tensor:
+    """The embedding `[1, L, D]` of a prompt."""
+    with text_encoder(pipeline, torch.bfloat16, torch.device("cpu")) as embed:
+        return embed([prompt]).float()
 
 
 def test_parts_are_found_beside_the_model_by_name_and_in_the_source(checkpoint, pipeline, tmp_path, monkeypatch):

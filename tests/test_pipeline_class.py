@@ -27,6 +27,7 @@ from mla_convert.errors import UsageError, UserError
 from mla_convert.export.checkpoint import load_checkpoint, save_checkpoint
 from mla_convert.export.config import ExportConfig
 from mla_convert.export.release import export
+from mla_convert.families.wan import CausalWanTransformer3DModel
 from mla_convert.run.decode import decode_chunks
 from mla_convert.run.stream import stream_chunks
 from mla_convert.zoo.digits.data import parse_prompt
@@ -345,3 +346,13 @@ def test_decoding_goes_with_the_stream(wan: Path) -> None:
     parts = list(pipe.stream("a", output_type="pt", **settings))
     assert [part.shape[1] for part in parts] == [1, 4, 4, 4]
     torch.testing.assert_close(torch.cat(parts, dim=1).transpose(1, 2), pixels / 2 + 0.5, rtol=0, atol=1e-6)
+
+
+def test_it_streams_as_the_recipe_says_unless_the_model_was_told(exported: Path) -> None:
+    model = CausalWanTransformer3DModel.from_pretrained(exported, subfolder="transformer")
+    asked = {"kernels": "torch", "expand_history": "pass", "cuda_graph": "off"}
+    kernels = StreamingMLAPipeline(model, streaming=asked).transformer.kernels
+    assert (kernels.mode, kernels.history, kernels.cuda_graph) == ("torch", "pass", False)
+    assert StreamingMLAPipeline(model).transformer.kernels is kernels
+    recorded = quiet(StreamingMLAPipeline.from_pretrained(exported))
+    assert recorded.transformer.kernels.mode == recorded.config.streaming["kernels"] == "auto"

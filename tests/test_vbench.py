@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import imageio_ffmpeg
 import pytest
@@ -17,6 +18,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from vbench_case import PROMPTS, write_checkout
 
 from mla_convert.cli import main
+from mla_convert.distill.negative import WAN_NEGATIVE_PROMPT
 from mla_convert.errors import UserError
 from mla_convert.evaluate import vbench_scores as scores
 from mla_convert.evaluate.report import render_html
@@ -28,12 +30,12 @@ from mla_convert.pipeline.embeds import StoredEmbeds
 QUICK = ["--fps", "1", "--steps", "1", "--json"]
 
 
-def save_model(folder: Path, **changes) -> Path:
+def save_model(folder: Path, recipe: dict[str, Any] | None = None, **changes) -> Path:
     torch.manual_seed(0)
     mla = {"position": "decoupled", "own_chunk": "exact", "kv_lora_rank": [10, 8], "v_head_dim": 12}
     settings = {**STOCK, "text_dim": 32, **changes}
     model = MLAWanTransformer3DModel(**settings, causal=CAUSAL, mla={**mla, **PAIRS["decoupled"]})
-    save_checkpoint(model.eval(), folder, {})
+    save_checkpoint(model.eval(), folder, {} if recipe is None else {"recipe": recipe})
     return folder
 
 
@@ -141,6 +143,26 @@ def test_without_its_python_videos_are_only_drawn(capfd, checkout, model, tmp_pa
     assert not (out / "report.json").exists()
 
 
+def test_it_samples_as_the_recipe_says_and_flags_go_before(capfd, checkout, tmp_path) -> None:
+    generate = {"sampler": "renoise", "denoising_steps": [1000, 500], "shift": 5.0, "guidance_scale": 2.0}
+    recipe = {"generate": generate, "streaming": {"kernels": "torch", "cuda_graph": "off"}}
+    folder = save_model(tmp_path / "model", recipe)
+    some = ["--vbench", str(checkout), "--dimension", "dynamic_degree", "--samples", "1", "--fps", "1"]
+
+    def drawn_with(name: str, *options: str) -> dict[str, Any]:
+        assert main(["vbench", str(folder), *some, "--out", str(tmp_path / name), *options]) == 0
+        return json.loads((tmp_path / name / "vbench.json").read_text())["generate"]
+
+    assert drawn_with("a").items() >= generate.items()
+    changed = drawn_with("b", "--steps", "1", "--sampler", "euler", "--guidance-scale", "1")
+    assert [changed[key] for key in ("num_inference_steps", "denoising_steps", "sampler")] == [1, None, "euler"]
+    assert (changed["shift"], changed["guidance_scale"]) == (5.0, 1.0)
+    told = drawn_with("c", "--denoising-steps", "1000,250", "--negative-prompt", "blur")
+    assert (told["denoising_steps"], told["negative_prompt"]) == ([1000, 250], "blur")
+    one, other = ((tmp_path / name / "videos" / "7 at 2,2 moving up-0.mp4").read_bytes() for name in "ab")
+    assert one != other
+
+
 def test_a_run_folder_gets_its_own_report_with_the_scores(capfd, checkout, model, tmp_path) -> None:
     run = tmp_path / "run"
     run.mkdir()
@@ -241,6 +263,11 @@ def test_latents_with_a_text_encoder_and_a_vae(capfd, checkout, pipeline, tmp_pa
     assert code == 0
     one, other = (next((tmp_path / name / "videos").iterdir()).read_bytes() for name in ("a", "b"))
     assert one == other
+    guided = [*some, "--guidance-scale", "3"]
+    for name, more in (("d", ["--prompt-embeds", str(embeds)]), ("e", ["--negative-prompt", WAN_NEGATIVE_PROMPT])):
+        assert vbench(capfd, model, checkout, tmp_path / name, *guided, *more)[0] == 0
+    made = [next((tmp_path / name / "videos").iterdir()).read_bytes() for name in ("a", "d", "e")]
+    assert made[0] != made[1] == made[2]
     code, _, error = vbench(capfd, model, checkout, tmp_path / "c", *some[:6])
     assert code == 2 and "the model makes latents; give --pipeline" in error
     with pytest.raises(UserError, match="embeddings of 3 prompts, VBench has 2"):

@@ -37,6 +37,10 @@ def encode(
     ] = "bfloat16",
     batch_size: Annotated[int, typer.Option(min=1, help="Clips, or prompts, encoded at once.")] = 1,
     shard_size: Annotated[int, typer.Option(min=1, help="Clips, or prompts, in a file.")] = 64,
+    negative_prompt: Annotated[
+        str | None,
+        typer.Option(help="What guidance leads away from, embedded too; Wan's own by default.", show_default=False),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the shards in the folder.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -48,10 +52,12 @@ def encode(
         raise UsageError("give VIDEOS or --prompts, one of the two")
     with stderr().status("loading PyTorch"):
         from ..distill.encode import EncodeConfig, encode_prompts, encode_videos
+        from ..distill.negative import WAN_NEGATIVE_PROMPT
         from ..distill.progress import progress_bars
         from ..pipeline.run import this_process
 
-    config = EncodeConfig(model, revision, frames, height, width, fps, dtype, batch_size, shard_size)
+    negative = WAN_NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
+    config = EncodeConfig(model, revision, frames, height, width, fps, dtype, batch_size, shard_size, negative)
     processes = this_process()
     console = stderr()
     # One set of bars for all processes.

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..errors import UsageError
-from .models import Model, parse_size
+from .models import Model, parse_size, parse_steps
 from .output import Json, Kernels, print_result, stderr
 
 INTERRUPTED = 130
@@ -45,7 +45,11 @@ def generate(
         ),
     ] = None,
     negative_prompt: Annotated[
-        str | None, typer.Option(help="What guidance leads away from; the empty prompt by default.")
+        str | None,
+        typer.Option(help="What guidance leads away from; the recipe's by default, else the empty prompt."),
+    ] = None,
+    negative_embeds: Annotated[
+        Path | None, typer.Option(help="Its embedding, by default negative.safetensors beside --prompt-embeds.")
     ] = None,
     components: Annotated[
         str | None,
@@ -98,6 +102,8 @@ def generate(
         raise UsageError("give --prompt or --prompt-embeds, one of the two")
     if not (prompt or prompt_embeds or prompts):
         raise UsageError("give --prompt or --prompt-embeds, one of the two, or --prompts with what comes at 0 seconds")
+    if negative_prompt is not None and negative_embeds is not None:
+        raise UsageError("give --negative-prompt or --negative-embeds, one of the two")
     if [frames is None, seconds is None, not endless].count(False) > 1:
         raise UsageError("give one of --frames, --seconds and --endless")
     if size is not None and latent_size is not None:
@@ -114,6 +120,7 @@ def generate(
         "denoising_steps": None if denoising_steps is None else parse_steps(denoising_steps),
         "shift": shift,
         "guidance_scale": guidance_scale,
+        "negative_prompt": negative_prompt,
         "context_noise": context_noise,
         "recache": recache,
         "fps": fps,
@@ -142,7 +149,7 @@ def generate(
         prompts=told,
         prompt_embeds=prompt_embeds,
         changes=tuple(changes),
-        negative_prompt=negative_prompt,
+        negative_embeds=negative_embeds,
         components=components,
         seconds=seconds,
         endless=endless,
@@ -160,11 +167,3 @@ def generate(
         print_result(as_json, result, f"wrote {', '.join(result['paths'])}: {speed}")
     if result["interrupted"]:
         raise typer.Exit(INTERRUPTED)
-
-
-def parse_steps(text: str) -> list[int]:
-    """Noise levels in `1000,750,500,250`. Raises UsageError."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise UsageError(f"{text!r} are no denoising steps; write falling whole numbers such as 1000,750,500,250")
-    return [int(part) for part in parts]

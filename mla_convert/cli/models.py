@@ -81,3 +81,11 @@ def parse_size(text: str) -> tuple[int, int]:
     if not (cross and height.isdecimal() and width.isdecimal() and int(height) and int(width)):
         raise UsageError(f"{text!r} is not a size; write HEIGHTxWIDTH, such as 60x104")
     return int(height), int(width)
+
+
+def parse_steps(text: str) -> list[int]:
+    """Noise levels in `1000,750,500,250`. Raises UsageError."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise UsageError(f"{text!r} are no denoising steps; write falling whole numbers such as 1000,750,500,250")
+    return [int(part) for part in parts]

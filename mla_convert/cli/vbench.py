@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .models import Model, parse_size
+from .models import Model, parse_size, parse_steps
 from .output import Json, print_result, stderr
 
 
@@ -41,10 +41,15 @@ def vbench(
     list_prompts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Only write the prompts, one a line, for `encode --prompts`.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps a chunk.")] = 8,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps a chunk.")] = None,
+    sampler: Annotated[Literal["euler", "renoise"] | None, typer.Option(help="As in `generate`.")] = None,
+    denoising_steps: Annotated[
+        str | None, typer.Option(metavar="T,T,...", help="Noise levels out of 1000 instead of --steps.")
+    ] = None,
     shift: Annotated[float | None, typer.Option(min=0, help="Timestep shift, as in `generate`.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(min=0, help="As in `generate`.")] = None,
-    context_noise: Annotated[float, typer.Option(min=0, max=1, help="Noise level of cached chunks.")] = 0.0,
+    negative_prompt: Annotated[str | None, typer.Option(help="As in `generate`.")] = None,
+    context_noise: Annotated[float | None, typer.Option(min=0, max=1, help="Noise level of cached chunks.")] = None,
     latent_size: Annotated[str | None, typer.Option(metavar="HxW", help="Latent height and width.")] = None,
     fps: Annotated[int | None, typer.Option(min=1, help="Frames a second; 16 for latents, 8 for pixels.")] = None,
     seed: Annotated[int, typer.Option(help="Every video has a seed of its own, made from this one.")] = 0,
@@ -55,11 +60,24 @@ def vbench(
 ) -> None:
     """Draw VBench's standard prompts, score them with your own VBench, and report the scores.
 
-    Goes on where it stopped, video by video and dimension by dimension.
+    Goes on where it stopped, video by video and dimension by dimension. Steps, sampler, shift and guidance are by
+    default those of the recipe that made the model.
     """
-    generate: dict[str, Any] = {"num_inference_steps": steps, "context_noise": context_noise, "seed": seed}
-    chosen = {"shift": shift, "guidance_scale": guidance_scale, "fps": fps}
-    generate |= {key: value for key, value in chosen.items() if value is not None}
+    chosen = {
+        "num_inference_steps": steps,
+        "sampler": sampler,
+        "denoising_steps": None if denoising_steps is None else parse_steps(denoising_steps),
+        "shift": shift,
+        "guidance_scale": guidance_scale,
+        "negative_prompt": negative_prompt,
+        "context_noise": context_noise,
+        "fps": fps,
+        "seed": seed,
+    }
+    generate: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}
+    if steps is not None and denoising_steps is None:
+        # Those of the recipe give way.
+        generate["denoising_steps"] = None
     if latent_size is not None:
         generate["latent_height"], generate["latent_width"] = parse_size(latent_size)
     with stderr().status("loading PyTorch"):

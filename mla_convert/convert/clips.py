@@ -22,20 +22,26 @@ NOISE, SAMPLE, PROJECTION, INIT = 1, 2, 3, 4
 
 
 class CalibrationBatch(NamedTuple):
-    """Clean latents `[B, C, F, H, W]` and `encoder_hidden_states` `[B, L, text_dim]`."""
+    """Clean latents `[B, C, F, H, W]` and `encoder_hidden_states` `[B, L, text_dim]`.
+
+    `negative` `[L, text_dim]` is what clips get that lose their prompt, zeros without it.
+    """
 
     latents: Tensor
     encoder_hidden_states: Tensor
+    negative: Tensor | None = None
 
 
-def clip_batches(read: Callable[[int], Mapping[str, Tensor]], clips: range, size: int) -> Iterator[CalibrationBatch]:
+def clip_batches(
+    read: Callable[[int], Mapping[str, Tensor]], clips: range, size: int, negative: Tensor | None = None
+) -> Iterator[CalibrationBatch]:
     """The `clips` that `read` gives by index, `size` of them at a time; none is read before its batch is asked for.
 
-    A clip has `latents` `[C, F, H, W]` and `encoder_hidden_states` `[L, text_dim]`.
+    A clip has `latents` `[C, F, H, W]` and `encoder_hidden_states` `[L, text_dim]`; `negative` is that of all.
     """
     for start in range(0, len(clips), size):
         batch = default_collate([read(index) for index in clips[start : start + size]])
-        yield CalibrationBatch(batch["latents"], batch["encoder_hidden_states"])
+        yield CalibrationBatch(batch["latents"], batch["encoder_hidden_states"], negative)
 
 
 def drawn(purpose: int, seed: int, *numbers: int) -> torch.Generator:
@@ -95,7 +101,7 @@ def enter_clips(
         chunks = model.causal.chunks(clean.shape[2])
         t = flow.chunk_times(len(clean), chunks, generator, noise_range=model.noise_range).to(clean.device)
         noise = torch.randn(clean.shape, generator=generator).to(clean.device)
-        text = flow.drop_prompts(batch.encoder_hidden_states, config.empty_prompt_rate, generator)
+        text = flow.drop_prompts(batch.encoder_hidden_states, config.empty_prompt_rate, generator, batch.negative)
         r = flow.mean_times(t, chunks, generator) if model.flow_map else None
         conditions = {} if r is None else {"r_timestep": r * flow.NUM_TRAIN_TIMESTEPS}
         inputs = model.enter(

@@ -16,8 +16,8 @@ class CalibrationConfig(BaseModel):
 
     `clips` videos are run through the dense model at random noise levels. At most `queries_per_chunk`
     queries of every chunk tell what an error in a cached token does to the output of the layer, for
-    at most `max_tokens` tokens a layer. `empty_prompt_rate` of the clips lose their prompt, for
-    models that are sampled with guidance.
+    at most `max_tokens` tokens a layer. `empty_prompt_rate` of the clips get the negative prompt in
+    place of their own, for models that are sampled with guidance.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
+import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 from torch.utils.data import default_collate
@@ -13,6 +15,7 @@ from torch.utils.data import default_collate
 from ..errors import UserError
 from ..zoo.digits.data import CLIP_FRAMES, sample_batch
 from .latents import LatentShards
+from .negative import NEGATIVE, read_negative
 from .rollouts import RolloutsConfig
 
 Batch = dict[str, Tensor]
@@ -26,6 +29,10 @@ class DataConfig(BaseModel):
     `text_tokens`. `rollouts` are latents that the dense model makes at the beginning of a run, in the run's
     folder. `heldout` clips are set aside and never trained on: for digits, held-out handwriting with
     held-out prompts, for the others the last ones.
+
+    `negative_embeds` is a .safetensors file with the negative prompt, `prompt_embeds` `[L, D]`: what guidance leads
+    away from, and what a clip that loses its prompt gets. Without it that is `negative.safetensors` beside the clips
+    or the prompts, which `mla-convert encode` writes. For digits it is zeros.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -33,6 +40,7 @@ class DataConfig(BaseModel):
     kind: Literal["digits", "latents", "rollouts"] = "digits"
     folder: str | None = None
     text_tokens: int | None = Field(None, ge=1)
+    negative_embeds: str | None = None
     heldout: int = Field(128, ge=1)
     rollouts: RolloutsConfig | None = None
 
@@ -40,8 +48,8 @@ class DataConfig(BaseModel):
     def _keys_fit_the_kind(self) -> DataConfig:
         if self.kind == "latents" and self.folder is None:
             raise ValueError("kind latents needs folder, the folder of parquet shards")
-        if self.kind == "digits" and (self.folder is not None or self.text_tokens is not None):
-            raise ValueError("kind digits is generated and takes neither folder nor text_tokens")
+        if self.kind == "digits" and not (self.folder is self.text_tokens is self.negative_embeds is None):
+            raise ValueError("kind digits is generated and takes neither folder, text_tokens nor negative_embeds")
         if (self.kind == "rollouts") != (self.rollouts is not None):
             raise ValueError("kind rollouts and the section rollouts go together")
         if self.rollouts is not None:
@@ -64,10 +72,14 @@ class Data(Protocol):
     """Clips addressed by index; the same index gives the same bytes in every process.
 
     An example holds float32 `latents` `[C, F, H, W]` and `encoder_hidden_states` `[L, D]`. `size`
-    is the number of training examples, None for an endless supply.
+    is the number of training examples, None for an endless supply. `negative` `[L, D]`, float32, is the
+    negative prompt; reading it raises UserError where there is none.
     """
 
     size: int | None
+
+    @property
+    def negative(self) -> Tensor: ...
 
     def example(self, index: int) -> Batch: ...
 
@@ -84,6 +96,10 @@ class DigitClips:
     def __init__(self, seed: int, heldout: int = 128) -> None:
         self.seed, self.heldout_clips = seed, heldout
 
+    @property
+    def negative(self) -> Tensor:
+        return torch.zeros_like(self.example(0)["encoder_hidden_states"])
+
     def example(self, index: int) -> Batch:
         """`latents` `[1, 16, 16, 16]` and `encoder_hidden_states` `[3, 32]`."""
         clip = sample_batch(1, CLIP_FRAMES, np.random.default_rng((self.seed, index)))
@@ -95,11 +111,24 @@ class DigitClips:
 
 
 class LatentClips:
-    """Clips of a folder of shards; the last `heldout` of them are set aside."""
+    """Clips of a folder of shards; the last `heldout` of them are set aside.
 
-    def __init__(self, shards: LatentShards, heldout: int) -> None:
-        self.shards = shards
+    The negative prompt is that in `negative_embeds`, or in the file beside the shards.
+    """
+
+    def __init__(self, shards: LatentShards, heldout: int, negative_embeds: str | None = None) -> None:
+        self.shards, self.negative_embeds = shards, negative_embeds
         self.size: int | None = shards.split(heldout)
+
+    @functools.cached_property
+    def negative(self) -> Tensor:
+        path = self.shards.folder / NEGATIVE if self.negative_embeds is None else Path(self.negative_embeds)
+        if self.negative_embeds is None and not path.is_file():
+            raise UserError(
+                f"guidance and empty_prompt_rate need a negative prompt, and {self.shards.folder} has no {NEGATIVE}; "
+                "write one with `mla-convert encode --prompts` and give data.negative_embeds"
+            )
+        return read_negative(path, self.shards.read(0)["encoder_hidden_states"].shape)
 
     def example(self, index: int) -> Batch:
         return self.shards.read(index)
@@ -116,4 +145,4 @@ def open_data(config: DataConfig, seed: int) -> Data:
         return DigitClips(seed, config.heldout)
     if config.folder is None:
         raise UserError("kind rollouts: the clips lie in the folder of a run, which is not known here")
-    return LatentClips(LatentShards(config.folder, config.text_tokens), config.heldout)
+    return LatentClips(LatentShards(config.folder, config.text_tokens), config.heldout, config.negative_embeds)

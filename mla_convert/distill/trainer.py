@@ -89,6 +89,8 @@ def run_stage(
         raise UserError(f"stage {config.stage}: stop needs held-out clips, which this run does not have")
     if config.preview is not None and getattr(student, "causal", None) and student.causal.window_frames is None:
         raise UserError(f"stage {config.stage}: preview needs a finite window; set causal.window_frames")
+    if config.reads_negative:
+        stage.negative = data.negative
     stage.check(student, networks, data)
     require_apart(student, trainable_names(student, config.trainable), networks)
     try:

@@ -24,8 +24,8 @@ from ..load.hub import download
 logger = logging.getLogger(__name__)
 
 INDEX, REFERENCES = "model_index.json", "_components"
-# Keys of model_index.json that say how prompts are read and how the model is sampled.
-SAMPLING = ("prompt_format", "sampling")
+# Keys of model_index.json that say how prompts are read, how the model is sampled and how it is executed.
+SAMPLING = ("prompt_format", "sampling", "streaming")
 # What a recipe's `generate` section says of the model rather than of a video.
 TRAINED_FOR = (
     "num_inference_steps",
@@ -33,6 +33,7 @@ TRAINED_FOR = (
     "denoising_steps",
     "shift",
     "guidance_scale",
+    "negative_prompt",
     "context_noise",
     "recache",
     "latent_height",
@@ -110,12 +111,13 @@ def _classes(root: Path) -> dict[str, tuple[str, str]]:
 
 
 def sampling_of(recipe: Mapping[str, Any] | None) -> dict[str, Any]:
-    """`prompt_format` and `sampling` of a pipeline whose model this resolved recipe made, where it says."""
+    """The keys `SAMPLING` of a pipeline whose model this resolved recipe made, as far as it says."""
     recipe = recipe or {}
     generate = recipe.get("generate") or {}
     sampling = {key: generate[key] for key in TRAINED_FOR if generate.get(key) is not None}
     digits = (recipe.get("data") or {}).get("kind") == "digits"
-    return {**({"prompt_format": "digits"} if digits else {}), **({"sampling": sampling} if sampling else {})}
+    found = {"prompt_format": "digits" if digits else None, "sampling": sampling, "streaming": recipe.get("streaming")}
+    return {key: value for key, value in found.items() if value}
 
 
 def write_components(

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..convert import CalibrationBatch, clip_batches
 from ..errors import UsageError
 from ..files import atomic_file, save_tensors
+from ..recipe.schema import Recipe
 from ..run.sample import rollout
 from .context import Context
 
@@ -25,12 +26,20 @@ def calibration_batches(context: Context, work: Path) -> Iterator[CalibrationBat
     """
     config = context.recipe.convert.calibration
     clips = config.clips if context.data.size is None else min(config.clips, context.data.size)
-    for number, batch in enumerate(clip_batches(context.data.example, range(clips), config.batch_size)):
+    negative = context.data.negative if calibration_reads_negative(context.recipe) else None
+    for number, batch in enumerate(clip_batches(context.data.example, range(clips), config.batch_size, negative)):
         if config.source == "rollouts":
             latents = _rolled_out(context, work / f"rollout-{number:05d}.safetensors", batch, number)
-            batch = CalibrationBatch(latents, batch.encoder_hidden_states)
+            batch = batch._replace(latents=latents)
             context.report("roll out", number + 1, math.ceil(clips / config.batch_size))
         yield batch
+
+
+def calibration_reads_negative(recipe: Recipe) -> bool:
+    """Whether the calibration of `recipe` needs the data's negative prompt."""
+    config = recipe.convert.calibration
+    guided = config.source == "rollouts" and recipe.generate.guidance_scale != 1
+    return recipe.convert.init == "activation" and (guided or config.empty_prompt_rate > 0)
 
 
 def _rolled_out(context: Context, path: Path, batch: CalibrationBatch, number: int) -> Tensor:
@@ -39,10 +48,12 @@ def _rolled_out(context: Context, path: Path, batch: CalibrationBatch, number: i
         generate, teacher = context.recipe.generate, context.dense().to(context.device)
         if teacher.causal.window_frames is None:
             raise UsageError("convert.calibration.source: rollouts needs a finite window; set causal.window_frames")
+        context.recipe.streaming.apply(teacher)
         frames, height, width = batch.latents.shape[2:]
         size = {"num_frames": frames, "latent_height": height, "latent_width": width}
         same_size = generate.model_copy(update={**size, "seed": generate.seed + number, "start": None})
-        chunks = rollout(teacher, batch.encoder_hidden_states, same_size)
+        negative = None if batch.negative is None else batch.negative.unsqueeze(0)
+        chunks = rollout(teacher, batch.encoder_hidden_states, same_size, negative_hidden_states=negative)
         latents = torch.cat([chunk.cpu() for chunk in chunks], dim=2)
         with atomic_file(path) as temporary:
             save_tensors({"latents": latents}, temporary)

@@ -171,6 +171,10 @@ class _Noise:
     def __init__(self, clip: ClipShape) -> None:
         self.clip = clip
 
+    @property
+    def negative(self) -> Tensor:
+        return torch.zeros(self.clip.text_tokens, self.clip.text_dim)
+
     def example(self, index: int) -> Batch:
         generator, clip = torch.Generator().manual_seed(index), self.clip
         text: Tensor = torch.randn(clip.text_tokens, clip.text_dim, generator=generator)

@@ -10,8 +10,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..distill.encode.plan import PLAN, make_plan
+from ..distill.negative import EMBEDS_KEY
 from ..errors import UsageError, UserError
-from ..run.sample import EMBEDS_KEY
+from ..run.sample import prompt_files
 
 
 class StoredEmbeds:
@@ -21,7 +22,7 @@ class StoredEmbeds:
     """
 
     def __init__(self, path: Path, prompts: Sequence[str], text_dim: int) -> None:
-        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        files = prompt_files(path)
         places: list[tuple[Path, int]] = []
         for file in files:
             try:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..devices import default_device
 from ..distill.encode.models import load_vae, text_encoder
+from ..distill.negative import NEGATIVE, read_negative
 from ..distill.progress import Report
 from ..errors import UsageError, UserError
 from ..export.manifest import read_manifest
@@ -49,8 +50,9 @@ WAN_TEMPORAL, WAN_SPATIAL = 4, 8
 class Request:
     """What is asked for beside the keys of GenerateConfig.
 
-    `prompts` are texts, one video each; or `prompt_embeds` is a file with their embeddings. `changes` are
-    the prompts that follow. `components` is a folder or Hub id of the pipeline that has VAE and text encoder.
+    `prompts` are texts, one video each; or `prompt_embeds` is a file with the embeddings of one, and
+    `negative_embeds` of the negative prompt, by default `negative.safetensors` beside it. `changes` are the
+    prompts that follow. `components` is a folder or Hub id of the pipeline that has VAE and text encoder.
     `seconds` is the length in place of `num_frames`; an `endless` video ends with Ctrl-C. `size` is height
     and width in pixels. `streaming` are keys of StreamingConfig.
     """
@@ -58,7 +60,7 @@ class Request:
     prompts: tuple[str, ...] = ()
     prompt_embeds: Path | None = None
     changes: tuple[PromptChange, ...] = ()
-    negative_prompt: str | None = None
+    negative_embeds: Path | None = None
     components: str | None = None
     seconds: float | None = None
     endless: bool = False
@@ -122,7 +124,7 @@ class _Task:
     """A request against the model in `folder`: checked before anything large is loaded."""
 
     def __init__(self, folder: Path, out: Path, request: Request, settings: Mapping[str, Any]) -> None:
-        self.request, self.out = request, out
+        self.request, self.out, self.asked = request, out, settings
         self.root, self.model = read_model_config(folder)
         self.device = default_device()
         self.digits = prompt_encoder(self.model) == DIGITS
@@ -154,10 +156,10 @@ class _Task:
     def texts(self) -> tuple[Tensor, PromptSchedule | None, Tensor | None]:
         """Embeddings `[B, L, D]` of the prompts, those that follow, and the negative `[1, L, D]` if there is one."""
         request, config = self.request, self.config
-        changes, guided = [change.prompt for change in request.changes], config.guidance_scale != 1
-        told = [*request.prompts, *changes]
-        negative = [request.negative_prompt or ""] if guided and (told or request.negative_prompt) else []
-        if self.digits:
+        told = [*request.prompts, *(change.prompt for change in request.changes)]
+        stored = self._negative_file()
+        negative = [] if stored is not None or config.guidance_scale == 1 else [config.negative_prompt or ""]
+        if self.digits or not told:
             # The empty prompt of digits is zeros, which is the rollout's own default.
             negative = [text for text in negative if text]
         embedded = self._embed([*told, *negative])
@@ -169,7 +171,17 @@ class _Task:
         later = [text.unsqueeze(0) for text in embedded[count : len(told)]]
         times = [change.seconds for change in request.changes]
         schedule = PromptSchedule(list(zip(times, later, strict=True)), config.fps, self.temporal) if later else None
+        if stored is not None:
+            return first, schedule, read_negative(stored, first.shape[1:]).unsqueeze(0)
         return first, schedule, embedded[-1].unsqueeze(0) if negative else None
+
+    def _negative_file(self) -> Path | None:
+        """Where the embedding of the negative prompt lies, if guidance needs it and it need not be encoded."""
+        embeds, asked = self.request.prompt_embeds, self.request.negative_embeds
+        if asked is not None or embeds is None or "negative_prompt" in self.asked or self.config.guidance_scale == 1:
+            return asked
+        beside = embeds.with_name(NEGATIVE)
+        return beside if beside.is_file() else None
 
     def _embed(self, prompts: Sequence[str]) -> list[Tensor]:
         if not prompts:
@@ -180,7 +192,7 @@ class _Task:
         if parts is None:
             raise UsageError(
                 "this checkpoint has no text encoder; give --components, a folder or Hub id of its pipeline, "
-                "or --prompt-embeds, a .safetensors file"
+                "or --prompt-embeds and --negative-embeds, .safetensors files"
             )
         with text_encoder(parts, torch.bfloat16, self.device) as embed:
             embeds = [embed([prompt])[0].float() for prompt in prompts]

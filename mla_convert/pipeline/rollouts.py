@@ -13,12 +13,14 @@ from accelerate import PartialState
 from safetensors.torch import save
 from torch import Tensor
 
+from ..distill.negative import EMBEDS_KEY, NEGATIVE, read_negative
 from ..distill.rollouts import RolloutsConfig, open_folder, shards_of, write_rollouts
 from ..distill.waiting import wait_until
 from ..errors import UsageError, UserError
+from ..files import atomic_file, save_tensors
 from ..load import Source
 from ..run.config import GenerateConfig
-from ..run.sample import embed_prompts, latent_size, load_prompt_embeds, prompt_encoder, rollout
+from ..run.sample import embed_prompts, latent_size, load_prompt_embeds, prompt_encoder, prompt_files, rollout
 from .context import DATA, Context
 
 
@@ -27,14 +29,20 @@ def roll_out_data(context: Context) -> None:
     config = context.recipe.data.rollouts
     assert config is not None
     text, captions = read_prompts(config, context.source)
+    negative = read_negative_prompt(context, text)
     folder, processes = context.path / DATA, PartialState()
     if context.main:
-        open_folder(folder, _identity(context, text))
+        open_folder(folder, _identity(context, text, negative))
+        if negative is not None:
+            with atomic_file(folder / NEGATIVE) as temporary:
+                save_tensors({EMBEDS_KEY: negative}, temporary)
     processes.wait_for_everyone()
     teacher = context.dense().to(processes.device)
+    context.recipe.streaming.apply(teacher)
 
     def roll_out(embeds: Tensor, seed: int) -> Tensor:
-        chunks = rollout(teacher, embeds, _sampling(config, seed))
+        away = None if negative is None else negative.unsqueeze(0)
+        chunks = rollout(teacher, embeds, _sampling(config, seed), negative_hidden_states=away)
         return torch.cat([chunk.cpu() for chunk in chunks], dim=2)
 
     rank, count = processes.process_index, processes.num_processes
@@ -56,7 +64,7 @@ def read_prompts(config: RolloutsConfig, source: Source) -> tuple[Tensor, Sequen
                 f"data.rollouts.prompts: {str(error).replace('--prompt-embeds', 'prompt_embeds')}"
             ) from None
     path = Path(config.prompt_embeds)
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    files = prompt_files(path)
     if not files:
         raise UserError(f"no .safetensors files in {path}; write them with `mla-convert encode --prompts`")
     parts = [load_prompt_embeds(file, source.config["text_dim"]) for file in files]
@@ -64,6 +72,27 @@ def read_prompts(config: RolloutsConfig, source: Source) -> tuple[Tensor, Sequen
         raise UserError(f"the files in {path} have embeddings of different lengths; encode the prompts together")
     text = torch.cat(parts)
     return text, [""] * len(text)
+
+
+def read_negative_prompt(context: Context, text: Tensor) -> Tensor | None:
+    """The negative prompt of rollouts, in the shape of one of `text` `[N, L, D]`; None where there is none.
+
+    That of the digits teacher is zeros. Raises UserError without one for a teacher with guidance, or for a file
+    that does not fit.
+    """
+    data, config = context.recipe.data, context.recipe.data.rollouts
+    assert config is not None
+    if config.prompt_embeds is None:
+        return torch.zeros_like(text[0])
+    path = Path(config.prompt_embeds, NEGATIVE) if data.negative_embeds is None else Path(data.negative_embeds)
+    if data.negative_embeds is not None or path.is_file():
+        return read_negative(path, text.shape[1:])
+    if config.guidance_scale != 1:
+        raise UserError(
+            f"data.rollouts.guidance_scale needs a negative prompt, and {config.prompt_embeds} has no {NEGATIVE}; "
+            "encode the prompts again, or give data.negative_embeds"
+        )
+    return None
 
 
 def check_rollouts(config: RolloutsConfig, source: Source) -> dict[str, Tensor]:
@@ -82,9 +111,10 @@ def _sampling(config: RolloutsConfig, seed: int) -> GenerateConfig:
     return GenerateConfig(**{**shared, "prompts": (), "seed": seed})
 
 
-def _identity(context: Context, text: Tensor) -> str:
+def _identity(context: Context, text: Tensor, negative: Tensor | None) -> str:
     """Digest of all that the clips depend on."""
     parts: dict[str, Any] = context.recipe.model_dump(mode="json", include={"seed", "source", "causal", "data"})
     parts["data"].pop("heldout")
-    parts["text"] = hashlib.sha256(save({"text": text.contiguous()})).hexdigest()
+    tensors = {"text": text.contiguous()} | ({} if negative is None else {"negative": negative})
+    parts["text"] = hashlib.sha256(save(tensors)).hexdigest()
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -15,7 +15,7 @@ from ..convert import convert_source
 from ..devices import all_threads
 from ..distill.launch import check_launch
 from ..distill.trainer import run_stage
-from ..errors import UsageError
+from ..errors import UsageError, UserError
 from ..evaluate.fidelity import evaluate
 from ..evaluate.report import REPORT_HTML, REPORT_JSON, write_report
 from ..evaluate.samples import Comparison
@@ -25,11 +25,11 @@ from ..files import MANIFEST, atomic_folder, write_json, write_text
 from ..recipe.schema import Recipe
 from ..run.sample import embed_prompts, prompt_encoder, rollout
 from ..run.video import save_video, side_by_side, to_frames
-from .calibration import calibration_batches
+from .calibration import calibration_batches, calibration_reads_negative
 from .channels import check_channels
 from .context import CHECKPOINT, DATA, KERNELS, METRICS, ROLLOUTS, SAMPLES, STAGES, TRAINING, Context, stage_names
 from .preview import preview_strip
-from .rollouts import check_rollouts, roll_out_data
+from .rollouts import check_rollouts, read_negative_prompt, roll_out_data
 from .summary import build_report, training_rows
 
 STREAMED_SHARD_SIZE = "1GB"
@@ -99,11 +99,19 @@ def check_inputs(context: Context, pending: Iterable[Step]) -> None:
             raise UsageError(f"generate.prompts: {error}") from None
     for stage in recipe.distill if any(step.trains for step in pending) else ():
         check_launch(stage)
+    reads_negative = calibration_reads_negative(recipe) or any(stage.reads_negative for stage in recipe.distill)
     if any(step.name == "data" for step in pending):
         assert recipe.data.rollouts is not None
-        check_channels(check_rollouts(recipe.data.rollouts, source), source, "data.rollouts")
+        clip = check_rollouts(recipe.data.rollouts, source)
+        check_channels(clip, source, "data.rollouts")
+        negative = read_negative_prompt(context, clip["encoder_hidden_states"].unsqueeze(0))
+        if negative is None and reads_negative:
+            raise UserError("guidance and empty_prompt_rate need a negative prompt; give data.negative_embeds")
     elif any(step.reads_clips for step in pending):
         check_channels(context.data.example(0), source, "data")
+        if reads_negative:
+            # Reading it is what tells that it is there.
+            _ = context.data.negative
 
 
 def recorded(context: Context) -> dict[str, Any]:
@@ -185,7 +193,9 @@ def _export(context: Context) -> None:
 
 def _samples(context: Context) -> None:
     generate = context.recipe.generate
-    embeds = embed_prompts(generate.prompts, prompt_encoder(context.source.config))
+    encoder = prompt_encoder(context.source.config)
+    embeds = embed_prompts(generate.prompts, encoder)
+    negative = embed_prompts([generate.negative_prompt], encoder) if generate.negative_prompt else None
     videos, chosen = {}, {}
     for name in ("teacher", "student"):
         model = context.dense() if name == "teacher" else context.load_stage(-1, context.dtype)
@@ -194,7 +204,7 @@ def _samples(context: Context) -> None:
         def told(done: int, total: int, name: str = name) -> None:
             context.report(f"sample {name}", done, total)
 
-        chunks = rollout(model.to(context.device), embeds, generate, told)
+        chunks = rollout(model.to(context.device), embeds, generate, told, negative_hidden_states=negative)
         videos[name] = torch.cat([chunk.cpu() for chunk in chunks], dim=2)
         chosen[name] = model.kernels.report()
         model.to("cpu")

@@ -21,23 +21,24 @@ from torch import Tensor
 from ..devices import default_device
 from ..distill.encode import EncodeConfig, encode_prompts
 from ..distill.encode.models import find_pipeline, load_vae
+from ..distill.negative import NEGATIVE, read_negative
 from ..distill.progress import Report
 from ..errors import UsageError, UserError
 from ..evaluate.report import REPORT_JSON, write_report
 from ..evaluate.vbench_scores import Judge, read_published, totals, version
 from ..evaluate.vbench_suite import Draw, Prompt, check_dimensions, draw_videos, read_suite, wanted_videos
-from ..export.checkpoint import find_checkpoint
 from ..export.manifest import versions
 from ..files import MANIFEST, claim_folder, explain_os_errors, sha256, write_json, write_text
 from ..recipe.load import first_difference
 from ..recipe.schema import validate
 from ..run.config import GenerateConfig
-from ..run.sample import DIGITS, embed_prompts, latent_size, prompt_encoder, rollout
+from ..run.sample import DIGITS, embed_prompts, latent_size, prompt_encoder, rollout, trained_for
+from ..run.streaming import StreamingConfig
 from ..run.video import Frames, to_frames
-from ..zoo.digits.data import GUIDANCE, SHIFT
 from .comparison import read_samples
 from .embeds import StoredEmbeds
-from .experts import load_models
+from .experts import load_models, read_model_config
+from .generation import recorded
 from .run import this_process
 from .rundir import STATE
 
@@ -181,6 +182,7 @@ class Drawing:
     def __init__(self, folder: Path, config: VBenchConfig, suite: Sequence[Prompt], out: Path, report: Report) -> None:
         self.folder, self.vbench, self.suite, self.out, self.report = folder, config, suite, out, report
         self.device = default_device()
+        self.root, _ = read_model_config(folder)
         model = self.models[0]
         self.digits = prompt_encoder(model.config) == DIGITS
         pixels = model.config.out_channels in (1, 3)
@@ -188,9 +190,8 @@ class Drawing:
             raise UsageError("the model makes latents; give --pipeline, which has the VAE that decodes them")
         if not self.digits and config.pipeline is None and config.prompt_embeds is None:
             raise UsageError("the model reads text embeddings; give --pipeline or --prompt-embeds")
-        settings: dict[str, Any] = {"fps": PIXEL_FPS if pixels else LATENT_FPS, **config.generate}
-        if self.digits:
-            settings = {"shift": SHIFT, "guidance_scale": GUIDANCE, **settings}
+        known = trained_for(recorded(self.root, "generate"), self.digits)
+        settings: dict[str, Any] = {"fps": PIXEL_FPS if pixels else LATENT_FPS, **known, **config.generate}
         frames = math.ceil(settings["fps"] * config.seconds)
         if not pixels:
             frames = 1 + math.ceil((frames - 1) / FRAMES_PER_LATENT)
@@ -202,8 +203,7 @@ class Drawing:
             model.token_grid(*latent_size(model.config, self.config))
         except ValueError as error:
             raise UsageError(str(error)) from None
-        root = None if len(self.models) > 1 else find_checkpoint(folder)[0]
-        manifest = None if root is None or not (root / MANIFEST).is_file() else sha256(root / MANIFEST)
+        manifest = sha256(self.root / MANIFEST) if (self.root / MANIFEST).is_file() else None
         self.settings = {
             "model": str(folder.resolve()),
             "manifest_sha256": manifest,
@@ -217,7 +217,9 @@ class Drawing:
     @functools.cached_property
     def models(self) -> list[Any]:
         dtype = None if self.vbench.dtype is None else getattr(torch, self.vbench.dtype)
-        return load_models(self.folder, dtype, self.device)
+        models = load_models(self.folder, dtype, self.device)
+        validate(StreamingConfig, recorded(self.root, "streaming")).apply(*models)
+        return models
 
     def free(self) -> None:
         """Give the device back, which VBench needs."""
@@ -232,7 +234,11 @@ class Drawing:
 
         def draw(told: str, seed: int) -> Iterator[Frames]:
             config = self.config.model_copy(update={"seed": seed})
-            chunks = (chunk[0].cpu() for chunk in rollout(self.models, self.embed(told), config))
+            embeds = self.embed(told)
+            chunks = (
+                chunk[0].cpu()
+                for chunk in rollout(self.models, embeds, config, negative_hidden_states=self.negative(embeds.shape))
+            )
             if self.vae is None:
                 yield from (to_frames(chunk) for chunk in chunks)
             else:
@@ -246,14 +252,25 @@ class Drawing:
         if self.digits:
             return lambda told: embed_prompts([told], DIGITS)
         told = [prompt.told for prompt in self.suite]
-        path = self.vbench.prompt_embeds
-        if path is None:
+        if self.vbench.prompt_embeds is None:
             assert self.vbench.pipeline is not None
-            path = self.out / PROMPTS
-            write_text(self.out / f"{PROMPTS}.txt", "".join(f"{text}\n" for text in told))
-            config = EncodeConfig(self.vbench.pipeline)
-            encode_prompts(self.out / f"{PROMPTS}.txt", path, config, this_process(), self.report, resume=True)
-        return StoredEmbeds(path, told, self.models[0].config.text_dim)
+            prompts = self.out / f"{PROMPTS}.txt"
+            write_text(prompts, "".join(f"{text}\n" for text in told))
+            config = EncodeConfig(self.vbench.pipeline, negative_prompt=self.config.negative_prompt or "")
+            encode_prompts(prompts, self._embeds, config, this_process(), self.report, resume=True)
+        return StoredEmbeds(self._embeds, told, self.models[0].config.text_dim)
+
+    @property
+    def _embeds(self) -> Path:
+        """Where the prompts' embeddings lie, or will."""
+        return self.vbench.prompt_embeds or self.out / PROMPTS
+
+    def negative(self, shape: Sequence[int]) -> Tensor | None:
+        """The negative prompt of guidance for embeddings of `shape` `[1, L, D]`; None is zeros."""
+        beside = (self._embeds if self._embeds.is_dir() else self._embeds.parent) / NEGATIVE
+        if self.config.guidance_scale == 1 or self.digits or not beside.is_file():
+            return None
+        return read_negative(beside, shape[1:]).unsqueeze(0)
 
     @functools.cached_property
     def vae(self) -> Any:

@@ -15,11 +15,11 @@ class GenerateConfig(BaseModel):
     1000; `shift` warps them. `sampler` is `euler`, or `renoise` for students that were trained for it
     (Self-Forcing, Causal-Forcing, LongLive): the clean chunk is predicted and noised anew.
     `context_noise` is the noise level at which a finished chunk is cached. A
-    `guidance_scale` other than 1 is classifier-free guidance against the empty prompt, at twice the
-    work and twice the cache. `start` is a file that the video begins with: a .safetensors with clean
-    `latents` `[C, F0, H, W]`, or for a model of pixels an image or video; its F0 frames count among
-    `num_frames` and end with a chunk. `recache` is for models that were trained with it (LongLive): where the
-    prompt changes, the cached window is computed again.
+    `guidance_scale` other than 1 is classifier-free guidance away from the `negative_prompt`, without one from the
+    empty prompt, at twice the work and twice the cache. `start` is a file that the video begins with: a
+    .safetensors with clean `latents` `[C, F0, H, W]`, or for a model of pixels an image or video; its F0 frames
+    count among `num_frames` and end with a chunk. `recache` is for models that were trained with it (LongLive):
+    where the prompt changes, the cached window is computed again.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -31,6 +31,7 @@ class GenerateConfig(BaseModel):
     denoising_steps: tuple[int, ...] | None = None
     shift: float = Field(1.0, gt=0)
     guidance_scale: float = Field(1.0, ge=0)
+    negative_prompt: str | None = None
     context_noise: float = Field(0.0, ge=0, le=1)
     latent_height: int | None = Field(None, ge=1)
     latent_width: int | None = Field(None, ge=1)

@@ -33,6 +33,7 @@ from .prompts import PromptSchedule
 from .sample import DIGITS, WAN_480P, check_latent_size, embed_prompts, prompt_encoder, to_latent, trained_for
 from .start import read_start
 from .stream import chunk_ranges, stream_chunks
+from .streaming import StreamingConfig
 
 OutputType = Literal["np", "pt", "pil", "latent"]
 Frames = Any
@@ -55,7 +56,8 @@ class StreamingMLAPipeline(DiffusionPipeline):
     `transformer` is a model of this package. `vae` (`AutoencoderKLWan`) decodes where it makes latents;
     `text_encoder` (UMT5) and `tokenizer` read prompts where `prompt_format` is not `digits`. A
     `scheduler` is kept but not used: chunks are denoised by `sampler`. `sampling` are keys of a recipe's
-    `generate` section that the model was trained for; they are the defaults of a call.
+    `generate` section that the model was trained for; they are the defaults of a call. `streaming` are keys of
+    its section of that name, for a transformer that was not told how to stream (`set_kernels`).
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -71,6 +73,7 @@ class StreamingMLAPipeline(DiffusionPipeline):
         scheduler: Any = None,
         prompt_format: str | None = None,
         sampling: dict[str, Any] | None = None,
+        streaming: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if not hasattr(transformer, "forward_chunk"):
@@ -78,7 +81,9 @@ class StreamingMLAPipeline(DiffusionPipeline):
         self.register_modules(
             transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler
         )
-        self.register_to_config(prompt_format=prompt_format, sampling=sampling)
+        self.register_to_config(prompt_format=prompt_format, sampling=sampling, streaming=streaming)
+        if transformer.kernels is None:
+            StreamingConfig(**streaming or {}).apply(transformer)
         self._interrupt = False
 
     @classmethod
@@ -137,7 +142,10 @@ class StreamingMLAPipeline(DiffusionPipeline):
         if self.digits:
             return embed_prompts(prompts, DIGITS)
         if self.text_encoder is None or self.tokenizer is None:
-            raise UsageError("this pipeline has no text encoder and tokenizer; pass them, or prompt_embeds")
+            raise UsageError(
+                "this pipeline has no text encoder and tokenizer; pass them, or prompt_embeds, and with guidance "
+                "negative_prompt_embeds"
+            )
         return encode_text(self.tokenizer, self.text_encoder, prompts, self._execution_device, max_sequence_length)
 
     def stream(
@@ -186,6 +194,7 @@ class StreamingMLAPipeline(DiffusionPipeline):
             "sampler": sampler,
             "shift": shift,
             "guidance_scale": guidance_scale,
+            "negative_prompt": negative_prompt,
             "context_noise": context_noise,
             "recache": recache,
             "fps": fps,
@@ -203,9 +212,9 @@ class StreamingMLAPipeline(DiffusionPipeline):
         self._guidance_scale, self._interrupt = config["guidance_scale"], False
         steps = config["denoising_steps"]
         self._num_timesteps = config["num_inference_steps"] if steps is None else len(steps)
-        negative = negative_prompt_embeds
-        if negative is None and config["guidance_scale"] != 1 and (negative_prompt or self._reads_empty_prompts()):
-            negative = self.encode_prompt(negative_prompt or "", max_sequence_length)
+        negative, away = negative_prompt_embeds, config.pop("negative_prompt")
+        if negative is None and config["guidance_scale"] != 1 and (away or self._reads_empty_prompts()):
+            negative = self.encode_prompt(away or "", max_sequence_length)
         settings = {
             **{key: value for key, value in config.items() if key != "fps"},
             "seed": seed if generator is None else generator,

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..distill.negative import EMBEDS_KEY, NEGATIVE
 from ..errors import UsageError, UserError
 from ..export.components import TRAINED_FOR
 from ..zoo.digits.data import FRAME, GUIDANCE, SHIFT, TEXT_DIM, parse_prompt
@@ -19,7 +20,6 @@ from .start import read_start
 from .stream import Seeds, stream_chunks
 
 DIGITS = "digits"
-EMBEDS_KEY = "prompt_embeds"
 WAN_480P = (60, 104)
 DIGITS_FPS = 8
 
@@ -71,6 +71,11 @@ def embed_prompts(prompts: Sequence[str], encoder: str | None) -> Tensor:
         return torch.stack([parse_prompt(prompt).embedding() for prompt in prompts])
     except ValueError as error:
         raise UsageError(str(error)) from None
+
+
+def prompt_files(path: Path) -> list[Path]:
+    """The files with `prompt_embeds` that `encode --prompts` wrote in the folder `path`, or `path` itself."""
+    return sorted(file for file in path.glob("*.safetensors") if file.name != NEGATIVE) if path.is_dir() else [path]
 
 
 def load_prompt_embeds(path: Path, text_dim: int) -> Tensor:

@@ -7,6 +7,8 @@ from typing import Literal
 
 import torch
 
+from ..negative import WAN_NEGATIVE_PROMPT
+
 
 @dataclass(frozen=True)
 class EncodeConfig:
@@ -14,7 +16,7 @@ class EncodeConfig:
 
     Of every video the first `frames` at `fps` a second, `height` x `width` pixels, are encoded;
     `batch_size` at once, `shard_size` in a file. The text encoder runs in `dtype`, and everything is
-    stored in it; the VAE runs in float32.
+    stored in it; the VAE runs in float32. The embedding of `negative_prompt` is written beside them.
     """
 
     model: str
@@ -26,6 +28,7 @@ class EncodeConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     batch_size: int = 1
     shard_size: int = 64
+    negative_prompt: str = WAN_NEGATIVE_PROMPT
 
     @property
     def torch_dtype(self) -> torch.dtype:

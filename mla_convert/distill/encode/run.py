@@ -14,13 +14,14 @@ from accelerate import PartialState
 from ...errors import UserError
 from ...files import write_text
 from ..latents import LatentShards, shard_name
+from ..negative import NEGATIVE
 from ..progress import Report
 from ..waiting import wait_until
 from .config import EncodeConfig
 from .models import TEXT_TOKENS, check_model, check_size, find_pipeline
 from .plan import claimed, make_plan
 from .sources import find_videos, read_prompts
-from .text import write_embeddings
+from .text import Embeddings, write_embeddings
 from .videos import Shard, skipped_in, write_video_shards
 
 SKIPPED = "skipped.jsonl"
@@ -30,6 +31,8 @@ def encode_videos(
     source: Path, out: Path, config: EncodeConfig, processes: PartialState, report: Report, resume: bool = False
 ) -> dict[str, Any] | None:
     """Turn the videos of `source` into `shard-*.parquet` in `out`, with those left out in `skipped.jsonl`.
+
+    The negative prompt's embedding goes to `negative.safetensors` beside them.
 
     Every process of a distributed run calls this and takes every n-th shard. Which clip goes where
     depends on the names alone, so a resumed run writes the bytes of an unbroken one. Returns the
@@ -50,11 +53,11 @@ def encode_videos(
     ]
     paths = [shard.path for shard in shards]
 
-    def work(mine: Sequence[int]) -> None:
+    def work(mine: Sequence[int], texts: Sequence[Embeddings]) -> None:
         find_pipeline(config.model, commit, config_only=False)
-        write_video_shards([shards[number] for number in mine], folder, config, processes.device, report)
+        write_video_shards([shards[number] for number in mine], texts, folder, config, processes.device, report)
 
-    if not _share(out, plan, resume, processes, paths, work, report):
+    if not _share(out, plan, resume, processes, paths, _negative(out, config), work, report):
         return None
     skipped = sorted([*without, *(row for path in paths for row in skipped_in(path))])
     rows = [{"file_name": name, "reason": reason} for name, reason in skipped]
@@ -81,24 +84,24 @@ def encode_prompts(
 ) -> dict[str, Any] | None:
     """Turn the lines of `source` into `prompts-*.safetensors` in `out`: `prompt_embeds` `[N, 512, D]`.
 
-    Shards, processes, resume and errors are those of `encode_videos`.
+    The negative prompt, shards, processes, resume and errors are those of `encode_videos`.
     """
     started = time.monotonic()
     prompts = read_prompts(source)
     folder, commit = find_pipeline(config.model, config.revision, config_only=True)
     check_model(folder, videos=False)
-    settings = {key: getattr(config, key) for key in ("model", "dtype", "batch_size", "shard_size")}
+    settings = {key: getattr(config, key) for key in ("model", "dtype", "batch_size", "shard_size", "negative_prompt")}
     plan = make_plan("prompts", {**settings, "revision": commit}, [[prompt] for prompt in prompts])
     size = config.shard_size
     shards = [prompts[first : first + size] for first in range(0, len(prompts), size)]
     paths = [out / f"prompts-{number:05d}.safetensors" for number in range(len(shards))]
 
-    def work(mine: Sequence[int]) -> None:
+    def work(mine: Sequence[int], texts: Sequence[Embeddings]) -> None:
         find_pipeline(config.model, commit, config_only=False)
-        files = [(paths[number], shards[number]) for number in mine]
-        write_embeddings(files, folder, config, processes.device, report, ragged=False)
+        files = [*texts, *(Embeddings(paths[number], shards[number]) for number in mine)]
+        write_embeddings(files, folder, config, processes.device, report)
 
-    if not _share(out, plan, resume, processes, paths, work, report):
+    if not _share(out, plan, resume, processes, paths, _negative(out, config), work, report):
         return None
     return {
         "out": str(out),
@@ -111,27 +114,37 @@ def encode_prompts(
     }
 
 
+def _negative(out: Path, config: EncodeConfig) -> Embeddings:
+    return Embeddings(out / NEGATIVE, [config.negative_prompt])
+
+
 def _share(
     out: Path,
     plan: dict[str, Any],
     resume: bool,
     processes: PartialState,
     paths: Sequence[Path],
-    work: Callable[[Sequence[int]], None],
+    text: Embeddings,
+    work: Callable[[Sequence[int], Sequence[Embeddings]], None],
     report: Report,
 ) -> bool:
-    """Have `work` write the missing ones of `paths`, every n-th in each process; True in the first, when all exist."""
+    """Have `work` write the missing ones of `paths`, every n-th in each process; True in the first, when all exist.
+
+    The first process writes `text`, too.
+    """
 
     def begin() -> None:
         processes.wait_for_everyone()
         mine = range(processes.process_index, len(paths), processes.num_processes)
         missing = [number for number in mine if not paths[number].exists()]
-        if missing:
-            work(missing)
+        texts = [text] if processes.is_main_process and not text.path.exists() else []
+        if missing or texts:
+            work(missing, texts)
 
     if not processes.is_main_process:
         begin()
         return False
+
     def all_exist() -> bool:
         done = sum(path.exists() for path in paths)
         if done < len(paths):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,31 +12,32 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ...files import atomic_file, save_tensors
+from ..negative import EMBEDS_KEY
 from ..progress import Report
 from .config import EncodeConfig
 from .models import TEXT_TOKENS, text_encoder
 
-EMBEDS_KEY = "prompt_embeds"
+
+class Embeddings(NamedTuple):
+    """A file of the embeddings of `prompts`: `prompt_embeds` `[N, 512, D]`, or `ragged` for `read_ragged`."""
+
+    path: Path
+    prompts: Sequence[str]
+    ragged: bool = False
 
 
 def write_embeddings(
-    files: Sequence[tuple[Path, Sequence[str]]],
-    folder: Path,
-    config: EncodeConfig,
-    device: torch.device,
-    report: Report,
-    ragged: bool,
+    files: Sequence[Embeddings], folder: Path, config: EncodeConfig, device: torch.device, report: Report
 ) -> None:
     """Embed the prompts of each file with the text encoder of the pipeline in `folder`.
 
-    A file holds `prompt_embeds` `[N, 512, D]`, which `generate --prompt-embeds` reads; a `ragged` one
-    is for `read_ragged`. Without files no model is loaded.
+    Without files no model is loaded.
     """
-    total, done = sum(len(prompts) for _, prompts in files), 0
+    total, done = sum(len(file.prompts) for file in files), 0
     if not total:
         return
     with text_encoder(folder, config.torch_dtype, device) as embed:
-        for path, prompts in files:
+        for path, prompts, ragged in files:
             rows: list[Tensor] = []
             for start in range(0, len(prompts), config.batch_size):
                 batch = embed(list(prompts[start : start + config.batch_size]))

@@ -18,7 +18,7 @@ from .frames import UnusableVideo, ahead, read_frames, to_pixels
 from .models import video_encoder
 from .plan import WORK
 from .sources import Entry, Skipped
-from .text import read_ragged, write_embeddings
+from .text import Embeddings, read_ragged, write_embeddings
 
 DECODERS = 4
 _NOTE = "mla_convert.skipped"
@@ -38,13 +38,22 @@ class Shard(NamedTuple):
 
 
 def write_video_shards(
-    shards: Sequence[Shard], folder: Path, config: EncodeConfig, device: torch.device, report: Report
+    shards: Sequence[Shard],
+    texts: Sequence[Embeddings],
+    folder: Path,
+    config: EncodeConfig,
+    device: torch.device,
+    report: Report,
 ) -> None:
-    """Encode `shards` with the models of the pipeline in `folder`; a video that cannot be used is left out."""
+    """Encode `texts` and `shards` with the models of the pipeline in `folder`.
+
+    A video that cannot be used is left out.
+    """
+    waiting = [s for s in shards if not s.captions.exists()]
+    captions = [Embeddings(s.captions, [entry.caption for entry in s.entries], ragged=True) for s in waiting]
+    write_embeddings([*texts, *captions], folder, config, device, report)
     if not shards:
         return
-    texts = [(s.captions, [entry.caption for entry in s.entries]) for s in shards if not s.captions.exists()]
-    write_embeddings(texts, folder, config, device, report, ragged=True)
     total, done = sum(len(shard.entries) for shard in shards), 0
     with video_encoder(folder, device) as encode:
         for shard in shards:

@@ -83,6 +83,11 @@ class StageConfig(BaseModel):
         return 1
 
     @property
+    def reads_negative(self) -> bool:
+        """Whether the losses need the negative prompt."""
+        return False
+
+    @property
     def rolls_out(self) -> bool:
         """Whether the student makes its clips itself, with a cache."""
         return False
@@ -128,13 +133,15 @@ class Stage(ABC, Generic[Config]):
     `networks` names the frozen networks that the losses find in `models` beside `student`. The trainer
     places them, in evaluation mode and without gradients. Two of them it makes itself from the student:
     `average` has the averaged weights of `ema_decay`, `start` the weights that the stage began with.
-    A stage with a `second` network finds that in `models` too.
+    A stage with a `second` network finds that in `models` too. `negative` `[L, D]` is the negative prompt of the
+    data, which the trainer sets for a configuration that `reads_negative`; None is zeros.
     """
 
     name: ClassVar[str]
     config_class: ClassVar[type[StageConfig]]
     # Whether the loss calls parts of the student's blocks on their own, which sharded blocks do not allow.
     calls_parts: ClassVar[bool] = False
+    negative: Tensor | None = None
 
     def __init__(self, config: Config) -> None:
         self.config = config

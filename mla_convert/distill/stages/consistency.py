@@ -83,7 +83,7 @@ class Consistency(Stage[ConsistencyConfig]):
         context = {"context": latents, "t_context": torch.zeros(len(latents), device=latents.device)}
         here = NoisedClips(add_noise(latents, noise, t), t, text, velocity(latents, noise), **context)
         with torch.no_grad():
-            negative = negative_text(config.negative_embeds, text)
+            negative = negative_text(self.negative, text)
             v_teacher = guided_velocity(models[self._teacher], here, negative, config.guidance_scale)
             x_next = here.x_t + per_frame(t_next - t, latents.ndim) * v_teacher
             there = here._replace(x_t=x_next, t=t_next)

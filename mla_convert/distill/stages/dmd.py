@@ -184,7 +184,7 @@ class DMD(Stage[DMDConfig]):
         frames = videos.shape[2]
         with torch.no_grad():
             clips = self._noised(videos.detach(), text, generator)
-            negative = negative_text(config.negative_embeds, text)
+            negative = negative_text(self.negative, text)
             v_real = guided_velocity(
                 self._scorer(models[config.real_score], frames), clips, negative, config.guidance_scale
             )

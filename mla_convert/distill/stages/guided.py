@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import Field, field_validator
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ...errors import UserError
@@ -16,22 +13,22 @@ from ...flow import ALL_NOISE, check_steps
 from ..objective import NoisedClips, predict_velocity
 from .base import StageConfig
 
-EMBEDS_KEY = "prompt_embeds"
-
 
 class GuidedStageConfig(StageConfig):
     """Keys of stages with a guided teacher and a student that takes few steps.
 
-    `timestep_shift` warps every noise level (5 for Wan). The teacher is asked with `guidance_scale`; 1
-    is without guidance. `negative_embeds` is a .safetensors file whose tensor `prompt_embeds`
-    `[L, D]` is the negative prompt; without it that is the empty prompt, zeros. `denoising_steps` are
-    falling noise levels out of 1000, before the shift, at which the student is sampled.
+    `timestep_shift` warps every noise level (5 for Wan). The teacher is asked with `guidance_scale`, away from the
+    negative prompt of the data; 1 is without guidance. `denoising_steps` are falling noise levels out of 1000,
+    before the shift, at which the student is sampled.
     """
 
     timestep_shift: float = Field(5.0, gt=0)
     guidance_scale: float = Field(3.0, ge=0)
-    negative_embeds: str | None = None
     denoising_steps: tuple[int, ...] | None = None
+
+    @property
+    def reads_negative(self) -> bool:
+        return self.guidance_scale != 1
 
     @field_validator("denoising_steps")
     @classmethod
@@ -39,19 +36,9 @@ class GuidedStageConfig(StageConfig):
         return check_steps(steps)
 
 
-def negative_text(path: str | None, text: Tensor) -> Tensor:
-    """The negative prompt in the shape of `text` `[B, L, D]`. Raises UserError for a file that does not fit."""
-    if path is None:
-        return torch.zeros_like(text)
-    try:
-        embeds = load_file(Path(path)).get(EMBEDS_KEY)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read negative_embeds {path}: {error}") from None
-    wanted = list(text.shape[1:])
-    if embeds is None or list(embeds.shape) != wanted:
-        found = "no tensor" if embeds is None else f"a {list(embeds.shape)} tensor"
-        raise UserError(f"negative_embeds {path} has {found} {EMBEDS_KEY}; the prompts of the clips are {wanted}")
-    return embeds.to(text).expand_as(text)
+def negative_text(negative: Tensor | None, text: Tensor) -> Tensor:
+    """The `negative` prompt `[L, D]`, zeros without one, in the shape of `text` `[B, L, D]`."""
+    return torch.zeros_like(text) if negative is None else negative.to(text).expand_as(text)
 
 
 def guided_velocity(model: Any, clips: NoisedClips, negative: Tensor, scale: float) -> Tensor:

@@ -10,7 +10,7 @@ from pydantic import Field
 from ...flow import drop_prompts
 from ..data import Batch
 from ..objective import NoisedClips, noised_clips
-from .base import StageConfig
+from .base import Stage, StageConfig
 
 
 class NoisedStageConfig(StageConfig):
@@ -19,7 +19,7 @@ class NoisedStageConfig(StageConfig):
     `copies` noisy versions of each clip share one forward. `timestep_shift` warps the noise levels
     (5 for Wan). `context: clean` is teacher forcing, every chunk sees clean history with up to
     `context_noise` of noise; `noisy` is the plain block-causal forward. `empty_prompt_rate` of the
-    clips lose their prompt, for models that are sampled with guidance.
+    clips get the negative prompt in place of their own, for models that are sampled with guidance.
     """
 
     copies: int = Field(1, ge=1)
@@ -29,18 +29,23 @@ class NoisedStageConfig(StageConfig):
     empty_prompt_rate: float = Field(0.0, ge=0, le=1)
 
     @property
+    def reads_negative(self) -> bool:
+        return self.empty_prompt_rate > 0
+
+    @property
     def sequences_a_clip(self) -> int:
         return self.copies + (self.context == "clean")
 
 
-def noised_batch(config: NoisedStageConfig, batch: Batch, model: Any, generator: torch.Generator) -> NoisedClips:
-    """The clips of a training batch, noised as the keys say, in the chunks and noise range of `model`.
+def noised_batch(stage: Stage[Any], batch: Batch, model: Any, generator: torch.Generator) -> NoisedClips:
+    """The clips of a training batch, noised as the keys of `stage` say, in the chunks and noise range of `model`.
 
     A flow map gets second times r; where they differ from t only a teacher knows the answer.
     """
+    config: NoisedStageConfig = stage.config
     return noised_clips(
         batch["latents"],
-        drop_prompts(batch["encoder_hidden_states"], config.empty_prompt_rate, generator),
+        drop_prompts(batch["encoder_hidden_states"], config.empty_prompt_rate, generator, stage.negative),
         model.causal,
         generator,
         copies=config.copies,

@@ -1,0 +1,46 @@
+"""The negative prompt of a model of text embeddings: what guidance leads away from (arXiv 2207.12598).
+
+It stands where a clip loses its prompt, too, since that is what such a model is asked for beside every prompt.
+Training and sampling have to agree on it: the pipelines of Wan, Self-Forcing and Causal-Forcing use one long text,
+and no text at all is an embedding of its own, which is not zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..errors import UserError
+
+NEGATIVE = "negative.safetensors"
+"""Its file beside what `mla-convert encode` writes."""
+EMBEDS_KEY = "prompt_embeds"
+WAN_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，"
+    "静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+"""`sample_neg_prompt` of Wan2.1's shared configuration."""
+
+
+def read_negative(path: Path, shape: Sequence[int]) -> Tensor:
+    """The embedding in `path`, `prompt_embeds` `[L', D]` or `[1, L', D]`, as `shape` (L, D): zeros behind it, float32.
+
+    Raises UserError for a file that cannot be read or does not fit.
+    """
+    try:
+        embeds = load_file(path).get(EMBEDS_KEY)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read the negative prompt from {path}: {error}") from None
+    if embeds is not None and embeds.ndim == 3 and len(embeds) == 1:
+        embeds = embeds[0]
+    tokens, width = shape
+    if embeds is None or embeds.ndim != 2 or len(embeds) > tokens or embeds.shape[1] != width:
+        found = "no tensor" if embeds is None else f"a {list(embeds.shape)} tensor"
+        raise UserError(f"the negative prompt {path} has {found} {EMBEDS_KEY}; prompts here are {[tokens, width]}")
+    return F.pad(embeds.float(), (0, 0, 0, tokens - len(embeds)))
