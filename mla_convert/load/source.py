@@ -31,7 +31,8 @@ class Source:
     user called the model, `revision` the commit if it came from the Hub, `licence` the identifier in
     its model card. `file` is the weights file that the user named in there, `state` the key of a
     training checkpoint that the weights were under, `noise_range` the noise levels that the model is for.
-    `adapters` are those that are added to the tensors as they are read, as a manifest records them.
+    `adapters` are those that are added to the tensors as they are read, as a manifest records them. `components` is
+    the folder or Hub id of the pipeline whose VAE and text encoder belong to the model, where it is another one.
     """
 
     family: Family
@@ -45,6 +46,7 @@ class Source:
     state: str | None = None
     noise_range: tuple[float, float] = ALL_NOISE
     adapters: tuple[dict[str, Any], ...] = ()
+    components: str | None = None
 
     @property
     def geometry(self) -> Geometry:
@@ -60,6 +62,7 @@ class Source:
             "family": self.family.name,
             "license": self.licence,
             "adapters": list(self.adapters),
+            "components": self.components,
         }
 
 
