@@ -132,6 +132,7 @@ def _share(
     if not processes.is_main_process:
         begin()
         return False
+
     def all_exist() -> bool:
         done = sum(path.exists() for path in paths)
         if done < len(paths):
