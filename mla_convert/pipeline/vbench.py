@@ -32,7 +32,8 @@ from ..files import MANIFEST, claim_folder, explain_os_errors, sha256, write_jso
 from ..recipe.load import first_difference
 from ..recipe.schema import validate
 from ..run.config import GenerateConfig
-from ..run.sample import DIGITS, embed_prompts, latent_size, prompt_encoder, rollout
+from ..run.decode import latent_frames
+from ..run.sample import DIGITS, check_vae, embed_prompts, latent_scale, latent_size, prompt_encoder, rollout
 from ..run.video import Frames, to_frames
 from ..zoo.digits.data import GUIDANCE, SHIFT
 from .comparison import read_samples
@@ -44,7 +45,7 @@ from .rundir import STATE
 RECORD, VIDEOS, SCORES, PROMPTS = "vbench.json", "videos", "scores", "prompts"
 LONG_SECONDS = 5
 """Videos longer than this are VBench-Long's."""
-PIXEL_FPS, LATENT_FPS, FRAMES_PER_LATENT = 8, 16, 4
+PIXEL_FPS, LATENT_FPS = 8, 16
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,8 @@ class Drawing:
         self.device = default_device()
         model = self.models[0]
         self.digits = prompt_encoder(model.config) == DIGITS
-        pixels = model.config.out_channels in (1, 3)
+        scale = latent_scale(model.config)
+        pixels = scale.spatial == 1
         if not pixels and config.pipeline is None:
             raise UsageError("the model makes latents; give --pipeline, which has the VAE that decodes them")
         if not self.digits and config.pipeline is None and config.prompt_embeds is None:
@@ -191,9 +193,7 @@ class Drawing:
         settings: dict[str, Any] = {"fps": PIXEL_FPS if pixels else LATENT_FPS, **config.generate}
         if self.digits:
             settings = {"shift": SHIFT, "guidance_scale": GUIDANCE, **settings}
-        frames = math.ceil(settings["fps"] * config.seconds)
-        if not pixels:
-            frames = 1 + math.ceil((frames - 1) / FRAMES_PER_LATENT)
+        frames = latent_frames(math.ceil(settings["fps"] * config.seconds), scale.temporal)
         ends = [stop for _, stop in model.causal.chunks(frames + model.causal.num_frames_per_block)]
         settings["num_frames"] = next(stop for stop in ends if stop >= frames)
         self.config = validate(GenerateConfig, settings)
@@ -263,9 +263,7 @@ class Drawing:
         assert self.vbench.pipeline is not None
         folder, _ = find_pipeline(self.vbench.pipeline, None, config_only=False)
         vae = load_vae(folder, self.device)
-        channels = self.models[0].config.out_channels
-        if vae.config.z_dim != channels:
-            raise UserError(f"the VAE of {folder} has latents of {vae.config.z_dim} channels, the model {channels}")
+        check_vae(vae, self.models[0].config, f"the VAE of {folder}", "give the --pipeline of the model")
         return vae
 
 
