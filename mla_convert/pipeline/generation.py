@@ -29,6 +29,7 @@ from ..run.prompts import PromptChange, PromptSchedule
 from ..run.sample import (
     DIGITS,
     check_latent_size,
+    check_length,
     check_vae,
     embed_prompts,
     latent_scale,
@@ -141,6 +142,8 @@ class _Task:
         self.config = validate(GenerateConfig, known)
         self.height, self.width = latent_size(self.model, self.config)
         check_latent_size(self.model, self.height, self.width, self.spatial)
+        if not request.endless:
+            check_length(self.model, self.config.num_frames)
 
     def _check_out(self) -> None:
         out, request = self.out, self.request

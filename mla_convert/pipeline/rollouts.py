@@ -18,7 +18,7 @@ from ..distill.waiting import wait_until
 from ..errors import UsageError, UserError
 from ..load import Source
 from ..run.config import GenerateConfig
-from ..run.sample import embed_prompts, latent_size, load_prompt_embeds, prompt_encoder, rollout
+from ..run.sample import check_length, embed_prompts, latent_size, load_prompt_embeds, prompt_encoder, rollout
 from .context import DATA, Context
 
 
@@ -71,6 +71,7 @@ def check_rollouts(config: RolloutsConfig, source: Source) -> dict[str, Tensor]:
     text, _ = read_prompts(config, source)
     if (source.config.get("causal") or {}).get("window_frames", 0) is None:
         raise UsageError("data.kind: rollouts needs a finite window; set causal.window_frames")
+    check_length(source.config, config.num_frames)
     height, width = latent_size(source.config, _sampling(config, 0))
     shape = (source.config["in_channels"], config.num_frames, height, width)
     return {"latents": torch.empty(shape, device="meta"), "encoder_hidden_states": text[0]}

@@ -33,7 +33,16 @@ from ..recipe.load import first_difference
 from ..recipe.schema import validate
 from ..run.config import GenerateConfig
 from ..run.decode import latent_frames
-from ..run.sample import DIGITS, check_vae, embed_prompts, latent_scale, latent_size, prompt_encoder, rollout
+from ..run.sample import (
+    DIGITS,
+    check_length,
+    check_vae,
+    embed_prompts,
+    latent_scale,
+    latent_size,
+    prompt_encoder,
+    rollout,
+)
 from ..run.video import Frames, to_frames
 from ..zoo.digits.data import GUIDANCE, SHIFT
 from .comparison import read_samples
@@ -197,6 +206,7 @@ class Drawing:
         ends = [stop for _, stop in model.causal.chunks(frames + model.causal.num_frames_per_block)]
         settings["num_frames"] = next(stop for stop in ends if stop >= frames)
         self.config = validate(GenerateConfig, settings)
+        check_length(model.config, self.config.num_frames)
         self.pixels = pixels
         try:
             model.token_grid(*latent_size(model.config, self.config))

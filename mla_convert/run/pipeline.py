@@ -41,7 +41,7 @@ from .sample import (
     trained_for,
 )
 from .start import read_start
-from .stream import chunk_ranges, stream_chunks
+from .stream import chunk_ranges, stream_chunks, video_end
 
 OutputType = Literal["np", "pt", "pil", "latent"]
 Frames = Any
@@ -176,7 +176,8 @@ class StreamingMLAPipeline(DiffusionPipeline):
     ) -> Iterator[Frames]:
         """Chunks of frames, in the form of `StreamingPipelineOutput.frames`, the next made while one is used.
 
-        Without `num_frames` or `seconds` the video never ends; lengths and sizes are those of the video, in
+        Without `num_frames` or `seconds` the video never ends, or, with absolute positions, where the rotary table
+        does; lengths and sizes are those of the video, in
         frames and pixels, and rounded up to whole latent frames. `prompt_schedule` has prompts by the
         second from which on, at the next border of chunks, they are told to every item; with `recache` the
         cached window is then computed again. `start` is a clean
@@ -204,6 +205,7 @@ class StreamingMLAPipeline(DiffusionPipeline):
             check_vae(self.vae, self.transformer.config, "the pipeline's vae", "pass the model's own")
         size = self._latent_size(height, width, config)
         frames = self._latent_frames(num_frames, seconds, config["fps"])
+        video_end(self.transformer.causal, self.transformer.rotary_table().max_len, frames)
         texts = self._texts(prompt, prompt_embeds, max_sequence_length)
         changes = sorted(prompt_schedule.items() if isinstance(prompt_schedule, Mapping) else prompt_schedule)
         embedded = [(at, self.encode_prompt(text, max_sequence_length)) for at, text in changes]

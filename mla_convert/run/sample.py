@@ -13,10 +13,11 @@ from torch import Tensor
 
 from ..errors import UsageError, UserError
 from ..export.components import TRAINED_FOR
+from ..mla.window import CausalConfig
 from ..zoo.digits.data import FRAME, GUIDANCE, SHIFT, TEXT_DIM, parse_prompt
 from .config import GenerateConfig
 from .start import read_start
-from .stream import Seeds, stream_chunks
+from .stream import Seeds, stream_chunks, video_end
 
 DIGITS = "digits"
 EMBEDS_KEY = "prompt_embeds"
@@ -102,6 +103,12 @@ def check_latent_size(config: Any, height: int, width: int, spatial: int = 1) ->
                 f"a latent of {height}x{width} does not divide into patches of {p_h}x{p_w}; "
                 f"a {name} of {near}{pixels} does"
             )
+
+
+def check_length(config: Any, num_frames: int) -> None:
+    """Raise UsageError where a rollout of a model's configuration ends before, see `video_end`."""
+    causal = CausalConfig(**(config.get("causal") or {}))
+    video_end(causal, config.get("rope_max_seq_len") or 1024, num_frames)
 
 
 def embed_prompts(prompts: Sequence[str], encoder: str | None) -> Tensor:
