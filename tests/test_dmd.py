@@ -259,6 +259,9 @@ def test_what_it_refuses(tmp_path):
     refused(
         "score_frames: 18 is no run of whole chunks in a rollout of 16 frames; raise rollout_frames", score_frames=18
     )
+    absolute = case.tiny_model()
+    absolute.causal = CausalConfig(**case.CAUSAL, sink_positions="absolute")
+    refused("1500 latent frames are more than the rotary table's 1024 positions", absolute, rollout_frames=1500)
     refused("score_frames: 4 is no run of whole chunks in a rollout of 18 frames", rollout_frames=18, score_frames=4)
     assert not list(tmp_path.iterdir())
 

@@ -138,7 +138,7 @@ def test_the_paper_on_eight_cards(capsys):
     assert forcing["memory"]["activations"] < more["memory"]["activations"] / 10
 
 
-@pytest.mark.parametrize("recipe", ["self-forcing-1.3b", "longlive-1.3b"])
+@pytest.mark.parametrize("recipe", ["self-forcing-1.3b", "causal-forcing-1.3b", "longlive-1.3b"])
 def test_what_is_built_on_wan_has_its_shapes(capsys, recipe):
     (stage,) = needs(capsys, recipe)["stages"]
     assert stage["memory"]["frozen_networks"] == 2 * 1_418_996_800

@@ -235,7 +235,13 @@ def test_demo_is_at_the_papers_ratio():
 
 @pytest.mark.parametrize(
     ("name", "dense"),
-    [("wan2.1-1.3b", 3072), ("self-forcing-1.3b", 3072), ("longlive-1.3b", 3072), ("wan2.1-14b", 10240)],
+    [
+        ("wan2.1-1.3b", 3072),
+        ("self-forcing-1.3b", 3072),
+        ("causal-forcing-1.3b", 3072),
+        ("longlive-1.3b", 3072),
+        ("wan2.1-14b", 10240),
+    ],
 )
 def test_recipes_for_published_models_are_near_the_papers_ratio(name, dense):
     convert = load_recipe(find_recipe(name)).convert

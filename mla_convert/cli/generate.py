@@ -66,6 +66,9 @@ def generate(
     denoising_steps: Annotated[
         str | None, typer.Option(metavar="T,T,...", help="Noise levels out of 1000 instead, such as 1000,750,500,250.")
     ] = None,
+    first_chunk_steps: Annotated[
+        str | None, typer.Option(metavar="T,T,...", help="Those of the first chunk, where it takes others.")
+    ] = None,
     shift: Annotated[float | None, typer.Option(min=0, help="Timestep shift; Wan was trained with 5.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(min=0, help="Classifier-free guidance, 1 for none.")] = None,
     start: Annotated[
@@ -118,6 +121,7 @@ def generate(
         "num_inference_steps": steps,
         "sampler": sampler,
         "denoising_steps": None if denoising_steps is None else parse_steps(denoising_steps),
+        "first_chunk_steps": None if first_chunk_steps is None else parse_steps(first_chunk_steps),
         "shift": shift,
         "guidance_scale": guidance_scale,
         "negative_prompt": negative_prompt,
@@ -133,7 +137,7 @@ def generate(
     streaming = {"kernels": kernels, "expand_history": expand_history, "cuda_graph": cuda_graph}
     if steps is not None and denoising_steps is None:
         # Those of the recipe give way.
-        settings["denoising_steps"] = None
+        settings |= {"denoising_steps": None, "first_chunk_steps": settings.get("first_chunk_steps")}
     with stderr().status("loading PyTorch"):
         from ..distill.progress import progress_bars
         from ..pipeline.generation import Request, generate_video

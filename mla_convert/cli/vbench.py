@@ -77,7 +77,7 @@ def vbench(
     generate: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}
     if steps is not None and denoising_steps is None:
         # Those of the recipe give way.
-        generate["denoising_steps"] = None
+        generate |= {"denoising_steps": None, "first_chunk_steps": None}
     if latent_size is not None:
         generate["latent_height"], generate["latent_width"] = parse_size(latent_size)
     with stderr().status("loading PyTorch"):

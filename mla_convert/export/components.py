@@ -31,6 +31,7 @@ TRAINED_FOR = (
     "num_inference_steps",
     "sampler",
     "denoising_steps",
+    "first_chunk_steps",
     "shift",
     "guidance_scale",
     "negative_prompt",

@@ -34,6 +34,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "wan2.1-t2v-1.3b": WAN_1_3B,
     "wan2.1-t2v-14b": {},
     "self-forcing": WAN_1_3B,
+    "causal-forcing": WAN_1_3B,
     "longlive-1.3b": WAN_1_3B,
 }
 PAPER_SHARE = 224 / 3072

@@ -12,7 +12,8 @@ class GenerateConfig(BaseModel):
 
     `latent_height` and `latent_width` are needed where the data does not fix them. A chunk takes
     `num_inference_steps` steps, or instead one at each of `denoising_steps`, falling noise levels out of
-    1000; `shift` warps them. `sampler` is `euler`, or `renoise` for students that were trained for it
+    1000; `first_chunk_steps` are those of the first chunk, where it takes others (Causal-Forcing's students of
+    one and two steps). `shift` warps them. `sampler` is `euler`, or `renoise` for students that were trained for it
     (Self-Forcing, Causal-Forcing, LongLive): the clean chunk is predicted and noised anew.
     `context_noise` is the noise level at which a finished chunk is cached. A
     `guidance_scale` other than 1 is classifier-free guidance away from the `negative_prompt`, without one from the
@@ -29,6 +30,7 @@ class GenerateConfig(BaseModel):
     num_inference_steps: int = Field(8, ge=1)
     sampler: Sampler = "euler"
     denoising_steps: tuple[int, ...] | None = None
+    first_chunk_steps: tuple[int, ...] | None = None
     shift: float = Field(1.0, gt=0)
     guidance_scale: float = Field(1.0, ge=0)
     negative_prompt: str | None = None
@@ -40,7 +42,7 @@ class GenerateConfig(BaseModel):
     start: str | None = None
     recache: bool = False
 
-    @field_validator("denoising_steps")
+    @field_validator("denoising_steps", "first_chunk_steps")
     @classmethod
     def _steps_fall(cls, steps: tuple[int, ...] | None) -> tuple[int, ...] | None:
         return check_steps(steps)

@@ -168,6 +168,7 @@ class StreamingMLAPipeline(DiffusionPipeline):
         start: Start | None = None,
         num_inference_steps: int | None = None,
         denoising_steps: Sequence[int] | None = None,
+        first_chunk_steps: Sequence[int] | None = None,
         sampler: Sampler | None = None,
         shift: float | None = None,
         guidance_scale: float | None = None,
@@ -197,6 +198,7 @@ class StreamingMLAPipeline(DiffusionPipeline):
         asked = {
             "num_inference_steps": num_inference_steps,
             "denoising_steps": denoising_steps,
+            "first_chunk_steps": first_chunk_steps,
             "sampler": sampler,
             "shift": shift,
             "guidance_scale": guidance_scale,
@@ -281,9 +283,9 @@ class StreamingMLAPipeline(DiffusionPipeline):
         given = 0 if start is None else start.shape[2]
         total = None
         if num_frames is not None:
-            total = self._num_timesteps * sum(
-                stop > given for _, stop in chunk_ranges(self.transformer.causal, num_frames)
-            )
+            opening = len(settings["first_chunk_steps"] or range(self._num_timesteps))
+            ranges = chunk_ranges(self.transformer.causal, num_frames)
+            total = sum(self._num_timesteps if first else opening for first, stop in ranges if stop > given)
         decoder = None if self.pixels or output_type == "latent" else StreamingDecoder(self.vae)
         done = 0
         try:
@@ -327,14 +329,14 @@ class StreamingMLAPipeline(DiffusionPipeline):
         """Values for all keys of `asked`: as given, as trained for, or the default of a recipe."""
         given = {key: value for key, value in asked.items() if value is not None}
         if "num_inference_steps" in given and "denoising_steps" not in given:
-            given["denoising_steps"] = None
+            given |= {"denoising_steps": None, "first_chunk_steps": given.get("first_chunk_steps")}
         known = {**trained_for(self.config.sampling or {}, self.digits), **given}
         values: dict[str, Any] = {key: known.get(key, getattr(GenerateConfig(), key)) for key in asked}
         if values["sampler"] not in ("euler", "renoise"):
             raise UsageError(f"unknown sampler {values['sampler']!r}; there are euler and renoise")
-        if values["denoising_steps"] is not None:
+        for key in ("denoising_steps", "first_chunk_steps"):
             try:
-                check_steps(tuple(values["denoising_steps"]))
+                check_steps(None if values[key] is None else tuple(values[key]))
             except ValueError as error:
                 raise UsageError(str(error)) from None
         for key in ("num_inference_steps", "shift", "fps"):

@@ -176,6 +176,7 @@ def rollout(
         start=start,
         sampler=config.sampler,
         denoising_steps=config.denoising_steps,
+        first_chunk_steps=config.first_chunk_steps,
         recache=config.recache,
         **more,
     ):

@@ -39,6 +39,7 @@ def stream_chunks(
     *,
     sampler: Sampler = "euler",
     denoising_steps: Sequence[float] | None = None,
+    first_chunk_steps: Sequence[float] | None = None,
     prompt_at: PromptAt | None = None,
     recache: bool = False,
     on_step: OnStep | None = None,
@@ -50,10 +51,10 @@ def stream_chunks(
 
     Every chunk is denoised in `num_inference_steps` steps and then written to the cache by one more pass
     at noise level `context_noise` (Self-Forcing, arXiv 2506.08009, algorithm 1). `denoising_steps`, falling
-    noise levels out of 1000, stand in for evenly spaced ones; the `shift` warps both. `sampler` takes Euler
-    steps, or with `renoise` adds new noise to the predicted clean chunk, as few-step students of
-    Self-Forcing, Causal-Forcing and LongLive are sampled. A flow map is asked for the mean velocity of
-    each step, which for new noise leads down to 0, and for r = t by the pass that writes.
+    noise levels out of 1000, stand in for evenly spaced ones, in the first chunk `first_chunk_steps`; the
+    `shift` warps them. `sampler` takes Euler steps, or with `renoise` adds new noise to the predicted clean
+    chunk, as few-step students of Self-Forcing, Causal-Forcing and LongLive are sampled. A flow map is asked
+    for the mean velocity of each step, which for new noise leads down to 0, and for r = t by the pass that writes.
 
     `model` may be several experts, which share the work by their `noise_range` (Wan2.2): each step
     is taken by the expert of its noise level, and a finished chunk is written to the cache of each.
@@ -91,6 +92,7 @@ def stream_chunks(
     times = sampling_times(num_inference_steps, shift)
     if denoising_steps is not None:
         times = denoising_times(denoising_steps, shift)
+    opening = times if first_chunk_steps is None else denoising_times(first_chunk_steps, shift)
     t_context = torch.full((batch,), float(context_noise), device=device)
     recent = RecentChunks() if recache and prompt_at is not None else None
     check_rewinds(recache, [expert.cache for expert in experts])
@@ -105,7 +107,7 @@ def stream_chunks(
         given = start is not None and stop <= start.shape[2]
         x = _noise(shape, generators).to(device)
         with torch.no_grad():
-            for index, (t, t_next) in enumerate(itertools.pairwise(times)):
+            for index, (t, t_next) in enumerate(itertools.pairwise(times if first > 0 else opening)):
                 noise = _noise(shape, generators).to(device) if sampler == "renoise" and t_next > 0 else None
                 if given:
                     continue

@@ -123,6 +123,12 @@ class DMD(Stage[DMDConfig]):
                 f"{student.config.in_channels}; give a real score for the student's latents"
             )
         frames = self.config.rollout_frames or data.example(0)["latents"].shape[1]
+        longest = student.causal.longest(student.rotary_table().max_len)
+        if longest is not None and frames > longest:
+            raise UserError(
+                f"stage dmd: {frames} latent frames are more than the rotary table's {longest} positions; lower "
+                "rollout_frames or set causal.sink_positions: window"
+            )
         if not self._windows(student.causal, frames):
             raise UserError(
                 f"score_frames: {self.config.score_frames} is no run of whole chunks in a rollout of {frames} frames; "
