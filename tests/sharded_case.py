@@ -1,4 +1,4 @@
-"""One process of a stage whose student is sharded by plain `fully_shard` on the CPU.
+"""One process of a stage whose student is sharded by plain `fully_shard` on the CPU, or its frozen networks alone.
 
 Accelerate shards on GPUs only. Here its `prepare` is replaced by what it does there, on a gloo mesh;
 everything else is the trainer as it is.
@@ -37,12 +37,13 @@ def prepare(accelerator: Accelerator, module: Any, optimizer: torch.optim.Optimi
 
 
 class Watched(assembly.Assembly):
-    """Networks of which nothing lies whole in a process."""
+    """Frozen networks of which nothing lies whole in a process, and a student that is like them where it is sharded."""
 
     def __init__(self, *inputs: Any) -> None:
         super().__init__(*inputs)
         assert self.frozen
-        for network in (*self.under_training, *self.frozen):
+        in_shards = self.frozen if self.config.shard_frozen else [*self.under_training, *self.frozen]
+        for network in in_shards:
             assert all(isinstance(parameter, DTensor) for parameter in network.parameters())
         assert not any(isinstance(parameter, DTensor) for parameter in self.student.parameters())
 
@@ -50,10 +51,11 @@ class Watched(assembly.Assembly):
 def main(folder: str, last_clip: str, changes: str) -> None:
     """Train in `folder/whole`, and in `folder/resumed` with an interruption after clip `last_clip`."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    assembly.shards_weights = lambda accelerator: True
-    Accelerator.prepare = prepare
-    trainer.Assembly = Watched
+    trainer.Assembly, own = Watched, Accelerator.prepare
     for name, settings in json.loads(changes).items():
+        sharded = not settings.get("shard_frozen", False)
+        assembly.shards_weights = lambda accelerator, sharded=sharded: sharded
+        Accelerator.prepare = prepare if sharded else own
         case.whole_and_resumed(Path(folder, name), float(last_clip), **settings)
 
 

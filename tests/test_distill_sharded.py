@@ -7,7 +7,10 @@ import pytest
 import sharded_case
 
 # The average and the start of `consistency` are networks of their own here.
-SETTINGS = case.IN_PARTS
+SHARDED = case.IN_PARTS
+DMD = {"stage": "dmd", "denoising_steps": [1000, 500], "critic_updates": 1, "score_attention": "bidirectional"}
+FROZEN = {"frozen": {**DMD, "shard_frozen": True, "steps": 5, "batch_size": 1}}
+SETTINGS = {**SHARDED, **FROZEN}
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +24,7 @@ def test_two_shards_equal_one_process(sharded, tmp_path, name):
     case.assert_as_one_process(sharded / name, tmp_path, 1e-4, **SETTINGS[name])
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", SHARDED)
 def test_shards_resume_exactly(sharded, name):
     newest, _ = case.equal_checkpoints(sharded / name)
     assert len(list((newest / "shards").glob("*.distcp"))) == 2

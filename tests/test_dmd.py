@@ -6,16 +6,21 @@ import copy
 from types import SimpleNamespace
 
 import distill_case as case
+import pico
 import pytest
 import torch
 from pydantic import ValidationError
+from recipe_case import RECIPE, write_teacher
 from safetensors.torch import load_file
 
 from mla_convert.distill.metrics import Metrics
 from mla_convert.distill.stages.dmd import DMD, DMDConfig
 from mla_convert.distill.trainer import run_stage
-from mla_convert.errors import UserError
+from mla_convert.errors import UsageError, UserError
+from mla_convert.load import load_dense, load_source
 from mla_convert.mla.window import CausalConfig
+from mla_convert.pipeline import run, steps
+from mla_convert.recipe.load import parse_recipe
 
 FLOAT32 = 1e-5
 SHORT = {"stage": "dmd", "denoising_steps": [1000, 500], "critic_updates": 2, "critic_learning_rate": 1e-3}
@@ -240,6 +245,43 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     config = case.make_config(steps=2, **SHORT)
     with pytest.raises(UserError, match="stage dmd diverged: fake_score loss is nan at step 1; there is no checkpoint"):
         run_stage(config, student, {"teacher": case.tiny_model()}, case.Clips(), None, tmp_path, 0, 0)
+
+
+def test_the_fake_score_begins_as_the_teacher_beside_another_real_score(tmp_path, monkeypatch):
+    teacher, real = case.tiny_model(), case.tiny_model(seed=1)
+    seen = []
+
+    def loss(self, models, batch, generator):
+        seen.append({name: next(models[name].parameters()).detach().clone() for name in ("real_score", "fake_score")})
+        return second_loss(self, models, batch, generator)
+
+    second_loss = DMD.second_loss
+    monkeypatch.setattr(DMD, "second_loss", loss)
+    config = case.make_config(**{**SHORT, "steps": 1, "real_score": "real_score", "grad_accumulation": 1})
+    networks = {"teacher": teacher, "real_score": real}
+    run_stage(config, case.perturbed(teacher), networks, case.Clips(), None, tmp_path, 0, 0)
+    assert torch.equal(seen[0]["fake_score"], next(teacher.parameters()))
+    assert torch.equal(seen[0]["real_score"], next(real.parameters()))
+
+
+def test_a_recipe_names_the_real_score(tmp_path, monkeypatch):
+    teacher, other = write_teacher(tmp_path / "teacher"), write_teacher(tmp_path / "other", seed=1)
+    stage = "{stage: dmd, steps: 1, learning_rate: 1e-6, batch_size: 2, denoising_steps: [1000], critic_updates: 1, "
+    stage += "real_score: real_score, tracker: null}"
+    overrides = [f"distill=[{stage}]", f"real_score={{model: '{other}'}}"]
+    seen = []
+    monkeypatch.setattr(steps, "run_stage", lambda *given: seen.append(given[2]) or run_stage(*given))
+    run(parse_recipe(RECIPE.format(teacher=teacher), overrides), tmp_path / "run", until="distill")
+    (networks,) = seen
+    expected = load_dense(load_source(str(other))).state_dict()
+    assert list(networks) == ["teacher", "real_score"]
+    assert all(torch.equal(value, expected[name]) for name, value in networks["real_score"].state_dict().items())
+
+    pico.dense_model(text_dim=32).save_pretrained(tmp_path / "latents")
+    overrides[1] = f"real_score={{model: '{tmp_path / 'latents'}'}}"
+    with pytest.raises(UsageError, match=r"real_score: .*latents takes latents of 2 channels, .*teacher of 1"):
+        run(parse_recipe(RECIPE.format(teacher=teacher), overrides), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_what_it_refuses(tmp_path):

@@ -228,6 +228,23 @@ def test_paper_recipe_is_the_papers():
     assert (convert.kv_lora_rank, convert.qk_rope_head_dim, convert.q_lora_rank) == (192, 32, 768)
 
 
+DMD = "distill=[{stage: dmd, steps: 1, learning_rate: 1e-6, real_score: real_score}]"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([DMD], "real_score: real_score, which needs the recipe's section real_score"),
+        (["real_score={model: zoo:digits}"], "is for a stage dmd with real_score: real_score"),
+        ([DMD, "real_score={model: zoo:digits, noise_range: [0.0, 0.5]}"], "leave out its noise_range"),
+    ],
+)
+def test_a_real_score_goes_with_its_stage(overrides, message):
+    with pytest.raises(UsageError, match=message):
+        parse_recipe(TEXT, overrides)
+    assert parse_recipe(TEXT, [DMD, "real_score={model: zoo:digits}"]).real_score.model == "zoo:digits"
+
+
 def test_demo_is_at_the_papers_ratio():
     convert = load_recipe(find_recipe("demo")).convert
     assert convert.kv_lora_rank / convert.layers_per_latent / (2 * 6 * 32) == pytest.approx(224 / 3072)

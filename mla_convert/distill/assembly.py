@@ -9,6 +9,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from .adapters import ADAPTER, adapted_modules, add_adapters, merge_adapters, save_adapters
 from .average import Average
@@ -47,19 +48,14 @@ class Assembly:
             names |= add_adapters(student, config.lora, modules, derived_generator(ADAPTERS, seed, stage_index, 0))
         trained = freeze_all_but(student, names)
         second, sharded = stage.second, shards_weights(accelerator)
-        others = {name: networks[name] for name in stage.networks if name in networks}
-        for network in others.values():
-            network.eval().requires_grad_(False)
-            if not sharded:
-                network.to(accelerator.device)
+        in_shards = (sharded or config.shard_frozen) and accelerator.num_processes > 1
+        others = {name: self._frozen(networks[name], in_shards) for name in stage.networks if name in networks}
         self._precision = functools.partial(autocast, accelerator.device, config.mixed_precision, sharded)
-        self.second = None if second is None else self._second(second, others)
+        self.second = None if second is None else self._second(second, networks[second.source], others)
         network = apart(student) if sharded else student
         module = StageModule("student", network, others, self._precision)
         learner = ZeroLearner if splits_optimizer(accelerator) else Learner
         self.learner = learner(accelerator, module, trained, _settings(accelerator, config))
-        if sharded:
-            module.others = {name: self._in_shards(network) for name, network in others.items()}
         if START in stage.networks:
             module.others[START] = self._in_shards(student) if sharded else start_of(student, trained)
         self.average = None
@@ -72,9 +68,17 @@ class Assembly:
         self.under_training = [module.network, *([] if second is None else [others[second.name]])]
         self.frozen = [network for network in module.others.values() if network not in self.under_training]
 
-    def _second(self, second: SecondNetwork, others: dict[str, nn.Module]) -> Learner:
-        """The stage's second network, which comes to `others` as a copy of its source."""
-        network = trainable_copy(others[second.source])
+    def _frozen(self, network: Any, in_shards: bool) -> Any:
+        """A network that is not trained, on its device, or a view of it over all processes."""
+        network.eval().requires_grad_(False)
+        if not in_shards:
+            return network.to(self.accelerator.device)
+        mesh = init_device_mesh(self.accelerator.device.type, (self.accelerator.num_processes,))
+        return frozen_shards(network, mesh)
+
+    def _second(self, second: SecondNetwork, source: Any, others: dict[str, nn.Module]) -> Learner:
+        """The stage's second network, which comes to `others` as a copy of its `source`."""
+        network = trainable_copy(source).to(self.accelerator.device)
         trained = freeze_all_but(network, trainable_names(network, second.trainable))
         others[second.name] = network
         config = self.config
@@ -90,7 +94,7 @@ class Assembly:
         return Learner(self.accelerator, module, trained, settings)
 
     def _in_shards(self, network: Any) -> Any:
-        """`network` as it is now, frozen, over the processes that share the student."""
+        """The student's `network` as it is now, frozen, over the processes that share it."""
         trained: Any = next(iter(self.learner.trained.values()))
         return frozen_shards(network, trained.device_mesh)
 

@@ -10,7 +10,8 @@ gradients and optimizer alone), bytes are
                                                 own weights: + 4 T / W
     average         4 T / n                     a sharded student's average that a stage runs: + 4 N / n
     second network  4 N' + 12 T'                weights, gradients and moments of a stage's second network
-    frozen networks their parameters in their dtype / n; `start` 4 T (4 N / n beside a sharded student)
+    frozen networks their parameters in their dtype / n, / W with `shard_frozen`, which gathers two blocks at a time;
+                    `start` 4 T (4 N / n beside a sharded student)
     casts           2 (T + T')                  autocast keeps the weights that it has cast; FSDP2: of one block
     activations     tokens A                    what autograd keeps of a micro-batch, see below
     caches          4 row S_w                   of a rollout in training, for a window of S_w tokens
@@ -205,10 +206,17 @@ def _second_bytes(stage: Stage[Any], networks: Mapping[str, Any], config: StageC
 
 def _frozen_bytes(stage: Stage[Any], networks: Mapping[str, Any], weights: int, learnt: int, launch: Launch) -> int:
     named = [networks[name] for name in stage.networks if name in networks]
-    held = sum(parameter.numel() * parameter.element_size() for network in named for parameter in network.parameters())
-    if START in stage.networks:
-        held += 4 * (weights if launch.sharded else learnt)
-    return held // launch.processes if launch.sharded else held
+    held, gathered = sum(map(_bytes, named)), 0
+    start = 4 * (weights if launch.sharded else learnt) if START in stage.networks else 0
+    if launch.sharded:
+        return (held + start) // launch.processes
+    if stage.config.shard_frozen and launch.processes > 1:
+        held, gathered = held // launch.processes, max(2 * _bytes(block) for each in named for block in each.blocks)
+    return held + gathered + start
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
 def _cache_bytes(config: StageConfig, student: Any, frames: int, tokens_per_frame: int) -> int:

@@ -37,15 +37,14 @@ from .runtime import autocast, fast_attention, open_accelerator
 from .schedule import learning_rate
 from .sharding import from_main
 from .snapshots import Snapshots
-from .stages.base import AVERAGE, START, Stage, StageConfig
+from .stages.base import AVERAGE, START, TEACHER, Stage, StageConfig
 from .state import Checkpoints
 from .trackers import tracking
 from .trainable import trainable_names
 from .views import require_apart
 from .watch import Watch, relative_distance
 
-BOOKKEEPING = {"checkpoint_every", "keep_checkpoints", "data_workers", "tracker", "preview"}
-TEACHER = "teacher"
+BOOKKEEPING = {"checkpoint_every", "keep_checkpoints", "data_workers", "tracker", "preview", "shard_frozen"}
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +81,8 @@ def run_stage(
     """
     stage = stages()[config.stage](config)
     check_launch(config)
-    missing = [name for name in stage.networks if name not in {AVERAGE, START, *networks}]
+    wanted = [*stage.networks, *([] if stage.second is None else [stage.second.source])]
+    missing = [name for name in wanted if name not in {AVERAGE, START, *networks}]
     if missing:
         raise UserError(f"stage {config.stage} needs the network {', '.join(missing)}, which this run does not have")
     if config.stop is not None and heldout is None:

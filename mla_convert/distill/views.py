@@ -47,6 +47,14 @@ def apart(model: Any) -> Any:
     return copy.deepcopy(model, own)
 
 
+def face(model: Any) -> Any:
+    """A second face of the same weights, buffers and hooks, with plain attributes of its own."""
+    # copy.copy would have a sharded module's class build a whole new model.
+    view = object.__new__(type(model))
+    view.__dict__.update(model.__dict__)
+    return view
+
+
 def trainable_copy(model: nn.Module) -> nn.Module:
     """A float32 copy of a frozen model, to be trained on its own."""
     return copy.deepcopy(model).float().train()

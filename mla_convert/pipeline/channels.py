@@ -10,6 +10,16 @@ from ..errors import UsageError
 from ..load import Source
 
 
+def check_alike(real_score: Source, source: Source) -> None:
+    """Raise UsageError unless a real score reads the latents and prompts of the source."""
+    for name, what in (("in_channels", "latents"), ("text_dim", "prompts")):
+        mine, theirs = source.config[name], real_score.config[name]
+        if mine != theirs:
+            raise UsageError(
+                f"real_score: {real_score.origin} takes {what} of {theirs} channels, {source.origin} of {mine} ({name})"
+            )
+
+
 def check_channels(example: Mapping[str, Tensor], source: Source, where: str) -> None:
     """Compare `latents` `[C, F, H, W]` and `encoder_hidden_states` `[L, D]` of one clip with what the model takes.
 

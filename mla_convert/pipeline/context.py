@@ -13,9 +13,11 @@ import torch
 from ..devices import default_device
 from ..distill.data import Data, DataConfig, open_data
 from ..distill.progress import Report
+from ..distill.stages.base import REAL_SCORE, TEACHER, StageConfig
 from ..export.checkpoint import load_checkpoint
 from ..load import Source, load_dense
 from ..recipe.schema import Recipe
+from ..registry import stages
 from .sources import source_of
 
 STAGES, TRAINING = "stages", "training"
@@ -50,6 +52,21 @@ class Context:
         section = self.recipe.source
         causal = None if self.recipe.causal is None else self.recipe.causal.model_dump(mode="json")
         return source_of(section, causal)
+
+    @functools.cached_property
+    def real_score(self) -> Source | None:
+        """The model of the recipe's real score, located and checked."""
+        section = self.recipe.real_score
+        causal = None if self.recipe.causal is None else self.recipe.causal.model_dump(mode="json")
+        return None if section is None else source_of(section, causal)
+
+    def networks(self, stage: StageConfig) -> dict[str, Any]:
+        """The frozen networks of a stage: the teacher, and a real score that it asks for, which is read for it."""
+        found = {TEACHER: self.dense()}
+        if self.real_score is not None and REAL_SCORE in stages()[stage.stage](stage).networks:
+            assert self.recipe.real_score is not None
+            found[REAL_SCORE] = load_dense(self.real_score, getattr(torch, self.recipe.real_score.dtype))
+        return found
 
     @property
     def data_config(self) -> DataConfig:

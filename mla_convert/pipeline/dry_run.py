@@ -17,12 +17,13 @@ from .. import registry
 from ..convert.config import ConvertConfig
 from ..distill.data import Batch, open_data
 from ..distill.footprint import ClipShape, Footprint, Launch, footprint
+from ..distill.stages.base import REAL_SCORE, TEACHER
 from ..distill.trainer import run_stage
 from ..errors import UsageError, UserError
 from ..families.base import Family
 from ..load import accepted_config, read_config
 from ..mla.config import MLAConfig
-from ..recipe.schema import Recipe
+from ..recipe.schema import Recipe, SourceConfig
 from ..registry import stages
 from ..run.config import GenerateConfig
 from ..run.sample import DIGITS, latent_size, prompt_encoder
@@ -52,25 +53,22 @@ class DryRun:
             raise UsageError(f"recipe {recipe.name} has no distill stages")
         self.recipe, self.launch = recipe, launch
         self.assumptions: list[str] = []
-        self.family, self.config = self._source()
-        self.dtype = getattr(torch, recipe.source.dtype)
+        self.family, self.config = self._shapes(recipe.source)
         self.clip = self._clip()
 
-    def _source(self) -> tuple[Family, dict[str, Any]]:
-        section = self.recipe.source
+    def _shapes(self, section: SourceConfig) -> tuple[Family, dict[str, Any]]:
         causal = None if self.recipe.causal is None else self.recipe.causal.model_dump(mode="json")
         try:
             found = source_of(section, causal)
             return found.family, found.config
         except UserError as error:
-            family, config = self._known(error)
+            family, config = self._known(section, error)
         if causal is not None:
             config["causal"] = causal
         return family, config
 
-    def _known(self, error: UserError) -> tuple[Family, dict[str, Any]]:
+    def _known(self, section: SourceConfig, error: UserError) -> tuple[Family, dict[str, Any]]:
         """The configuration of a source whose weights are not here. Raises UserError."""
-        section = self.recipe.source
         folder = Path(section.model) / (section.subfolder or "")
         if (folder / "config.json").is_file():
             stored = read_config(folder)
@@ -126,21 +124,27 @@ class DryRun:
         )
         return mla.model_dump(mode="json")
 
-    def models(self, device: str = "meta") -> tuple[Any, Any]:
-        """The student and the dense teacher with random weights, the teacher in the source's dtype."""
+    def models(self, device: str = "meta") -> tuple[Any, dict[str, Any]]:
+        """The student and the frozen networks with random weights, those in the dtypes of the recipe."""
+        kinds = {TEACHER: (self.recipe.source, self.family, self.config)}
+        if self.recipe.real_score is not None:
+            kinds[REAL_SCORE] = (self.recipe.real_score, *self._shapes(self.recipe.real_score))
+        networks = {}
+        for name, (section, family, config) in kinds.items():
+            with torch.device(device):
+                networks[name] = family.dense_class.from_config(config)
+            for parameter in networks[name].parameters():
+                parameter.data = parameter.data.to(getattr(torch, section.dtype))
         with torch.device(device):
-            teacher = self.family.dense_class.from_config(self.config)
-            student = self.family.mla_class.from_config({**self.config, "mla": self._mla(teacher)})
-        for parameter in teacher.parameters():
-            parameter.data = parameter.data.to(self.dtype)
-        return student, teacher
+            student = self.family.mla_class.from_config({**self.config, "mla": self._mla(networks[TEACHER])})
+        return student, networks
 
     def needs(self) -> list[Footprint]:
         """What each stage needs."""
-        student, teacher = self.models()
+        student, networks = self.models()
         known = stages()
         return [
-            footprint(known[config.stage](config), student, {"teacher": teacher}, self.launch, self.clip)
+            footprint(known[config.stage](config), student, networks, self.launch, self.clip)
             for config in self.recipe.distill
         ]
 
@@ -148,7 +152,7 @@ class DryRun:
         """Seconds a step of each stage in this process, the median of `steps`, with random weights and clips."""
         seconds = []
         for index, config in enumerate(self.recipe.distill):
-            student, teacher = self.models("cpu")
+            student, networks = self.models("cpu")
             student.noise_range = self.recipe.source.noise_range
             # The first step prepares things, the last is followed by a checkpoint.
             changes = {"steps": steps + 2, "warmup_steps": 0, "stop": None, "preview": None, "tracker": None}
@@ -159,7 +163,6 @@ class DryRun:
                 moments.append(time.monotonic())
 
             with tempfile.TemporaryDirectory() as folder:
-                networks = {"teacher": teacher}
                 run_stage(short, student, networks, _Noise(self.clip), None, Path(folder), 0, index + 1, told)
             seconds.append(statistics.median(b - a for a, b in itertools.pairwise(moments[:-1])))
         return seconds

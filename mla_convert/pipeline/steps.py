@@ -26,7 +26,7 @@ from ..recipe.schema import Recipe
 from ..run.sample import check_length, embed_prompts, prompt_encoder, rollout
 from ..run.video import save_video, side_by_side, to_frames
 from .calibration import calibration_batches, calibration_reads_negative
-from .channels import check_channels
+from .channels import check_alike, check_channels
 from .context import CHECKPOINT, DATA, KERNELS, METRICS, ROLLOUTS, SAMPLES, STAGES, TRAINING, Context, stage_names
 from .preview import preview_strip
 from .rollouts import check_rollouts, read_negative_prompt, roll_out_data
@@ -103,6 +103,8 @@ def check_inputs(context: Context, pending: Iterable[Step]) -> None:
             raise UsageError(f"generate.num_frames: {error}") from None
     for stage in recipe.distill if any(step.trains for step in pending) else ():
         check_launch(stage)
+    if any(step.trains for step in pending) and context.real_score is not None:
+        check_alike(context.real_score, source)
     reads_negative = calibration_reads_negative(recipe) or any(stage.reads_negative for stage in recipe.distill)
     if any(step.name == "data" for step in pending):
         assert recipe.data.rollouts is not None
@@ -157,11 +159,11 @@ def _parts_of(recipe: Recipe) -> str:
 
 def _distill(context: Context, index: int) -> None:
     recipe = context.recipe
-    student = context.load_stage(index - 1)
+    student, stage = context.load_stage(index - 1), recipe.distill[index - 1]
     run_stage(
-        recipe.distill[index - 1],
+        stage,
         student,
-        {"teacher": context.dense()},
+        context.networks(stage),
         context.data,
         context.data.heldout(recipe.evaluate.clips),
         context.training_folder(index),

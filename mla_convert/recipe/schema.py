@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationErr
 
 from ..convert.config import ConvertConfig
 from ..distill.data import DataConfig
-from ..distill.stages.base import StageConfig
+from ..distill.stages.base import REAL_SCORE, StageConfig
 from ..errors import UsageError
 from ..evaluate.config import EvaluateConfig
 from ..export.config import ExportConfig
@@ -67,7 +67,8 @@ class SourceConfig(BaseModel):
 class Recipe(BaseModel):
     """Everything that decides what a run computes; nothing about where it runs.
 
-    `causal` replaces the chunks and window of the source's own configuration. `experts` names the
+    `causal` replaces the chunks and window of the source's own configuration. `real_score` is the model of the real
+    score of a stage `dmd` that asks for it. `experts` names the
     subfolders of a source whose models share the noise levels, each with its range: they are converted
     one by one, as `expert` tells.
     """
@@ -78,6 +79,7 @@ class Recipe(BaseModel):
     name: str = Field(pattern=_NAME)
     seed: int = Field(0, ge=0)
     source: SourceConfig
+    real_score: SourceConfig | None = None
     experts: dict[ExpertName, NoiseRange] | None = None
     causal: CausalConfig | None = None
     data: DataConfig
@@ -126,6 +128,17 @@ class Recipe(BaseModel):
         ):
             if wanted:
                 raise ValueError(f"{key} rolls out one model, which takes all experts; leave it out and use generate")
+        return self
+
+    @model_validator(mode="after")
+    def _real_score_goes_with_a_stage(self) -> Recipe:
+        asks = any(REAL_SCORE in stages()[config.stage](config).networks for config in self.distill)
+        if asks and self.real_score is None:
+            raise ValueError("a stage has real_score: real_score, which needs the recipe's section real_score")
+        if self.real_score is not None and not asks:
+            raise ValueError("the section real_score is for a stage dmd with real_score: real_score")
+        if self.real_score is not None and self.real_score.noise_range != ALL_NOISE:
+            raise ValueError("a real score is asked at all noise levels; leave out its noise_range")
         return self
 
     def expert(self, name: str) -> Recipe:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..data import Batch, Data
 from ..keys import LoraConfig, PreviewConfig, SpikeConfig, StopConfig, Tracker
 
-AVERAGE, START = "average", "start"
+AVERAGE, START, TEACHER, REAL_SCORE = "average", "start", "teacher", "real_score"
 
 Models = Mapping[str, Any]
 
@@ -35,7 +35,8 @@ class StageConfig(BaseModel):
 
     **How it is computed.** `mixed_precision` is autocast over float32 weights; fp16 needs a GPU.
     `gradient_checkpointing` computes blocks again in the backward pass instead of keeping what they
-    made. `compile` compiles each block by `torch.compile` with `compile_backend`.
+    made. `shard_frozen` keeps the networks that a stage does not train in shards over the processes, as FSDP2 does
+    anyway. `compile` compiles each block by `torch.compile` with `compile_backend`.
 
     **What is watched.** `spike` says which losses are out of line and what happens then; null watches for
     none. `eval_every` null measures the held-out loss only before the first and after the last step;
@@ -65,6 +66,7 @@ class StageConfig(BaseModel):
     ema_decay: float | None = Field(None, gt=0, lt=1)
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = False
+    shard_frozen: bool = False
     compile: bool = False
     compile_backend: str = "inductor"
     trainable: Literal["latent", "attention", "all"] = "latent"
@@ -111,8 +113,9 @@ class StageConfig(BaseModel):
 class SecondNetwork:
     """A network that a stage trains beside the student, in float32: a copy of the network `source`.
 
-    It gets `updates` steps of an optimizer of its own before each of the student's, over
-    `trainable` of its parameters. Its rate `learning_rate` follows the stage's warm-up and schedule.
+    The source need not be one of the stage's `networks`. The copy gets `updates` steps of an optimizer of its own
+    before each of the student's, over `trainable` of its parameters. Its rate `learning_rate` follows the stage's
+    warm-up and schedule.
     """
 
     name: str

@@ -7,7 +7,6 @@ prompts and shapes alone.
 
 from __future__ import annotations
 
-import copy
 from typing import Any, Literal
 
 import torch
@@ -21,7 +20,8 @@ from ...mla.window import CausalConfig
 from ..data import Batch, Data
 from ..objective import NoisedClips, predict_velocity
 from ..rollout import self_rollout
-from .base import Models, SecondNetwork, Stage
+from ..views import face
+from .base import TEACHER, Models, SecondNetwork, Stage
 from .guided import GuidedStageConfig, check_few_step, guided_velocity, negative_text
 
 FAKE_SCORE = "fake_score"
@@ -35,8 +35,8 @@ class DMDConfig(GuidedStageConfig):
     to the next, by Euler steps or new noise; it has to be the one that `generate` uses. Scores see
     `score_frames` of the frames (all when null): the `last`, or a `random` window.
 
-    `real_score` names the frozen network of the real score, the run's dense `teacher` or a network
-    `real_score` of its own; the fake score begins as a copy of it. With `score_attention:
+    `real_score` names the frozen network of the real score: the run's dense `teacher`, or the recipe's `real_score`,
+    which may be a larger model. The fake score begins as a copy of the teacher. With `score_attention:
     bidirectional` all frames of the scored window see each other, with `causal` every chunk sees the
     clean chunks before it. `score_range` clamps the scores' noise levels after the shift.
 
@@ -103,7 +103,7 @@ class DMD(Stage[DMDConfig]):
         config = self.config
         return SecondNetwork(
             FAKE_SCORE,
-            config.real_score,
+            TEACHER,
             config.critic_updates,
             config.critic_trainable,
             config.critic_learning_rate,
@@ -179,8 +179,7 @@ class DMD(Stage[DMDConfig]):
         """`model` with the attention that scores have."""
         if self.config.score_attention == "causal":
             return model
-        # A second face of the same weights.
-        view = copy.copy(model)
+        view = face(model)
         view.causal = CausalConfig(num_frames_per_block=frames, window_frames=None)
         return view
 

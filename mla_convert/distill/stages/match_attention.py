@@ -152,6 +152,8 @@ class MatchAttention(Stage[MatchAttentionConfig]):
 
     def check(self, student: Any, networks: Models, data: Data) -> None:
         super().check(student, networks, data)
+        if self.config.shard_frozen:
+            raise UsageError("match_attention looks into the teacher's blocks; leave shard_frozen out")
         if self.config.hidden_states == "student" and any(len(layers) > 1 for layers in student.latent_groups):
             raise UsageError(
                 "match_attention: layers that share a latent take a clip chunk by chunk, which hidden_states: student "
