@@ -78,8 +78,16 @@ def test_the_past_that_is_kept_does_not_grow() -> None:
     decoder, sizes = StreamingDecoder(tiny_vae()), []
     for chunk in latents(12).split(2, dim=2):
         decoder(chunk)
-        sizes.append(sum(x.numel() for x in decoder.features if isinstance(x, Tensor)))
+        sizes.append(sum(x.numel() for x in decoder.kept()))
     assert len(set(sizes[1:])) == 1
+
+
+@pytest.mark.parametrize("name", VAES)
+def test_an_item_of_a_batch_is_decoded_as_if_alone(name: str) -> None:
+    vae, video = tiny_vae(name), latents(4, batch=3)
+    together = torch.cat(list(decode_chunks(video.split([1, 3], dim=2), vae)), dim=2)
+    alone = [torch.cat(list(decode_chunks(item.split([1, 3], dim=2), vae)), dim=2) for item in video.split(1)]
+    assert torch.equal(together, torch.cat(alone))
 
 
 def test_a_tiled_vae_is_refused() -> None:
