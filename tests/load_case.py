@@ -34,6 +34,20 @@ def change_tensors(folder: Path, change) -> None:
     save_file(tensors, folder / WEIGHTS)
 
 
+def write_shards(folder: Path, index: str, tensors) -> list[str]:
+    """Two shards, of safetensors or of torch.save as the name of their index says; their names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem, suffix = Path(index.removesuffix(".index.json")).stem, Path(index.removesuffix(".index.json")).suffix
+    shards = [f"{stem}-{number:05}-of-00002{suffix}" for number in (1, 2)]
+    names = sorted(tensors)
+    parts = [{name: tensors[name].clone() for name in names[part::2]} for part in (0, 1)]
+    for shard, part in zip(shards, parts, strict=True):
+        (save_file if suffix == ".safetensors" else torch.save)(part, folder / shard)
+    weight_map = {name: shard for shard, part in zip(shards, parts, strict=True) for name in part}
+    (folder / index).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    return shards
+
+
 def refusal(model, **arguments) -> str:
     with pytest.raises(UserError) as caught:
         load_source(str(model), **arguments)

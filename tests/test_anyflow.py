@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +260,64 @@ def test_a_stock_folder_converts_and_comes_back(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "mla")
     again = FAMILY.mla_class.from_pretrained(tmp_path / "mla")
     assert pico.relative_error(again(*clip).sample, model(*clip).sample) < FLOAT32
+
+
+# What the authors' own class writes beside the keys of diffusers' class.
+ORIGINAL = {
+    "_class_name": "FAR_Wan_Transformer3DModel",
+    "init_far_model": True,
+    "init_flowmap_model": True,
+    "qk_norm": "rms_norm_across_heads",
+    "added_kv_proj_dim": None,
+}
+
+
+def original_folder(path: Path, **changes: Any) -> Path:
+    """A folder as the authors' conversion script writes it; None takes a key out."""
+    dense = dense_model(None, **PARTITIONS[1])
+    known = {k: v for k, v in dense.config.items() if not k.startswith("_") and k != "causal"}
+    AnyFlowFARTransformer3DModel(**known).save_pretrained(path)
+    config = json.loads((path / "config.json").read_text()) | ORIGINAL | changes
+    (path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    return path
+
+
+def test_the_authors_own_class_is_read_as_diffusers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = original_folder(tmp_path)
+    with caplog.at_level(logging.WARNING, "mla_convert"):
+        source = load_source(str(folder))
+    assert not caplog.records
+    stock = AnyFlowFARTransformer3DModel.from_pretrained(folder)
+    assert source.family.name == "anyflow_far"
+    assert source.config.items() == {k: v for k, v in stock.config.items() if k in source.config}.items()
+    assert {"gate_value", "chunk_partition", "full_chunk_limit", "deltatime_type"} <= set(source.config)
+    model = load_dense(source)
+    assert all(torch.equal(tensor, stock.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_authors_own_class_has_another_default_gate(tmp_path: Path) -> None:
+    assert load_source(str(original_folder(tmp_path, gate_value=None))).config["gate_value"] == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"init_far_model": False}, "without init_far_model cannot be converted: it attends in both directions"),
+        ({"init_far_model": None, "init_flowmap_model": None}, "use AnyFlow-FAR, its causal form"),
+        ({"init_flowmap_model": False}, "without init_flowmap_model cannot be converted"),
+        ({"added_kv_proj_dim": 8}, "with added_kv_proj_dim, which diffusers' class does not have"),
+        ({"qk_norm": "rms_norm"}, "with another qk_norm than rms_norm_across_heads"),
+        ({"chunk_partition": None}, "has no chunk_partition; write the chunks that it was trained with into it"),
+    ],
+)
+def test_the_authors_own_class_in_other_forms_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    folder = original_folder(tmp_path, **changes)
+    with pytest.raises(UserError) as caught:
+        load_source(str(folder))
+    assert str(caught.value).startswith(f"{folder / 'config.json'}: ")
+    assert "FAR_Wan_Transformer3DModel" in str(caught.value)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,9 @@ def test_parts_are_found_beside_the_model_by_name_and_in_the_source(checkpoint, 
     with pytest.raises(UserError, match=r"has no tokenizer; give the folder or Hub id of a whole pipeline"):
         find_parts(tmp_path, TEXT, str(tmp_path))
     assert find_parts(tmp_path, TEXT) is None
+    source = {"model": "owner/student", "revision": "abc", "components": str(pipeline)}
+    save_checkpoint(pico.dense_model(**WAN), tmp_path / "student", {"source": source})
+    assert find_parts(tmp_path / "student", TEXT) == pipeline
 
 
 def test_what_the_recipe_says_is_the_default(checkpoint, digits):

@@ -12,6 +12,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+import yaml
 from checkpoint_case import CAUSAL, STOCK, pico_dense, pico_velocity
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from safetensors.torch import load_file, save_file
@@ -19,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from mla_convert.errors import UserError
 from mla_convert.families import wan_files
 from mla_convert.families.wan_files import original_names, stored_names
-from mla_convert.load import AdapterConfig, LazyTensors, load_dense, load_source
+from mla_convert.load import AdapterConfig, LazyTensors, load_dense, load_source, locate
+from mla_convert.recipe.schema import SourceConfig
 
 T2V = {"in_channels": 1}
 I2V = {"in_channels": 6, "image_dim": 8, "added_kv_proj_dim": 24, "pos_embed_seq_len": 4}
@@ -388,3 +390,25 @@ def test_safetensors_and_pickles_are_one_interface(tmp_path, original):
     assert {name: pickled.dtype(name) for name in pickled} == {name: safe.dtype(name) for name in safe}
     assert same(pickled, load_file(tmp_path / "a.safetensors"))
     assert same(safe, original)
+
+
+PUBLISHED = re.findall(
+    r"\| `(\{model: .+?\})` \|", (Path(__file__).parents[1] / "docs" / "import.md").read_text(encoding="utf-8")
+)
+
+
+def test_the_table_of_published_checkpoints_has_rows():
+    assert len(PUBLISHED) == 12
+
+
+@pytest.mark.parametrize("row", PUBLISHED)
+def test_sources_of_published_checkpoints_are_asked_of_the_hub(monkeypatch, row):
+    """What the table says is a source in a recipe, and nothing in it is refused before the Hub is asked."""
+
+    def download(model, *arguments):
+        raise UserError(f"asked for {model}")
+
+    monkeypatch.setattr(locate, "download", download)
+    source = SourceConfig(**yaml.safe_load(row))
+    arguments = source.model_dump(include={"subfolder", "file", "use_ema"}) | {"adapters": source.adapters}
+    assert refusal(source.model, **arguments) == f"asked for {source.model}"

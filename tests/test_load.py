@@ -10,11 +10,12 @@ import diffusers
 import pytest
 import torch
 from checkpoint_case import CAUSAL, pico_dense, pico_mla, pico_velocity
-from load_case import change_config, change_tensors, equal_tensors, refusal, stock_folder
+from load_case import change_config, change_tensors, equal_tensors, refusal, stock_folder, write_shards
 from safetensors.torch import load_file, save_file
 
 from mla_convert import registry
 from mla_convert.errors import UserError
+from mla_convert.families import wan_files
 from mla_convert.load import LazyTensors, check_finite, load_dense, load_source
 from mla_convert.load.weights import INDEX, WEIGHTS
 
@@ -70,6 +71,73 @@ def test_index_that_lists_more_than_there_is(folder):
 def test_index_without_a_usable_map(folder, weight_map):
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     assert refusal(folder) == f"{folder / INDEX} has no usable weight_map"
+
+
+@pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+@pytest.mark.parametrize("configured", [True, False])
+def test_shards_under_other_names(folder, monkeypatch, index, configured):
+    """By folder, by the index's path and by file; without a configuration the shapes tell the architecture."""
+    whole = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    write_shards(folder, index, whole)
+    if not configured:
+        monkeypatch.setitem(wan_files.PUBLISHED_HEADS, 24, 2)
+        (folder / "config.json").unlink()
+    for source in (
+        load_source(str(folder)),
+        load_source(str(folder / index)),
+        load_source(str(folder), file=index),
+        load_source(str(folder.parent), file=f"{folder.name}/{index}"),
+        load_source(str(folder.parent), subfolder=folder.name),
+    ):
+        assert equal_tensors(source.tensors, whole)
+        assert source.geometry.num_heads == 2
+        assert len(source.tensors.files()) == 2
+    assert source.provenance()["file"] is None
+
+
+def test_an_index_without_a_configuration_needs_a_published_size(folder):
+    index = "model.safetensors.index.json"
+    write_shards(folder.parent / "alone", index, load_file(folder / WEIGHTS))
+    message = refusal(folder.parent / "alone")
+    assert message.startswith(f"{folder.parent / 'alone' / index}: the number of heads of a Wan model")
+
+
+def test_shards_of_a_training_checkpoint(folder):
+    """States and wrappers are found in shards as in a single file."""
+    whole = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    wrapped = {f"generator_ema.model.{name}": tensor for name, tensor in whole.items()}
+    write_shards(folder, "model.safetensors.index.json", wrapped | {"generator.model.proj_out.bias": torch.zeros(16)})
+    source = load_source(str(folder))
+    assert source.state == "generator_ema"
+    assert equal_tensors(source.tensors, whole)
+
+
+def test_several_indexes_are_named(folder):
+    whole = load_file(folder / WEIGHTS)
+    for name in ("a", "b"):
+        write_shards(folder, f"{name}.safetensors.index.json", whole)
+    # Weights of a known name come first.
+    assert load_source(str(folder)).tensors.files() == [folder / WEIGHTS]
+    (folder / WEIGHTS).unlink()
+    message = f"{folder} has 2 indexes of weights, a.safetensors.index.json, b.safetensors.index.json; "
+    message += "name the one to read with file"
+    assert refusal(folder) == message
+    source = load_source(str(folder), file="b.safetensors.index.json")
+    assert {file.name[0] for file in source.tensors.files()} == {"b"}
+    (folder / "config.json").unlink()
+    assert refusal(folder) == message
+
+
+def test_what_is_no_index(folder):
+    (folder / "other.index.json").write_text("{}")
+    assert refusal(folder, file="other.index.json") == f"{folder / 'other.index.json'} has no usable weight_map"
+    assert "is no weights file" in refusal(folder, file="config.json")
+    assert "does not exist; give a folder" in refusal("runs/model.safetensors.index.json")
+    shards = write_shards(folder, "m.safetensors.index.json", load_file(folder / WEIGHTS))
+    (folder / shards[1]).unlink()
+    assert refusal(folder, file="m.safetensors.index.json") == f"{folder / shards[1]} is missing"
 
 
 def test_single_file_with_its_config(folder):

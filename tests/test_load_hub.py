@@ -11,9 +11,10 @@ from urllib.parse import unquote
 import huggingface_hub.constants
 import pytest
 import torch
-from load_case import change_config, equal_tensors, refusal, stock_folder
+from load_case import change_config, equal_tensors, refusal, stock_folder, write_shards
 from safetensors.torch import load_file, save
 
+from mla_convert.families import wan_files
 from mla_convert.load import AdapterConfig, load_source
 from mla_convert.load.weights import WEIGHTS
 
@@ -105,6 +106,52 @@ def test_one_file_of_a_hub_repository(hub, folder, card):
     assert not any("other" in path for path in hub.requests)
     assert refusal("owner/model", file="x.pt") == "owner/model has no file x.pt on the Hub"
     assert "does not lie in the model's folder" in refusal("owner/model", file="../x.pt")
+
+
+@pytest.mark.parametrize("configured", [True, False])
+@pytest.mark.parametrize("place", ["", "transformer/", "checkpoints/14B [a]/"])
+def test_shards_under_other_names(hub, folder, tmp_path, monkeypatch, place, configured):
+    """The index of any name in the folder is fetched, then the shards it names, and nothing beside or below."""
+    index = "model.safetensors.index.json"
+    whole = load_file(folder / WEIGHTS)
+    shards = write_shards(tmp_path / "shards", index, whole)
+    hub.files = {f"{place}{file.name}": file.read_bytes() for file in (tmp_path / "shards").iterdir()}
+    hub.files |= {f"{place}model-00003-of-00002.safetensors": b"large", f"{place}below/{index}": b"{}"}
+    hub.files |= {f"text_encoder/{index}": b"{ }", "lora.safetensors": b"large too"}
+    if configured:
+        hub.files |= {f"{place}config.json": (folder / "config.json").read_bytes()}
+    else:
+        monkeypatch.setitem(wan_files.PUBLISHED_HEADS, 24, 2)
+    subfolder = place.removesuffix("/") if "14B" in place else None
+
+    for arguments in ({"subfolder": subfolder}, {"file": f"{place}{index}"}):
+        source = load_source("owner/model", **arguments)
+        assert equal_tensors(source.tensors, whole)
+        assert source.revision == COMMIT
+        assert sorted(file.name for file in source.tensors.files()) == shards
+
+    fetched = {path.partition(f"{COMMIT}/")[2] for path in hub.requests if "/resolve/" in path}
+    assert fetched == {f"{place}{name}" for name in (index, *shards, *(["config.json"] if configured else []))}
+
+
+@pytest.mark.parametrize("configured", [True, False])
+def test_several_indexes_on_the_hub_are_named(hub, folder, tmp_path, configured):
+    for name in ("a", "b"):
+        write_shards(tmp_path / "shards", f"{name}.safetensors.index.json", load_file(folder / WEIGHTS))
+    hub.files = {file.name: file.read_bytes() for file in (tmp_path / "shards").iterdir()}
+    if configured:
+        hub.files |= {"config.json": (folder / "config.json").read_bytes()}
+    message = "has 2 indexes of weights, a.safetensors.index.json, b.safetensors.index.json; name the one to read with"
+    assert message in refusal("owner/model")
+    assert not any(path.endswith(".safetensors") for path in hub.requests)
+
+
+def test_weights_of_a_known_name_come_before_an_index(hub, folder, tmp_path):
+    index = "model.safetensors.index.json"
+    write_shards(tmp_path / "shards", index, load_file(folder / WEIGHTS))
+    hub.files = {file.name: file.read_bytes() for at in (tmp_path / "shards", folder) for file in at.iterdir()}
+    assert [file.name for file in load_source("owner/model").tensors.files()] == [WEIGHTS]
+    assert not any("-of-00002" in path for path in hub.requests)
 
 
 def test_adapters_of_a_hub_repository(hub, folder):

@@ -203,6 +203,13 @@ def test_what_cannot_work_leaves_no_folder(teacher, tmp_path, override, message)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_video_longer_than_the_rotary_table_leaves_no_folder(teacher, tmp_path):
+    changes = ["causal={sink_positions: absolute}", "generate.num_frames=1025"]
+    with pytest.raises(UsageError, match=r"generate\.num_frames: 1025 latent frames are more than .* 1024 positions"):
+        run(recipe(teacher, *changes), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_impossible_rank_is_refused_and_the_folder_can_be_used(teacher, tmp_path):
     with pytest.raises(UsageError, match=r"kv_lora_rank"):
         run(recipe(teacher, "convert.kv_lora_rank=49"), tmp_path / "run")

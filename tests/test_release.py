@@ -75,9 +75,9 @@ def source(tmp_path):
     return folder
 
 
-def made_from(source: str | Path, folder: Path, revision: str | None = None) -> Path:
+def made_from(source: str | Path, folder: Path, **more: str) -> Path:
     """A checkpoint whose manifest names its source."""
-    save_checkpoint(pico_mla(), folder, {"source": SOURCE | {"model": str(source), "revision": revision}})
+    save_checkpoint(pico_mla(), folder, {"source": SOURCE | {"model": str(source), **more}})
     return folder
 
 
@@ -136,6 +136,23 @@ def test_components_on_the_hub_are_referenced(source, tmp_path, monkeypatch):
 
     export(checkpoint, tmp_path / "copied", ExportConfig(components="copy"))
     assert asked[-1] == ("owner/model", "0123456789abcdef", ["scheduler/*"])
+    assert Bare.from_pretrained(tmp_path / "copied").scheduler.config.shift == 5.0
+
+
+def test_components_of_a_source_without_any_are_those_that_it_names(source, tmp_path, monkeypatch):
+    commit = tmp_path / "0123456789abcdef"
+    commit.symlink_to(source)
+    asked = []
+    monkeypatch.setattr(components_module, "download", lambda *given: asked.append(given) or commit)
+    named = {"revision": "fedcba", "components": "owner/base"}
+    export(made_from("owner/student", tmp_path / "saved", **named), tmp_path / "out", ExportConfig())
+    assert asked == [("owner/base", None, ["model_index.json"])]
+    index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    entry = index["_components"]["scheduler"]
+    assert (entry["repository"], entry["revision"]) == ("owner/base", commit.name)
+
+    local = made_from("owner/student", tmp_path / "local", components=str(source))
+    export(local, tmp_path / "copied", ExportConfig(components="copy"))
     assert Bare.from_pretrained(tmp_path / "copied").scheduler.config.shift == 5.0
 
 

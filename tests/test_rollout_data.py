@@ -162,6 +162,10 @@ def test_what_cannot_be_rolled_out_is_refused_before_anything_is_written(teacher
         ([f"source.model={tmp_path / 'other'}", "generate.prompts=[]"], r"data\.rollouts\.prompts: this model has no"),
         (["data.rollouts.prompts=[eleven]"], r"data\.rollouts\.prompts: cannot read the digits prompt 'eleven'"),
         (embeds, r"prompt_embeds in .*narrow\.safetensors has shape \[2, 3, 5\]; \[L, 32\] is expected"),
+        (
+            ["causal={sink_positions: absolute}", "data.rollouts.num_frames=1025"],
+            r"1025 latent frames .* 1024 positions",
+        ),
         (["causal={window_frames: null}"], r"needs a finite window; set causal\.window_frames"),
     ):
         with pytest.raises(UserError, match=message):

@@ -59,15 +59,17 @@ def find_components(source: Mapping[str, Any] | None, wanted: Literal["reference
     """The parts beside the transformer that a checkpoint was made from; `source` is that of its manifest.
 
     Parts are referenced only where others find them, on the Hub. A source of another kind than a pipeline
-    has none. Raises UserError for parts that are to be copied and cannot be read.
+    has none, unless it names its `components`. Raises UserError for parts that are to be copied and cannot be read.
     """
-    origin = (source or {}).get("model")
-    if wanted == "none" or source is None or not origin or origin.startswith("zoo:"):
+    source = source or {}
+    elsewhere = source.get("components")
+    origin = elsewhere or source.get("model")
+    if wanted == "none" or not origin or origin.startswith("zoo:"):
         return Components({})
-    revision = source.get("revision")
-    if revision and is_hub_id(origin):
-        return _on_hub(origin, revision, wanted == "copy")
     here = Path(origin).expanduser()
+    revision = None if elsewhere else source.get("revision")
+    if is_hub_id(origin) and (revision or (elsewhere and not here.is_dir())):
+        return _on_hub(origin, revision, wanted == "copy")
     root = next((folder for folder in (here, here.parent) if (folder / INDEX).is_file()), None)
     if root is None or wanted == "reference":
         if wanted == "copy" and not here.exists():
@@ -85,9 +87,11 @@ def is_hub_id(text: str) -> bool:
     return _HUB_ID.fullmatch(text) is not None
 
 
-def _on_hub(repository: str, revision: str, copy: bool) -> Components:
+def _on_hub(repository: str, revision: str | None, copy: bool) -> Components:
     try:
         folder = download(repository, revision, [INDEX])
+        # A snapshot is named by its commit.
+        revision = revision or folder.name
         classes = _classes(folder) if (folder / INDEX).is_file() else {}
     except UserError as error:
         if copy:

@@ -16,16 +16,54 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.transformers.transformer_anyflow_far import AnyFlowFARTransformerOutput, AnyFlowTransformerBlock
 from torch import Tensor, nn
 
+from ..errors import UserError
 from ..mla.cache import FrameCache
 from ..mla.rope import RotaryTable, split_rotary_table
 from ..mla.window import CausalConfig
-from .base import BlockInputs, Family
+from .base import BlockInputs, Config, Family, Shapes
 from .block import CausalBlock
 from .causal import CausalTransformer, LatentTransformer, block_inputs, check_context
 from .far import FarCache, FarGrid, FarWindow, clip_layout, compressed_table, denoise_pass, encode_pass
 from .signature import takes
 
 CACHE, PARTITION = "latent_cache", "chunk_partition"
+
+# What the authors' repository (NVlabs/AnyFlow) calls the model, and the keys there that diffusers' class lacks.
+ORIGINAL_CLASS = "FAR_Wan_Transformer3DModel"
+_ORIGINAL_KEYS = ("init_far_model", "init_flowmap_model", "qk_norm", "added_kv_proj_dim")
+_QK_NORM = "rms_norm_across_heads"
+
+
+def stock_config(stored: Config, shapes: Shapes) -> dict[str, Any] | None:
+    """Stock configuration for that of `ORIGINAL_CLASS`, whose other keys and tensors are those of diffusers' class.
+
+    None for any other class. Raises UserError for a model that is not causal, has no flow map, or does not say its
+    chunks, and for layers that diffusers' class does not have.
+    """
+    if stored.get("_class_name") != ORIGINAL_CLASS:
+        return None
+    if not stored.get("init_far_model"):
+        raise UserError(
+            f"{ORIGINAL_CLASS} without init_far_model cannot be converted: it attends in both directions and has no "
+            "cache; use AnyFlow-FAR, its causal form"
+        )
+    if not stored.get("init_flowmap_model"):
+        raise UserError(
+            f"{ORIGINAL_CLASS} without init_flowmap_model cannot be converted: it is not distilled to a flow map; use "
+            "a published AnyFlow-FAR checkpoint"
+        )
+    if stored.get("qk_norm", _QK_NORM) != _QK_NORM or stored.get("added_kv_proj_dim") is not None:
+        raise UserError(
+            f"{ORIGINAL_CLASS} cannot be converted with another qk_norm than {_QK_NORM} or with added_kv_proj_dim, "
+            "which diffusers' class does not have; use a published AnyFlow-FAR checkpoint"
+        )
+    if not stored.get(PARTITION):
+        raise UserError(
+            f"the configuration of {ORIGINAL_CLASS} has no {PARTITION}; write the chunks that it was trained with into "
+            "it, 1, 3, 3, 3, 3, 3, 3, 2 for the published models"
+        )
+    # The default that differs: diffusers' is 0.25.
+    return {"gate_value": 0} | {key: value for key, value in stored.items() if key not in _ORIGINAL_KEYS}
 
 
 class CausalAnyFlowBlock(CausalBlock, AnyFlowTransformerBlock):
@@ -339,9 +377,9 @@ FAMILY = Family(
     source_classes=("AnyFlowFARTransformer3DModel", "CausalAnyFlowFARTransformer3DModel"),
     dense_class=CausalAnyFlowFARTransformer3DModel,
     mla_class=MLAAnyFlowFARTransformer3DModel,
+    foreign_classes=(ORIGINAL_CLASS,),
     near_misses={
-        "FAR_Wan_Transformer3DModel": "its configuration is the research repository's; use a revision of the "
-        "checkpoint that names diffusers' class",
         "AnyFlowTransformer3DModel": "it attends in both directions and has no cache; use AnyFlow-FAR, its causal form",
     },
+    stock_config=stock_config,
 )

@@ -37,13 +37,13 @@ def explain_hub_errors(repo_id: str, revision: str | None = None) -> Iterator[No
         raise UserError(_unreachable(repo_id, error)) from None
 
 
-def download(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
-    """Snapshot folder with the files of a model repository that match `patterns`.
+def download(repo_id: str, revision: str | None, patterns: list[str], ignored: list[str] | None = None) -> Path:
+    """Snapshot folder with the files of a model repository that match `patterns`, without those that match `ignored`.
 
     The folder is named by the commit. Raises UserError in one line.
     """
     with explain_hub_errors(repo_id, revision):
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns, ignore_patterns=ignored))
 
 
 def _refused(repo_id: str, error: errors.HfHubHTTPError) -> str:

@@ -11,7 +11,7 @@ from ..errors import UserError
 from .hub import download
 from .pickles import PICKLES
 from .recognise import recognise
-from .weights import CONFIG, INDEXES, WEIGHTS, read_config, weight_files
+from .weights import CONFIG, INDEX_ENDINGS, INDEX_SUFFIX, INDEXES, WEIGHTS, find_index, read_config, shard_names
 
 ZOO = Path(__file__).parents[1] / "zoo"
 WEIGHT_SUFFIXES = (".safetensors", *PICKLES)
@@ -20,7 +20,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 class Located(NamedTuple):
-    """A model's folder; `file` if one file in it is the weights, `config` unless there is none."""
+    """A model's folder; `file` if one file in it is the weights or their index, `config` unless there is none."""
 
     folder: Path
     file: Path | None
@@ -34,7 +34,7 @@ def locate(model: str, subfolder: str | None, revision: str | None, file: str | 
     What cannot be converted is refused by its configuration before its weights are downloaded.
     """
     if file is not None:
-        _check_inner(file)
+        _check_inner(file, index=True)
     path = Path(model).expanduser()
     if model.startswith("zoo:"):
         folder = ZOO / model.removeprefix("zoo:") / "teacher"
@@ -47,9 +47,9 @@ def locate(model: str, subfolder: str | None, revision: str | None, file: str | 
     if path.is_file():
         if file is not None or subfolder is not None:
             raise UserError(f"{path} is a file; leave {'file' if file else 'subfolder'} out or name its folder")
-        _check_suffix(path)
+        _check_suffix(path, index=True)
         return Located(path.parent, path, _config_for(path, path.parent))
-    if path.suffix in (*WEIGHT_SUFFIXES, ".gguf") or not _HUB_ID.fullmatch(model):
+    if path.name.endswith((*WEIGHT_SUFFIXES, ".gguf", INDEX_SUFFIX)) or not _HUB_ID.fullmatch(model):
         raise UserError(f"{model} does not exist; give a folder, a weights file, a Hub id or zoo:NAME")
     if file is not None:
         return _file_on_hub(model, subfolder, revision, file)
@@ -86,25 +86,49 @@ def locate_file(model: str, revision: str | None, file: str | None, beside: str)
 
 def _in_folder(root: Path, subfolder: str | None, file: str | None) -> Located:
     if file is None:
-        folder = _transformer_folder(root, subfolder)
-        return Located(folder, None, folder / CONFIG)
+        return _transformer(root, subfolder)
     path = root / (subfolder or "") / file
     if not path.is_file():
         raise UserError(f"{root} has no file {path.relative_to(root).as_posix()}")
     return Located(path.parent, path, _config_for(path, root))
 
 
+def _transformer(root: Path, subfolder: str | None) -> Located:
+    """A model's transformer; the index of its shards is the file where there is no configuration. Raises UserError."""
+    folder = _transformer_folder(root, subfolder)
+    index = None if (folder / CONFIG).is_file() else find_index(folder)
+    return Located(folder, index, folder / CONFIG if index is None else _config_for(index, root))
+
+
 def _folder_on_hub(model: str, subfolder: str | None, revision: str | None) -> Located:
-    inner = subfolder or "transformer"
-    small = [name for folder in ("", f"{inner}/") for name in (f"{folder}{CONFIG}", *(f"{folder}{i}" for i in INDEXES))]
-    small += ["model_index.json", "README.md"]
+    places = ("", "transformer/") if subfolder is None else (f"{PurePosixPath(subfolder).as_posix()}/",)
+    exact = [glob.escape(f"{place}{name}") for place in places for name in (CONFIG, *INDEXES)]
+    small = [*exact, CONFIG, "model_index.json", "README.md"]
     snapshot = download(model, revision, small)
     commit = snapshot.name
-    folder = _transformer_folder(snapshot, subfolder)
-    recognise(read_config(folder), folder / CONFIG)
-    prefix = "" if folder == snapshot else f"{folder.relative_to(snapshot).as_posix()}/"
-    download(model, commit, [*small, *(f"{prefix}{name}" for name in weight_files(folder) or [WEIGHTS])])
-    return Located(folder, None, folder / CONFIG, commit)
+    configured = [place for place in places if (snapshot / place / CONFIG).is_file()]
+    if not configured and not any((snapshot / place / name).is_file() for place in places for name in INDEXES):
+        for place in places:
+            _download_beside(model, commit, place, [])
+    located = _transformer(snapshot, subfolder)
+    if located.config is not None:
+        recognise(read_config(located.config.parent), located.config)
+    place = "" if located.folder == snapshot else f"{located.folder.relative_to(snapshot).as_posix()}/"
+    index = located.file or find_index(located.folder)
+    if index is None:
+        _download_beside(model, commit, place, [WEIGHTS])
+        index = find_index(located.folder)
+    if index is not None:
+        download(model, commit, [glob.escape(f"{place}{name}") for name in shard_names(index)])
+    return located._replace(revision=commit)
+
+
+def _download_beside(model: str, commit: str, place: str, names: list[str]) -> None:
+    """Fetch `names` and indexes of any name that lie in the folder `place`, not below it."""
+    folder = glob.escape(place)
+    wanted = [*(glob.escape(name) for name in names), *(f"*{ending}" for ending in INDEX_ENDINGS)]
+    # The Hub client's `*` also matches a slash.
+    download(model, commit, [f"{folder}{name}" for name in wanted], [f"{folder}*/*"])
 
 
 def _file_on_hub(model: str, subfolder: str | None, revision: str | None, file: str) -> Located:
@@ -119,6 +143,8 @@ def _file_on_hub(model: str, subfolder: str | None, revision: str | None, file: 
     download(model, snapshot.name, [*small, glob.escape(name.as_posix())])
     if not path.is_file():
         raise UserError(f"{model} has no file {name} on the Hub")
+    if file.endswith(INDEX_SUFFIX):
+        download(model, snapshot.name, [glob.escape((name.parent / shard).as_posix()) for shard in shard_names(path)])
     return Located(path.parent, path, config, snapshot.name)
 
 
@@ -130,17 +156,18 @@ def _config_for(file: Path, root: Path) -> Path | None:
     return None
 
 
-def _check_inner(file: str) -> None:
+def _check_inner(file: str, index: bool = False) -> None:
     path = PurePosixPath(file)
     if path.is_absolute() or ".." in path.parts:
         raise UserError(f"file {file} does not lie in the model's folder; give its path in there")
-    _check_suffix(Path(file))
+    _check_suffix(Path(file), index)
 
 
-def _check_suffix(file: Path) -> None:
+def _check_suffix(file: Path, index: bool = False) -> None:
+    """Raise UserError for what is neither a weights file nor, with `index`, the index of shards."""
     if file.suffix == ".gguf":
         raise UserError(f"{file}: GGUF weights are quantised; use the checkpoint they were made from")
-    if file.suffix not in WEIGHT_SUFFIXES:
+    if file.suffix not in WEIGHT_SUFFIXES and not (index and file.name.endswith(INDEX_SUFFIX)):
         raise UserError(f"{file} is no weights file; those are {', '.join(WEIGHT_SUFFIXES)}")
 
 
@@ -154,7 +181,7 @@ def _transformer_folder(folder: Path, subfolder: str | None) -> Path:
     inner = folder / "transformer"
     if is_pipeline and inner.is_dir():
         return inner
-    if not (folder / CONFIG).is_file():
+    if not (folder / CONFIG).is_file() and find_index(folder) is None:
         raise UserError(
             f"{folder} has neither {CONFIG} nor transformer/{CONFIG}; name its transformer with subfolder, "
             "or its weights with file"

@@ -19,7 +19,7 @@ from .locate import Located, locate, locate_file
 from .recognise import in_our_layout, in_our_names, infer, recognise
 from .states import find_state
 from .tensors import LazyTensors
-from .weights import open_weights, read_config
+from .weights import open_file, open_weights, read_config
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Source:
     user called the model, `revision` the commit if it came from the Hub, `licence` the identifier in
     its model card. `file` is the weights file that the user named in there, `state` the key of a
     training checkpoint that the weights were under, `noise_range` the noise levels that the model is for.
-    `adapters` are those that are added to the tensors as they are read, as a manifest records them.
+    `adapters` are those that are added to the tensors as they are read, as a manifest records them. `components` is
+    the folder or Hub id of the pipeline whose VAE and text encoder belong to the model, where it is another one.
     """
 
     family: Family
@@ -45,6 +46,7 @@ class Source:
     state: str | None = None
     noise_range: tuple[float, float] = ALL_NOISE
     adapters: tuple[dict[str, Any], ...] = ()
+    components: str | None = None
 
     @property
     def geometry(self) -> Geometry:
@@ -60,6 +62,7 @@ class Source:
             "family": self.family.name,
             "license": self.licence,
             "adapters": list(self.adapters),
+            "components": self.components,
         }
 
 
@@ -74,18 +77,18 @@ def load_source(
 ) -> Source:
     """Find `model`, recognise its family, and check names, shapes and dtypes of all its tensors.
 
-    `model` is `zoo:NAME`, a transformer's folder, a pipeline's folder, a weights file (.safetensors,
-    .pt, .pth, .ckpt or .bin, with config.json beside it unless its shapes tell everything), or a Hub
-    id. `file` names the weights file in a folder or Hub repository. `causal` replaces the `causal`
-    section of config.json. `use_ema` chooses between the averaged and the trained weights of a
-    training checkpoint; None takes the averaged ones where there are some. `adapters` are added to the
-    tensors when they are read. Raises UserError in one line.
+    `model` is `zoo:NAME`, a transformer's folder, a pipeline's folder, a weights file (.safetensors, .pt, .pth, .ckpt
+    or .bin, or the .index.json of its shards, with config.json beside it unless its shapes tell everything), or a Hub
+    id. `file` names the weights file in a folder or Hub repository. `causal` replaces the `causal` section of
+    config.json. `use_ema` chooses between the averaged and the trained weights of a training checkpoint; None takes
+    the averaged ones where there are some. `adapters` are added to the tensors when they are read. Raises UserError
+    in one line.
     """
     located = locate(model, subfolder, revision, file)
     where = str(located.file or located.folder)
     stored = None if located.config is None else read_config(located.config.parent)
     family = None if stored is None or located.config is None else recognise(stored, located.config)
-    tensors = open_weights(located.folder) if located.file is None else LazyTensors.from_files([located.file])
+    tensors = open_weights(located.folder) if located.file is None else open_file(located.file)
     state = find_state(tensors, use_ema, where)
     tensors = tensors.select(state.names)
     if family is None or stored is None or located.config is None:

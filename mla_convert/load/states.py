@@ -37,7 +37,7 @@ def find_state(names: Collection[str], use_ema: bool | None, where: str) -> Stat
     """The model's state among the flattened names of a file.
 
     `use_ema` None takes the averaged weights where there are some, as the commands in the README
-    files of Self-Forcing and Causal-Forcing do. Raises UserError if the file lacks what `use_ema` asks
+    files of Self-Forcing and of Causal-Forcing by frames do. Raises UserError if the file lacks what `use_ema` asks
     for, or holds LoRA weights.
     """
     tops = list(dict.fromkeys(name.partition(".")[0] for name in names))

@@ -13,8 +13,11 @@ from .tensors import LazyTensors, Place
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PICKLED_WEIGHTS = "diffusion_pytorch_model.bin"
-INDEX = f"{WEIGHTS}.index.json"
-INDEXES = (INDEX, f"{PICKLED_WEIGHTS}.index.json")
+INDEX_SUFFIX = ".index.json"
+INDEX = f"{WEIGHTS}{INDEX_SUFFIX}"
+INDEXES = (INDEX, f"{PICKLED_WEIGHTS}{INDEX_SUFFIX}")
+# Of any name, where neither index nor weights have a known one.
+INDEX_ENDINGS = (f".safetensors{INDEX_SUFFIX}", f".bin{INDEX_SUFFIX}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -45,15 +48,37 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def weight_files(folder: Path) -> list[str] | None:
-    """Names of the shards that the folder's index lists; None without an index. Raises UserError."""
-    index = _index(folder)
-    return None if index is None else sorted(set(_weight_map(index).values()))
+def find_index(folder: Path) -> Path | None:
+    """The index of a folder's shards, safetensors before pickles; None without one, or where a file has a known name.
+
+    Raises UserError when several have other names.
+    """
+    known = next((folder / name for name in INDEXES if (folder / name).is_file()), None)
+    if known is not None or any((folder / name).is_file() for name in (WEIGHTS, PICKLED_WEIGHTS)):
+        return known
+    for ending in INDEX_ENDINGS:
+        found = sorted(file for file in folder.glob(f"*{ending}") if file.is_file())
+        if len(found) > 1:
+            names = ", ".join(file.name for file in found)
+            raise UserError(f"{folder} has {len(found)} indexes of weights, {names}; name the one to read with file")
+        if found:
+            return found[0]
+    return None
+
+
+def shard_names(index: Path) -> list[str]:
+    """Names of the shards that an index lists. Raises UserError."""
+    return sorted(set(_weight_map(index).values()))
+
+
+def open_file(file: Path) -> LazyTensors:
+    """The tensors of a weights file, or of the shards that an index lists. Raises UserError."""
+    return _open_shards(file) if file.name.endswith(INDEX_SUFFIX) else LazyTensors.from_files([file])
 
 
 def open_weights(folder: Path) -> LazyTensors:
     """The tensors of a model folder, sharded or not, safetensors before pickles. Raises UserError."""
-    index = _index(folder)
+    index = find_index(folder)
     if index is not None:
         return _open_shards(index)
     for name, suffixes in ((WEIGHTS, (".safetensors",)), (PICKLED_WEIGHTS, PICKLES)):
@@ -71,10 +96,6 @@ def open_weights(folder: Path) -> LazyTensors:
     raise UserError(f"{folder / WEIGHTS} is missing; name the weights with file if they are called otherwise")
 
 
-def _index(folder: Path) -> Path | None:
-    return next((folder / name for name in INDEXES if (folder / name).is_file()), None)
-
-
 def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
@@ -86,7 +107,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _open_shards(index: Path) -> LazyTensors:
     weight_map = _weight_map(index)
-    shards = LazyTensors.from_files([index.with_name(file) for file in sorted(set(weight_map.values()))])
+    shards = LazyTensors.from_files([index.with_name(file) for file in shard_names(index)])
     absent = next((name for name in weight_map if name not in shards), None)
     if absent is not None:
         raise UserError(f"{index} lists {absent}, which {weight_map[absent]} does not hold")

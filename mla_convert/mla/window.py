@@ -21,7 +21,8 @@ class CausalConfig(BaseModel):
     With `sink_positions="window"` the frames of a window that has moved on are re-indexed from 0,
     so that the temporal index never leaves `[0, window_frames)`, however long the rollout. With
     `"absolute"` every frame keeps the index of its place in the video, as Self-Forcing
-    (arXiv 2506.08009) does; the two differ only in how far away the sinks appear.
+    (arXiv 2506.08009) does; the two differ only in how far away the sinks appear, and a rollout
+    then ends where the rotary table does.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -66,6 +67,11 @@ class CausalConfig(BaseModel):
             return list(frames)
         shift = max(0, stop - self.window_frames)
         return [frame if frame < self.sink_frames else frame - shift for frame in frames]
+
+    def longest(self, positions: int) -> int | None:
+        """Frames of the longest rollout by a rotary table of so many positions; None where it never leaves it."""
+        in_window = self.window_frames is not None and self.sink_positions == "window"
+        return None if in_window and (self.window_frames or 0) <= positions else positions
 
     def first_kept(self, frames_seen: int) -> int:
         """The first frame that a ring of `frames_seen` frames still holds behind the sinks."""

@@ -37,8 +37,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "longlive-1.3b": WAN_1_3B,
 }
 PAPER_SHARE = 224 / 3072
-DIGITS_TEXT = 3
-WAN_CLIP = ClipShape(channels=16, frames=21, height=60, width=104, text_tokens=512, text_dim=4096)
+DIGITS_TEXT, WAN_TEXT, WAN_FRAMES = 3, 512, 21
 
 
 class DryRun:
@@ -87,15 +86,17 @@ class DryRun:
 
     def _clip(self) -> ClipShape:
         data, rollouts = self.recipe.data, self.recipe.data.rollouts
+        channels, text_dim = self.config.get("in_channels", 16), self.config.get("text_dim", 4096)
         if rollouts is not None:
             sizes = {"latent_height": rollouts.latent_height, "latent_width": rollouts.latent_width}
             height, width = latent_size(self.config, GenerateConfig(**sizes))
-            text = DIGITS_TEXT if prompt_encoder(self.config) == DIGITS else WAN_CLIP.text_tokens
-            channels, text_dim = self.config.get("in_channels", 16), self.config.get("text_dim", 4096)
+            text = DIGITS_TEXT if prompt_encoder(self.config) == DIGITS else WAN_TEXT
             return ClipShape(channels, rollouts.num_frames, height, width, text, text_dim)
         if data.kind == "latents" and not list(Path(data.folder or "").glob("**/*.parquet")):
-            self.assumptions.append(f"clips are [16, 21, 60, 104] with 512 text tokens; {data.folder} has none")
-            return WAN_CLIP
+            clip = ClipShape(channels, WAN_FRAMES, *latent_size(self.config, GenerateConfig()), WAN_TEXT, text_dim)
+            shape = [clip.channels, clip.frames, clip.height, clip.width]
+            self.assumptions.append(f"clips are {shape} with {WAN_TEXT} text tokens; {data.folder} has none")
+            return clip
         example = open_data(data, self.recipe.seed).example(0)
         return ClipShape(*example["latents"].shape, *example["encoder_hidden_states"].shape)
 

@@ -31,7 +31,10 @@ from ..run.prompts import PromptChange, PromptSchedule
 from ..run.sample import (
     DIGITS,
     check_latent_size,
+    check_length,
+    check_vae,
     embed_prompts,
+    latent_scale,
     latent_size,
     load_prompt_embeds,
     prompt_encoder,
@@ -43,8 +46,6 @@ from ..run.start import LATENTS, read_start
 from ..run.streaming import StreamingConfig
 from ..run.video import STDOUT, check_suffix
 from .experts import load_models, read_model_config
-
-WAN_TEMPORAL, WAN_SPATIAL = 4, 8
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,8 @@ class _Task:
         self.root, self.model = read_model_config(folder)
         self.device = default_device()
         self.digits = prompt_encoder(self.model) == DIGITS
-        self.pixels = self.model["out_channels"] in (1, 3)
-        self.temporal, self.spatial = (1, 1) if self.pixels else (WAN_TEMPORAL, WAN_SPATIAL)
+        self.temporal, self.spatial, _ = latent_scale(self.model)
+        self.pixels = self.spatial == 1
         self.pictures = out.suffix != LATENTS
         self._check_out()
         self.streaming = validate(StreamingConfig, {**recorded(self.root, "streaming"), **request.streaming})
@@ -150,6 +151,8 @@ class _Task:
         self.config = validate(GenerateConfig, known)
         self.height, self.width = latent_size(self.model, self.config)
         check_latent_size(self.model, self.height, self.width, self.spatial)
+        if not request.endless:
+            check_length(self.model, self.config.num_frames)
 
     def _check_out(self) -> None:
         out, request = self.out, self.request
@@ -220,11 +223,7 @@ class _Task:
                 f"its pipeline, or write {self.out.with_suffix(LATENTS).name if self.out != STDOUT else LATENTS}"
             )
         vae = load_vae(parts)
-        if vae.config.z_dim != self.model["out_channels"]:
-            raise UserError(
-                f"the VAE in {parts} has latents of {vae.config.z_dim} channels, the model makes "
-                f"{self.model['out_channels']}; give --components"
-            )
+        check_vae(vae, self.model, f"the VAE in {parts}", "give --components")
         return vae
 
     def start(self, vae: Any) -> Tensor | None:

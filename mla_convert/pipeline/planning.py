@@ -14,7 +14,7 @@ from ..evaluate.geometry import preset as find_preset
 from ..export.checkpoint import find_checkpoint
 from ..load import accepted_config, load_source, read_config
 from ..run.config import GenerateConfig
-from ..run.sample import DIGITS, latent_size, prompt_encoder
+from ..run.sample import DIGITS, latent_scale, latent_size, prompt_encoder
 
 
 def read_geometry(
@@ -33,10 +33,10 @@ def read_geometry(
             model = found.family.dense_class.from_config(found.config)
     else:
         rows = [block.attn1.row_width for block in model.blocks]
-    digits = prompt_encoder(model.config) == DIGITS
+    fps = 8 if prompt_encoder(model.config) == DIGITS else 16
     height, width = size or latent_size(model.config, GenerateConfig())
     try:
-        geometry, _ = from_model(model, height, width, 8 if digits else 16, 1 if digits else 4)
+        geometry, _ = from_model(model, height, width, fps, latent_scale(model.config).temporal)
     except ValueError as error:
         raise UserError(f"{source}: {error}") from None
     return geometry.model_copy(update={"name": source}), rows

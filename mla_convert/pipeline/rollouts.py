@@ -20,7 +20,15 @@ from ..errors import UsageError, UserError
 from ..files import atomic_file, save_tensors
 from ..load import Source
 from ..run.config import GenerateConfig
-from ..run.sample import embed_prompts, latent_size, load_prompt_embeds, prompt_encoder, prompt_files, rollout
+from ..run.sample import (
+    check_length,
+    embed_prompts,
+    latent_size,
+    load_prompt_embeds,
+    prompt_encoder,
+    prompt_files,
+    rollout,
+)
 from .context import DATA, Context
 
 
@@ -100,6 +108,7 @@ def check_rollouts(config: RolloutsConfig, source: Source) -> dict[str, Tensor]:
     text, _ = read_prompts(config, source)
     if (source.config.get("causal") or {}).get("window_frames", 0) is None:
         raise UsageError("data.kind: rollouts needs a finite window; set causal.window_frames")
+    check_length(source.config, config.num_frames)
     height, width = latent_size(source.config, _sampling(config, 0))
     shape = (source.config["in_channels"], config.num_frames, height, width)
     return {"latents": torch.empty(shape, device="meta"), "encoder_hidden_states": text[0]}

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
+from ..export.components import is_hub_id
 from ..load import Source, load_source
 from ..recipe.schema import SourceConfig
 
@@ -20,4 +23,6 @@ def source_of(section: SourceConfig, causal: dict[str, Any] | None) -> Source:
         section.use_ema,
         section.adapters,
     )
-    return dataclasses.replace(found, noise_range=section.noise_range)
+    if section.components is not None and not (Path(section.components).is_dir() or is_hub_id(section.components)):
+        raise UserError(f"source.components: {section.components} is neither a folder nor a Hub id (owner/name)")
+    return dataclasses.replace(found, noise_range=section.noise_range, components=section.components)

@@ -23,7 +23,7 @@ from ..export.checkpoint import save_checkpoint
 from ..export.release import export
 from ..files import MANIFEST, atomic_folder, write_json, write_text
 from ..recipe.schema import Recipe
-from ..run.sample import embed_prompts, prompt_encoder, rollout
+from ..run.sample import check_length, embed_prompts, prompt_encoder, rollout
 from ..run.video import save_video, side_by_side, to_frames
 from .calibration import calibration_batches, calibration_reads_negative
 from .channels import check_channels
@@ -97,6 +97,10 @@ def check_inputs(context: Context, pending: Iterable[Step]) -> None:
             embed_prompts(recipe.generate.prompts, prompt_encoder(source.config))
         except UsageError as error:
             raise UsageError(f"generate.prompts: {error}") from None
+        try:
+            check_length(source.config, recipe.generate.num_frames)
+        except UsageError as error:
+            raise UsageError(f"generate.num_frames: {error}") from None
     for stage in recipe.distill if any(step.trains for step in pending) else ():
         check_launch(stage)
     reads_negative = calibration_reads_negative(recipe) or any(stage.reads_negative for stage in recipe.distill)

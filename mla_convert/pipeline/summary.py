@@ -15,7 +15,7 @@ from ..evaluate.report import REPORT_JSON
 from ..export.checkpoint import load_checkpoint
 from ..export.manifest import versions
 from ..run.config import GenerateConfig
-from ..run.sample import DIGITS, latent_size, prompt_encoder
+from ..run.sample import latent_scale, latent_size
 from .context import CHECKPOINT, KERNELS, ROLLOUTS, SAMPLES, Context
 
 SHARED_WITH_PLAN = (
@@ -29,9 +29,8 @@ SHARED_WITH_PLAN = (
 
 def describe(model: Any, generate: GenerateConfig) -> dict[str, Any]:
     """Memory of a converted model and of its dense form in the same dtype, and the versions that made it."""
-    digits = prompt_encoder(model.config) == DIGITS
     height, width = latent_size(model.config, generate)
-    geometry, rows = from_model(model, height, width, generate.fps, 1 if digits else 4)
+    geometry, rows = from_model(model, height, width, generate.fps, latent_scale(model.config).temporal)
     memory = plan(geometry, rows, dtype=str(model.dtype).removeprefix("torch.")).model_dump(mode="json")
     return {
         "versions": versions(),

@@ -32,7 +32,18 @@ from ..files import MANIFEST, claim_folder, explain_os_errors, sha256, write_jso
 from ..recipe.load import first_difference
 from ..recipe.schema import validate
 from ..run.config import GenerateConfig
-from ..run.sample import DIGITS, embed_prompts, latent_size, prompt_encoder, rollout, trained_for
+from ..run.decode import latent_frames
+from ..run.sample import (
+    DIGITS,
+    check_length,
+    check_vae,
+    embed_prompts,
+    latent_scale,
+    latent_size,
+    prompt_encoder,
+    rollout,
+    trained_for,
+)
 from ..run.streaming import StreamingConfig
 from ..run.video import Frames, to_frames
 from .comparison import read_samples
@@ -45,7 +56,7 @@ from .rundir import STATE
 RECORD, VIDEOS, SCORES, PROMPTS = "vbench.json", "videos", "scores", "prompts"
 LONG_SECONDS = 5
 """Videos longer than this are VBench-Long's."""
-PIXEL_FPS, LATENT_FPS, FRAMES_PER_LATENT = 8, 16, 4
+PIXEL_FPS, LATENT_FPS = 8, 16
 
 
 @dataclass(frozen=True)
@@ -185,19 +196,19 @@ class Drawing:
         self.root, _ = read_model_config(folder)
         model = self.models[0]
         self.digits = prompt_encoder(model.config) == DIGITS
-        pixels = model.config.out_channels in (1, 3)
+        scale = latent_scale(model.config)
+        pixels = scale.spatial == 1
         if not pixels and config.pipeline is None:
             raise UsageError("the model makes latents; give --pipeline, which has the VAE that decodes them")
         if not self.digits and config.pipeline is None and config.prompt_embeds is None:
             raise UsageError("the model reads text embeddings; give --pipeline or --prompt-embeds")
         known = trained_for(recorded(self.root, "generate"), self.digits)
         settings: dict[str, Any] = {"fps": PIXEL_FPS if pixels else LATENT_FPS, **known, **config.generate}
-        frames = math.ceil(settings["fps"] * config.seconds)
-        if not pixels:
-            frames = 1 + math.ceil((frames - 1) / FRAMES_PER_LATENT)
+        frames = latent_frames(math.ceil(settings["fps"] * config.seconds), scale.temporal)
         ends = [stop for _, stop in model.causal.chunks(frames + model.causal.num_frames_per_block)]
         settings["num_frames"] = next(stop for stop in ends if stop >= frames)
         self.config = validate(GenerateConfig, settings)
+        check_length(model.config, self.config.num_frames)
         self.pixels = pixels
         try:
             model.token_grid(*latent_size(model.config, self.config))
@@ -280,9 +291,7 @@ class Drawing:
         assert self.vbench.pipeline is not None
         folder, _ = find_pipeline(self.vbench.pipeline, None, config_only=False)
         vae = load_vae(folder, self.device)
-        channels = self.models[0].config.out_channels
-        if vae.config.z_dim != channels:
-            raise UserError(f"the VAE of {folder} has latents of {vae.config.z_dim} channels, the model {channels}")
+        check_vae(vae, self.models[0].config, f"the VAE of {folder}", "give the --pipeline of the model")
         return vae
 
 

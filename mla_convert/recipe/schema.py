@@ -33,12 +33,15 @@ ExpertName = Annotated[str, Field(pattern=_NAME)]
 class SourceConfig(BaseModel):
     """Where the dense model comes from; `model` is `zoo:digits`, a path or a Hub id.
 
-    `file` names one weights file in that folder or Hub repository, in `subfolder` if that is given.
+    `file` names one weights file, or the index of its shards, in that folder or Hub repository, in `subfolder` if
+    that is given.
     `use_ema` chooses between the averaged and the trained weights of a training checkpoint; without it
-    the averaged ones are taken where there are some, as in the published commands of Self-Forcing
-    and Causal-Forcing. `noise_range` are the noise levels that the model is for, of one of several
+    the averaged ones are taken where there are some, as in the published commands of Self-Forcing and of
+    Causal-Forcing by frames. `noise_range` are the noise levels that the model is for, of one of several
     experts those of its share: nothing else is calibrated, trained and measured. `adapters` are LoRA files
-    that belong to the model, as LongLive publishes them beside its base.
+    that belong to the model, as LongLive publishes them beside its base. `components` is the folder or Hub id of
+    a pipeline with the VAE and text encoder of a model that is published without (Self-Forcing, LongLive):
+    `generate` and exports find them there.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -51,6 +54,7 @@ class SourceConfig(BaseModel):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     noise_range: NoiseRange = ALL_NOISE
     adapters: tuple[AdapterConfig, ...] = ()
+    components: str | None = None
 
     @field_validator("noise_range")
     @classmethod

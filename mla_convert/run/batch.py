@@ -18,6 +18,7 @@ the order in which a matrix product sums, which may depend on the size of the ba
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -37,13 +38,15 @@ from ..flow import (
     sampling_times,
 )
 from ..mla.pool import CachePool, place_in_window
-from .stream import RecentChunks, check_start
+from .stream import RecentChunks, check_start, end_notice, video_end
+
+logger = logging.getLogger(__name__)
 
 
 class StreamChunk(NamedTuple):
     """A finished chunk of a stream: `latents` `[C, F, H, W]`, float32, from its frame `first` on.
 
-    `last` says that the stream has come to its `num_frames` and has left.
+    `last` says that the stream has come to its end and has left.
     """
 
     stream: int
@@ -56,8 +59,8 @@ class StreamChunk(NamedTuple):
 class _Stream:
     """A rollout under way; `drawn` is the noise of the chunk in work, which a failed round leaves behind.
 
-    `recent` are the chunks `[1, C, F, H, W]` that its ring holds, where they may have to be written again, and
-    `stale` says that they have to.
+    `cut` says that its `num_frames` are the rotary table's, and not what was asked for. `recent` are the chunks
+    `[1, C, F, H, W]` that its ring holds, where they may have to be written again, and `stale` says that they have to.
     """
 
     text: Tensor
@@ -71,6 +74,7 @@ class _Stream:
     drawn: list[Tensor] = field(default_factory=list)
     recent: RecentChunks = field(default_factory=RecentChunks)
     stale: bool = False
+    cut: bool = False
 
     @property
     def lanes_needed(self) -> int:
@@ -157,7 +161,7 @@ class StreamBatch:
 
         `encoder_hidden_states` and `negative_hidden_states`, zeros by default, are `[L, D]`, `start` is
         `[C, F0, H, W]`; the meaning is that of `stream_chunks`. Without `num_frames` the stream goes on until
-        `leave`.
+        `leave`, or with absolute positions to the last whole chunk within the rotary table, which a logger then says.
 
         Raises UserError when the pool is full and `when_full` is `refuse`; UsageError for values that do not fit.
         """
@@ -169,11 +173,12 @@ class StreamBatch:
             )
         if num_frames is not None and num_frames < 1:
             raise UsageError(f"num_frames must be at least 1, got {num_frames}; leave it out for a stream without end")
+        positions, given = self.models[0].rotary_table().max_len, 0 if start is None else start.shape[1]
+        end = video_end(self.causal, positions, num_frames, given)
         if start is not None:
-            end = num_frames or start.shape[1] + self.causal.num_frames_per_block
-            check_start(start.unsqueeze(0), self.causal, end, self.size)
+            check_start(start.unsqueeze(0), self.causal, end or given + self.causal.num_frames_per_block, self.size)
         generator = torch.Generator().manual_seed(seed)
-        stream = _Stream(text, negative, guidance_scale, num_frames, start, generator)
+        stream = _Stream(text, negative, guidance_scale, end, start, generator, cut=end != num_frames)
         self._check_room(stream)
         number = next(self._numbers)
         self._streams[number] = stream
@@ -229,6 +234,9 @@ class StreamBatch:
             chunks.append(StreamChunk(number, first, latents, last))
         for chunk in chunks:
             if chunk.last:
+                ended = self._streams[chunk.stream]
+                if ended.cut:
+                    logger.warning("%s", end_notice(self.causal, f"stream {chunk.stream}", ended.num_frames))
                 self.leave(chunk.stream)
         return chunks
 

@@ -20,27 +20,35 @@ def find_parts(root: Path, wanted: Sequence[str], elsewhere: str | None = None) 
     """The folder that has the `wanted` parts of the checkpoint in `root`, by their names in a diffusers pipeline.
 
     They are looked for in `elsewhere`, a folder or Hub id of a pipeline; without it beside the
-    transformer, then where `model_index.json` names them, then in the source that the manifest names.
+    transformer, then where `model_index.json` names them, then where the manifest says that the source has
+    them, then in the source itself.
     Those on the Hub are downloaded. None if the checkpoint knows of none. Raises UserError in one line.
     """
     if elsewhere is not None:
-        folder = Path(elsewhere).expanduser()
-        found = folder if folder.is_dir() else download(elsewhere, None, _patterns(wanted))
-        missing = [name for name in wanted if not (found / name).is_dir()]
-        if missing:
-            raise UserError(f"{elsewhere} has no {missing[0]}; give the folder or Hub id of a whole pipeline")
-        return found
+        return _in_pipeline(elsewhere, wanted)
     if _has(root, wanted):
         return root
     named = read_json(root / INDEX).get(REFERENCES, {}) if (root / INDEX).is_file() else {}
     if all(name in named for name in wanted):
         return download(named[wanted[0]]["repository"], named[wanted[0]]["revision"], _patterns(wanted))
-    return _in_source(read_manifest(root) if (root / MANIFEST).is_file() else {}, wanted)
+    source = (read_manifest(root) if (root / MANIFEST).is_file() else {}).get("source") or {}
+    if source.get("components"):
+        return _in_pipeline(source["components"], wanted)
+    return _in_source(source, wanted)
 
 
-def _in_source(manifest: dict[str, Any], wanted: Sequence[str]) -> Path | None:
+def _in_pipeline(place: str, wanted: Sequence[str]) -> Path:
+    """The parts in a folder or Hub repository that is said to have them. Raises UserError."""
+    folder = Path(place).expanduser()
+    found = folder if folder.is_dir() else download(place, None, _patterns(wanted))
+    missing = [name for name in wanted if not (found / name).is_dir()]
+    if missing:
+        raise UserError(f"{place} has no {missing[0]}; give the folder or Hub id of a whole pipeline")
+    return found
+
+
+def _in_source(source: dict[str, Any], wanted: Sequence[str]) -> Path | None:
     """The parts in what a checkpoint was made from, if that is a pipeline and still there."""
-    source = manifest.get("source") or {}
     origin, revision = source.get("model"), source.get("revision")
     if not origin or origin.startswith("zoo:"):
         return None

@@ -31,9 +31,18 @@ from .decode_memory import reserve
 from .loading import load_arguments
 from .prefetch import prefetch
 from .prompts import PromptSchedule
-from .sample import DIGITS, WAN_480P, check_latent_size, embed_prompts, prompt_encoder, to_latent, trained_for
+from .sample import (
+    DIGITS,
+    check_latent_size,
+    check_vae,
+    embed_prompts,
+    latent_scale,
+    prompt_encoder,
+    to_latent,
+    trained_for,
+)
 from .start import read_start
-from .stream import chunk_ranges, stream_chunks
+from .stream import chunk_ranges, stream_chunks, video_end
 from .streaming import StreamingConfig
 
 OutputType = Literal["np", "pt", "pil", "latent"]
@@ -108,16 +117,12 @@ class StreamingMLAPipeline(DiffusionPipeline):
     @property
     def pixels(self) -> bool:
         """Whether the transformer makes pixels, not latents."""
-        return self.transformer.config.out_channels in (1, 3)
+        return self.vae_scale == (1, 1)
 
     @property
     def vae_scale(self) -> tuple[int, int]:
         """Video frames a latent frame after the first, and pixels a latent pixel in height and width."""
-        if self.pixels:
-            return 1, 1
-        if self.vae is None:
-            return 4, 8
-        return self.vae.config.scale_factor_temporal, self.vae.config.scale_factor_spatial
+        return latent_scale(self.transformer.config)[:2]
 
     @property
     def guidance_scale(self) -> float:
@@ -181,14 +186,15 @@ class StreamingMLAPipeline(DiffusionPipeline):
     ) -> Iterator[Frames]:
         """Chunks of frames, in the form of `StreamingPipelineOutput.frames`, the next made while one is used.
 
-        Without `num_frames` or `seconds` the video never ends; lengths and sizes are those of the video, in
+        Without `num_frames` or `seconds` the video never ends, or, with absolute positions, where the rotary table
+        does; lengths and sizes are those of the video, in
         frames and pixels, and rounded up to whole latent frames. `prompt_schedule` has prompts by the
         second from which on, at the next border of chunks, they are told to every item; with `recache` the
         cached window is then computed again. `start` is a clean
         beginning: latents `[C, F, h, w]`, pictures or a file of them. `generator` or `seed` for each item
         of a batch makes it the video that it is alone. `ahead` chunks are made in advance by a thread,
         which then also calls `callback_on_step_end(pipe, step, timestep, {"latents": ...})`; 0 for none.
-        Everything that is left out is what the model was trained for. Raises UsageError in one line.
+        Everything that is left out is what the model was trained for. Raises UserError in one line.
         """
         asked = {
             "num_inference_steps": num_inference_steps,
@@ -206,8 +212,11 @@ class StreamingMLAPipeline(DiffusionPipeline):
             raise UsageError(f"output_type is np, pt, pil or latent, not {output_type!r}")
         if not self.pixels and self.vae is None and output_type != "latent":
             raise UsageError("the model makes latents and this pipeline has no vae; pass one, or output_type='latent'")
+        if not self.pixels and self.vae is not None:
+            check_vae(self.vae, self.transformer.config, "the pipeline's vae", "pass the model's own")
         size = self._latent_size(height, width, config)
         frames = self._latent_frames(num_frames, seconds, config["fps"])
+        video_end(self.transformer.causal, self.transformer.rotary_table().max_len, frames)
         texts = self._texts(prompt, prompt_embeds, max_sequence_length)
         changes = sorted(prompt_schedule.items() if isinstance(prompt_schedule, Mapping) else prompt_schedule)
         embedded = [(at, self.encode_prompt(text, max_sequence_length)) for at, text in changes]
@@ -343,7 +352,7 @@ class StreamingMLAPipeline(DiffusionPipeline):
     def _latent_size(self, height: int | None, width: int | None, config: Mapping[str, Any]) -> tuple[int, int]:
         spatial = self.vae_scale[1]
         known = self.config.sampling or {}
-        default = (FRAME, FRAME) if self.digits else WAN_480P
+        default = (FRAME, FRAME) if self.digits else latent_scale(self.transformer.config).size
         down = known.get("latent_height") or default[0] if height is None else to_latent("height", height, spatial)
         across = known.get("latent_width") or default[1] if width is None else to_latent("width", width, spatial)
         check_latent_size(self.transformer.config, down, across, spatial)

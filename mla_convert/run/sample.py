@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -14,14 +14,33 @@ from torch import Tensor
 from ..distill.negative import EMBEDS_KEY, NEGATIVE
 from ..errors import UsageError, UserError
 from ..export.components import TRAINED_FOR
+from ..mla.window import CausalConfig
 from ..zoo.digits.data import FRAME, GUIDANCE, SHIFT, TEXT_DIM, parse_prompt
 from .config import GenerateConfig
 from .start import read_start
-from .stream import Seeds, stream_chunks
+from .stream import Seeds, stream_chunks, video_end
 
 DIGITS = "digits"
-WAN_480P = (60, 104)
 DIGITS_FPS = 8
+
+
+class LatentScale(NamedTuple):
+    """What latents are of a video.
+
+    `temporal` video frames make a latent frame after the first, `spatial` pixels down and across a latent pixel;
+    `size` is the height and width of the latent where nothing else says it.
+    """
+
+    temporal: int
+    spatial: int
+    size: tuple[int, int]
+
+
+PIXELS = LatentScale(1, 1, (60, 104))
+WAN21 = LatentScale(4, 8, (60, 104))
+# The VAE of Wan2.2-TI2V-5B; 704x1280 is that model's own size.
+WAN22 = LatentScale(4, 16, (44, 80))
+_BY_CHANNELS = {1: PIXELS, 3: PIXELS, 48: WAN22}
 
 
 def prompt_encoder(config: Any) -> str | None:
@@ -29,9 +48,32 @@ def prompt_encoder(config: Any) -> str | None:
     return DIGITS if config.get("text_dim") == TEXT_DIM and config.get("in_channels") == 1 else None
 
 
+def latent_scale(config: Any) -> LatentScale:
+    """The scale of a transformer's latents, which its channels tell; pixels are latents of scale 1."""
+    return _BY_CHANNELS.get(_channels(config), WAN21)
+
+
+def _channels(config: Any) -> int:
+    channels: int = config.get("out_channels") or config.get("in_channels") or 16
+    return channels
+
+
+def check_vae(vae: Any, config: Any, name: str, remedy: str) -> None:
+    """Raise UserError unless a VAE has the latents of a transformer; `name` and `remedy` are for the message."""
+    channels, wanted, found = _channels(config), latent_scale(config), vae.config
+    if found.z_dim != channels:
+        raise UserError(f"{name} has latents of {found.z_dim} channels, the model makes {channels}; {remedy}")
+    temporal, spatial = found.scale_factor_temporal, found.scale_factor_spatial
+    if (temporal, spatial) != (wanted.temporal, wanted.spatial):
+        raise UserError(
+            f"a latent of {name} is {temporal} frames of {spatial}x{spatial} pixels, one of a model of {channels} "
+            f"channels {wanted.temporal} frames of {wanted.spatial}x{wanted.spatial}; {remedy}"
+        )
+
+
 def latent_size(config: Any, generate: GenerateConfig) -> tuple[int, int]:
-    """Height and width of the latent: as asked for, 16x16 for digits, 480p for Wan."""
-    height, width = (FRAME, FRAME) if prompt_encoder(config) == DIGITS else WAN_480P
+    """Height and width of the latent: as asked for, 16x16 for digits, that of the model's scale for others."""
+    height, width = (FRAME, FRAME) if prompt_encoder(config) == DIGITS else latent_scale(config).size
     return generate.latent_height or height, generate.latent_width or width
 
 
@@ -61,6 +103,12 @@ def check_latent_size(config: Any, height: int, width: int, spatial: int = 1) ->
                 f"a latent of {height}x{width} does not divide into patches of {p_h}x{p_w}; "
                 f"a {name} of {near}{pixels} does"
             )
+
+
+def check_length(config: Any, num_frames: int) -> None:
+    """Raise UsageError where a rollout of a model's configuration ends before, see `video_end`."""
+    causal = CausalConfig(**(config.get("causal") or {}))
+    video_end(causal, config.get("rope_max_seq_len") or 1024, num_frames)
 
 
 def embed_prompts(prompts: Sequence[str], encoder: str | None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,6 +15,8 @@ from ..errors import UsageError
 from ..flow import NUM_TRAIN_TIMESTEPS, Sampler, add_noise, denoising_times, expert_at, next_sample, sampling_times
 from ..mla.graph import denoiser
 from ..mla.window import CausalConfig
+
+logger = logging.getLogger(__name__)
 
 Seeds = int | torch.Generator | Sequence[int] | Sequence[torch.Generator]
 OnStep = Callable[[int, int, float, Tensor], Tensor | None]
@@ -42,6 +45,8 @@ def stream_chunks(
     device: torch.device | None = None,
 ) -> Iterator[Tensor]:
     """Yield latent chunks `[B, C, F, H, W]`, float32, of a rollout of `num_frames` frames; None never ends.
+
+    Where positions are absolute the rotary table ends it, see `video_end`, and a logger says so.
 
     Every chunk is denoised in `num_inference_steps` steps and then written to the cache by one more pass
     at noise level `context_noise` (Self-Forcing, arXiv 2506.08009, algorithm 1). `denoising_steps`, falling
@@ -72,13 +77,15 @@ def stream_chunks(
     """
     models = list(model) if isinstance(model, Sequence) else [model]
     batch, channels = encoder_hidden_states.shape[0], models[0].config.in_channels
+    causal = models[0].causal
+    end = video_end(causal, models[0].rotary_table().max_len, num_frames, 0 if start is None else start.shape[2])
     experts = [
         _Expert(one, encoder_hidden_states, negative_hidden_states, guidance_scale, height, width, device)
         for one in models
     ]
-    device, causal = experts[0].device, models[0].causal
+    device = experts[0].device
     if start is not None:
-        check_start(start, causal, num_frames, (channels, height, width))
+        check_start(start, causal, end, (channels, height, width))
         start = start.to(device, torch.float32).expand(batch, -1, -1, -1, -1)
     generators = _generators(seed, batch)
     times = sampling_times(num_inference_steps, shift)
@@ -87,7 +94,7 @@ def stream_chunks(
     t_context = torch.full((batch,), float(context_noise), device=device)
     recent = RecentChunks() if recache and prompt_at is not None else None
     check_rewinds(recache, [expert.cache for expert in experts])
-    for first, stop in chunk_ranges(causal, num_frames):
+    for first, stop in chunk_ranges(causal, end):
         shape = (batch, channels, stop - first, height, width)
         text = None if prompt_at is None else prompt_at(first)
         if text is not None:
@@ -118,6 +125,8 @@ def stream_chunks(
             if recent is not None:
                 recent.add(first, context, causal.first_kept(stop))
         yield x
+    if end != num_frames:
+        logger.warning("%s", end_notice(causal, "the video", end))
 
 
 class RecentChunks:
@@ -155,6 +164,36 @@ def chunk_ranges(causal: CausalConfig, num_frames: int | None) -> Iterator[tuple
     while True:
         first, stop = stop, causal.chunk_end(stop)
         yield first, stop
+
+
+def video_end(causal: CausalConfig, positions: int, num_frames: int | None, given: int = 0) -> int | None:
+    """The frames that a rollout has in the end, by a rotary table of `positions`; None where it goes on for ever.
+
+    With absolute positions one without `num_frames` ends at the last whole chunk that the table has positions for.
+    Raises UsageError where `num_frames`, or the `given` ones that it begins with, are more than those.
+    """
+    longest = causal.longest(positions)
+    if longest is None:
+        return num_frames
+    whole = causal.chunk_end(0)
+    asked = max(whole if num_frames is None else num_frames, given)
+    if asked > longest:
+        raise UsageError(
+            f"{asked} latent frames are more than the rotary table's {longest} positions: make a shorter video, or "
+            f"{_remedy(causal)}"
+        )
+    return longest - (longest - whole) % causal.num_frames_per_block if num_frames is None else num_frames
+
+
+def end_notice(causal: CausalConfig, what: str, frames: int | None) -> str:
+    """That `what`, which was to go on for ever, ends after so many frames, and what would not."""
+    return f"{what} ends after {frames} latent frames, where the rotary table does: {_remedy(causal)}"
+
+
+def _remedy(causal: CausalConfig) -> str:
+    if causal.sink_positions == "absolute":
+        return "set causal.sink_positions: window, which never leaves it"
+    return f"set causal.window_frames, which is {causal.window_frames}, to no more than its positions"
 
 
 def _generators(seed: Seeds, batch: int) -> list[torch.Generator]:
