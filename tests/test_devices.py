@@ -413,7 +413,9 @@ def test_vbench_draws_and_encoders_encode(checkpoint: Path, tmp_path: Path, avai
         config = VBenchConfig(tmp_path, seconds=1, pipeline=str(pipeline), generate=settings)
         out = tmp_path / device.type
         drawing = Drawing(checkpoint, config, [Prompt("a", (), "a square")], out, lambda *_: None)
-        (video,) = drawing.draw("a square", 0)
+        chunks = list(drawing.draw("a square", 0))
+        assert len(chunks) == 2
+        video = np.concatenate(chunks)
         with text_encoder(pipeline, torch.float32, device) as embed, video_encoder(pipeline, device) as encode:
             return [torch.from_numpy(video), embed(["red"]), encode(torch.linspace(-1, 1, 4608).view(1, 3, 1, 32, 48))]
 

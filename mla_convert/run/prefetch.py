@@ -111,9 +111,13 @@ class FrameWriter:
             self._raise()
         self.frames += len(frames)
 
+    def end(self) -> None:
+        """Say that no more frames come: the file appears by itself, and `abort` no longer stops it."""
+        self._channel.put(_End())
+
     def close(self) -> None:
         """Wait until everything is written and the file is there."""
-        self._channel.put(_End())
+        self.end()
         self._thread.join()
         self._raise()
 
