@@ -91,15 +91,14 @@ def to_clean(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
 
 
 def next_sample(x_t: Tensor, v: Tensor, t: Tensor, t_next: Tensor, noise: Tensor | None = None) -> Tensor:
-    """`x_t` at the lower time `t_next`; both times are scalars.
+    """`x_t` at the lower time `t_next`; both times are scalars, which on the CPU need no copy to a device.
 
     An Euler step of the ODE, or with `noise` the clean video that `v` points to, noised anew: the
     multistep sampling of consistency models (arXiv 2303.01469, algorithm 1), by which Self-Forcing's and
     Causal-Forcing's students are sampled.
     """
     if noise is None:
-        return x_t + (t_next - t).to(v.device) * v
-    t, t_next = t.to(v.device), t_next.to(v.device)
+        return x_t + (t_next - t) * v
     return (1 - t_next) * (x_t - t * v) + t_next * noise
 
 

@@ -253,6 +253,20 @@ def test_a_prompt_changes_what_comes_after_it_and_no_other_stream() -> None:
     assert pico.relative_error(expected[:, 6:], unchanged[:, 6:]) > 1e-2
 
 
+def test_a_prompt_is_moved_when_it_joins_and_zeros_take_no_memory() -> None:
+    """Experts that read alike share it."""
+    models = [pico.dense_model(seed=seed).to(torch.bfloat16) for seed in (0, 1)]
+    models[0].noise_range, models[1].noise_range = (0.5, 1.0), (0.0, 0.5)
+    batch, text = batch_of(models, 2), prompt(0)
+    number = batch.join(text, guidance_scale=2.0)
+    stream = batch._streams[number]
+    assert stream.text[0] is stream.text[1] and torch.equal(stream.text[0], text.to(torch.bfloat16))
+    assert stream.negative[0].shape == text.shape and stream.negative[0].untyped_storage().nbytes() == 2
+    batch.change_prompt(number, prompt(1, tokens=4))
+    assert stream.negative[1].shape == stream.text[1].shape == (4, 8)
+    assert batch.step()[0].stream == number
+
+
 def test_a_start_is_continued() -> None:
     model = pico.dense_model()
     start = pico.inputs(1, 4, HEIGHT, WIDTH)[0][0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import sys
 import time
 
 import pytest
+import typer.main
 from recipe_case import digests, write_recipe, write_teacher
 from safetensors.torch import load_file, save_file
 
@@ -170,6 +172,35 @@ def test_what_runs_out_is_explained():
     assert "out of memory; lower the batch sizes" in mla_convert.cli.unexpected(MemoryError())
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x")
     assert "the disk is full: cannot write runs/x" in mla_convert.cli.unexpected(full)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        (
+            ["generate", "{tmp}", "--prompt", "7", "-o", "{tmp}/x.mp4"],
+            "give fewer prompts, a smaller --size, --vae-dtype",
+        ),
+        (["vbench", "{tmp}", "--vbench", "{tmp}"], "give a smaller --latent-size or --dtype bfloat16"),
+        (["evaluate", "{tmp}"], "lower the batch sizes of the recipe"),
+    ],
+)
+def test_what_takes_less_memory_is_an_option_of_the_command(capsys, monkeypatch, tmp_path, arguments, remedy):
+    class OutOfMemoryError(RuntimeError):
+        """As torch names it."""
+
+    def full(*_, **__):
+        raise OutOfMemoryError("CUDA out of memory. Tried to allocate 3.52 GiB.")
+
+    for place in ("generation.generate_video", "vbench.run_vbench", "evaluation.evaluate_checkpoint"):
+        module, name = place.split(".")
+        monkeypatch.setattr(importlib.import_module(f"mla_convert.pipeline.{module}"), name, full)
+    code, _, err = call(capsys, *(argument.replace("{tmp}", str(tmp_path)) for argument in arguments))
+    assert code == 1 and error_line(err).startswith(f"out of memory; {remedy}")
+    command = typer.main.get_command(mla_convert.cli.app).commands[arguments[0]]
+    options = {option for parameter in command.params for option in parameter.opts}
+    named = mla_convert.cli.LESS_MEMORY.get(arguments[0], "").replace(",", "").split()
+    assert {word for word in named if word.startswith("--")} <= options
 
 
 def test_interrupt_is_exit_130(capsys, monkeypatch):

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import imageio_ffmpeg
@@ -21,7 +22,7 @@ from torch import Tensor
 from mla_convert.distill.encode.models import encode_pixels
 from mla_convert.errors import UsageError, UserError
 from mla_convert.run.decode import StreamingDecoder, decode_chunks, first_video_frame, frame_chunks, latent_frames
-from mla_convert.run.offload import place
+from mla_convert.run.offload import Weights, _fits_pinned, place
 from mla_convert.run.prefetch import FrameWriter, prefetch
 from mla_convert.run.prompts import PromptSchedule
 from mla_convert.run.start import read_start
@@ -78,8 +79,16 @@ def test_the_past_that_is_kept_does_not_grow() -> None:
     decoder, sizes = StreamingDecoder(tiny_vae()), []
     for chunk in latents(12).split(2, dim=2):
         decoder(chunk)
-        sizes.append(sum(x.numel() for x in decoder.features if isinstance(x, Tensor)))
+        sizes.append(sum(x.numel() for x in decoder.kept()))
     assert len(set(sizes[1:])) == 1
+
+
+@pytest.mark.parametrize("name", VAES)
+def test_an_item_of_a_batch_is_decoded_as_if_alone(name: str) -> None:
+    vae, video = tiny_vae(name), latents(4, batch=3)
+    together = torch.cat(list(decode_chunks(video.split([1, 3], dim=2), vae)), dim=2)
+    alone = [torch.cat(list(decode_chunks(item.split([1, 3], dim=2), vae)), dim=2) for item in video.split(1)]
+    assert torch.equal(together, torch.cat(alone))
 
 
 def test_a_tiled_vae_is_refused() -> None:
@@ -253,6 +262,30 @@ def test_stdout_gets_an_mp4_in_fragments(capfdbinary: Any, tmp_path: Path) -> No
         assert sum(1 for _ in reader) == frames
 
 
+def test_weights_are_pinned_where_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = [torch.nn.Linear(5, 3), torch.nn.BatchNorm1d(3)]
+    # Weights and biases of 60, 12, 12 and 12 bytes; averages of 12 and 12 and a counter of 8.
+    needed = 64 + 5 * 16 + 8
+    for available, fits in ((2 * needed, True), (2 * needed - 1, False)):
+        monkeypatch.setattr("psutil.virtual_memory", lambda available=available: SimpleNamespace(available=available))
+        assert _fits_pinned(models) == fits
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self.clone())
+    before = models[0].weight.data_ptr()
+    weights = Weights(models[0], torch.device("cpu"), pinned=True)
+    assert models[0].weight.data_ptr() != before
+    pinned = models[0].weight.data_ptr()
+    weights.bring()
+    weights.leave()
+    assert models[0].weight.data_ptr() == pinned
+
+    def refused(self: Tensor) -> Tensor:
+        raise RuntimeError("cudaHostAlloc failed")
+
+    monkeypatch.setattr(Tensor, "pin_memory", refused)
+    Weights(models[0], torch.device("cpu"), pinned=True)
+    assert models[0].weight.data_ptr() == pinned
+
+
 @pytest.mark.parametrize("offload", ["none", "model", "group"])
 def test_offloading_changes_nothing_and_reaches_every_pass(offload: str) -> None:
     """The CPU is the device: which weights are where cannot be seen here, that the hooks run can."""
@@ -269,9 +302,14 @@ def test_offloading_changes_nothing_and_reaches_every_pass(offload: str) -> None
     place(models, vae, torch.device("cpu"), offload)  # type: ignore[arg-type]
     assert torch.equal(made(), expected)
     if offload == "model":
+        assert torch.equal(made(), expected)
         moved: list[int] = []
         for number, one in enumerate((*models, vae)):
-            one.to = lambda device, number=number: moved.append(number)
+            weights = one._hf_hook.weights
+            weights.bring = lambda weights=weights, number=number: (
+                moved.append(number) if not weights.there else None,
+                Weights.bring(weights),
+            )
         made()
-        # Of three moves the last brings the one that computes: steps, writes and decoding of both chunks.
-        assert moved[2::3] == [0, 0, 1, 0, 1, 2] * 2
+        # The last expert to step is the first to write; the VAE is there since the chunk before.
+        assert moved == [0, 1, 0, 2] * 2

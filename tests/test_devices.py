@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pico
+import pretend_gpu
 import pytest
 import torch
 from accelerate import cpu_offload_with_hook
@@ -33,13 +35,14 @@ from mla_convert.evaluate.fidelity import fidelity, memory
 from mla_convert.evaluate.rollouts import digit_rollouts
 from mla_convert.evaluate.vbench_suite import Prompt
 from mla_convert.export.checkpoint import load_checkpoint, save_checkpoint
+from mla_convert.flow import next_sample, sampling_times
 from mla_convert.mla.graph import GraphedChunk
 from mla_convert.pipeline.generation import Request, generate_video
 from mla_convert.pipeline.preview import preview_strip
 from mla_convert.pipeline.vbench import Drawing, VBenchConfig
 from mla_convert.registry import stages
 from mla_convert.run.batch import StreamBatch
-from mla_convert.run.offload import place
+from mla_convert.run.offload import Weights, place
 from mla_convert.run.stream import stream_chunks
 
 CPU = torch.device("cpu")
@@ -231,6 +234,61 @@ def test_experts_stream_one_at_a_time() -> None:
     same(lambda device: rolled_out(experts(), device, "model", num_inference_steps=2))
 
 
+def test_weights_travel_to_the_gpu_and_are_not_copied_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two experts: the one that took the last step writes first, whether alone or in a batch."""
+    models, text = experts(), pico.inputs(1, 1, 4, 4)[2]
+    weights = [[x.data_ptr() for x in (*one.parameters(), *one.buffers())] for one in models]
+    came: list[int] = []
+    bring = Weights.bring
+
+    def brought(self: Weights) -> None:
+        if not self.there:
+            came.append(self.number)
+        bring(self)
+
+    monkeypatch.setattr(Weights, "bring", brought)
+    with pretended():
+        place(models, None, GPU, "model")
+        for number, one in enumerate(models):
+            one._hf_hook.weights.number = number
+        moves, known = [], pretend_gpu._moved
+
+        def moved(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            y = known(x, *args, **kwargs)
+            moves.append((x.device.type, y.device.type))
+            return y
+
+        monkeypatch.setattr(pretend_gpu, "_moved", moved)
+        settings = {"num_inference_steps": 4, "device": GPU}
+        list(stream_chunks(models, text, 6, 4, 4, **settings))
+        assert came == [0, 1, 0, 1, 0, 1, 0]
+        came.clear()
+        batch = StreamBatch(models, 1, 4, 4, **settings)
+        batch.join(text[0], num_frames=6)
+        list(batch.chunks())
+        # The first is there already.
+        assert came == [1, 0] * 3
+        assert ("cpu", "cuda") in moves and ("cuda", "cpu") not in moves
+        for one in models:
+            one._hf_hook.weights.leave()
+    assert [[x.data_ptr() for x in (*one.parameters(), *one.buffers())] for one in models] == weights
+
+
+def test_a_step_copies_no_times_to_the_gpu() -> None:
+    """A number on the CPU goes along with the launch, and gives the same bits as one on the device."""
+    generator = torch.Generator().manual_seed(0)
+    x, v, noise = torch.randn(3, 1, 2, 2, 3, 3, generator=generator)
+    for t, t_next in itertools.pairwise(sampling_times(7, 5.0)):
+        euler, renoised = x + (t_next - t) * v, (1 - t_next) * (x - t * v) + t_next * noise
+        with pretended():
+            on_gpu = [one.to(GPU) for one in (x, v, noise)]
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(pretend_gpu, "_moved", lambda *_, **__: pytest.fail("a copy"))
+                found = [next_sample(*on_gpu[:2], t, t_next), next_sample(*on_gpu[:2], t, t_next, on_gpu[2])]
+            assert all(one.device == GPU for one in found)
+            assert [torch.equal(one.cpu(), other) for one, other in zip(found, (euler, renoised), strict=True)]
+
+
 @pytest.mark.parametrize("offload", [None, "model"])
 def test_streams_share_passes(offload: Literal["model"] | None) -> None:
     """Two experts with caches in int8; a stream joins late, and one changes its prompt."""
@@ -289,7 +347,8 @@ def test_what_a_graph_captures_copies_nothing_from_the_host(family: str, variant
 
 def pipeline_with(checkpoint: Path, device: torch.device, offload: str | None) -> Any:
     parts = WanPipeline.from_pretrained(checkpoint.parent / "pipeline", transformer=None, scheduler=None)
-    pipe = StreamingMLAPipeline(load_checkpoint(checkpoint), parts.vae, parts.text_encoder, parts.tokenizer)
+    told = {"streaming": {"kernels": "torch", "cuda_graph": "off"}}
+    pipe = StreamingMLAPipeline(load_checkpoint(checkpoint), parts.vae, parts.text_encoder, parts.tokenizer, **told)
     pipe.set_progress_bar_config(disable=True)
     if offload is None:
         return pipe.to(device)
@@ -354,7 +413,9 @@ def test_vbench_draws_and_encoders_encode(checkpoint: Path, tmp_path: Path, avai
         config = VBenchConfig(tmp_path, seconds=1, pipeline=str(pipeline), generate=settings)
         out = tmp_path / device.type
         drawing = Drawing(checkpoint, config, [Prompt("a", (), "a square")], out, lambda *_: None)
-        (video,) = drawing.draw("a square", 0)
+        chunks = list(drawing.draw("a square", 0))
+        assert len(chunks) == 2
+        video = np.concatenate(chunks)
         with text_encoder(pipeline, torch.float32, device) as embed, video_encoder(pipeline, device) as encode:
             return [torch.from_numpy(video), embed(["red"]), encode(torch.linspace(-1, 1, 4608).view(1, 3, 1, 32, 48))]
 

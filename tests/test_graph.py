@@ -84,6 +84,17 @@ def test_replayed_passes_are_those_that_are_run(
 
 
 @pytest.mark.usefixtures("taped")
+def test_a_video_of_five_seconds_replays_nothing() -> None:
+    """Wan's 21 latent frames are 7 chunks, the last of which is the first to see a whole window of 21 frames."""
+    model = pico.dense_model(layers=1, causal={"num_frames_per_block": 3, "window_frames": 21})
+    text, captures = pico.inputs(1, 1, 4, 4)[2], []
+    for frames in (21, 24):
+        list(stream_chunks(model, text, frames, 4, 4, num_inference_steps=1))
+        captures.append(Tape.captures)
+    assert captures == [0, 1]
+
+
+@pytest.mark.usefixtures("taped")
 def test_a_window_that_is_written_again_is_captured_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rewinding moves the places in memory."""
     model = pico.convert(pico.dense_model(), position="rotate_on_read", kv_lora_rank=20)

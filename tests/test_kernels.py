@@ -252,6 +252,34 @@ def test_history_is_kept_where_memory_allows(free: int | None, taken: str, monke
 
 
 @needs_kernels
+@pytest.mark.parametrize(("reserved", "taken"), [(0, "chunk"), (999_900_000, "pass")])
+def test_what_others_will_take_is_not_free(reserved: int, taken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "free_memory", lambda device: 10**9)
+    known = Kernels.__init__
+    monkeypatch.setattr(Kernels, "__init__", lambda self, *given: known(self, *given, reserved=reserved))
+    # Six layers of 8,640 bytes: more than half of the 100,000 that are left.
+    history = rollout(pair(pico.VARIANTS[6], layers=6), "triton", "auto")[2].report()["history"]
+    assert history[0] == taken
+    assert history[1].partition(" free")[2] == (" but for 1.00 GB that decoding will take" if reserved else "")
+
+
+@needs_kernels
+@pytest.mark.usefixtures("interpreted")
+def test_a_kernel_that_finds_no_memory_is_not_left_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model = pair(pico.VARIANTS[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(fused, "attention", too_large)
+        with pytest.raises(torch.OutOfMemoryError):
+            rollout(model, "auto")
+        chosen = model.kernels
+    assert "torch" not in chosen.report()["paths"] and not chosen.checked
+    assert "torch" not in rollout(model, "auto")[2].report()["paths"]
+
+
+@needs_kernels
 def test_stock_attention_where_one_softmax_is_all() -> None:
     """What torch's attention can do it does, at equal price; ours attends where parts are merged."""
     assert rollout(pair(None), "triton")[2].report()["paths"] == {"expand, sdpa": 1}

@@ -16,6 +16,7 @@ import pytest
 import torch
 from accelerate import cpu_offload_with_hook
 from diffusers import AutoencoderKLWan, DiffusionPipeline, WanPipeline
+from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from recipe_case import write_teacher
 from test_encode import DIM, tiny_tokenizer
@@ -29,6 +30,7 @@ from mla_convert.export.config import ExportConfig
 from mla_convert.export.release import export
 from mla_convert.families.wan import CausalWanTransformer3DModel
 from mla_convert.run.decode import decode_chunks
+from mla_convert.run.pipeline import _given
 from mla_convert.run.stream import stream_chunks
 from mla_convert.zoo.digits.data import parse_prompt
 
@@ -149,6 +151,38 @@ def test_every_form_of_output_is_the_same_video(digits: Any) -> None:
     np.testing.assert_array_equal(np.asarray(images[3]), (array[0, 3] * 255).round().astype(np.uint8))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("output_type", ["np", "pt", "pil"])
+def test_frames_are_those_of_the_video_processor_of_diffusers(
+    digits: Any, output_type: str, dtype: torch.dtype
+) -> None:
+    """What it does on the CPU is done where the pixels are, to the bit."""
+    pixels = 1.5 * torch.randn(2, 1, 3, 6, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    whole = pixels.float().expand(-1, 3, -1, -1, -1)
+    wanted = VideoProcessor(vae_scale_factor=1).postprocess_video(whole, output_type=output_type)
+    (found,) = _given((digits._finished(chunk, None, output_type) for chunk in [pixels]), output_type)
+    assert type(found) is type(wanted)
+    if output_type == "pil":
+        found, wanted = np.stack([np.stack(v) for v in found]), np.stack([np.stack(v) for v in wanted])
+    assert found.dtype == wanted.dtype and found.shape == wanted.shape
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_pictures_are_made_by_who_asks_for_them(digits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    known, threads = Image.fromarray, []
+    monkeypatch.setattr(Image, "fromarray", lambda x: (threads.append(threading.get_ident()), known(x))[1])
+    assert len(list(digits.stream("7", num_frames=6, output_type="pil"))) == 2
+    assert set(threads) == {threading.get_ident()} and len(threads) == 6
+
+
+def test_a_stream_that_is_left_ends_its_thread(digits: Any) -> None:
+    before, stream = threading.active_count(), digits.stream("7")
+    next(stream)
+    assert threading.active_count() == before + 1
+    stream.close()
+    assert threading.active_count() == before
+
+
 def test_prompts_change_at_the_next_border(digits: Any) -> None:
     """Four frames a second, chunks of three: they begin at 0, 0.75, 1.5 and 2.25 seconds."""
     before = digits("7", num_frames=12).frames
@@ -251,6 +285,12 @@ def test_a_wan_export_reads_text_and_makes_pictures(wan: Path) -> None:
 
     begun = pipe("a", num_frames=9, start=Image.new("RGB", (96, 64), (200, 30, 30)), **size).frames
     assert begun.shape == made.shape and not np.array_equal(begun, made)
+    half = quiet(StreamingMLAPipeline.from_pretrained(wan, torch_dtype={"vae": torch.bfloat16}))
+    assert (half.vae.dtype, half.transformer.dtype) == (torch.bfloat16, torch.float32)
+    frames = half("a red  square", num_frames=9, negative_prompt="dark", **size).frames
+    # Observed: 0.12, of a random VAE of three channels.
+    assert frames.dtype == np.float32 and np.linalg.norm(frames - made) / np.linalg.norm(made) < 0.3
+
     latents = pipe("a", num_frames=9, output_type="latent", **size).frames
     np.testing.assert_array_equal(
         pipe("a", num_frames=9, start=latents[:, :, :2], **size).frames, pipe("a", num_frames=9, **size).frames

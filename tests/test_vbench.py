@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import imageio_ffmpeg
+import numpy as np
 import pytest
 import torch
 from checkpoint_case import CAUSAL, PAIRS, STOCK
@@ -22,10 +25,19 @@ from mla_convert.distill.negative import WAN_NEGATIVE_PROMPT
 from mla_convert.errors import UserError
 from mla_convert.evaluate import vbench_scores as scores
 from mla_convert.evaluate.report import render_html
-from mla_convert.evaluate.vbench_suite import DIMENSIONS, check_dimensions, read_suite, wanted_videos
+from mla_convert.evaluate.vbench_suite import (
+    DIMENSIONS,
+    Prompt,
+    Video,
+    check_dimensions,
+    draw_videos,
+    read_suite,
+    wanted_videos,
+)
 from mla_convert.export.checkpoint import save_checkpoint
 from mla_convert.families.wan import MLAWanTransformer3DModel
 from mla_convert.pipeline.embeds import StoredEmbeds
+from mla_convert.run import prefetch
 
 QUICK = ["--fps", "1", "--steps", "1", "--json"]
 
@@ -116,6 +128,73 @@ def test_it_goes_on_where_it_stopped(capfd, checkout, model, tmp_path) -> None:
     assert {path: path.stat().st_mtime_ns for path in out.glob("scores/*/log.txt")} == logs
     code, _, error = vbench(capfd, model, checkout, out, "--seed", "1", *SOME)
     assert code == 2 and "were drawn with generate.seed 0, not 1" in error
+
+
+def grey(value: float) -> np.ndarray:
+    return np.full((2, 16, 16, 3), value, dtype=np.float32)
+
+
+def three_videos() -> list[Video]:
+    return [Video(Prompt(text, (), text), 0, seed) for seed, text in enumerate("abc")]
+
+
+def test_videos_are_encoded_while_others_are_drawn(tmp_path, monkeypatch) -> None:
+    """The file of a video is the one that `save_video` writes, from a thread, which may still write it then."""
+    drawn, whole, threads = [], prefetch.save_video, set()
+    begun, free = threading.Event(), threading.Event()
+
+    def draw(told: str, seed: int) -> Iterator[np.ndarray]:
+        drawn.append(told)
+        if told == "b":
+            # The first video is not there yet.
+            assert begun.wait(60) and not (tmp_path / "a-0.mp4").exists()
+            free.set()
+        yield grey(0.1 * seed)
+        if told != "a":
+            yield grey(0.5)
+
+    def slow(frames: Any, path: Path, *rest: Any) -> None:
+        threads.add(threading.get_ident())
+        begun.set()
+        assert free.wait(60)
+        whole(frames, path, *rest)
+
+    monkeypatch.setattr(prefetch, "save_video", slow)
+    assert draw_videos(three_videos(), tmp_path, draw, 8, lambda *_: None) == 3
+    assert drawn == ["a", "b", "c"] and threading.get_ident() not in threads
+    whole([grey(0.1), grey(0.5)], tmp_path / "again.mp4", 8)
+    assert (tmp_path / "b-0.mp4").read_bytes() == (tmp_path / "again.mp4").read_bytes()
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, UserError])
+def test_a_drawing_that_fails_leaves_whole_videos_alone(tmp_path, failure) -> None:
+    def draw(told: str, seed: int) -> Iterator[np.ndarray]:
+        yield grey(0.5)
+        if told == "b":
+            raise failure("stop")
+        yield grey(0.1)
+
+    with pytest.raises(failure):
+        draw_videos(three_videos(), tmp_path, draw, 8, lambda *_: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["a-0.mp4"]
+    before, count = (tmp_path / "a-0.mp4").read_bytes(), threading.active_count()
+    assert draw_videos(three_videos(), tmp_path, lambda *_: iter([grey(0.2)]), 8, lambda *_: None) == 2
+    assert len(list(tmp_path.iterdir())) == 3 and (tmp_path / "a-0.mp4").read_bytes() == before
+    assert threading.active_count() == count
+
+
+def test_a_video_that_cannot_be_encoded_ends_the_drawing(tmp_path, monkeypatch) -> None:
+    whole = prefetch.save_video
+
+    def full(frames: Any, path: Path, *rest: Any) -> None:
+        if path.name == "a-0.mp4":
+            raise UserError("the disk is full")
+        whole(frames, path, *rest)
+
+    monkeypatch.setattr(prefetch, "save_video", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        draw_videos(three_videos(), tmp_path, lambda *_: iter([grey(0.2)]), 8, lambda *_: None)
+    assert all(path.suffix == ".mp4" for path in tmp_path.iterdir())
 
 
 def test_flickering_takes_more_videos_and_the_static_filter(capfd, checkout, model, tmp_path) -> None:

@@ -14,6 +14,11 @@ from ..errors import UserError
 from . import bench, build, compare, demo, encode, generate, inspect, models, plan, push, recipes, vbench
 from .output import DEBUG, print_error, show_notes
 
+LESS_MEMORY = {
+    "generate": "give fewer prompts, a smaller --size, --vae-dtype bfloat16, --expand-history pass or --offload model",
+    "vbench": "give a smaller --latent-size or --dtype bfloat16, or draw on a machine with more memory",
+}
+
 app = typer.Typer(
     name="mla-convert",
     help="Convert causal video diffusion transformers to multi-head latent attention.",
@@ -79,7 +84,7 @@ def main(args: list[str] | None = None) -> int:
             return int(error.exit_code)
         if os.environ.get(DEBUG, "0") != "0":
             raise
-        print_error(unexpected(error))
+        print_error(unexpected(error, _command(args)))
         return 1
     if code == 130:
         print_error("interrupted")
@@ -93,11 +98,17 @@ def leave_processes() -> None:
         distributed.destroy_process_group()
 
 
-def unexpected(error: Exception) -> str:
-    """One line for an error that nobody foresaw, or for memory that ran out."""
+def _command(args: list[str] | None) -> str | None:
+    """The command of a command line, before which stand flags alone."""
+    return next((word for word in (sys.argv[1:] if args is None else args) if not word.startswith("-")), None)
+
+
+def unexpected(error: Exception, command: str | None = None) -> str:
+    """One line for an error of `command` that nobody foresaw, or for memory that ran out."""
     name = type(error).__name__
     if isinstance(error, MemoryError) or name == "OutOfMemoryError":
-        return "out of memory; lower the batch sizes of the recipe or use a machine with more memory"
+        remedy = "lower the batch sizes of the recipe or use a machine with more memory"
+        return f"out of memory; {LESS_MEMORY.get(command or '', remedy)}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"the disk is full{f': cannot write {error.filename}' if error.filename else ''}; free some space"
     message = " ".join(str(error).split())

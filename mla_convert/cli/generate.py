@@ -83,6 +83,10 @@ def generate(
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Data type; that of DIR by default.")
     ] = None,
+    vae_dtype: Annotated[
+        Literal["float32", "bfloat16"] | None,
+        typer.Option(help="Data type in which the VAE decodes, float32 by default; bfloat16 for half the memory."),
+    ] = None,
     offload: Annotated[
         Literal["none", "model", "group"],
         typer.Option(help="For small GPUs: one model there at a time, or one block of the transformer."),
@@ -159,6 +163,7 @@ def generate(
         endless=endless,
         size=None if size is None else parse_size(size),
         dtype=dtype,
+        vae_dtype=vae_dtype,
         offload=offload,
         streaming={key: value for key, value in streaming.items() if value is not None},
     )

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..distill.progress import Report
 from ..errors import UsageError, UserError
-from ..run.video import Frames, save_video
+from ..run.prefetch import FrameWriter
+from ..run.video import Frames
 
 DIMENSIONS = (
     "subject_consistency",
@@ -134,16 +136,32 @@ def _seed(seed: int, text: str, index: int) -> int:
 
 
 def draw_videos(videos: Sequence[Video], folder: Path, draw: Draw, fps: float, report: Report) -> int:
-    """Draw the videos that `folder` does not have yet, each whole or not at all; returns how many that were."""
+    """Draw the videos that `folder` does not have yet, each whole or not at all; returns how many that were.
+
+    A thread encodes what is drawn, the last frames of a video while the next one is begun.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     # VBench takes the suffix of whatever file it lists first for that of the videos.
     for leftover in folder.glob(".*.tmp"):
         leftover.unlink()
-    drawn = 0
-    for done, video in enumerate(videos):
-        report("videos", done, len(videos), video.name)
-        if not (folder / video.name).exists():
-            save_video(draw(video.prompt.told, video.seed), folder / video.name, fps)
+    drawn, writers = 0, deque[FrameWriter]()
+    try:
+        for done, video in enumerate(videos):
+            report("videos", done, len(videos), video.name)
+            if (folder / video.name).exists():
+                continue
+            writers.append(FrameWriter(folder / video.name, fps))
+            for frames in draw(video.prompt.told, video.seed):
+                writers[-1].put(frames)
+            writers[-1].end()
             drawn += 1
+            if len(writers) > 1:
+                writers.popleft().close()
+        while writers:
+            writers.popleft().close()
+    except BaseException:
+        for writer in writers:
+            writer.abort()
+        raise
     report("videos", len(videos), len(videos))
     return drawn

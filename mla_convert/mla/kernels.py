@@ -64,6 +64,7 @@ class Kernels:
     `history` says how often an expanded history is made: `chunk` once a chunk and layer, for the memory of a dense
     cache; `pass` at every denoising pass, in one workspace for all layers; `auto` once a chunk where the histories
     of all layers take at most half of the device's free memory when the first of them is made, else once a pass.
+    `reserved` bytes, which others will take while the model streams, do not count as free.
 
     `cuda_graph` lets `stream_chunks` replay its passes as a CUDA graph where that can be done.
 
@@ -73,6 +74,7 @@ class Kernels:
     mode: Mode = "auto"
     history: History = "auto"
     cuda_graph: bool = True
+    reserved: int = 0
     choices: dict[tuple[int, Shape], Choice] = field(default_factory=dict)
     checked: set[tuple[int, Shape, bool]] = field(default_factory=set)
     kept: tuple[str, str] | None = None
@@ -118,6 +120,9 @@ class Kernels:
         assert path != "torch"
         try:
             out = fused.attention(layer, hidden_states, step, path, backend)
+        except torch.OutOfMemoryError:
+            # It says nothing about the kernel, which may fit where less is in memory.
+            raise
         except Exception as error:
             reason = f"{path} failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         else:
@@ -147,8 +152,11 @@ class Kernels:
             return False
         tokens = shape.batch * shape.keys * layer.heads
         needed = tokens * fused.expanded_channels(layer) * shape.dtype.itemsize * len(cache.rows)
-        keeps = needed <= FREE_SHARE * free
-        self.kept = ("chunk" if keeps else "pass", f"{needed / 1e9:.2f} GB of {free / 1e9:.2f} GB free")
+        keeps = needed <= FREE_SHARE * (free - self.reserved)
+        why = f"{needed / 1e9:.2f} GB of {free / 1e9:.2f} GB free"
+        if self.reserved:
+            why += f" but for {self.reserved / 1e9:.2f} GB that decoding will take"
+        self.kept = ("chunk" if keeps else "pass", why)
         return keeps
 
     def report(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..devices import default_device
 from ..distill.encode.models import load_vae, text_encoder
@@ -23,6 +23,7 @@ from ..files import MANIFEST, atomic_file
 from ..recipe.schema import validate
 from ..run.config import GenerateConfig
 from ..run.decode import frame_chunks, latent_frames, video_frames
+from ..run.decode_memory import reserve
 from ..run.offload import Offload, place
 from ..run.parts import PICTURES, TEXT, find_parts
 from ..run.prefetch import FrameWriter
@@ -55,7 +56,8 @@ class Request:
     `negative_embeds` of the negative prompt, by default `negative.safetensors` beside it. `changes` are the
     prompts that follow. `components` is a folder or Hub id of the pipeline that has VAE and text encoder.
     `seconds` is the length in place of `num_frames`; an `endless` video ends with Ctrl-C. `size` is height
-    and width in pixels. `streaming` are keys of StreamingConfig.
+    and width in pixels. `vae_dtype` is what the VAE decodes in; it encodes in float32. `streaming` are keys of
+    StreamingConfig.
     """
 
     prompts: tuple[str, ...] = ()
@@ -67,6 +69,7 @@ class Request:
     endless: bool = False
     size: tuple[int, int] | None = None
     dtype: str | None = None
+    vae_dtype: str | None = None
     offload: Offload = "none"
     streaming: Mapping[str, Any] = field(default_factory=dict)
 
@@ -89,10 +92,14 @@ def generate_video(
     embeds, schedule, negative = task.texts()
     vae = task.vae()
     start = task.start(vae)
+    if vae is not None and request.vae_dtype is not None:
+        # By torch's own method: that of diffusers warns of parts that want float32, of which this VAE has none.
+        nn.Module.to(vae, getattr(torch, request.vae_dtype))
     models = load_models(folder, None if request.dtype is None else getattr(torch, request.dtype))
     task.streaming.apply(*models)
     place(models, vae, task.device, request.offload)
     config, count = task.config, len(embeds)
+    reserve(models, vae if task.pictures else None, task.height, task.width, count, task.device)
     chunks = rollout(
         models,
         embeds,

@@ -32,7 +32,8 @@ from ..files import MANIFEST, claim_folder, explain_os_errors, sha256, write_jso
 from ..recipe.load import first_difference
 from ..recipe.schema import validate
 from ..run.config import GenerateConfig
-from ..run.decode import latent_frames
+from ..run.decode import frame_chunks, latent_frames
+from ..run.decode_memory import reserve
 from ..run.sample import (
     DIGITS,
     check_length,
@@ -45,7 +46,7 @@ from ..run.sample import (
     trained_for,
 )
 from ..run.streaming import StreamingConfig
-from ..run.video import Frames, to_frames
+from ..run.video import Frames
 from .comparison import read_samples
 from .embeds import StoredEmbeds
 from .experts import load_models, read_model_config
@@ -245,15 +246,9 @@ class Drawing:
 
         def draw(told: str, seed: int) -> Iterator[Frames]:
             config = self.config.model_copy(update={"seed": seed})
-            embeds = self.embed(told)
-            chunks = (
-                chunk[0].cpu()
-                for chunk in rollout(self.models, embeds, config, negative_hidden_states=self.negative(embeds.shape))
-            )
-            if self.vae is None:
-                yield from (to_frames(chunk) for chunk in chunks)
-            else:
-                yield to_frames(torch.cat(list(chunks), dim=1), self.vae)
+            embeds, vae = self.embed(told), self.vae
+            chunks = rollout(self.models, embeds, config, negative_hidden_states=self.negative(embeds.shape))
+            yield from (frames for (frames,) in frame_chunks(chunks, vae))
 
         return draw
 
@@ -285,13 +280,14 @@ class Drawing:
 
     @functools.cached_property
     def vae(self) -> Any:
-        """The VAE that decodes the model's latents; None for a model of pixels."""
+        """The VAE that decodes the model's latents, for which room is left; None for a model of pixels."""
         if self.pixels:
             return None
         assert self.vbench.pipeline is not None
         folder, _ = find_pipeline(self.vbench.pipeline, None, config_only=False)
         vae = load_vae(folder, self.device)
         check_vae(vae, self.models[0].config, f"the VAE of {folder}", "give the --pipeline of the model")
+        reserve(self.models, vae, *latent_size(self.models[0].config, self.config), 1, self.device)
         return vae
 
 

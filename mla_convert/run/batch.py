@@ -59,12 +59,13 @@ class StreamChunk(NamedTuple):
 class _Stream:
     """A rollout under way; `drawn` is the noise of the chunk in work, which a failed round leaves behind.
 
-    `cut` says that its `num_frames` are the rotary table's, and not what was asked for. `recent` are the chunks
-    `[1, C, F, H, W]` that its ring holds, where they may have to be written again, and `stale` says that they have to.
+    `text` and `negative` `[L, D]` are what each expert reads, on its device and in its dtype. `cut` says that its
+    `num_frames` are the rotary table's, and not what was asked for. `recent` are the chunks `[1, C, F, H, W]` that its
+    ring holds, where they may have to be written again, and `stale` says that they have to.
     """
 
-    text: Tensor
-    negative: Tensor
+    text: list[Tensor]
+    negative: list[Tensor]
     guidance_scale: float
     num_frames: int | None
     start: Tensor | None
@@ -165,11 +166,11 @@ class StreamBatch:
 
         Raises UserError when the pool is full and `when_full` is `refuse`; UsageError for values that do not fit.
         """
-        text = self._checked(encoder_hidden_states)
-        negative = torch.zeros_like(text) if negative_hidden_states is None else self._checked(negative_hidden_states)
-        if negative.shape != text.shape:
+        text = self._read(encoder_hidden_states)
+        negative = _zeros(text) if negative_hidden_states is None else self._read(negative_hidden_states)
+        if len(negative[0]) != len(text[0]):
             raise UsageError(
-                f"the negative prompt has {len(negative)} tokens, the prompt {len(text)}; pad them to one length"
+                f"the negative prompt has {len(negative[0])} tokens, the prompt {len(text[0])}; pad them to one length"
             )
         if num_frames is not None and num_frames < 1:
             raise UsageError(f"num_frames must be at least 1, got {num_frames}; leave it out for a stream without end")
@@ -193,13 +194,12 @@ class StreamBatch:
 
         A negative prompt other than zeros keeps its length, which the new one must have too. Raises UsageError.
         """
-        changed, text = self._found(stream), self._checked(encoder_hidden_states)
-        if len(text) != len(changed.negative):
-            if changed.negative.any():
-                raise UsageError(
-                    f"the prompt has {len(text)} tokens, the negative one {len(changed.negative)}; pad it to that"
-                )
-            changed.negative = torch.zeros_like(text)
+        changed, text = self._found(stream), self._read(encoder_hidden_states)
+        tokens, before = len(text[0]), len(changed.negative[0])
+        if tokens != before:
+            if changed.negative[0].any():
+                raise UsageError(f"the prompt has {tokens} tokens, the negative one {before}; pad it to that")
+            changed.negative = _zeros(text)
         changed.text, changed.stale = text, self.recache
 
     def leave(self, stream: int) -> None:
@@ -245,11 +245,14 @@ class StreamBatch:
         while self._streams:
             yield from self.step()
 
-    def _checked(self, text: Tensor) -> Tensor:
+    def _read(self, text: Tensor) -> list[Tensor]:
+        """A prompt as each expert reads it, copied there once and not at every pass; alike for those that are alike."""
         width = self.models[0].config.text_dim
         if text.ndim != 2 or text.shape[1] != width:
             raise UsageError(f"a prompt of a stream is [L, {width}], got {list(text.shape)}")
-        return text
+        kinds = [(place, model.dtype) for model, place in zip(self.models, self.devices, strict=True)]
+        copies = {kind: text.to(*kind) for kind in kinds}
+        return [copies[kind] for kind in kinds]
 
     def _found(self, stream: int) -> _Stream:
         if stream not in self._streams:
@@ -286,7 +289,7 @@ class StreamBatch:
             frames = self._frames(stream)
             place = place_in_window(self.causal, stream.frames_seen, frames)
             given = stream.start is not None and stream.frames_seen < stream.start.shape[1]
-            shared.setdefault((frames, place, len(stream.text), given), []).append(number)
+            shared.setdefault((frames, place, len(stream.text[0]), given), []).append(number)
         return [part for numbers in shared.values() for part in self._parts(numbers)]
 
     def _parts(self, numbers: list[int]) -> Iterator[list[int]]:
@@ -339,6 +342,11 @@ class StreamBatch:
         return zip(x, context, strict=True)
 
 
+def _zeros(text: list[Tensor]) -> list[Tensor]:
+    """Zeros in the shapes of `text`, which take the memory of one."""
+    return [one.new_zeros(()).expand_as(one) for one in text]
+
+
 class _SharedPass:
     """The passes over one chunk of some streams: first a lane for each, then one for each that is guided.
 
@@ -363,7 +371,8 @@ class _SharedPass:
         seen = [streams[index].frames_seen if first is None else first for index in order]
         self.views = [pool.view(expert, lanes, seen, frames, oldest) for expert in range(len(models))]
         texts = [stream.text for stream in streams] + [streams[index].negative for index in guided]
-        self.texts = [torch.stack(texts).to(place, model.dtype) for model, place in zip(models, devices, strict=True)]
+        self.texts = [torch.stack(of_expert) for of_expert in zip(*texts, strict=True)]
+        self.used = 0
         device = devices[0]
         self.order = torch.tensor(order).to(device)
         self.guided = torch.tensor(guided, dtype=torch.long).to(device)
@@ -371,7 +380,7 @@ class _SharedPass:
 
     def velocity(self, x: Tensor, t: float, r: float) -> Tensor:
         """Velocity `[B, C, F, H, W]`, float32, at noise level t; of a flow map the mean one down to r."""
-        expert = expert_at([model.noise_range for model in self.models], t)
+        self.used = expert = expert_at([model.noise_range for model in self.models], t)
         v = self._run(expert, x, t, r, write=False).float().to(x.device)
         v, unguided = v[: len(x)], v[len(x) :]
         if not len(unguided):
@@ -380,7 +389,8 @@ class _SharedPass:
 
     def write(self, x: Tensor, t: float) -> None:
         """Keep a finished chunk at noise level t."""
-        for expert in range(len(self.models)):
+        # Weights may travel: the expert that is on the device writes first.
+        for expert in sorted(range(len(self.models)), key=lambda expert: expert != self.used):
             self._run(expert, x, t, t, write=True)
 
     def _run(self, expert: int, x: Tensor, t: float, r: float, write: bool) -> Tensor:

@@ -6,8 +6,9 @@ looks for it; `from mla_convert import StreamingMLAPipeline` does.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,6 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
-from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from torch import Tensor
 
@@ -27,6 +27,7 @@ from ..flow import Sampler, check_steps
 from ..zoo.digits.data import FRAME
 from .config import GenerateConfig
 from .decode import StreamingDecoder, latent_frames, video_frames
+from .decode_memory import reserve
 from .loading import load_arguments
 from .prefetch import prefetch
 from .prompts import PromptSchedule
@@ -100,8 +101,9 @@ class StreamingMLAPipeline(DiffusionPipeline):
         """Load an export, checkpoint, run or transformer folder, or a repository on the Hub.
 
         Arguments are those of diffusers. Without `torch_dtype` the transformer keeps its stored dtype,
-        the VAE gets float32 and the text encoder bfloat16. Parts that the checkpoint only names are
-        loaded from where it names them; pass None for one to do without. Raises UserError in one line.
+        the VAE gets float32 and the text encoder bfloat16; `torch_dtype={"vae": torch.bfloat16}` halves the
+        memory of decoding. Parts that the checkpoint only names are loaded from where it names them; pass None
+        for one to do without. Raises UserError in one line.
         """
         folder, arguments = load_arguments(pretrained_model_name_or_path, kwargs)
         return cls(**arguments) if folder is None else super().from_pretrained(folder, **arguments)
@@ -241,7 +243,7 @@ class StreamingMLAPipeline(DiffusionPipeline):
             if unknown:
                 raise UsageError(f"callbacks get {', '.join(self._callback_tensor_inputs)}, not {', '.join(unknown)}")
             callback = callback_on_step_end
-        return prefetch(self._chunks(texts, frames, size, settings, output_type, callback), ahead)
+        return _given(prefetch(self._chunks(texts, frames, size, settings, output_type, callback), ahead), output_type)
 
     def __call__(
         self,
@@ -278,7 +280,7 @@ class StreamingMLAPipeline(DiffusionPipeline):
         settings: dict[str, Any],
         output_type: OutputType,
         callback: Callable[..., Any] | None,
-    ) -> Iterator[Frames]:
+    ) -> Iterator[Tensor]:
         start = settings["start"]
         given = 0 if start is None else start.shape[2]
         total = None
@@ -286,7 +288,9 @@ class StreamingMLAPipeline(DiffusionPipeline):
             opening = len(settings["first_chunk_steps"] or range(self._num_timesteps))
             ranges = chunk_ranges(self.transformer.causal, num_frames)
             total = sum(self._num_timesteps if first else opening for first, stop in ranges if stop > given)
-        decoder = None if self.pixels or output_type == "latent" else StreamingDecoder(self.vae)
+        decodes = not self.pixels and output_type != "latent"
+        decoder = StreamingDecoder(self.vae) if decodes else None
+        reserve([self.transformer], self.vae if decodes else None, *size, len(texts), settings["device"])
         done = 0
         try:
             with self.progress_bar(itertools.count() if total is None else None, total) as bar:
@@ -307,8 +311,8 @@ class StreamingMLAPipeline(DiffusionPipeline):
         finally:
             self.maybe_free_model_hooks()
 
-    def _finished(self, chunk: Tensor, decoder: StreamingDecoder | None, output_type: OutputType) -> Frames:
-        """A chunk `[B, C, F, h, w]` as the caller gets it."""
+    def _finished(self, chunk: Tensor, decoder: StreamingDecoder | None, output_type: OutputType) -> Tensor:
+        """A chunk `[B, C, F, h, w]` as `_given` takes it."""
         if output_type == "latent":
             return chunk
         pixels = chunk if decoder is None else decoder(chunk)
@@ -316,8 +320,11 @@ class StreamingMLAPipeline(DiffusionPipeline):
             self._send_back_vae()
         if not torch.isfinite(pixels).all():
             raise UserError("the video holds NaN or Inf; the model diverged, or its dtype is too narrow (try float32)")
-        pixels = pixels.float().cpu().expand(-1, 3, -1, -1, -1)
-        return VideoProcessor(vae_scale_factor=1).postprocess_video(pixels, output_type=output_type)
+        # All of it on the device, as the `VideoProcessor` of diffusers does on the CPU, to the bit.
+        frames = (pixels.float() * 0.5 + 0.5).clamp(0, 1).expand(-1, 3, -1, -1, -1).transpose(1, 2)
+        if output_type == "pil":
+            frames = (frames * 255).round().to(torch.uint8)
+        return (frames if output_type == "pt" else frames.movedim(2, 4)).contiguous().cpu()
 
     def _send_back_vae(self) -> None:
         """Model offloading sends a part back when the next one in its order is called; none comes after the VAE."""
@@ -388,6 +395,18 @@ class StreamingMLAPipeline(DiffusionPipeline):
         latents = read_start(source, self.transformer.config.in_channels, *size, None if self.pixels else self.vae)
         self._send_back_vae()
         return latents.unsqueeze(0).to(device)
+
+
+def _given(chunks: Generator[Tensor], output_type: OutputType) -> Iterator[Frames]:
+    """Chunks as the caller gets them, made in the caller's thread."""
+    with contextlib.closing(chunks):
+        for chunk in chunks:
+            if output_type == "np":
+                yield chunk.numpy()
+            elif output_type == "pil":
+                yield [[Image.fromarray(frame) for frame in video] for video in chunk.numpy()]
+            else:
+                yield chunk
 
 
 diffusers.StreamingMLAPipeline = StreamingMLAPipeline

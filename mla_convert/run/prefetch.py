@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -51,7 +51,7 @@ class _Channel(Generic[Item]):
             yield item
 
 
-def prefetch(items: Iterable[Item], count: int = 1) -> Iterator[Item]:
+def prefetch(items: Iterable[Item], count: int = 1) -> Generator[Item]:
     """The items in order, up to `count` of them computed ahead in a thread; 0 computes them when asked.
 
     What computing raises is raised here. A caller that stops early stops the thread after its item.
@@ -111,9 +111,13 @@ class FrameWriter:
             self._raise()
         self.frames += len(frames)
 
+    def end(self) -> None:
+        """Say that no more frames come: the file appears by itself, and `abort` no longer stops it."""
+        self._channel.put(_End())
+
     def close(self) -> None:
         """Wait until everything is written and the file is there."""
-        self._channel.put(_End())
+        self.end()
         self._thread.join()
         self._raise()
 

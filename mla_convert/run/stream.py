@@ -96,6 +96,7 @@ def stream_chunks(
     t_context = torch.full((batch,), float(context_noise), device=device)
     recent = RecentChunks() if recache and prompt_at is not None else None
     check_rewinds(recache, [expert.cache for expert in experts])
+    used = experts[0]
     for first, stop in chunk_ranges(causal, end):
         shape = (batch, channels, stop - first, height, width)
         text = None if prompt_at is None else prompt_at(first)
@@ -112,7 +113,8 @@ def stream_chunks(
                 if given:
                     continue
                 target = t_next if sampler == "euler" else times[-1]
-                v = _expert_for(experts, float(t)).velocity(x, float(t), float(target))
+                used = _expert_for(experts, float(t))
+                v = used.velocity(x, float(t), float(target))
                 x = next_sample(x, v, t, t_next, noise)
                 changed = None if on_step is None else on_step(first, index, float(t), x)
                 x = x if changed is None else changed
@@ -122,8 +124,11 @@ def stream_chunks(
             context = x
             if context_noise > 0:
                 context = add_noise(x, _noise(shape, generators).to(device), t_context)
-            for expert in experts:
+            # Weights may travel: the expert that is on the device writes first.
+            writers = sorted(experts, key=lambda expert: expert is not used)
+            for expert in writers:
                 expert.write(context, t_context)
+            used = writers[-1]
             if recent is not None:
                 recent.add(first, context, causal.first_kept(stop))
         yield x
