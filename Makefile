@@ -16,10 +16,10 @@ help:
 setup: $(STAMP)
 
 # pip picks the CUDA build of torch on Linux unless another index or an installed build says otherwise.
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml tests/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("mla-convert needs Python 3.10 or newer, not " + sys.version.split()[0] + ": make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c tests/constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: $(STAMP)

@@ -169,7 +169,7 @@ def test_heldout_must_leave_something(tmp_path):
     ("settings", "line"),
     [
         ({"kind": "latents"}, "kind latents needs folder"),
-        ({"kind": "digits", "folder": "clips"}, "takes neither folder nor text_tokens"),
+        ({"kind": "digits", "folder": "clips"}, "takes neither folder, text_tokens nor negative_embeds"),
         ({"kind": "digits", "clips": 3}, "Extra inputs are not permitted"),
     ],
 )

@@ -33,7 +33,7 @@ class MatchRobust(Stage[MatchRobustConfig]):
         return ("teacher",)
 
     def loss(self, models: Models, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        clips = noised_batch(self.config, batch, models["student"], generator)
+        clips = noised_batch(self.config, batch, models["student"], generator, self.negative)
         with torch.no_grad():
             target = predict_velocity(models["teacher"], clips)
         error = predict_velocity(models["student"], clips) - target

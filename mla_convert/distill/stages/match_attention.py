@@ -162,7 +162,7 @@ class MatchAttention(Stage[MatchAttentionConfig]):
 
     def loss(self, models: Models, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         config, teacher, student = self.config, models["teacher"], models["student"]
-        clips = noised_batch(self, batch, student, generator)
+        clips = noised_batch(config, batch, student, generator, self.negative)
         own = config.hidden_states == "student"
         source = student if own else teacher
         weighted = config.metric == "velocity"

@@ -45,7 +45,7 @@ class MatchVelocity(Stage[MatchVelocityConfig]):
 
     def loss(self, models: Models, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         config, student = self.config, models["student"]
-        clips = noised_batch(self, batch, student, generator)
+        clips = noised_batch(config, batch, student, generator, self.negative)
         if config.teacher_weight == 0:
             # The data knows nothing but the velocity at r = t.
             clips = clips._replace(r=None)

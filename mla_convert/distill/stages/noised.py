@@ -6,11 +6,12 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from ...flow import drop_prompts
 from ..data import Batch
 from ..objective import NoisedClips, noised_clips
-from .base import Stage, StageConfig
+from .base import StageConfig
 
 
 class NoisedStageConfig(StageConfig):
@@ -37,15 +38,17 @@ class NoisedStageConfig(StageConfig):
         return self.copies + (self.context == "clean")
 
 
-def noised_batch(stage: Stage[Any], batch: Batch, model: Any, generator: torch.Generator) -> NoisedClips:
-    """The clips of a training batch, noised as the keys of `stage` say, in the chunks and noise range of `model`.
+def noised_batch(
+    config: NoisedStageConfig, batch: Batch, model: Any, generator: torch.Generator, negative: Tensor | None = None
+) -> NoisedClips:
+    """The clips of a training batch, noised as the keys say, in the chunks and noise range of `model`.
 
-    A flow map gets second times r; where they differ from t only a teacher knows the answer.
+    `negative` `[L, D]` is what clips get that lose their prompt, zeros without it. A flow map gets second times r;
+    where they differ from t only a teacher knows the answer.
     """
-    config: NoisedStageConfig = stage.config
     return noised_clips(
         batch["latents"],
-        drop_prompts(batch["encoder_hidden_states"], config.empty_prompt_rate, generator, stage.negative),
+        drop_prompts(batch["encoder_hidden_states"], config.empty_prompt_rate, generator, negative),
         model.causal,
         generator,
         copies=config.copies,

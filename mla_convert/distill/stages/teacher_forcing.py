@@ -57,7 +57,7 @@ class TeacherForcing(Stage[TeacherForcingConfig]):
     def loss(self, models: Models, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         config, student = self.config, models["student"]
         # The data knows nothing but the velocity at r = t.
-        clips = noised_batch(self, batch, student, generator)._replace(r=None)
+        clips = noised_batch(config, batch, student, generator, self.negative)._replace(r=None)
         squared = (predict_velocity(student, clips) - clips.target).square()
         logs = {"data_loss": squared.detach().mean()}
         if config.weighting == "none":
