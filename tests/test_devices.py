@@ -37,11 +37,13 @@ from mla_convert.evaluate.vbench_suite import Prompt
 from mla_convert.export.checkpoint import load_checkpoint, save_checkpoint
 from mla_convert.flow import next_sample, sampling_times
 from mla_convert.mla.graph import GraphedChunk
+from mla_convert.pipeline import generation
 from mla_convert.pipeline.generation import Request, generate_video
 from mla_convert.pipeline.preview import preview_strip
 from mla_convert.pipeline.vbench import Drawing, VBenchConfig
 from mla_convert.registry import stages
 from mla_convert.run.batch import StreamBatch
+from mla_convert.run.decode_memory import decoding_bytes
 from mla_convert.run.offload import Weights, place
 from mla_convert.run.stream import stream_chunks
 
@@ -369,6 +371,8 @@ def test_the_pipeline_reads_text_and_pictures_and_decodes(checkpoint: Path, offl
         chunks = list(pipe.stream("a", prompt_schedule={0.3: "square"}, start=start, ahead=1, **settings))
         if offload is not None:
             assert pipe.vae.device == CPU
+        # Room for decoding was left before histories were made.
+        assert pipe.transformer.kernels.reserved == (decoding_bytes(pipe.vae, 4, 6).total(1) if device == GPU else 0)
         return np.concatenate(chunks, axis=1)
 
     same(made)
@@ -397,7 +401,11 @@ def test_generate_writes_the_same_pictures(checkpoint: Path, tmp_path: Path, ava
             "start": str(checkpoint.parent / "start.png"),
         }
         out = tmp_path / device.type
-        generate_video(checkpoint, out, request, settings, lambda *_: None)
+        with pytest.MonkeyPatch.context() as patch:
+            asked: list[tuple[Any, ...]] = []
+            patch.setattr(generation, "reserve", lambda models, vae, *rest: asked.append((vae.config.z_dim, *rest)))
+            generate_video(checkpoint, out, request, settings, lambda *_: None)
+        assert [(*rest, where.type) for *rest, where in asked] == [(4, 4, 6, 1, device.type)]
         # Levels of 255, the last of which may be rounded either way.
         return np.stack([np.asarray(Image.open(path)) for path in sorted(out.iterdir())]) / 2550
 
@@ -416,6 +424,8 @@ def test_vbench_draws_and_encoders_encode(checkpoint: Path, tmp_path: Path, avai
         chunks = list(drawing.draw("a square", 0))
         assert len(chunks) == 2
         video = np.concatenate(chunks)
+        room = decoding_bytes(drawing.vae, 4, 6).total(1) if device == GPU else 0
+        assert [one.kernels.reserved for one in drawing.models] == [room]
         with text_encoder(pipeline, torch.float32, device) as embed, video_encoder(pipeline, device) as encode:
             return [torch.from_numpy(video), embed(["red"]), encode(torch.linspace(-1, 1, 4608).view(1, 3, 1, 32, 48))]
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,7 +30,7 @@ class DecodingBytes(NamedTuple):
 def decoding_bytes(vae: Any, height: int, width: int) -> DecodingBytes:
     """Of decoding latents of `height x width` chunk by chunk with `vae`, an `AutoencoderKLWan`, in its dtype."""
     with torch.device("meta"):
-        twin: Any = AutoencoderKLWan.from_config(vae.config).eval()
+        twin: Any = type(vae).from_config(vae.config).eval()
         decoder, latent = StreamingDecoder(twin), torch.empty(1, vae.config.z_dim, 1, height, width)
     # By torch's own method: that of diffusers warns of parts that want float32, of which this VAE has none.
     nn.Module.to(twin, vae.dtype)

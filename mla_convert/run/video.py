@@ -35,16 +35,12 @@ _FRAGMENTED = "-movflags +frag_keyframe+empty_moov+default_base_moof -tune zerol
 _GAP, _LABEL, _INK, _PAPER = 8, 24, 0.9, 0.2
 
 
-def to_frames(video: Tensor, vae: Any = None) -> Frames:
-    """Frames `[F, H, W, 3]` of one video `[C, F, H, W]`: pixels in [-1, 1], or latents with their `vae`.
+def to_frames(video: Tensor) -> Frames:
+    """Frames `[F, H, W, 3]` of one video `[C, F, H, W]` of pixels in [-1, 1].
 
-    `vae` is a diffusers `AutoencoderKLWan`; it turns F latent frames into `1 + 4 (F - 1)`. Pixels
-    have 1 or 3 channels. Raises UserError when the video holds NaN or Inf, UsageError for latents
-    without a VAE.
+    Pixels have 1 or 3 channels. Raises UserError when the video holds NaN or Inf, UsageError for latents, which
+    `frame_chunks` decodes.
     """
-    if vae is not None:
-        with torch.no_grad():
-            video = vae.decode(denormalised(vae, video.unsqueeze(0))).sample[0]
     channels = video.shape[0]
     if channels not in (1, 3):
         raise UsageError(f"latents of {channels} channels are not a picture; give the VAE that decodes them")
