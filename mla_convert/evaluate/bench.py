@@ -195,7 +195,7 @@ def _steady_pass(
         with torch.no_grad():
             step = stream_pass(table, cache, geometry.num_frames_per_block, write=False)
             step.kernels = kernels
-            return layer.attention(hidden_states, step)
+            return layer.attention(hidden_states, step.of(layer, hidden_states))
 
     return run, cache
 
