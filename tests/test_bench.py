@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections import Counter
+from typing import Any
 
+import mla_attention
 import pytest
 import torch
+from checkpoint_case import pico_mla
 
 from mla_convert.cli import main
 from mla_convert.errors import UsageError
+from mla_convert.evaluate import bench as bench_module
 from mla_convert.evaluate.bench import (
     DENSE,
+    FIRST,
     LATENT,
+    LATER,
+    PARTS,
     ROTATED,
+    STREAMED,
+    WRITE,
     BenchConfig,
     _layers,
-    _steady_pass,
+    _Passes,
+    _place,
     _table,
     bench,
+    bench_table,
     verdict,
 )
 from mla_convert.evaluate.geometry import Geometry
-from mla_convert.mla.kernels import Kernels
+from mla_convert.export.checkpoint import save_checkpoint
+from mla_convert.mla import fused, kernels
+from mla_convert.mla.kernels import FLOAT32_DEFAULT, Kernels
 from mla_convert.mla.rope import rotate
+
+CPU = {"device": "cpu", "dtype": "float32"}
+REFUSAL = mla_attention.why_not("cpu", torch.float32)
 
 SMALL = Geometry(
     name="small",
@@ -38,16 +56,19 @@ SMALL = Geometry(
 @pytest.mark.parametrize("position", ["decoupled", "derived", "baked", "rotate_on_read"])
 def test_ratios_are_those_of_the_medians(position: str) -> None:
     shared = 0 if position == "rotate_on_read" else 4
-    config = BenchConfig(position=position, kv_lora_rank=8, qk_rope_head_dim=shared, kernels="torch", repeats=3)
+    config = BenchConfig(position=position, kv_lora_rank=8, qk_rope_head_dim=shared, kernels="torch", repeats=3, **CPU)
     result = bench(SMALL, config)
-    medians = {name: found["median_ms"] for name, found in result["attention"].items()}
-    assert result["ratio_attention"] == medians[DENSE] / medians[LATENT]
-    assert result["ratio_attention_rotated"] == medians[ROTATED] / medians[LATENT]
-    assert all(found["min_ms"] <= found["median_ms"] <= found["max_ms"] for found in result["attention"].values())
+    for part in PARTS:
+        medians = {name: found["median_ms"] for name, found in result[part].items()}
+        assert result[f"ratio_{part}"] == medians[DENSE] / medians[LATENT]
+        assert all(found["min_ms"] <= found["median_ms"] <= found["max_ms"] for found in result[part].values())
+        if part in (FIRST, STREAMED):
+            assert result[f"ratio_{part}_rotated"] == medians[ROTATED] / medians[LATENT]
+    assert result["attention_later"] == result["attention"] and not any(result["history_kept"].values())
     row = 8 + (shared if position in ("decoupled", "baked") else 0)
     assert result["ratio_cache"] == 2 * 24 / row
     assert (result["queries"], result["keys"]) == (12, 30)
-    slower = medians[LATENT] / medians[DENSE]
+    slower = 1 / result["ratio_attention_streamed"]
     told = f"{slower:.2f}x the time of dense" if slower >= 1 else f"{1 / slower:.2f}x as fast as dense"
     assert verdict(result) == f"latent: {told} attention, {48 / row:.1f}x less cache"
 
@@ -55,18 +76,15 @@ def test_ratios_are_those_of_the_medians(position: str) -> None:
 def test_a_pass_sees_the_whole_window_and_rotated_keys_give_the_same_attention() -> None:
     layers = _layers(SMALL, BenchConfig(kv_lora_rank=8))
     torch.manual_seed(0)
-    passes = {}
+    passes = []
     for name in (DENSE, ROTATED):
-        layer, cache_class = layers[name]
         torch.manual_seed(1)
-        passes[name] = (
-            layer,
-            *_steady_pass(layer, cache_class, SMALL, 1, torch.float32, torch.device("cpu"), Kernels("torch")),
-        )
-    dense, run, cache = passes[DENSE]
-    rotated, run_rotated, cache_rotated = passes[ROTATED]
-    rotated.load_state_dict(dense.state_dict())
-    run()
+        config = BenchConfig(kv_lora_rank=8, **CPU)
+        passes.append(_Passes(*layers[name], SMALL, config, torch.float32, torch.device("cpu"), Kernels("torch")))
+    dense, rotated = passes
+    cache, cache_rotated = dense.cache, rotated.cache
+    rotated.layer.load_state_dict(dense.layer.state_dict())
+    dense.run()
     places = cache.places[1]
     assert places.history_frames == [2, 3, 4]
     table = _table(SMALL, torch.device("cpu"))
@@ -76,7 +94,73 @@ def test_a_pass_sees_the_whole_window_and_rotated_keys_give_the_same_attention()
         turned = rotate(key.unflatten(-1, (2, 12)), table.rotations([index], cache.height, cache.width)).flatten(2)
         cache_rotated.rows[0][:, slot] = torch.cat([turned, value], dim=-1)
     # Observed 1.2e-7: the same numbers, rotated before or after they are cached.
-    torch.testing.assert_close(run_rotated(), run(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(rotated.run(), dense.run(), atol=1e-6, rtol=0)
+    for one in passes:
+        one.run(write=True)
+    slot = cache.causal.slot(5)
+    key, value = cache.rows[0][:, slot].chunk(2, dim=-1)
+    turned = rotate(key.unflatten(-1, (2, 12)), table.rotations([3], cache.height, cache.width)).flatten(2)
+    # Observed 0.
+    torch.testing.assert_close(cache_rotated.rows[0][:, slot], torch.cat([turned, value], dim=-1), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("steps", "kept"), [(1, True), (4, True), (4, False)])
+def test_a_chunk_is_a_first_pass_later_ones_and_one_that_writes(
+    steps: int, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mean pass of a chunk, by a clock that counts."""
+    clock = itertools.count(1)
+    monkeypatch.setattr(bench_module, "_timed", lambda run, device: run() is not None and float(next(clock)))
+    monkeypatch.setattr(_Passes, "keeps", kept)
+    layer, cache_class = _layers(SMALL, BenchConfig(kv_lora_rank=8))[LATENT]
+    config = BenchConfig(kv_lora_rank=8, **CPU)
+    one = _Passes(layer, cache_class, SMALL, config, torch.float32, torch.device("cpu"), Kernels("torch"))
+    first, later, write = (1, 2, 3) if kept else (1, 1, 2)
+    mean = (first + (steps - 1) * later + write) / (steps + 1)
+    assert one.timed(steps) == {FIRST: first, LATER: later, WRITE: write, STREAMED: mean}
+
+
+@pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL))
+@pytest.mark.parametrize(
+    ("free", "kept"),
+    # A layer's history takes 30 keys of 2 heads of 12 + 12 channels in float32, 5,760 bytes, and the model has two.
+    [(10**9, True), (2 * 11520, True), (2 * 11519, False), (None, False)],
+)
+def test_the_first_pass_of_every_chunk_expands_and_later_ones_where_nothing_is_kept(
+    free: int | None, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "free_memory", lambda device: free)
+    expanded: Counter[str] = Counter()
+    expand = fused._FusedPass._expand
+
+    def counted(self: Any, *arguments: Any) -> None:
+        expanded[type(self.layer).__name__] += 1
+        expand(self, *arguments)
+
+    monkeypatch.setattr(fused._FusedPass, "_expand", counted)
+    result = bench(SMALL, BenchConfig(kv_lora_rank=8, kernels="triton", repeats=2, **CPU))
+    # A round that warms up and two that are timed; without a history that is kept the pass that writes expands, too.
+    times = 3 if kept else 6
+    assert expanded == {"DenseSelfAttention": times, "LatentSelfAttention": times}
+    assert result["history_kept"] == {DENSE: kept, ROTATED: False, LATENT: kept}
+    assert result["kernels"]["history"][0] == ("chunk" if kept else "pass")
+    assert (result["attention_later"][LATENT] == result["attention"][LATENT]) is not kept
+
+
+def test_a_gpu_is_taken_in_16_bits_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    gpu = torch.device("cuda")
+    assert _place(BenchConfig()) == (gpu, torch.bfloat16)
+    assert _place(BenchConfig(dtype="float32")) == (gpu, torch.float32)
+    assert _place(BenchConfig(device="cpu")) == (torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert _place(BenchConfig()) == (torch.device("cpu"), torch.float32)
+
+
+def test_the_table_says_that_float32_takes_no_kernel_on_a_gpu() -> None:
+    result = bench(SMALL, BenchConfig(kv_lora_rank=8, kernels="torch", repeats=1, **CPU))
+    result["kernels"] |= {"mode": "auto", "paths": {"torch": 1}, "refused": {"expand": [FLOAT32_DEFAULT]}}
+    assert FLOAT32_DEFAULT in str(bench_table(result).caption)
 
 
 def test_command(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
@@ -85,6 +169,22 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads(out.read_text())
     assert printed["ratio_cache"] > 10 and printed["kernels"]["mode"] == "torch"
+    assert printed["num_inference_steps"] == 4
+
+
+@pytest.mark.parametrize(
+    ("generate", "given", "steps"),
+    [
+        ({"num_inference_steps": 8, "denoising_steps": [1000, 500]}, (), 2),
+        ({"num_inference_steps": 8, "denoising_steps": None}, (), 8),
+        ({"num_inference_steps": 8}, ("--steps", "3"), 3),
+        ({}, (), 4),
+    ],
+)
+def test_steps_are_those_of_the_recipe(generate: Any, given: Any, steps: int, capsys: Any, tmp_path: Any) -> None:
+    save_checkpoint(pico_mla(), tmp_path / "model", {"recipe": {"generate": generate}})
+    assert main(["bench", str(tmp_path / "model"), "--repeats", "1", "--json", *given]) == 0
+    assert json.loads(capsys.readouterr().out)["num_inference_steps"] == steps
 
 
 @pytest.mark.parametrize(

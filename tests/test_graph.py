@@ -104,6 +104,22 @@ def test_a_window_that_is_written_again_is_captured_again(monkeypatch: pytest.Mo
     assert torch.equal(actual, rolled_out(model, **settings))
 
 
+@pytest.mark.usefixtures("taped")
+def test_a_compiled_model_is_captured_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pico.dense_model()
+    expected, writes = rolled_out(model), []
+
+    def compiled(*arguments: Any, **more: Any) -> Any:
+        writes.append(more["write"])
+        return model._call_impl(*arguments, **more)
+
+    # Where `model.compile` puts what a call runs.
+    monkeypatch.setattr(model, "_compiled_call_impl", compiled)
+    assert torch.equal(rolled_out(model), expected)
+    # Of five chunks three are run, with two passes each; one pass warms up and one is captured.
+    assert writes.count(True) == 5 and writes.count(False) == 3 * 2 + 2
+
+
 @needs_interpreter
 @pytest.mark.usefixtures("taped")
 @pytest.mark.parametrize("history", ["chunk", "pass"])

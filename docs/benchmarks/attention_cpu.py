@@ -67,7 +67,7 @@ def main() -> None:
     results = []
     for case in CASES:
         torch.manual_seed(0)
-        results.append(bench(geometry, BenchConfig(**case, repeats=chosen.repeats)))
+        results.append(bench(geometry, BenchConfig(**case, device="cpu", repeats=chosen.repeats)))
         write_json(HERE / "attention_cpu.json", {"processor": processor(), "results": results})
         write_text(HERE / "attention_cpu.md", table(results))
     print(table(results))

@@ -1,4 +1,4 @@
-"""`mla-convert bench`: what a pass of attention costs here, dense against latent."""
+"""`mla-convert bench`: what attention costs here while a model streams, dense against latent."""
 
 from __future__ import annotations
 
@@ -24,14 +24,20 @@ def bench(
     frames: Annotated[int | None, typer.Option(min=1, help="Window in latent frames.")] = None,
     tokens_per_frame: Annotated[int | None, typer.Option(min=1, help="Tokens of one latent frame.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Streams at once.")] = 1,
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Data type.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Denoising steps a chunk; those that DIR was made for, or 4.")
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="bfloat16 on a GPU, where float32 takes no kernels; float32 on a CPU."),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; the GPU if there is one.")] = None,
     kernels: Annotated[Literal["auto", "triton", "torch"], typer.Option(help="Who attends.")] = "auto",
-    repeats: Annotated[int, typer.Option(min=1, help="Timed passes of each variant.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds of each variant's passes.")] = 5,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the result as JSON, too.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Time one layer's attention to a full window, dense against latent, side by side."""
+    """Time one layer's attention to a full window in the passes of a chunk, dense against latent, side by side."""
     if (source is None) == (preset is None):
         raise UsageError("give a DIR or --preset, one of the two")
     with stderr().status("loading PyTorch"):
@@ -50,6 +56,7 @@ def bench(
         "qk_rope_head_dim": qk_rope_head_dim,
         "position": position,
         "own_chunk": own_chunk,
+        "num_inference_steps": steps,
     }
     settings |= {key: value for key, value in given.items() if value is not None}
     if settings.get("position") == "rotate_on_read":

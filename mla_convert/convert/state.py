@@ -72,7 +72,7 @@ def latent_attention(
         attention = LatentSelfAttention(dense.to_k.in_features, dense.heads, dense.head_dim, eps, 0, mla)
     state = attention_state(dense.state_dict(), plan, dense.heads, config.q_lora_rank is not None)
     attention.load_state_dict(state, assign=True)
-    return attention.eval().requires_grad_(False)
+    return attention.to(dense.to_k.weight.device).eval().requires_grad_(False)
 
 
 def merge_state(

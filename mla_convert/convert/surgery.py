@@ -43,7 +43,8 @@ def convert_model(
     state = merge_state(dense.state_dict(), planned, model.state_dict(), mla.q_lora_rank is not None)
     model.load_state_dict(state, strict=True, assign=True)
     copy_unsaved_buffers(dense, model)
-    return model.eval().requires_grad_(False)
+    # Indices that only the converted model has.
+    return model.to(dense.device).eval().requires_grad_(False)
 
 
 def empty_model(family: Family, dense: Any, mla: MLAConfig) -> Any:

@@ -1,7 +1,8 @@
-"""What a pass of attention costs: dense against latent, side by side in one process, in the steady state.
+"""What the passes of a chunk cost in attention: dense against latent, side by side in one process, in the steady state.
 
-One layer attends from a chunk to a full window of random history. Every repeat times all variants one
-after the other, so that what else the machine does hits them alike; medians are compared. Nothing of
+One layer attends from a chunk to a full window of random history: in the first pass of a chunk, which expands the
+history, in a later one, which finds it expanded where it is kept, and in the one that writes. Every repeat times all
+variants one after the other, so that what else the machine does hits them alike; medians are compared. Nothing of
 the cost depends on the values of the weights.
 """
 
@@ -17,23 +18,29 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.table import Table
 from torch import Tensor
 
+from ..devices import default_device
 from ..errors import UsageError
-from ..mla.attention import CausalSelfAttention, DenseSelfAttention, stream_pass
+from ..mla.attention import AttentionPass, CausalSelfAttention, DenseSelfAttention, stream_pass
 from ..mla.cache import DenseCache, FrameCache, LatentCache
 from ..mla.config import MLAConfig, OwnChunk, Position
 from ..mla.core import KeyValue
 from ..mla.kernels import Kernels, Mode, describe
 from ..mla.latent import LatentSelfAttention
-from ..mla.rope import RotaryTable, split_rotary_table
+from ..mla.rope import RotaryTable, rotate, split_rotary_table
 from ..mla.window import CausalConfig
 from .geometry import Geometry
 from .text import layout_parts
 
 DENSE, ROTATED, LATENT = "dense", "dense_rotated", "latent"
+FIRST, LATER, WRITE, STREAMED = "attention", "attention_later", "attention_write", "attention_streamed"
+PARTS = (FIRST, LATER, WRITE, STREAMED)
 
 
 class BenchConfig(BaseModel):
-    """What is timed. `window_frames` and `queries_frames` count latent frames; 0 repeats warm up nothing."""
+    """What is timed, on the first GPU in bfloat16 or else on the CPU in float32 where nothing is said.
+
+    A chunk is streamed in `num_inference_steps` passes and one that writes.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -43,8 +50,9 @@ class BenchConfig(BaseModel):
     layers_per_latent: int = Field(1, ge=1)
     qk_rope_head_dim: int = Field(0, ge=0)
     batch_size: int = Field(1, ge=1)
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: str = "cpu"
+    num_inference_steps: int = Field(4, ge=1)
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    device: str | None = None
     kernels: Mode = "auto"
     repeats: int = Field(5, ge=1)
 
@@ -56,33 +64,41 @@ class RotatedDenseAttention(DenseSelfAttention):
         key, value = rows.chunk(2, dim=-1)
         return KeyValue(self.split_heads(key), None, self.split_heads(value))
 
+    def encode(self, key: Tensor, value: Tensor, step: AttentionPass) -> Tensor:
+        turned = rotate(self.split_heads(key), step.views[0].own_rotations).flatten(2)
+        return super().encode(turned, value, step)
+
 
 def bench(
     geometry: Geometry, config: BenchConfig, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, Any]:
-    """Times of one layer's pass and bytes of its cache; `ratio_*` is dense over latent, above 1 where latent wins.
+    """Times of one layer's passes and bytes of its cache; `ratio_*` is dense over latent, above 1 where latent wins.
 
-    Milliseconds are medians with the range of the repeats. Raises UsageError for a device that is not
-    there or sizes that cannot be.
+    `attention` is the first pass of a chunk, `attention_later` one that follows, the same where no history is kept
+    (`history_kept`), `attention_write` the one that writes, and `attention_streamed` the mean pass of a chunk: one
+    first, `num_inference_steps` - 1 later ones and one that writes. Milliseconds are medians with the range of the
+    repeats. Raises UsageError for a device that is not there or sizes that cannot be.
     """
-    device = _device(config.device)
-    dtype = cast(torch.dtype, getattr(torch, config.dtype))
+    device, dtype = _place(config)
     kernels = Kernels(config.kernels)
     passes = {
-        name: _steady_pass(layer, cache_class, geometry, config.batch_size, dtype, device, kernels)
+        # A kernel would rotate the keys once more.
+        name: _Passes(
+            layer, cache_class, geometry, config, dtype, device, Kernels("torch") if name == ROTATED else kernels
+        )
         for name, (layer, cache_class) in _layers(geometry, config).items()
     }
-    for run, _ in passes.values():
-        run()
-    times: dict[str, list[float]] = {name: [] for name in passes}
+    times: dict[str, dict[str, list[float]]] = {part: {name: [] for name in passes} for part in PARTS}
+    for one in passes.values():
+        one.timed(config.num_inference_steps)
     for repeat in range(config.repeats):
-        for name, (run, _) in passes.items():
-            times[name].append(_timed(run, device))
+        for name, one in passes.items():
+            for part, milliseconds in one.timed(config.num_inference_steps).items():
+                times[part][name].append(milliseconds)
         if progress is not None:
             progress(repeat + 1, config.repeats)
-    found = {name: _summary(values) for name, values in times.items()}
-    medians = {name: summary["median_ms"] for name, summary in found.items()}
-    cache_bytes = {name: cache.bytes() for name, (_, cache) in passes.items()}
+    found = {part: {name: _summary(values) for name, values in named.items()} for part, named in times.items()}
+    cache_bytes = {name: one.cache.bytes() for name, one in passes.items()}
     # Every layer of a latent reads all of it, and has its share of what is cached.
     cache_bytes[LATENT] //= config.layers_per_latent
     chunk, window = geometry.num_frames_per_block, geometry.window_frames
@@ -92,7 +108,7 @@ def bench(
         if device.type == "cuda"
         else f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
-        "dtype": config.dtype,
+        "dtype": str(dtype).removeprefix("torch."),
         "position": config.position,
         "own_chunk": config.own_chunk,
         "kv_lora_rank": config.kv_lora_rank,
@@ -101,10 +117,12 @@ def bench(
         "batch_size": config.batch_size,
         "queries": chunk * geometry.tokens_per_frame,
         "keys": window * geometry.tokens_per_frame,
+        "num_inference_steps": config.num_inference_steps,
         "repeats": config.repeats,
-        "attention": found,
-        "ratio_attention": medians[DENSE] / medians[LATENT],
-        "ratio_attention_rotated": medians[ROTATED] / medians[LATENT],
+        **found,
+        **{f"ratio_{part}": _ratio(named, DENSE) for part, named in found.items()},
+        **{f"ratio_{part}_rotated": _ratio(found[part], ROTATED) for part in (FIRST, STREAMED)},
+        "history_kept": {name: one.keeps for name, one in passes.items()},
         "cache_bytes_per_layer": cache_bytes,
         "ratio_cache": cache_bytes[DENSE] / cache_bytes[LATENT],
         "kernels": kernels.report(),
@@ -112,8 +130,8 @@ def bench(
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """What latent attention costs beside dense attention, in one line."""
-    time, memory = 1 / result["ratio_attention"], result["ratio_cache"]
+    """What latent attention costs beside dense attention as chunks are streamed, in one line."""
+    time, memory = 1 / result[f"ratio_{STREAMED}"], result["ratio_cache"]
     how = f"{time:.2f}x the time of dense attention" if time >= 1 else f"{1 / time:.2f}x as fast as dense attention"
     return f"latent: {how}, {memory:.1f}x less cache"
 
@@ -123,22 +141,24 @@ def bench_table(result: dict[str, Any]) -> Table:
     table = Table(
         title=f"{result['model']}: one layer, {result['queries']:,} queries, {result['keys']:,} keys in the window, "
         f"{result['dtype']}, {result['device']}",
-        caption=f"{verdict(result)}\nmedians of {result['repeats']} interleaved passes; {describe(result['kernels'])}",
+        caption=f"{verdict(result)}\nmedians of {result['repeats']} interleaved rounds; streamed: the mean pass of "
+        f"a first, {result['num_inference_steps'] - 1} later ones and one that writes; {describe(result['kernels'])}",
         title_justify="left",
         caption_justify="left",
     )
-    for heading in ("attention", "ms a pass", "range", "against latent", "cache a layer"):
+    headings = ("attention", "first, ms", "later", "writing", "streamed", "range", "against latent", "cache a layer")
+    for heading in headings:
         table.add_column(heading, justify="left" if heading == "attention" else "right")
     labels = {
         DENSE: "dense, window re-indexed",
         ROTATED: "dense, rotated keys kept",
         LATENT: ", ".join(["latent", *layout_parts({**result, "kv_lora_rank": None})]),
     }
-    latent = result["attention"][LATENT]["median_ms"]
-    for name, summary in result["attention"].items():
+    latent = result[STREAMED][LATENT]["median_ms"]
+    for name, summary in result[STREAMED].items():
         table.add_row(
             labels[name],
-            f"{summary['median_ms']:.4g}",
+            *(f"{result[part][name]['median_ms']:.4g}" for part in PARTS),
             f"{summary['min_ms']:.4g} to {summary['max_ms']:.4g}",
             f"{summary['median_ms'] / latent:.2f}x",
             f"{result['cache_bytes_per_layer'][name] / 1e6:,.2f} MB",
@@ -170,34 +190,53 @@ def _layers(geometry: Geometry, config: BenchConfig) -> dict[str, tuple[CausalSe
     }
 
 
-def _steady_pass(
-    layer: CausalSelfAttention,
-    cache_class: type[FrameCache],
-    geometry: Geometry,
-    batch_size: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    kernels: Kernels,
-) -> tuple[Callable[[], Tensor], FrameCache]:
-    """A denoising pass of `layer` over a window that is full, and its cache."""
-    layer = layer.to(device, dtype).requires_grad_(False).eval()
-    causal = CausalConfig(num_frames_per_block=geometry.num_frames_per_block, window_frames=geometry.window_frames)
-    width = _width(geometry.tokens_per_frame)
-    cache = cache_class(causal, [layer.row_width], batch_size, geometry.tokens_per_frame // width, width, dtype, device)
-    cache.rows[0].normal_()
-    cache.frames_seen = geometry.window_frames
-    queries = geometry.num_frames_per_block * geometry.tokens_per_frame
-    channels = geometry.num_attention_heads * geometry.attention_head_dim
-    hidden_states = torch.randn(batch_size, queries, channels, device=device, dtype=dtype)
-    table = _table(geometry, device)
+class _Passes:
+    """The passes of one chunk of `layer` over a window that is full, and its `cache`."""
 
-    def run() -> Tensor:
+    def __init__(
+        self,
+        layer: CausalSelfAttention,
+        cache_class: type[FrameCache],
+        geometry: Geometry,
+        config: BenchConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        kernels: Kernels,
+    ) -> None:
+        self.layer = layer.to(device, dtype).requires_grad_(False).eval()
+        self.device, self.kernels, self.frames = device, kernels, geometry.num_frames_per_block
+        causal = CausalConfig(num_frames_per_block=self.frames, window_frames=geometry.window_frames)
+        width = _width(geometry.tokens_per_frame)
+        # The other layers take no memory here, but count where the histories of all must fit to be kept.
+        rows = [layer.row_width] + [0] * (geometry.num_layers - 1)
+        grid = (geometry.tokens_per_frame // width, width)
+        self.cache = cache_class(causal, rows, config.batch_size, *grid, dtype, device)
+        self.cache.rows[0].normal_()
+        self.cache.frames_seen = geometry.window_frames
+        queries = self.frames * geometry.tokens_per_frame
+        channels = geometry.num_attention_heads * geometry.attention_head_dim
+        self.hidden_states = torch.randn(config.batch_size, queries, channels, device=device, dtype=dtype)
+        self.table = _table(geometry, device)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether a later pass finds the history that the first one has expanded."""
+        return bool(self.cache.keep_expanded)
+
+    def run(self, write: bool = False) -> Tensor:
+        """A pass of the chunk."""
         with torch.no_grad():
-            step = stream_pass(table, cache, geometry.num_frames_per_block, write=False)
-            step.kernels = kernels
-            return layer.attention(hidden_states, step)
+            step = stream_pass(self.table, self.cache, self.frames, write)
+            step.kernels = self.kernels
+            return self.layer.attention(self.hidden_states, step.of(self.layer, self.hidden_states))
 
-    return run, cache
+    def timed(self, steps: int) -> dict[str, float]:
+        """Milliseconds of each of PARTS, in a chunk of so many steps."""
+        self.cache.expanded = {}
+        first = _timed(self.run, self.device)
+        later = _timed(self.run, self.device) if self.keeps else first
+        write = _timed(lambda: self.run(write=True), self.device)
+        return {FIRST: first, LATER: later, WRITE: write, STREAMED: (first + (steps - 1) * later + write) / (steps + 1)}
 
 
 def _table(geometry: Geometry, device: torch.device) -> RotaryTable:
@@ -224,15 +263,23 @@ def _timed(run: Callable[[], Any], device: torch.device) -> float:
     return 1e3 * (time.perf_counter() - started)
 
 
+def _ratio(found: dict[str, dict[str, float]], over: str) -> float:
+    """A variant's median over that of latent attention."""
+    return found[over]["median_ms"] / found[LATENT]["median_ms"]
+
+
 def _summary(times: list[float]) -> dict[str, float]:
     return {"median_ms": statistics.median(times), "min_ms": min(times), "max_ms": max(times)}
 
 
-def _device(name: str) -> torch.device:
+def _place(config: BenchConfig) -> tuple[torch.device, torch.dtype]:
+    """Where and in what to compute."""
     try:
-        device = torch.device(name)
+        device = default_device() if config.device is None else torch.device(config.device)
     except RuntimeError:
-        raise UsageError(f"unknown device {name!r}; cpu, cuda or cuda:1") from None
+        raise UsageError(f"unknown device {config.device!r}; cpu, cuda or cuda:1") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError("no CUDA device here; leave --device out to measure the CPU")
-    return device
+    # Streamed models compute in 16 bits on a GPU; in float32 no kernel would be timed.
+    usual = "float32" if device.type == "cpu" else "bfloat16"
+    return device, cast(torch.dtype, getattr(torch, config.dtype or usual))

@@ -21,6 +21,10 @@ class Kernels:
             raise ValueError("this file attends by torch; install mla-convert for its kernels")
         self.mode, self.history, self.cuda_graph = mode, history, cuda_graph
 
+    def takes(self, layer: Any, tokens: Tensor, step: Any) -> bool:
+        """False: torch is to attend."""
+        return False
+
     def attention(self, layer: Any, hidden_states: Tensor, step: Any) -> Tensor | None:
         """None: torch is to do it."""
         return None

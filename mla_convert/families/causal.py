@@ -19,7 +19,7 @@ from ..mla.attention import AttentionPass, CausalSelfAttention, DenseSelfAttenti
 from ..mla.cache import DenseCache, FrameCache, LatentCache
 from ..mla.config import MLAConfig, latent_groups
 from ..mla.kernels import History, Kernels, Mode
-from ..mla.latent import LatentSelfAttention
+from ..mla.latent import LatentSelfAttention, whole_latent
 from ..mla.quantised import Int8LatentCache
 from ..mla.rope import RotaryTable
 from ..mla.window import CausalConfig
@@ -289,12 +289,19 @@ class CausalTransformer(nn.Module):
         # What entered the first block is not kept while the others run.
         inputs = inputs._replace(tokens=tokens.new_empty(0))
         for layers in self.latent_groups:
-            blocks = [self.blocks[layer] for layer in layers]
+            blocks: list[Any] = [self.blocks[layer] for layer in layers]
             if len(blocks) > 1 and inputs.step.cache is None:
                 tokens = chunk_by_chunk(blocks, tokens, inputs, self._run_part)
                 continue
+            parts: list[Tensor] = []
             for block in blocks:
-                tokens = self._run_part(block, tokens, *inputs.shared)
+                step = inputs.step.of(block.attn1, tokens)
+                tokens = self._run_part(block, tokens, inputs.text, inputs.modulation, step)
+                if step.part is not None:
+                    parts.append(step.part)
+            if parts:
+                # Summed in float32, and quantised once if at all.
+                step.keep(whole_latent(parts))
         return self.leave(tokens, inputs) if leave else tokens
 
     def _run_part(self, part: Callable[..., Any], *args: Any) -> Any:

@@ -149,15 +149,17 @@ class FarCache(FrameCache):
         self.bounds: Bounds = []
         self.recent: list[tuple[Tensor, Tensor]] = []
 
-    def read(self, layer: int, frames: list[int]) -> Tensor:
-        return self.rows[layer].index_select(1, self._slots(layer, frames))
+    def _take(self, kept: Tensor, slots: Tensor) -> Tensor:
+        return kept.index_select(1, slots)
 
-    def write(self, layer: int, frames: list[int], rows: Tensor) -> None:
-        target = self.rows[layer]
-        target.index_copy_(1, self._slots(layer, frames), rows.detach().to(target.dtype))
+    def _put(self, kept: Tensor, slots: Tensor, new: Tensor) -> None:
+        kept.index_copy_(1, slots, new)
 
-    def _slots(self, layer: int, frames: list[int]) -> Tensor:
-        """Token slots of frames, compressed ones first, as the passes order them."""
+    def slots(self, frames: list[int]) -> Tensor:
+        """Token slots of frames, int64, compressed ones first, as the passes order them.
+
+        Raises ValueError for more frames than fit.
+        """
         far, near = split_frames(frames)
         if len(far) > self.far_frames or len(near) > self.near_frames:
             raise ValueError(
@@ -173,7 +175,7 @@ class FarCache(FrameCache):
                 _spans([coarse * slot for slot in starts], coarse),
                 _spans([behind + fine * (f % self.near_frames) for f in near], fine),
             ]
-        ).to(self.rows[layer].device)
+        ).to(self.rows[0].device)
 
 
 def _spans(starts: list[int], length: int) -> Tensor:
@@ -205,10 +207,16 @@ def _stream(
     own_rotations = grid.rotations(own, causal, stop)
     far, near = split_frames(own)
     view = ChunkView(
-        slice(0, len(own_rotations)), (), history, own_rotations, grid.rotations(history, causal, stop), zero_keys
+        slice(0, len(own_rotations)),
+        (),
+        history,
+        own_rotations,
+        grid.rotations(history, causal, stop),
+        zero_keys,
+        cache.slots(history),
     )
     places = grid.grid_rotations(len(far), len(near))
-    return AttentionPass([view], places, cache=cache, write=write, frames=own)
+    return AttentionPass([view], places, cache=cache, write=write, own_slots=cache.slots(own) if write else None)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ layers are not concerned, and no token is computed twice.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,9 +32,13 @@ def chunk_by_chunk(blocks: Sequence[nn.Module], tokens: Tensor, inputs: BlockInp
         place = step.grid_rotations[view.own]
         local = AttentionPass([view._replace(own=slice(0, own.shape[1]))], place, write=True, latents=latents)
         local.context_batch = step.context_batch
+        parts: list[Tensor] = []
         for block in blocks:
-            own = block(own, inputs.text, modulation, local)
-        return own, whole_latent(list(local.gathered.values()))
+            alone = replace(local)
+            own = block(own, inputs.text, modulation, alone)
+            assert alone.part is not None
+            parts.append(alone.part)
+        return own, whole_latent(parts)
 
     done: list[Tensor] = []
     latents: Tensor | None = None

@@ -6,7 +6,7 @@ whole clip costs no masked work and runs the same code as the streaming forward.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
@@ -27,8 +27,9 @@ class ChunkView(NamedTuple):
     """One chunk of queries: its tokens, the history it sees and the rotations of both.
 
     `history` are token slices of the clip; a streaming pass reads `history_frames` from the cache
-    instead, by whatever names the cache gives its frames. Rotations are complex64 `[tokens, P]`.
-    `zero_keys` keys and values of zeros are attended to beside them, for models that pad so.
+    instead, by whatever names the cache gives its frames, which lie in its `history_slots`. Rotations are
+    complex64 `[tokens, P]`. `zero_keys` keys and values of zeros are attended to beside them, for models that
+    pad so.
     """
 
     own: slice
@@ -37,33 +38,58 @@ class ChunkView(NamedTuple):
     own_rotations: Tensor
     history_rotations: Tensor
     zero_keys: int = 0
+    history_slots: Tensor | None = None
 
 
 @dataclass
 class AttentionPass:
-    """What every self-attention layer of one forward shares.
+    """What every self-attention layer of one forward shares, and in `of` what it has for one of them.
 
     `grid_rotations` `[S, P]` are the rotations of all tokens by their place in the frame, time left
     at 0, for layouts that bake them in. With `context_batch` the first items of the batch are the clean
     context that all items read their history from (teacher forcing, packed in the batch axis). When
     a sequence holds tokens that no cache ever keeps, `cached` are those that it may keep. `kernels`
-    may take a layer's attention in a streaming pass.
+    may take a layer's attention in a streaming pass, which writes to `own_slots` of `cache`.
 
-    Layers that share a latent leave their parts of it, `[B', S, r]`, in `gathered` by layer where `write` is
-    set: one that is run again leaves its part again, not twice. In a pass over a clip they read history from
-    `latents` `[B', K, r]`, the whole latents of the clip's tokens.
+    For one layer `kept` is what the cache keeps of it. A layer that shares its latent leaves its `part` of it,
+    `[B', S, r]`, where `write` is set. In a pass over a clip such layers read history from `latents`
+    `[B', K, r]`, the whole latents of the clip's tokens.
     """
 
     views: list[ChunkView]
     grid_rotations: Tensor
     cache: FrameCache | None = None
     write: bool = False
-    frames: list[int] | None = None
+    own_slots: Tensor | None = None
     context_batch: int | None = None
     cached: slice | None = None
     kernels: Kernels | None = None
     latents: Tensor | None = None
-    gathered: dict[int, Tensor] = field(default_factory=dict)
+    kept: tuple[Tensor, ...] = ()
+    part: Tensor | None = None
+
+    def of(self, layer: CausalSelfAttention, tokens: Tensor) -> AttentionPass:
+        """This pass for one layer of a model that `tokens` `[B, S, C]` go through.
+
+        What depends on the number of a layer is looked up here, outside the blocks: torch.compile compiles a
+        block anew for every integer of its own that it reads.
+        """
+        if self.cache is None:
+            return replace(self)
+        taken = self.kernels is not None and self.kernels.takes(layer, tokens, self)
+        return replace(self, kept=self.cache.kept(layer.row_layer), kernels=self.kernels if taken else None)
+
+    def keep(self, rows: Tensor) -> None:
+        """Write a layer's rows `[B, S, row]` to the cache of a pass that does."""
+        assert self.cache is not None and self.own_slots is not None
+        self.cache.put(self.kept, self.own_slots, rows)
+
+    def history(self, view: ChunkView) -> Tensor:
+        """A layer's rows `[B, K, row]` of the history that a chunk sees, where it is not in the clip."""
+        if self.latents is not None:
+            return torch.cat([self.latents[:, tokens] for tokens in view.history], dim=1)
+        assert self.cache is not None and view.history_slots is not None
+        return self.cache.take(self.kept, view.history_slots)
 
 
 def token_slices(frames: list[int], tokens: int) -> tuple[slice, ...]:
@@ -102,6 +128,8 @@ def clip_pass(
     return AttentionPass(views, grid, context_batch=context_batch)
 
 
+# A graph of it would hold for the frames of one chunk.
+@torch.compiler.disable
 def stream_pass(table: RotaryTable, cache: FrameCache, num_frames: int, write: bool) -> AttentionPass:
     """Pass over the next `num_frames` frames of a rollout, with history from `cache`."""
     places = next_places(table, cache, num_frames)
@@ -111,8 +139,9 @@ def stream_pass(table: RotaryTable, cache: FrameCache, num_frames: int, write: b
         places.history_frames,
         places.own_rotations,
         places.history_rotations,
+        history_slots=places.history_slots,
     )
-    return AttentionPass([view], places.grid, cache=cache, write=write, frames=places.own_frames)
+    return AttentionPass([view], places.grid, cache=cache, write=write, own_slots=places.own_slots)
 
 
 def padded(x: Tensor, zeros: int) -> Tensor:
@@ -169,8 +198,7 @@ class CausalSelfAttention(nn.Module):
 
     def keep(self, key: Tensor, value: Tensor, step: AttentionPass) -> None:
         """Write these keys and values to the cache of a pass that does."""
-        assert step.cache is not None and step.frames is not None
-        step.cache.write(self.layer, step.frames, self.encode(key, value, step))
+        step.keep(self.encode(key, value, step))
 
     @property
     def row_layer(self) -> int:
@@ -209,7 +237,7 @@ class CausalSelfAttention(nn.Module):
             own_chunk = own.tokens((view.own,))
             own_keys = own_chunk.keys(view.own_rotations)
             segments = [Segment(here, padded(own_keys, view.zero_keys), padded(own_chunk.value, view.zero_keys))]
-            if view.history_frames:
+            if len(view.history_rotations):
                 there = here
                 if query_for_history is not own_query:
                     there = query_for_history.tokens(view.own).rotated(view.own_rotations)
@@ -223,15 +251,10 @@ class CausalSelfAttention(nn.Module):
         self, view: ChunkView, clip: KeyValue | None, query: Tensor, step: AttentionPass
     ) -> tuple[Tensor, Tensor]:
         """Rotated keys and values of the frames that a chunk looks back on."""
-        if step.cache is not None:
-            history = self.expand(step.cache.read(self.row_layer, view.history_frames).to(query.dtype))
-        elif step.latents is not None:
-            history = self.expand(
-                torch.cat([step.latents[:, tokens] for tokens in view.history], dim=1).to(query.dtype)
-            )
-        else:
-            assert clip is not None
+        if clip is not None and step.cache is None:
             history = clip.tokens(view.history)
+        else:
+            history = self.expand(step.history(view).to(query.dtype))
         key, value = history.keys(view.history_rotations), history.value
         if step.context_batch is None:
             return key, value

@@ -78,34 +78,33 @@ class FrameCache:
         """A layer's tensor `[lanes, window_frames, ...]` as kernels address it by what `slots` gives."""
         return kept
 
+    def kept(self, layer: int) -> tuple[Tensor, ...]:
+        """The tensors `[B, window_frames, ...]` that hold what is kept of a layer."""
+        return (self.rows[layer],)
+
+    def take(self, kept: tuple[Tensor, ...], slots: Tensor) -> Tensor:
+        """Rows `[B, len(frames) * tokens_per_frame, row]` of what is `kept` of a layer in the `slots` of frames."""
+        return self._take(kept[0], slots)
+
+    def put(self, kept: tuple[Tensor, ...], slots: Tensor, rows: Tensor) -> None:
+        """The reverse of `take`, in place."""
+        self._put(kept[0], slots, rows.detach().to(kept[0].dtype))
+
     def read(self, layer: int, frames: list[int]) -> Tensor:
         """Rows of absolute `frames`, `[B, len(frames) * tokens_per_frame, row]`."""
-        return self._take(self.rows[layer], frames)
+        return self.take(self.kept(layer), self.slots(frames))
 
     def write(self, layer: int, frames: list[int], rows: Tensor) -> None:
         """Store rows `[B, len(frames) * tokens_per_frame, row]` of absolute `frames`."""
-        target = self.rows[layer]
-        self._put(target, frames, rows.detach().to(target.dtype))
+        self.put(self.kept(layer), self.slots(frames), rows)
 
-    def _take(self, kept: Tensor, frames: list[int]) -> Tensor:
-        """What a layer's tensor `[B, window_frames, ...]` keeps of some frames, `[B, len(frames) * tokens, ...]`."""
-        return kept.index_select(1, self._slots_of(frames)).flatten(1, 2)
+    def _take(self, kept: Tensor, slots: Tensor) -> Tensor:
+        """What a layer's tensor `[B, window_frames, ...]` keeps in some slots, `[B, len(slots) * tokens, ...]`."""
+        return kept.index_select(1, slots).flatten(1, 2)
 
-    def _put(self, kept: Tensor, frames: list[int], new: Tensor) -> None:
+    def _put(self, kept: Tensor, slots: Tensor, new: Tensor) -> None:
         """The reverse of `_take`, in place."""
-        kept[:, self._slots_of(frames)] = new.unflatten(1, (len(frames), -1))
-
-    def _slots_of(self, frames: list[int]) -> Tensor:
-        """`slots`, without a copy to the device where the current chunk knows them."""
-        places = None if self.places is None else self.places[1]
-        if places is not None:
-            if frames is places.history_frames:
-                known: Tensor = places.history_slots
-                return known
-            if frames is places.own_frames:
-                known = places.own_slots
-                return known
-        return self.slots(frames)
+        kept[:, slots] = new.unflatten(1, (slots.shape[-1], -1))
 
     def bytes(self) -> int:
         """Bytes allocated for all layers."""

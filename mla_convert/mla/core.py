@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .rope import pair_index, rotate
+from .rope import rotate
 
 
 class KeyValue(NamedTuple):
@@ -21,7 +21,7 @@ class KeyValue(NamedTuple):
 
     `nope` `[B, K, H, N]` enters the logits as it is, `rope` `[B, K, H or 1, R]` is rotated when it
     is read, `value` is `[B, K, H, V]`. A shared rotary key has one head, DeepSeek's `k_pe`
-    (arXiv 2405.04434, eq. 14-18). `pairs` says which of the model's rotary pairs the channels of
+    (arXiv 2405.04434, eq. 14-18). `pairs`, int64, says which of the model's rotary pairs the channels of
     `rope` are; None means all of them in order. `mean` `[H, M]` is a constant part of every key with
     all rotary pairs.
     """
@@ -29,7 +29,7 @@ class KeyValue(NamedTuple):
     nope: Tensor | None
     rope: Tensor | None
     value: Tensor
-    pairs: list[int] | None = None
+    pairs: Tensor | None = None
     mean: Tensor | None = None
 
     def keys(self, rotations: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class Query(NamedTuple):
 
     nope: Tensor | None
     rope: Tensor | None
-    pairs: list[int] | None = None
+    pairs: Tensor | None = None
     mean: Tensor | None = None
 
     def tokens(self, chosen: slice) -> Query:
@@ -83,9 +83,9 @@ class Query(NamedTuple):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-def of_pairs(rotations: Tensor, pairs: list[int] | None) -> Tensor:
+def of_pairs(rotations: Tensor, pairs: Tensor | None) -> Tensor:
     """Rotations `[S, P]` of some pairs, `[S, len(pairs)]`; None means all of them."""
-    return rotations if pairs is None else rotations[:, pair_index(pairs, rotations)]
+    return rotations if pairs is None else rotations[:, pairs]
 
 
 class Segment(NamedTuple):

@@ -110,9 +110,8 @@ class _FusedPass:
         self.layer: Any = layer
         self.step, self.cache, self.backend = step, step.cache, backend
         self.chunk, self.places = cast("tuple[tuple[int, int], Places]", step.cache.places)
-        self.rows, self.scales = self.cache.ring(self.cache.rows[layer.row_layer]), None
-        if isinstance(self.cache, Int8LatentCache):
-            self.scales = self.cache.ring(self.cache.scales[layer.row_layer])
+        self.rows, *scales = (self.cache.ring(one) for one in step.kept)
+        self.scales = scales[0] if scales else None
         self.dtype = hidden_states.dtype
         self.hidden_states = hidden_states
         self.query, self.key = layer.project_query(hidden_states), layer.to_k(hidden_states)
@@ -180,7 +179,7 @@ class _FusedPass:
                 self.scales,
                 slots,
                 self._count(len(rotations)),
-                _cos_sin(of_pairs(rotations, layer.rope_pairs)) if layer.rope_pairs else None,
+                _cos_sin(of_pairs(rotations, layer.rope_index)) if layer.rope_pairs else None,
                 layer.scale,
                 BY_RULE,
             )
@@ -235,14 +234,14 @@ class _FusedPass:
             return
         if isinstance(layer, DenseSelfAttention):
             # Of a dense layer nothing but history is expanded.
-            rows = self.cache.read(layer.layer, self.places.history_frames)
+            rows = self.cache.take(self.step.kept, slots)
             dense_key, dense_value = (layer.split_heads(x) for x in rows.chunk(2, dim=-1))
             key.copy_(rotate(dense_key, rotations))
             value.copy_(dense_value)
             return
         every_head = layer.mla.position == "rotate_on_read"
         derived = layer.mla.position == "derived" and bool(layer.rope_pairs)
-        turning = rotations if every_head else of_pairs(rotations, layer.rope_pairs) if layer.rope_pairs else None
+        turning = rotations if every_head else of_pairs(rotations, layer.rope_index) if layer.rope_pairs else None
         width = layer.key_channels + (0 if every_head else 2 * len(layer.rope_pairs))
         self.ops.expand_kv_(
             key[..., :width],
@@ -268,7 +267,7 @@ class _FusedPass:
         All layers share them unless the history is kept.
         """
         owner = self.layer.layer if self.cache.keep_expanded else 0
-        window_tokens = self.cache.rows[self.layer.row_layer].shape[1:-1].numel()
+        window_tokens = self.step.kept[0].shape[1:-1].numel()
         shape = (len(self.hidden_states), window_tokens, self.layer.heads)
         shapes = {"key": (*shape, channels), "value": (*shape, value_channels(self.layer))}
         for name, wanted in shapes.items():

@@ -54,7 +54,7 @@ def _hooked(module: nn.Module) -> bool:
 
 
 class GraphedChunk:
-    """`model.forward_chunk` without `write`, for one model and its cache on a CUDA device.
+    """Passes of a model over its cache without `write`, on a CUDA device; a model that is compiled runs compiled.
 
     The first chunk of a shape of chunk and history is run as it is, and a graph is captured for the second: in the
     steady state, whose chunks are alike, one; where histories are kept for the passes of a chunk two, one that
@@ -91,7 +91,7 @@ class GraphedChunk:
         if chunk == self.first:
             # While a window fills every chunk has a shape of its own, and a graph of it would serve no other.
             with torch.no_grad():
-                out: Tensor = self.model.forward_chunk(*given, self.cache, write=False, **conditions)
+                out: Tensor = self.model(*given, cache=self.cache, write=False, **conditions)
                 return out
         for kept, new in zip(self.inputs, given, strict=True):
             kept.copy_(new)
@@ -119,7 +119,7 @@ class GraphedChunk:
             if expands:
                 self.cache.expanded = {}
             with torch.no_grad():
-                out: Tensor = self.model.forward_chunk(*self.inputs, self.cache, write=False, **self.conditions)
+                out: Tensor = self.model(*self.inputs, cache=self.cache, write=False, **self.conditions)
                 return out
 
         return recorder, recorder.capture(run)

@@ -80,10 +80,24 @@ class Kernels:
     kept: tuple[str, str] | None = None
     announced: bool = False
 
-    def attention(self, layer: CausalSelfAttention, hidden_states: Tensor, step: AttentionPass) -> Tensor | None:
-        """`layer.attention` by kernels, `[B, S, H * V]`; None where torch is to do it."""
+    def takes(self, layer: CausalSelfAttention, tokens: Tensor, step: AttentionPass) -> bool:
+        """Whether a kernel is to attend in a layer of a pass over `tokens` `[B, S, C]`; False where torch is.
+
+        Raises UserError for a layer that `triton` has no kernel for.
+        """
         if self.mode == "torch" or step.cache is None or torch.is_grad_enabled():
-            return None
+            return False
+        choice = self.choices[self._choose(layer, tokens, step)]
+        if choice.path == "torch" and self.mode == "triton":
+            reasons = "; ".join(choice.refused.values())
+            raise UserError(
+                f"no kernel for the attention of layer {layer.layer} ({reasons}); `kernels: auto` lets torch take it"
+            )
+        return choice.path != "torch"
+
+    def _choose(self, layer: CausalSelfAttention, hidden_states: Tensor, step: AttentionPass) -> tuple[int, Shape]:
+        """The key of a layer's choice, which is made where there is none."""
+        assert step.cache is not None
         batch, queries = hidden_states.shape[:2]
         rows = step.cache.rows[layer.layer]
         kind = f"{type(step.cache).__name__}, {rows.dtype}"
@@ -92,15 +106,19 @@ class Kernels:
         key = (layer.layer, shape)
         if key not in self.choices:
             self.choices[key] = choose(layer, shape, step, self.mode, costs.for_device(hidden_states.device))
-        choice = self.choices[key]
-        if choice.path == "torch":
-            if self.mode == "triton":
-                reasons = "; ".join(choice.refused.values())
-                raise UserError(
-                    f"no kernel for the attention of layer {layer.layer} ({reasons}); "
-                    "`kernels: auto` lets torch take it"
-                )
+        return key
+
+    @torch.compiler.disable
+    def attention(self, layer: CausalSelfAttention, hidden_states: Tensor, step: AttentionPass) -> Tensor | None:
+        """`layer.attention` by kernels, `[B, S, H * V]`, where a layer `takes` them; None where torch is to do it.
+
+        A block that is compiled calls it between its graphs.
+        """
+        if not self.takes(layer, hidden_states, step):
             return None
+        key = self._choose(layer, hidden_states, step)
+        choice, shape = self.choices[key], key[1]
+        assert step.cache is not None and choice.path != "torch"
         if choice.path == "expand" and step.cache.keep_expanded is None:
             step.cache.keep_expanded = self._keeps(layer, shape, step.cache)
         # Without history other kernels run than with it; with more items the same.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .attention import AttentionPass, CausalSelfAttention
 from .config import MLAConfig
 from .core import KeyValue, Query
-from .rope import pair_index, rotate
+from .rope import rotate
 
 LATENT_MODULES = ("q_a_proj", "q_b_proj", "kv_a_proj", "kv_b_proj", "k_pe_proj", "q_pe_coef", "k_mean")
 
@@ -33,6 +33,9 @@ class LatentSelfAttention(CausalSelfAttention):
     Where layers share a latent, `encode` gives this layer's part of it.
     """
 
+    rope_index: Tensor
+    nope_index: Tensor
+
     def __init__(self, dim: int, heads: int, head_dim: int, eps: float, layer: int, mla: MLAConfig) -> None:
         super().__init__()
         inner = heads * head_dim
@@ -42,6 +45,10 @@ class LatentSelfAttention(CausalSelfAttention):
         self.rank = mla.kv_lora_rank[layer]
         self.rope_pairs = list(mla.rope_pairs[layer])
         self.nope_pairs = list(mla.nope_pairs[layer])
+        # What a pass reads of the pairs: torch.compile would specialise on a list. No weights, so real on meta, too.
+        for name, pairs in (("rope_index", self.rope_pairs), ("nope_index", self.nope_pairs)):
+            self.register_buffer(name, torch.tensor(pairs, dtype=torch.long, device="cpu"), persistent=False)
+        self.key_channels = head_dim if mla.position == "rotate_on_read" else mla.qk_nope_head_dim(layer)
         if mla.q_lora_rank is None:
             self.to_q = nn.Linear(dim, inner)
         else:
@@ -69,13 +76,8 @@ class LatentSelfAttention(CausalSelfAttention):
         return self.mla.row_layer(self.layer)
 
     @property
-    def key_channels(self) -> int:
-        """Key channels a head that `kv_b_proj` restores."""
-        return self.head_dim if self.mla.position == "rotate_on_read" else self.mla.qk_nope_head_dim(self.layer)
-
-    @property
     def caches_shared_key(self) -> bool:
-        return self.mla.position in ("decoupled", "baked") and bool(self.rope_pairs)
+        return self.mla.position in ("decoupled", "baked") and len(self.rope_index) > 0
 
     def project_query(self, hidden_states: Tensor) -> Tensor:
         if self.mla.q_lora_rank is None:
@@ -100,16 +102,11 @@ class LatentSelfAttention(CausalSelfAttention):
         return torch.cat([latent, self.k_pe_proj(key)], dim=-1)
 
     def keep(self, key: Tensor, value: Tensor, step: AttentionPass) -> None:
-        shared = self.mla.layers_per_latent
-        if shared == 1:
+        if self.mla.layers_per_latent == 1:
             super().keep(key, value, step)
             return
-        # Summed in float32, and quantised once if at all.
-        step.gathered[self.layer] = self.encode(key[: step.context_batch], value[: step.context_batch], step).float()
-        layers = range(self.row_layer, self.row_layer + shared)
-        if step.cache is not None and self.layer == layers[-1]:
-            assert step.frames is not None
-            step.cache.write(self.row_layer, step.frames, whole_latent([step.gathered[layer] for layer in layers]))
+        # Who runs the layers writes the sum, which is whole only behind the last of them.
+        step.part = self.encode(key[: step.context_batch], value[: step.context_batch], step).float()
 
     def restore(self, key: Tensor, value: Tensor, step: AttentionPass) -> KeyValue:
         if self.mla.layers_per_latent > 1:
@@ -121,14 +118,14 @@ class LatentSelfAttention(CausalSelfAttention):
             return query
         assert query.rope is not None
         placed = self._bake(query.rope, step) if self.mla.position == "baked" else query.rope
-        nope = _select(placed, self.nope_pairs) if self.nope_pairs else None
+        nope = _select(placed, self.nope_index) if len(self.nope_index) else None
         mean = None if self.k_mean is None else query.rope
-        if not self.rope_pairs:
+        if not len(self.rope_index):
             return Query(nope, None, mean=mean)
-        pairs = torch.view_as_complex(_select(query.rope, self.rope_pairs).float().contiguous().unflatten(-1, (-1, 2)))
+        pairs = torch.view_as_complex(_select(query.rope, self.rope_index).float().contiguous().unflatten(-1, (-1, 2)))
         coefficient = torch.view_as_complex(self.q_pe_coef.float())
         rope = torch.view_as_real(pairs * coefficient.conj()).flatten(-2).to(query.rope.dtype)
-        return Query(nope, rope, self.rope_pairs, mean)
+        return Query(nope, rope, self.rope_index, mean)
 
     def expand(self, rows: Tensor) -> KeyValue:
         latent = rows[..., : self.rank]
@@ -136,14 +133,14 @@ class LatentSelfAttention(CausalSelfAttention):
         key, value = restored.split([self.key_channels, self.mla.v_head_dim], dim=-1)
         if self.mla.position == "rotate_on_read":
             return KeyValue(None, key, value)
-        nope = key if self.nope_pairs else None
-        if not self.rope_pairs:
+        nope = key if len(self.nope_index) else None
+        if not len(self.rope_index):
             return KeyValue(nope, None, value, mean=self.k_mean)
         shared = rows[..., self.rank :] if self.caches_shared_key else self.k_pe_proj(latent)
         shared = shared.unsqueeze(2)
         if nope is None:
             shared = shared.expand(-1, -1, self.heads, -1)
-        return KeyValue(nope, shared, value, self.rope_pairs, self.k_mean)
+        return KeyValue(nope, shared, value, self.rope_index, self.k_mean)
 
     def absorbed(self) -> AbsorbedWeights:
         """`kv_b_proj` as it is absorbed into queries and outputs. Raises ValueError for `rotate_on_read`."""
@@ -215,6 +212,6 @@ def attend_absorbed(
     return torch.einsum("bqhr,hvr->bqhv", mixed, weights.w_uv) + weights.b_uv
 
 
-def _select(x: Tensor, pairs: list[int]) -> Tensor:
+def _select(x: Tensor, pairs: Tensor) -> Tensor:
     """Channels of some pairs, `[..., 2 P]` to `[..., 2 len(pairs)]`."""
-    return x.unflatten(-1, (-1, 2))[..., pair_index(pairs, x), :].flatten(-2)
+    return x.unflatten(-1, (-1, 2))[..., pairs, :].flatten(-2)

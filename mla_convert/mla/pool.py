@@ -86,12 +86,11 @@ class LaneView(FrameCache):
         """One ring of the slots of all lanes, `[1, lanes * window_frames, ...]`, in the same memory."""
         return _all_slots(kept).unsqueeze(0)
 
-    def _take(self, kept: Tensor, frames: list[int]) -> Tensor:
-        slots = self._slots_of(frames)
+    def _take(self, kept: Tensor, slots: Tensor) -> Tensor:
         return _all_slots(kept).index_select(0, slots.flatten()).unflatten(0, slots.shape).flatten(1, 2)
 
-    def _put(self, kept: Tensor, frames: list[int], new: Tensor) -> None:
-        _all_slots(kept)[self._slots_of(frames)] = new.unflatten(1, (len(frames), -1))
+    def _put(self, kept: Tensor, slots: Tensor, new: Tensor) -> None:
+        _all_slots(kept)[slots] = new.unflatten(1, (slots.shape[-1], -1))
 
 
 class Int8LaneView(LaneView, Int8LatentCache):

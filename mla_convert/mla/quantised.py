@@ -49,12 +49,16 @@ class Int8LatentCache(LatentCache):
             for rows in self.rows
         ]
 
-    def read(self, layer: int, frames: list[int]) -> Tensor:
-        return dequantise(self._take(self.rows[layer], frames), self._take(self.scales[layer], frames))
+    def kept(self, layer: int) -> tuple[Tensor, ...]:
+        return self.rows[layer], self.scales[layer]
 
-    def write(self, layer: int, frames: list[int], rows: Tensor) -> None:
-        for kept, new in zip((self.rows, self.scales), quantise(rows.detach()), strict=True):
-            self._put(kept[layer], frames, new)
+    def take(self, kept: tuple[Tensor, ...], slots: Tensor) -> Tensor:
+        rows, scales = (self._take(one, slots) for one in kept)
+        return dequantise(rows, scales)
+
+    def put(self, kept: tuple[Tensor, ...], slots: Tensor, rows: Tensor) -> None:
+        for one, new in zip(kept, quantise(rows.detach()), strict=True):
+            self._put(one, slots, new)
 
     def bytes(self) -> int:
         return super().bytes() + sum(scales.numel() * scales.element_size() for scales in self.scales)

@@ -6,8 +6,6 @@ Pairs are interleaved channels `(2p, 2p+1)`; pair p belongs to one of the axes t
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,24 +53,6 @@ def split_rotary_table(cis: Tensor, head_dim: int) -> RotaryTable:
     """Table from complex `cis` `[max_len, head_dim / 2]` whose pairs Wan splits over time, height and width."""
     spatial = head_dim // 6
     return RotaryTable(cis, (TIME,) * (head_dim // 2 - 2 * spatial) + (HEIGHT,) * spatial + (WIDTH,) * spatial)
-
-
-def pair_index(pairs: Sequence[int], like: Tensor) -> Tensor | list[int]:
-    """`pairs` as an index on the device of `like`, copied there once: a list would be copied at every use.
-
-    A copy from the host is what a CUDA graph cannot hold. Where `like` is not a plain tensor (traced, fake, a
-    parameter) the list itself.
-    """
-    if type(like) is not Tensor or torch.compiler.is_compiling():
-        return list(pairs)
-    return _kept_index(tuple(pairs), like.device)
-
-
-@functools.lru_cache(maxsize=1024)
-def _kept_index(pairs: tuple[int, ...], device: torch.device) -> Tensor:
-    # A tensor made in inference mode could not be used where there are gradients.
-    with torch.inference_mode(False):
-        return torch.tensor(pairs, dtype=torch.long).to(device)
 
 
 def rotate(x: Tensor, rotations: Tensor) -> Tensor:

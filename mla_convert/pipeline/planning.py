@@ -15,6 +15,7 @@ from ..export.checkpoint import find_checkpoint
 from ..load import accepted_config, load_source, read_config
 from ..run.config import GenerateConfig
 from ..run.sample import DIGITS, latent_scale, latent_size, prompt_encoder
+from .generation import recorded
 
 
 def read_geometry(
@@ -60,7 +61,17 @@ def bench_settings(source: str | None, preset: str | None) -> tuple[Geometry, di
     layer = sorted(range(len(rows)), key=lambda index: mla.kv_lora_rank[index])[len(rows) // 2]
     settings = {"position": mla.position, "own_chunk": mla.own_chunk, "kv_lora_rank": mla.kv_lora_rank[layer]}
     settings |= {"layers_per_latent": mla.layers_per_latent}
+    settings |= _steps(Path(source))
     return geometry, settings | {"qk_rope_head_dim": mla.qk_rope_head_dim(layer)}
+
+
+def _steps(folder: Path) -> dict[str, int]:
+    """Steps a chunk of the recipe that made a checkpoint, as a key of a `BenchConfig`; none where it is not known."""
+    generate = recorded(find_checkpoint(folder)[0], "generate")
+    levels, steps = generate.get("denoising_steps"), generate.get("num_inference_steps")
+    if levels:
+        return {"num_inference_steps": len(levels)}
+    return {} if steps is None else {"num_inference_steps": steps}
 
 
 def _converted(folder: Path) -> Any:
