@@ -454,7 +454,9 @@ def test_digits_are_told_and_a_pass_is_timed(tmp_path: Path, available: Any) -> 
 
     def made(device: torch.device) -> Any:
         available(device)
-        times = bench(SMALL, BenchConfig(kernels="torch", kv_lora_rank=8, repeats=1, device=str(device)))
+        times = bench(
+            SMALL, BenchConfig(kernels="torch", kv_lora_rank=8, repeats=1, device=str(device), dtype="float32")
+        )
         assert times["device"] == "pretended" or device == CPU
         config = EvaluateConfig(rollout_prompts=2, **FEW)
         return list(digit_rollouts(load_checkpoint(teacher, device=device), 4, config))
