@@ -146,9 +146,11 @@ def bench_table(result: dict[str, Any]) -> Table:
         title_justify="left",
         caption_justify="left",
     )
-    headings = ("attention", "first, ms", "later", "writing", "streamed", "range", "against latent", "cache a layer")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "attention" else "right")
+    shown = {FIRST: "first", LATER: "later", WRITE: "writing", STREAMED: "streamed"}
+    if not any(result["history_kept"].values()):
+        del shown[LATER]
+    for heading in ("ms a pass", *shown.values(), "range", "against latent", "cache a layer"):
+        table.add_column(heading, justify="left" if heading == "ms a pass" else "right", overflow="fold")
     labels = {
         DENSE: "dense, window re-indexed",
         ROTATED: "dense, rotated keys kept",
@@ -158,8 +160,8 @@ def bench_table(result: dict[str, Any]) -> Table:
     for name, summary in result[STREAMED].items():
         table.add_row(
             labels[name],
-            *(f"{result[part][name]['median_ms']:.4g}" for part in PARTS),
-            f"{summary['min_ms']:.4g} to {summary['max_ms']:.4g}",
+            *(f"{result[part][name]['median_ms']:.3g}" for part in shown),
+            f"{summary['min_ms']:.3g} to {summary['max_ms']:.3g}",
             f"{summary['median_ms'] / latent:.2f}x",
             f"{result['cache_bytes_per_layer'][name] / 1e6:,.2f} MB",
         )
