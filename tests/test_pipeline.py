@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import diffusers
+import mla_attention
 import pytest
 import torch
 from recipe_case import RECIPE, digests, run_recipe, write_teacher
@@ -195,11 +196,22 @@ def test_parts_of_a_run_make_the_whole(teacher, finished, tmp_path):
     [
         ("generate.prompts=[hello]", r"generate\.prompts: cannot read the digits prompt 'hello'"),
         ("source.model=/nowhere", r"/nowhere does not exist"),
+        ("generate.start=nope.png", r"generate\.start: nope\.png does not exist"),
+        ("generate.latent_height=17", r"generate\.latent_height and latent_width: a latent of 17x16 does not divide"),
+        ("causal.window_frames=null", r"causal\.window_frames: null has no streaming cache"),
+        ("streaming.kernels=triton", r"streaming\.kernels: triton: .*; set auto"),
+        ("distill.0.compile_backend=foo", r"compile_backend: torch has no 'foo'; choose one of .*inductor"),
+        (
+            "distill.0.lora={rank: 2, alpha: 2, target_modules: [nope]}",
+            r"distill\.0: lora\.target_modules: no frozen linear layer .* nope",
+        ),
     ],
 )
-def test_what_cannot_work_leaves_no_folder(teacher, tmp_path, override, message):
+def test_what_cannot_work_leaves_no_folder(teacher, tmp_path, monkeypatch, override, message):
+    # The interpreter would take what a CPU does not.
+    monkeypatch.setattr(mla_attention, "why_not", lambda device, dtype: f"kernels run on CUDA devices, not on {device}")
     with pytest.raises(UserError, match=message):
-        run(recipe(teacher, override), tmp_path / "run")
+        run(recipe(teacher, override, "distill.0.compile=true"), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from ..errors import UserError
 from ..files import write_text
 from ..recipe.shipped import describe_recipe, find_recipe, shipped_recipes
-from .output import Json, Overrides, RecipeName, print_result
+from .output import Json, Overrides, RecipeName, print_result, stderr
 
 app = typer.Typer(help="List, show, copy and check recipes.", no_args_is_help=True)
 
@@ -63,16 +63,20 @@ def check(
     resolved: Annotated[bool, typer.Option("--resolved", help="Print the recipe with every default.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Check a recipe without running it."""
-    from ..recipe.load import load_recipe
+    """Check a recipe without running it, and where its source lies here whether the two fit."""
+    with stderr().status("loading PyTorch"):
+        from ..pipeline.checks import check_recipe
+        from ..recipe.load import load_recipe
 
     path = find_recipe(recipe)
     loaded = load_recipe(path, overrides or ())
-    value = {"valid": True, "path": str(path), "recipe": loaded.model_dump(mode="json")}
+    looked = check_recipe(loaded)
+    value = {"valid": True, "source_checked": looked, "path": str(path), "recipe": loaded.model_dump(mode="json")}
     if resolved and not as_json:
         sys.stdout.write(loaded.dump())
     else:
-        print_result(as_json, value, f"{path}: a valid recipe, {loaded.name!r}")
+        rest = "" if looked else f"; {loaded.source.model} is on the Hub and was not looked at"
+        print_result(as_json, value, f"{path}: a valid recipe, {loaded.name!r}{rest}")
 
 
 @app.command("reference")

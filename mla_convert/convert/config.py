@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..mla.config import OwnChunk, Position, check_shared_latent
 
 Init = Literal["random", "svd", "activation"]
+Rank = Annotated[int, Field(ge=1)]
 
 
 class CalibrationConfig(BaseModel):
@@ -94,7 +95,7 @@ class ConvertConfig(BaseModel):
     position: Position = "rotate_on_read"
     own_chunk: OwnChunk = "exact"
     init: Init = "activation"
-    kv_lora_rank: int | list[int] | None = None
+    kv_lora_rank: Rank | list[Rank] | None = None
     layers_per_latent: int = Field(1, ge=1)
     budget: Budget | None = None
     qk_rope_head_dim: int = Field(0, ge=0)

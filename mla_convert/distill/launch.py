@@ -21,6 +21,9 @@ def check_launch(config: StageConfig) -> None:
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     if config.mixed_precision == "fp16" and on_cpu:
         raise UserError("mixed_precision: fp16 needs a GPU; use bf16 or no on the CPU")
+    if config.compile and config.compile_backend not in torch.compiler.list_backends(exclude_tags=()):
+        known = ", ".join(torch.compiler.list_backends())
+        raise UserError(f"compile_backend: torch has no {config.compile_backend!r}; choose one of {known}")
     stage = stages()[config.stage](config)
     what = f"stage {config.stage}"
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):

@@ -54,8 +54,10 @@ class Source:
 
     def provenance(self) -> dict[str, Any]:
         """What a manifest records about the source."""
+        here = Path(self.origin)
         return {
-            "model": self.origin,
+            # As others find it, from wherever they look.
+            "model": str(here.resolve()) if here.exists() else self.origin,
             "revision": self.revision,
             "file": self.file,
             "state": self.state,

@@ -18,10 +18,10 @@ from ..flow import ALL_NOISE
 from ..load import read_config
 from ..recipe.reader import read_yaml
 from ..recipe.schema import Recipe
+from .checks import check_inputs
 from .context import Context
 from .run import RunResult, run, steps_until, this_process
 from .rundir import RESOLVED, STATE, RunDir
-from .steps import check_inputs
 
 
 def run_experts(

@@ -19,9 +19,10 @@ from ..distill.progress import progress_bars
 from ..distill.waiting import wait_until
 from ..errors import UsageError, UserError
 from ..recipe.schema import Recipe
+from .checks import check_inputs
 from .context import STAGES, Context, stage_names
 from .rundir import RunDir, has_failed, read_state
-from .steps import Step, check_inputs, steps_of
+from .steps import Step, steps_of
 
 _PATIENCE = timedelta(hours=1)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from ..convert import convert_source
 from ..devices import all_threads
-from ..distill.launch import check_launch
 from ..distill.trainer import run_stage
-from ..errors import UsageError, UserError
 from ..evaluate.fidelity import evaluate
 from ..evaluate.report import REPORT_HTML, REPORT_JSON, write_report
 from ..evaluate.samples import Comparison
@@ -23,13 +21,12 @@ from ..export.checkpoint import save_checkpoint
 from ..export.release import export
 from ..files import MANIFEST, atomic_folder, write_json, write_text
 from ..recipe.schema import Recipe
-from ..run.sample import check_length, embed_prompts, prompt_encoder, rollout
+from ..run.sample import embed_prompts, prompt_encoder, rollout
 from ..run.video import save_video, side_by_side, to_frames
-from .calibration import calibration_batches, calibration_reads_negative
-from .channels import check_alike, check_channels
+from .calibration import calibration_batches
 from .context import CHECKPOINT, DATA, KERNELS, METRICS, ROLLOUTS, SAMPLES, STAGES, TRAINING, Context, stage_names
 from .preview import preview_strip
-from .rollouts import check_rollouts, read_negative_prompt, roll_out_data
+from .rollouts import roll_out_data
 from .summary import build_report, training_rows
 
 STREAMED_SHARD_SIZE = "1GB"
@@ -87,37 +84,6 @@ def steps_of(recipe: Recipe) -> list[Step]:
 def _measured(recipe: Recipe) -> list[int]:
     """The stages whose models are evaluated: the conversion and the last."""
     return sorted({0, len(recipe.distill)})
-
-
-def check_inputs(context: Context, pending: Iterable[Step]) -> None:
-    """Refuse before anything is written what would fail late in the `pending` steps. Raises UserError in one line."""
-    recipe, source = context.recipe, context.source
-    if recipe.generate.prompts:
-        try:
-            embed_prompts(recipe.generate.prompts, prompt_encoder(source.config))
-        except UsageError as error:
-            raise UsageError(f"generate.prompts: {error}") from None
-        try:
-            check_length(source.config, recipe.generate.num_frames)
-        except UsageError as error:
-            raise UsageError(f"generate.num_frames: {error}") from None
-    for stage in recipe.distill if any(step.trains for step in pending) else ():
-        check_launch(stage)
-    if any(step.trains for step in pending) and context.real_score is not None:
-        check_alike(context.real_score, source)
-    reads_negative = calibration_reads_negative(recipe) or any(stage.reads_negative for stage in recipe.distill)
-    if any(step.name == "data" for step in pending):
-        assert recipe.data.rollouts is not None
-        clip = check_rollouts(recipe.data.rollouts, source)
-        check_channels(clip, source, "data.rollouts")
-        negative = read_negative_prompt(context, clip["encoder_hidden_states"].unsqueeze(0))
-        if negative is None and reads_negative:
-            raise UserError("guidance and empty_prompt_rate need a negative prompt; give data.negative_embeds")
-    elif any(step.reads_clips for step in pending):
-        check_channels(context.data.example(0), source, "data")
-        if reads_negative:
-            # Reading it is what tells that it is there.
-            _ = context.data.negative
 
 
 def recorded(context: Context) -> dict[str, Any]:

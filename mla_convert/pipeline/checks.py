@@ -1,0 +1,136 @@
+"""What a run refuses before it writes anything: all that would fail hours later."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..distill.adapters import adapted_modules
+from ..distill.launch import check_launch
+from ..distill.stages.base import StageConfig
+from ..distill.trainable import trainable_names
+from ..errors import UsageError, UserError
+from ..export.components import is_hub_id
+from ..mla.window import CausalConfig
+from ..recipe.schema import Recipe
+from ..run.sample import check_latent_size, check_length, embed_prompts, latent_size, prompt_encoder
+from ..run.start import read_start
+from ..run.stream import check_start
+from .calibration import calibration_reads_negative
+from .channels import check_alike, check_channels
+from .context import Context
+from .rollouts import check_rollouts, read_negative_prompt
+from .steps import Step, steps_of
+
+
+def check_recipe(recipe: Recipe) -> bool:
+    """Check what a run of `recipe` would check, where its source lies here; False where it is on the Hub.
+
+    Raises UserError in one line.
+    """
+    if not recipe.source.model.startswith("zoo:") and not Path(recipe.source.model).exists():
+        if is_hub_id(recipe.source.model):
+            return False
+        raise UserError(f"source.model: {recipe.source.model} is neither here nor a Hub id (owner/name)")
+    for part in [recipe.expert(name) for name in recipe.experts or ()] or [recipe]:
+        context = Context(part, Path(), lambda *told: None)
+        layers = context.source.config["num_layers"]
+        if layers % part.convert.layers_per_latent:
+            raise UsageError(f"convert.layers_per_latent: {layers} layers do not divide into groups of that many")
+        if part.convert.budget is None:
+            try:
+                part.convert.ranks(layers)
+            except ValueError as error:
+                raise UsageError(f"convert: {error}") from None
+        check_inputs(context, steps_of(part))
+    return True
+
+
+def check_inputs(context: Context, pending: Iterable[Step]) -> None:
+    """Refuse what would fail late in the `pending` steps of a run. Raises UserError in one line."""
+    pending = list(pending)
+    names = {step.name for step in pending}
+    if "export" in names:
+        _check_streaming(context, rolls_out="samples" in names)
+    if context.recipe.generate.prompts:
+        _check_samples(context)
+    if any(step.trains for step in pending):
+        _check_stages(context)
+    _check_data(context, made="data" in names, read=any(step.reads_clips for step in pending))
+
+
+def _check_streaming(context: Context, rolls_out: bool) -> None:
+    """What is exported has to stream; kernels that are asked for have to be there."""
+    streaming, causal = context.recipe.streaming, context.source.config.get("causal") or {}
+    if causal.get("window_frames", 0) is None:
+        raise UsageError("causal.window_frames: null has no streaming cache, which an export needs; set a number")
+    if streaming.kernels == "triton" and rolls_out:
+        reason = importlib.import_module("mla_attention").why_not(context.device, context.dtype)
+        if reason is not None:
+            raise UsageError(f"streaming.kernels: triton: {reason}; set auto")
+
+
+def _check_samples(context: Context) -> None:
+    generate, config = context.recipe.generate, context.source.config
+    causal, height, width = CausalConfig(**(config.get("causal") or {})), *latent_size(config, generate)
+    with _named("generate.prompts"):
+        embed_prompts(generate.prompts, prompt_encoder(config))
+    with _named("generate.num_frames"):
+        check_length(config, generate.num_frames)
+    with _named("generate.latent_height and latent_width"):
+        check_latent_size(config, height, width)
+    if generate.start is not None:
+        with _named("generate.start"):
+            start = read_start(Path(generate.start), config["in_channels"], height, width)
+            check_start(start.unsqueeze(0), causal, generate.num_frames, (config["in_channels"], height, width))
+
+
+def _check_stages(context: Context) -> None:
+    recipe, source = context.recipe, context.source
+    for index, stage in enumerate(recipe.distill):
+        check_launch(stage)
+        if stage.lora is not None:
+            with _named(f"distill.{index}"):
+                _check_adapters(stage, source.family.dense_class, source.config)
+    if context.real_score is not None:
+        check_alike(context.real_score, source)
+
+
+def _check_adapters(stage: StageConfig, dense_class: Any, config: dict[str, Any]) -> None:
+    """The layers outside of what conversion adds are those of the dense model."""
+    assert stage.lora is not None
+    with torch.device("meta"):
+        model = dense_class.from_config(config)
+    trained = set() if stage.trainable == "latent" else trainable_names(model, stage.trainable)
+    adapted_modules(model, stage.lora, trained, stage.adapted_part)
+
+
+def _check_data(context: Context, made: bool, read: bool) -> None:
+    recipe, source = context.recipe, context.source
+    reads_negative = calibration_reads_negative(recipe) or any(stage.reads_negative for stage in recipe.distill)
+    if made:
+        assert recipe.data.rollouts is not None
+        clip = check_rollouts(recipe.data.rollouts, source)
+        check_channels(clip, source, "data.rollouts")
+        negative = read_negative_prompt(context, clip["encoder_hidden_states"].unsqueeze(0))
+        if negative is None and reads_negative:
+            raise UserError("guidance and empty_prompt_rate need a negative prompt; give data.negative_embeds")
+    elif read:
+        check_channels(context.data.example(0), source, "data")
+        if reads_negative:
+            # Reading it is what tells that it is there.
+            _ = context.data.negative
+
+
+@contextlib.contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Puts the key of a recipe before what is wrong with its value."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"{key}: {error}") from None
