@@ -144,6 +144,10 @@ def test_another_recipe_is_refused_by_the_key_that_differs(teacher, copied):
     before = digests(copied)
     with pytest.raises(UsageError, match=r"another recipe: distill\.0\.learning_rate is 0\.001 .* and 0\.002"):
         run(recipe(teacher, "distill.0.learning_rate=2e-3"), copied, resume=True)
+    with pytest.raises(
+        UsageError, match=r"generate\.fps is 4 .* and 8 .*; what it has made export, evaluate and gener"
+    ):
+        run(recipe(teacher, "generate.fps=8"), copied, resume=True)
     assert digests(copied) == before
 
 

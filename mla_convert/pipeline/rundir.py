@@ -24,6 +24,8 @@ from ..recipe.schema import Recipe
 
 STATE, RESOLVED, FAILED = "state.json", "recipe.resolved.yaml", ".failed"
 FORMAT = 1
+LATE = ("evaluate", "generate", "streaming", "export")
+"""Sections that no training depends on, and that commands of their own take for what is there."""
 
 
 class RunDir:
@@ -148,9 +150,14 @@ class RunDir:
         different = first_difference(recorded, resolved)
         if different:
             key, old, new = different
+            late = (
+                ""
+                if key.split(".")[0] not in LATE
+                else "; what it has made export, evaluate and generate take as it is"
+            )
             raise UsageError(
                 f"the run in {self.path} has another recipe: {key} is {describe(old)} there and {describe(new)} here; "
-                "give another --out"
+                f"give another --out{late}"
             )
 
 
