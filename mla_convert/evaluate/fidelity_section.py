@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from .figures import MUTED, STUDENT, Chart, percent_axis
-from .text import percent, signed
+from .text import digits_text, percent, signed
 
 ARROW = "\N{RIGHTWARDS ARROW}"
 HEADS = 5
@@ -49,8 +49,8 @@ def worst_heads(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
             {
                 "name": f"layer {number}, head {head}",
                 "variation": percent(value),
-                "kl": f"{layer['kl_divergence'][head]:.2g}",
-                "logit": f"{layer['logit_error'][head]:.2g}",
+                "kl": digits_text(layer["kl_divergence"][head], 2),
+                "logit": digits_text(layer["logit_error"][head], 2),
                 "history": f" {ARROW} ".join(percent(share) for share in shares),
             }
         )

@@ -21,6 +21,7 @@ TEMPLATE = Path(__file__).with_name("card.md.j2")
 TAGS = ["causal-video-diffusion", "mla-convert"]
 MLA_TAGS = ["multi-head-latent-attention", "mla", "kv-cache"]
 MAX_PROMPT = 100
+MINUS = "\N{MINUS SIGN}"
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 # A bracket would end the text of a link.
 _BRACKETS = str.maketrans("[]", "()")
@@ -192,7 +193,12 @@ def _memory(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _rise(loss: float, teacher: float | None) -> str:
-    return f" ({100 * (loss - teacher) / teacher:+.1f} %)" if teacher else ""
+    if not teacher:
+        return ""
+    percents = 100 * (loss - teacher) / teacher
+    # Two digits below 1 %, as the report has it.
+    size = f"{abs(percents):#.2g}" if 0 < abs(percents) < 1 else f"{abs(percents):.1f}"
+    return f" ({MINUS if percents < 0 else '+'}{size} %)"
 
 
 def _percent(share: float) -> str:
