@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator
 
 from .figures import MUTED, STUDENT, Chart, percent_axis
 from .text import digits_text, percent, signed
@@ -18,6 +17,8 @@ HEADS = 5
 
 def map_chart(layers: Sequence[Mapping[str, Any]]) -> str:
     """Total variation of every head as a dot, layer by layer, and the mean of each layer as a line."""
+    from matplotlib.ticker import MaxNLocator
+
     with Chart("attention maps") as chart:
         ax = chart.axes
         heads = [[100 * value for value in _known(layer["total_variation"])] for layer in layers]
