@@ -243,6 +243,8 @@ def test_the_pipeline_comes_first_and_says_what_it_lacks(run):
     assert whole.index("StreamingMLAPipeline") < whole.index("import mla_convert.families")
     lacking = card_of(manifest, components=Components({"vae": parts["vae"]}, Path(".")))
     assert "It lacks `text_encoder` and `tokenizer`: pass them" in lacking and "video = pipe" not in lacking
+    assert "It lacks `vae`, `text_encoder` and `tokenizer`: pass them" in card_of(manifest)
+    assert "StreamingMLAPipeline" not in card_of(manifest | {"source": {"model": "zoo:natural"}})
     digits = card_of(manifest | {"source": {"model": "zoo:digits"}, "recipe": None})
     assert 'video = pipe("7 at 2,1 moving up-left").frames[0]' in digits
 

@@ -92,8 +92,8 @@ def render_card(
         libraries=library_versions(),
         components=components or Components({}),
         noise_range=noise_range,
-        # One of several experts makes no video by itself.
-        generates=noise_range == [0.0, 1.0],
+        # One of several experts makes no video by itself; the other embedded teacher reads no prompts and has no VAE.
+        generates=noise_range == [0.0, 1.0] and (digits or not (origin.name or "").startswith("zoo:")),
         prompt=_prompt(recipe, digits),
         missing=[]
         if digits
