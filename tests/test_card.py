@@ -231,7 +231,31 @@ def test_an_expert_is_called_one(run):
     manifest = read_manifest(run / "checkpoint")
     assert "expert" not in card_of(manifest)
     source = {"source": {"noise_range": [0.9, 1.0]}}
-    assert "one of several experts, for noise levels 0.9 to 1.0" in card_of(manifest | {"recipe": RECIPE | source})
+    expert = card_of(manifest | {"recipe": RECIPE | source})
+    assert "one of several experts, for noise levels 0.9 to 1.0" in expert and "StreamingMLAPipeline" not in expert
+
+
+def test_the_pipeline_comes_first_and_says_what_it_lacks(run):
+    manifest = read_manifest(run / "checkpoint")
+    parts = {"vae": ("diffusers", "A"), "tokenizer": ("transformers", "B"), "text_encoder": ("transformers", "C")}
+    whole = card_of(manifest, components=Components(parts, Path(".")))
+    assert 'video = pipe("a cat, walking").frames[0]' in whole and "It lacks" not in whole
+    assert whole.index("StreamingMLAPipeline") < whole.index("import mla_convert.families")
+    lacking = card_of(manifest, components=Components({"vae": parts["vae"]}, Path(".")))
+    assert "It lacks `text_encoder` and `tokenizer`: pass them" in lacking and "video = pipe" not in lacking
+    assert "It lacks `vae`, `text_encoder` and `tokenizer`: pass them" in card_of(manifest)
+    assert "StreamingMLAPipeline" not in card_of(manifest | {"source": {"model": "zoo:natural"}})
+    digits = card_of(manifest | {"source": {"model": "zoo:digits"}, "recipe": None})
+    assert 'video = pipe("7 at 2,1 moving up-left").frames[0]' in digits
+
+
+def test_which_lora_weights_fit_is_said(run):
+    manifest = read_manifest(run / "checkpoint")
+    assert "LoRA weights made for the source load: its projections" in card_of(manifest)
+    model = manifest["model"]
+    low_rank = card_of(manifest | {"model": model | {"mla": model["mla"] | {"q_lora_rank": 4}}})
+    assert "load, but for those of `attn1.to_q`: the other projections" in low_rank
+    assert "LoRA" not in card_of(manifest | {"model": model | {"mla": None}})
 
 
 def test_parts_of_the_source_are_named(run):
@@ -257,8 +281,10 @@ def code_blocks(card: str, folder: Path) -> list[str]:
 
 
 def test_installed_code_runs(released):
-    loading, streaming = code_blocks((released / "README.md").read_text(), released)
+    pipeline, loading, streaming = code_blocks((released / "README.md").read_text(), released)
     names: dict[str, Any] = {}
+    exec(pipeline, names)
+    assert names["pipe"].transformer.mla is not None and "video" not in names
     exec(loading, names)
     assert names["transformer"].dtype == torch.bfloat16
     exec(streaming, names)
@@ -270,7 +296,7 @@ def test_standalone_code_runs(run, tmp_path, monkeypatch):
     monkeypatch.setattr("mla_convert.export.release.check_standalone", lambda model, folder: None)
     export(run, tmp_path / "out", ExportConfig(form="standalone"))
     monkeypatch.setattr(remote_code, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    alone, installed, streaming = code_blocks((tmp_path / "out" / "README.md").read_text(), tmp_path / "out")
+    _, alone, installed, streaming = code_blocks((tmp_path / "out" / "README.md").read_text(), tmp_path / "out")
     velocities = []
     for loading in (alone, installed):
         names: dict[str, Any] = {}

@@ -9,6 +9,7 @@ import torch
 from diffusers.hooks import apply_group_offloading
 from peft import LoraConfig
 from pico import convert, dense_model, inputs, relative_error, stream
+from safetensors.torch import load_file
 
 LATENTS, TIMESTEP, TEXT = inputs(1, 4, 4, 4)
 
@@ -60,6 +61,19 @@ def test_a_lora_of_kept_projections_works(converted):
     assert relative_error(with_lora, forward(converted)) > 1e-3
     model.disable_adapters()
     assert relative_error(forward(model), forward(converted)) < 1e-6
+
+
+@pytest.mark.parametrize("own_chunk", ["exact", "latent"])
+def test_a_lora_of_the_source_loads_whole(tmp_path, own_chunk):
+    dense = dense_model()
+    model = convert(copy.deepcopy(dense), position="rotate_on_read", own_chunk=own_chunk, init="svd", kv_lora_rank=20)
+    targets = ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_k", "ffn.net.0.proj"]
+    dense.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    dense.save_lora_adapter(tmp_path)
+    weights = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    model.load_lora_adapter(weights, prefix=None, adapter_name="default")
+    loaded = {name for name, _ in model.named_parameters() if ".lora_" in name}
+    assert loaded == {name for name, _ in dense.named_parameters() if ".lora_" in name}
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(converted):

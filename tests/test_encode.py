@@ -67,7 +67,7 @@ def pipeline(tmp_path_factory) -> Path:
 
 def stock_pipeline(folder: Path, dtype: torch.dtype) -> WanPipeline:
     absent = dict.fromkeys(("vae", "scheduler", "transformer", "transformer_2"))
-    return WanPipeline.from_pretrained(folder, **absent, torch_dtype=dtype)
+    return WanPipeline.from_pretrained(folder, **absent, dtype=dtype)
 
 
 def square(frames: int, height: int = 64, width: int = 96) -> np.ndarray:

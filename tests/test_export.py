@@ -86,9 +86,9 @@ def test_stock_class_refuses_a_converted_checkpoint(tmp_path, position, own_chun
     stock = diffusers.WanTransformer3DModel
 
     with pytest.raises(ValueError, match="expected shape"):
-        stock.from_pretrained(inner, torch_dtype=dtype)
+        stock.from_pretrained(inner, dtype=dtype)
     with pytest.raises(ValueError, match="low_cpu_mem_usage"):
-        stock.from_pretrained(inner, torch_dtype=dtype, low_cpu_mem_usage=False, ignore_mismatched_sizes=True)
+        stock.from_pretrained(inner, dtype=dtype, low_cpu_mem_usage=False, ignore_mismatched_sizes=True)
     with pytest.raises(RuntimeError, match="size mismatch"):
         stock(**STOCK).load_state_dict(model.state_dict(), strict=False)
 
@@ -199,7 +199,7 @@ def test_saving_in_another_dtype_leaves_the_model_alone(tmp_path):
 
     assert model.dtype == torch.float32
     stored = load_file(tmp_path / "half" / WEIGHTS)
-    theirs = type(model).from_pretrained(tmp_path / "half" / "transformer", torch_dtype=torch.bfloat16)
+    theirs = type(model).from_pretrained(tmp_path / "half" / "transformer", dtype=torch.bfloat16)
     assert {n: t.dtype for n, t in stored.items()} == {n: t.dtype for n, t in theirs.state_dict().items()}
     assert {t.dtype for t in stored.values()} == {torch.bfloat16, torch.float32}
     for name, tensor in model.state_dict().items():

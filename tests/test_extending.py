@@ -317,7 +317,7 @@ def test_a_recipe_runs_on_it_with_the_stage(tmp_path: Path, capsys: pytest.Captu
     logged = [json.loads(line) for line in next((tmp_path / "run").rglob("metrics.jsonl")).read_text().splitlines()]
     assert any("largest_error" in json.dumps(entry) for entry in logged)
     folder = tmp_path / "run" / "checkpoint" / "transformer"
-    model = diffusers.MLAToyTransformer3DModel.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    model = diffusers.MLAToyTransformer3DModel.from_pretrained(folder, dtype=torch.bfloat16)
     clip = (latents[:1].bfloat16(), torch.tensor([400.0]), text[:1].bfloat16())
     assert model(*clip).sample.isfinite().all()
     assert toy_family.FAMILY.mla_class is type(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -272,3 +273,11 @@ def test_every_library_is_a_declared_dependency(wheel):
     owners = packages_distributions()
     used = set().union(*(third_party(path) for path in PACKAGE.rglob("*.py")))
     assert [name for name in sorted(used) if declared.isdisjoint(map(canonicalize_name, owners.get(name, [])))] == []
+
+
+def test_matplotlib_waits_until_something_is_drawn() -> None:
+    """It is slow to import, and where its cache cannot be written it says so on stderr, even of `generate`."""
+    code = "import sys, mla_convert.pipeline.generation, mla_convert.pipeline.run, mla_convert.evaluate.report; "
+    code += "print('matplotlib' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"

@@ -165,7 +165,7 @@ def test_loaded_model_is_the_stock_one(folder):
 
 def test_loading_in_bfloat16_keeps_what_from_pretrained_keeps(folder):
     model = load_dense(load_source(str(folder)), torch.bfloat16)
-    theirs = type(model).from_pretrained(folder, torch_dtype=torch.bfloat16, disable_mmap=True)
+    theirs = type(model).from_pretrained(folder, dtype=torch.bfloat16, disable_mmap=True)
 
     assert model.dtype == torch.bfloat16
     dtypes = {name: tensor.dtype for name, tensor in theirs.state_dict().items()}

@@ -92,7 +92,7 @@ def test_checkpoint_is_a_diffusers_model_with_its_manifest(teacher, finished):
     manifest = read_manifest(folder)
 
     verify_files(folder, manifest)
-    model = diffusers.MLAWanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=torch.bfloat16)
+    model = diffusers.MLAWanTransformer3DModel.from_pretrained(folder / "transformer", dtype=torch.bfloat16)
 
     assert model.mla.kv_lora_rank == (8, 8)
     assert manifest["prompt_encoder"] == "digits"

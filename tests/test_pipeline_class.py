@@ -56,7 +56,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def digits(exported: Path) -> Any:
-    return quiet(StreamingMLAPipeline.from_pretrained(exported, torch_dtype=torch.float32))
+    return quiet(StreamingMLAPipeline.from_pretrained(exported, dtype=torch.float32))
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +285,7 @@ def test_a_wan_export_reads_text_and_makes_pictures(wan: Path) -> None:
 
     begun = pipe("a", num_frames=9, start=Image.new("RGB", (96, 64), (200, 30, 30)), **size).frames
     assert begun.shape == made.shape and not np.array_equal(begun, made)
-    half = quiet(StreamingMLAPipeline.from_pretrained(wan, torch_dtype={"vae": torch.bfloat16}))
+    half = quiet(StreamingMLAPipeline.from_pretrained(wan, dtype={"vae": torch.bfloat16}))
     assert (half.vae.dtype, half.transformer.dtype) == (torch.bfloat16, torch.float32)
     frames = half("a red  square", num_frames=9, negative_prompt="dark", **size).frames
     # Observed: 0.12, of a random VAE of three channels.

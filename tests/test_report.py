@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import os
 import re
@@ -19,7 +20,9 @@ from mla_convert.evaluate import figures
 from mla_convert.evaluate.geometry import preset
 from mla_convert.evaluate.memory import plan
 from mla_convert.evaluate.report import finite, render_html, write_report
-from mla_convert.evaluate.samples import Comparison
+from mla_convert.evaluate.samples import Comparison, film_strips
+from mla_convert.evaluate.text import digits_text, percent, signed
+from mla_convert.zoo.digits.data import parse_prompt
 
 FULL: dict[str, Any] = {
     "source": "zoo:digits",
@@ -203,6 +206,42 @@ def test_videos_are_embedded(tmp_path: Path, height: int, width: int, kind: str)
     assert f'width="{size[0]}" height="{size[1]}"' in html
     assert len(list(reader)) == 7
     assert html.count(f"data:image/{kind};base64,") == 2 * (7 if kind == "png" else 6)
+
+
+@pytest.mark.parametrize(
+    ("frames", "size", "numbers"),
+    [
+        (64, 16, [0, 1, 2, 3, 4, 60, 61, 62, 63]),
+        (16, 16, [0, 2, 4, 6, 8, 9, 11, 13, 15]),
+        (3, 16, [0, 1, 2]),
+        (81, 90, [0, 16, 32, 48, 64, 80]),
+    ],
+)
+def test_strips_of_long_pixel_art_show_motion(frames: int, size: int, numbers: list[int]) -> None:
+    assert film_strips({"a": np.zeros((frames, size, size, 3), np.float32)})["numbers"] == numbers
+
+
+def test_strips_of_a_bouncing_digit_show_it_move() -> None:
+    path = parse_prompt("7 at 2,2 moving up-left").path(64)
+    numbers = film_strips({"a": np.zeros((64, 16, 16, 3), np.float32)})["numbers"]
+    moves = [(path[a] != path[b]).any() for a, b in itertools.pairwise(numbers) if b == a + 1]
+    assert len(moves) == 7 and all(moves)
+
+
+def test_numbers_keep_their_zeros_and_one_minus() -> None:
+    shown = [percent(0.0029), percent(0.003), signed(-0.927), signed(0.003), percent(0.00999999), percent(-0.5)]
+    shown = [text.replace("\N{NO-BREAK SPACE}", " ") for text in shown]
+    assert shown == ["0.29 %", "0.30 %", "−92.7 %", "+0.30 %", "1.0 %", "−50.0 %"]
+    assert [digits_text(value, 3) for value in (0.53, 0.443, -0.5, 600, 23.4)] == [
+        "0.530", "0.443", "−0.500", "600", "23.4"
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("quick_charts")
+def test_the_curve_says_why_it_is_not_the_tables_loss() -> None:
+    why = "The table's losses are of the same clips on other noise"
+    assert why in Page(render_html(FULL)).text
+    assert why not in Page(render_html({"curves": FULL["curves"]})).text
 
 
 def test_a_plan_adds_the_streams_of_a_card() -> None:

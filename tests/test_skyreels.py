@@ -347,7 +347,7 @@ def test_a_run_ends_in_a_checkpoint_that_rolls_out(
     assert latents.isfinite().all()
 
     model = diffusers.MLASkyReelsV2Transformer3DModel.from_pretrained(
-        run / "checkpoint" / "transformer", torch_dtype=torch.bfloat16
+        run / "checkpoint" / "transformer", dtype=torch.bfloat16
     )
     assert model.mla.kv_lora_rank == (12, 12)
     assert (model.config.num_frame_per_block, model.causal.window_frames) == (2, 6)

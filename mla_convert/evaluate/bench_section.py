@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .figures import MUTED, STUDENT, TEACHER, Chart, percent_axis
-from .text import DASH, SPACE, times_training
+from .text import DASH, SPACE, digits_text, points_text, times_training
 
 METRICS = {
     "digit_accuracy": ("Frames that show the prompted digit", "percent"),
@@ -87,5 +87,5 @@ def _text(value: float, kind: str) -> str:
     if kind == "percent":
         return f"{100 * value:.1f}{SPACE}%"
     if kind == "points":
-        return f"{100 * value:+.1f} points"
-    return f"{value if abs(value) > NOTHING else 0:.3g}"
+        return points_text(value)
+    return digits_text(value, 3) if abs(value) > NOTHING else "0"

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator
 
 from .figures import MUTED, RUNS, TEACHER, Chart, _curve, _step_axis, log_axis_where_wide, percent_axis
 
@@ -53,6 +52,8 @@ def training_loss(reports: Sequence[Report]) -> str:
 
 def error_by_layer(reports: Sequence[Report]) -> str:
     """Relative error of each layer's attention output."""
+    from matplotlib.ticker import MaxNLocator
+
     with Chart("compared layers") as chart:
         ax = chart.axes
         for report, color in zip(reports, RUNS, strict=False):

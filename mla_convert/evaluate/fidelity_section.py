@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator
 
 from .figures import MUTED, STUDENT, Chart, percent_axis
-from .text import percent, signed
+from .text import digits_text, percent, signed
 
 ARROW = "\N{RIGHTWARDS ARROW}"
 HEADS = 5
@@ -18,6 +17,8 @@ HEADS = 5
 
 def map_chart(layers: Sequence[Mapping[str, Any]]) -> str:
     """Total variation of every head as a dot, layer by layer, and the mean of each layer as a line."""
+    from matplotlib.ticker import MaxNLocator
+
     with Chart("attention maps") as chart:
         ax = chart.axes
         heads = [[100 * value for value in _known(layer["total_variation"])] for layer in layers]
@@ -49,8 +50,8 @@ def worst_heads(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
             {
                 "name": f"layer {number}, head {head}",
                 "variation": percent(value),
-                "kl": f"{layer['kl_divergence'][head]:.2g}",
-                "logit": f"{layer['logit_error'][head]:.2g}",
+                "kl": digits_text(layer["kl_divergence"][head], 2),
+                "logit": digits_text(layer["logit_error"][head], 2),
                 "history": f" {ARROW} ".join(percent(share) for share in shares),
             }
         )

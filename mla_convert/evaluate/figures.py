@@ -6,15 +6,16 @@ import io
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from .memory import format_bytes
+
+# Matplotlib is imported by what draws: it is slow to import, and tells of a cache that it cannot write.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 
 # Matplotlib wants colours it can parse; each of these becomes a CSS variable in the finished SVG.
 INK, MUTED, RULE, TEACHER, STUDENT = "#010101", "#020202", "#030303", "#040404", "#050505"
@@ -136,6 +137,8 @@ def memory_by_streams(plan: Mapping[str, Any]) -> str:
 
 def error_by_layer(errors: Sequence[float]) -> str:
     """Relative error of each layer's attention output, as bars."""
+    from matplotlib.ticker import MaxNLocator
+
     with Chart("layers") as chart:
         ax = chart.axes
         ax.bar(
@@ -168,6 +171,9 @@ class Chart:
         self.svg = ""
 
     def __enter__(self) -> Chart:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+
         # A salt of its own keeps ids apart when several figures share one page, and bytes stable.
         self._context = rc_context(STYLE | {"svg.hashsalt": self.name})
         self._context.__enter__()
@@ -251,6 +257,8 @@ def _end_label(ax: Axes, x: float, y: float, text: str, color: str, above: bool)
 
 def log_axis_where_wide(ax: Axes, values: Sequence[float]) -> None:
     """A logarithmic axis for positive values that span more than a factor of eight."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
     if min(values) > 0 and max(values) > 8 * min(values):
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -259,6 +267,8 @@ def log_axis_where_wide(ax: Axes, values: Sequence[float]) -> None:
 
 
 def _step_axis(ax: Axes, steps: Sequence[float]) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
     ax.set_xlabel("step")
     ax.set_xlim(0, max(steps) * 1.02 or 1)
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=STEPS))
@@ -268,6 +278,8 @@ def _step_axis(ax: Axes, steps: Sequence[float]) -> None:
 
 
 def _memory_axes(ax: Axes, streams: int, top: float) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
     ax.set_xlim(0, streams)
     ax.set_ylim(0, top)
     ax.set_xlabel("parallel streams")
@@ -278,6 +290,8 @@ def _memory_axes(ax: Axes, streams: int, top: float) -> None:
 
 
 def percent_axis(ax: Axes) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
     ax.set_ylim(bottom=0)
     ax.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))

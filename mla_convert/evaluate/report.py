@@ -219,8 +219,10 @@ def _charts(report: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
     curves = report.get("curves") or []
     if any(row.get("heldout_loss") is not None for row in curves):
-        svg = figures.heldout_loss(curves)
-        add("distillation", "Held-out loss", "On clips that were never trained on, same noise at every point.", svg)
+        note = "On clips that were never trained on, same noise at every point."
+        if _has(report, "student_loss"):
+            note += " The table's losses are of the same clips on other noise, hence other numbers."
+        add("distillation", "Held-out loss", note, figures.heldout_loss(curves))
     if any(row.get("loss") is not None for row in curves):
         add("distillation", "Training loss", "What the stage minimises.", figures.training_loss(curves))
     if _has(report, "dense_cache_bytes", "latent_cache_bytes"):

@@ -45,18 +45,30 @@ def embed(comparison: Comparison) -> dict[str, Any]:
 
 
 def film_strips(videos: Mapping[str, Frames]) -> dict[str, Any]:
-    """A few frames of each of some videos of one shape: `numbers` of the frames, `strips`, and how they are shown."""
+    """A few frames of each of some videos of one shape: `numbers` of the frames, `strips`, and how they are shown.
+
+    Evenly spaced frames; of long pixel art those that follow one another at the beginning and at the end.
+    """
     frames, height, width = next(iter(videos.values())).shape[:3]
     small = max(height, width) <= _PIXEL_ART
-    shown = np.unique(np.linspace(0, frames - 1, min(9 if small else 6, frames)).round().astype(int))
+    shown = _shown_frames(frames, small)
     return {
-        "numbers": [int(index) for index in shown],
+        "numbers": shown,
         "strips": [
             {"name": name, "frames": [_still(video[index]) for index in shown]} for name, video in videos.items()
         ],
         "small": small,
         "ratio": f"{width} / {height}",
     }
+
+
+def _shown_frames(frames: int, small: bool) -> list[int]:
+    count = min(9 if small else 6, frames)
+    if small and frames > 2 * count:
+        # A digit's bounce has a period of four frames: frames far apart may all show it in one place.
+        first = (count + 1) // 2
+        return [*range(first), *range(frames - (count - first), frames)]
+    return [int(index) for index in np.unique(np.linspace(0, frames - 1, count).round().astype(int))]
 
 
 def embed_video(frames: Frames, fps: float) -> dict[str, Any]:

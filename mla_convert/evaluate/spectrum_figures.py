@@ -6,20 +6,20 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib import colormaps, rc_context
-from matplotlib.axes import Axes
-from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from torch import Tensor
 
 from .figures import INK, MUTED, RULE, STEPS, STUDENT, STYLE, TEACHER, percent_axis
 from .prediction import Prediction
 from .spectrum import AXES, LEVEL, LayerSpectra, Spectrum
+
+# Matplotlib is imported by what draws: it is slow to import, and tells of a cache that it cannot write.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 
 _COLORS = {INK: "#1a1e23", MUTED: "#68727d", RULE: "#e3e7eb", TEACHER: "#a4adb7", STUDENT: "#14708a"}
 _LAYOUT_COLORS = ("#9a4b00", "#7a5aa8", "#c28a1f", _COLORS[STUDENT], "#2f6b3a")
@@ -55,6 +55,8 @@ def write_figures(
 
 def _energy(path: Path, spectra: Mapping[str, Sequence[Spectrum]], names: Sequence[str], ranks: Sequence[int]) -> None:
     """Energy kept by the number of directions, one line a layer."""
+    from matplotlib import colormaps
+
     with _png(path, len(names)) as panels:
         for ax, name in zip(panels, names, strict=True):
             layers = spectra[name]
@@ -78,6 +80,8 @@ def _energy(path: Path, spectra: Mapping[str, Sequence[Spectrum]], names: Sequen
 
 def _rank99(path: Path, spectra: Mapping[str, Sequence[Spectrum]]) -> None:
     """Directions that hold 99 % by layer."""
+    from matplotlib.ticker import MaxNLocator
+
     with _png(path) as (ax,):
         for name, layers in spectra.items():
             if layers:
@@ -93,6 +97,9 @@ def _rank99(path: Path, spectra: Mapping[str, Sequence[Spectrum]]) -> None:
 
 def _rope_pairs(path: Path, unrotated: Sequence[Tensor], axes: Sequence[int]) -> None:
     """Share of each rotary pair in what a layer loses unrotated, layers down, pairs across."""
+    from matplotlib.colors import PowerNorm
+    from matplotlib.ticker import MaxNLocator
+
     shares = torch.stack([lost / lost.sum().clamp_min(1e-300) for lost in unrotated]).numpy()
     with _png(path) as (ax,):
         image = ax.imshow(100 * shares, aspect="auto", cmap="viridis", norm=PowerNorm(0.5, vmin=0))
@@ -113,6 +120,8 @@ def _rope_pairs(path: Path, unrotated: Sequence[Tensor], axes: Sequence[int]) ->
 
 def _predicted_error(path: Path, predictions: Mapping[str, Prediction], ranks: Sequence[int]) -> None:
     """Predicted relative velocity error by cached scalars, one line a layout."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
     last = 2 * max(ranks)
     with _png(path) as (ax,):
         for (layout, prediction), color in zip(predictions.items(), _LAYOUT_COLORS, strict=False):
@@ -134,6 +143,8 @@ def _predicted_error(path: Path, predictions: Mapping[str, Prediction], ranks: S
 
 def _plain_log(ax: Axes) -> None:
     """Powers of two under a logarithmic axis."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
     ax.xaxis.set_major_locator(FixedLocator([float(2**power) for power in range(0, 20, 2)]))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     ax.xaxis.set_minor_locator(NullLocator())
@@ -142,6 +153,9 @@ def _plain_log(ax: Axes) -> None:
 @contextmanager
 def _png(path: Path, panels: int = 1) -> Iterator[list[Axes]]:
     """Axes side by side, written to `path` once the block has ended; equal data gives equal bytes."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     style: dict[str, Any] = {
         key: _COLORS.get(value, value) if isinstance(value, str) else value for key, value in STYLE.items()
     }

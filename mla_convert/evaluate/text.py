@@ -51,9 +51,17 @@ def bytes_text(count: float) -> str:
 
 
 def percent(share: float) -> str:
-    """A share as `12.3 %`; two digits below 1 %."""
+    """A share as `12.3 %`; two digits below 1 %, as `0.30 %`."""
     hundred = 100 * share
-    return f"{hundred:.2g}{SPACE}%" if 0 < abs(hundred) < 1 else f"{hundred:.1f}{SPACE}%"
+    return (
+        f"{digits_text(hundred, 2)}{SPACE}%" if 0 < abs(hundred) < 1 else f"{hundred:.1f}{SPACE}%".replace("-", MINUS)
+    )
+
+
+def digits_text(value: float, digits: int) -> str:
+    """A number to so many digits, zeros at its end included: 0.53 to three is `0.530`."""
+    text = f"{abs(value):#.{digits}g}".rstrip(".")
+    return f"{MINUS}{text}" if value < 0 else text
 
 
 def share_text(share: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from .citations import BASE_MODELS, VIDEO_MLA
-from .components import Components, is_hub_id
+from .components import Components, is_hub_id, sampling_of
 from .evidence import SAMPLES, Evidence
 from .pictures import ANIMATION, Picture
 from .standalone import library_versions
@@ -21,6 +22,8 @@ TEMPLATE = Path(__file__).with_name("card.md.j2")
 TAGS = ["causal-video-diffusion", "mla-convert"]
 MLA_TAGS = ["multi-head-latent-attention", "mla", "kv-cache"]
 MAX_PROMPT = 100
+NEEDED = ("vae", "text_encoder", "tokenizer")
+MINUS = "\N{MINUS SIGN}"
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 # A bracket would end the text of a link.
 _BRACKETS = str.maketrans("[]", "()")
@@ -67,6 +70,8 @@ def render_card(
         tags=[*(MLA_TAGS if model.get("mla") else []), *TAGS, model["family"]],
         widget=[{"text": text, "output": {"url": file}} for file, text in samples] or None,
     )
+    digits = source.get("model") == "zoo:digits" or sampling_of(recipe).get("prompt_format") == "digits"
+    noise_range = list((recipe.get("source") or {}).get("noise_range", [0.0, 1.0]))
     base = BASE_MODELS.get(model["family"])
     animation = next((picture for picture in pictures if picture.file == ANIMATION), None)
     environment = jinja2.Environment(
@@ -86,7 +91,13 @@ def render_card(
         code=next((file for file in manifest["files"] if file.endswith(".py")), None),
         libraries=library_versions(),
         components=components or Components({}),
-        noise_range=(recipe.get("source") or {}).get("noise_range", [0.0, 1.0]),
+        noise_range=noise_range,
+        # One of several experts makes no video by itself; the other embedded teacher reads no prompts and has no VAE.
+        generates=noise_range == [0.0, 1.0] and (digits or not (origin.name or "").startswith("zoo:")),
+        prompt=_prompt(recipe, digits),
+        missing=[]
+        if digits
+        else [f"`{part}`" for part in NEEDED if part not in (components or Components({})).classes],
         layers=_layers(model, report),
         recipe=_recipe_text(recipe),
         stages=[stage["stage"] for stage in recipe.get("distill") or []],
@@ -126,6 +137,14 @@ def find_samples(evidence: Evidence, recipe: Mapping[str, Any]) -> list[tuple[st
         text = " ".join((prompts[int(number)] if known else file.stem).translate(_BRACKETS).split())
         found.append((f"{SAMPLES}/{file.name}", textwrap.shorten(text, MAX_PROMPT, placeholder=" …")))
     return found
+
+
+def _prompt(recipe: Mapping[str, Any], digits: bool) -> str:
+    """A prompt for the model as a Python literal: the recipe's first, in one line and shortened."""
+    known = (recipe.get("generate") or {}).get("prompts") or []
+    prompt = known[0] if known else "7 at 2,1 moving up-left" if digits else "a cat walks through tall grass"
+    text = textwrap.shorten(" ".join(prompt.replace("`", "'").split()), MAX_PROMPT, placeholder=" …")
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _layers(model: Mapping[str, Any], report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -192,7 +211,12 @@ def _memory(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _rise(loss: float, teacher: float | None) -> str:
-    return f" ({100 * (loss - teacher) / teacher:+.1f} %)" if teacher else ""
+    if not teacher:
+        return ""
+    percents = 100 * (loss - teacher) / teacher
+    # Two digits below 1 %, as the report has it.
+    size = f"{abs(percents):#.2g}" if 0 < abs(percents) < 1 else f"{abs(percents):.1f}"
+    return f" ({MINUS if percents < 0 else '+'}{size} %)"
 
 
 def _percent(share: float) -> str:

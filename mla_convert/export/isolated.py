@@ -40,7 +40,7 @@ def compare(folder: Path, expected: Path) -> None:
         str(folder),
         subfolder="transformer",
         trust_remote_code=True,
-        torch_dtype=getattr(torch, settings["dtype"]),
+        dtype=getattr(torch, settings["dtype"]),
         disable_mmap=True,
     )
     state = model.state_dict()

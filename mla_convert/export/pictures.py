@@ -6,16 +6,17 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import imageio_ffmpeg
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ..errors import UserError
 from .evidence import SAMPLES, Evidence
+
+# Matplotlib is imported by what draws: it is slow to import, and tells of a cache that it cannot write.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 
 FIGURES = "figures"
 ANIMATION = f"{SAMPLES}/sample.gif"
@@ -85,6 +86,8 @@ def draw_pictures(folder: Path, model: Any, evidence: Evidence) -> list[Picture]
 
 
 def _bars(ax: Axes, values: Sequence[float], unit: str = "") -> None:
+    from matplotlib.ticker import MaxNLocator
+
     ax.bar(range(len(values)), values, width=min(0.72, 0.12 * len(values)), color=_LATENT)
     ax.set_xlim(-0.6, len(values) - 0.4)
     ax.set_xlabel("layer")
@@ -101,6 +104,8 @@ def _error_by_noise(ax: Axes, points: Sequence[tuple[float, float]]) -> None:
 
 
 def _heldout(ax: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     # The report's loss of the teacher was measured with other noise, so it has no place here.
     ax.plot(
         [row["step"] for row in rows],
@@ -115,6 +120,8 @@ def _heldout(ax: Axes, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _value_axis(ax: Axes, unit: str) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
     ax.set_ylim(bottom=0)
     ax.yaxis.set_major_locator(MaxNLocator(5))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} {unit}".strip()))
@@ -122,6 +129,9 @@ def _value_axis(ax: Axes, unit: str) -> None:
 
 @contextmanager
 def _png(path: Path) -> Iterator[Axes]:
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     with rc_context(_STYLE):
         figure = Figure(figsize=(5.4, 3.3), layout="constrained")
         yield figure.add_subplot()

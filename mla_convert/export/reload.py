@@ -26,7 +26,7 @@ def check_tensors_on_disk(model: Any, transformer: Path) -> None:
     # diffusers warns of the `auto_map` that AutoModel asks for.
     logging.set_verbosity_error()
     try:
-        reloaded = type(model).from_pretrained(transformer, torch_dtype=model.dtype).state_dict()
+        reloaded = type(model).from_pretrained(transformer, dtype=model.dtype).state_dict()
     finally:
         logging.set_verbosity(verbosity)
     for name, tensor in model.state_dict().items():

@@ -39,7 +39,7 @@ def load_arguments(name: str | Path, given: Mapping[str, Any]) -> tuple[Path | N
             place = {"subfolder": entry["subfolder"], "revision": entry["revision"]}
             arguments[part] = _load_part(part, entry["library"], entry["class"], dtypes, entry["repository"], **place)
     if index.get(TRANSFORMER, [None])[0] == "diffusers":
-        return root, {**arguments, "torch_dtype": dtypes}
+        return root, {**arguments, "dtype": dtypes}
     arguments.pop("trust_remote_code", None)
     unknown = [key for key in arguments if key not in (TRANSFORMER, *PARTS, *SAMPLING)]
     if unknown:
@@ -68,7 +68,7 @@ def _find(name: str | Path, hub: Mapping[str, Any], arguments: Mapping[str, Any]
 
 def _dtypes(inner: Path, arguments: dict[str, Any]) -> dict[str, torch.dtype]:
     """dtype by part; takes what the caller said of it out of `arguments`."""
-    asked = arguments.pop("torch_dtype", None)
+    asked = arguments.pop("torch_dtype", None)  # what diffusers called it before
     asked = arguments.pop("dtype", None) or asked
     if isinstance(asked, torch.dtype):
         return dict.fromkeys((TRANSFORMER, "vae", "text_encoder", "default"), asked)
@@ -85,7 +85,7 @@ def _load_part(
 ) -> Any:
     """A part by its own class; `place` is a folder or a repository."""
     loader: Any = getattr(importlib.import_module(library), class_name)
-    dtype = {"dtype" if library == "transformers" else "torch_dtype": dtypes.get(part, dtypes["default"])}
+    dtype = {"dtype": dtypes.get(part, dtypes["default"])}
     try:
         with explain_hub_errors(place, where.get("revision")):
             return loader.from_pretrained(place, **where, **(dtype if part in ("vae", "text_encoder") else {}))

@@ -100,8 +100,8 @@ class StreamingMLAPipeline(DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
         """Load an export, checkpoint, run or transformer folder, or a repository on the Hub.
 
-        Arguments are those of diffusers. Without `torch_dtype` the transformer keeps its stored dtype,
-        the VAE gets float32 and the text encoder bfloat16; `torch_dtype={"vae": torch.bfloat16}` halves the
+        Arguments are those of diffusers. Without `dtype` the transformer keeps its stored dtype,
+        the VAE gets float32 and the text encoder bfloat16; `dtype={"vae": torch.bfloat16}` halves the
         memory of decoding. Parts that the checkpoint only names are loaded from where it names them; pass None
         for one to do without. Raises UserError in one line.
         """

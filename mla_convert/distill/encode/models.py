@@ -105,7 +105,7 @@ def load_vae(folder: Path, device: torch.device | str = "cpu") -> Any:
     from diffusers import AutoencoderKLWan
 
     with _explained(folder):
-        vae: Any = AutoencoderKLWan.from_pretrained(folder / VAE, torch_dtype=torch.float32)
+        vae: Any = AutoencoderKLWan.from_pretrained(folder / VAE, dtype=torch.float32)
     return vae.to(device).eval()
 
 
