@@ -166,7 +166,7 @@ def test_it_equals_the_installed_class(family, written, alone):
 def test_code_of_the_card_streams_every_family(family, written):
     card = (written[family] / "out" / "README.md").read_text()
     assert 'pip install "torch' in card
-    _, loading, streaming = re.findall(r"(?s)```python\n(.*?)```", card)
+    *_, loading, streaming = re.findall(r"(?s)```python\n(.*?)```", card)
     names: dict[str, Any] = {}
     exec(loading.replace("PATH_OR_REPOSITORY", str(written[family] / "out")), names)
     exec(streaming, names)
