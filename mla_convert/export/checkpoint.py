@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -145,8 +144,6 @@ def _write_weights(model: Any, folder: Path, max_shard_size: str, tensors: LazyT
         del shard
         if tensors is not None:
             tensors.release()
-        # safetensors writes files that only their owner may read.
-        shutil.copymode(folder / CONFIG, folder / filename)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

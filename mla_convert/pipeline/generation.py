@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..devices import default_device
@@ -19,7 +18,7 @@ from ..distill.negative import NEGATIVE, read_negative
 from ..distill.progress import Report
 from ..errors import UsageError, UserError
 from ..export.manifest import read_manifest
-from ..files import MANIFEST, atomic_file
+from ..files import MANIFEST, atomic_file, check_place, save_tensors
 from ..recipe.schema import validate
 from ..run.config import GenerateConfig
 from ..run.decode import frame_chunks, latent_frames, video_frames
@@ -158,6 +157,8 @@ class _Task:
         out, request = self.out, self.request
         if self.pictures:
             check_suffix(out)
+        if out != STDOUT:
+            check_place(out, folder=out.suffix == "")
         if out == STDOUT and len(request.prompts) > 1:
             raise UsageError("stdout takes one video; give one prompt, or a file")
         if request.endless and out.suffix.lower() in (LATENTS, ".gif"):
@@ -258,7 +259,7 @@ def _write_latents(chunks: Iterable[Tensor], paths: Sequence[Path]) -> tuple[int
     videos = torch.cat(made, dim=2)
     for path, latents in zip(paths, videos, strict=True):
         with atomic_file(path) as temporary:
-            save_file({"latents": latents.contiguous()}, temporary)
+            save_tensors({"latents": latents.contiguous()}, temporary)
     return videos.shape[2], interrupted
 
 
