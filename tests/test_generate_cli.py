@@ -345,13 +345,13 @@ def start(folder: Path, *arguments: Any, **settings: Any) -> subprocess.Popen[by
     return subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, **settings)
 
 
-def interrupted(process: subprocess.Popen[bytes], ready: Any) -> str:
+def interrupted(process: subprocess.Popen[bytes], ready: Any, number: int = signal.SIGINT) -> str:
     """Ctrl-C in a terminal, which sends the signal to the whole group, as soon as `ready()`; what it says."""
     for _ in range(1200):
         if ready() or process.poll() is not None:
             break
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     _, err = process.communicate(timeout=120)
     return err.decode()
 
@@ -364,6 +364,13 @@ def test_ctrl_c_ends_with_a_playable_file(digits, tmp_path, name):
     assert "error: interrupted" in err
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (len(list((tmp_path / name).iterdir())) if name == "frames" else frames_of(tmp_path / name)) > 0
+
+
+def test_sigterm_finishes_the_video_too(digits, tmp_path):
+    process = start(digits, "--endless", "--steps", "1", "--out", tmp_path / "video.mp4")
+    err = interrupted(process, lambda: list(tmp_path.glob(".video.mp4.*.tmp")), signal.SIGTERM)
+    assert process.returncode == 143 and "error: terminated" in err, err
+    assert [path.name for path in tmp_path.iterdir()] == ["video.mp4"] and frames_of(tmp_path / "video.mp4") > 0
 
 
 def test_a_pipe_gets_the_video_while_it_is_made(digits, tmp_path):
