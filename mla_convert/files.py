@@ -151,6 +151,11 @@ def _exchange(one: Path, other: Path) -> bool:
     return swapped == 0
 
 
+def unreadable(error: OSError | UnicodeDecodeError) -> str:
+    """Why a text cannot be read, in a few words."""
+    return error.strerror or str(error) if isinstance(error, OSError) else "it is not UTF-8 text"
+
+
 def claim_folder(path: Path, kind: str, markers: tuple[str, ...] = (MANIFEST, "state.json")) -> None:
     """Refuse an output folder that holds something that is not a `kind` of ours.
 

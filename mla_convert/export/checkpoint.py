@@ -74,6 +74,8 @@ def find_checkpoint(folder: Path) -> tuple[Path, Path]:
         return (folder.parent if (folder.parent / MANIFEST).is_file() else folder), folder
     if not folder.exists():
         raise UserError(f"{folder} does not exist")
+    if (folder / "state.json").is_file():
+        raise UserError(f"the run in {folder} is not finished and has no checkpoint yet; go on with --resume")
     raise UserError(f"{folder} holds no checkpoint: neither {TRANSFORMER}/config.json nor checkpoint/{TRANSFORMER}")
 
 

@@ -21,7 +21,7 @@ from ..export.manifest import read_manifest
 from ..files import MANIFEST, atomic_file, check_place, save_tensors
 from ..recipe.schema import validate
 from ..run.config import GenerateConfig
-from ..run.decode import frame_chunks, latent_frames, video_frames
+from ..run.decode import first_video_frame, frame_chunks, latent_frames, video_frames
 from ..run.decode_memory import reserve
 from ..run.offload import Offload, place
 from ..run.parts import PICTURES, TEXT, find_parts
@@ -152,6 +152,16 @@ class _Task:
         check_latent_size(self.model, self.height, self.width, self.spatial)
         if not request.endless:
             check_length(self.model, self.config.num_frames)
+            self._check_changes()
+
+    def _check_changes(self) -> None:
+        length = first_video_frame(self.config.num_frames, self.temporal) / self.config.fps
+        late = next((change for change in self.request.changes if change.seconds >= length), None)
+        if late is not None:
+            raise UsageError(
+                f"the prompt at {late.seconds:g} seconds comes after the end of the video, which is {length:.4g} "
+                "seconds long; give an earlier time or more --seconds"
+            )
 
     def _check_out(self) -> None:
         out, request = self.out, self.request
