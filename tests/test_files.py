@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from mla_convert.cli import main
 from mla_convert.errors import UserError
 from mla_convert.files import atomic_file, atomic_folder, check_place, explain_os_errors, save_tensors, write_text
+from mla_convert.load.locate import ZOO
 from mla_convert.run import video
 
 
@@ -69,3 +71,31 @@ def test_what_ffmpeg_cannot_write_is_named(tmp_path, monkeypatch):
         script.chmod(0o755)
         with pytest.raises(UserError, match=f"{message} {tmp_path}/a.mp4"):
             video.save_video(frames, tmp_path / "a.mp4", 8)
+
+
+@pytest.mark.parametrize(
+    ("command", "work"),
+    [
+        (
+            ["evaluate", str(ZOO / "digits" / "teacher"), "--out", "{}"],
+            "mla_convert.pipeline.evaluation.load_checkpoint",
+        ),
+        (["inspect", "zoo:digits", "--out", "{}"], "mla_convert.pipeline.inspection.load_source"),
+        (["bench", "--preset", "digits", "--out", "{}"], "mla_convert.evaluate.bench.bench"),
+        (
+            ["generate", str(ZOO / "digits" / "teacher"), "--prompt", "7", "--out", "{}.mp4"],
+            "mla_convert.pipeline.generation.load_models",
+        ),
+    ],
+)
+def test_commands_look_at_the_place_before_they_compute(tmp_path, monkeypatch, capsys, command, work):
+    def begun(*_, **__):
+        raise AssertionError("began to compute")
+
+    monkeypatch.setattr(work, begun)
+    (tmp_path / "taken").touch()
+    assert main([word.replace("{}", str(tmp_path / "taken" / "x")) for word in command]) == 1
+    assert "taken is a file; choose another place" in capsys.readouterr().err
+    assert main([word.replace("{}", str(tmp_path / "free" / "x")) for word in command]) == 1
+    assert "began to compute" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
