@@ -25,10 +25,12 @@ MANIFEST = "mla_convert.json"
 # linux/fcntl.h and linux/fs.h.
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
+_BAD_PLACES = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EISDIR)
+
 
 @contextlib.contextmanager
 def explain_os_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk or a missing permission at `path` into one clear line."""
+    """Turn a full disk, a missing permission or a place where nothing can be into one clear line about `path`."""
     try:
         yield
     except OSError as error:
@@ -36,7 +38,26 @@ def explain_os_errors(path: Path) -> Iterator[None]:
             raise UserError(f"the disk is full: cannot write {path}; free some space and run again") from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise UserError(f"no permission to write {path}") from None
+        if error.errno in _BAD_PLACES and _concerns(error, path):
+            raise UserError(f"cannot write {path}: {_reason(error, path)}; choose another place") from None
         raise
+
+
+def _concerns(error: OSError, path: Path) -> bool:
+    """Whether the error is about writing `path`, not about a file that was read meanwhile."""
+    if error.filename is None:
+        return True
+    named, path = (Path(os.path.abspath(os.fsdecode(one))) for one in (error.filename, path))
+    places = (path, _temporary(path))
+    return any(named in (place, *place.parents) or place in named.parents for place in places)
+
+
+def _reason(error: OSError, path: Path) -> str:
+    for folder in path.parents:
+        with contextlib.suppress(OSError):
+            if folder.exists() and not folder.is_dir():
+                return f"{folder} is a file"
+    return os.strerror(error.errno or 0)
 
 
 def _temporary(path: Path) -> Path:
@@ -46,16 +67,39 @@ def _temporary(path: Path) -> Path:
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` that replaces it when the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
-    try:
-        with explain_os_errors(path):
+    with explain_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
             yield temporary
             with temporary.open("rb") as written:
                 os.fsync(written.fileno())
             temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def check_place(path: Path, folder: bool = False) -> None:
+    """Raise UserError unless a file, or a `folder`, can be written at `path`; call it before long work.
+
+    Nothing is left behind. What stands in a folder is not looked at; see `claim_folder`.
+    """
+    with explain_os_errors(path):
+        if folder and path.exists() and not path.is_dir():
+            raise UserError(f"cannot write {path}: it is a file; give the name of a folder")
+        if not folder and path.is_dir():
+            raise UserError(f"cannot write {path}: it is a folder; give the name of a file")
+        path = Path(os.path.abspath(path))
+        made = [parent for parent in path.parents if not parent.exists()]
+        temporary = _temporary(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.touch()
+            temporary.unlink()
+        finally:
+            for parent in made:
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -72,7 +116,8 @@ def write_json(path: Path, value: Any) -> None:
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path` that takes its place when the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with explain_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     for aside in path.parent.glob(f".{path.name}.*.old.tmp"):
         # Killed between two renames: the old folder comes back.
         if not path.exists():
@@ -106,6 +151,11 @@ def _exchange(one: Path, other: Path) -> bool:
     return swapped == 0
 
 
+def unreadable(error: OSError | UnicodeDecodeError) -> str:
+    """Why a text cannot be read, in a few words."""
+    return error.strerror or str(error) if isinstance(error, OSError) else "it is not UTF-8 text"
+
+
 def claim_folder(path: Path, kind: str, markers: tuple[str, ...] = (MANIFEST, "state.json")) -> None:
     """Refuse an output folder that holds something that is not a `kind` of ours.
 
@@ -115,7 +165,7 @@ def claim_folder(path: Path, kind: str, markers: tuple[str, ...] = (MANIFEST, "s
     if not path.exists():
         return
     if not path.is_dir():
-        raise UserError(f"{path} is a file; give a folder for the {kind}")
+        raise UserError(f"{path} is a file; give the name of a folder")
     ours = any((path / name).exists() for name in markers)
     visible = [p for p in path.iterdir() if not p.name.endswith(".tmp")]
     if visible and not ours:
@@ -123,18 +173,22 @@ def claim_folder(path: Path, kind: str, markers: tuple[str, ...] = (MANIFEST, "s
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file; a full disk is the OSError that safetensors reports as text."""
+    """Write a safetensors file with the mode of any new file; an error of the disk, which comes as text, is OSError."""
     # Commands that only read recipes must not wait for PyTorch.
     import safetensors.torch
     from safetensors import SafetensorError
 
+    # safetensors leaves files that only their owner may read.
+    path.touch()
+    mode = path.stat().st_mode
     try:
         safetensors.torch.save_file(dict(tensors), path, dict(metadata) if metadata else None)
+        path.chmod(mode)
     except SafetensorError as error:
         code = re.search(r"\(os error (\d+)\)", str(error))
         if code is None:
             raise
-        raise OSError(int(code[1]), os.strerror(int(code[1]))) from None
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
 
 
 def sha256(path: Path) -> str:

@@ -43,7 +43,7 @@ def check_steps(steps: tuple[int, ...] | None) -> tuple[int, ...] | None:
         return None
     falling = all(a > b for a, b in itertools.pairwise(steps))
     if not steps or not falling or steps[0] > NUM_TRAIN_TIMESTEPS or steps[-1] < 1:
-        raise ValueError(f"denoising_steps fall from at most {NUM_TRAIN_TIMESTEPS} to at least 1, got {list(steps)}")
+        raise ValueError(f"the steps fall from at most {NUM_TRAIN_TIMESTEPS} to at least 1, got {list(steps)}")
     return steps
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import mla_convert.cli
 from mla_convert import __version__
 from mla_convert.cli import main
-from mla_convert.cli.output import DEBUG
+from mla_convert.cli.output import DEBUG, print_result
 
 COMMANDS = [
     "inspect",
@@ -126,7 +126,8 @@ def test_plan_needs_no_torch():
         (["run", "demo", "--set", "convert.qk_rope_head_dim=3"], "qk_rope_head_dim must be even"),
         (["generate", "x", "--out", "x.mp4"], "give --prompt or --prompt-embeds, one of the two"),
         (["generate", "x", "--out", "x.mp4", "--prompt", "7", "--latent-size", "3"], "'3' is not a size"),
-        (["export", "x", "y", "--max-shard-size", "big"], "max_shard_size"),
+        (["export", "x", "y", "--max-shard-size", "big"], "with KB, MB or GB, such as 5GB, got 'big'"),
+        (["recipes", "check", "demo", "--set", "name=a b"], "name: a name is letters, digits, dots, dashes and"),
     ],
 )
 def test_bad_usage_is_one_line_and_exit_2(capsys, tmp_path, monkeypatch, arguments, message):
@@ -170,6 +171,8 @@ def test_bug_is_one_line_with_a_hint_and_a_traceback_on_request(capsys, monkeypa
 
 def test_what_runs_out_is_explained():
     assert "out of memory; lower the batch sizes" in mla_convert.cli.unexpected(MemoryError())
+    cpu = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: ...")
+    assert mla_convert.cli.unexpected(cpu, "generate").startswith("out of memory; give fewer prompts")
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x")
     assert "the disk is full: cannot write runs/x" in mla_convert.cli.unexpected(full)
 
@@ -210,6 +213,58 @@ def test_interrupt_is_exit_130(capsys, monkeypatch):
     monkeypatch.setattr("mla_convert.cli.recipes.find_recipe", interrupted)
     code, _, err = call(capsys, "recipes", "show", "demo")
     assert (code, error_line(err)) == (130, "interrupted")
+
+
+HELD = """
+import sys, time
+from pathlib import Path
+from mla_convert import cli
+from mla_convert.files import atomic_file
+
+def hold(_):
+    with atomic_file(Path(sys.argv[1])) as temporary:
+        temporary.write_text("half")
+        print("ready", flush=True)
+        time.sleep(60)
+
+cli.recipes.find_recipe = hold
+sys.exit(cli.main(["recipes", "show", "demo"]))
+"""
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_sigterm_ends_in_order_unless_a_launcher_sends_it(tmp_path, launched):
+    command = [sys.executable, "-c", HELD, str(tmp_path / "x")]
+    env = {**os.environ, **({"WORLD_SIZE": "2"} if launched else {})}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.terminate()
+        _, err = process.communicate(timeout=60)
+    if launched:
+        assert process.returncode == -signal.SIGTERM
+    else:
+        assert (process.returncode, error_line(err)) == (143, "terminated")
+        assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize("arguments", [[], ["recipes"]])
+def test_help_without_arguments_is_no_error(capsys, arguments):
+    code, out, err = call(capsys, *arguments)
+    assert code == 2 and "Usage" in out + err and "error" not in err.lower()
+
+
+def test_piped_results_are_neither_wrapped_nor_marked_up(capsys, monkeypatch):
+    name = "runs/" + "long name " * 20 + "[bold] [x].mp4"
+    print_result(False, {}, f"wrote {name}")
+    assert capsys.readouterr().out == f"wrote {name}\n"
+
+
+def test_an_error_before_any_progress_stands_alone(capsys):
+    for command in (["evaluate", "nowhere"], ["push", "nowhere", "a/b"]):
+        code, _, err = call(capsys, *command)
+        assert (code, err) == (1, "error: nowhere does not exist\n")
 
 
 def test_plan_says_the_papers_numbers(capsys):

@@ -171,7 +171,7 @@ def test_errors_are_one_line_that_names_the_folder(runs: list[Path], tmp_path: P
     (empty / "report.json").write_text("{")
     with pytest.raises(UserError, match=r"report\.json cannot be read"):
         compare_runs([runs[0], empty], page)
-    with pytest.raises(UsageError, match="two to 6 runs, not 1"):
+    with pytest.raises(UsageError, match="takes 2 to 6 runs, not 1"):
         compare_runs(runs[:1], page)
     with pytest.raises(UsageError, match=r"ends in \.html"):
         compare_runs(runs, tmp_path / "c.pdf")

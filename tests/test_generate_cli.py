@@ -272,7 +272,11 @@ def test_offloading_makes_the_same_video(capsys, checkpoint, tmp_path, offload):
         (["--prompt", "7", "--seconds=-3"], 2, "a video of -3 seconds has no frames"),
         (["--prompt", "7", "--seconds", "nan"], 2, "a video of nan seconds has no frames"),
         (["--prompt", "7", "--sampler", "ddim"], 2, "'ddim' is not one of 'euler', 'renoise'"),
-        (["--prompt", "7", "--denoising-steps", "250,1000"], 2, "fall from at most 1000 to at least 1"),
+        (
+            ["--prompt", "7", "--denoising-steps", "250,1000"],
+            2,
+            "denoising_steps: the steps fall from at most 1000 to at least 1",
+        ),
         (["--prompt", "7", "--denoising-steps", "many"], 2, "'many' are no denoising steps"),
         (["--prompt", "7", "--size", "15x16"], 2, "a height of 16 does"),
         (["--prompt", "7", "--size", "16x16", "--latent-size", "16x16"], 2, "give --size or --latent-size"),
@@ -280,6 +284,11 @@ def test_offloading_makes_the_same_video(capsys, checkpoint, tmp_path, offload):
         (["--prompt", "7", "--prompt-at", "soon: 3"], 2, "'soon: 3' is no prompt with a time"),
         (["--prompt", "7", "--prompt-at", "-1:3"], 2, "seconds"),
         (["--prompt", "7", "--prompt-at", "1:3", "--prompt-at", "1:4"], 2, "two prompts begin at 1 seconds"),
+        (
+            ["--prompt", "7", "--frames", "8", "--prompt-at", "1:3"],
+            2,
+            "the prompt at 1 seconds comes after the end of the video, which is 1 seconds long",
+        ),
         (["--prompt", "7", "--prompt-at", "1:seven"], 2, "cannot read the digits prompt 'seven'"),
         (["--prompts", "none.yaml"], 1, "cannot read prompts from none.yaml: No such file"),
         (["--prompt", "7", "--endless", "--out", "x.gif"], 2, "a .gif file is kept in memory until its end"),
@@ -318,6 +327,12 @@ def test_a_prompts_file_that_says_something_else(tmp_path, name, text, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_prompts_file_in_another_encoding(tmp_path):
+    (tmp_path / "a.yaml").write_bytes(b"- {seconds: 0, prompt: \xe9t\xe9}")
+    with pytest.raises(UserError, match=r"a\.yaml: it is not UTF-8 text$"):
+        read_prompts(tmp_path / "a.yaml")
+
+
 def test_a_prompts_file_is_put_in_order(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"seconds": 2.5, "prompt": "b"}\n\n{"seconds": 0, "prompt": "a"}\n')
     assert [(change.seconds, change.prompt) for change in read_prompts(tmp_path / "a.jsonl")] == [(0, "a"), (2.5, "b")]
@@ -337,6 +352,12 @@ def test_what_a_wan_model_lacks_is_named(capsys, tmp_path):
         assert code == 2 and message in error_line(err)
     code, _, err = call(capsys, "generate", tmp_path, "--prompt", "a", "--out", tmp_path / "x.mp4")
     assert code == 1 and "holds no checkpoint" in err
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "state.json").write_text("{}")
+    code, _, err = call(capsys, "generate", tmp_path / "run", "--prompt", "a", "--out", tmp_path / "x.mp4")
+    assert code == 1 and error_line(err).endswith("is not finished and has no checkpoint yet; go on with --resume")
+    code, _, err = call(capsys, "inspect", tmp_path / "run")
+    assert code == 1 and "is a run folder; name a model in it with --subfolder" in error_line(err)
     assert not (tmp_path / "x.mp4").exists()
 
 
@@ -345,13 +366,13 @@ def start(folder: Path, *arguments: Any, **settings: Any) -> subprocess.Popen[by
     return subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, **settings)
 
 
-def interrupted(process: subprocess.Popen[bytes], ready: Any) -> str:
+def interrupted(process: subprocess.Popen[bytes], ready: Any, number: int = signal.SIGINT) -> str:
     """Ctrl-C in a terminal, which sends the signal to the whole group, as soon as `ready()`; what it says."""
     for _ in range(1200):
         if ready() or process.poll() is not None:
             break
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     _, err = process.communicate(timeout=120)
     return err.decode()
 
@@ -364,6 +385,13 @@ def test_ctrl_c_ends_with_a_playable_file(digits, tmp_path, name):
     assert "error: interrupted" in err
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (len(list((tmp_path / name).iterdir())) if name == "frames" else frames_of(tmp_path / name)) > 0
+
+
+def test_sigterm_finishes_the_video_too(digits, tmp_path):
+    process = start(digits, "--endless", "--steps", "1", "--out", tmp_path / "video.mp4")
+    err = interrupted(process, lambda: list(tmp_path.glob(".video.mp4.*.tmp")), signal.SIGTERM)
+    assert process.returncode == 143 and "error: terminated" in err, err
+    assert [path.name for path in tmp_path.iterdir()] == ["video.mp4"] and frames_of(tmp_path / "video.mp4") > 0
 
 
 def test_a_pipe_gets_the_video_while_it_is_made(digits, tmp_path):

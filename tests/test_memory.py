@@ -85,7 +85,8 @@ def test_ranks_by_layer_give_their_mean() -> None:
         ({"qk_rope_head_dim": 7}, "qk_rope_head_dim 7 must be even"),
         ({"dtype": "bfloat61"}, "did you mean 'bfloat16'"),
         ({"frames": 0}, "frames must be above 0"),
-        ({"gpu": "H1000"}, "unknown GPU 'H1000', did you mean 'h100'"),
+        ({"gpu": "H1000"}, "unknown GPU 'H1000', did you mean 'H100'"),
+        ({"gpu": "a100"}, "did you mean 'A100 40' or 'A100 80'?"),
     ],
 )
 def test_impossible_plans_are_one_clear_line(options: dict[str, Any], message: str) -> None:

@@ -30,7 +30,7 @@ BENCH = {
     "keys": 1200,
     "queries": 300,
     "dtype": "float32",
-    "device": "CPU, 1 threads",
+    "device": "CPU, 1 thread",
     "repeats": 5,
     "attention": {"dense": {"median_ms": 2.5}, "latent": {"median_ms": 3.0}},
 }

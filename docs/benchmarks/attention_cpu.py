@@ -33,7 +33,8 @@ def processor() -> str:
 def table(results: list[dict[str, Any]]) -> str:
     """The results as Markdown."""
     first = results[0]
-    threads = first["device"].partition(", ")[2].replace("1 threads", "one thread")
+    threads = first["device"].partition(", ")[2]
+    threads = "one thread" if threads == "1 thread" else threads
     lines = [
         f"{processor()}, {threads}, torch {first['torch']}, {first['dtype']}; "
         f"{first['queries']:,} queries, {first['keys']:,} keys; medians of {first['repeats']} interleaved passes, "

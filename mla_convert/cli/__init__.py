@@ -13,6 +13,7 @@ from .. import __version__
 from ..errors import UserError
 from . import bench, build, compare, demo, encode, generate, inspect, models, plan, push, recipes, vbench
 from .output import DEBUG, print_error, show_notes
+from .signals import orderly_end
 
 LESS_MEMORY = {
     "generate": "give fewer prompts, a smaller --size, --vae-dtype bfloat16, --expand-history pass or --offload model",
@@ -63,8 +64,16 @@ app.add_typer(recipes.app, name="recipes")
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run a command line and return its exit code: 0, 1 failed, 2 bad usage or recipe, 130 interrupted."""
+    """Run a command line and return its exit code.
+
+    0, 1 failed, 2 bad usage or recipe, 130 interrupted, 143 ended by SIGTERM; a video is finished at both.
+    """
     show_notes()
+    with orderly_end() as signals:
+        return _run(args, signals)
+
+
+def _run(args: list[str] | None, signals: list[int]) -> int:
     try:
         code = app(args=args, prog_name="mla-convert", standalone_mode=False)
         leave_processes()
@@ -80,12 +89,17 @@ def main(args: list[str] | None = None) -> int:
     except Exception as error:
         # Usage errors are click's or Typer's own class, depending on the release.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
-            print_error(error.format_message())
+            # Without arguments the help is printed already, and the message is empty.
+            if error.format_message():
+                print_error(error.format_message())
             return int(error.exit_code)
         if os.environ.get(DEBUG, "0") != "0":
             raise
         print_error(unexpected(error, _command(args)))
         return 1
+    if code == 130 and signals:
+        print_error("terminated")
+        return 128 + signals[0]
     if code == 130:
         print_error("interrupted")
     return code if isinstance(code, int) else 0
@@ -106,7 +120,7 @@ def _command(args: list[str] | None) -> str | None:
 def unexpected(error: Exception, command: str | None = None) -> str:
     """One line for an error of `command` that nobody foresaw, or for memory that ran out."""
     name = type(error).__name__
-    if isinstance(error, MemoryError) or name == "OutOfMemoryError":
+    if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in str(error):
         remedy = "lower the batch sizes of the recipe or use a machine with more memory"
         return f"out of memory; {LESS_MEMORY.get(command or '', remedy)}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:

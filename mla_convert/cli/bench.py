@@ -44,7 +44,7 @@ def bench(
         from ..distill.progress import progress_bars
         from ..evaluate.bench import BenchConfig, bench_table
         from ..evaluate.bench import bench as bench_attention
-        from ..files import write_json
+        from ..files import check_place, write_json
         from ..pipeline.planning import bench_settings
         from ..recipe.schema import validate
     geometry, settings = bench_settings(source, preset)
@@ -63,6 +63,8 @@ def bench(
         settings.pop("qk_rope_head_dim", None)
     settings |= {"batch_size": batch_size, "dtype": dtype, "device": device, "kernels": kernels, "repeats": repeats}
     config = validate(BenchConfig, settings)
+    if out is not None:
+        check_place(out)
     with progress_bars(stderr()) as report:
         result = bench_attention(geometry, config, lambda done, total: report("bench", done, total, ""))
     if out is not None:

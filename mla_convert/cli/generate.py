@@ -171,7 +171,7 @@ def generate(
         result = generate_video(model, out, request, settings, report)
     speed = f"{result['frames']} latent frames, {result['frames_per_second']:.1f} a second"
     if str(out) == "-":
-        stderr().print(f"wrote stdout: {speed}")
+        stderr().print(f"wrote stdout: {speed}", soft_wrap=True, markup=False, highlight=False)
     else:
         print_result(as_json, result, f"wrote {', '.join(result['paths'])}: {speed}")
     if result["interrupted"]:

@@ -56,7 +56,11 @@ def print_result(as_json: bool, value: dict[str, Any], *rendered: RenderableType
         return
     console = Console()
     for renderable in rendered:
-        console.print(renderable)
+        if isinstance(renderable, str):
+            # Names of files must stay whole, and brackets in them are no markup.
+            console.print(renderable, soft_wrap=True, markup=False, highlight=False)
+        else:
+            console.print(renderable)
 
 
 def print_error(message: str) -> None:

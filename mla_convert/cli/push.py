@@ -65,6 +65,8 @@ def _progress(console: Console) -> Iterator[Report]:
         TimeElapsedColumn(),
         TextColumn("{task.fields[detail]}", markup=False),
         console=console,
+        # Whatever stops it, no half of a bar stays; the result says what was sent.
+        transient=True,
     )
     with reporting(bars) as report:
         yield report

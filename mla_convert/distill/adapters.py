@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from ..errors import UsageError
-from ..files import atomic_folder
+from ..files import atomic_folder, save_tensors
 from .keys import LoraConfig
 
 NAME = "distill"
@@ -74,7 +73,7 @@ def save_adapters(model: Any, folder: Path) -> None:
         config.target_modules = sorted(config.target_modules)
         config.save_pretrained(temporary)
         state = get_peft_model_state_dict(model, adapter_name=NAME)
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, temporary / _WEIGHTS)
+        save_tensors({name: value.detach().cpu().contiguous() for name, value in state.items()}, temporary / _WEIGHTS)
 
 
 def merge_adapters(model: Any) -> None:

@@ -42,13 +42,19 @@ def progress_bars(console: Console | None = None) -> Iterator[Report]:
 
 @contextlib.contextmanager
 def reporting(bars: Progress) -> Iterator[Report]:
-    """`bars`, with a field `detail`, as a report that gives every job a bar."""
+    """`bars`, with a field `detail`, as a report that gives every job a bar; nothing is shown before the first one."""
     tasks: dict[str, TaskID] = {}
 
     def report(what: str, done: int, total: int, detail: str = "", /) -> None:
+        if not tasks:
+            bars.start()
         if what not in tasks:
             tasks[what] = bars.add_task(what, detail=detail)
         bars.update(tasks[what], completed=done, total=total, detail=detail)
 
-    with bars:
+    try:
         yield report
+    finally:
+        # Stopping prints an empty line where there is no terminal.
+        if tasks:
+            bars.live.stop() if bars.live.transient else bars.stop()

@@ -12,6 +12,7 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ class RolloutsConfig(BaseModel):
     context_noise: float = Field(0.0, ge=0, le=1)
     latent_height: int | None = Field(None, ge=1)
     latent_width: int | None = Field(None, ge=1)
-    dtype: str = Field("float32", pattern="^(float32|bfloat16)$")
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
     @model_validator(mode="after")
     def _one_source_of_prompts(self) -> RolloutsConfig:

@@ -101,12 +101,12 @@ def bench(
     cache_bytes = {name: one.cache.bytes() for name, one in passes.items()}
     # Every layer of a latent reads all of it, and has its share of what is cached.
     cache_bytes[LATENT] //= config.layers_per_latent
-    chunk, window = geometry.num_frames_per_block, geometry.window_frames
+    chunk, window, threads = geometry.num_frames_per_block, geometry.window_frames, torch.get_num_threads()
     return {
         "model": geometry.name,
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads",
+        else f"CPU, {threads} thread{'' if threads == 1 else 's'}",
         "torch": torch.__version__,
         "dtype": str(dtype).removeprefix("torch."),
         "position": config.position,

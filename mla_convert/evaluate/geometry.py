@@ -136,7 +136,10 @@ def gpu_memory(text: str) -> tuple[str, int]:
     known = {_squeezed(name): name for name in GPU_GIGABYTES}
     name = known.get(_squeezed(text).removesuffix("gb"))
     if name is None:
-        near = nearest(_squeezed(text), known)
+        # Of the names, not of what they are compared by; a name without its size stands for all of them.
+        begun = [shown for key, shown in known.items() if _squeezed(text) and key.startswith(_squeezed(text))]
+        close = begun or [known[key] for key in difflib.get_close_matches(_squeezed(text), list(known), n=1)]
+        near = f", did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise UsageError(f"unknown GPU {text!r}{near}; give a size such as 80GB or one of {', '.join(GPU_GIGABYTES)}")
     label = name if name.endswith(f" {GPU_GIGABYTES[name]}") else f"{name} {GPU_GIGABYTES[name]}"
     return f"{label} GB", GPU_GIGABYTES[name] * 10**9

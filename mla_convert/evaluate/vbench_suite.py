@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..distill.progress import Report
 from ..errors import UsageError, UserError
+from ..files import unreadable
 from ..run.prefetch import FrameWriter
 from ..run.video import Frames
 
@@ -104,7 +105,7 @@ def _lines(path: Path) -> list[str]:
     try:
         return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read prompts from {path}: {error}") from None
+        raise UserError(f"cannot read prompts from {path}: {unreadable(error)}") from None
 
 
 def check_dimensions(dimensions: Sequence[str]) -> tuple[str, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,6 +74,8 @@ def find_checkpoint(folder: Path) -> tuple[Path, Path]:
         return (folder.parent if (folder.parent / MANIFEST).is_file() else folder), folder
     if not folder.exists():
         raise UserError(f"{folder} does not exist")
+    if (folder / "state.json").is_file():
+        raise UserError(f"the run in {folder} is not finished and has no checkpoint yet; go on with --resume")
     raise UserError(f"{folder} holds no checkpoint: neither {TRANSFORMER}/config.json nor checkpoint/{TRANSFORMER}")
 
 
@@ -145,8 +146,6 @@ def _write_weights(model: Any, folder: Path, max_shard_size: str, tensors: LazyT
         del shard
         if tensors is not None:
             tensors.release()
-        # safetensors writes files that only their owner may read.
-        shutil.copymode(folder / CONFIG, folder / filename)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

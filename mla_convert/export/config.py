@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, field_validator
 
 DEFAULT_SHARD_SIZE = "5GB"
 
@@ -23,9 +24,16 @@ class ExportConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    max_shard_size: str = Field(DEFAULT_SHARD_SIZE, pattern=r"^[1-9][0-9]*(KB|MB|GB)$")
+    max_shard_size: str = DEFAULT_SHARD_SIZE
     form: Literal["installed", "standalone"] = "installed"
     components: Literal["reference", "copy", "none"] = "reference"
+
+    @field_validator("max_shard_size")
+    @classmethod
+    def _size_has_a_unit(cls, value: str) -> str:
+        if re.fullmatch(r"[1-9][0-9]*(KB|MB|GB)", value) is None:
+            raise ValueError(f"expected a whole number with KB, MB or GB, such as 5GB, got {value!r}")
+        return value
 
     @property
     def torch_dtype(self) -> torch.dtype | None:

@@ -182,6 +182,10 @@ def _transformer_folder(folder: Path, subfolder: str | None) -> Path:
     if is_pipeline and inner.is_dir():
         return inner
     if not (folder / CONFIG).is_file() and find_index(folder) is None:
+        if (folder / "state.json").is_file():
+            raise UserError(
+                f"{folder} is a run folder; name a model in it with --subfolder, such as checkpoint/transformer"
+            )
         raise UserError(
             f"{folder} has neither {CONFIG} nor transformer/{CONFIG}; name its transformer with subfolder, "
             "or its weights with file"

@@ -28,7 +28,7 @@ def compare_runs(folders: Sequence[Path], out: Path) -> list[Run]:
     report that can be read.
     """
     if not 2 <= len(folders) <= MAX_RUNS:
-        raise UsageError(f"compare takes two to {MAX_RUNS} runs, not {len(folders)}")
+        raise UsageError(f"compare takes 2 to {MAX_RUNS} runs, not {len(folders)}")
     if out.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"cannot write {out}: give a name that ends in .html")
     reports = [_read_report(folder) for folder in folders]

@@ -15,10 +15,10 @@ from ..distill.progress import Report
 from ..errors import UsageError
 from ..evaluate.config import EvaluateConfig
 from ..evaluate.fidelity import evaluate
-from ..evaluate.report import write_report
+from ..evaluate.report import REPORT_HTML, write_report
 from ..export.checkpoint import find_checkpoint, load_checkpoint
 from ..export.manifest import read_manifest
-from ..files import MANIFEST
+from ..files import MANIFEST, check_place
 from ..load import load_dense, load_source
 from ..mla.kernels import Mode
 from ..recipe.schema import Recipe, validate
@@ -47,6 +47,9 @@ def evaluate_checkpoint(
     page and the report. Raises UserError in one line.
     """
     root, _ = find_checkpoint(folder)
+    if out is None:
+        out = root.parent / "evaluation" if (root.parent / STATE).exists() else root
+    check_place(out / REPORT_HTML)
     recipe = _recorded_recipe(root)
     started = time.monotonic()
     device = default_device()
@@ -71,8 +74,6 @@ def evaluate_checkpoint(
         "recipe": recipe.dump() if recipe else None,
         "seconds": {"evaluate": round(time.monotonic() - started, 3)},
     }
-    if out is None:
-        out = root.parent / "evaluation" if (root.parent / STATE).exists() else root
     return write_report(out, result), result
 
 

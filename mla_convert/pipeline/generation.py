@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..devices import default_device
@@ -19,10 +18,10 @@ from ..distill.negative import NEGATIVE, read_negative
 from ..distill.progress import Report
 from ..errors import UsageError, UserError
 from ..export.manifest import read_manifest
-from ..files import MANIFEST, atomic_file
+from ..files import MANIFEST, atomic_file, check_place, save_tensors
 from ..recipe.schema import validate
 from ..run.config import GenerateConfig
-from ..run.decode import frame_chunks, latent_frames, video_frames
+from ..run.decode import first_video_frame, frame_chunks, latent_frames, video_frames
 from ..run.decode_memory import reserve
 from ..run.offload import Offload, place
 from ..run.parts import PICTURES, TEXT, find_parts
@@ -153,11 +152,23 @@ class _Task:
         check_latent_size(self.model, self.height, self.width, self.spatial)
         if not request.endless:
             check_length(self.model, self.config.num_frames)
+            self._check_changes()
+
+    def _check_changes(self) -> None:
+        length = first_video_frame(self.config.num_frames, self.temporal) / self.config.fps
+        late = next((change for change in self.request.changes if change.seconds >= length), None)
+        if late is not None:
+            raise UsageError(
+                f"the prompt at {late.seconds:g} seconds comes after the end of the video, which is {length:.4g} "
+                "seconds long; give an earlier time or more --seconds"
+            )
 
     def _check_out(self) -> None:
         out, request = self.out, self.request
         if self.pictures:
             check_suffix(out)
+        if out != STDOUT:
+            check_place(out, folder=out.suffix == "")
         if out == STDOUT and len(request.prompts) > 1:
             raise UsageError("stdout takes one video; give one prompt, or a file")
         if request.endless and out.suffix.lower() in (LATENTS, ".gif"):
@@ -258,7 +269,7 @@ def _write_latents(chunks: Iterable[Tensor], paths: Sequence[Path]) -> tuple[int
     videos = torch.cat(made, dim=2)
     for path, latents in zip(paths, videos, strict=True):
         with atomic_file(path) as temporary:
-            save_file({"latents": latents.contiguous()}, temporary)
+            save_tensors({"latents": latents.contiguous()}, temporary)
     return videos.shape[2], interrupted
 
 

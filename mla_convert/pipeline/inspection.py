@@ -28,7 +28,7 @@ from ..evaluate.prediction import (
 )
 from ..evaluate.spectrum import LayerSpectra, Spectrum, activation_spectrum, gram_spectrum, unrotated_error
 from ..evaluate.spectrum_figures import write_figures
-from ..files import atomic_folder, claim_folder, save_tensors, write_json
+from ..files import atomic_folder, check_place, claim_folder, save_tensors, write_json
 from ..load import AdapterConfig, Source, load_source
 from ..mla.config import Position
 from .inspection_clips import ClipRun, Clips, open_clips
@@ -75,6 +75,9 @@ def inspect_source(
     `spectra.safetensors` and the figures. Raises UserError in one line.
     """
     started = time.monotonic()
+    if out is not None:
+        claim_folder(out, "folder of inspect", (INSPECT_JSON,))
+        check_place(out, folder=True)
     source = load_source(model, subfolder, file=file, use_ema=use_ema, adapters=adapters)
     dense = source.geometry.dense_scalars_per_token
     chosen = sorted(set(ranks or default_ranks(dense)))
@@ -82,8 +85,6 @@ def inspect_source(
         wrong = chosen[0] if chosen[0] < 1 else chosen[-1]
         raise UsageError(f"--ranks: {wrong} is not between 1 and {dense}, the scalars that {model} caches a token")
     found = open_clips(source, data, clips, text_tokens)
-    if out is not None:
-        claim_folder(out, "folder of inspect", (INSPECT_JSON,))
     measured = _Measured(_weights(source, report), {})
     seconds = {"weights": time.monotonic() - started}
     if found is not None:

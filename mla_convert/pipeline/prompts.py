@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, UserError
+from ..files import unreadable
 from ..recipe.reader import read_yaml
 from ..recipe.schema import validate
 from ..run.prompts import PromptChange
@@ -24,7 +25,7 @@ def read_prompts(path: Path) -> list[PromptChange]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read prompts from {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"cannot read prompts from {path}: {unreadable(error)}") from None
     entries = _json_lines(path, text) if path.suffix.lower() == ".jsonl" else _yaml_list(path, text)
     if not entries:
         raise UsageError(f"{path} has no prompts; write a list of {KEYS}")

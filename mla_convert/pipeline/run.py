@@ -86,7 +86,8 @@ def _lead(recipe: Recipe, folder: RunDir, steps: list[Step], processes: PartialS
     """The first process: check, do every step that is not done, and record it."""
     stale = folder.verify(step.name for step in steps_of(recipe))
     if stale:
-        console.print(f"the output of {stale} is not what was written; it is made again")
+        note = f"the output of {stale} is not what was written; it is made again"
+        console.print(note, soft_wrap=True, markup=False, highlight=False)
     pending = [step for step in steps if not folder.is_done(step.name)]
     for step in steps:
         if step not in pending:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ..convert import convert_source
 from ..devices import all_threads
@@ -19,7 +19,7 @@ from ..evaluate.report import REPORT_HTML, REPORT_JSON, write_report
 from ..evaluate.samples import Comparison
 from ..export.checkpoint import save_checkpoint
 from ..export.release import export
-from ..files import MANIFEST, atomic_folder, write_json, write_text
+from ..files import MANIFEST, atomic_folder, save_tensors, write_json, write_text
 from ..recipe.schema import Recipe
 from ..run.sample import embed_prompts, prompt_encoder, rollout
 from ..run.video import save_video, side_by_side, to_frames
@@ -182,7 +182,7 @@ def _samples(context: Context) -> None:
         model.to("cpu")
     teacher, student = ([to_frames(video) for video in videos[name]] for name in ("teacher", "student"))
     with atomic_folder(context.path / SAMPLES) as folder:
-        save_file(videos, folder / ROLLOUTS, metadata={KERNELS: json.dumps(chosen)})
+        save_tensors(videos, folder / ROLLOUTS, {KERNELS: json.dumps(chosen)})
         for index, (prompt, a, b) in enumerate(zip(generate.prompts, teacher, student, strict=True)):
             name = f"{index:02d}-{'-'.join(prompt.replace(',', ' ').split())}.mp4"
             save_video(side_by_side(a, b), folder / name, generate.fps)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..files import unreadable
 from .reader import read_yaml
 from .schema import Recipe, validate
 
@@ -15,8 +16,7 @@ def load_recipe(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Reci
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UsageError(f"cannot read recipe {path}: {reason}") from None
+        raise UsageError(f"cannot read recipe {path}: {unreadable(error)}") from None
     try:
         return parse_recipe(text, overrides)
     except UsageError as error:

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ..convert.config import ConvertConfig
 from ..distill.data import DataConfig
@@ -25,9 +35,19 @@ from .explain import describe, explain, nearest
 
 Model = TypeVar("Model", bound=BaseModel)
 
-_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 NoiseRange = tuple[float, float]
-ExpertName = Annotated[str, Field(pattern=_NAME)]
+
+
+def _check_name(value: str) -> str:
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value) is None:
+        raise ValueError(
+            f"a name is letters, digits, dots, dashes and underscores and begins with a letter or digit, got {value!r}"
+        )
+    return value
+
+
+Name = Annotated[str, AfterValidator(_check_name)]
+"""What becomes the name of a folder."""
 
 
 class SourceConfig(BaseModel):
@@ -76,11 +96,11 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     version: Literal[1]
-    name: str = Field(pattern=_NAME)
+    name: Name
     seed: int = Field(0, ge=0)
     source: SourceConfig
     real_score: SourceConfig | None = None
-    experts: dict[ExpertName, NoiseRange] | None = None
+    experts: dict[Name, NoiseRange] | None = None
     causal: CausalConfig | None = None
     data: DataConfig
     convert: ConvertConfig

@@ -345,7 +345,7 @@ class StreamingMLAPipeline(DiffusionPipeline):
             try:
                 check_steps(None if values[key] is None else tuple(values[key]))
             except ValueError as error:
-                raise UsageError(str(error)) from None
+                raise UsageError(f"{key}: {error}") from None
         for key in ("num_inference_steps", "shift", "fps"):
             if not values[key] > 0:
                 raise UsageError(f"{key} is more than 0, not {values[key]}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import itertools
 import math
+import os
 import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -90,7 +91,7 @@ def save_video(frames: Frames | Iterable[Frames], path: Path, fps: float, min_pi
             _write_mp4(images, "pipe:1", fps, _FRAGMENTED)
         case ".mp4":
             with atomic_file(path) as temporary:
-                _write_mp4(images, str(temporary), fps, "-movflags +faststart")
+                _write_mp4(images, str(temporary), fps, "-movflags +faststart", path)
         case ".gif":
             with atomic_file(path) as temporary:
                 _write_gif(images, temporary, fps)
@@ -162,11 +163,13 @@ def _to_uint8(frame: Frames, factor: int) -> NDArray[np.uint8]:
     return _enlarge((frame.clip(0, 1) * 255).round().astype(np.uint8), factor)
 
 
-def _write_mp4(images: Iterable[NDArray[np.uint8]], target: str, fps: float, container: str) -> None:
+def _write_mp4(
+    images: Iterable[NDArray[np.uint8]], target: str, fps: float, container: str, shown: Path = STDOUT
+) -> None:
     """H.264 in yuv420p, which every browser and player shows; odd sides get one repeated line.
 
     One encoder thread and no metadata, so that the bytes depend on the frames alone. `container` are
-    ffmpeg's arguments for the kind of mp4.
+    ffmpeg's arguments for the kind of mp4. Errors name the file `shown`.
     """
     images = iter(images)
     first = next(images)
@@ -194,12 +197,13 @@ def _write_mp4(images: Iterable[NDArray[np.uint8]], target: str, fps: float, con
         _, message = process.communicate()
     if process.returncode:
         text = message.decode(errors="replace").strip()
-        if "No space left on device" in text:
-            raise OSError(errno.ENOSPC, "No space left on device")
+        for code in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT, errno.EISDIR):
+            if os.strerror(code) in text:
+                raise OSError(code, os.strerror(code), str(shown))
         if "Broken pipe" in text:
             raise BrokenPipeError(errno.EPIPE, "Broken pipe")
         last = text.splitlines()[-1] if text else f"exit code {process.returncode}"
-        raise UserError(f"ffmpeg could not encode the video: {last}")
+        raise UserError(f"ffmpeg could not encode {shown}: {last}")
 
 
 def _write_gif(images: Iterable[NDArray[np.uint8]], path: Path, fps: float) -> None:

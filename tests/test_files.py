@@ -1,0 +1,101 @@
+"""Where files cannot be written is said in one line, before long work, and nothing is left behind."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mla_convert.cli import main
+from mla_convert.errors import UserError
+from mla_convert.files import atomic_file, atomic_folder, check_place, explain_os_errors, save_tensors, write_text
+from mla_convert.load.locate import ZOO
+from mla_convert.run import video
+
+
+def write_folder(path: Path) -> None:
+    with atomic_folder(path) as folder:
+        (folder / "a").write_text("a")
+
+
+@pytest.mark.parametrize("write", [lambda path: write_text(path, "a"), write_folder, check_place])
+def test_a_place_where_nothing_can_be_is_named(tmp_path, write):
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(UserError, match=r"cannot write .*/taken/in/a: .*/taken is a file; choose another place"):
+        write(tmp_path / "taken" / "in" / "a")
+    with pytest.raises(UserError, match=r"cannot write .*: File name too long; choose another place"):
+        write(tmp_path / ("x" * 300))
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_place_is_tried_and_left_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_place(Path("a/b/c.mp4"))
+    check_place(Path("."), folder=True)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write file: it is a file; give the name of a folder"):
+        check_place(Path("file"), folder=True)
+    with pytest.raises(UserError, match="it is a folder; give the name of a file"):
+        check_place(tmp_path)
+
+
+def test_a_file_that_is_read_meanwhile_is_not_the_one_that_is_written(tmp_path):
+    with pytest.raises(FileNotFoundError), atomic_file(tmp_path / "a"):
+        (tmp_path / "other").read_text()
+    with pytest.raises(UserError, match="cannot write a"), explain_os_errors(Path("a")):
+        raise OSError(errno.EISDIR, "Is a directory")
+
+
+def test_tensors_have_the_mode_of_any_file_and_name_the_place(tmp_path):
+    old = os.umask(0o022)
+    try:
+        save_tensors({"a": torch.ones(2)}, tmp_path / "a.safetensors")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o644
+    with pytest.raises(UserError, match=r"cannot write .*gone"), explain_os_errors(tmp_path / "gone" / "a"):
+        save_tensors({"a": torch.ones(2)}, tmp_path / "gone" / "a")
+
+
+def test_what_ffmpeg_cannot_write_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(video.imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(tmp_path / "ffmpeg"))
+    script = tmp_path / "ffmpeg"
+    frames = np.zeros((2, 16, 16, 3), np.float32)
+    for said, message in (("Permission denied", "no permission to write"), ("odd", "ffmpeg could not encode")):
+        script.write_text(f"#!/bin/sh\ncat > /dev/null\necho 'out: {said}' >&2\nexit 1\n")
+        script.chmod(0o755)
+        with pytest.raises(UserError, match=f"{message} {tmp_path}/a.mp4"):
+            video.save_video(frames, tmp_path / "a.mp4", 8)
+
+
+@pytest.mark.parametrize(
+    ("command", "work"),
+    [
+        (
+            ["evaluate", str(ZOO / "digits" / "teacher"), "--out", "{}"],
+            "mla_convert.pipeline.evaluation.load_checkpoint",
+        ),
+        (["inspect", "zoo:digits", "--out", "{}"], "mla_convert.pipeline.inspection.load_source"),
+        (["bench", "--preset", "digits", "--out", "{}"], "mla_convert.evaluate.bench.bench"),
+        (
+            ["generate", str(ZOO / "digits" / "teacher"), "--prompt", "7", "--out", "{}.mp4"],
+            "mla_convert.pipeline.generation.load_models",
+        ),
+    ],
+)
+def test_commands_look_at_the_place_before_they_compute(tmp_path, monkeypatch, capsys, command, work):
+    def begun(*_, **__):
+        raise AssertionError("began to compute")
+
+    monkeypatch.setattr(work, begun)
+    (tmp_path / "taken").touch()
+    assert main([word.replace("{}", str(tmp_path / "taken" / "x")) for word in command]) == 1
+    assert "taken is a file; choose another place" in capsys.readouterr().err
+    assert main([word.replace("{}", str(tmp_path / "free" / "x")) for word in command]) == 1
+    assert "began to compute" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
