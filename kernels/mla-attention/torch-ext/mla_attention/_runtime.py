@@ -52,8 +52,8 @@ class Variant(NamedTuple):
 
     `types` maps arguments to Triton's names of types (`*bf16`, `*i32`, `fp32`); an argument that is neither
     there nor a constant of `plan` is an i32. A tensor that is absent is a constant None. Pointers and
-    integers are taken to be multiples of 16, unless the kernel names them in `do_not_specialize`. `dot` says
-    whether the kernel is expected to use the tensor cores by the instruction of its generation.
+    integers are taken to be multiples of 16, but for those that the kernel names in `do_not_specialize` and `UNEVEN`
+    of `aot.py`. `dot` says whether the kernel is expected to use the tensor cores by the instruction of its generation.
     """
 
     name: str
