@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from mla_attention import dequantise_rows, quantise_rows
@@ -21,10 +21,15 @@ EPSILON = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 2**-24}
 """Half the distance of 1 to the next number: the relative error of one rounding."""
 
 
-def take_tiles_of(family: int | None, module: str, monkeypatch) -> None:
+def module(name: str) -> Any:
+    """A module of the package, whose op may have its name."""
+    return importlib.import_module(f"mla_attention.{name}")
+
+
+def take_tiles_of(family: int | None, name: str, monkeypatch) -> None:
     """The tiles of one of FAMILIES in a module of the package."""
     if family is not None:
-        monkeypatch.setattr(importlib.import_module(f"mla_attention.{module}"), "capability", lambda _: family)
+        monkeypatch.setattr(module(name), "capability", lambda _: family)
 
 
 def randn(*shape, dtype=torch.float32, seed=0, scale=1.0):

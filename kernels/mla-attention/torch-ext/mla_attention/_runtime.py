@@ -41,10 +41,13 @@ class Plan(NamedTuple):
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
+    max_registers: int = 0
+    """Registers of a thread that the compiler may take, 0 for as many as there are."""
 
     def options(self) -> dict[str, Any]:
         """The compiler's options; products and sums are fused into one rounding whatever Triton's default is."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        return {**options, "maxnreg": self.max_registers} if self.max_registers else options
 
 
 class Variant(NamedTuple):

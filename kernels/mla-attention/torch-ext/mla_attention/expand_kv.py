@@ -276,7 +276,7 @@ def _launch(
         _product(key_out, nope, heads, *source, w_kvb, b_kvb, both, rotations if rotate_heads else None)
     _product(value_out, value_channels, heads, *source, w_kvb[nope:], b_kvb[nope:], both, None)
     if shared and w_pe is None:
-        copy_rows(key_out[..., nope:], *source, w_kvb.shape[1], rotations)
+        copy_rows(key_out[..., nope:], *source, w_kvb.shape[1], shared, rotations)
     elif shared:
         _product(key_out[..., nope:], shared, 1, *source, w_pe, b_pe, 0, rotations)
 
