@@ -62,10 +62,12 @@ def ring(rank: int, shared: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Te
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rank", RANKS)
-def test_latent_attention(rank: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("queries", [16, 128])
+def test_latent_attention(queries: int, rank: int, dtype: torch.dtype) -> None:
+    """To gathered rows and to packed ones."""
     rows, slots, count = ring(rank, SHARED, dtype)
     turn = rotations(len(slots) * TOKENS, SHARED // 2)
-    latent, pe = randn(1, 128, HEADS, rank, dtype=dtype, seed=2), randn(1, 128, HEADS, SHARED, dtype=dtype, seed=3)
+    latent, pe = (randn(1, queries, HEADS, n, dtype=dtype, seed=n) for n in (rank, SHARED))
     arguments = (latent.double(), pe.double(), rows.double(), None, slots, count, turn.double(), SCALE)
     expected, expected_lse = ops.latent_attention_reference(*arguments)
     out, lse = ops.latent_attention(latent, pe, rows, None, slots, count, turn, SCALE, 0)
@@ -80,11 +82,12 @@ def test_latent_attention(rank: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("rank", [64, 192, 512])
-def test_latent_attention_to_int8_rows(rank: int) -> None:
+@pytest.mark.parametrize("queries", [16, 128])
+def test_latent_attention_to_int8_rows(queries: int, rank: int) -> None:
     rows, slots, count = ring(rank, SHARED, torch.float32)
     steps, scales = ops.quantise_rows(rows.nan_to_num())
     turn = rotations(len(slots) * TOKENS, SHARED // 2)
-    latent, pe = (randn(1, 64, HEADS, n, dtype=torch.bfloat16, seed=n) for n in (rank, SHARED))
+    latent, pe = (randn(1, queries, HEADS, n, dtype=torch.bfloat16, seed=n) for n in (rank, SHARED))
     arguments = (latent.double(), pe.double(), steps, scales, slots, count, turn.double(), SCALE)
     expected, _ = ops.latent_attention_reference(*arguments)
     out, _ = ops.latent_attention(latent, pe, steps, scales, slots, count, turn, SCALE, 0)
@@ -147,6 +150,7 @@ def test_norm_and_rotation(dtype: torch.dtype) -> None:
 def test_lengths_do_not_recompile() -> None:
     from mla_attention.attend import _attend_kernel
     from mla_attention.latent_attention import _latent_kernel
+    from mla_attention.pack import _copy_kernel
 
     def compiled(kernel: Any) -> int:
         return len(kernel.device_caches[torch.cuda.current_device()][0])
@@ -158,10 +162,11 @@ def test_lengths_do_not_recompile() -> None:
         ops.attend(query, key, key, torch.tensor([keys], dtype=torch.int32, device="cuda"), 0.1)
         rows = randn(1, frames, 101, 96, dtype=torch.bfloat16)
         slots = torch.arange(frames, dtype=torch.int32, device="cuda")
-        latent, pe = (randn(1, 300, 2, n, dtype=torch.bfloat16) for n in (64, 32))
         count = torch.tensor([frames * 101], dtype=torch.int32, device="cuda")
-        ops.latent_attention(latent, pe, rows, None, slots, count, rotations(frames * 101, 16), 0.1)
-        counts.append((compiled(_attend_kernel), compiled(_latent_kernel)))
+        for queries in (300, 600):
+            latent, pe = (randn(1, queries, 2, n, dtype=torch.bfloat16) for n in (64, 32))
+            ops.latent_attention(latent, pe, rows, None, slots, count, rotations(frames * 101, 16), 0.1)
+        counts.append([compiled(kernel) for kernel in (_attend_kernel, _latent_kernel, _copy_kernel)])
     assert counts[0] == counts[-1]
 
 

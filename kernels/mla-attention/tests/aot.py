@@ -4,6 +4,7 @@ A process of its own, since Triton's interpreter, once chosen, compiles nothing.
 `aot_variants(capability)`, the first of which is what Wan2.1-1.3B runs; what the launcher would find out about its
 arguments is assumed here. All ops where none is named; with `--first` only the first variant of each. Ends with 1
 when a variant spills registers, exceeds a limit of the device or does without the tensor cores it is meant for.
+`--loops` adds how many instructions a variant has and how many of them its largest loop.
 """
 
 from __future__ import annotations
@@ -30,20 +31,23 @@ TMEM_COLUMNS = 512
 
 WARP_SIZE = 32
 
+UNEVEN = ("heads", "tokens", "scales_t")
+"""Integers that 16 does not divide as Wan2.1-1.3B has them: 12 heads, 1,560 tokens a frame, 4 scales a row."""
+
 TENSOR_CORES = {80: "mma", 90: "wgmma", 100: "tcgen05"}
 PACKAGE = Path(importlib.util.find_spec("mla_attention").origin).parent
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if "def aot_variants(" in path.read_text(encoding="utf-8"))
 
 
-def compiled(variant, capability):
-    """What a variant needs on a compute capability, and which instructions it has."""
+def compiled(variant, capability, count=False):
+    """What a variant needs on a compute capability, and which instructions it has; with `count` how many."""
     kernel = variant.kernel
     signature, divisible = {}, []
     for index, parameter in enumerate(kernel.params):
         name = parameter.name
         signature[name] = "constexpr" if name in variant.plan.constants else variant.types.get(name, "i32")
         pointer_or_int = signature[name][0] in "*i"
-        if pointer_or_int and not parameter.do_not_specialize:
+        if pointer_or_int and not parameter.do_not_specialize and name not in UNEVEN:
             divisible.append(index)
     unknown = [name for name in (*variant.types, *variant.plan.constants) if name not in signature]
     if unknown:
@@ -57,7 +61,7 @@ def compiled(variant, capability):
     target = GPUTarget("cuda", capability, WARP_SIZE)
     binary = triton.compile(source, target=target, options=variant.plan.options())
     usage = resources(binary.asm["cubin"])
-    return {
+    found = {
         "name": variant.name,
         "capability": capability,
         "warps": variant.plan.num_warps,
@@ -69,6 +73,7 @@ def compiled(variant, capability):
         "dot": variant.dot,
         "tensor_cores": tensor_cores(binary.asm["ptx"]),
     }
+    return {**found, **instructions(binary.asm["cubin"])} if count else found
 
 
 def tensor_cores(ptx):
@@ -77,14 +82,33 @@ def tensor_cores(ptx):
     return found[0] if found else None
 
 
-def resources(cubin):
-    """REG, and bytes of STACK, SHARED and LOCAL memory, of the one kernel in a cubin; spills go to the stack."""
+def inspected(cubin, option):
+    """What `cuobjdump` says of a cubin."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        done = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", done.stdout)}
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def resources(cubin):
+    """REG, and bytes of STACK, SHARED and LOCAL memory, of the one kernel in a cubin; spills go to the stack."""
+    found = re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", inspected(cubin, "--dump-resource-usage"))
+    return {name: int(value) for name, value in found}
+
+
+def instructions(cubin):
+    """How many instructions the one kernel of a cubin has, and how many lie in its largest loop."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?) *;", inspected(cubin, "--dump-sass"))
+    places = {int(address, 16): place for place, (address, _) in enumerate(lines)}
+    # Behind the end jumps lead back from waits that take long.
+    end = max(place for place, (_, code) in enumerate(lines) if code == "EXIT")
+    loops = [0]
+    for place, (_, code) in enumerate(lines[:end]):
+        target = re.search(r"\bBRA\S* .*?(0x[0-9a-f]+)", code)
+        if target and place > (start := places[int(target[1], 16)]):
+            loops.append(place - start + 1)
+    return {"instructions": len(lines), "loop": max(loops)}
 
 
 def violations(found):
@@ -102,11 +126,12 @@ def main():
     parser.add_argument("capability", type=int, choices=sorted(SHARED_LIMIT))
     parser.add_argument("modules", nargs="*", default=MODULES)
     parser.add_argument("--first", action="store_true", help="only what Wan2.1-1.3B runs")
+    parser.add_argument("--loops", action="store_true", help="count instructions, of the largest loop too")
     chosen, failed = parser.parse_args(), False
     for module in chosen.modules or MODULES:
         variants = importlib.import_module(f"mla_attention.{module}").aot_variants(chosen.capability)
         for variant in variants[:1] if chosen.first else variants:
-            found = compiled(variant, chosen.capability)
+            found = compiled(variant, chosen.capability, chosen.loops)
             found["wrong"] = violations(found)
             failed |= bool(found["wrong"])
             print(json.dumps(found), flush=True)

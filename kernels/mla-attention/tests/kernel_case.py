@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import importlib
+from typing import Any, NamedTuple
 
 import torch
 from mla_attention import dequantise_rows, quantise_rows
@@ -13,8 +14,22 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float16, torch.float32, *([torch.bfloat16] if DEVICE == "cuda" else [])]
 """The interpreter multiplies bfloat16 wrongly; a GPU does not."""
 
+FAMILIES = [80, 90] if DEVICE == "cpu" else [None]
+"""Compute capabilities whose tiles the interpreter takes in turn; a GPU takes its own."""
+
 EPSILON = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 2**-24}
 """Half the distance of 1 to the next number: the relative error of one rounding."""
+
+
+def module(name: str) -> Any:
+    """A module of the package, whose op may have its name."""
+    return importlib.import_module(f"mla_attention.{name}")
+
+
+def take_tiles_of(family: int | None, name: str, monkeypatch) -> None:
+    """The tiles of one of FAMILIES in a module of the package."""
+    if family is not None:
+        monkeypatch.setattr(module(name), "capability", lambda _: family)
 
 
 def randn(*shape, dtype=torch.float32, seed=0, scale=1.0):

@@ -4,11 +4,30 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_case import DEVICE, DTYPES, EPSILON, Ring, error, int32, randn, ring, unit_rotations, with_tables
+from kernel_case import (
+    DEVICE,
+    DTYPES,
+    EPSILON,
+    FAMILIES,
+    Ring,
+    error,
+    int32,
+    randn,
+    ring,
+    take_tiles_of,
+    unit_rotations,
+    with_tables,
+)
 from mla_attention import expand_kv_, expand_kv_reference, why_not_expand_kv
 from mla_attention._ops import ops
 
 LAYOUTS = ["rotate_on_read", "cached", "derived", "no shared key", "only a shared key"]
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request, monkeypatch):
+    """Narrow tiles of a product and wide ones."""
+    take_tiles_of(request.param, "expand_kv", monkeypatch)
 
 
 def case(layout, rank=64, heads=3, channels=24, values=16, shared=8, dtype=torch.float32, capacity=None, **of_ring):
@@ -64,6 +83,7 @@ def check(arguments, valid, limit):
         assert bool(found[:, count:].isnan().all())
 
 
+@pytest.mark.usefixtures("family")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_equals_float64(layout, dtype):
@@ -79,6 +99,7 @@ def tabled(arguments, valid, pooled):
     return [*arguments[:2], *found[:4], *arguments[6:]]
 
 
+@pytest.mark.usefixtures("family")
 @pytest.mark.parametrize("pooled", [False, True])
 @pytest.mark.parametrize("quantised", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -119,20 +140,22 @@ def test_opcheck_with_tables():
     torch.library.opcheck(ops.expand_kv_.default, tuple(tabled(arguments, valid, True)))
 
 
+@pytest.mark.usefixtures("family")
 @pytest.mark.parametrize(
     ("rank", "quantised"),
     [
-        (16, False), (64, True), (96, True), (128, False), (192, True), (256, False), (512, True), (640, False),
-        (1120, True), (2048, False),
+        (16, False), (64, True), (96, True), (128, False), (192, True), (200, False), (256, False), (448, True),
+        (640, False), (1120, True), (2048, False),
     ],
 )  # fmt: skip
 def test_ranks(rank, quantised):
-    arguments, valid = case("cached", rank=rank, heads=1, batch=1, dtype=torch.float16, quantised=quantised)
+    arguments, valid = case("cached", rank=rank, heads=5, batch=1, dtype=torch.float16, quantised=quantised)
     expand_kv_(*arguments)
     # int8 rows are rounded to float16 before the product: 3.4e-4, without 2.1e-4.
     check(arguments, valid, (2 if quantised else 1) * EPSILON[torch.float16])
 
 
+@pytest.mark.usefixtures("family")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_int8(layout):
     arguments, valid = case(layout, rank=96, batch=1, quantised=True)
@@ -140,7 +163,8 @@ def test_int8(layout):
     check(arguments, valid, 1e-6)  # 2e-7
 
 
-@pytest.mark.parametrize(("heads", "channels", "values"), [(1, 128, 128), (5, 30, 24), (2, 160, 144)])
+@pytest.mark.usefixtures("family")
+@pytest.mark.parametrize(("heads", "channels", "values"), [(1, 128, 128), (5, 30, 24), (2, 160, 144), (9, 64, 96)])
 def test_heads_and_channels(heads, channels, values):
     arguments, valid = case("rotate_on_read", heads=heads, channels=channels, values=values, dtype=torch.float16)
     expand_kv_(*arguments)
@@ -205,6 +229,16 @@ def test_compiles_whole():
     expand_kv_(*expected, *arguments[2:])
     torch.compile(expand_kv_, fullgraph=True, dynamic=True, backend="eager")(*arguments)
     torch.testing.assert_close(arguments[:2], expected, equal_nan=True)
+
+
+@pytest.mark.usefixtures("family")
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("layout", ["rotate_on_read", "cached", "derived"])
+def test_several_tiles_of_keys(layout, quantised):
+    """The last with one key, and one with none."""
+    arguments, valid = case(layout, dtype=torch.float16, tokens=97, tail=131, heads=2, quantised=quantised)
+    expand_kv_(*arguments)
+    check(arguments, valid, (1 + quantised) * EPSILON[torch.float16])
 
 
 def refused(arguments, **changes):

@@ -5,11 +5,35 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_case import DEVICE, DTYPES, EPSILON, Ring, error, int32, randn, ring, unit_rotations, with_tables
+from kernel_case import (
+    DEVICE,
+    DTYPES,
+    EPSILON,
+    FAMILIES,
+    Ring,
+    error,
+    int32,
+    module,
+    randn,
+    ring,
+    take_tiles_of,
+    unit_rotations,
+    with_tables,
+)
 from mla_attention import latent_attention, latent_attention_reference, merge, why_not_latent_attention
 from mla_attention._ops import ops
 
 SCALE = 0.1
+
+
+@pytest.fixture(autouse=True, params=["gathered", *(f"packed, {family}" for family in FAMILIES)])
+def way(request, monkeypatch):
+    """Every test for rows that are gathered, and for packed ones by the tiles of every family."""
+    packs = request.param != "gathered"
+    monkeypatch.setattr(module("latent_tiles"), "PACKED_FROM", 1 if packs else 2**31)
+    if packs:
+        take_tiles_of(FAMILIES[request.param_index - 1], "latent_attention", monkeypatch)
+    return request.param
 
 
 def case(
@@ -52,13 +76,13 @@ def sdpa_error(arguments, valid, expected, scale=SCALE):
     return error(F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2), expected)
 
 
-def check(arguments, valid, scale=SCALE, splits=1):
-    """The errors of the output and of the lse, at most 1.2 times torch's and some units in the last place."""
+def check(arguments, valid, scale=SCALE, splits=1, floor=1):
+    """The errors of the output and of the lse, at most 1.2 times torch's and `floor` roundings."""
     out, lse = latent_attention(*arguments, scale, splits)
     expected, expected_lse = exact(arguments, valid, scale)
     dtype = arguments[0].dtype
     # The ratio to the error of SDPA is 0.4 to 1.2; the floor is the rounding of the result.
-    assert error(out, expected) <= max(1.2 * sdpa_error(arguments, valid, expected, scale), EPSILON[dtype])
+    assert error(out, expected) <= max(1.2 * sdpa_error(arguments, valid, expected, scale), floor * EPSILON[dtype])
     # Keys are rounded to the dtype after their rotation.
     assert error(lse, expected_lse) <= max(EPSILON[dtype], 1e-6)  # 7e-8 in float32, 3e-5 in float16
     assert out.dtype == dtype and lse.dtype == torch.float32
@@ -118,6 +142,22 @@ def test_a_table_of_slots_for_each_item(splits, dtype, quantised, pooled):
     expected, expected_lse = exact(arguments, valid)
     assert error(out, expected) < 2 * max(EPSILON[dtype], 2**-22)  # float16: 3.6e-4, float32: 1.7e-7
     assert error(lse, expected_lse) < max(EPSILON[dtype], 1e-6)
+
+
+@pytest.mark.parametrize(("rank", "shared"), [(64, 32), (50, 12), (192, 0), (200, 32)])
+@pytest.mark.parametrize("tail", [0, 3, 76])
+def test_several_blocks_of_keys(tail, rank, shared, monkeypatch):
+    """204 keys, 201 and 128, in tiles of 16 bits; what is allocated and not written is NaN."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(float("nan")))
+    arguments, valid = case(rank, shared, dtype=torch.float16, tokens=51, tail=tail, quantised=rank == 200)
+    for splits in (1, 2):
+        check(arguments, valid, splits=splits, floor=1 + (rank == 200))
+
+
+def test_the_tiles_that_share_a_multiprocessor():
+    plan = module("latent_tiles").latent_plan(64, 32, 2**31, torch.bfloat16, False, False, 90)
+    assert plan.options()["maxnreg"] * 32 * plan.num_warps * 2 == 65536
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the file is in the memory of the CPU")

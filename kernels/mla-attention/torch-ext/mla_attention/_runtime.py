@@ -41,10 +41,13 @@ class Plan(NamedTuple):
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
+    max_registers: int = 0
+    """Registers of a thread that the compiler may take, 0 for as many as there are."""
 
     def options(self) -> dict[str, Any]:
         """The compiler's options; products and sums are fused into one rounding whatever Triton's default is."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        return {**options, "maxnreg": self.max_registers} if self.max_registers else options
 
 
 class Variant(NamedTuple):
@@ -52,8 +55,8 @@ class Variant(NamedTuple):
 
     `types` maps arguments to Triton's names of types (`*bf16`, `*i32`, `fp32`); an argument that is neither
     there nor a constant of `plan` is an i32. A tensor that is absent is a constant None. Pointers and
-    integers are taken to be multiples of 16, unless the kernel names them in `do_not_specialize`. `dot` says
-    whether the kernel is expected to use the tensor cores by the instruction of its generation.
+    integers are taken to be multiples of 16, but for those that the kernel names in `do_not_specialize` and `UNEVEN`
+    of `aot.py`. `dot` says whether the kernel is expected to use the tensor cores by the instruction of its generation.
     """
 
     name: str

@@ -1,10 +1,10 @@
 """Per-head keys and values from cached latent rows, written to a workspace in reading order.
 
-One product a head, `kv_b_proj` on the gathered (and dequantised) latents, with the bias and the rotation of
-interleaved channel pairs in its epilogue; the shared rotary key is rotated once and repeated over the
-heads (DeepSeek-V2, arXiv 2405.04434, section 2.1; RoPE, arXiv 2104.09864). Shape letters: B batch, S slots, T
-tokens a frame, F frames read, H heads, N unrotated (or all) key channels, V value channels, r
-`kv_lora_rank`, R shared rotary channels, W row width.
+One product, `kv_b_proj` on the gathered (and dequantised) latents, with the bias before it and the rotation of
+interleaved channel pairs behind it; its tiles hold some channels of several heads, which are rotated alike. The
+shared rotary key is rotated once and repeated over the heads (DeepSeek-V2, arXiv 2405.04434, section 2.1; RoPE, arXiv
+2104.09864). Shape letters: B batch, S slots, T tokens a frame, F frames read, H heads, N unrotated (or all) key
+channels, V value channels, r `kv_lora_rank`, R shared rotary channels, W row width.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from ._runtime import (
     power_of_two,
     refuse,
     require,
+    tile_family,
     tl,
 )
+from .pack import copy_rows
 from .quantise import GROUP, dequantise_rows
 from .ring import check_ring, ring_index, ring_strides
 
@@ -38,59 +40,58 @@ MAX_CHANNELS = 256
 
 @jit(do_not_specialize=["keys", "slots_b"])
 def _expand_kernel(
-    out, rows, scales, slots, num_keys, weight, bias, rotations, tokens, keys, copies,
-    out_b, out_k, out_h, rows_b, rows_s, rows_t, scales_b, scales_s, scales_t, slots_b,
-    head_rows, rotations_k,
-    RANK: tl.constexpr, CHANNELS: tl.constexpr, FIRST: tl.constexpr, PROJECTED: tl.constexpr,
-    ROTATED: tl.constexpr, QUANTISED: tl.constexpr, TILES: tl.constexpr,
+    out, rows, scales, slots, num_keys, weight, bias, rotations, tokens, keys, heads, copies,
+    out_b, out_k, out_h, rows_b, rows_s, rows_t, scales_b, scales_s, scales_t, slots_b, head_rows, rotations_k,
+    RANK: tl.constexpr, CHANNELS: tl.constexpr, TILES: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Some channels of one head for a tile of keys, stored for `copies` heads.
-
-    PROJECTED: CHANNELS rows of the head's weight times the latent; else the rows' own channels from FIRST on.
-    """
-    head = tl.program_id(0) // TILES
-    c = tl.program_id(0) % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+    """BLOCK_N of the CHANNELS of HEADS heads for a tile of keys, as one product; each is stored for `copies` heads."""
+    first = tl.program_id(0) % TILES * BLOCK_N
     n = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     b = tl.program_id(2).to(tl.int64)
     valid = tl.minimum(tl.load(num_keys), keys)
     if tl.program_id(1) * BLOCK_M >= valid:
         return
     live = n < valid
-    slot = tl.load(slots + b * slots_b + n // tokens, mask=live, other=0).to(tl.int64)
-    token = n % tokens
-    source = rows + b * rows_b + slot * rows_s + token * rows_t
-    if QUANTISED:
-        steps = scales + b * scales_b + slot * scales_s + token * scales_t
-    used = c < CHANNELS
-    if PROJECTED:
-        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        weights = weight + (head * head_rows + c) * RANK
-        for start in range(0, RANK, BLOCK_R):
-            i = start + tl.arange(0, BLOCK_R)
-            inside = i < RANK
-            tile = tl.load(source[:, None] + i[None, :], mask=live[:, None] & inside[None, :], other=0)
-            if QUANTISED:
-                # A block of the rank lies in one group.
-                step = tl.load(steps + start // 64, mask=live, other=0.0).to(tl.float32)
-                tile = (tile.to(tl.float32) * step[:, None]).to(weight.dtype.element_ty)
-            w = tl.load(weights[:, None] + i[None, :], mask=used[:, None] & inside[None, :], other=0.0)
-            acc = tl.dot(tile, w.T, acc, input_precision=PRECISION)
-        if bias is not None:
-            acc += tl.load(bias + head * head_rows + c, mask=used, other=0.0).to(tl.float32)[None, :]
-    else:
-        mask = live[:, None] & used[None, :]
-        acc = tl.load(source[:, None] + (FIRST + c)[None, :], mask=mask, other=0).to(tl.float32)
-        if QUANTISED:
-            acc *= tl.load(steps[:, None] + ((FIRST + c) // 64)[None, :], mask=mask, other=0.0).to(tl.float32)
-    if ROTATED:
-        # cos and sin lie as the pairs do: interleaved.
-        turn = rotations + n.to(tl.int64)[:, None] * rotations_k + c[None, :]
-        turn = tl.load(turn, mask=live[:, None] & used[None, :], other=0.0)
+    # Instead of those behind it the last valid key is read again, so that no load of the product needs a mask.
+    n = tl.minimum(n, valid - 1)
+    slot = tl.load(slots + b * slots_b + n // tokens).to(tl.int64)
+    source = rows + b * rows_b + slot * rows_s + n % tokens * rows_t
+    if scales is not None:
+        steps = scales + b * scales_b + slot * scales_s + n % tokens * scales_t
+    j = tl.arange(0, HEADS * BLOCK_N)
+    c = first + j % BLOCK_N
+    head = tl.program_id(0) // TILES * HEADS + j // BLOCK_N
+    used = (c < CHANNELS) & (head < heads)
+    row = tl.where(used, head * head_rows + c, 0)
+    weights = weight + row * RANK
+    acc = tl.zeros([BLOCK_M, HEADS * BLOCK_N], tl.float32)
+    # Behind the product the bias would take registers beside the sums and the rotations.
+    if bias is not None:
+        acc += tl.load(bias + row).to(tl.float32)[None, :]
+    for start in range(0, RANK, BLOCK_R):
+        i = start + tl.arange(0, BLOCK_R)
+        if RANK % BLOCK_R == 0:
+            tile = tl.load(source[:, None] + i[None, :])
+            w = tl.load(weights[:, None] + i[None, :])
+        else:
+            tile = tl.load(source[:, None] + i[None, :], mask=(i < RANK)[None, :], other=0)
+            w = tl.load(weights[:, None] + i[None, :], mask=(i < RANK)[None, :], other=0.0)
+        if scales is not None:
+            # A block of the rank lies in one group.
+            step = tl.load(steps + start // 64).to(tl.float32)
+            tile = (tile.to(tl.float32) * step[:, None]).to(weight.dtype.element_ty)
+        acc = tl.dot(tile, w.T, acc, input_precision=PRECISION)
+    if rotations is not None:
+        # cos and sin lie as the pairs do: interleaved. All heads take the same.
+        place = first + tl.arange(0, BLOCK_N)
+        turn = rotations + n.to(tl.int64)[:, None] * rotations_k + place[None, :]
+        turn = tl.load(turn, mask=(place < CHANNELS)[None, :], other=0.0)
         cos, sin = tl.split(tl.reshape(turn, [BLOCK_M, BLOCK_N // 2, 2]))
-        x, y = tl.split(tl.reshape(acc, [BLOCK_M, BLOCK_N // 2, 2]))
-        acc = tl.reshape(tl.join(x * cos - y * sin, x * sin + y * cos), [BLOCK_M, BLOCK_N])
-    target = out + b * out_b + head.to(tl.int64) * out_h + n.to(tl.int64)[:, None] * out_k + c[None, :]
+        cos, sin = cos[:, None, :], sin[:, None, :]
+        x, y = tl.split(tl.reshape(acc, [BLOCK_M, HEADS, BLOCK_N // 2, 2]))
+        acc = tl.reshape(tl.join(x * cos - y * sin, x * sin + y * cos), [BLOCK_M, HEADS * BLOCK_N])
+    target = out + b * out_b + n.to(tl.int64)[:, None] * out_k + (head.to(tl.int64) * out_h + c)[None, :]
     for _ in range(copies):
         tl.store(target, acc.to(out.dtype.element_ty), mask=live[:, None] & used[None, :])
         target += out_h
@@ -173,45 +174,48 @@ def why_not_expand_kv(
     return None
 
 
-def expand_plan(
-    rank: int, channels: int, first: int | None, rotated: bool, quantised: bool, dtype: torch.dtype, capability: int
-) -> Plan:
-    """Tiles of keys by channels; `first` is the rows' channel that is copied, None for a product with weights."""
+def expand_plan(rank: int, channels: int, heads: int, dtype: torch.dtype, capability: int) -> Plan:
+    """Tiles of keys by channels of several heads: as wide as they compile without spilled registers."""
     exact = dtype == torch.float32
-    block_n = min(32 if exact else 128, max(16, power_of_two(channels)))
+    width = 32 if exact else 128 if tile_family(capability) == 80 else 256
+    # The widest of the blocks that exceed the channels least.
+    block_n = min((n for n in (64, 32, 16) if n <= width), key=lambda n: (ceil_div(channels, n) * n, -n))
+    together = min(width // block_n, power_of_two(heads))
     constants = {
         "RANK": rank,
         "CHANNELS": channels,
-        "FIRST": first or 0,
-        "PROJECTED": first is None,
-        "ROTATED": rotated,
-        "QUANTISED": quantised,
         "TILES": ceil_div(channels, block_n),
+        "HEADS": together,
         "BLOCK_M": 32 if exact else 128,
         "BLOCK_N": block_n,
         "BLOCK_R": min(GROUP, max(16, power_of_two(rank))),
         "PRECISION": "ieee" if exact else "tf32",
     }
-    return Plan(constants, 4 if exact or block_n < 64 else 8, 1 if exact else 3)
+    return Plan(constants, 4 if exact or together * block_n < 128 else 8, 1 if exact else 3)
 
 
 def aot_variants(capability: int) -> list[Variant]:
-    """Ahead-of-time compilations at the Wan geometry: keys rotated, keys or values that are not, shared keys."""
-    everywhere, shared = [(128, None, True), (128, None, False)], [(32, None, True), (32, 192, True)]
-    cases = [(rank, *case, False) for rank in (192, 64, 128, 256, 1024) for case in everywhere]
-    cases += [(192, *case, False) for case in shared] + [(192, *case, True) for case in everywhere + shared]
+    """Ahead-of-time compilations: Wan's heads, rotated and not, by rank; shared keys; int8 rows.
+
+    448 and 1472 are what the recipes for two layers a latent take.
+    """
+    whole, parts, shared = [(128, 12, True), (128, 12, False)], [(96, 12, False)], [(32, 1, True)]
+    cases = [(rank, *case, False) for rank in (448, 192, 64, 128, 200, 256, 1472) for case in whole]
+    cases += [(192, *case, False) for case in parts + shared]
+    cases += [(rank, *case, True) for rank in (192, 448) for case in whole + shared]
     found = []
-    for rank, channels, first, rotated, quantised in cases:
-        plan = expand_plan(rank, channels, first, rotated, quantised, torch.bfloat16, capability)
+    for rank, channels, heads, rotated, quantised in cases:
+        plan = expand_plan(rank, channels, heads, torch.bfloat16, capability)
         types = {"out": "*bf16", "rows": "*i8" if quantised else "*bf16", "slots": "*i32", "num_keys": "*i32"}
+        types |= dict.fromkeys(("weight", "bias"), "*bf16")
         optional = {"scales": ("*fp16", quantised), "rotations": ("*fp32", rotated)}
-        optional |= dict.fromkeys(("weight", "bias"), ("*bf16", first is None))
         types |= {name: kind for name, (kind, there) in optional.items() if there}
-        absent = {name: None for name, (_, there) in optional.items() if not there}
-        name = f"expand_kv r={rank}, {channels} channels {'projected' if first is None else 'copied'}"
-        name += ", rotated" * rotated + ", int8" * quantised
-        plan = plan._replace(constants={**plan.constants, **absent})
-        found.append(Variant(name, _expand_kernel, types, plan, dot=first is None))
+        fixed = {name: None for name, (_, there) in optional.items() if not there}
+        # Triton compiles a 1 in.
+        fixed |= {"heads": 1} if heads == 1 else {"copies": 1}
+        name = f"expand_kv r={rank}, {heads} x {channels} channels" + ", rotated" * rotated + ", int8" * quantised
+        plan = plan._replace(constants={**plan.constants, **fixed})
+        found.append(Variant(name, _expand_kernel, types, plan))
     return found
 
 
@@ -267,33 +271,25 @@ def _launch(
     heads, value_channels = key_out.shape[2], value_out.shape[3]
     nope = w_kvb.shape[0] // heads - value_channels
     shared = key_out.shape[3] - nope
-    source = (rows, scales, slots, num_keys)
-    both = nope + value_channels
+    source, both = (rows, scales, slots, num_keys), nope + value_channels
     if nope:
-        turning = rotations if rotate_heads else None
-        _launch_part(key_out, nope, heads, *source, w_kvb, b_kvb, both, None, turning)
-    _launch_part(value_out, value_channels, heads, *source, w_kvb[nope:], b_kvb[nope:], both, None, None)
+        _product(key_out, nope, heads, *source, w_kvb, b_kvb, both, rotations if rotate_heads else None)
+    _product(value_out, value_channels, heads, *source, w_kvb[nope:], b_kvb[nope:], both, None)
     if shared and w_pe is None:
-        _launch_part(key_out[..., nope:], shared, 1, *source, None, None, 0, w_kvb.shape[1], rotations)
+        copy_rows(key_out[..., nope:], *source, w_kvb.shape[1], shared, rotations)
     elif shared:
-        _launch_part(key_out[..., nope:], shared, 1, *source, w_pe, b_pe, 0, None, rotations)
+        _product(key_out[..., nope:], shared, 1, *source, w_pe, b_pe, 0, rotations)
 
 
-def _launch_part(out, channels, heads, rows, scales, slots, num_keys, weight, bias, head_rows, first, rotations):
-    """Channels of `heads` products, or of one thing that all heads of `out` share.
-
-    `weight` has `head_rows` rows a head; None copies the rows' channels from `first` on.
-    """
-    rank = 1 if weight is None else weight.shape[1]
-    tokens = rows.shape[2]
+def _product(out, channels, heads, rows, scales, slots, num_keys, weight, bias, head_rows, rotations):
+    """Channels of every head, whose weights begin `head_rows` rows apart, or of one that all heads of `out` share."""
+    rank, tokens = weight.shape[1], rows.shape[2]
     keys = min(slots.shape[-1] * tokens, out.shape[1])
-    device = capability(rows.device)
-    plan = expand_plan(rank, channels, first, rotations is not None, scales is not None, out.dtype, device)
-    all_heads = out.shape[2]
+    plan = expand_plan(rank, channels, heads, out.dtype, capability(rows.device))
+    groups = ceil_div(heads, plan.constants["HEADS"]) * plan.constants["TILES"]
     launch(
-        _expand_kernel,
-        (heads * plan.constants["TILES"], ceil_div(keys, plan.constants["BLOCK_M"]), out.shape[0]), plan, out,
-        out, rows, scales, slots, num_keys, weight, bias, rotations, tokens, keys, all_heads // heads,
+        _expand_kernel, (groups, ceil_div(keys, plan.constants["BLOCK_M"]), out.shape[0]), plan, out,
+        out, rows, scales, slots, num_keys, weight, bias, rotations, tokens, keys, heads, out.shape[2] // heads,
         *out.stride()[:3], *ring_strides(rows, scales, slots), head_rows,
         0 if rotations is None else rotations.stride(0),
     )  # fmt: skip

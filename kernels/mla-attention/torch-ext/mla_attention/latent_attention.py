@@ -2,8 +2,10 @@
 
 The logit of a key is `q_latent . c + q_pe . rotated(k_pe)` and its value is its latent c, so all heads share
 the rows (DeepSeek-V2, arXiv 2405.04434, section 2.1.2): a tile holds several queries with all their heads, and
-a row is loaded once for it. Online softmax and splits as in `attend.py`. Shape letters: B batch, S slots, T tokens
-a frame, F frames read, K = F T keys, Q queries, H heads, r `kv_lora_rank`, R shared rotary channels, W row width.
+a row is loaded once for it. Tiles of few queries gather the ring's rows, dequantise and rotate them; where that would
+be done for many tiles, rows are packed once before, see `pack.py`. Online softmax and splits as in `attend.py`. Shape
+letters: B batch, S slots, T tokens a frame, F frames read, K = F T keys, Q queries, H heads, r `kv_lora_rank`, R
+shared rotary channels, W row width.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ from ._ops import add_op_namespace_prefix, ops
 from ._runtime import (
     DTYPES,
     INTERPRETED,
-    Plan,
     Variant,
     capability,
     ceil_div,
@@ -26,8 +27,9 @@ from ._runtime import (
     require,
     tl,
 )
-from .latent_tiles import MAX_RANK, latent_plan
+from .latent_tiles import MAX_RANK, latent_plan, row_widths
 from .merge import launch_merge
+from .pack import packed_rows
 from .quantise import dequantise_rows
 from .ring import check_ring, ring_index, ring_strides
 from .splits import multiprocessors, split_count
@@ -48,17 +50,25 @@ def _mask(inside, START: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr):
 
 
 @jit
+def _channels(
+    rows, offsets, live, FIRST: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Channels `[START, START + BLOCK)` of the SIZE from FIRST on of some rows, zeros behind them and where MASKED."""
+    source = rows + offsets[:, None] + (FIRST + START + tl.arange(0, BLOCK))[None, :]
+    if MASKED or START + BLOCK > SIZE:
+        return tl.load(source, mask=_mask(live, START, BLOCK, SIZE), other=0)
+    return tl.load(source)
+
+
+@jit
 def _latents(
     rows, offsets, scales, scale_offsets, live, DTYPE: tl.constexpr, START: tl.constexpr, RANK: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, QUANTISED: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Channels `[START, START + BLOCK)` of the latents of some keys, zeros from RANK on and where not `live`."""
-    source = rows + offsets[:, None] + (START + tl.arange(0, BLOCK))[None, :]
-    if MASKED or START + BLOCK > RANK:
-        tile = tl.load(source, mask=_mask(live, START, BLOCK, RANK), other=0)
-    else:
-        tile = tl.load(source)
-    if QUANTISED:
+    """Channels `[START, START + BLOCK)` of the latents of some keys, dequantised where there are scales."""
+    tile = _channels(rows, offsets, live, 0, START, BLOCK, RANK, MASKED)
+    if scales is not None:
         # The block holds whole groups or lies in one.
         GROUPS: tl.constexpr = (BLOCK + 63) // 64
         g = START // 64 + tl.arange(0, GROUPS)
@@ -72,60 +82,66 @@ def _latents(
 @jit
 def _shared_keys(
     rows, offsets, scales, scale_offsets, turns, live, DTYPE: tl.constexpr, RANK: tl.constexpr,
-    SHARED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, QUANTISED: tl.constexpr,
+    SHARED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The shared keys of some rows, rotated; cos and sin lie in `turns` as the pairs do: interleaved."""
-    c = tl.arange(0, BLOCK)
-    mask = _mask(live, 0, BLOCK, SHARED)
-    k = tl.load(rows + offsets[:, None] + (RANK + c)[None, :], mask=mask, other=0).to(tl.float32)
-    if QUANTISED:
-        steps = scales + scale_offsets[:, None] + ((RANK + c) // 64)[None, :]
-        k *= tl.load(steps, mask=mask, other=0.0).to(tl.float32)
-    turn = tl.load(turns[:, None] + c[None, :], mask=mask, other=0.0)
-    cos, sin = tl.split(tl.reshape(turn, [BLOCK_K, BLOCK // 2, 2]))
-    x, y = tl.split(tl.reshape(k, [BLOCK_K, BLOCK // 2, 2]))
-    return tl.reshape(tl.join(x * cos - y * sin, x * sin + y * cos), [BLOCK_K, BLOCK]).to(DTYPE)
+    """The shared keys of some rows, dequantised and rotated by `turns`; None for those that are both already."""
+    k = _channels(rows, offsets, live, RANK, 0, BLOCK, SHARED, MASKED)
+    if turns is not None:
+        c = tl.arange(0, BLOCK)
+        mask = _mask(live, 0, BLOCK, SHARED)
+        k = k.to(tl.float32)
+        if scales is not None:
+            steps = scales + scale_offsets[:, None] + ((RANK + c) // 64)[None, :]
+            k *= tl.load(steps, mask=mask, other=0.0).to(tl.float32)
+        # cos and sin lie as the pairs do: interleaved.
+        turn = tl.load(turns[:, None] + c[None, :], mask=mask, other=0.0)
+        cos, sin = tl.split(tl.reshape(turn, [BLOCK_K, BLOCK // 2, 2]))
+        x, y = tl.split(tl.reshape(k, [BLOCK_K, BLOCK // 2, 2]))
+        k = tl.reshape(tl.join(x * cos - y * sin, x * sin + y * cos), [BLOCK_K, BLOCK]).to(DTYPE)
+    return k
 
 
 @jit
 def _latent_block(
-    query, pe, acc, total, top, start, slot, last, rows, scales, rotations, tokens, scale_log2,
+    query, pe, acc, total, top, start, last, rows, scales, slots, rotations, tokens, scale_log2,
     rows_s, rows_t, scales_s, scales_t, rotations_k,
     RANK: tl.constexpr, WIDE: tl.constexpr, COUNT: tl.constexpr, REST: tl.constexpr, BLOCKS: tl.constexpr,
-    SHARED: tl.constexpr, PE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, QUANTISED: tl.constexpr,
-    MASKED: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr,
+    SHARED: tl.constexpr, PE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PACKED: tl.constexpr,
+    FAR: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax over the keys from `start` on, which lie in `slot`; `top` is in units of log2."""
+    """One step of the online softmax over the keys from `start` on; `top` is in units of log2.
+
+    RANK and SHARED are those of the rows: padded where they are PACKED.
+    """
     DTYPE: tl.constexpr = query[0].dtype
     n = start + tl.arange(0, BLOCK_K)
     live = n < last
-    token = n % tokens
-    if FAR:
-        slot = slot.to(tl.int64)
-    offsets = slot * rows_s + token * rows_t
-    scale_offsets = slot * scales_s + token * scales_t
+    if PACKED:
+        WIDTH: tl.constexpr = RANK + SHARED
+        rows += tl.cast(start, tl.int64) * WIDTH
+        offsets = tl.arange(0, BLOCK_K) * WIDTH
+        scale_offsets = offsets
+    else:
+        slot = tl.load(slots + n // tokens, mask=live, other=0)
+        if FAR:
+            slot = slot.to(tl.int64)
+        offsets = slot * rows_s + n % tokens * rows_t
+        scale_offsets = slot * scales_s + n % tokens * scales_t
     logits = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    # Before the latents rotating overlaps the products of the keys before; large tiles have no registers for that.
-    EARLY: tl.constexpr = RANK <= 256 and BLOCK_M >= 64
-    turns = rotations
     if SHARED > 0:
-        turns = rotations + n * rotations_k
-        if EARLY:
-            k = _shared_keys(
-                rows, offsets, scales, scale_offsets, turns, live, DTYPE, RANK, SHARED, PE, BLOCK_K, QUANTISED
-            )
-            logits = tl.dot(pe, k.T, logits, input_precision=PRECISION)
+        turns = rotations
+        if rotations is not None:
+            turns = rotations + n * rotations_k
+        k = _shared_keys(rows, offsets, scales, scale_offsets, turns, live, DTYPE, RANK, SHARED, PE, BLOCK_K, MASKED)
+        logits = tl.dot(pe, k.T, logits, input_precision=PRECISION)
     latents = ()
     for i in tl.static_range(BLOCKS):
         c = _latents(
             rows, offsets, scales, scale_offsets, live, DTYPE, i * WIDE, RANK, WIDE if i < COUNT else REST,
-            BLOCK_K, QUANTISED, MASKED,
+            BLOCK_K, MASKED,
         )  # fmt: skip
         logits = tl.dot(query[i], c.T, logits, input_precision=PRECISION)
         latents = latents + (c,)  # noqa: RUF005
-    if SHARED > 0 and not EARLY:
-        k = _shared_keys(rows, offsets, scales, scale_offsets, turns, live, DTYPE, RANK, SHARED, PE, BLOCK_K, QUANTISED)
-        logits = tl.dot(pe, k.T, logits, input_precision=PRECISION)
     if MASKED:
         logits = tl.where(live[None, :], logits, float("-inf"))
     # One multiplication and subtraction a logit: a positive scale goes past the maximum.
@@ -147,13 +163,14 @@ def _latent_kernel(
     query_b, query_q, query_h, pe_b, pe_q, pe_h, rows_b, rows_s, rows_t, scales_b, scales_s, scales_t, slots_b,
     rotations_k,
     RANK: tl.constexpr, WIDE: tl.constexpr, COUNT: tl.constexpr, REST: tl.constexpr, BLOCKS: tl.constexpr,
-    SHARED: tl.constexpr, PE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PEELED: tl.constexpr,
-    QUANTISED: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr, TOKENS: tl.constexpr,
+    SHARED: tl.constexpr, PE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PACKED: tl.constexpr,
+    PEELED: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of (query, head) by a split of the keys: `out` `[splits, B, Q, H, r]`, `lse` `[splits, B, H, Q]`.
 
-    The latent is taken in BLOCKS blocks, COUNT of WIDE channels and perhaps one of REST. With PEELED only a last
-    block of keys that is not full is masked, by code of its own. FAR rings take offsets of 64 bits.
+    The latent is taken in BLOCKS blocks, COUNT of WIDE channels and perhaps one of REST. PACKED rows are padded to
+    these, their shared keys to PE. A ring is FAR if its offsets take 64 bits. With PEELED only a last block of keys
+    that is not full is masked, by code of its own.
     """
     b = tl.program_id(1).to(tl.int64)
     valid = tl.minimum(tl.load(num_keys), keys)
@@ -182,33 +199,26 @@ def _latent_kernel(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     scale_log2 = scale * 1.4426950408889634
     rows += b * rows_b
-    if QUANTISED:
+    if scales is not None:
         scales += b * scales_b
-    # 32 bits: one register less than a pointer to the item's table.
-    table = tl.program_id(1) * slots_b
-    if TOKENS > 0:
-        # Dividing by a number that the compiler knows takes no division.
-        tokens = TOKENS
-    n = first + tl.arange(0, BLOCK_K)
-    slot = tl.load(slots + (table + n // tokens), mask=n < last, other=0)
+    if slots is not None:
+        slots += b * slots_b
+    ROW_RANK: tl.constexpr = COUNT * WIDE + REST if PACKED else RANK
+    ROW_SHARED: tl.constexpr = PE if PACKED else SHARED
     stop = last
     if PEELED:
         stop = first + (last - first) // BLOCK_K * BLOCK_K
     for start in range(first, stop, BLOCK_K):
-        # The slots of the next keys are on their way while these are used.
-        following = start + BLOCK_K + tl.arange(0, BLOCK_K)
-        following_slot = tl.load(slots + (table + following // tokens), mask=following < last, other=0)
         acc, total, top = _latent_block(
-            latent, pe, acc, total, top, start, slot, last, rows, scales, rotations, tokens, scale_log2,
-            rows_s, rows_t, scales_s, scales_t, rotations_k, RANK, WIDE, COUNT, REST, BLOCKS, SHARED, PE,
-            BLOCK_M, BLOCK_K, QUANTISED, not PEELED, FAR, PRECISION,
+            latent, pe, acc, total, top, start, last, rows, scales, slots, rotations, tokens, scale_log2,
+            rows_s, rows_t, scales_s, scales_t, rotations_k, ROW_RANK, WIDE, COUNT, REST, BLOCKS, ROW_SHARED, PE,
+            BLOCK_M, BLOCK_K, PACKED, FAR, not PEELED, PRECISION,
         )  # fmt: skip
-        slot = following_slot
     if stop < last:
         acc, total, top = _latent_block(
-            latent, pe, acc, total, top, stop, slot, last, rows, scales, rotations, tokens, scale_log2,
-            rows_s, rows_t, scales_s, scales_t, rotations_k, RANK, WIDE, COUNT, REST, BLOCKS, SHARED, PE,
-            BLOCK_M, BLOCK_K, QUANTISED, True, FAR, PRECISION,
+            latent, pe, acc, total, top, stop, last, rows, scales, slots, rotations, tokens, scale_log2,
+            rows_s, rows_t, scales_s, scales_t, rotations_k, ROW_RANK, WIDE, COUNT, REST, BLOCKS, ROW_SHARED, PE,
+            BLOCK_M, BLOCK_K, PACKED, FAR, True, PRECISION,
         )  # fmt: skip
 
     # Without keys the sums are 0 and so is the output.
@@ -289,14 +299,15 @@ def why_not_latent_attention(rank: int, shared_channels: int, dtype: torch.dtype
 
 
 def aot_variants(capability: int) -> list[Variant]:
-    """Ahead-of-time compilations: ranks with and without a shared key, int8 rows, few queries, and large rings."""
-    ranks = [(rank, 32, False, 4680) for rank in (192, 64, 96, 128, 256, 448, 512)]
-    ranks += [(192, 32, True, 4680), (512, 32, True, 4680)]
-    cases = [(*case, False) for case in (*ranks, (192, 0, False, 4680), (192, 32, False, 1))]
-    cases += [(*case, True) for case in ranks]
+    """Ahead-of-time compilations: many queries, by rank and shared channels, and few, also to int8 and large rings."""
     heads, found = 12, []
-    for rank, shared, quantised, queries, far in cases:
+    cases = [(rank, 32, 4680, False, False) for rank in (192, 64, 96, 128, 256, 448, 512)]
+    cases += [(rank, shared, 4680, False, False) for rank in (64, 192, 512) for shared in (0, 64)]
+    kinds = [(False, False), (True, False), (True, True)]
+    cases += [(rank, 64, queries, *kind) for rank in (192, 512) for queries in (1, 64) for kind in kinds]
+    for rank, shared, queries, quantised, far in cases:
         plan = latent_plan(rank, shared, queries * heads, torch.bfloat16, quantised, far, capability)
+        gathered = not plan.constants["PACKED"]
         types = dict.fromkeys(("query", "query_pe", "out"), "*bf16") | {
             "rows": "*i8" if quantised else "*bf16",
             "scales": "*fp16",
@@ -306,10 +317,10 @@ def aot_variants(capability: int) -> list[Variant]:
             "lse": "*fp32",
             "scale": "fp32",
         }
-        there = {"query_pe": shared, "rotations": shared, "scales": quantised}
+        there = {"query_pe": shared, "rotations": shared and gathered, "scales": quantised, "slots": gathered}
         absent = {name: None for name, wanted in there.items() if not wanted}
         types = {name: kind for name, kind in types.items() if name not in absent}
-        plan = _of_frames(plan._replace(constants={**plan.constants, **absent}), 1560)
+        plan = plan._replace(constants={**plan.constants, **absent})
         name = f"latent_attention r={rank} R={shared} Q={queries}" + ", int8" * quantised + ", far" * far
         # The newer tensor cores take no tile of less than 64 rows.
         found.append(Variant(name, _latent_kernel, types, plan, dot=plan.constants["BLOCK_M"] >= 64))
@@ -337,31 +348,31 @@ def _check(
         require(rotations.stride(1) == 2 or shared <= 2, "the pairs of rotations must be contiguous")
 
 
-def _of_frames(plan: Plan, tokens: int) -> Plan:
-    """The plan for frames of so many tokens, by which every key's place is divided; large tiles do not ask."""
-    known = tokens if plan.constants["RANK"] <= 256 else 0
-    return plan._replace(constants={**plan.constants, "TOKENS": known})
-
-
 def _launch(query, query_pe, rows, scales, slots, num_keys, rotations, scale, splits):
     batch, queries, heads, rank = query.shape
     tokens, shared = rows.shape[2], 0 if query_pe is None else query_pe.shape[-1]
+    keys, strides = slots.shape[-1] * tokens, ring_strides(rows, scales, slots)
     far = rows.shape[1] * rows.stride(1) >= NEAR
     plan = latent_plan(rank, shared, queries * heads, query.dtype, scales is not None, far, capability(query.device))
-    plan = _of_frames(plan, tokens)
-    tiles = ceil_div(queries * heads, plan.constants["BLOCK_M"]) * batch
+    if not shared:
+        rotations = None
+    if plan.constants["PACKED"]:
+        widths = row_widths(plan)
+        rows = packed_rows(rows, scales, slots, num_keys, rotations, batch, rank, *widths, query.dtype)
+        scales = slots = rotations = None
+        strides = (rows.stride(0), *(0,) * 6)
+    tiles = ceil_div(queries * heads, plan.constants["BLOCK_M"])
     if splits == 0:
-        blocks = ceil_div(slots.shape[-1] * tokens, plan.constants["BLOCK_K"])
-        splits = split_count(tiles, blocks, multiprocessors(query.device))
+        blocks = ceil_div(keys, plan.constants["BLOCK_K"])
+        splits = split_count(tiles * batch, blocks, multiprocessors(query.device))
     dtype = query.dtype if splits == 1 else torch.float32
     out = torch.empty(splits, batch, queries, heads, rank, dtype=dtype, device=query.device)
     lse = torch.empty(splits, batch, heads, queries, dtype=torch.float32, device=query.device)
     launch(
-        _latent_kernel, (ceil_div(queries * heads, plan.constants["BLOCK_M"]), batch, splits), plan, query,
-        query, query_pe, rows, scales, slots, num_keys, rotations if shared else None, out, lse, scale,
-        queries, slots.shape[-1] * tokens, heads, tokens,
-        *query.stride()[:3], *(query_pe.stride()[:3] if shared else (0, 0, 0)),
-        *ring_strides(rows, scales, slots), rotations.stride(0) if shared else 0,
+        _latent_kernel, (tiles, batch, splits), plan, query,
+        query, query_pe, rows, scales, slots, num_keys, rotations, out, lse, scale, queries, keys, heads, tokens,
+        *query.stride()[:3], *(query_pe.stride()[:3] if shared else (0, 0, 0)), *strides,
+        0 if rotations is None else rotations.stride(0),
     )  # fmt: skip
     return (out[0], lse[0]) if splits == 1 else launch_merge(out, lse, query.dtype)
 

@@ -1,6 +1,6 @@
-"""The tiles of `latent_attention`: large ones that compile without spilled registers, by what they were compiled for.
+"""The tiles of `latent_attention`: large ones for packed rows, small ones for those of a ring.
 
-They were chosen from ahead-of-time compilations at 32 shared channels, not from timings.
+They were chosen from ahead-of-time compilations, as the largest that spill no registers, not from timings.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import torch
 from ._runtime import Plan, power_of_two, tile_family
 
 MAX_RANK = 512
+PACKED_FROM = 1024
+"""Queries times heads of an item from which on rows are packed: some 90 queries of 12 heads."""
 
 
 class _Tiles(NamedTuple):
@@ -23,47 +25,29 @@ class _Tiles(NamedTuple):
     peeled: bool
     warps: int
     stages: int
+    max_registers: int = 0
 
 
 _TILES = {
-    (80, False): [
+    80: [
         (192, _Tiles(64, 128, 32, False, 8, 3)),
         (256, _Tiles(128, 64, 32, False, 8, 3)),
         (512, _Tiles(128, 32, 32, False, 8, 2)),
     ],
-    (80, True): [
-        (128, _Tiles(128, 128, 32, False, 8, 3)),
-        (192, _Tiles(64, 128, 16, False, 8, 3)),
-        (256, _Tiles(128, 64, 16, False, 8, 3)),
-        (512, _Tiles(128, 32, 32, False, 8, 2)),
-    ],
-    (90, False): [
-        (96, _Tiles(64, 128, 128, True, 8, 3)),
-        (128, _Tiles(128, 128, 64, True, 8, 3)),
-        (192, _Tiles(64, 128, 64, True, 8, 3)),
+    90: [
+        (64, _Tiles(32, 128, 64, True, 8, 3, 128)),
         (256, _Tiles(128, 128, 64, True, 8, 3)),
         (512, _Tiles(128, 64, 16, False, 8, 2)),
     ],
-    (90, True): [
-        (96, _Tiles(64, 128, 128, True, 8, 3)),
-        (256, _Tiles(64, 128, 64, True, 8, 3)),
-        (512, _Tiles(128, 16, 16, False, 8, 2)),
-    ],
-    (100, False): [
+    100: [
         (64, _Tiles(64, 128, 128, False, 8, 3)),
         (192, _Tiles(128, 128, 64, False, 8, 3)),
         (256, _Tiles(128, 128, 64, False, 8, 2)),
         (512, _Tiles(512, 64, 16, False, 8, 2)),
     ],
-    (100, True): [
-        (64, _Tiles(64, 128, 128, False, 8, 3)),
-        (256, _Tiles(128, 128, 64, False, 8, 3)),
-        (512, _Tiles(128, 16, 16, False, 8, 2)),
-    ],
 }
-"""Tiles in 16 bits by family, whether rows are int8, and the largest rank that they are for.
-
-Latents of int8 pass through registers, so such tiles are smaller. Those of family 80 fit 99 kB of shared memory."""
+"""Tiles for packed rows in 16 bits by family and the largest rank that they are for; those of 80 fit 99 kB of shared
+memory, and with 128 registers a thread two programs of family 90 fit a multiprocessor."""
 
 
 def latent_plan(
@@ -71,18 +55,15 @@ def latent_plan(
 ) -> Plan:
     """Tiles by rank, dtype, compute capability and `rows`, the queries times the heads of an item.
 
-    `far` says that offsets in the ring need 64 bits.
+    `quantised` says that the ring is int8, `far` that offsets in it need 64 bits; packed rows are neither.
     """
+    packed, few = rows >= PACKED_FROM, min(32 if rank <= 256 else 16, max(16, power_of_two(rows)))
     if dtype == torch.float32:
-        tiles = _Tiles(64, min(32 if rank <= 256 else 16, max(16, power_of_two(rows))), 16, True, 4, 1)
-    elif rows <= 32:
-        block_m = max(16, power_of_two(rows))
-        tiles = _Tiles(128, block_m, 16, False, 8, 2) if rank > 256 else _Tiles(128, block_m, 32, False, 4, 2)
+        tiles = _Tiles(64, few, 16, packed, 4, 1)
+    elif packed:
+        tiles = next(tiles for limit, tiles in _TILES[tile_family(capability)] if rank <= limit)
     else:
-        tiles = next(tiles for limit, tiles in _TILES[tile_family(capability), quantised] if rank <= limit)
-        if shared > 32:
-            # Their rotations, in float32, take the room of a stage.
-            tiles = tiles._replace(block_k=min(64, tiles.block_k), stages=2)
+        tiles = _Tiles(128, few, 32 if rank <= 256 else 16, False, 8 if quantised or rank > 256 else 4, 3)
     wide, count, rest = _blocks(rank, tiles.widest)
     constants = {
         "RANK": rank,
@@ -91,22 +72,31 @@ def latent_plan(
         "REST": rest,
         "BLOCKS": count + (rest > 0),
         "SHARED": shared,
-        "PE": max(16, power_of_two(shared)) if shared else 0,
+        "PE": max(32, power_of_two(shared)) if shared else 0,
         "BLOCK_M": tiles.block_m,
         "BLOCK_K": tiles.block_k,
+        "PACKED": packed,
         "PEELED": tiles.peeled,
-        "QUANTISED": quantised,
-        "FAR": far,
+        "FAR": far and not packed,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
     }
-    return Plan(constants, tiles.warps, tiles.stages)
+    return Plan(constants, tiles.warps, tiles.stages, tiles.max_registers)
+
+
+def row_widths(plan: Plan) -> tuple[int, int]:
+    """Channels of the latent and of the shared key in a packed row."""
+    constants = plan.constants
+    return constants["COUNT"] * constants["WIDE"] + constants["REST"], constants["PE"]
 
 
 def _blocks(rank: int, widest: int) -> tuple[int, int, int]:
-    """Powers of two that cover the rank: `wide`, how many of it, and a smaller one or 0; 192 = 1 x 128 + 64."""
+    """Powers of two that cover the rank: `wide`, how many of it, and a smaller one or 0; 192 = 1 x 128 + 64.
+
+    Narrow blocks beside many wide ones spill registers.
+    """
     wide = max(16, min(widest, power_of_two(rank + 1) // 2))
     count, left = divmod(rank, wide)
-    rest = max(16, power_of_two(left)) if left else 0
+    rest = max(16 if rank <= 256 else min(64, wide), power_of_two(left)) if left else 0
     if rest != wide:
         return wide, count, rest
     # Two blocks alike are one where it may be so wide: their sums take less room than those of two.
