@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_case import DTYPES, EPSILON, error, int32, randn
+from kernel_case import DTYPES, EPSILON, FAMILIES, error, int32, randn, take_tiles_of
 from mla_attention import attend, attend_reference, merge, why_not_attend
 from mla_attention._ops import ops
 
@@ -61,6 +61,25 @@ def test_only_the_valid_prefix_counts(count, splits):
     torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=1e-5)  # 9e-7
     if count == 0:
         assert not out.any() and bool((lse == float("-inf")).all())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("channels", "values"), [(128, 128), (160, 128), (24, 24)])
+@pytest.mark.parametrize(("count", "splits"), [(300, 1), (256, 1), (257, 2)])
+def test_several_blocks_of_keys_for_many_queries(count, splits, channels, values, family, monkeypatch):
+    """The large tiles, with a last block of keys that is full or is not."""
+    take_tiles_of(family, "attend", monkeypatch)
+    query, key, value = inputs(queries=140, keys=300, heads=2, channels=channels, values=values, dtype=torch.float16)
+    scale = channels**-0.5
+    valid = key[:, :count].clone(), value[:, :count].clone()
+    expected, expected_lse = exact(query, *valid, None, scale)
+    key[:, count:], value[:, count:] = float("nan"), float("nan")
+
+    out, lse = attend(query, key, value, int32([count]), scale, splits)
+
+    limit = 1.2 * error(sdpa(query, *valid, scale), expected)
+    assert error(out, expected) <= max(limit, EPSILON[torch.float16])
+    assert error(lse, expected_lse) < 1e-6
 
 
 def test_a_count_beyond_the_keys_means_all():

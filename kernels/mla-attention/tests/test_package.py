@@ -66,7 +66,7 @@ print(compilations(_merge_kernel, "queries", "parts"))
 print(compilations(_latent_kernel, "queries", "keys", "slots_b"))
 print(compilations(_write_kernel, "length", "slots_b"))
 print(compilations(_norm_kernel, "length", "tokens"))
-print(compilations(_attend_kernel, "key_k"))
+print(compilations(_attend_kernel, "key_h"))
 """
 
 

@@ -80,11 +80,15 @@ def _attend_block(
 @jit(do_not_specialize=["queries", "keys"])
 def _attend_kernel(
     query, key, value, num_keys, out, lse, scale, queries, keys, heads,
-    query_b, query_q, query_h, key_b, key_k, key_h, value_b, value_k, value_h,
+    query_b, query_q, query_h, key_b, KEY_K: tl.constexpr, key_h, value_b, VALUE_K: tl.constexpr, value_h,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, V: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, COUNTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries of a head by a split of the keys: `out` `[splits, B, Q, H, V]`, `lse` `[splits, B, H, Q]`."""
+    """A tile of queries of a head by a split of the keys: `out` `[splits, B, Q, H, V]`, `lse` `[splits, B, H, Q]`.
+
+    From key to key it is KEY_K and VALUE_K scalars, heads times channels in a workspace: known to the compiler, they
+    leave registers for blocks of 128 keys, and a model has one or two pairs of them, whatever its lengths.
+    """
     b = (tl.program_id(1) // heads).to(tl.int64)
     h = (tl.program_id(1) % heads).to(tl.int64)
     valid = keys
@@ -109,19 +113,19 @@ def _attend_kernel(
     total = tl.zeros([BLOCK_Q], tl.float32)
     top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     scale_log2 = scale * 1.4426950408889634
-    keys_of_head = key + b * key_b + h * key_h
-    values_of_head = value + b * value_b + h * value_h
-    step_k = tl.cast(key_k, tl.int64)
-    step_v = tl.cast(value_k, tl.int64)
-    for start in range(first, whole, BLOCK_K):
+    keys_of_head = key + b * key_b + h * key_h + tl.cast(first, tl.int64) * KEY_K
+    values_of_head = value + b * value_b + h * value_h + tl.cast(first, tl.int64) * VALUE_K
+    for _ in range(first, whole, BLOCK_K):
         acc1, acc2, total, top = _attend_block(
-            q1, q2, acc1, acc2, total, top, keys_of_head + start * step_k, values_of_head + start * step_v,
-            n * key_k, n * value_k, n >= 0, scale_log2, D, D1, D2, V, V1, V2, False, PRECISION,
+            q1, q2, acc1, acc2, total, top, keys_of_head, values_of_head, n * KEY_K, n * VALUE_K, n >= 0, scale_log2,
+            D, D1, D2, V, V1, V2, False, PRECISION,
         )  # fmt: skip
+        keys_of_head += BLOCK_K * KEY_K
+        values_of_head += BLOCK_K * VALUE_K
     if whole < last:
         acc1, acc2, total, top = _attend_block(
-            q1, q2, acc1, acc2, total, top, keys_of_head + whole * step_k, values_of_head + whole * step_v,
-            n * key_k, n * value_k, n < last - whole, scale_log2, D, D1, D2, V, V1, V2, True, PRECISION,
+            q1, q2, acc1, acc2, total, top, keys_of_head, values_of_head, n * KEY_K, n * VALUE_K, n < last - whole,
+            scale_log2, D, D1, D2, V, V1, V2, True, PRECISION,
         )  # fmt: skip
 
     # Without keys the sums are 0 and so is the output.
@@ -217,23 +221,24 @@ def _tiles(width: int, queries: int, dtype: torch.dtype, family: int) -> tuple[i
         return max(16, power_of_two(queries)), 64 if width <= 160 else 32, 4, 2
     if family == 80:
         return 128, 32, 8, 3 if width <= 160 else 2
-    if family == 100 and width <= 128:
-        return 128, 128, 8, 2
+    if width <= 128:
+        return 128, 128, 8, 3 if family == 90 else 2
     return 128, 64, 8, 3
 
 
 def aot_variants(capability: int) -> list[Variant]:
-    """Ahead-of-time compilations: Wan's heads, with a shared or a mean key beside, and few queries."""
-    types = dict.fromkeys(("query", "key", "value", "out"), "*bf16") | {
-        "num_keys": "*i32",
-        "lse": "*fp32",
-        "scale": "fp32",
-    }
-    found = []
-    for channels, queries in ((128, 4680), (160, 4680), (256, 4680), (128, 32)):
-        plan = attend_plan(channels, 128, queries, torch.bfloat16, True, capability)
+    """Ahead-of-time compilations: heads as wide as of Wan and others, all keys or a prefix, and few queries."""
+    heads, found = 12, []
+    cases = [(channels, 4680, False) for channels in (128, 64, 96, 160, 256)]
+    for channels, queries, counted in (*cases, (128, 4680, True), (128, 32, True)):
+        types = dict.fromkeys(("query", "key", "value", "out"), "*bf16") | {"lse": "*fp32", "scale": "fp32"}
+        types |= {"num_keys": "*i32"} if counted else {}
+        plan = attend_plan(channels, 128, queries, torch.bfloat16, counted, capability)
+        fixed = {"KEY_K": heads * channels, "VALUE_K": heads * 128} | ({} if counted else {"num_keys": None})
+        plan = plan._replace(constants={**plan.constants, **fixed})
+        name = f"attend D={channels} V=128 Q={queries}" + ", a prefix" * counted
         # The newer tensor cores take no tile of less than 64 rows.
-        found.append(Variant(f"attend D={channels} V=128 Q={queries}", _attend_kernel, types, plan, dot=queries >= 64))
+        found.append(Variant(name, _attend_kernel, types, plan, dot=queries >= 64))
     return found
 
 
