@@ -153,7 +153,6 @@ def test_shared_keys_are_not_fewer_than_asked() -> None:
     ("settings", "message"),
     [
         ({"kv_lora_rank": 49}, "49 in layer 0 is not between 1 and 48"),
-        ({"kv_lora_rank": 0}, "0 in layer 0 is not between 1 and 48"),
         ({"kv_lora_rank": [8, 8, 8]}, "lists 3 layers, the model has 2"),
         ({"q_lora_rank": 25, "kv_lora_rank": 8}, "q_lora_rank 25 is larger than the rank 24"),
     ],
@@ -170,6 +169,7 @@ def test_impossible_ranks_are_named(settings: dict[str, Any], message: str) -> N
         ({"position": "decoupled"}, "needs a shared rotary key"),
         ({"position": "rotate_on_read", "qk_rope_head_dim": 4}, "has no shared rotary key"),
         ({"position": "twisted"}, "decoupled"),
+        ({"kv_lora_rank": 0}, "greater than or equal to 1"),
     ],
 )
 def test_layouts_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:

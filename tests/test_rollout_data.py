@@ -166,7 +166,7 @@ def test_what_cannot_be_rolled_out_is_refused_before_anything_is_written(teacher
             ["causal={sink_positions: absolute}", "data.rollouts.num_frames=1025"],
             r"1025 latent frames .* 1024 positions",
         ),
-        (["causal={window_frames: null}"], r"needs a finite window; set causal\.window_frames"),
+        (["causal={window_frames: null}"], r"causal\.window_frames: null has no streaming cache"),
     ):
         with pytest.raises(UserError, match=message):
             run(recipe(teacher, *changes), tmp_path / "run")
