@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from ..errors import UsageError
-from .models import Model, parse_size, parse_steps
+from .models import Model, parse_size, sampling
 from .output import Json, Kernels, print_result, stderr
 
 INTERRUPTED = 130
@@ -120,28 +120,24 @@ def generate(
             raise UsageError("--json prints on stdout, which `--out -` fills with the video; choose a file")
         if sys.stdout.isatty():
             raise UsageError("stdout is a terminal; pipe the video into a player or a file")
-    settings: dict[str, Any] = {
-        "num_frames": frames,
-        "num_inference_steps": steps,
-        "sampler": sampler,
-        "denoising_steps": None if denoising_steps is None else parse_steps(denoising_steps),
-        "first_chunk_steps": None if first_chunk_steps is None else parse_steps(first_chunk_steps),
-        "shift": shift,
-        "guidance_scale": guidance_scale,
-        "negative_prompt": negative_prompt,
-        "context_noise": context_noise,
-        "recache": recache,
-        "fps": fps,
-        "seed": seed,
-        "start": None if start is None else str(start),
-    }
+    settings = sampling(
+        denoising_steps,
+        first_chunk_steps,
+        num_frames=frames,
+        num_inference_steps=steps,
+        sampler=sampler,
+        shift=shift,
+        guidance_scale=guidance_scale,
+        negative_prompt=negative_prompt,
+        context_noise=context_noise,
+        recache=recache,
+        fps=fps,
+        seed=seed,
+        start=None if start is None else str(start),
+    )
     if latent_size is not None:
         settings["latent_height"], settings["latent_width"] = parse_size(latent_size)
-    settings = {key: value for key, value in settings.items() if value is not None}
     streaming = {"kernels": kernels, "expand_history": expand_history, "cuda_graph": cuda_graph}
-    if steps is not None and denoising_steps is None:
-        # Those of the recipe give way.
-        settings |= {"denoising_steps": None, "first_chunk_steps": settings.get("first_chunk_steps")}
     with stderr().status("loading PyTorch"):
         from ..distill.progress import progress_bars
         from ..pipeline.generation import Request, generate_video

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -89,3 +89,14 @@ def parse_steps(text: str) -> list[int]:
     if not all(part.isdecimal() for part in parts):
         raise UsageError(f"{text!r} are no denoising steps; write falling whole numbers such as 1000,750,500,250")
     return [int(part) for part in parts]
+
+
+def sampling(denoising_steps: str | None, first_chunk_steps: str | None = None, **given: Any) -> dict[str, Any]:
+    """Options that say how videos are sampled, as keys of a GenerateConfig; those left out are not among them."""
+    levels = {"denoising_steps": denoising_steps, "first_chunk_steps": first_chunk_steps}
+    given |= {key: None if text is None else parse_steps(text) for key, text in levels.items()}
+    chosen = {key: value for key, value in given.items() if value is not None}
+    if "num_inference_steps" in chosen and denoising_steps is None:
+        # Those of the recipe give way.
+        chosen = {**dict.fromkeys(levels), **chosen}
+    return chosen

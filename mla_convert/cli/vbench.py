@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from .models import Model, parse_size, parse_steps
+from .models import Model, parse_size, sampling
 from .output import Json, print_result, stderr
 
 
@@ -63,21 +63,17 @@ def vbench(
     Goes on where it stopped, video by video and dimension by dimension. Steps, sampler, shift and guidance are by
     default those of the recipe that made the model.
     """
-    chosen = {
-        "num_inference_steps": steps,
-        "sampler": sampler,
-        "denoising_steps": None if denoising_steps is None else parse_steps(denoising_steps),
-        "shift": shift,
-        "guidance_scale": guidance_scale,
-        "negative_prompt": negative_prompt,
-        "context_noise": context_noise,
-        "fps": fps,
-        "seed": seed,
-    }
-    generate: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}
-    if steps is not None and denoising_steps is None:
-        # Those of the recipe give way.
-        generate |= {"denoising_steps": None, "first_chunk_steps": None}
+    generate = sampling(
+        denoising_steps,
+        num_inference_steps=steps,
+        sampler=sampler,
+        shift=shift,
+        guidance_scale=guidance_scale,
+        negative_prompt=negative_prompt,
+        context_noise=context_noise,
+        fps=fps,
+        seed=seed,
+    )
     if latent_size is not None:
         generate["latent_height"], generate["latent_width"] = parse_size(latent_size)
     with stderr().status("loading PyTorch"):

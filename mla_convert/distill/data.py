@@ -15,7 +15,7 @@ from torch.utils.data import default_collate
 from ..errors import UserError
 from ..zoo.digits.data import CLIP_FRAMES, sample_batch
 from .latents import LatentShards
-from .negative import NEGATIVE, read_negative
+from .negative import NEGATIVE, find_negative, read_negative
 from .rollouts import RolloutsConfig
 
 Batch = dict[str, Tensor]
@@ -122,8 +122,8 @@ class LatentClips:
 
     @functools.cached_property
     def negative(self) -> Tensor:
-        path = self.shards.folder / NEGATIVE if self.negative_embeds is None else Path(self.negative_embeds)
-        if self.negative_embeds is None and not path.is_file():
+        path = find_negative(self.shards.folder, self.negative_embeds)
+        if path is None:
             raise UserError(
                 f"guidance and empty_prompt_rate need a negative prompt, and {self.shards.folder} has no {NEGATIVE}; "
                 "write one with `mla-convert encode --prompts` and give data.negative_embeds"

@@ -28,6 +28,14 @@ WAN_NEGATIVE_PROMPT = (
 """`sample_neg_prompt` of Wan2.1's shared configuration."""
 
 
+def find_negative(place: Path, given: str | Path | None = None) -> Path | None:
+    """The file `given`, or the one beside what lies at `place`, a folder or a file; None where there is none."""
+    if given is not None:
+        return Path(given)
+    beside = (place if place.is_dir() else place.parent) / NEGATIVE
+    return beside if beside.is_file() else None
+
+
 def read_negative(path: Path, shape: Sequence[int]) -> Tensor:
     """The embedding in `path`, `prompt_embeds` `[L', D]` or `[1, L', D]`, as `shape` (L, D): zeros behind it, float32.
 

@@ -110,12 +110,10 @@ class Kernels:
 
     @torch.compiler.disable
     def attention(self, layer: CausalSelfAttention, hidden_states: Tensor, step: AttentionPass) -> Tensor | None:
-        """`layer.attention` by kernels, `[B, S, H * V]`, where a layer `takes` them; None where torch is to do it.
+        """`layer.attention` by kernels, `[B, S, H * V]`, of a layer that `takes` them; None where torch is to do it.
 
         A block that is compiled calls it between its graphs.
         """
-        if not self.takes(layer, hidden_states, step):
-            return None
         key = self._choose(layer, hidden_states, step)
         choice, shape = self.choices[key], key[1]
         assert step.cache is not None and choice.path != "torch"

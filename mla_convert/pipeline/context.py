@@ -49,16 +49,13 @@ class Context:
     @functools.cached_property
     def source(self) -> Source:
         """The dense model, located and checked."""
-        section = self.recipe.source
-        causal = None if self.recipe.causal is None else self.recipe.causal.model_dump(mode="json")
-        return source_of(section, causal)
+        return source_of(self.recipe.source, self.recipe.causal)
 
     @functools.cached_property
     def real_score(self) -> Source | None:
         """The model of the recipe's real score, located and checked."""
         section = self.recipe.real_score
-        causal = None if self.recipe.causal is None else self.recipe.causal.model_dump(mode="json")
-        return None if section is None else source_of(section, causal)
+        return None if section is None else source_of(section, self.recipe.causal)
 
     def networks(self, stage: StageConfig) -> dict[str, Any]:
         """The frozen networks of a stage: the teacher, and a real score that it asks for, which is read for it."""

@@ -57,14 +57,14 @@ class DryRun:
         self.clip = self._clip()
 
     def _shapes(self, section: SourceConfig) -> tuple[Family, dict[str, Any]]:
-        causal = None if self.recipe.causal is None else self.recipe.causal.model_dump(mode="json")
+        causal = self.recipe.causal
         try:
             found = source_of(section, causal)
             return found.family, found.config
         except UserError as error:
             family, config = self._known(section, error)
         if causal is not None:
-            config["causal"] = causal
+            config["causal"] = causal.model_dump(mode="json")
         return family, config
 
     def _known(self, section: SourceConfig, error: UserError) -> tuple[Family, dict[str, Any]]:

@@ -92,10 +92,9 @@ def _recorded_recipe(root: Path) -> Recipe | None:
 
 def _load_teacher(student: Any, teacher: str | None, recipe: Recipe | None, folder: Path) -> Any:
     """The dense model with the student's chunks and window."""
-    causal = student.causal.model_dump(mode="json")
     if teacher is not None:
-        return load_dense(load_source(teacher, causal=causal), student.dtype)
+        return load_dense(load_source(teacher, causal=student.causal.model_dump(mode="json")), student.dtype)
     if recipe is None:
         raise UsageError(f"{folder} has no {MANIFEST} that names its source; give it with --teacher")
     source = recipe.source
-    return load_dense(source_of(source, causal), getattr(torch, source.dtype))
+    return load_dense(source_of(source, student.causal), getattr(torch, source.dtype))

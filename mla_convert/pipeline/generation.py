@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..devices import default_device
 from ..distill.encode.models import load_vae, text_encoder
-from ..distill.negative import NEGATIVE, read_negative
+from ..distill.negative import find_negative, read_negative
 from ..distill.progress import Report
 from ..errors import UsageError, UserError
 from ..export.manifest import read_manifest
@@ -201,8 +201,7 @@ class _Task:
         embeds, asked = self.request.prompt_embeds, self.request.negative_embeds
         if asked is not None or embeds is None or "negative_prompt" in self.asked or self.config.guidance_scale == 1:
             return asked
-        beside = embeds.with_name(NEGATIVE)
-        return beside if beside.is_file() else None
+        return find_negative(embeds)
 
     def _embed(self, prompts: Sequence[str]) -> list[Tensor]:
         if not prompts:

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from safetensors.torch import save
 from torch import Tensor
 
-from ..distill.negative import EMBEDS_KEY, NEGATIVE, read_negative
+from ..distill.negative import EMBEDS_KEY, NEGATIVE, find_negative, read_negative
 from ..distill.rollouts import RolloutsConfig, open_folder, shards_of, write_rollouts
 from ..distill.waiting import wait_until
 from ..errors import UsageError, UserError
@@ -92,8 +92,8 @@ def read_negative_prompt(context: Context, text: Tensor) -> Tensor | None:
     assert config is not None
     if config.prompt_embeds is None:
         return torch.zeros_like(text[0])
-    path = Path(config.prompt_embeds, NEGATIVE) if data.negative_embeds is None else Path(data.negative_embeds)
-    if data.negative_embeds is not None or path.is_file():
+    path = find_negative(Path(config.prompt_embeds), data.negative_embeds)
+    if path is not None:
         return read_negative(path, text.shape[1:])
     if config.guidance_scale != 1:
         raise UserError(

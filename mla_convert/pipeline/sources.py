@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from ..errors import UserError
 from ..export.components import is_hub_id
 from ..load import Source, load_source
+from ..mla.window import CausalConfig
 from ..recipe.schema import SourceConfig
 
 
-def source_of(section: SourceConfig, causal: dict[str, Any] | None) -> Source:
+def source_of(section: SourceConfig, causal: CausalConfig | None) -> Source:
     """The model of a recipe's `source`, located and checked, for its noise levels. Raises UserError in one line."""
     found = load_source(
         section.model,
         section.subfolder,
         section.revision,
-        causal,
+        None if causal is None else causal.model_dump(mode="json"),
         section.file,
         section.use_ema,
         section.adapters,

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..devices import default_device
 from ..distill.encode import EncodeConfig, encode_prompts
 from ..distill.encode.models import find_pipeline, load_vae
-from ..distill.negative import NEGATIVE, read_negative
+from ..distill.negative import find_negative, read_negative
 from ..distill.progress import Report
 from ..errors import UsageError, UserError
 from ..evaluate.report import REPORT_JSON, write_report
@@ -273,10 +273,8 @@ class Drawing:
 
     def negative(self, shape: Sequence[int]) -> Tensor | None:
         """The negative prompt of guidance for embeddings of `shape` `[1, L, D]`; None is zeros."""
-        beside = (self._embeds if self._embeds.is_dir() else self._embeds.parent) / NEGATIVE
-        if self.config.guidance_scale == 1 or self.digits or not beside.is_file():
-            return None
-        return read_negative(beside, shape[1:]).unsqueeze(0)
+        beside = None if self.config.guidance_scale == 1 or self.digits else find_negative(self._embeds)
+        return None if beside is None else read_negative(beside, shape[1:]).unsqueeze(0)
 
     @functools.cached_property
     def vae(self) -> Any:

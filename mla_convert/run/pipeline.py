@@ -336,7 +336,7 @@ class StreamingMLAPipeline(DiffusionPipeline):
         """Values for all keys of `asked`: as given, as trained for, or the default of a recipe."""
         given = {key: value for key, value in asked.items() if value is not None}
         if "num_inference_steps" in given and "denoising_steps" not in given:
-            given |= {"denoising_steps": None, "first_chunk_steps": given.get("first_chunk_steps")}
+            given = {"denoising_steps": None, "first_chunk_steps": None, **given}
         known = {**trained_for(self.config.sampling or {}, self.digits), **given}
         values: dict[str, Any] = {key: known.get(key, getattr(GenerateConfig(), key)) for key in asked}
         if values["sampler"] not in ("euler", "renoise"):
