@@ -9,8 +9,9 @@ import sharded_case
 # The average and the start of `consistency` are networks of their own here.
 SHARDED = case.IN_PARTS
 DMD = {"stage": "dmd", "denoising_steps": [1000, 500], "critic_updates": 1, "score_attention": "bidirectional"}
+TWO = {"dmd": {**DMD, "steps": 5, "batch_size": 1, "gradient_checkpointing": True, "trainable": "all"}}
 FROZEN = {"frozen": {**DMD, "shard_frozen": True, "steps": 5, "batch_size": 1}}
-SETTINGS = {**SHARDED, **FROZEN}
+SETTINGS = {**SHARDED, **TWO, **FROZEN}
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,8 @@ def test_two_shards_equal_one_process(sharded, tmp_path, name):
     case.assert_as_one_process(sharded / name, tmp_path, 1e-4, **SETTINGS[name])
 
 
-@pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.parametrize("name", {**SHARDED, **TWO})
 def test_shards_resume_exactly(sharded, name):
     newest, _ = case.equal_checkpoints(sharded / name)
-    assert len(list((newest / "shards").glob("*.distcp"))) == 2
+    for folder in ["shards", *(["second-shards"] if name in TWO else [])]:
+        assert len(list((newest / folder).glob("*.distcp"))) == 2

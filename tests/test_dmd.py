@@ -102,10 +102,11 @@ def test_it_moves_a_gaussian_onto_another():
 def test_the_fake_score_learns_a_gaussian():
     """Its loss is least for the Gaussian that the rollouts come from."""
     videos = -0.5 + 1.2 * torch.randn(64, 1, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-    stage, batch = stage_on(videos), {"encoder_hidden_states": TEXT}
+    stage = stage_on(videos)
+    batch = stage.second_batch({"student": None}, {"encoder_hidden_states": TEXT}, torch.Generator())
 
     def loss(mean, spread):
-        models = {"student": None, "fake_score": Gaussian(mean, spread)}
+        models = {"fake_score": Gaussian(mean, spread)}
         return stage.second_loss(models, batch, torch.Generator().manual_seed(3))[0].item()
 
     best = loss(-0.5, 1.2)

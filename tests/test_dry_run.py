@@ -130,6 +130,8 @@ def test_the_paper_on_eight_cards(capsys):
     assert (memory["gradients"], memory["optimizer"]) == (weights // 2, weights)
     memory = sharded["stages"][1]["memory"]
     assert (memory["average"], memory["frozen_networks"]) == (weights, weights // 2)
+    block = 46_440_704
+    assert sharded["stages"][2]["memory"]["second_network"] == 2 * 1_418_996_800 + 8 * block
     parted = needs(capsys, "wan2.1-1.3b-paper", "--launch", "recipes/accelerate/deepspeed-zero2.yaml")
     assert parted["launch"] == {"processes": 8, "sharded": False, "zero": True}
     memory = parted["stages"][0]["memory"]

@@ -9,14 +9,14 @@ from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from .adapters import ADAPTER, adapted_modules, add_adapters, merge_adapters, save_adapters
 from .average import Average
 from .learner import Learner, OptimizerSettings
 from .order import ADAPTERS, derived_generator
 from .runtime import StageModule, autocast, splits_optimizer
-from .sharding import frozen_shards, gather, is_sharded, shards_weights
+from .sharding import frozen_shards, gather, is_sharded, shards_weights, trainable_shards
 from .stages.base import AVERAGE, START, SecondNetwork, Stage, StageConfig
 from .trainable import freeze_all_but, trainable_names
 from .views import apart, start_of, trainable_copy, with_weights
@@ -51,11 +51,13 @@ class Assembly:
         in_shards = (sharded or config.shard_frozen) and accelerator.num_processes > 1
         others = {name: self._frozen(networks[name], in_shards) for name in stage.networks if name in networks}
         self._precision = functools.partial(autocast, accelerator.device, config.mixed_precision, sharded)
-        self.second = None if second is None else self._second(second, networks[second.source], others)
         network = apart(student) if sharded else student
         module = StageModule("student", network, others, self._precision)
         learner = ZeroLearner if splits_optimizer(accelerator) else Learner
         self.learner = learner(accelerator, module, trained, _settings(accelerator, config))
+        self.second = None if second is None else self._second(second, networks[second.source], others)
+        if self.second is not None:
+            module.others[self.second.name] = self.second.network
         if START in stage.networks:
             module.others[START] = self._in_shards(student) if sharded else start_of(student, trained)
         self.average = None
@@ -65,7 +67,7 @@ class Assembly:
                 if sharded:
                     self.average.replica = self._in_shards(student)
                 module.others[AVERAGE] = self.average.replica or with_weights(student, self.average.weights)
-        self.under_training = [module.network, *([] if second is None else [others[second.name]])]
+        self.under_training = [module.network, *([] if self.second is None else [self.second.network])]
         self.frozen = [network for network in module.others.values() if network not in self.under_training]
 
     def _frozen(self, network: Any, in_shards: bool) -> Any:
@@ -76,11 +78,13 @@ class Assembly:
         mesh = init_device_mesh(self.accelerator.device.type, (self.accelerator.num_processes,))
         return frozen_shards(network, mesh)
 
-    def _second(self, second: SecondNetwork, source: Any, others: dict[str, nn.Module]) -> Learner:
-        """The stage's second network, which comes to `others` as a copy of its `source`."""
-        network = trainable_copy(source).to(self.accelerator.device)
+    def _second(self, second: SecondNetwork, source: Any, others: Mapping[str, nn.Module]) -> Learner:
+        """The stage's second network, a copy of its `source`, in shards where the student is."""
+        if shards_weights(self.accelerator):
+            network = trainable_shards(source, self._mesh)
+        else:
+            network = trainable_copy(source).to(self.accelerator.device)
         trained = freeze_all_but(network, trainable_names(network, second.trainable))
-        others[second.name] = network
         config = self.config
         settings = OptimizerSettings(
             config.optimizer,
@@ -90,13 +94,18 @@ class Assembly:
             second.weight_decay,
             _fuses(self.accelerator, config),
         )
-        module = StageModule(second.name, network, {**others, "student": self.student}, self._precision)
+        module = StageModule(second.name, network, others, self._precision)
         return Learner(self.accelerator, module, trained, settings)
 
     def _in_shards(self, network: Any) -> Any:
         """The student's `network` as it is now, frozen, over the processes that share it."""
+        return frozen_shards(network, self._mesh)
+
+    @property
+    def _mesh(self) -> DeviceMesh:
+        """The processes that share a student in shards."""
         trained: Any = next(iter(self.learner.trained.values()))
-        return frozen_shards(network, trained.device_mesh)
+        return trained.device_mesh
 
     @property
     def sharded(self) -> bool:

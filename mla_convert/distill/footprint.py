@@ -9,7 +9,8 @@ gradients and optimizer alone), bytes are
     optimizer       8 T / n                     AdamW's two moments; Adafactor's rows and columns; ZeRO-2's
                                                 own weights: + 4 T / W
     average         4 T / n                     a sharded student's average that a stage runs: + 4 N / n
-    second network  4 N' + 12 T'                weights, gradients and moments of a stage's second network
+    second network  (4 N' + 12 T') / n          weights, gradients and moments of a stage's second network; in
+                                                shards: + 8 b'
     frozen networks their parameters in their dtype / n, / W with `shard_frozen`, which gathers two blocks at a time;
                     `start` 4 T (4 N / n beside a sharded student)
     casts           2 (T + T')                  autocast keeps the weights that it has cast; FSDP2: of one block
@@ -103,7 +104,7 @@ def footprint(
         "gradients": 4 * learnt // split + (8 * BUCKET if launch.zero else 0),
         "optimizer": (_optimizer_bytes(config, shapes, adapters) + (4 * learnt if launch.zero else 0)) // split,
         "average": _average_bytes(config, stage, weights, learnt, launch),
-        "second_network": _second_bytes(stage, networks, config),
+        "second_network": _second_bytes(stage, networks, config, launch),
         "frozen_networks": _frozen_bytes(stage, networks, weights, learnt, launch),
         "casts": 0 if config.mixed_precision == "no" else 2 * (block if launch.sharded else learnt + second),
         "activations": activation_bytes(stage, student, clip.frames, rows * columns),
@@ -196,12 +197,13 @@ def _second_shapes(stage: Stage[Any], networks: Mapping[str, Any]) -> list[torch
     return [parameter.shape for name, parameter in network.named_parameters() if name in names]
 
 
-def _second_bytes(stage: Stage[Any], networks: Mapping[str, Any], config: StageConfig) -> int:
+def _second_bytes(stage: Stage[Any], networks: Mapping[str, Any], config: StageConfig, launch: Launch) -> int:
     if stage.second is None:
         return 0
-    shapes = _second_shapes(stage, networks)
+    network, shapes = networks[stage.second.source], _second_shapes(stage, networks)
     gradients = 4 * sum(shape.numel() for shape in shapes)
-    return 4 * count(networks[stage.second.source]) + gradients + _optimizer_bytes(config, shapes, 0)
+    held = 4 * count(network) + gradients + _optimizer_bytes(config, shapes, 0)
+    return held // launch.processes + 8 * max(map(count, network.blocks)) if launch.sharded else held
 
 
 def _frozen_bytes(stage: Stage[Any], networks: Mapping[str, Any], weights: int, learnt: int, launch: Launch) -> int:

@@ -31,8 +31,6 @@ def check_launch(config: StageConfig) -> None:
             raise UserError(f"{what}: FSDP1 is not supported; set fsdp_version: 2 (recipes/accelerate/fsdp2.yaml)")
         if not torch.accelerator.is_available():
             raise UserError(f"{what}: FSDP2 needs GPUs here, Accelerate trains with DDP on a CPU; launch without it")
-        if stage.second is not None:
-            raise UserError(f"{what} trains two networks and FSDP2 shards one; launch it with DDP")
         if stage.calls_parts:
             raise UserError(f"{what} looks into the blocks, which FSDP2 does not allow; launch it with DDP")
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
@@ -55,7 +53,7 @@ def _check_deepspeed(config: StageConfig, stage: Stage[Any], what: str) -> None:
     if not torch.accelerator.is_available():
         raise UserError(f"{what}: DeepSpeed needs GPUs here, Accelerate trains with DDP on a CPU; launch without it")
     if stage.second is not None:
-        raise UserError(f"{what} trains two networks and DeepSpeed has one engine; launch it with DDP")
+        raise UserError(f"{what} trains two networks and DeepSpeed has one engine; launch it with DDP or FSDP2")
     if config.optimizer == "adafactor":
         raise UserError(f"{what}: DeepSpeed cuts weights into flat parts, which adafactor cannot factor; set adamw")
     if config.mixed_precision == "fp16":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .data import Batch
 from .runtime import StageModule
-from .sharding import forget_gathered, whole
+from .sharding import forget_gathered, is_sharded, whole
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,15 @@ class Learner:
     def __init__(
         self, accelerator: Accelerator, module: StageModule, trained: Iterable[str], settings: OptimizerSettings
     ) -> None:
-        self.accelerator, self.name = accelerator, module.name
+        self.accelerator, self.name, self.network = accelerator, module.name, module.network
         self.learning_rate = settings.learning_rate
         names = list(trained)
         optimizer = settings.build(module.network.get_parameter(name) for name in names)
-        self.module, self.optimizer = accelerator.prepare(module, optimizer)
+        if is_sharded(module.network):
+            # The network is the root of its shards; in those of a wrapper it could only be called through that.
+            self.module, self.optimizer = module, accelerator.prepare_optimizer(optimizer)
+        else:
+            self.module, self.optimizer = accelerator.prepare(module, optimizer)
         # Sharding puts other parameters in the place of those that were there.
         self.trained: dict[str, nn.Parameter] = {name: module.network.get_parameter(name) for name in names}
 
@@ -80,13 +84,13 @@ class Learner:
     def update(
         self,
         loss_of: Callable[..., tuple[Tensor, dict[str, Tensor]]],
-        batches: Iterator[Batch],
+        draw: Callable[[torch.Generator], Batch],
         generators: Iterable[torch.Generator],
         rate: float,
         max_grad_norm: float | None,
         judge: Judge,
     ) -> dict[str, Any]:
-        """One optimizer step at learning rate `rate`, a micro-batch for each of `generators`.
+        """One optimizer step at learning rate `rate`, a micro-batch that `draw` gives for each of `generators`.
 
         Returns the loss and what it logs, means over micro-batches and processes, `grad_norm`, and what
         `judge` says.
@@ -97,8 +101,9 @@ class Learner:
         sums: dict[str, Tensor] = {}
         row: dict[str, Any] = {}
         for generator in generators:
+            batch = draw(generator)
             with self.accelerator.accumulate(self.module):
-                loss, logs = self.call(loss_of, next(batches), generator)
+                loss, logs = self.call(loss_of, batch, generator)
                 self._backward(loss)
                 for name, value in {"loss": loss.detach(), **logs}.items():
                     sums[name] = sums.get(name, torch.zeros_like(value)) + value / len(generators)

@@ -1,12 +1,13 @@
 """A stage under FSDP2: weights in shards over the processes, checkpoints in shards, plain weights at the end.
 
-The network under training and the frozen ones are sharded, block by block (`fully_shard`). What is here asks
+The networks under training and the frozen ones are sharded, block by block (`fully_shard`). What is here asks
 the network itself whether it is sharded, so it holds however that came about. A checkpoint is one folder of
 torch.distributed.checkpoint, to which every process writes its part.
 """
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from .views import apart
 
-SHARDS = "shards"
+SHARDS, SECOND_SHARDS = "shards", "second-shards"
 _TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True)
 
 
@@ -42,11 +43,23 @@ def is_sharded(module: nn.Module) -> bool:
 
 def frozen_shards(network: Any, mesh: DeviceMesh) -> Any:
     """A frozen second model with the weights of the plain `network`, in shards over `mesh`; `network` stays whole."""
-    view = apart(network).eval().requires_grad_(False)
-    for module in (*view.blocks, view):
-        # A root left gathered would miss what the average is given later.
+    return _in_shards(apart(network).eval().requires_grad_(False), mesh)
+
+
+def trainable_shards(network: Any, mesh: DeviceMesh) -> Any:
+    """A float32 copy of the plain, frozen `network`, to be trained on its own, in shards over `mesh`."""
+    # Float32 block by block: a whole copy would take twice the memory of the host.
+    return _in_shards(copy.deepcopy(network).train().requires_grad_(True), mesh, torch.float32)
+
+
+def _in_shards(network: Any, mesh: DeviceMesh, dtype: torch.dtype | None = None) -> Any:
+    """`network` itself, in shards of `dtype`, its own when None."""
+    for module in (*network.blocks, network):
+        if dtype is not None:
+            module.to(dtype)
+        # A root left gathered would miss what its weights become later.
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
-    return view
+    return network
 
 
 def whole(tensor: Tensor) -> Tensor:

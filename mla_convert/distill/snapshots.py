@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from .assembly import Assembly
 from .metrics import Metrics, Row
-from .sharding import SHARDS, from_main, load_shards, save_shards
+from .sharding import SECOND_SHARDS, SHARDS, from_main, load_shards, save_shards
 from .state import Checkpoints, TrainingState, read_checkpoint, read_optimizer
 from .watch import Watch
 
@@ -50,7 +50,7 @@ class Snapshots:
         if parts.average is not None:
             optimizer["average_steps"] = parts.average.steps
             average = None if parts.sharded else parts.average.weights
-        if parts.second is not None:
+        if parts.second is not None and not parts.sharded:
             second = parts.second.weights()
             optimizer["second"] = parts.second.optimizer.state_dict()
         return TrainingState(row["step"], weights or {}, average, optimizer, row, second, self.watch.state())
@@ -71,6 +71,8 @@ class Snapshots:
             return
         average = None if parts.average is None else parts.average.weights
         save_shards(folder / SHARDS, parts.learner.module, parts.learner.optimizer.optimizer, average)
+        if parts.second is not None:
+            save_shards(folder / SECOND_SHARDS, parts.second.module, parts.second.optimizer.optimizer, None)
 
     def _part(self, folder: Path) -> Path:
         """Where a checkpoint keeps this process's part of the optimizer."""
@@ -95,6 +97,8 @@ class Snapshots:
             load_shards(path / SHARDS, parts.learner.module, parts.learner.optimizer.optimizer, weights)
             if average is not None:
                 average.loaded(state.optimizer["average_steps"])
+            if parts.second is not None:
+                load_shards(path / SECOND_SHARDS, parts.second.module, parts.second.optimizer.optimizer, None)
         else:
             learner = parts.learner
             own = read_optimizer(self._part(path)) if learner.in_parts else state.optimizer["optimizer"]

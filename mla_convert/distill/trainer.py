@@ -265,14 +265,21 @@ class _Training:
         self.stage.begin_update(derived_generator(SHARED, self.seed, self.stage_index, update))
         student = learner is self.parts.learner
 
+        def own(generator: torch.Generator) -> Batch:
+            return next(batches)
+
+        def of_the_student(generator: torch.Generator) -> Batch:
+            made: Batch = self.parts.learner.measure(self.stage.second_batch, next(batches), generator)
+            return made
+
         def judge(loss: float, grad_norm: float | None) -> Row:
             return self._judge(step + 1, learner.name, "" if student else f"{learner.name} ", loss, grad_norm)
 
         rate = learning_rate(config, step)
         if not student:
             rate *= learner.learning_rate / config.learning_rate
-        loss_of = self.stage.loss if student else self.stage.second_loss
-        return learner.update(loss_of, batches, generators, rate, config.max_grad_norm, judge)
+        loss_of, draw = (self.stage.loss, own) if student else (self.stage.second_loss, of_the_student)
+        return learner.update(loss_of, draw, generators, rate, config.max_grad_norm, judge)
 
     def _judge(self, step: int, network: str, label: str, loss: float, grad_norm: float | None) -> Row:
         """Whether a step may be taken. Raises UserError where training has diverged."""

@@ -175,6 +175,13 @@ class Stage(ABC, Generic[Config]):
         of this micro-batch's own.
         """
 
+    def second_batch(self, models: Models, batch: Batch, generator: torch.Generator) -> Batch:
+        """What `second_loss` is given for a micro-batch: what the student makes of it, without gradients.
+
+        A student in shards is whole only in calls that begin with it.
+        """
+        return batch
+
     def second_loss(self, models: Models, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of the `second` network, on the terms of `loss`."""
+        """The loss of the `second` network on a `second_batch`, on the terms of `loss`; no student is in `models`."""
         raise NotImplementedError(f"stage {self.name} trains no second network")

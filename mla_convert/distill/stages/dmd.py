@@ -201,10 +201,12 @@ class DMD(Stage[DMDConfig]):
         loss = 0.5 * F.mse_loss(videos, videos.detach() - gradient)
         return loss, {"score_difference": (fake - real).abs().mean(), "real_distance": distance.mean()}
 
+    def second_batch(self, models: Models, batch: Batch, generator: torch.Generator) -> Batch:
+        return {**batch, "latents": self._rollout(models["student"], batch, generator)}
+
     def second_loss(self, models: Models, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.no_grad():
-            videos = self._rollout(models["student"], batch, generator)
-            clips = self._noised(videos, batch["encoder_hidden_states"], generator)
+        videos = batch["latents"]
+        clips = self._noised(videos, batch["encoder_hidden_states"], generator)
         v = predict_velocity(self._scorer(models[FAKE_SCORE], videos.shape[2]), clips)
         return F.mse_loss(v, clips.target), {}
 
