@@ -6,9 +6,13 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """`StreamingMLAPipeline`, imported when it is asked for: commands must not wait for PyTorch."""
+    """The public classes, imported when they are asked for: commands must not wait for PyTorch."""
     if name == "StreamingMLAPipeline":
         from .run.pipeline import StreamingMLAPipeline
 
         return StreamingMLAPipeline
+    if name == "SelfForcingGenerator":
+        from .run.generator import SelfForcingGenerator
+
+        return SelfForcingGenerator
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

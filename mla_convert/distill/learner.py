@@ -61,6 +61,8 @@ class Learner:
         self.learning_rate = settings.learning_rate
         names = list(trained)
         optimizer = settings.build(module.network.get_parameter(name) for name in names)
+        self.module: Any
+        self.optimizer: Any
         if is_sharded(module.network):
             # The network is the root of its shards; in those of a wrapper it could only be called through that.
             self.module, self.optimizer = module, accelerator.prepare_optimizer(optimizer)
