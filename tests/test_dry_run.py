@@ -106,14 +106,15 @@ def test_the_paper_on_eight_cards(capsys):
     plain = needs(capsys, "wan2.1-1.3b-paper", "--processes", "8")
     assert plain["launch"] == {"processes": 8, "sharded": False, "zero": False}
     assert "its weights are not here" in plain["assumptions"][0]
-    forcing, consistency, dmd = plain["stages"]
+    forcing, consistency, dmd, longer = plain["stages"]
     weights = forcing["parameters"]
     assert forcing["trained"] == weights
     memory = forcing["memory"]
     assert (memory["parameters"], memory["gradients"], memory["optimizer"]) == (4 * weights, 4 * weights, 8 * weights)
-    assert (memory["average"], memory["casts"], memory["frozen_networks"]) == (4 * weights, 2 * weights, 0)
-    assert forcing["clips"] == 4000 * 8
-    assert forcing["tokens"] == 4000 * 8 * 21 * 1560
+    assert (memory["average"], memory["casts"], memory["frozen_networks"]) == (0, 2 * weights, 0)
+    assert forcing["clips"] == 4000 * 64
+    assert forcing["tokens"] == 4000 * 64 * 21 * 1560
+    assert consistency["memory"]["average"] == 4 * weights
     assert forcing["memory_bytes"] == sum(memory.values()) + 10**9 <= plain["memory_bytes"]
     assert consistency["memory"]["frozen_networks"] == 4 * weights
     # The 14B model of the real score in eighths, and two gathered blocks, in bf16.
@@ -122,6 +123,8 @@ def test_the_paper_on_eight_cards(capsys):
     assert dmd["memory"]["casts"] == 2 * weights + 2 * 1_418_996_800
     # Recomputed blocks keep the cache as each of the seven chunks found it.
     assert dmd["memory"]["caches"] == 8 * 4 * 21 * 1560 * 30 * 224
+    # What is scored of a longer rollout is as long.
+    assert longer["memory"] == dmd["memory"]
     assert plain["seconds"] is None
 
     sharded = needs(capsys, "wan2.1-1.3b-paper", "--launch", "recipes/accelerate/fsdp2.yaml")

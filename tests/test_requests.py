@@ -30,7 +30,7 @@ def test_a_signal_ends_a_stage_after_its_step_with_a_checkpoint(tmp_path, monkey
         return example(self, index)
 
     monkeypatch.setattr(case.Clips, "example", asked)
-    with pytest.raises(Stopped, match="stop and did so after step 5, whose checkpoint is .*step-00000005; .*--resume"):
+    with pytest.raises(Stopped, match=r"stop and did so after step 5, whose checkpoint is .*step-00000005; .*--resume"):
         case.train(tmp_path / "stopped", checkpoint_every=None)
     assert Stopped.exit_code == 143
     assert signal.getsignal(number) is before
@@ -88,7 +88,9 @@ def test_an_average_without_warm_up_has_its_decay_from_the_second_step(tmp_path)
     changes = {"steps": 3, "checkpoint_every": 1, "keep_checkpoints": 3, "ema_decay": 0.9, "ema_warmup": False}
     case.train(tmp_path, **changes)
     folders = sorted((tmp_path / "checkpoints").iterdir())
-    weights, averages = ([load_file(folder / f"{name}.safetensors") for folder in folders] for name in ("student", "ema"))
+    weights, averages = (
+        [load_file(folder / f"{name}.safetensors") for folder in folders] for name in ("student", "ema")
+    )
     for name, average in averages[2].items():
         assert torch.equal(averages[0][name], weights[0][name])
         expected = 0.9 * averages[1][name] + 0.1 * weights[2][name]

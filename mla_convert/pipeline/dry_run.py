@@ -143,10 +143,8 @@ class DryRun:
         """What each stage needs."""
         student, networks = self.models()
         known = stages()
-        return [
-            footprint(known[config.stage](config), student, networks, self.launch, self.clip)
-            for config in self.recipe.distill
-        ]
+        configs = [config.over(self.launch.processes) for config in self.recipe.distill]
+        return [footprint(known[config.stage](config), student, networks, self.launch, self.clip) for config in configs]
 
     def measure(self, steps: int) -> list[float]:
         """Seconds a step of each stage in this process, the median of `steps`, with random weights and clips."""

@@ -107,7 +107,7 @@ class StageConfig(BaseModel):
         return frames
 
     def over(self, processes: int) -> StageConfig:
-        """The same with the `grad_accumulation` of so many processes. Raises UserError if `global_batch` forbids them."""
+        """The same with the `grad_accumulation` that `global_batch` leaves so many processes. Raises UserError."""
         if self.global_batch is None:
             return self
         micro_steps, rest = divmod(self.global_batch, self.batch_size * processes)
