@@ -21,6 +21,7 @@ from ..errors import UsageError, UserError
 from ..recipe.schema import Recipe
 from .checks import check_inputs
 from .context import STAGES, Context, stage_names
+from .fits import warn_of_memory
 from .rundir import RunDir, has_failed, read_state
 from .steps import Step, steps_of
 
@@ -99,6 +100,8 @@ def _lead(recipe: Recipe, folder: RunDir, steps: list[Step], processes: PartialS
     with progress_bars(console) as report:
         context = Context(recipe, folder.path, report)
         check_inputs(context, pending)
+        if any(step.trains for step in pending):
+            warn_of_memory(recipe, context.device)
         folder.begin()
         processes.wait_for_everyone()
         for step in pending:
