@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import multiprocessing
@@ -21,7 +22,7 @@ from mla_convert.errors import UsageError, UserError
 from mla_convert.export.checkpoint import load_checkpoint
 from mla_convert.export.manifest import read_manifest, verify_files
 from mla_convert.files import write_json
-from mla_convert.pipeline import run
+from mla_convert.pipeline import run, sources
 from mla_convert.pipeline import steps as steps_module
 from mla_convert.pipeline.rundir import RunDir
 from mla_convert.pipeline.steps import Step
@@ -374,3 +375,18 @@ def test_a_process_that_waits_ends_when_the_first_one_fails(teacher, tmp_path, m
     monkeypatch.setattr(run_module, "steps_of", lambda recipe: [Step("convert", (), lambda context: None)])
     run(recipe(teacher), tmp_path / "run", until="convert")
     run_module._help(recipe(teacher), tmp_path / "run", [Step("convert", (), failing)], other)
+
+
+def test_what_follows_a_conversion_reads_the_commit_that_was_converted(teacher, tmp_path, monkeypatch):
+    """The Hub's main branch may have moved on when a run is resumed."""
+    asked = []
+
+    def source_of(section, causal):
+        asked.append(section.revision)
+        return dataclasses.replace(found(section.model_copy(update={"revision": None}), causal), revision="a" * 40)
+
+    found = sources.source_of
+    monkeypatch.setattr("mla_convert.pipeline.context.source_of", source_of)
+    run(recipe(teacher), tmp_path / "run", until="convert")
+    run(recipe(teacher), tmp_path / "run", until="distill", resume=True)
+    assert asked == [None, "a" * 40]
