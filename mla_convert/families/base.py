@@ -38,8 +38,11 @@ def stock_geometry(config: Config) -> Geometry:
 
 
 def noise_channels(config: Config) -> int:
-    """Channels of the latents that a model makes; what it reads beside them is a condition, an image say."""
-    return int(config.get("out_channels") or config["in_channels"])
+    """Channels of the latents that a model makes, 16 where its configuration leaves that to the stock class.
+
+    What it reads beside them is a condition, an image say.
+    """
+    return int(config.get("out_channels") or config.get("in_channels") or 16)
 
 
 class BlockInputs(NamedTuple):
