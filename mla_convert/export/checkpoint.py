@@ -14,7 +14,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from .. import registry
 from ..errors import UserError
 from ..files import MANIFEST, atomic_folder, claim_folder, save_tensors
-from ..load import LazyTensors, accepted_config, build_model, check_tensors, open_weights, read_config, read_json
+from ..load import LazyTensors, accepted_config, build_model, check_tensors, known_config, open_weights, read_json
 from ..load.weights import CONFIG, INDEX, WEIGHTS
 from .config import DEFAULT_SHARD_SIZE
 from .manifest import build_manifest, family_of, read_manifest, verify_files
@@ -56,7 +56,7 @@ def load_checkpoint(
     root, inner = find_checkpoint(folder)
     if verify:
         verify_files(root, read_manifest(root))
-    stored = read_config(inner)
+    stored = known_config(inner)
     # The code that a standalone checkpoint brings along is not needed here.
     stored.pop("auto_map", None)
     model_class = _model_class(stored.get("_class_name"), inner)

@@ -16,6 +16,7 @@ from ..distill.stages.base import StageConfig
 from ..distill.trainable import trainable_names
 from ..errors import UsageError, UserError
 from ..export.components import is_hub_id
+from ..families.base import noise_channels
 from ..mla.window import CausalConfig
 from ..recipe.schema import Recipe
 from ..run.sample import check_latent_size, check_length, embed_prompts, latent_size, prompt_encoder
@@ -86,8 +87,9 @@ def _check_samples(context: Context) -> None:
         check_latent_size(config, height, width)
     if generate.start is not None:
         with _named("generate.start"):
-            start = read_start(Path(generate.start), config["in_channels"], height, width)
-            check_start(start.unsqueeze(0), causal, generate.num_frames, (config["in_channels"], height, width))
+            channels = noise_channels(config)
+            start = read_start(Path(generate.start), channels, height, width)
+            check_start(start.unsqueeze(0), causal, generate.num_frames, (channels, height, width))
 
 
 def _check_stages(context: Context) -> None:
