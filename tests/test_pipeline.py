@@ -162,12 +162,15 @@ def test_another_recipe_is_refused_by_the_key_that_differs(teacher, copied):
 def test_changed_output_is_made_again(teacher, finished, copied, damaged, redone):
     (copied / damaged).write_text("{}")
     ended = {name: step["ended"] for name, step in state(copied)["steps"].items()}
+    before = digests(copied)
     folder = RunDir(copied, recipe(teacher), resume=True)
     try:
         assert folder.verify(STEPS) == redone[0]
         assert [step for step in ended if not folder.is_done(step)] == redone
     finally:
         folder.close()
+    # Nothing is written before `begin`.
+    assert digests(copied) == before
 
     run(recipe(teacher), copied, resume=True)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +113,19 @@ def test_clips_are_the_teachers_and_are_trained_on(teacher: Path, finished: Path
     assert torch.equal(data.example(0)["latents"], torch.cat(list(chunks), dim=2)[0])
     assert torch.equal(data.example(0)["encoder_hidden_states"], text[0])
     assert (finished / "stages" / "01-match_velocity" / "transformer").is_dir()
+
+
+def test_spoilt_clips_are_made_again(teacher: Path, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    whole = digests(finished / "data")
+    for number, spoil in enumerate((lambda path: path.write_bytes(b"PAR1"), lambda path: path.unlink())):
+        spoil(tmp_path / "run" / "data" / f"shard-0000{number}.parquet")
+        kept = (tmp_path / "run" / "data" / "shard-00002.parquet").stat().st_mtime_ns
+        run(recipe(teacher), tmp_path / "run", resume=True, until="data")
+        assert digests(tmp_path / "run" / "data") == whole
+        assert (tmp_path / "run" / "data" / "shard-00002.parquet").stat().st_mtime_ns == kept
+        outputs = json.loads((tmp_path / "run" / "state.json").read_text())["steps"]["data"]["outputs"]
+        assert outputs == {f"data/{name}": digest for name, digest in whole.items()}
 
 
 def test_interrupted_run_ends_with_the_same_bytes(teacher: Path, finished: Path, tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ class RunDir:
 
     def __init__(self, path: Path, recipe: Recipe, resume: bool) -> None:
         self.path, self.recipe = path, recipe
+        self._spoilt: list[Path] = []
         claim_folder(path, "run folder")
         self._created = not path.exists()
         with explain_os_errors(path):
@@ -74,9 +75,13 @@ class RunDir:
         return {"format": FORMAT, "recipe_sha256": digest, "recipe": resolved, "finished": False, "steps": {}}
 
     def begin(self) -> None:
-        """Make the folder a run folder of this recipe, rid of what a killed process left half-written."""
+        """Make the folder a run folder of this recipe, rid of what was spoilt or left half-written."""
         for leftover in self.path.glob(".*.tmp"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        for file in self._spoilt:
+            # A step may keep the files that it finds.
+            file.unlink(missing_ok=True)
+        self._spoilt = []
         (self.path / FAILED).unlink(missing_ok=True)
         self._save()
         write_text(self.path / RESOLVED, self.recipe.dump())
@@ -103,16 +108,22 @@ class RunDir:
         return step in self._state["steps"]
 
     def verify(self, order: Iterable[str]) -> str | None:
-        """Forget the first step whose output is gone or changed, and all after it; returns its name."""
+        """Forget the first step whose output is gone or changed, and all after it; returns its name.
+
+        The files that are not as the step wrote them go with `begin`.
+        """
         names = list(order)
         for position, name in enumerate(names):
             recorded = self._state["steps"].get(name)
-            if recorded is None or recorded["outputs"] == self._digests(recorded["paths"]):
+            if recorded is None:
                 continue
+            written, found = recorded["outputs"], self._digests(recorded["paths"])
+            if found == written:
+                continue
+            self._spoilt = [self.path / file for file in found if found[file] != written.get(file)]
             for later in names[position:]:
                 self._state["steps"].pop(later, None)
             self._state["finished"] = False
-            self._save()
             return name
         return None
 
