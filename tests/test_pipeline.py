@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import io
 import json
 import multiprocessing
 import random
@@ -17,6 +18,7 @@ import mla_attention
 import pytest
 import torch
 from recipe_case import RECIPE, digests, run_recipe, write_teacher
+from rich.console import Console
 
 from mla_convert.errors import UsageError, UserError
 from mla_convert.export.checkpoint import load_checkpoint
@@ -150,6 +152,62 @@ def test_another_recipe_is_refused_by_the_key_that_differs(teacher, copied):
     ):
         run(recipe(teacher, "generate.fps=8"), copied, resume=True)
     assert digests(copied) == before
+
+
+def stopped(finished: Path, folder: Path, steps: list[str]) -> Path:
+    """A copy of a run as it was when only `steps` were done."""
+    shutil.copytree(finished, folder)
+    content = state(folder)
+    content["steps"] = {name: content["steps"][name] for name in steps}
+    write_json(folder / "state.json", content | {"finished": False})
+    return folder
+
+
+def test_what_no_step_has_read_may_change(teacher, finished, tmp_path):
+    """Bookkeeping at any time, a late section until its step is done, in the checkpoint too."""
+    folder, said = stopped(finished, tmp_path / "run", STEPS[:4]), io.StringIO()
+    changed = recipe(teacher, "generate.fps=8", "distill.0.checkpoint_every=3", "distill.0.tracker=[tensorboard]")
+    run(changed, folder, resume=True, console=Console(file=said))
+    assert said.getvalue().splitlines()[0] == (
+        "the recipe is not that of before: distill.0.checkpoint_every is 3 (an integer) and was 2 (an integer); "
+        "distill.0.tracker is a list and was nothing (null); generate.fps is 8 (an integer) and was 4 (an integer)"
+    )
+    assert parse_recipe((folder / "recipe.resolved.yaml").read_text()) == changed
+    assert state(folder)["recipe"] == changed.model_dump(mode="json")
+    assert state(folder)["recipe_sha256"] == changed.sha256()
+    assert read_manifest(folder / "checkpoint")["recipe"] == changed.model_dump(mode="json")
+    assert parse_recipe(json.loads((folder / "report.json").read_text())["recipe"]) == changed
+    assert digests(folder / "stages") == digests(finished / "stages")
+
+
+@pytest.mark.parametrize(
+    ("done", "override", "key"),
+    [
+        (1, "evaluate.clips=2", "evaluate.clips"),
+        (3, "evaluate.batch_size=1", "evaluate.batch_size"),
+        (4, "export.dtype=float32", "export.dtype"),
+        (5, "generate.fps=8", "generate.fps"),
+        (1, "distill.0.batch_size=1", "distill.0.batch_size"),
+        (1, "distill=[]", "distill"),
+        (1, "seed=1", "seed"),
+    ],
+)
+def test_what_a_step_has_read_may_not_change(teacher, finished, tmp_path, done, override, key):
+    folder = stopped(finished, tmp_path / "run", STEPS[:done])
+    before = digests(folder)
+    with pytest.raises(UsageError, match=rf"has another recipe: {key} is .* there and .* here; give another --out"):
+        run(recipe(teacher, override), folder, resume=True)
+    assert digests(folder) == before
+
+
+def test_clips_that_were_calibrated_on_were_made_by_generate(teacher, finished, tmp_path):
+    """With `convert.calibration.source: rollouts`, which the recorded recipe says."""
+    folder = stopped(finished, tmp_path / "run", STEPS[:1])
+    content = state(folder)
+    content["recipe"]["convert"]["calibration"]["source"] = "rollouts"
+    write_json(folder / "state.json", content)
+    with pytest.raises(UsageError, match=r"another recipe: generate\.fps"):
+        run(recipe(teacher, "convert.calibration.source=rollouts", "generate.fps=8"), folder, resume=True)
 
 
 @pytest.mark.parametrize(
