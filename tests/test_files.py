@@ -51,6 +51,26 @@ def test_a_file_that_is_read_meanwhile_is_not_the_one_that_is_written(tmp_path):
         raise OSError(errno.EISDIR, "Is a directory")
 
 
+@pytest.mark.parametrize("name", ["wan", "wan[1]"])
+def test_a_folder_leaves_the_work_of_a_sibling_alone_and_clears_its_own(tmp_path, name):
+    for left in (f".{name}.1.tmp", f".{name}.1.old.tmp"):
+        write_text(tmp_path / left / "old", "old")
+    with atomic_folder(tmp_path / f"{name}.bf16") as sibling:
+        write_folder(tmp_path / name)
+        assert sibling.is_dir()
+        (sibling / "b").write_text("b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name, f"{name}.bf16"]
+    # The folder that was put aside came back, and was then replaced.
+    assert [path.name for path in (tmp_path / name).iterdir()] == ["a"]
+
+
+def test_a_folder_that_was_put_aside_comes_back(tmp_path):
+    write_text(tmp_path / ".wan[1].7.old.tmp" / "old", "old")
+    with pytest.raises(UserError), atomic_folder(tmp_path / "wan[1]"):
+        raise UserError("no")
+    assert (tmp_path / "wan[1]" / "old").read_text() == "old"
+
+
 def test_tensors_have_the_mode_of_any_file_and_name_the_place(tmp_path):
     old = os.umask(0o022)
     try:
