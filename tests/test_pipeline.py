@@ -20,12 +20,15 @@ import torch
 from recipe_case import RECIPE, digests, run_recipe, write_teacher
 from rich.console import Console
 
+from mla_convert.distill.footprint import Launch
 from mla_convert.errors import UsageError, UserError
 from mla_convert.export.checkpoint import load_checkpoint
 from mla_convert.export.manifest import read_manifest, verify_files
 from mla_convert.files import write_json
 from mla_convert.pipeline import run, sources
 from mla_convert.pipeline import steps as steps_module
+from mla_convert.pipeline.checks import check_recipe
+from mla_convert.pipeline.dry_run import dry_run
 from mla_convert.pipeline.rundir import RunDir
 from mla_convert.pipeline.steps import Step
 from mla_convert.recipe.load import parse_recipe
@@ -288,11 +291,35 @@ def test_a_video_longer_than_the_rotary_table_leaves_no_folder(teacher, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_impossible_rank_is_refused_and_the_folder_can_be_used(teacher, tmp_path):
-    with pytest.raises(UsageError, match=r"kv_lora_rank"):
-        run(recipe(teacher, "convert.kv_lora_rank=49"), tmp_path / "run")
-    assert state(tmp_path / "run")["steps"] == {}
-    run(recipe(teacher), tmp_path / "run", until="convert")
+IMPOSSIBLE = [
+    ("convert.kv_lora_rank=49", r"convert\.kv_lora_rank: 49 in layer 0 is not between 1 and 48"),
+    ("convert.kv_lora_rank=[8]", r"convert\.kv_lora_rank: kv_lora_rank lists 1 layers, the model has 2"),
+    ("convert.layers_per_latent=3", r"convert\.layers_per_latent: 2 layers cannot share latents 3 at a time; one of"),
+    ("convert.q_lora_rank=25", r"convert\.q_lora_rank: 25 is larger than the rank 24"),
+    ("convert.budget={scalars_per_token: 4}", r"convert\.budget: 4 scalars a token are less than rank_multiple 16"),
+    ("convert={position: derived, qk_rope_head_dim: 26}", r"qk_rope_head_dim: 26 is larger than the 24 .* all heads"),
+    ("convert={position: derived, qk_rope_head_dim: 14, init: svd}", r"14 is larger than the 12 .* of a head"),
+    ("convert={position: baked, qk_rope_head_dim: 12}", r"qk_rope_head_dim: 12 is larger than the 8 .* all heads"),
+]
+ROLLOUTS = "data={kind: rollouts, heldout: 2, rollouts: {clips: 4, num_frames: 3, prompts: ['7']}}"
+
+
+@pytest.mark.parametrize(("override", "message"), IMPOSSIBLE)
+@pytest.mark.parametrize("data", ["data.kind=digits", ROLLOUTS])
+def test_impossible_numbers_are_refused_before_anything_is_made(teacher, tmp_path, override, message, data):
+    """By what `recipes check` checks, too."""
+    changes = [override, data]
+    if "convert=" in override:
+        changes.append("convert.kv_lora_rank=8")
+    elif "budget" in override:
+        changes.append("convert.kv_lora_rank=null")
+    with pytest.raises(UsageError, match=message):
+        run(recipe(teacher, *changes), tmp_path / "run")
+    with pytest.raises(UsageError, match=message):
+        check_recipe(recipe(teacher, *changes))
+    with pytest.raises(UsageError, match=message):
+        dry_run(recipe(teacher, *changes), Launch())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_failed_step_keeps_what_was_done(teacher, tmp_path, monkeypatch):
