@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ from .reload import check_standalone, check_tensors_on_disk
 from .standalone import bundle
 
 
-def export(checkpoint: Path, out: Path, config: ExportConfig) -> dict[str, Any]:
+def export(
+    checkpoint: Path, out: Path, config: ExportConfig, recipe: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Write a verified checkpoint to `out` in its final form, with its evidence and a model card.
 
+    `recipe`, dumped, is recorded in place of the one that the checkpoint was written with.
     What was written is loaded again and compared before `out` appears: tensor by tensor, and in the
     standalone form also by a short rollout in a process that lacks this package. Returns path, class,
     form, dtype and bytes. Raises UserError in one line; an `out` that was there then stays as it was.
@@ -31,7 +35,7 @@ def export(checkpoint: Path, out: Path, config: ExportConfig) -> dict[str, Any]:
     here, there = root.resolve(), out.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise UserError(f"{out} and the checkpoint {root} lie in each other; choose another output folder")
-    recorded = read_manifest(root)
+    recorded = read_manifest(root) | ({} if recipe is None else {"recipe": dict(recipe)})
     evidence = find_evidence(root)
     reads_images = read_config(inner).get("image_dim") is not None
     components = find_components(recorded.get("source"), config.components, reads_images)

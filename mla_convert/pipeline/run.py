@@ -85,10 +85,11 @@ def this_process() -> PartialState:
 
 def _lead(recipe: Recipe, folder: RunDir, steps: list[Step], processes: PartialState, console: Console) -> None:
     """The first process: check, do every step that is not done, and record it."""
+    if folder.changed:
+        _say(console, f"the recipe is not that of before: {'; '.join(map(str, folder.changed))}")
     stale = folder.verify(step.name for step in steps_of(recipe))
     if stale:
-        note = f"the output of {stale} is not what was written; it is made again"
-        console.print(note, soft_wrap=True, markup=False, highlight=False)
+        _say(console, f"the output of {stale} is not what was written; it is made again")
     pending = [step for step in steps if not folder.is_done(step.name)]
     for step in steps:
         if step not in pending:
@@ -112,6 +113,10 @@ def _lead(recipe: Recipe, folder: RunDir, steps: list[Step], processes: PartialS
                 processes.wait_for_everyone()
             folder.mark_done(step.name, step.paths, time.monotonic() - started)
             _discard_scratch(folder, step)
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def _discard_scratch(folder: RunDir, step: Step) -> None:
