@@ -24,6 +24,7 @@ from mla_convert.distill.encode import videos as video_shards
 from mla_convert.distill.encode.frames import UnusableVideo, ahead, read_frames, to_pixels
 from mla_convert.distill.encode.models import text_encoder
 from mla_convert.distill.encode.sources import find_videos, read_prompts
+from mla_convert.distill.latents import LatentShards
 from mla_convert.distill.negative import WAN_NEGATIVE_PROMPT
 from mla_convert.errors import UserError
 from mla_convert.pipeline import run
@@ -124,6 +125,20 @@ def test_latents_are_those_of_the_vae(clips, pipeline, tmp_path):
         assert latents.shape == (4, 3, HEIGHT // 8, WIDTH // 8)
         # Observed: 6.6e-7, from batches of two.
         assert pico.relative_error(latents, expected) < 1e-5
+
+
+def test_raw_latents_say_how_they_are_normalised(clips, pipeline, tmp_path, capsys):
+    for kind in ("raw", "normalised"):
+        assert encode(clips, tmp_path / kind, pipeline, "--dtype", "float32", "--latents", kind) == 0
+        assert f"{kind} latents 4x3x6x8" in " ".join(capsys.readouterr().out.split())
+    stored, other = rows(tmp_path / "raw")[0], rows(tmp_path / "normalised")[0]
+    assert stored["vae_latent_bytes"] != other["vae_latent_bytes"]
+    read, expected = (LatentShards(tmp_path / kind).read(0)["latents"] for kind in ("raw", "normalised"))
+    # Observed: 6.1e-8.
+    assert pico.relative_error(read, expected) < 1e-6
+    capsys.readouterr()
+    assert encode(clips, tmp_path / "raw", pipeline, "--dtype", "float32", "--resume") == 2
+    assert "was begun with latents raw" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

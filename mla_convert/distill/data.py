@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..zoo.digits.data import CLIP_FRAMES, sample_batch
 from .latents import LatentShards
 from .negative import NEGATIVE, find_negative, read_negative
+from .normalisation import Latents
 from .rollouts import RolloutsConfig
 
 Batch = dict[str, Tensor]
@@ -30,6 +31,11 @@ class DataConfig(BaseModel):
     folder. `heldout` clips are set aside and never trained on: for digits, held-out handwriting with
     held-out prompts, for the others the last ones.
 
+    `latents` says whether those of a folder are `normalised`, as a transformer takes them, or `raw`, as FastVideo's
+    preprocessing stores what the VAE gives: they are then normalised by its statistics, which a shard's metadata or, of
+    Wan's VAEs, the number of channels tells. `auto` believes the shards' metadata, which `mla-convert encode` writes,
+    and without it refuses latents whose statistics are those of raw ones.
+
     `negative_embeds` is a .safetensors file with the negative prompt, `prompt_embeds` `[L, D]`: what guidance leads
     away from, and what a clip that loses its prompt gets. Without it that is `negative.safetensors` beside the clips
     or the prompts, which `mla-convert encode` writes. For digits it is zeros.
@@ -40,6 +46,7 @@ class DataConfig(BaseModel):
     kind: Literal["digits", "latents", "rollouts"] = "digits"
     folder: str | None = None
     text_tokens: int | None = Field(None, ge=1)
+    latents: Latents = "auto"
     negative_embeds: str | None = None
     heldout: int = Field(128, ge=1)
     rollouts: RolloutsConfig | None = None
@@ -48,6 +55,8 @@ class DataConfig(BaseModel):
     def _keys_fit_the_kind(self) -> DataConfig:
         if self.kind == "latents" and self.folder is None:
             raise ValueError("kind latents needs folder, the folder of parquet shards")
+        if self.kind != "latents" and self.latents != "auto":
+            raise ValueError(f"latents says what lies in a folder, which kind {self.kind} does not read; leave it out")
         if self.kind == "digits" and not (self.folder is self.text_tokens is self.negative_embeds is None):
             raise ValueError("kind digits is generated and takes neither folder, text_tokens nor negative_embeds")
         if (self.kind == "rollouts") != (self.rollouts is not None):
@@ -65,7 +74,7 @@ class DataConfig(BaseModel):
         """Rollouts as the latents that they are once they lie in `folder`; other kinds as they are."""
         if self.kind != "rollouts":
             return self
-        return DataConfig(kind="latents", folder=str(folder), heldout=self.heldout)
+        return DataConfig(kind="latents", folder=str(folder), heldout=self.heldout, latents="normalised")
 
 
 class Data(Protocol):
@@ -145,4 +154,5 @@ def open_data(config: DataConfig, seed: int) -> Data:
         return DigitClips(seed, config.heldout)
     if config.folder is None:
         raise UserError("kind rollouts: the clips lie in the folder of a run, which is not known here")
-    return LatentClips(LatentShards(config.folder, config.text_tokens), config.heldout, config.negative_embeds)
+    shards = LatentShards(config.folder, config.text_tokens, config.latents)
+    return LatentClips(shards, config.heldout, config.negative_embeds)
