@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -36,6 +38,10 @@ class DataConfig(BaseModel):
     Wan's VAEs, the number of channels tells. `auto` believes the shards' metadata, which `mla-convert encode` writes,
     and without it refuses latents whose statistics are those of raw ones.
 
+    `skip` names clips of a folder that are not to be read, by their number, in the order of names and counted from 0,
+    or by `file_name` or `id`. Training takes the next clip that is not skipped in the place of each, so that a run that
+    a damaged clip has ended goes on with `--resume` in the same order.
+
     `negative_embeds` is a .safetensors file with the negative prompt, `prompt_embeds` `[L, D]`: what guidance leads
     away from, and what a clip that loses its prompt gets. Without it that is `negative.safetensors` beside the clips
     or the prompts, which `mla-convert encode` writes. For digits it is zeros.
@@ -47,6 +53,7 @@ class DataConfig(BaseModel):
     folder: str | None = None
     text_tokens: int | None = Field(None, ge=1)
     latents: Latents = "auto"
+    skip: tuple[int | str, ...] = ()
     negative_embeds: str | None = None
     heldout: int = Field(128, ge=1)
     rollouts: RolloutsConfig | None = None
@@ -57,6 +64,8 @@ class DataConfig(BaseModel):
             raise ValueError("kind latents needs folder, the folder of parquet shards")
         if self.kind != "latents" and self.latents != "auto":
             raise ValueError(f"latents says what lies in a folder, which kind {self.kind} does not read; leave it out")
+        if self.kind != "latents" and self.skip:
+            raise ValueError(f"skip leaves clips of a folder out, which kind {self.kind} does not read; leave it out")
         if self.kind == "digits" and not (self.folder is self.text_tokens is self.negative_embeds is None):
             raise ValueError("kind digits is generated and takes neither folder, text_tokens nor negative_embeds")
         if (self.kind == "rollouts") != (self.rollouts is not None):
@@ -122,12 +131,25 @@ class DigitClips:
 class LatentClips:
     """Clips of a folder of shards; the last `heldout` of them are set aside.
 
-    The negative prompt is that in `negative_embeds`, or in the file beside the shards.
+    Those to `skip`, by number or name, are not read: among the held-out ones they are left out, and in training the
+    next clip stands in, so that every other example stays what it is. The negative prompt is that in
+    `negative_embeds`, or in the file beside the shards. Raises UserError where nothing is left.
     """
 
-    def __init__(self, shards: LatentShards, heldout: int, negative_embeds: str | None = None) -> None:
+    def __init__(
+        self, shards: LatentShards, heldout: int, negative_embeds: str | None = None, skip: Sequence[int | str] = ()
+    ) -> None:
         self.shards, self.negative_embeds = shards, negative_embeds
-        self.size: int | None = shards.split(heldout)
+        size = shards.split(heldout)
+        self.size: int | None = size
+        skipped = _skipped(shards, skip)
+        rows = range(len(shards))
+        self._heldout = [row for row in rows[size:] if row not in skipped]
+        kept = [place for place in range(size) if rows[place] not in skipped]
+        if not kept or not self._heldout:
+            raise UserError(f"data.skip leaves no clips to {'hold out' if kept else 'train on'}; skip fewer")
+        # The next place that is kept, the first one behind the last.
+        self._train = [rows[kept[bisect.bisect_left(kept, place) % len(kept)]] for place in range(size)]
 
     @functools.cached_property
     def negative(self) -> Tensor:
@@ -137,15 +159,36 @@ class LatentClips:
                 f"guidance and empty_prompt_rate need a negative prompt, and {self.shards.folder} has no {NEGATIVE}; "
                 "write one with `mla-convert encode --prompts` and give data.negative_embeds"
             )
-        return read_negative(path, self.shards.read(0)["encoder_hidden_states"].shape)
+        return read_negative(path, self.example(0)["encoder_hidden_states"].shape)
 
     def example(self, index: int) -> Batch:
-        return self.shards.read(index)
+        return self.shards.read(self._train[index])
 
     def heldout(self, count: int | None = None) -> Batch:
-        rows = range(self.size or 0, len(self.shards))[:count]
-        batch: Batch = default_collate([self.shards.read(row) for row in rows])
+        batch: Batch = default_collate([self.shards.read(row) for row in self._heldout[:count]])
         return batch
+
+    def heldout_prompts(self, count: int) -> list[str]:
+        """The captions of the first `count` held-out clips, "" where the shards have none."""
+        return [self.shards.caption(row) for row in self._heldout[:count]]
+
+
+def _skipped(shards: LatentShards, skip: Sequence[int | str]) -> set[int]:
+    """The clips that `skip` names. Raises UserError for one that is not there."""
+    by_name = shards.named({name for name in skip if isinstance(name, str)})
+    for entry in skip:
+        if entry not in range(len(shards)) and not by_name.get(str(entry)):
+            raise UserError(f"data.skip: {shards.folder} has no clip {entry!r}; it has {len(shards)}, counted from 0")
+    return {entry for entry in skip if isinstance(entry, int)}.union(*by_name.values())
+
+
+def told_plainly(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches of a loader, whose workers put a traceback in front of what a UserError says."""
+    try:
+        yield from batches
+    except UserError as error:
+        *traceback, last = str(error).strip().splitlines()
+        raise type(error)(last.partition(": ")[2] if traceback else last) from None
 
 
 def open_data(config: DataConfig, seed: int) -> Data:
@@ -155,4 +198,4 @@ def open_data(config: DataConfig, seed: int) -> Data:
     if config.folder is None:
         raise UserError("kind rollouts: the clips lie in the folder of a run, which is not known here")
     shards = LatentShards(config.folder, config.text_tokens, config.latents)
-    return LatentClips(shards, config.heldout, config.negative_embeds)
+    return LatentClips(shards, config.heldout, config.negative_embeds, config.skip)

@@ -7,11 +7,12 @@ without its neighbours. Source of the schema: FastVideo, `fastvideo/dataset/data
 from __future__ import annotations
 
 import bisect
+import contextlib
 import functools
 import itertools
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ SCHEMA = pa.schema(
         pa.field("fps", pa.float64()),
     ]
 )
+NAMES = ["file_name", "id"]
 COLUMNS = [field.name for name in (LATENT, TEXT) for field in _tensor_fields(name)]
 
 
@@ -221,7 +223,7 @@ class LatentShards:
         """Raise UserError where the clips `rows` have the statistics of raw latents."""
         count = min(LOOKED_AT, len(rows))
         chosen = [rows[place * len(rows) // count] for place in range(count)]
-        evidence = evidence_of_raw((self.read(row)["latents"] for row in chosen), scale)
+        evidence = evidence_of_raw(self._readable(chosen), scale)
         said = "say data.latents: raw or data.latents: normalised (inspect: --latents)"
         if evidence > EVIDENCE:
             raise UserError(
@@ -231,6 +233,12 @@ class LatentShards:
         if evidence > -EVIDENCE:
             what = "whether the latents in %s are normalised cannot be told, and they are taken as they lie; %s"
             logger.warning(what, self.folder, said)
+
+    def _readable(self, rows: list[int]) -> Iterator[Tensor]:
+        """The latents of clips but for damaged ones, which are refused where somebody wants them."""
+        for row in rows:
+            with contextlib.suppress(UserError):
+                yield self.read(row)["latents"]
 
     def _check(self, path: Path) -> int:
         """Rows of a shard, after comparing every shape in it with the first."""
@@ -267,18 +275,41 @@ class LatentShards:
         return int(shard.metadata.num_rows)
 
     def read(self, index: int) -> dict[str, Tensor]:
-        """Clip `index`: float32 normalised `latents` `[C, F, H, W]` and `encoder_hidden_states` `[L, D]`."""
+        """Clip `index`: float32 normalised `latents` `[C, F, H, W]` and `encoder_hidden_states` `[L, D]`.
+
+        Raises UserError for one that cannot be unpacked, or that has NaN or infinite values.
+        """
         values = self._row(index, COLUMNS)
         place = self._place(index)
         text = _unpack(values, TEXT, place)
         if self.text_tokens is not None:
             text = F.pad(text, (0, 0, 0, self.text_tokens - len(text)))
         latents, scale = _unpack(values, LATENT, place), self._scales[self._shard(index)]
+        for name, tensor in (("latents", latents), ("text embedding", text)):
+            if not tensor.isfinite().all():
+                raise UserError(
+                    f"{place}, {self._name(index)!r}, has NaN or infinite values in its {name}; encode it again, or go "
+                    f"on without it: data.skip: [{index}]"
+                )
         return {"latents": latents if scale is None else scale.standardise(latents), "encoder_hidden_states": text}
 
     def caption(self, index: int) -> str:
         """The caption of clip `index`; "" where the shards have none."""
         return str(self._row(index, ["caption"]).get("caption") or "")
+
+    def named(self, names: Collection[str]) -> dict[str, list[int]]:
+        """The clips that are called so, by `id` or `file_name`."""
+        found: dict[str, list[int]] = {name: [] for name in names}
+        for path, start in zip(self.paths, self._starts, strict=False):
+            shard = _open(path, os.getpid())
+            columns = [column for column in NAMES if column in shard.schema_arrow.names]
+            for row, values in enumerate(shard.read(columns=columns).to_pylist() if columns else []):
+                for name in found.keys() & set(values.values()):
+                    found[name].append(start + row)
+        return found
+
+    def _name(self, index: int) -> str:
+        return next((str(name) for name in self._row(index, NAMES).values() if name), "")
 
     def _row(self, index: int, columns: list[str]) -> dict[str, Any]:
         """Some columns of clip `index`; those that a shard does not have are left out."""

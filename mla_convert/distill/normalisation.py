@@ -89,15 +89,15 @@ def evidence_of_raw(clips: Iterable[Tensor], scale: Scale) -> float:
 
     A small data set has statistics of its own, and a high contrast is no evidence. So what counts is the pattern
     over the channels: their standard deviations but for what they share, and their means in standard deviations.
-    0 where a channel is constant.
+    0 without clips, or where a channel is constant.
     """
     first = second = torch.zeros(len(scale.mean), dtype=torch.float64)
     count = 0
     for clip in clips:
         values = clip.double().flatten(1)
         first, second, count = first + values.sum(1), second + values.square().sum(1), count + values.shape[1]
-    mean = first / count
-    std = (second / count - mean.square()).clamp_min(0).sqrt()
+    mean = first / max(count, 1)
+    std = (second / max(count, 1) - mean.square()).clamp_min(0).sqrt()
     if float(std.min()) < 1e-6:
         return 0.0
     center, spread = (torch.tensor(part, dtype=torch.float64) for part in scale)

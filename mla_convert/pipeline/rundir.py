@@ -65,11 +65,11 @@ class RunDir:
         if (self.path / STATE).exists():
             state = read_state(self.path)
             if state["steps"]:
-                self._require_same(state["recipe"], resolved)
+                self._require_same(_fixed(state["recipe"]), _fixed(resolved))
                 if not resume:
                     how = "is finished" if state["finished"] else "was started before"
                     raise UserError(f"the run in {self.path} {how}; continue it with --resume or give another --out")
-                return state
+                return {**state, "recipe": resolved, "recipe_sha256": self.recipe.sha256()}
         digest = self.recipe.sha256()
         return {"format": FORMAT, "recipe_sha256": digest, "recipe": resolved, "finished": False, "steps": {}}
 
@@ -159,6 +159,11 @@ class RunDir:
                 f"the run in {self.path} has another recipe: {key} is {describe(old)} there and {describe(new)} here; "
                 f"give another --out{late}"
             )
+
+
+def _fixed(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A dumped recipe without what may change while a run goes on: the damaged clips that it does without."""
+    return {**recipe, "data": {key: value for key, value in recipe["data"].items() if key != "skip"}}
 
 
 def has_failed(path: Path) -> bool:
