@@ -115,7 +115,7 @@ def test_latents_are_those_of_the_vae(clips, pipeline, tmp_path):
     assert encode(clips, tmp_path / "data", pipeline, "--dtype", "float32", "--batch-size", "2") == 0
     vae = AutoencoderKLWan.from_pretrained(pipeline / "vae").eval()
     mean, std = (torch.tensor(vae.config[key]).view(-1, 1, 1, 1) for key in ("latents_mean", "latents_std"))
-    data = open_data(DataConfig(kind="latents", folder=str(tmp_path / "data"), heldout=1), seed=0)
+    data = open_data(DataConfig(kind="latents", folder=str(tmp_path / "data"), heldout=1, split="last"), seed=0)
     entries, _ = find_videos(clips)
     for index, entry in enumerate(entries[:-1]):
         pixels = to_pixels(read_frames(entry.path, FRAMES, HEIGHT, WIDTH, 16))
@@ -150,7 +150,7 @@ def test_embeddings_are_those_of_the_stock_pipeline(clips, pipeline, encoded, tm
     stock = stock_pipeline(pipeline, getattr(torch, dtype))
     captions = [row["caption"] for row in rows(out)]
     assert sorted(captions) == sorted(CAPTIONS)
-    data = open_data(DataConfig(kind="latents", folder=str(out), heldout=1), seed=0)
+    data = open_data(DataConfig(kind="latents", folder=str(out), heldout=1, split="last"), seed=0)
     for index, caption in enumerate(captions[:-1]):
         with torch.no_grad():
             (expected,), _ = stock.encode_prompt(caption, do_classifier_free_guidance=False, max_sequence_length=512)

@@ -43,7 +43,7 @@ def write(folder, clips, notes=None, name="shard-00000.parquet"):
 
 
 def opened(folder, **settings):
-    return open_data(DataConfig(kind="latents", folder=str(folder), heldout=1, **settings), seed=0)
+    return open_data(DataConfig(kind="latents", folder=str(folder), heldout=1, split="last", **settings), seed=0)
 
 
 def test_statistics_are_those_of_the_vae():

@@ -34,7 +34,9 @@ def clips(count=10, bad=(), shape=(1, 6, 8, 8)):
 
 
 def opened(folder, heldout=3, **settings):
-    return open_data(DataConfig(kind="latents", folder=str(folder), heldout=heldout, **settings), seed=0)
+    return open_data(
+        DataConfig(kind="latents", folder=str(folder), heldout=heldout, **{"split": "last", **settings}), seed=0
+    )
 
 
 def number_of(example, made):

@@ -19,9 +19,11 @@ from ..zoo.digits.data import CLIP_FRAMES, sample_batch
 from .latents import LatentShards
 from .negative import NEGATIVE, find_negative, read_negative
 from .normalisation import Latents
+from .order import SPLIT, derived_generator
 from .rollouts import RolloutsConfig
 
 Batch = dict[str, Tensor]
+Split = Literal["drawn", "last"]
 
 
 class DataConfig(BaseModel):
@@ -31,7 +33,9 @@ class DataConfig(BaseModel):
     text-to-video schema; text embeddings of different lengths are padded with zeros to
     `text_tokens`. `rollouts` are latents that the dense model makes at the beginning of a run, in the run's
     folder. `heldout` clips are set aside and never trained on: for digits, held-out handwriting with
-    held-out prompts, for the others the last ones.
+    held-out prompts. Of the others `split: drawn` takes them, and in an order of its own those to calibrate on, by the
+    recipe's seed, since neighbours by name are often cuts of one film; `last` keeps the order of names and holds out
+    the last ones.
 
     `latents` says whether those of a folder are `normalised`, as a transformer takes them, or `raw`, as FastVideo's
     preprocessing stores what the VAE gives: they are then normalised by its statistics, which a shard's metadata or, of
@@ -56,6 +60,7 @@ class DataConfig(BaseModel):
     skip: tuple[int | str, ...] = ()
     negative_embeds: str | None = None
     heldout: int = Field(128, ge=1)
+    split: Split = "drawn"
     rollouts: RolloutsConfig | None = None
 
     @model_validator(mode="after")
@@ -66,6 +71,8 @@ class DataConfig(BaseModel):
             raise ValueError(f"latents says what lies in a folder, which kind {self.kind} does not read; leave it out")
         if self.kind != "latents" and self.skip:
             raise ValueError(f"skip leaves clips of a folder out, which kind {self.kind} does not read; leave it out")
+        if self.kind == "digits" and self.split != "drawn":
+            raise ValueError("split chooses among the clips of a folder, and digits are generated; leave it out")
         if self.kind == "digits" and not (self.folder is self.text_tokens is self.negative_embeds is None):
             raise ValueError("kind digits is generated and takes neither folder, text_tokens nor negative_embeds")
         if (self.kind == "rollouts") != (self.rollouts is not None):
@@ -83,7 +90,9 @@ class DataConfig(BaseModel):
         """Rollouts as the latents that they are once they lie in `folder`; other kinds as they are."""
         if self.kind != "rollouts":
             return self
-        return DataConfig(kind="latents", folder=str(folder), heldout=self.heldout, latents="normalised")
+        return DataConfig(
+            kind="latents", folder=str(folder), heldout=self.heldout, split=self.split, latents="normalised"
+        )
 
 
 class Data(Protocol):
@@ -129,21 +138,27 @@ class DigitClips:
 
 
 class LatentClips:
-    """Clips of a folder of shards; the last `heldout` of them are set aside.
+    """Clips of a folder of shards; the last `heldout` of their `rows` are set aside.
 
-    Those to `skip`, by number or name, are not read: among the held-out ones they are left out, and in training the
-    next clip stands in, so that every other example stays what it is. The negative prompt is that in
-    `negative_embeds`, or in the file beside the shards. Raises UserError where nothing is left.
+    `rows` are the numbers of all clips in some order, that of the shards where it is left out. Those to `skip`, by
+    number or name, are not read: among the held-out ones they are left out, and in training the next clip stands in,
+    so that every other example stays what it is. The negative prompt is that in `negative_embeds`, or in the file
+    beside the shards. Raises UserError where nothing is left.
     """
 
     def __init__(
-        self, shards: LatentShards, heldout: int, negative_embeds: str | None = None, skip: Sequence[int | str] = ()
+        self,
+        shards: LatentShards,
+        heldout: int,
+        negative_embeds: str | None = None,
+        skip: Sequence[int | str] = (),
+        rows: Sequence[int] | None = None,
     ) -> None:
         self.shards, self.negative_embeds = shards, negative_embeds
         size = shards.split(heldout)
         self.size: int | None = size
         skipped = _skipped(shards, skip)
-        rows = range(len(shards))
+        rows = range(len(shards)) if rows is None else rows
         self._heldout = [row for row in rows[size:] if row not in skipped]
         kept = [place for place in range(size) if rows[place] not in skipped]
         if not kept or not self._heldout:
@@ -173,6 +188,12 @@ class LatentClips:
         return [self.shards.caption(row) for row in self._heldout[:count]]
 
 
+def drawn_rows(count: int, seed: int) -> list[int]:
+    """The numbers of `count` clips in the order in which a seed draws them."""
+    found: list[int] = torch.randperm(count, generator=derived_generator(SPLIT, seed, 0, 0)).tolist()
+    return found
+
+
 def _skipped(shards: LatentShards, skip: Sequence[int | str]) -> set[int]:
     """The clips that `skip` names. Raises UserError for one that is not there."""
     by_name = shards.named({name for name in skip if isinstance(name, str)})
@@ -192,10 +213,11 @@ def told_plainly(batches: Iterable[Batch]) -> Iterator[Batch]:
 
 
 def open_data(config: DataConfig, seed: int) -> Data:
-    """The clips that `config` names. Raises UserError when they cannot be trained on."""
+    """The clips that `config` names; `seed` is that of the recipe. Raises UserError when they cannot be trained on."""
     if config.kind == "digits":
         return DigitClips(seed, config.heldout)
     if config.folder is None:
         raise UserError("kind rollouts: the clips lie in the folder of a run, which is not known here")
     shards = LatentShards(config.folder, config.text_tokens, config.latents)
-    return LatentClips(shards, config.heldout, config.negative_embeds, config.skip)
+    rows = drawn_rows(len(shards), seed) if config.split == "drawn" else None
+    return LatentClips(shards, config.heldout, config.negative_embeds, config.skip, rows)

@@ -20,7 +20,7 @@ from ..convert.probe import LayerSample
 from ..convert.state import latent_attention
 from ..convert.store import TensorStore
 from ..devices import default_device
-from ..distill.data import DigitClips
+from ..distill.data import DigitClips, drawn_rows
 from ..distill.latents import LatentShards
 from ..distill.normalisation import Latents
 from ..distill.progress import Report
@@ -63,7 +63,14 @@ def open_clips(
     # What a fit was calibrated on flatters it: a trial has clips of its own, the only clip aside.
     last = min(_TRIED, max(1, len(shards) // 2))
     first = len(shards) - last
-    found = Clips(str(data), min(wanted, max(1, first)), shards.read, last, lambda index: shards.read(first + index))
+    rows = drawn_rows(len(shards), seed=0)
+    found = Clips(
+        str(data),
+        min(wanted, max(1, first)),
+        lambda index: shards.read(rows[index]),
+        last,
+        lambda index: shards.read(rows[first + index]),
+    )
     example = found.read(0)
     check_channels(example, source, str(data))
     height, width = example["latents"].shape[2:]
