@@ -13,7 +13,7 @@ import torch
 from recipe_case import RECIPE, digests, write_teacher
 from safetensors.torch import save_file
 
-from mla_convert.distill.data import open_data
+from mla_convert.distill.data import drawn_rows, open_data
 from mla_convert.distill.latents import LatentShards
 from mla_convert.distill.rollouts import RolloutsConfig, open_folder, write_rollouts
 from mla_convert.errors import UsageError, UserError
@@ -110,8 +110,11 @@ def test_clips_are_the_teachers_and_are_trained_on(teacher: Path, finished: Path
     text = torch.stack([parse_prompt(prompt).embedding() for prompt in PROMPTS[:2]])
     dense, seed = load_dense(load_source(str(teacher))), pipeline_module.write_rollouts.__globals__["_seed"](0, 0)
     chunks = stream_chunks(dense, text, 6, 16, 16, num_inference_steps=2, shift=3.0, guidance_scale=2.0, seed=seed)
-    assert torch.equal(data.example(0)["latents"], torch.cat(list(chunks), dim=2)[0])
-    assert torch.equal(data.example(0)["encoder_hidden_states"], text[0])
+    first = data.shards.read(0)
+    assert torch.equal(first["latents"], torch.cat(list(chunks), dim=2)[0])
+    assert torch.equal(first["encoder_hidden_states"], text[0])
+    read = [data.shards.read(row)["latents"] for row in drawn_rows(5, seed=0)]
+    assert all(torch.equal(data.example(index)["latents"], read[index]) for index in range(3))
     assert (finished / "stages" / "01-match_velocity" / "transformer").is_dir()
 
 
@@ -145,11 +148,12 @@ def test_interrupted_run_ends_with_the_same_bytes(teacher: Path, finished: Path,
         assert digests(tmp_path / "run" / part) == digests(finished / part)
 
 
-def test_a_checkpoint_is_measured_on_the_clips_of_its_run(finished: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_is_measured_on_the_clips_of_its_run(teacher: Path, finished: Path, tmp_path: Path) -> None:
     model = finished / "stages" / "01-match_velocity"
     _, report = evaluate_checkpoint(model, None, tmp_path / "report", {}, silent)
     assert report["student_loss"] > 0
-    assert [clip["prompt"] for clip in report["by_clip"]["worst"]] in (PROMPTS[:2], PROMPTS[1::-1])
+    held = open_data(recipe(teacher).data.made_in(finished / "data"), seed=0).heldout_prompts(2)
+    assert sorted(clip["prompt"] for clip in report["by_clip"]["worst"]) == sorted(held)
 
 
 def test_a_dense_checkpoint_is_not_measured(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

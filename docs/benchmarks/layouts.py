@@ -64,7 +64,7 @@ ROWS: list[dict[str, Any]] = [
 
 def data_of(folder: str | None) -> Data:
     """The latents of a `folder`, or without one the digits that are made as they are needed."""
-    natural = {"kind": "latents", "folder": folder, "text_tokens": 1, "heldout": 128}
+    natural = {"kind": "latents", "folder": folder, "text_tokens": 1, "heldout": 128, "split": "last"}
     return open_data(DataConfig(**(natural if folder else {"kind": "digits"})), 0)
 
 

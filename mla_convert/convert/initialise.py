@@ -9,6 +9,7 @@ head_dim, H heads, D channels, R shared pairs.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -163,7 +164,19 @@ def _fit(readings: Sequence[LayerReading], rank: int, device: torch.device) -> C
     return low_rank_factor(reading.target(columns[:, 0], columns[:, 1]), mean, rank)
 
 
+@functools.cache
+def _warn_of_few(tokens: int, numbers: int) -> None:
+    logger.warning(
+        "calibration looks at %d tokens for the %d numbers that a latent restores of each: what they do not show it "
+        "cannot fit; raise convert.calibration.max_tokens, and clips",
+        tokens,
+        numbers,
+    )
+
+
 def _fit_read(read: Read, rank: int, device: torch.device) -> Code:
+    if len(read[0][1].hidden) < size(read):
+        _warn_of_few(len(read[0][1].hidden), size(read))
     if rank <= len(read[0][1].hidden) < size(read):
         samples, mean, probes = factors(read, device)
         return low_rank_code_of_samples(samples, probes, mean, rank)

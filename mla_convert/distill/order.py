@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-ORDER, NOISE, SHARED, ADAPTERS = 1, 2, 3, 4
+ORDER, NOISE, SHARED, ADAPTERS, SPLIT = 1, 2, 3, 4, 5
 
 
 def derived_generator(purpose: int, seed: int, stage_index: int, number: int) -> torch.Generator:

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..files import write_json
 from .latents import Clip, shard_name, write_shard
+from .normalisation import KIND_NOTE
 from .progress import Report
 
 PLAN = "rollouts.json"
@@ -113,7 +114,7 @@ def write_rollouts(
             if not latents.isfinite().all():
                 raise UserError(f"the teacher's rollout of {path.name} has NaN or infinite values; check it")
             clips = [Clip(latents[i], text[row], caption=captions[row]) for i, row in enumerate(chosen)]
-            write_shard(path, clips, starts[number])
+            write_shard(path, clips, starts[number], {KIND_NOTE: "normalised"})
         report("roll out clips", done + 1, len(mine))
 
 

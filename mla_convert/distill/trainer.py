@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..errors import UserError
 from ..registry import stages
 from .assembly import Assembly
-from .data import Batch, Data
+from .data import Batch, Data, told_plainly
 from .execution import execution
 from .launch import check_launch, world_size
 from .learner import Learner
@@ -250,7 +250,7 @@ class _Training:
             pin_memory=accelerator.device.type == "cuda",
             generator=torch.Generator(),
         )
-        for batch in loader:
+        for batch in told_plainly(loader):
             yield {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
 
     @property

@@ -108,15 +108,19 @@ def fidelity(
     }
 
 
-def evaluate(student: Any, teacher: Any, data: DataConfig, config: EvaluateConfig, report: Report) -> dict[str, Any]:
+def evaluate(
+    student: Any, teacher: Any, data: DataConfig, config: EvaluateConfig, report: Report, seed: int = 0
+) -> dict[str, Any]:
     """Everything that the report says of a converted model beside its dense teacher.
+
+    `seed` is that of the recipe, which decides what clips are held out.
 
     The keys of `fidelity`; `dense_scalars_per_token`, `latent_scalars_per_token`, `reduction` and
     the cache bytes of one stream; `layout`; and for digits `digits_bench`, `kernels`, what attended in the
     rollouts of both, and `accuracy`, the share of rollouts whose last frame shows the prompted class, by model
     and length.
     """
-    source = open_data(data, config.seed)
+    source = open_data(data, seed)
     clips = source.heldout(config.clips)
     prompts = heldout_prompts(source, clips["encoder_hidden_states"])
     told = functools.partial(report, "evaluate")

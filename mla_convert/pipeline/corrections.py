@@ -47,6 +47,9 @@ def changes(
 
 def _can_change(change: Change, recorded: Mapping[str, Any], done: Collection[str]) -> bool:
     section, *keys = change.key.split(".")
+    if section == "data":
+        # Damaged clips; the order of the others stays as it is.
+        return keys[0] == "skip"
     if section == "distill":
         return len(keys) > 1 and keys[1] in BOOKKEEPING
     if section not in LATE:

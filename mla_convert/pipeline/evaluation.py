@@ -74,7 +74,7 @@ def evaluate_checkpoint(
     config = config.model_copy(update=dict(changes))
     result = {
         "source": teacher or (recipe.source.model if recipe else None),
-        **evaluate(student, dense, data, config, report),
+        **evaluate(student, dense, data, config, report, 0 if recipe is None else recipe.seed),
         **describe(student, recipe.generate if recipe else GenerateConfig()),
         "recipe": recipe.dump() if recipe else None,
         "seconds": {"evaluate": round(time.monotonic() - started, 3)},
@@ -92,6 +92,9 @@ def _recorded_recipe(root: Path) -> Recipe | None:
     if not (root / MANIFEST).is_file():
         return None
     recorded = read_manifest(root).get("recipe")
+    if recorded and recorded["data"]["kind"] != "digits":
+        # What was made before clips were drawn by the seed held out the last ones.
+        recorded["data"].setdefault("split", "last")
     return validate(Recipe, recorded) if recorded else None
 
 

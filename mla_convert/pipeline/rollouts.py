@@ -124,7 +124,8 @@ def _sampling(config: RolloutsConfig, seed: int) -> GenerateConfig:
 def _identity(context: Context, text: Tensor, negative: Tensor | None) -> str:
     """Digest of all that the clips depend on."""
     parts: dict[str, Any] = context.recipe.model_dump(mode="json", include={"seed", "source", "causal", "data"})
-    parts["data"].pop("heldout")
+    for key in ("heldout", "split"):
+        parts["data"].pop(key)
     tensors = {"text": text.contiguous()} | ({} if negative is None else {"negative": negative})
     parts["text"] = hashlib.sha256(save(tensors)).hexdigest()
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

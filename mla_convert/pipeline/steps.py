@@ -153,7 +153,7 @@ def _evaluate(context: Context) -> None:
             config = config.model_copy(update={"rollout_prompts": 0})
         student = context.load_stage(index, context.dtype).to(context.device)
         recipe.streaming.apply(teacher, student)
-        result = evaluate(student, teacher, context.data_config, config, context.report)
+        result = evaluate(student, teacher, context.data_config, config, context.report, recipe.seed)
         # Not beside the next one.
         del student
         write_json(context.stage_folder(index) / REPORT_JSON, result)
