@@ -99,7 +99,7 @@ def run_stage(
         raise UserError(f"stage {config.stage}: stop needs held-out clips, which this run does not have")
     if config.preview is not None and getattr(student, "causal", None) and student.causal.window_frames is None:
         raise UserError(f"stage {config.stage}: preview needs a finite window; set causal.window_frames")
-    if config.reads_negative:
+    if config.needs_negative:
         stage.negative = data.negative
     stage.check(student, networks, data)
     require_apart(student, trainable_names(student, config.trainable), networks)
@@ -341,7 +341,7 @@ class _Training:
         config, heldout, picture = self.config.preview, self.heldout, self.picture
         if config is None or heldout is None or picture is None:
             return
-        strip = self._of_the_end(lambda student: picture(student, config, heldout))
+        strip = self._of_the_end(lambda student: picture(student, config, heldout, self.stage.negative))
         show_preview(self.accelerator, self.work_dir, strip, step)
 
     def _require_finite(self, step: int, what: str, value: float) -> None:

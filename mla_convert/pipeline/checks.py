@@ -21,13 +21,14 @@ from ..families.base import noise_channels
 from ..load import Source
 from ..mla.window import CausalConfig
 from ..recipe.schema import Recipe
-from ..run.sample import check_latent_size, check_length, embed_prompts, latent_size, prompt_encoder
+from ..run.sample import check_latent_size, check_length, latent_size
 from ..run.start import read_start
 from ..run.stream import check_start
 from .calibration import calibration_reads_negative
 from .channels import check_alike, check_channels
 from .context import Context
 from .rollouts import check_rollouts, read_negative_prompt
+from .samples import check_samples
 from .steps import Step, steps_of
 
 
@@ -77,7 +78,7 @@ def _check_samples(context: Context) -> None:
     generate, config = context.recipe.generate, context.source.config
     causal, height, width = CausalConfig(**(config.get("causal") or {})), *latent_size(config, generate)
     with _named("generate.prompts"):
-        embed_prompts(generate.prompts, prompt_encoder(config))
+        check_samples(context.source, generate.prompts)
     with _named("generate.num_frames"):
         check_length(config, generate.num_frames)
     with _named("generate.latent_height and latent_width"):
@@ -115,7 +116,7 @@ def _check_adapters(stage: StageConfig, model: Any) -> None:
 
 def _check_data(context: Context, made: bool, read: bool) -> None:
     recipe, source = context.recipe, context.source
-    reads_negative = calibration_reads_negative(recipe) or any(stage.reads_negative for stage in recipe.distill)
+    reads_negative = calibration_reads_negative(recipe) or any(stage.needs_negative for stage in recipe.distill)
     if made:
         assert recipe.data.rollouts is not None
         clip = check_rollouts(recipe.data.rollouts, source)
