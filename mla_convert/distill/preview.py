@@ -22,7 +22,8 @@ PREVIEWS = "previews"
 class Picture(Protocol):
     """Rolls `student` out for the prompts of the held-out clips and gives the strip, uint8 `[H, W, 3]`.
 
-    Guidance leads away from the negative prompt `[L, D]`, from zeros where that is None. It lies above this package, beside the rollout that `generate` has. Every process calls it.
+    Guidance leads away from the negative prompt `[L, D]`, from zeros where that is None. It lies above this package,
+    beside the rollout that `generate` has. Every process calls it.
     """
 
     def __call__(
