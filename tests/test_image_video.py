@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,12 @@ def test_exports_carry_the_image_encoder_of_a_model_that_reads_it(
 ) -> None:
     assert pipe.image_encoder.config.hidden_size == 8 and pipe.image_encoder.dtype == torch.float32
     assert "image_processor" in json.loads((Path(pipe.config._name_or_path) / "model_index.json").read_text())
+    card = (Path(pipe.config._name_or_path) / "README.md").read_text()
+    assert (
+        "pipeline_tag: image-to-video" in card and ', image="first.png").frames[0]' in card and "It lacks" not in card
+    )
+    (shown,) = re.findall(r"```python\n(dtype, frames = .*?)```", card, re.DOTALL)
+    exec(shown, {"torch": torch, "transformer": pipe.transformer})
     dense = case.model("wan2.2", text_dim=DIM, causal=CAUSAL)
     save_checkpoint(dense, tmp_path / "checkpoint", {"source": {"model": str(source)}})
     export(tmp_path / "checkpoint", tmp_path / "out", ExportConfig(components="copy"))

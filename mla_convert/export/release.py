@@ -50,7 +50,7 @@ def export(checkpoint: Path, out: Path, config: ExportConfig) -> dict[str, Any]:
         check_tensors_on_disk(model, folder / TRANSFORMER)
         if source:
             check_standalone(model, folder)
-        write_card(folder / "README.md", manifest, evidence, pictures, components)
+        write_card(folder / "README.md", manifest, evidence, pictures, components, model.needed_conditions)
     written = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     return {
         "path": str(out),
