@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from mla_convert.errors import UsageError, UserError
 from mla_convert.export.checkpoint import save_checkpoint
 from mla_convert.export.config import ExportConfig
 from mla_convert.export.release import export
+from mla_convert.pipeline.vbench import Drawing, VBenchConfig
 from mla_convert.run.image import ImageLatents, encode_begun, read_image
 from mla_convert.run.stream import stream_chunks
 
@@ -176,6 +178,9 @@ def test_a_model_without_channels_for_an_image_takes_a_start(tmp_path: Path, sou
     asked = {"prompt_embeds": torch.zeros(1, 3, DIM), "height": 32, "width": 48, "num_frames": 5}
     with pytest.raises(UsageError, match="has no channels for image=; start= continues an image with this model"):
         pipe(**asked, image=picture())
+    flf2v = case.model("wan2.1", text_dim=DIM, pos_embed_seq_len=5)
+    with pytest.raises(UsageError, match="reads a first and a last image, and a stream does not know where it ends"):
+        StreamingMLAPipeline(flf2v, pipe.vae)(**asked, image=picture())
     other = case.model("wan2.2", in_channels=13, text_dim=DIM, causal=CAUSAL)
     with pytest.raises(UserError, match="reads 9 channels beside the latent, this VAE makes 8 of an image"):
         StreamingMLAPipeline(other, pipe.vae)(**asked, image=picture())
@@ -186,6 +191,12 @@ def test_exports_carry_the_image_encoder_of_a_model_that_reads_it(
 ) -> None:
     assert pipe.image_encoder.config.hidden_size == 8 and pipe.image_encoder.dtype == torch.float32
     assert "image_processor" in json.loads((Path(pipe.config._name_or_path) / "model_index.json").read_text())
+    card = (Path(pipe.config._name_or_path) / "README.md").read_text()
+    assert (
+        "pipeline_tag: image-to-video" in card and ', image="first.png").frames[0]' in card and "It lacks" not in card
+    )
+    (shown,) = re.findall(r"```python\n(dtype, frames = .*?)```", card, re.DOTALL)
+    exec(shown, {"torch": torch, "transformer": pipe.transformer})
     dense = case.model("wan2.2", text_dim=DIM, causal=CAUSAL)
     save_checkpoint(dense, tmp_path / "checkpoint", {"source": {"model": str(source)}})
     export(tmp_path / "checkpoint", tmp_path / "out", ExportConfig(components="copy"))
@@ -264,3 +275,33 @@ def test_pictures_in_other_modes_are_read(tmp_path: Path) -> None:
     assert read_image(tmp_path / "a.png").getpixel((0, 0)) == (7, 7, 7)
     with pytest.raises(UserError, match=r"none\.png does not exist"):
         read_image(tmp_path / "none.png")
+
+
+def test_what_has_no_images_refuses_the_model(
+    capsys: Any, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`convert` takes it, from its weights alone, and what that gives generates."""
+    case.model("wan2.1", text_dim=DIM).save_pretrained(tmp_path / "i2v")
+    picture().save(tmp_path / "image.png")
+    recipe = {
+        "version": 1,
+        "name": "i2v",
+        "source": {"model": str(tmp_path / "i2v"), "components": str(source)},
+        "causal": CAUSAL,
+        "convert": {"kv_lora_rank": 20, "position": "rotate_on_read", "init": "svd"},
+        "data": {"kind": "latents", "folder": str(tmp_path / "none")},
+        "distill": [{"stage": "match_velocity", "steps": 1, "learning_rate": 1e-3, "batch_size": 1}],
+    }
+    (tmp_path / "train.yaml").write_text(json.dumps(recipe))
+    (tmp_path / "convert.yaml").write_text(json.dumps({**recipe, "distill": []}))
+    refused = "is an image-to-video model (12 channels in, 4 out) and clips hold no masks and images: `convert` it"
+    for command in (["distill", "train.yaml", "--dry-run"], ["run", "convert.yaml", "--out", "run"]):
+        monkeypatch.chdir(tmp_path)
+        assert main(command) == 2 and refused in capsys.readouterr().err
+    with pytest.raises(UsageError, match="is an image-to-video model, and VBench's standard prompts come without"):
+        Drawing(tmp_path / "i2v", VBenchConfig(tmp_path), [], tmp_path, lambda *told: None)
+    assert main(["convert", "convert.yaml", "--out", "converted"]) == 0
+    made = ["converted/stages/00-convert", "--prompt", "a red square", "--frames", "2", "--steps", "1"]
+    code, err = generated(capsys, *made, "--size", "32x48", "--image", "image.png", "--out", "a.safetensors")
+    assert code == 0, err
+    assert load_file("a.safetensors")["latents"].shape == (4, 2, 4, 6)

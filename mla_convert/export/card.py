@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from .citations import BASE_MODELS, VIDEO_MLA
-from .components import Components, is_hub_id, sampling_of
+from .components import IMAGE_PARTS, Components, is_hub_id, sampling_of
 from .evidence import SAMPLES, Evidence
 from .pictures import ANIMATION, Picture
 from .standalone import library_versions
@@ -43,9 +43,10 @@ def write_card(
     evidence: Evidence,
     pictures: Sequence[Picture] = (),
     components: Components | None = None,
+    needed: Sequence[str] = (),
 ) -> None:
     """Write the card of the checkpoint that `manifest` describes."""
-    path.write_text(render_card(manifest, evidence, pictures, components), encoding="utf-8")
+    path.write_text(render_card(manifest, evidence, pictures, components, needed), encoding="utf-8")
 
 
 def render_card(
@@ -53,8 +54,11 @@ def render_card(
     evidence: Evidence,
     pictures: Sequence[Picture] = (),
     components: Components | None = None,
+    needed: Sequence[str] = (),
 ) -> str:
     """The card as Markdown with YAML front matter.
+
+    `needed` are the conditions that the model cannot run without, those of an image.
 
     A local path of the source appears by its last name only, a licence only if the source names one.
     """
@@ -63,7 +67,7 @@ def render_card(
     samples = find_samples(evidence, recipe)
     data = ModelCardData(
         library_name="diffusers",
-        pipeline_tag="text-to-video",
+        pipeline_tag="image-to-video" if needed else "text-to-video",
         base_model=origin.hub_id,
         base_model_relation="finetune" if origin.hub_id else None,
         license=source.get("license"),
@@ -71,6 +75,8 @@ def render_card(
         widget=[{"text": text, "output": {"url": file}} for file, text in samples] or None,
     )
     digits = source.get("model") == "zoo:digits" or sampling_of(recipe).get("prompt_format") == "digits"
+    reads_tokens = "encoder_hidden_states_image" in needed
+    parts = [*NEEDED, *(IMAGE_PARTS if reads_tokens else ())]
     noise_range = list((recipe.get("source") or {}).get("noise_range", [0.0, 1.0]))
     base = BASE_MODELS.get(model["family"])
     animation = next((picture for picture in pictures if picture.file == ANIMATION), None)
@@ -94,10 +100,10 @@ def render_card(
         noise_range=noise_range,
         # One of several experts makes no video by itself; the other embedded teacher reads no prompts and has no VAE.
         generates=noise_range == [0.0, 1.0] and (digits or not (origin.name or "").startswith("zoo:")),
-        prompt=_prompt(recipe, digits),
-        missing=[]
-        if digits
-        else [f"`{part}`" for part in NEEDED if part not in (components or Components({})).classes],
+        prompt=_prompt(recipe, digits) + (', image="first.png"' if needed else ""),
+        needed=needed,
+        reads_tokens=reads_tokens,
+        missing=[] if digits else [f"`{part}`" for part in parts if part not in (components or Components({})).classes],
         layers=_layers(model, report),
         recipe=_recipe_text(recipe),
         stages=[stage["stage"] for stage in recipe.get("distill") or []],

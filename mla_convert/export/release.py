@@ -54,7 +54,7 @@ def export(
         check_tensors_on_disk(model, folder / TRANSFORMER)
         if source:
             check_standalone(model, folder)
-        write_card(folder / "README.md", manifest, evidence, pictures, components)
+        write_card(folder / "README.md", manifest, evidence, pictures, components, model.needed_conditions)
     written = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     return {
         "path": str(out),

@@ -25,7 +25,7 @@ from ..run.sample import check_latent_size, check_length, latent_size
 from ..run.start import read_start
 from ..run.stream import check_start
 from .calibration import calibration_reads_negative
-from .channels import check_alike, check_channels
+from .channels import check_alike, check_channels, check_text_to_video
 from .context import Context
 from .rollouts import check_rollouts, read_negative_prompt
 from .samples import check_samples
@@ -125,6 +125,7 @@ def _check_data(context: Context, made: bool, read: bool) -> None:
         if negative is None and reads_negative:
             raise UserError("guidance and empty_prompt_rate need a negative prompt; give data.negative_embeds")
     elif read:
+        check_text_to_video(source.config, source.origin)
         check_channels(context.data.example(0), source, "data")
         if reads_negative:
             # Reading it is what tells that it is there.

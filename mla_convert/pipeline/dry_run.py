@@ -22,12 +22,13 @@ from ..distill.stages.base import REAL_SCORE, TEACHER
 from ..distill.trainer import run_stage
 from ..errors import UsageError, UserError
 from ..families.base import Family
-from ..load import accepted_config, read_config
+from ..load import accepted_config, known_config
 from ..mla.config import MLAConfig
 from ..recipe.schema import Recipe, SourceConfig
 from ..registry import stages
 from ..run.config import GenerateConfig
 from ..run.sample import DIGITS, latent_size, prompt_encoder
+from .channels import check_text_to_video
 from .sources import source_of
 
 WAN_1_3B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
@@ -55,6 +56,7 @@ class DryRun:
         self.recipe, self.launch = recipe, launch
         self.assumptions: list[str] = []
         self.family, self.config = self._shapes(recipe.source)
+        check_text_to_video(self.config, recipe.source.model)
         self.clip = self._clip()
 
     def _shapes(self, section: SourceConfig) -> tuple[Family, dict[str, Any]]:
@@ -72,7 +74,7 @@ class DryRun:
         """The configuration of a source whose weights are not here. Raises UserError."""
         folder = Path(section.model) / (section.subfolder or "")
         if (folder / "config.json").is_file():
-            stored = read_config(folder)
+            stored = known_config(folder)
             for family in registry.families().values():
                 if stored.get("_class_name") in family.source_classes:
                     self.assumptions.append(f"shapes are those of {folder / 'config.json'}; its weights are not there")

@@ -34,6 +34,7 @@ from ..recipe.schema import validate
 from ..run.config import GenerateConfig
 from ..run.decode import frame_chunks, latent_frames
 from ..run.decode_memory import reserve
+from ..run.image import reads_image
 from ..run.sample import (
     DIGITS,
     check_length,
@@ -194,7 +195,9 @@ class Drawing:
     def __init__(self, folder: Path, config: VBenchConfig, suite: Sequence[Prompt], out: Path, report: Report) -> None:
         self.folder, self.vbench, self.suite, self.out, self.report = folder, config, suite, out, report
         self.device = default_device()
-        self.root, _ = read_model_config(folder)
+        self.root, stored = read_model_config(folder)
+        if reads_image(stored):
+            raise UsageError(f"{folder} is an image-to-video model, and VBench's standard prompts come without images")
         model = self.models[0]
         self.digits = prompt_encoder(model.config) == DIGITS
         scale = latent_scale(model.config)
