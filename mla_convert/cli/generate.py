@@ -44,6 +44,14 @@ def generate(
             show_default=False,
         ),
     ] = None,
+    hold_start: Annotated[
+        bool | None,
+        typer.Option(
+            "--hold-start/--no-hold-start",
+            help="Let --start end inside a chunk, whose other frames are denoised beside it, as for TI2V-5B.",
+            show_default=False,
+        ),
+    ] = None,
     negative_prompt: Annotated[
         str | None,
         typer.Option(help="What guidance leads away from; the recipe's by default, else the empty prompt."),
@@ -135,6 +143,7 @@ def generate(
         negative_prompt=negative_prompt,
         context_noise=context_noise,
         recache=recache,
+        hold_start=hold_start,
         fps=fps,
         seed=seed,
         start=None if start is None else str(start),

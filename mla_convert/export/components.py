@@ -37,6 +37,7 @@ TRAINED_FOR = (
     "negative_prompt",
     "context_noise",
     "recache",
+    "hold_start",
     "latent_height",
     "latent_width",
     "fps",

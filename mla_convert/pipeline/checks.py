@@ -87,7 +87,8 @@ def _check_samples(context: Context) -> None:
         with _named("generate.start"):
             channels = noise_channels(config)
             start = read_start(Path(generate.start), channels, height, width)
-            check_start(start.unsqueeze(0), causal, generate.num_frames, (channels, height, width))
+            size = (channels, height, width)
+            check_start(start.unsqueeze(0), causal, generate.num_frames, size, whole_chunks=not generate.hold_start)
 
 
 def _check_stages(context: Context) -> None:

@@ -19,8 +19,9 @@ class GenerateConfig(BaseModel):
     `guidance_scale` other than 1 is classifier-free guidance away from the `negative_prompt`, without one from the
     empty prompt, at twice the work and twice the cache. `start` is a file that the video begins with: a
     .safetensors with clean `latents` `[C, F0, H, W]`, or for a model of pixels an image or video; its F0 frames
-    count among `num_frames` and end with a chunk. `recache` is for models that were trained with it (LongLive):
-    where the prompt changes, the cached window is computed again.
+    count among `num_frames` and end with a chunk. With `hold_start` they may end inside a chunk, whose other frames are
+    denoised beside them, for models that were trained so (Wan2.2 TI2V-5B, LongLive 2's image-to-video). `recache` is
+    for models that were trained with it (LongLive): where the prompt changes, the cached window is computed again.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -41,6 +42,7 @@ class GenerateConfig(BaseModel):
     seed: int = 0
     start: str | None = None
     recache: bool = False
+    hold_start: bool = False
 
     @field_validator("denoising_steps", "first_chunk_steps")
     @classmethod

@@ -188,6 +188,7 @@ class StreamingMLAPipeline(DiffusionPipeline):
         guidance_scale: float | None = None,
         context_noise: float | None = None,
         recache: bool | None = None,
+        hold_start: bool | None = None,
         fps: float | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         seed: int | Sequence[int] = 0,
@@ -200,13 +201,12 @@ class StreamingMLAPipeline(DiffusionPipeline):
         """Chunks of frames, in the form of `StreamingPipelineOutput.frames`, the next made while one is used.
 
         Without `num_frames` or `seconds` the video never ends, or, with absolute positions, where the rotary table
-        does; lengths and sizes are those of the video, in
-        frames and pixels, and rounded up to whole latent frames. `prompt_schedule` has prompts by the
-        second from which on, at the next border of chunks, they are told to every item; with `recache` the
-        cached window is then computed again. `start` is a clean
-        beginning: latents `[C, F, h, w]`, pictures or a file of them. An `image` is what a model with channels for one
-        is conditioned on, for every item; `last_image` is refused. `generator` or `seed` for each item
-        of a batch makes it the video that it is alone. `ahead` chunks are made in advance by a thread,
+        does; lengths and sizes are those of the video, in frames and pixels, and rounded up to whole latent frames.
+        `prompt_schedule` has prompts by the second from which on, at the next border of chunks, they are told to
+        every item; with `recache` the cached window is then computed again. `start` is a clean beginning: latents
+        `[C, F, h, w]`, pictures or a file of them, which with `hold_start` may end inside a chunk. An `image` is what a
+        model with channels for one is conditioned on, for every item; `last_image` is refused. `generator` or `seed`
+        for each item of a batch makes it the video that it is alone. `ahead` chunks are made in advance by a thread,
         which then also calls `callback_on_step_end(pipe, step, timestep, {"latents": ...})`; 0 for none.
         Everything that is left out is what the model was trained for. Raises UserError in one line.
         """
@@ -220,6 +220,7 @@ class StreamingMLAPipeline(DiffusionPipeline):
             "negative_prompt": negative_prompt,
             "context_noise": context_noise,
             "recache": recache,
+            "hold_start": hold_start,
             "fps": fps,
         }
         config = self._settings(asked)

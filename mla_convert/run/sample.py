@@ -174,6 +174,7 @@ def rollout(
         denoising_steps=config.denoising_steps,
         first_chunk_steps=config.first_chunk_steps,
         recache=config.recache,
+        hold_start=config.hold_start,
         **more,
     ):
         done += chunk.shape[2]

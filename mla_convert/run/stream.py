@@ -44,6 +44,7 @@ def stream_chunks(
     first_chunk_steps: Sequence[float] | None = None,
     prompt_at: PromptAt | None = None,
     recache: bool = False,
+    hold_start: bool = False,
     on_step: OnStep | None = None,
     device: torch.device | None = None,
 ) -> Iterator[Tensor]:
@@ -71,7 +72,8 @@ def stream_chunks(
     `start` `[B or 1, C, F0, H, W]` is a clean beginning: its chunks are written to the cache and
     yielded instead of being denoised. Their noise is drawn all the same, so that a rollout which
     starts with the first chunks of another goes on like it. Raises UsageError where `start` does not
-    end with a chunk.
+    end with a chunk, unless with `hold_start`: its frames in that chunk are then held clean, at noise level 0, while
+    the others are denoised beside them, as models are trained whose image is a part of the first chunk.
 
     `conditions` are what the model is conditioned on beside text, by name, see `Conditions`: tensors for the whole
     video, or for those by frames functions of (first, stop). Passes with the negative prompt are told them too. An
@@ -93,7 +95,7 @@ def stream_chunks(
     ]
     device = experts[0].device
     if start is not None:
-        check_start(start, causal, end, (channels, height, width))
+        check_start(start, causal, end, (channels, height, width), whole_chunks=not hold_start)
         start = start.to(device, torch.float32).expand(batch, -1, -1, -1, -1)
     generators = _generators(seed, batch)
     times = sampling_times(num_inference_steps, shift)
@@ -115,8 +117,9 @@ def stream_chunks(
         now = told.at(first, stop)
         for expert in experts:
             expert.set_conditions(now)
-        given = start is not None and stop <= start.shape[2]
-        x = _noise(shape, generators).to(device)
+        held = None if start is None or start.shape[2] <= first else start[:, :, first:stop]
+        given = held is not None and held.shape[2] == stop - first
+        x = _with_held(_noise(shape, generators).to(device), held)
         with torch.no_grad():
             for index, (t, t_next) in enumerate(itertools.pairwise(times if first > 0 else opening)):
                 noise = _noise(shape, generators).to(device) if sampler == "renoise" and t_next > 0 else None
@@ -124,13 +127,10 @@ def stream_chunks(
                     continue
                 target = t_next if sampler == "euler" else times[-1]
                 used = _expert_for(experts, float(t))
-                v = used.velocity(x, float(t), float(target))
-                x = next_sample(x, v, t, t_next, noise)
+                v = used.velocity(x, float(t), float(target), 0 if held is None else held.shape[2])
+                x = _with_held(next_sample(x, v, t, t_next, noise), held)
                 changed = None if on_step is None else on_step(first, index, float(t), x)
                 x = x if changed is None else changed
-            if given:
-                assert start is not None
-                x = start[:, :, first:stop]
             context = x
             if context_noise > 0:
                 context = add_noise(x, _noise(shape, generators).to(device), t_context)
@@ -227,7 +227,18 @@ def _noise(shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:
     return torch.cat([torch.randn((1, *shape[1:]), generator=one, device=one.device) for one in generators])
 
 
-def check_start(start: Tensor, causal: CausalConfig, num_frames: int | None, shape: tuple[int, int, int]) -> None:
+def _with_held(x: Tensor, held: Tensor | None) -> Tensor:
+    """A chunk `[B, C, F, H, W]` whose first frames are those that are `held` `[B, C, F0, H, W]`."""
+    return x if held is None else torch.cat([held, x[:, :, held.shape[2] :]], dim=2)
+
+
+def check_start(
+    start: Tensor,
+    causal: CausalConfig,
+    num_frames: int | None,
+    shape: tuple[int, int, int],
+    whole_chunks: bool = True,
+) -> None:
     """Raise UsageError unless a rollout of `shape` (C, H, W) can begin with `start` `[B, C, F0, H, W]`."""
     channels, frames, height, width = start.shape[1:]
     if (channels, height, width) != shape:
@@ -236,7 +247,7 @@ def check_start(start: Tensor, causal: CausalConfig, num_frames: int | None, sha
     ends = [stop for _, stop in causal.chunks(num_frames or frames + 4 * causal.num_frames_per_block)]
     if num_frames is not None and frames > num_frames:
         raise UsageError(f"the start has {frames} frames, more than the {num_frames} of the rollout; raise num_frames")
-    if frames not in ends:
+    if whole_chunks and frames not in ends:
         shown = ", ".join(map(str, ends[:4])) + (", ..." if len(ends) > 4 else "")
         raise UsageError(f"a start of {frames} frames does not end with a chunk; lengths that fit are {shown}")
 
@@ -274,9 +285,15 @@ class _Expert:
         """What the passes to come are conditioned on, `[B, ...]` each; those with the negative prompt, too."""
         self.conditions = placed([conditions] * self.copies, self.device, self.model.dtype)
 
-    def velocity(self, x: Tensor, t: float, r: float) -> Tensor:
-        """Velocity `[B, C, F, H, W]`, float32, at noise level t; of a flow map the mean one down to r."""
-        t_all, r_all = (torch.full((len(x),), time * NUM_TRAIN_TIMESTEPS, device=x.device) for time in (t, r))
+    def velocity(self, x: Tensor, t: float, r: float, held: int = 0) -> Tensor:
+        """Velocity `[B, C, F, H, W]`, float32, at noise level t; of a flow map the mean one down to r.
+
+        The first `held` frames are clean, and told to be.
+        """
+        size = (len(x), x.shape[2]) if held else (len(x),)
+        t_all, r_all = (torch.full(size, time * NUM_TRAIN_TIMESTEPS, device=x.device) for time in (t, r))
+        if held:
+            t_all[:, :held] = r_all[:, :held] = 0
         v = self._run(x, t_all, r_all, write=False).float().to(x.device)
         if self.copies == 1:
             return v
@@ -301,7 +318,7 @@ class _Expert:
         """A pass of the model, the one place where a rollout calls it."""
         model = self.model
         x = x.to(self.device, model.dtype).repeat(self.copies, 1, 1, 1, 1)
-        timestep, r_timestep = (time.to(self.device).repeat(self.copies) for time in (timestep, r_timestep))
+        timestep, r_timestep = (torch.cat([time.to(self.device)] * self.copies) for time in (timestep, r_timestep))
         conditions = {**self.conditions, **({"r_timestep": r_timestep} if model.flow_map else {})}
         if write:
             # By the call, not by `forward_chunk`: hooks that bring weights to the device see calls alone.
