@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 
-from ..flow import Sampler, check_steps
+from ..flow import Sampler
+from ..sampling import DenoisingSteps
 
 
 class GenerateConfig(BaseModel):
@@ -29,8 +30,8 @@ class GenerateConfig(BaseModel):
     num_frames: int = Field(21, ge=1)
     num_inference_steps: int = Field(8, ge=1)
     sampler: Sampler = "euler"
-    denoising_steps: tuple[int, ...] | None = None
-    first_chunk_steps: tuple[int, ...] | None = None
+    denoising_steps: DenoisingSteps | None = None
+    first_chunk_steps: DenoisingSteps | None = None
     shift: float = Field(1.0, gt=0)
     guidance_scale: float = Field(1.0, ge=0)
     negative_prompt: str | None = None
@@ -41,8 +42,3 @@ class GenerateConfig(BaseModel):
     seed: int = 0
     start: str | None = None
     recache: bool = False
-
-    @field_validator("denoising_steps", "first_chunk_steps")
-    @classmethod
-    def _steps_fall(cls, steps: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        return check_steps(steps)
