@@ -31,12 +31,8 @@ def preview_strip(student: Any, config: PreviewConfig, heldout: Batch) -> NDArra
         config.num_frames or frames,
         height,
         width,
-        num_inference_steps=config.num_inference_steps,
-        shift=config.shift,
         seed=config.seed,
-        guidance_scale=config.guidance_scale,
-        sampler=config.sampler,
-        denoising_steps=config.denoising_steps,
+        **config.sampling(),
     )
     return as_strip(torch.cat([chunk.cpu() for chunk in chunks], dim=2))
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from ..flow import Sampler
-from ..sampling import DenoisingSteps
+from ..sampling import SamplingConfig
 
 
-class GenerateConfig(BaseModel):
+class GenerateConfig(SamplingConfig):
     """A streaming rollout of `num_frames` latent frames for each of `prompts`.
 
     `latent_height` and `latent_width` are needed where the data does not fix them. A chunk takes
@@ -24,18 +23,9 @@ class GenerateConfig(BaseModel):
     where the prompt changes, the cached window is computed again.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     prompts: tuple[str, ...] = ()
     num_frames: int = Field(21, ge=1)
-    num_inference_steps: int = Field(8, ge=1)
-    sampler: Sampler = "euler"
-    denoising_steps: DenoisingSteps | None = None
-    first_chunk_steps: DenoisingSteps | None = None
-    shift: float = Field(1.0, gt=0)
-    guidance_scale: float = Field(1.0, ge=0)
     negative_prompt: str | None = None
-    context_noise: float = Field(0.0, ge=0, le=1)
     latent_height: int | None = Field(None, ge=1)
     latent_width: int | None = Field(None, ge=1)
     fps: int = Field(16, ge=1)
