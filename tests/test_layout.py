@@ -27,6 +27,7 @@ LEAVES = (
     "files",
     "flow",
     "registry",
+    "sampling",
     "zoo.digits.data",
     "zoo.digits.classifier",
     "zoo.natural.clips",

@@ -90,16 +90,19 @@ def enter_clips(
 ) -> Clips:
     """Noisy copies of the clips as the first block gets them.
 
-    Noise levels are uniform over the model's `noise_range`, one a chunk; history is the clean clip
-    (teacher forcing, see `distill.objective`). A flow map gets second times too (`flow.mean_times`).
-    Raises UserError if there are no clips.
+    Noise levels are uniform over the model's `noise_range` before the shift, or over those of the `denoising_steps`,
+    one a chunk; history is the clean clip (teacher forcing, see `distill.objective`). A flow map gets second times
+    too (`flow.mean_times`). Raises UserError if there are no clips.
     """
     model, clips = blocks.model, Clips(store)
     for number, batch in enumerate(batches):
         generator = drawn(NOISE, config.seed, number)
         clean = batch.latents.to(model.device, torch.float32)
         chunks = model.causal.chunks(clean.shape[2])
-        t = flow.chunk_times(len(clean), chunks, generator, noise_range=model.noise_range).to(clean.device)
+        drawn_times = flow.chunk_times(
+            len(clean), chunks, generator, config.timestep_shift, model.noise_range, config.noise_levels
+        )
+        t = drawn_times.to(clean.device)
         noise = torch.randn(clean.shape, generator=generator).to(clean.device)
         text = flow.drop_prompts(batch.encoder_hidden_states, config.empty_prompt_rate, generator, batch.negative)
         r = flow.mean_times(t, chunks, generator) if model.flow_map else None

@@ -16,11 +16,12 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ..errors import UserError
 from ..files import write_json
+from ..sampling import SamplingConfig
 from .latents import Clip, shard_name, write_shard
 from .normalisation import KIND_NOTE
 from .progress import Report
@@ -32,19 +33,17 @@ ROLLOUT = 4
 RollOut = Callable[[Tensor, int], Tensor]
 
 
-class RolloutsConfig(BaseModel):
+class RolloutsConfig(SamplingConfig):
     """How the dense model makes the clips that are trained on.
 
     `clips` clips of `num_frames` latent frames, the held-out ones included, are rolled out chunk by chunk
     with the cache, `batch_size` of them at once and in a file. They take the prompts in turn, each with noise
     of its own. Prompts are `prompts`, which the embedded digits teacher reads, or `prompt_embeds`: a
     .safetensors file with `prompt_embeds` `[N, L, D]`, or a folder of them, as `mla-convert encode --prompts`
-    writes. `num_inference_steps`, `shift`, `guidance_scale` and `context_noise` are as in `generate`, but
-    the teacher's. `latent_height` and `latent_width` are needed where the model does not fix them. `dtype` is
+    writes. How it is sampled is said in the keys of `generate`: a teacher of few steps takes its own `sampler` and
+    `denoising_steps`. `latent_height` and `latent_width` are needed where the model does not fix them. `dtype` is
     that of the stored latents.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     clips: int = Field(ge=2)
     num_frames: int = Field(21, ge=1)
@@ -52,9 +51,6 @@ class RolloutsConfig(BaseModel):
     prompts: tuple[str, ...] = ()
     prompt_embeds: str | None = None
     num_inference_steps: int = Field(48, ge=1)
-    shift: float = Field(1.0, gt=0)
-    guidance_scale: float = Field(1.0, ge=0)
-    context_noise: float = Field(0.0, ge=0, le=1)
     latent_height: int | None = Field(None, ge=1)
     latent_width: int | None = Field(None, ge=1)
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -229,7 +229,7 @@ class _Training:
 
     def _heldout_loss(self, model: Any, heldout: Batch) -> float:
         """In forwards of as many clips as training takes, since those fit."""
-        return flow_loss(model, heldout, forward_size=self.config.batch_size)
+        return flow_loss(model, heldout, forward_size=self.config.batch_size, levels=self.config.noise_levels)
 
     def _batches(self, first: int) -> Iterator[Batch]:
         """This process's micro-batches from step `first` on, on its device."""

@@ -33,13 +33,9 @@ def preview_strip(
         config.num_frames or frames,
         height,
         width,
-        num_inference_steps=config.num_inference_steps,
-        shift=config.shift,
         seed=config.seed,
-        guidance_scale=config.guidance_scale,
         negative_hidden_states=None if negative is None else negative.unsqueeze(0).to(text),
-        sampler=config.sampler,
-        denoising_steps=config.denoising_steps,
+        **config.sampling(),
     )
     return as_strip(torch.cat([chunk.cpu() for chunk in chunks], dim=2))
 

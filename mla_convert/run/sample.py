@@ -164,17 +164,11 @@ def rollout(
         None if endless else config.num_frames,
         height,
         width,
-        num_inference_steps=config.num_inference_steps,
-        shift=config.shift,
-        context_noise=config.context_noise,
         seed=config.seed if seed is None else seed,
-        guidance_scale=config.guidance_scale,
         start=start,
-        sampler=config.sampler,
-        denoising_steps=config.denoising_steps,
-        first_chunk_steps=config.first_chunk_steps,
         recache=config.recache,
         hold_start=config.hold_start,
+        **config.sampling(),
         **more,
     ):
         done += chunk.shape[2]

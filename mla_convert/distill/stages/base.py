@@ -103,6 +103,11 @@ class StageConfig(BaseModel):
         return self.reads_negative or (self.preview is not None and self.preview.guidance_scale != 1)
 
     @property
+    def noise_levels(self) -> tuple[float, ...] | None:
+        """The only noise levels in (0, 1] at which the student is trained, and then measured; None for all."""
+        return None
+
+    @property
     def rolls_out(self) -> bool:
         """Whether the student makes its clips itself, with a cache."""
         return False
