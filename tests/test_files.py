@@ -12,7 +12,15 @@ import torch
 
 from mla_convert.cli import main
 from mla_convert.errors import UserError
-from mla_convert.files import atomic_file, atomic_folder, check_place, explain_os_errors, save_tensors, write_text
+from mla_convert.files import (
+    atomic_file,
+    atomic_folder,
+    check_place,
+    explain_os_errors,
+    save_tensors,
+    write_json,
+    write_text,
+)
 from mla_convert.load.locate import ZOO
 from mla_convert.run import video
 
@@ -97,7 +105,7 @@ def test_what_ffmpeg_cannot_write_is_named(tmp_path, monkeypatch):
     ("command", "work"),
     [
         (
-            ["evaluate", str(ZOO / "digits" / "teacher"), "--out", "{}"],
+            ["evaluate", "{model}", "--out", "{}"],
             "mla_convert.pipeline.evaluation.load_checkpoint",
         ),
         (["inspect", "zoo:digits", "--out", "{}"], "mla_convert.pipeline.inspection.load_source"),
@@ -108,7 +116,11 @@ def test_what_ffmpeg_cannot_write_is_named(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_commands_look_at_the_place_before_they_compute(tmp_path, monkeypatch, capsys, command, work):
+def test_commands_look_at_the_place_before_they_compute(tmp_path, tmp_path_factory, monkeypatch, capsys, command, work):
+    model = tmp_path_factory.mktemp("model")
+    write_json(model / "config.json", {"mla": {"position": "derived"}})
+    command = [word.replace("{model}", str(model)) for word in command]
+
     def begun(*_, **__):
         raise AssertionError("began to compute")
 

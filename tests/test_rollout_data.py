@@ -18,8 +18,8 @@ from mla_convert.distill.latents import LatentShards
 from mla_convert.distill.rollouts import RolloutsConfig, open_folder, write_rollouts
 from mla_convert.errors import UsageError, UserError
 from mla_convert.load import load_dense, load_source
+from mla_convert.pipeline import evaluation, run
 from mla_convert.pipeline import rollouts as pipeline_module
-from mla_convert.pipeline import run
 from mla_convert.pipeline.evaluation import evaluate_checkpoint
 from mla_convert.recipe.load import parse_recipe
 from mla_convert.run.stream import stream_chunks
@@ -150,6 +150,13 @@ def test_a_checkpoint_is_measured_on_the_clips_of_its_run(finished: Path, tmp_pa
     _, report = evaluate_checkpoint(model, None, tmp_path / "report", {}, silent)
     assert report["student_loss"] > 0
     assert [clip["prompt"] for clip in report["by_clip"]["worst"]] in (PROMPTS[:2], PROMPTS[1::-1])
+
+
+def test_a_dense_checkpoint_is_not_measured(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "load_checkpoint", pytest.fail)
+    with pytest.raises(UsageError, match=r"is a dense model, and evaluate compares a converted one with its teacher"):
+        evaluate_checkpoint(teacher, str(teacher), tmp_path / "report", {}, silent)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
