@@ -183,6 +183,8 @@ class _Task:
         if self.digits or not told:
             # The empty prompt of digits is zeros, which is the rollout's own default.
             negative = [text for text in negative if text]
+        if config.guidance_scale != 1 and stored is None and not negative and not self.digits:
+            raise UsageError("guidance needs a negative prompt; give --negative-embeds or --guidance-scale 1")
         embedded = self._embed([*told, *negative])
         count = len(request.prompts)
         if request.prompt_embeds is not None:

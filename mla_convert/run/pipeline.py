@@ -228,6 +228,8 @@ class StreamingMLAPipeline(DiffusionPipeline):
         negative, away = negative_prompt_embeds, config.pop("negative_prompt")
         if negative is None and config["guidance_scale"] != 1 and (away or self._reads_empty_prompts()):
             negative = self.encode_prompt(away or "", max_sequence_length)
+        if negative is None and config["guidance_scale"] != 1 and not self.digits:
+            raise UsageError("guidance needs a negative prompt; pass negative_prompt_embeds, or guidance_scale=1")
         settings = {
             **{key: value for key, value in config.items() if key != "fps"},
             "seed": seed if generator is None else generator,
