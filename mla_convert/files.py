@@ -105,7 +105,7 @@ def check_place(path: Path, folder: bool = False) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write `path` atomically."""
     with atomic_file(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,8 @@ from mla_convert.files import (
     write_text,
 )
 from mla_convert.load.locate import ZOO
+from mla_convert.recipe.load import load_recipe
+from mla_convert.recipe.shipped import find_recipe
 from mla_convert.run import video
 
 
@@ -77,6 +81,23 @@ def test_a_folder_that_was_put_aside_comes_back(tmp_path):
     with pytest.raises(UserError), atomic_folder(tmp_path / "wan[1]"):
         raise UserError("no")
     assert (tmp_path / "wan[1]" / "old").read_text() == "old"
+
+
+def test_text_is_utf_8_in_any_locale(tmp_path):
+    """The recipe of Self-Forcing has a negative prompt in Chinese."""
+    script = (
+        "import locale, sys\n"
+        "from pathlib import Path\n"
+        "from mla_convert.files import write_text\n"
+        "from mla_convert.recipe.load import load_recipe\n"
+        "from mla_convert.recipe.shipped import find_recipe\n"
+        "assert locale.getpreferredencoding(False) != 'UTF-8'\n"
+        "write_text(Path(sys.argv[1]), load_recipe(find_recipe('self-forcing-1.3b')).dump())\n"
+    )
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", script, str(tmp_path / "recipe.yaml")]
+    subprocess.run(command, env={**os.environ, **locale}, check=True)
+    assert load_recipe(tmp_path / "recipe.yaml") == load_recipe(find_recipe("self-forcing-1.3b"))
 
 
 def test_tensors_have_the_mode_of_any_file_and_name_the_place(tmp_path):

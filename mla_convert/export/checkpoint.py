@@ -121,14 +121,16 @@ def write_model(
         config.pop(key, None)
     if auto_map:
         config["auto_map"] = dict(auto_map)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     _write_weights(model, folder, max_shard_size, tensors)
 
 
 def write_manifest(model: Any, folder: Path, recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Write and return the manifest of `model` as it lies in `folder`."""
     manifest = build_manifest(model, folder, recorded)
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    (folder / MANIFEST).write_text(
+        json.dumps(manifest, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8"
+    )
     return manifest
 
 

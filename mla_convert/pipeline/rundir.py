@@ -181,7 +181,7 @@ def has_failed(path: Path) -> bool:
 def read_state(path: Path) -> dict[str, Any]:
     """`state.json` of a run folder. Raises UserError when there is none that can be read."""
     try:
-        state: dict[str, Any] = json.loads((path / STATE).read_text())
+        state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is not a run folder: it has no {STATE}") from None
     except (OSError, ValueError):

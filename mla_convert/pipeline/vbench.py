@@ -176,7 +176,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
     """Record what the videos in `out` are drawn with. Raises UsageError where others lie there."""
     path = out / RECORD
     if path.exists():
-        different = first_difference(json.loads(path.read_text()), settings)
+        different = first_difference(json.loads(path.read_text(encoding="utf-8")), settings)
         if different:
             key, *values = different
             old, new = map(json.dumps, values)
@@ -304,7 +304,7 @@ def _scored(
 ) -> dict[str, dict[str, Any]]:
     """Scores by dimension; one that was scored before from as many videos is not scored again."""
     path = out / SCORES / "scores.json"
-    known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for done, dimension in enumerate(dimensions):
         report("VBench", done, len(dimensions), dimension)
         if known.get(dimension, {}).get("videos") != counts[dimension]:
@@ -319,6 +319,6 @@ def _known_report(folder: Path) -> tuple[dict[str, Any], Sequence[Any]]:
     """The report that the run or its evaluation has already, and the run's samples."""
     for place in (folder, folder / "evaluation"):
         if (place / REPORT_JSON).is_file():
-            report: dict[str, Any] = json.loads((place / REPORT_JSON).read_text())
+            report: dict[str, Any] = json.loads((place / REPORT_JSON).read_text(encoding="utf-8"))
             return report, read_samples(folder, report)
     return {}, ()
