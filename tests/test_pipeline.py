@@ -21,6 +21,7 @@ from recipe_case import RECIPE, digests, run_recipe, write_teacher
 from rich.console import Console
 
 from mla_convert.distill.footprint import Launch
+from mla_convert.distill.trainer import BOOKKEEPING
 from mla_convert.errors import UsageError, UserError
 from mla_convert.export.checkpoint import load_checkpoint
 from mla_convert.export.manifest import read_manifest, verify_files
@@ -28,6 +29,7 @@ from mla_convert.files import write_json
 from mla_convert.pipeline import run, sources
 from mla_convert.pipeline import steps as steps_module
 from mla_convert.pipeline.checks import check_recipe
+from mla_convert.pipeline.corrections import LATE
 from mla_convert.pipeline.dry_run import dry_run
 from mla_convert.pipeline.rundir import RunDir
 from mla_convert.pipeline.steps import Step
@@ -181,6 +183,12 @@ def test_what_no_step_has_read_may_change(teacher, finished, tmp_path):
     assert read_manifest(folder / "checkpoint")["recipe"] == changed.model_dump(mode="json")
     assert parse_recipe(json.loads((folder / "report.json").read_text())["recipe"]) == changed
     assert digests(folder / "stages") == digests(finished / "stages")
+
+
+def test_the_documentation_names_all_bookkeeping():
+    text = (Path(__file__).parents[1] / "docs" / "distill.md").read_text(encoding="utf-8")
+    (line,) = (line for line in text.splitlines() if line.startswith("What a resumed run may change in its recipe"))
+    assert [key for key in (*BOOKKEEPING, *LATE) if f"`{key}`" not in line] == []
 
 
 @pytest.mark.parametrize(
