@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MANIFEST = "mla_convert.json"
+LOCK = ".lock"
 
 # linux/fcntl.h and linux/fs.h.
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -158,6 +160,81 @@ def _exchange(one: Path, other: Path) -> bool:
     return swapped == 0
 
 
+_held: set[tuple[int, int]] = set()
+
+
+@contextlib.contextmanager
+def locked_folder(path: Path) -> Iterator[None]:
+    """Make the folder `path` and keep every other process out of it, on other machines too, while the block lasts.
+
+    A folder that was made for this, and in which nothing was written, goes again. Raises UserError that names who
+    works there, or that the folder cannot be locked.
+    """
+    created = not path.exists()
+    try:
+        with explain_os_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+            # The lock is the process's own: a second one of the same process would be granted, and end the first.
+            folder = path.stat()
+            identity = (folder.st_dev, folder.st_ino)
+            if identity in _held:
+                raise _busy(path, _this_process())
+            handle = _lock(path)
+        _held.add(identity)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                (path / LOCK).unlink()
+            os.close(handle)
+            _held.discard(identity)
+    finally:
+        if created:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+def _lock(folder: Path) -> int:
+    """The handle of a locked file in `folder`: a POSIX lock, which NFS knows and which ends with a SIGKILL."""
+    import fcntl
+
+    while True:
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever had the lock until now has removed the file, and somebody else may have locked a new one.
+            if _is_at(handle, folder / LOCK):
+                os.ftruncate(handle, 0)
+                os.write(handle, _this_process().encode())
+                return handle
+        except OSError as error:
+            holder = os.pread(handle, 1000, 0).decode("utf-8", "replace")
+            os.close(handle)
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise _busy(folder, holder) from None
+            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+                (folder / LOCK).unlink(missing_ok=True)
+                raise UserError(f"{folder} is on a file system that locks no files; give another --out") from None
+            raise
+        os.close(handle)
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _this_process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def _busy(folder: Path, holder: str) -> UserError:
+    known = f" ({holder})" if holder else ""
+    return UserError(f"another process is working in {folder}{known}; wait for it or give another --out")
+
+
 def unreadable(error: OSError | UnicodeDecodeError) -> str:
     """Why a text cannot be read, in a few words."""
     return error.strerror or str(error) if isinstance(error, OSError) else "it is not UTF-8 text"
@@ -174,7 +251,7 @@ def claim_folder(path: Path, kind: str, markers: tuple[str, ...] = (MANIFEST, "s
     if not path.is_dir():
         raise UserError(f"{path} is a file; give the name of a folder")
     ours = any((path / name).exists() for name in markers)
-    visible = [p for p in path.iterdir() if not p.name.endswith(".tmp")]
+    visible = [p for p in path.iterdir() if not p.name.endswith(".tmp") and p.name != LOCK]
     if visible and not ours:
         raise UserError(f"{path} exists and is not a {kind} of mla-convert; choose another folder or empty it")
 

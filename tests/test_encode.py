@@ -23,7 +23,7 @@ from mla_convert.distill.data import DataConfig, open_data
 from mla_convert.distill.encode import videos as video_shards
 from mla_convert.distill.encode.frames import UnusableVideo, ahead, read_frames, to_pixels
 from mla_convert.distill.encode.models import text_encoder
-from mla_convert.distill.encode.sources import find_videos, read_prompts
+from mla_convert.distill.encode.sources import TABLES, find_videos, read_prompts
 from mla_convert.distill.latents import LatentShards
 from mla_convert.distill.negative import WAN_NEGATIVE_PROMPT
 from mla_convert.errors import UserError
@@ -447,3 +447,8 @@ def test_sources_that_cannot_be_used_are_one_line(tmp_path, files, source, messa
     with pytest.raises(UserError, match=message) as error:
         find_videos(tmp_path / source)
     assert "\n" not in str(error.value)
+
+
+def test_the_documentation_names_every_table() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "encode.md").read_text(encoding="utf-8")
+    assert [name for name in TABLES if f"`{name}`" not in text] == []

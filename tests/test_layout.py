@@ -23,6 +23,7 @@ ORDER = ("mla", "families", "load", "convert", "distill", "export", "run", "eval
 # Anyone may import these; they import only each other.
 LEAVES = (
     "devices",
+    "draws",
     "errors",
     "files",
     "flow",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib
 import io
 import json
 import multiprocessing
+import os
 import random
 import shutil
 import threading
@@ -21,15 +23,18 @@ from recipe_case import RECIPE, digests, run_recipe, write_teacher
 from rich.console import Console
 
 from mla_convert.distill.footprint import Launch
+from mla_convert.distill.trainer import BOOKKEEPING
 from mla_convert.errors import UsageError, UserError
 from mla_convert.export.checkpoint import load_checkpoint
 from mla_convert.export.manifest import read_manifest, verify_files
 from mla_convert.files import write_json
 from mla_convert.pipeline import run, sources
+from mla_convert.pipeline import rundir as rundir_module
 from mla_convert.pipeline import steps as steps_module
 from mla_convert.pipeline.checks import check_recipe
+from mla_convert.pipeline.corrections import LATE
 from mla_convert.pipeline.dry_run import dry_run
-from mla_convert.pipeline.rundir import RunDir
+from mla_convert.pipeline.rundir import RunDir, read_state
 from mla_convert.pipeline.steps import Step
 from mla_convert.recipe.load import parse_recipe
 
@@ -181,6 +186,12 @@ def test_what_no_step_has_read_may_change(teacher, finished, tmp_path):
     assert read_manifest(folder / "checkpoint")["recipe"] == changed.model_dump(mode="json")
     assert parse_recipe(json.loads((folder / "report.json").read_text())["recipe"]) == changed
     assert digests(folder / "stages") == digests(finished / "stages")
+
+
+def test_the_documentation_names_all_bookkeeping():
+    text = (Path(__file__).parents[1] / "docs" / "distill.md").read_text(encoding="utf-8")
+    (line,) = (line for line in text.splitlines() if line.startswith("What a resumed run may change in its recipe"))
+    assert [key for key in (*BOOKKEEPING, *LATE) if f"`{key}`" not in line] == []
 
 
 @pytest.mark.parametrize(
@@ -343,10 +354,36 @@ def test_foreign_folder_is_refused(teacher, tmp_path):
 def test_two_processes_do_not_share_a_folder(teacher, tmp_path):
     first = RunDir(tmp_path / "run", recipe(teacher), resume=False)
     try:
-        with pytest.raises(UserError, match="another process is working in"):
+        message = rf"another process is working in .*run \(process {os.getpid()} on .+\); wait"
+        with pytest.raises(UserError, match=message):
             RunDir(tmp_path / "run", recipe(teacher), resume=False)
     finally:
         first.close()
+
+
+def test_a_state_that_cannot_be_read_for_a_moment_is_waited_for(copied, monkeypatch):
+    """As over NFS, where a file that was just replaced may be stale."""
+    monkeypatch.setattr(rundir_module, "_RETRY_SECONDS", 0.01)
+    moved, read, failures = copied / "moved.json", Path.read_text, [OSError(errno.ESTALE, "Stale file handle")] * 3
+
+    def stale(path, *args, **kwargs):
+        if path.name == "state.json" and failures:
+            raise failures.pop()
+        return read(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", stale)
+    assert run_module._is_done(copied, "report") and not failures
+    failures.append(OSError(errno.ESTALE, "Stale file handle"))
+    with pytest.raises(UserError, match=r"state\.json cannot be read"):
+        read_state(copied)
+    (copied / "state.json").rename(moved)
+    timer = threading.Timer(0.2, moved.rename, [copied / "state.json"])
+    timer.start()
+    assert run_module._is_done(copied, "report")
+    timer.join()
+    moved = (copied / "state.json").rename(moved)
+    with pytest.raises(UserError, match=r"is not a run folder: it has no state\.json"):
+        read_state(copied, 0.05)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from mla_convert.distill.data import drawn_rows, open_data
 from mla_convert.distill.latents import LatentShards
 from mla_convert.distill.rollouts import RolloutsConfig, open_folder, write_rollouts
+from mla_convert.draws import Use, drawn_seed
 from mla_convert.errors import UsageError, UserError
 from mla_convert.load import load_dense, load_source
 from mla_convert.pipeline import evaluation, run
@@ -108,7 +109,7 @@ def test_clips_are_the_teachers_and_are_trained_on(teacher: Path, finished: Path
     data = open_data(settings.made_in(finished / "data"), seed=0)
     assert data.size == 3
     text = torch.stack([parse_prompt(prompt).embedding() for prompt in PROMPTS[:2]])
-    dense, seed = load_dense(load_source(str(teacher))), pipeline_module.write_rollouts.__globals__["_seed"](0, 0)
+    dense, seed = load_dense(load_source(str(teacher))), drawn_seed(Use.ROLLOUT, 0, 0)
     chunks = stream_chunks(dense, text, 6, 16, 16, num_inference_steps=2, shift=3.0, guidance_scale=2.0, seed=seed)
     first = data.shards.read(0)
     assert torch.equal(first["latents"], torch.cat(list(chunks), dim=2)[0])

@@ -1,4 +1,4 @@
-"""The table that ends `run` and `demo`."""
+"""The tables that end `run`, `demo` and `evaluate`."""
 
 from __future__ import annotations
 

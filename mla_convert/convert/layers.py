@@ -11,13 +11,14 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from ..draws import Use, drawn
 from ..errors import UsageError, UserError
 from ..families.base import Geometry
 from ..mla.config import latent_groups
 from .blocks import Blocks, give_back_memory
 from .budget import Curve, Trace, allot, measured_curve
 from .calibrate import sweep
-from .clips import INIT, CalibrationBatch, Clips, drawn, enter_clips
+from .clips import CalibrationBatch, Clips, enter_clips
 from .config import ConvertConfig
 from .initialise import LayerInit, LayerReading, initialise_layers, read_layer
 from .limits import Ranks, latent_scalars, planned_ranks
@@ -190,7 +191,7 @@ class _Layers:
             self.warned = True
             tokens = f"layer {layer}: {len(sample.hidden)} calibration tokens do not determine a latent of rank {rank}"
             logger.warning("%s; use more calibration.clips, a larger max_tokens or a smaller rank", tokens)
-        generator = drawn(INIT, self.seed, layer)
+        generator = drawn(Use.INIT, self.seed, layer)
         try:
             self.readings[layer] = read_layer(block.attn1, sample, self.axes, self.config, generator)
         except ValueError as error:

@@ -14,12 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from ..draws import Use, drawn
 from ..errors import UserError
 from ..zoo.digits.data import CLIP_FRAMES, sample_batch
 from .latents import LatentShards
 from .negative import NEGATIVE, find_negative, read_negative
 from .normalisation import Latents
-from .order import SPLIT, derived_generator
 from .rollouts import RolloutsConfig
 
 Batch = dict[str, Tensor]
@@ -190,7 +190,7 @@ class LatentClips:
 
 def drawn_rows(count: int, seed: int) -> list[int]:
     """The numbers of `count` clips in the order in which a seed draws them."""
-    found: list[int] = torch.randperm(count, generator=derived_generator(SPLIT, seed, 0, 0)).tolist()
+    found: list[int] = torch.randperm(count, generator=drawn(Use.SPLIT, seed)).tolist()
     return found
 
 

@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from ..draws import Use, drawn_seed
 from ..errors import UserError
 from ..files import write_json
 from ..sampling import SamplingConfig
@@ -27,8 +27,6 @@ from .normalisation import KIND_NOTE
 from .progress import Report
 
 PLAN = "rollouts.json"
-# Tells the noise of rollouts from every other use of the seed, see `order.py`.
-ROLLOUT = 4
 
 RollOut = Callable[[Tensor, int], Tensor]
 
@@ -106,13 +104,9 @@ def write_rollouts(
         if not path.is_file():
             rows = range(starts[number], min(starts[number] + config.batch_size, config.clips))
             chosen = [row % len(text) for row in rows]
-            latents = roll_out(text[chosen], _seed(seed, number)).to(getattr(torch, config.dtype))
+            latents = roll_out(text[chosen], drawn_seed(Use.ROLLOUT, seed, number)).to(getattr(torch, config.dtype))
             if not latents.isfinite().all():
                 raise UserError(f"the teacher's rollout of {path.name} has NaN or infinite values; check it")
             clips = [Clip(latents[i], text[row], caption=captions[row]) for i, row in enumerate(chosen)]
             write_shard(path, clips, starts[number], {KIND_NOTE: "normalised"})
         report("roll out clips", done + 1, len(mine))
-
-
-def _seed(seed: int, number: int) -> int:
-    return int(np.random.SeedSequence((ROLLOUT, seed, number)).generate_state(1)[0])

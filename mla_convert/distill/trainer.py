@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from ..draws import Use, drawn
 from ..errors import UserError
 from ..registry import stages
 from .assembly import Assembly
@@ -30,7 +31,7 @@ from .launch import check_launch, world_size
 from .learner import Learner
 from .metrics import Metrics, Row
 from .objective import flow_loss
-from .order import NOISE, SHARED, DataOrder, MicroBatches, derived_generator
+from .order import DataOrder, MicroBatches
 from .preview import Picture, show_preview
 from .progress import Report
 from .requests import Requests, Stopped
@@ -282,8 +283,8 @@ class _Training:
             micro * accelerator.num_processes + accelerator.process_index
             for micro in range(update * config.grad_accumulation, (update + 1) * config.grad_accumulation)
         ]
-        generators = (derived_generator(NOISE, self.seed, self.stage_index, number) for number in numbers)
-        self.stage.begin_update(derived_generator(SHARED, self.seed, self.stage_index, update))
+        generators = (drawn(Use.NOISE, self.seed, self.stage_index, number) for number in numbers)
+        self.stage.begin_update(drawn(Use.SHARED, self.seed, self.stage_index, update))
         student = learner is self.parts.learner
 
         def own(generator: torch.Generator) -> Batch:

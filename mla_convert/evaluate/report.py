@@ -2,12 +2,13 @@
 
 A section of the page appears when its data is in the report. The keys that it knows:
 
-    source, layout {position, own_chunk, kv_lora_rank, ...}, recipe (YAML text), versions {...}
+    name, source, layout {position, own_chunk, kv_lora_rank, ...}, recipe (YAML text), versions {...}
     dense_scalars_per_token, latent_scalars_per_token, reduction, dense_cache_bytes, latent_cache_bytes
     teacher_loss, student_loss, converted_loss (before distillation), loss_increase
     velocity_rel_error, velocity_rel_error_by_timestep [[t, error], ...] with t in [0, 1]
     attention_rel_error [one a layer], attention_maps (see `attention_maps.py`), by_clip (see `worst_clips.py`)
     accuracy {teacher: {"1x": ...}, student: {...}}, digits_bench (see `digits_bench.py`)
+    kernels {teacher, student}: what attended, not_finite [the keys that became null]
     seconds {convert, distill, evaluate, total}
     vbench {suite, version, seconds, samples, scores {dimension: {score, videos}}, totals, published}
     curves [{stage, step, loss, heldout_loss}, ...], plan (what `plan --json` prints)

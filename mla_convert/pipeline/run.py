@@ -26,6 +26,8 @@ from .rundir import RunDir, has_failed, read_state
 from .steps import Step, steps_of
 
 _PATIENCE = timedelta(hours=1)
+# Seconds in which every machine sees what the first process wrote.
+_SEEN_WITHIN = 60.0
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def _help(recipe: Recipe, path: Path, steps: list[Step], processes: PartialState
     They wait by looking: what the first process does alone may take longer than a barrier's patience.
     """
     processes.wait_for_everyone()
-    done = read_state(path)["steps"]
+    done = read_state(path, _SEEN_WITHIN)["steps"]
     context = Context(recipe, path, lambda *told: None, main=False)
     for step in steps:
         if step.name not in done:
@@ -144,7 +146,7 @@ def _is_done(path: Path, step: str) -> bool:
     """Whether the first process has done a step. Raises UserError when it has failed."""
     if has_failed(path):
         raise UserError("the first process of the run has failed; its own message says why")
-    return step in read_state(path)["steps"]
+    return step in read_state(path, _SEEN_WITHIN)["steps"]
 
 
 def steps_until(recipe: Recipe, until: str | None) -> list[Step]:

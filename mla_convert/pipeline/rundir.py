@@ -7,7 +7,6 @@ was killed at any moment repeats at most the step it was in.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -17,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, UserError
-from ..files import claim_folder, explain_os_errors, sha256, write_json, write_text
+from ..files import claim_folder, locked_folder, sha256, write_json, write_text
 from ..recipe.explain import describe
 from ..recipe.schema import Recipe
 from .corrections import LATE, Change, changes
 
 STATE, RESOLVED, FAILED = "state.json", "recipe.resolved.yaml", ".failed"
 FORMAT = 1
+_RETRY_SECONDS = 0.5
 
 
 class RunDir:
@@ -41,24 +41,13 @@ class RunDir:
         self.changed: list[Change] = []
         self._spoilt: list[Path] = []
         claim_folder(path, "run folder")
-        self._created = not path.exists()
-        with explain_os_errors(path):
-            path.mkdir(parents=True, exist_ok=True)
-            # The lock belongs to the process: it needs no file and ends with a SIGKILL.
-            self._handle: int | None = os.open(path, os.O_RDONLY)
+        self._lock = contextlib.ExitStack()
+        self._lock.enter_context(locked_folder(path))
         try:
-            self._lock()
             self._state = self._continued(resume)
         except BaseException:
             self.close()
             raise
-
-    def _lock(self) -> None:
-        assert self._handle is not None
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is working in {self.path}; wait for it or give another --out") from None
 
     def _continued(self, resume: bool) -> dict[str, Any]:
         """The state of the run so far, or that of a new one."""
@@ -90,12 +79,7 @@ class RunDir:
 
     def close(self) -> None:
         """Let go of the folder, and remove it if it was made here and nothing was written to it."""
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
-        if self._created:
-            with contextlib.suppress(OSError):
-                self.path.rmdir()
+        self._lock.close()
 
     @property
     def finished(self) -> bool:
@@ -175,13 +159,28 @@ class RunDir:
 
 def has_failed(path: Path) -> bool:
     """Whether the first process of the run in `path` has ended with an error."""
-    return (path / FAILED).exists()
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """`state.json` of a run folder. Raises UserError when there is none that can be read."""
     try:
-        state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+        return FAILED in os.listdir(path)
+    except OSError:
+        return False
+
+
+def read_state(path: Path, patience: float = 0.0) -> dict[str, Any]:
+    """`state.json` of a run folder. Raises UserError when there is none that can be read.
+
+    Another machine may not see for a while a file that has just been replaced (NFS, ESTALE): for `patience` seconds
+    it is tried again.
+    """
+    end = time.monotonic() + patience
+    try:
+        while True:
+            try:
+                state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+                break
+            except OSError:
+                if time.monotonic() >= end:
+                    raise
+                time.sleep(_RETRY_SECONDS)
     except FileNotFoundError:
         raise UserError(f"{path} is not a run folder: it has no {STATE}") from None
     except (OSError, ValueError):

@@ -30,7 +30,7 @@ STREAMED_SHARD_SIZE = "1GB"
 
 @dataclass(frozen=True)
 class Step:
-    """`paths` are what it writes and `scratch` what goes when it is done, relative to the run folder.
+    """`paths`: what the step writes. `scratch`: deleted once it is done. Both relative to the run folder.
 
     With `reads_clips` it needs the data, with `everywhere` every process of a distributed run takes part.
     """

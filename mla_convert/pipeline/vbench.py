@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import functools
 import gc
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,12 +20,12 @@ from ..distill.encode import EncodeConfig, encode_prompts
 from ..distill.encode.models import find_pipeline, load_vae
 from ..distill.negative import NEGATIVE, find_negative, read_negative
 from ..distill.progress import Report
-from ..errors import UsageError, UserError
+from ..errors import UsageError
 from ..evaluate.report import REPORT_JSON, write_report
 from ..evaluate.vbench_scores import Judge, read_published, totals, version
 from ..evaluate.vbench_suite import Draw, Prompt, check_dimensions, draw_videos, read_suite, wanted_videos
 from ..export.manifest import versions
-from ..files import MANIFEST, claim_folder, explain_os_errors, sha256, write_json, write_text
+from ..files import MANIFEST, claim_folder, explain_os_errors, locked_folder, sha256, write_json, write_text
 from ..recipe.load import first_difference
 from ..recipe.schema import validate
 from ..run.config import GenerateConfig
@@ -110,7 +107,7 @@ def run_vbench(folder: Path, out: Path | None, config: VBenchConfig, report: Rep
     published = {} if config.published is None else read_published(config.published)
     out = _out_folder(folder, out, config.seconds)
     claim_folder(out, "VBench folder", (RECORD,))
-    with _held(out):
+    with locked_folder(out):
         return _run(folder, out, config, suite, dimensions, judge, published, report)
 
 
@@ -156,21 +153,6 @@ def _out_folder(folder: Path, out: Path | None, seconds: int) -> Path:
     if out is None and not (folder / STATE).exists():
         raise UsageError(f"{folder} is not a run folder; say with --out where the videos go")
     return (out or folder / f"vbench-{seconds}s").resolve()
-
-
-@contextlib.contextmanager
-def _held(out: Path) -> Iterator[None]:
-    """Keep a second process out of a folder; the lock ends with this one, however it ends."""
-    with explain_os_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        handle = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise UserError(f"another process is working in {out}; wait for it or give another --out") from None
-    finally:
-        os.close(handle)
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:

@@ -233,7 +233,7 @@ class StreamingMLAPipeline(DiffusionPipeline):
         if last_image is not None:
             raise UsageError("last_image ends a video that is made at once; one that is streamed goes on, leave it out")
         check_image(self.transformer.config, image, "image=", "start=")
-        size = self._latent_size(height, width, config)
+        size = self._latent_size(height, width)
         frames = self._latent_frames(num_frames, seconds, config["fps"])
         video_end(self.transformer.causal, self.transformer.rotary_table().max_len, frames)
         texts = self._texts(prompt, prompt_embeds, max_sequence_length)
@@ -371,7 +371,7 @@ class StreamingMLAPipeline(DiffusionPipeline):
                 raise UsageError(f"{key} is more than 0, not {values[key]}")
         return values
 
-    def _latent_size(self, height: int | None, width: int | None, config: Mapping[str, Any]) -> tuple[int, int]:
+    def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         spatial = self.vae_scale[1]
         known = self.config.sampling or {}
         default = (FRAME, FRAME) if self.digits else latent_scale(self.transformer.config).size
