@@ -408,7 +408,7 @@ def test_the_pipeline_is_conditioned_on_a_picture(tmp_path: Path, offload: str |
 def test_conditions_on_the_cpu_reach_a_gpu(offload: Literal["model"] | None) -> None:
     """A stream joins late, with guidance; the other's image comes frame by frame."""
     size = (image_case.HEIGHT, image_case.WIDTH)
-    text, given = image_case.text("wan2.1")[0], {k: x[0] for k, x in image_case.conditions("wan2.1", 6).items()}
+    text, given = image_case.text("wan2.1")[0], image_case.conditions("wan2.1", 6)
     image = given["image_latents"]
 
     def made(device: torch.device) -> list[Tensor]:
@@ -418,7 +418,7 @@ def test_conditions_on_the_cpu_reach_a_gpu(offload: Literal["model"] | None) -> 
         else:
             place([model], None, device, offload)
         batch = StreamBatch(model, 4, *size, device=device, recache=True, **FEW)
-        batch.join(text, 1, 6, conditions={**given, "image_latents": lambda a, b: image[:, a:b]})
+        batch.join(text, 1, 6, conditions={**given, "image_latents": lambda a, b: image[:, :, a:b]})
         chunks = batch.step()
         batch.join(text, 2, 4, 2.0, conditions=given)
         batch.change_prompt(0, text + 1)

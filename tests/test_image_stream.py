@@ -130,10 +130,10 @@ def test_streams_of_a_batch_have_images_of_their_own(kind: str, lanes_per_pass: 
     frames = 11
     for seed in (1, 2, 3):
         given, guidance_scale = case.conditions(kind, frames, seed=seed), 2.0 if seed == 2 else 1.0
-        lane = {name: x[0] for name, x in given.items()}
+        lane: dict[str, Any] = dict(given)
         if seed == 3:
-            image = lane["image_latents"]
-            lane["image_latents"] = lambda first, stop, image=image: image[:, first:stop]
+            image = given["image_latents"]
+            lane["image_latents"] = lambda first, stop, image=image: image[:, :, first:stop]
         number = batch.join(case.text(kind, seed=seed)[0], seed, frames, guidance_scale, conditions=lane)
         changes = {6: case.text(kind, seed=20)}.get if seed == 1 else None
         chunks = stream_chunks(
@@ -164,7 +164,7 @@ def test_a_round_that_fails_does_not_ask_again(monkeypatch: pytest.MonkeyPatch) 
 
     def image_at(first: int, stop: int) -> Tensor:
         asked.append((first, stop))
-        return torch.zeros(8, stop - first, *SIZE)
+        return torch.zeros(1, 8, stop - first, *SIZE)
 
     batch = StreamBatch(model, 1, *SIZE, **STEPS)
     batch.join(case.text("wan2.2")[0], conditions={"image_latents": image_at})

@@ -22,13 +22,14 @@ from torch import Tensor
 
 from mla_convert import StreamingMLAPipeline
 from mla_convert.cli import main
-from mla_convert.distill.encode.models import image_encoder
+from mla_convert.distill.encode.models import encode_image, image_encoder
 from mla_convert.errors import UsageError, UserError
 from mla_convert.export.checkpoint import save_checkpoint
 from mla_convert.export.config import ExportConfig
 from mla_convert.export.release import export
 from mla_convert.pipeline.vbench import Drawing, VBenchConfig
-from mla_convert.run.image import ImageLatents, encode_begun, read_image
+from mla_convert.run.batch import StreamBatch
+from mla_convert.run.image import ImageLatents, encode_begun, image_conditions, read_image
 from mla_convert.run.stream import stream_chunks
 
 PIXELS = (32, 48)
@@ -305,3 +306,15 @@ def test_what_has_no_images_refuses_the_model(
     code, err = generated(capsys, *made, "--size", "32x48", "--image", "image.png", "--out", "a.safetensors")
     assert code == 0, err
     assert load_file("a.safetensors")["latents"].shape == (4, 2, 4, 6)
+
+
+def test_a_stream_of_a_batch_takes_what_is_made_of_an_image(pipe: Any) -> None:
+    tokens = encode_image(pipe.image_processor, pipe.image_encoder, picture())
+    told = image_conditions(pipe.transformer.config, picture(), pipe.vae, 4, 6, None, tokens)
+    text = pipe.encode_prompt("a red square")
+    chunks = stream_chunks(pipe.transformer, text, 3, 4, 6, num_inference_steps=1, conditions=told)
+    batch = StreamBatch(pipe.transformer, 1, 4, 6, num_inference_steps=1)
+    batch.join(text[0], num_frames=3, conditions=told)
+    assert torch.equal(torch.cat([c.latents for c in batch.chunks()], dim=1), torch.cat(list(chunks), dim=2)[0])
+    with pytest.raises(UserError, match="reads the image's CLIP tokens; give those that its image encoder makes"):
+        image_conditions(pipe.transformer.config, picture(), pipe.vae, 4, 6, None)

@@ -164,8 +164,8 @@ class StreamBatch:
         """Add a stream from the next round on; its number.
 
         `encoder_hidden_states` and `negative_hidden_states`, zeros by default, are `[L, D]`, `start` is
-        `[C, F0, H, W]`, `conditions` are by name `[...]` or, by frames, `[c, F, H, W]` and what a function of
-        (first, stop) gives; the meaning is that of `stream_chunks`. Without `num_frames` the stream goes on until
+        `[C, F0, H, W]`, `conditions` are those of a batch of one, as `image_conditions` makes them; the meaning is that
+        of `stream_chunks`. Without `num_frames` the stream goes on until
         `leave`, or with absolute positions to the last whole chunk within the rotary table, which a logger then says.
 
         Raises UserError when the pool is full and `when_full` is `refuse`; UsageError for values that do not fit.
@@ -183,7 +183,7 @@ class StreamBatch:
         if start is not None:
             check_start(start.unsqueeze(0), self.causal, end or given + self.causal.num_frames_per_block, self.size)
         generator = torch.Generator().manual_seed(seed)
-        told = Conditions(self.models, _of_one(conditions), 1, end, self.size[1:])
+        told = Conditions(self.models, conditions, 1, end, self.size[1:])
         stream = _Stream(text, negative, guidance_scale, end, start, generator, told, cut=end != num_frames)
         self._check_room(stream)
         number = next(self._numbers)
@@ -354,15 +354,6 @@ class StreamBatch:
             context = add_noise(x, noises[-1], t_context)
         passes.write(context, float(self.context_noise))
         return zip(x, context, strict=True)
-
-
-def _of_one(conditions: Given | None) -> Given:
-    """Conditions of one stream, which have no batch, as those of a batch of one."""
-
-    def batched(value: Any) -> Any:
-        return value.unsqueeze(0) if isinstance(value, Tensor) else lambda *frames: value(*frames).unsqueeze(0)
-
-    return {name: batched(value) for name, value in (conditions or {}).items()}
 
 
 def _zeros(text: list[Tensor]) -> list[Tensor]:

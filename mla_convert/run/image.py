@@ -151,7 +151,9 @@ def image_conditions(
     if taken != made:
         raise UserError(f"the model reads {taken} channels beside the latent, this VAE makes {made} of an image")
     width_of, wanted = None if tokens is None else tokens.shape[2], config.get("image_dim")
+    if tokens is None and wanted is not None:
+        raise UserError("the model reads the image's CLIP tokens; give those that its image encoder makes")
     if width_of != wanted:
-        raise UserError(f"the image encoder makes {width_of} numbers a token, the model reads {wanted}")
+        raise UserError(f"the image's tokens have {width_of} numbers, the model reads {wanted}; give its own encoder's")
     given: dict[str, Any] = {IMAGE: ImageLatents(vae, image, height, width, frames)}
     return given if tokens is None else {**given, TOKENS: tokens}
