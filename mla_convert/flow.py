@@ -28,8 +28,10 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def sampling_times(num_steps: int, shift: float) -> Tensor:
-    """`num_steps + 1` decreasing times from 1 to 0, float32."""
+def sampling_times(num_steps: int, shift: float, steps: Sequence[float] | None = None) -> Tensor:
+    """`num_steps + 1` decreasing times from 1 to 0, float32; `denoising_times` of `steps` where those are given."""
+    if steps is not None:
+        return denoising_times(steps, shift)
     return shift_time(torch.linspace(1, 0, num_steps + 1), shift)
 
 
@@ -107,6 +109,11 @@ def next_sample(x_t: Tensor, v: Tensor, t: Tensor, t_next: Tensor, noise: Tensor
     if noise is None:
         return x_t + (t_next - t) * v
     return (1 - t_next) * (x_t - t * v) + t_next * noise
+
+
+def guided(v: Tensor, unguided: Tensor, scale: float | Tensor) -> Tensor:
+    """Classifier-free guidance (arXiv 2207.12598): `scale` times as far from the velocity `unguided` as `v` is."""
+    return unguided + scale * (v - unguided)
 
 
 def drop_prompts(text: Tensor, rate: float, generator: torch.Generator, negative: Tensor | None = None) -> Tensor:

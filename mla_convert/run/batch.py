@@ -32,8 +32,8 @@ from ..flow import (
     NUM_TRAIN_TIMESTEPS,
     Sampler,
     add_noise,
-    denoising_times,
     expert_at,
+    guided,
     next_sample,
     sampling_times,
 )
@@ -128,9 +128,7 @@ class StreamBatch:
         self.pool = CachePool([m.init_cache(lanes, height, width, dtype=cache_dtype, device=d) for m, d in places])
         self.causal, self.device = self.pool.caches[0].causal, self.devices[0]
         self.size = (self.models[0].noise_channels, height, width)
-        self.times = sampling_times(num_inference_steps, shift)
-        if denoising_steps is not None:
-            self.times = denoising_times(denoising_steps, shift)
+        self.times = sampling_times(num_inference_steps, shift, denoising_steps)
         self.sampler, self.recache = sampler, recache
         self.context_noise, self.when_full, self.lanes_per_pass = context_noise, when_full, lanes_per_pass
         self._streams: dict[int, _Stream] = {}
@@ -380,20 +378,20 @@ class _SharedPass:
         oldest: int | None = None,
     ) -> None:
         self.models, self.devices = models, devices
-        guided = [index for index, stream in enumerate(streams) if stream.lanes_needed == 2]
-        order = [*range(len(streams)), *guided]
-        lanes = [stream.lanes[0] for stream in streams] + [streams[index].lanes[1] for index in guided]
+        doubled = [index for index, stream in enumerate(streams) if stream.lanes_needed == 2]
+        order = [*range(len(streams)), *doubled]
+        lanes = [stream.lanes[0] for stream in streams] + [streams[index].lanes[1] for index in doubled]
         seen = [streams[index].frames_seen if first is None else first for index in order]
         self.views = [pool.view(expert, lanes, seen, frames, oldest) for expert in range(len(models))]
-        texts = [stream.text for stream in streams] + [streams[index].negative for index in guided]
+        texts = [stream.text for stream in streams] + [streams[index].negative for index in doubled]
         self.texts = [torch.stack(of_expert) for of_expert in zip(*texts, strict=True)]
         in_order = [told[index] for index in order]
         self.conditions = [placed(in_order, d, m.dtype) for d, m in zip(devices, models, strict=True)]
         self.used = 0
         device = devices[0]
         self.order = torch.tensor(order).to(device)
-        self.guided = torch.tensor(guided, dtype=torch.long).to(device)
-        self.scales = torch.tensor([streams[index].guidance_scale for index in guided]).view(-1, 1, 1, 1, 1).to(device)
+        self.guided = torch.tensor(doubled, dtype=torch.long).to(device)
+        self.scales = torch.tensor([streams[index].guidance_scale for index in doubled]).view(-1, 1, 1, 1, 1).to(device)
 
     def velocity(self, x: Tensor, t: float, r: float) -> Tensor:
         """Velocity `[B, C, F, H, W]`, float32, at noise level t; of a flow map the mean one down to r."""
@@ -402,7 +400,7 @@ class _SharedPass:
         v, unguided = v[: len(x)], v[len(x) :]
         if not len(unguided):
             return v
-        return v.index_copy(0, self.guided, unguided + self.scales * (v[self.guided] - unguided))
+        return v.index_copy(0, self.guided, guided(v[self.guided], unguided, self.scales))
 
     def write(self, x: Tensor, t: float) -> None:
         """Keep a finished chunk at noise level t."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..flow import NUM_TRAIN_TIMESTEPS, Sampler, add_noise, denoising_times, expert_at, next_sample, sampling_times
+from ..flow import NUM_TRAIN_TIMESTEPS, Sampler, add_noise, expert_at, guided, next_sample, sampling_times
 from ..mla.conditions import Conditions, Given, placed
 from ..mla.graph import denoiser
 from ..mla.window import CausalConfig
@@ -98,10 +98,8 @@ def stream_chunks(
         check_start(start, causal, end, (channels, height, width), whole_chunks=not hold_start)
         start = start.to(device, torch.float32).expand(batch, -1, -1, -1, -1)
     generators = _generators(seed, batch)
-    times = sampling_times(num_inference_steps, shift)
-    if denoising_steps is not None:
-        times = denoising_times(denoising_steps, shift)
-    opening = times if first_chunk_steps is None else denoising_times(first_chunk_steps, shift)
+    times = sampling_times(num_inference_steps, shift, denoising_steps)
+    opening = times if first_chunk_steps is None else sampling_times(num_inference_steps, shift, first_chunk_steps)
     t_context = torch.full((batch,), float(context_noise), device=device)
     recent = RecentChunks() if recache and prompt_at is not None else None
     check_rewinds(recache, [expert.cache for expert in experts])
@@ -298,7 +296,7 @@ class _Expert:
         if self.copies == 1:
             return v
         v, unguided = v.chunk(2)
-        return unguided + self.guidance_scale * (v - unguided)
+        return guided(v, unguided, self.guidance_scale)
 
     def write(self, x: Tensor, t: Tensor) -> None:
         """Keep a finished chunk at noise levels `t` `[B]`; the rollout moves on."""

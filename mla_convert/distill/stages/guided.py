@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ...errors import UserError
-from ...flow import ALL_NOISE
+from ...flow import ALL_NOISE, guided
 from ...sampling import DenoisingSteps
 from ..objective import NoisedClips, predict_velocity
 from .base import StageConfig
@@ -43,7 +43,7 @@ def guided_velocity(model: Any, clips: NoisedClips, negative: Tensor, scale: flo
     if scale == 1:
         return v
     unguided = predict_velocity(model, clips._replace(text=negative))
-    return unguided + scale * (v - unguided)
+    return guided(v, unguided, scale)
 
 
 def check_few_step(stage: str, student: Any) -> None:
