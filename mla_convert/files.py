@@ -105,7 +105,7 @@ def check_place(path: Path, folder: bool = False) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write `path` atomically."""
     with atomic_file(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -118,11 +118,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path` that takes its place when the block ends well."""
     with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    for aside in path.parent.glob(f".{path.name}.*.old.tmp"):
+    for aside in _left_behind(path, ".old.tmp"):
         # Killed between two renames: the old folder comes back.
         if not path.exists():
             aside.rename(path)
-    for stale in path.parent.glob(f".{path.name}.*.tmp"):
+    for stale in (*_left_behind(path, ".old.tmp"), *_left_behind(path, ".tmp")):
         shutil.rmtree(stale, ignore_errors=True)
     temporary = _temporary(path)
     try:
@@ -140,6 +140,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _left_behind(path: Path, ending: str) -> list[Path]:
+    """What killed processes left of their work on `path`: its name and a process id, with `ending`."""
+    # `wan` is not `wan.bf16`, whose work begins alike, and a name may have a glob's characters.
+    name = re.compile(rf"\.{re.escape(path.name)}\.\d+{re.escape(ending)}")
+    return sorted(beside for beside in path.parent.iterdir() if name.fullmatch(beside.name))
 
 
 def _exchange(one: Path, other: Path) -> bool:

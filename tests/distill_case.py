@@ -176,16 +176,33 @@ def _launched(arguments: list[str]) -> subprocess.Popen[str]:
     )
 
 
-def kill_two_processes(folder: Path, step: int, **changes) -> None:
-    """`main` in two processes, both ended by SIGKILL as soon as `folder/whole` has a row of `step`."""
-    metrics = folder / "whole" / "metrics.jsonl"
+def stop_two_processes(folder: Path, step: int, **changes) -> int:
+    """`main` in two processes, the second of which gets SIGUSR1 after a row of `step`; the launcher's exit code."""
     with _launched([__file__, str(folder), "inf", json.dumps(changes)]) as launcher:
         try:
-            deadline = time.monotonic() + 300
-            while not metrics.exists() or metrics.read_bytes().count(b"\n") <= step:
-                assert launcher.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.001)
+            _wait_for_row(launcher, folder, step)
+            os.kill(int((folder / "pid-1").read_text()), signal.SIGUSR1)
+            launcher.communicate(timeout=300)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(launcher.pid, signal.SIGKILL)
+    return launcher.returncode
+
+
+def _wait_for_row(launcher: subprocess.Popen[str], folder: Path, step: int) -> None:
+    """Until `folder/whole` has a row of `step`."""
+    metrics, deadline = folder / "whole" / "metrics.jsonl", time.monotonic() + 300
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") <= step:
+        assert launcher.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def kill_two_processes(folder: Path, step: int, **changes) -> None:
+    """`main` in two processes, both ended by SIGKILL as soon as `folder/whole` has a row of `step`."""
+    with _launched([__file__, str(folder), "inf", json.dumps(changes)]) as launcher:
+        try:
+            _wait_for_row(launcher, folder, step)
         finally:
             # The launcher gives its processes sessions of their own.
             for process in (launcher.pid, *(int(path.read_text()) for path in folder.glob("pid-*"))):

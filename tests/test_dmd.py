@@ -321,5 +321,6 @@ def test_configuration_is_strict(change):
 def test_defaults_are_the_published_ones():
     config = DMDConfig(steps=1, learning_rate=2e-6)
     assert (config.critic_updates, config.critic_learning_rate, config.critic_betas) == (5, 4e-7, (0.0, 0.999))
-    assert (config.betas, config.guidance_scale, config.timestep_shift) == ((0.0, 0.999), 3.0, 5.0)
+    # `v_text + 3 (v_text - v_neg)` in the public code.
+    assert (config.betas, config.guidance_scale, config.timestep_shift) == ((0.0, 0.999), 4.0, 5.0)
     assert (config.denoising_steps, config.score_range) == ((1000, 750, 500, 250), (0.02, 0.98))

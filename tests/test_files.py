@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,8 @@ from mla_convert.cli import main
 from mla_convert.errors import UserError
 from mla_convert.files import atomic_file, atomic_folder, check_place, explain_os_errors, save_tensors, write_text
 from mla_convert.load.locate import ZOO
+from mla_convert.recipe.load import load_recipe
+from mla_convert.recipe.shipped import find_recipe
 from mla_convert.run import video
 
 
@@ -49,6 +53,43 @@ def test_a_file_that_is_read_meanwhile_is_not_the_one_that_is_written(tmp_path):
         (tmp_path / "other").read_text()
     with pytest.raises(UserError, match="cannot write a"), explain_os_errors(Path("a")):
         raise OSError(errno.EISDIR, "Is a directory")
+
+
+@pytest.mark.parametrize("name", ["wan", "wan[1]"])
+def test_a_folder_leaves_the_work_of_a_sibling_alone_and_clears_its_own(tmp_path, name):
+    for left in (f".{name}.1.tmp", f".{name}.1.old.tmp"):
+        write_text(tmp_path / left / "old", "old")
+    with atomic_folder(tmp_path / f"{name}.bf16") as sibling:
+        write_folder(tmp_path / name)
+        assert sibling.is_dir()
+        (sibling / "b").write_text("b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name, f"{name}.bf16"]
+    # The folder that was put aside came back, and was then replaced.
+    assert [path.name for path in (tmp_path / name).iterdir()] == ["a"]
+
+
+def test_a_folder_that_was_put_aside_comes_back(tmp_path):
+    write_text(tmp_path / ".wan[1].7.old.tmp" / "old", "old")
+    with pytest.raises(UserError), atomic_folder(tmp_path / "wan[1]"):
+        raise UserError("no")
+    assert (tmp_path / "wan[1]" / "old").read_text() == "old"
+
+
+def test_text_is_utf_8_in_any_locale(tmp_path):
+    """The recipe of Self-Forcing has a negative prompt in Chinese."""
+    script = (
+        "import locale, sys\n"
+        "from pathlib import Path\n"
+        "from mla_convert.files import write_text\n"
+        "from mla_convert.recipe.load import load_recipe\n"
+        "from mla_convert.recipe.shipped import find_recipe\n"
+        "assert locale.getpreferredencoding(False) != 'UTF-8'\n"
+        "write_text(Path(sys.argv[1]), load_recipe(find_recipe('self-forcing-1.3b')).dump())\n"
+    )
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", script, str(tmp_path / "recipe.yaml")]
+    subprocess.run(command, env={**os.environ, **locale}, check=True)
+    assert load_recipe(tmp_path / "recipe.yaml") == load_recipe(find_recipe("self-forcing-1.3b"))
 
 
 def test_tensors_have_the_mode_of_any_file_and_name_the_place(tmp_path):

@@ -347,6 +347,9 @@ def test_latents_with_a_text_encoder_and_a_vae(capfd, checkout, pipeline, tmp_pa
         assert vbench(capfd, model, checkout, tmp_path / name, *guided, *more)[0] == 0
     made = [next((tmp_path / name / "videos").iterdir()).read_bytes() for name in ("a", "d", "e")]
     assert made[0] != made[1] == made[2]
+    (embeds / "negative.safetensors").unlink()
+    code, _, error = vbench(capfd, model, checkout, tmp_path / "f", *guided, "--prompt-embeds", str(embeds))
+    assert code == 2 and "guidance needs a negative prompt, and" in error and not list((tmp_path / "f").iterdir())
     code, _, error = vbench(capfd, model, checkout, tmp_path / "c", *some[:6])
     assert code == 2 and "the model makes latents; give --pipeline" in error
     with pytest.raises(UserError, match="embeddings of 3 prompts, VBench has 2"):

@@ -119,9 +119,9 @@ def main() -> None:
         arguments = {name: value for name, value in vars(chosen).items() if name != "draw"}
         rows = measure_all(chosen)
         result = {"device": "cpu", "torch": torch.__version__, "arguments": arguments, "rows": rows}
-        path.write_text(json.dumps(result, indent=2) + "\n")
-    found = json.loads(path.read_text())["rows"]
-    (folder / f"{stem}.md").write_text(table(found))
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    found = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    (folder / f"{stem}.md").write_text(table(found), encoding="utf-8")
     plots.save(plot(found), folder / f"{stem}.svg")
     print(table(found), end="")
 

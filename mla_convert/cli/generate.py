@@ -75,6 +75,10 @@ def generate(
         Path | None,
         typer.Option(help="Begin with this: an image, a video, or .safetensors with latents [C, F, H, W]."),
     ] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(help="The picture that an image-to-video model is conditioned on; other models take --start."),
+    ] = None,
     context_noise: Annotated[float | None, typer.Option(min=0, max=1, help="Noise level of cached chunks.")] = None,
     size: Annotated[str | None, typer.Option(metavar="HxW", help="Height and width in pixels.")] = None,
     latent_size: Annotated[str | None, typer.Option(metavar="HxW", help="Height and width of the latent.")] = None,
@@ -154,6 +158,7 @@ def generate(
         prompt_embeds=prompt_embeds,
         changes=tuple(changes),
         negative_embeds=negative_embeds,
+        image=image,
         components=components,
         seconds=seconds,
         endless=endless,

@@ -15,7 +15,7 @@ from ..evaluate.text import times_training
 
 def read_report(path: Path) -> dict[str, Any]:
     """`report.json` of a finished run."""
-    report: dict[str, Any] = json.loads((path / "report.json").read_text())
+    report: dict[str, Any] = json.loads((path / "report.json").read_text(encoding="utf-8"))
     return report
 
 

@@ -268,8 +268,6 @@ def _factorised_query(
     rank = config.q_lora_rank
     assert rank is not None
     weight, bias = layer.to_q.weight.double().cpu(), layer.to_q.bias.double().cpu()
-    if rank > min(weight.shape):
-        raise ValueError(f"q_lora_rank {rank} is larger than the rank {min(weight.shape)} of the query projection")
     if config.init == "random":
         q_a = torch.randn(rank, weight.shape[1], generator=generator) / weight.shape[1] ** 0.5
         q_b = torch.randn(weight.shape[0], rank, generator=generator) / rank**0.5

@@ -62,7 +62,7 @@ class Assembly:
             module.others[START] = self._in_shards(student) if sharded else start_of(student, trained)
         self.average = None
         if config.ema_decay is not None:
-            self.average = Average(self.learner.trained, config.ema_decay)
+            self.average = Average(self.learner.trained, config.ema_decay, config.ema_warmup)
             if AVERAGE in stage.networks:
                 if sharded:
                     self.average.replica = self._in_shards(student)

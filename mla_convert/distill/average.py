@@ -13,14 +13,16 @@ from torch import Tensor, nn
 class Average:
     """Averages of `trained` parameters by name; `weights` are the averages, which stay where they are in memory.
 
+    The first step's weights are the first average. With `warmup` the decay then rises to `decay`.
+
     A `replica` is a model that is given the averages, sharded as the one they are of.
     """
 
     replica: nn.Module | None = None
 
-    def __init__(self, trained: dict[str, nn.Parameter], decay: float) -> None:
+    def __init__(self, trained: dict[str, nn.Parameter], decay: float, warmup: bool = True) -> None:
         self.trained = trained
-        self._model = EMAModel(trained.values(), decay=decay)
+        self._model = EMAModel(trained.values(), decay=decay, min_decay=0.0 if warmup else decay)
         self.weights: dict[str, Tensor] = dict(zip(trained, self._model.shadow_params, strict=True))
 
     @property

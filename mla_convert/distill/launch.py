@@ -15,9 +15,15 @@ from .stages.base import Stage, StageConfig
 from .trackers import check_trackers
 
 
+def world_size() -> int:
+    """The processes of this launch."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
 def check_launch(config: StageConfig) -> None:
     """Refuse what this launcher's settings and this machine cannot do for a stage. Raises UserError in one line."""
     check_trackers(config)
+    config.over(world_size())
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     if config.mixed_precision == "fp16" and on_cpu:
         raise UserError("mixed_precision: fp16 needs a GPU; use bf16 or no on the CPU")

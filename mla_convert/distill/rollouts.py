@@ -66,7 +66,7 @@ def open_folder(folder: Path, identity: str) -> None:
     """Make `folder` the one of these rollouts; what others left there, of another `identity`, goes."""
     plan = folder / PLAN
     if plan.is_file():
-        recorded = json.loads(plan.read_text())
+        recorded = json.loads(plan.read_text(encoding="utf-8"))
         if recorded.get("identity") == identity:
             for leftover in folder.glob(".*.tmp"):
                 leftover.unlink()

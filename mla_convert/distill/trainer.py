@@ -26,13 +26,14 @@ from ..registry import stages
 from .assembly import Assembly
 from .data import Batch, Data, told_plainly
 from .execution import execution
-from .launch import check_launch
+from .launch import check_launch, world_size
 from .learner import Learner
 from .metrics import Metrics, Row
 from .objective import flow_loss
 from .order import NOISE, SHARED, DataOrder, MicroBatches, derived_generator
 from .preview import Picture, show_preview
 from .progress import Report
+from .requests import Requests, Stopped
 from .runtime import autocast, fast_attention, open_accelerator
 from .schedule import learning_rate
 from .sharding import from_main
@@ -44,7 +45,15 @@ from .trainable import trainable_names
 from .views import require_apart
 from .watch import Watch, relative_distance
 
-BOOKKEEPING = {"checkpoint_every", "keep_checkpoints", "data_workers", "tracker", "preview", "shard_frozen"}
+BOOKKEEPING = {
+    "checkpoint_every",
+    "checkpoint_minutes",
+    "keep_checkpoints",
+    "data_workers",
+    "tracker",
+    "preview",
+    "shard_frozen",
+}
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +88,9 @@ def run_stage(
     run calls this. Raises UserError when training diverges, with the last good checkpoint kept, and
     when inputs do not fit.
     """
-    stage = stages()[config.stage](config)
     check_launch(config)
+    config = config.over(world_size())
+    stage = stages()[config.stage](config)
     wanted = [*stage.networks, *([] if stage.second is None else [stage.second.source])]
     missing = [name for name in wanted if name not in {AVERAGE, START, *networks}]
     if missing:
@@ -136,12 +146,15 @@ class _Training:
         self.parts = Assembly(self.accelerator, stage, student, networks, seed, stage_index)
         self.watch = Watch(config.spike, config.stop)
         self.metrics = Metrics(work_dir / "metrics.jsonl")
+        in_parts = self.parts.learner.in_parts
+        # Any number of processes sees the clips of a global batch; parts of an optimizer fit one number alone.
+        free = config.global_batch is not None and not in_parts
         identity = {
-            **config.model_dump(mode="json", exclude=BOOKKEEPING),
+            **config.model_dump(mode="json", exclude=BOOKKEEPING | ({"grad_accumulation"} if free else set())),
             "seed": seed,
             "stage_index": stage_index,
-            "processes": processes,
-            "sharded": "optimizer" if self.parts.learner.in_parts else self.parts.sharded,
+            "processes": None if free else processes,
+            "sharded": "optimizer" if in_parts else self.parts.sharded,
             "parameters": sum(parameter.numel() for parameter in self.parts.learner.trained.values()),
         }
         self.checkpoints = Checkpoints(work_dir / "checkpoints", identity, config.keep_checkpoints)
@@ -157,6 +170,7 @@ class _Training:
             tracking(self.accelerator, config, self.work_dir, first),
             fast_attention(self.accelerator.device),
             execution(config, self.parts.under_training, self.parts.frozen),
+            Requests(self.accelerator, config.checkpoint_minutes) as requests,
         ):
             self._begin(row)
             batches = self._batches(first)
@@ -172,8 +186,15 @@ class _Training:
                 self._record(row, seconds=time.monotonic() - started)
                 if config.preview is not None and (last or _due(config.preview.every, done)):
                     self._preview(done)
-                if last or _due(config.checkpoint_every, done):
+                stop, save = requests.agreed()
+                if last or stop or save or _due(config.checkpoint_every, done):
                     self.snapshots.save(row)
+                    requests.saved()
+                if stop and not last:
+                    raise Stopped(
+                        f"stage {config.stage} was asked to stop and did so after step {done}, whose checkpoint is "
+                        f"{self.checkpoints.newest()}; the same command with --resume goes on"
+                    )
                 if progress is not None and main:
                     progress(config.stage, done, done if last else config.steps, f"loss {row['loss']:.4g}")
         assert row is not None

@@ -136,7 +136,7 @@ def memory_by_streams(plan: Mapping[str, Any]) -> str:
 
 
 def error_by_layer(errors: Sequence[float]) -> str:
-    """Relative error of each layer's attention output, as bars."""
+    """Relative error of each layer's attention output, as bars; no bar for NaN."""
     from matplotlib.ticker import MaxNLocator
 
     with Chart("layers") as chart:

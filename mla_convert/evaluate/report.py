@@ -232,10 +232,10 @@ def _charts(report: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
         else:
             svg = figures.cache_by_streams(report["dense_cache_bytes"], report["latent_cache_bytes"])
             add("memory", "Cache by number of streams", "Each stream keeps a full window.", svg)
-    layers = [error for error in report.get("attention_rel_error") or [] if error is not None]
-    if layers:
-        worst = int(np.argmax(layers))
-        note = f"Mean {percent(float(np.mean(layers)))}, worst {percent(layers[worst])} in layer {worst}."
+    layers = [math.nan if error is None else error for error in report.get("attention_rel_error") or []]
+    if not np.isnan(layers).all():
+        worst = int(np.nanargmax(layers))
+        note = f"Mean {percent(float(np.nanmean(layers)))}, worst {percent(layers[worst])} in layer {worst}."
         add("error", "Attention output by layer", note, figures.error_by_layer(layers))
     points = [(t, error) for t, error in report.get("velocity_rel_error_by_timestep") or [] if error is not None]
     if points:

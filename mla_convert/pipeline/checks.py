@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 
+from ..convert.limits import planned_ranks
 from ..distill.adapters import adapted_modules
 from ..distill.launch import check_launch
 from ..distill.stages.base import StageConfig
 from ..distill.trainable import trainable_names
 from ..errors import UsageError, UserError
 from ..export.components import is_hub_id
+from ..families.base import noise_channels
+from ..load import Source
 from ..mla.window import CausalConfig
 from ..recipe.schema import Recipe
 from ..run.sample import check_latent_size, check_length, embed_prompts, latent_size, prompt_encoder
@@ -38,16 +41,7 @@ def check_recipe(recipe: Recipe) -> bool:
             return False
         raise UserError(f"source.model: {recipe.source.model} is neither here nor a Hub id (owner/name)")
     for part in [recipe.expert(name) for name in recipe.experts or ()] or [recipe]:
-        context = Context(part, Path(), lambda *told: None)
-        layers = context.source.config["num_layers"]
-        if layers % part.convert.layers_per_latent:
-            raise UsageError(f"convert.layers_per_latent: {layers} layers do not divide into groups of that many")
-        if part.convert.budget is None:
-            try:
-                part.convert.ranks(layers)
-            except ValueError as error:
-                raise UsageError(f"convert: {error}") from None
-        check_inputs(context, steps_of(part))
+        check_inputs(Context(part, Path(), lambda *told: None), steps_of(part))
     return True
 
 
@@ -55,6 +49,10 @@ def check_inputs(context: Context, pending: Iterable[Step]) -> None:
     """Refuse what would fail late in the `pending` steps of a run. Raises UserError in one line."""
     pending = list(pending)
     names = {step.name for step in pending}
+    if "convert" in names:
+        dense = _without_weights(context.source)
+        geometry = context.source.family.geometry(dense.config)
+        planned_ranks(geometry, dense.rotary_table().axes, context.recipe.convert)
     if "export" in names:
         _check_streaming(context, rolls_out="samples" in names)
     if context.recipe.generate.prompts:
@@ -86,8 +84,9 @@ def _check_samples(context: Context) -> None:
         check_latent_size(config, height, width)
     if generate.start is not None:
         with _named("generate.start"):
-            start = read_start(Path(generate.start), config["in_channels"], height, width)
-            check_start(start.unsqueeze(0), causal, generate.num_frames, (config["in_channels"], height, width))
+            channels = noise_channels(config)
+            start = read_start(Path(generate.start), channels, height, width)
+            check_start(start.unsqueeze(0), causal, generate.num_frames, (channels, height, width))
 
 
 def _check_stages(context: Context) -> None:
@@ -96,16 +95,20 @@ def _check_stages(context: Context) -> None:
         check_launch(stage)
         if stage.lora is not None:
             with _named(f"distill.{index}"):
-                _check_adapters(stage, source.family.dense_class, source.config)
+                _check_adapters(stage, _without_weights(source))
     if context.real_score is not None:
         check_alike(context.real_score, source)
 
 
-def _check_adapters(stage: StageConfig, dense_class: Any, config: dict[str, Any]) -> None:
-    """The layers outside of what conversion adds are those of the dense model."""
-    assert stage.lora is not None
+def _without_weights(source: Source) -> Any:
+    """The dense model on the meta device."""
     with torch.device("meta"):
-        model = dense_class.from_config(config)
+        return source.family.dense_class.from_config(source.config)
+
+
+def _check_adapters(stage: StageConfig, model: Any) -> None:
+    """The layers outside of what conversion adds are those of the dense `model`."""
+    assert stage.lora is not None
     trained = set() if stage.trainable == "latent" else trainable_names(model, stage.trainable)
     adapted_modules(model, stage.lora, trained, stage.adapted_part)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import registry
 from ..convert.config import ConvertConfig
+from ..convert.limits import planned_ranks
 from ..distill.data import Batch, open_data
 from ..distill.footprint import ClipShape, Footprint, Launch, footprint
 from ..distill.stages.base import REAL_SCORE, TEACHER
@@ -104,9 +105,8 @@ class DryRun:
         convert: ConvertConfig = self.recipe.convert
         layers, head_dim = dense.config.num_layers, dense.config.attention_head_dim
         scalars = 2 * dense.config.num_attention_heads * head_dim
-        if convert.budget is None:
-            ranks = convert.ranks(layers)
-        else:
+        ranks = planned_ranks(self.family.geometry(dense.config), dense.rotary_table().axes, convert).fitted
+        if convert.budget is not None:
             mean = convert.budget.scalars(scalars) or scalars * PAPER_SHARE
             ranks = [max(1, convert.layers_per_latent * (round(mean) - convert.cached_key))] * layers
         shared = tuple(range(convert.qk_rope_head_dim // 2))
@@ -143,10 +143,8 @@ class DryRun:
         """What each stage needs."""
         student, networks = self.models()
         known = stages()
-        return [
-            footprint(known[config.stage](config), student, networks, self.launch, self.clip)
-            for config in self.recipe.distill
-        ]
+        configs = [config.over(self.launch.processes) for config in self.recipe.distill]
+        return [footprint(known[config.stage](config), student, networks, self.launch, self.clip) for config in configs]
 
     def measure(self, steps: int) -> list[float]:
         """Seconds a step of each stage in this process, the median of `steps`, with random weights and clips."""

@@ -19,7 +19,7 @@ from ..evaluate.report import REPORT_HTML, write_report
 from ..export.checkpoint import find_checkpoint, load_checkpoint
 from ..export.manifest import read_manifest
 from ..files import MANIFEST, check_place
-from ..load import load_dense, load_source
+from ..load import load_dense, load_source, read_config
 from ..mla.kernels import Mode
 from ..recipe.schema import Recipe, validate
 from ..run.config import GenerateConfig
@@ -39,17 +39,22 @@ def evaluate_checkpoint(
     report: Report,
     kernels: Mode | None = None,
 ) -> tuple[Path, dict[str, Any]]:
-    """Compare the model in `folder` with its teacher; writes report.json and report.html.
+    """Compare the converted model in `folder` with its teacher; writes report.json and report.html.
 
     `teacher` replaces the source in the manifest, `changes` entries of its evaluate section, `kernels`
     the key of its streaming section. The
     report goes to `out`, by default into the checkpoint or beside it in its run folder. Returns the
     page and the report. Raises UserError in one line.
     """
-    root, _ = find_checkpoint(folder)
+    root, inner = find_checkpoint(folder)
     if out is None:
         out = root.parent / "evaluation" if (root.parent / STATE).exists() else root
     check_place(out / REPORT_HTML)
+    if not read_config(inner).get("mla"):
+        raise UsageError(
+            f"{folder} is a dense model, and evaluate compares a converted one with its teacher; give a checkpoint "
+            "that `mla-convert run` or `convert` wrote"
+        )
     recipe = _recorded_recipe(root)
     started = time.monotonic()
     device = default_device()

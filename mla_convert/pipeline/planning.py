@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..evaluate.geometry import Geometry, from_model
 from ..evaluate.geometry import preset as find_preset
 from ..export.checkpoint import find_checkpoint
-from ..load import accepted_config, load_source, read_config
+from ..load import accepted_config, known_config, load_source
 from ..run.config import GenerateConfig
 from ..run.sample import DIGITS, latent_scale, latent_size, prompt_encoder
 from .generation import recorded
@@ -82,7 +82,7 @@ def _converted(folder: Path) -> Any:
         _, inner = find_checkpoint(folder)
     except UserError:
         return None
-    stored = read_config(inner)
+    stored = known_config(inner)
     for family in registry.families().values():
         if stored.get("_class_name") == family.mla_class.__name__:
             with torch.device("meta"):

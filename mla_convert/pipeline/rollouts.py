@@ -17,6 +17,7 @@ from ..distill.negative import EMBEDS_KEY, NEGATIVE, find_negative, read_negativ
 from ..distill.rollouts import RolloutsConfig, open_folder, shards_of, write_rollouts
 from ..distill.waiting import wait_until
 from ..errors import UsageError, UserError
+from ..families.base import noise_channels
 from ..files import atomic_file, save_tensors
 from ..load import Source
 from ..run.config import GenerateConfig
@@ -110,7 +111,7 @@ def check_rollouts(config: RolloutsConfig, source: Source) -> dict[str, Tensor]:
         raise UsageError("data.kind: rollouts needs a finite window; set causal.window_frames")
     check_length(source.config, config.num_frames)
     height, width = latent_size(source.config, _sampling(config, 0))
-    shape = (source.config["in_channels"], config.num_frames, height, width)
+    shape = (noise_channels(source.config), config.num_frames, height, width)
     return {"latents": torch.empty(shape, device="meta"), "encoder_hidden_states": text[0]}
 
 

@@ -21,6 +21,7 @@ from ..errors import UsageError, UserError
 from ..recipe.schema import Recipe
 from .checks import check_inputs
 from .context import STAGES, Context, stage_names
+from .fits import warn_of_memory
 from .rundir import RunDir, has_failed, read_state
 from .steps import Step, steps_of
 
@@ -84,10 +85,11 @@ def this_process() -> PartialState:
 
 def _lead(recipe: Recipe, folder: RunDir, steps: list[Step], processes: PartialState, console: Console) -> None:
     """The first process: check, do every step that is not done, and record it."""
+    if folder.changed:
+        _say(console, f"the recipe is not that of before: {'; '.join(map(str, folder.changed))}")
     stale = folder.verify(step.name for step in steps_of(recipe))
     if stale:
-        note = f"the output of {stale} is not what was written; it is made again"
-        console.print(note, soft_wrap=True, markup=False, highlight=False)
+        _say(console, f"the output of {stale} is not what was written; it is made again")
     pending = [step for step in steps if not folder.is_done(step.name)]
     for step in steps:
         if step not in pending:
@@ -99,6 +101,8 @@ def _lead(recipe: Recipe, folder: RunDir, steps: list[Step], processes: PartialS
     with progress_bars(console) as report:
         context = Context(recipe, folder.path, report)
         check_inputs(context, pending)
+        if any(step.trains for step in pending):
+            warn_of_memory(recipe, context.device)
         folder.begin()
         processes.wait_for_everyone()
         for step in pending:
@@ -109,6 +113,10 @@ def _lead(recipe: Recipe, folder: RunDir, steps: list[Step], processes: PartialS
                 processes.wait_for_everyone()
             folder.mark_done(step.name, step.paths, time.monotonic() - started)
             _discard_scratch(folder, step)
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def _discard_scratch(folder: RunDir, step: Step) -> None:

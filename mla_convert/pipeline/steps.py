@@ -160,7 +160,9 @@ def _evaluate(context: Context) -> None:
 
 
 def _export(context: Context) -> None:
-    export(context.stage_folder(-1), context.path / CHECKPOINT, context.recipe.export)
+    recipe = context.recipe
+    # Later sections may have changed since the model was written.
+    export(context.stage_folder(-1), context.path / CHECKPOINT, recipe.export, recipe.model_dump(mode="json"))
 
 
 def _samples(context: Context) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..devices import default_device
 from ..distill.encode import EncodeConfig, encode_prompts
 from ..distill.encode.models import find_pipeline, load_vae
-from ..distill.negative import find_negative, read_negative
+from ..distill.negative import NEGATIVE, find_negative, read_negative
 from ..distill.progress import Report
 from ..errors import UsageError, UserError
 from ..evaluate.report import REPORT_JSON, write_report
@@ -176,7 +176,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
     """Record what the videos in `out` are drawn with. Raises UsageError where others lie there."""
     path = out / RECORD
     if path.exists():
-        different = first_difference(json.loads(path.read_text()), settings)
+        different = first_difference(json.loads(path.read_text(encoding="utf-8")), settings)
         if different:
             key, *values = different
             old, new = map(json.dumps, values)
@@ -210,6 +210,11 @@ class Drawing:
         settings["num_frames"] = next(stop for stop in ends if stop >= frames)
         self.config = validate(GenerateConfig, settings)
         check_length(model.config, self.config.num_frames)
+        if self._is_guided and config.prompt_embeds is not None and find_negative(config.prompt_embeds) is None:
+            raise UsageError(
+                f"guidance needs a negative prompt, and {config.prompt_embeds} has no {NEGATIVE}; encode the prompts "
+                "again or give --guidance-scale 1"
+            )
         self.pixels = pixels
         try:
             model.token_grid(*latent_size(model.config, self.config))
@@ -271,9 +276,14 @@ class Drawing:
         """Where the prompts' embeddings lie, or will."""
         return self.vbench.prompt_embeds or self.out / PROMPTS
 
+    @property
+    def _is_guided(self) -> bool:
+        """Whether guidance leads away from an embedding; that of digits is zeros."""
+        return self.config.guidance_scale != 1 and not self.digits
+
     def negative(self, shape: Sequence[int]) -> Tensor | None:
-        """The negative prompt of guidance for embeddings of `shape` `[1, L, D]`; None is zeros."""
-        beside = None if self.config.guidance_scale == 1 or self.digits else find_negative(self._embeds)
+        """The negative prompt of guidance for embeddings of `shape` `[1, L, D]`; None for the zeros of digits."""
+        beside = find_negative(self._embeds) if self._is_guided else None
         return None if beside is None else read_negative(beside, shape[1:]).unsqueeze(0)
 
     @functools.cached_property
@@ -294,7 +304,7 @@ def _scored(
 ) -> dict[str, dict[str, Any]]:
     """Scores by dimension; one that was scored before from as many videos is not scored again."""
     path = out / SCORES / "scores.json"
-    known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for done, dimension in enumerate(dimensions):
         report("VBench", done, len(dimensions), dimension)
         if known.get(dimension, {}).get("videos") != counts[dimension]:
@@ -309,6 +319,6 @@ def _known_report(folder: Path) -> tuple[dict[str, Any], Sequence[Any]]:
     """The report that the run or its evaluation has already, and the run's samples."""
     for place in (folder, folder / "evaluation"):
         if (place / REPORT_JSON).is_file():
-            report: dict[str, Any] = json.loads((place / REPORT_JSON).read_text())
+            report: dict[str, Any] = json.loads((place / REPORT_JSON).read_text(encoding="utf-8"))
             return report, read_samples(folder, report)
     return {}, ()

@@ -1,4 +1,4 @@
-"""The VAE, text encoder and tokenizer of a checkpoint: beside it, where it names them, or elsewhere."""
+"""The VAE, text encoder, tokenizer and image encoder of a checkpoint: beside it, where it names them, or elsewhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..files import MANIFEST
 from ..load import read_json
 from ..load.hub import download
 
-TEXT, PICTURES = ("tokenizer", "text_encoder"), ("vae",)
+TEXT, PICTURES, IMAGE_TOKENS = ("tokenizer", "text_encoder"), ("vae",), ("image_processor", "image_encoder")
 
 
 def find_parts(root: Path, wanted: Sequence[str], elsewhere: str | None = None) -> Path | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..flow import NUM_TRAIN_TIMESTEPS, Sampler, add_noise, denoising_times, expert_at, next_sample, sampling_times
+from ..mla.conditions import Conditions, Given, placed
 from ..mla.graph import denoiser
 from ..mla.window import CausalConfig
 
@@ -37,6 +38,7 @@ def stream_chunks(
     negative_hidden_states: Tensor | None = None,
     start: Tensor | None = None,
     *,
+    conditions: Given | None = None,
     sampler: Sampler = "euler",
     denoising_steps: Sequence[float] | None = None,
     first_chunk_steps: Sequence[float] | None = None,
@@ -71,15 +73,20 @@ def stream_chunks(
     starts with the first chunks of another goes on like it. Raises UsageError where `start` does not
     end with a chunk.
 
+    `conditions` are what the model is conditioned on beside text, by name, see `Conditions`: tensors for the whole
+    video, or for those by frames functions of (first, stop). Passes with the negative prompt are told them too. An
+    image-to-video model needs those of its image. Raises UsageError without, before anything is computed.
+
     `prompt_at` is asked before every chunk, with the number of its first frame, for another text
     `[B or 1, L, D]`; None keeps the one before. No text is cached, so what was made before is untouched.
     `on_step` is told the chunk's first frame, the step, its time and the chunk after it, which what it
     returns replaces. `device` is where the model computes, where hooks move its weights there and back.
     """
     models = list(model) if isinstance(model, Sequence) else [model]
-    batch, channels = encoder_hidden_states.shape[0], models[0].config.in_channels
+    batch, channels = encoder_hidden_states.shape[0], models[0].noise_channels
     causal = models[0].causal
     end = video_end(causal, models[0].rotary_table().max_len, num_frames, 0 if start is None else start.shape[2])
+    told = Conditions(models, conditions, batch, end, (height, width))
     experts = [
         _Expert(one, encoder_hidden_states, negative_hidden_states, guidance_scale, height, width, device)
         for one in models
@@ -105,6 +112,9 @@ def stream_chunks(
                 expert.set_text(text)
                 if recent is not None:
                     expert.rewrite(recent, t_context)
+        now = told.at(first, stop)
+        for expert in experts:
+            expert.set_conditions(now)
         given = start is not None and stop <= start.shape[2]
         x = _noise(shape, generators).to(device)
         with torch.no_grad():
@@ -130,24 +140,24 @@ def stream_chunks(
                 expert.write(context, t_context)
             used = writers[-1]
             if recent is not None:
-                recent.add(first, context, causal.first_kept(stop))
+                recent.add(first, context, causal.first_kept(stop), now)
         yield x
     if end != num_frames:
         logger.warning("%s", end_notice(causal, "the video", end))
 
 
 class RecentChunks:
-    """The chunks `[B, C, F, H, W]` that a ring still holds whole, as they were written, by their first frame."""
+    """The chunks that a ring still holds whole, as written: first frame, chunk `[B, C, F, H, W]`, conditions."""
 
     def __init__(self) -> None:
-        self._chunks: deque[tuple[int, Tensor]] = deque()
+        self._chunks: deque[tuple[int, Tensor, Mapping[str, Tensor]]] = deque()
 
-    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[int, Tensor, Mapping[str, Tensor]]]:
         return iter(self._chunks)
 
-    def add(self, first: int, written: Tensor, first_kept: int) -> None:
+    def add(self, first: int, written: Tensor, first_kept: int, conditions: Mapping[str, Tensor]) -> None:
         """Take a chunk that begins at frame `first`; let go of those that begin before `first_kept`."""
-        self._chunks.append((first, written))
+        self._chunks.append((first, written, conditions))
         while self._chunks and self._chunks[0][0] < first_kept:
             self._chunks.popleft()
 
@@ -249,6 +259,7 @@ class _Expert:
         self.copies = 1 if guidance_scale == 1 else 2
         self.batch, self.negative = len(text), negative
         self.set_text(text)
+        self.conditions: dict[str, Tensor] = {}
         self.cache = model.init_cache(len(self.text), height, width, device=self.device)
         self.denoise = denoiser(model, self.cache)
 
@@ -258,6 +269,10 @@ class _Expert:
         if self.copies == 2:
             negative = torch.zeros_like(self.text) if self.negative is None else self.negative.to(self.text)
             self.text = torch.cat([self.text, negative.expand_as(self.text)])
+
+    def set_conditions(self, conditions: Mapping[str, Tensor]) -> None:
+        """What the passes to come are conditioned on, `[B, ...]` each; those with the negative prompt, too."""
+        self.conditions = placed([conditions] * self.copies, self.device, self.model.dtype)
 
     def velocity(self, x: Tensor, t: float, r: float) -> Tensor:
         """Velocity `[B, C, F, H, W]`, float32, at noise level t; of a flow map the mean one down to r."""
@@ -276,9 +291,10 @@ class _Expert:
     @torch.no_grad()
     def rewrite(self, recent: RecentChunks, t: Tensor) -> None:
         """Write the chunks that the ring holds again, for the text of now."""
-        for index, (first, written) in enumerate(recent):
+        for index, (first, written, conditions) in enumerate(recent):
             if index == 0:
                 self.cache.rewind(first)
+            self.set_conditions(conditions)
             self.write(written, t)
 
     def _run(self, x: Tensor, timestep: Tensor, r_timestep: Tensor, write: bool) -> Tensor:
@@ -286,7 +302,7 @@ class _Expert:
         model = self.model
         x = x.to(self.device, model.dtype).repeat(self.copies, 1, 1, 1, 1)
         timestep, r_timestep = (time.to(self.device).repeat(self.copies) for time in (timestep, r_timestep))
-        conditions = {"r_timestep": r_timestep} if model.flow_map else {}
+        conditions = {**self.conditions, **({"r_timestep": r_timestep} if model.flow_map else {})}
         if write:
             # By the call, not by `forward_chunk`: hooks that bring weights to the device see calls alone.
             out: Tensor = model(x, timestep, self.text, cache=self.cache, write=True, **conditions)

@@ -1,6 +1,6 @@
-"""The VAE and the text encoder of a Wan pipeline, one in memory at a time.
+"""The VAE, the text encoder and the image encoder of a Wan pipeline, one in memory at a time.
 
-Both follow diffusers' WanPipeline: prompts are cleaned and padded by its own method, latents are the
+They follow diffusers' WanPipeline: prompts are cleaned and padded by its own method, latents are the
 mode of the VAE's distribution, standardised by the mean and standard deviation of its configuration.
 """
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from ..normalisation import Scale
 
 TEXT_TOKENS = 512
 VAE, TEXT_ENCODER, TOKENIZER = "vae", "text_encoder", "tokenizer"
+IMAGE_ENCODER, IMAGE_PROCESSOR = "image_encoder", "image_processor"
 # Every Wan transformer works on patches of 2x2 latent pixels.
 PATCH = 2
 
@@ -97,6 +99,30 @@ def text_encoder(folder: Path, dtype: torch.dtype, device: torch.device) -> Iter
         encoder = UMT5EncoderModel.from_pretrained(folder / TEXT_ENCODER, dtype=dtype).to(device).eval()
     try:
         yield lambda prompts: encode_text(tokenizer, encoder, prompts, device).to("cpu", dtype)
+    finally:
+        _free(encoder)
+
+
+@torch.no_grad()
+def encode_image(processor: Any, encoder: Any, image: Image.Image) -> Tensor:
+    """Tokens `[1, 257, D]` of an image: the last hidden states of a CLIP encoder but one, as Wan2.1 reads them."""
+    bring_weights(encoder)
+    inputs = processor(images=image, return_tensors="pt")
+    pixels = inputs["pixel_values"].to(encoder.device, encoder.dtype)
+    tokens: Tensor = encoder(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
+    return tokens
+
+
+@contextlib.contextmanager
+def image_encoder(folder: Path, device: torch.device) -> Iterator[Callable[[Image.Image], Tensor]]:
+    """A function from an image to its tokens `[1, 257, D]`, float32 on the CPU; freed at the end."""
+    from transformers import CLIPImageProcessor, CLIPVisionModel
+
+    with _explained(folder):
+        processor = CLIPImageProcessor.from_pretrained(folder / IMAGE_PROCESSOR)
+        encoder = CLIPVisionModel.from_pretrained(folder / IMAGE_ENCODER, dtype=torch.float32).to(device).eval()
+    try:
+        yield lambda image: encode_image(processor, encoder, image).cpu()
     finally:
         _free(encoder)
 

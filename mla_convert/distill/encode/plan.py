@@ -57,7 +57,7 @@ def claimed(out: Path, plan: dict[str, Any], resume: bool) -> Iterator[None]:
 
 def _require_same(out: Path, plan: dict[str, Any]) -> None:
     try:
-        recorded = json.loads((out / PLAN).read_text())
+        recorded = json.loads((out / PLAN).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise UserError(f"{out / PLAN} cannot be read; encode again into another folder") from None
     for key in (*plan, *recorded):

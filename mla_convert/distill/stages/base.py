@@ -11,6 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from ...errors import UserError
 from ..data import Batch, Data
 from ..keys import LoraConfig, PreviewConfig, SpikeConfig, StopConfig, Tracker
 
@@ -23,7 +24,9 @@ class StageConfig(BaseModel):
     """The keys that every stage has; a stage adds its own.
 
     **How long.** `steps` counts optimizer steps, of which `stop` may leave out the last; `batch_size`
-    clips a process and micro-step, `grad_accumulation` micro-steps a step.
+    clips a process and micro-step, `grad_accumulation` micro-steps a step. `global_batch` is the number of clips a
+    step of all processes together, which `grad_accumulation` then follows from: more processes make a stage shorter
+    and leave what it learns as it is.
 
     **What is trained.** `trainable` is `latent` (the projections that conversion added), `attention`
     (all of the self-attention) or `all`; `lora` puts adapters on linear layers of the rest.
@@ -31,7 +34,8 @@ class StageConfig(BaseModel):
     **Optimizer.** `adamw`, in float32, with `betas`, `epsilon` and decoupled `weight_decay` on all that
     is trained, or `adafactor`, whose state is some thousandth of that. The learning rate rises linearly
     over `warmup_steps` and then follows `schedule`, which falls to `min_learning_rate` at `steps`.
-    `max_grad_norm` null clips nothing. With `ema_decay` the stage ends with the averaged weights.
+    `max_grad_norm` null clips nothing. With `ema_decay` the stage ends with the averaged weights; `ema_warmup` lets
+    the decay rise to it, `(1 + n) / (10 + n)` after n steps, so that a short stage forgets what it began with.
 
     **How it is computed.** `mixed_precision` is autocast over float32 weights; fp16 needs a GPU.
     `gradient_checkpointing` computes blocks again in the backward pass instead of keeping what they
@@ -39,8 +43,9 @@ class StageConfig(BaseModel):
     anyway. `compile` compiles each block by `torch.compile` with `compile_backend`.
 
     **What is watched.** `spike` says which losses are out of line and what happens then; null watches for
-    none. `eval_every` null measures the held-out loss only before the first and after the last step;
-    `checkpoint_every` null writes a checkpoint only at the end. `tracker` is one or several, null for none.
+    none. `eval_every` null measures the held-out loss only before the first and after the last step. A checkpoint is
+    written every `checkpoint_every` steps (null for none), `checkpoint_minutes` after the one before (null for none),
+    when a signal asks the stage to stop, and at the end. `tracker` is one or several, null for none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -63,7 +68,9 @@ class StageConfig(BaseModel):
     max_grad_norm: float | None = Field(1.0, gt=0)
     batch_size: int = Field(8, ge=1)
     grad_accumulation: int = Field(1, ge=1)
+    global_batch: int | None = Field(None, ge=1)
     ema_decay: float | None = Field(None, gt=0, lt=1)
+    ema_warmup: bool = True
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = False
     shard_frozen: bool = False
@@ -73,6 +80,7 @@ class StageConfig(BaseModel):
     lora: LoraConfig | None = None
     spike: SpikeConfig | None = SpikeConfig()
     checkpoint_every: int | None = Field(500, ge=1)
+    checkpoint_minutes: float | None = Field(30.0, gt=0)
     keep_checkpoints: int = Field(2, ge=1)
     eval_every: int | None = Field(500, ge=1)
     preview: PreviewConfig | None = None
@@ -103,12 +111,26 @@ class StageConfig(BaseModel):
         """Latent frames of such a sequence for clips of `frames`."""
         return frames
 
+    def over(self, processes: int) -> StageConfig:
+        """The same with the `grad_accumulation` that `global_batch` leaves so many processes. Raises UserError."""
+        if self.global_batch is None:
+            return self
+        micro_steps, rest = divmod(self.global_batch, self.batch_size * processes)
+        if rest or not micro_steps:
+            raise UserError(
+                f"stage {self.stage}: global_batch {self.global_batch} is no multiple of batch_size {self.batch_size} "
+                f"times {processes} processes; change it or the number of processes"
+            )
+        return self.model_copy(update={"grad_accumulation": micro_steps})
+
     @model_validator(mode="after")
     def _keys_fit_each_other(self) -> StageConfig:
         if self.lora is not None and self.trainable == "all":
             raise ValueError("lora adapts what trainable leaves frozen, and trainable: all leaves nothing")
         if self.stop is not None and self.eval_every is None:
             raise ValueError("stop needs eval_every, the steps between two held-out losses")
+        if self.global_batch is not None and self.grad_accumulation != 1:
+            raise ValueError("grad_accumulation follows from global_batch; leave one of them out")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError("min_learning_rate is above learning_rate")
         return self

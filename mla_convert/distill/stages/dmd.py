@@ -40,6 +40,9 @@ class DMDConfig(GuidedStageConfig):
     bidirectional` all frames of the scored window see each other, with `causal` every chunk sees the
     clean chunks before it. `score_range` clamps the scores' noise levels after the shift.
 
+    The real score's velocity is `v_neg + guidance_scale (v_text - v_neg)`; public code of DMD adds its guidance times
+    the difference to `v_text`, so that its 3 are the 4 here.
+
     The fake score gets `critic_updates` optimizer steps before each of the student's, over
     `critic_trainable` of its parameters; `steps` counts those of the student.
     """
@@ -49,6 +52,7 @@ class DMDConfig(GuidedStageConfig):
 
     stage: Literal["dmd"] = "dmd"
     betas: tuple[float, float] = (0.0, 0.999)
+    guidance_scale: float = Field(4.0, ge=0)
     denoising_steps: tuple[int, ...] = (1000, 750, 500, 250)
     sampler: Sampler = "euler"
     rollout_frames: int | None = Field(None, ge=1)
