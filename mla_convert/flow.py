@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import UserError
+from .errors import UsageError
 
 NUM_TRAIN_TIMESTEPS = 1000
 ALL_NOISE = (0.0, 1.0)
@@ -62,6 +62,19 @@ def denoising_times(steps: Sequence[float], shift: float) -> Tensor:
 def noise_levels(steps: Sequence[float] | None, shift: float) -> tuple[float, ...] | None:
     """The noise levels in (0, 1] of denoising `steps` out of 1000 under a `shift`; None, which are all, for None."""
     return None if steps is None else tuple(denoising_times(steps, shift)[:-1].tolist())
+
+
+def levels_inside(levels: Sequence[float], noise_range: tuple[float, float]) -> list[float]:
+    """Those of `levels` that lie in a model's `noise_range`. Raises UsageError where there are none."""
+    low, high = noise_range
+    inside = [level for level in levels if low <= level <= high]
+    if not inside:
+        shown = ", ".join(f"{level:.3g}" for level in levels)
+        raise UsageError(
+            f"none of the denoising_steps, shifted to noise levels of {shown}, lies in the model's noise range "
+            f"[{low:g}, {high:g}]; leave denoising_steps out"
+        )
+    return inside
 
 
 def per_frame(t: Tensor, ndim: int) -> Tensor:
@@ -136,18 +149,11 @@ def chunk_times(
 
     With a narrower `noise_range` only levels inside it come up, in the proportions that they have
     among all. `levels`, of `noise_levels`, are instead the only ones that come up, each as often as the others; the
-    shift is in them. Raises UserError where none of them lies in the range. `chunks` are the half-open frame ranges of
+    shift is in them. Raises UsageError where none of them lies in the range. `chunks` are the half-open frame ranges of
     `CausalConfig.chunks`.
     """
     if levels is not None:
-        low, high = noise_range
-        inside = [level for level in levels if low <= level <= high]
-        if not inside:
-            shown = ", ".join(f"{level:.3g}" for level in levels)
-            raise UserError(
-                f"none of the denoising_steps, shifted to noise levels of {shown}, lies in the model's noise range "
-                f"[{low:g}, {high:g}]; leave denoising_steps out"
-            )
+        inside = levels_inside(levels, noise_range)
         drawn = torch.randint(len(inside), (batch_size, len(chunks)), generator=generator)
         return over_frames(torch.tensor(inside)[drawn], chunks)
     t = torch.rand(batch_size, len(chunks), generator=generator)

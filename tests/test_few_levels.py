@@ -7,6 +7,7 @@ import pico
 import pytest
 import torch
 from pydantic import ValidationError
+from recipe_case import RECIPE, write_teacher
 
 from mla_convert import flow
 from mla_convert.convert.blocks import ModelBlocks
@@ -18,9 +19,10 @@ from mla_convert.distill.objective import flow_loss, noised_clips
 from mla_convert.distill.stages.match_velocity import MatchVelocityConfig
 from mla_convert.distill.stages.noised import noised_batch
 from mla_convert.distill.trainer import run_stage
-from mla_convert.errors import UserError
+from mla_convert.errors import UsageError
 from mla_convert.evaluate.config import EvaluateConfig
 from mla_convert.evaluate.fidelity import fidelity
+from mla_convert.pipeline import run
 from mla_convert.recipe.load import parse_recipe
 from mla_convert.recipe.shipped import shipped_recipes
 from mla_convert.run.stream import stream_chunks
@@ -42,9 +44,6 @@ def test_levels_are_those_that_the_steps_visit():
     assert flow.noise_levels(None, SHIFT) is None
     visited = []
     model = pico.dense_model()
-
-    def seen(module, arguments, keywords):
-        visited.append(float(arguments[1].flatten()[0]) / 1000)
 
     forward = model.forward_chunk
 
@@ -73,7 +72,7 @@ def test_an_expert_draws_those_of_its_range_and_is_refused_where_there_is_none()
     levels = flow.noise_levels(STEPS, SHIFT)
     t = flow.chunk_times(200, CHUNKS, torch.Generator().manual_seed(0), 1.0, (0.875, 1.0), levels)
     assert set(t.unique().tolist()) == set(levels[:2])
-    with pytest.raises(UserError, match=r"none of the denoising_steps, .* 0\.625, lies in .* \[0, 0\.5\]; leave"):
+    with pytest.raises(UsageError, match=r"none of the denoising_steps, .* 0\.625, lies in .* \[0, 0\.5\]; leave"):
         flow.chunk_times(1, CHUNKS, torch.Generator(), 1.0, (0.0, 0.5), levels)
 
 
@@ -129,6 +128,17 @@ def test_impossible_steps_are_refused(config, steps):
     needed = {"steps": 1, "learning_rate": 1e-3} if config is MatchVelocityConfig else {}
     with pytest.raises(ValidationError, match="the steps fall from at most 1000 to at least 1"):
         config(denoising_steps=steps, **needed)
+
+
+def test_a_run_of_an_expert_is_refused_before_it_begins(tmp_path):
+    teacher = write_teacher(tmp_path / "teacher")
+    changes = ["source.noise_range=[0.0, 0.5]", "evaluate.rollout_prompts=0", "generate.prompts=[]"]
+    for key in ("convert.calibration", "distill.0", "evaluate"):
+        shift = "shift" if key == "evaluate" else "timestep_shift"
+        few = [f"{key}.denoising_steps=[1000, 500]", f"{key}.{shift}=5.0"]
+        with pytest.raises(UsageError, match=rf"{key}: none of the denoising_steps, .* \[0, 0\.5\]"):
+            run(parse_recipe(RECIPE.format(teacher=teacher), [*changes, *few]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["self-forcing-1.3b", "causal-forcing-1.3b", "longlive-1.3b"])

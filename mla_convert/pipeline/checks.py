@@ -18,6 +18,7 @@ from ..distill.trainable import trainable_names
 from ..errors import UsageError, UserError
 from ..export.components import is_hub_id
 from ..families.base import noise_channels
+from ..flow import levels_inside
 from ..load import Source
 from ..mla.window import CausalConfig
 from ..recipe.schema import Recipe
@@ -60,6 +61,7 @@ def check_inputs(context: Context, pending: Iterable[Step]) -> None:
         _check_samples(context)
     if any(step.trains for step in pending):
         _check_stages(context)
+    _check_levels(context.recipe)
     _check_data(context, made="data" in names, read=any(step.reads_clips for step in pending))
 
 
@@ -100,6 +102,16 @@ def _check_stages(context: Context) -> None:
                 _check_adapters(stage, _without_weights(source))
     if context.real_score is not None:
         check_alike(context.real_score, source)
+
+
+def _check_levels(recipe: Recipe) -> None:
+    """A model of a part of the noise has to know one of the denoising steps that it is trained and measured at."""
+    sections: dict[str, Any] = {f"distill.{index}": stage for index, stage in enumerate(recipe.distill)}
+    sections |= {"convert.calibration": recipe.convert.calibration, "evaluate": recipe.evaluate}
+    for key, section in sections.items():
+        if section.noise_levels is not None:
+            with _named(key):
+                levels_inside(section.noise_levels, recipe.source.noise_range)
 
 
 def _without_weights(source: Source) -> Any:
