@@ -32,16 +32,14 @@ COLUMNS_AT_ONCE = 1024
 class LayerInit:
     """Parameters of a `LatentSelfAttention` that its dense layer does not have, and its pairs.
 
-    `tensors` are float32 by parameter name. `lost_energy` is the share of the target's energy,
-    measured in the metric of the fit, that the code does not carry. With `derived` the shared key
-    comes from the latent. `curve` are `[rank, predicted rise of the loss]` of this latent alone, where a
-    budget asked for them; the first of the layers that share it has them.
+    `tensors` are float32 by parameter name. With `derived` the shared key comes from the latent. `curve` are
+    `[rank, predicted rise of the loss]` of this latent alone, where a budget asked for them; the first of the
+    layers that share it has them.
     """
 
     rope_pairs: list[int]
     nope_pairs: list[int]
     tensors: dict[str, Tensor]
-    lost_energy: float | None
     derived: bool = False
     curve: list[tuple[int, float]] | None = None
 
@@ -52,7 +50,7 @@ class LayerInit:
             tensors[name] = tensors[name][:rank].contiguous()
         for name in ("kv_b_proj.weight", *(["k_pe_proj.weight"] if self.derived else [])):
             tensors[name] = tensors[name][:, :rank].contiguous()
-        return replace(self, tensors=tensors, lost_energy=None)
+        return replace(self, tensors=tensors)
 
 
 @dataclass
@@ -124,7 +122,6 @@ def initialise_layers(
                 [] if shared is None else shared.pairs,
                 [] if shared is None else reading.target.nope_pairs,
                 {name: tensor.float().contiguous() for name, tensor in (tensors | reading.tensors).items()},
-                None if code is None else code.error(),
                 reading.target.derived,
             )
         )

@@ -216,7 +216,7 @@ class StreamingMLAPipeline(DiffusionPipeline):
             raise UsageError("the model makes latents and this pipeline has no vae; pass one, or output_type='latent'")
         if not self.pixels and self.vae is not None:
             check_vae(self.vae, self.transformer.config, "the pipeline's vae", "pass the model's own")
-        size = self._latent_size(height, width, config)
+        size = self._latent_size(height, width)
         frames = self._latent_frames(num_frames, seconds, config["fps"])
         video_end(self.transformer.causal, self.transformer.rotary_table().max_len, frames)
         texts = self._texts(prompt, prompt_embeds, max_sequence_length)
@@ -353,7 +353,7 @@ class StreamingMLAPipeline(DiffusionPipeline):
                 raise UsageError(f"{key} is more than 0, not {values[key]}")
         return values
 
-    def _latent_size(self, height: int | None, width: int | None, config: Mapping[str, Any]) -> tuple[int, int]:
+    def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         spatial = self.vae_scale[1]
         known = self.config.sampling or {}
         default = (FRAME, FRAME) if self.digits else latent_scale(self.transformer.config).size
