@@ -28,6 +28,7 @@ LEAVES = (
     "files",
     "flow",
     "registry",
+    "sizes",
     "zoo.digits.data",
     "zoo.digits.classifier",
     "zoo.natural.clips",
