@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MANIFEST = "mla_convert.json"
-LOCK = ".lock"
+RUN_STATE, LOCK = "state.json", ".lock"
 
 # linux/fcntl.h and linux/fs.h.
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -240,7 +240,7 @@ def unreadable(error: OSError | UnicodeDecodeError) -> str:
     return error.strerror or str(error) if isinstance(error, OSError) else "it is not UTF-8 text"
 
 
-def claim_folder(path: Path, kind: str, markers: tuple[str, ...] = (MANIFEST, "state.json")) -> None:
+def claim_folder(path: Path, kind: str, markers: tuple[str, ...] = (MANIFEST, RUN_STATE)) -> None:
     """Refuse an output folder that holds something that is not a `kind` of ours.
 
     A folder is ours when it is missing, empty, or has one of `markers` in it: by default our manifest

@@ -29,6 +29,7 @@ LEAVES = (
     "flow",
     "registry",
     "sampling",
+    "sizes",
     "zoo.digits.data",
     "zoo.digits.classifier",
     "zoo.natural.clips",

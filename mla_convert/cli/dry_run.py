@@ -27,7 +27,7 @@ def print_needs(recipe: Recipe, launch: Path | None, processes: int, measure: in
 
 def needs_table(result: dict[str, Any]) -> Table:
     """One column a stage; bytes are those of one GPU."""
-    from ..evaluate.memory import format_bytes
+    from ..sizes import format_bytes
 
     launch = result["launch"]
     how = "DDP" if launch["processes"] > 1 else "one process"

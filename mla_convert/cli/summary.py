@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.table import Table
 
-from ..evaluate.memory import format_bytes
 from ..evaluate.text import times_training
+from ..sizes import format_bytes
 
 
 def read_report(path: Path) -> dict[str, Any]:

@@ -39,12 +39,11 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
+from ..sizes import RESERVED_BYTES
 from .adapters import adapted_modules
 from .runtime import BUCKET
 from .stages.base import AVERAGE, START, Stage, StageConfig
 from .trainable import trainable_names
-
-RESERVED_BYTES = 10**9
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,10 @@ import jinja2
 import yaml
 from huggingface_hub import ModelCardData
 
+from ..load.hub import is_hub_id
+from ..sizes import format_bytes
 from .citations import BASE_MODELS, VIDEO_MLA
-from .components import IMAGE_PARTS, Components, is_hub_id, sampling_of
+from .components import IMAGE_PARTS, Components, sampling_of
 from .evidence import SAMPLES, Evidence
 from .pictures import ANIMATION, Picture
 from .standalone import library_versions
@@ -24,7 +26,6 @@ MLA_TAGS = ["multi-head-latent-attention", "mla", "kv-cache"]
 MAX_PROMPT = 100
 NEEDED = ("vae", "text_encoder", "tokenizer")
 MINUS = "\N{MINUS SIGN}"
-_UNITS = ("B", "kB", "MB", "GB", "TB")
 # A bracket would end the text of a link.
 _BRACKETS = str.maketrans("[]", "()")
 
@@ -207,7 +208,7 @@ def _memory(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """What, dense, latent: the cache of a stream and the streams that fit a card, where the report has them."""
     rows = []
     if report.get("dense_cache_bytes") and report.get("latent_cache_bytes"):
-        values = (_bytes(report[f"{kind}_cache_bytes"]) for kind in ("dense", "latent"))
+        values = (format_bytes(report[f"{kind}_cache_bytes"]) for kind in ("dense", "latent"))
         rows.append(("cache of one stream, a full window", *values))
     plan = report.get("plan")
     if plan:
@@ -227,11 +228,3 @@ def _rise(loss: float, teacher: float | None) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.3g} %"
-
-
-def _bytes(count: float) -> str:
-    """Decimal units with three digits."""
-    power = 0
-    while count >= 999.5 and power < len(_UNITS) - 1:
-        count, power = count / 1000, power + 1
-    return f"{count:.3g} {_UNITS[power]}"

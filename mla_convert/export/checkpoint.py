@@ -13,8 +13,16 @@ from huggingface_hub import split_torch_state_dict_into_shards
 
 from .. import registry
 from ..errors import UserError
-from ..files import MANIFEST, atomic_folder, claim_folder, save_tensors
-from ..load import LazyTensors, accepted_config, build_model, check_tensors, known_config, open_weights, read_json
+from ..files import MANIFEST, RUN_STATE, atomic_folder, claim_folder, save_tensors
+from ..load import (
+    LazyTensors,
+    accepted_config,
+    build_model,
+    check_tensors,
+    known_config,
+    open_weights,
+    read_json,
+)
 from ..load.weights import CONFIG, INDEX, WEIGHTS
 from .config import DEFAULT_SHARD_SIZE
 from .manifest import build_manifest, family_of, read_manifest, verify_files
@@ -74,14 +82,14 @@ def find_checkpoint(folder: Path) -> tuple[Path, Path]:
         return (folder.parent if (folder.parent / MANIFEST).is_file() else folder), folder
     if not folder.exists():
         raise UserError(f"{folder} does not exist")
-    if (folder / "state.json").is_file():
+    if (folder / RUN_STATE).is_file():
         raise UserError(f"the run in {folder} is not finished and has no checkpoint yet; go on with --resume")
     raise UserError(f"{folder} holds no checkpoint: neither {TRANSFORMER}/config.json nor checkpoint/{TRANSFORMER}")
 
 
 def claim_checkpoint(folder: Path) -> None:
     """Refuse a folder that is anything but missing, empty or a checkpoint of ours. Raises UserError."""
-    if (folder / "state.json").exists():
+    if (folder / RUN_STATE).exists():
         raise UserError(f"{folder} is a run folder; choose another folder for the checkpoint")
     claim_folder(folder, "checkpoint")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ import diffusers
 
 from ..errors import UserError
 from ..load import read_json
-from ..load.hub import download
+from ..load.hub import download, is_hub_id
+from .checkpoint import TRANSFORMER
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +42,10 @@ TRAINED_FOR = (
     "latent_width",
     "fps",
 )
-PIPELINE, TRANSFORMER, AUTO_CLASS = "StreamingMLAPipeline", "transformer", "AutoModel"
+PIPELINE, AUTO_CLASS = "StreamingMLAPipeline", "AutoModel"
 PARTS = ("scheduler", "tokenizer", "text_encoder", "vae", "image_processor", "image_encoder")
 # For models that read the CLIP tokens of an image, Wan2.1's image-to-video models.
 IMAGE_PARTS = ("image_processor", "image_encoder")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -89,11 +88,6 @@ def find_components(
         if not (root / name).is_dir():
             raise UserError(f"{root / INDEX} names {name}, but {root / name} does not exist")
     return Components(classes, folder=root)
-
-
-def is_hub_id(text: str) -> bool:
-    """Whether `text` is written as `owner/name`."""
-    return _HUB_ID.fullmatch(text) is not None
 
 
 def _on_hub(repository: str, revision: str | None, copy: bool, names: Sequence[str]) -> Components:

@@ -16,10 +16,10 @@ from ..distill.launch import check_launch
 from ..distill.stages.base import StageConfig
 from ..distill.trainable import trainable_names
 from ..errors import UsageError, UserError
-from ..export.components import is_hub_id
 from ..families.base import noise_channels
 from ..flow import levels_inside
 from ..load import Source
+from ..load.hub import is_hub_id
 from ..mla.window import CausalConfig
 from ..recipe.schema import Recipe
 from ..run.sample import check_latent_size, check_length, latent_size

@@ -21,6 +21,7 @@ from ..distill.footprint import ClipShape, Footprint, Launch, footprint
 from ..distill.stages.base import REAL_SCORE, TEACHER
 from ..distill.trainer import run_stage
 from ..errors import UsageError, UserError
+from ..evaluate.geometry import PAPER_SHARE
 from ..families.base import Family
 from ..load import accepted_config, known_config
 from ..mla.config import MLAConfig
@@ -40,7 +41,6 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "causal-forcing": WAN_1_3B,
     "longlive-1.3b": WAN_1_3B,
 }
-PAPER_SHARE = 224 / 3072
 DIGITS_TEXT, WAN_TEXT, WAN_FRAMES = 3, 512, 21
 
 

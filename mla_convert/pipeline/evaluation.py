@@ -17,7 +17,7 @@ from ..evaluate.config import EvaluateConfig
 from ..evaluate.fidelity import evaluate
 from ..evaluate.report import REPORT_HTML, write_report
 from ..export.checkpoint import find_checkpoint, load_checkpoint
-from ..export.manifest import read_manifest
+from ..export.manifest import recorded_recipe
 from ..files import MANIFEST, check_place
 from ..load import load_dense, load_source, read_config
 from ..mla.kernels import Mode
@@ -55,7 +55,7 @@ def evaluate_checkpoint(
             f"{folder} is a dense model, and evaluate compares a converted one with its teacher; give a checkpoint "
             "that `mla-convert run` or `convert` wrote"
         )
-    recipe = _recorded_recipe(root)
+    recipe = _made_by(root)
     started = time.monotonic()
     device = default_device()
     student = load_checkpoint(folder, device=device)
@@ -87,11 +87,9 @@ def _run_of(root: Path) -> Path:
     return next((folder for folder in root.parents if (folder / STATE).exists()), root.parent)
 
 
-def _recorded_recipe(root: Path) -> Recipe | None:
+def _made_by(root: Path) -> Recipe | None:
     """The recipe in a checkpoint's manifest, None for a model without one."""
-    if not (root / MANIFEST).is_file():
-        return None
-    recorded = read_manifest(root).get("recipe")
+    recorded = recorded_recipe(root)
     if recorded and recorded["data"]["kind"] != "digits":
         # What was made before clips were drawn by the seed held out the last ones.
         recorded["data"].setdefault("split", "last")

@@ -17,9 +17,9 @@ from ..distill.encode.models import image_encoder, load_vae, text_encoder
 from ..distill.negative import find_negative, read_negative
 from ..distill.progress import Report
 from ..errors import UsageError, UserError
-from ..export.manifest import read_manifest
+from ..export.manifest import recorded_recipe
 from ..families.base import noise_channels
-from ..files import MANIFEST, atomic_file, check_place, save_tensors
+from ..files import atomic_file, check_place, save_tensors
 from ..recipe.schema import validate
 from ..run.config import GenerateConfig
 from ..run.decode import first_video_frame, frame_chunks, latent_frames, video_frames
@@ -291,8 +291,7 @@ class _Task:
 
 def recorded(root: Path, section: str) -> dict[str, Any]:
     """A section of the recipe that made a checkpoint, as far as it is known."""
-    recipe = read_manifest(root).get("recipe") if (root / MANIFEST).is_file() else None
-    return (recipe or {}).get(section) or {}
+    return recorded_recipe(root).get(section) or {}
 
 
 def _write_latents(chunks: Iterable[Tensor], paths: Sequence[Path]) -> tuple[int, bool]:

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, UserError
-from ..files import claim_folder, locked_folder, sha256, write_json, write_text
+from ..export.evidence import RECIPE
+from ..files import RUN_STATE, claim_folder, locked_folder, sha256, write_json, write_text
 from ..recipe.explain import describe
 from ..recipe.schema import Recipe
 from .corrections import LATE, Change, changes
 
-STATE, RESOLVED, FAILED = "state.json", "recipe.resolved.yaml", ".failed"
+STATE, RESOLVED, FAILED = RUN_STATE, RECIPE, ".failed"
 FORMAT = 1
 _RETRY_SECONDS = 0.5
 

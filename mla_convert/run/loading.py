@@ -14,7 +14,7 @@ from huggingface_hub import snapshot_download
 from ..errors import UserError
 from ..export.checkpoint import TRANSFORMER, find_checkpoint, load_checkpoint
 from ..export.components import INDEX, PARTS, REFERENCES, SAMPLING, sampling_of
-from ..export.manifest import read_manifest
+from ..export.manifest import recorded_recipe
 from ..files import MANIFEST
 from ..load import open_weights, read_json
 from ..load.hub import explain_hub_errors
@@ -52,8 +52,8 @@ def load_arguments(name: str | Path, given: Mapping[str, Any]) -> tuple[Path | N
         match index.get(part):
             case [str(library), str(class_name)] if part not in arguments:
                 arguments[part] = _load_part(part, library, class_name, dtypes, str(root), subfolder=part)
-    recipe = read_manifest(root).get("recipe") if (root / MANIFEST).is_file() else None
-    return None, {**sampling_of(recipe), **{key: index[key] for key in SAMPLING if key in index}, **arguments}
+    sampling = sampling_of(recorded_recipe(root)) | {key: index[key] for key in SAMPLING if key in index}
+    return None, {**sampling, **arguments}
 
 
 def _find(name: str | Path, hub: Mapping[str, Any], arguments: Mapping[str, Any]) -> tuple[Path, Path]:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..export.components import INDEX, REFERENCES, is_hub_id
+from ..export.components import INDEX, REFERENCES
 from ..export.manifest import read_manifest
 from ..files import MANIFEST
 from ..load import read_json
-from ..load.hub import download
+from ..load.hub import download, is_hub_id
 
 TEXT, PICTURES, IMAGE_TOKENS = ("tokenizer", "text_encoder"), ("vae",), ("image_processor", "image_encoder")
 
