@@ -18,7 +18,7 @@ from mla_convert.evaluate.fidelity import evaluate
 from mla_convert.export.manifest import FORMAT
 from mla_convert.families.wan import FAMILY
 from mla_convert.files import MANIFEST
-from mla_convert.pipeline.evaluation import _recorded_recipe
+from mla_convert.pipeline.evaluation import _made_by
 from mla_convert.recipe.load import parse_recipe
 from mla_convert.recipe.shipped import shipped_recipes
 
@@ -97,7 +97,7 @@ def test_a_checkpoint_from_before_held_out_the_last_clips(tmp_path):
         if split is None:
             del recorded["data"]["split"]
         (tmp_path / MANIFEST).write_text(json.dumps({"format": FORMAT, "recipe": recorded}))
-        assert _recorded_recipe(tmp_path).data.split == expected
+        assert _made_by(tmp_path).data.split == expected
 
 
 def test_too_few_tokens_are_said_once(caplog):
