@@ -284,8 +284,8 @@ def why_not_attend(channels: int, value_channels: int, dtype: torch.dtype | None
 def attend_plan(
     channels: int, value_channels: int, queries: int, dtype: torch.dtype, counted: bool, capability: int,
     describable: bool = True,
-) -> tuple[Plan, bool]:  # fmt: skip
-    """Tiles by channels, queries, dtype and compute capability, and whether they are described, see `attend_tiles.py`.
+) -> Plan:  # fmt: skip
+    """Tiles by channels, queries, dtype and compute capability, see `attend_tiles.py`.
 
     `describable` says that descriptors of queries, keys and values can be made.
     """
@@ -305,22 +305,23 @@ def attend_plan(
         "AHEAD": chosen.ahead,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
     }
-    return Plan(constants, chosen.warps, chosen.stages, chosen.max_registers), chosen.described
+    return Plan(constants, chosen.warps, chosen.stages, chosen.max_registers, chosen.described)
 
 
 def aot_variants(capability: int) -> list[Variant]:
     """Ahead-of-time compilations: heads as wide as of Wan and others, all keys or a prefix, and few queries."""
-    found = [_variant(channels, 4680, False, capability) for channels in (128, 64, 96, 160, 256)]
-    return [*found, _variant(128, 4680, True, capability), _variant(128, 32, True, capability)]
+    found = [aot_variant(channels, 4680, False, capability) for channels in (128, 64, 96, 160, 256)]
+    return [*found, aot_variant(128, 4680, True, capability), aot_variant(128, 32, True, capability)]
 
 
-def _variant(channels: int, queries: int, counted: bool, capability: int, heads: int = 12) -> Variant:
+def aot_variant(channels: int, queries: int, counted: bool, capability: int, heads: int = 12) -> Variant:
+    """One ahead-of-time compilation in bfloat16, of values of 128 channels."""
     types = dict.fromkeys(("query", "key", "value", "out"), "*bf16") | {"lse": "*fp32", "scale": "fp32"}
     types |= {"num_keys": "*i32"} if counted else {}
-    plan, described = attend_plan(channels, 128, queries, torch.bfloat16, counted, capability)
+    plan = attend_plan(channels, 128, queries, torch.bfloat16, counted, capability)
     fixed = {"KEY_K": heads * channels, "VALUE_K": heads * 128} | ({} if counted else {"num_keys": None})
     rows = {name: plan.constants["BLOCK_Q" if name == "query_tiles" else "BLOCK_K"] for name in TILES}
-    if described:
+    if plan.described:
         types |= {name: f"tensordesc<bf16[{count}, {channels}]>" for name, count in rows.items()}
     else:
         fixed |= dict.fromkeys(rows)
@@ -348,7 +349,7 @@ def _launch(
     batch, queries, heads, channels = query.shape
     keys, value_channels = value.shape[1], value.shape[3]
     device, counted = query.device, num_keys is not None
-    plan, described = attend_plan(
+    plan = attend_plan(
         channels, value_channels, queries, query.dtype, counted, capability(device),
         all(describable(x) for x in (query, key, value)),
     )  # fmt: skip
@@ -360,7 +361,7 @@ def _launch(
     out = torch.empty(splits, batch, queries, heads, value_channels, dtype=dtype, device=device)
     lse = torch.empty(splits, batch, heads, queries, dtype=torch.float32, device=device)
     descriptors = (None, None, None)
-    if described:
+    if plan.described:
         descriptors = describe(query, block_q), describe(key, block_k), describe(value, block_k)
     launch(
         _attend_kernel, (ceil_div(queries, block_q), batch * heads, splits), plan, query,
