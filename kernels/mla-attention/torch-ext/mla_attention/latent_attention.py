@@ -429,12 +429,11 @@ def _launch(query, query_pe, rows, scales, slots, num_keys, rotations, scale, sp
     tokens, shared = rows.shape[2], 0 if query_pe is None else query_pe.shape[-1]
     keys, strides = slots.shape[-1] * tokens, ring_strides(rows, scales, slots)
     far = rows.shape[1] * rows.stride(1) >= NEAR
-    query = query.contiguous()
-    query_pe = None if query_pe is None else query_pe.contiguous()
-    described = all(describable(_described(x)) for x in (query, query_pe) if x is not None)
-    plan = latent_plan(
-        rank, shared, queries * heads, query.dtype, scales is not None, far, capability(query.device), described
-    )  # fmt: skip
+    known = (rank, shared, queries * heads, query.dtype, scales is not None, far, capability(query.device))
+    plan = latent_plan(*known)
+    if plan.described:
+        query, query_pe = query.contiguous(), None if query_pe is None else query_pe.contiguous()
+        plan = latent_plan(*known, all(describable(_described(x)) for x in (query, query_pe) if x is not None))
     if not shared:
         rotations = None
     if plan.constants["PACKED"]:
