@@ -17,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -161,16 +162,19 @@ def checked(todo, family, device, tiny, workers, budget):
             op, index = waiting.pop(0)
             command = [sys.executable, __file__, "--check", op, str(index), str(family), "--device", device]
             environment = {**os.environ, "MLA_TUNE_TINY": "1"} if tiny else dict(os.environ)
-            running[op, index] = subprocess.Popen(
-                command + ["--tiny"] * tiny, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+            # Files, not pipes: a compiler that fails prints more than a pipe holds.
+            outputs = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
+            process = subprocess.Popen(
+                command + ["--tiny"] * tiny, stdout=outputs[0], stderr=outputs[1], env=environment
             )
+            running[op, index] = process, outputs
         if budget.left() <= 0:
             found.update((one, "time ended") for one in (*waiting, *running))
-            for process in running.values():
+            for process, _ in running.values():
                 process.kill()
             return found
-        for one in [one for one, process in running.items() if process.poll() is not None]:
-            out, error = running.pop(one).communicate()
+        for one in [one for one, (process, _) in running.items() if process.poll() is not None]:
+            out, error = (read(output) for output in running.pop(one)[1])
             try:
                 found[one] = json.loads(out.splitlines()[-1])
             except (IndexError, ValueError):
@@ -178,6 +182,13 @@ def checked(todo, family, device, tiny, workers, budget):
                 found[one] = (lines[-1] if lines else "it ended without a word")[:200]
         time.sleep(0.02)
     return found
+
+
+def read(output):
+    """What a process wrote to a temporary file, which is closed."""
+    with output:
+        output.seek(0)
+        return output.read()
 
 
 def measure(family, right, device, dtype, repeats, tiny, budget):
