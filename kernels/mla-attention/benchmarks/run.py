@@ -25,6 +25,7 @@ if "--tiny" in sys.argv and "triton" not in sys.modules:
 import sections  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
+import tune  # noqa: E402
 from checks import check_all  # noqa: E402
 from report import goals, table  # noqa: E402
 from timing import Budget, ceilings  # noqa: E402
@@ -50,6 +51,7 @@ def parse(arguments):
     parser.add_argument("--repeats", type=int, default=15, help="timed rounds")
     parser.add_argument("--budget", type=float, default=480, help="seconds for all parts together")
     parser.add_argument("--parts", nargs="*", choices=sorted(SHARES), default=list(SHARES), help="only these parts")
+    parser.add_argument("--tiles", type=Path, help="take the tiles that tune.py found fastest and wrote to this file")
     parser.add_argument("--tiny", action="store_true", help="a toy size, to see that everything runs")
     chosen = parser.parse_args(arguments)
     if torch.device(chosen.device).type == "cuda" and not torch.cuda.is_available():
@@ -86,12 +88,13 @@ def main(arguments=None):
         # The interpreter's products of bfloat16 are wrong.
         dtype, chosen.repeats, shape, sizes = torch.float32, 1, TINY, [(TINY.queries, 2, 1)]
     torch.manual_seed(0)
+    tiles = tune.use(chosen.tiles) if chosen.tiles else []
     failures = check_all(device, dtype)
     if failures:
         parser.exit(1, "error: no times are reported, these checks failed:\n" + "\n".join(failures) + "\n")
     print("all kernels agree with float64", file=sys.stderr)
     chosen.out.mkdir(parents=True, exist_ok=True)
-    result = describe(device, dtype, shape, chosen)
+    result = {**describe(device, dtype, shape, chosen), "tiles": tiles}
     budget, repeats = Budget(chosen.budget), chosen.repeats
 
     def save(part, found):

@@ -129,7 +129,7 @@ class Dense:
         query = ops.qk_norm_rope(query, self.gain, EPS, self.own, heads)
         keys, values = self.keys[layer], self.values[layer]
         turn = None if self.reindexed else self.own
-        keys[:, -new:] = ops.qk_norm_rope(key, self.gain, EPS, turn, heads)
+        ops.qk_norm_rope_(keys[:, -new:], key, self.gain, EPS, turn, heads)
         values[:, -new:] = value.unflatten(-1, (heads, -1))
         if self.workspace is not None:
             pairs, turned = keys.unflatten(-1, (-1, 2)), self.workspace.unflatten(-1, (-1, 2))
@@ -193,7 +193,6 @@ class Latent:
         shape, rows = self.shape, self.rows[layer // self.together]
         scale, heads = shape.head_dim**-0.5, shape.heads
         own_query = ops.qk_norm_rope(query, self.gain, EPS, self.own, heads)
-        own_key = ops.qk_norm_rope(key, self.gain, EPS, self.own, heads)
         own_value = value.unflatten(-1, (heads, -1))
         history = len(self.turn)
         if self.path == "expand":
@@ -206,7 +205,8 @@ class Latent:
                 if self.keep:
                     self.expanded.add(layer)
             if not self.shared:
-                keys[:, history:], values[:, history:] = own_key, own_value
+                ops.qk_norm_rope_(keys[:, history:], key, self.gain, EPS, self.own, heads)
+                values[:, history:] = own_value
                 if self.run is not None:
                     return self.run(own_query, keys, values)
                 return ops.attend(own_query, keys, values, None, scale, 0)[0]
@@ -219,6 +219,7 @@ class Latent:
                 absorbed, pe.contiguous(), rows, None, self.slots, self.num_keys, self.turn, scale, 0
             )
             out = torch.einsum("bqhr,hvr->bqhv", mixed, up_value), lse
+        own_key = ops.qk_norm_rope(key, self.gain, EPS, self.own, heads)
         own = ops.attend(own_query, own_key, own_value, None, scale, 0)
         return ops.merge(torch.stack([out[0], own[0]]), torch.stack([out[1], own[1]]))[0]
 

@@ -35,7 +35,7 @@ def test_every_part_runs(result):
     assert not [part for part in PARTS if isinstance(found[part], dict) and "failed" in found[part]]
     # What needs a GPU is empty, not invented.
     assert found["graph"] is None and found["streams"] is None
-    assert found["step"]["refused"] == {} and len(found["step"]["times"]) == 12
+    assert found["step"]["refused"] == {} and len(found["step"]["times"]) == 14
     assert set(found["step"]["ratios"]) == set(found["chunk"]["ratios"])
     assert len(found["step"]["ratios"]) == 3
     assert "these times mean nothing" in text
