@@ -10,12 +10,12 @@ from recipe_case import RECIPE, write_teacher
 from mla_convert.distill.keys import PreviewConfig
 from mla_convert.distill.latents import LatentShards
 from mla_convert.distill.rollouts import RolloutsConfig
+from mla_convert.draws import Use, drawn_seed
 from mla_convert.errors import UsageError
 from mla_convert.evaluate import digits_bench as bench
 from mla_convert.evaluate.config import EvaluateConfig
 from mla_convert.evaluate.rollouts import digit_rollouts, heldout_prompts
 from mla_convert.load import load_dense, load_source
-from mla_convert.pipeline import rollouts as pipeline_module
 from mla_convert.pipeline import run
 from mla_convert.pipeline.preview import as_strip, preview_strip
 from mla_convert.recipe.load import parse_recipe
@@ -75,7 +75,7 @@ def test_a_teacher_of_few_steps_makes_its_own_clips(teacher, tmp_path):
     run(recipe(teacher, data), tmp_path / "run", until="data")
     made = LatentShards(tmp_path / "run" / "data")
     text = parse_prompt("7 moving up").embedding().expand(2, -1, -1)
-    dense, seed = load_dense(load_source(str(teacher))), pipeline_module.write_rollouts.__globals__["_seed"](0, 0)
+    dense, seed = load_dense(load_source(str(teacher))), drawn_seed(Use.ROLLOUT, 0, 0)
 
     def rolled(**changes):
         settings = {**FEW, "first_chunk_steps": [1000], **changes}
