@@ -16,6 +16,7 @@ from mla_convert.cli import main
 from mla_convert.errors import UsageError
 from mla_convert.evaluate import bench as bench_module
 from mla_convert.evaluate.bench import (
+    BY_TORCH,
     DENSE,
     FIRST,
     LATENT,
@@ -144,6 +145,8 @@ def test_the_first_pass_of_every_chunk_expands_and_later_ones_where_nothing_is_k
     assert expanded == {"DenseSelfAttention": times, "LatentSelfAttention": times}
     assert result["history_kept"] == {DENSE: kept, ROTATED: False, LATENT: kept}
     assert result["kernels"]["history"][0] == ("chunk" if kept else "pass")
+    # Dense attention has no kernel for its gather and its rotation.
+    assert result["note"] == BY_TORCH and BY_TORCH in str(bench_table(result).caption)
     assert (result["attention_later"][LATENT] == result["attention"][LATENT]) is not kept
 
 
@@ -161,6 +164,7 @@ def test_the_table_says_that_float32_takes_no_kernel_on_a_gpu() -> None:
     result = bench(SMALL, BenchConfig(kv_lora_rank=8, kernels="torch", repeats=1, **CPU))
     result["kernels"] |= {"mode": "auto", "paths": {"torch": 1}, "refused": {"expand": [FLOAT32_DEFAULT]}}
     assert FLOAT32_DEFAULT in str(bench_table(result).caption)
+    assert result["note"] is None and BY_TORCH not in str(bench_table(result).caption)
 
 
 def test_command(capsys: pytest.CaptureFixture[str], tmp_path) -> None:

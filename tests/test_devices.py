@@ -340,7 +340,7 @@ def test_what_a_graph_captures_copies_nothing_from_the_host(family: str, variant
     latents, timestep, text = pico.inputs(1, 2, 4, 4)
     cache = found.init_cache(1, 4, 4)
     with torch.no_grad():
-        graphed = GraphedChunk(found, cache, Counted)
+        graphed = GraphedChunk(found, cache, lambda beside: Counted())
         # The second chunk of the steady state is the first to be captured.
         while not graphed.graphs:
             assert cache.frames_seen < 12

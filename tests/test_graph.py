@@ -33,8 +33,9 @@ class Tape(TorchDispatchMode):
 
     captures = 0
 
-    def __init__(self) -> None:
+    def __init__(self, beside: Any = None) -> None:
         super().__init__()
+        self.beside = beside
         self.steps: list[tuple[Any, Any, Any, Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -65,7 +66,7 @@ def rolled_out(model: Any, **settings: Any) -> Tensor:
 @pytest.fixture
 def taped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph, "why_not_graph", lambda model, cache: None)
-    monkeypatch.setattr(graph, "CUDARecorder", lambda device: Tape())
+    monkeypatch.setattr(graph, "CUDARecorder", lambda device, beside: Tape(beside))
     monkeypatch.setattr(Tape, "captures", 0)
 
 
@@ -133,6 +134,50 @@ def test_kernels_are_replayed(history: Any, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(graph, "why_not_graph", lambda model, cache: "off")
     assert torch.equal(actual, rolled_out(model))
     assert captures == (2 if history == "chunk" else 1)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_capture_that_fails_leaves_passes_to_the_model(
+    failing: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first or the second of two graphs, after it has said that histories are expanded: a warning, and no more."""
+    tapes: list[Tape] = []
+
+    class Failing(Tape):
+        def capture(self, run: Callable[[], Tensor]) -> Tensor:
+            tapes.append(self)
+            if len(tapes) <= failing:
+                return super().capture(run)
+
+            def nothing(layer: Any, hidden_states: Tensor, step: Any) -> Tensor:
+                step.cache.expanded[layer.layer] = step.cache.places[0]
+                return hidden_states
+
+            try:
+                # A capture has computed nothing.
+                model.kernels.attention = nothing
+                run()
+                raise RuntimeError("operation not permitted when stream is capturing")
+            except RuntimeError:
+                raise RuntimeError("operation failed due to a previous error during capture") from None
+            finally:
+                del model.kernels.attention
+
+    model = pico.convert(pico.dense_model(layers=1), position="rotate_on_read", kv_lora_rank=14)
+    model.set_kernels("triton", "chunk")
+    expected = rolled_out(model)
+    monkeypatch.setattr(graph, "why_not_graph", lambda model, cache: None)
+    monkeypatch.setattr(graph, "CUDARecorder", lambda device, beside: Failing(beside))
+    assert torch.equal(rolled_out(model), expected)
+    assert len(tapes) == failing + 1 and tapes[0].beside is None
+    # The second graph was to share the first one's memory.
+    assert not failing or tapes[1].beside is tapes[0]
+    (record,) = [record for record in caplog.records if "CUDA graphs" in record.message]
+    assert record.levelname == "WARNING" and record.message == (
+        "CUDA graphs: a capture failed, passes are launched from now on: "
+        "operation not permitted when stream is capturing"
+    )
 
 
 def test_what_cannot_be_captured_says_why() -> None:

@@ -31,6 +31,9 @@ from ..mla.window import CausalConfig
 from .geometry import Geometry
 from .text import layout_parts
 
+BY_TORCH = (
+    "kernels attend to latents, dense histories are gathered and rotated in plain torch: no ratio is what kernels gain"
+)
 DENSE, ROTATED, LATENT = "dense", "dense_rotated", "latent"
 FIRST, LATER, WRITE, STREAMED = "attention", "attention_later", "attention_write", "attention_streamed"
 PARTS = (FIRST, LATER, WRITE, STREAMED)
@@ -77,7 +80,8 @@ def bench(
     `attention` is the first pass of a chunk, `attention_later` one that follows, the same where no history is kept
     (`history_kept`), `attention_write` the one that writes, and `attention_streamed` the mean pass of a chunk: one
     first, `num_inference_steps` - 1 later ones and one that writes. Milliseconds are medians with the range of the
-    repeats. Raises UsageError for a device that is not there or sizes that cannot be.
+    repeats; `note` says what the ratios compare where kernels attend. Raises UsageError for a device that is not there
+    or sizes that cannot be.
     """
     device, dtype = _place(config)
     kernels = Kernels(config.kernels)
@@ -126,6 +130,7 @@ def bench(
         "cache_bytes_per_layer": cache_bytes,
         "ratio_cache": cache_bytes[DENSE] / cache_bytes[LATENT],
         "kernels": kernels.report(),
+        "note": BY_TORCH if any(path != "torch" for path in kernels.report()["paths"]) else None,
     }
 
 
@@ -142,7 +147,8 @@ def bench_table(result: dict[str, Any]) -> Table:
         title=f"{result['model']}: one layer, {result['queries']:,} queries, {result['keys']:,} keys in the window, "
         f"{result['dtype']}, {result['device']}",
         caption=f"{verdict(result)}\nmedians of {result['repeats']} interleaved rounds; streamed: the mean pass of "
-        f"a first, {result['num_inference_steps'] - 1} later ones and one that writes; {describe(result['kernels'])}",
+        f"a first, {result['num_inference_steps'] - 1} later ones and one that writes; {describe(result['kernels'])}"
+        + (f"\n{result['note']}" if result.get("note") else ""),
         title_justify="left",
         caption_justify="left",
     )

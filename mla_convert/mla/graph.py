@@ -7,6 +7,8 @@ Python costs more than running them when chunks are small.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -16,6 +18,8 @@ from torch import Tensor, nn
 from .cache import DenseCache, FrameCache, LatentCache
 from .places import next_places
 from .quantised import Int8LatentCache
+
+logger = logging.getLogger(__name__)
 
 WARM_UP = 1
 """Passes before a capture, on its stream; the chunk before has compiled the kernels, checked them and allocated."""
@@ -58,16 +62,22 @@ class GraphedChunk:
 
     The first chunk of a shape of chunk and history is run as it is, and a graph is captured for the second: in the
     steady state, whose chunks are alike, one; where histories are kept for the passes of a chunk two, one that
-    expands them and one that does not. What a replay gives lies in the graph's memory until the next call. Raises
-    ValueError with the reason of `why_not_graph`.
+    expands them and one that does not. What a replay gives lies in the graph's memory until the next call. Where a
+    capture fails, all passes are run as they are from then on, and a warning says so. Raises ValueError with the
+    reason of `why_not_graph`.
+
+    `recorder` makes a Recorder, given another one with which it may share memory, for the two never run at once.
     """
 
-    def __init__(self, model: Any, cache: FrameCache, recorder: Callable[[], Recorder] | None = None) -> None:
+    def __init__(
+        self, model: Any, cache: FrameCache, recorder: Callable[[Recorder | None], Recorder] | None = None
+    ) -> None:
         reason = why_not_graph(model, cache) if recorder is None else None
         if reason is not None:
             raise ValueError(reason)
         self.model, self.cache = model, cache
-        self.recorder = recorder or (lambda: CUDARecorder(model.device))
+        self.recorder = recorder or (lambda beside: CUDARecorder(model.device, beside))
+        self.failed = False
         cache.fixed_places = True
         self.shape: tuple[Any, ...] | None = None
         self.first: tuple[int, int] | None = None
@@ -89,11 +99,9 @@ class GraphedChunk:
             self.inputs = tuple(x.clone() for x in given)
             self.conditions = {name: value.clone() for name, value in conditions.items()}
             self.shape = shape
-        if chunk == self.first:
+        if self.failed or chunk == self.first:
             # While a window fills every chunk has a shape of its own, and a graph of it would serve no other.
-            with torch.no_grad():
-                out: Tensor = self.model(*given, cache=self.cache, write=False, **conditions)
-                return out
+            return self._run(given, conditions)
         for kept, new in zip(self.inputs, given, strict=True):
             kept.copy_(new)
         for name, value in conditions.items():
@@ -102,7 +110,11 @@ class GraphedChunk:
         # Where nothing is kept all passes are alike.
         which = expands and bool(self.cache.keep_expanded)
         if which not in self.graphs:
-            captured = self._capture(expands)
+            try:
+                captured = self._capture(expands)
+            except RuntimeError as error:
+                self._give_up(error)
+                return self._run(given, conditions)
             # Warming up may have decided that histories are kept.
             which = expands and bool(self.cache.keep_expanded)
             self.graphs[which] = captured
@@ -114,35 +126,64 @@ class GraphedChunk:
 
     def _capture(self, expands: bool) -> tuple[Recorder, Tensor]:
         """Capture the pass that expands the histories, or the one that finds them."""
-        recorder = self.recorder()
+        recorder = self.recorder(next((beside for beside, _ in self.graphs.values()), None))
 
         def run() -> Tensor:
             if expands:
                 self.cache.expanded = {}
-            with torch.no_grad():
-                out: Tensor = self.model(*self.inputs, cache=self.cache, write=False, **self.conditions)
-                return out
+            return self._run(self.inputs, self.conditions)
 
         return recorder, recorder.capture(run)
 
+    def _run(self, given: tuple[Tensor, ...], conditions: dict[str, Tensor]) -> Tensor:
+        with torch.no_grad():
+            out: Tensor = self.model(*given, cache=self.cache, write=False, **conditions)
+            return out
+
+    def _give_up(self, error: RuntimeError) -> None:
+        """Leave all passes to the model from now on."""
+        # What ends a capture says no more than that it has failed; what made it fail was raised before.
+        reason = " ".join(str(error.__context__ or error).split())[:200]
+        logger.warning("CUDA graphs: a capture failed, passes are launched from now on: %s", reason)
+        # Of what a capture was to expand nothing may have been written.
+        self.failed, self.graphs, self.cache.expanded = True, {}, {}
+
 
 class CUDARecorder:
-    """A CUDA graph."""
+    """A CUDA graph, which shares its side stream and the pool of its memory with the one `beside` it."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, beside: Any = None) -> None:
         self.device = device
         self.graph = torch.cuda.CUDAGraph()
+        self.side = torch.cuda.Stream(device) if beside is None else beside.side
+        self.pool = torch.cuda.graph_pool_handle() if beside is None else beside.pool
 
     def capture(self, run: Callable[[], Tensor]) -> Tensor:
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
+        """Raises RuntimeError where `run` does what cannot be captured; torch is then as it was before."""
+        self.side.wait_stream(torch.cuda.current_stream(self.device))
+        # Around the capture, too: one that fails leaves its stream as the current one.
+        with torch.cuda.stream(self.side):
             for _ in range(WARM_UP):
                 run()
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        # On the model's device, which need not be the current one, and whatever other threads do on theirs meanwhile.
-        with torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local"):
-            return run()
+            try:
+                # On the model's device, which need not be the current one, and whatever other threads do on theirs.
+                with torch.cuda.graph(self.graph, pool=self.pool, stream=self.side, capture_error_mode="thread_local"):
+                    out = run()
+            except BaseException:
+                self._recover()
+                raise
+        torch.cuda.current_stream(self.device).wait_stream(self.side)
+        return out
+
+    def _recover(self) -> None:
+        """Tell the allocator, and by a small capture the generator, that a capture which failed has ended."""
+        with contextlib.suppress(Exception):
+            torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
+            torch._C._cuda_releasePool(self.device.index, self.pool)
+        with contextlib.suppress(Exception):
+            some = torch.zeros(1, device=self.device)
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.side, capture_error_mode="thread_local"):
+                some.add_(1)
 
     def replay(self) -> None:
         self.graph.replay()

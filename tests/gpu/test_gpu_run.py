@@ -7,7 +7,18 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("diffusers", reason="a whole run needs the package's dependencies")
+pytest.importorskip("accelerate", reason="needs accelerate, a dependency of mla-convert")
+pytest.importorskip("diffusers", reason="needs diffusers, a dependency of mla-convert")
+pytest.importorskip("ftfy", reason="needs ftfy, a dependency of mla-convert")
+pytest.importorskip("imageio", reason="needs imageio, a dependency of mla-convert")
+pytest.importorskip("jinja2", reason="needs jinja2, a dependency of mla-convert")
+pytest.importorskip("matplotlib", reason="needs matplotlib, a dependency of mla-convert")
+pytest.importorskip("peft", reason="needs peft, a dependency of mla-convert")
+pytest.importorskip("psutil", reason="needs psutil, a dependency of mla-convert")
+pytest.importorskip("pydantic", reason="needs pydantic, a dependency of mla-convert")
+pytest.importorskip("rich", reason="needs rich, a dependency of mla-convert")
+# What else a run imports, named in the reason.
+pytest.importorskip("mla_convert.pipeline", exc_type=ModuleNotFoundError)
 
 from recipe_case import RECIPE, write_teacher
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import mla_attention as ops
 import torch
 
@@ -19,14 +21,24 @@ def relative_error(actual, expected):
     return float(difference.max() / expected.abs().max().clamp_min(1e-30))
 
 
+def listed(found):
+    """A tensor as a list of one."""
+    return [found] if isinstance(found, torch.Tensor) else found
+
+
 SIZES = ((10, 40, 3, 64, 96), (25, 40, 3, 64, 96))
 """Tokens a frame, queries, heads, channels a head and rank: less than a block of keys, and some blocks."""
 MEASURED = tuple((150, 100, 12, 128, rank) for rank in (192, 64, 448))
 """More of them, in the tiles that are timed: many queries, and several blocks of any size, the last not full."""
 
 
+def red(failures):
+    """The names of the ops that some lines of `check_all` are about."""
+    return {line.partition(",")[0] for line in failures}
+
+
 def check_all(device, dtype, seed=0):
-    """Names of the ops that are less exact than they may be, with both errors; an empty list is a pass.
+    """A line for every check that an op fails, its name first: both errors, or why it does not run; empty is a pass.
 
     The interpreter is too slow for MEASURED.
     """
@@ -43,10 +55,18 @@ def check(device, dtype, seed, tokens, queries, heads, depth, rank):
 
     failures = []
 
-    def compare(name, actual, exact, plain):
-        error, allowed = relative_error(actual, exact), max(FACTOR * relative_error(plain, exact), FLOOR[dtype])
-        if not error <= allowed:
-            failures.append(f"{name}, {keys} keys, rank {rank}: error {error:.2e}, allowed {allowed:.2e}")
+    def compare(names, run, exact, plain):
+        where = f"{keys} keys, rank {rank}"
+        try:
+            actual = run()
+        except Exception as error:
+            failures.append(f"{names[0]}, {where}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            return
+        for name, found, reference, usual in zip(names, *map(listed, (actual, exact, plain)), strict=True):
+            error, allowed = relative_error(found, reference), relative_error(usual, reference)
+            allowed = max(FACTOR * allowed, FLOOR[dtype])
+            if not error <= allowed:
+                failures.append(f"{name}, {where}: error {error:.2e}, allowed {allowed:.2e}")
 
     batch, frames, shared = 2, 3, 32
     keys, scale = frames * tokens, depth**-0.5
@@ -59,12 +79,8 @@ def check(device, dtype, seed, tokens, queries, heads, depth, rank):
     exact = ops.attend_reference(*wide, None, scale)[0]
     plain = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)))
     for splits in (1, 2, 5):
-        compare(
-            f"attend, {splits} splits",
-            ops.attend(query, key, value, None, scale, splits)[0],
-            exact,
-            plain.transpose(1, 2),
-        )
+        run = functools.partial(ops.attend, query, key, value, None, scale, splits)
+        compare([f"attend, {splits} splits"], lambda run=run: run()[0], exact, plain.transpose(1, 2))
 
     rows = random(batch, frames + 1, tokens, rank + shared)
     rows[:, 1] = float("nan")
@@ -78,43 +94,39 @@ def check(device, dtype, seed, tokens, queries, heads, depth, rank):
     )
     plain, _ = ops.latent_attention_reference(latent, pe, rows, None, slots, count, turn, scale)
     for splits in (1, 3):
-        found, _ = ops.latent_attention(latent, pe, rows, None, slots, count, turn, scale, splits)
-        compare(f"latent_attention, {splits} splits", found, exact, plain)
+        run = functools.partial(ops.latent_attention, latent, pe, rows, None, slots, count, turn, scale, splits)
+        compare([f"latent_attention, {splits} splits"], lambda run=run: run()[0], exact, plain)
 
-    nope = depth - shared
-    up, bias = random(heads * (nope + depth), rank), random(heads * (nope + depth))
     shape = (batch, keys, heads, depth)
+    angle = torch.rand(keys, depth // 2, device=device, generator=generator)
+    every = torch.stack([angle.cos(), angle.sin()], dim=-1)
+    for rotate_heads in (False, True):
+        nope = depth if rotate_heads else depth - shared
+        up, bias = random(heads * (nope + depth), rank), random(heads * (nope + depth))
+        # Without a shared key a row is the latent alone, and all channels of a head are rotated.
+        cached, turned = (rows[..., :rank].contiguous(), every) if rotate_heads else (rows, turn)
 
-    def expanded(kind, function):
-        out = [torch.zeros(shape, device=device, dtype=kind) for _ in range(2)]
-        function(
-            *out,
-            rows.to(kind),
-            None,
-            slots,
-            count,
-            up.to(kind),
-            bias.to(kind),
-            None,
-            None,
-            turn.to(torch.float64 if kind == torch.float64 else torch.float32),
-            False,
+        def expanded(kind, function, weights=(up, bias), cached=cached, turned=turned, rotate_heads=rotate_heads):
+            out = [torch.zeros(shape, device=device, dtype=kind) for _ in range(2)]
+            weights = [x.to(kind) for x in weights]
+            turned = turned.to(torch.float64 if kind == torch.float64 else torch.float32)
+            function(*out, cached.to(kind), None, slots, count, *weights, None, None, turned, rotate_heads)
+            return out
+
+        how = ", heads rotated" * rotate_heads
+        compare(
+            [f"expand_kv_, keys{how}", f"expand_kv_, values{how}"],
+            functools.partial(expanded, dtype, ops.expand_kv_),
+            expanded(torch.float64, ops.expand_kv_reference),
+            expanded(dtype, ops.expand_kv_reference),
         )
-        return out
-
-    exact_parts = expanded(torch.float64, ops.expand_kv_reference)
-    plain_parts = expanded(dtype, ops.expand_kv_reference)
-    for name, found, reference, usual in zip(
-        ("keys", "values"), expanded(dtype, ops.expand_kv_), exact_parts, plain_parts, strict=True
-    ):
-        compare(f"expand_kv_, {name}", found, reference, usual)
 
     gain, hidden = random(heads * depth), random(batch, queries, heads * depth)
     angle = torch.rand(queries, depth // 2, device=device, generator=generator)
     turned = torch.stack([angle.cos(), angle.sin()], dim=-1)
     exact = ops.qk_norm_rope_reference(hidden.double(), gain.double(), 1e-6, turned.double(), heads)
     plain = ops.qk_norm_rope_reference(hidden, gain, 1e-6, turned, heads)
-    compare("qk_norm_rope", ops.qk_norm_rope(hidden, gain, 1e-6, turned, heads), exact, plain)
+    compare(["qk_norm_rope"], functools.partial(ops.qk_norm_rope, hidden, gain, 1e-6, turned, heads), exact, plain)
 
     own = torch.tensor([1, 3], dtype=torch.int32, device=device)
     down, down_bias = random(rank, 2 * heads * depth) / (2 * heads * depth) ** 0.5, random(rank)
@@ -141,8 +153,8 @@ def check(device, dtype, seed, tokens, queries, heads, depth, rank):
         return target
 
     compare(
-        "latent_write_",
-        written(dtype, ops.latent_write_),
+        ["latent_write_"],
+        functools.partial(written, dtype, ops.latent_write_),
         written(torch.float64, ops.latent_write_reference),
         written(dtype, ops.latent_write_reference),
     )

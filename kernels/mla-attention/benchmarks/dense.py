@@ -7,9 +7,40 @@ one launch as without. Every baseline gets what split-KV brings to ours.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import mla_attention as ops
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+CUDNN_WHOLE = 91501
+"""The first cuDNN, 9.15.1, whose attention is right for every length: before, only for multiples of 128."""
+CUDNN_TILE = 128
+
+
+def torch_attention(query, key, value, scale=None):
+    """torch's own attention on `[B, N, H, D]`, by whichever backend it takes."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2)
+
+
+def torch_runs(query, key, value):
+    """The name of the backend that torch's attention takes on `[B, N, H, D]`; None where torch does not tell."""
+    try:
+        return SDPBackend(torch._fused_sdp_choice(*(x.transpose(1, 2) for x in (query, key, value)))).name
+    except Exception:
+        return None
+
+
+def cudnn_refusal(version, *lengths):
+    """Why cuDNN's attention is not taken for sequences of some lengths, in one line; None when it is."""
+    if version is None:
+        return "torch has no cuDNN"
+    odd = [str(length) for length in lengths if length % CUDNN_TILE]
+    if version < CUDNN_WHOLE and odd:
+        return f"cuDNN {version} is wrong for lengths not divisible by {CUDNN_TILE}: {', '.join(odd)} (pytorch#169849)"
+    return None
 
 
 def flash(query, key, value, scale):
@@ -41,6 +72,26 @@ def flex(query, key, value, scale):
 
 
 BASELINES = {"flash": flash, "cuDNN": cudnn, "FlexAttention": flex}
+TORCH = "torch"
+
+
+@dataclass(frozen=True)
+class Stock:
+    """A stock attention with a number of splits, called with queries, keys and values `[B, N, H, D]`."""
+
+    name: str
+    scale: float
+    splits: int = 1
+
+    @property
+    def label(self):
+        """`flash, 2 splits`; torch's own choice is never split, for it tells no log-sum-exp."""
+        return TORCH if self.name == TORCH else f"{self.name}, {self.splits} split{'s' * (self.splits > 1)}"
+
+    def __call__(self, query, key, value):
+        if self.name == TORCH:
+            return torch_attention(query, key, value, self.scale)
+        return attend(self.name, query, key, value, self.scale, self.splits)
 
 
 def attend(baseline, query, key, value, scale, splits=1):
@@ -57,26 +108,34 @@ def attend(baseline, query, key, value, scale, splits=1):
     return ops.merge(out, lse)[0]
 
 
-def usable(query, key, value, scale, splits, names=tuple(BASELINES)):
-    """Variants that run here and agree with torch's attention, by name, and why others do not."""
+def usable(query, key, value, scale, splits, names):
+    """Stock attentions that run here and agree with the yardstick, by label, torch's own first; why others do not."""
     found, refused = {}, {}
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (query, key, value)), scale=scale
-    ).transpose(1, 2)
-    for name in names:
-        for count in splits:
-            label = f"{name}, {count} split{'s' * (count > 1)}"
-            if key.shape[1] % count:
-                refused[label] = f"{key.shape[1]} keys are not divided by {count}"
+    expected = yardstick(query, key, value, scale).float()
+    for stock in (Stock(TORCH, scale), *(Stock(name, scale, count) for name in names for count in splits)):
+        if key.shape[1] % stock.splits:
+            refused[stock.label] = f"{key.shape[1]} keys are not divided by {stock.splits}"
+            continue
+        if stock.name == "cuDNN" and query.device.type == "cuda":
+            reason = cudnn_refusal(torch.backends.cudnn.version(), query.shape[1], key.shape[1] // stock.splits)
+            if reason is not None:
+                refused[stock.label] = reason
                 continue
-            run = functools.partial(attend, name, query, key, value, scale, count)
-            try:
-                difference = float((run().float() - expected.float()).abs().max() / expected.float().abs().max())
-            except Exception as error:
-                refused[label] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-                continue
-            if difference < 3e-2:
-                found[label] = run
-            else:
-                refused[label] = f"differs from torch's attention by {difference:.1e} of the largest output"
+        try:
+            difference = float((stock(query, key, value).float() - expected).abs().max() / expected.abs().max())
+        except Exception as error:
+            refused[stock.label] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            continue
+        if difference < 3e-2:
+            found[stock.label] = stock
+        else:
+            refused[stock.label] = f"differs from torch's attention by {difference:.1e} of the largest output"
     return found, refused
+
+
+def yardstick(query, key, value, scale):
+    """torch's attention on `[B, N, H, D]` by a backend that is known to be right: not by cuDNN."""
+    if query.device.type != "cuda":
+        return torch_attention(query, key, value, scale)
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
+        return torch_attention(query, key, value, scale)

@@ -11,32 +11,41 @@ GOALS = (
 
 
 def goals(result):
-    """Every goal with what was measured and whether it is reached; what was not measured is left out."""
+    """Every goal with what was measured and whether it is reached; both are None where nothing was."""
     found = []
+
+    def add(name, wanted, measured):
+        reached = None if measured is None else measured >= wanted
+        found.append({"goal": name, "wanted": wanted, "measured": measured, "reached": reached})
+
     for name, base, prefix, wanted in GOALS:
         ratios = ((result.get("step") or {}).get("ratios") or {}).get(base) or {}
-        best = max((ratio for way, ratio in ratios.items() if way.startswith(prefix)), default=None)
-        if best is not None:
-            found.append({"goal": name, "wanted": wanted, "measured": best, "reached": best >= wanted})
-    streams = (result.get("streams") or {}).get("streams") or {}
-    dense = streams.get(TUNED)
-    if dense:
-        best = max(count for name, count in streams.items() if name != TUNED) / dense
-        found.append({"goal": "streams over dense", "wanted": 6, "measured": best, "reached": best >= 6})
+        add(name, wanted, max((ratio for way, ratio in ratios.items() if way.startswith(prefix)), default=None))
+    add("streams over dense", 6, _streams(result.get("streams") or {}))
     rows = (result.get("attention") or {}).get("rows") or []
     queries = result["shape"]["chunk"] * result["shape"]["tokens"]
+    # Stock attention is not what the goal is about.
     rates = [
         times["tflop_s"]
         for row in rows
         if row["queries"] == queries
         for name, times in row["times"].items()
-        if not name.startswith("expand")
+        if name.startswith(("attend", "absorbed"))
     ]
-    if rates:
-        share = max(rates) / result["ceilings"]["matmul_tflop_s"]
-        name = f"attention's share of the matmul rate at {queries} queries"
-        found.append({"goal": name, "wanted": 0.75, "measured": share, "reached": share >= 0.75})
+    most = (result.get("ceilings") or {}).get("matmul_tflop_s")
+    name = f"our attention's share of the matmul rate at {queries} queries"
+    add(name, 0.75, max(rates) / most if rates and most else None)
     return found
+
+
+def _streams(found):
+    """The most streams of a latent way over those of the dense one, None unless all is known that it takes."""
+    counts, dense = found.get("streams") or {}, (found.get("streams") or {}).get(TUNED)
+    latent = [count for name, count in counts.items() if name != TUNED and count is not None]
+    # Of a latent way it may be less than what fits, of the dense one not.
+    if not dense or not latent or TUNED in (found.get("open") or {}):
+        return None
+    return max(latent) / dense
 
 
 def table(result):
@@ -47,35 +56,41 @@ def table(result):
     ]
     if result["tiny"]:
         lines += ["", "A toy size: these times mean nothing."]
-    ceilings = result.get("ceilings")
-    if ceilings:
+    failures = (result.get("checks") or {}).get("failures")
+    if failures:
+        lines += ["", "Nothing is timed that runs an op whose check failed:", ""]
+        lines += [f"- {failure}" for failure in failures]
+    ceilings, stock = result.get("ceilings") or {}, result.get("stock") or {}
+    if "matmul_tflop_s" in ceilings:
         rates = f"Copy {ceilings['copy_tb_s']:.2f} TB/s, matmul {ceilings['matmul_tflop_s']:.4g} TFLOP/s."
-        lines += ["", f"{rates} Best stock attention at the step's size: {result.get('stock', {}).get('best')}."]
+        runs = f"Best stock attention at the step's size: {stock.get('best')}; torch's own takes"
+        lines += ["", f"{rates} {runs} {stock.get('torch_runs')}; cuDNN {result.get('cudnn')}."]
     if result.get("goals"):
         lines += ["", "| goal | wanted | measured | |", "| --- | ---: | ---: | --- |"]
         for goal in result["goals"]:
-            verdict = "reached" if goal["reached"] else "missed"
-            lines.append(f"| {goal['goal']} | {goal['wanted']} | {goal['measured']:.3g} | {verdict} |")
+            verdict = {True: "reached", False: "missed", None: ""}[goal["reached"]]
+            measured = "not measured" if goal["measured"] is None else f"{goal['measured']:.3g}"
+            lines.append(f"| {goal['goal']} | {goal['wanted']} | {measured} | {verdict} |")
     for part, title in (("step", "model step"), ("chunk", "chunk"), ("graph", "one pass")):
         lines += _times(result, part, title)
     streams = result.get("streams") or {}
     if streams.get("streams"):
         lines += ["", "| streams until memory ends | |", "| --- | ---: |"]
-        lines += [f"| {name} | {count} |" for name, count in streams["streams"].items()]
-    for row in (result.get("attention") or {}).get("rows") or []:
-        lines += ["", f"{row['queries']} queries x {row['keys']} keys x batch {row['batch']}:", ""]
-        lines += ["| attention | ms | quartiles | TFLOP/s | of matmul |", "| --- | ---: | --- | ---: | ---: |"]
-        for name, times in row["times"].items():
-            share = times["tflop_s"] / result["ceilings"]["matmul_tflop_s"]
-            low, high = times["quartiles_ms"]
-            span = f"{low:.3g} to {high:.3g}"
-            lines.append(f"| {name} | {times['median_ms']:.3g} | {span} | {times['tflop_s']:.3g} | {share:.0%} |")
-        lines += [f"\n{name} does not run here: {reason}" for name, reason in row["refused"].items()]
+        counts = {name: "not measured" if count is None else count for name, count in streams["streams"].items()}
+        lines += [
+            f"| {name} | {'at least ' * (name in streams.get('open', {}) and count != 'not measured')}{count} |"
+            for name, count in counts.items()
+        ]
+    for part in ("attention", "flex"):
+        for row in (result.get(part) or {}).get("rows") or []:
+            lines += _row(row, ceilings.get("matmul_tflop_s"))
     for part, found in result.items():
         if isinstance(found, dict) and "failed" in found:
             lines += ["", f"{part} failed: {found['failed']}"]
         if isinstance(found, dict) and found.get("left_out"):
             lines += ["", f"Left out of {part}: {'; '.join(found['left_out'])}"]
+    seconds = result.get("seconds") or {}
+    lines += ["", f"Seconds: {', '.join(f'{part} {spent:.0f}' for part, spent in seconds.items())}."]
     for name, kernels in (result.get("profile") or {}).items():
         if isinstance(kernels, list):
             lines += ["", f"Where a step of {name} spends its time:", "", "| kernel | µs | calls |"]
@@ -84,20 +99,42 @@ def table(result):
     return "\n".join(lines) + "\n"
 
 
+def _row(row, ceiling):
+    """The attentions of one size."""
+    size = f"{row['queries']} queries x {row['keys']} keys x batch {row['batch']}"
+    lines = ["", f"{size}, torch takes {row['torch_runs']}:", ""]
+    lines += ["| attention | ms | quartiles | launched, ms | TFLOP/s | of matmul |"]
+    lines += ["| --- | ---: | --- | ---: | ---: | ---: |"]
+    for name, times in row["times"].items():
+        share = f"{times['tflop_s'] / ceiling:.0%}" if ceiling else ""
+        low, high = times["quartiles_ms"]
+        launched = times.get("launched_ms", times["median_ms"])
+        lines.append(
+            f"| {name} | {times['median_ms']:.3g} | {low:.3g} to {high:.3g} | {launched:.3g} "
+            f"| {times['tflop_s']:.3g} | {share} |"
+        )
+    odd = {name: times["not_captured"] for name, times in row["times"].items() if "not_captured" in times}
+    lines += [f"\n{name} is not captured, its launches are timed: {reason}" for name, reason in odd.items()]
+    return lines + [f"\n{name} is not timed: {reason}" for name, reason in row["refused"].items()]
+
+
 def _times(result, part, title):
     found = result.get(part) or {}
+    refused = [f"\n{title}: {name} is not timed: {reason}" for name, reason in (found.get("refused") or {}).items()]
     if not found.get("times"):
-        return []
+        return refused
     sizes = found.get("cache_bytes") or {}
-    lines = ["", f"| {title} | ms | quartiles | rounds | cache |", "| --- | ---: | --- | ---: | ---: |"]
+    attends = found.get("attends") or {}
+    lines = ["", f"| {title} | ms | quartiles | rounds | cache | attends by |"]
+    lines += ["| --- | ---: | --- | ---: | ---: | --- |"]
     for name, times in found["times"].items():
         low, high = times["quartiles_ms"]
         size = f"{sizes[name] / 1e9:.3f} GB" if name in sizes else ""
-        lines.append(f"| {name} | {times['median_ms']:.4g} | {low:.4g} to {high:.4g} | {times['rounds']} | {size} |")
+        span, runs = f"{low:.4g} to {high:.4g}", attends.get(name, "")
+        lines.append(f"| {name} | {times['median_ms']:.4g} | {span} | {times['rounds']} | {size} | {runs} |")
     if found.get("ratios"):
         names = list(next(iter(found["ratios"].values())))
         lines += ["", f"| {title}: over | {' | '.join(names)} |", f"| --- |{' ---: |' * len(names)}"]
         for base, ratios in found["ratios"].items():
             lines.append(f"| {base} | {' | '.join(f'{ratios[name]:.3f}x' for name in names)} |")
-    lines += [f"\n{name} does not run here: {reason}" for name, reason in (found.get("refused") or {}).items()]
-    return lines
+    return lines + refused

@@ -1,4 +1,4 @@
-"""The parts of the benchmark: attention by size, the model's step and chunk, a CUDA graph, streams, a profile."""
+"""The parts of the benchmark that run a model's layers: step and chunk, a CUDA graph, streams, a profile."""
 
 from __future__ import annotations
 
@@ -6,99 +6,34 @@ import dataclasses
 import functools
 import sys
 
-import mla_attention as ops
 import torch
-from dense import BASELINES, attend, usable
-from timing import interleaved
+from dense import TORCH, torch_runs, usable
+from sizes import SPLITS, STOCK
+from timing import Capture, does_not_fit, interleaved, told
 from wan import Dense, Latent, Published, Step
 
 PUBLISHED, TUNED, REINDEXED = "dense, published code", "dense, tuned, absolute", "dense, tuned, re-indexed"
 DENSE = (PUBLISHED, TUNED, REINDEXED)
-RANKS = (64, 96, 128, 192, 256)
-SPLITS = (1, 2, 5)
 SHARED = 32
+OPS = {"attend", "latent_attention", "expand_kv_", "qk_norm_rope", "latent_write_"}
+"""What `checks.py` checks."""
 # What the shipped recipes for published models convert to.
 PAIRED = "latent 448 of two layers, rotated on read"
 
 
-def attention(shape, device, dtype, repeats, budget, sizes, save):
-    """Attention of one layer at `sizes` of (queries, frames of keys, batch); what time does not allow is named."""
-    rows, left_out = [], []
-    for queries, frames, batch in sizes:
-        name = f"{queries} x {frames * shape.tokens} x {batch}"
-        if budget.left() <= 0:
-            left_out.append(name)
-            continue
-        try:
-            # FlexAttention is compiled anew for every size: only where most of the work is.
-            compiled = device.type == "cuda" and (queries, batch) == (shape.queries, 1)
-            names = tuple(BASELINES) if compiled else tuple(BASELINES)[:2]
-            rows.append(_attention_row(shape, device, dtype, repeats, budget, queries, frames, batch, names))
-        except torch.cuda.OutOfMemoryError:
-            left_out.append(f"{name}: out of memory")
-            torch.cuda.empty_cache()
-        print(f"attention {name}: {'done' if name not in left_out else 'left out'}", file=sys.stderr)
-        save({"rows": rows, "left_out": left_out})
-    return {"rows": rows, "left_out": left_out}
-
-
-def _attention_row(shape, device, dtype, repeats, budget, count, window, batch, names):
-    heads, depth, scale = shape.heads, shape.head_dim, shape.head_dim**-0.5
-    keys = window * shape.tokens
-    query, key, value = (torch.randn(batch, n, heads, depth, device=device, dtype=dtype) for n in (count, keys, keys))
-    variants, refused = usable(query, key, value, scale, SPLITS, names)
-    for splits in (0, *SPLITS):
-        label = f"attend, {splits} split{'s' * (splits > 1)}" if splits else "attend, splits by rule"
-        variants[label] = functools.partial(ops.attend, query, key, value, None, scale, splits)
-    slots = torch.arange(window, dtype=torch.int32, device=device)
-    num_keys = torch.full((1,), keys, dtype=torch.int32, device=device)
-    turn = torch.zeros(keys, SHARED // 2, 2, device=device)
-    turn[..., 0] = 1
-    flop = dict.fromkeys(variants, 4 * batch * heads * count * keys * depth)
-    for rank in RANKS:
-        cached = torch.randn(batch, window, shape.tokens, rank + SHARED, device=device, dtype=dtype)
-        latent = torch.randn(batch, count, heads, rank, device=device, dtype=dtype)
-        pe = torch.randn(batch, count, heads, SHARED, device=device, dtype=dtype)
-        up = torch.randn(heads * (depth - SHARED + depth), rank, device=device, dtype=dtype) * rank**-0.5
-        bias = torch.zeros(len(up), device=device, dtype=dtype)
-        name = f"absorbed, rank {rank}"
-        variants[name] = functools.partial(
-            ops.latent_attention, latent, pe, cached, None, slots, num_keys, turn, scale, 0
-        )
-        flop[name] = 2 * batch * heads * count * keys * (2 * rank + SHARED)
-        name = f"expand, rank {rank}"
-        # Into other memory: the attention timed beside it reads these keys and values.
-        spaces = torch.empty_like(key), torch.empty_like(value)
-        variants[name] = functools.partial(
-            ops.expand_kv_, *spaces, cached, None, slots, num_keys, up, bias, None, None, turn, False
-        )
-        flop[name] = 2 * batch * keys * rank * len(up)
-    found = interleaved(variants, repeats, device, budget)
-    for name, times in found.items():
-        times["tflop_s"] = flop[name] / times["median_ms"] / 1e9
-    return {"batch": batch, "queries": count, "keys": keys, "times": found, "refused": refused}
-
-
 def best_dense(shape, device, dtype, repeats, budget):
-    """The fastest stock attention and number of splits at the step's size, its name and function."""
+    """The fastest stock attention and number of splits at the step's size, as a Stock, and what was measured."""
     size = (shape.batch, shape.heads, shape.head_dim)
     query, key, value = (
         torch.randn(size[0], n, *size[1:], device=device, dtype=dtype) for n in (shape.queries, shape.keys, shape.keys)
     )
-    scale = shape.head_dim**-0.5
-    variants, refused = usable(query, key, value, scale, SPLITS, tuple(BASELINES)[:2])
-    found = interleaved(variants, repeats, device, budget)
-    if not found:
-        return None, None, {"times": {}, "refused": refused}
-    best = min(found, key=lambda name: found[name]["median_ms"])
-    name, _, splits = best.partition(", ")
-    run = functools.partial(_stock, name, scale, int(splits.split()[0]))
-    return best, run, {"times": found, "refused": refused}
-
-
-def _stock(name, scale, splits, query, key, value):
-    """Stock attention; keys that the splits do not divide are not split."""
-    return attend(name, query, key, value, scale, splits if key.shape[1] % splits == 0 else 1)
+    variants, refused = usable(query, key, value, shape.head_dim**-0.5, SPLITS, STOCK)
+    calls = {name: functools.partial(stock, query, key, value) for name, stock in variants.items()}
+    found = interleaved(calls, repeats, device, budget)
+    # torch's own choice is one of the others, unless none of them runs.
+    best = min(found, key=lambda name: (name == TORCH, found[name]["median_ms"]))
+    runs = torch_runs(query, key, value)
+    return variants[best], {"best": best, "times": found, "refused": refused, "torch_runs": runs}
 
 
 def ways(shape, device, dtype, run):
@@ -120,20 +55,38 @@ def ways(shape, device, dtype, run):
     return found
 
 
-def model_step(shape, device, dtype, repeats, budget, run):
+def built(builders, red, step=None, writes=False):
+    """The ways that can be built and run a pass, by name, and why others do not.
+
+    What runs an op in `red`, in a pass that `writes` too, is left out: the op has failed its check.
+    """
+    found, refused = {}, {}
+    for name, build in builders.items():
+        try:
+            way = build()
+            wrong = sorted(red & (way.ops | (way.writes if writes else set())))
+            if wrong:
+                refused[name] = f"{', '.join(wrong)} failed its check"
+                continue
+            if step is not None:
+                step(way)
+            found[name] = way
+        except Exception as error:
+            refused[name] = told(error)
+    return found, refused
+
+
+def model_step(shape, device, dtype, repeats, budget, run, red=frozenset()):
     """One pass through all layers by every way, side by side; ratios of the dense baselines over the latent ways."""
     step = Step(shape, device, dtype)
-    built, refused = {}, {}
-    for name, build in ways(shape, device, dtype, run).items():
-        try:
-            built[name] = build()
-            step(built[name])
-        except Exception as error:
-            built.pop(name, None)
-            refused[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-    found = interleaved({name: functools.partial(step, way) for name, way in built.items()}, repeats, device, budget)
-    sizes = {name: way.bytes() for name, way in built.items()}
-    return {"times": found, "cache_bytes": sizes, "refused": refused, "ratios": ratios(found)}
+    found, refused = built(ways(shape, device, dtype, run), red, step)
+    times = interleaved({name: functools.partial(step, way) for name, way in found.items()}, repeats, device, budget)
+    return _timed(found, refused, times) | {"cache_bytes": {name: way.bytes() for name, way in found.items()}}
+
+
+def _timed(found, refused, times):
+    attends = {name: way.attends for name, way in found.items()}
+    return {"times": times, "attends": attends, "refused": refused, "ratios": ratios(times)}
 
 
 def ratios(found):
@@ -145,115 +98,130 @@ def ratios(found):
     }
 
 
-def chunk(shape, device, dtype, repeats, budget, run, passes=5):
+def chunk(shape, device, dtype, repeats, budget, run, passes=5, red=frozenset()):
     """A chunk: `passes` passes, the last of which writes the latents; histories expanded once a pass or a chunk."""
     step = Step(shape, device, dtype)
     build = functools.partial(Latent, shape, device, dtype)
-    built = {
-        PUBLISHED: Published(shape, device, dtype),
-        TUNED: Dense(shape, device, dtype, reindexed=False, run=run),
-        REINDEXED: Dense(shape, device, dtype, reindexed=True, run=run),
-        f"latent 192+{SHARED}, expanded": build(192, SHARED, "expand"),
-        f"latent 64+{SHARED}, absorbed": build(64, SHARED, "absorbed"),
-        "latent 192, rotated on read": build(192, 0, "expand", run=run),
-        "latent 192, rotated on read, history kept": build(192, 0, "expand", run=run, keep=True),
-        PAIRED: build(448, 0, "expand", run=run, together=2),
+    builders = {
+        PUBLISHED: functools.partial(Published, shape, device, dtype),
+        TUNED: functools.partial(Dense, shape, device, dtype, reindexed=False, run=run),
+        REINDEXED: functools.partial(Dense, shape, device, dtype, reindexed=True, run=run),
+        f"latent 192+{SHARED}, expanded": functools.partial(build, 192, SHARED, "expand"),
+        f"latent 64+{SHARED}, absorbed": functools.partial(build, 64, SHARED, "absorbed"),
+        "latent 192, rotated on read": functools.partial(build, 192, 0, "expand", run=run),
+        "latent 192, rotated on read, history kept": functools.partial(build, 192, 0, "expand", run=run, keep=True),
+        PAIRED: functools.partial(build, 448, 0, "expand", run=run, together=2),
     }
 
     def passed(way):
         way.start_chunk()
-        for _ in range(passes):
-            out = step(way)
-        if isinstance(way, Latent):
-            for layer, block in enumerate(step.blocks):
-                key, value = (torch.nn.functional.linear(out, weight) for weight in block["qkv"][1:])
-                way.write(layer, key, value)
+        for number in range(passes):
+            # A dense cache is written at every pass, as the published code does.
+            way.writing = number == passes - 1
+            step(way)
 
-    found = interleaved({name: functools.partial(passed, way) for name, way in built.items()}, repeats, device, budget)
-    return {"times": found, "ratios": ratios(found), "passes": passes}
+    found, refused = built(builders, red, passed, writes=True)
+    times = interleaved({name: functools.partial(passed, way) for name, way in found.items()}, repeats, device, budget)
+    return _timed(found, refused, times) | {"passes": passes}
 
 
-def graph_step(shape, device, dtype, repeats, budget, run):
+def graph_step(shape, device, dtype, repeats, budget, run, red=frozenset()):
     """A pass of a latent way captured in a CUDA graph, against the same pass launched from Python."""
     if device.type != "cuda":
         return None
-    step, way = Step(shape, device, dtype), Latent(shape, device, dtype, 192, 0, "expand", run=run)
+    step, name = Step(shape, device, dtype), "latent 192, rotated on read"
+    found, refused = built({name: ways(shape, device, dtype, run)[name]}, red)
+    if not found:
+        return {"times": {}, "refused": refused}
+    way = found[name]
     expected = step(way)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step(way)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = step(way)
+    graph, out = Capture(device)(functools.partial(step, way))
     graph.replay()
     torch.cuda.synchronize(device)
     difference = float((out.float() - expected.float()).abs().max() / expected.float().abs().max())
     variants = {"launched": functools.partial(step, way), "graph": graph.replay}
-    return {"times": interleaved(variants, repeats, device, budget), "error": difference}
+    return {"times": interleaved(variants, repeats, device, budget), "error": difference, "refused": refused}
 
 
-def profile(shape, device, dtype, run, most=14):
+def profile(shape, device, dtype, run, red=frozenset(), most=14):
     """Where a step's time goes, by kernel in microseconds: the tuned dense path and two latent ones."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
     step, found = Step(shape, device, dtype), {}
     activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
-    for name, build in ways(shape, device, dtype, run).items():
-        if name not in (TUNED, f"latent 64+{SHARED}, absorbed", "latent 192, rotated on read"):
-            continue
-        way = build()
-        step(way)
-        with profiler(activities=[activity]) as recorded:
-            step(way)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-        kernels = []
-        for event in recorded.key_averages():
-            device_time = getattr(event, "self_device_time_total", 0) or getattr(event, "self_cuda_time_total", 0)
-            spent = device_time if device.type == "cuda" else event.self_cpu_time_total
-            kernels.append({"name": event.key[:120], "us": float(spent), "calls": event.count})
-        found[name] = sorted(kernels, key=lambda kernel: -kernel["us"])[:most]
+    every = ways(shape, device, dtype, run)
+    for name in (TUNED, f"latent 64+{SHARED}, absorbed", "latent 192, rotated on read"):
+        for way in built({name: every[name]}, red, step)[0].values():
+            with profiler(activities=[activity]) as recorded:
+                step(way)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+            found[name] = _kernels(recorded, device)[:most]
     return found
 
 
-def streams(shape, device, dtype, budget):
-    """How many streams of one more pass fit: the batch is raised until memory ends, dense and latent."""
-    if device.type != "cuda":
+def _kernels(recorded, device):
+    """What ran while a profiler recorded, the longest first."""
+    kernels = []
+    for event in recorded.key_averages():
+        device_time = getattr(event, "self_device_time_total", 0) or getattr(event, "self_cuda_time_total", 0)
+        spent = device_time if device.type == "cuda" else event.self_cpu_time_total
+        kernels.append({"name": event.key[:120], "us": float(spent), "calls": event.count})
+    return sorted(kernels, key=lambda kernel: -kernel["us"])
+
+
+def streams(shape, device, dtype, budget, fits=None):
+    """How many streams of one more pass fit: the batch is raised until memory ends, dense and latent.
+
+    None where time ended before a batch that fits was found. `open` names those between two batches of which only
+    the smaller one is known to fit. `fits` answers for a shape and a function that builds a way.
+    """
+    if device.type != "cuda" and fits is None:
         return None
-    found, left_out = {}, []
+    fits = fits or functools.partial(_fits, device=device, dtype=dtype)
+    # What all others are divided by comes first.
     builders = {
-        "latent 192, rotated on read": lambda s: Latent(s, device, dtype, 192, 0, "expand", run=None),
-        f"latent 192+{SHARED}, absorbed": lambda s: Latent(s, device, dtype, 192, SHARED, "absorbed"),
-        PAIRED: lambda s: Latent(s, device, dtype, 448, 0, "expand", run=None, together=2),
         TUNED: lambda s: Dense(s, device, dtype, reindexed=False),
+        PAIRED: lambda s: Latent(s, device, dtype, 448, 0, "expand", together=2),
+        "latent 192, rotated on read": lambda s: Latent(s, device, dtype, 192, 0, "expand"),
+        f"latent 192+{SHARED}, absorbed": lambda s: Latent(s, device, dtype, 192, SHARED, "absorbed"),
     }
-    for name, build in builders.items():
-        low, high = 0, 8
-        while budget.left() > 0 and _fits(dataclasses.replace(shape, batch=high), build, device, dtype):
-            low, high = high, 2 * high
-        while high - low > 1 and budget.left() > 0:
-            middle = (low + high) // 2
-            fits = _fits(dataclasses.replace(shape, batch=middle), build, device, dtype)
-            low, high = (middle, high) if fits else (low, middle)
-        if high - low > 1:
-            left_out.append(f"{name}: time ended between {low} and {high}")
-        found[name] = low
-        print(f"streams, {name}: {low}", file=sys.stderr)
-    return {"streams": found, "left_out": left_out}
+    found, open_, left_out, failed = {}, {}, [], []
+    for number, (name, build) in enumerate(builders.items()):
+        part = budget.part(1 / (len(builders) - number))
+        low, high = 0, None
+        try:
+            while part.left() > 0 and (high is None or high - low > 1):
+                batch = max(8, 2 * low) if high is None else (low + high) // 2
+                if fits(dataclasses.replace(shape, batch=batch), build):
+                    low = batch
+                else:
+                    high = batch
+        except Exception as error:
+            failed.append(f"{name}, {batch} streams: {told(error)}")
+        settled = high is not None and high - low <= 1
+        found[name] = low if low or settled else None
+        if not settled:
+            open_[name] = [low, high]
+            left_out.append(f"{name}: it ended between {low} and {high or 'more'}")
+        print(f"streams, {name}: {found[name]}", file=sys.stderr)
+    more = {"failed": "; ".join(failed)} if failed else {}
+    return {"streams": found, "open": open_, "left_out": left_out, **more}
 
 
 def _fits(shape, build, device, dtype):
     step = way = None
     try:
         step, way = Step(shape, device, dtype), build(shape)
-        step(way)
+        # All weights and caches are there; a group of layers takes as much beside them as all in turn.
+        step(way, layers=2)
         torch.cuda.synchronize(device)
         return True
-    except torch.cuda.OutOfMemoryError:
-        return False
+    except RuntimeError as error:
+        if does_not_fit(error):
+            return False
+        raise
     finally:
         step = way = None
         torch.cuda.empty_cache()

@@ -3,7 +3,8 @@
 Plain torch and `mla_attention` only. A way owns its cache, full of random history, and answers
 `attend(layer, query, key, value)` with queries, keys and values `[B, N, H * D]` before QK-norm: it
 normalises, rotates, stores the chunk in its cache and attends to the whole window, as each of the
-denoising passes of a chunk does.
+denoising passes of a chunk does. It names in `ops` those of `mla_attention` that a pass runs, in `writes` those
+that only a pass that writes does, and in `attends` what its attention is.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 import mla_attention as ops
 import torch
 import torch.nn.functional as F
+from dense import TORCH, torch_attention, torch_runs
 
 EPS = 1e-6
 
@@ -77,6 +79,7 @@ class Published:
         self.cis = torch.view_as_complex(own)
         self.ends = torch.full((2,), shape.keys, dtype=torch.long, device=device)
         self.rolled = set()
+        self.ops, self.writes, self.attends = set(), set(), _torch_label(self)
 
     def start_chunk(self):
         """The window moves on."""
@@ -93,7 +96,7 @@ class Published:
             cache[:, end - new : end] = rows
         self.rolled.add(layer)
         end = int(self.ends[1].item())
-        return _sdpa(query, self.keys[layer][:, :end], self.values[layer][:, :end])
+        return torch_attention(query, self.keys[layer][:, :end], self.values[layer][:, :end])
 
     def _rotate(self, x, heads):
         pairs = torch.view_as_complex(x.unflatten(-1, (heads, -1)).double().unflatten(-1, (-1, 2)).contiguous())
@@ -106,13 +109,14 @@ class Published:
 class Dense:
     """A tuned dense cache: a ring, nothing moved, norm and rotation fused.
 
-    `reindexed` False keeps rotated keys (absolute positions); True keeps unrotated ones and rotates
-    the window into a workspace at every pass, as an unlimited rollout within the rotary table needs. `run` attends
-    to `[B, N, H, D]`: the fastest stock attention with the fastest number of splits.
+    `reindexed` False keeps rotated keys (absolute positions); True keeps keys as they are projected and takes the
+    window to a workspace at every pass, normed and rotated in one launch that reads and writes it once, as an
+    unlimited rollout within the rotary table needs. `run` attends to `[B, N, H, D]`: the fastest stock attention
+    with the fastest number of splits.
     """
 
     def __init__(self, shape, device, dtype, reindexed, run=None):
-        self.shape, self.reindexed, self.run = shape, reindexed, run or _sdpa
+        self.shape, self.reindexed, self.run = shape, reindexed, run or torch_attention
         size = (shape.batch, shape.keys, shape.heads, shape.head_dim)
         self.keys = [torch.randn(size, device=device, dtype=dtype) for _ in range(shape.layers)]
         self.values = [torch.randn(size, device=device, dtype=dtype) for _ in range(shape.layers)]
@@ -120,6 +124,7 @@ class Dense:
         self.window = rotations(shape, range(shape.window), device)
         self.own = self.window[-shape.queries :].contiguous()
         self.workspace = torch.empty(size, device=device, dtype=dtype) if reindexed else None
+        self.ops, self.writes, self.attends = {"qk_norm_rope"}, set(), _label(self, run)
 
     def start_chunk(self):
         """Nothing lasts from pass to pass."""
@@ -128,14 +133,12 @@ class Dense:
         heads, new = self.shape.heads, key.shape[1]
         query = ops.qk_norm_rope(query, self.gain, EPS, self.own, heads)
         keys, values = self.keys[layer], self.values[layer]
-        turn = None if self.reindexed else self.own
-        ops.qk_norm_rope_(keys[:, -new:], key, self.gain, EPS, turn, heads)
         values[:, -new:] = value.unflatten(-1, (heads, -1))
-        if self.workspace is not None:
-            pairs, turned = keys.unflatten(-1, (-1, 2)), self.workspace.unflatten(-1, (-1, 2))
-            cos, sin = (self.window[..., i].unsqueeze(1).to(keys.dtype) for i in (0, 1))
-            torch.addcmul(-pairs[..., 1] * sin, pairs[..., 0], cos, out=turned[..., 0])
-            torch.addcmul(pairs[..., 0] * sin, pairs[..., 1], cos, out=turned[..., 1])
+        if self.workspace is None:
+            ops.qk_norm_rope_(keys[:, -new:], key, self.gain, EPS, self.own, heads)
+        else:
+            keys[:, -new:] = key.unflatten(-1, (heads, -1))
+            ops.qk_norm_rope_(self.workspace, keys.flatten(2), self.gain, EPS, self.window, heads)
             keys = self.workspace
         return self.run(query, keys, values)
 
@@ -149,13 +152,14 @@ class Latent:
     `shared` 0 is the layout rotate_on_read, which can only be expanded; otherwise the shared key has so
     many channels and every head `head_dim - shared` unrotated ones. `run` attends to `[B, N, H, D]`, None is
     `attend`. With `keep` every layer keeps its expanded history for the passes of a chunk. Of `together` layers
-    the first owns the rows, which all of them write a part of and each expands for itself.
+    the first owns the rows, which all of them write a part of and each expands for itself. A pass with `writing`
+    keeps the chunk, too, as the last one of a chunk does, from the keys and values that it has anyway.
     """
 
     def __init__(self, shape, device, dtype, rank, shared, path, run=None, keep=False, together=1):
         self.shape, self.rank, self.shared, self.path = shape, rank, shared, path
         self.run, self.keep, self.together = run, keep, together
-        self.parts = None
+        self.parts, self.writing = None, False
         self.expanded = set()
         dim, heads, depth = shape.dim, shape.heads, shape.head_dim
         size = (shape.batch, shape.window, shape.tokens, rank + shared)
@@ -184,12 +188,23 @@ class Latent:
             keys = (shape.batch, history * shape.tokens + tail, heads, depth)
             owners = shape.layers if keep else 1
             self.spaces = [[torch.empty(keys, device=device, dtype=dtype) for _ in range(2)] for _ in range(owners)]
+        self.ops = {"qk_norm_rope", "latent_attention" if path == "absorbed" else "expand_kv_"}
+        self.writes = set() if together > 1 else {"latent_write_"}
+        if shared or run is None:
+            self.ops.add("attend")
+        self.attends = "attend" if run is None else _label(self, run)
+        if shared:
+            # History and chunk are addressed by different queries.
+            self.attends = f"{'latent_attention' if path == 'absorbed' else 'attend'} and attend, merged"
 
     def start_chunk(self):
         """The histories of the layers are other ones now."""
         self.expanded = set()
 
     def attend(self, layer, query, key, value):
+        """A pass of a layer over its queries, keys and values `[B, N, H * D]`."""
+        if self.writing:
+            self.write(layer, key, value)
         shape, rows = self.shape, self.rows[layer // self.together]
         scale, heads = shape.head_dim**-0.5, shape.heads
         own_query = ops.qk_norm_rope(query, self.gain, EPS, self.own, heads)
@@ -246,9 +261,16 @@ class Latent:
         return sum(rows.numel() * rows.element_size() for rows in self.rows)
 
 
-def _sdpa(query, key, value):
-    out = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-    return out.transpose(1, 2)
+def _label(way, run):
+    """What `run` is, for a result; None is torch's own choice."""
+    label = getattr(run, "label", TORCH)
+    return _torch_label(way) if label == TORCH else label
+
+
+def _torch_label(way):
+    shape, kept = way.shape, way.keys if hasattr(way, "keys") else None
+    key, value = (kept[0], way.values[0]) if kept else way.spaces[0]
+    return f"{TORCH}: {torch_runs(key[:, : shape.queries], key, value)}"
 
 
 class Step:
@@ -277,10 +299,11 @@ class Step:
         self.modulation = torch.randn(6, dim, device=device, dtype=torch.float32) * 0.02
         self.hidden_states = torch.randn(shape.batch, shape.queries, dim, device=device, dtype=dtype)
 
-    def __call__(self, way):
+    def __call__(self, way, layers=None):
+        """The hidden states after the first `layers`, all of them by default."""
         x, heads = self.hidden_states, self.shape.heads
         shift, scale, gate, ff_shift, ff_scale, ff_gate = self.modulation
-        for layer, block in enumerate(self.blocks):
+        for layer, block in enumerate(self.blocks[:layers]):
             normed = self._modulated(x, scale, shift)
             query, key, value = (F.linear(normed, weight) for weight in block["qkv"])
             out = way.attend(layer, query, key, value).flatten(2)

@@ -1,0 +1,177 @@
+"""Attention of one layer by size: ours, stock and torch's own, dense, absorbed and expanded; FlexAttention apart."""
+
+from __future__ import annotations
+
+import functools
+import sys
+
+import mla_attention as ops
+import torch
+from dense import torch_runs, usable
+from timing import both, does_not_fit, runnable, told
+
+RANKS = (64, 96, 128, 192, 256)
+ROTATED_RANKS = (64, 192, 256)
+"""Ranks that are expanded with all heads rotated, too, as the layout `rotate_on_read` does."""
+SPLITS = (1, 2, 5)
+SHARED = 32
+STOCK = ("flash", "cuDNN")
+FLEX = ("FlexAttention",)
+
+
+def attention(shape, device, dtype, repeats, budget, sizes, save, red=frozenset()):
+    """Attention of one layer at `sizes` of (queries, frames of keys, batch); what time does not allow is named.
+
+    What an op in `red` computes is left out. Expanding does not depend on the queries: it is timed with the first
+    size of its keys and batch.
+    """
+    expanded = set()
+
+    def row(queries, frames, batch):
+        case = _Case(shape, device, dtype, queries, frames, batch)
+        variants, refused = case.stock(STOCK)
+        names = _ours(case, ranks=() if (frames, batch) in expanded else RANKS)
+        expanded.add((frames, batch))
+        for name, (op, run) in names.items():
+            if op in red:
+                refused[name] = f"{op} failed its check"
+            else:
+                variants[name] = run
+        return case.timed(variants, refused, repeats, budget)
+
+    return _rows(shape, device, budget, sizes, save, row)
+
+
+def flex(shape, device, dtype, repeats, budget, sizes, save, red=frozenset()):
+    """FlexAttention at the sizes with a chunk's queries, beside torch's choice and ours; None without a GPU.
+
+    It is compiled anew for every size, which takes longer than all else: apart from the others, and last.
+    """
+    if device.type != "cuda":
+        return None
+
+    def row(queries, frames, batch):
+        case = _Case(shape, device, dtype, queries, frames, batch)
+        variants, refused = case.stock(FLEX)
+        if "attend" not in red:
+            variants[BY_RULE] = case.attend(0)
+        return case.timed(variants, refused, repeats, budget)
+
+    chosen = [size for size in sizes if size[0] == shape.queries and size[2] == 1]
+    return _rows(shape, device, budget, chosen, save, row)
+
+
+BY_RULE = "attend, splits by rule"
+
+
+def _rows(shape, device, budget, sizes, save, row):
+    """A row for every size that time and memory allow; what fails is named and takes no other row with it."""
+    rows, left_out, failed = [], [], []
+
+    def found():
+        more = {"failed": "; ".join(failed)[:1000]} if failed else {}
+        return {"rows": rows, "left_out": left_out, **more}
+
+    for queries, frames, batch in sizes:
+        name = f"{queries} x {frames * shape.tokens} x {batch}"
+        if budget.left() <= 0:
+            left_out.append(name)
+            continue
+        try:
+            rows.append(row(queries, frames, batch))
+            print(f"attention {name}: done", file=sys.stderr)
+        except Exception as error:
+            (left_out if does_not_fit(error) else failed).append(f"{name}: {told(error)}")
+            print(f"attention {name}: {told(error)}", file=sys.stderr)
+        try:
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        except Exception as error:
+            failed.append(f"{name}: {told(error)}")
+        save(found())
+    return found()
+
+
+class _Case:
+    """Queries, keys and values of one size."""
+
+    def __init__(self, shape, device, dtype, count, window, batch):
+        self.shape, self.device, self.dtype, self.batch, self.window = shape, device, dtype, batch, window
+        self.count, self.keys, self.scale = count, window * shape.tokens, shape.head_dim**-0.5
+        self.query, self.key, self.value = (self.randn(batch, n, shape.head_dim) for n in (count, self.keys, self.keys))
+
+    def randn(self, batch, tokens, channels):
+        """Random `[B, N, H, C]`."""
+        return torch.randn(batch, tokens, self.shape.heads, channels, device=self.device, dtype=self.dtype)
+
+    def stock(self, names):
+        """Stock attentions and torch's own as functions without arguments, and why others do not run."""
+        found, refused = usable(self.query, self.key, self.value, self.scale, SPLITS, names)
+        parts = (self.query, self.key, self.value)
+        return {name: functools.partial(stock, *parts) for name, stock in found.items()}, refused
+
+    def attend(self, splits):
+        """Ours, with 0 splits by the rule that the model takes."""
+        return functools.partial(ops.attend, self.query, self.key, self.value, None, self.scale, splits)
+
+    def flop(self, name):
+        """Operations of a variant by its name: an attention of dense keys unless it says a rank."""
+        pairs = self.batch * self.shape.heads * self.count * self.keys
+        depth, (way, _, rank) = self.shape.head_dim, name.partition(", rank ")
+        if not rank:
+            return 4 * pairs * depth
+        if way == "absorbed":
+            return 2 * pairs * (2 * int(rank) + SHARED)
+        restored = 2 * depth - SHARED * (way == "expand")
+        return 2 * self.batch * self.keys * self.shape.heads * int(rank) * restored
+
+    def timed(self, variants, refused, repeats, budget):
+        """The row of this size. Raises RuntimeError where nothing runs."""
+        variants, others = runnable(variants, self.device)
+        refused = {**refused, **others}
+        if not variants:
+            raise RuntimeError(next(iter(others.values()), "nothing runs"))
+        times = both(variants, repeats, self.device, budget)
+        for name, found in times.items():
+            found["tflop_s"] = self.flop(name) / found["median_ms"] / 1e9
+        runs = torch_runs(self.query, self.key, self.value)
+        size = {"batch": self.batch, "queries": self.count, "keys": self.keys}
+        return {**size, "times": times, "refused": refused, "torch_runs": runs}
+
+
+def _ours(case, ranks):
+    """Name to op and function of every way of ours, those that expand at `ranks` alone."""
+    shape, device, dtype, batch = case.shape, case.device, case.dtype, case.batch
+    heads, depth, keys = shape.heads, shape.head_dim, case.keys
+    found = {BY_RULE: ("attend", case.attend(0))}
+    for splits in SPLITS:
+        found[f"attend, {splits} split{'s' * (splits > 1)}"] = ("attend", case.attend(splits))
+    slots = torch.arange(case.window, dtype=torch.int32, device=device)
+    count = torch.full((1,), keys, dtype=torch.int32, device=device)
+    turn = torch.zeros(keys, depth // 2, 2, device=device)
+    turn[..., 0] = 1
+    shared_turn = turn[:, : SHARED // 2].contiguous()
+    # Into other memory than the attention timed beside it reads, the same for all ranks.
+    spaces = [torch.empty_like(x) for x in (case.key, case.value)]
+
+    def expand(name, rank, rotated):
+        shared = 0 if rotated else SHARED
+        rows = torch.randn(batch, case.window, shape.tokens, rank + shared, device=device, dtype=dtype)
+        up = torch.randn(heads * (2 * depth - shared), rank, device=device, dtype=dtype) * rank**-0.5
+        bias = torch.zeros(len(up), device=device, dtype=dtype)
+        weights = (up, bias, None, None, turn if rotated else shared_turn, rotated)
+        found[name] = ("expand_kv_", functools.partial(ops.expand_kv_, *spaces, rows, None, slots, count, *weights))
+
+    for rank in RANKS:
+        rows = torch.randn(batch, case.window, shape.tokens, rank + SHARED, device=device, dtype=dtype)
+        latent, pe = (case.randn(batch, case.count, channels) for channels in (rank, SHARED))
+        rest = (rows, None, slots, count, shared_turn, case.scale, 0)
+        found[f"absorbed, rank {rank}"] = (
+            "latent_attention",
+            functools.partial(ops.latent_attention, latent, pe, *rest),
+        )
+        if rank in ranks:
+            expand(f"expand, rank {rank}", rank, False)
+            if rank in ROTATED_RANKS:
+                expand(f"expand with heads rotated, rank {rank}", rank, True)
+    return found
