@@ -12,7 +12,6 @@ from recipe_case import RECIPE, write_teacher
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mla_convert.distill import rollouts
 from mla_convert.distill.data import DataConfig, open_data
 from mla_convert.distill.latents import Clip, LatentShards, write_latents
 from mla_convert.distill.negative import NEGATIVE, read_negative
@@ -20,6 +19,7 @@ from mla_convert.distill.stages import consistency, noised
 from mla_convert.distill.stages.consistency import Consistency
 from mla_convert.distill.stages.match_velocity import MatchVelocity
 from mla_convert.distill.trainer import run_stage
+from mla_convert.draws import Use, drawn_seed
 from mla_convert.errors import UserError
 from mla_convert.flow import drop_prompts
 from mla_convert.load import load_dense, load_source
@@ -195,7 +195,7 @@ def test_a_teacher_rolls_out_away_from_it(teacher, tmp_path):
 
     made = LatentShards(tmp_path / "run" / "data").read(0)["latents"]
     dense = load_dense(load_source(str(teacher)))
-    seed = rollouts._seed(0, 0)
+    seed = drawn_seed(Use.ROLLOUT, 0, 0)
     chunks = stream_chunks(
         dense, text, 3, 16, 16, num_inference_steps=2, guidance_scale=2.0, seed=seed, negative_hidden_states=AWAY[None]
     )

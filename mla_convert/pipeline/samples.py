@@ -15,9 +15,9 @@ from torch import Tensor
 from ..distill.encode.models import load_vae, text_encoder
 from ..errors import UsageError
 from ..evaluate.samples import Comparison
-from ..export.components import is_hub_id
 from ..files import atomic_folder, save_tensors
 from ..load import Source
+from ..load.hub import is_hub_id
 from ..run.decode import frame_chunks
 from ..run.image import reads_image
 from ..run.parts import PICTURES, TEXT, find_parts
