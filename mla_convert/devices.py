@@ -28,6 +28,6 @@ def all_threads() -> Iterator[None]:
 
 
 def bring_weights(vae: Any) -> None:
-    """Let a hook of offloading bring the weights of a VAE, which its `encode` and `decode` do too late to ask where."""
+    """Run a VAE's offloading hook now: encode and decode run it too, but only after the caller has read vae.device."""
     if hasattr(getattr(vae, "_hf_hook", None), "pre_forward"):
         vae._hf_hook.pre_forward(vae)

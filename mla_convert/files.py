@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MANIFEST = "mla_convert.json"
+RUN_STATE, LOCK = "state.json", ".lock"
 
 # linux/fcntl.h and linux/fs.h.
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -105,7 +107,7 @@ def check_place(path: Path, folder: bool = False) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write `path` atomically."""
     with atomic_file(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -118,11 +120,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path` that takes its place when the block ends well."""
     with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    for aside in path.parent.glob(f".{path.name}.*.old.tmp"):
+    for aside in _left_behind(path, ".old.tmp"):
         # Killed between two renames: the old folder comes back.
         if not path.exists():
             aside.rename(path)
-    for stale in path.parent.glob(f".{path.name}.*.tmp"):
+    for stale in (*_left_behind(path, ".old.tmp"), *_left_behind(path, ".tmp")):
         shutil.rmtree(stale, ignore_errors=True)
     temporary = _temporary(path)
     try:
@@ -142,6 +144,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _left_behind(path: Path, ending: str) -> list[Path]:
+    """What killed processes left of their work on `path`: its name and a process id, with `ending`."""
+    # `wan` is not `wan.bf16`, whose work begins alike, and a name may have a glob's characters.
+    name = re.compile(rf"\.{re.escape(path.name)}\.\d+{re.escape(ending)}")
+    return sorted(beside for beside in path.parent.iterdir() if name.fullmatch(beside.name))
+
+
 def _exchange(one: Path, other: Path) -> bool:
     """Swap two paths in one step, so that a kill leaves either state; False where the system cannot."""
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
@@ -151,12 +160,87 @@ def _exchange(one: Path, other: Path) -> bool:
     return swapped == 0
 
 
+_held: set[tuple[int, int]] = set()
+
+
+@contextlib.contextmanager
+def locked_folder(path: Path) -> Iterator[None]:
+    """Make the folder `path` and keep every other process out of it, on other machines too, while the block lasts.
+
+    A folder that was made for this, and in which nothing was written, goes again. Raises UserError that names who
+    works there, or that the folder cannot be locked.
+    """
+    created = not path.exists()
+    try:
+        with explain_os_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+            # The lock is the process's own: a second one of the same process would be granted, and end the first.
+            folder = path.stat()
+            identity = (folder.st_dev, folder.st_ino)
+            if identity in _held:
+                raise _busy(path, _this_process())
+            handle = _lock(path)
+        _held.add(identity)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                (path / LOCK).unlink()
+            os.close(handle)
+            _held.discard(identity)
+    finally:
+        if created:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+def _lock(folder: Path) -> int:
+    """The handle of a locked file in `folder`: a POSIX lock, which NFS knows and which ends with a SIGKILL."""
+    import fcntl
+
+    while True:
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever had the lock until now has removed the file, and somebody else may have locked a new one.
+            if _is_at(handle, folder / LOCK):
+                os.ftruncate(handle, 0)
+                os.write(handle, _this_process().encode())
+                return handle
+        except OSError as error:
+            holder = os.pread(handle, 1000, 0).decode("utf-8", "replace")
+            os.close(handle)
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise _busy(folder, holder) from None
+            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+                (folder / LOCK).unlink(missing_ok=True)
+                raise UserError(f"{folder} is on a file system that locks no files; give another --out") from None
+            raise
+        os.close(handle)
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _this_process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def _busy(folder: Path, holder: str) -> UserError:
+    known = f" ({holder})" if holder else ""
+    return UserError(f"another process is working in {folder}{known}; wait for it or give another --out")
+
+
 def unreadable(error: OSError | UnicodeDecodeError) -> str:
     """Why a text cannot be read, in a few words."""
     return error.strerror or str(error) if isinstance(error, OSError) else "it is not UTF-8 text"
 
 
-def claim_folder(path: Path, kind: str, markers: tuple[str, ...] = (MANIFEST, "state.json")) -> None:
+def claim_folder(path: Path, kind: str, markers: tuple[str, ...] = (MANIFEST, RUN_STATE)) -> None:
     """Refuse an output folder that holds something that is not a `kind` of ours.
 
     A folder is ours when it is missing, empty, or has one of `markers` in it: by default our manifest
@@ -167,7 +251,7 @@ def claim_folder(path: Path, kind: str, markers: tuple[str, ...] = (MANIFEST, "s
     if not path.is_dir():
         raise UserError(f"{path} is a file; give the name of a folder")
     ours = any((path / name).exists() for name in markers)
-    visible = [p for p in path.iterdir() if not p.name.endswith(".tmp")]
+    visible = [p for p in path.iterdir() if not p.name.endswith(".tmp") and p.name != LOCK]
     if visible and not ours:
         raise UserError(f"{path} exists and is not a {kind} of mla-convert; choose another folder or empty it")
 

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .errors import UsageError
+
 NUM_TRAIN_TIMESTEPS = 1000
 ALL_NOISE = (0.0, 1.0)
 
@@ -26,8 +28,10 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def sampling_times(num_steps: int, shift: float) -> Tensor:
-    """`num_steps + 1` decreasing times from 1 to 0, float32."""
+def sampling_times(num_steps: int, shift: float, steps: Sequence[float] | None = None) -> Tensor:
+    """`num_steps + 1` decreasing times from 1 to 0, float32; `denoising_times` of `steps` where those are given."""
+    if steps is not None:
+        return denoising_times(steps, shift)
     return shift_time(torch.linspace(1, 0, num_steps + 1), shift)
 
 
@@ -53,6 +57,24 @@ def denoising_times(steps: Sequence[float], shift: float) -> Tensor:
     `1000, 750, 500, 250` are those of four sampling steps with the same shift.
     """
     return shift_time(torch.tensor([*steps, 0], dtype=torch.float32) / NUM_TRAIN_TIMESTEPS, shift)
+
+
+def noise_levels(steps: Sequence[float] | None, shift: float) -> tuple[float, ...] | None:
+    """The noise levels in (0, 1] of denoising `steps` out of 1000 under a `shift`; None, which are all, for None."""
+    return None if steps is None else tuple(denoising_times(steps, shift)[:-1].tolist())
+
+
+def levels_inside(levels: Sequence[float], noise_range: tuple[float, float]) -> list[float]:
+    """Those of `levels` that lie in a model's `noise_range`. Raises UsageError where there are none."""
+    low, high = noise_range
+    inside = [level for level in levels if low <= level <= high]
+    if not inside:
+        shown = ", ".join(f"{level:.3g}" for level in levels)
+        raise UsageError(
+            f"none of the denoising_steps, shifted to noise levels of {shown}, lies in the model's noise range "
+            f"[{low:g}, {high:g}]; leave denoising_steps out"
+        )
+    return inside
 
 
 def per_frame(t: Tensor, ndim: int) -> Tensor:
@@ -102,6 +124,11 @@ def next_sample(x_t: Tensor, v: Tensor, t: Tensor, t_next: Tensor, noise: Tensor
     return (1 - t_next) * (x_t - t * v) + t_next * noise
 
 
+def guided(v: Tensor, unguided: Tensor, scale: float | Tensor) -> Tensor:
+    """Classifier-free guidance (arXiv 2207.12598): `scale` times as far from the velocity `unguided` as `v` is."""
+    return unguided + scale * (v - unguided)
+
+
 def drop_prompts(text: Tensor, rate: float, generator: torch.Generator, negative: Tensor | None = None) -> Tensor:
     """`text` `[B, L, D]` with the `negative` prompt `[L, D]`, zeros without one, in place of a random share."""
     if rate == 0:
@@ -116,12 +143,19 @@ def chunk_times(
     generator: torch.Generator,
     shift: float = 1.0,
     noise_range: tuple[float, float] = ALL_NOISE,
+    levels: Sequence[float] | None = None,
 ) -> Tensor:
     """One noise level a chunk, uniform before the `shift`, repeated over its frames: `[B, F]` in [0, 1).
 
     With a narrower `noise_range` only levels inside it come up, in the proportions that they have
-    among all. `chunks` are the half-open frame ranges of `CausalConfig.chunks`.
+    among all. `levels`, of `noise_levels`, are instead the only ones that come up, each as often as the others; the
+    shift is in them. Raises UsageError where none of them lies in the range. `chunks` are the half-open frame ranges of
+    `CausalConfig.chunks`.
     """
+    if levels is not None:
+        inside = levels_inside(levels, noise_range)
+        drawn = torch.randint(len(inside), (batch_size, len(chunks)), generator=generator)
+        return over_frames(torch.tensor(inside)[drawn], chunks)
     t = torch.rand(batch_size, len(chunks), generator=generator)
     if noise_range == ALL_NOISE:
         return over_frames(shift_time(t, shift), chunks)

@@ -145,7 +145,7 @@ def test_paper_pairs_are_the_fast_ones_of_each_axis() -> None:
 def test_shared_keys_are_not_fewer_than_asked() -> None:
     key = torch.randn(5, 2, 12)
     assert torch.equal(torch.view_as_real(complex_pairs(key)).flatten(-2), key.double())
-    with pytest.raises(UsageError, match=r"qk_rope_head_dim 26 is larger than the 24 rotary channels"):
+    with pytest.raises(UsageError, match=r"qk_rope_head_dim: 26 is larger than the 24 rotary channels of all"):
         pico.convert(pico.dense_model(), position="derived", kv_lora_rank=8, qk_rope_head_dim=26)
 
 
@@ -154,7 +154,7 @@ def test_shared_keys_are_not_fewer_than_asked() -> None:
     [
         ({"kv_lora_rank": 49}, "49 in layer 0 is not between 1 and 48"),
         ({"kv_lora_rank": [8, 8, 8]}, "lists 3 layers, the model has 2"),
-        ({"q_lora_rank": 25, "kv_lora_rank": 8}, "q_lora_rank 25 is larger than the rank 24"),
+        ({"q_lora_rank": 25, "kv_lora_rank": 8}, "q_lora_rank: 25 is larger than the rank 24 of the queries"),
     ],
 )
 def test_impossible_ranks_are_named(settings: dict[str, Any], message: str) -> None:

@@ -216,6 +216,18 @@ def test_a_writer_that_is_given_up_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("last", ["end", "close", "abort"])
+def test_a_writer_that_has_ended_takes_no_more_frames(tmp_path: Path, last: str) -> None:
+    writer = FrameWriter(tmp_path / "a.mp4", fps=8)
+    writer.put(grey())
+    getattr(writer, last)()
+    with pytest.raises(ValueError, match=r"a\.mp4 has ended and takes no more frames"):
+        writer.put(grey())
+    writer.close()
+    assert writer.frames == 4
+    assert (tmp_path / "a.mp4").exists() == (last != "abort")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_stops_the_rollout_in_a_line(tmp_path: Path) -> None:
     (tmp_path / f".a.gif.{os.getpid()}.tmp").symlink_to("/dev/full")

@@ -9,13 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import image_case
 import numpy as np
 import pico
 import pretend_gpu
 import pytest
 import torch
 from accelerate import cpu_offload_with_hook
-from diffusers import AutoencoderKLWan, WanPipeline
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 from pretend_gpu import GPU, pretended
 from recipe_case import write_teacher
@@ -349,16 +350,22 @@ def test_what_a_graph_captures_copies_nothing_from_the_host(family: str, variant
 
 def pipeline_with(checkpoint: Path, device: torch.device, offload: str | None) -> Any:
     parts = WanPipeline.from_pretrained(checkpoint.parent / "pipeline", transformer=None, scheduler=None)
+    return pipeline_of(load_checkpoint(checkpoint), parts, device, offload)
+
+
+def pipeline_of(model: Any, parts: Any, device: torch.device, offload: str | None) -> Any:
     told = {"streaming": {"kernels": "torch", "cuda_graph": "off"}}
-    pipe = StreamingMLAPipeline(load_checkpoint(checkpoint), parts.vae, parts.text_encoder, parts.tokenizer, **told)
+    told |= {name: getattr(parts, name, None) for name in ("image_encoder", "image_processor")}
+    pipe = StreamingMLAPipeline(model, parts.vae, parts.text_encoder, parts.tokenizer, **told)
     pipe.set_progress_bar_config(disable=True)
     if offload is None:
         return pipe.to(device)
     # By hand: `enable_model_cpu_offload` asks for an accelerator.
     hook, pipe._all_hooks, pipe.maybe_free_model_hooks = None, [], lambda: None
-    for name in pipe.model_cpu_offload_seq.split("->"):
-        _, hook = cpu_offload_with_hook(getattr(pipe, name), device, prev_module_hook=hook)
-        pipe._all_hooks.append(hook)
+    for part in (getattr(pipe, name) for name in pipe.model_cpu_offload_seq.split("->")):
+        if part is not None:
+            _, hook = cpu_offload_with_hook(part, device, prev_module_hook=hook)
+            pipe._all_hooks.append(hook)
     return pipe
 
 
@@ -374,6 +381,49 @@ def test_the_pipeline_reads_text_and_pictures_and_decodes(checkpoint: Path, offl
         # Room for decoding was left before histories were made.
         assert pipe.transformer.kernels.reserved == (decoding_bytes(pipe.vae, 4, 6).total(1) if device == GPU else 0)
         return np.concatenate(chunks, axis=1)
+
+    same(made)
+
+
+@pytest.mark.parametrize("offload", [None, "model"])
+def test_the_pipeline_is_conditioned_on_a_picture(tmp_path: Path, offload: str | None) -> None:
+    image_case.write_pipeline(tmp_path)
+    model = image_case.model("wan2.1", layers=1, text_dim=DIM, causal=WAN["causal"])
+
+    def made(device: torch.device) -> Any:
+        scheduler = FlowMatchEulerDiscreteScheduler()
+        parts = WanImageToVideoPipeline.from_pretrained(tmp_path, transformer=None, scheduler=scheduler)
+        pipe = pipeline_of(copy.deepcopy(model), parts, device, offload)
+        settings = {**FEW, "height": 32, "width": 48, "guidance_scale": 2.0, "image": image_case.picture()}
+        stream = pipe.stream("a", **settings, ahead=0)
+        chunks = [next(stream) for _ in range(3)]
+        if offload is not None:
+            assert pipe.vae.device == pipe.image_encoder.device == CPU
+        return np.concatenate(chunks, axis=1)
+
+    same(made)
+
+
+@pytest.mark.parametrize("offload", [None, "model"])
+def test_conditions_on_the_cpu_reach_a_gpu(offload: Literal["model"] | None) -> None:
+    """A stream joins late, with guidance; the other's image comes frame by frame."""
+    size = (image_case.HEIGHT, image_case.WIDTH)
+    text, given = image_case.text("wan2.1")[0], image_case.conditions("wan2.1", 6)
+    image = given["image_latents"]
+
+    def made(device: torch.device) -> list[Tensor]:
+        model = image_case.model("wan2.1", layers=1)
+        if offload is None:
+            model = model.to(device)
+        else:
+            place([model], None, device, offload)
+        batch = StreamBatch(model, 4, *size, device=device, recache=True, **FEW)
+        batch.join(text, 1, 6, conditions={**given, "image_latents": lambda a, b: image[:, :, a:b]})
+        chunks = batch.step()
+        batch.join(text, 2, 4, 2.0, conditions=given)
+        batch.change_prompt(0, text + 1)
+        chunks += list(batch.chunks())
+        return [chunk.latents.cpu() for chunk in chunks]
 
     same(made)
 

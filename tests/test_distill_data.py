@@ -27,7 +27,9 @@ def make_clips(count, latent=(4, 3, 6, 5), text=(7, 8), dtype=torch.float32):
 
 
 def open_latents(folder, heldout=1, **settings):
-    return open_data(DataConfig(kind="latents", folder=str(folder), heldout=heldout, **settings), seed=0)
+    return open_data(
+        DataConfig(kind="latents", folder=str(folder), heldout=heldout, **{"split": "last", **settings}), seed=0
+    )
 
 
 def test_digits_derive_from_seed_and_index():

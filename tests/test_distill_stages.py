@@ -157,8 +157,6 @@ def test_trainable_parameters():
     prefix = "blocks.0.attn1."
     expected = {prefix + name for name in ("kv_a_proj.weight", "kv_a_proj.bias", "q_pe_coef")}
     assert trainable_names(model, "latent") == expected
-    model.latent_parameter_names = lambda: {prefix + "norm_k.weight"}
-    assert trainable_names(model, "latent") == {*expected, prefix + "norm_k.weight"}
 
 
 def test_default_keys_are_those_of_every_stage():

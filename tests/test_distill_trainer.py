@@ -23,11 +23,11 @@ from mla_convert.convert import ConvertConfig, convert_model
 from mla_convert.distill.learner import Learner
 from mla_convert.distill.metrics import Metrics
 from mla_convert.distill.objective import flow_loss
-from mla_convert.distill.order import NOISE, derived_generator
 from mla_convert.distill.progress import progress_bars
 from mla_convert.distill.trainable import trainable_names
 from mla_convert.distill.trainer import run_stage
 from mla_convert.distill.views import require_apart
+from mla_convert.draws import Use, drawn
 from mla_convert.errors import UserError
 from mla_convert.families.wan import FAMILY
 from mla_convert.registry import stages
@@ -135,7 +135,7 @@ def plain_loop(student, teacher, config):
         for micro in range(2 * step, 2 * step + 2):
             clips = default_collate([data.example(2 * micro), data.example(2 * micro + 1)])
             models = {"student": student, "teacher": teacher}
-            loss, _ = stage.loss(models, clips, derived_generator(NOISE, 0, 0, micro))
+            loss, _ = stage.loss(models, clips, drawn(Use.NOISE, 0, 0, micro))
             (loss / 2).backward()
         torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         optimizer.step()

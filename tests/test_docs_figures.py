@@ -27,6 +27,9 @@ STATED = {
     **dict.fromkeys(("0.7 %", "2.5 %", "6 %", "12 %"), "aims, not results"),
     **dict.fromkeys(("96 %", "98 %", "97.9 %"), "1 - 14 / 384 and 1 - 8 / 384"),
     "30 %": "the bound of tests/test_dry_run.py",
+    **dict.fromkeys(
+        ("12.9 GB", "155 GB", "412 GB"), "64 x 2 x 32,760 tokens of 1,536 bfloat16 numbers, and 12 or 32 layers of them"
+    ),
     "2 %": "the error that the recommendation of inspect looks for",
 }
 
@@ -130,3 +133,19 @@ def test_the_tables_of_the_stages_are_their_results(monkeypatch: pytest.MonkeyPa
     found = json.loads((RESULTS / "stages.json").read_text(encoding="utf-8"))
     assert stages.table(found) == (RESULTS / "stages.md").read_text(encoding="utf-8")
     assert stages.steps_table(found) == (RESULTS / "stages-steps.md").read_text(encoding="utf-8")
+
+
+def test_the_study_says_of_the_stages_what_their_table_says() -> None:
+    """The two starts of a layer's own latent: how far apart they are, and how much of their rank they use."""
+    (rows,) = tables((RESULTS / "stages-steps.md").read_text(encoding="utf-8")).values()
+    cells = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:-1]] for row in rows}
+    svd, random = cells["`decoupled`, `svd`"], cells["`decoupled`, `random`"]
+
+    def apart(column: int) -> str:
+        high, low = (float(row[column].split()[0]) for row in (random, svd))
+        return f"{high / low:.1f}"
+
+    told = f"from {apart(1)} times apart in held-out loss to {apart(2)}, and use all of their rank before"
+    study = (RESULTS.parent / "study.md").read_text(encoding="utf-8")
+    assert (svd[4], random[4]) == ("1.00", "1.00")
+    assert f"{told} and {svd[5]} and {random[5]} of it after" in study

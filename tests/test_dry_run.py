@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,9 @@ from mla_convert.distill.footprint import block_bytes
 from mla_convert.distill.objective import noised_clips, predict_velocity
 from mla_convert.families.wan import CausalWanTransformer3DModel, MLAWanTransformer3DModel
 from mla_convert.mla.config import MLAConfig
+from mla_convert.pipeline.fits import warn_of_memory
+from mla_convert.recipe.load import load_recipe
+from mla_convert.recipe.shipped import find_recipe
 
 FRAMES, HEADS, HEAD_DIM, FFN, RANK = 8, 4, 12, 96, 16
 
@@ -131,6 +136,9 @@ def test_the_paper_on_eight_cards(capsys):
     assert sharded["launch"] == {"processes": 8, "sharded": True, "zero": False}
     memory = sharded["stages"][0]["memory"]
     assert (memory["gradients"], memory["optimizer"]) == (weights // 2, weights)
+    # In the host's memory a process keeps the student in float32, and the 14B real score in bf16.
+    assert [stage["host_bytes"] for stage in plain["stages"]] == [0, 0, 2 * 14_288_491_584, 2 * 14_288_491_584]
+    assert sharded["stages"][2]["host_bytes"] == 4 * weights + 2 * 14_288_491_584
     memory = sharded["stages"][1]["memory"]
     assert (memory["average"], memory["frozen_networks"]) == (weights, weights // 2)
     block = 46_440_704
@@ -148,6 +156,21 @@ def test_the_paper_on_eight_cards(capsys):
 def test_what_is_built_on_wan_has_its_shapes(capsys, recipe):
     (stage,) = needs(capsys, recipe)["stages"]
     assert stage["memory"]["frozen_networks"] == 2 * 1_418_996_800
+
+
+def test_a_run_says_what_its_card_does_not_hold(monkeypatch, caplog):
+    card = SimpleNamespace(total_memory=80 * 10**9)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: card)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    recipe = load_recipe(find_recipe("wan2.1-14b"))
+    warn_of_memory(recipe, torch.device("cpu"))
+    assert not caplog.messages
+    warn_of_memory(recipe, torch.device("cuda"))
+    (message,) = caplog.messages
+    assert re.match(r"stage teacher_forcing is counted at 1\d\d\.\d GB a GPU, .* has 80.0 GB; .*FSDP2", message)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    warn_of_memory(recipe, torch.device("cuda"))
+    assert len(caplog.messages) == 1
 
 
 def test_bad_input_is_one_line(capsys, tmp_path):

@@ -23,7 +23,8 @@ from mla_convert.distill.data import DataConfig, open_data
 from mla_convert.distill.encode import videos as video_shards
 from mla_convert.distill.encode.frames import UnusableVideo, ahead, read_frames, to_pixels
 from mla_convert.distill.encode.models import text_encoder
-from mla_convert.distill.encode.sources import find_videos, read_prompts
+from mla_convert.distill.encode.sources import TABLES, find_videos, read_prompts
+from mla_convert.distill.latents import LatentShards
 from mla_convert.distill.negative import WAN_NEGATIVE_PROMPT
 from mla_convert.errors import UserError
 from mla_convert.pipeline import run
@@ -114,7 +115,7 @@ def test_latents_are_those_of_the_vae(clips, pipeline, tmp_path):
     assert encode(clips, tmp_path / "data", pipeline, "--dtype", "float32", "--batch-size", "2") == 0
     vae = AutoencoderKLWan.from_pretrained(pipeline / "vae").eval()
     mean, std = (torch.tensor(vae.config[key]).view(-1, 1, 1, 1) for key in ("latents_mean", "latents_std"))
-    data = open_data(DataConfig(kind="latents", folder=str(tmp_path / "data"), heldout=1), seed=0)
+    data = open_data(DataConfig(kind="latents", folder=str(tmp_path / "data"), heldout=1, split="last"), seed=0)
     entries, _ = find_videos(clips)
     for index, entry in enumerate(entries[:-1]):
         pixels = to_pixels(read_frames(entry.path, FRAMES, HEIGHT, WIDTH, 16))
@@ -126,6 +127,20 @@ def test_latents_are_those_of_the_vae(clips, pipeline, tmp_path):
         assert pico.relative_error(latents, expected) < 1e-5
 
 
+def test_raw_latents_say_how_they_are_normalised(clips, pipeline, tmp_path, capsys):
+    for kind in ("raw", "normalised"):
+        assert encode(clips, tmp_path / kind, pipeline, "--dtype", "float32", "--latents", kind) == 0
+        assert f"{kind} latents 4x3x6x8" in " ".join(capsys.readouterr().out.split())
+    stored, other = rows(tmp_path / "raw")[0], rows(tmp_path / "normalised")[0]
+    assert stored["vae_latent_bytes"] != other["vae_latent_bytes"]
+    read, expected = (LatentShards(tmp_path / kind).read(0)["latents"] for kind in ("raw", "normalised"))
+    # Observed: 6.1e-8.
+    assert pico.relative_error(read, expected) < 1e-6
+    capsys.readouterr()
+    assert encode(clips, tmp_path / "raw", pipeline, "--dtype", "float32", "--resume") == 2
+    assert "was begun with latents raw" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_embeddings_are_those_of_the_stock_pipeline(clips, pipeline, encoded, tmp_path, dtype):
     out = encoded
@@ -135,7 +150,7 @@ def test_embeddings_are_those_of_the_stock_pipeline(clips, pipeline, encoded, tm
     stock = stock_pipeline(pipeline, getattr(torch, dtype))
     captions = [row["caption"] for row in rows(out)]
     assert sorted(captions) == sorted(CAPTIONS)
-    data = open_data(DataConfig(kind="latents", folder=str(out), heldout=1), seed=0)
+    data = open_data(DataConfig(kind="latents", folder=str(out), heldout=1, split="last"), seed=0)
     for index, caption in enumerate(captions[:-1]):
         with torch.no_grad():
             (expected,), _ = stock.encode_prompt(caption, do_classifier_free_guidance=False, max_sequence_length=512)
@@ -432,3 +447,8 @@ def test_sources_that_cannot_be_used_are_one_line(tmp_path, files, source, messa
     with pytest.raises(UserError, match=message) as error:
         find_videos(tmp_path / source)
     assert "\n" not in str(error.value)
+
+
+def test_the_documentation_names_every_table() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "encode.md").read_text(encoding="utf-8")
+    assert [name for name in TABLES if f"`{name}`" not in text] == []

@@ -216,7 +216,7 @@ def test_prompts_are_read_off_embeddings_and_captions(tmp_path) -> None:
     assert len(prompts) == 3 and all(" moving " in prompt for prompt in prompts)
     drawn = [Clip(torch.randn(2, 3, 4, 4), torch.randn(3, 8), caption=f"a cat, take {take}") for take in range(5)]
     shards = write_latents(tmp_path / "with", drawn, clips_per_shard=5)
-    data = open_data(DataConfig(kind="latents", folder=str(tmp_path / "with"), heldout=2), 0)
+    data = open_data(DataConfig(kind="latents", folder=str(tmp_path / "with"), heldout=2, split="last"), 0)
     assert isinstance(data, LatentClips)
     assert heldout_prompts(data, data.heldout()["encoder_hidden_states"]) == ["a cat, take 3", "a cat, take 4"]
     (tmp_path / "without").mkdir()

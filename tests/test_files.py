@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +16,20 @@ import torch
 
 from mla_convert.cli import main
 from mla_convert.errors import UserError
-from mla_convert.files import atomic_file, atomic_folder, check_place, explain_os_errors, save_tensors, write_text
+from mla_convert.files import (
+    atomic_file,
+    atomic_folder,
+    check_place,
+    claim_folder,
+    explain_os_errors,
+    locked_folder,
+    save_tensors,
+    write_json,
+    write_text,
+)
 from mla_convert.load.locate import ZOO
+from mla_convert.recipe.load import load_recipe
+from mla_convert.recipe.shipped import find_recipe
 from mla_convert.run import video
 
 
@@ -51,6 +67,116 @@ def test_a_file_that_is_read_meanwhile_is_not_the_one_that_is_written(tmp_path):
         raise OSError(errno.EISDIR, "Is a directory")
 
 
+@pytest.mark.parametrize("name", ["wan", "wan[1]"])
+def test_a_folder_leaves_the_work_of_a_sibling_alone_and_clears_its_own(tmp_path, name):
+    for left in (f".{name}.1.tmp", f".{name}.1.old.tmp"):
+        write_text(tmp_path / left / "old", "old")
+    with atomic_folder(tmp_path / f"{name}.bf16") as sibling:
+        write_folder(tmp_path / name)
+        assert sibling.is_dir()
+        (sibling / "b").write_text("b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name, f"{name}.bf16"]
+    # The folder that was put aside came back, and was then replaced.
+    assert [path.name for path in (tmp_path / name).iterdir()] == ["a"]
+
+
+def test_a_folder_that_was_put_aside_comes_back(tmp_path):
+    write_text(tmp_path / ".wan[1].7.old.tmp" / "old", "old")
+    with pytest.raises(UserError), atomic_folder(tmp_path / "wan[1]"):
+        raise UserError("no")
+    assert (tmp_path / "wan[1]" / "old").read_text() == "old"
+
+
+def test_text_is_utf_8_in_any_locale(tmp_path):
+    """The recipe of Self-Forcing has a negative prompt in Chinese."""
+    script = (
+        "import locale, sys\n"
+        "from pathlib import Path\n"
+        "from mla_convert.files import write_text\n"
+        "from mla_convert.recipe.load import load_recipe\n"
+        "from mla_convert.recipe.shipped import find_recipe\n"
+        "assert locale.getpreferredencoding(False) != 'UTF-8'\n"
+        "write_text(Path(sys.argv[1]), load_recipe(find_recipe('self-forcing-1.3b')).dump())\n"
+    )
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", script, str(tmp_path / "recipe.yaml")]
+    subprocess.run(command, env={**os.environ, **locale}, check=True)
+    assert load_recipe(tmp_path / "recipe.yaml") == load_recipe(find_recipe("self-forcing-1.3b"))
+
+
+HOLD = (
+    "import sys\n"
+    "from pathlib import Path\n"
+    "from mla_convert.files import locked_folder\n"
+    "with locked_folder(Path(sys.argv[1])):\n"
+    "    print('held', flush=True)\n"
+    "    sys.stdin.read()\n"
+)
+
+
+def test_a_folder_is_kept_for_one_process_until_it_ends(tmp_path):
+    path = tmp_path / "run"
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    busy = rf"another process is working in .*run \(process {holder.pid} on {socket.gethostname()}\); wait for it or"
+    for _ in range(2):
+        with pytest.raises(UserError, match=busy), locked_folder(path):
+            pass
+    holder.kill()
+    holder.communicate()
+    # What a killed process left neither locks nor makes the folder somebody else's.
+    assert [file.name for file in path.iterdir()] == [".lock"]
+    claim_folder(path, "run folder")
+    with locked_folder(path), pytest.raises(UserError, match="working in"), locked_folder(path):
+        pass
+    assert path.is_dir() and not list(path.iterdir())
+    ended = subprocess.run([sys.executable, "-c", HOLD, str(path)], stdin=subprocess.DEVNULL, check=True)
+    assert ended.returncode == 0
+
+
+def test_a_locked_folder_goes_if_it_was_made_for_nothing(tmp_path):
+    with locked_folder(tmp_path / "a" / "b"):
+        assert (tmp_path / "a" / "b").is_dir()
+    assert not (tmp_path / "a" / "b").exists()
+    with locked_folder(tmp_path / "c"):
+        (tmp_path / "c" / "result").touch()
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["result"]
+
+
+def test_what_blocks_in_a_locked_folder_is_not_taken_for_the_lock(tmp_path):
+    with pytest.raises(BlockingIOError), locked_folder(tmp_path / "a"):
+        raise BlockingIOError("a pipe")
+
+
+def test_a_lock_that_its_holder_removed_is_not_one(tmp_path, monkeypatch):
+    """Opened before the holder removed it, locked after: a third process may hold a new file of that name."""
+    opened, lockf = [], fcntl.lockf
+
+    def removed(handle, *rest):
+        if not opened:
+            (tmp_path / ".lock").unlink()
+        opened.append(handle)
+        lockf(handle, *rest)
+
+    monkeypatch.setattr(fcntl, "lockf", removed)
+    with locked_folder(tmp_path):
+        assert len(opened) == 2 and (tmp_path / ".lock").is_file()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, number):
+    def unsupported(*_):
+        raise OSError(number, "no locks")
+
+    monkeypatch.setattr(fcntl, "lockf", unsupported)
+    with (
+        pytest.raises(UserError, match="is on a file system that locks no files; give another"),
+        locked_folder(tmp_path / "a"),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_tensors_have_the_mode_of_any_file_and_name_the_place(tmp_path):
     old = os.umask(0o022)
     try:
@@ -77,7 +203,7 @@ def test_what_ffmpeg_cannot_write_is_named(tmp_path, monkeypatch):
     ("command", "work"),
     [
         (
-            ["evaluate", str(ZOO / "digits" / "teacher"), "--out", "{}"],
+            ["evaluate", "{model}", "--out", "{}"],
             "mla_convert.pipeline.evaluation.load_checkpoint",
         ),
         (["inspect", "zoo:digits", "--out", "{}"], "mla_convert.pipeline.inspection.load_source"),
@@ -88,7 +214,11 @@ def test_what_ffmpeg_cannot_write_is_named(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_commands_look_at_the_place_before_they_compute(tmp_path, monkeypatch, capsys, command, work):
+def test_commands_look_at_the_place_before_they_compute(tmp_path, tmp_path_factory, monkeypatch, capsys, command, work):
+    model = tmp_path_factory.mktemp("model")
+    write_json(model / "config.json", {"mla": {"position": "derived"}})
+    command = [word.replace("{model}", str(model)) for word in command]
+
     def begun(*_, **__):
         raise AssertionError("began to compute")
 

@@ -162,6 +162,23 @@ def test_the_negative_prompt_of_the_recipe_is_the_default(capsys, pipeline, tmp_
     assert torch.equal(video[0], recorded)
 
 
+def test_guidance_of_embeddings_needs_a_negative_prompt(capsys, checkpoint, pipeline, tmp_path):
+    """Zeros are the empty prompt of digits alone."""
+    embeds = {"prompt_embeds": embedding(pipeline, "a red  square")}
+    save_file(embeds, tmp_path / "prompt.safetensors")
+    settings = [checkpoint, "--prompt-embeds", tmp_path / "prompt.safetensors", "--frames", "1", *SIZE]
+    out = tmp_path / "a.safetensors"
+    code, _, err = call(capsys, "generate", *settings, "--guidance-scale", "2", "--out", out)
+    assert code == 2 and "needs a negative prompt; give --negative-embeds or --guidance-scale 1" in err
+    assert not out.exists()
+    plain = latents_of(capsys, out, "generate", *settings, "--guidance-scale", "1")
+    pipe = StreamingMLAPipeline.from_pretrained(checkpoint, vae=None, text_encoder=None, tokenizer=None)
+    given = {**embeds, "height": 32, "width": 48, "num_frames": 1, "num_inference_steps": 1, "output_type": "latent"}
+    with pytest.raises(UsageError, match="needs a negative prompt; pass negative_prompt_embeds, or guidance_scale=1"):
+        pipe(**given, guidance_scale=2.0)
+    assert torch.equal(pipe(**given, guidance_scale=1.0).frames[0], plain)
+
+
 def embedding(pipeline: Path, prompt: str) -> Tensor:
     """The embedding `[1, L, D]` of a prompt."""
     with text_encoder(pipeline, torch.bfloat16, torch.device("cpu")) as embed:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import image_case
 import mla_attention
 import pico
 import pytest
@@ -232,3 +233,29 @@ def test_a_pass_neither_waits_nor_copies(position: str, mode: str, monkeypatch: 
         with NoHost():
             model.forward_chunk(latents, timestep, text, cache)
     assert mode == "torch" or chosen.choices
+
+
+@pytest.mark.usefixtures("taped")
+def test_conditions_are_copied_into_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those by frames are others in every chunk; another shape takes another graph."""
+    model, text = image_case.model("wan2.1"), image_case.text("wan2.1")
+    given = image_case.conditions("wan2.1", FRAMES)
+    size = (image_case.HEIGHT, image_case.WIDTH)
+
+    def made() -> Tensor:
+        chunks = stream_chunks(model, text, FRAMES, *size, num_inference_steps=2, guidance_scale=2.0, conditions=given)
+        return torch.cat(list(chunks), dim=2)
+
+    actual, captures = made(), Tape.captures
+    assert captures == 1
+    cache = model.init_cache(1, *size)
+    passes, x, t = GraphedChunk(model, cache, Tape), torch.ones(1, 4, 2, *size), torch.ones(1)
+    for first, stop in model.causal.chunks(FRAMES):
+        told = {**given, "image_latents": given["image_latents"][:, :, first:stop]}
+        for tokens in (5, 7) if first == 8 else (5, 5):
+            told["encoder_hidden_states_image"] = torch.full((1, tokens, 8), 0.1 * first)
+            expected = model.forward_chunk(x, t, text, cache, **told)
+            assert torch.equal(passes(x, t, text, **told), expected)
+        model.forward_chunk(x, t, text, cache, write=True, **told)
+    monkeypatch.setattr(graph, "why_not_graph", lambda model, cache: "off")
+    assert torch.equal(actual, made())

@@ -18,9 +18,11 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from safetensors.torch import load_file, save_file
 
 from mla_convert.errors import UserError
+from mla_convert.export.checkpoint import load_checkpoint
 from mla_convert.families import wan_files
 from mla_convert.families.wan_files import original_names, stored_names
 from mla_convert.load import AdapterConfig, LazyTensors, load_dense, load_source, locate
+from mla_convert.pipeline.experts import read_model_config
 from mla_convert.recipe.schema import SourceConfig
 
 T2V = {"in_channels": 1}
@@ -207,6 +209,40 @@ def test_chunks_and_window_of_the_configuration(tmp_path, original):
     assert load_source(str(folder)).config["causal"] == {"window_frames": 21, "sink_frames": 0}
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (
+            {"num_frames_per_block": 1, "local_attn_size": 12, "sink_size": 3},
+            {"num_frames_per_block": 1, "window_frames": 12, "sink_frames": 3, "sink_positions": "absolute"},
+        ),
+        (
+            {"local_attn_size": 9, "sink_size": 1, "rope_cache_policy": "relativistic"},
+            {"window_frames": 9, "sink_frames": 1, "sink_positions": "window"},
+        ),
+        ({"local_attn_size": -1, "sink_size": 0}, {"window_frames": 21, "sink_frames": 0}),
+    ],
+)
+def test_chunks_and_window_of_fastvideo(tmp_path, model, caplog, theirs, ours):
+    """Its causal model has diffusers' layout and the name of our class."""
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["_class_name"] == "CausalWanTransformer3DModel"
+    (tmp_path / "config.json").write_text(json.dumps(config | theirs))
+    assert load_source(str(tmp_path)).config["causal"] == config["causal"]
+    del config["causal"]
+    (tmp_path / "config.json").write_text(json.dumps(config | theirs))
+    caplog.clear()
+    source = load_source(str(tmp_path))
+    assert source.config["causal"] == ours and "does not know" not in caplog.text
+    assert same(source.tensors, model.state_dict())
+    for loaded in (load_dense(source), load_checkpoint(tmp_path)):
+        assert {key: getattr(loaded.causal, key) for key in ours} == ours
+    assert read_model_config(tmp_path)[1]["causal"] == ours
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rope_cache_policy": "other"}))
+    assert "rope_cache_policy is other; known are absolute and relativistic" in refusal(tmp_path)
+
+
 @pytest.mark.parametrize("beside", [True, False])
 def test_configuration_of_a_file_in_a_folder(tmp_path, monkeypatch, model, beside):
     monkeypatch.delitem(wan_files.PUBLISHED_HEADS, 24)
@@ -227,6 +263,12 @@ def test_configuration_of_a_file_in_a_folder(tmp_path, monkeypatch, model, besid
     ("changes", "reason"),
     [
         ({"_class_name": "VaceWanModel"}, "its control blocks are not part"),
+        ({"_class_name": "WanModelFast"}, "WanModelFast: the camera layers of LingBot-World are not part"),
+        ({"_class_name": "CausalLingBotWorldTransformer3DModel"}, "the camera layers of LingBot-World are not part"),
+        (
+            {"_class_name": "HeliosTransformer3DModel"},
+            "Helios computes its history anew in every pass and has no KV cache",
+        ),
         ({"model_type": "vace"}, "a Wan model of type vace cannot be converted: its control blocks"),
         ({"model_type": "s2v"}, "its audio layers"),
         ({"model_type": "x2v"}, "type x2v cannot be converted: this kind is not known"),
@@ -249,6 +291,10 @@ def test_configuration_that_is_refused(tmp_path, original, changes, reason):
         ("casual_audio_encoder.weights", "its audio layers"),
         ("control_adapter.conv.weight", "its control latents"),
         ("ref_conv.weight", "its control latents"),
+        ("blocks.0.cam_injector_layer1.weight", "the camera layers of LingBot-World"),
+        ("patch_embedding_wancamctrl.weight", "the camera layers of LingBot-World"),
+        ("blocks.0.action_model.mouse_mlp.0.weight", "the action modules of Matrix-Game"),
+        ("patch_short.weight", "Helios computes its history anew"),
     ],
 )
 def test_near_misses_are_known_by_their_tensors(tmp_path, original, name, reason):

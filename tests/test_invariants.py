@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mla_convert.mla.attention import stream_pass
 from mla_convert.mla.core import Query, Segment, attend
-from mla_convert.mla.latent import attend_absorbed
+from mla_convert.mla.latent import AbsorbedWeights
 from mla_convert.mla.window import CausalConfig
 
 # Relative to the largest magnitude; the largest error seen on a CPU stands beside each.
@@ -100,6 +100,32 @@ def test_full_rank_loses_nothing(heads: int, head_dim: int, case: int, own_chunk
     expected = dense(*clip).sample
     assert pico.relative_error(model(*clip).sample, expected) < FLOAT32
     assert pico.relative_error(pico.stream(model, *clip)[0], expected) < FLOAT32
+
+
+def attend_absorbed(
+    query: Tensor,
+    nope_channels: int,
+    latent: Tensor,
+    shared_key: Tensor,
+    weights: AbsorbedWeights,
+    scale: float,
+    mean_key: Tensor | None = None,
+) -> Tensor:
+    """Attention `[B, Q, H, V]` over latents without expanding them.
+
+    `query` `[B, Q, H, N + R]` is ready for the dot product, `latent` is `[B, K, r]` and `shared_key`
+    `[B, K, R]` is rotated; with `mean_key` `[K, H, M]`, the rotated constant key, queries have M more
+    channels. The weights that restore keys move into the queries, those that restore
+    values behind the softmax (DeepSeek-V2, arXiv 2405.04434, section 2.1.2).
+    """
+    nope, rope, mean = query.tensor_split([nope_channels, nope_channels + shared_key.shape[-1]], dim=-1)
+    absorbed = torch.einsum("bqhn,hnr->bqhr", nope, weights.w_uk)
+    logits = torch.einsum("bqhr,bkr->bhqk", absorbed, latent) + torch.einsum("bqhp,bkp->bhqk", rope, shared_key)
+    logits = logits + torch.einsum("bqhn,hn->bhq", nope, weights.b_uk).unsqueeze(-1)
+    if mean_key is not None:
+        logits = logits + torch.einsum("bqhm,khm->bhqk", mean, mean_key)
+    mixed = torch.einsum("bhqk,bkr->bqhr", (scale * logits).softmax(-1), latent)
+    return torch.einsum("bqhr,hvr->bqhv", mixed, weights.w_uv) + weights.b_uv
 
 
 @pytest.mark.parametrize("family", FAMILIES)

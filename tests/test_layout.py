@@ -23,10 +23,13 @@ ORDER = ("mla", "families", "load", "convert", "distill", "export", "run", "eval
 # Anyone may import these; they import only each other.
 LEAVES = (
     "devices",
+    "draws",
     "errors",
     "files",
     "flow",
     "registry",
+    "sampling",
+    "sizes",
     "zoo.digits.data",
     "zoo.digits.classifier",
     "zoo.natural.clips",
@@ -107,7 +110,7 @@ def allowed(module: str, target: str) -> bool:
         return there in LEAVES
     if here == "":
         # Importing the package registers the models; it hands out the pipeline when that is asked for.
-        return there in ORDER[: ORDER.index("families") + 1] or target == "run.pipeline"
+        return there in ORDER[: ORDER.index("families") + 1] or target in ("run.pipeline", "run.generator")
     return here in ORDER and there in ORDER and ORDER.index(there) <= ORDER.index(here)
 
 
@@ -125,6 +128,45 @@ def test_every_module_has_a_place_in_the_order():
     known = {"", *EMPTY, *ORDER, *LEAVES, *SCRIPTS}
     modules = {module_name(path, PACKAGE) for path in PACKAGE.rglob("*.py")}
     assert sorted(module for module in modules if unit(module) not in known) == []
+
+
+def locale_dependent(source: str) -> list[int]:
+    """Lines that read or write text in the encoding of the locale."""
+    lines = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call) or any(keyword.arg == "encoding" for keyword in node.keywords):
+            continue
+        called, constants = ast.unparse(node.func), [a.value for a in node.args if isinstance(a, ast.Constant)]
+        path_method = called.endswith((".read_text", ".write_text"))
+        # Path.open has the mode first, the open of other things no constant.
+        opened = called == "open" or (called.endswith(".open") and constants and constants[0] in ("a", "r", "w", "x"))
+        if path_method or (opened and not any("b" in str(mode) for mode in constants[-1:])):
+            lines.append(node.lineno)
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("path.read_text()", [1]),
+        ("path.write_text(text)", [1]),
+        ("open(name)", [1]),
+        ("path.open('a')", [1]),
+        ("path.read_text(encoding='utf-8')", []),
+        ("open(name, 'rb')", []),
+        ("path.open('rb')", []),
+        ("Image.open(path)", []),
+        ("write_text(path, text)", []),
+    ],
+)
+def test_what_depends_on_the_locale_is_found(source, expected):
+    assert locale_dependent(source) == expected
+
+
+@pytest.mark.parametrize("folder", ["mla_convert", "docs"])
+def test_text_is_utf_8_everywhere(folder):
+    found = {str(path): locale_dependent(path.read_text(encoding="utf-8")) for path in (ROOT / folder).rglob("*.py")}
+    assert {path: lines for path, lines in found.items() if lines} == {}
 
 
 def test_imports_go_one_way():

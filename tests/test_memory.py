@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from mla_convert.errors import UsageError
 from mla_convert.evaluate.geometry import PRESETS, from_model, gpu_memory, preset
-from mla_convert.evaluate.memory import Plan, activation_bytes, format_bytes, plan, plan_table
+from mla_convert.evaluate.memory import Plan, activation_bytes, plan, plan_table
 from mla_convert.families.wan import CausalWanTransformer3DModel, MLAWanTransformer3DModel
+from mla_convert.sizes import format_bytes
 
 
 def preset_plan(name: str, **options: Any) -> Plan:
@@ -83,7 +84,7 @@ def test_ranks_by_layer_give_their_mean() -> None:
         ({"kv_lora_rank": 0}, "kv_lora_rank 0"),
         ({"kv_lora_rank": [20, 20]}, "2 entries for 4 layers"),
         ({"qk_rope_head_dim": 7}, "qk_rope_head_dim 7 must be even"),
-        ({"dtype": "bfloat61"}, "did you mean 'bfloat16'"),
+        ({"dtype": "bfloat61"}, "did you mean bfloat16?"),
         ({"frames": 0}, "frames must be above 0"),
         ({"gpu": "H1000"}, "unknown GPU 'H1000', did you mean 'H100'"),
         ({"gpu": "a100"}, "did you mean 'A100 40' or 'A100 80'?"),
@@ -95,7 +96,7 @@ def test_impossible_plans_are_one_clear_line(options: dict[str, Any], message: s
 
 
 def test_unknown_preset_names_the_nearest() -> None:
-    with pytest.raises(UsageError, match=r"did you mean 'wan2\.1-t2v-1\.3b'"):
+    with pytest.raises(UsageError, match=r"did you mean wan2\.1-t2v-1\.3b\?"):
         preset("wan2.1-1.3b")
 
 

@@ -101,7 +101,7 @@ def test_no_clip_crosses_a_cut_and_splits_share_nothing() -> None:
 def test_a_recipe_reads_the_folder_with_the_heldout_film_last(tmp_path: Path) -> None:
     shards = data.write_folder(tmp_path / "natural", train=5, heldout=3, seed=7)
     assert [path.name for path in shards] == ["shard-00000.parquet", "shard-00001.parquet"]
-    read = open_data(DataConfig(kind="latents", folder=str(tmp_path / "natural"), heldout=3), seed=0)
+    read = open_data(DataConfig(kind="latents", folder=str(tmp_path / "natural"), heldout=3, split="last"), seed=0)
     assert read.size == 5
     for split, found in (("train", read.example(4)), ("heldout", {k: v[2] for k, v in read.heldout().items()})):
         clip = clips.sample_clip(clips.shots(split), 7, 4 if split == "train" else 2)
@@ -117,7 +117,7 @@ def test_the_command_says_how_to_read_what_it_wrote(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["data", "--out", str(tmp_path), "--train", "2", "--heldout", "1"])
     data.main()
-    assert capsys.readouterr().out.endswith("read them with heldout: 1\n")
+    assert capsys.readouterr().out.endswith("read them with heldout: 1 and split: last\n")
     with pytest.raises(SystemExit) as stop:
         data.main()
     assert stop.value.code == 1

@@ -27,6 +27,7 @@ from mla_convert.pipeline import generation, run
 from mla_convert.pipeline.calibration import calibration_batches
 from mla_convert.pipeline.context import Context
 from mla_convert.pipeline.generation import Request, generate_video
+from mla_convert.pipeline.preview import preview_strip
 from mla_convert.recipe.load import parse_recipe
 from mla_convert.run.stream import stream_chunks
 
@@ -137,10 +138,34 @@ def test_stages_put_it_where_a_prompt_is_not_told(tmp_path, monkeypatch, stage, 
     assert seen and all(torch.equal(text, AWAY.expand(2, -1, -1)) for text in seen)
 
 
-@pytest.mark.parametrize("key", ["convert.calibration.empty_prompt_rate", "distill.0.empty_prompt_rate"])
-def test_a_run_without_one_ends_before_it_begins(teacher, data, tmp_path, key):
+def test_a_guided_preview_leads_away_from_it(tmp_path):
+    seen = []
+
+    def picture(student: Any, config: Any, heldout: Any, negative: Tensor) -> Any:
+        seen.append(negative)
+        return preview_strip(student, config, heldout, negative)
+
+    teacher, preview = case.tiny_model(), {"every": 1, "clips": 1, "num_inference_steps": 1, "guidance_scale": 2.0}
+    config = case.make_config(steps=1, warmup_steps=0, preview=preview)
+    clips, networks = Clips(), {"teacher": teacher}
+    student = case.perturbed(teacher)
+    run_stage(config, student, networks, clips, clips.heldout(), tmp_path, 0, 0, picture=picture)
+    assert len(seen) == 1 and torch.equal(seen[0], AWAY)
+    strips = [preview_strip(student, config.preview, clips.heldout(), negative) for negative in (AWAY, None)]
+    assert not (strips[0] == strips[1]).all()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "convert.calibration.empty_prompt_rate=0.5",
+        "distill.0.empty_prompt_rate=0.5",
+        "distill.0.preview={every: 1, guidance_scale: 2.0}",
+    ],
+)
+def test_a_run_without_one_ends_before_it_begins(teacher, data, tmp_path, setting):
     with pytest.raises(UserError, match=f"has no {NEGATIVE}"):
-        run(recipe(teacher, data, f"{key}=0.5"), tmp_path / "run")
+        run(recipe(teacher, data, setting), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

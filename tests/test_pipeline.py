@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import importlib
+import io
 import json
 import multiprocessing
+import os
 import random
 import shutil
 import threading
@@ -16,14 +20,21 @@ import mla_attention
 import pytest
 import torch
 from recipe_case import RECIPE, digests, run_recipe, write_teacher
+from rich.console import Console
 
+from mla_convert.distill.footprint import Launch
+from mla_convert.distill.trainer import BOOKKEEPING
 from mla_convert.errors import UsageError, UserError
 from mla_convert.export.checkpoint import load_checkpoint
 from mla_convert.export.manifest import read_manifest, verify_files
 from mla_convert.files import write_json
-from mla_convert.pipeline import run
+from mla_convert.pipeline import run, sources
+from mla_convert.pipeline import rundir as rundir_module
 from mla_convert.pipeline import steps as steps_module
-from mla_convert.pipeline.rundir import RunDir
+from mla_convert.pipeline.checks import check_recipe
+from mla_convert.pipeline.corrections import LATE
+from mla_convert.pipeline.dry_run import dry_run
+from mla_convert.pipeline.rundir import RunDir, read_state
 from mla_convert.pipeline.steps import Step
 from mla_convert.recipe.load import parse_recipe
 
@@ -151,6 +162,68 @@ def test_another_recipe_is_refused_by_the_key_that_differs(teacher, copied):
     assert digests(copied) == before
 
 
+def stopped(finished: Path, folder: Path, steps: list[str]) -> Path:
+    """A copy of a run as it was when only `steps` were done."""
+    shutil.copytree(finished, folder)
+    content = state(folder)
+    content["steps"] = {name: content["steps"][name] for name in steps}
+    write_json(folder / "state.json", content | {"finished": False})
+    return folder
+
+
+def test_what_no_step_has_read_may_change(teacher, finished, tmp_path):
+    """Bookkeeping at any time, a late section until its step is done, in the checkpoint too."""
+    folder, said = stopped(finished, tmp_path / "run", STEPS[:4]), io.StringIO()
+    changed = recipe(teacher, "generate.fps=8", "distill.0.checkpoint_every=3", "distill.0.tracker=[tensorboard]")
+    run(changed, folder, resume=True, console=Console(file=said))
+    assert said.getvalue().splitlines()[0] == (
+        "the recipe is not that of before: distill.0.checkpoint_every is 3 (an integer) and was 2 (an integer); "
+        "distill.0.tracker is a list and was nothing (null); generate.fps is 8 (an integer) and was 4 (an integer)"
+    )
+    assert parse_recipe((folder / "recipe.resolved.yaml").read_text()) == changed
+    assert state(folder)["recipe"] == changed.model_dump(mode="json")
+    assert state(folder)["recipe_sha256"] == changed.sha256()
+    assert read_manifest(folder / "checkpoint")["recipe"] == changed.model_dump(mode="json")
+    assert parse_recipe(json.loads((folder / "report.json").read_text())["recipe"]) == changed
+    assert digests(folder / "stages") == digests(finished / "stages")
+
+
+def test_the_documentation_names_all_bookkeeping():
+    text = (Path(__file__).parents[1] / "docs" / "distill.md").read_text(encoding="utf-8")
+    (line,) = (line for line in text.splitlines() if line.startswith("What a resumed run may change in its recipe"))
+    assert [key for key in (*BOOKKEEPING, *LATE) if f"`{key}`" not in line] == []
+
+
+@pytest.mark.parametrize(
+    ("done", "override", "key"),
+    [
+        (1, "evaluate.clips=2", "evaluate.clips"),
+        (3, "evaluate.batch_size=1", "evaluate.batch_size"),
+        (4, "export.dtype=float32", "export.dtype"),
+        (5, "generate.fps=8", "generate.fps"),
+        (1, "distill.0.batch_size=1", "distill.0.batch_size"),
+        (1, "distill=[]", "distill"),
+        (1, "seed=1", "seed"),
+    ],
+)
+def test_what_a_step_has_read_may_not_change(teacher, finished, tmp_path, done, override, key):
+    folder = stopped(finished, tmp_path / "run", STEPS[:done])
+    before = digests(folder)
+    with pytest.raises(UsageError, match=rf"has another recipe: {key} is .* there and .* here; give another --out"):
+        run(recipe(teacher, override), folder, resume=True)
+    assert digests(folder) == before
+
+
+def test_clips_that_were_calibrated_on_were_made_by_generate(teacher, finished, tmp_path):
+    """With `convert.calibration.source: rollouts`, which the recorded recipe says."""
+    folder = stopped(finished, tmp_path / "run", STEPS[:1])
+    content = state(folder)
+    content["recipe"]["convert"]["calibration"]["source"] = "rollouts"
+    write_json(folder / "state.json", content)
+    with pytest.raises(UsageError, match=r"another recipe: generate\.fps"):
+        run(recipe(teacher, "convert.calibration.source=rollouts", "generate.fps=8"), folder, resume=True)
+
+
 @pytest.mark.parametrize(
     ("damaged", "redone"),
     [
@@ -161,12 +234,15 @@ def test_another_recipe_is_refused_by_the_key_that_differs(teacher, copied):
 def test_changed_output_is_made_again(teacher, finished, copied, damaged, redone):
     (copied / damaged).write_text("{}")
     ended = {name: step["ended"] for name, step in state(copied)["steps"].items()}
+    before = digests(copied)
     folder = RunDir(copied, recipe(teacher), resume=True)
     try:
         assert folder.verify(STEPS) == redone[0]
         assert [step for step in ended if not folder.is_done(step)] == redone
     finally:
         folder.close()
+    # Nothing is written before `begin`.
+    assert digests(copied) == before
 
     run(recipe(teacher), copied, resume=True)
 
@@ -226,11 +302,35 @@ def test_a_video_longer_than_the_rotary_table_leaves_no_folder(teacher, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_impossible_rank_is_refused_and_the_folder_can_be_used(teacher, tmp_path):
-    with pytest.raises(UsageError, match=r"kv_lora_rank"):
-        run(recipe(teacher, "convert.kv_lora_rank=49"), tmp_path / "run")
-    assert state(tmp_path / "run")["steps"] == {}
-    run(recipe(teacher), tmp_path / "run", until="convert")
+IMPOSSIBLE = [
+    ("convert.kv_lora_rank=49", r"convert\.kv_lora_rank: 49 in layer 0 is not between 1 and 48"),
+    ("convert.kv_lora_rank=[8]", r"convert\.kv_lora_rank: kv_lora_rank lists 1 layers, the model has 2"),
+    ("convert.layers_per_latent=3", r"convert\.layers_per_latent: 2 layers cannot share latents 3 at a time; one of"),
+    ("convert.q_lora_rank=25", r"convert\.q_lora_rank: 25 is larger than the rank 24"),
+    ("convert.budget={scalars_per_token: 4}", r"convert\.budget: 4 scalars a token are less than rank_multiple 16"),
+    ("convert={position: derived, qk_rope_head_dim: 26}", r"qk_rope_head_dim: 26 is larger than the 24 .* all heads"),
+    ("convert={position: derived, qk_rope_head_dim: 14, init: svd}", r"14 is larger than the 12 .* of a head"),
+    ("convert={position: baked, qk_rope_head_dim: 12}", r"qk_rope_head_dim: 12 is larger than the 8 .* all heads"),
+]
+ROLLOUTS = "data={kind: rollouts, heldout: 2, rollouts: {clips: 4, num_frames: 3, prompts: ['7']}}"
+
+
+@pytest.mark.parametrize(("override", "message"), IMPOSSIBLE)
+@pytest.mark.parametrize("data", ["data.kind=digits", ROLLOUTS])
+def test_impossible_numbers_are_refused_before_anything_is_made(teacher, tmp_path, override, message, data):
+    """By what `recipes check` checks, too."""
+    changes = [override, data]
+    if "convert=" in override:
+        changes.append("convert.kv_lora_rank=8")
+    elif "budget" in override:
+        changes.append("convert.kv_lora_rank=null")
+    with pytest.raises(UsageError, match=message):
+        run(recipe(teacher, *changes), tmp_path / "run")
+    with pytest.raises(UsageError, match=message):
+        check_recipe(recipe(teacher, *changes))
+    with pytest.raises(UsageError, match=message):
+        dry_run(recipe(teacher, *changes), Launch())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_failed_step_keeps_what_was_done(teacher, tmp_path, monkeypatch):
@@ -254,10 +354,36 @@ def test_foreign_folder_is_refused(teacher, tmp_path):
 def test_two_processes_do_not_share_a_folder(teacher, tmp_path):
     first = RunDir(tmp_path / "run", recipe(teacher), resume=False)
     try:
-        with pytest.raises(UserError, match="another process is working in"):
+        message = rf"another process is working in .*run \(process {os.getpid()} on .+\); wait"
+        with pytest.raises(UserError, match=message):
             RunDir(tmp_path / "run", recipe(teacher), resume=False)
     finally:
         first.close()
+
+
+def test_a_state_that_cannot_be_read_for_a_moment_is_waited_for(copied, monkeypatch):
+    """As over NFS, where a file that was just replaced may be stale."""
+    monkeypatch.setattr(rundir_module, "_RETRY_SECONDS", 0.01)
+    moved, read, failures = copied / "moved.json", Path.read_text, [OSError(errno.ESTALE, "Stale file handle")] * 3
+
+    def stale(path, *args, **kwargs):
+        if path.name == "state.json" and failures:
+            raise failures.pop()
+        return read(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", stale)
+    assert run_module._is_done(copied, "report") and not failures
+    failures.append(OSError(errno.ESTALE, "Stale file handle"))
+    with pytest.raises(UserError, match=r"state\.json cannot be read"):
+        read_state(copied)
+    (copied / "state.json").rename(moved)
+    timer = threading.Timer(0.2, moved.rename, [copied / "state.json"])
+    timer.start()
+    assert run_module._is_done(copied, "report")
+    timer.join()
+    moved = (copied / "state.json").rename(moved)
+    with pytest.raises(UserError, match=r"is not a run folder: it has no state\.json"):
+        read_state(copied, 0.05)
 
 
 @pytest.fixture(scope="module")
@@ -374,3 +500,18 @@ def test_a_process_that_waits_ends_when_the_first_one_fails(teacher, tmp_path, m
     monkeypatch.setattr(run_module, "steps_of", lambda recipe: [Step("convert", (), lambda context: None)])
     run(recipe(teacher), tmp_path / "run", until="convert")
     run_module._help(recipe(teacher), tmp_path / "run", [Step("convert", (), failing)], other)
+
+
+def test_what_follows_a_conversion_reads_the_commit_that_was_converted(teacher, tmp_path, monkeypatch):
+    """The Hub's main branch may have moved on when a run is resumed."""
+    asked = []
+
+    def source_of(section, causal):
+        asked.append(section.revision)
+        return dataclasses.replace(found(section.model_copy(update={"revision": None}), causal), revision="a" * 40)
+
+    found = sources.source_of
+    monkeypatch.setattr("mla_convert.pipeline.context.source_of", source_of)
+    run(recipe(teacher), tmp_path / "run", until="convert")
+    run(recipe(teacher), tmp_path / "run", until="distill", resume=True)
+    assert asked == [None, "a" * 40]

@@ -28,7 +28,10 @@ def test_error_is_half_a_step_of_its_group(width: int) -> None:
 def test_zeros_and_the_format_of_the_kernels() -> None:
     rows = torch.randn(2, 4, 96)
     rows[0] = 0
+    # More than 127 times the largest scale in float16.
+    rows[1, 0] = 1e8
     values, scales = quantise(rows)
+    assert (dequantise(values, scales)[1, 0] == 127 * 65504.0).all()
     assert torch.equal(dequantise(values, scales)[0], torch.zeros(4, 96))
     assert torch.equal(mla_attention.dequantise_rows(values, scales, torch.float32), dequantise(values, scales))
     theirs, their_scales = mla_attention.quantise_rows(rows)

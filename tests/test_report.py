@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import itertools
 import json
+import math
 import os
 import re
 from html.parser import HTMLParser
@@ -54,6 +55,22 @@ def comparison(frames: int = 12, height: int = 16, width: int = 16) -> Compariso
     generator = np.random.default_rng(0)
     teacher, student = generator.random((2, frames, height, width, 3), dtype=np.float32)
     return Comparison("7 moving <up> & left", teacher, student, fps=8)
+
+
+@pytest.mark.parametrize("gaps", [[0.03, None, 0.01, 0.09], [None] * 3, []])
+def test_the_worst_layer_is_named_where_an_error_is_not_finite(
+    gaps: list[float | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    original = figures.error_by_layer
+    monkeypatch.setattr(figures, "error_by_layer", lambda errors: drawn.extend(errors) or original(errors))
+    html = render_html({"attention_rel_error": gaps})
+    if len(gaps) != 4:
+        assert not drawn and "Attention output by layer" not in html
+        return
+    assert f"worst {percent(0.09)} in layer 3." in html and f"Mean {percent(0.13 / 3)}" in html
+    # Each bar stands at its own layer.
+    assert drawn[::3] == [0.03, 0.09] and math.isnan(drawn[1])
 
 
 @pytest.fixture

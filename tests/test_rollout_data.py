@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,14 @@ import torch
 from recipe_case import RECIPE, digests, write_teacher
 from safetensors.torch import save_file
 
-from mla_convert.distill.data import open_data
+from mla_convert.distill.data import drawn_rows, open_data
 from mla_convert.distill.latents import LatentShards
 from mla_convert.distill.rollouts import RolloutsConfig, open_folder, write_rollouts
+from mla_convert.draws import Use, drawn_seed
 from mla_convert.errors import UsageError, UserError
 from mla_convert.load import load_dense, load_source
+from mla_convert.pipeline import evaluation, run
 from mla_convert.pipeline import rollouts as pipeline_module
-from mla_convert.pipeline import run
 from mla_convert.pipeline.evaluation import evaluate_checkpoint
 from mla_convert.recipe.load import parse_recipe
 from mla_convert.run.stream import stream_chunks
@@ -106,11 +109,27 @@ def test_clips_are_the_teachers_and_are_trained_on(teacher: Path, finished: Path
     data = open_data(settings.made_in(finished / "data"), seed=0)
     assert data.size == 3
     text = torch.stack([parse_prompt(prompt).embedding() for prompt in PROMPTS[:2]])
-    dense, seed = load_dense(load_source(str(teacher))), pipeline_module.write_rollouts.__globals__["_seed"](0, 0)
+    dense, seed = load_dense(load_source(str(teacher))), drawn_seed(Use.ROLLOUT, 0, 0)
     chunks = stream_chunks(dense, text, 6, 16, 16, num_inference_steps=2, shift=3.0, guidance_scale=2.0, seed=seed)
-    assert torch.equal(data.example(0)["latents"], torch.cat(list(chunks), dim=2)[0])
-    assert torch.equal(data.example(0)["encoder_hidden_states"], text[0])
+    first = data.shards.read(0)
+    assert torch.equal(first["latents"], torch.cat(list(chunks), dim=2)[0])
+    assert torch.equal(first["encoder_hidden_states"], text[0])
+    read = [data.shards.read(row)["latents"] for row in drawn_rows(5, seed=0)]
+    assert all(torch.equal(data.example(index)["latents"], read[index]) for index in range(3))
     assert (finished / "stages" / "01-match_velocity" / "transformer").is_dir()
+
+
+def test_spoilt_clips_are_made_again(teacher: Path, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    whole = digests(finished / "data")
+    for number, spoil in enumerate((lambda path: path.write_bytes(b"PAR1"), lambda path: path.unlink())):
+        spoil(tmp_path / "run" / "data" / f"shard-0000{number}.parquet")
+        kept = (tmp_path / "run" / "data" / "shard-00002.parquet").stat().st_mtime_ns
+        run(recipe(teacher), tmp_path / "run", resume=True, until="data")
+        assert digests(tmp_path / "run" / "data") == whole
+        assert (tmp_path / "run" / "data" / "shard-00002.parquet").stat().st_mtime_ns == kept
+        outputs = json.loads((tmp_path / "run" / "state.json").read_text())["steps"]["data"]["outputs"]
+        assert outputs == {f"data/{name}": digest for name, digest in whole.items()}
 
 
 def test_interrupted_run_ends_with_the_same_bytes(teacher: Path, finished: Path, tmp_path: Path) -> None:
@@ -130,11 +149,19 @@ def test_interrupted_run_ends_with_the_same_bytes(teacher: Path, finished: Path,
         assert digests(tmp_path / "run" / part) == digests(finished / part)
 
 
-def test_a_checkpoint_is_measured_on_the_clips_of_its_run(finished: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_is_measured_on_the_clips_of_its_run(teacher: Path, finished: Path, tmp_path: Path) -> None:
     model = finished / "stages" / "01-match_velocity"
     _, report = evaluate_checkpoint(model, None, tmp_path / "report", {}, silent)
     assert report["student_loss"] > 0
-    assert [clip["prompt"] for clip in report["by_clip"]["worst"]] in (PROMPTS[:2], PROMPTS[1::-1])
+    held = open_data(recipe(teacher).data.made_in(finished / "data"), seed=0).heldout_prompts(2)
+    assert sorted(clip["prompt"] for clip in report["by_clip"]["worst"]) == sorted(held)
+
+
+def test_a_dense_checkpoint_is_not_measured(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "load_checkpoint", pytest.fail)
+    with pytest.raises(UsageError, match=r"is a dense model, and evaluate compares a converted one with its teacher"):
+        evaluate_checkpoint(teacher, str(teacher), tmp_path / "report", {}, silent)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

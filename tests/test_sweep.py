@@ -15,10 +15,11 @@ from mla_convert.convert import ConvertConfig, convert_model
 from mla_convert.convert import calibrate as calibrate_module
 from mla_convert.convert.blocks import ModelBlocks
 from mla_convert.convert.calibrate import sweep
-from mla_convert.convert.clips import PROJECTION, drawn, enter_clips
+from mla_convert.convert.clips import enter_clips
 from mla_convert.convert.config import CalibrationConfig
 from mla_convert.convert.probe import LayerSample
 from mla_convert.convert.store import SHARE_OF_DISK, TensorStore
+from mla_convert.draws import Use, drawn
 from mla_convert.errors import UserError
 from mla_convert.families.wan import FAMILY
 
@@ -136,7 +137,7 @@ def test_gradient_of_the_velocity_is_that_of_the_whole_model(monkeypatch: pytest
         v = dense.leave(tokens, inputs)
         for hook in hooks:
             hook.remove()
-        z = torch.randn(v.shape, generator=drawn(PROJECTION, chosen.seed, number))
+        z = torch.randn(v.shape, generator=drawn(Use.PROJECTION, chosen.seed, number))
         expected = torch.autograd.grad(v, seen, z / v.numel() ** 0.5)
         for layer, grad in enumerate(expected):
             # Observed 2.4e-7 of the largest.
@@ -165,7 +166,7 @@ def test_expected_square_of_a_probe_is_the_mean_squared_velocity_error() -> None
     v = velocity(added)
     products = []
     for draw in range(200):
-        z = torch.randn(v.shape, generator=drawn(PROJECTION, draw, 0)) * v.numel() ** -0.5
+        z = torch.randn(v.shape, generator=drawn(Use.PROJECTION, draw, 0)) * v.numel() ** -0.5
         (grad,) = torch.autograd.grad(v, added, z, retain_graph=True)
         products.append(float((grad * error).sum()) ** 2)
     assert sum(products) / len(products) == pytest.approx(mean_squared, rel=0.3)

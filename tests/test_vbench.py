@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -36,6 +35,7 @@ from mla_convert.evaluate.vbench_suite import (
 )
 from mla_convert.export.checkpoint import save_checkpoint
 from mla_convert.families.wan import MLAWanTransformer3DModel
+from mla_convert.files import locked_folder
 from mla_convert.pipeline.embeds import StoredEmbeds
 from mla_convert.run import prefetch
 
@@ -347,6 +347,9 @@ def test_latents_with_a_text_encoder_and_a_vae(capfd, checkout, pipeline, tmp_pa
         assert vbench(capfd, model, checkout, tmp_path / name, *guided, *more)[0] == 0
     made = [next((tmp_path / name / "videos").iterdir()).read_bytes() for name in ("a", "d", "e")]
     assert made[0] != made[1] == made[2]
+    (embeds / "negative.safetensors").unlink()
+    code, _, error = vbench(capfd, model, checkout, tmp_path / "f", *guided, "--prompt-embeds", str(embeds))
+    assert code == 2 and "guidance needs a negative prompt, and" in error and not (tmp_path / "f").exists()
     code, _, error = vbench(capfd, model, checkout, tmp_path / "c", *some[:6])
     assert code == 2 and "the model makes latents; give --pipeline" in error
     with pytest.raises(UserError, match="embeddings of 3 prompts, VBench has 2"):
@@ -369,13 +372,7 @@ def test_a_report_without_published_values_has_one_column() -> None:
     assert "VBench-Long 0.1.5 on videos of 60 s" in html and "rewritten, longer prompts" in html
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs flock")
 def test_a_second_process_is_kept_out(capfd, checkout, model, tmp_path) -> None:
-    import fcntl
-
-    (tmp_path / "out").mkdir()
-    handle = os.open(tmp_path / "out", os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    code, _, error = vbench(capfd, model, checkout, tmp_path / "out", "--dimension", "color")
-    os.close(handle)
+    with locked_folder(tmp_path / "out"):
+        code, _, error = vbench(capfd, model, checkout, tmp_path / "out", "--dimension", "color")
     assert code == 1 and "another process is working in" in error

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from diffusers.models.normalization import FP32LayerNorm
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
 
-from mla_convert.families.base import Family, Shapes
+from mla_convert.families.base import ConditionKind, Family, Shapes
 from mla_convert.families.block import CausalBlock
 from mla_convert.families.causal import CausalTransformer, LatentTransformer
 from mla_convert.families.signature import takes
@@ -100,6 +100,7 @@ class CausalToyTransformer3DModel(CausalTransformer, ToyTransformer3DModel):
 
     _no_split_modules = ["CausalToyBlock"]
     _repeated_blocks = ["CausalToyBlock"]
+    condition_kinds: ClassVar[Mapping[str, ConditionKind]] = {"motion": "fixed"}
 
     @register_to_config
     @takes(ToyTransformer3DModel, causal=None)

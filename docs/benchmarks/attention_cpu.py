@@ -26,7 +26,9 @@ CASES = (
 
 def processor() -> str:
     """The name of the processor, where the system tells it."""
-    found = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    found = [
+        line for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if line.startswith("model name")
+    ]
     return found[0].partition(": ")[2] if found else platform.processor()
 
 

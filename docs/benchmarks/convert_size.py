@@ -53,7 +53,7 @@ def name_of(row: dict[str, Any]) -> str:
 
 def status(field: str) -> int:
     """Bytes of a field of /proc/self/status."""
-    with open("/proc/self/status") as lines:
+    with open("/proc/self/status", encoding="utf-8") as lines:
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
@@ -104,7 +104,7 @@ def convert(folder: Path, out: Path, init: str, metric: str) -> dict[str, Any]:
     laps: list[dict[str, Any]] = []
     watch = Watch()
     watch.start()
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     start, anonymous = status("VmRSS"), status("RssAnon")
     began = last = time.monotonic()
     began_busy = last_busy = time.process_time()
@@ -202,7 +202,7 @@ def main() -> int:
     path = Path(__file__).with_suffix(".json")
     rows: list[dict[str, Any]] = []
     if arguments.layers is None and path.exists():
-        stored = json.loads(path.read_text())
+        stored = json.loads(path.read_text(encoding="utf-8"))
         rows = stored["rows"] if all(stored[key] == value for key, value in settings.items()) else []
     order = [name_of(row) for row in rows_to_measure(arguments.layers)]
     there = {name_of(row) for row in rows}
@@ -221,8 +221,11 @@ def main() -> int:
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
                 rows.sort(key=lambda row: order.index(name_of(row)))
                 if arguments.layers is None:
-                    path.write_text(json.dumps({**settings, "targets": verdicts(rows), "rows": rows}, indent=2) + "\n")
-                    path.with_suffix(".md").write_text(table(rows))
+                    path.write_text(
+                        json.dumps({**settings, "targets": verdicts(rows), "rows": rows}, indent=2) + "\n",
+                        encoding="utf-8",
+                    )
+                    path.with_suffix(".md").write_text(table(rows), encoding="utf-8")
             shutil.rmtree(whole)
     met = verdicts(rows)
     print(table(rows), end="")

@@ -50,10 +50,10 @@ def table(found: dict[str, Any]) -> str:
 
 def main() -> None:
     run = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo")
-    report = json.loads((run / "report.json").read_text())
+    report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     found = {key: report[key] for key in KEYS if key in report} | {"prompts": report["digits_bench"]["prompts"]}
-    (HERE / "demo.json").write_text(json.dumps(found, indent=2, sort_keys=True) + "\n")
-    (HERE / "demo.md").write_text(table(found))
+    (HERE / "demo.json").write_text(json.dumps(found, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (HERE / "demo.md").write_text(table(found), encoding="utf-8")
     print(table(found))
 
 

@@ -39,11 +39,11 @@ def text(found: dict[str, Any]) -> str:
 def main() -> None:
     path = HERE / "digits-bench.json"
     if len(sys.argv) > 1:
-        report = json.loads((Path(sys.argv[1]) / "report.json").read_text())
+        report = json.loads((Path(sys.argv[1]) / "report.json").read_text(encoding="utf-8"))
         found = {key: report[key] for key in KEYS if key in report}
-        path.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
-    found = json.loads(path.read_text())
-    (HERE / "digits-bench.md").write_text(text(found))
+        path.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    (HERE / "digits-bench.md").write_text(text(found), encoding="utf-8")
     plots.save(recognition_by_frame(found["digits_bench"]), HERE / "digits-bench.svg")
     print(text(found))
 

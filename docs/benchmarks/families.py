@@ -36,7 +36,7 @@ RESULT = "result: "
 
 def status(field: str) -> int:
     """Bytes of a field of /proc/self/status."""
-    with open("/proc/self/status") as lines:
+    with open("/proc/self/status", encoding="utf-8") as lines:
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
@@ -57,7 +57,7 @@ def measure(folder: Path, out: Path, shape: str) -> dict[str, Any]:
 
     @contextmanager
     def lap(name: str) -> Iterator[None]:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
         began, before = time.monotonic(), start
         yield
         found[name] = {"seconds": time.monotonic() - began, "peak_bytes": status("VmHWM") - before}
@@ -134,8 +134,8 @@ def main() -> int:
     if not arguments.only:
         here = Path(__file__)
         result = {"rank": RANK, "cores": os.cpu_count(), "rows": rows}
-        here.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
-        here.with_suffix(".md").write_text(table(rows))
+        here.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        here.with_suffix(".md").write_text(table(rows), encoding="utf-8")
     print(table(rows), end="")
     return 0
 

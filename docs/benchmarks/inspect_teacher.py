@@ -83,8 +83,8 @@ def main() -> None:
             costs[shape] = alone.apply(cost, (width,))
     result = {"device": "cpu", "threads": torch.get_num_threads(), "versions": versions()}
     result |= {"cpu_seconds": spent, "inspect": found, "cost": costs}
-    (here / "inspect-digits.json").write_text(json.dumps(result, indent=1) + "\n")
-    (here / "inspect-digits.md").write_text(tables(result))
+    (here / "inspect-digits.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (here / "inspect-digits.md").write_text(tables(result), encoding="utf-8")
     print(tables(result), end="")
 
 

@@ -64,7 +64,7 @@ ROWS: list[dict[str, Any]] = [
 
 def data_of(folder: str | None) -> Data:
     """The latents of a `folder`, or without one the digits that are made as they are needed."""
-    natural = {"kind": "latents", "folder": folder, "text_tokens": 1, "heldout": 128}
+    natural = {"kind": "latents", "folder": folder, "text_tokens": 1, "heldout": 128, "split": "last"}
     return open_data(DataConfig(**(natural if folder else {"kind": "digits"})), 0)
 
 
@@ -156,8 +156,8 @@ def main() -> None:
         # What is kept but comes later stays in the file until its turn.
         later = [entry for entry in kept if entry not in rows and settings_of(entry) in wanted]
         result = {"torch": torch.__version__, "device": "cpu", "arguments": vars(arguments), "rows": rows + later}
-        path.write_text(json.dumps(result, indent=2) + "\n")
-    (folder / f"layouts-{name}.md").write_text(table(rows))
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    (folder / f"layouts-{name}.md").write_text(table(rows), encoding="utf-8")
     print(table(rows), end="")
 
 
@@ -170,7 +170,7 @@ def measured_alike(path: Path, same: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of an earlier result, none if there is none or these arguments were others."""
     if not path.exists():
         return []
-    result = json.loads(path.read_text())
+    result = json.loads(path.read_text(encoding="utf-8"))
     alike = result["torch"] == torch.__version__ and all(result["arguments"][key] == same[key] for key in same)
     return list(result["rows"]) if alike else []
 

@@ -202,8 +202,8 @@ def main() -> int:
         result["models"][name] = rolled_out(
             model, arguments.chunks, arguments.prompts, arguments.steps, arguments.guidance
         )
-        HERE.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
-        HERE.with_suffix(".md").write_text(table(result))
+        HERE.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        HERE.with_suffix(".md").write_text(table(result), encoding="utf-8")
     print(table(result), end="")
     return int(not all(holds(found) for found in result["models"].values()))
 

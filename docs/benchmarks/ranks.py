@@ -24,13 +24,14 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from mla_convert.convert import ConvertConfig, clip_batches
 from mla_convert.convert.blocks import ModelBlocks
 from mla_convert.convert.calibrate import sweep
-from mla_convert.convert.clips import INIT, drawn, enter_clips
+from mla_convert.convert.clips import enter_clips
 from mla_convert.convert.initialise import LayerInit, LayerReading, initialise_layers, read_layer
 from mla_convert.convert.state import merge_state, mla_config
 from mla_convert.convert.store import TensorStore
 from mla_convert.convert.surgery import copy_unsaved_buffers, empty_model
 from mla_convert.distill.data import Data
 from mla_convert.distill.objective import NoisedClips, noised_clips, predict_velocity
+from mla_convert.draws import Use, drawn
 from mla_convert.evaluate.figures import MUTED, RUNS, Chart
 from mla_convert.families.wan import FAMILY
 from mla_convert.load import load_dense, load_source
@@ -119,9 +120,9 @@ def main() -> None:
         arguments = {name: value for name, value in vars(chosen).items() if name != "draw"}
         rows = measure_all(chosen)
         result = {"device": "cpu", "torch": torch.__version__, "arguments": arguments, "rows": rows}
-        path.write_text(json.dumps(result, indent=2) + "\n")
-    found = json.loads(path.read_text())["rows"]
-    (folder / f"{stem}.md").write_text(table(found))
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    found = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    (folder / f"{stem}.md").write_text(table(found), encoding="utf-8")
     plots.save(plot(found), folder / f"{stem}.svg")
     print(table(found), end="")
 
@@ -168,7 +169,7 @@ def fits(teacher: Any, data: Data, clips: int) -> Iterator[tuple[str, ConvertCon
         for (name, size), config in configs.items():
             largest, nested = plans[name, max(SIZES)], not config.cached_key and size < max(SIZES)
             if not nested:
-                seen, generator = sample if config.init == "activation" else None, drawn(INIT, 0, layer)
+                seen, generator = sample if config.init == "activation" else None, drawn(Use.INIT, 0, layer)
                 readings[name, size][layer] = read_layer(block.attn1, seen, axes, config, generator)
             # What layers share is fitted when all of them were seen; they come from the last to the first.
             if layer % config.layers_per_latent:

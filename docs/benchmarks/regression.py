@@ -95,7 +95,7 @@ def main() -> None:
     same = {"model": arguments.model, "clips": arguments.clips, "heldout": arguments.heldout, "seeds": arguments.seeds}
     kept: list[dict[str, Any]] = []
     if path.exists() and not arguments.again:
-        stored = json.loads(path.read_text())
+        stored = json.loads(path.read_text(encoding="utf-8"))
         kept = stored["rows"] if {**same, "stage": STAGE}.items() <= stored.items() else []
     teacher, data = load_dense(load_source(arguments.model)), data_of(arguments.data)
     rows: list[dict[str, Any]] = []
@@ -111,8 +111,8 @@ def main() -> None:
         rows.append(row)
         result = {"torch": torch.__version__, "device": "cpu", "threads": torch.get_num_threads()}
         result |= {**same, "stage": STAGE, "rows": rows}
-        path.write_text(json.dumps(result, indent=2) + "\n")
-        path.with_suffix(".md").write_text(table(rows))
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        path.with_suffix(".md").write_text(table(rows), encoding="utf-8")
     print(table(rows), end="")
 
 

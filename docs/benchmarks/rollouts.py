@@ -88,8 +88,8 @@ def main() -> None:
         rows.append({**row, "ranks": ranks, **errors, "rollouts": rolled_out(student, config)})
         print(rows[-1], file=sys.stderr, flush=True)
     result = {"torch": torch.__version__, "device": "cpu", "arguments": vars(arguments), "rows": rows}
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    here.with_suffix(".md").write_text(table(rows))
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    here.with_suffix(".md").write_text(table(rows), encoding="utf-8")
     print(table(rows), end="")
 
 

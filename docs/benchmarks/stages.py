@@ -329,7 +329,7 @@ def main() -> None:
     parser.add_argument("--only-table", action="store_true")
     arguments = parser.parse_args()
     kept = HERE.with_suffix(".json")
-    results = json.loads(kept.read_text()) if kept.exists() else []
+    results = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else []
     if not arguments.only_table:
         device = default_device().type
         recipe = load_recipe(find_recipe(RECIPE))

@@ -224,7 +224,7 @@ def main() -> int:
         return 0
     result: dict[str, Any] = {"models": {"dense": {}, "latent": {}}}
     if arguments.only:
-        result = json.loads(HERE.with_suffix(".json").read_text())
+        result = json.loads(HERE.with_suffix(".json").read_text(encoding="utf-8"))
     result |= {"torch": torch.__version__, "device": "cpu"}
     if arguments.only != "equality":
         for kind, found in result["models"].items():
@@ -234,8 +234,8 @@ def main() -> int:
         teacher = load_dense(load_source("zoo:digits"))
         result["models"]["dense"]["equality"] = compared(teacher)
         result["models"]["latent"]["equality"] = compared(converted(teacher))
-    HERE.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
-    HERE.with_suffix(".md").write_text(table(result))
+    HERE.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    HERE.with_suffix(".md").write_text(table(result), encoding="utf-8")
     print(table(result), end="")
     equal = all(found["equality"]["largest_relative_error"] <= TOLERANCE for found in result["models"].values())
     as_planned = all(

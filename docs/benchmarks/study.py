@@ -300,13 +300,13 @@ def main() -> None:
     arguments = parser.parse_args()
     path = HERE / "study.json"
     if arguments.draw:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     else:
         runs = {name: Path(folder) for name, _, folder in (text.partition("=") for text in arguments.runs)}
         found = {"device": "cpu", "versions": versions(), "spectra": spectra(), "operators": operators(runs)}
     found |= {"memory": memory(), "operations": operations()}
-    path.write_text(json.dumps(found, indent=1) + "\n")
-    (HERE / "study.md").write_text(tables(found))
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (HERE / "study.md").write_text(tables(found), encoding="utf-8")
     draw(found)
     print(tables(found), end="")
 

@@ -59,9 +59,9 @@ def write_checkpoint(
 def cut_checkpoint(source: Path, folder: Path, layers: int) -> int:
     """The first `layers` blocks of a checkpoint, whose shards are linked to; returns the parameters."""
     folder.mkdir(parents=True)
-    config = json.loads((source / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "num_layers": layers}))
-    named: dict[str, str] = json.loads((source / INDEX).read_text())["weight_map"]
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "num_layers": layers}), encoding="utf-8")
+    named: dict[str, str] = json.loads((source / INDEX).read_text(encoding="utf-8"))["weight_map"]
     kept = {
         name: file for name, file in named.items() if not name.startswith("blocks.") or int(name.split(".")[1]) < layers
     }
@@ -86,7 +86,7 @@ def _drawn(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Te
 
 def _write_index(folder: Path, weight_map: dict[str, str], size: int) -> None:
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _bytes(tensor: torch.Tensor) -> int:

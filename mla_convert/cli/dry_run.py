@@ -27,7 +27,7 @@ def print_needs(recipe: Recipe, launch: Path | None, processes: int, measure: in
 
 def needs_table(result: dict[str, Any]) -> Table:
     """One column a stage; bytes are those of one GPU."""
-    from ..evaluate.memory import format_bytes
+    from ..sizes import format_bytes
 
     launch = result["launch"]
     how = "DDP" if launch["processes"] > 1 else "one process"
@@ -47,6 +47,8 @@ def needs_table(result: dict[str, Any]) -> Table:
     for cause in stages[0]["memory"]:
         table.add_row(cause.replace("_", " "), *(format_bytes(stage["memory"][cause]) for stage in stages))
     table.add_row("memory a GPU", *(format_bytes(stage["memory_bytes"]) for stage in stages))
+    if any(stage["host_bytes"] for stage in stages):
+        table.add_row("host memory a process", *(format_bytes(stage["host_bytes"]) for stage in stages))
     if result["seconds"] is not None:
         table.add_row("seconds a step, here", *(f"{stage['seconds_per_step']:.3g}" for stage in stages))
         table.add_row("time, here", *(_hours(stage["seconds"]) for stage in stages))

@@ -35,6 +35,10 @@ def encode(
     dtype: Annotated[
         Literal["bfloat16", "float32"], typer.Option(help="Of the text encoder, and of what is stored.")
     ] = "bfloat16",
+    latents: Annotated[
+        Literal["normalised", "raw"],
+        typer.Option(help="As a transformer takes them, or as the VAE gives them and FastVideo trains on them."),
+    ] = "normalised",
     batch_size: Annotated[int, typer.Option(min=1, help="Clips, or prompts, encoded at once.")] = 1,
     shard_size: Annotated[int, typer.Option(min=1, help="Clips, or prompts, in a file.")] = 64,
     negative_prompt: Annotated[
@@ -57,7 +61,7 @@ def encode(
         from ..pipeline.run import this_process
 
     negative = WAN_NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
-    config = EncodeConfig(model, revision, frames, height, width, fps, dtype, batch_size, shard_size, negative)
+    config = EncodeConfig(model, revision, frames, height, width, fps, dtype, batch_size, shard_size, negative, latents)
     processes = this_process()
     console = stderr()
     # One set of bars for all processes.
@@ -79,7 +83,7 @@ def _lines(result: Mapping[str, Any], out: Path) -> list[str]:
     latents, text = ("x".join(map(str, result[key])) for key in ("latents", "text"))
     lines = [
         f"wrote {out}: {result['encoded']:,} clips in {result['shards']:,} shards, "
-        f"latents {latents} and text {text} in {result['dtype']}"
+        f"{result['stored']} latents {latents} and text {text} in {result['dtype']}"
     ]
     skipped = result["skipped"]
     if skipped:

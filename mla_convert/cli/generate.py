@@ -44,6 +44,14 @@ def generate(
             show_default=False,
         ),
     ] = None,
+    hold_start: Annotated[
+        bool | None,
+        typer.Option(
+            "--hold-start/--no-hold-start",
+            help="Let --start end inside a chunk, whose other frames are denoised beside it, as for TI2V-5B.",
+            show_default=False,
+        ),
+    ] = None,
     negative_prompt: Annotated[
         str | None,
         typer.Option(help="What guidance leads away from; the recipe's by default, else the empty prompt."),
@@ -74,6 +82,10 @@ def generate(
     start: Annotated[
         Path | None,
         typer.Option(help="Begin with this: an image, a video, or .safetensors with latents [C, F, H, W]."),
+    ] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(help="The picture that an image-to-video model is conditioned on; other models take --start."),
     ] = None,
     context_noise: Annotated[float | None, typer.Option(min=0, max=1, help="Noise level of cached chunks.")] = None,
     size: Annotated[str | None, typer.Option(metavar="HxW", help="Height and width in pixels.")] = None,
@@ -131,6 +143,7 @@ def generate(
         negative_prompt=negative_prompt,
         context_noise=context_noise,
         recache=recache,
+        hold_start=hold_start,
         fps=fps,
         seed=seed,
         start=None if start is None else str(start),
@@ -154,6 +167,7 @@ def generate(
         prompt_embeds=prompt_embeds,
         changes=tuple(changes),
         negative_embeds=negative_embeds,
+        image=image,
         components=components,
         seconds=seconds,
         endless=endless,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.table import Table
@@ -38,6 +38,10 @@ def inspect(
     text_tokens: Annotated[
         int | None, typer.Option(min=1, help="Pad text embeddings of different lengths to this many tokens.")
     ] = None,
+    latents: Annotated[
+        Literal["auto", "normalised", "raw"],
+        typer.Option(help="What the shards hold, where they do not say it; raw is as FastVideo stores them."),
+    ] = "auto",
     ranks: Annotated[
         str | None,
         typer.Option(metavar="R,R,...", help="Cached scalars to report on; 64,128,192,224,256 for Wan2.1-1.3B."),
@@ -55,7 +59,7 @@ def inspect(
     adapters = [AdapterConfig(model=one) if Path(one).is_file() else AdapterConfig(file=one) for one in adapter or []]
     with progress_bars(stderr()) as report:
         result = inspect_source(
-            source, subfolder, data, clips, text_tokens, chosen, out, report, file, use_ema, adapters
+            source, subfolder, data, clips, text_tokens, chosen, out, report, file, use_ema, adapters, latents
         )
     tables = [rank_table(result), energy_table(result)]
     if result["predicted"] is not None:

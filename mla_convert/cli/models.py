@@ -1,4 +1,4 @@
-"""`export`, `evaluate` and `generate`: what can be done with a converted model in a folder."""
+"""`export` and `evaluate`, and how every command reads a size and options of sampling."""
 
 from __future__ import annotations
 

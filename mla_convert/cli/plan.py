@@ -12,9 +12,6 @@ from .output import Json, print_result
 if TYPE_CHECKING:
     from ..evaluate.geometry import Geometry
 
-PAPER_SHARE = 224 / 3072
-"""Latent scalars to dense ones in VideoMLA (arXiv 2605.30351)."""
-
 
 def plan(
     source: Annotated[
@@ -36,6 +33,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Cache bytes, streams on a GPU and seconds of context, dense against latent."""
+    from ..evaluate.geometry import PAPER_SHARE
     from ..evaluate.geometry import preset as find_preset
     from ..evaluate.memory import plan as plan_memory
     from ..evaluate.memory import plan_table

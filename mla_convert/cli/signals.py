@@ -12,7 +12,7 @@ from types import FrameType
 
 @contextlib.contextmanager
 def orderly_end() -> Iterator[list[int]]:
-    """SIGTERM raises KeyboardInterrupt in the block, once; yields the list that it is put into.
+    """The first SIGTERM raises KeyboardInterrupt in the block; yields a list, which then has its number.
 
     It keeps its default meaning in the workers of a launcher, which would wait for each other for ever, in processes
     forked here, and where somebody else handles or ignores it.

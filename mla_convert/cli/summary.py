@@ -1,4 +1,4 @@
-"""The table that ends `run` and `demo`."""
+"""The tables that end `run`, `demo` and `evaluate`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 from rich.table import Table
 
-from ..evaluate.memory import format_bytes
 from ..evaluate.text import times_training
+from ..sizes import format_bytes
 
 
 def read_report(path: Path) -> dict[str, Any]:
     """`report.json` of a finished run."""
-    report: dict[str, Any] = json.loads((path / "report.json").read_text())
+    report: dict[str, Any] = json.loads((path / "report.json").read_text(encoding="utf-8"))
     return report
 
 

@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..draws import Use, drawn
 from ..errors import UserError
 from ..families.base import BlockInputs
 from .blocks import Blocks, give_back_memory, with_attention
 from .budget import Trace
-from .clips import PROJECTION, SAMPLE, Clips, drawn
+from .clips import Clips
 from .config import CalibrationConfig
 from .probe import FIELDS, LayerSample, require_finite, sample_layer
 
@@ -172,7 +173,7 @@ class _Sweep(NamedTuple):
                 v = model.leave(tokens, inputs)
             if self.velocity is not None:
                 self.velocity(number, v.detach())
-            z = torch.randn(v.shape, generator=drawn(PROJECTION, self.config.seed, number))
+            z = torch.randn(v.shape, generator=drawn(Use.PROJECTION, self.config.seed, number))
             (clips.store[key],) = torch.autograd.grad(v, tokens, z.to(v))
             scales.append(v.numel() ** -0.5)
         return scales
@@ -210,7 +211,7 @@ class _Sweep(NamedTuple):
             self.config,
             self.history_only,
             max(1, self.config.max_tokens // len(self.clips)),
-            drawn(SAMPLE, self.config.seed, layer - layer % self.layers_per_latent, number),
+            drawn(Use.SAMPLE, self.config.seed, layer - layer % self.layers_per_latent, number),
             output_grad,
         )
         for name in FIELDS:

@@ -6,19 +6,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
 from .. import flow
+from ..draws import Use, drawn
 from ..errors import UserError
 from ..families.base import BlockInputs
 from .blocks import Blocks
 from .config import CalibrationConfig
 from .store import TensorStore
-
-NOISE, SAMPLE, PROJECTION, INIT = 1, 2, 3, 4
 
 
 class CalibrationBatch(NamedTuple):
@@ -42,12 +40,6 @@ def clip_batches(
     for start in range(0, len(clips), size):
         batch = default_collate([read(index) for index in clips[start : start + size]])
         yield CalibrationBatch(batch["latents"], batch["encoder_hidden_states"], negative)
-
-
-def drawn(purpose: int, seed: int, *numbers: int) -> torch.Generator:
-    """CPU generator of one use: of a layer, of a batch. Different arguments give independent streams."""
-    state = np.random.SeedSequence((purpose, seed, *numbers)).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]))
 
 
 @dataclass
@@ -90,16 +82,19 @@ def enter_clips(
 ) -> Clips:
     """Noisy copies of the clips as the first block gets them.
 
-    Noise levels are uniform over the model's `noise_range`, one a chunk; history is the clean clip
-    (teacher forcing, see `distill.objective`). A flow map gets second times too (`flow.mean_times`).
-    Raises UserError if there are no clips.
+    Noise levels are uniform over the model's `noise_range` before the shift, or over those of the `denoising_steps`,
+    one a chunk; history is the clean clip (teacher forcing, see `distill.objective`). A flow map gets second times
+    too (`flow.mean_times`). Raises UserError if there are no clips.
     """
     model, clips = blocks.model, Clips(store)
     for number, batch in enumerate(batches):
-        generator = drawn(NOISE, config.seed, number)
+        generator = drawn(Use.CALIBRATION_NOISE, config.seed, number)
         clean = batch.latents.to(model.device, torch.float32)
         chunks = model.causal.chunks(clean.shape[2])
-        t = flow.chunk_times(len(clean), chunks, generator, noise_range=model.noise_range).to(clean.device)
+        drawn_times = flow.chunk_times(
+            len(clean), chunks, generator, config.timestep_shift, model.noise_range, config.noise_levels
+        )
+        t = drawn_times.to(clean.device)
         noise = torch.randn(clean.shape, generator=generator).to(clean.device)
         text = flow.drop_prompts(batch.encoder_hidden_states, config.empty_prompt_rate, generator, batch.negative)
         r = flow.mean_times(t, chunks, generator) if model.flow_map else None

@@ -6,7 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ..flow import noise_levels
 from ..mla.config import OwnChunk, Position, check_shared_latent
+from ..sampling import DenoisingSteps
 
 Init = Literal["random", "svd", "activation"]
 Rank = Annotated[int, Field(ge=1)]
@@ -15,7 +17,9 @@ Rank = Annotated[int, Field(ge=1)]
 class CalibrationConfig(BaseModel):
     """How much data the activation statistics come from.
 
-    `clips` videos are run through the dense model at random noise levels. At most `queries_per_chunk`
+    `clips` videos are run through the dense model at random noise levels, which `timestep_shift` warps as it does
+    those of stages; of a model of few steps they are those of its `denoising_steps` alone, out of 1000 and before the
+    shift, since it knows no others. At most `queries_per_chunk`
     queries of every chunk tell what an error in a cached token does to the output of the layer, for
     at most `max_tokens` tokens a layer. `empty_prompt_rate` of the clips get the negative prompt in
     place of their own, for models that are sampled with guidance.
@@ -31,7 +35,14 @@ class CalibrationConfig(BaseModel):
     queries_per_chunk: int = Field(512, ge=1)
     max_tokens: int = Field(16384, ge=1)
     empty_prompt_rate: float = Field(0.0, ge=0, le=1)
+    timestep_shift: float = Field(1.0, gt=0)
+    denoising_steps: DenoisingSteps | None = None
     seed: int = 0
+
+    @property
+    def noise_levels(self) -> tuple[float, ...] | None:
+        """The only noise levels in (0, 1] that come up; None for all."""
+        return noise_levels(self.denoising_steps, self.timestep_shift)
 
     @model_validator(mode="after")
     def _converted_goes_forward(self) -> CalibrationConfig:

@@ -20,24 +20,15 @@ ROWS_AT_ONCE = 512
 
 
 class Code(NamedTuple):
-    """`encoder` `[r, n]`, `decoder` `[n, r]`, `mean` `[n]`, float64.
-
-    `energy` `[r]` are the eigenvalues that the code carries, falling, and `total` the sum of all.
-    """
+    """`encoder` `[r, n]`, `decoder` `[n, r]`, `mean` `[n]`, float64."""
 
     encoder: Tensor
     decoder: Tensor
     mean: Tensor
-    energy: Tensor
-    total: float
-
-    def error(self) -> float:
-        """Share of the metric's energy that the code loses, 0 to 1."""
-        return max(0.0, 1 - float(self.energy.sum()) / self.total) if self.total > 0 else 0.0
 
     def cpu(self) -> Code:
         """The same code on the CPU."""
-        return Code(self.encoder.cpu(), self.decoder.cpu(), self.mean.cpu(), self.energy.cpu(), self.total)
+        return Code(self.encoder.cpu(), self.decoder.cpu(), self.mean.cpu())
 
 
 def _leading(matrix: Tensor, count: int, overwrite: bool = False) -> tuple[Tensor, Tensor]:
@@ -84,7 +75,7 @@ def low_rank_code(covariance: Tensor, metric: Tensor, mean: Tensor, rank: int) -
     energy, basis = _leading(whitened, rank)
     spread = _spread(energy)
     decoder = torch.linalg.solve_triangular(root.T, basis * spread, upper=True)
-    return Code((basis / spread).T @ root.T, decoder, mean, energy, float(torch.trace(whitened)))
+    return Code((basis / spread).T @ root.T, decoder, mean)
 
 
 def low_rank_code_of_samples(samples: Tensor, probes: Tensor, mean: Tensor, rank: int) -> Code:
@@ -106,7 +97,6 @@ def low_rank_code_of_samples(samples: Tensor, probes: Tensor, mean: Tensor, rank
     cross = samples @ probes.T
     kernel = _upper_gram(samples).mul_(ridge).add_(_upper_gram(cross))
     del cross
-    total = float(kernel.trace())
     energy, vectors = _leading(kernel, rank, overwrite=True)
     # Of the others rounding leaves no direction, and any will do.
     carried = int((energy > LOST * energy[0]).sum())
@@ -120,7 +110,7 @@ def low_rank_code_of_samples(samples: Tensor, probes: Tensor, mean: Tensor, rank
         filled = _orthonormal(others, times_metric(others))
         basis, seen = (torch.cat(parts, dim=1) for parts in zip((basis, seen), filled, strict=True))
     spread = _spread(energy)
-    return Code((seen / spread).T, basis * spread, mean, energy, total)
+    return Code((seen / spread).T, basis * spread, mean)
 
 
 def _orthonormal(x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,7 +144,7 @@ def low_rank_factor(factor: Tensor, mean: Tensor, rank: int) -> Code:
     spread = _spread(energy)
     # Orthonormal also where the spectrum has ended.
     basis = torch.linalg.qr(factor.T @ vectors).Q
-    return Code((basis / spread).T, basis * spread, mean, energy, float(torch.trace(gram)))
+    return Code((basis / spread).T, basis * spread, mean)
 
 
 def _check_rank(rank: int, size: int) -> None:

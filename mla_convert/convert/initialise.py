@@ -9,6 +9,7 @@ head_dim, H heads, D channels, R shared pairs.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -32,16 +33,14 @@ COLUMNS_AT_ONCE = 1024
 class LayerInit:
     """Parameters of a `LatentSelfAttention` that its dense layer does not have, and its pairs.
 
-    `tensors` are float32 by parameter name. `lost_energy` is the share of the target's energy,
-    measured in the metric of the fit, that the code does not carry. With `derived` the shared key
-    comes from the latent. `curve` are `[rank, predicted rise of the loss]` of this latent alone, where a
-    budget asked for them; the first of the layers that share it has them.
+    `tensors` are float32 by parameter name. With `derived` the shared key comes from the latent. `curve` are
+    `[rank, predicted rise of the loss]` of this latent alone, where a budget asked for them; the first of the
+    layers that share it has them.
     """
 
     rope_pairs: list[int]
     nope_pairs: list[int]
     tensors: dict[str, Tensor]
-    lost_energy: float | None
     derived: bool = False
     curve: list[tuple[int, float]] | None = None
 
@@ -52,7 +51,7 @@ class LayerInit:
             tensors[name] = tensors[name][:rank].contiguous()
         for name in ("kv_b_proj.weight", *(["k_pe_proj.weight"] if self.derived else [])):
             tensors[name] = tensors[name][:, :rank].contiguous()
-        return replace(self, tensors=tensors, lost_energy=None)
+        return replace(self, tensors=tensors)
 
 
 @dataclass
@@ -124,7 +123,6 @@ def initialise_layers(
                 [] if shared is None else shared.pairs,
                 [] if shared is None else reading.target.nope_pairs,
                 {name: tensor.float().contiguous() for name, tensor in (tensors | reading.tensors).items()},
-                None if code is None else code.error(),
                 reading.target.derived,
             )
         )
@@ -163,7 +161,19 @@ def _fit(readings: Sequence[LayerReading], rank: int, device: torch.device) -> C
     return low_rank_factor(reading.target(columns[:, 0], columns[:, 1]), mean, rank)
 
 
+@functools.cache
+def _warn_of_few(tokens: int, numbers: int) -> None:
+    logger.warning(
+        "calibration looks at %d tokens for the %d numbers that a latent restores of each: what they do not show it "
+        "cannot fit; raise convert.calibration.max_tokens, and clips",
+        tokens,
+        numbers,
+    )
+
+
 def _fit_read(read: Read, rank: int, device: torch.device) -> Code:
+    if len(read[0][1].hidden) < size(read):
+        _warn_of_few(len(read[0][1].hidden), size(read))
     if rank <= len(read[0][1].hidden) < size(read):
         samples, mean, probes = factors(read, device)
         return low_rank_code_of_samples(samples, probes, mean, rank)
@@ -255,8 +265,6 @@ def _factorised_query(
     rank = config.q_lora_rank
     assert rank is not None
     weight, bias = layer.to_q.weight.double().cpu(), layer.to_q.bias.double().cpu()
-    if rank > min(weight.shape):
-        raise ValueError(f"q_lora_rank {rank} is larger than the rank {min(weight.shape)} of the query projection")
     if config.init == "random":
         q_a = torch.randn(rank, weight.shape[1], generator=generator) / weight.shape[1] ** 0.5
         q_b = torch.randn(weight.shape[0], rank, generator=generator) / rank**0.5

@@ -7,18 +7,21 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from ..draws import Use, drawn
 from ..errors import UsageError, UserError
+from ..families.base import Geometry
 from ..mla.config import latent_groups
 from .blocks import Blocks, give_back_memory
-from .budget import Curve, Trace, allot, candidate_ranks, measured_curve
+from .budget import Curve, Trace, allot, measured_curve
 from .calibrate import sweep
-from .clips import INIT, CalibrationBatch, Clips, drawn, enter_clips
+from .clips import CalibrationBatch, Clips, enter_clips
 from .config import ConvertConfig
 from .initialise import LayerInit, LayerReading, initialise_layers, read_layer
+from .limits import Ranks, latent_scalars, planned_ranks
 from .probe import LayerSample
 from .state import ATTENTION, latent_attention
 from .store import TensorStore
@@ -59,59 +62,23 @@ class Plans:
         self._plans[layer] = replace(plan, tensors={name: tensor.to(dtype) for name, tensor in plan.tensors.items()})
 
 
-class Ranks(NamedTuple):
-    """`fitted` is the rank at which each layer is fitted, `measured` those whose error a budget wants to know."""
-
-    fitted: list[int]
-    measured: list[int]
-
-
-def planned_ranks(blocks: Blocks, config: ConvertConfig) -> Ranks:
-    """Every layer is fitted at its `kv_lora_rank`, or at the largest that a budget may choose.
-
-    Raises UsageError for one that the model cannot have.
-    """
-    layers, shared = len(blocks), config.layers_per_latent
-    if layers % shared:
-        possible = ", ".join(str(count) for count in range(1, layers + 1) if layers % count == 0)
-        problem = f"{layers} layers cannot share latents {shared} at a time"
-        raise UsageError(f"convert.layers_per_latent: {problem}; one of {possible}")
-    limit = _width(blocks, config)
-    if config.budget is not None:
-        measured = candidate_ranks(config.budget, _latent_scalars(blocks, config), limit)
-        return Ranks([measured[-1]] * len(blocks), measured)
-    try:
-        ranks = config.ranks(len(blocks))
-    except ValueError as error:
-        raise UsageError(f"convert.kv_lora_rank: {error}") from None
-    for layer, rank in enumerate(ranks):
-        if not 1 <= rank <= limit:
-            of_all = "" if shared == 1 else f" of {shared} layers"
-            problem = f"{rank} in layer {layer} is not between 1 and {limit}, the width of [k; v]{of_all}"
-            raise UsageError(f"convert.kv_lora_rank: {problem}")
-    return Ranks(ranks, [])
+def ranks_of(blocks: Blocks, config: ConvertConfig) -> Ranks:
+    """The `planned_ranks` of a model's `blocks`. Raises UsageError for a number that the model cannot have."""
+    return planned_ranks(_geometry(blocks), blocks.model.rotary_table().axes, config)
 
 
 def final_ranks(blocks: Blocks, config: ConvertConfig, plans: Iterable[LayerInit]) -> list[int]:
     """Rank of every layer in the converted model. Raises UsageError if no ranks meet the budget."""
     if config.budget is None:
-        return planned_ranks(blocks, config).fitted
+        return config.ranks(len(blocks))
     curves = [plan.curve for plan in plans]
     measured = [curve for curve in curves if curve is not None]
-    return config.for_layers(allot(measured, config.budget, _latent_scalars(blocks, config)))
+    return config.for_layers(allot(measured, config.budget, latent_scalars(_geometry(blocks), config)))
 
 
-def _width(blocks: Blocks, config: ConvertConfig) -> int:
-    """Numbers that a latent encodes: [k; v] of its layers."""
+def _geometry(blocks: Blocks) -> Geometry:
     model = blocks.model.config
-    return int(2 * model.num_attention_heads * model.attention_head_dim * config.layers_per_latent)
-
-
-def _latent_scalars(blocks: Blocks, config: ConvertConfig) -> float | None:
-    """Mean rank that the budget leaves a latent beside a cached shared key; None where that is open."""
-    assert config.budget is not None
-    scalars = config.budget.scalars(_width(blocks, config) // config.layers_per_latent)
-    return None if scalars is None else config.layers_per_latent * (scalars - config.cached_key)
+    return Geometry(len(blocks), model.num_attention_heads, model.attention_head_dim)
 
 
 def convert_layers(
@@ -132,7 +99,7 @@ def convert_layers(
     Raises UsageError for ranks and shapes that the model does not have, UserError for clips that
     cannot be calibrated on.
     """
-    ranks = planned_ranks(blocks, config)
+    ranks = ranks_of(blocks, config)
     groups = latent_groups(len(blocks), config.layers_per_latent)
     together = {layer: layers for layers in groups if any(one not in shelf for one in layers) for layer in layers}
     wanted = list(together)
@@ -224,7 +191,7 @@ class _Layers:
             self.warned = True
             tokens = f"layer {layer}: {len(sample.hidden)} calibration tokens do not determine a latent of rank {rank}"
             logger.warning("%s; use more calibration.clips, a larger max_tokens or a smaller rank", tokens)
-        generator = drawn(INIT, self.seed, layer)
+        generator = drawn(Use.INIT, self.seed, layer)
         try:
             self.readings[layer] = read_layer(block.attn1, sample, self.axes, self.config, generator)
         except ValueError as error:

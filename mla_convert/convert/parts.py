@@ -35,7 +35,7 @@ class PartFiles:
         self.folder, self.query_factorised = folder, query_factorised
         stated = {"format": FORMAT, "sha256": _digest(identity)}
         try:
-            same = json.loads((folder / IDENTITY).read_text()) == stated
+            same = json.loads((folder / IDENTITY).read_text(encoding="utf-8")) == stated
         except (OSError, ValueError):
             same = False
         if not same:

@@ -11,8 +11,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..mla.config import Position
+from ..mla.rope import TIME
+from .config import ConvertConfig
 from .factorize import symmetric_root
 from .probe import LayerSample
+
+
+def rotated_pairs(position: Position, axes: tuple[int, ...]) -> list[int]:
+    """The pairs that a shared rotary key can carry; `axes` is the axis of each."""
+    return [pair for pair, axis in enumerate(axes) if position != "baked" or axis == TIME]
+
+
+def check_rotary_key(config: ConvertConfig, heads: int, axes: tuple[int, ...]) -> None:
+    """Raises ValueError for a shared rotary key larger than all that its layout can carry of a layer."""
+    limit, of = 2 * len(rotated_pairs(config.position, axes)), "a head"
+    if config.init == "activation":
+        # A pair may be chosen once a head.
+        limit, of = heads * limit, "all heads"
+    if config.qk_rope_head_dim > limit:
+        raise ValueError(f"{config.qk_rope_head_dim} is larger than the {limit} rotary channels of {of}")
 
 
 class SharedKey(NamedTuple):
@@ -43,7 +61,7 @@ def shared_keys(sample: LayerSample, count: int, candidates: list[int], residual
     """Choose `count` rotary keys among `candidates` by the error that they remove.
 
     A pair may be chosen more than once, with the next singular vector. With `residual` the part of
-    a key that the unrotated channels can carry anyway does not count. Raises ValueError if there are fewer.
+    a key that the unrotated channels can carry anyway does not count. There must be as many (`check_rotary_key`).
     """
     key, grad = complex_pairs(sample.key), complex_pairs(sample.rotated_grad)
     lost = torch.ones(key.shape[1:], dtype=torch.float64)
@@ -63,9 +81,6 @@ def shared_keys(sample: LayerSample, count: int, candidates: list[int], residual
             spread = values[-1 - rank].clamp_min(float(values[-1]) * 1e-8 + 1e-30).sqrt()
             encoder, decoder = vector.conj() @ root / spread, inverse @ vector * spread
             options.append((float(values[-1 - rank] * share), pair, encoder, decoder))
-    if count > len(options):
-        limit = 2 * len(options)
-        raise ValueError(f"qk_rope_head_dim {2 * count} is larger than the {limit} rotary channels of all heads")
     best = sorted(options, key=lambda option: -option[0])[:count]
     best.sort(key=lambda option: option[1])
     return SharedKey(
@@ -84,7 +99,5 @@ def mean_keys(pairs: list[int], heads: int) -> SharedKey:
 def fastest_pairs(axes: tuple[int, ...], count: int) -> list[int]:
     """`count` pairs, the highest frequencies of each axis in turn (VideoMLA: (6, 5, 5) for 16)."""
     by_axis = [[pair for pair, axis in enumerate(axes) if axis == which] for which in sorted(set(axes))]
-    if count > len(axes):
-        raise ValueError(f"qk_rope_head_dim {2 * count} is larger than the {2 * len(axes)} channels of a head")
     rounds = [pair for place in range(len(axes)) for axis in by_axis for pair in axis[place : place + 1]]
     return sorted(rounds[:count])

@@ -14,7 +14,7 @@ from ..load import LazyTensors, Source
 from .blocks import SourceBlocks
 from .clips import CalibrationBatch
 from .config import ConvertConfig
-from .layers import Progress, convert_layers, final_ranks, planned_ranks
+from .layers import Progress, convert_layers, final_ranks, ranks_of
 from .parts import PartFiles
 from .state import check_account, mla_config
 from .surgery import empty_model
@@ -58,7 +58,7 @@ def convert_source(
         "identity": dict(identity or {}),
     }
     blocks = SourceBlocks(source, dtype, device, run=config.init == "activation")
-    planned_ranks(blocks, config)
+    ranks_of(blocks, config)
     parts = PartFiles(work, stated, config.q_lora_rank is not None)
     if not parts.has_surroundings():
         parts.put_surroundings(blocks.around())

@@ -9,10 +9,19 @@ import torch
 from torch import Tensor
 
 from ..mla.attention import DenseSelfAttention
-from ..mla.rope import TIME, rotate
+from ..mla.rope import rotate
 from .config import ConvertConfig
 from .probe import FIELDS, LayerSample
-from .rope_key import SharedKey, complex_pairs, fastest_pairs, mean_keys, mean_rotation, shared_keys
+from .rope_key import (
+    SharedKey,
+    check_rotary_key,
+    complex_pairs,
+    fastest_pairs,
+    mean_keys,
+    mean_rotation,
+    rotated_pairs,
+    shared_keys,
+)
 
 TOKENS_AT_ONCE = 4096
 
@@ -151,7 +160,8 @@ def layout_target(
     untouched = torch.ones(layer.heads, pairs, dtype=torch.complex128)
     if config.position == "rotate_on_read":
         return Target(None, list(range(pairs)), untouched, residual=False, derived=False)
-    candidates = [p for p in range(pairs) if config.position != "baked" or axes[p] == TIME]
+    check_rotary_key(config, layer.heads, axes)
+    candidates = rotated_pairs(config.position, axes)
     if sample is None:
         chosen = fastest_pairs(tuple(axes[p] for p in candidates), count)
         shared, rho, residual = mean_keys([candidates[p] for p in chosen], layer.heads), untouched, False

@@ -11,10 +11,10 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from ..draws import Use, drawn
 from .adapters import ADAPTER, adapted_modules, add_adapters, merge_adapters, save_adapters
 from .average import Average
 from .learner import Learner, OptimizerSettings
-from .order import ADAPTERS, derived_generator
 from .runtime import StageModule, autocast, splits_optimizer
 from .sharding import frozen_shards, gather, is_sharded, shards_weights, trainable_shards
 from .stages.base import AVERAGE, START, SecondNetwork, Stage, StageConfig
@@ -45,7 +45,7 @@ class Assembly:
         names = trainable_names(student, config.trainable)
         if config.lora is not None:
             modules = adapted_modules(student, config.lora, names, config.adapted_part)
-            names |= add_adapters(student, config.lora, modules, derived_generator(ADAPTERS, seed, stage_index, 0))
+            names |= add_adapters(student, config.lora, modules, drawn(Use.ADAPTERS, seed, stage_index))
         trained = freeze_all_but(student, names)
         second, sharded = stage.second, shards_weights(accelerator)
         in_shards = (sharded or config.shard_frozen) and accelerator.num_processes > 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -12,13 +14,16 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from ..draws import Use, drawn
 from ..errors import UserError
 from ..zoo.digits.data import CLIP_FRAMES, sample_batch
 from .latents import LatentShards
 from .negative import NEGATIVE, find_negative, read_negative
+from .normalisation import Latents
 from .rollouts import RolloutsConfig
 
 Batch = dict[str, Tensor]
+Split = Literal["drawn", "last"]
 
 
 class DataConfig(BaseModel):
@@ -28,7 +33,18 @@ class DataConfig(BaseModel):
     text-to-video schema; text embeddings of different lengths are padded with zeros to
     `text_tokens`. `rollouts` are latents that the dense model makes at the beginning of a run, in the run's
     folder. `heldout` clips are set aside and never trained on: for digits, held-out handwriting with
-    held-out prompts, for the others the last ones.
+    held-out prompts. Of the others `split: drawn` takes them, and in an order of its own those to calibrate on, by the
+    recipe's seed, since neighbours by name are often cuts of one film; `last` keeps the order of names and holds out
+    the last ones.
+
+    `latents` says whether those of a folder are `normalised`, as a transformer takes them, or `raw`, as FastVideo's
+    preprocessing stores what the VAE gives: they are then normalised by its statistics, which a shard's metadata or, of
+    Wan's VAEs, the number of channels tells. `auto` believes the shards' metadata, which `mla-convert encode` writes,
+    and without it refuses latents whose statistics are those of raw ones.
+
+    `skip` names clips of a folder that are not to be read, by their number, in the order of names and counted from 0,
+    or by `file_name` or `id`. Training takes the next clip that is not skipped in the place of each, so that a run that
+    a damaged clip has ended goes on with `--resume` in the same order.
 
     `negative_embeds` is a .safetensors file with the negative prompt, `prompt_embeds` `[L, D]`: what guidance leads
     away from, and what a clip that loses its prompt gets. Without it that is `negative.safetensors` beside the clips
@@ -40,14 +56,23 @@ class DataConfig(BaseModel):
     kind: Literal["digits", "latents", "rollouts"] = "digits"
     folder: str | None = None
     text_tokens: int | None = Field(None, ge=1)
+    latents: Latents = "auto"
+    skip: tuple[int | str, ...] = ()
     negative_embeds: str | None = None
     heldout: int = Field(128, ge=1)
+    split: Split = "drawn"
     rollouts: RolloutsConfig | None = None
 
     @model_validator(mode="after")
     def _keys_fit_the_kind(self) -> DataConfig:
         if self.kind == "latents" and self.folder is None:
             raise ValueError("kind latents needs folder, the folder of parquet shards")
+        if self.kind != "latents" and self.latents != "auto":
+            raise ValueError(f"latents says what lies in a folder, which kind {self.kind} does not read; leave it out")
+        if self.kind != "latents" and self.skip:
+            raise ValueError(f"skip leaves clips of a folder out, which kind {self.kind} does not read; leave it out")
+        if self.kind == "digits" and self.split != "drawn":
+            raise ValueError("split chooses among the clips of a folder, and digits are generated; leave it out")
         if self.kind == "digits" and not (self.folder is self.text_tokens is self.negative_embeds is None):
             raise ValueError("kind digits is generated and takes neither folder, text_tokens nor negative_embeds")
         if (self.kind == "rollouts") != (self.rollouts is not None):
@@ -65,7 +90,9 @@ class DataConfig(BaseModel):
         """Rollouts as the latents that they are once they lie in `folder`; other kinds as they are."""
         if self.kind != "rollouts":
             return self
-        return DataConfig(kind="latents", folder=str(folder), heldout=self.heldout)
+        return DataConfig(
+            kind="latents", folder=str(folder), heldout=self.heldout, split=self.split, latents="normalised"
+        )
 
 
 class Data(Protocol):
@@ -111,14 +138,33 @@ class DigitClips:
 
 
 class LatentClips:
-    """Clips of a folder of shards; the last `heldout` of them are set aside.
+    """Clips of a folder of shards; the last `heldout` of their `rows` are set aside.
 
-    The negative prompt is that in `negative_embeds`, or in the file beside the shards.
+    `rows` are the numbers of all clips in some order, that of the shards where it is left out. Those to `skip`, by
+    number or name, are not read: among the held-out ones they are left out, and in training the next clip stands in,
+    so that every other example stays what it is. The negative prompt is that in `negative_embeds`, or in the file
+    beside the shards. Raises UserError where nothing is left.
     """
 
-    def __init__(self, shards: LatentShards, heldout: int, negative_embeds: str | None = None) -> None:
+    def __init__(
+        self,
+        shards: LatentShards,
+        heldout: int,
+        negative_embeds: str | None = None,
+        skip: Sequence[int | str] = (),
+        rows: Sequence[int] | None = None,
+    ) -> None:
         self.shards, self.negative_embeds = shards, negative_embeds
-        self.size: int | None = shards.split(heldout)
+        size = shards.split(heldout)
+        self.size: int | None = size
+        skipped = _skipped(shards, skip)
+        rows = range(len(shards)) if rows is None else rows
+        self._heldout = [row for row in rows[size:] if row not in skipped]
+        kept = [place for place in range(size) if rows[place] not in skipped]
+        if not kept or not self._heldout:
+            raise UserError(f"data.skip leaves no clips to {'hold out' if kept else 'train on'}; skip fewer")
+        # The next place that is kept, the first one behind the last.
+        self._train = [rows[kept[bisect.bisect_left(kept, place) % len(kept)]] for place in range(size)]
 
     @functools.cached_property
     def negative(self) -> Tensor:
@@ -128,21 +174,50 @@ class LatentClips:
                 f"guidance and empty_prompt_rate need a negative prompt, and {self.shards.folder} has no {NEGATIVE}; "
                 "write one with `mla-convert encode --prompts` and give data.negative_embeds"
             )
-        return read_negative(path, self.shards.read(0)["encoder_hidden_states"].shape)
+        return read_negative(path, self.example(0)["encoder_hidden_states"].shape)
 
     def example(self, index: int) -> Batch:
-        return self.shards.read(index)
+        return self.shards.read(self._train[index])
 
     def heldout(self, count: int | None = None) -> Batch:
-        rows = range(self.size or 0, len(self.shards))[:count]
-        batch: Batch = default_collate([self.shards.read(row) for row in rows])
+        batch: Batch = default_collate([self.shards.read(row) for row in self._heldout[:count]])
         return batch
+
+    def heldout_prompts(self, count: int) -> list[str]:
+        """The captions of the first `count` held-out clips, "" where the shards have none."""
+        return [self.shards.caption(row) for row in self._heldout[:count]]
+
+
+def drawn_rows(count: int, seed: int) -> list[int]:
+    """The numbers of `count` clips in the order in which a seed draws them."""
+    found: list[int] = torch.randperm(count, generator=drawn(Use.SPLIT, seed)).tolist()
+    return found
+
+
+def _skipped(shards: LatentShards, skip: Sequence[int | str]) -> set[int]:
+    """The clips that `skip` names. Raises UserError for one that is not there."""
+    by_name = shards.named({name for name in skip if isinstance(name, str)})
+    for entry in skip:
+        if entry not in range(len(shards)) and not by_name.get(str(entry)):
+            raise UserError(f"data.skip: {shards.folder} has no clip {entry!r}; it has {len(shards)}, counted from 0")
+    return {entry for entry in skip if isinstance(entry, int)}.union(*by_name.values())
+
+
+def told_plainly(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches of a loader, whose workers put a traceback in front of what a UserError says."""
+    try:
+        yield from batches
+    except UserError as error:
+        *traceback, last = str(error).strip().splitlines()
+        raise type(error)(last.partition(": ")[2] if traceback else last) from None
 
 
 def open_data(config: DataConfig, seed: int) -> Data:
-    """The clips that `config` names. Raises UserError when they cannot be trained on."""
+    """The clips that `config` names; `seed` is that of the recipe. Raises UserError when they cannot be trained on."""
     if config.kind == "digits":
         return DigitClips(seed, config.heldout)
     if config.folder is None:
         raise UserError("kind rollouts: the clips lie in the folder of a run, which is not known here")
-    return LatentClips(LatentShards(config.folder, config.text_tokens), config.heldout, config.negative_embeds)
+    shards = LatentShards(config.folder, config.text_tokens, config.latents)
+    rows = drawn_rows(len(shards), seed) if config.split == "drawn" else None
+    return LatentClips(shards, config.heldout, config.negative_embeds, config.skip, rows)

@@ -24,6 +24,8 @@ it; of L layers that share a latent the work on one chunk of C is computed again
 of them and the latents that each chunk reads, `d e + r e C / 2`. `match_attention` keeps input, answer and
 gradient of every layer, `3 d e`. `tests/test_dry_run.py` compares this with what autograd kept of real blocks.
 
+In the host's memory a process keeps 4 N of a sharded student, and its frozen networks whole where those are in shards.
+
 Not counted: what is freed within a layer, the kernels' workspaces, fragmentation. `RESERVED_BYTES` is for them.
 """
 
@@ -37,12 +39,11 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
+from ..sizes import RESERVED_BYTES
 from .adapters import adapted_modules
 from .runtime import BUCKET
 from .stages.base import AVERAGE, START, Stage, StageConfig
 from .trainable import trainable_names
-
-RESERVED_BYTES = 10**9
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ class ClipShape:
 class Footprint(BaseModel):
     """What one stage needs; `memory` are bytes a GPU by cause, `memory_bytes` their sum with what is reserved.
 
+    `host_bytes` stay in the host's memory for each process.
+
     `clips` and `tokens` are those that the student is trained on over all steps and processes.
     """
 
@@ -82,6 +85,7 @@ class Footprint(BaseModel):
     trained: int
     memory: dict[str, int]
     memory_bytes: int
+    host_bytes: int
 
 
 def footprint(
@@ -120,6 +124,7 @@ def footprint(
         trained=learnt,
         memory=memory,
         memory_bytes=sum(memory.values()) + RESERVED_BYTES,
+        host_bytes=_host_bytes(stage, networks, weights, launch),
     )
 
 
@@ -204,6 +209,12 @@ def _second_bytes(stage: Stage[Any], networks: Mapping[str, Any], config: StageC
     gradients = 4 * sum(shape.numel() for shape in shapes)
     held = 4 * count(network) + gradients + _optimizer_bytes(config, shapes, 0)
     return held // launch.processes + 8 * max(map(count, network.blocks)) if launch.sharded else held
+
+
+def _host_bytes(stage: Stage[Any], networks: Mapping[str, Any], weights: int, launch: Launch) -> int:
+    in_shards = launch.sharded or (stage.config.shard_frozen and launch.processes > 1)
+    frozen = sum(_bytes(networks[name]) for name in stage.networks if name in networks)
+    return (4 * weights if launch.sharded else 0) + (frozen if in_shards else 0)
 
 
 def _frozen_bytes(stage: Stage[Any], networks: Mapping[str, Any], weights: int, learnt: int, launch: Launch) -> int:

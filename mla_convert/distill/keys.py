@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..flow import Sampler
+from ..sampling import SamplingConfig
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 
@@ -52,22 +52,16 @@ class SpikeConfig(BaseModel):
     action: Literal["warn", "skip", "stop"] = "warn"
 
 
-class PreviewConfig(BaseModel):
+class PreviewConfig(SamplingConfig):
     """Every `every` steps a rollout for the prompts of the first `clips` held-out clips.
 
-    It has `num_frames` latent frames (those of a clip when null) and is sampled as `generate` does, by its
-    `sampler` and its `denoising_steps`: give those that the stage trains its student for. The strip, one
+    It has `num_frames` latent frames (those of a clip when null) and is sampled as `generate` does, in its keys:
+    give the `sampler` and the `denoising_steps` that the stage trains its student for. The strip, one
     row a clip, goes to the tracker and to `previews/` in the stage's folder.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     every: int = Field(ge=1)
     clips: int = Field(4, ge=1)
     num_frames: int | None = Field(None, ge=1)
     num_inference_steps: int = Field(4, ge=1)
-    sampler: Sampler = "euler"
-    denoising_steps: tuple[int, ...] | None = None
-    shift: float = Field(1.0, gt=0)
-    guidance_scale: float = Field(1.0, ge=0)
     seed: int = 0

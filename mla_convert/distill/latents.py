@@ -7,10 +7,12 @@ without its neighbours. Source of the schema: FastVideo, `fastvideo/dataset/data
 from __future__ import annotations
 
 import bisect
+import contextlib
 import functools
 import itertools
+import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,14 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files import atomic_file
+from .normalisation import BY_CHANNELS, EVIDENCE, KIND_NOTE, Latents, Scale, evidence_of_raw, scale_of
 
 LATENT, TEXT = "vae_latent", "text_embedding"
 OPEN_FILES = 32
+LOOKED_AT = 16
+"""Clips whose statistics tell what latents are that nobody says anything of."""
+
+logger = logging.getLogger(__name__)
 
 
 def _tensor_fields(name: str) -> list[pa.Field]:
@@ -51,6 +58,7 @@ SCHEMA = pa.schema(
         pa.field("fps", pa.float64()),
     ]
 )
+NAMES = ["file_name", "id"]
 COLUMNS = [field.name for name in (LATENT, TEXT) for field in _tensor_fields(name)]
 
 
@@ -112,7 +120,7 @@ def write_shard(path: Path, clips: Iterable[Clip], first: int = 0, notes: Mappin
 def read_notes(path: Path) -> dict[str, str]:
     """The metadata of a shard, as `write_shard` took them. Raises UserError."""
     metadata = _open(path, os.getpid()).metadata.metadata or {}
-    return {key.decode(): value.decode() for key, value in metadata.items()}
+    return {key.decode(errors="replace"): value.decode(errors="replace") for key, value in metadata.items()}
 
 
 def write_latents(
@@ -144,13 +152,32 @@ def _open(path: Path, process: int) -> pq.ParquetFile:
         raise UserError(f"cannot read {path}: {reason}; it may be truncated, write it again") from None
 
 
+@functools.lru_cache(maxsize=1)
+def _several(path: Path, process: int, group: int) -> pa.Table:
+    """A row group of several clips, which is decoded whole; the last one is kept for the next clip."""
+    return _open(path, process).read_row_group(group, columns=COLUMNS, use_threads=False)
+
+
+@functools.cache
+def _warn_of_groups(folder: Path, clips: int) -> None:
+    logger.warning(
+        "%s has row groups of %d clips, each decoded whole for every clip; write the shards with one (docs/encode.md)",
+        folder,
+        clips,
+    )
+
+
 class LatentShards:
     """Random access to the clips of a folder; only shapes are read ahead.
 
-    Raises UserError for an empty folder, missing columns, a row without a tensor, or mixed shapes.
+    `latents` says whether they are normalised or `raw`, as a VAE's encoder gives them; `auto` believes the note in a
+    shard and, without one, looks at the statistics of a few clips.
+
+    Raises UserError for an empty folder, missing columns, a row without a tensor, mixed shapes, or latents that
+    look raw and are not said to be.
     """
 
-    def __init__(self, folder: Path | str, text_tokens: int | None = None) -> None:
+    def __init__(self, folder: Path | str, text_tokens: int | None = None, latents: Latents = "auto") -> None:
         self.folder, self.text_tokens = Path(folder), text_tokens
         self.paths = sorted(self.folder.rglob("*.parquet"))
         if not self.paths:
@@ -162,6 +189,9 @@ class LatentShards:
             self._starts.append(self._starts[-1] + self._check(path))
         if len(self) == 0:
             raise UserError(f"the shards in {self.folder} hold no clips")
+        # Of each shard what its latents are normalised by, None for those that are normalised.
+        self._scales: list[Scale | None] = [None] * len(self.paths)
+        self._normalise(latents)
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -173,6 +203,42 @@ class LatentShards:
                 f"{self.folder} holds {len(self)} clips and heldout: {heldout} leaves none to train on; lower heldout"
             )
         return len(self) - heldout
+
+    def _normalise(self, latents: Latents) -> None:
+        assert self._latent_shape is not None
+        channels, notes = self._latent_shape[0], [read_notes(path) for path in self.paths]
+        unknown: list[int] = []
+        for number, (path, noted) in enumerate(zip(self.paths, notes, strict=True)):
+            kind = noted.get(KIND_NOTE, latents)
+            if latents not in ("auto", kind):
+                raise UserError(f"data.latents: {latents}, but {path} says that its latents are {kind}; set auto")
+            if kind == "raw":
+                self._scales[number] = scale_of(noted, channels, str(path))
+            elif kind == "auto":
+                unknown += range(self._starts[number], self._starts[number + 1])
+        if unknown and channels in BY_CHANNELS:
+            self._refuse_raw(unknown, BY_CHANNELS[channels])
+
+    def _refuse_raw(self, rows: list[int], scale: Scale) -> None:
+        """Raise UserError where the clips `rows` have the statistics of raw latents."""
+        count = min(LOOKED_AT, len(rows))
+        chosen = [rows[place * len(rows) // count] for place in range(count)]
+        evidence = evidence_of_raw(self._readable(chosen), scale)
+        said = "say data.latents: raw or data.latents: normalised (inspect: --latents)"
+        if evidence > EVIDENCE:
+            raise UserError(
+                f"the latents in {self.folder} are not normalised, as their channels' statistics tell (FastVideo's are "
+                f"not); {said}"
+            )
+        if evidence > -EVIDENCE:
+            what = "whether the latents in %s are normalised cannot be told, and they are taken as they lie; %s"
+            logger.warning(what, self.folder, said)
+
+    def _readable(self, rows: list[int]) -> Iterator[Tensor]:
+        """The latents of clips but for damaged ones, which are refused where somebody wants them."""
+        for row in rows:
+            with contextlib.suppress(UserError):
+                yield self.read(row)["latents"]
 
     def _check(self, path: Path) -> int:
         """Rows of a shard, after comparing every shape in it with the first."""
@@ -203,26 +269,53 @@ class LatentShards:
                     f"{place} has a text embedding of {_by(text)}, the first clip {_by(self._text_shape)}; "
                     "set text_tokens to pad them to one length"
                 )
+        largest = max((shard.metadata.row_group(i).num_rows for i in range(shard.num_row_groups)), default=0)
+        if largest > 1:
+            _warn_of_groups(self.folder, largest)
         return int(shard.metadata.num_rows)
 
     def read(self, index: int) -> dict[str, Tensor]:
-        """Clip `index`: float32 `latents` `[C, F, H, W]` and `encoder_hidden_states` `[L, D]`."""
+        """Clip `index`: float32 normalised `latents` `[C, F, H, W]` and `encoder_hidden_states` `[L, D]`.
+
+        Raises UserError for one that cannot be unpacked, or that has NaN or infinite values.
+        """
         values = self._row(index, COLUMNS)
         place = self._place(index)
         text = _unpack(values, TEXT, place)
         if self.text_tokens is not None:
             text = F.pad(text, (0, 0, 0, self.text_tokens - len(text)))
-        return {"latents": _unpack(values, LATENT, place), "encoder_hidden_states": text}
+        latents, scale = _unpack(values, LATENT, place), self._scales[self._shard(index)]
+        for name, tensor in (("latents", latents), ("text embedding", text)):
+            if not tensor.isfinite().all():
+                raise UserError(
+                    f"{place}, {self._name(index)!r}, has NaN or infinite values in its {name}; encode it again, or go "
+                    f"on without it: data.skip: [{index}]"
+                )
+        return {"latents": latents if scale is None else scale.standardise(latents), "encoder_hidden_states": text}
 
     def caption(self, index: int) -> str:
         """The caption of clip `index`; "" where the shards have none."""
         return str(self._row(index, ["caption"]).get("caption") or "")
 
+    def named(self, names: Collection[str]) -> dict[str, list[int]]:
+        """The clips that are called so, by `id` or `file_name`."""
+        found: dict[str, list[int]] = {name: [] for name in names}
+        for path, start in zip(self.paths, self._starts, strict=False):
+            shard = _open(path, os.getpid())
+            columns = [column for column in NAMES if column in shard.schema_arrow.names]
+            for row, values in enumerate(shard.read(columns=columns).to_pylist() if columns else []):
+                for name in found.keys() & set(values.values()):
+                    found[name].append(start + row)
+        return found
+
+    def _name(self, index: int) -> str:
+        return next((str(name) for name in self._row(index, NAMES).values() if name), "")
+
     def _row(self, index: int, columns: list[str]) -> dict[str, Any]:
         """Some columns of clip `index`; those that a shard does not have are left out."""
         if not 0 <= index < len(self):
             raise IndexError(f"clip {index} of {len(self)}")
-        number = bisect.bisect_right(self._starts, index) - 1
+        number = self._shard(index)
         row = index - self._starts[number]
         path = self.paths[number]
         shard = _open(path, os.getpid())
@@ -231,13 +324,21 @@ class LatentShards:
             row -= shard.metadata.row_group(group).num_rows
             group += 1
         try:
-            values = shard.read_row_group(group, columns=columns, use_threads=False).slice(row, 1).to_pylist()[0]
+            if columns is COLUMNS and shard.metadata.row_group(group).num_rows > 1:
+                table = _several(path, os.getpid(), group)
+            else:
+                table = shard.read_row_group(group, columns=columns, use_threads=False)
+            values = table.slice(row, 1).to_pylist()[0]
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}; write it again") from None
         return dict(values)
 
+    def _shard(self, index: int) -> int:
+        """Number of the file that clip `index` lies in."""
+        return bisect.bisect_right(self._starts, index) - 1
+
     def _place(self, index: int) -> str:
-        number = bisect.bisect_right(self._starts, index) - 1
+        number = self._shard(index)
         return f"clip {index - self._starts[number]} of {self.paths[number]}"
 
 

@@ -21,7 +21,7 @@ class Metrics:
         """Every whole row; a line that a killed run left half-written is skipped."""
         if not self.path.exists():
             return []
-        lines = self.path.read_text().splitlines(keepends=True)
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def rewind(self, step: int) -> None:
@@ -29,7 +29,7 @@ class Metrics:
         write_text(self.path, "".join(_line(row) for row in self.rows() if row["step"] <= step))
 
     def append(self, row: Row) -> None:
-        with explain_os_errors(self.path), self.path.open("a") as handle:
+        with explain_os_errors(self.path), self.path.open("a", encoding="utf-8") as handle:
             handle.write(_line(row))
 
 

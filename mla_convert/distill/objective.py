@@ -8,7 +8,7 @@ forward. Shape letters: B clips, C channels, F frames, L text tokens, D text cha
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,21 +63,22 @@ def noised_clips(
     clean_history: bool = True,
     context_noise: float = 0.0,
     noise_range: tuple[float, float] = flow.ALL_NOISE,
+    levels: Sequence[float] | None = None,
     flow_map: bool = False,
 ) -> NoisedClips:
     """`copies` noisy versions of each of `latents` `[B, C, F, H, W]` with `text` `[B, L, D]`.
 
-    `shift` warps the noise levels, all of which lie in `noise_range`. Without `clean_history` every
-    chunk sees the noisy history of its own copy. With `context_noise`, half of the clean histories
-    carry noise up to that level, so that a model learns to repair what it will have made itself. With
-    `flow_map` second times r are drawn too (`flow.mean_times`), after everything else. Everything is
-    drawn on the CPU from `generator`, so that the draws do not depend on the device.
+    `shift` warps the noise levels, all of which lie in `noise_range`; with `levels` they are drawn from those.
+    Without `clean_history` every chunk sees the noisy history of its own copy. With `context_noise`, half of the
+    clean histories carry noise up to that level, so that a model learns to repair what it will have made itself. With
+    `flow_map` second times r are drawn too (`flow.mean_times`), after everything else. Everything is drawn on the CPU
+    from `generator`, so that the draws do not depend on the device.
     """
     device = latents.device
     clips, chunks = latents.shape[0], causal.chunks(latents.shape[2])
     videos = latents.repeat(copies, 1, 1, 1, 1)
     noise = torch.randn(videos.shape, generator=generator).to(device)
-    t = flow.chunk_times(len(videos), chunks, generator, shift, noise_range).to(device)
+    t = flow.chunk_times(len(videos), chunks, generator, shift, noise_range, levels).to(device)
     noised = NoisedClips(flow.add_noise(videos, noise, t), t, text.repeat(copies, 1, 1), flow.velocity(videos, noise))
     if clean_history:
         noisy_history = torch.rand(clips, generator=generator) < 0.5
@@ -137,19 +138,20 @@ def flow_loss(
     seed: int = HELDOUT_SEED,
     batch_size: int = 32,
     forward_size: int | None = None,
+    levels: Sequence[float] | None = None,
 ) -> float:
     """Teacher-forcing loss on `clips` with the noise that `seed` gives: comparable between models.
 
-    `clips` holds `latents` `[N, C, F, H, W]` and `encoder_hidden_states` `[N, L, D]`; the figure
-    depends on `batch_size` through the order of the draws. A forward takes `forward_size` clips of a batch, all
-    of them when left out.
+    `clips` holds `latents` `[N, C, F, H, W]` and `encoder_hidden_states` `[N, L, D]`; the figure depends on
+    `batch_size` through the order of the draws. Noise levels are all of the model's, or `levels`. A forward takes
+    `forward_size` clips of a batch, all of them when left out.
     """
     generator = torch.Generator().manual_seed(seed)
     losses, sizes = [], []
     for latents, text in zip(
         clips["latents"].split(batch_size), clips["encoder_hidden_states"].split(batch_size), strict=True
     ):
-        noised = noised_clips(latents, text, model.causal, generator, noise_range=model.noise_range)
+        noised = noised_clips(latents, text, model.causal, generator, noise_range=model.noise_range, levels=levels)
         for part in noised.split(forward_size or len(latents)):
             part = part.to(model.device)
             losses.append((predict_velocity(model, part) - part.target).square().mean().item())

@@ -11,16 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-ORDER, NOISE, SHARED, ADAPTERS = 1, 2, 3, 4
-
-
-def derived_generator(purpose: int, seed: int, stage_index: int, number: int) -> torch.Generator:
-    """CPU generator for one use; different arguments give independent streams."""
-    state = np.random.SeedSequence((purpose, seed, stage_index, number)).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]))
+from ..draws import Use, drawn
 
 
 class DataOrder:
@@ -39,7 +32,7 @@ class DataOrder:
             return position
         epoch, place = divmod(position, self.size)
         if epoch != self._epoch:
-            generator = derived_generator(ORDER, self.seed, self.stage_index, epoch)
+            generator = drawn(Use.ORDER, self.seed, self.stage_index, epoch)
             self._epoch, self._permutation = epoch, torch.randperm(self.size, generator=generator)
         return int(self._permutation[place])
 

@@ -9,6 +9,7 @@ import numpy as np
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from ..files import atomic_file
 from .data import Batch
@@ -21,10 +22,13 @@ PREVIEWS = "previews"
 class Picture(Protocol):
     """Rolls `student` out for the prompts of the held-out clips and gives the strip, uint8 `[H, W, 3]`.
 
-    It lies above this package, beside the rollout that `generate` has. Every process calls it.
+    Guidance leads away from the negative prompt `[L, D]`, from zeros where that is None. It lies above this package,
+    beside the rollout that `generate` has. Every process calls it.
     """
 
-    def __call__(self, student: Any, config: PreviewConfig, heldout: Batch, /) -> NDArray[np.uint8]: ...
+    def __call__(
+        self, student: Any, config: PreviewConfig, heldout: Batch, negative: Tensor | None, /
+    ) -> NDArray[np.uint8]: ...
 
 
 def show_preview(accelerator: Accelerator, work_dir: Path, strip: NDArray[np.uint8], step: int) -> None:

@@ -43,7 +43,7 @@ def self_rollout(
     step the two rollouts are the same.
     """
     frames, height, width = size
-    batch, channels, device = len(text), model.config.in_channels, text.device
+    batch, channels, device = len(text), model.noise_channels, text.device
     text = text.to(model.dtype)
     cache = model.init_cache(batch, height, width, device=device)
     made = []

@@ -14,36 +14,34 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from ..draws import Use, drawn_seed
 from ..errors import UserError
 from ..files import write_json
+from ..sampling import SamplingConfig
 from .latents import Clip, shard_name, write_shard
+from .normalisation import KIND_NOTE
 from .progress import Report
 
 PLAN = "rollouts.json"
-# Tells the noise of rollouts from every other use of the seed, see `order.py`.
-ROLLOUT = 4
 
 RollOut = Callable[[Tensor, int], Tensor]
 
 
-class RolloutsConfig(BaseModel):
+class RolloutsConfig(SamplingConfig):
     """How the dense model makes the clips that are trained on.
 
     `clips` clips of `num_frames` latent frames, the held-out ones included, are rolled out chunk by chunk
     with the cache, `batch_size` of them at once and in a file. They take the prompts in turn, each with noise
     of its own. Prompts are `prompts`, which the embedded digits teacher reads, or `prompt_embeds`: a
     .safetensors file with `prompt_embeds` `[N, L, D]`, or a folder of them, as `mla-convert encode --prompts`
-    writes. `num_inference_steps`, `shift`, `guidance_scale` and `context_noise` are as in `generate`, but
-    the teacher's. `latent_height` and `latent_width` are needed where the model does not fix them. `dtype` is
+    writes. How it is sampled is said in the keys of `generate`: a teacher of few steps takes its own `sampler` and
+    `denoising_steps`. `latent_height` and `latent_width` are needed where the model does not fix them. `dtype` is
     that of the stored latents.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     clips: int = Field(ge=2)
     num_frames: int = Field(21, ge=1)
@@ -51,9 +49,6 @@ class RolloutsConfig(BaseModel):
     prompts: tuple[str, ...] = ()
     prompt_embeds: str | None = None
     num_inference_steps: int = Field(48, ge=1)
-    shift: float = Field(1.0, gt=0)
-    guidance_scale: float = Field(1.0, ge=0)
-    context_noise: float = Field(0.0, ge=0, le=1)
     latent_height: int | None = Field(None, ge=1)
     latent_width: int | None = Field(None, ge=1)
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -69,7 +64,7 @@ def open_folder(folder: Path, identity: str) -> None:
     """Make `folder` the one of these rollouts; what others left there, of another `identity`, goes."""
     plan = folder / PLAN
     if plan.is_file():
-        recorded = json.loads(plan.read_text())
+        recorded = json.loads(plan.read_text(encoding="utf-8"))
         if recorded.get("identity") == identity:
             for leftover in folder.glob(".*.tmp"):
                 leftover.unlink()
@@ -109,13 +104,9 @@ def write_rollouts(
         if not path.is_file():
             rows = range(starts[number], min(starts[number] + config.batch_size, config.clips))
             chosen = [row % len(text) for row in rows]
-            latents = roll_out(text[chosen], _seed(seed, number)).to(getattr(torch, config.dtype))
+            latents = roll_out(text[chosen], drawn_seed(Use.ROLLOUT, seed, number)).to(getattr(torch, config.dtype))
             if not latents.isfinite().all():
                 raise UserError(f"the teacher's rollout of {path.name} has NaN or infinite values; check it")
             clips = [Clip(latents[i], text[row], caption=captions[row]) for i, row in enumerate(chosen)]
-            write_shard(path, clips, starts[number])
+            write_shard(path, clips, starts[number], {KIND_NOTE: "normalised"})
         report("roll out clips", done + 1, len(mine))
-
-
-def _seed(seed: int, number: int) -> int:
-    return int(np.random.SeedSequence((ROLLOUT, seed, number)).generate_state(1)[0])

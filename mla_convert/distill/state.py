@@ -104,7 +104,7 @@ class Checkpoints:
 
 def read_checkpoint(path: Path) -> TrainingState:
     """The content of a whole checkpoint, on the CPU."""
-    state = json.loads((path / STATE).read_text())
+    state = json.loads((path / STATE).read_text(encoding="utf-8"))
     ema, second = (load_file(path / name) if (path / name).exists() else None for name in (EMA, SECOND))
     optimizer = read_optimizer(path / OPTIMIZER)
     weights = load_file(path / WEIGHTS)
@@ -120,7 +120,7 @@ def read_optimizer(path: Path) -> dict[str, Any]:
 def _read_state(path: Path) -> dict[str, Any] | None:
     """`state.json` of a checkpoint, None when a file is missing or cut short."""
     try:
-        state: dict[str, Any] = json.loads((path / STATE).read_text())
+        state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
         whole = all((path / name).stat().st_size == size for name, size in state["sizes"].items())
     except (OSError, ValueError, KeyError):
         return None

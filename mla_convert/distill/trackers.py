@@ -79,7 +79,7 @@ def _run_id(work_dir: Path) -> str:
     path = work_dir / WANDB_RUN
     if not path.exists():
         write_text(path, uuid.uuid4().hex[:12] + "\n")
-    return path.read_text().strip()
+    return path.read_text(encoding="utf-8").strip()
 
 
 def log_picture(accelerator: Accelerator, name: str, picture: NDArray[np.uint8], step: int) -> None:

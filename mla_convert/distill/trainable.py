@@ -14,13 +14,11 @@ Trainable = Literal["latent", "attention", "all"]
 
 def trainable_names(model: Any, which: Trainable) -> set[str]:
     """Names of the parameters that `which` stands for. Raises UsageError when there are none."""
-    offered = getattr(model, "latent_parameter_names", None)
-    latent = set(offered()) if offered is not None else set()
 
     def chosen(name: str) -> bool:
         parts = name.split(".")
         if which == "latent":
-            return name in latent or any(part in LATENT_MODULES for part in parts)
+            return any(part in LATENT_MODULES for part in parts)
         return which == "all" or "attn1" in parts
 
     names = {name for name, _ in model.named_parameters() if chosen(name)}

@@ -21,16 +21,17 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from ..draws import Use, drawn
 from ..errors import UserError
 from ..registry import stages
 from .assembly import Assembly
-from .data import Batch, Data
+from .data import Batch, Data, told_plainly
 from .execution import execution
 from .launch import check_launch, world_size
 from .learner import Learner
 from .metrics import Metrics, Row
 from .objective import flow_loss
-from .order import NOISE, SHARED, DataOrder, MicroBatches, derived_generator
+from .order import DataOrder, MicroBatches
 from .preview import Picture, show_preview
 from .progress import Report
 from .requests import Requests, Stopped
@@ -99,7 +100,7 @@ def run_stage(
         raise UserError(f"stage {config.stage}: stop needs held-out clips, which this run does not have")
     if config.preview is not None and getattr(student, "causal", None) and student.causal.window_frames is None:
         raise UserError(f"stage {config.stage}: preview needs a finite window; set causal.window_frames")
-    if config.reads_negative:
+    if config.needs_negative:
         stage.negative = data.negative
     stage.check(student, networks, data)
     require_apart(student, trainable_names(student, config.trainable), networks)
@@ -229,7 +230,7 @@ class _Training:
 
     def _heldout_loss(self, model: Any, heldout: Batch) -> float:
         """In forwards of as many clips as training takes, since those fit."""
-        return flow_loss(model, heldout, forward_size=self.config.batch_size)
+        return flow_loss(model, heldout, forward_size=self.config.batch_size, levels=self.config.noise_levels)
 
     def _batches(self, first: int) -> Iterator[Batch]:
         """This process's micro-batches from step `first` on, on its device."""
@@ -250,7 +251,7 @@ class _Training:
             pin_memory=accelerator.device.type == "cuda",
             generator=torch.Generator(),
         )
-        for batch in loader:
+        for batch in told_plainly(loader):
             yield {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
 
     @property
@@ -282,8 +283,8 @@ class _Training:
             micro * accelerator.num_processes + accelerator.process_index
             for micro in range(update * config.grad_accumulation, (update + 1) * config.grad_accumulation)
         ]
-        generators = (derived_generator(NOISE, self.seed, self.stage_index, number) for number in numbers)
-        self.stage.begin_update(derived_generator(SHARED, self.seed, self.stage_index, update))
+        generators = (drawn(Use.NOISE, self.seed, self.stage_index, number) for number in numbers)
+        self.stage.begin_update(drawn(Use.SHARED, self.seed, self.stage_index, update))
         student = learner is self.parts.learner
 
         def own(generator: torch.Generator) -> Batch:
@@ -341,7 +342,7 @@ class _Training:
         config, heldout, picture = self.config.preview, self.heldout, self.picture
         if config is None or heldout is None or picture is None:
             return
-        strip = self._of_the_end(lambda student: picture(student, config, heldout))
+        strip = self._of_the_end(lambda student: picture(student, config, heldout, self.stage.negative))
         show_preview(self.accelerator, self.work_dir, strip, step)
 
     def _require_finite(self, step: int, what: str, value: float) -> None:

@@ -1,6 +1,6 @@
-"""Waiting for what other processes do alone, which may take longer than a barrier's patience.
+"""Wait for work of other processes by polling.
 
-A barrier ends with an error when a process is gone, and with its patience; looking has to find both out itself.
+A barrier would time out, and would fail when a process dies; so polling checks for that itself.
 """
 
 from __future__ import annotations

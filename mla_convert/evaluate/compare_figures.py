@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .figures import MUTED, RUNS, TEACHER, Chart, _curve, _step_axis, log_axis_where_wide, percent_axis
+from .figures import MUTED, RUNS, TEACHER, Chart, curve_of, log_axis_where_wide, percent_axis, step_axis
 
 Report = Mapping[str, Any]
 
@@ -18,7 +18,7 @@ def heldout_loss(reports: Sequence[Report], teacher: float | None) -> str:
         ax = chart.axes
         ends = [1.0]
         for report, color in zip(reports, RUNS, strict=False):
-            steps, values, _ = _curve(report.get("curves") or [], "heldout_loss")
+            steps, values, _ = curve_of(report.get("curves") or [], "heldout_loss")
             if not values:
                 continue
             ax.plot(steps, values, color=color, marker="o", markersize=4, clip_on=False)
@@ -26,7 +26,7 @@ def heldout_loss(reports: Sequence[Report], teacher: float | None) -> str:
         if teacher is not None:
             ax.axhline(teacher, color=TEACHER, linewidth=1.5, dashes=(5, 3))
         ax.margins(y=0.1)
-        _step_axis(ax, ends)
+        step_axis(ax, ends)
     return chart.svg
 
 
@@ -36,7 +36,7 @@ def training_loss(reports: Sequence[Report]) -> str:
         ax = chart.axes
         ends, everything = [1.0], []
         for report, color in zip(reports, RUNS, strict=False):
-            steps, values, _ = _curve(report.get("curves") or [], "loss")
+            steps, values, _ = curve_of(report.get("curves") or [], "loss")
             if not values:
                 continue
             width = max(1, len(values) // 20)
@@ -46,7 +46,7 @@ def training_loss(reports: Sequence[Report]) -> str:
             everything += list(smooth)
             ends.append(steps[-1])
         log_axis_where_wide(ax, everything)
-        _step_axis(ax, ends)
+        step_axis(ax, ends)
     return chart.svg
 
 

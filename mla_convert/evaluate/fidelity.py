@@ -54,15 +54,16 @@ def fidelity(
     seed: int,
     progress: Callable[[int, int], None] | None = None,
     prompts: Sequence[str] | None = None,
+    levels: Sequence[float] | None = None,
 ) -> dict[str, Any]:
     """Losses and relative errors on `clips` with clean history and one noise level a chunk.
 
-    Both models see the same inputs. `teacher_loss` and `student_loss` are mean squared errors of the
-    velocity against the data, `loss_increase` is their ratio minus 1. The relative errors are root
-    mean squares of the student's difference from the teacher over that of the teacher: of the
-    velocity, of the velocity in ten bins of noise level (`[middle of the bin, error]`), and of each
-    layer's self-attention output on the teacher's inputs. `attention_maps` is what `AttentionMaps`
-    finds, `by_clip` what `ClipErrors` does, with the `prompts` of the clips.
+    Both models see the same inputs, at all noise levels or at `levels` alone. `teacher_loss` and `student_loss` are
+    mean squared errors of the velocity against the data, `loss_increase` is their ratio minus 1. The relative errors
+    are root mean squares of the student's difference from the teacher over that of the teacher: of the velocity, of
+    the velocity in ten bins of noise level (`[middle of the bin, error]`), and of each layer's self-attention output
+    on the teacher's inputs. `attention_maps` is what `AttentionMaps` finds, `by_clip` what `ClipErrors` does, with
+    the `prompts` of the clips.
     """
     generator = torch.Generator().manual_seed(seed)
     squared = {"teacher": 0.0, "student": 0.0}
@@ -79,6 +80,7 @@ def fidelity(
             teacher.causal,
             generator,
             noise_range=teacher.noise_range,
+            levels=levels,
         )
         expected = predict_velocity(teacher, inputs)
         actual = predict_velocity(student, inputs)
@@ -108,19 +110,23 @@ def fidelity(
     }
 
 
-def evaluate(student: Any, teacher: Any, data: DataConfig, config: EvaluateConfig, report: Report) -> dict[str, Any]:
+def evaluate(
+    student: Any, teacher: Any, data: DataConfig, config: EvaluateConfig, report: Report, seed: int = 0
+) -> dict[str, Any]:
     """Everything that the report says of a converted model beside its dense teacher.
+
+    `seed` is that of the recipe, which decides what clips are held out.
 
     The keys of `fidelity`; `dense_scalars_per_token`, `latent_scalars_per_token`, `reduction` and
     the cache bytes of one stream; `layout`; and for digits `digits_bench`, `kernels`, what attended in the
     rollouts of both, and `accuracy`, the share of rollouts whose last frame shows the prompted class, by model
     and length.
     """
-    source = open_data(data, config.seed)
+    source = open_data(data, seed)
     clips = source.heldout(config.clips)
     prompts = heldout_prompts(source, clips["encoder_hidden_states"])
     told = functools.partial(report, "evaluate")
-    result = fidelity(student, teacher, clips, config.batch_size, config.seed, told, prompts)
+    result = fidelity(student, teacher, clips, config.batch_size, config.seed, told, prompts, config.noise_levels)
     result |= memory(student, teacher, *clips["latents"].shape[-2:])
     if data.kind == "digits" and config.rollout_prompts:
         models = {"teacher": teacher, "student": student}

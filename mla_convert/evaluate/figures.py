@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .memory import format_bytes
+from ..sizes import format_bytes
 
 # Matplotlib is imported by what draws: it is slow to import, and tells of a cache that it cannot write.
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def heldout_loss(curves: Sequence[Mapping[str, Any]]) -> str:
 
     The losses of an evaluation are no part of it: those are measured on noise of their own.
     """
-    steps, values, bounds = _curve(curves, "heldout_loss")
+    steps, values, bounds = curve_of(curves, "heldout_loss")
     teacher = teacher_level(curves)
     with Chart("heldout") as chart:
         ax = chart.axes
@@ -78,13 +78,13 @@ def heldout_loss(curves: Sequence[Mapping[str, Any]]) -> str:
             ax.axhline(teacher, color=TEACHER, linewidth=1.5, dashes=(5, 3))
             _end_label(ax, steps[-1], teacher, f"teacher {teacher:.4f}", MUTED, not above)
         ax.margins(y=0.16)
-        _step_axis(ax, steps)
+        step_axis(ax, steps)
     return chart.svg
 
 
 def training_loss(curves: Sequence[Mapping[str, Any]]) -> str:
     """Training loss by step, faint, with its moving average."""
-    steps, values, bounds = _curve(curves, "loss")
+    steps, values, bounds = curve_of(curves, "loss")
     with Chart("training") as chart:
         ax = chart.axes
         _stages(ax, bounds)
@@ -93,7 +93,7 @@ def training_loss(curves: Sequence[Mapping[str, Any]]) -> str:
         for first, end in itertools.pairwise([*starts, len(steps)]):
             _smoothed(ax, steps[first:end], values[first:end])
         log_axis_where_wide(ax, values)
-        _step_axis(ax, steps)
+        step_axis(ax, steps)
     return chart.svg
 
 
@@ -136,7 +136,7 @@ def memory_by_streams(plan: Mapping[str, Any]) -> str:
 
 
 def error_by_layer(errors: Sequence[float]) -> str:
-    """Relative error of each layer's attention output, as bars."""
+    """Relative error of each layer's attention output, as bars; no bar for NaN."""
     from matplotlib.ticker import MaxNLocator
 
     with Chart("layers") as chart:
@@ -203,7 +203,7 @@ def _themed(svg: str) -> str:
     return svg
 
 
-def _curve(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float], list[tuple[str, float]]]:
+def curve_of(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float], list[tuple[str, float]]]:
     """Steps, values and `(stage, first step)`; a stage that counts from its own start follows the one before."""
     steps: list[float] = []
     values: list[float] = []
@@ -266,7 +266,7 @@ def log_axis_where_wide(ax: Axes, values: Sequence[float]) -> None:
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _step_axis(ax: Axes, steps: Sequence[float]) -> None:
+def step_axis(ax: Axes, steps: Sequence[float]) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     ax.set_xlabel("step")

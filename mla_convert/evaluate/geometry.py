@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from ..errors import UsageError
+from ..errors import UsageError, nearest
+
+PAPER_SCALARS = 3072
+"""What Wan2.1-1.3B caches a token a layer, dense."""
+PAPER_SHARE = 224 / PAPER_SCALARS
+"""Latent scalars to dense ones in VideoMLA (arXiv 2605.30351)."""
 
 GPU_GIGABYTES = {
     "RTX 4090": 24,
@@ -121,7 +125,7 @@ def preset(name: str) -> Preset:
     """The preset called `name`. Raises UsageError with the nearest one."""
     if name in PRESETS:
         return PRESETS[name]
-    raise UsageError(f"unknown preset {name!r}{nearest(name, PRESETS)}; presets: {', '.join(PRESETS)}")
+    raise UsageError(f"unknown preset {name!r}; {nearest(name, PRESETS)}")
 
 
 def gpu_memory(text: str) -> tuple[str, int]:
@@ -175,9 +179,3 @@ def from_model(
 
 def _squeezed(name: str) -> str:
     return re.sub(r"[\s_-]", "", name.lower())
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`, did you mean ...?` for a misspelt name, or nothing."""
-    match = difflib.get_close_matches(name, list(known), n=1)
-    return f", did you mean {match[0]!r}?" if match else ""

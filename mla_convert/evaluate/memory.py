@@ -18,20 +18,19 @@ token, 0.35 GB a stream: 11 dense and 87 latent ones.
 from __future__ import annotations
 
 import bisect
-import math
 import statistics
 from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
-from ..errors import UsageError
-from .geometry import Geometry, gpu_memory, nearest
+from ..errors import UsageError, nearest
+from ..sizes import RESERVED_BYTES, format_bytes
+from .geometry import Geometry, gpu_memory
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
-RESERVED_BYTES = 10**9
 """Set aside on every card for the CUDA context, library workspaces and the allocator's slack."""
 
 
@@ -198,14 +197,6 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
-def format_bytes(count: float, like: float | None = None) -> str:
-    """Decimal units with up to three digits, `6.04 GB`, in the unit that `like` would have."""
-    power = min(int(math.log10(max(count if like is None else like, 1)) // 3), 4)
-    value = count / 1000**power
-    digits = 0 if power == 0 or value >= 99.95 else 1 if value >= 9.995 else 2
-    return f"{value:.{digits}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
-
-
 def _times(larger: float, smaller: float, word: str) -> str:
     return f"{larger / smaller:.1f}x {word}" if smaller else ""
 
@@ -214,7 +205,7 @@ def _dtype(name: str) -> tuple[str, int]:
     full = _DTYPE_ALIASES.get(name, name).removeprefix("torch.")
     if full not in DTYPE_BYTES:
         known = [*DTYPE_BYTES, *_DTYPE_ALIASES]
-        raise UsageError(f"unknown dtype {name!r}{nearest(name, known)}; one of {', '.join(known)}")
+        raise UsageError(f"unknown dtype {name!r}; {nearest(name, known)}")
     return full, DTYPE_BYTES[full]
 
 

@@ -15,6 +15,7 @@ from ..convert.probe import LayerSample
 from ..convert.rope_key import complex_pairs
 from ..convert.target import Read, Target, moments
 from ..mla.config import Position
+from .geometry import PAPER_SCALARS
 from .spectrum import LEVEL, Spectrum
 
 TARGET_ERROR = 0.02
@@ -27,7 +28,7 @@ _SHARED_KEY: dict[Position, float] = {"decoupled": 0.25, "derived": 1.5, "baked"
 def default_ranks(dense: int) -> list[int]:
     """64, 128, 192, 224 and 256 of Wan2.1-1.3B's 3072 scalars, VideoMLA's 224 among them, and as many of others."""
     step = 16 if dense >= 1024 else 2
-    return sorted({max(1, step * round(dense * share / 3072 / step)) for share in (64, 128, 192, 224, 256)})
+    return sorted({max(1, step * round(dense * share / PAPER_SCALARS / step)) for share in (64, 128, 192, 224, 256)})
 
 
 def layout_config(position: Position, head_dim: int) -> ConvertConfig:

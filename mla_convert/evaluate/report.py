@@ -2,12 +2,13 @@
 
 A section of the page appears when its data is in the report. The keys that it knows:
 
-    source, layout {position, own_chunk, kv_lora_rank, ...}, recipe (YAML text), versions {...}
+    name, source, layout {position, own_chunk, kv_lora_rank, ...}, recipe (YAML text), versions {...}
     dense_scalars_per_token, latent_scalars_per_token, reduction, dense_cache_bytes, latent_cache_bytes
     teacher_loss, student_loss, converted_loss (before distillation), loss_increase
     velocity_rel_error, velocity_rel_error_by_timestep [[t, error], ...] with t in [0, 1]
     attention_rel_error [one a layer], attention_maps (see `attention_maps.py`), by_clip (see `worst_clips.py`)
     accuracy {teacher: {"1x": ...}, student: {...}}, digits_bench (see `digits_bench.py`)
+    kernels {teacher, student}: what attended, not_finite [the keys that became null]
     seconds {convert, distill, evaluate, total}
     vbench {suite, version, seconds, samples, scores {dimension: {score, videos}}, totals, published}
     curves [{stage, step, loss, heldout_loss}, ...], plan (what `plan --json` prints)
@@ -232,10 +233,10 @@ def _charts(report: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
         else:
             svg = figures.cache_by_streams(report["dense_cache_bytes"], report["latent_cache_bytes"])
             add("memory", "Cache by number of streams", "Each stream keeps a full window.", svg)
-    layers = [error for error in report.get("attention_rel_error") or [] if error is not None]
-    if layers:
-        worst = int(np.argmax(layers))
-        note = f"Mean {percent(float(np.mean(layers)))}, worst {percent(layers[worst])} in layer {worst}."
+    layers = [math.nan if error is None else error for error in report.get("attention_rel_error") or []]
+    if not np.isnan(layers).all():
+        worst = int(np.nanargmax(layers))
+        note = f"Mean {percent(float(np.nanmean(layers)))}, worst {percent(layers[worst])} in layer {worst}."
         add("error", "Attention output by layer", note, figures.error_by_layer(layers))
     points = [(t, error) for t, error in report.get("velocity_rel_error_by_timestep") or [] if error is not None]
     if points:

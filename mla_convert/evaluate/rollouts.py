@@ -46,11 +46,8 @@ def digit_rollouts(
         num_frames,
         FRAME,
         FRAME,
-        num_inference_steps=config.num_inference_steps,
-        shift=config.shift,
         seed=config.seed,
-        guidance_scale=config.guidance_scale,
-        sampler=config.sampler,
+        **config.sampling(),
     )
     for chunk in rollout:
         chunks.append(chunk.cpu())

@@ -61,14 +61,14 @@ class Judge:
 
     def _run(self, command: Sequence[str], dimension: str, out: Path) -> None:
         log = out / LOG
-        with log.open("a") as handle:
+        with log.open("a", encoding="utf-8") as handle:
             handle.write(f"$ {' '.join([self.python, *command])}\n")
             handle.flush()
             code = subprocess.run(
                 [self.python, *command], cwd=self.checkout, stdout=handle, stderr=subprocess.STDOUT, check=False
             ).returncode
         if code:
-            lines = log.read_text(errors="replace").strip().splitlines()
+            lines = log.read_text(errors="replace", encoding="utf-8").strip().splitlines()
             raise UserError(f"VBench failed on {dimension} (exit code {code}): {lines[-1].strip()}; see {log}")
 
 
@@ -78,7 +78,7 @@ def read_score(out: Path, dimension: str) -> float:
     if not found:
         raise UserError(f"VBench wrote no {RESULTS} for {dimension}; see {out / LOG}")
     try:
-        value = json.loads(found[-1].read_text())[dimension]
+        value = json.loads(found[-1].read_text(encoding="utf-8"))[dimension]
         return float(value[0] if isinstance(value, list) else value)
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         raise UserError(f"{found[-1]} holds no score of {dimension}; see {out / LOG}") from None
@@ -87,7 +87,7 @@ def read_score(out: Path, dimension: str) -> float:
 def version(checkout: Path) -> str:
     """The version in the checkout's setup.py; "unknown" without one."""
     try:
-        found = re.search(r"version\s*=\s*['\"]([^'\"]+)", (checkout / "setup.py").read_text())
+        found = re.search(r"version\s*=\s*['\"]([^'\"]+)", (checkout / "setup.py").read_text(encoding="utf-8"))
     except OSError:
         found = None
     return found[1] if found else "unknown"
@@ -124,7 +124,7 @@ def totals(checkout: Path, scores: Mapping[str, float]) -> dict[str, float]:
 def _constants(path: Path) -> dict[str, Any]:
     """The constants of VBench's script without running it; nothing where it is not as expected."""
     try:
-        tree = ast.parse(path.read_text())
+        tree = ast.parse(path.read_text(encoding="utf-8"))
         found = {
             node.targets[0].id: ast.literal_eval(node.value)
             for node in tree.body
@@ -139,7 +139,7 @@ def _constants(path: Path) -> dict[str, Any]:
 def read_published(path: Path) -> dict[str, dict[str, float]]:
     """Values to stand beside ours: `{name: {dimension, quality, semantic or total: value}}`. Raises UserError."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         table = {str(name): {str(key): float(value) for key, value in row.items()} for name, row in found.items()}
     except OSError as error:
         raise UserError(f"cannot read published values from {path}: {error}") from None

@@ -25,7 +25,7 @@ def heldout_prompts(data: Data, clips: Tensor) -> list[str]:
     if isinstance(data, DigitClips):
         return [str(prompt_of(embedding)) for embedding in clips]
     if isinstance(data, LatentClips):
-        return [data.shards.caption((data.size or 0) + index) for index in range(len(clips))]
+        return data.heldout_prompts(len(clips))
     return [""] * len(clips)
 
 

@@ -12,8 +12,10 @@ import jinja2
 import yaml
 from huggingface_hub import ModelCardData
 
+from ..load.hub import is_hub_id
+from ..sizes import format_bytes
 from .citations import BASE_MODELS, VIDEO_MLA
-from .components import Components, is_hub_id, sampling_of
+from .components import IMAGE_PARTS, Components, sampling_of
 from .evidence import SAMPLES, Evidence
 from .pictures import ANIMATION, Picture
 from .standalone import library_versions
@@ -24,7 +26,6 @@ MLA_TAGS = ["multi-head-latent-attention", "mla", "kv-cache"]
 MAX_PROMPT = 100
 NEEDED = ("vae", "text_encoder", "tokenizer")
 MINUS = "\N{MINUS SIGN}"
-_UNITS = ("B", "kB", "MB", "GB", "TB")
 # A bracket would end the text of a link.
 _BRACKETS = str.maketrans("[]", "()")
 
@@ -43,9 +44,10 @@ def write_card(
     evidence: Evidence,
     pictures: Sequence[Picture] = (),
     components: Components | None = None,
+    needed: Sequence[str] = (),
 ) -> None:
     """Write the card of the checkpoint that `manifest` describes."""
-    path.write_text(render_card(manifest, evidence, pictures, components), encoding="utf-8")
+    path.write_text(render_card(manifest, evidence, pictures, components, needed), encoding="utf-8")
 
 
 def render_card(
@@ -53,8 +55,11 @@ def render_card(
     evidence: Evidence,
     pictures: Sequence[Picture] = (),
     components: Components | None = None,
+    needed: Sequence[str] = (),
 ) -> str:
     """The card as Markdown with YAML front matter.
+
+    `needed` are the conditions that the model cannot run without, those of an image.
 
     A local path of the source appears by its last name only, a licence only if the source names one.
     """
@@ -63,7 +68,7 @@ def render_card(
     samples = find_samples(evidence, recipe)
     data = ModelCardData(
         library_name="diffusers",
-        pipeline_tag="text-to-video",
+        pipeline_tag="image-to-video" if needed else "text-to-video",
         base_model=origin.hub_id,
         base_model_relation="finetune" if origin.hub_id else None,
         license=source.get("license"),
@@ -71,6 +76,8 @@ def render_card(
         widget=[{"text": text, "output": {"url": file}} for file, text in samples] or None,
     )
     digits = source.get("model") == "zoo:digits" or sampling_of(recipe).get("prompt_format") == "digits"
+    reads_tokens = "encoder_hidden_states_image" in needed
+    parts = [*NEEDED, *(IMAGE_PARTS if reads_tokens else ())]
     noise_range = list((recipe.get("source") or {}).get("noise_range", [0.0, 1.0]))
     base = BASE_MODELS.get(model["family"])
     animation = next((picture for picture in pictures if picture.file == ANIMATION), None)
@@ -94,10 +101,10 @@ def render_card(
         noise_range=noise_range,
         # One of several experts makes no video by itself; the other embedded teacher reads no prompts and has no VAE.
         generates=noise_range == [0.0, 1.0] and (digits or not (origin.name or "").startswith("zoo:")),
-        prompt=_prompt(recipe, digits),
-        missing=[]
-        if digits
-        else [f"`{part}`" for part in NEEDED if part not in (components or Components({})).classes],
+        prompt=_prompt(recipe, digits) + (', image="first.png"' if needed else ""),
+        needed=needed,
+        reads_tokens=reads_tokens,
+        missing=[] if digits else [f"`{part}`" for part in parts if part not in (components or Components({})).classes],
         layers=_layers(model, report),
         recipe=_recipe_text(recipe),
         stages=[stage["stage"] for stage in recipe.get("distill") or []],
@@ -201,7 +208,7 @@ def _memory(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """What, dense, latent: the cache of a stream and the streams that fit a card, where the report has them."""
     rows = []
     if report.get("dense_cache_bytes") and report.get("latent_cache_bytes"):
-        values = (_bytes(report[f"{kind}_cache_bytes"]) for kind in ("dense", "latent"))
+        values = (format_bytes(report[f"{kind}_cache_bytes"]) for kind in ("dense", "latent"))
         rows.append(("cache of one stream, a full window", *values))
     plan = report.get("plan")
     if plan:
@@ -221,11 +228,3 @@ def _rise(loss: float, teacher: float | None) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.3g} %"
-
-
-def _bytes(count: float) -> str:
-    """Decimal units with three digits."""
-    power = 0
-    while count >= 999.5 and power < len(_UNITS) - 1:
-        count, power = count / 1000, power + 1
-    return f"{count:.3g} {_UNITS[power]}"

@@ -13,8 +13,16 @@ from huggingface_hub import split_torch_state_dict_into_shards
 
 from .. import registry
 from ..errors import UserError
-from ..files import MANIFEST, atomic_folder, claim_folder, save_tensors
-from ..load import LazyTensors, accepted_config, build_model, check_tensors, open_weights, read_config, read_json
+from ..files import MANIFEST, RUN_STATE, atomic_folder, claim_folder, save_tensors
+from ..load import (
+    LazyTensors,
+    accepted_config,
+    build_model,
+    check_tensors,
+    known_config,
+    open_weights,
+    read_json,
+)
 from ..load.weights import CONFIG, INDEX, WEIGHTS
 from .config import DEFAULT_SHARD_SIZE
 from .manifest import build_manifest, family_of, read_manifest, verify_files
@@ -56,7 +64,7 @@ def load_checkpoint(
     root, inner = find_checkpoint(folder)
     if verify:
         verify_files(root, read_manifest(root))
-    stored = read_config(inner)
+    stored = known_config(inner)
     # The code that a standalone checkpoint brings along is not needed here.
     stored.pop("auto_map", None)
     model_class = _model_class(stored.get("_class_name"), inner)
@@ -74,14 +82,14 @@ def find_checkpoint(folder: Path) -> tuple[Path, Path]:
         return (folder.parent if (folder.parent / MANIFEST).is_file() else folder), folder
     if not folder.exists():
         raise UserError(f"{folder} does not exist")
-    if (folder / "state.json").is_file():
+    if (folder / RUN_STATE).is_file():
         raise UserError(f"the run in {folder} is not finished and has no checkpoint yet; go on with --resume")
     raise UserError(f"{folder} holds no checkpoint: neither {TRANSFORMER}/config.json nor checkpoint/{TRANSFORMER}")
 
 
 def claim_checkpoint(folder: Path) -> None:
     """Refuse a folder that is anything but missing, empty or a checkpoint of ours. Raises UserError."""
-    if (folder / "state.json").exists():
+    if (folder / RUN_STATE).exists():
         raise UserError(f"{folder} is a run folder; choose another folder for the checkpoint")
     claim_folder(folder, "checkpoint")
 
@@ -121,14 +129,16 @@ def write_model(
         config.pop(key, None)
     if auto_map:
         config["auto_map"] = dict(auto_map)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     _write_weights(model, folder, max_shard_size, tensors)
 
 
 def write_manifest(model: Any, folder: Path, recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Write and return the manifest of `model` as it lies in `folder`."""
     manifest = build_manifest(model, folder, recorded)
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    (folder / MANIFEST).write_text(
+        json.dumps(manifest, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8"
+    )
     return manifest
 
 

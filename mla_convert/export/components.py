@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +18,8 @@ import diffusers
 
 from ..errors import UserError
 from ..load import read_json
-from ..load.hub import download
+from ..load.hub import download, is_hub_id
+from .checkpoint import TRANSFORMER
 
 logger = logging.getLogger(__name__)
 
@@ -37,13 +37,15 @@ TRAINED_FOR = (
     "negative_prompt",
     "context_noise",
     "recache",
+    "hold_start",
     "latent_height",
     "latent_width",
     "fps",
 )
-PIPELINE, TRANSFORMER, AUTO_CLASS = "StreamingMLAPipeline", "transformer", "AutoModel"
-PARTS = ("scheduler", "tokenizer", "text_encoder", "vae")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+PIPELINE, AUTO_CLASS = "StreamingMLAPipeline", "AutoModel"
+PARTS = ("scheduler", "tokenizer", "text_encoder", "vae", "image_processor", "image_encoder")
+# For models that read the CLIP tokens of an image, Wan2.1's image-to-video models.
+IMAGE_PARTS = ("image_processor", "image_encoder")
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,18 @@ class Components:
     revision: str | None = None
 
 
-def find_components(source: Mapping[str, Any] | None, wanted: Literal["reference", "copy", "none"]) -> Components:
+def find_components(
+    source: Mapping[str, Any] | None, wanted: Literal["reference", "copy", "none"], reads_images: bool = False
+) -> Components:
     """The parts beside the transformer that a checkpoint was made from; `source` is that of its manifest.
+
+    Those that encode an image are among them for a model that `reads_images`.
 
     Parts are referenced only where others find them, on the Hub. A source of another kind than a pipeline
     has none, unless it names its `components`. Raises UserError for parts that are to be copied and cannot be read.
     """
     source = source or {}
+    names = [name for name in PARTS if reads_images or name not in IMAGE_PARTS]
     elsewhere = source.get("components")
     origin = elsewhere or source.get("model")
     if wanted == "none" or not origin or origin.startswith("zoo:"):
@@ -70,30 +77,25 @@ def find_components(source: Mapping[str, Any] | None, wanted: Literal["reference
     here = Path(origin).expanduser()
     revision = None if elsewhere else source.get("revision")
     if is_hub_id(origin) and (revision or (elsewhere and not here.is_dir())):
-        return _on_hub(origin, revision, wanted == "copy")
+        return _on_hub(origin, revision, wanted == "copy", names)
     root = next((folder for folder in (here, here.parent) if (folder / INDEX).is_file()), None)
     if root is None or wanted == "reference":
         if wanted == "copy" and not here.exists():
             raise UserError(f"{here}, whose parts are to be copied, does not exist; choose another export.components")
         return Components({})
-    classes = _classes(root)
+    classes = _classes(root, names)
     for name in classes:
         if not (root / name).is_dir():
             raise UserError(f"{root / INDEX} names {name}, but {root / name} does not exist")
     return Components(classes, folder=root)
 
 
-def is_hub_id(text: str) -> bool:
-    """Whether `text` is written as `owner/name`."""
-    return _HUB_ID.fullmatch(text) is not None
-
-
-def _on_hub(repository: str, revision: str | None, copy: bool) -> Components:
+def _on_hub(repository: str, revision: str | None, copy: bool, names: Sequence[str]) -> Components:
     try:
         folder = download(repository, revision, [INDEX])
         # A snapshot is named by its commit.
         revision = revision or folder.name
-        classes = _classes(folder) if (folder / INDEX).is_file() else {}
+        classes = _classes(folder, names) if (folder / INDEX).is_file() else {}
     except UserError as error:
         if copy:
             raise
@@ -105,10 +107,10 @@ def _on_hub(repository: str, revision: str | None, copy: bool) -> Components:
     return Components(classes, repository=repository, revision=revision)
 
 
-def _classes(root: Path) -> dict[str, tuple[str, str]]:
+def _classes(root: Path, names: Sequence[str]) -> dict[str, tuple[str, str]]:
     index = read_json(root / INDEX)
     found = {}
-    for name in PARTS:
+    for name in names:
         match index.get(name):
             case [str(library), str(class_name)]:
                 found[name] = (library, class_name)

@@ -17,10 +17,12 @@ from ..errors import UserError
 from ..families.base import Family
 from ..files import MANIFEST, sha256
 from ..load import read_json
+from .evidence import BENCH, PAGE, RECIPE, REPORT, SAMPLES
+from .pictures import FIGURES
 
 FORMAT = 1
 # What a checkpoint carries beside the model: its digests are recorded, and it may be measured anew.
-EVIDENCE = ("recipe.resolved.yaml", "report.json", "report.html", "bench.json", "figures", "samples")
+EVIDENCE = (RECIPE, REPORT, PAGE, BENCH, FIGURES, SAMPLES)
 _LIBRARIES = ("torch", "diffusers", "safetensors", "huggingface_hub", "transformers", "accelerate")
 _PACKAGE = Path(__file__).parents[1]
 
@@ -53,6 +55,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             "update mla-convert"
         )
     return manifest
+
+
+def recorded_recipe(folder: Path) -> dict[str, Any]:
+    """The dumped recipe that made the checkpoint in `folder`, as far as its manifest tells; {} without one.
+
+    Raises UserError for a manifest that cannot be read.
+    """
+    recipe = read_manifest(folder).get("recipe") if (folder / MANIFEST).is_file() else None
+    return recipe or {}
 
 
 def verify_files(folder: Path, manifest: Mapping[str, Any]) -> None:

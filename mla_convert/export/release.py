@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..files import atomic_folder
+from ..load import read_config
 from .card import write_card
 from .checkpoint import TRANSFORMER, claim_checkpoint, find_checkpoint, load_checkpoint, write_manifest, write_model
 from .components import AUTO_CLASS, find_components, write_components
@@ -18,21 +20,25 @@ from .reload import check_standalone, check_tensors_on_disk
 from .standalone import bundle
 
 
-def export(checkpoint: Path, out: Path, config: ExportConfig) -> dict[str, Any]:
+def export(
+    checkpoint: Path, out: Path, config: ExportConfig, recipe: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Write a verified checkpoint to `out` in its final form, with its evidence and a model card.
 
+    `recipe`, dumped, is recorded in place of the one that the checkpoint was written with.
     What was written is loaded again and compared before `out` appears: tensor by tensor, and in the
     standalone form also by a short rollout in a process that lacks this package. Returns path, class,
     form, dtype and bytes. Raises UserError in one line; an `out` that was there then stays as it was.
     """
-    root, _ = find_checkpoint(checkpoint)
+    root, inner = find_checkpoint(checkpoint)
     claim_checkpoint(out)
     here, there = root.resolve(), out.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise UserError(f"{out} and the checkpoint {root} lie in each other; choose another output folder")
-    recorded = read_manifest(root)
+    recorded = read_manifest(root) | ({} if recipe is None else {"recipe": dict(recipe)})
     evidence = find_evidence(root)
-    components = find_components(recorded.get("source"), config.components)
+    reads_images = read_config(inner).get("image_dim") is not None
+    components = find_components(recorded.get("source"), config.components, reads_images)
     model = load_checkpoint(root, config.torch_dtype, verify=True)
     source = _standalone_source(model) if config.form == "standalone" else None
     code = f"modeling_mla_{family_of(type(model)).name}" if source else None
@@ -48,7 +54,7 @@ def export(checkpoint: Path, out: Path, config: ExportConfig) -> dict[str, Any]:
         check_tensors_on_disk(model, folder / TRANSFORMER)
         if source:
             check_standalone(model, folder)
-        write_card(folder / "README.md", manifest, evidence, pictures, components)
+        write_card(folder / "README.md", manifest, evidence, pictures, components, model.needed_conditions)
     written = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     return {
         "path": str(out),

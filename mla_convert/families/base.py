@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import diffusers
 from torch import Tensor
@@ -14,6 +14,8 @@ from ..mla.attention import AttentionPass
 
 Config = Mapping[str, Any]
 Shapes = Mapping[str, tuple[int, ...]]
+ConditionKind = Literal["frames", "fixed"]
+"""Of a condition of a rollout: one `[B, c, F, ...]` whose frames are those of the chunk, or one for the whole video."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,14 @@ class Geometry:
 def stock_geometry(config: Config) -> Geometry:
     """The geometry under the keys that diffusers' video transformers share."""
     return Geometry(config["num_layers"], config["num_attention_heads"], config["attention_head_dim"])
+
+
+def noise_channels(config: Config) -> int:
+    """Channels of the latents that a model makes, 16 where its configuration leaves that to the stock class.
+
+    What it reads beside them is a condition, an image say.
+    """
+    return int(config.get("out_channels") or config.get("in_channels") or 16)
 
 
 class BlockInputs(NamedTuple):

@@ -7,7 +7,7 @@ it unchanged; it is the teacher, the baseline and the lossless reference. The la
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +23,7 @@ from ..mla.latent import LatentSelfAttention, whole_latent
 from ..mla.quantised import Int8LatentCache
 from ..mla.rope import RotaryTable
 from ..mla.window import CausalConfig
-from .base import BlockInputs
+from .base import BlockInputs, ConditionKind, noise_channels
 from .block import modulate
 from .shared import chunk_by_chunk
 
@@ -34,13 +34,15 @@ class CausalTransformer(nn.Module):
     `causal` is a `CausalConfig` as a dict; everything else is the stock configuration. A family
     gives `make_block`, `rotary_table` and `embed_conditions`. What its model is conditioned on beside
     `timestep` and text goes by name through `forward`, `forward_chunk` and `enter` into
-    `embed_conditions`: tensors with the batch first. With `flow_map` the model predicts the mean
-    velocity from `timestep` to a second time, the condition `r_timestep` of the same shape. `noise_range`
-    are the noise levels that the model is for, narrower for one of several experts.
+    `embed_conditions`: tensors with the batch first. `condition_kinds` declares those that a rollout may be
+    given; one of the kind `frames`, `[B, c, F, H, W]`, goes into `patch` instead. With `flow_map` the model
+    predicts the mean velocity from `timestep` to a second time, the condition `r_timestep` of the same shape.
+    `noise_range` are the noise levels that the model is for, narrower for one of several experts.
     """
 
     _supports_qkv_fusion = False
     flow_map: ClassVar[bool] = False
+    condition_kinds: ClassVar[Mapping[str, ConditionKind]] = {}
     noise_range: tuple[float, float] = ALL_NOISE
     cache_class: type[FrameCache] = DenseCache
     kernels: Kernels | None = None
@@ -71,6 +73,16 @@ class CausalTransformer(nn.Module):
     def default_causal(self) -> dict[str, Any]:
         """`causal` of a stock model whose configuration has none."""
         return {}
+
+    @property
+    def noise_channels(self) -> int:
+        """Channels of the latents that the model makes, and that noise is drawn for."""
+        return noise_channels(self.config)
+
+    @property
+    def needed_conditions(self) -> tuple[str, ...]:
+        """Those of `condition_kinds` without which the model cannot run."""
+        return ()
 
     def make_block(self) -> nn.Module:
         """One block: the stock one behind `CausalBlock`."""
@@ -212,8 +224,10 @@ class CausalTransformer(nn.Module):
         frames = hidden_states.shape[2]
         step = stream_pass(self.rotary_table(), cache, frames, write)
         step.kernels = self.kernels
-        embedded = self.embed_conditions(timestep, encoder_hidden_states, encoder_hidden_states_image, **conditions)
-        sample = self.through_blocks(block_inputs(self.patch(hidden_states), embedded, step, hidden_states))
+        by_frames, fixed = self.split_conditions(conditions)
+        embedded = self.embed_conditions(timestep, encoder_hidden_states, encoder_hidden_states_image, **fixed)
+        tokens = self.patch(hidden_states, **by_frames)
+        sample = self.through_blocks(block_inputs(tokens, embedded, step, hidden_states))
         if write:
             cache.frames_seen += frames
         return sample
@@ -258,8 +272,9 @@ class CausalTransformer(nn.Module):
         frames, height, width = hidden_states.shape[2:]
         grid = self.token_grid(height, width)
         step = clip_pass(self.rotary_table(), self.causal, frames, *grid, context_batch=context_batch)
-        embedded = self.embed_conditions(timestep, encoder_hidden_states, encoder_hidden_states_image, **conditions)
-        return block_inputs(self.patch(hidden_states), embedded, step, hidden_states)
+        by_frames, fixed = self.split_conditions(conditions)
+        embedded = self.embed_conditions(timestep, encoder_hidden_states, encoder_hidden_states_image, **fixed)
+        return block_inputs(self.patch(hidden_states, **by_frames), embedded, step, hidden_states)
 
     def leave(self, tokens: Tensor, inputs: BlockInputs) -> Tensor:
         """Velocity `[B, C, F, H, W]` from the last block's `tokens` `[B' + B, S, C]`, context left out."""
@@ -269,12 +284,17 @@ class CausalTransformer(nn.Module):
         shift, scale = (self.scale_shift_table.unsqueeze(1) + inputs.temb.unsqueeze(2)).unbind(2)
         tokens = modulate(self.norm_out(tokens.float()), scale, shift).to(tokens.dtype)
         _, p_h, p_w = self.config.patch_size
-        patches = self.proj_out(tokens).view(-1, frames, rows, columns, p_h, p_w, self.config.out_channels)
-        sample = patches.permute(0, 6, 1, 2, 4, 3, 5).reshape(-1, self.config.out_channels, frames, height, width)
+        patches = self.proj_out(tokens).view(-1, frames, rows, columns, p_h, p_w, self.noise_channels)
+        sample = patches.permute(0, 6, 1, 2, 4, 3, 5).reshape(-1, self.noise_channels, frames, height, width)
         return sample[inputs.step.context_batch or 0 :]
 
+    def split_conditions(self, conditions: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Those by frames, which `patch` takes, and the others, which `embed_conditions` does."""
+        by_frames = {name: x for name, x in conditions.items() if self.condition_kinds.get(name) == "frames"}
+        return by_frames, {name: x for name, x in conditions.items() if name not in by_frames}
+
     def patch(self, hidden_states: Tensor) -> Tensor:
-        """Tokens `[B, S, C]` of a latent `[B, C, F, H, W]`."""
+        """Tokens `[B, S, C]` of a latent `[B, C, F, H, W]`; a family adds its conditions by frames."""
         tokens: Tensor = self.patch_embedding(hidden_states)
         return tokens.flatten(2).transpose(1, 2).contiguous()
 

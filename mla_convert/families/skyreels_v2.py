@@ -6,8 +6,8 @@ timesteps and a block-causal mask the history does not depend on what comes afte
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from diffusers import SkyReelsV2Transformer3DModel
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..mla.rope import RotaryTable, wan_rotary_table
 from ..mla.window import CausalConfig
 from . import wan_files
-from .base import Family, Shapes
+from .base import ConditionKind, Family, Shapes
 from .block import CausalBlock
 from .causal import CausalTransformer, LatentTransformer
 from .signature import takes
@@ -41,6 +41,7 @@ class CausalSkyReelsV2Transformer3DModel(CausalTransformer, SkyReelsV2Transforme
     Raises ValueError for an image-to-video model.
     """
 
+    condition_kinds: ClassVar[Mapping[str, ConditionKind]] = {"fps": "fixed"}
     fps_embedding: Any
     fps_projection: Any
     _no_split_modules = ["CausalSkyReelsV2Block"]

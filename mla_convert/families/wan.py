@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
+import torch
 from diffusers import WanTransformer3DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
 
 from ..mla.rope import RotaryTable, wan_rotary_table
-from .base import Family
+from .base import ConditionKind, Family
 from .block import CausalBlock
 from .causal import CausalTransformer, LatentTransformer
 from .signature import takes
@@ -22,10 +24,20 @@ class CausalWanBlock(CausalBlock, WanTransformerBlock):
 
 
 class CausalWanTransformer3DModel(CausalTransformer, WanTransformer3DModel):
-    """`WanTransformer3DModel` with block-causal self-attention and a streaming forward."""
+    """`WanTransformer3DModel` with block-causal self-attention and a streaming forward.
+
+    An image-to-video model reads more channels than it makes. Those are the condition `image_latents`
+    `[B, c, F, H, W]`, c = `in_channels - out_channels`: Wan's are a mask and the encoded image. Latents that
+    hold them already, as diffusers' pipelines give them, are taken too. Wan2.1's also read the image's CLIP tokens,
+    `encoder_hidden_states_image` `[B, 257, image_dim]`.
+    """
 
     _no_split_modules = ["CausalWanBlock"]
     _repeated_blocks = ["CausalWanBlock"]
+    condition_kinds: ClassVar[Mapping[str, ConditionKind]] = {
+        "image_latents": "frames",
+        "encoder_hidden_states_image": "fixed",
+    }
 
     @register_to_config
     @takes(WanTransformer3DModel, causal=None)
@@ -43,6 +55,30 @@ class CausalWanTransformer3DModel(CausalTransformer, WanTransformer3DModel):
             config.eps,
             config.added_kv_proj_dim,
         )
+
+    @property
+    def needed_conditions(self) -> tuple[str, ...]:
+        needed = {
+            "image_latents": self.config.in_channels > self.noise_channels,
+            "encoder_hidden_states_image": self.config.image_dim is not None,
+        }
+        return tuple(name for name, is_needed in needed.items() if is_needed)
+
+    def patch(self, hidden_states: Tensor, image_latents: Tensor | None = None) -> Tensor:
+        """Tokens `[B, S, C]` of a latent `[B, out_channels, F, H, W]` and `image_latents`, or of both in one tensor.
+
+        Raises ValueError where the two do not have `in_channels` together.
+        """
+        parts = [hidden_states] if image_latents is None else [hidden_states, image_latents.to(hidden_states)]
+        found, wanted = sum(part.shape[1] for part in parts), self.config.in_channels
+        if found != wanted:
+            missing = wanted - hidden_states.shape[1]
+            given = "no image_latents" if image_latents is None else f"image_latents of {image_latents.shape[1]}"
+            raise ValueError(
+                f"the model reads {wanted} channels, hidden_states has {hidden_states.shape[1]} and there are {given}; "
+                + (f"give image_latents of {missing} channels" if missing > 0 else "leave image_latents out")
+            )
+        return super().patch(torch.cat(parts, dim=1))
 
     def rotary_table(self) -> RotaryTable:
         rope = self.rope

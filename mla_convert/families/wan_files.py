@@ -57,6 +57,9 @@ _CONTROL = "its control blocks are not part of the causal model"
 _ANIMATE = "its motion encoder and face adapter are not part of the causal model"
 _AUDIO = "its audio layers are not part of the causal model"
 _FUN = "its control latents are not part of the causal model"
+_ACTIONS = "the action modules of Matrix-Game are not part of the causal model"
+_CAMERA = "the camera layers of LingBot-World are not part of the causal model"
+_HELIOS = "Helios computes its history anew in every pass and has no KV cache that could shrink"
 
 NEAR_MISSES = {
     "WanVACETransformer3DModel": _CONTROL,
@@ -65,6 +68,9 @@ NEAR_MISSES = {
     "WanAnimateModel": _ANIMATE,
     "WanAnimate2Transformer3DModel": "its in-context reference blocks are not part of the causal model",
     "WanModel_S2V": _AUDIO,
+    "WanModelFast": _CAMERA,
+    "CausalLingBotWorldTransformer3DModel": _CAMERA,
+    "HeliosTransformer3DModel": _HELIOS,
 }
 NEAR_MISS_TENSORS = {
     "vace_blocks": _CONTROL,
@@ -77,6 +83,11 @@ NEAR_MISS_TENSORS = {
     "audio_proj": _AUDIO,
     "control_adapter": _FUN,
     "ref_conv": _FUN,
+    # Matrix-Game 3 has LingBot-World's camera layers, too.
+    "action_model": _ACTIONS,
+    "cam_injector_layer1": _CAMERA,
+    "patch_embedding_wancamctrl": _CAMERA,
+    "patch_short": _HELIOS,
 }
 _MODEL_TYPES = {"t2v": None, "i2v": None, "flf2v": None, "ti2v": None, "vace": _CONTROL, "s2v": _AUDIO}
 # Image-to-video puts a 4-channel mask and the image's latent beside the noisy latent.
@@ -124,13 +135,15 @@ def infer_config(shapes: Shapes) -> dict[str, Any] | None:
 
 
 def stock_config(stored: Config, shapes: Shapes) -> dict[str, Any] | None:
-    """Stock configuration for a `WanModel` or `CausalWanModel` configuration; None for any other.
+    """Stock configuration for one of a `WanModel`, a `CausalWanModel` or FastVideo's causal model; None for any other.
 
     `shapes` are under diffusers' names, empty as long as they are not known; they tell what that
     configuration leaves out (text width, image embedder). `num_frame_per_block`, `local_attn_size`
     and `sink_size` become `causal`. Raises UserError for a model type that cannot be converted.
     """
-    if "num_attention_heads" in stored or "num_heads" not in stored:
+    if "num_attention_heads" in stored:
+        return _from_fastvideo(stored)
+    if "num_heads" not in stored:
         return None
     kind = stored.get("model_type", "t2v")
     if _MODEL_TYPES.get(kind, f"known are {', '.join(_MODEL_TYPES)}") is not None:
@@ -179,6 +192,26 @@ def _causal(stored: Config) -> dict[str, Any]:
     if causal.get("sink_frames"):
         causal["sink_positions"] = "absolute"
     return causal
+
+
+def _from_fastvideo(stored: Config) -> dict[str, Any] | None:
+    """A configuration in diffusers' keys with the `causal` section that FastVideo's keys beside them describe.
+
+    None for one that has neither, or a section of its own. Its `CausalWanTransformer3DModel` attends to 21 frames with
+    `local_attn_size: -1`; with the cache policy `relativistic` it indexes the frames of a window from 0, like
+    `sink_positions: window`, otherwise each by its place in the video. Raises UserError for another policy.
+    """
+    keys = ("num_frames_per_block", "local_attn_size", "sink_size", "rope_cache_policy")
+    if stored.get("causal") is not None or not any(stored.get(key) is not None for key in keys):
+        return None
+    theirs = {"num_frame_per_block": stored.get("num_frames_per_block"), **{key: stored.get(key) for key in keys[1:3]}}
+    policy = stored.get("rope_cache_policy") or "absolute"
+    if policy not in ("absolute", "relativistic"):
+        raise UserError(f"rope_cache_policy is {policy}; known are absolute and relativistic")
+    causal = _causal({key: value for key, value in theirs.items() if value is not None})
+    if policy == "relativistic":
+        causal["sink_positions"] = "window"
+    return {**{key: value for key, value in stored.items() if key not in keys}, "causal": causal}
 
 
 def _check_channels(in_channels: int, out_channels: int) -> None:

@@ -2,6 +2,7 @@
 
 from .adapters import AdapterConfig
 from .build import accepted_config, build_model, check_tensors
+from .recognise import known_config
 from .source import Source, check_finite, load_dense, load_source
 from .tensors import LazyTensors
 from .weights import open_weights, read_config, read_json
@@ -14,6 +15,7 @@ __all__ = [
     "build_model",
     "check_finite",
     "check_tensors",
+    "known_config",
     "load_dense",
     "load_source",
     "open_weights",

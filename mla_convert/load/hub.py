@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import errors, snapshot_download
+from huggingface_hub.utils import validate_repo_id
 
 from ..errors import UserError
 
@@ -63,3 +64,12 @@ def _unreachable(repo_id: str, error: Exception) -> str:
     if any(isinstance(cause, errors.OfflineModeIsEnabled) for cause in causes):
         return f"there is no folder {repo_id} here, it is not in the Hub cache, and HF_HUB_OFFLINE forbids downloads"
     return f"there is no folder {repo_id} here and the Hub cannot be reached; check the network connection"
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether `text` is written as the `owner/name` of a repository on the Hub."""
+    try:
+        validate_repo_id(text)
+    except errors.HFValidationError:
+        return False
+    return "/" in text

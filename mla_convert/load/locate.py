@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import glob
-import re
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from ..errors import UserError
-from .hub import download
+from ..files import RUN_STATE
+from .hub import download, is_hub_id
 from .pickles import PICKLES
 from .recognise import recognise
 from .weights import CONFIG, INDEX_ENDINGS, INDEX_SUFFIX, INDEXES, WEIGHTS, find_index, read_config, shard_names
@@ -16,7 +16,6 @@ from .weights import CONFIG, INDEX_ENDINGS, INDEX_SUFFIX, INDEXES, WEIGHTS, find
 ZOO = Path(__file__).parents[1] / "zoo"
 WEIGHT_SUFFIXES = (".safetensors", *PICKLES)
 ADAPTER_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_model.bin")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 class Located(NamedTuple):
@@ -49,7 +48,7 @@ def locate(model: str, subfolder: str | None, revision: str | None, file: str | 
             raise UserError(f"{path} is a file; leave {'file' if file else 'subfolder'} out or name its folder")
         _check_suffix(path, index=True)
         return Located(path.parent, path, _config_for(path, path.parent))
-    if path.name.endswith((*WEIGHT_SUFFIXES, ".gguf", INDEX_SUFFIX)) or not _HUB_ID.fullmatch(model):
+    if path.name.endswith((*WEIGHT_SUFFIXES, ".gguf", INDEX_SUFFIX)) or not is_hub_id(model):
         raise UserError(f"{model} does not exist; give a folder, a weights file, a Hub id or zoo:NAME")
     if file is not None:
         return _file_on_hub(model, subfolder, revision, file)
@@ -73,7 +72,7 @@ def locate_file(model: str, revision: str | None, file: str | None, beside: str)
         return path, None
     root, commit = path, None
     if not path.is_dir():
-        if path.suffix in (*WEIGHT_SUFFIXES, ".gguf") or not _HUB_ID.fullmatch(model):
+        if path.suffix in (*WEIGHT_SUFFIXES, ".gguf") or not is_hub_id(model):
             raise UserError(f"{model} does not exist; give a folder, a weights file or a Hub id")
         wanted = [name for inner in names for name in (inner, (PurePosixPath(inner).parent / beside).as_posix())]
         root = download(model, revision, [glob.escape(name) for name in wanted])
@@ -182,7 +181,7 @@ def _transformer_folder(folder: Path, subfolder: str | None) -> Path:
     if is_pipeline and inner.is_dir():
         return inner
     if not (folder / CONFIG).is_file() and find_index(folder) is None:
-        if (folder / "state.json").is_file():
+        if (folder / RUN_STATE).is_file():
             raise UserError(
                 f"{folder} is a run folder; name a model in it with --subfolder, such as checkpoint/transformer"
             )

@@ -9,7 +9,7 @@ from .. import registry
 from ..errors import UserError
 from ..families.base import Family
 from .tensors import LazyTensors
-from .weights import CONFIG
+from .weights import CONFIG, read_config
 
 
 def recognise(config: dict[str, Any], path: Path) -> Family:
@@ -27,6 +27,18 @@ def recognise(config: dict[str, Any], path: Path) -> Family:
             raise UserError(f"{path}: the model is already converted ({name}); start from the dense model")
     reasons = [f"{name}: {family.near_misses[name]}" for family in _families() if name in family.near_misses]
     raise _refusal(str(path), reasons[0] if reasons else f"its class is {name}")
+
+
+def known_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a transformer's `folder`, in the keys of our classes where it has those of another repository.
+
+    Raises UserError.
+    """
+    stored = read_config(folder)
+    for family in _families():
+        if stored.get("_class_name") in family.source_classes:
+            return in_our_layout(family, stored, None, folder / CONFIG)
+    return stored
 
 
 def in_our_layout(family: Family, config: dict[str, Any], tensors: LazyTensors | None, path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ PICKLED_WEIGHTS = "diffusion_pytorch_model.bin"
 INDEX_SUFFIX = ".index.json"
 INDEX = f"{WEIGHTS}{INDEX_SUFFIX}"
 INDEXES = (INDEX, f"{PICKLED_WEIGHTS}{INDEX_SUFFIX}")
-# Of any name, where neither index nor weights have a known one.
+# Endings of an index under any other name; tried only where no known name exists.
 INDEX_ENDINGS = (f".safetensors{INDEX_SUFFIX}", f".bin{INDEX_SUFFIX}")
 
 

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class ChunkView(NamedTuple):
     """One chunk of queries: its tokens, the history it sees and the rotations of both.
 
-    `history` are token slices of the clip; a streaming pass reads `history_frames` from the cache
-    instead, by whatever names the cache gives its frames, which lie in its `history_slots`. Rotations are
+    In a pass over a clip, `history` slices its tokens. In a streaming pass it is empty, and history is read from the
+    cache's `history_slots`: `history_frames`, by whatever names the cache gives them. Rotations are
     complex64 `[tokens, P]`. `zero_keys` keys and values of zeros are attended to beside them, for models that
     pad so.
     """

@@ -1,6 +1,6 @@
 """The eager definition of causal attention over history and the current chunk.
 
-This is the one seam for kernels: whatever runs faster must equal these functions. Shape letters:
+The definition: whatever attends faster (`kernels.py`) must equal these functions. Shape letters:
 B batch, Q queries, K keys, H heads, D key channels, V value channels, N unrotated and R rotated
 channels of a key (D = N + R).
 """

@@ -91,7 +91,8 @@ class GraphedChunk:
         places = next_places(self.model.rotary_table(), self.cache, frames)
         given = (hidden_states, timestep, text)
         # New places in new memory, after a change of shape or a reset, need a new graph.
-        shape = (*(x.shape for x in given), places.memory, tuple(sorted(conditions)))
+        told = tuple(sorted((name, value.shape) for name, value in conditions.items()))
+        shape = (*(x.shape for x in given), places.memory, told)
         chunk = (self.cache.frames_seen, frames)
         if shape != self.shape:
             self.graphs, self.first = {}, chunk

@@ -186,32 +186,6 @@ class AbsorbedWeights(NamedTuple):
     b_uv: Tensor
 
 
-def attend_absorbed(
-    query: Tensor,
-    nope_channels: int,
-    latent: Tensor,
-    shared_key: Tensor,
-    weights: AbsorbedWeights,
-    scale: float,
-    mean_key: Tensor | None = None,
-) -> Tensor:
-    """Attention `[B, Q, H, V]` over latents without expanding them.
-
-    `query` `[B, Q, H, N + R]` is ready for the dot product, `latent` is `[B, K, r]` and `shared_key`
-    `[B, K, R]` is rotated; with `mean_key` `[K, H, M]`, the rotated constant key, queries have M more
-    channels. The weights that restore keys move into the queries, those that restore
-    values behind the softmax (DeepSeek-V2, arXiv 2405.04434, section 2.1.2).
-    """
-    nope, rope, mean = query.tensor_split([nope_channels, nope_channels + shared_key.shape[-1]], dim=-1)
-    absorbed = torch.einsum("bqhn,hnr->bqhr", nope, weights.w_uk)
-    logits = torch.einsum("bqhr,bkr->bhqk", absorbed, latent) + torch.einsum("bqhp,bkp->bhqk", rope, shared_key)
-    logits = logits + torch.einsum("bqhn,hn->bhq", nope, weights.b_uk).unsqueeze(-1)
-    if mean_key is not None:
-        logits = logits + torch.einsum("bqhm,khm->bhqk", mean, mean_key)
-    mixed = torch.einsum("bhqk,bkr->bqhr", (scale * logits).softmax(-1), latent)
-    return torch.einsum("bqhr,hvr->bqhv", mixed, weights.w_uv) + weights.b_uv
-
-
 def _select(x: Tensor, pairs: Tensor) -> Tensor:
     """Channels of some pairs, `[..., 2 P]` to `[..., 2 len(pairs)]`."""
     return x.unflatten(-1, (-1, 2))[..., pairs, :].flatten(-2)

@@ -20,7 +20,6 @@ class Places:
     `[B, frames]` where every item of the batch has its own, see `pool.py`.
     """
 
-    own_frames: list[int]
     history_frames: list[int]
     own_rotations: Tensor
     history_rotations: Tensor
@@ -30,7 +29,7 @@ class Places:
 
     def move_to(self, other: Places) -> None:
         """Become `other` in the same memory, where a captured graph expects it."""
-        self.own_frames, self.history_frames = other.own_frames, other.history_frames
+        self.history_frames = other.history_frames
         for kept, new in zip(self._tensors, other._tensors, strict=True):
             kept.copy_(new)
 
@@ -68,7 +67,7 @@ def next_places(table: RotaryTable, cache: FrameCache, num_frames: int) -> Place
         return table.rotations(causal.temporal_index(frames, stop), cache.height, cache.width)
 
     grid = table.rotations([0] * num_frames, cache.height, cache.width)
-    places = Places(own, history, rotations(own), rotations(history), grid, cache.slots(own), cache.slots(history))
+    places = Places(history, rotations(own), rotations(history), grid, cache.slots(own), cache.slots(history))
     if cache.fixed_places and cache.places is not None and places.like(cache.places[1]):
         cache.places[1].move_to(places)
         places = cache.places[1]

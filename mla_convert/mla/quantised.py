@@ -10,16 +10,18 @@ from .cache import LatentCache
 from .window import CausalConfig
 
 GROUP = 64
+MAX_SCALE = torch.finfo(torch.float16).max
 
 
 def quantise(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Rows `[..., W]` as int8 `[..., W]` and float16 scales `[..., ceil(W / 64)]`: symmetric, to the nearest.
 
-    The scale of a group is its largest magnitude over 127; a group of zeros has scale 0.
+    The scale of a group is its largest magnitude over 127, at most float16's largest number, and values beyond
+    127 of it end there; a group of zeros has scale 0.
     """
     width = rows.shape[-1]
     padded = F.pad(rows.float(), (0, -width % GROUP)).unflatten(-1, (-1, GROUP))
-    scales = (padded.abs().amax(-1) / 127).half()
+    scales = (padded.abs().amax(-1) / 127).clamp(max=MAX_SCALE).half()
     divisor = torch.where(scales > 0, scales, 1).float().unsqueeze(-1)
     values = (padded / divisor).round().clamp(-127, 127).to(torch.int8)
     return values.flatten(-2)[..., :width], scales

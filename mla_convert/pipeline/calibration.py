@@ -19,7 +19,7 @@ from .context import Context
 
 
 def calibration_batches(context: Context, work: Path) -> Iterator[CalibrationBatch]:
-    """The first training clips in batches; nothing is read before the first is asked for.
+    """The first training clips, as the data's split orders them, in batches; none is read before it is asked for.
 
     With `source: rollouts` the teacher, which is read whole for that, makes clips of their size
     from their prompts as the `generate` section samples. They are kept in `work` and made once.

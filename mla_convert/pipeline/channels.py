@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ..errors import UsageError
+from ..families.base import Config, noise_channels
 from ..load import Source
+from ..run.image import reads_image
 
 
 def check_alike(real_score: Source, source: Source) -> None:
@@ -20,17 +22,22 @@ def check_alike(real_score: Source, source: Source) -> None:
             )
 
 
+def check_text_to_video(config: Config, origin: str) -> None:
+    """Raise UsageError for a model that is conditioned on an image, which clips do not hold."""
+    if reads_image(config):
+        raise UsageError(
+            f"{origin} is an image-to-video model ({config['in_channels']} channels in, {noise_channels(config)} out) "
+            "and clips hold no masks and images: `convert` it from its weights alone, with init: svd, or take the "
+            "text-to-video model, which continues an image that is written to its cache"
+        )
+
+
 def check_channels(example: Mapping[str, Tensor], source: Source, where: str) -> None:
     """Compare `latents` `[C, F, H, W]` and `encoder_hidden_states` `[L, D]` of one clip with what the model takes.
 
     Raises UsageError that begins with `where`, the name of the data, or that names an image-to-video model.
     """
-    taken, made = source.config["in_channels"], source.config["out_channels"] or source.config["in_channels"]
-    if taken != made:
-        raise UsageError(
-            f"{source.origin} is an image-to-video model ({taken} channels in, {made} out) and clips hold no masks and "
-            "images; take the text-to-video model, which continues an image that is written to its cache"
-        )
+    check_text_to_video(source.config, source.origin)
     for key, axis, name in (("latents", 0, "in_channels"), ("encoder_hidden_states", 1, "text_dim")):
         size = example[key].shape[axis]
         if size != source.config[name]:

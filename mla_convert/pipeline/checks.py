@@ -10,21 +10,26 @@ from typing import Any
 
 import torch
 
+from ..convert.limits import planned_ranks
 from ..distill.adapters import adapted_modules
 from ..distill.launch import check_launch
 from ..distill.stages.base import StageConfig
 from ..distill.trainable import trainable_names
 from ..errors import UsageError, UserError
-from ..export.components import is_hub_id
+from ..families.base import noise_channels
+from ..flow import levels_inside
+from ..load import Source
+from ..load.hub import is_hub_id
 from ..mla.window import CausalConfig
 from ..recipe.schema import Recipe
-from ..run.sample import check_latent_size, check_length, embed_prompts, latent_size, prompt_encoder
+from ..run.sample import check_latent_size, check_length, latent_size
 from ..run.start import read_start
 from ..run.stream import check_start
 from .calibration import calibration_reads_negative
-from .channels import check_alike, check_channels
+from .channels import check_alike, check_channels, check_text_to_video
 from .context import Context
 from .rollouts import check_rollouts, read_negative_prompt
+from .samples import check_samples
 from .steps import Step, steps_of
 
 
@@ -38,16 +43,7 @@ def check_recipe(recipe: Recipe) -> bool:
             return False
         raise UserError(f"source.model: {recipe.source.model} is neither here nor a Hub id (owner/name)")
     for part in [recipe.expert(name) for name in recipe.experts or ()] or [recipe]:
-        context = Context(part, Path(), lambda *told: None)
-        layers = context.source.config["num_layers"]
-        if layers % part.convert.layers_per_latent:
-            raise UsageError(f"convert.layers_per_latent: {layers} layers do not divide into groups of that many")
-        if part.convert.budget is None:
-            try:
-                part.convert.ranks(layers)
-            except ValueError as error:
-                raise UsageError(f"convert: {error}") from None
-        check_inputs(context, steps_of(part))
+        check_inputs(Context(part, Path(), lambda *told: None), steps_of(part))
     return True
 
 
@@ -55,12 +51,17 @@ def check_inputs(context: Context, pending: Iterable[Step]) -> None:
     """Refuse what would fail late in the `pending` steps of a run. Raises UserError in one line."""
     pending = list(pending)
     names = {step.name for step in pending}
+    if "convert" in names:
+        dense = _without_weights(context.source)
+        geometry = context.source.family.geometry(dense.config)
+        planned_ranks(geometry, dense.rotary_table().axes, context.recipe.convert)
     if "export" in names:
         _check_streaming(context, rolls_out="samples" in names)
     if context.recipe.generate.prompts:
         _check_samples(context)
     if any(step.trains for step in pending):
         _check_stages(context)
+    _check_levels(context.recipe)
     _check_data(context, made="data" in names, read=any(step.reads_clips for step in pending))
 
 
@@ -79,15 +80,17 @@ def _check_samples(context: Context) -> None:
     generate, config = context.recipe.generate, context.source.config
     causal, height, width = CausalConfig(**(config.get("causal") or {})), *latent_size(config, generate)
     with _named("generate.prompts"):
-        embed_prompts(generate.prompts, prompt_encoder(config))
+        check_samples(context.source, generate.prompts)
     with _named("generate.num_frames"):
         check_length(config, generate.num_frames)
     with _named("generate.latent_height and latent_width"):
         check_latent_size(config, height, width)
     if generate.start is not None:
         with _named("generate.start"):
-            start = read_start(Path(generate.start), config["in_channels"], height, width)
-            check_start(start.unsqueeze(0), causal, generate.num_frames, (config["in_channels"], height, width))
+            channels = noise_channels(config)
+            start = read_start(Path(generate.start), channels, height, width)
+            size = (channels, height, width)
+            check_start(start.unsqueeze(0), causal, generate.num_frames, size, whole_chunks=not generate.hold_start)
 
 
 def _check_stages(context: Context) -> None:
@@ -96,23 +99,37 @@ def _check_stages(context: Context) -> None:
         check_launch(stage)
         if stage.lora is not None:
             with _named(f"distill.{index}"):
-                _check_adapters(stage, source.family.dense_class, source.config)
+                _check_adapters(stage, _without_weights(source))
     if context.real_score is not None:
         check_alike(context.real_score, source)
 
 
-def _check_adapters(stage: StageConfig, dense_class: Any, config: dict[str, Any]) -> None:
-    """The layers outside of what conversion adds are those of the dense model."""
-    assert stage.lora is not None
+def _check_levels(recipe: Recipe) -> None:
+    """A model of a part of the noise has to know one of the denoising steps that it is trained and measured at."""
+    sections: dict[str, Any] = {f"distill.{index}": stage for index, stage in enumerate(recipe.distill)}
+    sections |= {"convert.calibration": recipe.convert.calibration, "evaluate": recipe.evaluate}
+    for key, section in sections.items():
+        if section.noise_levels is not None:
+            with _named(key):
+                levels_inside(section.noise_levels, recipe.source.noise_range)
+
+
+def _without_weights(source: Source) -> Any:
+    """The dense model on the meta device."""
     with torch.device("meta"):
-        model = dense_class.from_config(config)
+        return source.family.dense_class.from_config(source.config)
+
+
+def _check_adapters(stage: StageConfig, model: Any) -> None:
+    """The layers outside of what conversion adds are those of the dense `model`."""
+    assert stage.lora is not None
     trained = set() if stage.trainable == "latent" else trainable_names(model, stage.trainable)
     adapted_modules(model, stage.lora, trained, stage.adapted_part)
 
 
 def _check_data(context: Context, made: bool, read: bool) -> None:
     recipe, source = context.recipe, context.source
-    reads_negative = calibration_reads_negative(recipe) or any(stage.reads_negative for stage in recipe.distill)
+    reads_negative = calibration_reads_negative(recipe) or any(stage.needs_negative for stage in recipe.distill)
     if made:
         assert recipe.data.rollouts is not None
         clip = check_rollouts(recipe.data.rollouts, source)
@@ -121,6 +138,7 @@ def _check_data(context: Context, made: bool, read: bool) -> None:
         if negative is None and reads_negative:
             raise UserError("guidance and empty_prompt_rate need a negative prompt; give data.negative_embeds")
     elif read:
+        check_text_to_video(source.config, source.origin)
         check_channels(context.data.example(0), source, "data")
         if reads_negative:
             # Reading it is what tells that it is there.

@@ -44,7 +44,7 @@ def compare_runs(folders: Sequence[Path], out: Path) -> list[Run]:
 def _read_report(folder: Path) -> dict[str, Any]:
     path = folder / REPORT_JSON
     try:
-        report = json.loads(path.read_text())
+        report = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder; give the folder of a finished run") from None

@@ -15,6 +15,8 @@ from ..distill.data import Data, DataConfig, open_data
 from ..distill.progress import Report
 from ..distill.stages.base import REAL_SCORE, TEACHER, StageConfig
 from ..export.checkpoint import load_checkpoint
+from ..export.manifest import read_manifest
+from ..files import MANIFEST
 from ..load import Source, load_dense
 from ..recipe.schema import Recipe
 from ..registry import stages
@@ -48,8 +50,12 @@ class Context:
 
     @functools.cached_property
     def source(self) -> Source:
-        """The dense model, located and checked."""
-        return source_of(self.recipe.source, self.recipe.causal)
+        """The dense model, located and checked; once it is converted, at the commit that was converted."""
+        section, made = self.recipe.source, self.stage_folder(0)
+        if section.revision is None and (made / MANIFEST).is_file():
+            # A repository may move on between a run and its resumption.
+            section = section.model_copy(update={"revision": read_manifest(made)["source"]["revision"]})
+        return source_of(section, self.recipe.causal)
 
     @functools.cached_property
     def real_score(self) -> Source | None:

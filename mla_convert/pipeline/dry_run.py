@@ -15,18 +15,21 @@ from torch import Tensor
 
 from .. import registry
 from ..convert.config import ConvertConfig
+from ..convert.limits import planned_ranks
 from ..distill.data import Batch, open_data
 from ..distill.footprint import ClipShape, Footprint, Launch, footprint
 from ..distill.stages.base import REAL_SCORE, TEACHER
 from ..distill.trainer import run_stage
 from ..errors import UsageError, UserError
+from ..evaluate.geometry import PAPER_SHARE
 from ..families.base import Family
-from ..load import accepted_config, read_config
+from ..load import accepted_config, known_config
 from ..mla.config import MLAConfig
 from ..recipe.schema import Recipe, SourceConfig
 from ..registry import stages
 from ..run.config import GenerateConfig
 from ..run.sample import DIGITS, latent_size, prompt_encoder
+from .channels import check_text_to_video
 from .sources import source_of
 
 WAN_1_3B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
@@ -38,7 +41,6 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "causal-forcing": WAN_1_3B,
     "longlive-1.3b": WAN_1_3B,
 }
-PAPER_SHARE = 224 / 3072
 DIGITS_TEXT, WAN_TEXT, WAN_FRAMES = 3, 512, 21
 
 
@@ -54,6 +56,7 @@ class DryRun:
         self.recipe, self.launch = recipe, launch
         self.assumptions: list[str] = []
         self.family, self.config = self._shapes(recipe.source)
+        check_text_to_video(self.config, recipe.source.model)
         self.clip = self._clip()
 
     def _shapes(self, section: SourceConfig) -> tuple[Family, dict[str, Any]]:
@@ -71,7 +74,7 @@ class DryRun:
         """The configuration of a source whose weights are not here. Raises UserError."""
         folder = Path(section.model) / (section.subfolder or "")
         if (folder / "config.json").is_file():
-            stored = read_config(folder)
+            stored = known_config(folder)
             for family in registry.families().values():
                 if stored.get("_class_name") in family.source_classes:
                     self.assumptions.append(f"shapes are those of {folder / 'config.json'}; its weights are not there")
@@ -104,9 +107,8 @@ class DryRun:
         convert: ConvertConfig = self.recipe.convert
         layers, head_dim = dense.config.num_layers, dense.config.attention_head_dim
         scalars = 2 * dense.config.num_attention_heads * head_dim
-        if convert.budget is None:
-            ranks = convert.ranks(layers)
-        else:
+        ranks = planned_ranks(self.family.geometry(dense.config), dense.rotary_table().axes, convert).fitted
+        if convert.budget is not None:
             mean = convert.budget.scalars(scalars) or scalars * PAPER_SHARE
             ranks = [max(1, convert.layers_per_latent * (round(mean) - convert.cached_key))] * layers
         shared = tuple(range(convert.qk_rope_head_dim // 2))

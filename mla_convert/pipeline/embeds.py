@@ -45,7 +45,7 @@ class StoredEmbeds:
         """The record beside the files has a digest of the prompts that they are of."""
         if not (path / PLAN).is_file():
             return
-        recorded = json.loads((path / PLAN).read_text())
+        recorded = json.loads((path / PLAN).read_text(encoding="utf-8"))
         if recorded.get("sha256") != make_plan("prompts", {}, [[prompt] for prompt in prompts])["sha256"]:
             raise UsageError(f"{path} was encoded from other prompts; write them with --list-prompts and encode again")
 

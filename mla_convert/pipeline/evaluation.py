@@ -17,9 +17,9 @@ from ..evaluate.config import EvaluateConfig
 from ..evaluate.fidelity import evaluate
 from ..evaluate.report import REPORT_HTML, write_report
 from ..export.checkpoint import find_checkpoint, load_checkpoint
-from ..export.manifest import read_manifest
+from ..export.manifest import recorded_recipe
 from ..files import MANIFEST, check_place
-from ..load import load_dense, load_source
+from ..load import load_dense, load_source, read_config
 from ..mla.kernels import Mode
 from ..recipe.schema import Recipe, validate
 from ..run.config import GenerateConfig
@@ -39,18 +39,23 @@ def evaluate_checkpoint(
     report: Report,
     kernels: Mode | None = None,
 ) -> tuple[Path, dict[str, Any]]:
-    """Compare the model in `folder` with its teacher; writes report.json and report.html.
+    """Compare the converted model in `folder` with its teacher; writes report.json and report.html.
 
     `teacher` replaces the source in the manifest, `changes` entries of its evaluate section, `kernels`
     the key of its streaming section. The
     report goes to `out`, by default into the checkpoint or beside it in its run folder. Returns the
     page and the report. Raises UserError in one line.
     """
-    root, _ = find_checkpoint(folder)
+    root, inner = find_checkpoint(folder)
     if out is None:
         out = root.parent / "evaluation" if (root.parent / STATE).exists() else root
     check_place(out / REPORT_HTML)
-    recipe = _recorded_recipe(root)
+    if not read_config(inner).get("mla"):
+        raise UsageError(
+            f"{folder} is a dense model, and evaluate compares a converted one with its teacher; give a checkpoint "
+            "that `mla-convert run` or `convert` wrote"
+        )
+    recipe = _made_by(root)
     started = time.monotonic()
     device = default_device()
     student = load_checkpoint(folder, device=device)
@@ -69,7 +74,7 @@ def evaluate_checkpoint(
     config = config.model_copy(update=dict(changes))
     result = {
         "source": teacher or (recipe.source.model if recipe else None),
-        **evaluate(student, dense, data, config, report),
+        **evaluate(student, dense, data, config, report, 0 if recipe is None else recipe.seed),
         **describe(student, recipe.generate if recipe else GenerateConfig()),
         "recipe": recipe.dump() if recipe else None,
         "seconds": {"evaluate": round(time.monotonic() - started, 3)},
@@ -82,11 +87,12 @@ def _run_of(root: Path) -> Path:
     return next((folder for folder in root.parents if (folder / STATE).exists()), root.parent)
 
 
-def _recorded_recipe(root: Path) -> Recipe | None:
+def _made_by(root: Path) -> Recipe | None:
     """The recipe in a checkpoint's manifest, None for a model without one."""
-    if not (root / MANIFEST).is_file():
-        return None
-    recorded = read_manifest(root).get("recipe")
+    recorded = recorded_recipe(root)
+    if recorded and recorded["data"]["kind"] != "digits":
+        # What was made before clips were drawn by the seed held out the last ones.
+        recorded["data"].setdefault("split", "last")
     return validate(Recipe, recorded) if recorded else None
 
 

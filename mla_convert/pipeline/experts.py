@@ -12,10 +12,10 @@ from rich.console import Console
 
 from ..errors import UsageError
 from ..export.checkpoint import find_checkpoint, load_checkpoint
-from ..export.manifest import read_manifest
-from ..files import MANIFEST, claim_folder, write_text
+from ..export.manifest import recorded_recipe
+from ..files import claim_folder, write_text
 from ..flow import ALL_NOISE
-from ..load import read_config
+from ..load import known_config
 from ..recipe.reader import read_yaml
 from ..recipe.schema import Recipe
 from .checks import check_inputs
@@ -97,7 +97,7 @@ def read_model_config(folder: Path) -> tuple[Path, dict[str, Any]]:
     """
     names = list(_experts_of(folder))
     root, inner = find_checkpoint(folder / names[0] if names else folder)
-    return root, read_config(inner)
+    return root, known_config(inner)
 
 
 def _experts_of(folder: Path) -> dict[str, tuple[float, float]]:
@@ -111,6 +111,5 @@ def _experts_of(folder: Path) -> dict[str, tuple[float, float]]:
 
 def _noise_range(root: Path) -> tuple[float, float]:
     """The noise levels that a checkpoint is for, as its manifest says."""
-    recipe = read_manifest(root).get("recipe") if (root / MANIFEST).is_file() else None
-    low, high = (recipe or {}).get("source", {}).get("noise_range", ALL_NOISE)
+    low, high = recorded_recipe(root).get("source", {}).get("noise_range", ALL_NOISE)
     return low, high

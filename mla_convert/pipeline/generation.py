@@ -13,18 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from ..devices import default_device
-from ..distill.encode.models import load_vae, text_encoder
+from ..distill.encode.models import image_encoder, load_vae, text_encoder
 from ..distill.negative import find_negative, read_negative
 from ..distill.progress import Report
 from ..errors import UsageError, UserError
-from ..export.manifest import read_manifest
-from ..files import MANIFEST, atomic_file, check_place, save_tensors
+from ..export.manifest import recorded_recipe
+from ..families.base import noise_channels
+from ..files import atomic_file, check_place, save_tensors
 from ..recipe.schema import validate
 from ..run.config import GenerateConfig
 from ..run.decode import first_video_frame, frame_chunks, latent_frames, video_frames
 from ..run.decode_memory import reserve
+from ..run.image import check_image, image_conditions, read_image, reads_tokens
 from ..run.offload import Offload, place
-from ..run.parts import PICTURES, TEXT, find_parts
+from ..run.parts import IMAGE_TOKENS, PICTURES, TEXT, find_parts
 from ..run.prefetch import FrameWriter
 from ..run.prompts import PromptChange, PromptSchedule
 from ..run.sample import (
@@ -53,7 +55,8 @@ class Request:
 
     `prompts` are texts, one video each; or `prompt_embeds` is a file with the embeddings of one, and
     `negative_embeds` of the negative prompt, by default `negative.safetensors` beside it. `changes` are the
-    prompts that follow. `components` is a folder or Hub id of the pipeline that has VAE and text encoder.
+    prompts that follow. `image` is what a model with channels for one is conditioned on. `components` is a folder
+    or Hub id of the pipeline that has VAE and encoders.
     `seconds` is the length in place of `num_frames`; an `endless` video ends with Ctrl-C. `size` is height
     and width in pixels. `vae_dtype` is what the VAE decodes in; it encodes in float32. `streaming` are keys of
     StreamingConfig.
@@ -63,6 +66,7 @@ class Request:
     prompt_embeds: Path | None = None
     changes: tuple[PromptChange, ...] = ()
     negative_embeds: Path | None = None
+    image: Path | None = None
     components: str | None = None
     seconds: float | None = None
     endless: bool = False
@@ -89,8 +93,10 @@ def generate_video(
     validate(GenerateConfig, dict(settings))
     task = _Task(folder, out, request, settings)
     embeds, schedule, negative = task.texts()
+    tokens = task.image_tokens()
     vae = task.vae()
     start = task.start(vae)
+    conditions = task.conditions(vae, tokens)
     if vae is not None and request.vae_dtype is not None:
         # By torch's own method: that of diffusers warns of parts that want float32, of which this VAE has none.
         nn.Module.to(vae, getattr(torch, request.vae_dtype))
@@ -105,6 +111,7 @@ def generate_video(
         config,
         lambda done, total: report("generate", done, total),
         start=start,
+        conditions=conditions,
         endless=request.endless,
         seed=config.seed if count == 1 else [config.seed + index for index in range(count)],
         negative_hidden_states=negative,
@@ -138,6 +145,8 @@ class _Task:
         self.temporal, self.spatial, _ = latent_scale(self.model)
         self.pixels = self.spatial == 1
         self.pictures = out.suffix != LATENTS
+        check_image(self.model, request.image, "--image", "--start")
+        self.image = None if request.image is None else read_image(request.image)
         self._check_out()
         self.streaming = validate(StreamingConfig, {**recorded(self.root, "streaming"), **request.streaming})
         known = {**trained_for(recorded(self.root, "generate"), self.digits), **settings}
@@ -183,6 +192,8 @@ class _Task:
         if self.digits or not told:
             # The empty prompt of digits is zeros, which is the rollout's own default.
             negative = [text for text in negative if text]
+        if config.guidance_scale != 1 and stored is None and not negative and not self.digits:
+            raise UsageError("guidance needs a negative prompt; give --negative-embeds or --guidance-scale 1")
         embedded = self._embed([*told, *negative])
         count = len(request.prompts)
         if request.prompt_embeds is not None:
@@ -224,9 +235,15 @@ class _Task:
     def vae(self) -> Any:
         """The VAE, on the CPU, where pictures come in or go out of latents; else None."""
         start = self.config.start
-        if self.pixels or not (self.pictures or (start is not None and Path(start).suffix != LATENTS)):
+        encodes = self.image is not None or (start is not None and Path(start).suffix != LATENTS)
+        if self.pixels or not (self.pictures or encodes):
             return None
         parts = find_parts(self.root, PICTURES, self.request.components)
+        if parts is None and self.image is not None:
+            raise UsageError(
+                "this checkpoint has no VAE, which encodes the image; give --components, a folder or Hub id of its "
+                "pipeline"
+            )
         if parts is None:
             raise UsageError(
                 "the model makes latents and this checkpoint has no VAE; give --components, a folder or Hub id of "
@@ -243,16 +260,38 @@ class _Task:
             return None
         if vae is not None:
             vae.to(self.device)
-        start = read_start(Path(path), self.model["in_channels"], self.height, self.width, vae).unsqueeze(0)
+        start = read_start(Path(path), noise_channels(self.model), self.height, self.width, vae).unsqueeze(0)
         if vae is not None:
             vae.to("cpu")
         return start
 
+    def image_tokens(self) -> Tensor | None:
+        """The CLIP tokens `[1, 257, D]` of the image, where the model reads them."""
+        if self.image is None or not reads_tokens(self.model):
+            return None
+        parts = find_parts(self.root, IMAGE_TOKENS, self.request.components)
+        if parts is None:
+            raise UsageError(
+                "this checkpoint has no image encoder, whose tokens the model reads; give --components, a folder or "
+                "Hub id of its pipeline"
+            )
+        with image_encoder(parts, self.device) as embed:
+            return embed(self.image)
+
+    def conditions(self, vae: Any, tokens: Tensor | None) -> dict[str, Any] | None:
+        """What the model is conditioned on beside text."""
+        if self.image is None:
+            return None
+        vae.to(self.device)
+        frames = None if self.request.endless else self.config.num_frames
+        conditions = image_conditions(self.model, self.image, vae, self.height, self.width, frames, tokens)
+        vae.to("cpu")
+        return conditions
+
 
 def recorded(root: Path, section: str) -> dict[str, Any]:
     """A section of the recipe that made a checkpoint, as far as it is known."""
-    recipe = read_manifest(root).get("recipe") if (root / MANIFEST).is_file() else None
-    return (recipe or {}).get(section) or {}
+    return recorded_recipe(root).get(section) or {}
 
 
 def _write_latents(chunks: Iterable[Tensor], paths: Sequence[Path]) -> tuple[int, bool]:

@@ -15,6 +15,7 @@ from ..convert.config import ConvertConfig
 from ..convert.initialise import LayerInit, initialise_layer
 from ..convert.probe import LayerSample
 from ..convert.target import Target, as_read, layout_target
+from ..distill.normalisation import Latents
 from ..distill.progress import Report
 from ..errors import UsageError
 from ..evaluate.prediction import (
@@ -67,11 +68,13 @@ def inspect_source(
     file: str | None = None,
     use_ema: bool | None = None,
     adapters: Sequence[AdapterConfig] = (),
+    latents: Latents = "auto",
 ) -> dict[str, Any]:
     """Everything that `inspect --json` prints of a dense model, one layer in memory at a time.
 
     Clips come from the folder `data`, or are generated for a model of digits; without them, or with
-    `clips` 0, the weights alone are looked at. `out` gets the result as `inspect.json`, the energies as
+    `clips` 0, the weights alone are looked at. `latents` says what lies in the folder, see `data.latents` of a recipe.
+    `out` gets the result as `inspect.json`, the energies as
     `spectra.safetensors` and the figures. Raises UserError in one line.
     """
     started = time.monotonic()
@@ -84,7 +87,7 @@ def inspect_source(
     if not 1 <= chosen[0] <= chosen[-1] <= dense:
         wrong = chosen[0] if chosen[0] < 1 else chosen[-1]
         raise UsageError(f"--ranks: {wrong} is not between 1 and {dense}, the scalars that {model} caches a token")
-    found = open_clips(source, data, clips, text_tokens)
+    found = open_clips(source, data, clips, text_tokens, latents)
     measured = _Measured(_weights(source, report), {})
     seconds = {"weights": time.monotonic() - started}
     if found is not None:

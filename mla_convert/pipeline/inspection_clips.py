@@ -20,8 +20,9 @@ from ..convert.probe import LayerSample
 from ..convert.state import latent_attention
 from ..convert.store import TensorStore
 from ..devices import default_device
-from ..distill.data import DigitClips
+from ..distill.data import DigitClips, drawn_rows
 from ..distill.latents import LatentShards
+from ..distill.normalisation import Latents
 from ..distill.progress import Report
 from ..errors import UsageError
 from ..load import Source
@@ -44,7 +45,9 @@ class Clips:
     read_tried: Callable[[int], dict[str, Tensor]]
 
 
-def open_clips(source: Source, data: Path | None, clips: int | None, text_tokens: int | None) -> Clips | None:
+def open_clips(
+    source: Source, data: Path | None, clips: int | None, text_tokens: int | None, latents: Latents = "auto"
+) -> Clips | None:
     """The clips to calibrate on, None for the weights alone. Raises UserError when they do not fit the model."""
     wanted = CalibrationConfig().clips if clips is None else clips
     digits = prompt_encoder(source.config) == DIGITS
@@ -56,11 +59,18 @@ def open_clips(source: Source, data: Path | None, clips: int | None, text_tokens
         digits_data = DigitClips(seed=0, heldout=_TRIED)
         held = digits_data.heldout()
         return Clips(DIGITS, wanted, digits_data.example, _TRIED, lambda index: {k: v[index] for k, v in held.items()})
-    shards = LatentShards(data, text_tokens)
+    shards = LatentShards(data, text_tokens, latents)
     # What a fit was calibrated on flatters it: a trial has clips of its own, the only clip aside.
     last = min(_TRIED, max(1, len(shards) // 2))
     first = len(shards) - last
-    found = Clips(str(data), min(wanted, max(1, first)), shards.read, last, lambda index: shards.read(first + index))
+    rows = drawn_rows(len(shards), seed=0)
+    found = Clips(
+        str(data),
+        min(wanted, max(1, first)),
+        lambda index: shards.read(rows[index]),
+        last,
+        lambda index: shards.read(rows[first + index]),
+    )
     example = found.read(0)
     check_channels(example, source, str(data))
     height, width = example["latents"].shape[2:]

@@ -9,10 +9,10 @@ import torch
 
 from .. import registry
 from ..errors import UserError
-from ..evaluate.geometry import Geometry, from_model
+from ..evaluate.geometry import PAPER_SHARE, Geometry, from_model
 from ..evaluate.geometry import preset as find_preset
 from ..export.checkpoint import find_checkpoint
-from ..load import accepted_config, load_source, read_config
+from ..load import accepted_config, known_config, load_source
 from ..run.config import GenerateConfig
 from ..run.sample import DIGITS, latent_scale, latent_size, prompt_encoder
 from .generation import recorded
@@ -56,7 +56,7 @@ def bench_settings(source: str | None, preset: str | None) -> tuple[Geometry, di
     assert source is not None
     geometry, rows = read_geometry(source, None)
     if rows is None:
-        return geometry, {"kv_lora_rank": max(1, round(2 * geometry.inner_dim * 224 / 3072))}
+        return geometry, {"kv_lora_rank": max(1, round(2 * geometry.inner_dim * PAPER_SHARE))}
     mla = _converted(Path(source)).mla
     layer = sorted(range(len(rows)), key=lambda index: mla.kv_lora_rank[index])[len(rows) // 2]
     settings = {"position": mla.position, "own_chunk": mla.own_chunk, "kv_lora_rank": mla.kv_lora_rank[layer]}
@@ -82,7 +82,7 @@ def _converted(folder: Path) -> Any:
         _, inner = find_checkpoint(folder)
     except UserError:
         return None
-    stored = read_config(inner)
+    stored = known_config(inner)
     for family in registry.families().values():
         if stored.get("_class_name") == family.mla_class.__name__:
             with torch.device("meta"):

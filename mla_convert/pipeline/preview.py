@@ -18,8 +18,10 @@ MAX_FRAMES = 16
 _MIN_PIXELS, _GAP = 64, 2
 
 
-def preview_strip(student: Any, config: PreviewConfig, heldout: Batch) -> NDArray[np.uint8]:
-    """Roll `student` out for the first held-out prompts; uint8 `[H, W, 3]`.
+def preview_strip(
+    student: Any, config: PreviewConfig, heldout: Batch, negative: Tensor | None = None
+) -> NDArray[np.uint8]:
+    """Roll `student` out for the first held-out prompts, away from the `negative` one `[L, D]`; uint8 `[H, W, 3]`.
 
     At most 16 frames are shown, evenly spaced. Latents of a VAE are shown by their first three channels.
     """
@@ -31,12 +33,9 @@ def preview_strip(student: Any, config: PreviewConfig, heldout: Batch) -> NDArra
         config.num_frames or frames,
         height,
         width,
-        num_inference_steps=config.num_inference_steps,
-        shift=config.shift,
         seed=config.seed,
-        guidance_scale=config.guidance_scale,
-        sampler=config.sampler,
-        denoising_steps=config.denoising_steps,
+        negative_hidden_states=None if negative is None else negative.unsqueeze(0).to(text),
+        **config.sampling(),
     )
     return as_strip(torch.cat([chunk.cpu() for chunk in chunks], dim=2))
 

@@ -17,6 +17,7 @@ from ..distill.negative import EMBEDS_KEY, NEGATIVE, find_negative, read_negativ
 from ..distill.rollouts import RolloutsConfig, open_folder, shards_of, write_rollouts
 from ..distill.waiting import wait_until
 from ..errors import UsageError, UserError
+from ..families.base import noise_channels
 from ..files import atomic_file, save_tensors
 from ..load import Source
 from ..run.config import GenerateConfig
@@ -110,7 +111,7 @@ def check_rollouts(config: RolloutsConfig, source: Source) -> dict[str, Tensor]:
         raise UsageError("data.kind: rollouts needs a finite window; set causal.window_frames")
     check_length(source.config, config.num_frames)
     height, width = latent_size(source.config, _sampling(config, 0))
-    shape = (source.config["in_channels"], config.num_frames, height, width)
+    shape = (noise_channels(source.config), config.num_frames, height, width)
     return {"latents": torch.empty(shape, device="meta"), "encoder_hidden_states": text[0]}
 
 
@@ -123,7 +124,8 @@ def _sampling(config: RolloutsConfig, seed: int) -> GenerateConfig:
 def _identity(context: Context, text: Tensor, negative: Tensor | None) -> str:
     """Digest of all that the clips depend on."""
     parts: dict[str, Any] = context.recipe.model_dump(mode="json", include={"seed", "source", "causal", "data"})
-    parts["data"].pop("heldout")
+    for key in ("heldout", "split"):
+        parts["data"].pop(key)
     tensors = {"text": text.contiguous()} | ({} if negative is None else {"negative": negative})
     parts["text"] = hashlib.sha256(save(tensors)).hexdigest()
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -21,10 +21,13 @@ from ..errors import UsageError, UserError
 from ..recipe.schema import Recipe
 from .checks import check_inputs
 from .context import STAGES, Context, stage_names
+from .fits import warn_of_memory
 from .rundir import RunDir, has_failed, read_state
 from .steps import Step, steps_of
 
 _PATIENCE = timedelta(hours=1)
+# Seconds in which every machine sees what the first process wrote.
+_SEEN_WITHIN = 60.0
 
 
 @dataclass(frozen=True)
@@ -84,10 +87,11 @@ def this_process() -> PartialState:
 
 def _lead(recipe: Recipe, folder: RunDir, steps: list[Step], processes: PartialState, console: Console) -> None:
     """The first process: check, do every step that is not done, and record it."""
+    if folder.changed:
+        _say(console, f"the recipe is not that of before: {'; '.join(map(str, folder.changed))}")
     stale = folder.verify(step.name for step in steps_of(recipe))
     if stale:
-        note = f"the output of {stale} is not what was written; it is made again"
-        console.print(note, soft_wrap=True, markup=False, highlight=False)
+        _say(console, f"the output of {stale} is not what was written; it is made again")
     pending = [step for step in steps if not folder.is_done(step.name)]
     for step in steps:
         if step not in pending:
@@ -99,6 +103,8 @@ def _lead(recipe: Recipe, folder: RunDir, steps: list[Step], processes: PartialS
     with progress_bars(console) as report:
         context = Context(recipe, folder.path, report)
         check_inputs(context, pending)
+        if any(step.trains for step in pending):
+            warn_of_memory(recipe, context.device)
         folder.begin()
         processes.wait_for_everyone()
         for step in pending:
@@ -109,6 +115,10 @@ def _lead(recipe: Recipe, folder: RunDir, steps: list[Step], processes: PartialS
                 processes.wait_for_everyone()
             folder.mark_done(step.name, step.paths, time.monotonic() - started)
             _discard_scratch(folder, step)
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def _discard_scratch(folder: RunDir, step: Step) -> None:
@@ -122,7 +132,7 @@ def _help(recipe: Recipe, path: Path, steps: list[Step], processes: PartialState
     They wait by looking: what the first process does alone may take longer than a barrier's patience.
     """
     processes.wait_for_everyone()
-    done = read_state(path)["steps"]
+    done = read_state(path, _SEEN_WITHIN)["steps"]
     context = Context(recipe, path, lambda *told: None, main=False)
     for step in steps:
         if step.name not in done:
@@ -136,7 +146,7 @@ def _is_done(path: Path, step: str) -> bool:
     """Whether the first process has done a step. Raises UserError when it has failed."""
     if has_failed(path):
         raise UserError("the first process of the run has failed; its own message says why")
-    return step in read_state(path)["steps"]
+    return step in read_state(path, _SEEN_WITHIN)["steps"]
 
 
 def steps_until(recipe: Recipe, until: str | None) -> list[Step]:

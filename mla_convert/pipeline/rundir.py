@@ -7,88 +7,80 @@ was killed at any moment repeats at most the step it was in.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, UserError
-from ..files import claim_folder, explain_os_errors, sha256, write_json, write_text
+from ..export.evidence import RECIPE
+from ..files import RUN_STATE, claim_folder, locked_folder, sha256, write_json, write_text
 from ..recipe.explain import describe
-from ..recipe.load import first_difference
 from ..recipe.schema import Recipe
+from .corrections import LATE, Change, changes
 
-STATE, RESOLVED, FAILED = "state.json", "recipe.resolved.yaml", ".failed"
+STATE, RESOLVED, FAILED = RUN_STATE, RECIPE, ".failed"
 FORMAT = 1
-LATE = ("evaluate", "generate", "streaming", "export")
-"""Sections that no training depends on, and that commands of their own take for what is there."""
+_RETRY_SECONDS = 0.5
 
 
 class RunDir:
     """The run folder of one recipe, locked against a second process until `close`.
 
-    With `resume` a folder of the same recipe is continued; one in which no step is done yet is free.
+    With `resume` a folder of the same recipe is continued; one in which no step is done yet is free. `changed`
+    are the keys in which the recipe may differ and does (`corrections`); `begin` records it as it is now.
     Raises UserError for a folder that is not a run's, that another process works in, or that would
-    have to be resumed; UsageError that names the key in which its recipe differs. Nothing is written
+    have to be resumed; UsageError that names a key in which its recipe must not differ. Nothing is written
     before `begin`.
     """
 
     def __init__(self, path: Path, recipe: Recipe, resume: bool) -> None:
         self.path, self.recipe = path, recipe
+        self.changed: list[Change] = []
+        self._spoilt: list[Path] = []
         claim_folder(path, "run folder")
-        self._created = not path.exists()
-        with explain_os_errors(path):
-            path.mkdir(parents=True, exist_ok=True)
-            # The lock belongs to the process: it needs no file and ends with a SIGKILL.
-            self._handle: int | None = os.open(path, os.O_RDONLY)
+        self._lock = contextlib.ExitStack()
+        self._lock.enter_context(locked_folder(path))
         try:
-            self._lock()
             self._state = self._continued(resume)
         except BaseException:
             self.close()
             raise
 
-    def _lock(self) -> None:
-        assert self._handle is not None
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is working in {self.path}; wait for it or give another --out") from None
-
     def _continued(self, resume: bool) -> dict[str, Any]:
         """The state of the run so far, or that of a new one."""
-        resolved = self.recipe.model_dump(mode="json")
+        stated: dict[str, Any] = {"recipe_sha256": self.recipe.sha256(), "recipe": self.recipe.model_dump(mode="json")}
         if (self.path / STATE).exists():
             state = read_state(self.path)
             if state["steps"]:
-                self._require_same(state["recipe"], resolved)
+                self.changed = self._allowed_changes(state["recipe"], stated["recipe"], state["steps"])
                 if not resume:
                     how = "is finished" if state["finished"] else "was started before"
                     raise UserError(f"the run in {self.path} {how}; continue it with --resume or give another --out")
-                return state
-        digest = self.recipe.sha256()
-        return {"format": FORMAT, "recipe_sha256": digest, "recipe": resolved, "finished": False, "steps": {}}
+                if any(change.section in LATE for change in self.changed):
+                    # The checkpoint records the recipe.
+                    state["steps"].pop("export", None)
+                return {**state, **stated}
+        return {"format": FORMAT, **stated, "finished": False, "steps": {}}
 
     def begin(self) -> None:
-        """Make the folder a run folder of this recipe, rid of what a killed process left half-written."""
+        """Make the folder a run folder of this recipe, rid of what was spoilt or left half-written."""
         for leftover in self.path.glob(".*.tmp"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        for file in self._spoilt:
+            # A step may keep the files that it finds.
+            file.unlink(missing_ok=True)
+        self._spoilt = []
         (self.path / FAILED).unlink(missing_ok=True)
         self._save()
         write_text(self.path / RESOLVED, self.recipe.dump())
 
     def close(self) -> None:
         """Let go of the folder, and remove it if it was made here and nothing was written to it."""
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
-        if self._created:
-            with contextlib.suppress(OSError):
-                self.path.rmdir()
+        self._lock.close()
 
     @property
     def finished(self) -> bool:
@@ -103,16 +95,22 @@ class RunDir:
         return step in self._state["steps"]
 
     def verify(self, order: Iterable[str]) -> str | None:
-        """Forget the first step whose output is gone or changed, and all after it; returns its name."""
+        """Forget the first step whose output is gone or changed, and all after it; returns its name.
+
+        The files that are not as the step wrote them go with `begin`.
+        """
         names = list(order)
         for position, name in enumerate(names):
             recorded = self._state["steps"].get(name)
-            if recorded is None or recorded["outputs"] == self._digests(recorded["paths"]):
+            if recorded is None:
                 continue
+            written, found = recorded["outputs"], self._digests(recorded["paths"])
+            if found == written:
+                continue
+            self._spoilt = [self.path / file for file in found if found[file] != written.get(file)]
             for later in names[position:]:
                 self._state["steps"].pop(later, None)
             self._state["finished"] = False
-            self._save()
             return name
         return None
 
@@ -146,30 +144,44 @@ class RunDir:
             files += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         return {file.relative_to(self.path).as_posix(): sha256(file) for file in files if file.is_file()}
 
-    def _require_same(self, recorded: Mapping[str, Any], resolved: Mapping[str, Any]) -> None:
-        different = first_difference(recorded, resolved)
-        if different:
-            key, old, new = different
-            late = (
-                ""
-                if key.split(".")[0] not in LATE
-                else "; what it has made export, evaluate and generate take as it is"
-            )
+    def _allowed_changes(
+        self, recorded: Mapping[str, Any], resolved: Mapping[str, Any], done: Collection[str]
+    ) -> list[Change]:
+        allowed, refused = changes(recorded, resolved, done)
+        if refused:
+            key, old, new = first = refused[0]
+            late = "; what it has made export, evaluate and generate take as it is" if first.section in LATE else ""
             raise UsageError(
                 f"the run in {self.path} has another recipe: {key} is {describe(old)} there and {describe(new)} here; "
                 f"give another --out{late}"
             )
+        return allowed
 
 
 def has_failed(path: Path) -> bool:
     """Whether the first process of the run in `path` has ended with an error."""
-    return (path / FAILED).exists()
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """`state.json` of a run folder. Raises UserError when there is none that can be read."""
     try:
-        state: dict[str, Any] = json.loads((path / STATE).read_text())
+        return FAILED in os.listdir(path)
+    except OSError:
+        return False
+
+
+def read_state(path: Path, patience: float = 0.0) -> dict[str, Any]:
+    """`state.json` of a run folder. Raises UserError when there is none that can be read.
+
+    Another machine may not see for a while a file that has just been replaced (NFS, ESTALE): for `patience` seconds
+    it is tried again.
+    """
+    end = time.monotonic() + patience
+    try:
+        while True:
+            try:
+                state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+                break
+            except OSError:
+                if time.monotonic() >= end:
+                    raise
+                time.sleep(_RETRY_SECONDS)
     except FileNotFoundError:
         raise UserError(f"{path} is not a run folder: it has no {STATE}") from None
     except (OSError, ValueError):

@@ -6,8 +6,8 @@ import dataclasses
 from pathlib import Path
 
 from ..errors import UserError
-from ..export.components import is_hub_id
 from ..load import Source, load_source
+from ..load.hub import is_hub_id
 from ..mla.window import CausalConfig
 from ..recipe.schema import SourceConfig
 

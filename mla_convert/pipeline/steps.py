@@ -8,25 +8,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
-
 from ..convert import convert_source
 from ..devices import all_threads
 from ..distill.trainer import run_stage
 from ..evaluate.fidelity import evaluate
 from ..evaluate.report import REPORT_HTML, REPORT_JSON, write_report
-from ..evaluate.samples import Comparison
 from ..export.checkpoint import save_checkpoint
 from ..export.release import export
-from ..files import MANIFEST, atomic_folder, save_tensors, write_json, write_text
+from ..files import MANIFEST, write_json, write_text
 from ..recipe.schema import Recipe
-from ..run.sample import embed_prompts, prompt_encoder, rollout
-from ..run.video import save_video, side_by_side, to_frames
+from ..run.sample import prompt_encoder
 from .calibration import calibration_batches
-from .context import CHECKPOINT, DATA, KERNELS, METRICS, ROLLOUTS, SAMPLES, STAGES, TRAINING, Context, stage_names
+from .context import CHECKPOINT, DATA, METRICS, SAMPLES, STAGES, TRAINING, Context, stage_names
 from .preview import preview_strip
 from .rollouts import roll_out_data
+from .samples import comparisons, make_samples
 from .summary import build_report, training_rows
 
 STREAMED_SHARD_SIZE = "1GB"
@@ -34,7 +30,7 @@ STREAMED_SHARD_SIZE = "1GB"
 
 @dataclass(frozen=True)
 class Step:
-    """`paths` are what it writes and `scratch` what goes when it is done, relative to the run folder.
+    """`paths`: what the step writes. `scratch`: deleted once it is done. Both relative to the run folder.
 
     With `reads_clips` it needs the data, with `everywhere` every process of a distributed run takes part.
     """
@@ -76,7 +72,7 @@ def steps_of(recipe: Recipe) -> list[Step]:
     steps.append(Step("evaluate", reports, _evaluate, reads_clips=True))
     steps.append(Step("export", (CHECKPOINT,), _export))
     if recipe.generate.prompts:
-        steps.append(Step("samples", (SAMPLES,), _samples))
+        steps.append(Step("samples", (SAMPLES,), make_samples))
     steps.append(Step("report", (METRICS, REPORT_JSON, REPORT_HTML), _report))
     return steps
 
@@ -153,54 +149,19 @@ def _evaluate(context: Context) -> None:
             config = config.model_copy(update={"rollout_prompts": 0})
         student = context.load_stage(index, context.dtype).to(context.device)
         recipe.streaming.apply(teacher, student)
-        result = evaluate(student, teacher, context.data_config, config, context.report)
+        result = evaluate(student, teacher, context.data_config, config, context.report, recipe.seed)
         # Not beside the next one.
         del student
         write_json(context.stage_folder(index) / REPORT_JSON, result)
 
 
 def _export(context: Context) -> None:
-    export(context.stage_folder(-1), context.path / CHECKPOINT, context.recipe.export)
-
-
-def _samples(context: Context) -> None:
-    generate = context.recipe.generate
-    encoder = prompt_encoder(context.source.config)
-    embeds = embed_prompts(generate.prompts, encoder)
-    negative = embed_prompts([generate.negative_prompt], encoder) if generate.negative_prompt else None
-    videos, chosen = {}, {}
-    for name in ("teacher", "student"):
-        model = context.dense() if name == "teacher" else context.load_stage(-1, context.dtype)
-        context.recipe.streaming.apply(model)
-
-        def told(done: int, total: int, name: str = name) -> None:
-            context.report(f"sample {name}", done, total)
-
-        chunks = rollout(model.to(context.device), embeds, generate, told, negative_hidden_states=negative)
-        videos[name] = torch.cat([chunk.cpu() for chunk in chunks], dim=2)
-        chosen[name] = model.kernels.report()
-        model.to("cpu")
-    teacher, student = ([to_frames(video) for video in videos[name]] for name in ("teacher", "student"))
-    with atomic_folder(context.path / SAMPLES) as folder:
-        save_tensors(videos, folder / ROLLOUTS, {KERNELS: json.dumps(chosen)})
-        for index, (prompt, a, b) in enumerate(zip(generate.prompts, teacher, student, strict=True)):
-            name = f"{index:02d}-{'-'.join(prompt.replace(',', ' ').split())}.mp4"
-            save_video(side_by_side(a, b), folder / name, generate.fps)
+    recipe = context.recipe
+    # Later sections may have changed since the model was written.
+    export(context.stage_folder(-1), context.path / CHECKPOINT, recipe.export, recipe.model_dump(mode="json"))
 
 
 def _report(context: Context) -> None:
     rows = training_rows(context)
     write_text(context.path / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
-    write_report(context.path, build_report(context), _comparisons(context))
-
-
-def _comparisons(context: Context) -> list[Comparison]:
-    """What the samples step rolled out."""
-    generate = context.recipe.generate
-    if not generate.prompts:
-        return []
-    videos = load_file(context.path / SAMPLES / ROLLOUTS)
-    return [
-        Comparison(prompt, to_frames(teacher), to_frames(student), generate.fps)
-        for prompt, teacher, student in zip(generate.prompts, videos["teacher"], videos["student"], strict=True)
-    ]
+    write_report(context.path, build_report(context), comparisons(context))

@@ -41,7 +41,7 @@ def describe(model: Any, generate: GenerateConfig) -> dict[str, Any]:
 
 def read_evaluation(folder: Path) -> dict[str, Any]:
     """What was measured of the model in `folder`."""
-    result: dict[str, Any] = json.loads((folder / REPORT_JSON).read_text())
+    result: dict[str, Any] = json.loads((folder / REPORT_JSON).read_text(encoding="utf-8"))
     return result
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import functools
 import gc
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,19 +18,20 @@ from torch import Tensor
 from ..devices import default_device
 from ..distill.encode import EncodeConfig, encode_prompts
 from ..distill.encode.models import find_pipeline, load_vae
-from ..distill.negative import find_negative, read_negative
+from ..distill.negative import NEGATIVE, find_negative, read_negative
 from ..distill.progress import Report
-from ..errors import UsageError, UserError
+from ..errors import UsageError
 from ..evaluate.report import REPORT_JSON, write_report
 from ..evaluate.vbench_scores import Judge, read_published, totals, version
 from ..evaluate.vbench_suite import Draw, Prompt, check_dimensions, draw_videos, read_suite, wanted_videos
 from ..export.manifest import versions
-from ..files import MANIFEST, claim_folder, explain_os_errors, sha256, write_json, write_text
+from ..files import MANIFEST, claim_folder, explain_os_errors, locked_folder, sha256, write_json, write_text
 from ..recipe.load import first_difference
 from ..recipe.schema import validate
 from ..run.config import GenerateConfig
 from ..run.decode import frame_chunks, latent_frames
 from ..run.decode_memory import reserve
+from ..run.image import reads_image
 from ..run.sample import (
     DIGITS,
     check_length,
@@ -109,7 +107,7 @@ def run_vbench(folder: Path, out: Path | None, config: VBenchConfig, report: Rep
     published = {} if config.published is None else read_published(config.published)
     out = _out_folder(folder, out, config.seconds)
     claim_folder(out, "VBench folder", (RECORD,))
-    with _held(out):
+    with locked_folder(out):
         return _run(folder, out, config, suite, dimensions, judge, published, report)
 
 
@@ -157,26 +155,11 @@ def _out_folder(folder: Path, out: Path | None, seconds: int) -> Path:
     return (out or folder / f"vbench-{seconds}s").resolve()
 
 
-@contextlib.contextmanager
-def _held(out: Path) -> Iterator[None]:
-    """Keep a second process out of a folder; the lock ends with this one, however it ends."""
-    with explain_os_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        handle = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise UserError(f"another process is working in {out}; wait for it or give another --out") from None
-    finally:
-        os.close(handle)
-
-
 def _claim(out: Path, settings: dict[str, Any]) -> None:
     """Record what the videos in `out` are drawn with. Raises UsageError where others lie there."""
     path = out / RECORD
     if path.exists():
-        different = first_difference(json.loads(path.read_text()), settings)
+        different = first_difference(json.loads(path.read_text(encoding="utf-8")), settings)
         if different:
             key, *values = different
             old, new = map(json.dumps, values)
@@ -194,7 +177,9 @@ class Drawing:
     def __init__(self, folder: Path, config: VBenchConfig, suite: Sequence[Prompt], out: Path, report: Report) -> None:
         self.folder, self.vbench, self.suite, self.out, self.report = folder, config, suite, out, report
         self.device = default_device()
-        self.root, _ = read_model_config(folder)
+        self.root, stored = read_model_config(folder)
+        if reads_image(stored):
+            raise UsageError(f"{folder} is an image-to-video model, and VBench's standard prompts come without images")
         model = self.models[0]
         self.digits = prompt_encoder(model.config) == DIGITS
         scale = latent_scale(model.config)
@@ -210,6 +195,11 @@ class Drawing:
         settings["num_frames"] = next(stop for stop in ends if stop >= frames)
         self.config = validate(GenerateConfig, settings)
         check_length(model.config, self.config.num_frames)
+        if self._is_guided and config.prompt_embeds is not None and find_negative(config.prompt_embeds) is None:
+            raise UsageError(
+                f"guidance needs a negative prompt, and {config.prompt_embeds} has no {NEGATIVE}; encode the prompts "
+                "again or give --guidance-scale 1"
+            )
         self.pixels = pixels
         try:
             model.token_grid(*latent_size(model.config, self.config))
@@ -271,9 +261,14 @@ class Drawing:
         """Where the prompts' embeddings lie, or will."""
         return self.vbench.prompt_embeds or self.out / PROMPTS
 
+    @property
+    def _is_guided(self) -> bool:
+        """Whether guidance leads away from an embedding; that of digits is zeros."""
+        return self.config.guidance_scale != 1 and not self.digits
+
     def negative(self, shape: Sequence[int]) -> Tensor | None:
-        """The negative prompt of guidance for embeddings of `shape` `[1, L, D]`; None is zeros."""
-        beside = None if self.config.guidance_scale == 1 or self.digits else find_negative(self._embeds)
+        """The negative prompt of guidance for embeddings of `shape` `[1, L, D]`; None for the zeros of digits."""
+        beside = find_negative(self._embeds) if self._is_guided else None
         return None if beside is None else read_negative(beside, shape[1:]).unsqueeze(0)
 
     @functools.cached_property
@@ -294,7 +289,7 @@ def _scored(
 ) -> dict[str, dict[str, Any]]:
     """Scores by dimension; one that was scored before from as many videos is not scored again."""
     path = out / SCORES / "scores.json"
-    known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for done, dimension in enumerate(dimensions):
         report("VBench", done, len(dimensions), dimension)
         if known.get(dimension, {}).get("videos") != counts[dimension]:
@@ -309,6 +304,6 @@ def _known_report(folder: Path) -> tuple[dict[str, Any], Sequence[Any]]:
     """The report that the run or its evaluation has already, and the run's samples."""
     for place in (folder, folder / "evaluation"):
         if (place / REPORT_JSON).is_file():
-            report: dict[str, Any] = json.loads((place / REPORT_JSON).read_text())
+            report: dict[str, Any] = json.loads((place / REPORT_JSON).read_text(encoding="utf-8"))
             return report, read_samples(folder, report)
     return {}, ()

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
+from ..errors import nearest
+
 EXPECTED = {
     "int_type": "an integer",
     "int_parsing": "an integer",
@@ -40,12 +42,6 @@ def describe(value: Any) -> str:
         return "a list"
     kind = {int: "an integer", float: "a number", str: "a string"}.get(type(value), type(value).__name__)
     return f"{value!r} ({kind})"
-
-
-def nearest(word: str, valid: list[str]) -> str:
-    """`did you mean X?`, or the valid words where none is near."""
-    matches = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
-    return f"did you mean {matches[0]}?" if matches else f"valid here: {', '.join(valid)}"
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,16 +66,20 @@ def apply_override(recipe: dict[str, Any], override: str) -> None:
             raise UsageError(f"--set {path}: {where} is not a section, it has no key {key!r}")
 
 
-def first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
-    """The first dotted key at which two dumped recipes differ, with both values."""
+def first_difference(old: Any, new: Any) -> tuple[str, Any, Any] | None:
+    """The first of the `differences` of two dumped recipes."""
+    return next(differences(old, new), None)
+
+
+def differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The dotted keys at which two dumped recipes differ, with both values."""
     if isinstance(old, dict) and isinstance(new, dict):
         entries = [(str(key), old.get(key), new.get(key)) for key in {**old, **new}]
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         entries = [(str(index), a, b) for index, (a, b) in enumerate(zip(old, new, strict=True))]
     else:
-        return None if old == new else (path, old, new)
+        if old != new:
+            yield path, old, new
+        return
     for key, a, b in entries:
-        found = first_difference(a, b, f"{path}.{key}" if path else key)
-        if found:
-            return found
-    return None
+        yield from differences(a, b, f"{path}.{key}" if path else key)

@@ -22,7 +22,7 @@ from pydantic import (
 from ..convert.config import ConvertConfig
 from ..distill.data import DataConfig
 from ..distill.stages.base import REAL_SCORE, StageConfig
-from ..errors import UsageError
+from ..errors import UsageError, nearest
 from ..evaluate.config import EvaluateConfig
 from ..export.config import ExportConfig
 from ..flow import ALL_NOISE
@@ -31,7 +31,7 @@ from ..mla.window import CausalConfig
 from ..registry import stages
 from ..run.config import GenerateConfig
 from ..run.streaming import StreamingConfig
-from .explain import describe, explain, nearest
+from .explain import describe, explain
 
 Model = TypeVar("Model", bound=BaseModel)
 

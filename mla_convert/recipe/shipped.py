@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import UsageError
-from .explain import nearest
+from ..errors import UsageError, nearest
 
 _PACKAGE = Path(__file__).parent.parent
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -32,11 +32,12 @@ from ..flow import (
     NUM_TRAIN_TIMESTEPS,
     Sampler,
     add_noise,
-    denoising_times,
     expert_at,
+    guided,
     next_sample,
     sampling_times,
 )
+from ..mla.conditions import Conditions, Given, placed
 from ..mla.pool import CachePool, place_in_window
 from .stream import RecentChunks, check_start, end_notice, video_end
 
@@ -70,6 +71,7 @@ class _Stream:
     num_frames: int | None
     start: Tensor | None
     generator: torch.Generator
+    conditions: Conditions
     lanes: list[int] = field(default_factory=list)
     frames_seen: int = 0
     drawn: list[Tensor] = field(default_factory=list)
@@ -125,10 +127,8 @@ class StreamBatch:
         places = zip(self.models, self.devices, strict=True)
         self.pool = CachePool([m.init_cache(lanes, height, width, dtype=cache_dtype, device=d) for m, d in places])
         self.causal, self.device = self.pool.caches[0].causal, self.devices[0]
-        self.size = (self.models[0].config.in_channels, height, width)
-        self.times = sampling_times(num_inference_steps, shift)
-        if denoising_steps is not None:
-            self.times = denoising_times(denoising_steps, shift)
+        self.size = (self.models[0].noise_channels, height, width)
+        self.times = sampling_times(num_inference_steps, shift, denoising_steps)
         self.sampler, self.recache = sampler, recache
         self.context_noise, self.when_full, self.lanes_per_pass = context_noise, when_full, lanes_per_pass
         self._streams: dict[int, _Stream] = {}
@@ -157,11 +157,13 @@ class StreamBatch:
         guidance_scale: float = 1.0,
         negative_hidden_states: Tensor | None = None,
         start: Tensor | None = None,
+        conditions: Given | None = None,
     ) -> int:
         """Add a stream from the next round on; its number.
 
         `encoder_hidden_states` and `negative_hidden_states`, zeros by default, are `[L, D]`, `start` is
-        `[C, F0, H, W]`; the meaning is that of `stream_chunks`. Without `num_frames` the stream goes on until
+        `[C, F0, H, W]`, `conditions` are those of a batch of one, as `image_conditions` makes them; the meaning is that
+        of `stream_chunks`. Without `num_frames` the stream goes on until
         `leave`, or with absolute positions to the last whole chunk within the rotary table, which a logger then says.
 
         Raises UserError when the pool is full and `when_full` is `refuse`; UsageError for values that do not fit.
@@ -179,7 +181,8 @@ class StreamBatch:
         if start is not None:
             check_start(start.unsqueeze(0), self.causal, end or given + self.causal.num_frames_per_block, self.size)
         generator = torch.Generator().manual_seed(seed)
-        stream = _Stream(text, negative, guidance_scale, end, start, generator, cut=end != num_frames)
+        told = Conditions(self.models, conditions, 1, end, self.size[1:])
+        stream = _Stream(text, negative, guidance_scale, end, start, generator, told, cut=end != num_frames)
         self._check_room(stream)
         number = next(self._numbers)
         self._streams[number] = stream
@@ -229,7 +232,8 @@ class StreamBatch:
             stream.frames_seen += latents.shape[1]
             if self.recache:
                 written = made[number][1].clone().unsqueeze(0)
-                stream.recent.add(first, written, self.causal.first_kept(stream.frames_seen))
+                told = stream.conditions.at(first, stream.frames_seen)
+                stream.recent.add(first, written, self.causal.first_kept(stream.frames_seen), told)
             last = stream.frames_seen == stream.num_frames
             chunks.append(StreamChunk(number, first, latents, last))
         for chunk in chunks:
@@ -281,6 +285,10 @@ class StreamBatch:
         stop = self.causal.chunk_end(stream.frames_seen)
         return (stop if stream.num_frames is None else min(stop, stream.num_frames)) - stream.frames_seen
 
+    def _conditions(self, stream: _Stream, frames: int) -> dict[str, Tensor]:
+        """What the next chunk of a stream is conditioned on, `[1, ...]` each."""
+        return stream.conditions.at(stream.frames_seen, stream.frames_seen + frames)
+
     def _shared_passes(self) -> list[list[int]]:
         """The active streams by the passes that they share."""
         shared: dict[tuple[Any, ...], list[int]] = {}
@@ -289,7 +297,9 @@ class StreamBatch:
             frames = self._frames(stream)
             place = place_in_window(self.causal, stream.frames_seen, frames)
             given = stream.start is not None and stream.frames_seen < stream.start.shape[1]
-            shared.setdefault((frames, place, len(stream.text[0]), given), []).append(number)
+            told = self._conditions(stream, frames)
+            shapes = tuple(sorted((name, x.shape) for name, x in told.items()))
+            shared.setdefault((frames, place, len(stream.text[0]), given, shapes), []).append(number)
         return [part for numbers in shared.values() for part in self._parts(numbers)]
 
     def _parts(self, numbers: list[int]) -> Iterator[list[int]]:
@@ -310,8 +320,9 @@ class StreamBatch:
         if not stream.stale:
             return
         oldest = self.causal.first_kept(stream.frames_seen)
-        for first, written in stream.recent:
-            passes = _SharedPass(self.models, self.pool, [stream], written.shape[2], self.devices, first, oldest)
+        for first, written, told in stream.recent:
+            frames = written.shape[2]
+            passes = _SharedPass(self.models, self.pool, [stream], [told], frames, self.devices, first, oldest)
             passes.write(written, float(self.context_noise))
         stream.stale = False
 
@@ -325,7 +336,8 @@ class StreamBatch:
             while len(stream.drawn) < draws:
                 stream.drawn.append(torch.randn((1, channels, frames, height, width), generator=stream.generator))
         noises = [torch.cat(drawn).to(self.device) for drawn in zip(*(stream.drawn for stream in streams), strict=True)]
-        passes = _SharedPass(self.models, self.pool, streams, frames, self.devices)
+        told = [self._conditions(stream, frames) for stream in streams]
+        passes = _SharedPass(self.models, self.pool, streams, told, frames, self.devices)
         if streams[0].start is not None and streams[0].frames_seen < streams[0].start.shape[1]:
             given = [s.start[:, s.frames_seen : s.frames_seen + frames] for s in streams if s.start is not None]
             x = torch.stack(given).to(self.device, torch.float32)
@@ -351,7 +363,7 @@ class _SharedPass:
     """The passes over one chunk of some streams: first a lane for each, then one for each that is guided.
 
     It is their next chunk, or for one stream that which begins at frame `first`, to which `oldest` is the first
-    frame that is still there.
+    frame that is still there. `told` is what each stream is conditioned on there.
     """
 
     def __init__(
@@ -359,24 +371,27 @@ class _SharedPass:
         models: list[Any],
         pool: CachePool,
         streams: list[_Stream],
+        told: Sequence[Mapping[str, Tensor]],
         frames: int,
         devices: list[torch.device],
         first: int | None = None,
         oldest: int | None = None,
     ) -> None:
         self.models, self.devices = models, devices
-        guided = [index for index, stream in enumerate(streams) if stream.lanes_needed == 2]
-        order = [*range(len(streams)), *guided]
-        lanes = [stream.lanes[0] for stream in streams] + [streams[index].lanes[1] for index in guided]
+        doubled = [index for index, stream in enumerate(streams) if stream.lanes_needed == 2]
+        order = [*range(len(streams)), *doubled]
+        lanes = [stream.lanes[0] for stream in streams] + [streams[index].lanes[1] for index in doubled]
         seen = [streams[index].frames_seen if first is None else first for index in order]
         self.views = [pool.view(expert, lanes, seen, frames, oldest) for expert in range(len(models))]
-        texts = [stream.text for stream in streams] + [streams[index].negative for index in guided]
+        texts = [stream.text for stream in streams] + [streams[index].negative for index in doubled]
         self.texts = [torch.stack(of_expert) for of_expert in zip(*texts, strict=True)]
+        in_order = [told[index] for index in order]
+        self.conditions = [placed(in_order, d, m.dtype) for d, m in zip(devices, models, strict=True)]
         self.used = 0
         device = devices[0]
         self.order = torch.tensor(order).to(device)
-        self.guided = torch.tensor(guided, dtype=torch.long).to(device)
-        self.scales = torch.tensor([streams[index].guidance_scale for index in guided]).view(-1, 1, 1, 1, 1).to(device)
+        self.guided = torch.tensor(doubled, dtype=torch.long).to(device)
+        self.scales = torch.tensor([streams[index].guidance_scale for index in doubled]).view(-1, 1, 1, 1, 1).to(device)
 
     def velocity(self, x: Tensor, t: float, r: float) -> Tensor:
         """Velocity `[B, C, F, H, W]`, float32, at noise level t; of a flow map the mean one down to r."""
@@ -385,7 +400,7 @@ class _SharedPass:
         v, unguided = v[: len(x)], v[len(x) :]
         if not len(unguided):
             return v
-        return v.index_copy(0, self.guided, unguided + self.scales * (v[self.guided] - unguided))
+        return v.index_copy(0, self.guided, guided(v[self.guided], unguided, self.scales))
 
     def write(self, x: Tensor, t: float) -> None:
         """Keep a finished chunk at noise level t."""
@@ -397,7 +412,7 @@ class _SharedPass:
         model, device = self.models[expert], self.devices[expert]
         x = x.index_select(0, self.order).to(device, model.dtype)
         t_all, r_all = (torch.full((len(x),), time * NUM_TRAIN_TIMESTEPS, device=device) for time in (t, r))
-        conditions = {"r_timestep": r_all} if model.flow_map else {}
+        conditions = {**self.conditions[expert], **({"r_timestep": r_all} if model.flow_map else {})}
         # By the call, not by `forward_chunk`: hooks that bring weights to the device see calls alone.
         out: Tensor = model(x, t_all, self.texts[expert], cache=self.views[expert], write=write, **conditions)
         if model.kernels is not None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field
 
-from ..flow import Sampler, check_steps
+from ..sampling import SamplingConfig
 
 
-class GenerateConfig(BaseModel):
+class GenerateConfig(SamplingConfig):
     """A streaming rollout of `num_frames` latent frames for each of `prompts`.
 
     `latent_height` and `latent_width` are needed where the data does not fix them. A chunk takes
@@ -19,30 +19,18 @@ class GenerateConfig(BaseModel):
     `guidance_scale` other than 1 is classifier-free guidance away from the `negative_prompt`, without one from the
     empty prompt, at twice the work and twice the cache. `start` is a file that the video begins with: a
     .safetensors with clean `latents` `[C, F0, H, W]`, or for a model of pixels an image or video; its F0 frames
-    count among `num_frames` and end with a chunk. `recache` is for models that were trained with it (LongLive):
-    where the prompt changes, the cached window is computed again.
+    count among `num_frames` and end with a chunk. With `hold_start` they may end inside a chunk, whose other frames are
+    denoised beside them, for models that were trained so (Wan2.2 TI2V-5B, LongLive 2's image-to-video). `recache` is
+    for models that were trained with it (LongLive): where the prompt changes, the cached window is computed again.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     prompts: tuple[str, ...] = ()
     num_frames: int = Field(21, ge=1)
-    num_inference_steps: int = Field(8, ge=1)
-    sampler: Sampler = "euler"
-    denoising_steps: tuple[int, ...] | None = None
-    first_chunk_steps: tuple[int, ...] | None = None
-    shift: float = Field(1.0, gt=0)
-    guidance_scale: float = Field(1.0, ge=0)
     negative_prompt: str | None = None
-    context_noise: float = Field(0.0, ge=0, le=1)
     latent_height: int | None = Field(None, ge=1)
     latent_width: int | None = Field(None, ge=1)
     fps: int = Field(16, ge=1)
     seed: int = 0
     start: str | None = None
     recache: bool = False
-
-    @field_validator("denoising_steps", "first_chunk_steps")
-    @classmethod
-    def _steps_fall(cls, steps: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        return check_steps(steps)
+    hold_start: bool = False

@@ -14,11 +14,13 @@ from huggingface_hub import snapshot_download
 from ..errors import UserError
 from ..export.checkpoint import TRANSFORMER, find_checkpoint, load_checkpoint
 from ..export.components import INDEX, PARTS, REFERENCES, SAMPLING, sampling_of
-from ..export.manifest import read_manifest
+from ..export.manifest import recorded_recipe
 from ..files import MANIFEST
 from ..load import open_weights, read_json
 from ..load.hub import explain_hub_errors
 
+# Parts that have a dtype.
+MODELS = ("vae", "text_encoder", "image_encoder")
 # Where and how to download; the rest are arguments of diffusers' own `from_pretrained`.
 HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 
@@ -50,8 +52,8 @@ def load_arguments(name: str | Path, given: Mapping[str, Any]) -> tuple[Path | N
         match index.get(part):
             case [str(library), str(class_name)] if part not in arguments:
                 arguments[part] = _load_part(part, library, class_name, dtypes, str(root), subfolder=part)
-    recipe = read_manifest(root).get("recipe") if (root / MANIFEST).is_file() else None
-    return None, {**sampling_of(recipe), **{key: index[key] for key in SAMPLING if key in index}, **arguments}
+    sampling = sampling_of(recorded_recipe(root)) | {key: index[key] for key in SAMPLING if key in index}
+    return None, {**sampling, **arguments}
 
 
 def _find(name: str | Path, hub: Mapping[str, Any], arguments: Mapping[str, Any]) -> tuple[Path, Path]:
@@ -76,7 +78,8 @@ def _dtypes(inner: Path, arguments: dict[str, Any]) -> dict[str, torch.dtype]:
     if arguments.get(TRANSFORMER) is None:
         tensors = open_weights(inner)
         ((stored, _),) = Counter(tensors.dtype(name) for name in tensors).most_common(1)
-    known = {TRANSFORMER: stored, "vae": torch.float32, "text_encoder": torch.bfloat16, "default": torch.float32}
+    known = {TRANSFORMER: stored, "vae": torch.float32, "text_encoder": torch.bfloat16}
+    known |= {"image_encoder": torch.float32, "default": torch.float32}
     return {**known, **(asked or {})}
 
 
@@ -88,7 +91,7 @@ def _load_part(
     dtype = {"dtype": dtypes.get(part, dtypes["default"])}
     try:
         with explain_hub_errors(place, where.get("revision")):
-            return loader.from_pretrained(place, **where, **(dtype if part in ("vae", "text_encoder") else {}))
+            return loader.from_pretrained(place, **where, **(dtype if part in MODELS else {}))
     except OSError as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot load {part} from {place}: {reason}; pass {part}=None to do without") from None

@@ -1,4 +1,4 @@
-"""The VAE, text encoder and tokenizer of a checkpoint: beside it, where it names them, or elsewhere."""
+"""The VAE, text encoder, tokenizer and image encoder of a checkpoint: beside it, where it names them, or elsewhere."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..export.components import INDEX, REFERENCES, is_hub_id
+from ..export.components import INDEX, REFERENCES
 from ..export.manifest import read_manifest
 from ..files import MANIFEST
 from ..load import read_json
-from ..load.hub import download
+from ..load.hub import download, is_hub_id
 
-TEXT, PICTURES = ("tokenizer", "text_encoder"), ("vae",)
+TEXT, PICTURES, IMAGE_TOKENS = ("tokenizer", "text_encoder"), ("vae",), ("image_processor", "image_encoder")
 
 
 def find_parts(root: Path, wanted: Sequence[str], elsewhere: str | None = None) -> Path | None:

@@ -21,13 +21,14 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
-from ..distill.encode.models import TEXT_TOKENS, encode_text
+from ..distill.encode.models import TEXT_TOKENS, encode_image, encode_text
 from ..errors import UsageError, UserError
 from ..flow import Sampler, check_steps
 from ..zoo.digits.data import FRAME
 from .config import GenerateConfig
 from .decode import StreamingDecoder, latent_frames, video_frames
 from .decode_memory import reserve
+from .image import check_image, image_conditions, read_image, reads_tokens
 from .loading import load_arguments
 from .prefetch import prefetch
 from .prompts import PromptSchedule
@@ -64,14 +65,15 @@ class StreamingMLAPipeline(DiffusionPipeline):
     """Video of any length, chunk by chunk, from a transformer with `forward_chunk`.
 
     `transformer` is a model of this package. `vae` (`AutoencoderKLWan`) decodes where it makes latents;
-    `text_encoder` (UMT5) and `tokenizer` read prompts where `prompt_format` is not `digits`. A
+    `text_encoder` (UMT5) and `tokenizer` read prompts where `prompt_format` is not `digits`, `image_encoder` (CLIP)
+    and `image_processor` an image for a model that is conditioned on its tokens. A
     `scheduler` is kept but not used: chunks are denoised by `sampler`. `sampling` are keys of a recipe's
     `generate` section that the model was trained for; they are the defaults of a call. `streaming` are keys of
     its section of that name, for a transformer that was not told how to stream (`set_kernels`).
     """
 
-    model_cpu_offload_seq = "text_encoder->transformer->vae"
-    _optional_components = ["vae", "text_encoder", "tokenizer", "scheduler"]
+    model_cpu_offload_seq = "text_encoder->image_encoder->transformer->vae"
+    _optional_components = ["vae", "text_encoder", "tokenizer", "scheduler", "image_encoder", "image_processor"]
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
@@ -84,12 +86,20 @@ class StreamingMLAPipeline(DiffusionPipeline):
         prompt_format: str | None = None,
         sampling: dict[str, Any] | None = None,
         streaming: dict[str, Any] | None = None,
+        image_encoder: Any = None,
+        image_processor: Any = None,
     ) -> None:
         super().__init__()
         if not hasattr(transformer, "forward_chunk"):
             raise ValueError(f"{type(transformer).__name__} does not stream; load it with mla_convert's class for it")
         self.register_modules(
-            transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler
+            transformer=transformer,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            scheduler=scheduler,
+            image_encoder=image_encoder,
+            image_processor=image_processor,
         )
         self.register_to_config(prompt_format=prompt_format, sampling=sampling, streaming=streaming)
         if transformer.kernels is None:
@@ -168,6 +178,8 @@ class StreamingMLAPipeline(DiffusionPipeline):
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         start: Start | None = None,
+        image: str | Path | Image.Image | None = None,
+        last_image: None = None,
         num_inference_steps: int | None = None,
         denoising_steps: Sequence[int] | None = None,
         first_chunk_steps: Sequence[int] | None = None,
@@ -176,6 +188,7 @@ class StreamingMLAPipeline(DiffusionPipeline):
         guidance_scale: float | None = None,
         context_noise: float | None = None,
         recache: bool | None = None,
+        hold_start: bool | None = None,
         fps: float | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         seed: int | Sequence[int] = 0,
@@ -188,12 +201,12 @@ class StreamingMLAPipeline(DiffusionPipeline):
         """Chunks of frames, in the form of `StreamingPipelineOutput.frames`, the next made while one is used.
 
         Without `num_frames` or `seconds` the video never ends, or, with absolute positions, where the rotary table
-        does; lengths and sizes are those of the video, in
-        frames and pixels, and rounded up to whole latent frames. `prompt_schedule` has prompts by the
-        second from which on, at the next border of chunks, they are told to every item; with `recache` the
-        cached window is then computed again. `start` is a clean
-        beginning: latents `[C, F, h, w]`, pictures or a file of them. `generator` or `seed` for each item
-        of a batch makes it the video that it is alone. `ahead` chunks are made in advance by a thread,
+        does; lengths and sizes are those of the video, in frames and pixels, and rounded up to whole latent frames.
+        `prompt_schedule` has prompts by the second from which on, at the next border of chunks, they are told to
+        every item; with `recache` the cached window is then computed again. `start` is a clean beginning: latents
+        `[C, F, h, w]`, pictures or a file of them, which with `hold_start` may end inside a chunk. An `image` is what a
+        model with channels for one is conditioned on, for every item; `last_image` is refused. `generator` or `seed`
+        for each item of a batch makes it the video that it is alone. `ahead` chunks are made in advance by a thread,
         which then also calls `callback_on_step_end(pipe, step, timestep, {"latents": ...})`; 0 for none.
         Everything that is left out is what the model was trained for. Raises UserError in one line.
         """
@@ -207,6 +220,7 @@ class StreamingMLAPipeline(DiffusionPipeline):
             "negative_prompt": negative_prompt,
             "context_noise": context_noise,
             "recache": recache,
+            "hold_start": hold_start,
             "fps": fps,
         }
         config = self._settings(asked)
@@ -216,7 +230,10 @@ class StreamingMLAPipeline(DiffusionPipeline):
             raise UsageError("the model makes latents and this pipeline has no vae; pass one, or output_type='latent'")
         if not self.pixels and self.vae is not None:
             check_vae(self.vae, self.transformer.config, "the pipeline's vae", "pass the model's own")
-        size = self._latent_size(height, width, config)
+        if last_image is not None:
+            raise UsageError("last_image ends a video that is made at once; one that is streamed goes on, leave it out")
+        check_image(self.transformer.config, image, "image=", "start=")
+        size = self._latent_size(height, width)
         frames = self._latent_frames(num_frames, seconds, config["fps"])
         video_end(self.transformer.causal, self.transformer.rotary_table().max_len, frames)
         texts = self._texts(prompt, prompt_embeds, max_sequence_length)
@@ -228,11 +245,14 @@ class StreamingMLAPipeline(DiffusionPipeline):
         negative, away = negative_prompt_embeds, config.pop("negative_prompt")
         if negative is None and config["guidance_scale"] != 1 and (away or self._reads_empty_prompts()):
             negative = self.encode_prompt(away or "", max_sequence_length)
+        if negative is None and config["guidance_scale"] != 1 and not self.digits:
+            raise UsageError("guidance needs a negative prompt; pass negative_prompt_embeds, or guidance_scale=1")
         settings = {
             **{key: value for key, value in config.items() if key != "fps"},
             "seed": seed if generator is None else generator,
             "negative_hidden_states": negative,
             "start": self._start(start, size),
+            "conditions": self._conditions(image, frames, size),
             "prompt_at": PromptSchedule(embedded, config["fps"], self.vae_scale[0]) if embedded else None,
             "device": self._execution_device,
         }
@@ -351,7 +371,7 @@ class StreamingMLAPipeline(DiffusionPipeline):
                 raise UsageError(f"{key} is more than 0, not {values[key]}")
         return values
 
-    def _latent_size(self, height: int | None, width: int | None, config: Mapping[str, Any]) -> tuple[int, int]:
+    def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         spatial = self.vae_scale[1]
         known = self.config.sampling or {}
         default = (FRAME, FRAME) if self.digits else latent_scale(self.transformer.config).size
@@ -392,9 +412,26 @@ class StreamingMLAPipeline(DiffusionPipeline):
         pictures = [start] if isinstance(start, Image.Image) else start
         source = Path(pictures) if isinstance(pictures, str) else pictures
         device = self._execution_device
-        latents = read_start(source, self.transformer.config.in_channels, *size, None if self.pixels else self.vae)
+        latents = read_start(source, self.transformer.noise_channels, *size, None if self.pixels else self.vae)
         self._send_back_vae()
         return latents.unsqueeze(0).to(device)
+
+    def _conditions(
+        self, image: str | Path | Image.Image | None, frames: int | None, size: tuple[int, int]
+    ) -> dict[str, Any] | None:
+        if image is None:
+            return None
+        if self.vae is None:
+            raise UsageError("this pipeline has no vae, which encodes the image; pass one")
+        picture, config = read_image(Path(image) if isinstance(image, str) else image), self.transformer.config
+        tokens = None
+        if reads_tokens(config):
+            if self.image_encoder is None or self.image_processor is None:
+                raise UsageError("this pipeline has no image_encoder and image_processor for the image; pass them")
+            tokens = encode_image(self.image_processor, self.image_encoder, picture)
+        conditions = image_conditions(config, picture, self.vae, *size, frames, tokens)
+        self._send_back_vae()
+        return conditions
 
 
 def _given(chunks: Generator[Tensor], output_type: OutputType) -> Iterator[Frames]:

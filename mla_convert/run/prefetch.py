@@ -91,7 +91,7 @@ class FrameWriter:
     """
 
     def __init__(self, path: Path, fps: float, min_pixels: int = MIN_PIXELS) -> None:
-        self.path, self.frames = path, 0
+        self.path, self.frames, self._ended = path, 0, False
         self._channel: _Channel[Frames] = _Channel(WAITING)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._write, args=(fps, min_pixels), name="frames", daemon=True)
@@ -100,19 +100,26 @@ class FrameWriter:
     def _write(self, fps: float, min_pixels: int) -> None:
         try:
             save_video(self._channel, self.path, fps, min_pixels)
+        except _Aborted:
+            pass
         except BaseException as error:
             self._error = error
         finally:
             self._channel.closed.set()
 
     def put(self, frames: Frames) -> None:
-        """Hand over frames `[F, H, W, 3]`; waits while two chunks are not written yet."""
-        if not self._channel.put(frames):
+        """Hand over frames `[F, H, W, 3]`; waits while two chunks are not written yet.
+
+        Raises ValueError after `end`, `close` or `abort`.
+        """
+        if self._ended or not self._channel.put(frames):
             self._raise()
+            raise ValueError(f"{self.path} has ended and takes no more frames")
         self.frames += len(frames)
 
     def end(self) -> None:
         """Say that no more frames come: the file appears by itself, and `abort` no longer stops it."""
+        self._ended = True
         self._channel.put(_End())
 
     def close(self) -> None:
@@ -123,6 +130,7 @@ class FrameWriter:
 
     def abort(self) -> None:
         """Give up what was written so far."""
+        self._ended = True
         self._channel.put(_End(_Aborted()))
         self._thread.join()
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..distill.negative import EMBEDS_KEY, NEGATIVE
 from ..errors import UsageError, UserError
 from ..export.components import TRAINED_FOR
+from ..families.base import noise_channels
 from ..mla.window import CausalConfig
 from ..zoo.digits.data import FRAME, GUIDANCE, SHIFT, TEXT_DIM, parse_prompt
 from .config import GenerateConfig
@@ -50,17 +51,12 @@ def prompt_encoder(config: Any) -> str | None:
 
 def latent_scale(config: Any) -> LatentScale:
     """The scale of a transformer's latents, which its channels tell; pixels are latents of scale 1."""
-    return _BY_CHANNELS.get(_channels(config), WAN21)
-
-
-def _channels(config: Any) -> int:
-    channels: int = config.get("out_channels") or config.get("in_channels") or 16
-    return channels
+    return _BY_CHANNELS.get(noise_channels(config), WAN21)
 
 
 def check_vae(vae: Any, config: Any, name: str, remedy: str) -> None:
     """Raise UserError unless a VAE has the latents of a transformer; `name` and `remedy` are for the message."""
-    channels, wanted, found = _channels(config), latent_scale(config), vae.config
+    channels, wanted, found = noise_channels(config), latent_scale(config), vae.config
     if found.z_dim != channels:
         raise UserError(f"{name} has latents of {found.z_dim} channels, the model makes {channels}; {remedy}")
     temporal, spatial = found.scale_factor_temporal, found.scale_factor_spatial
@@ -160,7 +156,7 @@ def rollout(
     shape = (model[0] if isinstance(model, Sequence) else model).config
     height, width = latent_size(shape, config)
     if start is None and config.start is not None:
-        start = read_start(Path(config.start), shape["in_channels"], height, width).unsqueeze(0)
+        start = read_start(Path(config.start), noise_channels(shape), height, width).unsqueeze(0)
     done = 0
     for chunk in stream_chunks(
         model,
@@ -168,16 +164,11 @@ def rollout(
         None if endless else config.num_frames,
         height,
         width,
-        num_inference_steps=config.num_inference_steps,
-        shift=config.shift,
-        context_noise=config.context_noise,
         seed=config.seed if seed is None else seed,
-        guidance_scale=config.guidance_scale,
         start=start,
-        sampler=config.sampler,
-        denoising_steps=config.denoising_steps,
-        first_chunk_steps=config.first_chunk_steps,
         recache=config.recache,
+        hold_start=config.hold_start,
+        **config.sampling(),
         **more,
     ):
         done += chunk.shape[2]

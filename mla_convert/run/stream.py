@@ -5,14 +5,15 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..flow import NUM_TRAIN_TIMESTEPS, Sampler, add_noise, denoising_times, expert_at, next_sample, sampling_times
+from ..flow import NUM_TRAIN_TIMESTEPS, Sampler, add_noise, expert_at, guided, next_sample, sampling_times
+from ..mla.conditions import Conditions, Given, placed
 from ..mla.graph import denoiser
 from ..mla.window import CausalConfig
 
@@ -37,11 +38,13 @@ def stream_chunks(
     negative_hidden_states: Tensor | None = None,
     start: Tensor | None = None,
     *,
+    conditions: Given | None = None,
     sampler: Sampler = "euler",
     denoising_steps: Sequence[float] | None = None,
     first_chunk_steps: Sequence[float] | None = None,
     prompt_at: PromptAt | None = None,
     recache: bool = False,
+    hold_start: bool = False,
     on_step: OnStep | None = None,
     device: torch.device | None = None,
 ) -> Iterator[Tensor]:
@@ -69,7 +72,12 @@ def stream_chunks(
     `start` `[B or 1, C, F0, H, W]` is a clean beginning: its chunks are written to the cache and
     yielded instead of being denoised. Their noise is drawn all the same, so that a rollout which
     starts with the first chunks of another goes on like it. Raises UsageError where `start` does not
-    end with a chunk.
+    end with a chunk, unless with `hold_start`: its frames in that chunk are then held clean, at noise level 0, while
+    the others are denoised beside them, as models are trained whose image is a part of the first chunk.
+
+    `conditions` are what the model is conditioned on beside text, by name, see `Conditions`: tensors for the whole
+    video, or for those by frames functions of (first, stop). Passes with the negative prompt are told them too. An
+    image-to-video model needs those of its image. Raises UsageError without, before anything is computed.
 
     `prompt_at` is asked before every chunk, with the number of its first frame, for another text
     `[B or 1, L, D]`; None keeps the one before. No text is cached, so what was made before is untouched.
@@ -77,22 +85,21 @@ def stream_chunks(
     returns replaces. `device` is where the model computes, where hooks move its weights there and back.
     """
     models = list(model) if isinstance(model, Sequence) else [model]
-    batch, channels = encoder_hidden_states.shape[0], models[0].config.in_channels
+    batch, channels = encoder_hidden_states.shape[0], models[0].noise_channels
     causal = models[0].causal
     end = video_end(causal, models[0].rotary_table().max_len, num_frames, 0 if start is None else start.shape[2])
+    told = Conditions(models, conditions, batch, end, (height, width))
     experts = [
         _Expert(one, encoder_hidden_states, negative_hidden_states, guidance_scale, height, width, device)
         for one in models
     ]
     device = experts[0].device
     if start is not None:
-        check_start(start, causal, end, (channels, height, width))
+        check_start(start, causal, end, (channels, height, width), whole_chunks=not hold_start)
         start = start.to(device, torch.float32).expand(batch, -1, -1, -1, -1)
     generators = _generators(seed, batch)
-    times = sampling_times(num_inference_steps, shift)
-    if denoising_steps is not None:
-        times = denoising_times(denoising_steps, shift)
-    opening = times if first_chunk_steps is None else denoising_times(first_chunk_steps, shift)
+    times = sampling_times(num_inference_steps, shift, denoising_steps)
+    opening = times if first_chunk_steps is None else sampling_times(num_inference_steps, shift, first_chunk_steps)
     t_context = torch.full((batch,), float(context_noise), device=device)
     recent = RecentChunks() if recache and prompt_at is not None else None
     check_rewinds(recache, [expert.cache for expert in experts])
@@ -105,8 +112,12 @@ def stream_chunks(
                 expert.set_text(text)
                 if recent is not None:
                     expert.rewrite(recent, t_context)
-        given = start is not None and stop <= start.shape[2]
-        x = _noise(shape, generators).to(device)
+        now = told.at(first, stop)
+        for expert in experts:
+            expert.set_conditions(now)
+        held = None if start is None or start.shape[2] <= first else start[:, :, first:stop]
+        given = held is not None and held.shape[2] == stop - first
+        x = _with_held(_noise(shape, generators).to(device), held)
         with torch.no_grad():
             for index, (t, t_next) in enumerate(itertools.pairwise(times if first > 0 else opening)):
                 noise = _noise(shape, generators).to(device) if sampler == "renoise" and t_next > 0 else None
@@ -114,13 +125,10 @@ def stream_chunks(
                     continue
                 target = t_next if sampler == "euler" else times[-1]
                 used = _expert_for(experts, float(t))
-                v = used.velocity(x, float(t), float(target))
-                x = next_sample(x, v, t, t_next, noise)
+                v = used.velocity(x, float(t), float(target), 0 if held is None else held.shape[2])
+                x = _with_held(next_sample(x, v, t, t_next, noise), held)
                 changed = None if on_step is None else on_step(first, index, float(t), x)
                 x = x if changed is None else changed
-            if given:
-                assert start is not None
-                x = start[:, :, first:stop]
             context = x
             if context_noise > 0:
                 context = add_noise(x, _noise(shape, generators).to(device), t_context)
@@ -130,24 +138,24 @@ def stream_chunks(
                 expert.write(context, t_context)
             used = writers[-1]
             if recent is not None:
-                recent.add(first, context, causal.first_kept(stop))
+                recent.add(first, context, causal.first_kept(stop), now)
         yield x
     if end != num_frames:
         logger.warning("%s", end_notice(causal, "the video", end))
 
 
 class RecentChunks:
-    """The chunks `[B, C, F, H, W]` that a ring still holds whole, as they were written, by their first frame."""
+    """The chunks that a ring still holds whole, as written: first frame, chunk `[B, C, F, H, W]`, conditions."""
 
     def __init__(self) -> None:
-        self._chunks: deque[tuple[int, Tensor]] = deque()
+        self._chunks: deque[tuple[int, Tensor, Mapping[str, Tensor]]] = deque()
 
-    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[int, Tensor, Mapping[str, Tensor]]]:
         return iter(self._chunks)
 
-    def add(self, first: int, written: Tensor, first_kept: int) -> None:
+    def add(self, first: int, written: Tensor, first_kept: int, conditions: Mapping[str, Tensor]) -> None:
         """Take a chunk that begins at frame `first`; let go of those that begin before `first_kept`."""
-        self._chunks.append((first, written))
+        self._chunks.append((first, written, conditions))
         while self._chunks and self._chunks[0][0] < first_kept:
             self._chunks.popleft()
 
@@ -217,7 +225,18 @@ def _noise(shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:
     return torch.cat([torch.randn((1, *shape[1:]), generator=one, device=one.device) for one in generators])
 
 
-def check_start(start: Tensor, causal: CausalConfig, num_frames: int | None, shape: tuple[int, int, int]) -> None:
+def _with_held(x: Tensor, held: Tensor | None) -> Tensor:
+    """A chunk `[B, C, F, H, W]` whose first frames are those that are `held` `[B, C, F0, H, W]`."""
+    return x if held is None else torch.cat([held, x[:, :, held.shape[2] :]], dim=2)
+
+
+def check_start(
+    start: Tensor,
+    causal: CausalConfig,
+    num_frames: int | None,
+    shape: tuple[int, int, int],
+    whole_chunks: bool = True,
+) -> None:
     """Raise UsageError unless a rollout of `shape` (C, H, W) can begin with `start` `[B, C, F0, H, W]`."""
     channels, frames, height, width = start.shape[1:]
     if (channels, height, width) != shape:
@@ -226,7 +245,7 @@ def check_start(start: Tensor, causal: CausalConfig, num_frames: int | None, sha
     ends = [stop for _, stop in causal.chunks(num_frames or frames + 4 * causal.num_frames_per_block)]
     if num_frames is not None and frames > num_frames:
         raise UsageError(f"the start has {frames} frames, more than the {num_frames} of the rollout; raise num_frames")
-    if frames not in ends:
+    if whole_chunks and frames not in ends:
         shown = ", ".join(map(str, ends[:4])) + (", ..." if len(ends) > 4 else "")
         raise UsageError(f"a start of {frames} frames does not end with a chunk; lengths that fit are {shown}")
 
@@ -249,6 +268,7 @@ class _Expert:
         self.copies = 1 if guidance_scale == 1 else 2
         self.batch, self.negative = len(text), negative
         self.set_text(text)
+        self.conditions: dict[str, Tensor] = {}
         self.cache = model.init_cache(len(self.text), height, width, device=self.device)
         self.denoise = denoiser(model, self.cache)
 
@@ -259,14 +279,24 @@ class _Expert:
             negative = torch.zeros_like(self.text) if self.negative is None else self.negative.to(self.text)
             self.text = torch.cat([self.text, negative.expand_as(self.text)])
 
-    def velocity(self, x: Tensor, t: float, r: float) -> Tensor:
-        """Velocity `[B, C, F, H, W]`, float32, at noise level t; of a flow map the mean one down to r."""
-        t_all, r_all = (torch.full((len(x),), time * NUM_TRAIN_TIMESTEPS, device=x.device) for time in (t, r))
+    def set_conditions(self, conditions: Mapping[str, Tensor]) -> None:
+        """What the passes to come are conditioned on, `[B, ...]` each; those with the negative prompt, too."""
+        self.conditions = placed([conditions] * self.copies, self.device, self.model.dtype)
+
+    def velocity(self, x: Tensor, t: float, r: float, held: int = 0) -> Tensor:
+        """Velocity `[B, C, F, H, W]`, float32, at noise level t; of a flow map the mean one down to r.
+
+        The first `held` frames are clean, and told to be.
+        """
+        size = (len(x), x.shape[2]) if held else (len(x),)
+        t_all, r_all = (torch.full(size, time * NUM_TRAIN_TIMESTEPS, device=x.device) for time in (t, r))
+        if held:
+            t_all[:, :held] = r_all[:, :held] = 0
         v = self._run(x, t_all, r_all, write=False).float().to(x.device)
         if self.copies == 1:
             return v
         v, unguided = v.chunk(2)
-        return unguided + self.guidance_scale * (v - unguided)
+        return guided(v, unguided, self.guidance_scale)
 
     def write(self, x: Tensor, t: Tensor) -> None:
         """Keep a finished chunk at noise levels `t` `[B]`; the rollout moves on."""
@@ -276,17 +306,18 @@ class _Expert:
     @torch.no_grad()
     def rewrite(self, recent: RecentChunks, t: Tensor) -> None:
         """Write the chunks that the ring holds again, for the text of now."""
-        for index, (first, written) in enumerate(recent):
+        for index, (first, written, conditions) in enumerate(recent):
             if index == 0:
                 self.cache.rewind(first)
+            self.set_conditions(conditions)
             self.write(written, t)
 
     def _run(self, x: Tensor, timestep: Tensor, r_timestep: Tensor, write: bool) -> Tensor:
         """A pass of the model, the one place where a rollout calls it."""
         model = self.model
         x = x.to(self.device, model.dtype).repeat(self.copies, 1, 1, 1, 1)
-        timestep, r_timestep = (time.to(self.device).repeat(self.copies) for time in (timestep, r_timestep))
-        conditions = {"r_timestep": r_timestep} if model.flow_map else {}
+        timestep, r_timestep = (torch.cat([time.to(self.device)] * self.copies) for time in (timestep, r_timestep))
+        conditions = {**self.conditions, **({"r_timestep": r_timestep} if model.flow_map else {})}
         if write:
             # By the call, not by `forward_chunk`: hooks that bring weights to the device see calls alone.
             out: Tensor = model(x, timestep, self.text, cache=self.cache, write=True, **conditions)

@@ -63,7 +63,7 @@ def save_teacher(model: Any, folder: Path) -> None:
     """Write a stock `WanTransformer3DModel` folder whose configuration also says how it streams (`causal`)."""
     with atomic_folder(folder) as temporary:
         model.save_pretrained(temporary)
-        config = json.loads((temporary / "config.json").read_text())
+        config = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
         config.pop("_name_or_path", None)
         write_json(temporary / "config.json", {**config, "_class_name": "WanTransformer3DModel"})
         (temporary / "diffusion_pytorch_model.safetensors").chmod(0o644)
@@ -113,7 +113,7 @@ def train(
             optimizer.load_state_dict(saved)
         first, seconds = state["step"], state["seconds"]
     options.out.mkdir(parents=True, exist_ok=True)
-    log = (options.out / "metrics.jsonl").open("a")
+    log = (options.out / "metrics.jsonl").open("a", encoding="utf-8")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, from step {first}", flush=True)
 
     started, losses = time.monotonic() - seconds, []

@@ -35,6 +35,7 @@ import sections  # noqa: E402
 import sizes  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
+import tune  # noqa: E402
 from checks import check_all, red  # noqa: E402
 from dense import TORCH, Stock  # noqa: E402
 from report import goals, table  # noqa: E402
@@ -78,6 +79,7 @@ def parse(arguments):
     parser.add_argument("--repeats", type=int, default=15, help="timed rounds")
     parser.add_argument("--budget", type=float, default=480, help="seconds for the whole command")
     parser.add_argument("--parts", nargs="*", choices=sorted(PARTS), default=list(PARTS), help="only these parts")
+    parser.add_argument("--tiles", type=Path, help="take the tiles that tune.py found fastest and wrote to this file")
     parser.add_argument("--tiny", action="store_true", help="a toy size, to see that everything runs")
     chosen = parser.parse_args(arguments)
     if torch.device(chosen.device).type == "cuda" and not torch.cuda.is_available():
@@ -131,8 +133,9 @@ def main(arguments=None, started=None):
         # The interpreter's products of bfloat16 are wrong.
         dtype, repeats, shape, wanted = torch.float32, 1, TINY, [(TINY.queries, 2, 1)]
     torch.manual_seed(0)
+    tiles = tune.use(chosen.tiles) if chosen.tiles else []
     chosen.out.mkdir(parents=True, exist_ok=True)
-    result = describe(device, dtype, shape, chosen)
+    result = {**describe(device, dtype, shape, chosen), "tiles": tiles}
     result["seconds"] = {"start": time.monotonic() - started}
 
     def save(part, found):

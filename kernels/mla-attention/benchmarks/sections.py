@@ -50,7 +50,7 @@ def ways(shape, device, dtype, run):
             found[name] = build(Latent, shape, device, dtype, rank, SHARED, path)
     for rank in (64, 192, 224):
         found[f"latent {rank}, rotated on read"] = build(Latent, shape, device, dtype, rank, 0, "expand", run=run)
-    found["latent 224, rotated on read, attend"] = build(Latent, shape, device, dtype, 224, 0, "expand")
+        found[f"latent {rank}, rotated on read, attend"] = build(Latent, shape, device, dtype, rank, 0, "expand")
     found[PAIRED] = build(Latent, shape, device, dtype, 448, 0, "expand", run=run, together=2)
     return found
 

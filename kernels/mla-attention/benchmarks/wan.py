@@ -135,7 +135,7 @@ class Dense:
         keys, values = self.keys[layer], self.values[layer]
         values[:, -new:] = value.unflatten(-1, (heads, -1))
         if self.workspace is None:
-            keys[:, -new:] = ops.qk_norm_rope(key, self.gain, EPS, self.own, heads)
+            ops.qk_norm_rope_(keys[:, -new:], key, self.gain, EPS, self.own, heads)
         else:
             keys[:, -new:] = key.unflatten(-1, (heads, -1))
             ops.qk_norm_rope_(self.workspace, keys.flatten(2), self.gain, EPS, self.window, heads)
@@ -208,7 +208,6 @@ class Latent:
         shape, rows = self.shape, self.rows[layer // self.together]
         scale, heads = shape.head_dim**-0.5, shape.heads
         own_query = ops.qk_norm_rope(query, self.gain, EPS, self.own, heads)
-        own_key = ops.qk_norm_rope(key, self.gain, EPS, self.own, heads)
         own_value = value.unflatten(-1, (heads, -1))
         history = len(self.turn)
         if self.path == "expand":
@@ -221,7 +220,8 @@ class Latent:
                 if self.keep:
                     self.expanded.add(layer)
             if not self.shared:
-                keys[:, history:], values[:, history:] = own_key, own_value
+                ops.qk_norm_rope_(keys[:, history:], key, self.gain, EPS, self.own, heads)
+                values[:, history:] = own_value
                 if self.run is not None:
                     return self.run(own_query, keys, values)
                 return ops.attend(own_query, keys, values, None, scale, 0)[0]
@@ -234,6 +234,7 @@ class Latent:
                 absorbed, pe.contiguous(), rows, None, self.slots, self.num_keys, self.turn, scale, 0
             )
             out = torch.einsum("bqhr,hvr->bqhv", mixed, up_value), lse
+        own_key = ops.qk_norm_rope(key, self.gain, EPS, self.own, heads)
         own = ops.attend(own_query, own_key, own_value, None, scale, 0)
         return ops.merge(torch.stack([out[0], own[0]]), torch.stack([out[1], own[1]]))[0]
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_case import DTYPES, EPSILON, FAMILIES, error, int32, randn, take_tiles_of
-from mla_attention import attend, attend_reference, merge, why_not_attend
+from kernel_case import DEVICE, DTYPES, EPSILON, FAMILIES, error, int32, module, randn, take_tiles_of
+from mla_attention import attend, attend_reference, attend_tiles, merge, why_not_attend
 from mla_attention._ops import ops
+from mla_attention.attend_tiles import CANDIDATES
+from mla_attention.descriptors import describable, describe
 
 
 def inputs(queries=21, keys=50, heads=3, channels=24, values=None, batch=2, dtype=torch.float32, scale=1.0):
@@ -165,3 +167,40 @@ def test_refusals():
     assert why_not_attend(384, 128) == "attend: 384 key channels a head, supported are 1 to 256"
     assert why_not_attend(160, 192) == "attend: 192 value channels a head, supported are 1 to 128"
     assert why_not_attend(160, 128, torch.bfloat16) is None
+
+
+DESCRIBED = [tiles for tiles in CANDIDATES[90] if tiles.described]
+
+
+@pytest.mark.parametrize("tiles", DESCRIBED, ids=str)
+@pytest.mark.parametrize(("count", "splits"), [(300, 1), (256, 1), (257, 2), (20, 1)])
+def test_described_tiles(tiles, count, splits, monkeypatch):
+    """By descriptors of parts of wider workspaces: whole blocks of keys, one that is not, and none that is."""
+    if DEVICE == "cuda" and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("no tensor memory accelerator")
+    take_tiles_of(90 if DEVICE == "cpu" else None, "attend", monkeypatch)
+    for family in (90, 100):
+        monkeypatch.setitem(attend_tiles.DESCRIBED, family, tiles)
+    query, key, value = inputs(queries=140, keys=330, heads=2, channels=64, dtype=torch.float16)
+    valid = key[:, :count].clone(), value[:, :count].clone()
+    expected, expected_lse = exact(query, *valid, None, 0.125)
+    key[:, count:], value[:, count:] = float("nan"), float("nan")
+    described = []
+    monkeypatch.setattr(module("attend"), "describe", lambda *given: described.append(given) or describe(*given))
+
+    out, lse = attend(query, key[:, :300], value[:, :300], int32([count]), 0.125, splits)
+
+    assert len(described) == 3
+    assert error(out, expected) <= max(1.2 * error(sdpa(query, *valid, 0.125), expected), EPSILON[torch.float16])
+    assert error(lse, expected_lse) < 1e-6
+
+
+def test_what_cannot_be_described_goes_by_pointers():
+    rows = randn(2, 80, 3, 40, dtype=torch.float16)
+    assert describable(rows) and describable(rows[:, 10:60]) and describable(rows[:, 10:60, :, :24])
+    # Rows of 16 bytes, a distance between items that is none between rows, heads outside of their rows.
+    assert not describable(rows.flatten()[1:1201].view(1, 10, 3, 40))
+    assert not describable(randn(2, 7, 3, 3, dtype=torch.float16))
+    assert not describable(rows.flatten().as_strided((2, 70, 3, 40), (8408, 120, 40, 1)))
+    assert not describable(rows.transpose(1, 2).contiguous().transpose(1, 2))
+    assert not describable(rows[:, :0])

@@ -277,3 +277,38 @@ def test_refusals():
     assert why_not_latent_attention(192, 7) == "latent_attention: 7 shared rotary channels are no pairs"
     assert why_not_latent_attention(192, 66) == "latent_attention: 66 shared rotary channels, supported are 0 to 64"
     assert why_not_latent_attention(192, 32, torch.bfloat16) is None
+
+
+DESCRIBED = [(64, 0), (64, 32), (48, 32), (128, 32)]
+
+
+@pytest.mark.parametrize(("rank", "shared"), DESCRIBED)
+@pytest.mark.parametrize(("tail", "splits"), [(3, 1), (0, 2), (20, 1)])
+def test_described_tiles(rank, shared, tail, splits, way, monkeypatch):
+    """Packed rows by descriptors, with a last block of keys that is full or is not."""
+    if way in ("gathered", "packed, 80"):
+        pytest.skip("rows of a ring are not described, and neither are tiles of 8.0")
+    if DEVICE == "cuda" and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("no tensor memory accelerator")
+    take_tiles_of(90 if DEVICE == "cpu" else None, "latent_attention", monkeypatch)
+    tiles = module("latent_tiles").Tiles(128, 64, 64, True, 4, 2, 0, True)
+    for family in (90, 100):
+        monkeypatch.setitem(module("latent_tiles").TILES, family, [(512, tiles)])
+    made = []
+    describe = module("descriptors").describe
+    monkeypatch.setattr(module("latent_attention"), "describe", lambda *given: made.append(given) or describe(*given))
+    cached = ring(rank + shared, torch.float16, tokens=32, tail=tail)
+    keys = 4 * 32
+    latent = randn(2, 12, 12, rank, dtype=torch.float16, seed=1)
+    pe = randn(2, 12, 12, shared, dtype=torch.float16, seed=2) if shared else None
+    turn = unit_rotations(keys, shared // 2) if shared else None
+    given = (cached.rows, None, cached.slots, cached.num_keys, turn, 0.1)
+
+    out, lse = latent_attention(latent, pe, *given, splits)
+
+    wide = (latent.double(), None if pe is None else pe.double(), cached.rows.double(), *given[1:])
+    expected, expected_lse = latent_attention_reference(*wide)
+    plain, _ = latent_attention_reference(latent, pe, *given)
+    assert len(made) == (4 if shared else 2)
+    assert error(out, expected) <= max(1.2 * error(plain, expected), EPSILON[torch.float16])
+    assert error(lse, expected_lse) < 1e-4

@@ -16,7 +16,8 @@ class EncodeConfig:
 
     Of every video the first `frames` at `fps` a second, `height` x `width` pixels, are encoded;
     `batch_size` at once, `shard_size` in a file. The text encoder runs in `dtype`, and everything is
-    stored in it; the VAE runs in float32. The embedding of `negative_prompt` is written beside them.
+    stored in it; the VAE runs in float32. `latents` are stored `normalised`, as a transformer takes them, or `raw`,
+    as the VAE gives them. The embedding of `negative_prompt` is written beside them.
     """
 
     model: str
@@ -29,6 +30,7 @@ class EncodeConfig:
     batch_size: int = 1
     shard_size: int = 64
     negative_prompt: str = WAN_NEGATIVE_PROMPT
+    latents: Literal["normalised", "raw"] = "normalised"
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -1,6 +1,6 @@
-"""The VAE and the text encoder of a Wan pipeline, one in memory at a time.
+"""The VAE, the text encoder and the image encoder of a Wan pipeline, one in memory at a time.
 
-Both follow diffusers' WanPipeline: prompts are cleaned and padded by its own method, latents are the
+They follow diffusers' WanPipeline: prompts are cleaned and padded by its own method, latents are the
 mode of the VAE's distribution, standardised by the mean and standard deviation of its configuration.
 """
 
@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ...devices import bring_weights
 from ...errors import UsageError, UserError
 from ...load.hub import download
+from ..normalisation import Scale
 
 TEXT_TOKENS = 512
 VAE, TEXT_ENCODER, TOKENIZER = "vae", "text_encoder", "tokenizer"
+IMAGE_ENCODER, IMAGE_PROCESSOR = "image_encoder", "image_processor"
 # Every Wan transformer works on patches of 2x2 latent pixels.
 PATCH = 2
 
@@ -100,6 +103,30 @@ def text_encoder(folder: Path, dtype: torch.dtype, device: torch.device) -> Iter
         _free(encoder)
 
 
+@torch.no_grad()
+def encode_image(processor: Any, encoder: Any, image: Image.Image) -> Tensor:
+    """Tokens `[1, 257, D]` of an image: the last hidden states of a CLIP encoder but one, as Wan2.1 reads them."""
+    bring_weights(encoder)
+    inputs = processor(images=image, return_tensors="pt")
+    pixels = inputs["pixel_values"].to(encoder.device, encoder.dtype)
+    tokens: Tensor = encoder(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
+    return tokens
+
+
+@contextlib.contextmanager
+def image_encoder(folder: Path, device: torch.device) -> Iterator[Callable[[Image.Image], Tensor]]:
+    """A function from an image to its tokens `[1, 257, D]`, float32 on the CPU; freed at the end."""
+    from transformers import CLIPImageProcessor, CLIPVisionModel
+
+    with _explained(folder):
+        processor = CLIPImageProcessor.from_pretrained(folder / IMAGE_PROCESSOR)
+        encoder = CLIPVisionModel.from_pretrained(folder / IMAGE_ENCODER, dtype=torch.float32).to(device).eval()
+    try:
+        yield lambda image: encode_image(processor, encoder, image).cpu()
+    finally:
+        _free(encoder)
+
+
 def load_vae(folder: Path, device: torch.device | str = "cpu") -> Any:
     """The VAE of a pipeline, in float32, as diffusers advises for Wan. Raises UserError."""
     from diffusers import AutoencoderKLWan
@@ -109,30 +136,46 @@ def load_vae(folder: Path, device: torch.device | str = "cpu") -> Any:
     return vae.to(device).eval()
 
 
-def encode_pixels(vae: Any, pixels: Tensor) -> Tensor:
-    """Latents `[B, C, f, h, w]` as a transformer takes them, of pixels `[B, 3, F, H, W]` in [-1, 1]."""
+def encode_pixels(vae: Any, pixels: Tensor, raw: bool = False) -> Tensor:
+    """Latents `[B, C, f, h, w]` as a transformer takes them, of pixels `[B, 3, F, H, W]` in [-1, 1].
+
+    `raw` ones are as the VAE gives them, not normalised. Float32.
+    """
     bring_weights(vae)
     mean, std = (
         torch.tensor(vae.config[key], device=vae.device).view(1, -1, 1, 1, 1) for key in ("latents_mean", "latents_std")
     )
     # The same algorithm at every call, so that a resumed run gives the same bytes.
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
-        mode = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
+        mode: Tensor = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
+    if raw:
+        return mode
     latents: Tensor = (mode - mean) * (1.0 / std)
     return latents
 
 
 @contextlib.contextmanager
-def video_encoder(folder: Path, device: torch.device) -> Iterator[Callable[[Tensor], Tensor]]:
+def video_encoder(folder: Path, device: torch.device, raw: bool = False) -> Iterator[Callable[[Tensor], Tensor]]:
     """A function from pixels `[B, 3, F, H, W]` in [-1, 1] to latents `[B, C, f, h, w]`; both float32 on the CPU.
 
-    The VAE computes in float32, and is freed at the end.
+    The latents are normalised or `raw`. The VAE computes in float32, and is freed at the end.
     """
     vae = load_vae(folder, device)
     try:
-        yield lambda pixels: encode_pixels(vae, pixels).cpu()
+        yield lambda pixels: encode_pixels(vae, pixels, raw).cpu()
     finally:
         _free(vae)
+
+
+def latents_scale(folder: Path) -> Scale:
+    """The statistics by which the latents of a pipeline's VAE are normalised. Raises UserError."""
+    config = _config(folder, VAE)
+    try:
+        return Scale(tuple(config["latents_mean"]), tuple(config["latents_std"]))
+    except KeyError as error:
+        raise UserError(
+            f"{folder / VAE}/config.json has no {error.args[0]}; give a pipeline whose VAE is Wan's"
+        ) from None
 
 
 def _config(folder: Path, part: str) -> dict[str, Any]:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ...errors import UsageError, UserError
-from ...files import claim_folder, explain_os_errors, write_json
+from ...files import claim_folder, locked_folder, write_json
 
 PLAN, WORK = "encode.json", ".encode"
 FORMAT = 1
@@ -38,26 +36,17 @@ def claimed(out: Path, plan: dict[str, Any], resume: bool) -> Iterator[None]:
         _require_same(out, plan)
         if not resume:
             raise UserError(f"{out} was encoded or begun before; go on with --resume or give another --out")
-    with explain_os_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        handle = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is working in {out}; wait for it or give another --out") from None
+    with locked_folder(out):
         for leftover in (*out.glob(".*.tmp"), *out.glob(f"{WORK}/.*.tmp")):
             leftover.unlink()
         write_json(out / PLAN, plan)
         yield
         shutil.rmtree(out / WORK, ignore_errors=True)
-    finally:
-        os.close(handle)
 
 
 def _require_same(out: Path, plan: dict[str, Any]) -> None:
     try:
-        recorded = json.loads((out / PLAN).read_text())
+        recorded = json.loads((out / PLAN).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise UserError(f"{out / PLAN} cannot be read; encode again into another folder") from None
     for key in (*plan, *recorded):

@@ -45,7 +45,11 @@ def encode_videos(
     folder, commit = find_pipeline(config.model, config.revision, config_only=True)
     check_model(folder, videos=True)
     check_size(folder, config.frames, config.height, config.width)
-    plan = make_plan("videos", {**asdict(config), "revision": commit}, [*(e[:2] for e in entries), *without])
+    settings = {**asdict(config), "revision": commit}
+    if config.latents == "normalised":
+        # A folder that was begun before there was a choice can be gone on with.
+        del settings["latents"]
+    plan = make_plan("videos", settings, [*(e[:2] for e in entries), *without])
     size = config.shard_size
     shards = [
         Shard(out / shard_name(number), entries[first : first + size], first)
@@ -75,6 +79,7 @@ def encode_videos(
         "latents": list(example["latents"].shape),
         "text": list(example["encoder_hidden_states"].shape),
         "dtype": config.dtype,
+        "stored": config.latents,
         "seconds": round(time.monotonic() - started, 3),
     }
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ..latents import Clip, read_notes, write_shard
+from ..normalisation import notes_of
 from ..progress import Report
 from .config import EncodeConfig
 from .frames import UnusableVideo, ahead, read_frames, to_pixels
-from .models import video_encoder
+from .models import latents_scale, video_encoder
 from .plan import WORK
 from .sources import Entry, Skipped
 from .text import Embeddings, read_ragged, write_embeddings
@@ -55,9 +56,10 @@ def write_video_shards(
     if not shards:
         return
     total, done = sum(len(shard.entries) for shard in shards), 0
-    with video_encoder(folder, device) as encode:
+    raw = config.latents == "raw"
+    with video_encoder(folder, device, raw) as encode:
         for shard in shards:
-            notes: dict[str, str] = {}
+            notes = notes_of(raw, latents_scale(folder))
 
             def advance(count: int) -> None:
                 nonlocal done

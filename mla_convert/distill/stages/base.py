@@ -98,6 +98,16 @@ class StageConfig(BaseModel):
         return False
 
     @property
+    def needs_negative(self) -> bool:
+        """Whether the losses or the preview do."""
+        return self.reads_negative or (self.preview is not None and self.preview.guidance_scale != 1)
+
+    @property
+    def noise_levels(self) -> tuple[float, ...] | None:
+        """The only noise levels in (0, 1] at which the student is trained, and then measured; None for all."""
+        return None
+
+    @property
     def rolls_out(self) -> bool:
         """Whether the student makes its clips itself, with a cache."""
         return False
@@ -159,7 +169,7 @@ class Stage(ABC, Generic[Config]):
     places them, in evaluation mode and without gradients. Two of them it makes itself from the student:
     `average` has the averaged weights of `ema_decay`, `start` the weights that the stage began with.
     A stage with a `second` network finds that in `models` too. `negative` `[L, D]` is the negative prompt of the
-    data, which the trainer sets for a configuration that `reads_negative`; None is zeros.
+    data, which the trainer sets for a configuration that `needs_negative`; None is zeros.
     """
 
     name: ClassVar[str]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from ...errors import UserError
-from ...flow import ALL_NOISE, check_steps
+from ...flow import ALL_NOISE, guided
+from ...sampling import DenoisingSteps
 from ..objective import NoisedClips, predict_velocity
 from .base import StageConfig
 
@@ -24,16 +25,11 @@ class GuidedStageConfig(StageConfig):
 
     timestep_shift: float = Field(5.0, gt=0)
     guidance_scale: float = Field(3.0, ge=0)
-    denoising_steps: tuple[int, ...] | None = None
+    denoising_steps: DenoisingSteps | None = None
 
     @property
     def reads_negative(self) -> bool:
         return self.guidance_scale != 1
-
-    @field_validator("denoising_steps")
-    @classmethod
-    def _steps_fall(cls, steps: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        return check_steps(steps)
 
 
 def negative_text(negative: Tensor | None, text: Tensor) -> Tensor:
@@ -47,7 +43,7 @@ def guided_velocity(model: Any, clips: NoisedClips, negative: Tensor, scale: flo
     if scale == 1:
         return v
     unguided = predict_velocity(model, clips._replace(text=negative))
-    return unguided + scale * (v - unguided)
+    return guided(v, unguided, scale)
 
 
 def check_few_step(stage: str, student: Any) -> None:

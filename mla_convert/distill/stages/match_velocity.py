@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ...flow import velocity_error
+from ...flow import noise_levels, velocity_error
+from ...sampling import DenoisingSteps
 from ..data import Batch
 from ..objective import predict_velocity
 from .base import Models, Stage
@@ -23,11 +24,18 @@ from .noised import NoisedStageConfig, noised_batch
 class MatchVelocityConfig(NoisedStageConfig):
     """Keys of `match_velocity`, beside those of stages on noised data.
 
-    `teacher_weight` is the share of the teacher's velocity in the loss, the rest is the data's own.
+    `teacher_weight` is the share of the teacher's velocity in the loss, the rest is the data's own. A teacher of few
+    steps knows nothing but its own `denoising_steps`, falling noise levels out of 1000 before the shift (Self-Forcing,
+    Causal-Forcing, LongLive): with them those are the only ones that come up, in the held-out loss of the stage too.
     """
 
     stage: Literal["match_velocity"] = "match_velocity"
     teacher_weight: float = Field(1.0, ge=0, le=1)
+    denoising_steps: DenoisingSteps | None = None
+
+    @property
+    def noise_levels(self) -> tuple[float, ...] | None:
+        return noise_levels(self.denoising_steps, self.timestep_shift)
 
 
 class MatchVelocity(Stage[MatchVelocityConfig]):

@@ -56,5 +56,6 @@ def noised_batch(
         clean_history=config.context == "clean",
         context_noise=config.context_noise,
         noise_range=model.noise_range,
+        levels=config.noise_levels,
         flow_map=model.flow_map,
     )

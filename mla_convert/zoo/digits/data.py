@@ -82,11 +82,6 @@ def prompt_of(embedding: Tensor) -> Prompt:
     return Prompt(int(embedding[0, :10].argmax()), row, column, direction)
 
 
-def null_embedding() -> Tensor:
-    """The empty prompt, for classifier-free guidance."""
-    return torch.zeros(TEXT_TOKENS, TEXT_DIM)
-
-
 def _bounce(cells: np.ndarray) -> np.ndarray:
     """Reflect unbounded cell numbers into `[0, CELLS)`."""
     period = 2 * (CELLS - 1)

@@ -1,6 +1,6 @@
 """Write natural clips for training: `python -m mla_convert.zoo.natural.data --out data/natural`.
 
-The folder is one that a recipe reads with `data: {kind: latents, folder: data/natural, heldout: 128}`:
+The folder is one that a recipe reads with `data: {kind: latents, folder: data/natural, heldout: 128, split: last}`:
 the held-out clips, all from a video that is not trained on, are its last ones.
 """
 
@@ -57,7 +57,7 @@ def main() -> None:
     size = sum(path.stat().st_size for path in shards)
     print(
         f"{args.train} clips of {CLIP_FRAMES} frames of {FRAME}x{FRAME} and {args.heldout} held-out ones, "
-        f"{size / 2**20:.0f} MiB in {args.out}; read them with heldout: {args.heldout}"
+        f"{size / 2**20:.0f} MiB in {args.out}; read them with heldout: {args.heldout} and split: last"
     )
 
 

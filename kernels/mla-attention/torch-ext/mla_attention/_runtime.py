@@ -43,6 +43,8 @@ class Plan(NamedTuple):
     num_stages: int
     max_registers: int = 0
     """Registers of a thread that the compiler may take, 0 for as many as there are."""
+    described: bool = False
+    """Whether full tiles are copied by descriptors, which the launcher makes."""
 
     def options(self) -> dict[str, Any]:
         """The compiler's options; products and sums are fused into one rounding whatever Triton's default is."""

@@ -22,18 +22,19 @@ from ._runtime import (
     check_tensor,
     jit,
     launch,
-    power_of_two,
     refuse,
     require,
-    tile_family,
     tl,
 )
+from .attend_tiles import tiles
+from .descriptors import describable, describe
 from .merge import launch_merge
 from .splits import multiprocessors, split_count
 
 MAX_CHANNELS = 256
 MAX_VALUE_CHANNELS = 128
 MAX_SPLITS = 64
+TILES = ("query_tiles", "key_tiles", "value_tiles")
 
 
 @jit
@@ -51,43 +52,78 @@ def _load(pointers, offsets, live, start, SIZE: tl.constexpr, BLOCK: tl.constexp
 
 
 @jit
-def _attend_block(
-    q1, q2, acc1, acc2, total, top, keys, values, key_offsets, value_offsets, live, scale_log2,
-    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, V: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+def _logits(
+    q1, q2, pointers, offsets, tiles, row, column, live,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax; `top` is in units of log2."""
-    logits = tl.dot(q1, _load(keys, key_offsets, live, 0, D, D1, MASKED).T, input_precision=PRECISION)
-    if D2 > 0:
-        k2 = _load(keys, key_offsets, live, D1, D, D2, MASKED)
-        logits = tl.dot(q2, k2.T, logits, input_precision=PRECISION)
+    """Logits of a block of keys, by `tiles`, a descriptor, or by pointers; -inf where MASKED and not `live`."""
+    if tiles is not None:
+        found = tl.dot(q1, tiles.load([row, column]).T, input_precision=PRECISION)
+    else:
+        found = tl.dot(q1, _load(pointers, offsets, live, 0, D, D1, MASKED).T, input_precision=PRECISION)
+        if D2 > 0:
+            k2 = _load(pointers, offsets, live, D1, D, D2, MASKED)
+            found = tl.dot(q2, k2.T, found, input_precision=PRECISION)
     if MASKED:
-        logits = tl.where(live[None, :], logits, float("-inf"))
+        found = tl.where(live[None, :], found, float("-inf"))
+    return found
+
+
+@jit
+def _softmax(logits, total, top, scale_log2):
+    """One step of the online softmax: weights, the sum and top of the rows, what shrinks older sums."""
     # One multiplication and subtraction a logit: a positive scale goes past the maximum.
     highest = tl.maximum(top, tl.max(logits, 1) * scale_log2)
     weights = tl.exp2(logits * scale_log2 - highest[:, None])
     shrink = tl.exp2(top - highest)
-    total = total * shrink + tl.sum(weights, 1)
-    v1 = _load(values, value_offsets, live, 0, V, V1, MASKED)
+    return weights, total * shrink + tl.sum(weights, 1), highest, shrink
+
+
+@jit
+def _mix(
+    weights, acc1, acc2, pointers, offsets, tiles, row, column, live,
+    V: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`acc1` and `acc2`, with the values of a block of keys by their weights; where they come from as in `_logits`."""
+    if tiles is not None:
+        v1 = tiles.load([row, column])
+        if MASKED:
+            # Of other items, or of what was never written: NaN, perhaps.
+            v1 = tl.where(live[:, None], v1, 0.0)
+    else:
+        v1 = _load(pointers, offsets, live, 0, V, V1, MASKED)
     weights = weights.to(v1.dtype)
-    acc1 = tl.dot(weights, v1, acc1 * shrink[:, None], input_precision=PRECISION)
+    acc1 = tl.dot(weights, v1, acc1, input_precision=PRECISION)
     if V2 > 0:
-        v2 = _load(values, value_offsets, live, V1, V, V2, MASKED)
-        acc2 = tl.dot(weights, v2, acc2 * shrink[:, None], input_precision=PRECISION)
-    return acc1, acc2, total, highest
+        v2 = _load(pointers, offsets, live, V1, V, V2, MASKED)
+        acc2 = tl.dot(weights, v2, acc2, input_precision=PRECISION)
+    return acc1, acc2
+
+
+@jit
+def _queries(pointers, offsets, inside, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+    """The channels of some queries in one or two blocks, zeros for those that are not `inside`."""
+    q1 = _load(pointers, offsets, inside, 0, D, D1, True)
+    q2 = q1
+    if D2 > 0:
+        q2 = _load(pointers, offsets, inside, D1, D, D2, True)
+    return q1, q2
 
 
 @jit(do_not_specialize=["queries", "keys"])
 def _attend_kernel(
-    query, key, value, num_keys, out, lse, scale, queries, keys, heads,
+    query, key, value, query_tiles, key_tiles, value_tiles, num_keys, out, lse, scale, queries, keys, heads,
     query_b, query_q, query_h, key_b, KEY_K: tl.constexpr, key_h, value_b, VALUE_K: tl.constexpr, value_h,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, V: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, COUNTED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, COUNTED: tl.constexpr, AHEAD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of queries of a head by a split of the keys: `out` `[splits, B, Q, H, V]`, `lse` `[splits, B, H, Q]`.
 
     From key to key it is KEY_K and VALUE_K scalars, heads times channels in a workspace: known to the compiler, they
-    leave registers for blocks of 128 keys, and a model has one or two pairs of them, whatever its lengths.
+    leave registers for blocks of 128 keys, and a model has one or two pairs of them, whatever its lengths. Full tiles
+    are copied by the descriptors `query_tiles`, `key_tiles` and `value_tiles` where there are some, all channels of a
+    head at once. With AHEAD the logits of a block are multiplied before the softmax of the block in front of it.
     """
     b = (tl.program_id(1) // heads).to(tl.int64)
     h = (tl.program_id(1) % heads).to(tl.int64)
@@ -102,31 +138,85 @@ def _attend_kernel(
     q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     n = tl.arange(0, BLOCK_K)
     inside = q < queries
-    query_offsets = q.to(tl.int64) * query_q
-    queries_of_head = query + b * query_b + h * query_h
-    q1 = _load(queries_of_head, query_offsets, inside, 0, D, D1, True)
-    q2 = q1
-    if D2 > 0:
-        q2 = _load(queries_of_head, query_offsets, inside, D1, D, D2, True)
+    if query_tiles is not None:
+        # A tile that is not full ends in the queries of the next item, whose results are not stored.
+        row = (b * (query_b // query_q)).to(tl.int32) + tl.program_id(0) * BLOCK_Q
+        q1 = query_tiles.load([row, (h * query_h).to(tl.int32)])
+        q2 = q1
+    else:
+        q1, q2 = _queries(query + b * query_b + h * query_h, q.to(tl.int64) * query_q, inside, D, D1, D2)
     acc1 = tl.zeros([BLOCK_Q, V1], tl.float32)
     acc2 = tl.zeros([BLOCK_Q, V2 if V2 > 0 else 1], tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     scale_log2 = scale * 1.4426950408889634
-    keys_of_head = key + b * key_b + h * key_h + tl.cast(first, tl.int64) * KEY_K
-    values_of_head = value + b * value_b + h * value_h + tl.cast(first, tl.int64) * VALUE_K
-    for _ in range(first, whole, BLOCK_K):
-        acc1, acc2, total, top = _attend_block(
-            q1, q2, acc1, acc2, total, top, keys_of_head, values_of_head, n * KEY_K, n * VALUE_K, n >= 0, scale_log2,
-            D, D1, D2, V, V1, V2, False, PRECISION,
-        )  # fmt: skip
-        keys_of_head += BLOCK_K * KEY_K
-        values_of_head += BLOCK_K * VALUE_K
+    if key_tiles is not None:
+        key_row, key_column = (b * (key_b // KEY_K)).to(tl.int32), (h * key_h).to(tl.int32)
+        value_row, value_column = (b * (value_b // VALUE_K)).to(tl.int32), (h * value_h).to(tl.int32)
+        if AHEAD:
+            # The last full block has none behind it.
+            if first < whole:
+                logits = _logits(
+                    q1, q2, None, None, key_tiles, key_row + first, key_column, inside, D, D1, D2, False, PRECISION
+                )  # fmt: skip
+                for start in range(first, whole - BLOCK_K, BLOCK_K):
+                    coming = _logits(
+                        q1, q2, None, None, key_tiles, key_row + start + BLOCK_K, key_column, inside, D, D1, D2, False,
+                        PRECISION,
+                    )  # fmt: skip
+                    weights, total, top, shrink = _softmax(logits, total, top, scale_log2)
+                    acc1, acc2 = _mix(
+                        weights, acc1 * shrink[:, None], acc2, None, None, value_tiles, value_row + start,
+                        value_column, inside, V, V1, V2, False, PRECISION,
+                    )  # fmt: skip
+                    logits = coming
+                weights, total, top, shrink = _softmax(logits, total, top, scale_log2)
+                acc1, acc2 = _mix(
+                    weights, acc1 * shrink[:, None], acc2, None, None, value_tiles, value_row + whole - BLOCK_K,
+                    value_column, inside, V, V1, V2, False, PRECISION,
+                )  # fmt: skip
+        else:
+            for start in range(first, whole, BLOCK_K):
+                logits = _logits(
+                    q1, q2, None, None, key_tiles, key_row + start, key_column, inside, D, D1, D2, False, PRECISION
+                )  # fmt: skip
+                weights, total, top, shrink = _softmax(logits, total, top, scale_log2)
+                acc1, acc2 = _mix(
+                    weights, acc1 * shrink[:, None], acc2, None, None, value_tiles, value_row + start, value_column,
+                    inside, V, V1, V2, False, PRECISION,
+                )  # fmt: skip
+    else:
+        keys_of_head = key + b * key_b + h * key_h + tl.cast(first, tl.int64) * KEY_K
+        values_of_head = value + b * value_b + h * value_h + tl.cast(first, tl.int64) * VALUE_K
+        for _ in range(first, whole, BLOCK_K):
+            logits = _logits(
+                q1, q2, keys_of_head, n * KEY_K, None, 0, 0, inside, D, D1, D2, False, PRECISION
+            )  # fmt: skip
+            weights, total, top, shrink = _softmax(logits, total, top, scale_log2)
+            acc1, acc2 = _mix(
+                weights, acc1 * shrink[:, None], acc2 * shrink[:, None], values_of_head, n * VALUE_K, None, 0, 0,
+                inside, V, V1, V2, False, PRECISION,
+            )  # fmt: skip
+            keys_of_head += BLOCK_K * KEY_K
+            values_of_head += BLOCK_K * VALUE_K
     if whole < last:
-        acc1, acc2, total, top = _attend_block(
-            q1, q2, acc1, acc2, total, top, keys_of_head, values_of_head, n * KEY_K, n * VALUE_K, n < last - whole,
-            scale_log2, D, D1, D2, V, V1, V2, True, PRECISION,
-        )  # fmt: skip
+        live = n < last - whole
+        if key_tiles is not None:
+            logits = _logits(
+                q1, q2, None, None, key_tiles, key_row + whole, key_column, live, D, D1, D2, True, PRECISION
+            )  # fmt: skip
+            weights, total, top, shrink = _softmax(logits, total, top, scale_log2)
+            acc1, acc2 = _mix(
+                weights, acc1 * shrink[:, None], acc2, None, None, value_tiles, value_row + whole, value_column,
+                live, V, V1, V2, True, PRECISION,
+            )  # fmt: skip
+        else:
+            logits = _logits(q1, q2, keys_of_head, n * KEY_K, None, 0, 0, live, D, D1, D2, True, PRECISION)
+            weights, total, top, shrink = _softmax(logits, total, top, scale_log2)
+            acc1, acc2 = _mix(
+                weights, acc1 * shrink[:, None], acc2 * shrink[:, None], values_of_head, n * VALUE_K, None, 0, 0,
+                live, V, V1, V2, True, PRECISION,
+            )  # fmt: skip
 
     # Without keys the sums are 0 and so is the output.
     total_or_one = tl.where(total > 0, total, 1.0)
@@ -192,12 +282,16 @@ def why_not_attend(channels: int, value_channels: int, dtype: torch.dtype | None
 
 
 def attend_plan(
-    channels: int, value_channels: int, queries: int, dtype: torch.dtype, counted: bool, capability: int
-) -> Plan:
-    """Tiles by channels, queries, dtype and compute capability, see `_tiles`."""
+    channels: int, value_channels: int, queries: int, dtype: torch.dtype, counted: bool, capability: int,
+    describable: bool = True,
+) -> Plan:  # fmt: skip
+    """Tiles by channels, queries, dtype and compute capability, see `attend_tiles.py`.
+
+    `describable` says that descriptors of queries, keys and values can be made.
+    """
     d1, d2 = blocks(channels)
     v1, v2 = blocks(value_channels)
-    block_q, block_k, warps, stages = _tiles(max(d1 + d2, v1 + v2), queries, dtype, tile_family(capability))
+    chosen = tiles(channels, value_channels, queries, dtype, capability, describable)
     constants = {
         "D": channels,
         "D1": d1,
@@ -205,41 +299,36 @@ def attend_plan(
         "V": value_channels,
         "V1": v1,
         "V2": v2,
-        "BLOCK_Q": block_q,
-        "BLOCK_K": block_k,
+        "BLOCK_Q": chosen.block_q,
+        "BLOCK_K": chosen.block_k,
         "COUNTED": counted,
+        "AHEAD": chosen.ahead,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
     }
-    return Plan(constants, warps, stages)
-
-
-def _tiles(width: int, queries: int, dtype: torch.dtype, family: int) -> tuple[int, int, int, int]:
-    """BLOCK_Q, BLOCK_K, warps and stages by padded channels: large tiles that compile without spills."""
-    if dtype == torch.float32:
-        return min(32, max(16, power_of_two(queries))), 32 if width <= 128 else 16, 4, 1
-    if queries <= 32:
-        return max(16, power_of_two(queries)), 64 if width <= 160 else 32, 4, 2
-    if family == 80:
-        return 128, 32, 8, 3 if width <= 160 else 2
-    if width <= 128:
-        return 128, 128, 8, 3 if family == 90 else 2
-    return 128, 64, 8, 3
+    return Plan(constants, chosen.warps, chosen.stages, chosen.max_registers, chosen.described)
 
 
 def aot_variants(capability: int) -> list[Variant]:
     """Ahead-of-time compilations: heads as wide as of Wan and others, all keys or a prefix, and few queries."""
-    heads, found = 12, []
-    cases = [(channels, 4680, False) for channels in (128, 64, 96, 160, 256)]
-    for channels, queries, counted in (*cases, (128, 4680, True), (128, 32, True)):
-        types = dict.fromkeys(("query", "key", "value", "out"), "*bf16") | {"lse": "*fp32", "scale": "fp32"}
-        types |= {"num_keys": "*i32"} if counted else {}
-        plan = attend_plan(channels, 128, queries, torch.bfloat16, counted, capability)
-        fixed = {"KEY_K": heads * channels, "VALUE_K": heads * 128} | ({} if counted else {"num_keys": None})
-        plan = plan._replace(constants={**plan.constants, **fixed})
-        name = f"attend D={channels} V=128 Q={queries}" + ", a prefix" * counted
-        # The newer tensor cores take no tile of less than 64 rows.
-        found.append(Variant(name, _attend_kernel, types, plan, dot=queries >= 64))
-    return found
+    found = [aot_variant(channels, 4680, False, capability) for channels in (128, 64, 96, 160, 256)]
+    return [*found, aot_variant(128, 4680, True, capability), aot_variant(128, 32, True, capability)]
+
+
+def aot_variant(channels: int, queries: int, counted: bool, capability: int, heads: int = 12) -> Variant:
+    """One ahead-of-time compilation in bfloat16, of values of 128 channels."""
+    types = dict.fromkeys(("query", "key", "value", "out"), "*bf16") | {"lse": "*fp32", "scale": "fp32"}
+    types |= {"num_keys": "*i32"} if counted else {}
+    plan = attend_plan(channels, 128, queries, torch.bfloat16, counted, capability)
+    fixed = {"KEY_K": heads * channels, "VALUE_K": heads * 128} | ({} if counted else {"num_keys": None})
+    rows = {name: plan.constants["BLOCK_Q" if name == "query_tiles" else "BLOCK_K"] for name in TILES}
+    if plan.described:
+        types |= {name: f"tensordesc<bf16[{count}, {channels}]>" for name, count in rows.items()}
+    else:
+        fixed |= dict.fromkeys(rows)
+    plan = plan._replace(constants={**plan.constants, **fixed})
+    name = f"attend D={channels} V=128 Q={queries}" + ", a prefix" * counted
+    # The newer tensor cores take no tile of less than 64 rows.
+    return Variant(name, _attend_kernel, types, plan, dot=queries >= 64)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, num_keys: Tensor | None, scale: float, splits: int) -> None:
@@ -259,16 +348,24 @@ def _launch(
 ) -> tuple[Tensor, Tensor]:
     batch, queries, heads, channels = query.shape
     keys, value_channels = value.shape[1], value.shape[3]
-    plan = attend_plan(channels, value_channels, queries, query.dtype, num_keys is not None, capability(query.device))
-    tiles = ceil_div(queries, plan.constants["BLOCK_Q"]) * batch * heads
+    device, counted = query.device, num_keys is not None
+    plan = attend_plan(
+        channels, value_channels, queries, query.dtype, counted, capability(device),
+        all(describable(x) for x in (query, key, value)),
+    )  # fmt: skip
+    block_q, block_k = plan.constants["BLOCK_Q"], plan.constants["BLOCK_K"]
+    programs = ceil_div(queries, block_q) * batch * heads
     if splits == 0:
-        splits = split_count(tiles, ceil_div(keys, plan.constants["BLOCK_K"]), multiprocessors(query.device))
+        splits = split_count(programs, ceil_div(keys, block_k), multiprocessors(device))
     dtype = query.dtype if splits == 1 else torch.float32
-    out = torch.empty(splits, batch, queries, heads, value_channels, dtype=dtype, device=query.device)
-    lse = torch.empty(splits, batch, heads, queries, dtype=torch.float32, device=query.device)
+    out = torch.empty(splits, batch, queries, heads, value_channels, dtype=dtype, device=device)
+    lse = torch.empty(splits, batch, heads, queries, dtype=torch.float32, device=device)
+    descriptors = (None, None, None)
+    if plan.described:
+        descriptors = describe(query, block_q), describe(key, block_k), describe(value, block_k)
     launch(
-        _attend_kernel, (ceil_div(queries, plan.constants["BLOCK_Q"]), batch * heads, splits), plan, query,
-        query, key, value, num_keys, out, lse, scale, queries, keys, heads,
+        _attend_kernel, (ceil_div(queries, block_q), batch * heads, splits), plan, query,
+        query, key, value, *descriptors, num_keys, out, lse, scale, queries, keys, heads,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
     )  # fmt: skip
     return (out[0], lse[0]) if splits == 1 else launch_merge(out, lse, query.dtype)

@@ -30,6 +30,7 @@ from ._runtime import (
     tile_family,
     tl,
 )
+from .expand_tiles import TILES, Tiles
 from .pack import copy_rows
 from .quantise import GROUP, dequantise_rows
 from .ring import check_ring, ring_index, ring_strides
@@ -177,7 +178,8 @@ def why_not_expand_kv(
 def expand_plan(rank: int, channels: int, heads: int, dtype: torch.dtype, capability: int) -> Plan:
     """Tiles of keys by channels of several heads: as wide as they compile without spilled registers."""
     exact = dtype == torch.float32
-    width = 32 if exact else 128 if tile_family(capability) == 80 else 256
+    chosen = Tiles(32, 32, GROUP, 4, 1) if exact else TILES[tile_family(capability)]
+    width = chosen.width
     # The widest of the blocks that exceed the channels least.
     block_n = min((n for n in (64, 32, 16) if n <= width), key=lambda n: (ceil_div(channels, n) * n, -n))
     together = min(width // block_n, power_of_two(heads))
@@ -186,12 +188,12 @@ def expand_plan(rank: int, channels: int, heads: int, dtype: torch.dtype, capabi
         "CHANNELS": channels,
         "TILES": ceil_div(channels, block_n),
         "HEADS": together,
-        "BLOCK_M": 32 if exact else 128,
+        "BLOCK_M": chosen.block_m,
         "BLOCK_N": block_n,
-        "BLOCK_R": min(GROUP, max(16, power_of_two(rank))),
+        "BLOCK_R": min(GROUP, chosen.block_r, max(16, power_of_two(rank))),
         "PRECISION": "ieee" if exact else "tf32",
     }
-    return Plan(constants, 4 if exact or together * block_n < 128 else 8, 1 if exact else 3)
+    return Plan(constants, 4 if together * block_n < 128 else chosen.warps, chosen.stages)
 
 
 def aot_variants(capability: int) -> list[Variant]:
@@ -203,20 +205,22 @@ def aot_variants(capability: int) -> list[Variant]:
     cases = [(rank, *case, False) for rank in (448, 192, 64, 128, 200, 256, 1472) for case in whole]
     cases += [(192, *case, False) for case in parts + shared]
     cases += [(rank, *case, True) for rank in (192, 448) for case in whole + shared]
-    found = []
-    for rank, channels, heads, rotated, quantised in cases:
-        plan = expand_plan(rank, channels, heads, torch.bfloat16, capability)
-        types = {"out": "*bf16", "rows": "*i8" if quantised else "*bf16", "slots": "*i32", "num_keys": "*i32"}
-        types |= dict.fromkeys(("weight", "bias"), "*bf16")
-        optional = {"scales": ("*fp16", quantised), "rotations": ("*fp32", rotated)}
-        types |= {name: kind for name, (kind, there) in optional.items() if there}
-        fixed = {name: None for name, (_, there) in optional.items() if not there}
-        # Triton compiles a 1 in.
-        fixed |= {"heads": 1} if heads == 1 else {"copies": 1}
-        name = f"expand_kv r={rank}, {heads} x {channels} channels" + ", rotated" * rotated + ", int8" * quantised
-        plan = plan._replace(constants={**plan.constants, **fixed})
-        found.append(Variant(name, _expand_kernel, types, plan))
-    return found
+    return [aot_variant(*case, capability) for case in cases]
+
+
+def aot_variant(rank: int, channels: int, heads: int, rotated: bool, quantised: bool, capability: int) -> Variant:
+    """One ahead-of-time compilation: bfloat16 weights, rows in bfloat16 or int8."""
+    plan = expand_plan(rank, channels, heads, torch.bfloat16, capability)
+    types = {"out": "*bf16", "rows": "*i8" if quantised else "*bf16", "slots": "*i32", "num_keys": "*i32"}
+    types |= dict.fromkeys(("weight", "bias"), "*bf16")
+    optional = {"scales": ("*fp16", quantised), "rotations": ("*fp32", rotated)}
+    types |= {name: kind for name, (kind, there) in optional.items() if there}
+    fixed = {name: None for name, (_, there) in optional.items() if not there}
+    # Triton compiles a 1 in.
+    fixed |= {"heads": 1} if heads == 1 else {"copies": 1}
+    name = f"expand_kv r={rank}, {heads} x {channels} channels" + ", rotated" * rotated + ", int8" * quantised
+    plan = plan._replace(constants={**plan.constants, **fixed})
+    return Variant(name, _expand_kernel, types, plan)
 
 
 def _rotate(x: Tensor, rotations: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from ._runtime import (
     require,
     tl,
 )
+from .descriptors import describable, describe
 from .latent_tiles import MAX_RANK, latent_plan, row_widths
 from .merge import launch_merge
 from .pack import packed_rows
@@ -36,6 +37,13 @@ from .splits import multiprocessors, split_count
 
 MAX_SHARED = 64
 MAX_SPLITS = 64
+TILES = {
+    "query_tiles": ("BLOCK_M", "WIDE"),
+    "query_pe_tiles": ("BLOCK_M", "PE"),
+    "row_tiles": ("BLOCK_K", "WIDE"),
+    "pe_tiles": ("BLOCK_K", "PE"),
+}
+"""Descriptors of the kernel and the sizes of their tiles."""
 NEAR = 2**31
 """Scalars of a ring from which on offsets take 64 bits."""
 
@@ -157,9 +165,37 @@ def _latent_block(
     return mixed, total, highest
 
 
+@jit
+def _described_logits(query, pe, row_tiles, pe_tiles, row, WIDE: tl.constexpr, SHARED: tl.constexpr):
+    """Logits of the packed rows from `row` on, by descriptors of latents in one block and of shared keys behind it."""
+    # Both are waited for before the first product: a barrier between the two would end the first.
+    c = row_tiles.load([row, 0])
+    if SHARED > 0:
+        k = pe_tiles.load([row, WIDE])
+        return tl.dot(query, c.T, tl.dot(pe, k.T))
+    else:
+        return tl.dot(query, c.T)
+
+
+@jit
+def _described_mix(logits, acc, total, top, scale_log2, row_tiles, row, live, MASKED: tl.constexpr):
+    """One step of the online softmax over these rows; `top` is in units of log2."""
+    if MASKED:
+        logits = tl.where(live[None, :], logits, float("-inf"))
+    highest = tl.maximum(top, tl.max(logits, 1) * scale_log2)
+    weights = tl.exp2(logits * scale_log2 - highest[:, None])
+    shrink = tl.exp2(top - highest)
+    total = total * shrink + tl.sum(weights, 1)
+    c = row_tiles.load([row, 0])
+    if MASKED:
+        c = tl.where(live[:, None], c, 0.0)
+    return tl.dot(weights.to(c.dtype), c, acc * shrink[:, None]), total, highest
+
+
 @jit(do_not_specialize=["queries", "keys", "slots_b"])
 def _latent_kernel(
-    query, query_pe, rows, scales, slots, num_keys, rotations, out, lse, scale, queries, keys, heads, tokens,
+    query, query_pe, rows, query_tiles, query_pe_tiles, row_tiles, pe_tiles, scales, slots, num_keys, rotations,
+    out, lse, scale, queries, keys, heads, tokens,
     query_b, query_q, query_h, pe_b, pe_q, pe_h, rows_b, rows_s, rows_t, scales_b, scales_s, scales_t, slots_b,
     rotations_k,
     RANK: tl.constexpr, WIDE: tl.constexpr, COUNT: tl.constexpr, REST: tl.constexpr, BLOCKS: tl.constexpr,
@@ -170,7 +206,8 @@ def _latent_kernel(
 
     The latent is taken in BLOCKS blocks, COUNT of WIDE channels and perhaps one of REST. PACKED rows are padded to
     these, their shared keys to PE. A ring is FAR if its offsets take 64 bits. With PEELED only a last block of keys
-    that is not full is masked, by code of its own.
+    that is not full is masked, by code of its own. Packed rows of one block are copied by descriptors, the four
+    `tiles`, where there are some.
     """
     b = tl.program_id(1).to(tl.int64)
     valid = tl.minimum(tl.load(num_keys), keys)
@@ -182,44 +219,70 @@ def _latent_kernel(
     inside = m < queries * heads
     q = (m // heads).to(tl.int64)
     h = m % heads
-    source = query + b * query_b + (q * query_q + h * query_h)[:, None]
-    # Triton knows no starred expressions.
-    latent = ()
-    acc = ()
-    for i in tl.static_range(BLOCKS):
-        c = i * WIDE + tl.arange(0, WIDE if i < COUNT else REST)
-        part = tl.load(source + c[None, :], mask=_mask(inside, i * WIDE, WIDE if i < COUNT else REST, RANK), other=0.0)
-        latent = latent + (part,)  # noqa: RUF005
-        acc = acc + (tl.zeros([BLOCK_M, WIDE if i < COUNT else REST], tl.float32),)  # noqa: RUF005
-    pe = latent[0]
-    if SHARED > 0:
-        source = query_pe + b * pe_b + (q * pe_q + h * pe_h)[:, None] + tl.arange(0, PE)[None, :]
-        pe = tl.load(source, mask=_mask(inside, 0, PE, SHARED), other=0.0)
+    if row_tiles is not None:
+        row = (b * queries * heads).to(tl.int32) + tl.program_id(0) * BLOCK_M
+        described = query_tiles.load([row, 0])
+        pe = described
+        if SHARED > 0:
+            pe = query_pe_tiles.load([row, 0])
+        mixed = tl.zeros([BLOCK_M, WIDE], tl.float32)
+    else:
+        source = query + b * query_b + (q * query_q + h * query_h)[:, None]
+        # Triton knows no starred expressions.
+        latent = ()
+        acc = ()
+        for i in tl.static_range(BLOCKS):
+            c = i * WIDE + tl.arange(0, WIDE if i < COUNT else REST)
+            part = tl.load(
+                source + c[None, :], mask=_mask(inside, i * WIDE, WIDE if i < COUNT else REST, RANK), other=0.0
+            )
+            latent = latent + (part,)  # noqa: RUF005
+            acc = acc + (tl.zeros([BLOCK_M, WIDE if i < COUNT else REST], tl.float32),)  # noqa: RUF005
+        pe = latent[0]
+        if SHARED > 0:
+            source = query_pe + b * pe_b + (q * pe_q + h * pe_h)[:, None] + tl.arange(0, PE)[None, :]
+            pe = tl.load(source, mask=_mask(inside, 0, PE, SHARED), other=0.0)
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     scale_log2 = scale * 1.4426950408889634
-    rows += b * rows_b
-    if scales is not None:
-        scales += b * scales_b
-    if slots is not None:
-        slots += b * slots_b
-    ROW_RANK: tl.constexpr = COUNT * WIDE + REST if PACKED else RANK
-    ROW_SHARED: tl.constexpr = PE if PACKED else SHARED
-    stop = last
-    if PEELED:
-        stop = first + (last - first) // BLOCK_K * BLOCK_K
-    for start in range(first, stop, BLOCK_K):
-        acc, total, top = _latent_block(
-            latent, pe, acc, total, top, start, last, rows, scales, slots, rotations, tokens, scale_log2,
-            rows_s, rows_t, scales_s, scales_t, rotations_k, ROW_RANK, WIDE, COUNT, REST, BLOCKS, ROW_SHARED, PE,
-            BLOCK_M, BLOCK_K, PACKED, FAR, not PEELED, PRECISION,
-        )  # fmt: skip
-    if stop < last:
-        acc, total, top = _latent_block(
-            latent, pe, acc, total, top, stop, last, rows, scales, slots, rotations, tokens, scale_log2,
-            rows_s, rows_t, scales_s, scales_t, rotations_k, ROW_RANK, WIDE, COUNT, REST, BLOCKS, ROW_SHARED, PE,
-            BLOCK_M, BLOCK_K, PACKED, FAR, True, PRECISION,
-        )  # fmt: skip
+    if row_tiles is not None:
+        whole = first + (last - first) // BLOCK_K * BLOCK_K
+        origin = (b * keys).to(tl.int32)
+        for start in range(first, whole, BLOCK_K):
+            logits = _described_logits(described, pe, row_tiles, pe_tiles, origin + start, WIDE, SHARED)
+            mixed, total, top = _described_mix(
+                logits, mixed, total, top, scale_log2, row_tiles, origin + start, inside, False
+            )  # fmt: skip
+        if whole < last:
+            live = tl.arange(0, BLOCK_K) < last - whole
+            logits = _described_logits(described, pe, row_tiles, pe_tiles, origin + whole, WIDE, SHARED)
+            mixed, total, top = _described_mix(
+                logits, mixed, total, top, scale_log2, row_tiles, origin + whole, live, True
+            )  # fmt: skip
+        acc = (mixed,)
+    else:
+        rows += b * rows_b
+        if scales is not None:
+            scales += b * scales_b
+        if slots is not None:
+            slots += b * slots_b
+        ROW_RANK: tl.constexpr = COUNT * WIDE + REST if PACKED else RANK
+        ROW_SHARED: tl.constexpr = PE if PACKED else SHARED
+        stop = last
+        if PEELED:
+            stop = first + (last - first) // BLOCK_K * BLOCK_K
+        for start in range(first, stop, BLOCK_K):
+            acc, total, top = _latent_block(
+                latent, pe, acc, total, top, start, last, rows, scales, slots, rotations, tokens, scale_log2,
+                rows_s, rows_t, scales_s, scales_t, rotations_k, ROW_RANK, WIDE, COUNT, REST, BLOCKS, ROW_SHARED, PE,
+                BLOCK_M, BLOCK_K, PACKED, FAR, not PEELED, PRECISION,
+            )  # fmt: skip
+        if stop < last:
+            acc, total, top = _latent_block(
+                latent, pe, acc, total, top, stop, last, rows, scales, slots, rotations, tokens, scale_log2,
+                rows_s, rows_t, scales_s, scales_t, rotations_k, ROW_RANK, WIDE, COUNT, REST, BLOCKS, ROW_SHARED, PE,
+                BLOCK_M, BLOCK_K, PACKED, FAR, True, PRECISION,
+            )  # fmt: skip
 
     # Without keys the sums are 0 and so is the output.
     total_or_one = tl.where(total > 0, total, 1.0)
@@ -300,31 +363,39 @@ def why_not_latent_attention(rank: int, shared_channels: int, dtype: torch.dtype
 
 def aot_variants(capability: int) -> list[Variant]:
     """Ahead-of-time compilations: many queries, by rank and shared channels, and few, also to int8 and large rings."""
-    heads, found = 12, []
     cases = [(rank, 32, 4680, False, False) for rank in (192, 64, 96, 128, 256, 448, 512)]
     cases += [(rank, shared, 4680, False, False) for rank in (64, 192, 512) for shared in (0, 64)]
     kinds = [(False, False), (True, False), (True, True)]
     cases += [(rank, 64, queries, *kind) for rank in (192, 512) for queries in (1, 64) for kind in kinds]
-    for rank, shared, queries, quantised, far in cases:
-        plan = latent_plan(rank, shared, queries * heads, torch.bfloat16, quantised, far, capability)
-        gathered = not plan.constants["PACKED"]
-        types = dict.fromkeys(("query", "query_pe", "out"), "*bf16") | {
-            "rows": "*i8" if quantised else "*bf16",
-            "scales": "*fp16",
-            "slots": "*i32",
-            "num_keys": "*i32",
-            "rotations": "*fp32",
-            "lse": "*fp32",
-            "scale": "fp32",
-        }
-        there = {"query_pe": shared, "rotations": shared and gathered, "scales": quantised, "slots": gathered}
-        absent = {name: None for name, wanted in there.items() if not wanted}
-        types = {name: kind for name, kind in types.items() if name not in absent}
-        plan = plan._replace(constants={**plan.constants, **absent})
-        name = f"latent_attention r={rank} R={shared} Q={queries}" + ", int8" * quantised + ", far" * far
-        # The newer tensor cores take no tile of less than 64 rows.
-        found.append(Variant(name, _latent_kernel, types, plan, dot=plan.constants["BLOCK_M"] >= 64))
-    return found
+    return [aot_variant(*case, capability) for case in cases]
+
+
+def aot_variant(rank: int, shared: int, queries: int, quantised: bool, far: bool, capability: int) -> Variant:
+    """One ahead-of-time compilation in bfloat16, of 12 heads."""
+    plan = latent_plan(rank, shared, queries * 12, torch.bfloat16, quantised, far, capability)
+    gathered = not plan.constants["PACKED"]
+    types = dict.fromkeys(("query", "query_pe", "out"), "*bf16") | {
+        "rows": "*i8" if quantised else "*bf16",
+        "scales": "*fp16",
+        "slots": "*i32",
+        "num_keys": "*i32",
+        "rotations": "*fp32",
+        "lse": "*fp32",
+        "scale": "fp32",
+    }
+    shapes = dict.fromkeys(TILES, "")
+    if plan.described:
+        sizes = (f"{plan.constants[rows]}, {plan.constants[width]}" for rows, width in TILES.values())
+        shapes = {name: f"tensordesc<bf16[{size}]>" for name, size in zip(TILES, sizes)}  # noqa: B905
+    types |= shapes
+    there = {"query_pe": shared, "rotations": shared and gathered, "scales": quantised, "slots": gathered}
+    there |= {name: plan.described and (shared or "pe" not in name) for name in TILES}
+    absent = {name: None for name, wanted in there.items() if not wanted}
+    types = {name: kind for name, kind in types.items() if name not in absent}
+    plan = plan._replace(constants={**plan.constants, **absent})
+    name = f"latent_attention r={rank} R={shared} Q={queries}" + ", int8" * quantised + ", far" * far
+    # The newer tensor cores take no tile of less than 64 rows.
+    return Variant(name, _latent_kernel, types, plan, dot=plan.constants["BLOCK_M"] >= 64)
 
 
 def _check(
@@ -348,12 +419,21 @@ def _check(
         require(rotations.stride(1) == 2 or shared <= 2, "the pairs of rotations must be contiguous")
 
 
+def _described(x: Tensor) -> Tensor:
+    """Queries `[B, Q, H, C]` or rows `[B, K, C]` as descriptors take them, `[1, rows, 1, C]`."""
+    return x.view(1, -1, 1, x.shape[-1])
+
+
 def _launch(query, query_pe, rows, scales, slots, num_keys, rotations, scale, splits):
     batch, queries, heads, rank = query.shape
     tokens, shared = rows.shape[2], 0 if query_pe is None else query_pe.shape[-1]
     keys, strides = slots.shape[-1] * tokens, ring_strides(rows, scales, slots)
     far = rows.shape[1] * rows.stride(1) >= NEAR
-    plan = latent_plan(rank, shared, queries * heads, query.dtype, scales is not None, far, capability(query.device))
+    known = (rank, shared, queries * heads, query.dtype, scales is not None, far, capability(query.device))
+    plan = latent_plan(*known)
+    if plan.described:
+        query, query_pe = query.contiguous(), None if query_pe is None else query_pe.contiguous()
+        plan = latent_plan(*known, all(describable(_described(x)) for x in (query, query_pe) if x is not None))
     if not shared:
         rotations = None
     if plan.constants["PACKED"]:
@@ -361,6 +441,12 @@ def _launch(query, query_pe, rows, scales, slots, num_keys, rotations, scale, sp
         rows = packed_rows(rows, scales, slots, num_keys, rotations, batch, rank, *widths, query.dtype)
         scales = slots = rotations = None
         strides = (rows.stride(0), *(0,) * 6)
+    descriptors = dict.fromkeys(TILES)
+    if plan.described:
+        sources = (query, query_pe, rows, rows if shared else None)
+        for (name, sizes), x in zip(TILES.items(), sources):  # noqa: B905
+            if x is not None:
+                descriptors[name] = describe(_described(x), *(plan.constants[size] for size in sizes))
     tiles = ceil_div(queries * heads, plan.constants["BLOCK_M"])
     if splits == 0:
         blocks = ceil_div(keys, plan.constants["BLOCK_K"])
@@ -370,8 +456,8 @@ def _launch(query, query_pe, rows, scales, slots, num_keys, rotations, scale, sp
     lse = torch.empty(splits, batch, heads, queries, dtype=torch.float32, device=query.device)
     launch(
         _latent_kernel, (tiles, batch, splits), plan, query,
-        query, query_pe, rows, scales, slots, num_keys, rotations, out, lse, scale, queries, keys, heads, tokens,
-        *query.stride()[:3], *(query_pe.stride()[:3] if shared else (0, 0, 0)), *strides,
+        query, query_pe, rows, *descriptors.values(), scales, slots, num_keys, rotations, out, lse, scale, queries,
+        keys, heads, tokens, *query.stride()[:3], *(query_pe.stride()[:3] if shared else (0, 0, 0)), *strides,
         0 if rotations is None else rotations.stride(0),
     )  # fmt: skip
     return (out[0], lse[0]) if splits == 1 else launch_merge(out, lse, query.dtype)

@@ -16,8 +16,8 @@ PACKED_FROM = 1024
 """Queries times heads of an item from which on rows are packed: some 90 queries of 12 heads."""
 
 
-class _Tiles(NamedTuple):
-    """`widest` is the widest block of the rank; `peeled` as the kernel has it."""
+class Tiles(NamedTuple):
+    """`widest` is the widest block of the rank; `peeled` as the kernel has it, `described` as `Plan`."""
 
     widest: int
     block_m: int
@@ -26,45 +26,95 @@ class _Tiles(NamedTuple):
     warps: int
     stages: int
     max_registers: int = 0
+    described: bool = False
 
 
-_TILES = {
+TILES = {
     80: [
-        (192, _Tiles(64, 128, 32, False, 8, 3)),
-        (256, _Tiles(128, 64, 32, False, 8, 3)),
-        (512, _Tiles(128, 32, 32, False, 8, 2)),
+        (192, Tiles(64, 128, 32, False, 8, 3)),
+        (256, Tiles(128, 64, 32, False, 8, 3)),
+        (512, Tiles(128, 32, 32, False, 8, 2)),
     ],
     90: [
-        (64, _Tiles(32, 128, 64, True, 8, 3, 128)),
-        (256, _Tiles(128, 128, 64, True, 8, 3)),
-        (512, _Tiles(128, 64, 16, False, 8, 2)),
+        (64, Tiles(32, 128, 64, True, 8, 3, 128)),
+        (256, Tiles(128, 128, 64, True, 8, 3)),
+        (512, Tiles(128, 64, 16, False, 8, 2)),
     ],
     100: [
-        (64, _Tiles(64, 128, 128, False, 8, 3)),
-        (192, _Tiles(128, 128, 64, False, 8, 3)),
-        (256, _Tiles(128, 128, 64, False, 8, 2)),
-        (512, _Tiles(512, 64, 16, False, 8, 2)),
+        (64, Tiles(64, 128, 128, False, 8, 3)),
+        (192, Tiles(128, 128, 64, False, 8, 3)),
+        (256, Tiles(128, 128, 64, False, 8, 2)),
+        (512, Tiles(512, 64, 16, False, 8, 2)),
     ],
 }
 """Tiles for packed rows in 16 bits by family and the largest rank that they are for; those of 80 fit 99 kB of shared
-memory, and with 128 registers a thread two programs of family 90 fit a multiprocessor."""
+memory, and with 128 registers a thread two programs of family 90 fit a multiprocessor. Described ones take a rank of
+one block, as wide as they say or, padded, up to it."""
+
+CANDIDATES = {
+    80: {
+        64: [Tiles(64, 128, 32, False, 8, 3), Tiles(64, 128, 64, True, 8, 2), Tiles(64, 64, 64, True, 4, 2)],
+    },
+    90: {
+        64: [
+            Tiles(32, 128, 64, True, 8, 3, 128),
+            Tiles(64, 128, 64, True, 8, 3, 128),
+            Tiles(64, 128, 64, True, 8, 3),
+            Tiles(64, 128, 128, True, 8, 2),
+            Tiles(64, 128, 64, True, 8, 3, 128, True),
+            Tiles(64, 128, 128, True, 8, 2, 0, True),
+            Tiles(64, 128, 128, True, 8, 3, 0, True),
+            Tiles(64, 64, 64, True, 4, 3, 128, True),
+            Tiles(64, 256, 64, True, 8, 2, 0, True),
+        ],
+        96: [Tiles(128, 128, 64, True, 8, 3), Tiles(128, 128, 64, True, 8, 2), Tiles(64, 128, 64, True, 8, 3)],
+        128: [
+            Tiles(128, 128, 64, True, 8, 3),
+            Tiles(128, 128, 64, True, 8, 3, 0, True),
+            Tiles(128, 128, 128, True, 8, 2, 0, True),
+        ],
+        192: [
+            Tiles(128, 128, 64, True, 8, 3),
+            Tiles(128, 128, 64, True, 8, 2),
+            Tiles(64, 128, 64, True, 8, 3),
+        ],
+    },
+    100: {
+        64: [
+            Tiles(64, 128, 128, False, 8, 3),
+            Tiles(64, 128, 128, True, 8, 2),
+            Tiles(64, 128, 128, True, 8, 2, 0, True),
+        ],
+        128: [
+            Tiles(128, 128, 64, False, 8, 3),
+            Tiles(128, 128, 64, True, 8, 3),
+            Tiles(128, 128, 64, True, 8, 2, 0, True),
+        ],
+        192: [Tiles(128, 128, 64, False, 8, 3), Tiles(128, 128, 64, True, 8, 2)],
+    },
+}
+"""Tiles for packed rows by family and rank that `benchmarks/tune.py` measures."""
 
 
 def latent_plan(
-    rank: int, shared: int, rows: int, dtype: torch.dtype, quantised: bool, far: bool, capability: int
-) -> Plan:
+    rank: int, shared: int, rows: int, dtype: torch.dtype, quantised: bool, far: bool, capability: int,
+    describable: bool = True,
+) -> Plan:  # fmt: skip
     """Tiles by rank, dtype, compute capability and `rows`, the queries times the heads of an item.
 
     `quantised` says that the ring is int8, `far` that offsets in it need 64 bits; packed rows are neither.
+    `describable` says that descriptors of the queries can be made.
     """
     packed, few = rows >= PACKED_FROM, min(32 if rank <= 256 else 16, max(16, power_of_two(rows)))
     if dtype == torch.float32:
-        tiles = _Tiles(64, few, 16, packed, 4, 1)
+        tiles = Tiles(64, few, 16, packed, 4, 1)
     elif packed:
-        tiles = next(tiles for limit, tiles in _TILES[tile_family(capability)] if rank <= limit)
+        tiles = next(tiles for limit, tiles in TILES[tile_family(capability)] if rank <= limit)
+        if tiles.described and not (describable and max(16, power_of_two(rank)) <= tiles.widest):
+            tiles = tiles._replace(block_k=min(64, tiles.block_k), described=False)
     else:
-        tiles = _Tiles(128, few, 32 if rank <= 256 else 16, False, 8 if quantised or rank > 256 else 4, 3)
-    wide, count, rest = _blocks(rank, tiles.widest)
+        tiles = Tiles(128, few, 32 if rank <= 256 else 16, False, 8 if quantised or rank > 256 else 4, 3)
+    wide, count, rest = (max(16, power_of_two(rank)), 1, 0) if tiles.described else _blocks(rank, tiles.widest)
     constants = {
         "RANK": rank,
         "WIDE": wide,
@@ -80,7 +130,7 @@ def latent_plan(
         "FAR": far and not packed,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
     }
-    return Plan(constants, tiles.warps, tiles.stages, tiles.max_registers)
+    return Plan(constants, tiles.warps, tiles.stages, tiles.max_registers, tiles.described)
 
 
 def row_widths(plan: Plan) -> tuple[int, int]:

@@ -1,0 +1,80 @@
+"""The search for tiles at a toy size: candidates are compared, timed and written; one that fails is left out."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from mla_attention import attend_tiles, latent_tiles
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def tune():
+    sys.path.insert(0, str(BENCHMARKS))
+    return importlib.import_module("tune")
+
+
+def test_candidates_are_compared_timed_and_written(tune, tmp_path, capsys):
+    out = tmp_path / "tiles.json"
+    arguments = ["--tiny", "--device", "cpu", "--ops", "expand_kv", "--workers", "2", "--out", str(out)]
+
+    assert tune.main(arguments) == 0
+
+    found = json.loads(out.read_text())
+    assert found["tiny"] and found["family"] == 80 and found["refused"] == {}
+    assert {tuple(tiles) for tiles in tune.candidates(80)["expand_kv"]} == {
+        tuple(json.loads(name.replace("(", "[").replace(")", "]"))) for name in found["times"]["expand_kv"]
+    }
+    assert "expand_kv" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("op", ["attend", "latent_attention, rank 64"])
+def test_every_op_can_be_checked(tune, op):
+    assert tune.check(op, 0, 80, tune.torch.device("cpu"), tune.torch.float16, True) < 1e-2
+
+
+def test_a_candidate_that_fails_is_told(tune):
+    found = tune.checked([("attend", 99)], 80, "cpu", True, 1, tune.Budget(60))
+    assert "IndexError" in found["attend", 99]
+    assert tune.checked([("attend", 0)], 80, "cpu", True, 1, tune.Budget(0)) == {("attend", 0): "time ended"}
+
+
+def test_tables_are_as_before(tune):
+    before = dict(attend_tiles.TILES), dict(attend_tiles.DESCRIBED), dict(latent_tiles.TILES)
+    described = attend_tiles.Tiles(128, 128, 8, 2, described=True)
+    with tune.table("attend", described, 90):
+        assert attend_tiles.DESCRIBED.get(90) == described
+    with tune.table("latent_attention, rank 96", latent_tiles.CANDIDATES[90][96][1], 90):
+        assert [limit for limit, _ in latent_tiles.TILES[90]] == [64, 96, 256, 512]
+    assert before == (attend_tiles.TILES, attend_tiles.DESCRIBED, latent_tiles.TILES)
+
+
+def test_only_what_is_faster_changes(tune, tmp_path, monkeypatch):
+    own, other, *_ = tune.candidates(90)["attend"]
+    right = {"attend": [own, other]}
+
+    def times(first, second):
+        return {"attend": {str(tuple(own)): {"median_ms": first}, str(tuple(other)): {"median_ms": second}}}
+
+    assert tune.changes(90, right, times(1.0, 0.995)) == {}
+    assert tune.changes(90, right, times(1.0, 0.9)) == {"attend": list(other)}
+    path = tmp_path / "tiles.json"
+    path.write_text(json.dumps({"family": 90, "change": {"attend": list(other)}}))
+    with tune.table("attend", own, 90):
+        assert tune.use(path) == [f"attend: {list(other)}"]
+        assert attend_tiles.TILES[90][0] == (128, other)
+
+
+def test_the_first_candidates_are_those_of_the_tables(tune):
+    for family in (80, 90, 100):
+        for op, (own, *_) in tune.candidates(family).items():
+            if op == "attend":
+                assert own == attend_tiles.DESCRIBED.get(family, attend_tiles.TILES[family][0][1])
+            elif op.startswith("latent"):
+                rank = int(op.rpartition(" ")[2])
+                assert own == next(tiles for limit, tiles in latent_tiles.TILES[family] if rank <= limit)

@@ -1,0 +1,91 @@
+"""The tiles of `attend`, and those that `benchmarks/tune.py` measures beside them.
+
+They were chosen from ahead-of-time compilations, as the largest that spill no registers, not from timings.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ._runtime import blocks, power_of_two, tile_family
+
+
+class Tiles(NamedTuple):
+    """BLOCK_Q, BLOCK_K, warps and stages, and what only some devices have.
+
+    With `described` tiles are copied by the tensor memory accelerator, from descriptors. With `ahead`, for those alone,
+    the logits of a block are multiplied in front of the softmax of the block before it. `max_registers` is that of
+    `Plan`.
+    """
+
+    block_q: int
+    block_k: int
+    warps: int
+    stages: int
+    described: bool = False
+    ahead: bool = False
+    max_registers: int = 0
+
+
+NARROW = 128
+"""Padded channels up to which tiles are described: one block of keys and one of values."""
+
+TILES = {
+    80: [(160, Tiles(128, 32, 8, 3)), (256, Tiles(128, 32, 8, 2))],
+    90: [(128, Tiles(128, 128, 8, 3)), (256, Tiles(128, 64, 8, 3))],
+    100: [(128, Tiles(128, 128, 8, 2)), (256, Tiles(128, 64, 8, 3))],
+}
+"""Tiles for many queries in 16 bits by family and the widest padded channels that they are for."""
+
+
+DESCRIBED: dict[int, Tiles] = {}
+"""Tiles by family for many queries of heads whose 128 channels at most are one block, where descriptors can be made."""
+
+
+def tiles(
+    channels: int, value_channels: int, queries: int, dtype: torch.dtype, capability: int, describable: bool
+) -> Tiles:
+    """The tiles for heads of so many channels; `describable` says that descriptors of them can be made."""
+    (d1, d2), (v1, v2) = blocks(channels), blocks(value_channels)
+    width, family = max(d1 + d2, v1 + v2), tile_family(capability)
+    if dtype == torch.float32:
+        return Tiles(min(32, max(16, power_of_two(queries))), 32 if width <= 128 else 16, 4, 1)
+    if queries <= 32:
+        return Tiles(max(16, power_of_two(queries)), 64 if width <= 160 else 32, 4, 2)
+    whole = (d1, d2, v1, v2) == (channels, 0, value_channels, 0)
+    if describable and whole and width <= NARROW and family in DESCRIBED:
+        return DESCRIBED[family]
+    return next(tiles for limit, tiles in TILES[family] if width <= limit)
+
+
+CANDIDATES = {
+    80: [
+        Tiles(128, 32, 8, 3),
+        Tiles(128, 32, 8, 4),
+        Tiles(128, 64, 8, 2),
+        Tiles(64, 64, 4, 2),
+    ],
+    90: [
+        Tiles(128, 128, 8, 3),
+        Tiles(128, 128, 8, 2),
+        Tiles(128, 64, 8, 3),
+        Tiles(128, 128, 8, 2, described=True),
+        Tiles(128, 128, 8, 3, described=True),
+        Tiles(128, 128, 8, 2, described=True, ahead=True),
+        Tiles(128, 64, 8, 2, described=True, ahead=True),
+        Tiles(128, 64, 8, 3, described=True, ahead=True),
+        Tiles(128, 64, 8, 4, described=True, ahead=True),
+        Tiles(64, 64, 4, 2, described=True),
+        Tiles(64, 64, 4, 2, described=True, ahead=True),
+        Tiles(64, 128, 4, 2, described=True, ahead=True),
+    ],
+    100: [
+        Tiles(128, 128, 8, 2),
+        Tiles(128, 64, 8, 3),
+        Tiles(128, 128, 8, 2, described=True),
+        Tiles(128, 64, 8, 3, described=True),
+    ],
+}
+"""Tiles by family that `benchmarks/tune.py` measures at Wan2.1-1.3B's heads of 128 channels."""

@@ -1,0 +1,38 @@
+"""The tiles of `expand_kv`, and those that `benchmarks/tune.py` measures beside them.
+
+They were chosen from ahead-of-time compilations, as the widest that spill no registers, not from timings.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Tiles(NamedTuple):
+    """Channels of several heads at most, keys, scalars of the rank at once, warps and stages."""
+
+    width: int
+    block_m: int
+    block_r: int
+    warps: int
+    stages: int
+
+
+TILES = {80: Tiles(128, 128, 64, 8, 3), 90: Tiles(256, 128, 64, 8, 3), 100: Tiles(256, 128, 64, 8, 3)}
+"""Tiles in 16 bits by family."""
+
+CANDIDATES = {
+    80: [TILES[80], Tiles(128, 128, 64, 8, 2), Tiles(128, 64, 64, 4, 3), Tiles(128, 128, 32, 8, 4)],
+    90: [
+        TILES[90],
+        Tiles(256, 128, 64, 8, 2),
+        Tiles(256, 128, 32, 8, 4),
+        Tiles(256, 64, 64, 4, 3),
+        Tiles(128, 128, 64, 8, 3),
+        Tiles(128, 128, 64, 4, 2),
+        Tiles(128, 64, 64, 4, 3),
+        Tiles(128, 256, 64, 8, 2),
+    ],
+    100: [TILES[100], Tiles(256, 128, 64, 8, 2), Tiles(128, 128, 64, 8, 3), Tiles(128, 128, 64, 4, 3)],
+}
+"""Tiles by family that `benchmarks/tune.py` measures at Wan2.1-1.3B's heads of 128 channels and rank 192."""

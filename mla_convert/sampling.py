@@ -1,0 +1,42 @@
+"""What sections of a recipe say of how a model is sampled: one set of keys, with the same meaning in each."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from .flow import Sampler, check_steps
+
+
+def _as_tuple(value: Any) -> Any:
+    # A strict tuple refuses the list that comes through a section which has looked at its keys before.
+    return tuple(value) if isinstance(value, list) else value
+
+
+DenoisingSteps = Annotated[tuple[int, ...], BeforeValidator(_as_tuple), AfterValidator(check_steps)]
+"""Noise levels out of 1000, before any shift, that fall inside [1, 1000]."""
+
+
+class SamplingConfig(BaseModel):
+    """How a chunk is denoised and kept.
+
+    It takes `num_inference_steps` steps, or instead one at each of `denoising_steps`, in the first chunk of
+    `first_chunk_steps`; `shift` warps them. `sampler` is `euler` or `renoise`, `guidance_scale` that of classifier-free
+    guidance, `context_noise` the noise level in [0, 1] at which a finished chunk is cached. Sections have defaults of
+    their own.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    num_inference_steps: int = Field(8, ge=1)
+    sampler: Sampler = "euler"
+    denoising_steps: DenoisingSteps | None = None
+    first_chunk_steps: DenoisingSteps | None = None
+    shift: float = Field(1.0, gt=0)
+    guidance_scale: float = Field(1.0, ge=0)
+    context_noise: float = Field(0.0, ge=0, le=1)
+
+    def sampling(self) -> dict[str, Any]:
+        """The values of these keys by name, which are arguments of `stream_chunks`."""
+        return {key: getattr(self, key) for key in SamplingConfig.model_fields}

@@ -1,0 +1,16 @@
+"""Bytes: how they are written, and what of a card is left free."""
+
+from __future__ import annotations
+
+import math
+
+RESERVED_BYTES = 10**9
+"""Of a card, for what is not counted: the context of CUDA, workspaces, fragmentation."""
+
+
+def format_bytes(count: float, like: float | None = None) -> str:
+    """Decimal units with up to three digits, `6.04 GB`, in the unit that `like` would have."""
+    power = min(int(math.log10(max(count if like is None else like, 1)) // 3), 4)
+    value = count / 1000**power
+    digits = 0 if power == 0 or value >= 99.95 else 1 if value >= 9.995 else 2
+    return f"{value:.{digits}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"

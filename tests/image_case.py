@@ -1,0 +1,75 @@
+"""Tiny image-to-video models, what they are conditioned on, and converted ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pico
+import torch
+from diffusers import AutoencoderKLWan, WanImageToVideoPipeline
+from PIL import Image
+from test_encode import DIM, tiny_tokenizer
+from torch import Tensor
+from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from mla_convert.convert import ConvertConfig, convert_model
+from mla_convert.export.manifest import family_of
+
+HEIGHT, WIDTH = 4, 6
+CHANNELS = 4
+# Wan2.2's: latents of 4 channels beside a mask of 4 and an image of 4; Wan2.1's also read CLIP tokens.
+WAN22 = {"in_channels": 12, "out_channels": CHANNELS}
+WAN21 = {**WAN22, "image_dim": 8, "added_kv_proj_dim": 24}
+# Wan2.1 tells text from image tokens by the text's 512.
+TEXT_TOKENS = {"wan2.1": 512, "wan2.2": 3}
+KINDS: dict[str, dict[str, Any]] = {"wan2.1": WAN21, "wan2.2": WAN22}
+
+
+def model(kind: str = "wan2.1", **changes: Any) -> Any:
+    return pico.dense_model(**{**KINDS[kind], **changes})
+
+
+def converted(dense: Any, **changes: Any) -> Any:
+    """From its weights alone, as image-to-video models are."""
+    settings = {"position": "rotate_on_read", "kv_lora_rank": 20, "init": "svd", **changes}
+    return convert_model(family_of(type(dense)), dense, ConvertConfig(**settings))
+
+
+def text(kind: str = "wan2.1", batch: int = 1, seed: int = 1) -> Tensor:
+    return torch.randn(batch, TEXT_TOKENS[kind], 8, generator=torch.Generator().manual_seed(seed))
+
+
+def conditions(kind: str = "wan2.1", frames: int = 8, batch: int = 1, seed: int = 2) -> dict[str, Tensor]:
+    """All that a model of the kind is conditioned on."""
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randn(batch, 8, frames, HEIGHT, WIDTH, generator=generator)
+    tokens = torch.randn(batch, 5, 8, generator=generator)
+    return {"image_latents": image} | ({"encoder_hidden_states_image": tokens} if kind == "wan2.1" else {})
+
+
+def latents(frames: int = 8, batch: int = 1, seed: int = 3) -> tuple[Tensor, Tensor]:
+    """Noisy latents and their timesteps."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(batch, CHANNELS, frames, HEIGHT, WIDTH, generator=generator)
+    return noise, 1000 * torch.rand(batch, frames, generator=generator)
+
+
+def picture(size: tuple[int, int] = (48, 32), seed: int = 0) -> Image.Image:
+    """Noise of a width and height."""
+    noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(noise)
+
+
+def write_pipeline(folder: Path) -> Path:
+    """A pipeline as Wan2.1's image-to-video models are published, of tiny random parts but its transformer."""
+    torch.manual_seed(0)
+    text = UMT5EncoderModel(UMT5Config(vocab_size=25, d_model=DIM, d_kv=8, d_ff=64, num_layers=1, num_heads=4))
+    vision = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    clip = CLIPVisionModel(CLIPVisionConfig(**vision, image_size=28, patch_size=14))
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=28)
+    vae = AutoencoderKLWan(base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], latents_mean=[0.1] * 4, latents_std=[2.0] * 4)
+    WanImageToVideoPipeline(tiny_tokenizer(), text, vae, None, processor, clip).save_pretrained(folder)
+    return folder
