@@ -290,13 +290,14 @@ def test_all_of_it_in_one_call(tmp_path, models, code):
     )
     python.chmod(0o755)
     given = {**os.environ, "PYTHON": str(python), "MODELS": str(models), "CODE": str(code)}
-    command = ["bash", str(BENCHMARKS / "all.sh"), str(out), "800"]
+    command = ["bash", str(BENCHMARKS / "all.sh"), str(out), "800", "--tiles", "tiles.json"]
     ran = subprocess.run(command, env=given, capture_output=True, text=True, timeout=60)
     assert ran.returncode == code
     told = {log.name: log.read_text() for log in out.glob("*.txt")}
     assert "tests/gpu/test_gpu_ops.py" in told["test_ops.txt"]
-    budget = int(told["benchmark.txt"].split("--budget ")[1])
-    assert budget in range((685 if not models else 785) - 30, 786 if models else 686)
+    budget, *options = told["benchmark.txt"].split("--budget ")[1].split()
+    assert options == ["--tiles", "tiles.json"]
+    assert int(budget) in range((685 if not models else 785) - 30, 786 if models else 686)
     assert ("test_models.txt" in told) == (not models)
 
 
