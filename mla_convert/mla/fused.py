@@ -294,8 +294,8 @@ class _FusedPass:
     def _merged(self, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
         if len(parts) == 1:
             return parts[0][0]
-        outs, lses = zip(*parts, strict=True)
-        merged: Tensor = self.ops.merge(torch.stack(outs), torch.stack(lses))[0]
+        first, second = parts
+        merged: Tensor = self.ops.merge_pair(*first, *second)[0]
         return merged
 
     def _count(self, keys: int) -> Tensor:

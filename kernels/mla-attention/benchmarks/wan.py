@@ -236,7 +236,7 @@ class Latent:
             out = torch.einsum("bqhr,hvr->bqhv", mixed, up_value), lse
         own_key = ops.qk_norm_rope(key, self.gain, EPS, self.own, heads)
         own = ops.attend(own_query, own_key, own_value, None, scale, 0)
-        return ops.merge(torch.stack([out[0], own[0]]), torch.stack([out[1], own[1]]))[0]
+        return ops.merge_pair(*out, *own)[0]
 
     def write(self, layer, key, value):
         """Keep the chunk: what the last pass of a chunk does."""

@@ -8,6 +8,7 @@ from .expand_kv import expand_kv_, expand_kv_reference, why_not_expand_kv
 from .latent_attention import latent_attention, latent_attention_reference, why_not_latent_attention
 from .latent_write import latent_write_, latent_write_reference, why_not_latent_write
 from .merge import merge, merge_reference, why_not_merge
+from .merge_pair import merge_pair, merge_pair_reference
 from .qk_norm_rope import qk_norm_rope, qk_norm_rope_, qk_norm_rope_reference, why_not_qk_norm_rope
 from .quantise import dequantise_rows, quantise_rows
 from .splits import split_count
@@ -23,6 +24,8 @@ __all__ = [
     "latent_write_",
     "latent_write_reference",
     "merge",
+    "merge_pair",
+    "merge_pair_reference",
     "merge_reference",
     "qk_norm_rope",
     "qk_norm_rope_",
