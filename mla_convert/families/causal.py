@@ -226,8 +226,10 @@ class CausalTransformer(nn.Module):
         step.kernels = self.kernels
         by_frames, fixed = self.split_conditions(conditions)
         embedded = self.embed_conditions(timestep, encoder_hidden_states, encoder_hidden_states_image, **fixed)
-        tokens = self.patch(hidden_states, **by_frames)
-        sample = self.through_blocks(block_inputs(tokens, embedded, step, hidden_states))
+        # No name keeps the tokens alive while blocks make new ones.
+        sample = self.through_blocks(
+            block_inputs(self.patch(hidden_states, **by_frames), embedded, step, hidden_states)
+        )
         if write:
             cache.frames_seen += frames
         return sample

@@ -162,19 +162,17 @@ class _FusedPass:
     def absorbed(self) -> Tensor:
         """Attention to the latent rows themselves: `[B, N, H, V]` (DeepSeek-V2, arXiv 2405.04434, section 2.1.2)."""
         layer, places = self.layer, self.places
-        plain = self._normed(self.query, layer.norm_q, None)
         parts = [] if self.read_own else [self._own_part()]
         slots, rotations = places.history_slots, places.history_rotations
         if self.read_own:
             slots = torch.cat([slots, places.own_slots], dim=-1)
             rotations = torch.cat([rotations, places.own_rotations])
         if len(rotations):
-            query = layer.history_query(Query(None, plain), self.step).rotated(places.own_rotations)
-            nope, rope = query.split([layer.key_channels, 2 * len(layer.rope_pairs)], dim=-1)
+            nope, rope = self._split_query()
             weights = layer.absorbed()
             out, lse = self.ops.latent_attention(
                 torch.einsum("bqhn,hnr->bqhr", nope, weights.w_uk).contiguous(),
-                rope.contiguous() if layer.rope_pairs else None,
+                rope,
                 self.rows,
                 self.scales,
                 slots,
@@ -187,6 +185,26 @@ class _FusedPass:
             lse = lse + layer.scale * torch.einsum("bqhn,hn->bhq", nope.float(), weights.b_uk.float())
             parts.append((torch.einsum("bqhr,hvr->bqhv", out, weights.w_uv) + weights.b_uv, lse))
         return self._merged(parts)
+
+    def _split_query(self) -> tuple[Tensor, Tensor | None]:
+        """Queries that meet the latent, `[B, N, H, N']`, and those that meet the shared key, `[B, N, H, R]`."""
+        layer, rotations = self.layer, self.places.own_rotations
+        if layer.mla.position == "decoupled" and len(layer.nope_index) and len(layer.rope_index):
+            found: tuple[Tensor, Tensor] = self.ops.split_query(
+                self.query,
+                layer.norm_q.weight.flatten(),
+                layer.norm_q.eps,
+                _cos_sin(rotations),
+                layer.q_pe_coef,
+                layer.nope_index,
+                layer.rope_index,
+                layer.heads,
+            )
+            return found
+        plain = self._normed(self.query, layer.norm_q, None)
+        query = layer.history_query(Query(None, plain), self.step).rotated(rotations)
+        nope, rope = query.split([layer.key_channels, 2 * len(layer.rope_pairs)], dim=-1)
+        return nope, rope.contiguous() if layer.rope_pairs else None
 
     def write(self) -> None:
         """Keep the chunk's rows in its ring slots."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from ...errors import UserError
 from ...flow import Sampler, add_noise, denoising_times, shift_time, to_clean, velocity
 from ...mla.window import CausalConfig
+from ...sampling import DenoisingSteps
 from ..data import Batch, Data
 from ..objective import NoisedClips, predict_velocity
 from ..rollout import self_rollout
@@ -53,7 +54,7 @@ class DMDConfig(GuidedStageConfig):
     stage: Literal["dmd"] = "dmd"
     betas: tuple[float, float] = (0.0, 0.999)
     guidance_scale: float = Field(4.0, ge=0)
-    denoising_steps: tuple[int, ...] = (1000, 750, 500, 250)
+    denoising_steps: DenoisingSteps = (1000, 750, 500, 250)
     sampler: Sampler = "euler"
     rollout_frames: int | None = Field(None, ge=1)
     context_noise: float = Field(0.0, ge=0, le=1)

@@ -11,6 +11,7 @@ from .merge import merge, merge_reference, why_not_merge
 from .merge_pair import merge_pair, merge_pair_reference
 from .qk_norm_rope import qk_norm_rope, qk_norm_rope_, qk_norm_rope_reference, why_not_qk_norm_rope
 from .quantise import dequantise_rows, quantise_rows
+from .split_query import split_query, split_query_reference
 from .splits import split_count
 
 __all__ = [
@@ -32,6 +33,8 @@ __all__ = [
     "qk_norm_rope_reference",
     "quantise_rows",
     "split_count",
+    "split_query",
+    "split_query_reference",
     "why_not",
     "why_not_attend",
     "why_not_expand_kv",
