@@ -184,3 +184,25 @@ def test_launches_do_not_wait() -> None:
         ops.attend(query, key, key, count, 0.1, 0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_split_queries(dtype: torch.dtype) -> None:
+    x, weight = randn(2, 4680, HEADS * DEPTH, dtype=dtype), 1 + randn(HEADS * DEPTH, dtype=dtype, seed=1, scale=0.1)
+    turn, coefficients = rotations(4680, DEPTH // 2), randn(HEADS, SHARED // 2, 2, seed=2)
+    pairs = torch.arange(DEPTH // 2, device="cuda")
+    rest = coefficients, pairs[SHARED // 2 :], pairs[: SHARED // 2], HEADS
+    wide = (coefficients.double(), *rest[1:])
+    exact = ops.split_query_reference(x.double(), weight.double(), 1e-6, turn.double(), *wide)
+    for found, expected in zip(ops.split_query(x, weight, 1e-6, turn, *rest), exact, strict=True):
+        assert error(found, expected) < torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_merging_two_parts(dtype: torch.dtype) -> None:
+    outs = [randn(2, 4680, HEADS, DEPTH, dtype=dtype, seed=seed) for seed in (0, 1)]
+    lses = [randn(2, HEADS, 4680, seed=seed, scale=3.0) for seed in (2, 3)]
+    lses[0][:, 3] = float("-inf")
+    outs[0][:, :, 3] = float("nan")
+    stacked = ops.merge_reference(torch.stack(outs).double(), torch.stack(lses).double())[0]
+    assert error(ops.merge_pair(outs[0], lses[0], outs[1], lses[1])[0], stacked) < torch.finfo(dtype).eps

@@ -128,6 +128,21 @@ def check(device, dtype, seed, tokens, queries, heads, depth, rank):
     plain = ops.qk_norm_rope_reference(hidden, gain, 1e-6, turned, heads)
     compare(["qk_norm_rope"], functools.partial(ops.qk_norm_rope, hidden, gain, 1e-6, turned, heads), exact, plain)
 
+    coefficients, pairs = random(heads, shared // 2, 2), torch.arange(depth // 2, device=device)
+    split = (pairs[shared // 2 :], pairs[: shared // 2], heads)
+    exact = ops.split_query_reference(
+        hidden.double(), gain.double(), 1e-6, turned.double(), coefficients.double(), *split
+    )
+    plain = ops.split_query_reference(hidden, gain, 1e-6, turned, coefficients, *split)
+    run = functools.partial(ops.split_query, hidden, gain, 1e-6, turned, coefficients, *split)
+    compare(["split_query, unrotated", "split_query, rotated"], run, exact, plain)
+
+    parts = [(random(batch, queries, heads, depth), random(batch, heads, queries).float()) for _ in range(2)]
+    (a, log_a), (b, log_b) = parts
+    exact = ops.merge_pair_reference(a.double(), log_a, b.double(), log_b)[0]
+    plain = ops.merge_pair_reference(a, log_a, b, log_b)[0]
+    compare(["merge_pair"], lambda: ops.merge_pair(a, log_a, b, log_b)[0], exact, plain)
+
     own = torch.tensor([1, 3], dtype=torch.int32, device=device)
     down, down_bias = random(rank, 2 * heads * depth) / (2 * heads * depth) ** 0.5, random(rank)
     project, project_bias = random(shared, heads * depth) / (heads * depth) ** 0.5, random(shared)

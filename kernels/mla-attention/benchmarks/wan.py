@@ -192,6 +192,13 @@ class Latent:
         self.writes = set() if together > 1 else {"latent_write_"}
         if shared or run is None:
             self.ops.add("attend")
+        if shared:
+            self.ops.add("merge_pair")
+        if path == "absorbed":
+            self.ops.add("split_query")
+            each = torch.arange(depth // 2, device=device)
+            self.pairs = each[pairs:], each[:pairs]
+            self.coefficients = weight(heads, pairs, 2).contiguous()
         self.attends = "attend" if run is None else _label(self, run)
         if shared:
             # History and chunk are addressed by different queries.
@@ -228,11 +235,9 @@ class Latent:
             out = ops.attend(own_query, keys, values, None, scale, 0)
         else:
             up_key, up_value = self.up.unflatten(0, (heads, -1)).split([self.nope, shape.head_dim], dim=1)
-            nope, pe = own_query.split([self.nope, self.shared], dim=-1)
+            nope, pe = ops.split_query(query, self.gain, EPS, self.own, self.coefficients, *self.pairs, heads)
             absorbed = torch.einsum("bqhn,hnr->bqhr", nope, up_key)
-            mixed, lse = ops.latent_attention(
-                absorbed, pe.contiguous(), rows, None, self.slots, self.num_keys, self.turn, scale, 0
-            )
+            mixed, lse = ops.latent_attention(absorbed, pe, rows, None, self.slots, self.num_keys, self.turn, scale, 0)
             out = torch.einsum("bqhr,hvr->bqhv", mixed, up_value), lse
         own_key = ops.qk_norm_rope(key, self.gain, EPS, self.own, heads)
         own = ops.attend(own_query, own_key, own_value, None, scale, 0)
