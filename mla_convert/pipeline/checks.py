@@ -19,6 +19,7 @@ from ..errors import UsageError, UserError
 from ..export.components import is_hub_id
 from ..families.base import noise_channels
 from ..load import Source
+from ..mla.cache import LatentCache
 from ..mla.window import CausalConfig
 from ..recipe.schema import Recipe
 from ..run.sample import check_latent_size, check_length, latent_size
@@ -68,6 +69,9 @@ def _check_streaming(context: Context, rolls_out: bool) -> None:
     streaming, causal = context.recipe.streaming, context.source.config.get("causal") or {}
     if causal.get("window_frames", 0) is None:
         raise UsageError("causal.window_frames: null has no streaming cache, which an export needs; set a number")
+    converted = context.source.family.mla_class
+    if streaming.cache != "auto" and converted.cache_class is not LatentCache:
+        raise UsageError(f"streaming.cache: {converted.__name__} keeps its latents in its dtype alone; set auto")
     if streaming.kernels == "triton" and rolls_out:
         reason = importlib.import_module("mla_attention").why_not(context.device, context.dtype)
         if reason is not None:
