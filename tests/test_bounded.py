@@ -212,7 +212,7 @@ def test_fewer_tokens_than_the_rank_are_said_once(caplog: pytest.LogCaptureFixtu
     few = pico.calibration(**METHODS[method], max_tokens=6)
     model = convert_model(FAMILY, pico.dense_model(), config(kv_lora_rank=20, calibration=few), pico.batches())
     assert torch.isfinite(model(*pico.inputs(2, 7, 6, 4)).sample).all()
-    (message,) = (said for said in caplog.messages if "do not determine" in said)
+    (message,) = (message for message in caplog.messages if "do not determine" in message)
     assert "6 calibration tokens do not determine a latent of rank 20; use more calibration.clips" in message
 
 

@@ -83,9 +83,11 @@ def streamed(
     return torch.cat(found, dim=2), log
 
 
-@pytest.mark.parametrize("case", [*CASES, "int8"])
+@pytest.mark.parametrize("case", [*CASES, "int8", "mixed"])
 def test_every_block_call_is_compiled_and_a_full_window_compiles_nothing(case: str, backend: Counting) -> None:
-    model = model_of("exact" if case == "int8" else case)
+    model = model_of("exact" if case in ("int8", "mixed") else case)
+    if case == "mixed":
+        model.set_cache(((4, 8), (16, 4)))
     cache_dtype = torch.int8 if case == "int8" else None
     if case == "decoupled":
         # What a pipeline sets: on a CPU torch is the default, and a compiled block is not left to hear it.

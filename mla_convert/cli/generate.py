@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from ..errors import UsageError
-from .models import Model, parse_size, sampling
-from .output import Json, Kernels, print_result, stderr
+from .models import Model, parse_cache, parse_size, sampling
+from .output import Cache, Json, Kernels, print_result, stderr
 
 INTERRUPTED = 130
 
@@ -111,6 +111,7 @@ def generate(
     cuda_graph: Annotated[
         Literal["auto", "off"] | None, typer.Option(help="Replay the passes of a chunk as a CUDA graph; auto.")
     ] = None,
+    cache: Cache = None,
     as_json: Json = False,
 ) -> None:
     """Stream a video of any length, in constant memory; Ctrl-C ends it and finishes the file.
@@ -150,7 +151,9 @@ def generate(
     )
     if latent_size is not None:
         settings["latent_height"], settings["latent_width"] = parse_size(latent_size)
-    streaming = {"kernels": kernels, "expand_history": expand_history, "cuda_graph": cuda_graph}
+    streaming: dict[str, Any] = {"kernels": kernels, "expand_history": expand_history, "cuda_graph": cuda_graph}
+    if cache is not None:
+        streaming["cache"] = parse_cache(cache)
     with stderr().status("loading PyTorch"):
         from ..distill.progress import progress_bars
         from ..pipeline.generation import Request, generate_video

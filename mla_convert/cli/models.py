@@ -91,6 +91,16 @@ def parse_steps(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
+def parse_cache(text: str) -> str | list[list[int]]:
+    """The bits of cached latents in `--cache`, a value of `streaming.cache`. Raises UsageError."""
+    from ..mla.bits import parse_bits
+
+    try:
+        return parse_bits(text)
+    except ValueError as error:
+        raise UsageError(f"--cache: {error}") from None
+
+
 def sampling(denoising_steps: str | None, first_chunk_steps: str | None = None, **given: Any) -> dict[str, Any]:
     """Options that say how videos are sampled, as keys of a GenerateConfig; those left out are not among them."""
     levels = {"denoising_steps": denoising_steps, "first_chunk_steps": first_chunk_steps}

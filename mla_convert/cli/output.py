@@ -22,6 +22,14 @@ Kernels = Annotated[
     Literal["auto", "triton", "torch"] | None,
     typer.Option(help="Who attends while the model streams; by default streaming.kernels of the recipe, else auto."),
 ]
+Cache = Annotated[
+    str | None,
+    typer.Option(
+        "--cache",
+        metavar="auto|int8|LATENTSxBITS,...",
+        help="Bits of cached latents: int8, or such as 24x8,64x4, where the last pair takes what is left.",
+    ),
+]
 Expert = Annotated[
     str | None, typer.Option("--expert", metavar="NAME", help="One of the recipe's experts, in a folder of its own.")
 ]

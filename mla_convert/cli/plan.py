@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UsageError
-from .output import Json, print_result
+from .models import parse_cache
+from .output import Cache, Json, print_result
 
 if TYPE_CHECKING:
     from ..evaluate.geometry import Geometry
@@ -30,6 +31,7 @@ def plan(
     ] = None,
     dtype: Annotated[str, typer.Option(help="Data type of the cache and the weights.")] = "bfloat16",
     gpu: Annotated[str, typer.Option(help="A card, or its memory such as 80GB.")] = "H100",
+    cache: Cache = None,
     as_json: Json = False,
 ) -> None:
     """Cache bytes, streams on a GPU and seconds of context, dense against latent."""
@@ -40,7 +42,12 @@ def plan(
 
     if (source is None) == (preset is None):
         raise UsageError("give a SOURCE or --preset, one of the two")
+    from ..recipe.schema import validate
+    from ..run.streaming import StreamingConfig
+
+    streaming = validate(StreamingConfig, {} if cache is None else {"cache": parse_cache(cache)})
     rows: int | list[int] | None = kv_lora_rank
+    keys: list[int] | None = None
     if preset is not None:
         known = find_preset(preset)
         geometry = known.geometry
@@ -52,17 +59,24 @@ def plan(
         if cached is not None:
             if rows is not None or qk_rope_head_dim is not None:
                 raise UsageError(f"{source} is already converted; its ranks cannot be changed here")
-            rows = cached
+            rows, keys = (list(parts) for parts in zip(*cached, strict=True))
         elif rows is None:
             rows = round(2 * geometry.inner_dim * PAPER_SHARE) - (qk_rope_head_dim or 0)
     result = plan_memory(
-        geometry, rows, qk_rope_head_dim or 0, frames=frames, tokens_per_frame=tokens_per_frame, dtype=dtype, gpu=gpu
+        geometry,
+        rows,
+        keys or qk_rope_head_dim or 0,
+        frames=frames,
+        tokens_per_frame=tokens_per_frame,
+        dtype=dtype,
+        gpu=gpu,
+        cache=streaming.cache,
     )
     print_result(as_json, result.model_dump(mode="json"), plan_table(result))
 
 
-def _read(source: str, file: str | None, latent_size: str | None) -> tuple[Geometry, list[int] | None]:
-    """Geometry of a model, and its cached scalars a token by layer when it is converted."""
+def _read(source: str, file: str | None, latent_size: str | None) -> tuple[Geometry, list[tuple[int, int]] | None]:
+    """Geometry of a model, and the latent and shared key that its layers cache when it is converted."""
     from ..pipeline.planning import read_geometry
     from .models import parse_size
 

@@ -27,11 +27,11 @@ Curve = list[tuple[int, float]]
 
 
 class Trace(NamedTuple):
-    """One forward of a dense self-attention: `hidden_states` and `output_grad` `[B, S, C]`."""
+    """One forward of a dense self-attention: `hidden_states` and, of each probe, `output_grads` `[B, S, C]`."""
 
     hidden_states: Tensor
     step: AttentionPass
-    output_grad: Tensor
+    output_grads: list[Tensor]
 
 
 def candidate_ranks(budget: Budget, scalars: float | None, limit: int) -> list[int]:
@@ -74,8 +74,8 @@ def measured_curve(
             error = torch.zeros(())
             for layer, trace, out in zip(layers, batch, outs, strict=True):
                 change = (layer(trace.hidden_states, None, None, step) - out).float()
-                error = error + (change * trace.output_grad.float()).sum((1, 2)).cpu()
-            total += float(error.double().square().sum())
+                error = error + torch.stack([(change * g.float()).sum((1, 2)) for g in trace.output_grads]).cpu()
+            total += float(error.double().square().sum()) / len(error)
         curve.append((rank, total / len(batches)))
     return curve
 

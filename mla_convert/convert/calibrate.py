@@ -5,7 +5,8 @@ how an error in what is cached changes the output of the layer. With `metric: ve
 changes the model's velocity v: the gradient of `z^T v` for a random z is pulled back through `leave` and
 through one block after the other, from the last to the first. Each entry of z has variance 1 / n for the
 n numbers in the velocity of its batch, so that the expected square of a probe's product with an error is
-the MEAN squared error of the velocity that it causes. Only activations get gradients.
+the MEAN squared error of the velocity that it causes. Only activations get gradients. With several `probes` as
+many gradients go down beside each other: a block is run forward once for all of them.
 """
 
 from __future__ import annotations
@@ -45,13 +46,15 @@ def sweep(
     trace: Callable[[Trace], None] | None = None,
     layers_per_latent: int = 1,
     visited: Callable[[int], None] | None = None,
+    rotated_only: bool = False,
 ) -> None:
     """Sample the `wanted` layers, each for `visit(layer, block, sample)` while its block is open.
 
     `visited(layer)` follows for each of them when its block has been let go.
 
     With `history_only` the probes ask only about tokens of earlier chunks, which is all that an exact
-    own chunk leaves to the cache. With `hidden_states: converted` every layer is visited, the others
+    own chunk leaves to the cache; with `rotated_only` they leave out keys that are read without their rotation.
+    With `hidden_states: converted` every layer is visited, the others
     with no sample, and `visit` gives the converted attention that the blocks above run on. `progress`
     counts the blocks of a forward sweep that comes before the visits. With `metric: velocity` `velocity`
     is told the number and the velocity `[B, C, F, H, W]` of every batch, and `trace` what each layer
@@ -61,7 +64,8 @@ def sweep(
     the tokens that a sweep keeps do not fit on the disk.
     """
     chosen = frozenset(wanted)
-    run = _Sweep(blocks, clips, config, history_only, chosen, visit, velocity, trace, layers_per_latent, visited)
+    told = (visit, velocity, trace, layers_per_latent, visited, rotated_only)
+    run = _Sweep(blocks, clips, config, history_only, chosen, *told)
     if config.metric == "velocity":
         run.backward(progress)
     else:
@@ -79,6 +83,7 @@ class _Sweep(NamedTuple):
     trace: Callable[[Trace], None] | None
     layers_per_latent: int
     visited: Callable[[int], None] | None
+    rotated_only: bool
 
     def forward(self) -> None:
         """From the first block to the last wanted one, each layer sampled with z of its own."""
@@ -128,8 +133,11 @@ class _Sweep(NamedTuple):
         """Of how many of the upper `layers` one's input is kept. Raises UserError where no number will do."""
         store, size = self.clips.store, self.clips.bytes_a_layer
         # One of each segment, all of the segment on its way down, and what enters a block beside what leaves it.
-        kept = {every: (math.ceil(layers / every) + every + 1) * size for every in range(1, max(layers, 1) + 1)}
-        store.require(min(kept.values()), "lower calibration.clips or set calibration.metric to output")
+        # Of probes after the first a gradient lies beside them.
+        more = self.config.probes - 1
+        kept = {every: (math.ceil(layers / every) + every + 1 + more) * size for every in range(1, max(layers, 1) + 1)}
+        fewer = "lower calibration.clips or calibration.probes" if more else "lower calibration.clips"
+        store.require(min(kept.values()), f"{fewer} or set calibration.metric to output")
         every = next(every for every, needed in kept.items() if store.fits(needed))
         if every > 1:
             sizes = f"{kept[every] / 1e9:.3g} GB instead of {kept[1] / 1e9:.3g} GB"
@@ -161,9 +169,9 @@ class _Sweep(NamedTuple):
             self.visited(layer)
 
     def _pull_back_velocity(self) -> list[float]:
-        """The last block's tokens become the gradient of `z^T v` in them; the scale of z by batch.
+        """The last block's tokens become the gradients of `z^T v` in them; the scale of z by batch.
 
-        z is drawn with unit variance and scaled where it is used, so that half precision holds it.
+        Each probe's z is drawn with unit variance and scaled where it is used, so that half precision holds it.
         """
         clips, model, scales = self.clips, self.blocks.model, []
         for number, inputs in enumerate(clips.inputs):
@@ -173,36 +181,45 @@ class _Sweep(NamedTuple):
                 v = model.leave(tokens, inputs)
             if self.velocity is not None:
                 self.velocity(number, v.detach())
-            z = torch.randn(v.shape, generator=drawn(Use.PROJECTION, self.config.seed, number))
-            (clips.store[key],) = torch.autograd.grad(v, tokens, z.to(v))
+            for probe in range(self.config.probes):
+                z = torch.randn(v.shape, generator=drawn(Use.PROJECTION, self.config.seed, number, probe)).to(v)
+                (grad,) = torch.autograd.grad(v, tokens, z, retain_graph=probe + 1 < self.config.probes)
+                clips.store[clips.key(len(self.blocks), number, probe)] = grad
             scales.append(v.numel() ** -0.5)
         return scales
 
     def _descend(self, layer: int, number: int, block: Any, scale: float) -> None:
-        """Turn the gradient above a block into that below it, and sample the layer if it is wanted."""
-        clips, inputs = self.clips, self.clips.inputs[number]
-        above = clips.store.pop(clips.key(layer + 1, number))
+        """Turn the gradients above a block into those below it, and sample the layer if it is wanted."""
+        clips, inputs, last = self.clips, self.clips.inputs[number], self.config.probes - 1
         tokens = clips.store[clips.key(layer, number)].requires_grad_()
         with torch.enable_grad():
             seen = _run(block, tokens, inputs, layer)
-        output_grad, below = torch.autograd.grad(seen.tokens, (seen.attention, tokens), above)
+        output_grads: list[Tensor] = []
+        for probe in range(last + 1):
+            above = clips.store.pop(clips.key(layer + 1, number, probe))
+            wanted = (seen.attention, tokens)
+            output_grad, below = torch.autograd.grad(seen.tokens, wanted, above, retain_graph=probe < last)
+            del above
+            clips.store[clips.key(layer, number, probe)] = below
+            if layer in self.wanted:
+                output_grads.append(scale * output_grad.float())
         hidden = seen.hidden.detach()
-        del seen, above
+        del seen, wanted, below, output_grad
         give_back_memory()
-        clips.store[clips.key(layer, number)] = below
         if layer not in self.wanted:
             return
-        output_grad = scale * output_grad.float()
         if self.trace is not None:
             # Errors measured on what was fitted are too small: a quarter of the batches is kept from the fit.
             count = len(clips)
             if number % 4 == min(4, count) - 1:
-                self.trace(Trace(hidden, inputs.step, output_grad))
+                self.trace(Trace(hidden, inputs.step, output_grads))
                 if count > 1:
                     return
-        self._sample(layer, number, block, hidden, output_grad)
+        self._sample(layer, number, block, hidden, output_grads)
 
-    def _sample(self, layer: int, number: int, block: Any, hidden: Tensor, output_grad: Tensor | None = None) -> None:
+    def _sample(
+        self, layer: int, number: int, block: Any, hidden: Tensor, output_grads: list[Tensor] | None = None
+    ) -> None:
         """Sample a layer on one batch. Beside other layers' tokens samples are large and wait in the store."""
         sample = sample_layer(
             block.attn1,
@@ -212,7 +229,8 @@ class _Sweep(NamedTuple):
             self.history_only,
             max(1, self.config.max_tokens // len(self.clips)),
             drawn(Use.SAMPLE, self.config.seed, layer - layer % self.layers_per_latent, number),
-            output_grad,
+            output_grads,
+            self.rotated_only,
         )
         for name in FIELDS:
             self.clips.store[_part(number, name)] = getattr(sample, name)

@@ -65,9 +65,9 @@ class Clips:
         return float(flow.velocity_error(velocity.float(), self.targets[number], *self.times[number]))
 
     @staticmethod
-    def key(layer: int, number: int) -> str:
-        """Name of the tokens of batch `number` as they enter block `layer`."""
-        return f"{layer:04d}-{number:05d}"
+    def key(layer: int, number: int, probe: int = 0) -> str:
+        """Name of the tokens of batch `number` as they enter block `layer`, or of a probe's gradient in them."""
+        return f"{layer:04d}-{number:05d}" + (f"-{probe:03d}" if probe else "")
 
     def advance(self, layer: int, number: int, tokens: Tensor, keep: bool = False) -> None:
         """Store what block `layer` made of a batch; what entered it goes, unless it is to be kept."""

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ..flow import noise_levels
 from ..mla.config import OwnChunk, Position, check_shared_latent
 from ..sampling import DenoisingSteps
+from .factorize import RIDGE
 
 Init = Literal["random", "svd", "activation"]
 Rank = Annotated[int, Field(ge=1)]
@@ -23,6 +24,11 @@ class CalibrationConfig(BaseModel):
     queries of every chunk tell what an error in a cached token does to the output of the layer, for
     at most `max_tokens` tokens a layer. `empty_prompt_rate` of the clips get the negative prompt in
     place of their own, for models that are sampled with guidance.
+
+    Each token's gradient is that of so many random `probes`, whose moments are averaged: more of them make the metric
+    of the fit less random. Each costs a backward pass of every block, a layer's hidden states more on the disk, and in
+    memory a gradient of every sampled key and value. `ridge` is the share of its mean eigenvalue that is added to all
+    of the metric: what few tokens and probes did not ask about is then not free.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -34,6 +40,8 @@ class CalibrationConfig(BaseModel):
     batch_size: int = Field(16, ge=1)
     queries_per_chunk: int = Field(512, ge=1)
     max_tokens: int = Field(16384, ge=1)
+    probes: int = Field(1, ge=1)
+    ridge: float = Field(RIDGE, gt=0)
     empty_prompt_rate: float = Field(0.0, ge=0, le=1)
     timestep_shift: float = Field(1.0, gt=0)
     denoising_steps: DenoisingSteps | None = None

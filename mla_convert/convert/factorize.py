@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 RIDGE = 1e-6
+"""What is added to a metric, as a share of its mean eigenvalue, so that it can be inverted."""
+
 # Share of the largest eigenvalue below which rounding of a Gram matrix in float64 hides a direction.
 LOST = 1e-12
 ROWS_AT_ONCE = 512
@@ -69,17 +71,19 @@ def symmetric_root(g: Tensor) -> tuple[Tensor, Tensor]:
     return (vectors * root) @ vectors.mH, (vectors / root) @ vectors.mH
 
 
-def low_rank_code(covariance: Tensor, metric: Tensor, mean: Tensor, rank: int) -> Code:
+def low_rank_code(covariance: Tensor, metric: Tensor, mean: Tensor, rank: int, ridge: float = RIDGE) -> Code:
     """The best code of `rank` numbers for a target with this covariance under this metric.
+
+    To the metric `ridge` of its mean eigenvalue is added.
 
     Latents are scaled to unit variance under the covariance, so that their dtype and their training
     are well conditioned. Raises ValueError if `rank` exceeds the size of the target.
     """
     _check_rank(rank, len(covariance))
     eye = torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
-    ridge = _ridge(metric)
+    added = _ridge(metric, ridge)
     # Any L with L L^T = G serves; a triangular one costs a tenth of the symmetric one.
-    root = torch.linalg.cholesky(metric + ridge * eye) if ridge > 0 else eye
+    root = torch.linalg.cholesky(metric + added * eye) if added > 0 else eye
     whitened = root.T @ covariance @ root
     energy, basis = _leading(whitened, rank)
     spread = _spread(energy)
@@ -87,24 +91,24 @@ def low_rank_code(covariance: Tensor, metric: Tensor, mean: Tensor, rank: int) -
     return Code((basis / spread).T @ root.T, decoder, mean, energy, float(torch.trace(whitened)))
 
 
-def low_rank_code_of_samples(samples: Tensor, probes: Tensor, mean: Tensor, rank: int) -> Code:
+def low_rank_code_of_samples(samples: Tensor, probes: Tensor, mean: Tensor, rank: int, ridge: float = RIDGE) -> Code:
     """`low_rank_code` for the covariance `samples^T samples` and the metric `probes^T probes`.
 
     Of X = `samples` `[m, n]` and P = `probes` `[k, n]`, m and k below n, nothing of size n x n is made and no root
-    of the metric G = P^T P + ridge: with U, E the leading eigenpairs of `X G X^T` the columns of `X^T U E^-1/2` are
+    of the metric G = P^T P + its ridge: with U, E the leading eigenpairs of `X G X^T` the columns of `X^T U E^-1/2` are
     orthonormal in G and are the decoder, D, but for the scale of the latents s; the encoder is `s^-2 D^T G`.
     Raises ValueError if `rank` exceeds m.
     """
     _check_rank(rank, len(samples))
-    ridge = max(0.0, RIDGE * float(probes.square().sum()) / probes.shape[1])
-    if ridge == 0:
+    added = max(0.0, ridge * float(probes.square().sum()) / probes.shape[1])
+    if added == 0:
         return low_rank_factor(samples, mean, rank)
 
     def times_metric(x: Tensor) -> Tensor:
-        return (ridge * x).addmm_(probes.T, probes @ x)
+        return (added * x).addmm_(probes.T, probes @ x)
 
     cross = samples @ probes.T
-    kernel = _upper_gram(samples).mul_(ridge).add_(_upper_gram(cross))
+    kernel = _upper_gram(samples).mul_(added).add_(_upper_gram(cross))
     del cross
     total = float(kernel.trace())
     energy, vectors = _leading(kernel, rank, overwrite=True)
@@ -162,8 +166,8 @@ def _check_rank(rank: int, size: int) -> None:
         raise ValueError(f"kv_lora_rank {rank} is larger than the {size} numbers it encodes")
 
 
-def _ridge(g: Tensor) -> float:
-    return max(0.0, RIDGE * float(torch.trace(g).real) / len(g))
+def _ridge(g: Tensor, share: float = RIDGE) -> float:
+    return max(0.0, share * float(torch.trace(g).real) / len(g))
 
 
 def _spread(energy: Tensor) -> Tensor:

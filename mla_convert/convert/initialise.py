@@ -108,7 +108,7 @@ def initialise_layers(
     its columns of the encoder and its rows of the decoder. The code is found on `device` where its memory holds
     that, everything else on the CPU. Raises ValueError for a rank that is larger than the layers have.
     """
-    code = None if config.init == "random" else _fit(readings, rank, torch.device(device))
+    code = None if config.init == "random" else _fit(readings, rank, torch.device(device), config.calibration.ridge)
     plans, start = [], 0
     for reading in readings:
         if code is None:
@@ -141,18 +141,18 @@ def initialise_layer(
     return initialise_layers([read_layer(layer, sample, axes, config, generator)], config, rank)[0]
 
 
-def _fit(readings: Sequence[LayerReading], rank: int, device: torch.device) -> Code:
+def _fit(readings: Sequence[LayerReading], rank: int, device: torch.device, ridge: float) -> Code:
     """The code of the targets: in the metric of the model's or the layer's output, or of the weights alone."""
     read = [(reading.target, reading.read) for reading in readings if reading.read is not None]
     if read:
         try:
-            return _fit_read(read, rank, device).cpu()
+            return _fit_read(read, rank, device, ridge).cpu()
         except (torch.OutOfMemoryError, torch.linalg.LinAlgError) as error:
             if device.type == "cpu":
                 raise
             reason = str(error).partition("\n")[0]
             logger.warning("%s cannot fit %d numbers, which is done on the CPU: %s", device, size(read), reason)
-            return _fit_read(read, rank, torch.device("cpu"))
+            return _fit_read(read, rank, torch.device("cpu"), ridge)
     (reading,) = readings
     assert reading.weights is not None
     weight, bias = reading.weights
@@ -171,14 +171,14 @@ def _warn_of_few(tokens: int, numbers: int) -> None:
     )
 
 
-def _fit_read(read: Read, rank: int, device: torch.device) -> Code:
+def _fit_read(read: Read, rank: int, device: torch.device, ridge: float) -> Code:
     if len(read[0][1].hidden) < size(read):
         _warn_of_few(len(read[0][1].hidden), size(read))
     if rank <= len(read[0][1].hidden) < size(read):
         samples, mean, probes = factors(read, device)
-        return low_rank_code_of_samples(samples, probes, mean, rank)
+        return low_rank_code_of_samples(samples, probes, mean, rank, ridge)
     covariance, mean, metric = moments(read, device)
-    return low_rank_code(covariance, metric, mean, rank)
+    return low_rank_code(covariance, metric, mean, rank, ridge)
 
 
 def _weights(layer: DenseSelfAttention) -> tuple[Tensor, Tensor]:

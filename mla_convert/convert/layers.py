@@ -131,6 +131,7 @@ def convert_layers(
             trace=trace,
             layers_per_latent=config.layers_per_latent,
             visited=run.visited,
+            rotated_only=config.position == "rotate_on_read",
         )
     finally:
         store.clear()

@@ -11,6 +11,7 @@ tokens, Q queries, K keys, H heads, D channels, P pairs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -32,10 +33,11 @@ class LayerSample:
     `hidden` `[T, C]` is the layer's input, `key` and `value` `[T, H, D]` what it would cache, keys
     normalised and unrotated, `place` complex `[T, P]` the token's spatial rotation.
 
-    Gradients of a random projection of the outputs, `[T, H, D]`: `value_grad` of the value, and three
-    of the key. `rotated_grad` belongs to a key that is rotated when it is read, as the dense one is;
-    `placed_grad` to one that is read with queries rotated by their place in the frame alone, and
-    `fixed_grad` to one that is read with unrotated queries.
+    Gradients of K random projections of the outputs, `[T * K, H, D]`, a token's beside each other: `value_grad` of
+    the value, and three of the key. `rotated_grad` belongs to a key that is rotated when it is read, as the dense one
+    is; `placed_grad` to one that is read with queries rotated by their place in the frame alone, and
+    `fixed_grad` to one that is read with unrotated queries. Where every key is rotated when it is read, the last two
+    are not asked for and have no channels.
     """
 
     hidden: Tensor
@@ -46,6 +48,11 @@ class LayerSample:
     rotated_grad: Tensor
     placed_grad: Tensor
     fixed_grad: Tensor
+
+    @property
+    def probes(self) -> int:
+        """K, the gradients of a token."""
+        return len(self.value_grad) // len(self.value)
 
 
 FIELDS = tuple(f.name for f in fields(LayerSample))
@@ -60,30 +67,33 @@ def sample_layer(
     history_only: bool,
     max_tokens: int,
     generator: torch.Generator,
-    output_grad: Tensor | None = None,
+    output_grads: Sequence[Tensor] | None = None,
+    rotated_only: bool = False,
 ) -> LayerSample:
     """Sample one forward of a layer on `hidden_states` `[B, S, C]`.
 
-    `output_grad` `[B, S, C]` is the gradient of a random projection of the model's velocity with
-    respect to the layer's output; without it z is drawn for every query. With `history_only` a token
+    `output_grads` `[B, S, C]` are the gradients of random projections of the model's velocity with
+    respect to the layer's output; without them z is drawn for every query, `probes` times. With `history_only` a token
     is asked about only by later chunks, which is all that an exact own chunk leaves to the cache.
-    Draws come from `generator`, on the CPU. Raises UserError if nothing is ever read.
+    With `rotated_only` nobody reads other
+    keys than rotated ones. Draws come from `generator`, on the CPU. Raises UserError if nothing is ever read.
     """
     if history_only and not any(view.history_frames for view in step.views):
         raise UserError("calibration clips are one chunk long: nothing is ever read from the cache; use longer clips")
     query, key, value = (layer.split_heads(x).float() for x in layer.project(hidden_states))
-    if output_grad is None:
-        output_grad = torch.randn(hidden_states.shape, generator=generator).to(hidden_states.device)
+    if output_grads is None:
+        drawn = (torch.randn(hidden_states.shape, generator=generator) for _ in range(config.probes))
+        output_grads = [z.to(hidden_states.device) for z in drawn]
     output: Any = layer.to_out[0]
-    pulled = layer.split_heads(output_grad.float() @ output.weight.float())
+    pulled = [layer.split_heads(grad.float() @ output.weight.float()) for grad in output_grads]
     # With an exact own chunk only the clean context is ever cached.
     cached = (step.context_batch or len(query)) if history_only else len(query)
-    grads = torch.zeros(4, cached, *key.shape[1:], device=key.device)
+    grads = torch.zeros(2 if rotated_only else 4, len(pulled), cached, *key.shape[1:], device=key.device)
     for view in step.views:
         rows = torch.arange(view.own.start, view.own.stop)
         thinned = rows[torch.randperm(len(rows), generator=generator)[: config.queries_per_chunk]].sort().values
-        pulled_rows = pulled[:, thinned] * (len(rows) / len(thinned)) ** 0.5
-        _add_grads(grads, layer.scale, view, thinned, (query, key, value, pulled_rows), step, history_only)
+        asked = [one[:, thinned] * (len(rows) / len(thinned)) ** 0.5 for one in pulled]
+        _add_grads(grads, layer.scale, view, thinned, (query, key, value), asked, step, history_only)
     kept = slice(None) if step.cached is None or not history_only else step.cached
     tokens = key[:, kept].shape[1]
     chosen = torch.randperm(cached * tokens, generator=generator)[:max_tokens]
@@ -92,7 +102,12 @@ def sample_layer(
     def flat(x: Tensor) -> Tensor:
         return x[:cached, kept].flatten(0, 1)[chosen].float().cpu()
 
-    return LayerSample(flat(hidden_states), flat(key), flat(value), place.cpu(), *(flat(grad) for grad in grads))
+    def by_token(kind: Tensor) -> Tensor:
+        return torch.stack([flat(probe) for probe in kind], dim=1).flatten(0, 1)
+
+    asked_for = [by_token(kind) for kind in grads]
+    unasked = [asked_for[0][..., :0]] * (4 - len(asked_for))
+    return LayerSample(flat(hidden_states), flat(key), flat(value), place.cpu(), *asked_for, *unasked)
 
 
 def _add_grads(
@@ -100,12 +115,16 @@ def _add_grads(
     scale: float,
     view: ChunkView,
     rows: Tensor,
-    projected: tuple[Tensor, Tensor, Tensor, Tensor],
+    projected: tuple[Tensor, Tensor, Tensor],
+    asked: Sequence[Tensor],
     step: AttentionPass,
     history_only: bool,
 ) -> None:
-    """Add what the queries `rows` of one chunk ask of every token to `grads` `[4, B, S, H, D]`."""
-    query, key, value, pulled = projected
+    """Add what the queries `rows` of one chunk ask of every token to `grads` `[2 or 4, K, B, S, H, D]`.
+
+    `asked` are the K gradients of their outputs, `[B, Q, H, D]`.
+    """
+    query, key, value = projected
     past = torch.cat([torch.arange(s.start, s.stop) for s in view.history]) if view.history else rows[:0]
     own = torch.arange(view.own.start, view.own.stop)
     if history_only and not len(past):
@@ -121,17 +140,18 @@ def _add_grads(
         values = torch.cat([value[source][:, past], value[batch][:, own]], dim=1)
         keys, values = padded(keys, view.zero_keys), padded(values, view.zero_keys)
         weights = (torch.einsum("bqhd,bkhd->bhqk", turned[batch], keys) * scale).softmax(-1)
-        pull = torch.einsum("bqhd,bkhd->bhqk", pulled[batch], values)
-        gain = weights * (pull - (weights * pull).sum(-1, keepdim=True)) * scale
-        readers = (pulled[batch], turned[batch], placed[batch], query[batch][:, rows])
-        for kind, reader in enumerate(readers):
-            asked = torch.einsum("bhqk,bqhd->bkhd", weights if kind == 0 else gain, reader)[:, : len(rotations)]
-            if kind == 1:
-                asked = rotate(asked, rotations.conj())
-            for item, index in enumerate(source.tolist()):
-                grads[kind, index, past] += asked[item, : len(past)]
-            if not history_only:
-                grads[kind, batch.unsqueeze(1), own] += asked[:, len(past) :]
+        for probe, pulled in enumerate(asked):
+            pull = torch.einsum("bqhd,bkhd->bhqk", pulled[batch], values)
+            gain = weights * (pull - (weights * pull).sum(-1, keepdim=True)) * scale
+            readers = (pulled[batch], turned[batch], placed[batch], query[batch][:, rows])
+            for kind, reader in enumerate(readers[: len(grads)]):
+                found = torch.einsum("bhqk,bqhd->bkhd", weights if kind == 0 else gain, reader)[:, : len(rotations)]
+                if kind == 1:
+                    found = rotate(found, rotations.conj())
+                for item, index in enumerate(source.tolist()):
+                    grads[kind, probe, index, past] += found[item, : len(past)]
+                if not history_only:
+                    grads[kind, probe, batch.unsqueeze(1), own] += found[:, len(past) :]
 
 
 def require_finite(sample: LayerSample, layer: int) -> LayerSample:

@@ -70,7 +70,7 @@ class Target:
         return 2 * heads * len(self.nope_pairs) + shared + heads * head_dim
 
     def probes(self, sample: LayerSample) -> Tensor:
-        """Sensitivity of the output to each number of each token's target, `[T, n]`."""
+        """Sensitivity of the output to each number of each token's target, by each of its K probes `[T * K, n]`."""
         parts = [torch.view_as_real(complex_pairs(sample.fixed_grad)[:, :, self.nope_pairs]).flatten(1)]
         if self.derived:
             assert self.shared is not None
@@ -91,15 +91,15 @@ def size(layers: Read) -> int:
 def moments(layers: Read, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
     """Covariance `[n, n]` and mean `[n]` of what a latent has to restore, and its metric `[n, n]`, float64 on `device`.
 
-    Tokens that the output depends on count more: a token's weight is 1 plus the square of its
-    probe over the mean square, because the tokens that matter are not like the others.
+    Tokens that the output depends on count more: a token's weight is 1 plus the mean square of its
+    probes over that of all, because the tokens that matter are not like the others.
     """
-    pieces, count = _pieces(layers), len(layers[0][1].hidden)
+    pieces, count = _pieces(layers), len(layers[0][1].value_grad)
     energy = sum(float(_probes(piece).square().sum()) for piece in pieces) / count
     metric, second, first, total = torch.zeros(4, device=device).unbind()
     for piece in pieces:
         numbers, probes = _numbers(piece).to(device), _probes(piece).to(device)
-        weight = _token_weights(probes, energy)
+        weight = _token_weights(probes, energy, len(numbers))
         metric = metric + probes.T @ probes
         second = second + numbers.T @ (weight.unsqueeze(1) * numbers)
         first, total = first + weight @ numbers, total + weight.sum()
@@ -110,15 +110,20 @@ def moments(layers: Read, device: torch.device | str = "cpu") -> tuple[Tensor, T
 def factors(layers: Read, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """`moments` by factors: `X^T X` is the covariance, `G^T G` the metric.
 
-    X `[T, n]`, the mean `[n]` and G `[T, n]`, float64 on `device`.
+    X `[T, n]`, the mean `[n]` and G `[T * K, n]`, float64 on `device`.
     """
-    shape = (2, len(layers[0][1].hidden), size(layers))
-    numbers, probes = torch.empty(shape, dtype=torch.float64, device=device).unbind()
+    sample = layers[0][1]
+    numbers, probes = (
+        torch.empty(rows, size(layers), dtype=torch.float64, device=device)
+        for rows in (len(sample.hidden), len(sample.value_grad))
+    )
     start = 0
     for piece in _pieces(layers, TOKENS_AT_ONCE // 8):
-        rows = slice(start, start := start + len(piece[0][1].hidden))
-        numbers[rows], probes[rows] = _numbers(piece).to(device), _probes(piece).to(device)
-    share = _token_weights(probes, float(probes.square().sum()) / len(probes))
+        stop = start + len(piece[0][1].hidden)
+        numbers[start:stop] = _numbers(piece).to(device)
+        probes[start * sample.probes : stop * sample.probes] = _probes(piece).to(device)
+        start = stop
+    share = _token_weights(probes, float(probes.square().sum()) / len(probes), len(numbers))
     share /= share.sum()
     mean = share @ numbers
     return numbers.sub_(mean).mul_(share.sqrt().unsqueeze(1)), mean, probes.div_(len(probes) ** 0.5)
@@ -175,7 +180,7 @@ def layout_target(
 
 def centred(sample: LayerSample) -> tuple[LayerSample, Tensor]:
     """The sample without its mean key, and that key `[H, D]`, tokens weighted as in `moments`."""
-    energy = sample.rotated_grad.double().square().sum((1, 2))
+    energy = sample.rotated_grad.double().square().sum((1, 2)).view(-1, sample.probes).mean(1)
     weight = 1 + energy / energy.mean().clamp_min(1e-300)
     mean = (torch.einsum("t,thd->hd", weight, sample.key.double()) / weight.sum()).float()
     return replace(sample, key=sample.key - mean), mean
@@ -186,7 +191,7 @@ def baked(sample: LayerSample) -> LayerSample:
     return replace(
         sample,
         key=_turn(sample.key, sample.place),
-        rotated_grad=_turn(sample.rotated_grad, sample.place),
+        rotated_grad=_turn(sample.rotated_grad, sample.place.repeat_interleave(sample.probes, dim=0)),
         fixed_grad=sample.placed_grad,
     )
 
@@ -196,15 +201,16 @@ def _turn(x: Tensor, rotations: Tensor) -> Tensor:
     return rotate(x.unsqueeze(0), rotations)[0]
 
 
-def _token_weights(probes: Tensor, energy: float) -> Tensor:
-    return 1 + probes.square().sum(1) / max(energy, 1e-300)
+def _token_weights(probes: Tensor, energy: float, tokens: int) -> Tensor:
+    return 1 + probes.square().sum(1).view(tokens, -1).mean(1) / max(energy, 1e-300)
 
 
 def _pieces(layers: Read, tokens: int = TOKENS_AT_ONCE) -> list[Read]:
     """So many tokens at a time, because they are worked on in float64."""
 
     def pieces(sample: LayerSample) -> Iterator[LayerSample]:
-        for piece in zip(*(getattr(sample, name).split(tokens) for name in FIELDS), strict=True):
+        parts = (getattr(sample, name) for name in FIELDS)
+        for piece in zip(*(x.split(tokens * (len(x) // len(sample.hidden))) for x in parts), strict=True):
             yield replace(sample, **dict(zip(FIELDS, piece, strict=True)))
 
     targets, samples = zip(*layers, strict=True)

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
 from ..errors import UsageError, nearest
+from ..mla.bits import CacheBits, row_bytes, told
 from ..sizes import RESERVED_BYTES, format_bytes
 from .geometry import Geometry, gpu_memory
 
@@ -37,15 +38,16 @@ _DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 class Plan(BaseModel):
     """Memory of one model, dense and latent; `model_dump()` is what `plan --json` prints.
 
-    Bytes are of one stream but for `gpu_memory_bytes`, `reserved_bytes` and `weights_bytes`.
-    `reduction` is the share of the cache that goes away, 0 to 1. `max_seconds_*` is the longest
-    window that a single stream could have on the card.
+    Bytes are of one stream but for `gpu_memory_bytes`, `reserved_bytes` and `weights_bytes`. `cache` is what latents
+    are kept in (`mla/bits.py`). `reduction` is the share of the cached scalars that goes away, 0 to 1. `max_seconds_*`
+    is the longest window that a single stream could have on the card.
     """
 
     model_config = ConfigDict(frozen=True)
 
     model: str
     dtype: str
+    cache: str
     frames: int
     tokens_per_frame: int
     seconds_of_context: float
@@ -87,12 +89,14 @@ def plan(
     gpu_memory_bytes: int | None = None,
     weights_bytes: int | None = None,
     activation_bytes_per_stream: int | None = None,
+    cache: CacheBits = "auto",
 ) -> Plan:
     """Memory of `geometry` with a dense cache and with a latent one.
 
     Ranks are one for all layers or one a layer; `qk_rope_head_dim` counts only what is cached.
     `frames` is the window in latent frames. `weights_bytes` is everything resident that streams
-    share, the transformer in `dtype` when left out. `gpu_memory_bytes` overrides `gpu`.
+    share, the transformer in `dtype` when left out. `gpu_memory_bytes` overrides `gpu`. `cache` says in how many bits
+    the latent cache is kept.
 
     Raises UsageError for a size that cannot be.
     """
@@ -103,10 +107,11 @@ def plan(
         if value <= 0:
             raise UsageError(f"{name} must be above 0, got {value}")
     dtype, size = _dtype(dtype)
-    rows = _rows(geometry, kv_lora_rank, qk_rope_head_dim)
+    parts = _rows(geometry, kv_lora_rank, qk_rope_head_dim)
+    rows = [sum(part) for part in parts]
     dense_row = 2 * geometry.inner_dim
     dense_token = dense_row * geometry.num_layers * size
-    latent_token = sum(rows) * size
+    latent_token = sum(row_bytes(cache, *part, size) for part in parts)
 
     label, total = gpu_memory(gpu)
     if gpu_memory_bytes is not None:
@@ -131,6 +136,7 @@ def plan(
     return Plan(
         model=geometry.name,
         dtype=dtype,
+        cache=told(cache),
         frames=frames,
         tokens_per_frame=geometry.tokens_per_frame,
         seconds_of_context=geometry.seconds(frames),
@@ -160,8 +166,9 @@ def plan(
 
 def plan_table(plan: Plan) -> Table:
     """The plan for a terminal."""
+    kept = "" if plan.cache == "auto" else f" (latents {plan.cache})"
     table = Table(
-        title=f"{plan.model}: {plan.frames} frames of {plan.tokens_per_frame} tokens, {plan.dtype}, {plan.gpu}",
+        title=f"{plan.model}: {plan.frames} frames of {plan.tokens_per_frame} tokens, {plan.dtype}{kept}, {plan.gpu}",
         caption="\n".join(plan.assumptions),
         caption_justify="left",
         title_justify="left",
@@ -209,8 +216,10 @@ def _dtype(name: str) -> tuple[str, int]:
     return full, DTYPE_BYTES[full]
 
 
-def _rows(geometry: Geometry, kv_lora_rank: int | Sequence[int], qk_rope_head_dim: int | Sequence[int]) -> list[int]:
-    """Cached scalars a token by layer, checked against what a layer has."""
+def _rows(
+    geometry: Geometry, kv_lora_rank: int | Sequence[int], qk_rope_head_dim: int | Sequence[int]
+) -> list[tuple[int, int]]:
+    """Cached scalars of latent and shared key by layer, checked against what a layer has."""
     ranks, ropes = (
         [value] * geometry.num_layers if isinstance(value, int) else list(value)
         for value in (kv_lora_rank, qk_rope_head_dim)
@@ -226,4 +235,4 @@ def _rows(geometry: Geometry, kv_lora_rank: int | Sequence[int], qk_rope_head_di
             raise UsageError(f"kv_lora_rank {rank} is impossible: keys and values of a layer have {limit} directions")
         if rope < 0 or rope % 2:
             raise UsageError(f"qk_rope_head_dim {rope} must be even: rotary channels come in pairs")
-    return [rank + rope for rank, rope in zip(ranks, ropes, strict=True)]
+    return list(zip(ranks, ropes, strict=True))

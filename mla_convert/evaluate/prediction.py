@@ -125,4 +125,5 @@ def position_error(target: Target, sample: LayerSample) -> float:
     if target.shared is None:
         return 0.0
     misread = complex_pairs(sample.rotated_grad) - complex_pairs(sample.fixed_grad) * target.rho.conj()
-    return float((misread.conj() * target.rest(sample.key)).real.sum((1, 2)).square().mean())
+    lost = target.rest(sample.key).repeat_interleave(sample.probes, dim=0)
+    return float((misread.conj() * lost).real.sum((1, 2)).square().mean())

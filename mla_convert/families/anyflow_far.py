@@ -366,6 +366,8 @@ class CausalAnyFlowFARTransformer3DModel(CausalTransformer, AnyFlowFARTransforme
 class MLAAnyFlowFARTransformer3DModel(LatentTransformer, CausalAnyFlowFARTransformer3DModel):
     """AnyFlow-FAR with latent self-attention: latents of full and of compressed frames are cached."""
 
+    cache_class: type[FrameCache] = FarCache
+
     @register_to_config
     @takes(CausalAnyFlowFARTransformer3DModel, mla=None)
     def __init__(self, **config: Any) -> None:

@@ -14,13 +14,15 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
+from ..errors import UserError
 from ..flow import ALL_NOISE
 from ..mla.attention import AttentionPass, CausalSelfAttention, DenseSelfAttention, clip_pass, stream_pass
+from ..mla.bits import CacheBits, check_bits, is_mixed, row_bits
 from ..mla.cache import DenseCache, FrameCache, LatentCache
 from ..mla.config import MLAConfig, latent_groups
 from ..mla.kernels import History, Kernels, Mode
 from ..mla.latent import LatentSelfAttention, whole_latent
-from ..mla.quantised import Int8LatentCache
+from ..mla.quantised import Int8LatentCache, MixedLatentCache
 from ..mla.rope import RotaryTable
 from ..mla.window import CausalConfig
 from .base import BlockInputs, ConditionKind, noise_channels
@@ -46,6 +48,7 @@ class CausalTransformer(nn.Module):
     noise_range: tuple[float, float] = ALL_NOISE
     cache_class: type[FrameCache] = DenseCache
     kernels: Kernels | None = None
+    cache_bits: CacheBits = "auto"
     config: Any
     causal: CausalConfig
     dtype: Any
@@ -118,6 +121,17 @@ class CausalTransformer(nn.Module):
         self.kernels = Kernels(mode, history, cuda_graph)
         return self.kernels
 
+    def set_cache(self, cache: CacheBits) -> None:
+        """Choose in how many bits `init_cache` keeps latents where it is given no dtype.
+
+        Raises ValueError for bits that there are not, UserError for any where rows are no latents of a ring.
+        """
+        if cache != "auto":
+            raise UserError(
+                f"{type(self).__name__} has no latents in a ring of frames, which alone are kept in fewer bits; leave "
+                "streaming.cache (--cache) at auto"
+            )
+
     def init_cache(
         self,
         batch_size: int,
@@ -130,13 +144,25 @@ class CausalTransformer(nn.Module):
     ) -> FrameCache:
         """An empty cache for latents of `height x width`; window and sinks default to the model's.
 
-        `dtype` is the model's where it is left out; `torch.int8` quantises the rows of a converted model.
+        `dtype` is what `set_cache` says where it is left out, and without that the model's; `torch.int8` quantises
+        the rows of a converted model. Raises ValueError for an unbounded window, and for int8 where rows are no
+        latents in a ring of frames.
         """
         changes = {"window_frames": window_frames, "sink_frames": sink_frames}
         settings = self.causal.model_dump() | {k: v for k, v in changes.items() if v is not None}
-        return self.make_cache(
-            CausalConfig(**settings), batch_size, height, width, dtype or self.dtype, device or self.device
-        )
+        causal, device = CausalConfig(**settings), device or self.device
+        if dtype is None and is_mixed(self.cache_bits):
+            return self.make_mixed_cache(causal, batch_size, height, width, device)
+        dtype = dtype or (self.dtype if self.cache_bits == "auto" else torch.int8)
+        if dtype == torch.int8 and self.cache_class is not LatentCache:
+            raise ValueError(f"{type(self).__name__} has no cache in int8; converted models with a ring of frames have")
+        return self.make_cache(causal, batch_size, height, width, dtype, device)
+
+    def make_mixed_cache(
+        self, causal: CausalConfig, batch_size: int, height: int, width: int, device: torch.device | str
+    ) -> FrameCache:
+        """The cache of latents in 8 and 4 bits, by `cache_bits`."""
+        raise NotImplementedError
 
     def make_cache(
         self,
@@ -147,12 +173,7 @@ class CausalTransformer(nn.Module):
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> FrameCache:
-        """The cache that `init_cache` describes.
-
-        Raises ValueError for an unbounded window, and for int8 where rows are no latents.
-        """
-        if dtype == torch.int8:
-            raise ValueError(f"{type(self).__name__} has no cache in int8; converted models with a ring of frames have")
+        """The cache that `init_cache` describes. Raises ValueError for an unbounded window."""
         return self.cache_class(causal, self.row_widths, batch_size, *self.token_grid(height, width), dtype, device)
 
     @property
@@ -387,10 +408,21 @@ class LatentTransformer(CausalTransformer):
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> FrameCache:
-        if dtype == torch.int8 and self.cache_class is LatentCache:
+        if dtype == torch.int8:
             grid = self.token_grid(height, width)
             return Int8LatentCache(causal, self.row_widths, batch_size, *grid, dtype, device)
         return super().make_cache(causal, batch_size, height, width, dtype, device)
+
+    def set_cache(self, cache: CacheBits) -> None:
+        if self.cache_class is not LatentCache:
+            super().set_cache(cache)
+        self.cache_bits = check_bits(cache)
+
+    def make_mixed_cache(
+        self, causal: CausalConfig, batch_size: int, height: int, width: int, device: torch.device | str
+    ) -> FrameCache:
+        bits = [row_bits(self.cache_bits, *self.mla.row_parts(layer)) for layer in range(len(self.blocks))]
+        return MixedLatentCache(causal, bits, batch_size, *self.token_grid(height, width), device)
 
     @property
     def latent_groups(self) -> list[range]:

@@ -7,7 +7,7 @@ whole clip costs no masked work and runs the same code as the streaming forward.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +65,7 @@ class AttentionPass:
     cached: slice | None = None
     kernels: Kernels | None = None
     latents: Tensor | None = None
-    kept: tuple[Tensor, ...] = ()
+    kept: tuple[Any, ...] = ()
     part: Tensor | None = None
 
     def of(self, layer: CausalSelfAttention, tokens: Tensor) -> AttentionPass:

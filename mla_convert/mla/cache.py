@@ -78,15 +78,15 @@ class FrameCache:
         """A layer's tensor `[lanes, window_frames, ...]` as kernels address it by what `slots` gives."""
         return kept
 
-    def kept(self, layer: int) -> tuple[Tensor, ...]:
-        """The tensors `[B, window_frames, ...]` that hold what is kept of a layer."""
+    def kept(self, layer: int) -> tuple[Any, ...]:
+        """The tensors `[B, window_frames, ...]` that hold what is kept of a layer, and what tells how to read them."""
         return (self.rows[layer],)
 
-    def take(self, kept: tuple[Tensor, ...], slots: Tensor) -> Tensor:
+    def take(self, kept: tuple[Any, ...], slots: Tensor) -> Tensor:
         """Rows `[B, len(frames) * tokens_per_frame, row]` of what is `kept` of a layer in the `slots` of frames."""
         return self._take(kept[0], slots)
 
-    def put(self, kept: tuple[Tensor, ...], slots: Tensor, rows: Tensor) -> None:
+    def put(self, kept: tuple[Any, ...], slots: Tensor, rows: Tensor) -> None:
         """The reverse of `take`, in place."""
         self._put(kept[0], slots, rows.detach().to(kept[0].dtype))
 

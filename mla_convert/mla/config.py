@@ -103,12 +103,16 @@ class MLAConfig(BaseModel):
         """Unrotated key channels a head of a layer, restored from the latent."""
         return 2 * len(self.nope_pairs[layer])
 
+    def row_parts(self, layer: int) -> tuple[int, int]:
+        """Scalars of the latent and of the shared key that a layer caches a token, see `row_width`."""
+        if self.row_layer(layer) != layer:
+            return 0, 0
+        shared_key = self.qk_rope_head_dim(layer) if self.position in ("decoupled", "baked") else 0
+        return self.kv_lora_rank[layer], shared_key
+
     def row_width(self, layer: int) -> int:
         """Scalars that a layer caches a token; 0 where the latent lies in the rows of another layer."""
-        if self.row_layer(layer) != layer:
-            return 0
-        shared_key = self.qk_rope_head_dim(layer) if self.position in ("decoupled", "baked") else 0
-        return self.kv_lora_rank[layer] + shared_key
+        return sum(self.row_parts(layer))
 
     def scalars_per_token(self) -> float:
         """Cached scalars a token, averaged over layers."""

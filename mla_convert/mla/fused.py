@@ -21,7 +21,7 @@ from .core import Query, of_pairs
 from .latent import LatentSelfAttention
 from .places import Places
 from .pool import Int8LaneView, LaneView
-from .quantised import Int8LatentCache
+from .quantised import Int8LatentCache, MixedLatentCache
 from .rope import rotate
 
 Path = Literal["absorbed", "expand"]
@@ -47,6 +47,8 @@ def why_not(layer: CausalSelfAttention, dtype: torch.dtype, device: str, step: A
         return f"the package mla_attention cannot be imported: {error}"
     if reason := ops.why_not(device, dtype):
         return str(reason)
+    if isinstance(step.cache, MixedLatentCache):
+        return "latents in 4 bits are read by torch: the kernels know 8 and the model's dtype"
     if type(step.cache) not in RINGS or step.cache.places is None:
         return f"{type(step.cache).__name__} is not a ring of frames"
     if step.cache.rows[layer.layer].dtype not in (dtype, torch.int8):

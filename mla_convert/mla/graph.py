@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .cache import DenseCache, FrameCache, LatentCache
 from .places import next_places
-from .quantised import Int8LatentCache
+from .quantised import Int8LatentCache, MixedLatentCache
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def why_not_graph(model: Any, cache: Any) -> str | None:
         return "CUDA graphs are off"
     if model.training:
         return "the model is in training mode"
-    if type(cache) not in (DenseCache, LatentCache, Int8LatentCache):
+    if type(cache) not in (DenseCache, LatentCache, Int8LatentCache, MixedLatentCache):
         return f"{type(cache).__name__} is not a ring of frames"
     if cache.rows[0].device != model.device:
         return "the cache is on another device than the model"

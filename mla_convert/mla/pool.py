@@ -22,8 +22,11 @@ from torch import Tensor
 
 from ..errors import UserError
 from .cache import DenseCache, FrameCache, LatentCache
-from .quantised import Int8LatentCache
+from .quantised import Int8LatentCache, MixedLatentCache
 from .window import CausalConfig
+
+POOLED = (DenseCache, LatentCache, Int8LatentCache, MixedLatentCache)
+"""Caches whose lanes streams can share."""
 
 
 def place_in_window(causal: CausalConfig, start: int, num_frames: int) -> int:
@@ -101,6 +104,14 @@ class Int8LaneView(LaneView, Int8LatentCache):
         self.scales = cache.scales
 
 
+class MixedLaneView(LaneView, MixedLatentCache):
+    """Lanes of a pool of `MixedLatentCache`."""
+
+    def __init__(self, cache: MixedLatentCache, *places: Any, **more: Any) -> None:
+        super().__init__(cache, *places, **more)
+        self.scales, self.bits = cache.scales, cache.bits
+
+
 class CachePool:
     """The caches of many streams, allocated once: `caches`, one for each expert of a model, of a lane a batch item.
 
@@ -109,7 +120,7 @@ class CachePool:
 
     def __init__(self, caches: Sequence[FrameCache]) -> None:
         for cache in caches:
-            if type(cache) not in (DenseCache, LatentCache, Int8LatentCache):
+            if type(cache) not in POOLED:
                 raise UserError(
                     f"streams cannot share a {type(cache).__name__}, which encodes its near history anew after every "
                     "chunk; roll them out one by one"
@@ -141,6 +152,8 @@ class CachePool:
         cache = self.caches[expert]
         if isinstance(cache, Int8LatentCache):
             return Int8LaneView(cache, lanes, frames_seen, num_frames, oldest)
+        if isinstance(cache, MixedLatentCache):
+            return MixedLaneView(cache, lanes, frames_seen, num_frames, oldest)
         return LaneView(cache, lanes, frames_seen, num_frames, oldest)
 
     def bytes(self) -> int:

@@ -48,7 +48,7 @@ def _rolled_out(context: Context, path: Path, batch: CalibrationBatch, number: i
         generate, teacher = context.recipe.generate, context.dense().to(context.device)
         if teacher.causal.window_frames is None:
             raise UsageError("convert.calibration.source: rollouts needs a finite window; set causal.window_frames")
-        context.recipe.streaming.apply(teacher)
+        context.recipe.streaming.dense.apply(teacher)
         frames, height, width = batch.latents.shape[2:]
         size = {"num_frames": frames, "latent_height": height, "latent_width": width}
         same_size = generate.model_copy(update={**size, "seed": generate.seed + number, "start": None})

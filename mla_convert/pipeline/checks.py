@@ -20,6 +20,7 @@ from ..families.base import noise_channels
 from ..flow import levels_inside
 from ..load import Source
 from ..load.hub import is_hub_id
+from ..mla.cache import LatentCache
 from ..mla.window import CausalConfig
 from ..recipe.schema import Recipe
 from ..run.sample import check_latent_size, check_length, latent_size
@@ -70,6 +71,9 @@ def _check_streaming(context: Context, rolls_out: bool) -> None:
     streaming, causal = context.recipe.streaming, context.source.config.get("causal") or {}
     if causal.get("window_frames", 0) is None:
         raise UsageError("causal.window_frames: null has no streaming cache, which an export needs; set a number")
+    converted = context.source.family.mla_class
+    if streaming.cache != "auto" and converted.cache_class is not LatentCache:
+        raise UsageError(f"streaming.cache: {converted.__name__} keeps its latents in its dtype alone; set auto")
     if streaming.kernels == "triton" and rolls_out:
         reason = importlib.import_module("mla_attention").why_not(context.device, context.dtype)
         if reason is not None:

@@ -63,7 +63,8 @@ def evaluate_checkpoint(
     streaming = StreamingConfig() if recipe is None else recipe.streaming
     if kernels is not None:
         streaming = streaming.model_copy(update={"kernels": kernels})
-    streaming.apply(student, dense)
+    streaming.apply(student)
+    streaming.dense.apply(dense)
     if recipe is not None:
         student.noise_range = dense.noise_range = recipe.source.noise_range
     digits = prompt_encoder(student.config) == DIGITS

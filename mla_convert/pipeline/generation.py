@@ -20,6 +20,7 @@ from ..errors import UsageError, UserError
 from ..export.manifest import recorded_recipe
 from ..families.base import noise_channels
 from ..files import atomic_file, check_place, save_tensors
+from ..mla.bits import told
 from ..recipe.schema import validate
 from ..run.config import GenerateConfig
 from ..run.decode import first_video_frame, frame_chunks, latent_frames, video_frames
@@ -130,6 +131,7 @@ def generate_video(
         "seconds": round(seconds, 3),
         "frames_per_second": frames / seconds,
         "interrupted": interrupted,
+        "cache": told(task.streaming.cache),
         "kernels": [model.kernels.report() for model in models],
     }
 

@@ -20,8 +20,8 @@ from .generation import recorded
 
 def read_geometry(
     source: str, size: tuple[int, int] | None, file: str | None = None
-) -> tuple[Geometry, list[int] | None]:
-    """Geometry of a dense or converted model, and for a converted one the row of every layer.
+) -> tuple[Geometry, list[tuple[int, int]] | None]:
+    """Geometry of a dense or converted model, and for a converted one the latent and shared key in every layer's row.
 
     `size` is the height and width of the latent, `file` a weights file in a dense model's folder.
     Raises UserError in one line.
@@ -33,7 +33,7 @@ def read_geometry(
         with torch.device("meta"):
             model = found.family.dense_class.from_config(found.config)
     else:
-        rows = [block.attn1.row_width for block in model.blocks]
+        rows = [model.mla.row_parts(layer) for layer in range(len(model.blocks))]
     fps = 8 if prompt_encoder(model.config) == DIGITS else 16
     height, width = size or latent_size(model.config, GenerateConfig())
     try:

@@ -47,7 +47,7 @@ def roll_out_data(context: Context) -> None:
                 save_tensors({EMBEDS_KEY: negative}, temporary)
     processes.wait_for_everyone()
     teacher = context.dense().to(processes.device)
-    context.recipe.streaming.apply(teacher)
+    context.recipe.streaming.dense.apply(teacher)
 
     def roll_out(embeds: Tensor, seed: int) -> Tensor:
         away = None if negative is None else negative.unsqueeze(0)

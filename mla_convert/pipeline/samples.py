@@ -55,7 +55,8 @@ def make_samples(context: Context) -> None:
     videos, chosen = {}, {}
     for name in ("teacher", "student"):
         model = context.dense() if name == "teacher" else context.load_stage(-1, context.dtype)
-        context.recipe.streaming.apply(model)
+        streaming = context.recipe.streaming
+        (streaming.dense if name == "teacher" else streaming).apply(model)
 
         def told(done: int, total: int, name: str = name) -> None:
             context.report(f"sample {name}", done, total)

@@ -148,7 +148,8 @@ def _evaluate(context: Context) -> None:
         if index != len(recipe.distill):
             config = config.model_copy(update={"rollout_prompts": 0})
         student = context.load_stage(index, context.dtype).to(context.device)
-        recipe.streaming.apply(teacher, student)
+        recipe.streaming.dense.apply(teacher)
+        recipe.streaming.apply(student)
         result = evaluate(student, teacher, context.data_config, config, context.report, recipe.seed)
         # Not beside the next one.
         del student

@@ -1,0 +1,92 @@
+"""In how many bits a cache keeps its latents: how that is written in recipes and commands, and what it takes."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, NamedTuple
+
+GROUP = 64
+"""Scalars of 8 bits that share a scale."""
+
+GROUP_OF_FOUR = 32
+"""Scalars of 4 bits that share a scale."""
+
+SCALE_BYTES = 2
+
+CacheBits = Literal["auto", "int8"] | tuple[tuple[int, int], ...]
+"""`auto` (the model's dtype), `int8`, or pairs (latents, bits), the last of which takes what is left of a latent."""
+
+
+def check_bits(cache: CacheBits) -> CacheBits:
+    """`cache` itself. Raises ValueError for pairs of other bits than 8 and 4, and where bits rise."""
+    if isinstance(cache, str):
+        return cache
+    bits = [width for _, width in cache]
+    if not bits or any(count < 1 for count, _ in cache) or not {4, 8}.issuperset(bits):
+        raise ValueError("give pairs of a number of latents and 8 or 4 bits, such as [[24, 8], [64, 4]]")
+    if bits != sorted(bits, reverse=True):
+        raise ValueError("the first latents matter most: give those in 8 bits before those in 4")
+    return cache
+
+
+class RowBits(NamedTuple):
+    """Scalars of a row `[c | k_pe]`: of the latent in 8 bits and, behind them, in 4; of the shared key, in 8 bits."""
+
+    eight: int
+    four: int
+    key: int
+
+    @property
+    def scalars(self) -> int:
+        """Scalars of a row."""
+        return self.eight + self.four + self.key
+
+    @property
+    def values(self) -> int:
+        """Bytes of a row without its scales."""
+        return self.eight + self.four // 2 + self.key
+
+    @property
+    def scales(self) -> tuple[int, int, int]:
+        """Scales of each part."""
+        return -(-self.eight // GROUP), -(-self.four // GROUP_OF_FOUR), -(-self.key // GROUP)
+
+
+def is_mixed(cache: CacheBits) -> bool:
+    """Whether some latents have 4 bits."""
+    return not isinstance(cache, str) and any(bits == 4 for _, bits in cache)
+
+
+def row_bits(cache: CacheBits, latents: int, key: int) -> RowBits:
+    """The bits of a row of so many `latents` and of a shared `key`, where some have 4.
+
+    Two numbers of 4 bits fill a byte, so one more latent has 8 where an odd number would be left.
+    """
+    eight = 0 if isinstance(cache, str) else min(latents, sum(count for count, bits in cache[:-1] if bits == 8))
+    eight += (latents - eight) % 2
+    return RowBits(eight, latents - eight, key)
+
+
+def row_bytes(cache: CacheBits, latents: int, key: int, itemsize: int) -> int:
+    """Bytes of a row of so many `latents` and of a shared `key`; `itemsize` is that of the model's dtype."""
+    if cache == "auto":
+        return (latents + key) * itemsize
+    if not is_mixed(cache):
+        return latents + key + SCALE_BYTES * -(-(latents + key) // GROUP)
+    bits = row_bits(cache, latents, key)
+    return bits.values + SCALE_BYTES * sum(bits.scales)
+
+
+def parse_bits(text: str) -> str | list[list[int]]:
+    """`auto`, `int8` or pairs such as `24x8,64x4`, for `check_bits`. Raises ValueError for other text."""
+    if text in ("auto", "int8"):
+        return text
+    parts = [re.fullmatch(r"(\d+)x(\d+)", part.strip()) for part in text.split(",")]
+    if not all(parts):
+        raise ValueError(f"{text!r} is no cache; write auto, int8 or LATENTSxBITS,..., such as 24x8,64x4")
+    return [[int(number) for number in part.groups()] for part in parts if part is not None]
+
+
+def told(cache: CacheBits) -> str:
+    """The reverse of `parse_bits`."""
+    return cache if isinstance(cache, str) else ",".join(f"{count}x{bits}" for count, bits in cache)
