@@ -195,7 +195,7 @@ def test_replayed_passes_are_those_that_are_run(monkeypatch: pytest.MonkeyPatch)
     model = student()
     model.set_cache(MIXED)
     monkeypatch.setattr(graph, "why_not_graph", lambda model, cache: None)
-    monkeypatch.setattr(graph, "CUDARecorder", lambda device: test_graph.Tape())
+    monkeypatch.setattr(graph, "CUDARecorder", lambda device, beside: test_graph.Tape(beside))
     monkeypatch.setattr(test_graph.Tape, "captures", 0)
     actual = test_graph.rolled_out(model)
     assert test_graph.Tape.captures == 1
