@@ -27,8 +27,8 @@ class Pipeline(nn.Module):
         super().__init__()
         self.generator, self.scheduler = generator, generator.get_scheduler()
         self.kv_cache1: Any = None
-        self.crossattn_cache: Any = None
-        self.num_transformer_blocks, self.frame_seq_length = 2, TOKENS
+        # Theirs, whatever the model has.
+        self.num_transformer_blocks, self.frame_seq_length = 30, TOKENS
         self.local_attn_size = generator.model.local_attn_size
         # Warped as their configurations say.
         timesteps = torch.cat([self.scheduler.timesteps, torch.zeros(1)])
@@ -49,6 +49,7 @@ class Pipeline(nn.Module):
                 self.crossattn_cache[block]["is_init"] = False
             for block in self.kv_cache1:
                 block["global_end_index"] = torch.tensor([0])
+                block["local_end_index"] = torch.tensor([0])
         drawn, made = iter(renoise), []
         given = 0 if initial is None else initial.shape[1]
         for start in range(0, given, CHUNK):
@@ -119,7 +120,13 @@ def test_their_loop_makes_our_video(layout: dict[str, Any] | None, positions: st
         noise, renoise = drawn(seed, 2, FRAMES // CHUNK)
         made = pipeline.inference(noise, text, renoise)
         assert pico.relative_error(made, expected(model, text, FRAMES, seed)) < FLOAT32
-    assert pipeline.kv_cache1 == []
+    assert len(pipeline.kv_cache1) == 30 and not any(
+        torch.is_tensor(x) and x.numel() > 1 for b in pipeline.kv_cache1 for x in b.values()
+    )
+    # Pipelines of demonstrations allocate anew for every video.
+    pipeline._initialize_kv_cache(2, torch.float32, "cpu")
+    pipeline.inference(noise, text, renoise)
+    assert len(pipeline.generator._streams) == 1
 
 
 def test_a_given_beginning_and_another_size() -> None:
@@ -179,9 +186,11 @@ def test_what_it_refuses() -> None:
     with pytest.raises(ValueError, match="no multiple of the 6 tokens of a frame; set the pipeline's frame_seq_length"):
         generator(x, text, clean, kv_cache=[], current_start=7)
     caches: list[Any] = []
-    generator(x, text, clean, kv_cache=caches)
+    generator(x, text, clean + 11, kv_cache=caches)
     with pytest.raises(ValueError, match="at frame 2 follows one that was not kept, at frame 0; set context_timestep"):
         generator(x, text, clean, kv_cache=caches, current_start=CHUNK * TOKENS)
+    with pytest.raises(ValueError, match="a chunk of 1 frames is given at frame 0, where the model has 2"):
+        generator(x[:, :1], text, clean[:, :1], kv_cache=caches)
     with pytest.raises(ValueError, match="the pipeline makes chunks of 3 frames, the model of 2"):
         Pipeline(generator, chunk=3)
     assert generator.model.local_attn_size == 6

@@ -46,6 +46,9 @@ def vbench(
     denoising_steps: Annotated[
         str | None, typer.Option(metavar="T,T,...", help="Noise levels out of 1000 instead of --steps.")
     ] = None,
+    first_chunk_steps: Annotated[
+        str | None, typer.Option(metavar="T,T,...", help="Those of the first chunk, as in `generate`.")
+    ] = None,
     shift: Annotated[float | None, typer.Option(min=0, help="Timestep shift, as in `generate`.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(min=0, help="As in `generate`.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="As in `generate`.")] = None,
@@ -65,6 +68,7 @@ def vbench(
     """
     generate = sampling(
         denoising_steps,
+        first_chunk_steps,
         num_inference_steps=steps,
         sampler=sampler,
         shift=shift,

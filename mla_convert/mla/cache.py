@@ -65,7 +65,7 @@ class FrameCache:
 
     def rewind(self, frame: int) -> None:
         """Go back to absolute `frame`, from where on chunks are written again; earlier ones see what the ring holds."""
-        self.oldest = self.causal.first_kept(self.frames_seen)
+        self.oldest = min(max(self.oldest, self.causal.first_kept(self.frames_seen)), frame)
         self.frames_seen = frame
         self.places = None
         self.expanded = {}

@@ -31,6 +31,9 @@ class Conditions:
         self, models: Sequence[Any], given: Given | None, batch: int, frames: int | None, size: tuple[int, int]
     ) -> None:
         self.given, self.batch, self.size = dict(given or {}), batch, size
+        # What a model reads beside the latent that it makes.
+        self.channels = models[0].config.in_channels - models[0].noise_channels
+        self.needed = models[0].needed_conditions
         self.kinds: Mapping[str, str] = models[0].condition_kinds
         self._made: tuple[tuple[int, int], dict[str, Tensor]] | None = None
         unknown = next((name for name in self.given if name not in self.kinds), None)
@@ -71,6 +74,8 @@ class Conditions:
         if value.ndim != 5 or tuple(shape[3:]) != self.size:
             height, width = self.size
             raise UsageError(f"the condition {name} has shape {shape}; [B, c, F, {height}, {width}] is expected")
+        if name in self.needed and shape[1] != self.channels:
+            raise UsageError(f"the condition {name} has {shape[1]} channels, the model reads {self.channels}")
         if frames is None:
             raise UsageError(f"the condition {name} has {shape[2]} frames and the video no end; give a function")
         if shape[2] < frames:
@@ -89,5 +94,8 @@ def check_conditions(models: Sequence[Any], given: Mapping[str, Any]) -> None:
 
 def placed(conditions: Sequence[Mapping[str, Tensor]], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     """`conditions` one behind the other in the batch, on `device`; in `dtype` unless they are whole numbers."""
-    joined = {name: torch.cat([one[name] for one in conditions]) for name in conditions[0]}
-    return {name: x.to(device, dtype) if x.is_floating_point() else x.to(device) for name, x in joined.items()}
+
+    def here(x: Tensor) -> Tensor:
+        return x.to(device, dtype) if x.is_floating_point() else x.to(device)
+
+    return {name: torch.cat([here(one[name]) for one in conditions]) for name in conditions[0]}

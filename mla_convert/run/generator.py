@@ -30,10 +30,11 @@ class SelfForcingGenerator(nn.Module):
         pipeline = CausalInferencePipeline(config, device=device, generator=generator)
         generator.attach(pipeline)
 
-    A pass whose timesteps are all `context_timestep`, the pipeline's `context_noise`, keeps the chunk; other
-    passes only read what was kept before, so they replay from a CUDA graph where the model's can. Every cache of
-    the pipeline has one here, so the two of classifier-free guidance do. Chunks, window, sinks and positions are those
-    of `model.causal`. `timestep_shift` is that of the scheduler which `get_scheduler` gives.
+    A pass whose timesteps are at most `context_timestep`, the pipeline's `context_noise`, keeps the chunk; other
+    passes only read what was kept before, so they replay from a CUDA graph where the model's can. A model that was not
+    told how to stream (`set_kernels`) takes kernels and graphs where they support it. Every cache of the pipeline
+    has one here, so the two of classifier-free guidance do. Chunks, window, sinks and positions are those of
+    `model.causal`. `timestep_shift` is that of the scheduler which `get_scheduler` gives.
 
     Moving it moves the model; casting it leaves the model's data types as they were loaded, in which norms and
     time embeddings stay float32.
@@ -41,6 +42,8 @@ class SelfForcingGenerator(nn.Module):
 
     def __init__(self, model: Any, timestep_shift: float = 5.0, context_timestep: float = 0.0) -> None:
         super().__init__()
+        if model.kernels is None:
+            model.set_kernels("auto")
         self.transformer = model
         self.model = Settings(model.causal)
         self.context_timestep = context_timestep
@@ -52,20 +55,20 @@ class SelfForcingGenerator(nn.Module):
         return self._scheduler
 
     def attach(self, pipeline: Any) -> None:
-        """Have `pipeline` allocate no caches: what it allocates for a video are empty lists from now on."""
-        blocks = len(self.transformer.blocks)
+        """Have `pipeline` allocate no tensors: its caches hold what it counts and marks in them, and nothing else."""
+        # Pipelines reset as many blocks as they believe there are.
+        blocks = max(len(self.transformer.blocks), getattr(pipeline, "num_transformer_blocks", 0))
 
-        def initialize(names: tuple[str, ...], stand_in: Callable[[], list[Any]]) -> Callable[..., None]:
+        def initialize(names: tuple[str, ...], block: dict[str, Any]) -> Callable[..., None]:
             def allocate(batch_size: int, dtype: torch.dtype, device: Any) -> None:
                 for name in names:
-                    if hasattr(pipeline, name):
-                        setattr(pipeline, name, stand_in())
+                    self._streams.pop(id(getattr(pipeline, name, None)), None)
+                    setattr(pipeline, name, [dict(block) for _ in range(blocks)])
 
             return allocate
 
-        pipeline._initialize_kv_cache = initialize(KV_CACHES, list)
-        # Pipelines mark a block's text as new there before each video.
-        pipeline._initialize_crossattn_cache = initialize(CROSS_CACHES, lambda: [{} for _ in range(blocks)])
+        pipeline._initialize_kv_cache = initialize(KV_CACHES, {"global_end_index": 0, "local_end_index": 0})
+        pipeline._initialize_crossattn_cache = initialize(CROSS_CACHES, {"is_init": False})
 
     @torch.no_grad()
     def forward(
@@ -83,16 +86,17 @@ class SelfForcingGenerator(nn.Module):
         `noisy_image_or_video` `[B, F, C, H, W]` at `timestep` `[B, F]` in [0, 1000]; `conditional_dict` holds
         `prompt_embeds` `[B, L, D]`; `current_start` is the number of tokens before the chunk. `kv_cache` tells streams
         apart and is not read; the last arguments are not used. A chunk at 0 begins a new video, one before
-        the end of what was kept is kept anew. Raises ValueError where a chunk was left out, and without a cache.
+        the end of what was kept is kept anew. Raises ValueError where a chunk was left out or is none of the model's,
+        and without a cache.
         """
         if kv_cache is None:
             raise ValueError("this generator streams; for a whole clip without a cache call the model itself")
         x = noisy_image_or_video.transpose(1, 2)
         stream = self._stream(kv_cache, x)
-        stream.go_to(current_start)
+        stream.go_to(current_start, x.shape[2])
         text = conditional_dict["prompt_embeds"].to(self.transformer.dtype)
         hidden_states = x.to(self.transformer.dtype)
-        if bool((timestep == self.context_timestep).all()):
+        if bool((timestep <= self.context_timestep).all()):
             v = self.transformer(hidden_states, timestep, text, cache=stream.cache, write=True)
         else:
             # What a replay gives is overwritten by the next.
@@ -169,8 +173,8 @@ class _Stream:
         self.cache: FrameCache = self.model.init_cache(batch, height, width)
         self.denoise = denoiser(self.model, self.cache)
 
-    def go_to(self, current_start: int) -> None:
-        """Make the chunk after so many tokens the next one. Raises ValueError."""
+    def go_to(self, current_start: int, frames: int) -> None:
+        """Make the chunk of `frames` after so many tokens the next one. Raises ValueError."""
         cache = self.cache
         tokens = cache.height * cache.width
         frame, rest = divmod(int(current_start), tokens)
@@ -179,6 +183,9 @@ class _Stream:
                 f"current_start {current_start} is no multiple of the {tokens} tokens of a frame; "
                 f"set the pipeline's frame_seq_length to {tokens}"
             )
+        expected = cache.causal.chunk_end(frame) - frame
+        if frames != expected:
+            raise ValueError(f"a chunk of {frames} frames is given at frame {frame}, where the model has {expected}")
         if frame > cache.frames_seen:
             raise ValueError(
                 f"the chunk at frame {frame} follows one that was not kept, at frame {cache.frames_seen}; "

@@ -103,7 +103,8 @@ class StreamingMLAPipeline(DiffusionPipeline):
         )
         self.register_to_config(prompt_format=prompt_format, sampling=sampling, streaming=streaming)
         if transformer.kernels is None:
-            StreamingConfig(**streaming or {}).apply(transformer)
+            # What `set_cache` chose before stays where nothing else is recorded.
+            StreamingConfig(**{"cache": transformer.cache_bits, **(streaming or {})}).apply(transformer)
         self._interrupt = False
 
     @classmethod

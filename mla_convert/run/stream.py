@@ -128,7 +128,7 @@ def stream_chunks(
                 v = used.velocity(x, float(t), float(target), 0 if held is None else held.shape[2])
                 x = _with_held(next_sample(x, v, t, t_next, noise), held)
                 changed = None if on_step is None else on_step(first, index, float(t), x)
-                x = x if changed is None else changed
+                x = x if changed is None else _with_held(changed, held)
             context = x
             if context_noise > 0:
                 context = add_noise(x, _noise(shape, generators).to(device), t_context)
