@@ -313,7 +313,7 @@ def test_generate_streams_as_the_recipe_says_and_flags_go_before(checkpoint: Pat
     assert 0 < pico.relative_error(eight, whole) < pico.relative_error(mixed, whole)
     refused = ["generate", str(checkpoint), "--prompt", "7", "-o", str(tmp_path / "x.mp4"), "--cache", "8x4,4x8"]
     assert main(refused) == 2
-    assert "cache: the first latents matter most" in capsys.readouterr().err
+    assert "error: --cache: the first latents matter most" in capsys.readouterr().err
 
 
 def test_an_export_remembers_it_and_a_pipeline_streams_so(checkpoint: Path, tmp_path: Path) -> None:

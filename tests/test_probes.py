@@ -10,6 +10,7 @@ import pico
 import pytest
 import torch
 from recipe_case import digests
+from test_sweep import Watched
 
 from mla_convert.convert import ConvertConfig, convert_model, convert_source
 from mla_convert.convert.blocks import ModelBlocks
@@ -191,10 +192,11 @@ def test_gradients_of_all_probes_count_where_the_disk_is_small(
     # Three inputs, one of a segment and what leaves a block, and two more gradients.
     for blocks, fits in ((7, True), (6, False)):
         monkeypatch.setattr(TensorStore, "_free", lambda self, b=blocks: -(-b * size // 1) / SHARE_OF_DISK + 1)
-        store = TensorStore(tmp_path / f"activations-{blocks}", limit=0)
+        store = Watched(tmp_path / f"activations-{blocks}")
         if fits:
             found, held = collect(dense, store, probes=PROBES), collect(dense, probes=PROBES)
             assert all(same(found[layer], held[layer]) for layer in held)
+            assert store.most <= blocks * size
             continue
         with pytest.raises(UserError, match=r"lower calibration\.clips or calibration\.probes or set calibration\.met"):
             collect(dense, store, probes=PROBES)

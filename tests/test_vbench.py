@@ -376,3 +376,18 @@ def test_a_second_process_is_kept_out(capfd, checkout, model, tmp_path) -> None:
     with locked_folder(tmp_path / "out"):
         code, _, error = vbench(capfd, model, checkout, tmp_path / "out", "--dimension", "color")
     assert code == 1 and "another process is working in" in error
+
+
+def test_it_keeps_latents_in_the_bits_that_the_recipe_says(checkout, tmp_path, monkeypatch) -> None:
+    folder = save_model(tmp_path / "model", {"streaming": {"cache": [[4, 8], [6, 4]]}})
+    make, caches = MLAWanTransformer3DModel.init_cache, []
+
+    def kept(*given: Any, **more: Any) -> Any:
+        caches.append(make(*given, **more))
+        return caches[-1]
+
+    monkeypatch.setattr(MLAWanTransformer3DModel, "init_cache", kept)
+    some = ["--vbench", str(checkout), "--dimension", "dynamic_degree", "--samples", "1", "--out", str(tmp_path / "a")]
+    assert main(["vbench", str(folder), *some]) == 0
+    # Ranks 10 and 8, with a shared key.
+    assert [(one.eight, one.four) for one in caches[0].bits] == [(4, 6), (4, 4)]

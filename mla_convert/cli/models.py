@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from ..errors import UsageError
 from .output import Json, Kernels, print_result, stderr
+
+if TYPE_CHECKING:
+    from ..mla.bits import CacheBits
 
 Model = Annotated[Path, typer.Argument(metavar="DIR", help="A run folder, a checkpoint or a transformer folder.")]
 
@@ -91,7 +94,7 @@ def parse_steps(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def parse_cache(text: str) -> str | list[list[int]]:
+def parse_cache(text: str) -> CacheBits:
     """The bits of cached latents in `--cache`, a value of `streaming.cache`. Raises UsageError."""
     from ..mla.bits import parse_bits
 

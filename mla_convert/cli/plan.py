@@ -42,10 +42,6 @@ def plan(
 
     if (source is None) == (preset is None):
         raise UsageError("give a SOURCE or --preset, one of the two")
-    from ..recipe.schema import validate
-    from ..run.streaming import StreamingConfig
-
-    streaming = validate(StreamingConfig, {} if cache is None else {"cache": parse_cache(cache)})
     rows: int | list[int] | None = kv_lora_rank
     keys: list[int] | None = None
     if preset is not None:
@@ -70,7 +66,7 @@ def plan(
         tokens_per_frame=tokens_per_frame,
         dtype=dtype,
         gpu=gpu,
-        cache=streaming.cache,
+        cache="auto" if cache is None else parse_cache(cache),
     )
     print_result(as_json, result.model_dump(mode="json"), plan_table(result))
 

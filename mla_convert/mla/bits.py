@@ -77,14 +77,16 @@ def row_bytes(cache: CacheBits, latents: int, key: int, itemsize: int) -> int:
     return bits.values + SCALE_BYTES * sum(bits.scales)
 
 
-def parse_bits(text: str) -> str | list[list[int]]:
-    """`auto`, `int8` or pairs such as `24x8,64x4`, for `check_bits`. Raises ValueError for other text."""
-    if text in ("auto", "int8"):
-        return text
+def parse_bits(text: str) -> CacheBits:
+    """`auto`, `int8` or pairs such as `24x8,64x4`, checked. Raises ValueError for other text."""
+    if text == "auto":
+        return "auto"
+    if text == "int8":
+        return "int8"
     parts = [re.fullmatch(r"(\d+)x(\d+)", part.strip()) for part in text.split(",")]
     if not all(parts):
         raise ValueError(f"{text!r} is no cache; write auto, int8 or LATENTSxBITS,..., such as 24x8,64x4")
-    return [[int(number) for number in part.groups()] for part in parts if part is not None]
+    return check_bits(tuple((int(part[1]), int(part[2])) for part in parts if part is not None))
 
 
 def told(cache: CacheBits) -> str:

@@ -88,9 +88,9 @@ class StreamBatch:
     """Continuous batching of rollouts of `model`, or of several experts that share the noise levels (Wan2.2).
 
     The cache is a pool of `lanes`, allocated at once for latents of `height x width`, in `cache_dtype` where that
-    is given: a stream takes one lane, with classifier-free guidance two. `num_inference_steps`, `shift`,
-    `context_noise`, `sampler` and `denoising_steps` are those of `stream_chunks`, the same for all streams, since
-    they belong to the model.
+    is given and else as `set_cache` says: a stream takes one lane, with classifier-free guidance two.
+    `num_inference_steps`, `shift`, `context_noise`, `sampler` and `denoising_steps` are those of `stream_chunks`, the
+    same for all streams, since they belong to the model.
 
     When the lanes do not suffice for a stream, `when_full` says what becomes of it: `refuse` raises UserError,
     `queue` lets it wait in the order of arrival. A pass takes at most `lanes_per_pass` lanes, all of them when
