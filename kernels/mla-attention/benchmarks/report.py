@@ -56,6 +56,14 @@ def table(result):
     ]
     if result["tiny"]:
         lines += ["", "A toy size: these times mean nothing."]
+    refused = result.get("tiles_refused")
+    if refused:
+        lines += [
+            "",
+            f"A check failed with the tiles of --tiles, those of the package are taken: {'; '.join(refused['tiles'])}",
+            "",
+        ]
+        lines += [f"- {failure}" for failure in refused["failures"]]
     failures = (result.get("checks") or {}).get("failures")
     if failures:
         lines += ["", "Nothing is timed that runs an op whose check failed:", ""]

@@ -40,6 +40,7 @@ ALLOWED = 1.6e-2
 """Relative error of the largest output: two units in the last place of bfloat16."""
 SIZES = {"queries": 4680, "frames": 18, "checked_queries": 200, "checked_frames": 1}
 TINY = {"queries": 12, "frames": 1, "checked_queries": 12, "checked_frames": 1}
+TABLES = (attend_tiles.TILES, attend_tiles.DESCRIBED, latent_tiles.TILES, expand_tiles.TILES)
 
 
 def candidates(family):
@@ -53,15 +54,24 @@ def candidates(family):
 @contextlib.contextmanager
 def table(op, tiles, family):
     """The tables of the package with `tiles` for an op; as they were afterwards."""
-    tables = (attend_tiles.TILES, attend_tiles.DESCRIBED, latent_tiles.TILES, expand_tiles.TILES)
-    kept = [dict(found) for found in tables]
+    kept = tables()
     try:
         enter(op, tiles, family)
         yield
     finally:
-        for found, old in zip(tables, kept):  # noqa: B905
-            found.clear()
-            found.update(old)
+        restore(kept)
+
+
+def tables():
+    """A copy of the package's tables for `restore`."""
+    return [dict(found) for found in TABLES]
+
+
+def restore(kept):
+    """Make the package's tables those that `tables` gave."""
+    for found, old in zip(TABLES, kept):  # noqa: B905
+        found.clear()
+        found.update(old)
 
 
 def enter(op, tiles, family):

@@ -95,6 +95,34 @@ def test_a_red_check_takes_its_times_with_it(bench, tmp_path, monkeypatch, capsy
     assert not any(name.startswith("expand") for name in row["times"]) and "absorbed, rank 64" in row["times"]
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_tiles_that_make_a_check_fail_are_refused(bench, tmp_path, monkeypatch, broken):
+    """The package's own are checked and timed then."""
+    line = "expand_kv_, keys, 450 keys, rank 192: error 1, allowed 0.1"
+    table = bench.tune.expand_tiles.TILES
+    own, other = table[90], bench.tune.expand_tiles.CANDIDATES[90][1]
+    seen = []
+
+    def check_all(*_):
+        seen.append(table[90])
+        if table[90] == own:
+            return []
+        if broken:
+            raise ValueError("no answer")
+        return [line]
+
+    monkeypatch.setattr(bench, "check_all", check_all)
+    tiles = tmp_path / "tiles.json"
+    tiles.write_text(json.dumps({"family": 90, "change": {"expand_kv": list(other)}}))
+    arguments = ["--tiny", "--device", "cpu", "--out", str(tmp_path), "--parts", "--tiles", str(tiles)]
+    assert bench.main(arguments) == 0
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert seen == [other, own] and table[90] == own and found["tiles"] == []
+    failures = ["ValueError: no answer"] if broken else [line]
+    assert found["tiles_refused"] == {"tiles": [f"expand_kv: {list(other)}"], "failures": failures}
+    assert found["checks"] == {"failures": []} and failures[0] in (tmp_path / "results.md").read_text()
+
+
 def test_a_red_write_takes_the_ways_that_write_with_it(bench):
     sections = importlib.import_module("sections")
 
