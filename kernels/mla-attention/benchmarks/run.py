@@ -134,7 +134,13 @@ def main(arguments=None, started=None):
         dtype, repeats, shape, wanted = torch.float32, 1, TINY, [(TINY.queries, 2, 1)]
     torch.manual_seed(0)
     shipped = tune.tables()
-    tiles = tune.use(chosen.tiles) if chosen.tiles else []
+    tiles = []
+    try:
+        tiles = tune.use(chosen.tiles) if chosen.tiles else []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        # It may have entered some of them.
+        tune.restore(shipped)
+        print(f"warning: the tiles of {chosen.tiles} are not taken: {told(error)}", file=sys.stderr)
     chosen.out.mkdir(parents=True, exist_ok=True)
     result = {**describe(device, dtype, shape, chosen), "tiles": tiles}
     result["seconds"] = {"start": time.monotonic() - started}

@@ -226,6 +226,8 @@ def changes(family, right, times):
     """Tiles by op where another candidate than that of the table has the least median by more than 1 %."""
     found = {}
     for op, medians in times.items():
+        if not medians:
+            continue  # none of them ran
         own = str(tuple(candidates(family)[op][0]))
         best = min(
             right[op], key=lambda tiles: medians.get(str(tuple(tiles)), {"median_ms": float("inf")})["median_ms"]

@@ -123,6 +123,21 @@ def test_tiles_that_make_a_check_fail_are_refused(bench, tmp_path, monkeypatch, 
     assert found["checks"] == {"failures": []} and failures[0] in (tmp_path / "results.md").read_text()
 
 
+@pytest.mark.parametrize(
+    "text",
+    [None, "{", "[]", '{"family": 90}', '{"family": 90, "change": {"expand_kv": [256, 128, 64, 8, 2], "attend": [1]}}'],
+)
+def test_a_file_of_tiles_that_cannot_be_taken_is_a_warning(bench, tmp_path, monkeypatch, capsys, text):
+    monkeypatch.setattr(bench, "check_all", lambda *_: [])
+    before, tiles = bench.tune.tables(), tmp_path / "tiles.json"
+    if text is not None:
+        tiles.write_text(text)
+    arguments = ["--tiny", "--device", "cpu", "--out", str(tmp_path), "--parts", "--tiles", str(tiles)]
+    assert bench.main(arguments) == 0 and bench.tune.tables() == before
+    assert json.loads((tmp_path / "results.json").read_text())["tiles"] == []
+    assert capsys.readouterr().err.count(f"warning: the tiles of {tiles} are not taken: ") == 1
+
+
 def test_a_red_write_takes_the_ways_that_write_with_it(bench):
     sections = importlib.import_module("sections")
 

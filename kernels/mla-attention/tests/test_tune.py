@@ -63,6 +63,8 @@ def test_only_what_is_faster_changes(tune, tmp_path, monkeypatch):
 
     assert tune.changes(90, right, times(1.0, 0.995)) == {}
     assert tune.changes(90, right, times(1.0, 0.9)) == {"attend": list(other)}
+    # None of them ran.
+    assert tune.changes(90, right, {"attend": {}}) == {}
     path = tmp_path / "tiles.json"
     path.write_text(json.dumps({"family": 90, "change": {"attend": list(other)}}))
     with tune.table("attend", own, 90):
