@@ -85,9 +85,12 @@ def enter(op, tiles, family):
     elif op == EXPAND:
         expand_tiles.TILES[family] = tiles
     else:
-        rank = int(op.rpartition(" ")[2])
-        latent_tiles.TILES[family] = [(rank, tiles), *latent_tiles.TILES[family]]
-        latent_tiles.TILES[family].sort(key=lambda entry: entry[0])
+        rank, before = int(op.rpartition(" ")[2]), latent_tiles.TILES[family]
+        entries = {**dict(before), rank: tiles}
+        # An entry is for lower ranks too: the next lower one that is measured keeps what it had.
+        for below in [one for one in RANKS if one < rank][-1:]:
+            entries.setdefault(below, next(found for limit, found in before if below <= limit))
+        latent_tiles.TILES[family] = sorted(entries.items())
 
 
 def use(path):

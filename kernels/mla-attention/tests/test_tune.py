@@ -51,6 +51,16 @@ def test_tables_are_as_before(tune):
         assert attend_tiles.DESCRIBED.get(90) == described
     with tune.table("latent_attention, rank 96", latent_tiles.CANDIDATES[90][96][1], 90):
         assert [limit for limit, _ in latent_tiles.TILES[90]] == [64, 96, 256, 512]
+    other = latent_tiles.CANDIDATES[90][128][1]
+    with tune.table("latent_attention, rank 128", other, 90):
+        # Rank 96 keeps its tiles; what is entered for it later takes their place.
+        kept = before[2][90][1][1]
+        assert latent_tiles.TILES[90][1:3] == [(96, kept), (128, other)]
+        tune.enter("latent_attention, rank 96", other, 90)
+        assert [limit for limit, _ in latent_tiles.TILES[90]] == [64, 96, 128, 256, 512]
+        assert latent_tiles.TILES[90][1:4] == [(96, other), (128, other), (256, kept)]
+    with tune.table("latent_attention, rank 192", other, 80):
+        assert latent_tiles.TILES[80][:3] == [(128, before[2][80][0][1]), (192, other), before[2][80][1]]
     assert before == (attend_tiles.TILES, attend_tiles.DESCRIBED, latent_tiles.TILES)
 
 
