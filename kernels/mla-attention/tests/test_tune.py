@@ -71,10 +71,14 @@ def test_only_what_is_faster_changes(tune, tmp_path, monkeypatch):
     def times(first, second):
         return {"attend": {str(tuple(own)): {"median_ms": first}, str(tuple(other)): {"median_ms": second}}}
 
-    assert tune.changes(90, right, times(1.0, 0.995)) == {}
-    assert tune.changes(90, right, times(1.0, 0.9)) == {"attend": list(other)}
+    assert tune.changes(90, right, times(1.0, 0.995), {}) == {}
+    assert tune.changes(90, right, times(1.0, 0.9), {}) == {"attend": list(other)}
+    # Without a time of the table's tiles another is better only where they failed.
+    alone, name = {"attend": {str(tuple(other)): {"median_ms": 1.0}}}, f"attend {tuple(own)}"
+    assert tune.changes(90, right, alone, {name: "time ended"}) == {}
+    assert tune.changes(90, right, alone, {name: "error 1.0e+00, allowed 0.016"}) == {"attend": list(other)}
     # None of them ran.
-    assert tune.changes(90, right, {"attend": {}}) == {}
+    assert tune.changes(90, right, {"attend": {}}, {}) == {}
     path = tmp_path / "tiles.json"
     path.write_text(json.dumps({"family": 90, "change": {"attend": list(other)}}))
     with tune.table("attend", own, 90):
@@ -90,3 +94,14 @@ def test_the_first_candidates_are_those_of_the_tables(tune):
             elif op.startswith("latent"):
                 rank = int(op.rpartition(" ")[2])
                 assert own == next(tiles for limit, tiles in latent_tiles.TILES[family] if rank <= limit)
+
+
+def test_the_tiles_of_the_tables_are_checked_first(tune, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(tune, "checked", lambda todo, *_: seen.extend(todo) or dict.fromkeys(todo, tune.TIME_ENDED))
+    out = tmp_path / "tiles.json"
+    assert tune.main(["--tiny", "--device", "cpu", "--out", str(out)]) == 0
+    first = len(tune.candidates(80))
+    assert [op for op, index in seen[:first] if index == 0] == list(tune.candidates(80))
+    assert len(seen) == sum(map(len, tune.candidates(80).values()))
+    assert json.loads(out.read_text())["change"] == {}
