@@ -1,10 +1,10 @@
 """Measure every candidate of the kernels' tiles at the Wan2.1-1.3B geometry: `python tune.py --out tiles.json`.
 
 Candidates are compiled and compared with float64 in processes of their own, one that fails cannot end the others; those
-that are right are timed in turn, round by round, by events. What is printed and written are medians and the entries of
-the tables that should change. `--compile-only 90` lists the candidates of a compute capability and compiles them ahead
-of time, without a GPU. `--tiny` runs it at a toy size in Triton's interpreter, for a test; its times mean nothing.
-`use(path)` makes the tables those that a file found fastest.
+that are right are timed in turn, round by round, by events, as replays of CUDA graphs. What is printed and written are
+medians and the entries of the tables that should change. `--compile-only 90` lists the candidates of a compute
+capability and compiles them ahead of time, without a GPU. `--tiny` runs it at a toy size in Triton's interpreter, for a
+test; its times mean nothing. `use(path)` makes the tables those that a file found fastest.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import torch  # noqa: E402
 from checks import relative_error  # noqa: E402
 from mla_attention import attend_tiles, expand_tiles, latent_tiles  # noqa: E402
 from mla_attention._runtime import tile_family  # noqa: E402
-from timing import Budget, interleaved  # noqa: E402
+from timing import Budget, both  # noqa: E402
 
 ATTEND, EXPAND = "attend", "expand_kv"
 RANKS = (64, 96, 128, 192)
@@ -222,7 +222,8 @@ def measure(family, right, device, dtype, repeats, tiny, budget):
                 variants[str(tuple(tiles))] = functools.partial(timed, tiles)
             except Exception as error:
                 refused[f"{op} {tuple(tiles)}"] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        found[op] = interleaved(variants, repeats, device, budget.part(1 / (len(right) - place)))
+        # A launch of expand_kv_ from Python takes about as long as what it launches: graphs, but on a CPU.
+        found[op] = both(variants, repeats, device, budget.part(1 / (len(right) - place)))
     return found, refused
 
 

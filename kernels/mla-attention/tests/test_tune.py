@@ -30,6 +30,7 @@ def test_candidates_are_compared_timed_and_written(tune, tmp_path, capsys):
     assert {tuple(tiles) for tiles in tune.candidates(80)["expand_kv"]} == {
         tuple(json.loads(name.replace("(", "[").replace(")", "]"))) for name in found["times"]["expand_kv"]
     }
+    assert all(times["by"] == "launch" for times in found["times"]["expand_kv"].values())
     assert "expand_kv" in capsys.readouterr().out
 
 
