@@ -182,11 +182,7 @@ def checked(todo, family, device, tiny, workers, budget):
                 command + ["--tiny"] * tiny, stdout=outputs[0], stderr=outputs[1], env=environment
             )
             running[op, index] = process, outputs
-        if budget.left() <= 0:
-            found.update((one, TIME_ENDED) for one in (*waiting, *running))
-            for process, _ in running.values():
-                process.kill()
-            return found
+        ended = budget.left() <= 0
         for one in [one for one, (process, _) in running.items() if process.poll() is not None]:
             out, error = (read(output) for output in running.pop(one)[1])
             try:
@@ -194,6 +190,15 @@ def checked(todo, family, device, tiny, workers, budget):
             except (IndexError, ValueError):
                 lines = error.strip().splitlines()
                 found[one] = (lines[-1] if lines else "it ended without a word")[:200]
+        if ended:
+            found.update((one, TIME_ENDED) for one in (*waiting, *running))
+            for process, _ in running.values():
+                process.kill()
+            for process, _ in running.values():
+                # What is timed next must not share the device; a process that its driver holds is not waited for.
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(5)
+            return found
         time.sleep(0.02)
     return found
 

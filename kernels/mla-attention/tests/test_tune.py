@@ -106,3 +106,30 @@ def test_the_tiles_of_the_tables_are_checked_first(tune, tmp_path, monkeypatch):
     assert [op for op, index in seen[:first] if index == 0] == list(tune.candidates(80))
     assert len(seen) == sum(map(len, tune.candidates(80).values()))
     assert json.loads(out.read_text())["change"] == {}
+
+
+def test_what_ends_with_the_budget_counts(tune, monkeypatch):
+    """Of two processes one has ended when time has; the other is killed and waited for."""
+    events = []
+
+    class Process:
+        def __init__(self, command, stdout, **_):
+            self.index = int(command[command.index("--check") + 2])
+            stdout.write("0.001\n")
+
+        def poll(self):
+            return 0 if self.index == 0 else None
+
+        def kill(self):
+            events.append(("kill", self.index))
+
+        def wait(self, timeout):
+            events.append(("wait", self.index))
+
+    class Clock:
+        left = iter((1, 1, 0)).__next__
+
+    monkeypatch.setattr(tune.subprocess, "Popen", Process)
+    found = tune.checked([("attend", index) for index in range(2)], 80, "cpu", True, 2, Clock)
+    assert found == {("attend", 0): 0.001, ("attend", 1): "time ended"}
+    assert events == [("kill", 1), ("wait", 1)]
