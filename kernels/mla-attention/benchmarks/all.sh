@@ -44,7 +44,7 @@ whole=0
 if "$python" -c "import accelerate, diffusers, huggingface_hub, pydantic, safetensors, scipy, yaml" 2>/dev/null; then
     whole=$((limit / 8))
 fi
-tests $((limit / 4)) test_ops.txt tests/gpu/test_gpu_ops.py
+tests $((limit / 3)) test_ops.txt tests/gpu/test_gpu_ops.py
 # The budget ends before the limit does: the last measurement goes on to its end.
 rest=$((limit - SECONDS - whole))
 limited "$rest" benchmark.txt "$python" kernels/mla-attention/benchmarks/run.py --out "$out" --budget $((rest - 15)) \
