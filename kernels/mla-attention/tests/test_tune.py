@@ -133,3 +133,13 @@ def test_what_ends_with_the_budget_counts(tune, monkeypatch):
     found = tune.checked([("attend", index) for index in range(2)], 80, "cpu", True, 2, Clock)
     assert found == {("attend", 0): 0.001, ("attend", 1): "time ended"}
     assert events == [("kill", 1), ("wait", 1)]
+
+
+def test_no_two_candidates_of_a_rank_are_the_same_plan(tune):
+    for family, by_rank in latent_tiles.CANDIDATES.items():
+        for rank, candidates in by_rank.items():
+            plans = []
+            for tiles in candidates:
+                with tune.table(f"latent_attention, rank {rank}", tiles, family):
+                    plans.append(latent_tiles.latent_plan(rank, 32, 4680, tune.torch.bfloat16, False, False, family))
+            assert not [plan for place, plan in enumerate(plans) if plan in plans[:place]], (family, rank)

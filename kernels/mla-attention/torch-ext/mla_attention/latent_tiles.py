@@ -67,7 +67,7 @@ CANDIDATES = {
             Tiles(64, 64, 64, True, 4, 3, 128, True),
             Tiles(64, 256, 64, True, 8, 2, 0, True),
         ],
-        96: [Tiles(128, 128, 64, True, 8, 3), Tiles(128, 128, 64, True, 8, 2), Tiles(64, 128, 64, True, 8, 3)],
+        96: [Tiles(128, 128, 64, True, 8, 3), Tiles(128, 128, 64, True, 8, 2)],
         128: [
             Tiles(128, 128, 64, True, 8, 3),
             Tiles(128, 128, 64, True, 8, 3, 0, True),
