@@ -191,6 +191,24 @@ def test_a_row_that_fails_leaves_the_others(bench):
     assert found["failed"] == "3 x 4 x 1: RuntimeError: illegal memory access"
 
 
+def test_expanding_is_timed_with_the_first_size_that_does_not_fail(bench, monkeypatch):
+    sizes, timing, wan = (importlib.import_module(name) for name in ("sizes", "timing", "wan"))
+    seen = []
+
+    def timed(case, variants, *_):
+        seen.append(any(name.startswith("expand") for name in variants))
+        if len(seen) == 1:
+            raise RuntimeError("out of memory")
+        return "row"
+
+    monkeypatch.setattr(sizes._Case, "timed", timed)
+    shape = wan.Shape(layers=1, heads=1, head_dim=64, ffn=32, tokens=4, window=4, chunk=1, text=4)
+    wanted, device = [(4, 2, 1), (3, 2, 1), (2, 2, 1)], torch.device("cpu")
+    found = sizes.attention(shape, device, torch.float32, 1, timing.Budget(60), wanted, lambda rows: None)
+    assert found == {"rows": ["row", "row"], "left_out": ["4 x 8 x 1: RuntimeError: out of memory"]}
+    assert seen == [True, True, False]
+
+
 def test_what_a_part_saved_before_it_failed_stays(bench, tmp_path, monkeypatch):
     def attention(*arguments):
         arguments[6]({"rows": [], "left_out": ["a size"]})
