@@ -15,7 +15,15 @@ from wan import Dense, Latent, Published, Step
 PUBLISHED, TUNED, REINDEXED = "dense, published code", "dense, tuned, absolute", "dense, tuned, re-indexed"
 DENSE = (PUBLISHED, TUNED, REINDEXED)
 SHARED = 32
-OPS = {"attend", "latent_attention", "expand_kv_", "qk_norm_rope", "latent_write_"}
+OPS = {
+    "attend",
+    "latent_attention",
+    "expand_kv_",
+    "qk_norm_rope",
+    "split_query",
+    "merge_pair",
+    "latent_write_",
+}
 """What `checks.py` checks."""
 # What the shipped recipes for published models convert to.
 PAIRED = "latent 448 of two layers, rotated on read"

@@ -174,6 +174,18 @@ def test_an_op_that_does_not_run_fails_its_check(bench, monkeypatch):
     assert checks.red([line]) == {"qk_norm_rope"}
 
 
+def test_all_ops_that_are_checked_are_known(bench, monkeypatch):
+    """By their names in the failures of a check in which nothing runs."""
+    checks, sections = importlib.import_module("checks"), importlib.import_module("sections")
+
+    def broken(*_):
+        raise RuntimeError("out of resources")
+
+    for op in sections.OPS:
+        monkeypatch.setattr(checks.ops, op, broken)
+    assert checks.red(checks.check(torch.device("cpu"), torch.float32, 0, 4, 4, 1, 64, 96)) == sections.OPS
+
+
 def test_a_row_that_fails_leaves_the_others(bench):
     sizes, timing, wan = (importlib.import_module(name) for name in ("sizes", "timing", "wan"))
     saved = []
