@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import mla_attention as ops
 import pytest
 import torch
 import torch.nn.functional as F
+from mla_attention import attend_tiles
+from mla_attention._runtime import capability, tile_family
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -52,6 +55,36 @@ def test_attend(splits: int, dtype: torch.dtype) -> None:
     expected, expected_lse = ops.attend_reference(query.double(), key.double(), value.double(), None, SCALE)
     out, lse = ops.attend(query, key, value, None, SCALE, splits)
     assert error(out, expected) <= 1.2 * sdpa_error(query, key, value, expected)
+    assert error(lse, expected_lse) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("splits", [0, 1])
+def test_described_attend(splits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles copied by the tensor memory accelerator, of the histories of two items in a workspace with NaN behind."""
+    family = tile_family(capability(torch.device("cuda")))
+    if torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("no tensor memory accelerator")
+    tiles = next((tiles for tiles in attend_tiles.CANDIDATES[family] if tiles.described), None)
+    if tiles is None:
+        pytest.skip("no described tiles for this device")
+    monkeypatch.setitem(attend_tiles.DESCRIBED, family, tiles)
+    described: list[Any] = []
+    module = sys.modules["mla_attention.attend"]
+    describe = module.describe
+    monkeypatch.setattr(module, "describe", lambda *given: described.append(given) or describe(*given))
+    history, count = 3 * TOKENS, 3 * TOKENS - 7
+    query, key, value = (randn(2, n, HEADS, DEPTH, dtype=dtype, seed=n) for n in (QUERIES, 4 * TOKENS, 4 * TOKENS + 1))
+    value = value[:, : 4 * TOKENS]
+    valid = key[:, :count].clone(), value[:, :count].clone()
+    key[:, count:], value[:, count:] = float("nan"), float("nan")
+    expected, expected_lse = ops.attend_reference(query.double(), *(x.double() for x in valid), None, SCALE)
+    num_keys = torch.tensor([count], dtype=torch.int32, device="cuda")
+
+    out, lse = ops.attend(query, key[:, :history], value[:, :history], num_keys, SCALE, splits)
+
+    assert len(described) == 3 and count % 64
+    assert error(out, expected) <= 1.2 * sdpa_error(query, *valid, expected)
     assert error(lse, expected_lse) < 1e-5
 
 
