@@ -95,8 +95,8 @@ def test_constant_clips_say_nothing():
 def test_a_shard_says_what_it_holds(tmp_path):
     scale = Scale((1.0, -2.0), (3.0, 0.5))
     clips = normalised(2, channels=2)
-    write(tmp_path, [3 * clips[0], clips[1]], notes_of(True, scale))
-    write(tmp_path, clips, notes_of(False, scale), "shard-00001.parquet")
+    write(tmp_path, [3 * clips[0], clips[1]], notes_of(scale))
+    write(tmp_path, clips, notes_of(None), "shard-00001.parquet")
     shards = LatentShards(tmp_path)
     assert torch.equal(shards.read(0)["latents"], scale.standardise(3 * clips[0]))
     assert torch.equal(shards.read(2)["latents"], clips[0])
@@ -106,7 +106,7 @@ def test_a_shard_says_what_it_holds(tmp_path):
 
 
 def test_notes_are_believed_and_not_looked_behind(tmp_path):
-    write(tmp_path, raw(normalised(2)), notes_of(False, WAN21))
+    write(tmp_path, raw(normalised(2)), notes_of(None))
     assert opened(tmp_path).size == 1
 
 

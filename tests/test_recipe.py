@@ -103,7 +103,7 @@ def test_bad_yaml_is_refused_with_its_line(text, message):
         ("seed='1'", "seed: expected an integer, got '1' (a string)"),
         ("seed=1.5", "seed: expected an integer, got 1.5 (a number)"),
         ("seed=null", "seed: expected an integer, got nothing (null)"),
-        ("convert=[1]", "convert: expected a section of keys, got a list"),
+        ("convert=[1]", "convert: expected a section of keys, got [1] (a list)"),
         ("convert.keep_residual=yes", "convert.keep_residual: expected true or false, got 'yes' (a string)"),
         ("convert.kv_lora_rank=x", "convert.kv_lora_rank: expected an integer or a list, got 'x' (a string)"),
         ("convert.kv_lora_rank=[8, x]", "convert.kv_lora_rank.1: expected an integer, got 'x' (a string)"),

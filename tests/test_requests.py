@@ -42,6 +42,22 @@ def test_a_signal_ends_a_stage_after_its_step_with_a_checkpoint(tmp_path, monkey
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_a_signal_in_the_last_step_ends_the_stage_too(tmp_path, monkeypatch):
+    """What comes after it may take hours; the stage itself has nothing left to do."""
+    example = case.Clips.example
+
+    def asked(self, index):
+        if index == 7 * CLIPS_A_STEP:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return example(self, index)
+
+    monkeypatch.setattr(case.Clips, "example", asked)
+    with pytest.raises(Stopped, match="after step 8"):
+        case.train(tmp_path)
+    result, _ = case.train(tmp_path, last_clip=-1)
+    assert result.resumed_from == result.steps == 8
+
+
 def test_a_signal_to_one_process_ends_them_all(tmp_path):
     changes = {"steps": 200, "checkpoint_every": None, "eval_every": None}
     assert case.stop_two_processes(tmp_path, 3, **changes) != 0

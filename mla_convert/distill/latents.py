@@ -280,17 +280,14 @@ class LatentShards:
         Raises UserError for one that cannot be unpacked, or that has NaN or infinite values.
         """
         values = self._row(index, COLUMNS)
-        place = self._place(index)
-        text = _unpack(values, TEXT, place)
+        place, without = self._place(index), _without(index)
+        text = _unpack(values, TEXT, place, without)
         if self.text_tokens is not None:
             text = F.pad(text, (0, 0, 0, self.text_tokens - len(text)))
-        latents, scale = _unpack(values, LATENT, place), self._scales[self._shard(index)]
+        latents, scale = _unpack(values, LATENT, place, without), self._scales[self._shard(index)]
         for name, tensor in (("latents", latents), ("text embedding", text)):
             if not tensor.isfinite().all():
-                raise UserError(
-                    f"{place}, {self._name(index)!r}, has NaN or infinite values in its {name}; encode it again, or go "
-                    f"on without it: data.skip: [{index}]"
-                )
+                raise UserError(f"{place}, {self._name(index)!r}, has NaN or infinite values in its {name}; {without}")
         return {"latents": latents if scale is None else scale.standardise(latents), "encoder_hidden_states": text}
 
     def caption(self, index: int) -> str:
@@ -330,7 +327,8 @@ class LatentShards:
                 table = shard.read_row_group(group, columns=columns, use_threads=False)
             values = table.slice(row, 1).to_pylist()[0]
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}; write it again") from None
+            reason = str(error).splitlines()[0]
+            raise UserError(f"cannot read {self._place(index)}: {reason}; {_without(index)}") from None
         return dict(values)
 
     def _shard(self, index: int) -> int:
@@ -342,14 +340,19 @@ class LatentShards:
         return f"clip {index - self._starts[number]} of {self.paths[number]}"
 
 
-def _unpack(row: dict[str, Any], name: str, place: str) -> Tensor:
+def _without(index: int) -> str:
+    """What to do about a clip that is damaged."""
+    return f"encode it again, or go on without it: data.skip: [{index}]"
+
+
+def _unpack(row: dict[str, Any], name: str, place: str, without: str) -> Tensor:
     """The tensor of a row, float32."""
     dtype = getattr(torch, (row[f"{name}_dtype"] or "").removeprefix("torch."), None)
     raw, shape = row[f"{name}_bytes"], row[f"{name}_shape"]
     if not isinstance(dtype, torch.dtype):
-        raise UserError(f"{place}: {name}_dtype {row[f'{name}_dtype']!r} is not a torch dtype; encode it again")
+        raise UserError(f"{place}: {name}_dtype {row[f'{name}_dtype']!r} is not a torch dtype; {without}")
     if not raw or len(raw) != torch.Size(shape).numel() * dtype.itemsize:
-        raise UserError(f"{place}: {name}_bytes do not fill {_by(shape)} of {dtype}; encode it again or remove it")
+        raise UserError(f"{place}: {name}_bytes do not fill {_by(shape)} of {dtype}; {without}")
     return torch.frombuffer(bytearray(raw), dtype=dtype).view(shape).float()
 
 

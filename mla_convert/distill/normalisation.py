@@ -62,9 +62,9 @@ WAN22 = Scale(
 BY_CHANNELS = {len(scale.mean): scale for scale in (WAN21, WAN22)}
 
 
-def notes_of(raw: bool, scale: Scale) -> dict[str, str]:
-    """What a shard's metadata says of its latents; raw ones bring the VAE's statistics along."""
-    return {KIND_NOTE: "raw", SCALE_NOTE: json.dumps(scale._asdict())} if raw else {KIND_NOTE: "normalised"}
+def notes_of(raw: Scale | None) -> dict[str, str]:
+    """What a shard's metadata says of its latents; `raw` ones bring the VAE's statistics along."""
+    return {KIND_NOTE: "normalised"} if raw is None else {KIND_NOTE: "raw", SCALE_NOTE: json.dumps(raw._asdict())}
 
 
 def scale_of(notes: Mapping[str, str], channels: int, where: str) -> Scale:

@@ -191,7 +191,7 @@ class _Training:
                 if last or stop or save or _due(config.checkpoint_every, done):
                     self.snapshots.save(row)
                     requests.saved()
-                if stop and not last:
+                if stop:
                     raise Stopped(
                         f"stage {config.stage} was asked to stop and did so after step {done}, whose checkpoint is "
                         f"{self.checkpoints.newest()}; the same command with --resume goes on"

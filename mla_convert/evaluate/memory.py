@@ -32,8 +32,6 @@ from .geometry import Geometry, gpu_memory
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
-"""Set aside on every card for the CUDA context, library workspaces and the allocator's slack."""
-
 
 class Plan(BaseModel):
     """Memory of one model, dense and latent; `model_dump()` is what `plan --json` prints.

@@ -20,6 +20,7 @@ from ..families.base import noise_channels
 from ..flow import levels_inside
 from ..load import Source
 from ..load.hub import is_hub_id
+from ..mla.bits import is_mixed
 from ..mla.cache import LatentCache
 from ..mla.window import CausalConfig
 from ..recipe.schema import Recipe
@@ -58,7 +59,7 @@ def check_inputs(context: Context, pending: Iterable[Step]) -> None:
         planned_ranks(geometry, dense.rotary_table().axes, context.recipe.convert)
     if "export" in names:
         _check_streaming(context, rolls_out="samples" in names)
-    if context.recipe.generate.prompts:
+    if "samples" in names:
         _check_samples(context)
     if any(step.trains for step in pending):
         _check_stages(context)
@@ -74,6 +75,10 @@ def _check_streaming(context: Context, rolls_out: bool) -> None:
     converted = context.source.family.mla_class
     if streaming.cache != "auto" and converted.cache_class is not LatentCache:
         raise UsageError(f"streaming.cache: {converted.__name__} keeps its latents in its dtype alone; set auto")
+    if streaming.kernels == "triton" and is_mixed(streaming.cache):
+        raise UsageError("streaming.kernels: triton reads no latents in 4 bits (streaming.cache); set auto")
+    if streaming.kernels == "triton" and streaming.cache != "auto" and context.recipe.convert.own_chunk != "exact":
+        raise UsageError("streaming.kernels: triton would read its own chunk quantised (streaming.cache); set auto")
     if streaming.kernels == "triton" and rolls_out:
         reason = importlib.import_module("mla_attention").why_not(context.device, context.dtype)
         if reason is not None:

@@ -156,7 +156,9 @@ class DryRun:
             student.noise_range = self.recipe.source.noise_range
             # The first step prepares things, the last is followed by a checkpoint.
             changes = {"steps": steps + 2, "warmup_steps": 0, "stop": None, "preview": None, "tracker": None}
-            short = config.model_copy(update=changes | {"checkpoint_every": None, "eval_every": None})
+            changes |= {"checkpoint_every": None, "checkpoint_minutes": None, "eval_every": None}
+            # The micro-steps are those of one of the processes of the launch.
+            short = config.over(self.launch.processes).model_copy(update=changes | {"global_batch": None})
             moments: list[float] = []
 
             def told(what: str, done: int, total: int, detail: str = "", moments: list[float] = moments) -> None:

@@ -76,7 +76,7 @@ def evaluate_checkpoint(
     result = {
         "source": teacher or (recipe.source.model if recipe else None),
         **evaluate(student, dense, data, config, report, 0 if recipe is None else recipe.seed),
-        **describe(student, recipe.generate if recipe else GenerateConfig()),
+        **describe(student, recipe.generate if recipe else GenerateConfig(), streaming.cache),
         "recipe": recipe.dump() if recipe else None,
         "seconds": {"evaluate": round(time.monotonic() - started, 3)},
     }

@@ -16,7 +16,7 @@ from ..devices import default_device
 from ..distill.encode.models import image_encoder, load_vae, text_encoder
 from ..distill.negative import find_negative, read_negative
 from ..distill.progress import Report
-from ..errors import UsageError, UserError
+from ..errors import UsageError
 from ..export.manifest import recorded_recipe
 from ..families.base import noise_channels
 from ..files import atomic_file, check_place, save_tensors
@@ -34,6 +34,7 @@ from ..run.sample import (
     DIGITS,
     check_latent_size,
     check_length,
+    check_text_width,
     check_vae,
     embed_prompts,
     latent_scale,
@@ -229,9 +230,7 @@ class _Task:
             )
         with text_encoder(parts, torch.bfloat16, self.device) as embed:
             embeds = [embed([prompt])[0].float() for prompt in prompts]
-        wide, wanted = embeds[0].shape[1], self.model["text_dim"]
-        if wide != wanted:
-            raise UserError(f"the text encoder in {parts} makes {wide} numbers a token, the model reads {wanted}")
+        check_text_width(embeds[0].shape[1], self.model, parts)
         return embeds
 
     def vae(self) -> Any:

@@ -60,8 +60,8 @@ class RunDir:
                 if not resume:
                     how = "is finished" if state["finished"] else "was started before"
                     raise UserError(f"the run in {self.path} {how}; continue it with --resume or give another --out")
-                if any(change.section in LATE for change in self.changed):
-                    # The checkpoint records the recipe.
+                if any(change.section in (*LATE, "data") for change in self.changed):
+                    # The checkpoint records the recipe, and its evaluation reads the data.
                     state["steps"].pop("export", None)
                 return {**state, **stated}
         return {"format": FORMAT, **stated, "finished": False, "steps": {}}
@@ -131,8 +131,10 @@ class RunDir:
 
     def mark_failed(self) -> None:
         """Tell the processes that wait for this one; the next `begin` takes it back."""
-        with contextlib.suppress(OSError):
-            (self.path / FAILED).touch()
+        # Before a run has begun they look at nothing, and what lies in the folder makes it somebody's.
+        if (self.path / STATE).exists():
+            with contextlib.suppress(OSError):
+                (self.path / FAILED).touch()
 
     def _save(self) -> None:
         write_json(self.path / STATE, self._state)

@@ -16,12 +16,12 @@ from ..distill.encode.models import load_vae, text_encoder
 from ..errors import UsageError
 from ..evaluate.samples import Comparison
 from ..files import atomic_folder, save_tensors
-from ..load import Source
+from ..load import Source, read_json
 from ..load.hub import is_hub_id
 from ..run.decode import frame_chunks
 from ..run.image import reads_image
 from ..run.parts import PICTURES, TEXT, find_parts
-from ..run.sample import DIGITS, check_vae, embed_prompts, latent_scale, prompt_encoder, rollout
+from ..run.sample import DIGITS, check_text_width, check_vae, embed_prompts, latent_scale, prompt_encoder, rollout
 from ..run.video import Frames, save_video, side_by_side
 from .context import CHECKPOINT, KERNELS, ROLLOUTS, SAMPLES, Context
 
@@ -40,8 +40,10 @@ def check_samples(source: Source, prompts: tuple[str, ...]) -> None:
     place = source.components or source.origin
     here = Path(place).expanduser()
     wanted = [*TEXT, *(PICTURES if latent_scale(source.config).spatial > 1 else ())]
-    has = any(all((folder / part).is_dir() for part in wanted) for folder in (here, here.parent))
-    if not has and (here.exists() or not is_hub_id(place)):
+    has = next((at for at in (here, here.parent) if all((at / part).is_dir() for part in wanted)), None)
+    if has is not None and (has / "text_encoder" / "config.json").is_file():
+        check_text_width(read_json(has / "text_encoder" / "config.json").get("d_model", 0), source.config, has)
+    if has is None and (here.exists() or not is_hub_id(place)):
         raise UsageError(
             f"{place} has no {' and '.join(wanted)}; name a pipeline that has them with source.components, or leave "
             "generate.prompts out"
@@ -92,6 +94,7 @@ def _texts(context: Context) -> tuple[Tensor, Tensor | None]:
         raise UsageError(f"{context.source.origin} has no text encoder; set source.components, a pipeline that has one")
     with text_encoder(parts, torch.bfloat16, context.device) as embed:
         prompts = torch.cat([embed([prompt]) for prompt in generate.prompts]).float()
+        check_text_width(prompts.shape[2], context.source.config, parts)
         return prompts, embed([negative or ""]).float() if guided else None
 
 

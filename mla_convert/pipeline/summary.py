@@ -14,6 +14,7 @@ from ..evaluate.memory import plan
 from ..evaluate.report import REPORT_JSON
 from ..export.checkpoint import load_checkpoint
 from ..export.manifest import versions
+from ..mla.bits import CacheBits
 from ..run.config import GenerateConfig
 from ..run.sample import latent_scale, latent_size
 from .context import CHECKPOINT, KERNELS, ROLLOUTS, SAMPLES, Context
@@ -27,11 +28,12 @@ SHARED_WITH_PLAN = (
 )
 
 
-def describe(model: Any, generate: GenerateConfig) -> dict[str, Any]:
-    """Memory of a converted model and of its dense form in the same dtype, and the versions that made it."""
+def describe(model: Any, generate: GenerateConfig, cache: CacheBits = "auto") -> dict[str, Any]:
+    """Memory of a converted model, its latents kept in `cache`, and of its dense form; the versions that made it."""
     height, width = latent_size(model.config, generate)
     geometry, rows = from_model(model, height, width, generate.fps, latent_scale(model.config).temporal)
-    memory = plan(geometry, rows, dtype=str(model.dtype).removeprefix("torch.")).model_dump(mode="json")
+    dtype = str(model.dtype).removeprefix("torch.")
+    memory = plan(geometry, rows, dtype=dtype, cache=cache).model_dump(mode="json")
     return {
         "versions": versions(),
         **{key: memory[key] for key in SHARED_WITH_PLAN},
@@ -67,7 +69,7 @@ def build_report(context: Context) -> dict[str, Any]:
         "source": context.source.origin,
         "recipe": context.recipe.dump(),
         **read_evaluation(context.stage_folder(-1)),
-        **describe(load_checkpoint(context.path / CHECKPOINT), context.recipe.generate),
+        **describe(load_checkpoint(context.path / CHECKPOINT), context.recipe.generate, context.recipe.streaming.cache),
         **_sampled_by(context),
         "converted_loss": read_evaluation(context.stage_folder(0))["student_loss"],
         "seconds": {**seconds, "total": round(sum(seconds.values()), 3)},

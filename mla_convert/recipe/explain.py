@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
+import textwrap
 import typing
 from typing import Any, NamedTuple
 
@@ -39,7 +41,7 @@ def describe(value: Any) -> str:
     if isinstance(value, dict):
         return "a section of keys"
     if isinstance(value, list):
-        return "a list"
+        return textwrap.shorten(json.dumps(value, ensure_ascii=False), 80, placeholder=" ...") + " (a list)"
     kind = {int: "an integer", float: "a number", str: "a string"}.get(type(value), type(value).__name__)
     return f"{value!r} ({kind})"
 

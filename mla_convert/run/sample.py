@@ -54,6 +54,13 @@ def latent_scale(config: Any) -> LatentScale:
     return _BY_CHANNELS.get(noise_channels(config), WAN21)
 
 
+def check_text_width(wide: int, config: Any, place: Path) -> None:
+    """Raise UserError unless the text encoder in `place`, which makes `wide` numbers a token, is the transformer's."""
+    wanted = config.get("text_dim")
+    if wide != wanted:
+        raise UserError(f"the text encoder in {place} makes {wide} numbers a token, the model reads {wanted}")
+
+
 def check_vae(vae: Any, config: Any, name: str, remedy: str) -> None:
     """Raise UserError unless a VAE has the latents of a transformer; `name` and `remedy` are for the message."""
     channels, wanted, found = noise_channels(config), latent_scale(config), vae.config

@@ -59,7 +59,7 @@ def write_video_shards(
     raw = config.latents == "raw"
     with video_encoder(folder, device, raw) as encode:
         for shard in shards:
-            notes = notes_of(raw, latents_scale(folder))
+            notes = notes_of(latents_scale(folder) if raw else None)
 
             def advance(count: int) -> None:
                 nonlocal done
