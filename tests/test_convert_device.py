@@ -78,10 +78,10 @@ def test_what_does_not_fit_on_a_gpu_is_fitted_on_the_cpu(
 ) -> None:
     fit_read = initialise._fit_read
 
-    def full(read: Any, rank: int, device: torch.device) -> Any:
+    def full(read: Any, rank: int, device: torch.device, ridge: float) -> Any:
         if device.type == "cuda":
             raise torch.OutOfMemoryError("CUDA out of memory\nand more")
-        return fit_read(read, rank, device)
+        return fit_read(read, rank, device, ridge)
 
     converted(source, tmp_path / "cpu", "cpu", **SHARED)
     monkeypatch.setattr(initialise, "_fit_read", full)

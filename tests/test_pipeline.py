@@ -178,7 +178,8 @@ def test_what_no_step_has_read_may_change(teacher, finished, tmp_path):
     run(changed, folder, resume=True, console=Console(file=said))
     assert said.getvalue().splitlines()[0] == (
         "the recipe is not that of before: distill.0.checkpoint_every is 3 (an integer) and was 2 (an integer); "
-        "distill.0.tracker is a list and was nothing (null); generate.fps is 8 (an integer) and was 4 (an integer)"
+        'distill.0.tracker is ["tensorboard"] (a list) and was nothing (null); '
+        "generate.fps is 8 (an integer) and was 4 (an integer)"
     )
     assert parse_recipe((folder / "recipe.resolved.yaml").read_text()) == changed
     assert state(folder)["recipe"] == changed.model_dump(mode="json")
