@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from ..devices import default_device
 from ..distill.data import Data, DataConfig, open_data
 from ..distill.progress import Report
 from ..distill.stages.base import REAL_SCORE, TEACHER, StageConfig
+from ..evaluate.samples import Comparison
 from ..export.checkpoint import load_checkpoint
 from ..export.manifest import read_manifest
 from ..files import MANIFEST
@@ -38,7 +39,7 @@ class Context:
     """One run under way.
 
     `report` is told how far a step is, `main` is False in the helper processes of a distributed run,
-    `seconds` is the wall-clock time of the steps done.
+    `seconds` is the wall-clock time of the steps done, `drawn` what its samples show once they are made here.
     """
 
     recipe: Recipe
@@ -46,6 +47,7 @@ class Context:
     report: Report
     main: bool = True
     seconds: Mapping[str, float] = field(default_factory=dict)
+    drawn: Sequence[Comparison] | None = field(default=None, repr=False)
     _dense: Any = field(default=None, repr=False)
 
     @functools.cached_property

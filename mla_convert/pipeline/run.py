@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from rich.console import Console
 
+from ..distill.launch import world_size
 from ..distill.progress import progress_bars
 from ..distill.waiting import wait_until
 from ..errors import UsageError, UserError
@@ -80,8 +80,7 @@ def this_process() -> PartialState:
     Where they meet they wait for each other for an hour, not NCCL's ten minutes: the first one also measures
     held-out losses, draws previews and writes checkpoints.
     """
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or (several and not torch.accelerator.is_available())
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or (world_size() > 1 and not torch.accelerator.is_available())
     return PartialState(cpu=on_cpu, timeout=_PATIENCE)
 
 

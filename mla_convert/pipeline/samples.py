@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..load import Source, read_json
 from ..load.hub import is_hub_id
 from ..run.decode import frame_chunks
 from ..run.image import reads_image
-from ..run.parts import PICTURES, TEXT, find_parts
+from ..run.parts import PICTURES, TEXT, find_parts, parts_here
 from ..run.sample import DIGITS, check_text_width, check_vae, embed_prompts, latent_scale, prompt_encoder, rollout
 from ..run.video import Frames, save_video, side_by_side
 from .context import CHECKPOINT, KERNELS, ROLLOUTS, SAMPLES, Context
@@ -38,12 +39,11 @@ def check_samples(source: Source, prompts: tuple[str, ...]) -> None:
         embed_prompts(prompts, encoder)
         return
     place = source.components or source.origin
-    here = Path(place).expanduser()
     wanted = [*TEXT, *(PICTURES if latent_scale(source.config).spatial > 1 else ())]
-    has = next((at for at in (here, here.parent) if all((at / part).is_dir() for part in wanted)), None)
+    has = parts_here(place, wanted)
     if has is not None and (has / "text_encoder" / "config.json").is_file():
         check_text_width(read_json(has / "text_encoder" / "config.json").get("d_model", 0), source.config, has)
-    if has is None and (here.exists() or not is_hub_id(place)):
+    if has is None and (Path(place).expanduser().exists() or not is_hub_id(place)):
         raise UsageError(
             f"{place} has no {' and '.join(wanted)}; name a pipeline that has them with source.components, or leave "
             "generate.prompts out"
@@ -67,18 +67,20 @@ def make_samples(context: Context) -> None:
         videos[name] = torch.cat([chunk.cpu() for chunk in chunks], dim=2)
         chosen[name] = model.kernels.report()
         model.to("cpu")
+    # The report shows the same frames.
+    context.drawn = _drawn(context, videos)
     with atomic_folder(context.path / SAMPLES) as folder:
         save_tensors(videos, folder / ROLLOUTS, {KERNELS: json.dumps(chosen)})
-        for index, made in enumerate(_drawn(context, videos)):
+        for index, made in enumerate(context.drawn):
             words = re.sub(r"\W+", "-", made.prompt).strip("-")[:_LONGEST]
             save_video(side_by_side(made.teacher, made.student), folder / f"{index:02d}-{words}.mp4", made.fps)
 
 
-def comparisons(context: Context) -> list[Comparison]:
+def comparisons(context: Context) -> Sequence[Comparison]:
     """What the samples of a run show."""
     if not context.recipe.generate.prompts:
         return []
-    return _drawn(context, load_file(context.path / SAMPLES / ROLLOUTS))
+    return context.drawn or _drawn(context, load_file(context.path / SAMPLES / ROLLOUTS))
 
 
 def _texts(context: Context) -> tuple[Tensor, Tensor | None]:

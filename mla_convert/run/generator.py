@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..flow import NUM_TRAIN_TIMESTEPS, shift_time
+from ..flow import NUM_TRAIN_TIMESTEPS, add_noise, shift_time, to_clean
 from ..mla.cache import FrameCache
 from ..mla.graph import denoiser
 from ..mla.window import CausalConfig
@@ -101,10 +101,8 @@ class SelfForcingGenerator(nn.Module):
         else:
             # What a replay gives is overwritten by the next.
             v = stream.denoise(hidden_states, timestep, text).clone()
-        v = v.transpose(1, 2)
-        sigma = (timestep.double() / NUM_TRAIN_TIMESTEPS)[..., None, None, None]
-        clean = noisy_image_or_video.double() - sigma * v.double()
-        return v.to(noisy_image_or_video.dtype), clean.to(noisy_image_or_video.dtype)
+        clean = to_clean(x.double(), v.double(), timestep.double() / NUM_TRAIN_TIMESTEPS)
+        return v.transpose(1, 2).to(x.dtype), clean.transpose(1, 2).to(x.dtype)
 
     def _stream(self, kv_cache: Any, x: Tensor) -> _Stream:
         """What stands for the pipeline's `kv_cache`, new where `x` `[B, C, F, H, W]` has another size."""
@@ -157,8 +155,8 @@ class FlowScheduler:
         """`original_samples` `[N, C, H, W]` with `noise` of the levels nearest to `timestep` `[N]`."""
         known = self.timesteps.to(timestep.device)
         nearest = (known - timestep.flatten().unsqueeze(1)).abs().argmin(dim=1)
-        sigma = self.sigmas.to(noise.device)[nearest.to(noise.device)].view(-1, 1, 1, 1)
-        return ((1 - sigma) * original_samples + sigma * noise).type_as(noise)
+        sigma = self.sigmas.to(noise.device)[nearest.to(noise.device)]
+        return add_noise(original_samples, noise, sigma).type_as(noise)
 
 
 @dataclass

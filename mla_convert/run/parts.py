@@ -55,6 +55,11 @@ def _in_source(source: dict[str, Any], wanted: Sequence[str]) -> Path | None:
     if revision and is_hub_id(origin):
         found = download(origin, revision, _patterns(wanted))
         return found if _has(found, wanted) else None
+    return parts_here(origin, wanted)
+
+
+def parts_here(origin: str, wanted: Sequence[str]) -> Path | None:
+    """The folder `origin`, a pipeline or its transformer, or the one that it lies in, if that has the parts."""
     here = Path(origin).expanduser()
     return next((folder for folder in (here, here.parent) if _has(folder, wanted)), None)
 
