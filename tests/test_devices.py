@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ import pretend_gpu
 import pytest
 import torch
 from accelerate import cpu_offload_with_hook
+from device_case import CPU, FEW, Clips, model, same
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 from pretend_gpu import GPU, pretended
@@ -27,9 +27,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 import mla_convert.run.offload
 from mla_convert import StreamingMLAPipeline
-from mla_convert.distill.data import Batch
 from mla_convert.distill.encode.models import text_encoder, video_encoder
-from mla_convert.distill.trainer import run_stage
 from mla_convert.evaluate.bench import BenchConfig, bench
 from mla_convert.evaluate.config import EvaluateConfig
 from mla_convert.evaluate.fidelity import fidelity, memory
@@ -40,34 +38,13 @@ from mla_convert.flow import next_sample, sampling_times
 from mla_convert.mla.graph import GraphedChunk
 from mla_convert.pipeline import generation
 from mla_convert.pipeline.generation import Request, generate_video
-from mla_convert.pipeline.preview import preview_strip
 from mla_convert.pipeline.vbench import Drawing, VBenchConfig
-from mla_convert.registry import stages
 from mla_convert.run.batch import StreamBatch
 from mla_convert.run.decode_memory import decoding_bytes
 from mla_convert.run.offload import Weights, place
 from mla_convert.run.stream import stream_chunks
 
-CPU = torch.device("cpu")
 WAN = {"in_channels": 4, "out_channels": 4, "text_dim": DIM, "causal": {"num_frames_per_block": 1, "window_frames": 4}}
-FAR = {"causal": None, "chunk_partition": [1, 2, 2, 2], "compressed_patch_size": (1, 4, 4)}
-FEW = {"num_inference_steps": 1}
-
-
-def same(made: Callable[[torch.device], Any]) -> None:
-    """What `made` gives, tensors or arrays, on the pretended GPU as on the CPU."""
-    expected = made(CPU)
-    with pretended():
-        actual = made(GPU)
-    # Observed at most 1.8e-7 of the largest magnitude for latents and 1.7e-6 for pixels.
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-
-
-@functools.cache
-def model(variant: int | None = 0, family: str = "wan", **changes: Any) -> Any:
-    """A dense model, or one that is converted in a layout of `pico.VARIANTS`."""
-    dense = pico.dense_model(family=family, **(FAR if family == "anyflow_far" else {}))
-    return dense if variant is None else pico.convert(dense, **pico.VARIANTS[variant], **changes)
 
 
 @pytest.fixture(scope="module")
@@ -127,68 +104,6 @@ def test_a_network_learns_on_the_pretended_gpu_as_it_does_on_the_cpu() -> None:
         actual = learnt(GPU)
     # Observed no difference.
     torch.testing.assert_close(actual, expected)
-
-
-class Clips:
-    """Random clips of six frames; `stop` ends the run at that one."""
-
-    size = None
-
-    def __init__(self, stop: int | None) -> None:
-        self.stop = stop
-
-    @property
-    def negative(self) -> Tensor:
-        return torch.ones_like(self.example(0)["encoder_hidden_states"])
-
-    def example(self, index: int) -> Batch:
-        if index == self.stop:
-            raise KeyboardInterrupt
-        latents, _, text = pico.inputs(1, 6, 4, 4, seed=index)
-        return {"latents": latents[0], "encoder_hidden_states": text[0]}
-
-    def heldout(self, count: int) -> Batch:
-        latents, _, text = pico.inputs(count, 6, 4, 4, seed=99)
-        return {"latents": latents, "encoder_hidden_states": text}
-
-
-PREVIEW = {"every": 1, "clips": 1, "num_frames": 2, **FEW}
-TRAINED: dict[str, dict[str, Any]] = {
-    "match_velocity": {"lora": {"rank": 2, "alpha": 2}, "preview": PREVIEW, "ema_decay": 0.5},
-    "match_attention": {"max_grad_norm": None},
-    "teacher_forcing": {"gradient_checkpointing": True, "empty_prompt_rate": 0.5, "optimizer": "adafactor"},
-    "consistency": {"solver_steps": 4, "ema_decay": 0.5, "teacher": "start"},
-    "dmd": {"denoising_steps": (1000, 500), "sampler": "renoise", "context_noise": 0.1, "critic_updates": 1},
-}
-
-
-@pytest.mark.parametrize("name", TRAINED)
-def test_stages_train_and_go_on_from_a_checkpoint(name: str, tmp_path: Path) -> None:
-    """By two steps, the second after an interruption; the stage of shared latents is `match_attention`."""
-    stage = stages()[name].config_class
-    settings = {"steps": 2, "learning_rate": 1e-3, "batch_size": 1, "checkpoint_every": 1, "tracker": None}
-    # A large epsilon, so that Adam does not make rounding as large as a gradient.
-    config = stage(stage=name, **settings, epsilon=1e-2, trainable="attention", **TRAINED[name])
-    start = model(6, layers_per_latent=2) if name == "match_attention" else model()
-
-    def trained(device: torch.device) -> list[Tensor]:
-        def run(stop: int | None) -> Any:
-            student, data = copy.deepcopy(start), Clips(stop)
-            teacher = {"teacher": copy.deepcopy(model(None))}
-            folder = tmp_path / device.type
-            result = run_stage(config, student, teacher, data, data.heldout(2), folder, 0, 0, picture=preview_strip)
-            assert student.device == device
-            return result, [parameter.detach().cpu() for parameter in student.parameters()]
-
-        if device == GPU:
-            with pytest.raises(KeyboardInterrupt):
-                run(2 if name == "dmd" else 1)
-        result, parameters = run(None)
-        assert result.resumed_from == (1 if device == GPU else None)
-        return [torch.tensor([result.final_loss, result.heldout_loss]), *parameters]
-
-    # Observed no difference.
-    same(trained)
 
 
 def rolled_out(models: list[Any], device: torch.device, offload: str | None = None, **settings: Any) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import importlib
 import io
@@ -28,14 +27,13 @@ from mla_convert.errors import UsageError, UserError
 from mla_convert.export.checkpoint import load_checkpoint
 from mla_convert.export.manifest import read_manifest, verify_files
 from mla_convert.files import write_json
-from mla_convert.pipeline import run, sources
+from mla_convert.pipeline import run
 from mla_convert.pipeline import rundir as rundir_module
 from mla_convert.pipeline import steps as steps_module
 from mla_convert.pipeline.checks import check_recipe
 from mla_convert.pipeline.corrections import LATE
 from mla_convert.pipeline.dry_run import dry_run
 from mla_convert.pipeline.rundir import RunDir, read_state
-from mla_convert.pipeline.steps import Step
 from mla_convert.recipe.load import parse_recipe
 
 run_module = importlib.import_module("mla_convert.pipeline.run")
@@ -441,78 +439,3 @@ def test_killed_at_any_moment_ends_with_the_same_bytes(server, teacher, finished
 
     assert killed > 0
     assert digests(folder / "checkpoint") == digests(finished / "checkpoint")
-
-
-class Meetings:
-    """A process that is not the first one, or is; counts how often it waits for all."""
-
-    def __init__(self, is_main_process: bool) -> None:
-        self.is_main_process, self.count = is_main_process, 0
-
-    def wait_for_everyone(self) -> None:
-        self.count += 1
-
-
-def test_processes_meet_only_where_all_take_part(teacher, tmp_path, monkeypatch):
-    first, other = Meetings(True), Meetings(False)
-    monkeypatch.setattr(run_module, "this_process", lambda: first)
-    run(recipe(teacher), tmp_path / "run")
-    # At the start and behind the stage: a conversion may take longer than a barrier waits.
-    assert first.count == 2
-
-    acted = []
-    stage = Step("stage", (), lambda context: acted.append(context.main), everywhere=True)
-    steps = [Step("convert", (), lambda context: acted.append("wrong")), stage]
-    (tmp_path / "shared").mkdir()
-
-    def done(*names: str) -> None:
-        content = json.loads((tmp_path / "run" / "state.json").read_text()) | {"steps": dict.fromkeys(names)}
-        write_json(tmp_path / "shared" / "state.json", content)
-
-    done()
-    helper = threading.Thread(target=run_module._help, args=(recipe(teacher), tmp_path / "shared", steps, other))
-    helper.start()
-    time.sleep(1)
-    assert helper.is_alive() and not acted and other.count == 1
-    done("convert")
-    while not acted:
-        time.sleep(0.01)
-    time.sleep(1)
-    assert helper.is_alive() and acted == [False] and other.count == 2
-    done("convert", "stage")
-    helper.join(timeout=60)
-    assert not helper.is_alive() and other.count == 2
-
-
-def test_a_process_that_waits_ends_when_the_first_one_fails(teacher, tmp_path, monkeypatch):
-    """Until the next run of the folder begins."""
-    first, other = Meetings(True), Meetings(False)
-    first.num_processes = 2
-    monkeypatch.setattr(run_module, "this_process", lambda: first)
-
-    def failing(context):
-        raise UserError("no space")
-
-    monkeypatch.setattr(run_module, "steps_of", lambda recipe: [Step("convert", (), failing)])
-    with pytest.raises(UserError, match="no space"):
-        run(recipe(teacher), tmp_path / "run")
-    with pytest.raises(UserError, match="the first process of the run has failed"):
-        run_module._help(recipe(teacher), tmp_path / "run", [Step("convert", (), failing)], other)
-    monkeypatch.setattr(run_module, "steps_of", lambda recipe: [Step("convert", (), lambda context: None)])
-    run(recipe(teacher), tmp_path / "run", until="convert")
-    run_module._help(recipe(teacher), tmp_path / "run", [Step("convert", (), failing)], other)
-
-
-def test_what_follows_a_conversion_reads_the_commit_that_was_converted(teacher, tmp_path, monkeypatch):
-    """The Hub's main branch may have moved on when a run is resumed."""
-    asked = []
-
-    def source_of(section, causal):
-        asked.append(section.revision)
-        return dataclasses.replace(found(section.model_copy(update={"revision": None}), causal), revision="a" * 40)
-
-    found = sources.source_of
-    monkeypatch.setattr("mla_convert.pipeline.context.source_of", source_of)
-    run(recipe(teacher), tmp_path / "run", until="convert")
-    run(recipe(teacher), tmp_path / "run", until="distill", resume=True)
-    assert asked == [None, "a" * 40]
