@@ -280,6 +280,37 @@ def test_a_start_is_continued() -> None:
         batch.join(prompt(0), start=start[:, :3])
 
 
+def test_starts_held_inside_a_chunk_beside_streams_without() -> None:
+    """A chunk that is given in part has passes of its own: its frames have noise levels of their own."""
+    model = pico.convert(pico.dense_model(), **pico.VARIANTS[0])
+    start = pico.inputs(1, 3, HEIGHT, WIDTH)[0][0]
+    settings = {"sampler": "renoise", "denoising_steps": (1000, 500)}
+    batch, made = batch_of(model, 4, **settings), {}
+    held = batch.join(prompt(0), seed=3, num_frames=8, start=start, hold_start=True, guidance_scale=2.0)
+    whole = batch.join(prompt(1), seed=4, num_frames=8, start=start[:, :2])
+    free = batch.join(prompt(2), seed=5, num_frames=8)
+    collect(made, batch)
+    assert torch.equal(torch.cat(made[held], dim=1)[:, :3], start)
+    begun = {"start": start.unsqueeze(0), "hold_start": True, "guidance_scale": 2.0, **settings}
+    expected = {
+        held: alone(model, prompt(0), 8, 3, **begun),
+        whole: alone(model, prompt(1), 8, 4, start=start[:, :2].unsqueeze(0), **settings),
+        free: alone(model, prompt(2), 8, 5, **settings),
+    }
+    check(made, expected)
+
+
+def test_the_first_chunk_of_every_stream_may_take_other_steps() -> None:
+    model = pico.dense_model()
+    settings = {"sampler": "renoise", "denoising_steps": (1000, 500), "first_chunk_steps": (1000, 800, 600, 300)}
+    batch, made = batch_of(model, 2, **settings), {}
+    old = batch.join(prompt(0), seed=1, num_frames=8)
+    collect(made, batch, 1)
+    young = batch.join(prompt(1), seed=2, num_frames=6)
+    collect(made, batch)
+    check(made, {old: alone(model, prompt(0), 8, 1, **settings), young: alone(model, prompt(1), 6, 2, **settings)})
+
+
 def test_a_failed_round_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     model = pico.dense_model()
     batch, made = batch_of(model, 2, context_noise=0.1), {}

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mla_convert.distill.rollout import self_rollout
 from mla_convert.flow import denoising_times, sampling_times
-from mla_convert.run.stream import chunk_ranges, stream_chunks
+from mla_convert.run.extent import chunk_ranges
+from mla_convert.run.stream import stream_chunks
 
 STEPS = (1000, 750, 500, 250)
 SIZE = (6, 4)

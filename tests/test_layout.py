@@ -22,6 +22,7 @@ PACKAGE = ROOT / "mla_convert"
 ORDER = ("mla", "families", "load", "convert", "distill", "export", "run", "evaluate", "recipe", "pipeline", "cli")
 # Anyone may import these; they import only each other.
 LEAVES = (
+    "denoise",
     "devices",
     "draws",
     "errors",
@@ -39,8 +40,8 @@ LEAVES = (
 SCRIPTS = ("__main__", "zoo.digits.train", "zoo.natural.data", "zoo.natural.train")
 # Docstrings only.
 EMPTY = ("zoo", "zoo.digits", "zoo.natural")
-# The rollout takes its model as an argument.
-NARROW = {"run.stream": {"mla", *LEAVES}}
+# Rollouts take their models as arguments; of `run` they import only each other.
+NARROW = ("run.batch", "run.extent", "run.passes", "run.recent", "run.stream")
 
 MAX_LINES = 500
 MAX_WEIGHTS_BYTES = 10_000_000
@@ -103,7 +104,7 @@ def allowed(module: str, target: str) -> bool:
         return True  # a version, a docstring
     here, there = unit(module), unit(target)
     if module in NARROW:
-        return there in NARROW[module]
+        return target in NARROW or there in ("mla", *LEAVES)
     if here in SCRIPTS:
         return there not in SCRIPTS
     if here in LEAVES or there in LEAVES:

@@ -18,7 +18,8 @@ from mla_convert import StreamingMLAPipeline
 from mla_convert.cli import main
 from mla_convert.errors import UsageError
 from mla_convert.mla.window import CausalConfig
-from mla_convert.run.stream import stream_chunks, video_end
+from mla_convert.run.extent import video_end
+from mla_convert.run.stream import stream_chunks
 
 POSITIONS = 11
 CAUSAL = {"num_frames_per_block": 2, "window_frames": 5, "sink_frames": 1, "sink_positions": "absolute"}

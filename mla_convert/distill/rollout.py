@@ -7,14 +7,15 @@ through one denoising step of a chunk and none through the cache.
 from __future__ import annotations
 
 import copy
-import itertools
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..flow import NUM_TRAIN_TIMESTEPS, Sampler, add_noise, next_sample, to_clean
+from ..denoise import denoise
+from ..flow import NUM_TRAIN_TIMESTEPS, Sampler, add_noise, to_clean
 from ..mla.cache import FrameCache
 
 
@@ -49,12 +50,10 @@ def self_rollout(
     made = []
     for start, stop in model.causal.chunks(frames):
         shape = (batch, channels, stop - start, height, width)
-        x = torch.randn(shape, generator=generator).to(device)
-        for t, t_next in itertools.islice(_steps(times), exit_step):
-            with torch.no_grad():
-                v = _velocity(model, x, t, text, cache)
-            noise = torch.randn(shape, generator=generator).to(device) if sampler == "renoise" else None
-            x = next_sample(x, v, t, t_next, noise)
+        noises = _noises(shape, generator, device)
+        with torch.no_grad():
+            velocity = functools.partial(_velocity, model, text=text, cache=cache)
+            x = denoise(next(noises), times[: exit_step + 1], velocity, noises if sampler == "renoise" else None)
         carries = torch.is_grad_enabled() and start >= gradient_from
         if carries:
             # Autocast must not reuse weights that it has cast without a gradient, which not every torch sees to.
@@ -63,22 +62,25 @@ def self_rollout(
             # A recomputation in the backward pass must read what the chunk has read.
             read = _kept(cache) if carries and model.is_gradient_checkpointing else cache
             t = times[exit_step]
-            clean = to_clean(x, _velocity(model, x, t, text, read), t.to(device).expand(batch))
+            clean = to_clean(x, _velocity(model, x, t, t, text, read), t.to(device).expand(batch))
         with torch.no_grad():
             t_context = torch.full((batch,), context_noise, device=device)
             context = clean
             if context_noise > 0:
-                context = add_noise(clean, torch.randn(shape, generator=generator).to(device), t_context)
+                context = add_noise(clean, next(noises), t_context)
             _pass(model, context, t_context, text, cache, write=True)
         made.append(clean)
     return torch.cat(made, dim=2)
 
 
-def _steps(times: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    return itertools.pairwise(times.unbind())
+def _noises(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Iterator[Tensor]:
+    """Noise without an end, each time drawn when it is asked for."""
+    while True:
+        yield torch.randn(shape, generator=generator).to(device)
 
 
-def _velocity(model: Any, x: Tensor, t: Tensor, text: Tensor, cache: FrameCache) -> Tensor:
+def _velocity(model: Any, x: Tensor, t: Tensor, r: Tensor, text: Tensor, cache: FrameCache) -> Tensor:
+    # No stage rolls out flow maps, which alone would be told `r`.
     return _pass(model, x, t.to(x.device).expand(len(x)), text, cache, write=False)
 
 

@@ -24,9 +24,9 @@ from ..mla.bits import is_mixed
 from ..mla.cache import LatentCache
 from ..mla.window import CausalConfig
 from ..recipe.schema import Recipe
+from ..run.extent import check_start
 from ..run.sample import check_latent_size, check_length, latent_size
 from ..run.start import read_start
-from ..run.stream import check_start
 from .calibration import calibration_reads_negative
 from .channels import check_alike, check_channels, check_text_to_video
 from .context import Context

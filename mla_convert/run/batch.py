@@ -17,6 +17,7 @@ the order in which a matrix product sums, which may depend on the size of the ba
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 from collections import deque
@@ -27,19 +28,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..denoise import Schedule
 from ..errors import UsageError, UserError
-from ..flow import (
-    NUM_TRAIN_TIMESTEPS,
-    Sampler,
-    add_noise,
-    expert_at,
-    guided,
-    next_sample,
-    sampling_times,
-)
+from ..flow import Sampler, guided
 from ..mla.conditions import Conditions, Given, placed
 from ..mla.pool import CachePool, place_in_window
-from .stream import RecentChunks, check_start, end_notice, video_end
+from .extent import check_start, end_notice, video_end
+from .passes import Passes, run_pass
+from .recent import RecentChunks
 
 logger = logging.getLogger(__name__)
 
@@ -83,14 +79,20 @@ class _Stream:
     def lanes_needed(self) -> int:
         return 1 if self.guidance_scale == 1 else 2
 
+    def held(self, frames: int) -> Tensor | None:
+        """Those of the next `frames` frames `[C, F0, H, W]` that its start gives; None where there are none."""
+        if self.start is None or self.start.shape[1] <= self.frames_seen:
+            return None
+        return self.start[:, self.frames_seen : self.frames_seen + frames]
+
 
 class StreamBatch:
     """Continuous batching of rollouts of `model`, or of several experts that share the noise levels (Wan2.2).
 
     The cache is a pool of `lanes`, allocated at once for latents of `height x width`, in `cache_dtype` where that
     is given and else as `set_cache` says: a stream takes one lane, with classifier-free guidance two.
-    `num_inference_steps`, `shift`, `context_noise`, `sampler` and `denoising_steps` are those of `stream_chunks`, the
-    same for all streams, since they belong to the model.
+    `num_inference_steps`, `shift`, `context_noise`, `sampler`, `denoising_steps` and `first_chunk_steps` are those of
+    `stream_chunks`, the same for all streams, since they belong to the model.
 
     When the lanes do not suffice for a stream, `when_full` says what becomes of it: `refuse` raises UserError,
     `queue` lets it wait in the order of arrival. A pass takes at most `lanes_per_pass` lanes, all of them when
@@ -115,6 +117,7 @@ class StreamBatch:
         cache_dtype: torch.dtype | None = None,
         sampler: Sampler = "euler",
         denoising_steps: Sequence[float] | None = None,
+        first_chunk_steps: Sequence[float] | None = None,
         device: torch.device | str | None = None,
         recache: bool = False,
     ) -> None:
@@ -128,9 +131,10 @@ class StreamBatch:
         self.pool = CachePool([m.init_cache(lanes, height, width, dtype=cache_dtype, device=d) for m, d in places])
         self.causal, self.device = self.pool.caches[0].causal, self.devices[0]
         self.size = (self.models[0].noise_channels, height, width)
-        self.times = sampling_times(num_inference_steps, shift, denoising_steps)
-        self.sampler, self.recache = sampler, recache
-        self.context_noise, self.when_full, self.lanes_per_pass = context_noise, when_full, lanes_per_pass
+        self.schedule = Schedule.of(
+            num_inference_steps, shift, denoising_steps, first_chunk_steps, sampler, context_noise
+        )
+        self.recache, self.when_full, self.lanes_per_pass = recache, when_full, lanes_per_pass
         self._streams: dict[int, _Stream] = {}
         self._waiting: deque[int] = deque()
         self._numbers = itertools.count()
@@ -158,6 +162,7 @@ class StreamBatch:
         negative_hidden_states: Tensor | None = None,
         start: Tensor | None = None,
         conditions: Given | None = None,
+        hold_start: bool = False,
     ) -> int:
         """Add a stream from the next round on; its number.
 
@@ -179,7 +184,7 @@ class StreamBatch:
         positions, given = self.models[0].rotary_table().max_len, 0 if start is None else start.shape[1]
         end = video_end(self.causal, positions, num_frames, given)
         if start is not None:
-            check_start(start.unsqueeze(0), self.causal, end or given + self.causal.num_frames_per_block, self.size)
+            check_start(start.unsqueeze(0), self.causal, end, self.size, whole_chunks=not hold_start)
         generator = torch.Generator().manual_seed(seed)
         told = Conditions(self.models, conditions, 1, end, self.size[1:])
         stream = _Stream(text, negative, guidance_scale, end, start, generator, told, cut=end != num_frames)
@@ -296,10 +301,12 @@ class StreamBatch:
             stream = self._streams[number]
             frames = self._frames(stream)
             place = place_in_window(self.causal, stream.frames_seen, frames)
-            given = stream.start is not None and stream.frames_seen < stream.start.shape[1]
+            held = stream.held(frames)
+            given = 0 if held is None else held.shape[1]
             told = self._conditions(stream, frames)
             shapes = tuple(sorted((name, x.shape) for name, x in told.items()))
-            shared.setdefault((frames, place, len(stream.text[0]), given, shapes), []).append(number)
+            opens = stream.frames_seen == 0
+            shared.setdefault((frames, place, opens, len(stream.text[0]), given, shapes), []).append(number)
         return [part for numbers in shared.values() for part in self._parts(numbers)]
 
     def _parts(self, numbers: list[int]) -> Iterator[list[int]]:
@@ -322,36 +329,24 @@ class StreamBatch:
         oldest = self.causal.first_kept(stream.frames_seen)
         for first, written, told in stream.recent:
             frames = written.shape[2]
-            passes = _SharedPass(self.models, self.pool, [stream], [told], frames, self.devices, first, oldest)
-            passes.write(written, float(self.context_noise))
+            passes = _SharedPasses(self.models, self.pool, [stream], [told], frames, self.devices, first, oldest)
+            passes.write(written, self.schedule.context_noise)
         stream.stale = False
 
     def _chunks(self, streams: list[_Stream]) -> Iterator[tuple[Tensor, Tensor]]:
         """The next chunk `[C, F, H, W]` of each of the streams, which share their passes, and what is cached of it."""
-        frames, (channels, height, width) = self._frames(streams[0]), self.size
-        times = list(itertools.pairwise(self.times))
-        renoised = len(times) - 1 if self.sampler == "renoise" else 0
-        draws = 1 + renoised + (1 if self.context_noise > 0 else 0)
+        first, frames = streams[0].frames_seen, self._frames(streams[0])
+        channels, height, width = self.size
+        draws = self.schedule.draws(first)
         for stream in streams:
             while len(stream.drawn) < draws:
                 stream.drawn.append(torch.randn((1, channels, frames, height, width), generator=stream.generator))
         noises = [torch.cat(drawn).to(self.device) for drawn in zip(*(stream.drawn for stream in streams), strict=True)]
+        starts = [held for held in (stream.held(frames) for stream in streams) if held is not None]
+        held = torch.stack(starts).to(self.device, torch.float32) if starts else None
         told = [self._conditions(stream, frames) for stream in streams]
-        passes = _SharedPass(self.models, self.pool, streams, told, frames, self.devices)
-        if streams[0].start is not None and streams[0].frames_seen < streams[0].start.shape[1]:
-            given = [s.start[:, s.frames_seen : s.frames_seen + frames] for s in streams if s.start is not None]
-            x = torch.stack(given).to(self.device, torch.float32)
-        else:
-            x = noises[0]
-            for index, (t, t_next) in enumerate(times):
-                target = t_next if self.sampler == "euler" else self.times[-1]
-                noise = noises[1 + index] if index < renoised else None
-                x = next_sample(x, passes.velocity(x, float(t), float(target)), t, t_next, noise)
-        context, t_context = x, torch.full((len(x),), float(self.context_noise), device=self.device)
-        if self.context_noise > 0:
-            context = add_noise(x, noises[-1], t_context)
-        passes.write(context, float(self.context_noise))
-        return zip(x, context, strict=True)
+        passes = _SharedPasses(self.models, self.pool, streams, told, frames, self.devices)
+        return zip(*passes.chunk(noises, self.schedule, first, held), strict=True)
 
 
 def _zeros(text: list[Tensor]) -> list[Tensor]:
@@ -359,7 +354,7 @@ def _zeros(text: list[Tensor]) -> list[Tensor]:
     return [one.new_zeros(()).expand_as(one) for one in text]
 
 
-class _SharedPass:
+class _SharedPasses(Passes):
     """The passes over one chunk of some streams: first a lane for each, then one for each that is guided.
 
     It is their next chunk, or for one stream that which begins at frame `first`, to which `oldest` is the first
@@ -377,7 +372,8 @@ class _SharedPass:
         first: int | None = None,
         oldest: int | None = None,
     ) -> None:
-        self.models, self.devices = models, devices
+        super().__init__(models)
+        self.devices = devices
         doubled = [index for index, stream in enumerate(streams) if stream.lanes_needed == 2]
         order = [*range(len(streams)), *doubled]
         lanes = [stream.lanes[0] for stream in streams] + [streams[index].lanes[1] for index in doubled]
@@ -387,34 +383,20 @@ class _SharedPass:
         self.texts = [torch.stack(of_expert) for of_expert in zip(*texts, strict=True)]
         in_order = [told[index] for index in order]
         self.conditions = [placed(in_order, d, m.dtype) for d, m in zip(devices, models, strict=True)]
-        self.used = 0
         device = devices[0]
         self.order = torch.tensor(order).to(device)
         self.guided = torch.tensor(doubled, dtype=torch.long).to(device)
         self.scales = torch.tensor([streams[index].guidance_scale for index in doubled]).view(-1, 1, 1, 1, 1).to(device)
 
-    def velocity(self, x: Tensor, t: float, r: float) -> Tensor:
-        """Velocity `[B, C, F, H, W]`, float32, at noise level t; of a flow map the mean one down to r."""
-        self.used = expert = expert_at([model.noise_range for model in self.models], t)
-        v = self._run(expert, x, t, r, write=False).float().to(x.device)
-        v, unguided = v[: len(x)], v[len(x) :]
+    def _guided(self, v: Tensor, batch: int) -> Tensor:
+        v, unguided = v[:batch], v[batch:]
         if not len(unguided):
             return v
         return v.index_copy(0, self.guided, guided(v[self.guided], unguided, self.scales))
 
-    def write(self, x: Tensor, t: float) -> None:
-        """Keep a finished chunk at noise level t."""
-        # Weights may travel: the expert that is on the device writes first.
-        for expert in sorted(range(len(self.models)), key=lambda expert: expert != self.used):
-            self._run(expert, x, t, t, write=True)
-
-    def _run(self, expert: int, x: Tensor, t: float, r: float, write: bool) -> Tensor:
-        model, device = self.models[expert], self.devices[expert]
-        x = x.index_select(0, self.order).to(device, model.dtype)
-        t_all, r_all = (torch.full((len(x),), time * NUM_TRAIN_TIMESTEPS, device=device) for time in (t, r))
-        conditions = {**self.conditions[expert], **({"r_timestep": r_all} if model.flow_map else {})}
+    def _run(self, expert: int, x: Tensor, levels: tuple[float, float], held: int, write: bool) -> Tensor:
+        model = self.models[expert]
+        x = x.index_select(0, self.order).to(self.devices[expert], model.dtype)
         # By the call, not by `forward_chunk`: hooks that bring weights to the device see calls alone.
-        out: Tensor = model(x, t_all, self.texts[expert], cache=self.views[expert], write=write, **conditions)
-        if model.kernels is not None:
-            model.kernels.announce()
-        return out
+        call = functools.partial(model, cache=self.views[expert], write=write)
+        return run_pass(model, call, x, levels, held, self.texts[expert], self.conditions[expert])

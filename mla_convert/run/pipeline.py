@@ -28,6 +28,7 @@ from ..zoo.digits.data import FRAME
 from .config import GenerateConfig
 from .decode import StreamingDecoder, latent_frames, video_frames
 from .decode_memory import reserve
+from .extent import chunk_ranges, video_end
 from .image import check_image, image_conditions, read_image, reads_tokens
 from .loading import load_arguments
 from .prefetch import prefetch
@@ -43,7 +44,7 @@ from .sample import (
     trained_for,
 )
 from .start import read_start
-from .stream import chunk_ranges, stream_chunks, video_end
+from .stream import stream_chunks
 from .streaming import StreamingConfig
 
 OutputType = Literal["np", "pt", "pil", "latent"]

@@ -18,8 +18,9 @@ from ..families.base import noise_channels
 from ..mla.window import CausalConfig
 from ..zoo.digits.data import FRAME, GUIDANCE, SHIFT, TEXT_DIM, parse_prompt
 from .config import GenerateConfig
+from .extent import video_end
 from .start import read_start
-from .stream import Seeds, stream_chunks, video_end
+from .stream import Seeds, stream_chunks
 
 DIGITS = "digits"
 DIGITS_FPS = 8

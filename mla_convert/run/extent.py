@@ -1,0 +1,71 @@
+"""How long a rollout is, and what it may begin with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from ..errors import UsageError
+from ..mla.window import CausalConfig
+
+
+def chunk_ranges(causal: CausalConfig, num_frames: int | None) -> Iterator[tuple[int, int]]:
+    """Half-open frame ranges of the chunks of a rollout; None goes on for ever."""
+    if num_frames is not None:
+        yield from causal.chunks(num_frames)
+        return
+    stop = 0
+    while True:
+        first, stop = stop, causal.chunk_end(stop)
+        yield first, stop
+
+
+def video_end(causal: CausalConfig, positions: int, num_frames: int | None, given: int = 0) -> int | None:
+    """The frames that a rollout has in the end, by a rotary table of `positions`; None where it goes on for ever.
+
+    With absolute positions one without `num_frames` ends at the last whole chunk that the table has positions for.
+    Raises UsageError where `num_frames`, or the `given` ones that it begins with, are more than those.
+    """
+    longest = causal.longest(positions)
+    if longest is None:
+        return num_frames
+    whole = causal.chunk_end(0)
+    asked = max(whole if num_frames is None else num_frames, given)
+    if asked > longest:
+        raise UsageError(
+            f"{asked} latent frames are more than the rotary table's {longest} positions: make a shorter video, or "
+            f"{_remedy(causal)}"
+        )
+    return longest - (longest - whole) % causal.num_frames_per_block if num_frames is None else num_frames
+
+
+def end_notice(causal: CausalConfig, what: str, frames: int | None) -> str:
+    """That `what`, which was to go on for ever, ends after so many frames, and what would not."""
+    return f"{what} ends after {frames} latent frames, where the rotary table does: {_remedy(causal)}"
+
+
+def _remedy(causal: CausalConfig) -> str:
+    if causal.sink_positions == "absolute":
+        return "set causal.sink_positions: window, which never leaves it"
+    return f"set causal.window_frames, which is {causal.window_frames}, to no more than its positions"
+
+
+def check_start(
+    start: Tensor,
+    causal: CausalConfig,
+    num_frames: int | None,
+    shape: tuple[int, int, int],
+    whole_chunks: bool = True,
+) -> None:
+    """Raise UsageError unless a rollout of `shape` (C, H, W) can begin with `start` `[B, C, F0, H, W]`."""
+    channels, frames, height, width = start.shape[1:]
+    if (channels, height, width) != shape:
+        given, wanted = (f"{c} channels of {h}x{w}" for c, h, w in ((channels, height, width), shape))
+        raise UsageError(f"the start has {given}, the rollout {wanted}; give the latent size of the start")
+    ends = [stop for _, stop in causal.chunks(num_frames or frames + 4 * causal.num_frames_per_block)]
+    if num_frames is not None and frames > num_frames:
+        raise UsageError(f"the start has {frames} frames, more than the {num_frames} of the rollout; raise num_frames")
+    if whole_chunks and frames not in ends:
+        shown = ", ".join(map(str, ends[:4])) + (", ..." if len(ends) > 4 else "")
+        raise UsageError(f"a start of {frames} frames does not end with a chunk; lengths that fit are {shown}")

@@ -1,0 +1,102 @@
+"""The passes of a model, or of its experts, over a chunk of a rollout: of one stream, or of many that share them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..denoise import Schedule, StepDone, denoise
+from ..flow import NUM_TRAIN_TIMESTEPS, add_noise, expert_at
+
+
+class Passes(ABC):
+    """Passes of `models`, experts that share the noise levels by their `noise_range` (Wan2.2), or a single one."""
+
+    def __init__(self, models: Sequence[Any]) -> None:
+        self.models = list(models)
+        self.used = 0
+
+    @abstractmethod
+    def _run(self, expert: int, x: Tensor, levels: tuple[float, float], held: int, write: bool) -> Tensor:
+        """What one expert gives for a chunk `x` `[B, C, F, H, W]` and those with negative prompts behind it."""
+
+    @abstractmethod
+    def _guided(self, v: Tensor, batch: int) -> Tensor:
+        """The velocities of `batch` items from what `_run` gave for them."""
+
+    def chunk(
+        self,
+        noises: Sequence[Tensor],
+        schedule: Schedule,
+        first: int,
+        held: Tensor | None = None,
+        on_step: StepDone | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The chunk from frame `first` on, `[B, C, F, H, W]`, float32, and what is written to the cache of it.
+
+        `noises` are as many as `schedule.draws` says. `held` `[B, C, F0, H, W]` are its first frames, which are given;
+        where they are all of it no step is taken.
+        """
+        if held is not None and held.shape[2] == noises[0].shape[2]:
+            x = held
+        else:
+            clean = 0 if held is None else held.shape[2]
+
+            def velocity(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+                return self.velocity(x, float(t), float(r), clean)
+
+            x = denoise(noises[0], schedule.of_chunk(first), velocity, schedule.between(noises), held, on_step)
+        written = x
+        if schedule.context_noise > 0:
+            written = add_noise(x, noises[-1], torch.full((len(x),), schedule.context_noise, device=x.device))
+        self.write(written, schedule.context_noise)
+        return x, written
+
+    def velocity(self, x: Tensor, t: float, r: float, held: int = 0) -> Tensor:
+        """Velocity `[B, C, F, H, W]`, float32, at noise level t; of a flow map the mean one down to r.
+
+        The first `held` frames are clean, and told to be.
+        """
+        self.used = expert_at([model.noise_range for model in self.models], t)
+        return self._guided(self._run(self.used, x, (t, r), held, write=False).float().to(x.device), len(x))
+
+    def write(self, x: Tensor, t: float) -> None:
+        """Keep a finished chunk at noise level t in the cache of every expert."""
+        # Weights may travel: the expert that is on the device writes first.
+        for expert in sorted(range(len(self.models)), key=lambda expert: expert != self.used):
+            self._run(expert, x, (t, t), held=0, write=True)
+            self.used = expert
+
+
+def run_pass(
+    model: Any,
+    call: Callable[..., Tensor],
+    x: Tensor,
+    levels: tuple[float, float],
+    held: int,
+    text: Tensor,
+    conditions: Mapping[str, Tensor],
+) -> Tensor:
+    """What `call`, a pass of `model`, gives for a chunk `[B, C, F, H, W]` at the first of two noise `levels`.
+
+    Flow maps are told both. The first `held` frames are clean, and told to be.
+    """
+    timestep, r_timestep = (_timestep(level, x, held) for level in levels)
+    second = {"r_timestep": r_timestep} if model.flow_map else {}
+    out = call(x, timestep, text, **conditions, **second)
+    if model.kernels is not None:
+        model.kernels.announce()
+    return out
+
+
+def _timestep(level: float, x: Tensor, held: int) -> Tensor:
+    """A noise level as models read it, float32 `[B]`, or `[B, F]` where some frames are `held` at 0."""
+    if not held:
+        return torch.full((len(x),), level * NUM_TRAIN_TIMESTEPS, device=x.device)
+    timestep = torch.full((len(x), x.shape[2]), level * NUM_TRAIN_TIMESTEPS, device=x.device)
+    timestep[:, :held] = 0
+    return timestep
