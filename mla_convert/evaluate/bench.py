@@ -229,7 +229,7 @@ class _Passes:
     @property
     def keeps(self) -> bool:
         """Whether a later pass finds the history that the first one has expanded."""
-        return bool(self.cache.keep_expanded)
+        return bool(self.cache.expanded.keep)
 
     def run(self, write: bool = False) -> Tensor:
         """A pass of the chunk."""
@@ -240,7 +240,7 @@ class _Passes:
 
     def timed(self, steps: int) -> dict[str, float]:
         """Milliseconds of each of PARTS, in a chunk of so many steps."""
-        self.cache.expanded = {}
+        self.cache.expanded.forget()
         first = _timed(self.run, self.device)
         later = _timed(self.run, self.device) if self.keeps else first
         write = _timed(lambda: self.run(write=True), self.device)

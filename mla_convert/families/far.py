@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..mla.attention import AttentionPass, ChunkView, token_slices
 from ..mla.cache import FrameCache
+from ..mla.expanded import ExpandedHistories
 from ..mla.rope import RotaryTable
 from ..mla.window import CausalConfig
 
@@ -142,6 +143,7 @@ class FarCache(FrameCache):
         self.far_frames, self.near_frames = frames
         slots = self.far_frames * grid.compressed_tokens + self.near_frames * grid.full_tokens
         self.rows = [torch.zeros(batch_size, slots, width, dtype=dtype, device=device) for width in row_widths]
+        self.expanded = ExpandedHistories()
         self.reset()
 
     def reset(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .expanded import ExpandedHistories
 from .window import CausalConfig
 
 
@@ -18,18 +19,15 @@ class FrameCache:
     """Per layer one tensor `[B, window_frames, tokens_per_frame, row]`, allocated once.
 
     `row_widths` says how many scalars a layer keeps a token. `frames_seen` counts the frames that
-    were written, so it is also the absolute index of the next one. `places` is what the passes of the
-    current chunk share, see `places.py`; with `fixed_places` it stays where it is in memory. `workspace`
-    holds the expanded keys and values of kernels, `expanded` the chunk whose history a layer's holds, and
-    `keep_expanded` whether a layer has a workspace of its own for that, None while nobody has decided.
-    After a `rewind` frames before `oldest`, sinks aside, are no longer there to be seen.
+    were written, so it is also the absolute index of the next one. After a `rewind` frames before `oldest`, sinks
+    aside, are no longer there to be seen. `places` is what the passes of the current chunk share, see `places.py`;
+    with `fixed_places` it stays where it is in memory. `expanded` are the histories that kernels have expanded.
     """
 
     can_rewind: ClassVar[bool] = True
     oldest = 0
     places: tuple[tuple[int, int], Any] | None = None
     fixed_places = False
-    keep_expanded: bool | None = None
 
     def __init__(
         self,
@@ -46,8 +44,7 @@ class FrameCache:
         self.causal = causal
         self.height, self.width = height, width
         self.frames_seen = 0
-        self.workspace: dict[tuple[int, str], Tensor] = {}
-        self.expanded: dict[int, tuple[int, int]] = {}
+        self.expanded = ExpandedHistories()
         self.rows = [
             torch.zeros(batch_size, causal.window_frames, height * width, width_, dtype=dtype, device=device)
             for width_ in row_widths
@@ -61,14 +58,14 @@ class FrameCache:
         """Forget every frame; the memory stays."""
         self.frames_seen = self.oldest = 0
         self.places = None
-        self.expanded = {}
+        self.expanded.forget()
 
     def rewind(self, frame: int) -> None:
         """Go back to absolute `frame`, from where on chunks are written again; earlier ones see what the ring holds."""
         self.oldest = min(max(self.oldest, self.causal.first_kept(self.frames_seen)), frame)
         self.frames_seen = frame
         self.places = None
-        self.expanded = {}
+        self.expanded.forget()
 
     def slots(self, frames: list[int]) -> Tensor:
         """Ring slots of absolute `frames`, int32 `[len(frames)]` on the cache's device."""

@@ -92,7 +92,7 @@ def attention(
 ) -> Tensor:
     """Attention output before `to_out`, `[B, N, H * V]`, of a streaming pass over hidden states `[B, N, C]`.
 
-    With `keep_expanded` of the cache the expanded history of every layer stays from pass to pass of a chunk.
+    Where the cache's `expanded` keeps them the expanded history of every layer stays from pass to pass of a chunk.
     """
     pass_ = _FusedPass(layer, hidden_states, step, backend)
     out = pass_.absorbed() if path == "absorbed" else pass_.expanded()
@@ -286,23 +286,19 @@ class _FusedPass:
 
         All layers share them unless the history is kept.
         """
-        owner = self.layer.layer if self.cache.keep_expanded else 0
         window_tokens = self.step.kept[0].shape[1:-1].numel()
         shape = (len(self.hidden_states), window_tokens, self.layer.heads)
-        shapes = {"key": (*shape, channels), "value": (*shape, value_channels(self.layer))}
-        for name, wanted in shapes.items():
-            kept = self.cache.workspace.get((owner, name))
-            if kept is None or kept.shape != wanted:
-                self.cache.workspace[owner, name] = self.rows.new_empty(wanted, dtype=self.dtype)
-                self.cache.expanded.pop(owner, None)
-        return self.cache.workspace[owner, "key"][:, :tokens], self.cache.workspace[owner, "value"][:, :tokens]
+        widths = {"key": channels, "value": value_channels(self.layer)}
+        key, value = (
+            self.cache.expanded.tensor(self.layer.layer, name, (*shape, wide), self.dtype, self.rows.device)
+            for name, wide in widths.items()
+        )
+        return key[:, :tokens], value[:, :tokens]
 
     def _kept(self) -> bool:
         """Whether the workspace holds this chunk's history already; from now on it does."""
-        if not self.cache.keep_expanded:
-            return False
-        kept = self.cache.expanded.get(self.layer.layer) == self.chunk
-        self.cache.expanded[self.layer.layer] = self.chunk
+        kept = self.cache.expanded.holds(self.layer.layer, self.chunk)
+        self.cache.expanded.filled([self.layer.layer], self.chunk)
         return kept
 
     def _normed(self, x: Tensor, norm: Any, rotations: Tensor | None) -> Tensor:

@@ -106,9 +106,10 @@ class GraphedChunk:
             kept.copy_(new)
         for name, value in conditions.items():
             self.conditions[name].copy_(value)
-        expands = any(self.cache.expanded.get(layer) != chunk for layer in range(len(self.cache.rows)))
+        histories, layers = self.cache.expanded, range(len(self.cache.rows))
+        expands = not all(histories.holds(layer, chunk) for layer in layers)
         # Where nothing is kept all passes are alike.
-        which = expands and bool(self.cache.keep_expanded)
+        which = expands and bool(histories.keep)
         if which not in self.graphs:
             try:
                 captured = self._capture(expands)
@@ -116,12 +117,11 @@ class GraphedChunk:
                 self._give_up(error)
                 return self._run(given, conditions)
             # Warming up may have decided that histories are kept.
-            which = expands and bool(self.cache.keep_expanded)
+            which = expands and bool(histories.keep)
             self.graphs[which] = captured
         recorder, out = self.graphs[which]
         recorder.replay()
-        if self.cache.keep_expanded:
-            self.cache.expanded = dict.fromkeys(range(len(self.cache.rows)), chunk)
+        histories.filled(layers, chunk)
         return out
 
     def _capture(self, expands: bool) -> tuple[Recorder, Tensor]:
@@ -130,7 +130,7 @@ class GraphedChunk:
 
         def run() -> Tensor:
             if expands:
-                self.cache.expanded = {}
+                self.cache.expanded.forget()
             return self._run(self.inputs, self.conditions)
 
         return recorder, recorder.capture(run)
@@ -146,7 +146,8 @@ class GraphedChunk:
         reason = " ".join(str(error.__context__ or error).split())[:200]
         logger.warning("CUDA graphs: a capture failed, passes are launched from now on: %s", reason)
         # Of what a capture was to expand nothing may have been written.
-        self.failed, self.graphs, self.cache.expanded = True, {}, {}
+        self.failed, self.graphs = True, {}
+        self.cache.expanded.forget()
 
 
 class CUDARecorder:

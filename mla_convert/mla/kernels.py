@@ -117,8 +117,8 @@ class Kernels:
         key = self._choose(layer, hidden_states, step)
         choice, shape = self.choices[key], key[1]
         assert step.cache is not None and choice.path != "torch"
-        if choice.path == "expand" and step.cache.keep_expanded is None:
-            step.cache.keep_expanded = self._keeps(layer, shape, step.cache)
+        if choice.path == "expand" and step.cache.expanded.keep is None:
+            step.cache.expanded.keep = self._keeps(layer, shape, step.cache)
         # Without history other kernels run than with it; with more items the same.
         check = (layer.layer, shape._replace(batch=1), bool(step.views[0].history_frames))
         if self.mode == "triton" or check in self.checked:
