@@ -63,6 +63,26 @@ def test_a_lora_of_kept_projections_works(converted):
     assert relative_error(forward(model), forward(converted)) < 1e-6
 
 
+@pytest.mark.parametrize("own_forward", [False, True])
+def test_a_lora_has_the_scale_that_it_is_asked_for(converted, own_forward):
+    """As with stock models."""
+    model = copy.deepcopy(converted)
+    model.add_adapter(LoraConfig(r=2, target_modules=["attn1.to_q", "ffn.net.0.proj"], init_lora_weights=False))
+
+    def run(scale):
+        cache = {"cache": model.init_cache(len(LATENTS), *LATENTS.shape[3:])} if own_forward else {}
+        latents, timestep = (LATENTS[:, :, :2], TIMESTEP[:, :2]) if own_forward else (LATENTS, TIMESTEP)
+        with torch.no_grad():
+            out = model(latents, timestep, TEXT, attention_kwargs={"scale": scale}, **cache)
+        return out if own_forward else out.sample
+
+    whole, half, without = (run(scale) for scale in (1.0, 0.5, 0.0))
+    model.disable_adapters()
+    assert relative_error(without, run(1.0)) < 1e-6
+    assert relative_error(whole, without) > 1e-3 and relative_error(half, without) > 1e-3
+    assert relative_error(half, whole) > 1e-3
+
+
 @pytest.mark.parametrize("own_chunk", ["exact", "latent"])
 def test_a_lora_of_the_source_loads_whole(tmp_path, own_chunk):
     dense = dense_model()

@@ -161,3 +161,33 @@ def test_a_cache_that_is_no_ring_is_refused_at_once() -> None:
     text = prompt(0).unsqueeze(0)
     with pytest.raises(UsageError, match="cannot be written again for a new prompt"):
         next(stream_chunks(model, text, 6, HEIGHT, WIDTH, recache=True, **STEPS))
+
+
+def test_an_expert_writes_the_whole_window_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that travel to the device travel once, not with every chunk."""
+    experts = [pico.dense_model(causal=SINKLESS, seed=seed) for seed in (0, 1)]
+    experts[0].noise_range, experts[1].noise_range = (0.7, 1.0), (0.0, 0.7)
+    passes: list[tuple[int, int]] = []
+    for index, model in enumerate(experts):
+
+        def noted(x: Tensor, *args: Any, index: int = index, forward: Any = model.forward_chunk, **more: Any) -> Tensor:
+            if more["write"]:
+                passes.append((index, len(x)))
+            out: Tensor = forward(x, *args, **more)
+            return out
+
+        monkeypatch.setattr(model, "forward_chunk", noted)
+    switched(experts, 8, at=6)
+    # Three chunks of both experts, the window twice over, the last chunk: no more changes than writers need.
+    order = [index for index, _ in passes]
+    assert len(order) == 2 * 3 + 2 * 3 + 2
+    assert order[6:12] in ([0, 0, 0, 1, 1, 1], [1, 1, 1, 0, 0, 0])
+    passes.clear()
+    batch = batch_of(experts, 1, recache=True)
+    stream = batch.join(OLD, num_frames=8)
+    for _ in range(3):
+        batch.step()
+    batch.change_prompt(stream, NEW)
+    passes.clear()
+    batch.step()
+    assert [index for index, _ in passes][:6] == [0, 0, 0, 1, 1, 1]

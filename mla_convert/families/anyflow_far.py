@@ -14,6 +14,7 @@ import torch
 from diffusers import AnyFlowFARTransformer3DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.transformers.transformer_anyflow_far import AnyFlowFARTransformerOutput, AnyFlowTransformerBlock
+from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -160,6 +161,7 @@ class CausalAnyFlowFARTransformer3DModel(CausalTransformer, AnyFlowFARTransforme
         frames = (max(0, far), (window.limit - 1) * block)
         return FarCache(window, self.row_widths, batch_size, self.far_grid(height, width), frames, dtype, device)
 
+    @apply_lora_scale("attention_kwargs")
     def forward(
         self,
         hidden_states: Tensor,
@@ -314,8 +316,20 @@ class CausalAnyFlowFARTransformer3DModel(CausalTransformer, AnyFlowFARTransforme
         """Write the next chunk and those that are encoded anew with it; the chunk's velocity."""
         start = cache.frames_seen
         stop = start + latents.shape[2]
-        cache.bounds.append((start, stop))
+        before = cache.bounds, cache.recent
+        cache.bounds = [*cache.bounds, (start, stop)]
         cache.recent = [*cache.recent, (latents, timestep)][-cache.window.limit :]
+        try:
+            velocity = self._encode_stage(text, cache)
+        except BaseException:
+            # What ran out of memory may be tried again.
+            cache.bounds, cache.recent = before
+            raise
+        cache.frames_seen = stop
+        return velocity
+
+    def _encode_stage(self, text: tuple[Tensor, Tensor | None], cache: FarCache) -> Tensor:
+        """Write the last chunk of the cache's `recent` and those that change with it; the last one's velocity."""
         stage = len(cache.bounds) - 1
         oldest = stage - len(cache.recent) + 1
         demoted = cache.window.demoted(stage)
@@ -323,7 +337,6 @@ class CausalAnyFlowFARTransformer3DModel(CausalTransformer, AnyFlowFARTransforme
             self._encode(stage, demoted, cache.recent[demoted - oldest], text, cache, compressed=True)
         for chunk in cache.window.kept(stage):
             velocity = self._encode(stage, chunk, cache.recent[chunk - oldest], text, cache, compressed=False)
-        cache.frames_seen = stop
         return velocity
 
     def _encode(

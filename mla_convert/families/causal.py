@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -186,6 +187,7 @@ class CausalTransformer(nn.Module):
         """`near_frames` and `far_tokens_per_frame` for latents of `height x width` where far history is coarser."""
         return {}
 
+    @apply_lora_scale("attention_kwargs")
     def forward(
         self,
         hidden_states: Tensor,
@@ -209,7 +211,8 @@ class CausalTransformer(nn.Module):
         `context` instead of its own noisy one (teacher forcing): item i reads context item i mod B'.
         `context_timestep` `[B']` or `[B', F]` is its noise level, 0 when left out.
 
-        With `cache` it is `forward_chunk`, in a form that the hooks of offloading see.
+        With `cache` it is `forward_chunk`, in a form that the hooks of offloading see. The `scale` of
+        `attention_kwargs` is that of LoRA layers.
         """
         if cache is not None:
             conditions["encoder_hidden_states_image"] = encoder_hidden_states_image

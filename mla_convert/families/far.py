@@ -69,14 +69,15 @@ class FarGrid:
 
 def compressed_table(table: RotaryTable, downscale: tuple[int, int, int]) -> RotaryTable:
     """Rotations of coarse patches: the unit mean of those of the `downscale` patches that one covers."""
-    factors = torch.tensor([downscale[axis] for axis in table.axes], device=table.cis.device)
-    angles = table.cis[1].to(torch.complex128).angle()
-    index = torch.arange(table.max_len, device=angles.device, dtype=angles.dtype).unsqueeze(1)
-    total = torch.zeros(table.cis.shape, dtype=torch.complex128, device=angles.device)
+    # On the CPU: MPS has no complex128.
+    factors = torch.tensor([downscale[axis] for axis in table.axes])
+    angles = table.cis[1].cpu().to(torch.complex128).angle()
+    index = torch.arange(table.max_len, dtype=angles.dtype).unsqueeze(1)
+    total = torch.zeros(table.cis.shape, dtype=torch.complex128)
     for offset in range(max(downscale)):
         turned = torch.polar(torch.ones_like(total.real), (index * factors + offset) * angles)
         total += torch.where(offset < factors, turned, 0)
-    return RotaryTable((total / total.abs()).to(torch.complex64), table.axes)
+    return RotaryTable((total / total.abs()).to(torch.complex64).to(table.cis.device), table.axes)
 
 
 def split_frames(frames: list[int]) -> tuple[list[int], list[int]]:

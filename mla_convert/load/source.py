@@ -54,7 +54,7 @@ class Source:
 
     def provenance(self) -> dict[str, Any]:
         """What a manifest records about the source."""
-        here = Path(self.origin)
+        here = Path(self.origin).expanduser()
         return {
             # As others find it, from wherever they look.
             "model": str(here.resolve()) if here.exists() else self.origin,
@@ -127,7 +127,8 @@ def _locate_adapter(adapter: AdapterConfig, model: str, located: Located) -> tup
     """The file of an adapter and its commit on the Hub; the model's own folder and commit where it names none."""
     if adapter.model is not None:
         return locate_file(adapter.model, adapter.revision, adapter.file, PEFT_CONFIG)
-    own = str(Path(model).parent) if Path(model).is_file() else model
+    here = Path(model).expanduser()
+    own = str(here.parent) if here.is_file() else model
     if model.startswith("zoo:"):
         own = str(located.folder)
     return locate_file(own, adapter.revision or located.revision, adapter.file, PEFT_CONFIG)

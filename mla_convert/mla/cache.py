@@ -19,8 +19,9 @@ class FrameCache:
     """Per layer one tensor `[B, window_frames, tokens_per_frame, row]`, allocated once.
 
     `row_widths` says how many scalars a layer keeps a token. `frames_seen` counts the frames that
-    were written, so it is also the absolute index of the next one. After a `rewind` frames before `oldest`, sinks
-    aside, are no longer there to be seen. `places` is what the passes of the current chunk share, see `places.py`;
+    were written, so it is also the absolute index of the next one. `written` is the end of the last chunk that has
+    taken slots: kernels give them to some chunks that are only denoised, too. After a `rewind` frames before `oldest`,
+    sinks aside, are no longer there to be seen. `places` is what passes of the current chunk share, see `places.py`;
     with `fixed_places` it stays where it is in memory. `expanded` are the histories that kernels have expanded.
     """
 
@@ -43,7 +44,7 @@ class FrameCache:
             raise ValueError("a streaming cache needs a finite window: set window_frames")
         self.causal = causal
         self.height, self.width = height, width
-        self.frames_seen = 0
+        self.frames_seen = self.written = 0
         self.expanded = ExpandedHistories()
         self.rows = [
             torch.zeros(batch_size, causal.window_frames, height * width, width_, dtype=dtype, device=device)
@@ -56,16 +57,20 @@ class FrameCache:
 
     def reset(self) -> None:
         """Forget every frame; the memory stays."""
-        self.frames_seen = self.oldest = 0
+        self.frames_seen = self.written = self.oldest = 0
         self.places = None
         self.expanded.forget()
 
     def rewind(self, frame: int) -> None:
         """Go back to absolute `frame`, from where on chunks are written again; earlier ones see what the ring holds."""
-        self.oldest = min(max(self.oldest, self.causal.first_kept(self.frames_seen)), frame)
+        self.oldest = min(max(self.oldest, self.causal.first_kept(max(self.frames_seen, self.written))), frame)
         self.frames_seen = frame
         self.places = None
         self.expanded.forget()
+
+    def overwritten(self, stop: int) -> None:
+        """Take down that the slots of a chunk which ends before frame `stop` no longer hold what they held."""
+        self.written = max(self.written, stop)
 
     def slots(self, frames: list[int]) -> Tensor:
         """Ring slots of absolute `frames`, int32 `[len(frames)]` on the cache's device."""

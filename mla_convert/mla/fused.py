@@ -20,6 +20,7 @@ from .cache import DenseCache, LatentCache
 from .core import Query, of_pairs
 from .latent import LatentSelfAttention
 from .places import Places
+from .plain import is_plain_linear
 from .pool import Int8LaneView, LaneView
 from .quantised import Int8LatentCache, MixedLatentCache
 from .rope import rotate
@@ -121,6 +122,7 @@ class _FusedPass:
         self.read_own = not layer.own_chunk_exact
         if self.read_own:
             self.write()
+            self.cache.overwritten(sum(self.chunk))
 
     @functools.cached_property
     def value(self) -> Tensor:
@@ -143,10 +145,11 @@ class _FusedPass:
                 parts.append(self._own_part())
         if tokens:
             key, value = self._workspace(tokens, query.shape[-1])
-            if not self._kept():
+            if not self.cache.expanded.holds(layer.layer, self.chunk):
                 self._expand(
                     key[:, :history], value[:, :history], self.places.history_slots, self.places.history_rotations
                 )
+                self.cache.expanded.filled([layer.layer], self.chunk)
             if self.read_own:
                 self._expand(key[:, history:], value[:, history:], self.places.own_slots, self.places.own_rotations)
             elif one_query:
@@ -295,12 +298,6 @@ class _FusedPass:
         )
         return key[:, :tokens], value[:, :tokens]
 
-    def _kept(self) -> bool:
-        """Whether the workspace holds this chunk's history already; from now on it does."""
-        kept = self.cache.expanded.holds(self.layer.layer, self.chunk)
-        self.cache.expanded.filled([self.layer.layer], self.chunk)
-        return kept
-
     def _normed(self, x: Tensor, norm: Any, rotations: Tensor | None) -> Tensor:
         """Queries or keys `[B, N, H * D]` after QK-norm and rotation, `[B, N, H, D]`."""
         turning = None if rotations is None else _cos_sin(rotations)
@@ -322,7 +319,7 @@ class _FusedPass:
 def _project_into(out: Tensor, linear: nn.Module, x: Tensor) -> Tensor:
     """`linear(x)` in the memory of `out` `[B, N, H, V]`, as `[B, N, H * V]`; by a copy where it is no plain layer."""
     flat = out.flatten(2)
-    plain = type(linear) is nn.Linear and linear.bias is not None and "forward" not in vars(linear)
+    plain = is_plain_linear(linear) and linear.bias is not None
     device = x.device.type
     cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if not plain or linear.weight.dtype != x.dtype or cast:

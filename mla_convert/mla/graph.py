@@ -13,10 +13,11 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .cache import DenseCache, FrameCache, LatentCache
 from .places import next_places
+from .plain import is_plain
 from .quantised import Int8LatentCache, MixedLatentCache
 
 logger = logging.getLogger(__name__)
@@ -46,15 +47,10 @@ def why_not_graph(model: Any, cache: Any) -> str | None:
         return f"{type(cache).__name__} is not a ring of frames"
     if cache.rows[0].device != model.device:
         return "the cache is on another device than the model"
-    hooked = next((name for name, module in model.named_modules() if _hooked(module)), None)
+    hooked = next((name for name, module in model.named_modules() if not is_plain(module)), None)
     if hooked is not None:
         return f"the forward of {hooked or 'the model'} is wrapped, as offloading does"
     return None
-
-
-def _hooked(module: nn.Module) -> bool:
-    """Whether a call of `module` does more than its class says."""
-    return "forward" in vars(module) or bool(module._forward_pre_hooks or module._forward_hooks)
 
 
 class GraphedChunk:
@@ -77,7 +73,7 @@ class GraphedChunk:
             raise ValueError(reason)
         self.model, self.cache = model, cache
         self.recorder = recorder or (lambda beside: CUDARecorder(model.device, beside))
-        self.failed = False
+        self.failed = self.overwrites = False
         cache.fixed_places = True
         self.shape: tuple[Any, ...] | None = None
         self.first: tuple[int, int] | None = None
@@ -122,6 +118,8 @@ class GraphedChunk:
         recorder, out = self.graphs[which]
         recorder.replay()
         histories.filled(layers, chunk)
+        if self.overwrites:
+            self.cache.overwritten(sum(chunk))
         return out
 
     def _capture(self, expands: bool) -> tuple[Recorder, Tensor]:
@@ -133,7 +131,9 @@ class GraphedChunk:
                 self.cache.expanded.forget()
             return self._run(self.inputs, self.conditions)
 
-        return recorder, recorder.capture(run)
+        out = recorder.capture(run)
+        self.overwrites = self.cache.written > self.cache.frames_seen
+        return recorder, out
 
     def _run(self, given: tuple[Tensor, ...], conditions: dict[str, Tensor]) -> Tensor:
         with torch.no_grad():

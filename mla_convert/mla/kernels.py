@@ -18,6 +18,7 @@ from ..errors import UserError
 from . import costs, fused
 from .attention import AttentionPass, CausalSelfAttention
 from .cache import FrameCache
+from .plain import changed_module
 
 Mode = Literal["auto", "triton", "torch"]
 History = Literal["auto", "chunk", "pass"]
@@ -35,7 +36,10 @@ FLOAT32_DEFAULT = "in float32 torch is the default: kernels are made for tensor 
 
 
 class Shape(NamedTuple):
-    """What a choice depends on: `queries` of a chunk and `keys` of the whole window, in tokens; the kind of cache."""
+    """What a choice depends on: `queries` of a chunk and `keys` of the whole window, in tokens; the kind of cache.
+
+    `changed` is a module with more to it than its weights, which are all that kernels read of it; empty for none.
+    """
 
     batch: int
     queries: int
@@ -43,6 +47,7 @@ class Shape(NamedTuple):
     dtype: torch.dtype
     device: str
     cache: str
+    changed: str = ""
 
 
 class Choice(NamedTuple):
@@ -102,7 +107,9 @@ class Kernels:
         rows = step.cache.rows[layer.layer]
         kind = f"{type(step.cache).__name__}, {rows.dtype}"
         keys = rows.shape[1:-1].numel()
-        shape = Shape(batch, queries, keys, hidden_states.dtype, hidden_states.device.type, kind)
+        # Adapters and hooks come and go while a model streams.
+        changed = changed_module(layer) or ""
+        shape = Shape(batch, queries, keys, hidden_states.dtype, hidden_states.device.type, kind, changed)
         key = (layer.layer, shape)
         if key not in self.choices:
             self.choices[key] = choose(layer, shape, step, self.mode, costs.for_device(hidden_states.device))
@@ -217,6 +224,9 @@ def choose(
         return Choice("torch", dict.fromkeys(fused.PATHS, CPU_DEFAULT))
     if mode == "auto" and shape.device == "cuda" and shape.dtype == torch.float32:
         return Choice("torch", dict.fromkeys(fused.PATHS, FLOAT32_DEFAULT))
+    if shape.changed:
+        changed = f"{shape.changed} has an adapter, a hook or a wrapped forward; merge or remove it"
+        return Choice("torch", dict.fromkeys(fused.PATHS, changed))
     refused: dict[str, str] = {}
     found: dict[tuple[fused.Path, fused.Backend], float] = {}
     for path in fused.PATHS:

@@ -327,10 +327,11 @@ class StreamBatch:
         if not stream.stale:
             return
         oldest = self.causal.first_kept(stream.frames_seen)
-        for first, written, told in stream.recent:
-            frames = written.shape[2]
-            passes = _SharedPasses(self.models, self.pool, [stream], [told], frames, self.devices, first, oldest)
-            passes.write(written, self.schedule.context_noise)
+        for expert in range(len(self.models)):
+            for first, written, told in stream.recent:
+                frames = written.shape[2]
+                passes = _SharedPasses(self.models, self.pool, [stream], [told], frames, self.devices, first, oldest)
+                passes.write_to(expert, written, self.schedule.context_noise)
         stream.stale = False
 
     def _chunks(self, streams: list[_Stream]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -40,12 +40,12 @@ def check_image(config: Config, image: object, named: str, start: str) -> None:
 
     `named` and `start` are what the two options are called.
     """
+    if config.get("pos_embed_seq_len") is not None:
+        raise UsageError("the model reads a first and a last image, and a stream does not know where it ends")
     if image is not None and not reads_image(config):
         raise UsageError(f"the model has no channels for {named}; {start} continues an image with this model")
     if image is None and reads_image(config):
         raise UsageError(f"the model is conditioned on an image; give {named}")
-    if image is not None and config.get("pos_embed_seq_len") is not None:
-        raise UsageError("the model reads a first and a last image, and a stream does not know where it ends")
 
 
 def read_image(source: Path | Image.Image) -> Image.Image:

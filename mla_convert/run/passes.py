@@ -66,10 +66,18 @@ class Passes(ABC):
 
     def write(self, x: Tensor, t: float) -> None:
         """Keep a finished chunk at noise level t in the cache of every expert."""
-        # Weights may travel: the expert that is on the device writes first.
-        for expert in sorted(range(len(self.models)), key=lambda expert: expert != self.used):
-            self._run(expert, x, (t, t), held=0, write=True)
-            self.used = expert
+        for expert in self.writers():
+            self.write_to(expert, x, t)
+
+    def writers(self) -> list[int]:
+        """All experts, in the order in which they write."""
+        # Weights may travel: the one that is on the device comes first.
+        return sorted(range(len(self.models)), key=lambda expert: expert != self.used)
+
+    def write_to(self, expert: int, x: Tensor, t: float) -> None:
+        """Keep a finished chunk at noise level t in the cache of one expert."""
+        self._run(expert, x, (t, t), held=0, write=True)
+        self.used = expert
 
 
 def run_pass(

@@ -187,12 +187,12 @@ class _OwnPasses(Passes):
     @torch.no_grad()
     def rewrite(self, recent: RecentChunks, t: float) -> None:
         """Write the chunks that the ring holds again, at noise level t, for the text of now."""
-        for index, (first, written, conditions) in enumerate(recent):
-            if index == 0:
-                for cache in self.caches:
-                    cache.rewind(first)
-            self.set_conditions(conditions)
-            self.write(written, t)
+        for expert in self.writers():
+            for index, (first, written, conditions) in enumerate(recent):
+                if index == 0:
+                    self.caches[expert].rewind(first)
+                self.set_conditions(conditions)
+                self.write_to(expert, written, t)
 
     def _guided(self, v: Tensor, batch: int) -> Tensor:
         return v if self.copies == 1 else guided(v[:batch], v[batch:], self.guidance_scale)
