@@ -268,6 +268,19 @@ def test_files_that_are_not_there_or_hold_nothing(tmp_path: Path, base: Path) ->
         AdapterConfig(scale=2.0)
 
 
+def test_a_file_below_the_home_folder_has_its_adapter_beside_it(
+    tmp_path: Path, base: Path, matrices: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config, _ = write(base, "peft", matrices)
+    weights = next(base.glob("diffusion_pytorch_model*.safetensors"))
+    beside = AdapterConfig(file=config.file or "adapter_model.safetensors", scale=config.scale)
+    found = load_source(f"~/{weights.relative_to(tmp_path)}", adapters=[beside])
+    same = load_source(str(weights), adapters=[beside])
+    assert all(torch.equal(found.tensors[name], same.tensors[name]) for name in same.tensors)
+    assert found.provenance()["model"] == str(weights.resolve())
+
+
 def test_another_scale_is_another_conversion(tmp_path: Path, base: Path, matrices: Any) -> None:
     """Parts of a conversion with one scale are not taken for another."""
     config, _ = write(tmp_path / "lora", "peft", matrices)

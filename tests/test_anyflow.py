@@ -202,6 +202,35 @@ def test_streaming_equals_the_whole_clip(variant: dict[str, Any] | None, window:
     assert pico.relative_error(first, whole) < FLOAT32
 
 
+def test_a_chunk_whose_encoding_failed_may_be_encoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = dense_model(WINDOWS[0])
+    latents, timestep, text = pico.inputs(1, 5, HEIGHT, WIDTH)
+    encode, calls = type(model)._encode, iter(range(100))
+
+    def failing(*args: Any, **more: Any) -> Tensor:
+        if next(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        out: Tensor = encode(*args, **more)
+        return out
+
+    caches = []
+    for fails in (False, True):
+        cache = model.init_cache(1, HEIGHT, WIDTH)
+        for start, stop in model.causal.chunks(5):
+            chunk = latents[:, :, start:stop], timestep[:, start:stop], text, cache
+            with torch.no_grad():
+                if fails and start == 0:
+                    monkeypatch.setattr(type(model), "_encode", failing)
+                if fails and start > 0 and len(cache.bounds) == 1:
+                    with pytest.raises(torch.OutOfMemoryError):
+                        model.forward_chunk(*chunk, write=True)
+                model.forward_chunk(*chunk, write=True)
+        caches.append(cache)
+    assert caches[0].bounds == caches[1].bounds and len(caches[0].recent) == len(caches[1].recent)
+    for first, second in zip(caches[0].rows, caches[1].rows, strict=True):
+        assert torch.equal(first, second)
+
+
 @pytest.mark.parametrize("window", WINDOWS[1:], ids=str)
 def test_a_long_rollout_stays_in_its_window(window: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = dense_model(window), [0]
