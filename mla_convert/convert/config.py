@@ -18,17 +18,18 @@ Rank = Annotated[int, Field(ge=1)]
 class CalibrationConfig(BaseModel):
     """How much data the activation statistics come from.
 
-    `clips` videos are run through the dense model at random noise levels, which `timestep_shift` warps as it does
-    those of stages; of a model of few steps they are those of its `denoising_steps` alone, out of 1000 and before the
-    shift, since it knows no others. At most `queries_per_chunk`
-    queries of every chunk tell what an error in a cached token does to the output of the layer, for
-    at most `max_tokens` tokens a layer. `empty_prompt_rate` of the clips get the negative prompt in
-    place of their own, for models that are sampled with guidance.
-
-    Each token's gradient is that of so many random `probes`, whose moments are averaged: more of them make the metric
-    of the fit less random. Each costs a backward pass of every block, a layer's hidden states more on the disk, and in
-    memory a gradient of every sampled key and value. `ridge` is the share of its mean eigenvalue that is added to all
-    of the metric: what few tokens and probes did not ask about is then not free.
+    - `clips` videos are run through the dense model at random noise levels, which `timestep_shift` warps as in the
+      stages. With `denoising_steps`, out of 1000 and before the shift, only these levels are used: a few-step model
+      knows no others.
+    - `queries_per_chunk` is the maximum number of queries per chunk that measure how an error in a cached token changes
+      the output of the layer. `max_tokens` is the maximum number of tokens per layer that are measured.
+    - `empty_prompt_rate` is the share of clips that get the negative prompt in place of their own, for models that are
+      sampled with guidance.
+    - `probes` is the number of random projections whose moments are averaged for each token's gradient. More probes
+      make the metric of the fit less random. Each costs one backward pass of every block, one layer's hidden states on
+      disk, and a gradient of every sampled key and value in memory.
+    - `ridge` is added to the whole metric, as a share of its mean eigenvalue, so that directions which few tokens and
+      probes have tested still count.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -65,9 +66,9 @@ class CalibrationConfig(BaseModel):
 class Budget(BaseModel):
     """How much a cache may hold or cost, for ranks that differ from layer to layer.
 
-    Exactly one of `scalars_per_token` (mean over layers, a cached shared key included), `reduction`
-    (share of the dense cache that goes, 0.927 in VideoMLA) and `loss_increase` (predicted rise of the
-    flow-matching loss before training, 0.01 for 1 %). Ranks are multiples of `rank_multiple`.
+    Set exactly one of `scalars_per_token` (mean over layers, including a cached shared key), `reduction` (share of the
+    dense cache that is removed, 0.927 in VideoMLA) and `loss_increase` (predicted rise of the flow-matching loss before
+    training, 0.01 for 1 %). Ranks are multiples of `rank_multiple`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -91,22 +92,20 @@ class Budget(BaseModel):
 
 
 class ConvertConfig(BaseModel):
-    """What the converted attention looks like and how it is initialised.
+    """What the converted attention looks like and how it is initialized.
 
-    `position`, `own_chunk`: see `mla_convert.mla.config.MLAConfig`. `layers_per_latent` consecutive layers share
-    one latent, which is cached once. `kv_lora_rank` is the width of a latent, one number or one a latent (192 for
-    each of its layers where it is left out), or null with a `budget` that chooses them: 448 for two layers are as
-    much cache as 224 for each.
-    `qk_rope_head_dim` counts the channels of the shared rotary key (even), which `rotate_on_read`
-    does without. `q_lora_rank: null` keeps the queries full.
-
-    `init: random` draws the latent projections, `svd` factorises the weights and shares the mean key
-    over the heads (VideoMLA, arXiv 2605.30351, section 3.2), `activation` fits the output of the
-    attention on calibration data.
-
-    Of an `activation` fit with a shared rotary key: with `key_mean` the mean key of every head, which
-    is a constant and need not be cached, is rotated in full; with `keep_residual` the unrotated
-    channels restore what the shared key leaves of its pairs.
+    - `position`, `own_chunk`: see `mla_convert.mla.config.MLAConfig`.
+    - `layers_per_latent` consecutive layers share one latent, which is cached once.
+    - `kv_lora_rank` is the width of a latent: one number, or one per latent. The default is 192 for each layer of the
+      latent. It is null with a `budget`, which chooses the ranks. A latent of 448 for two layers takes as much cache as
+      224 for each.
+    - `qk_rope_head_dim` is the number of channels of the shared rotary key (even); `rotate_on_read` has none.
+    - `q_lora_rank: null` keeps full-rank queries.
+    - `init: random` draws the latent projections. `svd` factorizes the weights and shares the mean key over the heads
+      (VideoMLA, arXiv 2605.30351, section 3.2). `activation` fits the output of the attention on calibration data.
+    - `key_mean` and `keep_residual` are for an `activation` fit with a shared rotary key. With `key_mean`, the mean key
+      of every head, a constant that need not be cached, is rotated in full. With `keep_residual`, the unrotated
+      channels restore what the shared key does not capture of its pairs.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

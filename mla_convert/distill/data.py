@@ -29,26 +29,24 @@ Split = Literal["drawn", "last"]
 class DataConfig(BaseModel):
     """Where clips come from.
 
-    `digits` are generated without end. `latents` is a `folder` of parquet shards in FastVideo's
-    text-to-video schema; text embeddings of different lengths are padded with zeros to
-    `text_tokens`. `rollouts` are latents that the dense model makes at the beginning of a run, in the run's
-    folder. `heldout` clips are set aside and never trained on: for digits, held-out handwriting with
-    held-out prompts. Of the others `split: drawn` takes them, and in an order of its own those to calibrate on, by the
-    recipe's seed, since neighbours by name are often cuts of one film; `last` keeps the order of names and holds out
-    the last ones.
-
-    `latents` says whether those of a folder are `normalised`, as a transformer takes them, or `raw`, as FastVideo's
-    preprocessing stores what the VAE gives: they are then normalised by its statistics, which a shard's metadata or, of
-    Wan's VAEs, the number of channels tells. `auto` believes the shards' metadata, which `mla-convert encode` writes,
-    and without it refuses latents whose statistics are those of raw ones.
-
-    `skip` names clips of a folder that are not to be read, by their number, in the order of names and counted from 0,
-    or by `file_name` or `id`. Training takes the next clip that is not skipped in the place of each, so that a run that
-    a damaged clip has ended goes on with `--resume` in the same order.
-
-    `negative_embeds` is a .safetensors file with the negative prompt, `prompt_embeds` `[L, D]`: what guidance leads
-    away from, and what a clip that loses its prompt gets. Without it that is `negative.safetensors` beside the clips
-    or the prompts, which `mla-convert encode` writes. For digits it is zeros.
+    - `kind: digits` generates clips without end. `latents` reads a `folder` of parquet shards in FastVideo's
+      text-to-video schema; text embeddings of different lengths are zero-padded to `text_tokens`. `rollouts` are
+      latents that the dense model makes at the beginning of a run, in the run's folder.
+    - `heldout` is the number of clips that are set aside and never trained on. For digits, they are held-out
+      handwriting with held-out prompts.
+    - `split: drawn` draws the held-out clips of the other kinds by the recipe's seed, and separately those to calibrate
+      on, because clips with neighboring names are often cuts of one film. `last` keeps the order of names and holds out
+      the last clips.
+    - `latents` says what the latents of a folder are: `normalised`, as a transformer takes them, or `raw`, as
+      FastVideo's preprocessing stores the VAE's output. Raw latents are normalized with the statistics of the VAE,
+      taken from a shard's metadata or, for Wan's VAEs, from the number of channels. `auto` uses the shards' metadata,
+      which `mla-convert encode` writes; without metadata it refuses latents whose statistics look raw.
+    - `skip` names clips of a folder that are not read: by number (in the order of names, from 0), `file_name` or `id`.
+      In training, the next clip that is not skipped replaces each of them. So a run that a damaged clip has ended can
+      continue with `--resume` in the same order.
+    - `negative_embeds` is a .safetensors file with the negative prompt, `prompt_embeds` `[L, D]`: guidance steers away
+      from it, and clips that lose their own prompt get it. The default is `negative.safetensors` beside the clips or
+      the prompts, which `mla-convert encode` writes. For digits it is zeros.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -14,9 +14,9 @@ Tracker = Literal["tensorboard", "wandb", "trackio"]
 class LoraConfig(BaseModel):
     """Low-rank adapters (LoRA, arXiv 2106.09685) on linear layers of the blocks that `trainable` leaves frozen.
 
-    Each adds `alpha / rank * B A` to a weight, with `A` `[rank, in]` random and `B` `[out, rank]` zero at
-    first. `target_modules` are ends of module names, such as `attn2.to_q` or `ffn.net.2`; all of those
-    layers when null. At the end of the stage the adapters are merged into the weights.
+    Each adds `alpha / rank * B A` to a weight; `A` `[rank, in]` starts random and `B` `[out, rank]` zero.
+    `target_modules` are ends of module names, such as `attn2.to_q` or `ffn.net.2`; null means all of those layers. At
+    the end of the stage the adapters are merged into the weights.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -29,8 +29,8 @@ class LoraConfig(BaseModel):
 class StopConfig(BaseModel):
     """End before `steps` when the held-out loss no longer falls.
 
-    An evaluation counts as progress when its held-out loss is below `1 - min_delta` times the best one
-    so far; the stage ends after `patience` evaluations in a row without progress.
+    An evaluation counts as progress when its held-out loss is below `1 - min_delta` times the best one so far. The
+    stage ends after `patience` evaluations in a row without progress.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -40,9 +40,9 @@ class StopConfig(BaseModel):
 
 
 class SpikeConfig(BaseModel):
-    """A loss above `factor` times the median of the last `window` losses is a spike, once there are so many.
+    """A loss above `factor` times the median of the last `window` losses is a spike, once there are that many.
 
-    `action: warn` logs it, `skip` leaves the optimizer's step out, `stop` ends the run as diverged.
+    `action: warn` logs it, `skip` leaves out the optimizer step, `stop` ends the run as diverged.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -53,11 +53,11 @@ class SpikeConfig(BaseModel):
 
 
 class PreviewConfig(SamplingConfig):
-    """Every `every` steps a rollout for the prompts of the first `clips` held-out clips.
+    """Every `every` steps, a rollout for the prompts of the first `clips` held-out clips.
 
-    It has `num_frames` latent frames (those of a clip when null) and is sampled as `generate` does, in its keys:
-    give the `sampler` and the `denoising_steps` that the stage trains its student for. The strip, one
-    row a clip, goes to the tracker and to `previews/` in the stage's folder.
+    It has `num_frames` latent frames (null: as many as a clip). The sampling keys are those of `generate`: set the
+    `sampler` and the `denoising_steps` that the stage trains its student for. The strip, one row per clip, goes to the
+    tracker and to `previews/` in the stage's folder.
     """
 
     every: int = Field(ge=1)

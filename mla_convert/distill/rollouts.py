@@ -34,13 +34,16 @@ RollOut = Callable[[Tensor, int], Tensor]
 class RolloutsConfig(SamplingConfig):
     """How the dense model makes the clips that are trained on.
 
-    `clips` clips of `num_frames` latent frames, the held-out ones included, are rolled out chunk by chunk
-    with the cache, `batch_size` of them at once and in a file. They take the prompts in turn, each with noise
-    of its own. Prompts are `prompts`, which the embedded digits teacher reads, or `prompt_embeds`: a
-    .safetensors file with `prompt_embeds` `[N, L, D]`, or a folder of them, as `mla-convert encode --prompts`
-    writes. How it is sampled is said in the keys of `generate`: a teacher of few steps takes its own `sampler` and
-    `denoising_steps`. `latent_height` and `latent_width` are needed where the model does not fix them. `dtype` is
-    that of the stored latents.
+    `clips` clips of `num_frames` latent frames, including the held-out ones, are rolled out chunk by chunk with the
+    cache. `batch_size` of them are made at once and stored in one file. They take the prompts in turn, each with its
+    own noise.
+
+    Prompts are `prompts`, which the embedded digits teacher reads, or `prompt_embeds`: a .safetensors file with
+    `prompt_embeds` `[N, L, D]`, or a folder of them, as `mla-convert encode --prompts` writes.
+
+    The sampling keys are those of `generate`; a few-step teacher needs its own `sampler` and `denoising_steps`.
+    `latent_height` and `latent_width` are needed where the model does not fix them. `dtype` is the type of the stored
+    latents.
     """
 
     clips: int = Field(ge=2)

@@ -13,12 +13,13 @@ from ..sampling import SamplingConfig
 class EvaluateConfig(SamplingConfig):
     """How much is measured.
 
-    `clips` held-out clips give the losses and errors. `rollout_prompts` held-out prompts are
-    generated at the training length and, with `long_factor` above 0, at that many times it; `factors`
-    are further lengths. Each prompt is drawn from `rollout_seeds` noises. How the student is sampled is said in
-    the keys of `generate`; the teacher takes `num_inference_steps` Euler steps. With `denoising_steps` the losses
-    and errors, too, are those at their noise levels alone, warped by `shift`, which are all that a model of few
-    steps knows.
+    The losses and errors come from `clips` held-out clips. `rollout_prompts` held-out prompts are generated at the
+    training length and, with `long_factor` above 0, at that multiple of it; `factors` are further multiples. Each
+    prompt is generated from `rollout_seeds` different noises.
+
+    The keys of `generate` set how the student is sampled; the teacher takes `num_inference_steps` Euler steps. With
+    `denoising_steps`, the losses and errors are also measured at these noise levels only, warped by `shift`, because a
+    few-step model knows no others.
     """
 
     clips: int = Field(64, ge=1)

@@ -12,13 +12,14 @@ DEFAULT_SHARD_SIZE = "5GB"
 
 
 class ExportConfig(BaseModel):
-    """The form in which a checkpoint leaves.
+    """The form of an exported checkpoint.
 
-    `dtype: null` keeps that of the weights; modules that the model keeps in float32 stay there.
-    `max_shard_size` is a number with KB, MB or GB. An `installed` checkpoint loads where this package is
-    installed, a `standalone` one brings its class along in one file. `components` says what becomes of
-    the source's scheduler, tokenizer, text encoder and VAE: `reference` names them where the source is on
-    the Hub, `copy` writes them beside the transformer, `none` leaves them out.
+    - `dtype: null` keeps the weights' type; modules that the model keeps in float32 stay there.
+    - `max_shard_size` is a number with KB, MB or GB.
+    - `form`: an `installed` checkpoint loads where this package is installed; a `standalone` one includes its class in
+      one file.
+    - `components` decides what happens to the source's scheduler, tokenizer, text encoder and VAE: `reference` names
+      them where the source is on the Hub, `copy` writes them beside the transformer, `none` leaves them out.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

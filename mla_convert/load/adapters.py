@@ -34,10 +34,10 @@ _REMEDY = "merge it where it was trained (merge_and_unload in peft, fuse_lora in
 
 
 class AdapterConfig(BaseModel):
-    """Adapters (LoRA) that are added to the source's weights as they are read, `scale` times.
+    """Adapters (LoRA) that are added to the source's weights as they are read, multiplied by `scale`.
 
-    `model` is a folder, a weights file or a Hub id, the source's own where it is left out; `file` names the weights
-    file in there. `alpha` is for files that do not say it; where nobody does it is the rank, a factor of 1.
+    `model` is a folder, a weights file or a Hub id, by default the source's own; `file` names the weights file in it.
+    `alpha` is for files that do not give it. If it is not given anywhere, it equals the rank, so the factor is 1.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

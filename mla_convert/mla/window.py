@@ -15,14 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class CausalConfig(BaseModel):
     """Chunks, window and sinks of a causal video transformer, all in latent frames.
 
-    `window_frames` counts everything a query can see: sinks, history and its own chunk. `None` is
-    an unbounded window, which the streaming cache does not offer.
+    `window_frames` counts everything a query can see: sinks, history and its own chunk. `None` is an unbounded window,
+    which the streaming cache does not support.
 
-    With `sink_positions="window"` the frames of a window that has moved on are re-indexed from 0,
-    so that the temporal index never leaves `[0, window_frames)`, however long the rollout. With
-    `"absolute"` every frame keeps the index of its place in the video, as Self-Forcing
-    (arXiv 2506.08009) does; the two differ only in how far away the sinks appear, and a rollout
-    then ends where the rotary table does.
+    With `sink_positions="window"`, the frames of a window that has moved on are re-indexed from 0, so the temporal
+    index stays in `[0, window_frames)`, however long the rollout. With `"absolute"`, every frame keeps the index of its
+    place in the video, as Self-Forcing (arXiv 2506.08009) does. The two differ only in how far away the sinks appear,
+    but an `"absolute"` rollout ends where the rotary table does.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

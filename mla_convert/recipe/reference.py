@@ -18,7 +18,7 @@ from .schema import Recipe
 _BOUNDS = {"Ge": "at least", "Gt": "above", "Le": "at most", "Lt": "below"}
 HEAD = """# Recipe keys
 
-Every key of a recipe, with its type and default; a recipe with any other key is refused. `mla-convert recipes
+This page lists every key of a recipe, with its type and default; any other key is refused. `mla-convert recipes
 reference` prints this page. Paths are relative to the folder that a command is run in.
 """
 

@@ -53,15 +53,16 @@ Name = Annotated[str, AfterValidator(_check_name)]
 class SourceConfig(BaseModel):
     """Where the dense model comes from; `model` is `zoo:digits`, a path or a Hub id.
 
-    `file` names one weights file, or the index of its shards, in that folder or Hub repository, in `subfolder` if
-    that is given.
-    `use_ema` chooses between the averaged and the trained weights of a training checkpoint; without it
-    the averaged ones are taken where there are some, as in the published commands of Self-Forcing and of
-    Causal-Forcing by frames. `noise_range` are the noise levels that the model is for, of one of several
-    experts those of its share: nothing else is calibrated, trained and measured. `adapters` are LoRA files
-    that belong to the model, as LongLive publishes them beside its base. `components` is the folder or Hub id of
-    a pipeline with the VAE and text encoder of a model that is published without (Self-Forcing, LongLive):
-    `generate` and exports find them there.
+    - `file` names one weights file, or the index of its shards, in that folder or Hub repository (in `subfolder` if
+      given).
+    - `use_ema` chooses between the averaged and the trained weights of a training checkpoint. Without it, the averaged
+      weights are used where the file has them, as in the published commands of Self-Forcing and of Causal-Forcing's
+      frame-wise model.
+    - `noise_range` is the range of noise levels that the model is for; with several experts, each has its own.
+      Calibration, training and measurement use only these levels.
+    - `adapters` are LoRA files that belong to the model, such as the one that LongLive publishes beside its base.
+    - `components` is the folder or Hub id of a pipeline with the VAE and text encoder, for a model that is published
+      without them (Self-Forcing, LongLive). `generate` and exports look for them there.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -87,10 +88,10 @@ class SourceConfig(BaseModel):
 class Recipe(BaseModel):
     """Everything that decides what a run computes; nothing about where it runs.
 
-    `causal` replaces the chunks and window of the source's own configuration. `real_score` is the model of the real
-    score of a stage `dmd` that asks for it. `experts` names the
-    subfolders of a source whose models share the noise levels, each with its range: they are converted
-    one by one, as `expert` tells.
+    - `causal` replaces the chunks and window of the source's own configuration.
+    - `real_score` is the model that scores the student's videos in a stage `dmd` with `real_score: real_score`.
+    - `experts` names the subfolders of a source whose models share the noise levels, each with its range. They are
+      converted one by one; `convert` and `distill` take `--expert`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -11,21 +11,22 @@ from ..mla.kernels import History, Mode
 
 
 class StreamingConfig(BaseModel):
-    """How models are executed while they stream. But for `cache`, what they compute stays the same, to rounding.
+    """How models are executed while they stream. Except for `cache`, results stay the same, up to rounding.
 
-    `kernels`: `auto` takes fused Triton kernels on a GPU where they support a layer, after their first output has
-    agreed with torch's, and plain torch elsewhere and on a CPU; `triton` refuses instead to go by torch; `torch`
-    takes no kernel. Which kernel follows from counted operations and the committed costs of the device.
+    `kernels`: on a GPU, `auto` uses fused Triton kernels where they support a layer and their first output agrees with
+    torch's; otherwise, and on a CPU, it uses plain torch. `triton` raises an error instead of using torch. `torch` uses
+    no kernels. Which kernel is used follows from counted operations and the committed costs of the device.
 
-    `expand_history`: an expanded history is made once a `chunk`, for the memory of a dense cache, or at every
-    `pass`; `auto` is `chunk` where that takes at most half of the device's free memory.
+    `expand_history`: `chunk` expands the history once per chunk, for the memory of a dense cache; `pass` expands it in
+    every pass; `auto` is `chunk` where that takes at most half of the device's free memory.
 
-    `cuda_graph`: `auto` replays the denoising passes of a chunk as a CUDA graph where that can be done.
+    `cuda_graph`: `auto` replays the denoising passes of a chunk as a CUDA graph where possible.
 
-    `cache`: in how many bits a converted model keeps its latents: `auto` in its dtype, `int8` in 8, with a scale for
-    each 64 of them; or pairs [latents, bits] with 8 and 4 bits, such as `[[24, 8], [64, 4]]`, since the first latents
-    matter most. The last pair takes what is left of a latent, and a shared rotary key beside it has 8. Kernels read
-    the first two; torch attends to latents in 4 bits. Dense models and AnyFlow-FAR take `auto` alone.
+    `cache`: the number of bits for a converted model's cached latents. `auto` keeps the model's dtype. `int8` uses 8
+    bits, with one scale for each 64 latents. Pairs [latents, bits] with 8 and 4 bits, such as `[[24, 8], [64, 4]]`,
+    give the first latents more, because they matter most. The last pair covers the rest of a latent, and a shared
+    rotary key beside it has 8 bits. Kernels read the first two forms; torch attends to latents in 4 bits. Dense models
+    and AnyFlow-FAR accept only `auto`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

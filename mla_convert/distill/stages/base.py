@@ -23,29 +23,29 @@ Models = Mapping[str, Any]
 class StageConfig(BaseModel):
     """The keys that every stage has; a stage adds its own.
 
-    **How long.** `steps` counts optimizer steps, of which `stop` may leave out the last; `batch_size`
-    clips a process and micro-step, `grad_accumulation` micro-steps a step. `global_batch` is the number of clips a
-    step of all processes together, which `grad_accumulation` then follows from: more processes make a stage shorter
-    and leave what it learns as it is.
+    **How long.** `steps` counts optimizer steps; `stop` may end the stage earlier. `batch_size` is clips per process
+    and micro-step, `grad_accumulation` is micro-steps per step. `global_batch` is the number of clips per step over all
+    processes; `grad_accumulation` then follows from it. More processes then make a stage faster without changing what
+    it learns.
 
-    **What is trained.** `trainable` is `latent` (the projections that conversion added), `attention`
-    (all of the self-attention) or `all`; `lora` puts adapters on linear layers of the rest.
+    **What is trained.** `trainable` is `latent` (the projections that conversion added), `attention` (all of the
+    self-attention) or `all`. `lora` adds adapters to linear layers of the rest.
 
-    **Optimizer.** `adamw`, in float32, with `betas`, `epsilon` and decoupled `weight_decay` on all that
-    is trained, or `adafactor`, whose state is some thousandth of that. The learning rate rises linearly
-    over `warmup_steps` and then follows `schedule`, which falls to `min_learning_rate` at `steps`.
-    `max_grad_norm` null clips nothing. With `ema_decay` the stage ends with the averaged weights; `ema_warmup` lets
-    the decay rise to it, `(1 + n) / (10 + n)` after n steps, so that a short stage forgets what it began with.
+    **Optimizer.** `adamw`, in float32, with `betas`, `epsilon` and decoupled `weight_decay` on everything that is
+    trained, or `adafactor`, whose state is about a thousandth of that. The learning rate rises linearly over
+    `warmup_steps` and then follows `schedule`, which falls to `min_learning_rate` at `steps`. With `max_grad_norm:
+    null`, nothing is clipped. With `ema_decay`, the stage ends with the averaged weights. `ema_warmup` lets the decay
+    rise to that value, `(1 + n) / (10 + n)` after n steps, so that a short stage forgets its start.
 
     **How it is computed.** `mixed_precision` is autocast over float32 weights; fp16 needs a GPU.
-    `gradient_checkpointing` computes blocks again in the backward pass instead of keeping what they
-    made. `shard_frozen` keeps the networks that a stage does not train in shards over the processes, as FSDP2 does
-    anyway. `compile` compiles each block by `torch.compile` with `compile_backend`.
+    `gradient_checkpointing` recomputes blocks in the backward pass instead of storing their activations. `shard_frozen`
+    shards the networks that a stage does not train over the processes, as FSDP2 always does. `compile` compiles each
+    block with `torch.compile` and `compile_backend`.
 
-    **What is watched.** `spike` says which losses are out of line and what happens then; null watches for
-    none. `eval_every` null measures the held-out loss only before the first and after the last step. A checkpoint is
-    written every `checkpoint_every` steps (null for none), `checkpoint_minutes` after the one before (null for none),
-    when a signal asks the stage to stop, and at the end. `tracker` is one or several, null for none.
+    **What is watched.** `spike` defines which losses are outliers and what happens then; null disables it. `eval_every:
+    null` measures the held-out loss only before the first and after the last step. A checkpoint is written every
+    `checkpoint_every` steps (null for none), `checkpoint_minutes` after the previous one (null for none), when a signal
+    asks the stage to stop, and at the end. `tracker` is one tracker or several, or null for none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

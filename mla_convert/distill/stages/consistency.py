@@ -22,12 +22,12 @@ from .guided import GuidedStageConfig, check_few_step, guided_velocity, negative
 
 
 class ConsistencyConfig(GuidedStageConfig):
-    """Keys of `consistency`, beside those of stages with a guided teacher.
+    """Keys of `consistency`, in addition to those of stages with a guided teacher.
 
-    `solver_steps` Euler steps make the grid from noise to data; `denoising_steps` come to it where it
-    lacks them. `teacher` is the run's dense `source`, or `start`: the student as the stage began, for
-    a student that was trained into a causal model by the stages before, as in the papers.
-    `ema_decay` is needed: the averaged student gives the target.
+    `solver_steps` Euler steps make the grid from noise to data; `denoising_steps` are added to it where it lacks them.
+    `teacher` is the run's dense `source`, or `start`, the student as it was when the stage began: use this for a
+    student that earlier stages made causal, as in the papers. `ema_decay` is required, because the averaged student
+    provides the target.
     """
 
     stage: Literal["consistency"] = "consistency"

@@ -29,23 +29,23 @@ FAKE_SCORE = "fake_score"
 
 
 class DMDConfig(GuidedStageConfig):
-    """Keys of `dmd`, beside those of stages with a guided teacher.
+    """Keys of `dmd`, in addition to those of stages with a guided teacher.
 
-    The student rolls out `rollout_frames` frames (those of a clip when null), which may exceed its window,
-    and caches finished chunks at noise level `context_noise`. `sampler` leads from one of `denoising_steps`
-    to the next, by Euler steps or new noise; it has to be the one that `generate` uses. Scores see
-    `score_frames` of the frames (all when null): the `last`, or a `random` window.
+    The student rolls out `rollout_frames` frames (null: as many as a clip), which may exceed its window, and caches
+    finished chunks at noise level `context_noise`. `sampler` moves from one of `denoising_steps` to the next, by Euler
+    steps or new noise; it must be the one that `generate` uses. Scores see `score_frames` of the frames (null: all):
+    the `last`, or a `random` window.
 
     `real_score` names the frozen network of the real score: the run's dense `teacher`, or the recipe's `real_score`,
-    which may be a larger model. The fake score begins as a copy of the teacher. With `score_attention:
-    bidirectional` all frames of the scored window see each other, with `causal` every chunk sees the
-    clean chunks before it. `score_range` clamps the scores' noise levels after the shift.
+    which may be a larger model. The fake score begins as a copy of the teacher. With `score_attention: bidirectional`
+    all frames of the scored window see each other; with `causal` every chunk sees the clean chunks before it.
+    `score_range` clamps the scores' noise levels after the shift.
 
-    The real score's velocity is `v_neg + guidance_scale (v_text - v_neg)`; public code of DMD adds its guidance times
-    the difference to `v_text`, so that its 3 are the 4 here.
+    The real score's velocity is `v_neg + guidance_scale (v_text - v_neg)`. Public code of DMD adds its guidance times
+    the difference to `v_text`, so its 3 are 4 here.
 
-    The fake score gets `critic_updates` optimizer steps before each of the student's, over
-    `critic_trainable` of its parameters; `steps` counts those of the student.
+    The fake score gets `critic_updates` optimizer steps before each of the student's, over `critic_trainable` of its
+    parameters; `steps` counts the student's steps.
     """
 
     # With an exact own chunk the encoder of the cache gets no gradient.

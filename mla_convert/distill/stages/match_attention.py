@@ -29,12 +29,12 @@ from .noised import NoisedStageConfig, noised_batch
 
 
 class MatchAttentionConfig(NoisedStageConfig):
-    """Keys of `match_attention`, beside those of stages on noised data.
+    """Keys of `match_attention`, in addition to those of stages on noised data.
 
-    `metric` says what an error in a layer's output costs: `velocity`, what it does to the model's
-    velocity, or `output`, its square. `hidden_states` says whose activations the layers are compared
-    on: `teacher`, or `student` for what the converted layers in front really produce. `trainable` is
-    `latent` or `attention`, since nothing else takes part.
+    `metric` defines the cost of an error in a layer's output: `velocity` is its effect on the model's velocity,
+    `output` is its square. `hidden_states` chooses the activations on which the layers are compared: `teacher`, or
+    `student` for what the preceding converted layers actually produce. `trainable` is `latent` or `attention`, because
+    no other weights are used.
     """
 
     adapted_part = "attn1"

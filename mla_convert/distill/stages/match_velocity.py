@@ -22,11 +22,11 @@ from .noised import NoisedStageConfig, noised_batch
 
 
 class MatchVelocityConfig(NoisedStageConfig):
-    """Keys of `match_velocity`, beside those of stages on noised data.
+    """Keys of `match_velocity`, in addition to those of stages on noised data.
 
-    `teacher_weight` is the share of the teacher's velocity in the loss, the rest is the data's own. A teacher of few
-    steps knows nothing but its own `denoising_steps`, falling noise levels out of 1000 before the shift (Self-Forcing,
-    Causal-Forcing, LongLive): with them those are the only ones that come up, in the held-out loss of the stage too.
+    `teacher_weight` is the share of the teacher's velocity in the loss; the rest is the data's own. `denoising_steps`,
+    falling noise levels out of 1000 before the shift, restricts the stage and its held-out loss to these levels, for
+    few-step teachers that know no others (Self-Forcing, Causal-Forcing, LongLive).
     """
 
     stage: Literal["match_velocity"] = "match_velocity"

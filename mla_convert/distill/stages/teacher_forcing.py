@@ -19,9 +19,9 @@ from .noised import NoisedStageConfig, noised_batch
 
 
 class TeacherForcingConfig(NoisedStageConfig):
-    """Keys of `teacher_forcing`, beside those of stages on noised data; the history is always clean.
+    """Keys of `teacher_forcing`, in addition to those of stages on noised data; the history is always clean.
 
-    `weighting: bell` counts noise levels near 1/2 most, see `bell_weight`; `none` counts all alike.
+    `weighting: bell` gives noise levels near 1/2 the most weight, see `bell_weight`; `none` weights all levels equally.
     """
 
     stage: Literal["teacher_forcing"] = "teacher_forcing"
