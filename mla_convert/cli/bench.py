@@ -14,30 +14,36 @@ from .output import Json, print_result, stderr
 def bench(
     source: Annotated[str | None, typer.Argument(metavar="[DIR]", help="A converted or dense model.")] = None,
     preset: Annotated[str | None, typer.Option(help="A known model, such as wan2.1-t2v-1.3b.")] = None,
-    kv_lora_rank: Annotated[int | None, typer.Option(min=1, help="Latent scalars a token.")] = None,
+    kv_lora_rank: Annotated[int | None, typer.Option(min=1, help="Latent scalars per token.")] = None,
     layers_per_latent: Annotated[int | None, typer.Option(min=1, help="Layers that share the latent.")] = None,
     qk_rope_head_dim: Annotated[int | None, typer.Option(min=0, help="Channels of the shared rotary key.")] = None,
     position: Annotated[
-        Literal["decoupled", "derived", "baked", "rotate_on_read"] | None, typer.Option(help="Layout; rotate_on_read.")
+        Literal["decoupled", "derived", "baked", "rotate_on_read"] | None,
+        typer.Option(help="Layout; rotate_on_read by default."),
     ] = None,
-    own_chunk: Annotated[Literal["exact", "latent"] | None, typer.Option(help="exact by default.")] = None,
+    own_chunk: Annotated[
+        Literal["exact", "latent"] | None, typer.Option(help="How a chunk attends to itself; exact by default.")
+    ] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Window in latent frames.")] = None,
     tokens_per_frame: Annotated[int | None, typer.Option(min=1, help="Tokens of one latent frame.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Streams at once.")] = 1,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Denoising steps a chunk; those that DIR was made for, or 4.")
+        int | None,
+        typer.Option(min=1, help="Denoising steps per chunk; by default those that DIR was made for, else 4."),
     ] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="bfloat16 on a GPU, where float32 takes no kernels; float32 on a CPU."),
+        typer.Option(help="Default: bfloat16 on a GPU (float32 uses no kernels there), float32 on a CPU."),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; the GPU if there is one.")] = None,
-    kernels: Annotated[Literal["auto", "triton", "torch"], typer.Option(help="Who attends.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; by default the GPU if there is one.")] = None,
+    kernels: Annotated[Literal["auto", "triton", "torch"], typer.Option(help="What computes attention.")] = "auto",
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds of each variant's passes.")] = 5,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the result as JSON, too.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Also write the result to this file, as JSON.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Time one layer's attention to a full window in the passes of a chunk, dense against latent, side by side."""
+    """Time one layer's attention to a full window in the passes of a chunk, dense against latent."""
     if (source is None) == (preset is None):
         raise UsageError("give a DIR or --preset, one of the two")
     with stderr().status("loading PyTorch"):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..pipeline import RunResult
     from ..recipe.schema import Recipe
 
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the run folder.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the run folder.")]
 
 
 def convert(
@@ -27,7 +27,7 @@ def convert(
     expert: Expert = None,
     as_json: Json = False,
 ) -> None:
-    """Calibrate and initialise the converted model."""
+    """Calibrate and initialize the converted model."""
     _print_model(start(recipe, out, overrides, resume, "convert", expert), "converted", as_json)
 
 
@@ -38,16 +38,18 @@ def distill(
     resume: Resume = False,
     expert: Expert = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print parameters, memory a GPU, steps and tokens, and train nothing.")
+        bool, typer.Option("--dry-run", help="Print parameters, memory per GPU, steps and tokens; train nothing.")
     ] = False,
     launch: Annotated[
         Path | None, typer.Option(metavar="FILE", help="With --dry-run: the Accelerate configuration to count for.")
     ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="With --dry-run: count for so many, by DDP.")] = 1,
-    measure: Annotated[int, typer.Option(min=0, help="With --dry-run: time so many steps a stage, here.")] = 0,
+    processes: Annotated[int, typer.Option(min=1, help="With --dry-run: count for this many processes, with DDP.")] = 1,
+    measure: Annotated[
+        int, typer.Option(min=0, help="With --dry-run: time this many steps of each stage on this machine.")
+    ] = 0,
     as_json: Json = False,
 ) -> None:
-    """Convert where that is not done yet, then train the stages.
+    """Convert if that is not done yet, then train the stages.
 
     Runs under `accelerate launch` and `torch.distributed.run` too.
     """

@@ -14,7 +14,7 @@ def compare(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN...", help="Two or more run folders, or their evaluations.")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The page.")] = Path("compare.html"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="File for the page.")] = Path("compare.html"),
     as_json: Json = False,
 ) -> None:
     """Show finished runs beside each other: figures, curves, videos."""

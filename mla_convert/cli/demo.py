@@ -12,7 +12,7 @@ from .output import Json, Overrides, print_result
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Run folder; an interrupted demo in it goes on.")] = Path(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Run folder; continues an interrupted demo in it.")] = Path(
         "runs/demo"
     ),
     overrides: Overrides = None,

@@ -18,34 +18,37 @@ def encode(
     out: Annotated[Path, typer.Option("--out", "-o", help="A new folder for the shards.")],
     model: Annotated[
         str,
-        typer.Option(metavar="PIPELINE", help="Folder or Hub id with VAE and text encoder, in diffusers' layout."),
+        typer.Option(metavar="PIPELINE", help="Folder or Hub id with VAE and text encoder, in diffusers layout."),
     ],
     videos: Annotated[
         Path | None,
         typer.Argument(metavar="[VIDEOS]", help="Folder of NAME.mp4 with NAME.txt, or a table: .csv, .jsonl, .json."),
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Text embeddings only, of one prompt a line; no VIDEOS.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Encode only prompts, one per line of this file, instead of VIDEOS."),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of PIPELINE on the Hub.")] = None,
-    frames: Annotated[int, typer.Option(min=1, help="Frames of a clip, the first ones of its video.")] = 81,
-    height: Annotated[int, typer.Option(min=1, help="Pixels; the centre is cut out.")] = 480,
-    width: Annotated[int, typer.Option(min=1, help="Pixels.")] = 832,
-    fps: Annotated[float, typer.Option(min=0.1, help="Frames a second; videos of another rate are resampled.")] = 16,
+    frames: Annotated[int, typer.Option(min=1, help="Frames per clip, taken from the start of the video.")] = 81,
+    height: Annotated[int, typer.Option(min=1, help="Height in pixels; frames are center-cropped.")] = 480,
+    width: Annotated[int, typer.Option(min=1, help="Width in pixels.")] = 832,
+    fps: Annotated[
+        float, typer.Option(min=0.1, help="Frames per second; videos with another rate are resampled.")
+    ] = 16,
     dtype: Annotated[
-        Literal["bfloat16", "float32"], typer.Option(help="Of the text encoder, and of what is stored.")
+        Literal["bfloat16", "float32"], typer.Option(help="Data type of the text encoder and of everything stored.")
     ] = "bfloat16",
     latents: Annotated[
         Literal["normalised", "raw"],
-        typer.Option(help="As a transformer takes them, or as the VAE gives them and FastVideo trains on them."),
+        typer.Option(help="normalised, as a transformer takes them, or raw VAE output, for FastVideo."),
     ] = "normalised",
     batch_size: Annotated[int, typer.Option(min=1, help="Clips, or prompts, encoded at once.")] = 1,
-    shard_size: Annotated[int, typer.Option(min=1, help="Clips, or prompts, in a file.")] = 64,
+    shard_size: Annotated[int, typer.Option(min=1, help="Clips, or prompts, per file.")] = 64,
     negative_prompt: Annotated[
         str | None,
-        typer.Option(help="What guidance leads away from, embedded too; Wan's own by default.", show_default=False),
+        typer.Option(help="Prompt to guide away from, also encoded; by default Wan's own.", show_default=False),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the shards in the folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue with the shards in the folder.")] = False,
     as_json: Json = False,
 ) -> None:
     """Encode videos and captions, or prompts alone, for training.

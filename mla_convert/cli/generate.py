@@ -24,23 +24,25 @@ def generate(
         ),
     ],
     prompt: Annotated[
-        list[str] | None, typer.Option(help="Such as '7 at 2,1 moving up-left'; repeatable, a video each.")
+        list[str] | None, typer.Option(help="A prompt, such as '7 at 2,1 moving up-left'; repeatable, one video each.")
     ] = None,
     prompt_embeds: Annotated[
         Path | None, typer.Option(help="A .safetensors file with prompt_embeds [L, D], for models with a text encoder.")
     ] = None,
     prompt_at: Annotated[
         list[str] | None,
-        typer.Option(metavar="SECONDS:TEXT", help="Another prompt from then on, such as '5:a cat sits'; repeatable."),
+        typer.Option(
+            metavar="SECONDS:TEXT", help="Change the prompt at this time, such as '5:a cat sits'; repeatable."
+        ),
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="A YAML or .jsonl file of entries with seconds and prompt.")
+        Path | None, typer.Option(help="A YAML or .jsonl file with a list of seconds and prompt.")
     ] = None,
     recache: Annotated[
         bool | None,
         typer.Option(
             "--recache/--no-recache",
-            help="Compute the cached window again where the prompt changes, as LongLive does.",
+            help="Recompute the cached window where the prompt changes, as LongLive does.",
             show_default=False,
         ),
     ] = None,
@@ -48,52 +50,54 @@ def generate(
         bool | None,
         typer.Option(
             "--hold-start/--no-hold-start",
-            help="Let --start end inside a chunk, whose other frames are denoised beside it, as for TI2V-5B.",
+            help="Let --start end inside a chunk and denoise its other frames beside it, as for TI2V-5B.",
             show_default=False,
         ),
     ] = None,
     negative_prompt: Annotated[
         str | None,
-        typer.Option(help="What guidance leads away from; the recipe's by default, else the empty prompt."),
+        typer.Option(help="Prompt to guide away from; by default the recipe's, else the empty prompt."),
     ] = None,
     negative_embeds: Annotated[
-        Path | None, typer.Option(help="Its embedding, by default negative.safetensors beside --prompt-embeds.")
+        Path | None,
+        typer.Option(help="Embedding of the negative prompt; by default negative.safetensors beside --prompt-embeds."),
     ] = None,
     components: Annotated[
         str | None,
         typer.Option(metavar="SOURCE", help="Folder or Hub id of the pipeline whose VAE and text encoder to use."),
     ] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Latent frames; any number, 21 by default.")] = None,
-    seconds: Annotated[float | None, typer.Option(help="Length in seconds, in place of --frames.")] = None,
-    endless: Annotated[bool, typer.Option("--endless", help="Go on until Ctrl-C.")] = False,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps a chunk.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Length in seconds, instead of --frames.")] = None,
+    endless: Annotated[bool, typer.Option("--endless", help="Continue until Ctrl-C.")] = False,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps per chunk.")] = None,
     sampler: Annotated[
         Literal["euler", "renoise"] | None,
         typer.Option(help="Euler steps, or new noise between steps for few-step students."),
     ] = None,
     denoising_steps: Annotated[
-        str | None, typer.Option(metavar="T,T,...", help="Noise levels out of 1000 instead, such as 1000,750,500,250.")
+        str | None,
+        typer.Option(metavar="T,T,...", help="Noise levels out of 1000 instead of --steps, such as 1000,750,500,250."),
     ] = None,
     first_chunk_steps: Annotated[
-        str | None, typer.Option(metavar="T,T,...", help="Those of the first chunk, where it takes others.")
+        str | None, typer.Option(metavar="T,T,...", help="Denoising steps of the first chunk, if they differ.")
     ] = None,
     shift: Annotated[float | None, typer.Option(min=0, help="Timestep shift; Wan was trained with 5.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(min=0, help="Classifier-free guidance, 1 for none.")] = None,
     start: Annotated[
         Path | None,
-        typer.Option(help="Begin with this: an image, a video, or .safetensors with latents [C, F, H, W]."),
+        typer.Option(help="Start from an image, a video, or a .safetensors file with latents [C, F, H, W]."),
     ] = None,
     image: Annotated[
         Path | None,
-        typer.Option(help="The picture that an image-to-video model is conditioned on; other models take --start."),
+        typer.Option(help="Image that conditions an image-to-video model; use --start for other models."),
     ] = None,
     context_noise: Annotated[float | None, typer.Option(min=0, max=1, help="Noise level of cached chunks.")] = None,
     size: Annotated[str | None, typer.Option(metavar="HxW", help="Height and width in pixels.")] = None,
     latent_size: Annotated[str | None, typer.Option(metavar="HxW", help="Height and width of the latent.")] = None,
-    fps: Annotated[int | None, typer.Option(min=1, help="Frames a second; 8 for digits, 16 for others.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the noise; further prompts have those after it.")] = 0,
+    fps: Annotated[int | None, typer.Option(min=1, help="Frames per second; 8 for digits, 16 for others.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise; each further prompt uses the next one.")] = 0,
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Data type; that of DIR by default.")
+        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Data type; by default that of DIR.")
     ] = None,
     vae_dtype: Annotated[
         Literal["float32", "bfloat16"] | None,
@@ -101,22 +105,23 @@ def generate(
     ] = None,
     offload: Annotated[
         Literal["none", "model", "group"],
-        typer.Option(help="For small GPUs: one model there at a time, or one block of the transformer."),
+        typer.Option(help="For small GPUs: keep only one model there at a time, or one block of the transformer."),
     ] = "none",
     kernels: Kernels = None,
     expand_history: Annotated[
         Literal["auto", "chunk", "pass"] | None,
-        typer.Option(help="How often kernels expand the history; auto is once a chunk where memory allows."),
+        typer.Option(help="How often kernels expand the history; auto is once per chunk if memory allows."),
     ] = None,
     cuda_graph: Annotated[
-        Literal["auto", "off"] | None, typer.Option(help="Replay the passes of a chunk as a CUDA graph; auto.")
+        Literal["auto", "off"] | None,
+        typer.Option(help="Replay the passes of a chunk as a CUDA graph; auto by default."),
     ] = None,
     cache: Cache = None,
     as_json: Json = False,
 ) -> None:
-    """Stream a video of any length, in constant memory; Ctrl-C ends it and finishes the file.
+    """Generate a video of any length in constant memory; Ctrl-C ends it and finishes the file.
 
-    Steps, sampler, shift, guidance and frame rate are by default those of the recipe that made the model.
+    Steps, sampler, shift, guidance and frame rate default to those of the recipe that made the model.
     """
     if prompt_embeds is not None and prompt:
         raise UsageError("give --prompt or --prompt-embeds, one of the two")

@@ -27,10 +27,11 @@ def inspect(
     ] = None,
     adapter: Annotated[
         list[str] | None,
-        typer.Option(metavar="FILE", help="LoRA weights to add, in SOURCE or a file of their own; may be repeated."),
+        typer.Option(metavar="FILE", help="LoRA weights to add, in SOURCE or a separate file; repeatable."),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Parquet shards to calibrate on; digits make their own.")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Parquet shards to calibrate on; digits models make their own."),
     ] = None,
     clips: Annotated[
         int | None, typer.Option(min=0, help="Calibration clips; 64 by default, 0 for the weights alone.")
@@ -40,7 +41,7 @@ def inspect(
     ] = None,
     latents: Annotated[
         Literal["auto", "normalised", "raw"],
-        typer.Option(help="What the shards hold, where they do not say it; raw is as FastVideo stores them."),
+        typer.Option(help="What the shards hold if they do not say so; raw is as FastVideo stores them."),
     ] = "auto",
     ranks: Annotated[
         str | None,

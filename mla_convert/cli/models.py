@@ -20,15 +20,15 @@ def export(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder for the checkpoint.")],
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Data type; that of DIR by default.")
+        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Data type; by default that of DIR.")
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weights file, such as 5GB.")] = "5GB",
     standalone: Annotated[
-        bool, typer.Option("--standalone", help="Bring the model's class along, for places without mla-convert.")
+        bool, typer.Option("--standalone", help="Include the model's class, for use without mla-convert.")
     ] = False,
     components: Annotated[
         Literal["reference", "copy", "none"],
-        typer.Option(help="What becomes of the source's scheduler, tokenizer, text encoder and VAE."),
+        typer.Option(help="What to do with the source's scheduler, tokenizer, text encoder and VAE."),
     ] = "reference",
     as_json: Json = False,
 ) -> None:
@@ -54,12 +54,15 @@ def evaluate(
         str | None, typer.Option(metavar="SOURCE", help="The dense model; by default the one that DIR was made from.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder for report.json and report.html; evaluation/ in DIR.")
+        Path | None,
+        typer.Option("--out", "-o", help="Folder for report.json and report.html; by default evaluation/ in DIR."),
     ] = None,
     clips: Annotated[int | None, typer.Option(min=1, help="Held-out clips.")] = None,
-    rollout_prompts: Annotated[int | None, typer.Option(min=0, help="Generated prompts, for digits.")] = None,
+    rollout_prompts: Annotated[
+        int | None, typer.Option(min=0, help="Number of prompts to generate, for digits.")
+    ] = None,
     long_factor: Annotated[
-        int | None, typer.Option(min=0, help="Length of the long rollouts in clips; 0 for none.")
+        int | None, typer.Option(min=0, help="Length of long rollouts, as a multiple of a clip; 0 for none.")
     ] = None,
     kernels: Kernels = None,
     as_json: Json = False,

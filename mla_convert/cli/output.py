@@ -17,17 +17,17 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a key of the recipe; repeatable.")
 ]
-RunFolder = Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; runs/NAME of the recipe by default.")]
+RunFolder = Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; by default runs/NAME of the recipe.")]
 Kernels = Annotated[
     Literal["auto", "triton", "torch"] | None,
-    typer.Option(help="Who attends while the model streams; by default streaming.kernels of the recipe, else auto."),
+    typer.Option(help="What computes attention in streaming; by default the recipe's streaming.kernels, else auto."),
 ]
 Cache = Annotated[
     str | None,
     typer.Option(
         "--cache",
         metavar="auto|int8|LATENTSxBITS,...",
-        help="Bits of cached latents: int8, or such as 24x8,64x4, where the last pair takes what is left.",
+        help="Bits of cached latents: int8, or pairs such as 24x8,64x4; the last pair covers the rest.",
     ),
 ]
 Expert = Annotated[

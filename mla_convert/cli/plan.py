@@ -21,7 +21,7 @@ def plan(
     file: Annotated[str | None, typer.Option(help="Weights file in SOURCE, such as checkpoints/model.pt.")] = None,
     preset: Annotated[str | None, typer.Option(help="A known model, such as wan2.1-t2v-1.3b.")] = None,
     kv_lora_rank: Annotated[
-        int | None, typer.Option(help="Latent scalars a token; by default the paper's share of the dense cache.")
+        int | None, typer.Option(help="Latent scalars per token; by default the paper's share of the dense cache.")
     ] = None,
     qk_rope_head_dim: Annotated[int | None, typer.Option(help="Cached channels of the shared rotary key.")] = None,
     frames: Annotated[int | None, typer.Option(help="Window in latent frames.")] = None,
@@ -30,7 +30,7 @@ def plan(
         str | None, typer.Option(metavar="HxW", help="Latent height and width of SOURCE; 60x104 (480p) for Wan.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="Data type of the cache and the weights.")] = "bfloat16",
-    gpu: Annotated[str, typer.Option(help="A card, or its memory such as 80GB.")] = "H100",
+    gpu: Annotated[str, typer.Option(help="A GPU, or its memory, such as 80GB.")] = "H100",
     cache: Cache = None,
     as_json: Json = False,
 ) -> None:

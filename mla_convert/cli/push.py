@@ -23,20 +23,20 @@ def push(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder, a checkpoint or an export.")],
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="OWNER/NAME on the Hub.")],
     create: Annotated[
-        bool, typer.Option("--create", help="Make the repository, and the branch, where they are missing.")
+        bool, typer.Option("--create", help="Create the repository, and the branch, if missing.")
     ] = False,
     private: Annotated[
-        bool, typer.Option("--private", help="A new repository is private; a public one is refused.")
+        bool, typer.Option("--private", help="Make a new repository private; refuse a public one.")
     ] = False,
-    revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="The branch; main by default.")] = None,
+    revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="The branch; by default main.")] = None,
     pull_request: Annotated[
-        bool, typer.Option("--pull-request", help="Open a pull request, or go on with the one of an earlier push.")
+        bool, typer.Option("--pull-request", help="Open a pull request, or continue the one of an earlier push.")
     ] = False,
-    message: Annotated[str | None, typer.Option("--message", "-m", help="Of the commit.")] = None,
+    message: Annotated[str | None, typer.Option("--message", "-m", help="Commit message.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would change; send nothing.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Upload a checkpoint to the Hub in one commit; files that are there already are not sent.
+    """Upload a checkpoint to the Hub in one commit; files that are already there are not sent again.
 
     The token comes from HF_TOKEN or from `hf auth login`.
     """

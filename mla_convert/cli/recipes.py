@@ -42,7 +42,7 @@ def show(recipe: RecipeName, as_json: Json = False) -> None:
 def copy(
     recipe: RecipeName,
     target: Annotated[Path | None, typer.Argument(help="A file or folder; the current folder by default.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     as_json: Json = False,
 ) -> None:
     """Copy a recipe, as a start for your own."""
@@ -63,7 +63,7 @@ def check(
     resolved: Annotated[bool, typer.Option("--resolved", help="Print the recipe with every default.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Check a recipe without running it, and where its source lies here whether the two fit."""
+    """Check a recipe without running it; if its source is on this machine, also check that they fit."""
     with stderr().status("loading PyTorch"):
         from ..pipeline.checks import check_recipe
         from ..recipe.load import load_recipe

@@ -16,55 +16,56 @@ def vbench(
     checkout: Annotated[Path, typer.Option("--vbench", metavar="FOLDER", help="A checkout of VBench's repository.")],
     python: Annotated[
         str | None,
-        typer.Option(help="Python of VBench's own environment; without it videos are drawn and not scored."),
+        typer.Option(help="Python of VBench's own environment; without it videos are generated but not scored."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder for videos, scores and report; in the run folder.")
+        Path | None,
+        typer.Option("--out", "-o", help="Folder for videos, scores and report; by default in the run folder."),
     ] = None,
     seconds: Annotated[int, typer.Option(min=1, help="Length of the videos; above 5 for VBench-Long.")] = 5,
-    samples: Annotated[int, typer.Option(min=1, max=5, help="Videos a prompt; VBench asks for 5.")] = 5,
+    samples: Annotated[int, typer.Option(min=1, max=5, help="Videos per prompt; VBench asks for 5.")] = 5,
     dimensions: Annotated[
         list[str] | None, typer.Option("--dimension", metavar="NAME", help="Repeatable; all 16 by default.")
     ] = None,
     pipeline: Annotated[
-        str | None, typer.Option(help="Folder or Hub id with text encoder and VAE, in diffusers' layout.")
+        str | None, typer.Option(help="Folder or Hub id with text encoder and VAE, in diffusers layout.")
     ] = None,
     prompt_embeds: Annotated[
-        Path | None, typer.Option(help="What `encode --prompts` made of --list-prompts, in place of a text encoder.")
+        Path | None, typer.Option(help="Output of `encode --prompts` for --list-prompts, instead of a text encoder.")
     ] = None,
     longer_prompts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Rewritten prompts, in the order of prompts/all_dimension.txt.")
     ] = None,
     published: Annotated[
-        Path | None, typer.Option(metavar="JSON", help="{name: {dimension: value}} to stand beside the scores.")
+        Path | None, typer.Option(metavar="JSON", help="{name: {dimension: value}} to show beside the scores.")
     ] = None,
     list_prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Only write the prompts, one a line, for `encode --prompts`.")
+        Path | None, typer.Option(metavar="FILE", help="Only write the prompts, one per line, for `encode --prompts`.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps a chunk.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps per chunk.")] = None,
     sampler: Annotated[Literal["euler", "renoise"] | None, typer.Option(help="As in `generate`.")] = None,
     denoising_steps: Annotated[
         str | None, typer.Option(metavar="T,T,...", help="Noise levels out of 1000 instead of --steps.")
     ] = None,
     first_chunk_steps: Annotated[
-        str | None, typer.Option(metavar="T,T,...", help="Those of the first chunk, as in `generate`.")
+        str | None, typer.Option(metavar="T,T,...", help="Denoising steps of the first chunk, as in `generate`.")
     ] = None,
     shift: Annotated[float | None, typer.Option(min=0, help="Timestep shift, as in `generate`.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(min=0, help="As in `generate`.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="As in `generate`.")] = None,
     context_noise: Annotated[float | None, typer.Option(min=0, max=1, help="Noise level of cached chunks.")] = None,
     latent_size: Annotated[str | None, typer.Option(metavar="HxW", help="Latent height and width.")] = None,
-    fps: Annotated[int | None, typer.Option(min=1, help="Frames a second; 16 for latents, 8 for pixels.")] = None,
-    seed: Annotated[int, typer.Option(help="Every video has a seed of its own, made from this one.")] = 0,
+    fps: Annotated[int | None, typer.Option(min=1, help="Frames per second; 16 for latents, 8 for pixels.")] = None,
+    seed: Annotated[int, typer.Option(help="Each video gets its own seed, derived from this one.")] = 0,
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Data type; that of DIR by default.")
+        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Data type; by default that of DIR.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Draw VBench's standard prompts, score them with your own VBench, and report the scores.
+    """Generate videos for VBench's standard prompts, score them with your own VBench, and report the scores.
 
-    Goes on where it stopped, video by video and dimension by dimension. Steps, sampler, shift and guidance are by
-    default those of the recipe that made the model.
+    Continues where it stopped, video by video and dimension by dimension. Steps, sampler, shift and guidance default to
+    those of the recipe that made the model.
     """
     generate = sampling(
         denoising_steps,
