@@ -1,11 +1,12 @@
 """What bits of the cache are worth at equal bytes, before any training: `python docs/benchmarks/cache_bits.py`.
 
-Converts the digits teacher and streams held-out clips through the cache itself, chunk by chunk: a chunk is denoised at
+Converts an embedded teacher and streams held-out clips through the cache itself, chunk by chunk: a chunk is denoised at
 one noise level against the rows that its clean forerunners left, in bfloat16, in int8 or in 8 and 4 bits
 (`streaming.cache`). The loss is against that of the dense teacher, streamed alike with its cache in float32, on the
 same noise. Every row is fitted twice, by one probe and the least ridge, which are the defaults, and by the `probes`
 and `ridge` of the recipes for published models. Writes `cache_bits.json` and `cache_bits.md` beside itself; on one
-thread it takes some ten minutes.
+thread it takes some ten minutes. `--model zoo:natural --data FOLDER` takes the teacher of natural video and what
+`python -m mla_convert.zoo.natural.data --out FOLDER` has written, and writes `cache_bits-natural.*`.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ ROWS = [
 
 def plans_of(teacher: Any, data: Data, layers: int, rank: int, seed: int, calibration: dict[str, Any]) -> Any:
     """The fits of all layers, whose first latents are the fits of smaller ranks; every seed draws clips of its own."""
-    settings = {"clips": 64, "max_tokens": 65536, "seed": seed, **calibration}
+    settings = {"max_tokens": 65536, "seed": seed, **calibration}
     config = ConvertConfig(kv_lora_rank=rank, layers_per_latent=layers, calibration=settings)
     clips = config.calibration.clips
     batches = clip_batches(data.example, range(seed * clips, (seed + 1) * clips), config.calibration.batch_size)
@@ -114,7 +115,7 @@ def measure(teacher: Any, clips: list[NoisedClips], expected: list[Tensor], mode
 
 @torch.no_grad()
 def measure_all(chosen: argparse.Namespace) -> dict[str, Any]:
-    teacher, data = load_dense(load_source("zoo:digits")), data_of(None)
+    teacher, data = load_dense(load_source(chosen.model)), data_of(chosen.data)
     clips = heldout(teacher, data, chosen.heldout)
     expected = [streamed(teacher, inputs)[0] for inputs in clips]
     dense = streamed(teacher, clips[0], torch.bfloat16)[1]
@@ -124,7 +125,7 @@ def measure_all(chosen: argparse.Namespace) -> dict[str, Any]:
         largest = max(row.rank for _, row in rows)
         for fit, settings in FITS.items():
             for seed in range(chosen.seeds):
-                more = {**rows[0][1].calibration, **settings}
+                more = {"clips": chosen.clips, **rows[0][1].calibration, **settings}
                 config, plans = plans_of(teacher, data, layers, largest, seed, more)
                 for index, row in rows:
                     smaller = config.model_copy(update={"kv_lora_rank": row.rank})
@@ -164,12 +165,17 @@ def table(found: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="zoo:digits")
+    parser.add_argument("--data", metavar="FOLDER", help="latents of the natural clips")
+    parser.add_argument("--clips", type=int, default=64, help="for calibration, where a row does not say")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--heldout", type=int, default=64)
     chosen = parser.parse_args()
-    started, here = time.monotonic(), Path(__file__)
+    name = chosen.model.partition(":")[2]
+    started, here = time.monotonic(), Path(__file__).with_stem("cache_bits" + ("" if name == "digits" else f"-{name}"))
     found = measure_all(chosen)
-    result = {"torch": torch.__version__, "device": "cpu", "arguments": vars(chosen), **found}
+    arguments = {key: value for key, value in vars(chosen).items() if key != "data"}
+    result = {"torch": torch.__version__, "device": "cpu", "arguments": arguments, **found}
     result["seconds"] = round(time.monotonic() - started)
     here.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     here.with_suffix(".md").write_text(table(found), encoding="utf-8")
