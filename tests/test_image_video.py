@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mla_convert import StreamingMLAPipeline
 from mla_convert.cli import main
+from mla_convert.distill.encode.begun import encode_begun
 from mla_convert.distill.encode.models import encode_image, image_encoder
 from mla_convert.errors import UsageError, UserError
 from mla_convert.export.checkpoint import save_checkpoint
@@ -29,7 +30,7 @@ from mla_convert.export.config import ExportConfig
 from mla_convert.export.release import export
 from mla_convert.pipeline.vbench import Drawing, VBenchConfig
 from mla_convert.run.batch import StreamBatch
-from mla_convert.run.image import ImageLatents, encode_begun, image_conditions, read_image
+from mla_convert.run.image import ImageLatents, image_conditions, read_image
 from mla_convert.run.stream import stream_chunks
 
 PIXELS = (32, 48)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from .. import flow
 from ..draws import Use, drawn
 from ..errors import UserError
 from ..families.base import BlockInputs
+from ..mla.conditions import conditions_of, placed
 from .blocks import Blocks
 from .config import CalibrationConfig
 from .store import TensorStore
@@ -22,12 +24,14 @@ from .store import TensorStore
 class CalibrationBatch(NamedTuple):
     """Clean latents `[B, C, F, H, W]` and `encoder_hidden_states` `[B, L, text_dim]`.
 
-    `negative` `[L, text_dim]` is what clips get that lose their prompt, zeros without it.
+    `negative` `[L, text_dim]` is what clips get that lose their prompt, zeros without it. `conditions` `[B, ...]` are
+    what the model is conditioned on beside text, under the names by which it takes them.
     """
 
     latents: Tensor
     encoder_hidden_states: Tensor
     negative: Tensor | None = None
+    conditions: Mapping[str, Tensor] = MappingProxyType({})
 
 
 def clip_batches(
@@ -35,11 +39,12 @@ def clip_batches(
 ) -> Iterator[CalibrationBatch]:
     """The `clips` that `read` gives by index, `size` of them at a time; none is read before its batch is asked for.
 
-    A clip has `latents` `[C, F, H, W]` and `encoder_hidden_states` `[L, text_dim]`; `negative` is that of all.
+    A clip has `latents` `[C, F, H, W]`, `encoder_hidden_states` `[L, text_dim]` and its conditions; `negative` is
+    that of all.
     """
     for start in range(0, len(clips), size):
         batch = default_collate([read(index) for index in clips[start : start + size]])
-        yield CalibrationBatch(batch["latents"], batch["encoder_hidden_states"], negative)
+        yield CalibrationBatch(batch["latents"], batch["encoder_hidden_states"], negative, conditions_of(batch))
 
 
 @dataclass
@@ -98,7 +103,9 @@ def enter_clips(
         noise = torch.randn(clean.shape, generator=generator).to(clean.device)
         text = flow.drop_prompts(batch.encoder_hidden_states, config.empty_prompt_rate, generator, batch.negative)
         r = flow.mean_times(t, chunks, generator) if model.flow_map else None
-        conditions = {} if r is None else {"r_timestep": r * flow.NUM_TRAIN_TIMESTEPS}
+        conditions = placed([batch.conditions], model.device, model.dtype)
+        if r is not None:
+            conditions["r_timestep"] = r * flow.NUM_TRAIN_TIMESTEPS
         inputs = model.enter(
             flow.add_noise(clean, noise, t).to(model.dtype),
             t * flow.NUM_TRAIN_TIMESTEPS,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -47,6 +47,8 @@ class DataConfig(BaseModel):
     - `negative_embeds` is a .safetensors file with the negative prompt, `prompt_embeds` `[L, D]`: guidance steers away
       from it, and clips that lose their own prompt get it. The default is `negative.safetensors` beside the clips or
       the prompts, which `mla-convert encode` writes. For digits it is zeros.
+
+    A model that is conditioned on an image reads it from the clips, which `mla-convert encode --image-condition` writes.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -96,9 +98,10 @@ class DataConfig(BaseModel):
 class Data(Protocol):
     """Clips addressed by index; the same index gives the same bytes in every process.
 
-    An example holds float32 `latents` `[C, F, H, W]` and `encoder_hidden_states` `[L, D]`. `size`
-    is the number of training examples, None for an endless supply. `negative` `[L, D]`, float32, is the
-    negative prompt; reading it raises UserError where there is none.
+    An example holds float32 `latents` `[C, F, H, W]` and `encoder_hidden_states` `[L, D]`, and beside them what the
+    model is conditioned on of an image, each under the name by which it takes it. `size` is the number of training
+    examples, None for an endless supply. `negative` `[L, D]`, float32, is the negative prompt; reading it raises
+    UserError where there is none.
     """
 
     size: int | None
@@ -210,12 +213,17 @@ def told_plainly(batches: Iterable[Batch]) -> Iterator[Batch]:
         raise type(error)(last.partition(": ")[2] if traceback else last) from None
 
 
-def open_data(config: DataConfig, seed: int) -> Data:
-    """The clips that `config` names; `seed` is that of the recipe. Raises UserError when they cannot be trained on."""
+def open_data(config: DataConfig, seed: int, conditions: Collection[str] = ()) -> Data:
+    """The clips that `config` names; `seed` is that of the recipe. Raises UserError when they cannot be trained on.
+
+    `conditions` names what the model is conditioned on beside text, which clips have to hold then.
+    """
     if config.kind == "digits":
+        if conditions:
+            raise UserError("the model is conditioned on an image, which data.kind: digits has not; set kind: latents")
         return DigitClips(seed, config.heldout)
     if config.folder is None:
         raise UserError("kind rollouts: the clips lie in the folder of a run, which is not known here")
-    shards = LatentShards(config.folder, config.text_tokens, config.latents)
+    shards = LatentShards(config.folder, config.text_tokens, config.latents, conditions)
     rows = drawn_rows(len(shards), seed) if config.split == "drawn" else None
     return LatentClips(shards, config.heldout, config.negative_embeds, config.skip, rows)

@@ -1,7 +1,8 @@
 """Parquet shards of VAE latents and text embeddings in FastVideo's text-to-video schema.
 
 A tensor is three columns: raw bytes, shape and dtype. With row groups of one clip any clip is read
-without its neighbours. Source of the schema: FastVideo, `fastvideo/dataset/dataloader/schema.py`.
+without its neighbours. What models are conditioned on of an image has columns of its own, see `image_columns.py`.
+Source of the schema: FastVideo, `fastvideo/dataset/dataloader/schema.py`.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import functools
 import itertools
 import logging
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError
+from ..families.image import IMAGE
 from ..files import atomic_file
+from .image_columns import COLUMN_OF, check_first_frame, check_shapes, none_held, stored, taken
 from .normalisation import BY_CHANNELS, EVIDENCE, KIND_NOTE, Latents, Scale, evidence_of_raw, scale_of
 
 LATENT, TEXT = "vae_latent", "text_embedding"
@@ -59,14 +62,26 @@ SCHEMA = pa.schema(
     ]
 )
 NAMES = ["file_name", "id"]
-COLUMNS = [field.name for name in (LATENT, TEXT) for field in _tensor_fields(name)]
+COLUMNS = tuple(each.name for name in (LATENT, TEXT) for each in _tensor_fields(name))
+
+
+def _schema(conditions: Iterable[str]) -> pa.Schema:
+    """The schema of clips with `conditions`, whose columns FastVideo has behind those of the text."""
+    schema, place = SCHEMA, 1 + len(COLUMNS)
+    for column in (column for name, column in COLUMN_OF.items() if name in conditions):
+        for each in _tensor_fields(column):
+            schema = schema.insert(place, each)
+            place += 1
+    return schema
 
 
 @dataclass(frozen=True)
 class Clip:
     """A clip to be written: `latents` `[C, F, H, W]`, `encoder_hidden_states` `[L, D]`, any float dtype.
 
-    `width`, `height`, `fps` and `duration_sec` describe the video it was encoded from.
+    `width`, `height`, `fps` and `duration_sec` describe the video it was encoded from. `conditions` are what a model
+    reads of its image: `image_latents` `[4 + C, f, H, W]`, which may end with the first frame after which all are
+    the same, and `encoder_hidden_states_image` `[L, D]`.
     """
 
     latents: Tensor
@@ -77,6 +92,7 @@ class Clip:
     height: int = 0
     fps: float = 0.0
     duration_sec: float = 0.0
+    conditions: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def _pack(name: str, tensor: Tensor) -> dict[str, Any]:
@@ -88,12 +104,17 @@ def _pack(name: str, tensor: Tensor) -> dict[str, Any]:
     }
 
 
+def _pack_condition(name: str, condition: Tensor) -> dict[str, Any]:
+    return _pack(COLUMN_OF[name], stored(name, condition))
+
+
 def _row(clip: Clip, number: int) -> dict[str, Any]:
     name = clip.name or f"clip-{number:08d}"
     return {
         "id": name,
         **_pack(LATENT, clip.latents),
         **_pack(TEXT, clip.encoder_hidden_states),
+        **{key: x for name, given in clip.conditions.items() for key, x in _pack_condition(name, given).items()},
         "file_name": name,
         "caption": clip.caption,
         "media_type": "video",
@@ -108,11 +129,14 @@ def _row(clip: Clip, number: int) -> dict[str, Any]:
 def write_shard(path: Path, clips: Iterable[Clip], first: int = 0, notes: Mapping[str, str] | None = None) -> None:
     """Write one file atomically; `clips` are taken one at a time, those without a name numbered from `first`.
 
-    `notes` go into the file's metadata as they stand after the last clip.
+    All have the conditions of the first. `notes` go into the file's metadata as they stand after the last clip.
     """
-    with atomic_file(path) as temporary, pq.ParquetWriter(temporary, SCHEMA, use_dictionary=False) as writer:
-        for number, clip in enumerate(clips, first):
-            writer.write_table(pa.Table.from_pylist([_row(clip, number)], SCHEMA), row_group_size=1)
+    remaining = iter(clips)
+    begun = list(itertools.islice(remaining, 1))
+    schema = _schema(begun[0].conditions) if begun else SCHEMA
+    with atomic_file(path) as temporary, pq.ParquetWriter(temporary, schema, use_dictionary=False) as writer:
+        for number, clip in enumerate(itertools.chain(begun, remaining), first):
+            writer.write_table(pa.Table.from_pylist([_row(clip, number)], schema), row_group_size=1)
         if notes:
             writer.add_key_value_metadata(dict(notes))
 
@@ -153,9 +177,9 @@ def _open(path: Path, process: int) -> pq.ParquetFile:
 
 
 @functools.lru_cache(maxsize=1)
-def _several(path: Path, process: int, group: int) -> pa.Table:
+def _several(path: Path, process: int, group: int, columns: tuple[str, ...]) -> pa.Table:
     """A row group of several clips, which is decoded whole; the last one is kept for the next clip."""
-    return _open(path, process).read_row_group(group, columns=COLUMNS, use_threads=False)
+    return _open(path, process).read_row_group(group, columns=list(columns), use_threads=False)
 
 
 @functools.cache
@@ -167,18 +191,35 @@ def _warn_of_groups(folder: Path, clips: int) -> None:
     )
 
 
+@functools.cache
+def _warn_of_images(folder: Path) -> None:
+    logger.warning("the clips in %s hold images, which the model does not read; they are left out", folder)
+
+
 class LatentShards:
     """Random access to the clips of a folder; only shapes are read ahead.
 
     `latents` says whether they are normalised or `raw`, as a VAE's encoder gives them; `auto` believes the note in a
-    shard and, without one, looks at the statistics of a few clips.
+    shard and, without one, looks at the statistics of a few clips. `conditions` names what is read of a clip's image,
+    which for others is left out.
 
-    Raises UserError for an empty folder, missing columns, a row without a tensor, mixed shapes, or latents that
-    look raw and are not said to be.
+    Raises UserError for an empty folder, missing columns, a row without a tensor, mixed shapes, latents that
+    look raw and are not said to be, or conditions that are not there or not what a model reads.
     """
 
-    def __init__(self, folder: Path | str, text_tokens: int | None = None, latents: Latents = "auto") -> None:
+    def __init__(
+        self,
+        folder: Path | str,
+        text_tokens: int | None = None,
+        latents: Latents = "auto",
+        conditions: Collection[str] = (),
+    ) -> None:
         self.folder, self.text_tokens = Path(folder), text_tokens
+        self.conditions = tuple(name for name in COLUMN_OF if name in conditions)
+        self._columns = COLUMNS + tuple(
+            each.name for name in self.conditions for each in _tensor_fields(COLUMN_OF[name])
+        )
+        self._condition_shapes: dict[str, Sequence[int]] = {}
         self.paths = sorted(self.folder.rglob("*.parquet"))
         if not self.paths:
             raise UserError(f"no .parquet shards in {self.folder}; write them with `mla-convert encode`")
@@ -192,6 +233,8 @@ class LatentShards:
         # Of each shard what its latents are normalised by, None for those that are normalised.
         self._scales: list[Scale | None] = [None] * len(self.paths)
         self._normalise(latents)
+        if IMAGE in self.conditions:
+            self._compare_first_frame()
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -234,6 +277,17 @@ class LatentShards:
             what = "whether the latents in %s are normalised cannot be told, and they are taken as they lie; %s"
             logger.warning(what, self.folder, said)
 
+    def _compare_first_frame(self) -> None:
+        """Refuse images of shards from elsewhere that are not encoded as ours, told from the first clip of one."""
+        for path, start in zip(self.paths, self._starts, strict=False):
+            if KIND_NOTE not in read_notes(path) and start < len(self):
+                with contextlib.suppress(UserError):
+                    clip = self.read(start)
+                    break
+        else:
+            return
+        check_first_frame(clip["latents"], clip[IMAGE], self._place(start))
+
     def _readable(self, rows: list[int]) -> Iterator[Tensor]:
         """The latents of clips but for damaged ones, which are refused where somebody wants them."""
         for row in rows:
@@ -246,7 +300,10 @@ class LatentShards:
         missing = [name for name in COLUMNS if name not in shard.schema_arrow.names]
         if missing:
             raise UserError(f"{path} has no column {', '.join(missing)}; FastVideo's t2v schema is expected")
-        shapes = shard.read(columns=[f"{LATENT}_shape", f"{TEXT}_shape"]).to_pydict()
+        held = {name: f"{column}_shape" for name, column in COLUMN_OF.items()}
+        held = {name: column for name, column in held.items() if column in shard.schema_arrow.names}
+        shapes = shard.read(columns=[f"{LATENT}_shape", f"{TEXT}_shape", *held.values()]).to_pydict()
+        own = KIND_NOTE in read_notes(path)
         for row, (latent, text) in enumerate(zip(shapes[f"{LATENT}_shape"], shapes[f"{TEXT}_shape"], strict=True)):
             place = f"clip {row} of {path}"
             if not latent or len(latent) != 4:
@@ -269,26 +326,51 @@ class LatentShards:
                     f"{place} has a text embedding of {_by(text)}, the first clip {_by(self._text_shape)}; "
                     "set text_tokens to pad them to one length"
                 )
+            images = {name: shapes[column][row] or () for name, column in held.items()}
+            self._check_images(images, latent, place, own)
         largest = max((shard.metadata.row_group(i).num_rows for i in range(shard.num_row_groups)), default=0)
         if largest > 1:
             _warn_of_groups(self.folder, largest)
         return int(shard.metadata.num_rows)
 
+    def _check_images(self, images: Mapping[str, Sequence[int]], latent: Sequence[int], place: str, own: bool) -> None:
+        """The shapes in a clip's columns of images, () for none, before those that are wanted are read."""
+        if not self.conditions:
+            if any(images.values()):
+                _warn_of_images(self.folder)
+            return
+        wanted = {name: images.get(name, ()) for name in self.conditions}
+        if not self._condition_shapes:
+            missing = [name for name, shape in wanted.items() if not shape]
+            if missing:
+                raise none_held(self.folder, missing)
+            self._condition_shapes = wanted
+        check_shapes(wanted, latent, self._condition_shapes, place, own)
+
     def read(self, index: int) -> dict[str, Tensor]:
-        """Clip `index`: float32 normalised `latents` `[C, F, H, W]` and `encoder_hidden_states` `[L, D]`.
+        """Clip `index`: float32 normalised `latents` `[C, F, H, W]`, `encoder_hidden_states` `[L, D]` and conditions.
+
+        Those are under the names by which models take them: `image_latents` `[4 + C, F, H, W]` with the mask, and
+        `encoder_hidden_states_image` `[L, D]`.
 
         Raises UserError for one that cannot be unpacked, or that has NaN or infinite values.
         """
-        values = self._row(index, COLUMNS)
+        values = self._row(index, self._columns)
         place, without = self._place(index), _without(index)
         text = _unpack(values, TEXT, place, without)
         if self.text_tokens is not None:
             text = F.pad(text, (0, 0, 0, self.text_tokens - len(text)))
         latents, scale = _unpack(values, LATENT, place, without), self._scales[self._shard(index)]
-        for name, tensor in (("latents", latents), ("text embedding", text)):
+        images = {name: _unpack(values, COLUMN_OF[name], place, without) for name in self.conditions}
+        columns = {COLUMN_OF[name]: tensor for name, tensor in images.items()}
+        for name, tensor in {"latents": latents, "text embedding": text, **columns}.items():
             if not tensor.isfinite().all():
                 raise UserError(f"{place}, {self._name(index)!r}, has NaN or infinite values in its {name}; {without}")
-        return {"latents": latents if scale is None else scale.standardise(latents), "encoder_hidden_states": text}
+        return {
+            "latents": latents if scale is None else scale.standardise(latents),
+            "encoder_hidden_states": text,
+            **{name: taken(name, tensor, latents.shape[1]) for name, tensor in images.items()},
+        }
 
     def caption(self, index: int) -> str:
         """The caption of clip `index`; "" where the shards have none."""
@@ -308,7 +390,7 @@ class LatentShards:
     def _name(self, index: int) -> str:
         return next((str(name) for name in self._row(index, NAMES).values() if name), "")
 
-    def _row(self, index: int, columns: list[str]) -> dict[str, Any]:
+    def _row(self, index: int, columns: Sequence[str]) -> dict[str, Any]:
         """Some columns of clip `index`; those that a shard does not have are left out."""
         if not 0 <= index < len(self):
             raise IndexError(f"clip {index} of {len(self)}")
@@ -321,10 +403,10 @@ class LatentShards:
             row -= shard.metadata.row_group(group).num_rows
             group += 1
         try:
-            if columns is COLUMNS and shard.metadata.row_group(group).num_rows > 1:
-                table = _several(path, os.getpid(), group)
+            if columns is self._columns and shard.metadata.row_group(group).num_rows > 1:
+                table = _several(path, os.getpid(), group, self._columns)
             else:
-                table = shard.read_row_group(group, columns=columns, use_threads=False)
+                table = shard.read_row_group(group, columns=list(columns), use_threads=False)
             values = table.slice(row, 1).to_pylist()[0]
         except (pa.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import flow
+from ..mla.conditions import CLIP, conditions_of, placed
 from ..mla.window import CausalConfig
 
 HELDOUT_SEED = 1
@@ -27,7 +29,8 @@ class NoisedClips(NamedTuple):
     `x_t` and `target` `[B, C, F, H, W]`, `t` `[B, F]` in [0, 1], `text` `[B, L, D]`. With teacher
     forcing `context` `[B', C, F, H, W]` is the history at noise level `t_context` `[B']`, B a
     multiple of B'. `r` `[B, F]` are the second times of a flow map, None for r = t; `target` holds
-    where r = t.
+    where r = t. `conditions` `[B, ...]` are what the model is conditioned on beside text, under the names by which it
+    takes them.
     """
 
     x_t: Tensor
@@ -37,6 +40,7 @@ class NoisedClips(NamedTuple):
     context: Tensor | None = None
     t_context: Tensor | None = None
     r: Tensor | None = None
+    conditions: Mapping[str, Tensor] = MappingProxyType({})
 
     def split(self, size: int) -> Iterator[NoisedClips]:
         """`size` clips at a time, of one noisy version of each."""
@@ -48,8 +52,9 @@ class NoisedClips(NamedTuple):
         return self._each(operator.methodcaller("to", device))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> NoisedClips:
-        tensors = {name: tensor for name, tensor in self._asdict().items() if tensor is not None}
-        return self._replace(**{name: change(tensor) for name, tensor in tensors.items()})
+        tensors = {name: tensor for name, tensor in self._asdict().items() if isinstance(tensor, Tensor)}
+        conditions = {name: change(tensor) for name, tensor in self.conditions.items()}
+        return self._replace(**{name: change(tensor) for name, tensor in tensors.items()}, conditions=conditions)
 
 
 def noised_clips(
@@ -65,8 +70,9 @@ def noised_clips(
     noise_range: tuple[float, float] = flow.ALL_NOISE,
     levels: Sequence[float] | None = None,
     flow_map: bool = False,
+    conditions: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> NoisedClips:
-    """`copies` noisy versions of each of `latents` `[B, C, F, H, W]` with `text` `[B, L, D]`.
+    """`copies` noisy versions of each of `latents` `[B, C, F, H, W]` with `text` `[B, L, D]` and `conditions`.
 
     `shift` warps the noise levels, all of which lie in `noise_range`; with `levels` they are drawn from those.
     Without `clean_history` every chunk sees the noisy history of its own copy. With `context_noise`, half of the
@@ -79,7 +85,9 @@ def noised_clips(
     videos = latents.repeat(copies, 1, 1, 1, 1)
     noise = torch.randn(videos.shape, generator=generator).to(device)
     t = flow.chunk_times(len(videos), chunks, generator, shift, noise_range, levels).to(device)
-    noised = NoisedClips(flow.add_noise(videos, noise, t), t, text.repeat(copies, 1, 1), flow.velocity(videos, noise))
+    told = {name: x.repeat(copies, *(1,) * (x.ndim - 1)) for name, x in conditions.items()}
+    x_t, target = flow.add_noise(videos, noise, t), flow.velocity(videos, noise)
+    noised = NoisedClips(x_t, t, text.repeat(copies, 1, 1), target, conditions=told)
     if clean_history:
         noisy_history = torch.rand(clips, generator=generator) < 0.5
         t_context = (context_noise * torch.rand(clips, generator=generator) * noisy_history).to(device)
@@ -91,12 +99,10 @@ def noised_clips(
 def predict_velocity(model: Any, clips: NoisedClips) -> Tensor:
     """Velocity `[B, C, F, H, W]`, float32, of a causal model; inputs are cast to the model's dtype."""
     dtype = model.dtype
-    given: dict[str, Tensor] = {}
+    given = placed([clips.conditions], clips.x_t.device, dtype)
     if clips.context is not None and clips.t_context is not None:
-        given = {
-            "context": clips.context.to(dtype),
-            "context_timestep": clips.t_context * flow.NUM_TRAIN_TIMESTEPS,
-        }
+        given["context"] = clips.context.to(dtype)
+        given["context_timestep"] = clips.t_context * flow.NUM_TRAIN_TIMESTEPS
     timestep = clips.t * flow.NUM_TRAIN_TIMESTEPS
     if model.flow_map:
         given["r_timestep"] = timestep if clips.r is None else clips.r * flow.NUM_TRAIN_TIMESTEPS
@@ -131,6 +137,12 @@ def teacher_forcing_loss(
     return (predict_velocity(model, clips) - clips.target).square().mean()
 
 
+def in_batches(clips: Mapping[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
+    """`clips`, tensors `[N, ...]` by name, `size` of them at a time."""
+    for start in range(0, len(clips["latents"]), size):
+        yield {name: x[start : start + size] for name, x in clips.items()}
+
+
 @torch.no_grad()
 def flow_loss(
     model: Any,
@@ -142,16 +154,23 @@ def flow_loss(
 ) -> float:
     """Teacher-forcing loss on `clips` with the noise that `seed` gives: comparable between models.
 
-    `clips` holds `latents` `[N, C, F, H, W]` and `encoder_hidden_states` `[N, L, D]`; the figure depends on
-    `batch_size` through the order of the draws. Noise levels are all of the model's, or `levels`. A forward takes
-    `forward_size` clips of a batch, all of them when left out.
+    `clips` holds `latents` `[N, C, F, H, W]`, `encoder_hidden_states` `[N, L, D]` and what the model is conditioned on
+    beside; the figure depends on `batch_size` through the order of the draws. Noise levels are all of the model's, or
+    `levels`. A forward takes `forward_size` clips of a batch, all of them when left out.
     """
     generator = torch.Generator().manual_seed(seed)
     losses, sizes = [], []
-    for latents, text in zip(
-        clips["latents"].split(batch_size), clips["encoder_hidden_states"].split(batch_size), strict=True
-    ):
-        noised = noised_clips(latents, text, model.causal, generator, noise_range=model.noise_range, levels=levels)
+    for batch in in_batches(clips, batch_size):
+        latents, text = (batch[name] for name in CLIP)
+        noised = noised_clips(
+            latents,
+            text,
+            model.causal,
+            generator,
+            noise_range=model.noise_range,
+            levels=levels,
+            conditions=conditions_of(batch),
+        )
         for part in noised.split(forward_size or len(latents)):
             part = part.to(model.device)
             losses.append((predict_velocity(model, part) - part.target).square().mean().item())

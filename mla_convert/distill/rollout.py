@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from ..denoise import denoise
 from ..flow import NUM_TRAIN_TIMESTEPS, Sampler, add_noise, to_clean
 from ..mla.cache import FrameCache
+from ..mla.conditions import Conditions, Given, placed
 
 
 def self_rollout(
@@ -30,6 +31,7 @@ def self_rollout(
     context_noise: float = 0.0,
     sampler: Sampler = "euler",
     gradient_from: int = 0,
+    conditions: Given | None = None,
 ) -> Tensor:
     """A video `[B, C, F, H, W]`, float32, that `model` makes for `text` `[B, L, D]`; `size` is (F, H, W).
 
@@ -38,7 +40,7 @@ def self_rollout(
     carries a gradient, in the chunks from frame `gradient_from` on and where gradients are enabled.
     The chunk is then written to the cache by a pass at noise level `context_noise`, without a graph.
     F may exceed the window, which wraps as in inference. With gradient checkpointing the cache that a
-    chunk has read is kept until the backward pass.
+    chunk has read is kept until the backward pass. `conditions` are those of `stream_chunks`, F frames of them or more.
 
     Noise is drawn from `generator` on the CPU, in the order of `stream_chunks`: with the last exit
     step the two rollouts are the same.
@@ -47,12 +49,13 @@ def self_rollout(
     batch, channels, device = len(text), model.noise_channels, text.device
     text = text.to(model.dtype)
     cache = model.init_cache(batch, height, width, device=device)
+    told = Conditions([model], conditions, batch, frames, (height, width))
     made = []
     for start, stop in model.causal.chunks(frames):
         shape = (batch, channels, stop - start, height, width)
-        noises = _noises(shape, generator, device)
+        noises, now = _noises(shape, generator, device), placed([told.at(start, stop)], device, model.dtype)
         with torch.no_grad():
-            velocity = functools.partial(_velocity, model, text=text, cache=cache)
+            velocity = functools.partial(_velocity, model, text=text, cache=cache, conditions=now)
             x = denoise(next(noises), times[: exit_step + 1], velocity, noises if sampler == "renoise" else None)
         carries = torch.is_grad_enabled() and start >= gradient_from
         if carries:
@@ -62,13 +65,13 @@ def self_rollout(
             # A recomputation in the backward pass must read what the chunk has read.
             read = _kept(cache) if carries and model.is_gradient_checkpointing else cache
             t = times[exit_step]
-            clean = to_clean(x, _velocity(model, x, t, t, text, read), t.to(device).expand(batch))
+            clean = to_clean(x, _velocity(model, x, t, t, text, read, now), t.to(device).expand(batch))
         with torch.no_grad():
             t_context = torch.full((batch,), context_noise, device=device)
             context = clean
             if context_noise > 0:
                 context = add_noise(clean, next(noises), t_context)
-            _pass(model, context, t_context, text, cache, write=True)
+            _pass(model, context, t_context, text, cache, now, write=True)
         made.append(clean)
     return torch.cat(made, dim=2)
 
@@ -79,14 +82,19 @@ def _noises(shape: tuple[int, ...], generator: torch.Generator, device: torch.de
         yield torch.randn(shape, generator=generator).to(device)
 
 
-def _velocity(model: Any, x: Tensor, t: Tensor, r: Tensor, text: Tensor, cache: FrameCache) -> Tensor:
+def _velocity(
+    model: Any, x: Tensor, t: Tensor, r: Tensor, text: Tensor, cache: FrameCache, conditions: Mapping[str, Tensor]
+) -> Tensor:
     # No stage rolls out flow maps, which alone would be told `r`.
-    return _pass(model, x, t.to(x.device).expand(len(x)), text, cache, write=False)
+    return _pass(model, x, t.to(x.device).expand(len(x)), text, cache, conditions, write=False)
 
 
-def _pass(model: Any, x: Tensor, t: Tensor, text: Tensor, cache: FrameCache, write: bool) -> Tensor:
-    """Velocity, float32, at noise levels `t` `[B]`."""
-    out: Tensor = model.forward_chunk(x.to(model.dtype), t * NUM_TRAIN_TIMESTEPS, text, cache, write=write)
+def _pass(
+    model: Any, x: Tensor, t: Tensor, text: Tensor, cache: FrameCache, conditions: Mapping[str, Tensor], write: bool
+) -> Tensor:
+    """Velocity, float32, at noise levels `t` `[B]` under the `conditions` of the chunk."""
+    x, timestep = x.to(model.dtype), t * NUM_TRAIN_TIMESTEPS
+    out: Tensor = model.forward_chunk(x, timestep, text, cache, write=write, **conditions)
     return out.float()
 
 

@@ -12,7 +12,7 @@ import gc
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,7 @@ def run_stage(
         raise UserError(f"stage {config.stage}: preview needs a finite window; set causal.window_frames")
     if config.needs_negative:
         stage.negative = data.negative
+    _check_conditions([student, *networks.values()], data)
     stage.check(student, networks, data)
     require_apart(student, trainable_names(student, config.trainable), networks)
     try:
@@ -111,6 +112,17 @@ def run_stage(
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _check_conditions(models: Sequence[Any], data: Data) -> None:
+    """Raise UserError where clips lack something that one of the models cannot run without."""
+    needed = {name for model in models for name in getattr(model, "needed_conditions", ())}
+    missing = sorted(needed - data.example(0).keys()) if needed else []
+    if missing:
+        raise UserError(
+            f"the models are conditioned on {' and '.join(missing)}, which the clips do not hold; open the data with "
+            "these conditions"
+        )
 
 
 class _Examples(Dataset[Batch]):

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..distill.data import DataConfig, open_data
-from ..distill.objective import noised_clips, predict_velocity
+from ..distill.objective import in_batches, noised_clips, predict_velocity
 from ..distill.progress import Report
 from ..mla.attention import AttentionPass
+from ..mla.conditions import CLIP, conditions_of
 from .attention_maps import AttentionMaps
 from .beside import Beside
 from .config import EvaluateConfig
@@ -71,16 +72,17 @@ def fidelity(
     error, energy = torch.zeros(TIME_BINS, dtype=torch.float64), torch.zeros(TIME_BINS, dtype=torch.float64)
     attention, maps = _AttentionError(student, teacher), AttentionMaps(student, teacher)
     by_clip = ClipErrors()
-    latent_batches, text_batches = (clips[key].split(batch_size) for key in ("latents", "encoder_hidden_states"))
-    pieces = list(zip(latent_batches, text_batches, strict=True))
-    for done, (latents, text) in enumerate(pieces):
+    pieces = list(in_batches(clips, batch_size))
+    for done, batch in enumerate(pieces):
+        latents, text = (batch[name].to(teacher.device) for name in CLIP)
         inputs = noised_clips(
-            latents.to(teacher.device),
-            text.to(teacher.device),
+            latents,
+            text,
             teacher.causal,
             generator,
             noise_range=teacher.noise_range,
             levels=levels,
+            conditions=conditions_of(batch),
         )
         expected = predict_velocity(teacher, inputs)
         actual = predict_velocity(student, inputs)
@@ -122,7 +124,7 @@ def evaluate(
     rollouts of both, and `accuracy`, the share of rollouts whose last frame shows the prompted class, by model
     and length.
     """
-    source = open_data(data, seed)
+    source = open_data(data, seed, teacher.needed_conditions)
     clips = source.heldout(config.clips)
     prompts = heldout_prompts(source, clips["encoder_hidden_states"])
     told = functools.partial(report, "evaluate")

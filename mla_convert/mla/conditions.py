@@ -16,6 +16,9 @@ from ..errors import UsageError
 FramesAt = Callable[[int, int], Tensor]
 Given = Mapping[str, Tensor | FramesAt]
 
+CLIP = ("latents", "encoder_hidden_states")
+"""What every clip has; all else that it has is a condition, under the name by which models take it."""
+
 
 class Conditions:
     """The conditions of a rollout of `models`, chunk by chunk, for a batch of `batch` items.
@@ -80,6 +83,19 @@ class Conditions:
             raise UsageError(f"the condition {name} has {shape[2]} frames and the video no end; give a function")
         if shape[2] < frames:
             raise UsageError(f"the condition {name} has {shape[2]} frames, {frames} are needed; give more")
+
+
+def conditions_of(clip: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a clip, or a batch of clips, has beside latents and text."""
+    return {name: value for name, value in clip.items() if name not in CLIP}
+
+
+def first_frames(model: Any, conditions: Mapping[str, Tensor], frames: int) -> dict[str, Tensor]:
+    """Those by frames cut to the first `frames` of them, the others as they are."""
+    return {
+        name: value[:, :, :frames] if model.condition_kinds[name] == "frames" else value
+        for name, value in conditions.items()
+    }
 
 
 def check_conditions(models: Sequence[Any], given: Mapping[str, Any]) -> None:

@@ -53,7 +53,8 @@ def _rolled_out(context: Context, path: Path, batch: CalibrationBatch, number: i
         size = {"num_frames": frames, "latent_height": height, "latent_width": width}
         same_size = generate.model_copy(update={**size, "seed": generate.seed + number, "start": None})
         negative = None if batch.negative is None else batch.negative.unsqueeze(0)
-        chunks = rollout(teacher, batch.encoder_hidden_states, same_size, negative_hidden_states=negative)
+        text, told = batch.encoder_hidden_states, batch.conditions
+        chunks = rollout(teacher, text, same_size, negative_hidden_states=negative, conditions=told)
         latents = torch.cat([chunk.cpu() for chunk in chunks], dim=2)
         with atomic_file(path) as temporary:
             save_tensors({"latents": latents}, temporary)

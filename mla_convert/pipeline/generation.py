@@ -19,13 +19,14 @@ from ..distill.progress import Report
 from ..errors import UsageError
 from ..export.manifest import recorded_recipe
 from ..families.base import noise_channels
+from ..families.image import reads_tokens
 from ..files import atomic_file, check_place, save_tensors
 from ..mla.bits import told
 from ..recipe.schema import validate
 from ..run.config import GenerateConfig
 from ..run.decode import first_video_frame, frame_chunks, latent_frames, video_frames
 from ..run.decode_memory import reserve
-from ..run.image import check_image, image_conditions, read_image, reads_tokens
+from ..run.image import check_image, image_conditions, read_image
 from ..run.offload import Offload, place
 from ..run.parts import IMAGE_TOKENS, PICTURES, TEXT, find_parts
 from ..run.prefetch import FrameWriter

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..distill.data import Batch
 from ..distill.keys import PreviewConfig
+from ..mla.conditions import conditions_of
 from ..run.stream import stream_chunks
 from ..run.video import scale_factor, to_frames
 
@@ -35,6 +36,7 @@ def preview_strip(
         width,
         seed=config.seed,
         negative_hidden_states=None if negative is None else negative.unsqueeze(0).to(text),
+        conditions={name: x[: config.clips] for name, x in conditions_of(heldout).items()},
         **config.sampling(),
     )
     return as_strip(torch.cat([chunk.cpu() for chunk in chunks], dim=2))

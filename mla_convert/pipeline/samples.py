@@ -16,11 +16,11 @@ from torch import Tensor
 from ..distill.encode.models import load_vae, text_encoder
 from ..errors import UsageError
 from ..evaluate.samples import Comparison
+from ..families.image import reads_image
 from ..files import atomic_folder, save_tensors
 from ..load import Source, read_json
 from ..load.hub import is_hub_id
 from ..run.decode import frame_chunks
-from ..run.image import reads_image
 from ..run.parts import PICTURES, TEXT, find_parts, parts_here
 from ..run.sample import DIGITS, check_text_width, check_vae, embed_prompts, latent_scale, prompt_encoder, rollout
 from ..run.video import Frames, save_video, side_by_side

@@ -25,13 +25,13 @@ from ..evaluate.report import REPORT_JSON, write_report
 from ..evaluate.vbench_scores import Judge, read_published, totals, version
 from ..evaluate.vbench_suite import Draw, Prompt, check_dimensions, draw_videos, read_suite, wanted_videos
 from ..export.manifest import versions
+from ..families.image import reads_image
 from ..files import MANIFEST, claim_folder, explain_os_errors, locked_folder, sha256, write_json, write_text
 from ..recipe.load import first_difference
 from ..recipe.schema import validate
 from ..run.config import GenerateConfig
 from ..run.decode import frame_chunks, latent_frames
 from ..run.decode_memory import reserve
-from ..run.image import reads_image
 from ..run.sample import (
     DIGITS,
     check_length,

@@ -1,8 +1,7 @@
 """The image that Wan's image-to-video models are conditioned on, as diffusers' `WanImageToVideoPipeline` makes it.
 
 Its latents are those of a video that begins with the image and is grey after it, under a mask of ones for the first
-latent frame. The encoder of the VAE is causal and sees finitely far back: some frames after the image all latents are
-the same, and a video of any length needs no more than those before, 30 of Wan's VAEs.
+latent frame.
 """
 
 from __future__ import annotations
@@ -12,27 +11,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, patchify
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from ..devices import bring_weights
+from ..distill.encode.begun import encode_begun
 from ..distill.encode.frames import to_pixels
 from ..errors import UsageError, UserError
 from ..families.base import Config, noise_channels
+from ..families.image import IMAGE, TOKENS, reads_image, refuse_last_image, with_mask
 
-IMAGE, TOKENS = "image_latents", "encoder_hidden_states_image"
 VIDEOS = (".mp4", ".gif", ".safetensors")
-
-
-def reads_image(config: Config) -> bool:
-    """Whether a transformer's configuration has channels for an image beside its noise."""
-    return int(config.get("in_channels") or noise_channels(config)) > noise_channels(config)
-
-
-def reads_tokens(config: Config) -> bool:
-    """Whether it reads the image's CLIP tokens too, as Wan2.1's do."""
-    return config.get("image_dim") is not None
 
 
 def check_image(config: Config, image: object, named: str, start: str) -> None:
@@ -40,8 +28,7 @@ def check_image(config: Config, image: object, named: str, start: str) -> None:
 
     `named` and `start` are what the two options are called.
     """
-    if config.get("pos_embed_seq_len") is not None:
-        raise UsageError("the model reads a first and a last image, and a stream does not know where it ends")
+    refuse_last_image(config)
     if image is not None and not reads_image(config):
         raise UsageError(f"the model has no channels for {named}; {start} continues an image with this model")
     if image is None and reads_image(config):
@@ -78,58 +65,11 @@ class ImageLatents:
         fitted = ImageOps.fit(image, (width * spatial, height * spatial), method=Image.Resampling.LANCZOS)
         pixels = to_pixels(torch.from_numpy(np.array(fitted)[None])).unsqueeze(0)
         latents = encode_begun(vae, pixels, frames)
-        mask = latents.new_zeros(1, vae.config.scale_factor_temporal, *latents.shape[2:])
-        mask[:, :, 0] = 1
-        self.latents = torch.cat([mask, latents], dim=1)
+        self.latents = with_mask(latents, vae.config.scale_factor_temporal)
 
     def __call__(self, first: int, stop: int) -> Tensor:
         last = self.latents.shape[2] - 1
         return self.latents[:, :, [min(frame, last) for frame in range(first, stop)]]
-
-
-@torch.no_grad()
-def encode_begun(vae: Any, pixels: Tensor, frames: int | None) -> Tensor:
-    """Latents `[1, C, f, h, w]`, float32, of a video that begins with `pixels` `[1, 3, 1, H, W]` and is 0 after them.
-
-    They are what `vae.encode` gives for `frames` latent frames, normalised as a transformer takes them, up to the
-    first after which all are the same. One latent frame is encoded at a time, with the features of those before, and
-    the VAE is left as it was.
-    """
-    bring_weights(vae)
-    mean, std = (
-        torch.tensor(vae.config[key], device=vae.device).view(1, -1, 1, 1, 1) for key in ("latents_mean", "latents_std")
-    )
-    convolutions = sum(isinstance(module, WanCausalConv3d) for module in vae.encoder.modules())
-    # A convolution in time looks two frames back, so that no more latents than this can differ on any device.
-    longest = 2 * convolutions + 2
-    features: list[Any] = [None] * convolutions
-    given = pixels.to(vae.device, vae.dtype)
-    grey = torch.zeros_like(given).expand(-1, -1, vae.config.scale_factor_temporal, -1, -1)
-    made: list[Tensor] = []
-    # The same algorithm at every call, so that what is the same is so to the bit.
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
-        while len(made) < min(longest, frames or longest):
-            before = list(features)
-            encoded = vae.encoder(_patches(vae, grey if made else given), feat_cache=features, feat_idx=[0])
-            mode = vae.quant_conv(encoded).float().chunk(2, dim=1)[0]
-            made.append((mode - mean) * (1.0 / std))
-            if len(made) > 1 and all(_same(a, b) for a, b in zip(before, features, strict=True)):
-                break
-    return torch.cat(made, dim=2)
-
-
-def _patches(vae: Any, pixels: Tensor) -> Tensor:
-    if vae.config.patch_size is None:
-        return pixels
-    patches: Tensor = patchify(pixels, patch_size=vae.config.patch_size)
-    return patches
-
-
-def _same(before: Any, after: Any) -> bool:
-    """Whether what a convolution remembers has not changed."""
-    if isinstance(before, Tensor) and isinstance(after, Tensor):
-        return torch.equal(before, after)
-    return before is after
 
 
 def image_conditions(

@@ -23,13 +23,14 @@ from torch import Tensor
 
 from ..distill.encode.models import TEXT_TOKENS, encode_image, encode_text
 from ..errors import UsageError, UserError
+from ..families.image import reads_tokens
 from ..flow import Sampler, check_steps
 from ..zoo.digits.data import FRAME
 from .config import GenerateConfig
 from .decode import StreamingDecoder, latent_frames, video_frames
 from .decode_memory import reserve
 from .extent import chunk_ranges, video_end
-from .image import check_image, image_conditions, read_image, reads_tokens
+from .image import check_image, image_conditions, read_image
 from .loading import load_arguments
 from .prefetch import prefetch
 from .prompts import PromptSchedule

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ...flow import add_noise, denoising_times, over_frames, per_frame, sampling_times, to_clean, velocity
+from ...mla.conditions import conditions_of
 from ..data import Batch, Data
 from ..objective import NoisedClips, predict_velocity
 from .base import AVERAGE, START, Models, Stage
@@ -80,8 +81,15 @@ class Consistency(Stage[ConsistencyConfig]):
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         place = torch.randint(len(grid) - 1, (len(latents), len(chunks)), generator=generator)
         t, t_next = (over_frames(grid[place + later], chunks).to(latents.device) for later in (0, 1))
-        context = {"context": latents, "t_context": torch.zeros(len(latents), device=latents.device)}
-        here = NoisedClips(add_noise(latents, noise, t), t, text, velocity(latents, noise), **context)
+        here = NoisedClips(
+            add_noise(latents, noise, t),
+            t,
+            text,
+            velocity(latents, noise),
+            context=latents,
+            t_context=torch.zeros(len(latents), device=latents.device),
+            conditions=conditions_of(batch),
+        )
         with torch.no_grad():
             negative = negative_text(self.negative, text)
             v_teacher = guided_velocity(models[self._teacher], here, negative, config.guidance_scale)

@@ -2,7 +2,7 @@
 
 Sources: DMD2 (arXiv 2405.14867) for the two scores and their updates, Self Forcing (arXiv 2506.08009) for
 the rollout, Causal Forcing (arXiv 2602.02214) for their place in the pipeline. The clips of the data give
-prompts and shapes alone.
+prompts, shapes and images alone.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...errors import UserError
 from ...flow import Sampler, add_noise, denoising_times, shift_time, to_clean, velocity
+from ...mla.conditions import conditions_of, first_frames
 from ...mla.window import CausalConfig
 from ...sampling import DenoisingSteps
 from ..data import Batch, Data
@@ -127,12 +128,23 @@ class DMD(Stage[DMDConfig]):
                 f"{self.config.real_score} scores latents of {real.config.in_channels} channels, the student makes "
                 f"{student.config.in_channels}; give a real score for the student's latents"
             )
-        frames = self.config.rollout_frames or data.example(0)["latents"].shape[1]
+        known = data.example(0)["latents"].shape[1]
+        frames = self.config.rollout_frames or known
         longest = student.causal.longest(student.rotary_table().max_len)
         if longest is not None and frames > longest:
             raise UserError(
                 f"stage dmd: {frames} latent frames are more than the rotary table's {longest} positions; lower "
                 "rollout_frames or set causal.sink_positions: window"
+            )
+        if student.needed_conditions and frames > known:
+            raise UserError(
+                f"stage dmd: images are encoded for the {known} latent frames of a clip, rollout_frames is {frames}; "
+                "lower it or encode longer clips"
+            )
+        if student.needed_conditions and self._windows(student.causal, frames) not in ([], [(0, frames)]):
+            raise UserError(
+                "stage dmd: scores of a model that is conditioned on an image see the rollout from its image on; leave "
+                "score_frames out"
             )
         if not self._windows(student.causal, frames):
             raise UserError(
@@ -166,16 +178,19 @@ class DMD(Stage[DMDConfig]):
             context_noise=config.context_noise,
             sampler=config.sampler,
             gradient_from=start,
+            conditions=conditions_of(batch),
         )
         return videos[:, :, start:]
 
-    def _noised(self, videos: Tensor, text: Tensor, generator: torch.Generator) -> NoisedClips:
-        """`videos` with noise of one level a clip, as the scores see them."""
+    def _noised(self, model: Any, videos: Tensor, batch: Batch, generator: torch.Generator) -> NoisedClips:
+        """`videos` for `batch` with noise of one level a clip, as a score `model` sees them."""
         low, high = self.config.score_range
         t = shift_time(torch.rand(len(videos), generator=generator), self.config.timestep_shift).clamp(low, high)
         noise = torch.randn(videos.shape, generator=generator).to(videos)
         t = t.to(videos).unsqueeze(1).expand(-1, videos.shape[2])
-        clips = NoisedClips(add_noise(videos, noise, t), t, text, velocity(videos, noise))
+        told = first_frames(model, conditions_of(batch), videos.shape[2])
+        text, x_t = batch["encoder_hidden_states"], add_noise(videos, noise, t)
+        clips = NoisedClips(x_t, t, text, velocity(videos, noise), conditions=told)
         if self.config.score_attention == "bidirectional":
             return clips
         return clips._replace(context=videos, t_context=torch.zeros(len(videos), device=videos.device))
@@ -193,7 +208,7 @@ class DMD(Stage[DMDConfig]):
         videos = self._rollout(models["student"], batch, generator)
         frames = videos.shape[2]
         with torch.no_grad():
-            clips = self._noised(videos.detach(), text, generator)
+            clips = self._noised(models[FAKE_SCORE], videos.detach(), batch, generator)
             negative = negative_text(self.negative, text)
             v_real = guided_velocity(
                 self._scorer(models[config.real_score], frames), clips, negative, config.guidance_scale
@@ -211,7 +226,7 @@ class DMD(Stage[DMDConfig]):
 
     def second_loss(self, models: Models, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         videos = batch["latents"]
-        clips = self._noised(videos, batch["encoder_hidden_states"], generator)
+        clips = self._noised(models[FAKE_SCORE], videos, batch, generator)
         v = predict_velocity(self._scorer(models[FAKE_SCORE], videos.shape[2]), clips)
         return F.mse_loss(v, clips.target), {}
 

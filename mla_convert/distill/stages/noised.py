@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ...flow import drop_prompts
+from ...mla.conditions import conditions_of
 from ..data import Batch
 from ..objective import NoisedClips, noised_clips
 from .base import StageConfig
@@ -58,4 +59,5 @@ def noised_batch(
         noise_range=model.noise_range,
         levels=config.noise_levels,
         flow_map=model.flow_map,
+        conditions=conditions_of(batch),
     )
