@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ..errors import UsageError
-from ..families.base import Config, noise_channels
+from ..families.base import noise_channels
+from ..families.image import IMAGE, TOKENS, needed_conditions, refuse_last_image
 from ..load import Source
-from ..run.image import reads_image
 
 
 def check_alike(real_score: Source, source: Source) -> None:
@@ -20,27 +20,27 @@ def check_alike(real_score: Source, source: Source) -> None:
             raise UsageError(
                 f"real_score: {real_score.origin} takes {what} of {theirs} channels, {source.origin} of {mine} ({name})"
             )
-
-
-def check_text_to_video(config: Config, origin: str) -> None:
-    """Raise UsageError for a model that is conditioned on an image, which clips do not hold."""
-    if reads_image(config):
-        raise UsageError(
-            f"{origin} is an image-to-video model ({config['in_channels']} channels in, {noise_channels(config)} out) "
-            "and clips hold no masks and images: `convert` it from its weights alone, with init: svd, or take the "
-            "text-to-video model, which continues an image that is written to its cache"
-        )
+    read = [" and ".join(needed_conditions(one.config)) or "no image" for one in (real_score, source)]
+    if read[0] != read[1]:
+        raise UsageError(f"real_score: {real_score.origin} reads {read[0]}, {source.origin} {read[1]}")
 
 
 def check_channels(example: Mapping[str, Tensor], source: Source, where: str) -> None:
-    """Compare `latents` `[C, F, H, W]` and `encoder_hidden_states` `[L, D]` of one clip with what the model takes.
+    """Compare one clip with what the model takes: `latents` `[C, F, H, W]`, `encoder_hidden_states` `[L, D]`, and of
+    an image `image_latents` `[c, F, H, W]` and `encoder_hidden_states_image` `[L, D]`.
 
-    Raises UsageError that begins with `where`, the name of the data, or that names an image-to-video model.
+    Raises UsageError that begins with `where`, the name of the data, or for a model that reads two images.
     """
-    check_text_to_video(source.config, source.origin)
-    for key, axis, name in (("latents", 0, "in_channels"), ("encoder_hidden_states", 1, "text_dim")):
-        size = example[key].shape[axis]
-        if size != source.config[name]:
-            raise UsageError(
-                f"{where}: {key} have {size} channels, {source.origin} takes {source.config[name]} ({name})"
-            )
+    config = source.config
+    refuse_last_image(config)
+    made, read = noise_channels(config), config["in_channels"]
+    wanted = {
+        "latents": (0, made, "in_channels" if made == read else "out_channels"),
+        "encoder_hidden_states": (1, config["text_dim"], "text_dim"),
+        IMAGE: (0, read - made, "in_channels less out_channels"),
+        TOKENS: (1, config.get("image_dim"), "image_dim"),
+    }
+    for key, (axis, expected, name) in wanted.items():
+        if key in example and example[key].shape[axis] != expected:
+            size = example[key].shape[axis]
+            raise UsageError(f"{where}: {key} have {size} channels, {source.origin} takes {expected} ({name})")

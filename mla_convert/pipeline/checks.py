@@ -17,6 +17,7 @@ from ..distill.stages.base import StageConfig
 from ..distill.trainable import trainable_names
 from ..errors import UsageError, UserError
 from ..families.base import noise_channels
+from ..families.image import needed_conditions, refuse_last_image
 from ..flow import levels_inside
 from ..load import Source
 from ..load.hub import is_hub_id
@@ -28,7 +29,7 @@ from ..run.extent import check_start
 from ..run.sample import check_latent_size, check_length, latent_size
 from ..run.start import read_start
 from .calibration import calibration_reads_negative
-from .channels import check_alike, check_channels, check_text_to_video
+from .channels import check_alike, check_channels
 from .context import Context
 from .rollouts import check_rollouts, read_negative_prompt
 from .samples import check_samples
@@ -143,15 +144,29 @@ def _check_data(context: Context, made: bool, read: bool) -> None:
         assert recipe.data.rollouts is not None
         clip = check_rollouts(recipe.data.rollouts, source)
         check_channels(clip, source, "data.rollouts")
+        _check_previews(context, clip["latents"].shape[1])
         negative = read_negative_prompt(context, clip["encoder_hidden_states"].unsqueeze(0))
         if negative is None and reads_negative:
             raise UserError("guidance and empty_prompt_rate need a negative prompt; give data.negative_embeds")
     elif read:
-        check_text_to_video(source.config, source.origin)
-        check_channels(context.data.example(0), source, "data")
+        refuse_last_image(source.config)
+        example = context.data.example(0)
+        check_channels(example, source, "data")
+        _check_previews(context, example["latents"].shape[1])
         if reads_negative:
             # Reading it is what tells that it is there.
             _ = context.data.negative
+
+
+def _check_previews(context: Context, frames: int) -> None:
+    """Images are encoded for the `frames` of a clip, and a preview that reads them is no longer."""
+    for index, stage in enumerate(context.recipe.distill):
+        asked = None if stage.preview is None else stage.preview.num_frames
+        if asked is not None and asked > frames and needed_conditions(context.source.config):
+            raise UsageError(
+                f"distill.{index}.preview.num_frames: images are encoded for the {frames} latent frames of a clip; "
+                f"lower {asked} to that"
+            )
 
 
 @contextlib.contextmanager

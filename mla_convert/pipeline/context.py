@@ -17,6 +17,7 @@ from ..distill.stages.base import REAL_SCORE, TEACHER, StageConfig
 from ..evaluate.samples import Comparison
 from ..export.checkpoint import load_checkpoint
 from ..export.manifest import read_manifest
+from ..families.image import needed_conditions
 from ..files import MANIFEST
 from ..load import Source, load_dense
 from ..recipe.schema import Recipe
@@ -80,7 +81,7 @@ class Context:
 
     @functools.cached_property
     def data(self) -> Data:
-        return open_data(self.data_config, self.recipe.seed)
+        return open_data(self.data_config, self.recipe.seed, needed_conditions(self.source.config))
 
     @property
     def device(self) -> torch.device:

@@ -22,14 +22,14 @@ from ..distill.stages.base import REAL_SCORE, TEACHER
 from ..distill.trainer import run_stage
 from ..errors import UsageError, UserError
 from ..evaluate.geometry import PAPER_SHARE
-from ..families.base import Family
+from ..families.base import Family, noise_channels
+from ..families.image import IMAGE, TOKENS, needed_conditions, refuse_last_image
 from ..load import accepted_config, known_config
 from ..mla.config import MLAConfig
 from ..recipe.schema import Recipe, SourceConfig
 from ..registry import stages
 from ..run.config import GenerateConfig
 from ..run.sample import DIGITS, latent_size, prompt_encoder
-from .channels import check_text_to_video
 from .sources import source_of
 
 WAN_1_3B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
@@ -41,7 +41,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "causal-forcing": WAN_1_3B,
     "longlive-1.3b": WAN_1_3B,
 }
-DIGITS_TEXT, WAN_TEXT, WAN_FRAMES = 3, 512, 21
+DIGITS_TEXT, WAN_TEXT, WAN_FRAMES, CLIP_TOKENS = 3, 512, 21, 257
 
 
 class DryRun:
@@ -56,7 +56,7 @@ class DryRun:
         self.recipe, self.launch = recipe, launch
         self.assumptions: list[str] = []
         self.family, self.config = self._shapes(recipe.source)
-        check_text_to_video(self.config, recipe.source.model)
+        refuse_last_image(self.config)
         self.clip = self._clip()
 
     def _shapes(self, section: SourceConfig) -> tuple[Family, dict[str, Any]]:
@@ -88,7 +88,7 @@ class DryRun:
 
     def _clip(self) -> ClipShape:
         data, rollouts = self.recipe.data, self.recipe.data.rollouts
-        channels, text_dim = self.config.get("in_channels", 16), self.config.get("text_dim", 4096)
+        channels, text_dim = noise_channels(self.config), self.config.get("text_dim", 4096)
         if rollouts is not None:
             sizes = {"latent_height": rollouts.latent_height, "latent_width": rollouts.latent_width}
             height, width = latent_size(self.config, GenerateConfig(**sizes))
@@ -99,7 +99,7 @@ class DryRun:
             shape = [clip.channels, clip.frames, clip.height, clip.width]
             self.assumptions.append(f"clips are {shape} with {WAN_TEXT} text tokens; {data.folder} has none")
             return clip
-        example = open_data(data, self.recipe.seed).example(0)
+        example = open_data(data, self.recipe.seed, needed_conditions(self.config)).example(0)
         return ClipShape(*example["latents"].shape, *example["encoder_hidden_states"].shape)
 
     def _mla(self, dense: Any) -> dict[str, Any]:
@@ -165,18 +165,26 @@ class DryRun:
                 moments.append(time.monotonic())
 
             with tempfile.TemporaryDirectory() as folder:
-                run_stage(short, student, networks, _Noise(self.clip), None, Path(folder), 0, index + 1, told)
+                run_stage(
+                    short, student, networks, _Noise(self.clip, self.config), None, Path(folder), 0, index + 1, told
+                )
             seconds.append(statistics.median(b - a for a, b in itertools.pairwise(moments[:-1])))
         return seconds
 
 
 class _Noise:
-    """Clips of noise in a shape."""
+    """Clips of noise in a shape, with the images that a model of `config` reads."""
 
     size: int | None = None
 
-    def __init__(self, clip: ClipShape) -> None:
-        self.clip = clip
+    def __init__(self, clip: ClipShape, config: Mapping[str, Any]) -> None:
+        self.clip, needed = clip, needed_conditions(config)
+        beside = int(config.get("in_channels") or clip.channels) - clip.channels
+        shapes = {
+            IMAGE: (beside, clip.frames, clip.height, clip.width),
+            TOKENS: (CLIP_TOKENS, config.get("image_dim") or 0),
+        }
+        self.images = {name: shapes[name] for name in needed}
 
     @property
     def negative(self) -> Tensor:
@@ -186,7 +194,9 @@ class _Noise:
         generator, clip = torch.Generator().manual_seed(index), self.clip
         text: Tensor = torch.randn(clip.text_tokens, clip.text_dim, generator=generator)
         shape = (clip.channels, clip.frames, clip.height, clip.width)
-        return {"latents": torch.randn(shape, generator=generator), "encoder_hidden_states": text}
+        latents = torch.randn(shape, generator=generator)
+        images = {name: torch.randn(image, generator=generator) for name, image in self.images.items()}
+        return {"latents": latents, "encoder_hidden_states": text, **images}
 
     def heldout(self, count: int | None = None) -> Batch:
         raise NotImplementedError("clips of noise are not held out")

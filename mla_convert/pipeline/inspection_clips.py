@@ -25,6 +25,7 @@ from ..distill.latents import LatentShards
 from ..distill.normalisation import Latents
 from ..distill.progress import Report
 from ..errors import UsageError
+from ..families.image import needed_conditions
 from ..load import Source
 from ..run.sample import DIGITS, prompt_encoder
 from .channels import check_channels
@@ -59,7 +60,7 @@ def open_clips(
         digits_data = DigitClips(seed=0, heldout=_TRIED)
         held = digits_data.heldout()
         return Clips(DIGITS, wanted, digits_data.example, _TRIED, lambda index: {k: v[index] for k, v in held.items()})
-    shards = LatentShards(data, text_tokens, latents)
+    shards = LatentShards(data, text_tokens, latents, needed_conditions(source.config))
     # What a fit was calibrated on flatters it: a trial has clips of its own, the only clip aside.
     last = min(_TRIED, max(1, len(shards) // 2))
     first = len(shards) - last
