@@ -27,7 +27,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 import mla_convert.run.offload
 from mla_convert import StreamingMLAPipeline
-from mla_convert.distill.encode.models import text_encoder, video_encoder
+from mla_convert.distill.encode.models import encode_pixels, text_encoder, video_vae
 from mla_convert.evaluate.bench import BenchConfig, bench
 from mla_convert.evaluate.config import EvaluateConfig
 from mla_convert.evaluate.fidelity import fidelity, memory
@@ -391,8 +391,9 @@ def test_vbench_draws_and_encoders_encode(checkpoint: Path, tmp_path: Path, avai
         video = np.concatenate(chunks)
         room = decoding_bytes(drawing.vae, 4, 6).total(1) if device == GPU else 0
         assert [one.kernels.reserved for one in drawing.models] == [room]
-        with text_encoder(pipeline, torch.float32, device) as embed, video_encoder(pipeline, device) as encode:
-            return [torch.from_numpy(video), embed(["red"]), encode(torch.linspace(-1, 1, 4608).view(1, 3, 1, 32, 48))]
+        with text_encoder(pipeline, torch.float32, device) as embed, video_vae(pipeline, device) as vae:
+            pixels = torch.linspace(-1, 1, 4608).view(1, 3, 1, 32, 48)
+            return [torch.from_numpy(video), embed(["red"]), encode_pixels(vae, pixels).cpu()]
 
     same(made)
 

@@ -12,6 +12,7 @@ from ..errors import UsageError
 from .output import Json, print_result, stderr
 
 _LISTED = 10
+_IMAGES = ("image_latents", "encoder_hidden_states_image")
 
 
 def encode(
@@ -42,6 +43,12 @@ def encode(
         Literal["normalised", "raw"],
         typer.Option(help="normalised, as a transformer takes them, or raw VAE output, for FastVideo."),
     ] = "normalised",
+    image_condition: Annotated[
+        bool,
+        typer.Option(
+            "--image-condition", help="Store what an image-to-video model reads of each clip's first frame, too."
+        ),
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Clips, or prompts, encoded at once.")] = 1,
     shard_size: Annotated[int, typer.Option(min=1, help="Clips, or prompts, per file.")] = 64,
     negative_prompt: Annotated[
@@ -57,6 +64,8 @@ def encode(
     """
     if (videos is None) == (prompts is None):
         raise UsageError("give VIDEOS or --prompts, one of the two")
+    if image_condition and videos is None:
+        raise UsageError("--image-condition is of the first frames of VIDEOS, which --prompts has not; leave it out")
     with stderr().status("loading PyTorch"):
         from ..distill.encode import EncodeConfig, encode_prompts, encode_videos
         from ..distill.negative import WAN_NEGATIVE_PROMPT
@@ -64,7 +73,20 @@ def encode(
         from ..pipeline.run import this_process
 
     negative = WAN_NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
-    config = EncodeConfig(model, revision, frames, height, width, fps, dtype, batch_size, shard_size, negative, latents)
+    config = EncodeConfig(
+        model,
+        revision,
+        frames,
+        height,
+        width,
+        fps,
+        dtype,
+        batch_size,
+        shard_size,
+        negative,
+        latents,
+        image_condition,
+    )
     processes = this_process()
     console = stderr()
     # One set of bars for all processes.
@@ -88,6 +110,9 @@ def _lines(result: Mapping[str, Any], out: Path) -> list[str]:
         f"wrote {out}: {result['encoded']:,} clips in {result['shards']:,} shards, "
         f"{result['stored']} latents {latents} and text {text} in {result['dtype']}"
     ]
+    images = ["x".join(map(str, result[key])) for key in _IMAGES if key in result]
+    if images:
+        lines.append(f"of each first frame image latents {' and CLIP tokens '.join(images)}")
     skipped = result["skipped"]
     if skipped:
         lines.append(f"skipped {len(skipped):,}, listed in {out / 'skipped.jsonl'}:")

@@ -17,7 +17,9 @@ class EncodeConfig:
     Of every video the first `frames` at `fps` a second, `height` x `width` pixels, are encoded;
     `batch_size` at once, `shard_size` in a file. The text encoder runs in `dtype`, and everything is
     stored in it; the VAE runs in float32. `latents` are stored `normalised`, as a transformer takes them, or `raw`,
-    as the VAE gives them. The embedding of `negative_prompt` is written beside them.
+    as the VAE gives them. The embedding of `negative_prompt` is written beside them. With `image_condition` so is what
+    an image-to-video model reads of the first frame of each video: its CLIP tokens where the pipeline has an image
+    encoder, and its latents, with those of the grey frames after it.
     """
 
     model: str
@@ -31,6 +33,7 @@ class EncodeConfig:
     shard_size: int = 64
     negative_prompt: str = WAN_NEGATIVE_PROMPT
     latents: Literal["normalised", "raw"] = "normalised"
+    image_condition: bool = False
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -29,18 +29,19 @@ IMAGE_ENCODER, IMAGE_PROCESSOR = "image_encoder", "image_processor"
 PATCH = 2
 
 
-def find_pipeline(model: str, revision: str | None, config_only: bool) -> tuple[Path, str | None]:
+def find_pipeline(model: str, revision: str | None, config_only: bool, images: bool = False) -> tuple[Path, str | None]:
     """Folder of a pipeline, and its commit on the Hub. Raises UserError.
 
-    With `config_only` no more than configurations are downloaded.
+    With `config_only` no more than configurations are downloaded, with `images` the image encoder's too.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder, None
-    patterns = ["model_index.json", f"{VAE}/config.json", f"{TEXT_ENCODER}/config.json"]
+    parts = [VAE, TEXT_ENCODER, *([IMAGE_ENCODER] if images else [])]
+    patterns = ["model_index.json", *(f"{part}/config.json" for part in parts)]
     if not config_only:
-        patterns += [f"{part}/*.{kind}" for part in (VAE, TEXT_ENCODER) for kind in ("json", "safetensors")]
-        patterns.append(f"{TOKENIZER}/*")
+        patterns += [f"{part}/*.{kind}" for part in parts for kind in ("json", "safetensors")]
+        patterns += [f"{TOKENIZER}/*", *([f"{IMAGE_PROCESSOR}/*"] if images else [])]
     snapshot = download(model, revision, patterns)
     return snapshot, snapshot.name
 
@@ -54,6 +55,11 @@ def check_model(folder: Path, videos: bool) -> None:
         found = _config(folder, VAE).get("_class_name")
         if found != "AutoencoderKLWan":
             raise UserError(f"the VAE of {folder} is {found}; encode reads AutoencoderKLWan")
+
+
+def has_image_encoder(folder: Path) -> bool:
+    """Whether a pipeline makes CLIP tokens of an image, as that of Wan2.1's image-to-video models does."""
+    return (folder / IMAGE_ENCODER / "config.json").is_file()
 
 
 def check_size(folder: Path, frames: int, height: int, width: int) -> None:
@@ -155,14 +161,11 @@ def encode_pixels(vae: Any, pixels: Tensor, raw: bool = False) -> Tensor:
 
 
 @contextlib.contextmanager
-def video_encoder(folder: Path, device: torch.device, raw: bool = False) -> Iterator[Callable[[Tensor], Tensor]]:
-    """A function from pixels `[B, 3, F, H, W]` in [-1, 1] to latents `[B, C, f, h, w]`; both float32 on the CPU.
-
-    The latents are normalised or `raw`. The VAE computes in float32, and is freed at the end.
-    """
+def video_vae(folder: Path, device: torch.device) -> Iterator[Any]:
+    """The VAE of a pipeline, in float32; freed at the end."""
     vae = load_vae(folder, device)
     try:
-        yield lambda pixels: encode_pixels(vae, pixels, raw).cpu()
+        yield vae
     finally:
         _free(vae)
 

@@ -12,13 +12,15 @@ from typing import Any
 from accelerate import PartialState
 
 from ...errors import UserError
+from ...families.image import IMAGE, TOKENS
 from ...files import write_text
+from ...mla.conditions import conditions_of
 from ..latents import LatentShards, shard_name
 from ..negative import NEGATIVE
 from ..progress import Report
 from ..waiting import wait_until
 from .config import EncodeConfig
-from .models import TEXT_TOKENS, check_model, check_size, find_pipeline
+from .models import TEXT_TOKENS, check_model, check_size, find_pipeline, has_image_encoder
 from .plan import claimed, make_plan
 from .sources import find_videos, read_prompts
 from .text import Embeddings, write_embeddings
@@ -42,13 +44,16 @@ def encode_videos(
     """
     started = time.monotonic()
     entries, without = find_videos(source)
-    folder, commit = find_pipeline(config.model, config.revision, config_only=True)
+    images = config.image_condition
+    folder, commit = find_pipeline(config.model, config.revision, config_only=True, images=images)
     check_model(folder, videos=True)
     check_size(folder, config.frames, config.height, config.width)
     settings = {**asdict(config), "revision": commit}
     if config.latents == "normalised":
         # A folder that was begun before there was a choice can be gone on with.
         del settings["latents"]
+    if not images:
+        del settings["image_condition"]
     plan = make_plan("videos", settings, [*(e[:2] for e in entries), *without])
     size = config.shard_size
     shards = [
@@ -58,7 +63,7 @@ def encode_videos(
     paths = [shard.path for shard in shards]
 
     def work(mine: Sequence[int], texts: Sequence[Embeddings]) -> None:
-        find_pipeline(config.model, commit, config_only=False)
+        find_pipeline(config.model, commit, config_only=False, images=images)
         write_video_shards([shards[number] for number in mine], texts, folder, config, processes.device, report)
 
     if not _share(out, plan, resume, processes, paths, _negative(out, config), work, report):
@@ -70,7 +75,8 @@ def encode_videos(
     if encoded == 0:
         name, reason = skipped[0]
         raise UserError(f"none of {len(skipped)} videos could be encoded, see {out / SKIPPED}; {name}: {reason}")
-    example = LatentShards(out).read(0)
+    read = () if not images else (IMAGE, TOKENS) if has_image_encoder(folder) else (IMAGE,)
+    example = LatentShards(out, conditions=read).read(0)
     return {
         "out": str(out),
         "encoded": encoded,
@@ -78,6 +84,7 @@ def encode_videos(
         "shards": len(paths),
         "latents": list(example["latents"].shape),
         "text": list(example["encoder_hidden_states"].shape),
+        **{name: list(x.shape) for name, x in conditions_of(example).items()},
         "dtype": config.dtype,
         "stored": config.latents,
         "seconds": round(time.monotonic() - started, 3),

@@ -1,28 +1,57 @@
-"""Shards of videos: captions first, then frames, so that only one model is in memory."""
+"""Shards of videos: captions first, then frames, so that the text encoder is never beside another model."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
+from ...families.image import IMAGE, TOKENS, with_mask
 from ..latents import Clip, read_notes, write_shard
 from ..normalisation import notes_of
 from ..progress import Report
+from .begun import encode_begun
 from .config import EncodeConfig
 from .frames import UnusableVideo, ahead, read_frames, to_pixels
-from .models import latents_scale, video_encoder
+from .models import encode_pixels, has_image_encoder, image_encoder, latents_scale, video_vae
 from .plan import WORK
 from .sources import Entry, Skipped
 from .text import Embeddings, read_ragged, write_embeddings
 
 DECODERS = 4
 _NOTE = "mla_convert.skipped"
+
+
+class _Encoder(NamedTuple):
+    """Videos in, latents out, normalised or `raw`; with `images` what is read of their first frames, too.
+
+    `embed` makes CLIP tokens `[1, L, D]` of an image, None where the pipeline does not.
+    """
+
+    vae: Any
+    raw: bool
+    images: bool
+    embed: Callable[[Image.Image], Tensor] | None
+
+    def __call__(self, videos: Sequence[Tensor]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Latents `[C, f, h, w]` and conditions of each of some videos, uint8 `[F, H, W, 3]`; float32 on the CPU."""
+        latents = encode_pixels(self.vae, torch.stack([to_pixels(frames) for frames in videos]), self.raw).cpu()
+        for frames, one in zip(videos, latents, strict=True):
+            yield one, self._conditions(frames[:1], one.shape[1]) if self.images else {}
+
+    def _conditions(self, first: Tensor, frames: int) -> dict[str, Tensor]:
+        begun = encode_begun(self.vae, to_pixels(first).unsqueeze(0), frames)[0].cpu()
+        made = {IMAGE: with_mask(begun)}
+        if self.embed is not None:
+            made[TOKENS] = self.embed(Image.fromarray(first[0].numpy()))[0]
+        return made
 
 
 class Shard(NamedTuple):
@@ -57,7 +86,12 @@ def write_video_shards(
         return
     total, done = sum(len(shard.entries) for shard in shards), 0
     raw = config.latents == "raw"
-    with video_encoder(folder, device, raw) as encode:
+    tokens = config.image_condition and has_image_encoder(folder)
+    with (
+        video_vae(folder, device) as vae,
+        image_encoder(folder, device) if tokens else contextlib.nullcontext() as embed,
+    ):
+        encode = _Encoder(vae, raw, config.image_condition, embed)
         for shard in shards:
             notes = notes_of(latents_scale(folder) if raw else None)
 
@@ -77,7 +111,7 @@ def skipped_in(path: Path) -> list[Skipped]:
 
 def _clips(
     shard: Shard,
-    encode: Callable[[Tensor], Tensor],
+    encode: _Encoder,
     config: EncodeConfig,
     notes: dict[str, str],
     advance: Callable[[int], None],
@@ -97,15 +131,15 @@ def _clips(
         usable = [(number, found) for number, found in some if isinstance(found, Tensor)]
         skipped += [(shard.entries[n].name, found) for n, found in some if isinstance(found, str)]
         if usable:
-            latents = encode(torch.stack([to_pixels(frames) for _, frames in usable]))
-            for (number, _), latent in zip(usable, latents, strict=True):
-                yield _clip(shard.entries[number], latent, texts[number], config)
+            encoded = encode([frames for _, frames in usable])
+            for (number, _), (latents, conditions) in zip(usable, encoded, strict=True):
+                yield _clip(shard.entries[number], latents, conditions, texts[number], config)
         advance(len(some))
     if skipped:
         notes[_NOTE] = json.dumps(skipped)
 
 
-def _clip(entry: Entry, latents: Tensor, text: Tensor, config: EncodeConfig) -> Clip:
+def _clip(entry: Entry, latents: Tensor, conditions: Mapping[str, Tensor], text: Tensor, config: EncodeConfig) -> Clip:
     return Clip(
         latents.to(config.torch_dtype),
         text,
@@ -115,4 +149,5 @@ def _clip(entry: Entry, latents: Tensor, text: Tensor, config: EncodeConfig) -> 
         height=config.height,
         fps=config.fps,
         duration_sec=config.frames / config.fps,
+        conditions={name: x.to(config.torch_dtype) for name, x in conditions.items()},
     )
