@@ -24,6 +24,7 @@ from mla_convert import StreamingMLAPipeline
 from mla_convert.cli import main
 from mla_convert.distill.encode.begun import encode_begun
 from mla_convert.distill.encode.models import encode_image, image_encoder
+from mla_convert.distill.latents import Clip, write_shard
 from mla_convert.errors import UsageError, UserError
 from mla_convert.export.checkpoint import save_checkpoint
 from mla_convert.export.config import ExportConfig
@@ -279,7 +280,7 @@ def test_pictures_in_other_modes_are_read(tmp_path: Path) -> None:
         read_image(tmp_path / "none.png")
 
 
-def test_what_has_no_images_refuses_the_model(
+def test_clips_without_images_refuse_the_model(
     capsys: Any, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`convert` takes it, from its weights alone, and what that gives generates."""
@@ -294,12 +295,22 @@ def test_what_has_no_images_refuses_the_model(
         "data": {"kind": "latents", "folder": str(tmp_path / "none")},
         "distill": [{"stage": "match_velocity", "steps": 1, "learning_rate": 1e-3, "batch_size": 1}],
     }
+    clips = [Clip(torch.zeros(4, 2, 4, 6), torch.zeros(512, DIM)) for _ in range(3)]
+    write_shard(tmp_path / "none" / "a.parquet", clips)
     (tmp_path / "train.yaml").write_text(json.dumps(recipe))
     (tmp_path / "convert.yaml").write_text(json.dumps({**recipe, "distill": []}))
-    refused = "is an image-to-video model (12 channels in, 4 out) and clips hold no masks and images: `convert` it"
-    for command in (["distill", "train.yaml", "--dry-run"], ["run", "convert.yaml", "--out", "run"]):
-        monkeypatch.chdir(tmp_path)
-        assert main(command) == 2 and refused in capsys.readouterr().err
+    refused = "is conditioned on an image and the clips in {} hold no first_frame_latent and clip_feature; encode the"
+    refused = refused.format(tmp_path / "none")
+    monkeypatch.chdir(tmp_path)
+    for command in (
+        ["distill", "train.yaml", "--dry-run"],
+        ["recipes", "check", "train.yaml"],
+        ["run", "convert.yaml", "--out", "run"],
+    ):
+        assert main(command) == 1
+        error = " ".join(capsys.readouterr().err.split())
+        assert refused in error and "`mla-convert encode --image-condition` and the model's own pipeline" in error
+    assert not (tmp_path / "run").exists()
     with pytest.raises(UsageError, match="is an image-to-video model, and VBench's standard prompts come without"):
         Drawing(tmp_path / "i2v", VBenchConfig(tmp_path), [], tmp_path, lambda *told: None)
     assert main(["convert", "convert.yaml", "--out", "converted"]) == 0
