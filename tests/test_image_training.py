@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from torch import Tensor
 from mla_convert.cli import main
 from mla_convert.convert import ConvertConfig, clip_batches, convert_model
 from mla_convert.distill.data import DataConfig, open_data
-from mla_convert.distill.latents import write_latents
+from mla_convert.distill.latents import Clip, LatentShards, write_latents
 from mla_convert.distill.objective import NoisedClips, flow_loss, noised_clips, predict_velocity
 from mla_convert.distill.rollout import self_rollout
 from mla_convert.distill.trainer import run_stage
+from mla_convert.draws import Use, drawn_seed
 from mla_convert.errors import UserError
 from mla_convert.evaluate.fidelity import fidelity
 from mla_convert.export.manifest import family_of
@@ -241,3 +243,129 @@ def test_a_run_of_all_stages(kind: str, folder: Path, tmp_path: Path, capsys: An
     assert measured["student_loss"] == pytest.approx(report["student_loss"], rel=0.05)
     assert main(["inspect", str(folder / kind), "--data", str(folder / "data"), "--out", str(tmp_path / "i")]) == 0
     assert main(["distill", str(path), "--dry-run", "--measure", "1", "--json"]) == 0
+
+
+ROLLOUTS = {"clips": 6, "num_frames": 5, "batch_size": 2, "num_inference_steps": 2, "latent_height": 4}
+
+
+def test_the_teacher_makes_clips_from_the_images_of_others(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    rollouts = {**ROLLOUTS, "prompt_embeds": str(folder / "data"), "latent_width": 6}
+    given = recipe(folder, data={"kind": "rollouts", "heldout": 2, "rollouts": rollouts})
+    given["distill"] = given["distill"][2:3]
+    path = saved(tmp_path / "recipe.yaml", given)
+    assert main(["distill", str(path), "--out", str(tmp_path / "run")]) == 0, capsys.readouterr().err
+    kept = {path: path.read_bytes() for path in (tmp_path / "run" / "data").glob("*.parquet")}
+    read = LatentShards(tmp_path / "run" / "data", conditions=NAMES["wan2.1"])
+    pairs = list(zip(map(read.read, range(2)), made(2), strict=True))
+    told = {name: torch.stack([clip[name] for clip, _ in pairs]) for name in NAMES["wan2.1"]}
+    for name, x in told.items():
+        source = torch.stack([clip.conditions[name] for _, clip in pairs])
+        assert torch.equal(x, source[:, :, :5] if name == "image_latents" else source)
+    text = torch.stack([clip.encoder_hidden_states for _, clip in pairs])
+    size, seed = (5, *SIZE), drawn_seed(Use.ROLLOUT, 0, 0)
+    dense = case.model("wan2.1")
+    expected = torch.cat(list(stream_chunks(dense, text, *size, 2, seed=seed, conditions=told)), dim=2)
+    # Observed: 0.
+    assert pico.relative_error(torch.stack([clip["latents"] for clip, _ in pairs]), expected) < FLOAT32
+    assert len(kept) == 3
+    for path in kept:
+        path.unlink()
+    assert main(["distill", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run"), "--resume"]) == 0
+    assert {path: path.read_bytes() for path in kept} == kept
+
+
+@pytest.mark.parametrize(
+    ("kind", "sections", "message"),
+    [
+        (
+            "wan2.1",
+            {"data": {"kind": "rollouts", "heldout": 2, "rollouts": {**ROLLOUTS, "prompt_embeds": "{folder}/wan2.1"}}},
+            "data.rollouts: the model is conditioned on an image, which prompts alone have not; name a folder of clips",
+        ),
+        (
+            "wan2.1",
+            {"data": {"kind": "rollouts", "heldout": 2, "rollouts": {**ROLLOUTS, "prompt_embeds": "{folder}/data"}}},
+            "{folder}/data are 4x6 latent pixels, the clips would be 4x104; set latent_height: 4 and latent_width: 6",
+        ),
+        (
+            "wan2.2",
+            {
+                "data": {
+                    "kind": "rollouts",
+                    "heldout": 2,
+                    "rollouts": {**ROLLOUTS, "num_frames": 9, "prompt_embeds": "{folder}/data"},
+                }
+            },
+            "data.rollouts.num_frames: the images in {folder}/data are encoded for 8 latent frames; lower 9 to that or",
+        ),
+        ("wan2.1", {"data": {"kind": "digits"}}, "the model is conditioned on an image, which data.kind: digits has"),
+        (
+            "wan2.1",
+            {"data": {"kind": "latents", "folder": "{folder}/text", "heldout": 1}},
+            "is conditioned on an image and the clips in {folder}/text hold no first_frame_latent and clip_feature; enco",
+        ),
+        (
+            "wan2.1",
+            {"data": {"kind": "latents", "folder": "{folder}/wide", "heldout": 1}},
+            "data: encoder_hidden_states_image have 9 channels, {folder}/wan2.1 takes 8 (image_dim)",
+        ),
+        (
+            "wan2.2",
+            {
+                "distill": [
+                    {
+                        "stage": "match_velocity",
+                        "steps": 1,
+                        "learning_rate": 1e-3,
+                        "preview": {"every": 1, "num_frames": 10},
+                    }
+                ]
+            },
+            "distill.0.preview.num_frames: images are encoded for the 8 latent frames of a clip; lower 10 to that",
+        ),
+        (
+            "wan2.2",
+            {"real_score": {"model": "{folder}/wan2.1"}},
+            "real_score: {folder}/wan2.1 reads image_latents and encoder_hidden_states_image, {folder}/wan2.2 image_late",
+        ),
+    ],
+)
+def test_what_images_do_not_fit_is_refused_before_anything_is_made(
+    kind: str, sections: dict[str, Any], message: str, folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    if not (folder / "text").exists():
+        write_latents(folder / "text", (Clip(clip.latents, clip.encoder_hidden_states) for clip in made(3)))
+        wide = torch.zeros(5, 9)
+        changed = [clip.conditions | {"encoder_hidden_states_image": wide} for clip in made(3)]
+        clips = zip(made(3), changed, strict=True)
+        write_latents(folder / "wide", (replace(clip, conditions=given) for clip, given in clips))
+    given = recipe(folder, kind, **sections)
+    given["distill"] = [
+        {**stage, "guidance_scale": 1.0} if "guidance_scale" in stage else stage for stage in given["distill"]
+    ]
+    if "real_score" in sections:
+        given["distill"] = [{**given["distill"][4], "real_score": "real_score"}]
+    text = json.dumps(given).replace("{folder}", str(folder))
+    (tmp_path / "recipe.yaml").write_text(text)
+    for command in (["recipes", "check"], ["run", "--out", str(tmp_path / "run")]):
+        assert main([*command, str(tmp_path / "recipe.yaml")]) in (1, 2)
+        error = " ".join(capsys.readouterr().err.split())
+        assert message.replace("{folder}", str(folder)) in error, error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rollout_frames": 9}, "images are encoded for the 8 latent frames of a clip, rollout_frames is 9; lower it"),
+        (
+            {"score_frames": 4},
+            "scores of a model that is conditioned on an image see the rollout from its image on; lea",
+        ),
+    ],
+)
+def test_dmd_scores_a_rollout_from_its_image_on(changes: dict[str, Any], message: str, folder: Path) -> None:
+    data = open_data(DataConfig(kind="latents", folder=str(folder / "data"), heldout=1), 0, NAMES["wan2.1"])
+    stage, teacher = stages()["dmd"](distill_case.make_config("dmd", **STAGES["dmd"], **changes)), case.model()
+    with pytest.raises(UserError, match=message):
+        stage.check(case.converted(teacher), {"teacher": teacher}, data)

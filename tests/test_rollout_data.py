@@ -54,7 +54,7 @@ def finished(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def drawn(text: torch.Tensor, seed: int) -> torch.Tensor:
+def drawn(text: torch.Tensor, seed: int, conditions: object = None) -> torch.Tensor:
     """Latents that depend on the seed and the prompts alone, in place of a rollout."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(len(text), 1, 2, 3, 4, generator=generator) + text.sum((1, 2)).view(-1, 1, 1, 1, 1)
@@ -206,6 +206,7 @@ def test_prompts_may_be_embeddings(teacher: Path, tmp_path: Path) -> None:
     for number, part in enumerate(text.split(2)):
         save_file({"prompt_embeds": part.contiguous()}, tmp_path / "embeds" / f"prompts-{number:05d}.safetensors")
     config = RolloutsConfig(clips=4, prompt_embeds=str(tmp_path / "embeds"))
-    found, captions = pipeline_module.read_prompts(config, load_source(str(teacher)))
+    prompts = pipeline_module.read_prompts(config, load_source(str(teacher)))
+    found, captions = prompts.text, prompts.captions
     assert torch.equal(found, text)
     assert captions == ["", "", ""]

@@ -48,7 +48,7 @@ class DataConfig(BaseModel):
       from it, and clips that lose their own prompt get it. The default is `negative.safetensors` beside the clips or
       the prompts, which `mla-convert encode` writes. For digits it is zeros.
 
-    A model that is conditioned on an image reads it from the clips, which `mla-convert encode --image-condition` writes.
+    A model that is conditioned on an image reads what `mla-convert encode --image-condition` stores of the clips.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +28,7 @@ from .progress import Report
 
 PLAN = "rollouts.json"
 
-RollOut = Callable[[Tensor, int], Tensor]
+RollOut = Callable[[Tensor, int, Mapping[str, Tensor]], Tensor]
 
 
 class RolloutsConfig(SamplingConfig):
@@ -39,7 +39,8 @@ class RolloutsConfig(SamplingConfig):
     own noise.
 
     Prompts are `prompts`, which the embedded digits teacher reads, or `prompt_embeds`: a .safetensors file with
-    `prompt_embeds` `[N, L, D]`, or a folder of them, as `mla-convert encode --prompts` writes.
+    `prompt_embeds` `[N, L, D]`, or a folder of them, as `mla-convert encode --prompts` writes. It may also be a folder of
+    clips, whose captions are used, and whose images if the model is conditioned on one.
 
     The sampling keys are those of `generate`; a few-step teacher needs its own `sampler` and `denoising_steps`.
     `latent_height` and `latent_width` are needed where the model does not fix them. `dtype` is the type of the stored
@@ -92,11 +93,13 @@ def write_rollouts(
     report: Report,
     process: int = 0,
     processes: int = 1,
+    conditions: Callable[[Sequence[int]], Mapping[str, Tensor]] = lambda chosen: {},
 ) -> None:
     """Write the shards of `folder` that are missing, every `processes`-th of them from number `process`.
 
     Clip i is for prompt i modulo the number of `text` `[N, L, D]` and its `captions`. `roll_out` gives latents
-    `[B, C, F, H, W]` for texts `[B, L, D]` and a seed, which derives from `seed` and the number of the shard:
+    `[B, C, F, H, W]` for texts `[B, L, D]`, a seed, which derives from `seed` and the number of the shard, and what
+    `conditions` gives of the prompts with some numbers, `[B, ...]`, which is written beside the latents:
     a folder that was interrupted ends with the bytes of an unbroken one, whatever the number of processes.
     Raises UserError for latents that are not finite.
     """
@@ -107,9 +110,13 @@ def write_rollouts(
         if not path.is_file():
             rows = range(starts[number], min(starts[number] + config.batch_size, config.clips))
             chosen = [row % len(text) for row in rows]
-            latents = roll_out(text[chosen], drawn_seed(Use.ROLLOUT, seed, number)).to(getattr(torch, config.dtype))
+            told, dtype = conditions(chosen), getattr(torch, config.dtype)
+            latents = roll_out(text[chosen], drawn_seed(Use.ROLLOUT, seed, number), told).to(dtype)
             if not latents.isfinite().all():
                 raise UserError(f"the teacher's rollout of {path.name} has NaN or infinite values; check it")
-            clips = [Clip(latents[i], text[row], caption=captions[row]) for i, row in enumerate(chosen)]
+            clips = []
+            for i, row in enumerate(chosen):
+                own = {name: x[i].to(dtype) for name, x in told.items()}
+                clips.append(Clip(latents[i], text[row], caption=captions[row], conditions=own))
             write_shard(path, clips, starts[number], {KIND_NOTE: "normalised"})
         report("roll out clips", done + 1, len(mine))

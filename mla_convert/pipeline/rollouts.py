@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +18,24 @@ from ..distill.rollouts import RolloutsConfig, open_folder, shards_of, write_rol
 from ..distill.waiting import wait_until
 from ..errors import UsageError, UserError
 from ..families.base import noise_channels
+from ..families.image import IMAGE
 from ..files import atomic_file, save_tensors
 from ..load import Source
 from ..run.config import GenerateConfig
-from ..run.sample import (
-    check_length,
-    embed_prompts,
-    latent_size,
-    load_prompt_embeds,
-    prompt_encoder,
-    prompt_files,
-    rollout,
-)
+from ..run.sample import check_length, latent_size, rollout
 from .context import DATA, Context
+from .rollout_prompts import Prompts, read_prompts
 
 
 def roll_out_data(context: Context) -> None:
     """Write the run's clips, those that are not there yet; every process of a distributed run takes its share."""
     config = context.recipe.data.rollouts
     assert config is not None
-    text, captions = read_prompts(config, context.source)
-    negative = read_negative_prompt(context, text)
+    prompts = read_prompts(config, context.source)
+    negative = read_negative_prompt(context, prompts.text)
     folder, processes = context.path / DATA, PartialState()
     if context.main:
-        open_folder(folder, _identity(context, text, negative))
+        open_folder(folder, _identity(context, prompts, negative))
         if negative is not None:
             with atomic_file(folder / NEGATIVE) as temporary:
                 save_tensors({EMBEDS_KEY: negative}, temporary)
@@ -49,38 +43,27 @@ def roll_out_data(context: Context) -> None:
     teacher = context.dense().to(processes.device)
     context.recipe.streaming.dense.apply(teacher)
 
-    def roll_out(embeds: Tensor, seed: int) -> Tensor:
+    def roll_out(embeds: Tensor, seed: int, conditions: Mapping[str, Tensor]) -> Tensor:
         away = None if negative is None else negative.unsqueeze(0)
-        chunks = rollout(teacher, embeds, _sampling(config, seed), negative_hidden_states=away)
+        sampling = _sampling(config, seed)
+        chunks = rollout(teacher, embeds, sampling, negative_hidden_states=away, conditions=conditions)
         return torch.cat([chunk.cpu() for chunk in chunks], dim=2)
 
     rank, count = processes.process_index, processes.num_processes
-    write_rollouts(folder, config, context.recipe.seed, text, captions, roll_out, context.report, rank, count)
+    write_rollouts(
+        folder,
+        config,
+        context.recipe.seed,
+        prompts.text,
+        prompts.captions,
+        roll_out,
+        context.report,
+        rank,
+        count,
+        lambda chosen: prompts.conditions(chosen, config.num_frames),
+    )
     # One of the processes may have had a shard more.
     wait_until(lambda: all(path.exists() for path in shards_of(folder, config)))
-
-
-def read_prompts(config: RolloutsConfig, source: Source) -> tuple[Tensor, Sequence[str]]:
-    """Embeddings `[N, L, D]` of the prompts and their captions, "" where only embeddings are known.
-
-    Raises UsageError for prompts that the model does not read, UserError for files that cannot be read.
-    """
-    if config.prompt_embeds is None:
-        try:
-            return embed_prompts(config.prompts, prompt_encoder(source.config)), config.prompts
-        except UsageError as error:
-            raise UsageError(
-                f"data.rollouts.prompts: {str(error).replace('--prompt-embeds', 'prompt_embeds')}"
-            ) from None
-    path = Path(config.prompt_embeds)
-    files = prompt_files(path)
-    if not files:
-        raise UserError(f"no .safetensors files in {path}; write them with `mla-convert encode --prompts`")
-    parts = [load_prompt_embeds(file, source.config["text_dim"]) for file in files]
-    if len({part.shape[1] for part in parts}) > 1:
-        raise UserError(f"the files in {path} have embeddings of different lengths; encode the prompts together")
-    text = torch.cat(parts)
-    return text, [""] * len(text)
 
 
 def read_negative_prompt(context: Context, text: Tensor) -> Tensor | None:
@@ -106,13 +89,20 @@ def read_negative_prompt(context: Context, text: Tensor) -> Tensor | None:
 
 def check_rollouts(config: RolloutsConfig, source: Source) -> dict[str, Tensor]:
     """One clip as it will be, its latents without values. Raises UserError for what cannot be rolled out."""
-    text, _ = read_prompts(config, source)
+    prompts = read_prompts(config, source)
     if (source.config.get("causal") or {}).get("window_frames", 0) is None:
         raise UsageError("data.kind: rollouts needs a finite window; set causal.window_frames")
     check_length(source.config, config.num_frames)
     height, width = latent_size(source.config, _sampling(config, 0))
     shape = (noise_channels(source.config), config.num_frames, height, width)
-    return {"latents": torch.empty(shape, device="meta"), "encoder_hidden_states": text[0]}
+    told = {name: x[0] for name, x in prompts.conditions([0], config.num_frames).items()}
+    for size in (x.shape[2:] for name, x in told.items() if name == IMAGE):
+        if tuple(size) != (height, width):
+            raise UsageError(
+                f"data.rollouts: the images in {config.prompt_embeds} are {size[0]}x{size[1]} latent pixels, the clips "
+                f"would be {height}x{width}; set latent_height: {size[0]} and latent_width: {size[1]}"
+            )
+    return {"latents": torch.empty(shape, device="meta"), "encoder_hidden_states": prompts.text[0], **told}
 
 
 def _sampling(config: RolloutsConfig, seed: int) -> GenerateConfig:
@@ -121,11 +111,12 @@ def _sampling(config: RolloutsConfig, seed: int) -> GenerateConfig:
     return GenerateConfig(**{**shared, "prompts": (), "seed": seed})
 
 
-def _identity(context: Context, text: Tensor, negative: Tensor | None) -> str:
+def _identity(context: Context, prompts: Prompts, negative: Tensor | None) -> str:
     """Digest of all that the clips depend on."""
     parts: dict[str, Any] = context.recipe.model_dump(mode="json", include={"seed", "source", "causal", "data"})
     for key in ("heldout", "split"):
         parts["data"].pop(key)
-    tensors = {"text": text.contiguous()} | ({} if negative is None else {"negative": negative})
+    tensors = {"text": prompts.text.contiguous()} | ({} if negative is None else {"negative": negative})
     parts["text"] = hashlib.sha256(save(tensors)).hexdigest()
+    parts |= prompts.digests()
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
