@@ -274,59 +274,55 @@ def test_the_teacher_makes_clips_from_the_images_of_others(folder: Path, tmp_pat
     assert {path: path.read_bytes() for path in kept} == kept
 
 
+def rolled_out(**settings: Any) -> dict[str, Any]:
+    return {"data": {"kind": "rollouts", "heldout": 2, "rollouts": {**ROLLOUTS, **settings}}}
+
+
+def clips_of(name: str) -> dict[str, Any]:
+    return {"data": {"kind": "latents", "folder": "{folder}/" + name, "heldout": 1}}
+
+
+STAGE = {"stage": "match_velocity", "steps": 1, "learning_rate": 1e-3, "preview": {"every": 1, "num_frames": 10}}
+
+
 @pytest.mark.parametrize(
     ("kind", "sections", "message"),
     [
         (
             "wan2.1",
-            {"data": {"kind": "rollouts", "heldout": 2, "rollouts": {**ROLLOUTS, "prompt_embeds": "{folder}/wan2.1"}}},
+            rolled_out(prompt_embeds="{folder}/wan2.1"),
             "data.rollouts: the model is conditioned on an image, which prompts alone have not; name a folder of clips",
         ),
         (
             "wan2.1",
-            {"data": {"kind": "rollouts", "heldout": 2, "rollouts": {**ROLLOUTS, "prompt_embeds": "{folder}/data"}}},
+            rolled_out(prompt_embeds="{folder}/data"),
             "{folder}/data are 4x6 latent pixels, the clips would be 4x104; set latent_height: 4 and latent_width: 6",
         ),
         (
             "wan2.2",
-            {
-                "data": {
-                    "kind": "rollouts",
-                    "heldout": 2,
-                    "rollouts": {**ROLLOUTS, "num_frames": 9, "prompt_embeds": "{folder}/data"},
-                }
-            },
+            rolled_out(prompt_embeds="{folder}/data", num_frames=9),
             "data.rollouts.num_frames: the images in {folder}/data are encoded for 8 latent frames; lower 9 to that or",
         ),
         ("wan2.1", {"data": {"kind": "digits"}}, "the model is conditioned on an image, which data.kind: digits has"),
         (
             "wan2.1",
-            {"data": {"kind": "latents", "folder": "{folder}/text", "heldout": 1}},
-            "is conditioned on an image and the clips in {folder}/text hold no first_frame_latent and clip_feature; enco",
+            clips_of("text"),
+            "conditioned on an image and the clips in {folder}/text hold no first_frame_latent and clip_feature; ",
         ),
         (
             "wan2.1",
-            {"data": {"kind": "latents", "folder": "{folder}/wide", "heldout": 1}},
+            clips_of("wide"),
             "data: encoder_hidden_states_image have 9 channels, {folder}/wan2.1 takes 8 (image_dim)",
         ),
         (
             "wan2.2",
-            {
-                "distill": [
-                    {
-                        "stage": "match_velocity",
-                        "steps": 1,
-                        "learning_rate": 1e-3,
-                        "preview": {"every": 1, "num_frames": 10},
-                    }
-                ]
-            },
+            {"distill": [STAGE]},
             "distill.0.preview.num_frames: images are encoded for the 8 latent frames of a clip; lower 10 to that",
         ),
         (
             "wan2.2",
             {"real_score": {"model": "{folder}/wan2.1"}},
-            "real_score: {folder}/wan2.1 reads image_latents and encoder_hidden_states_image, {folder}/wan2.2 image_late",
+            "{folder}/wan2.1 reads image_latents and encoder_hidden_states_image, {folder}/wan2.2 image_latents",
         ),
     ],
 )
@@ -340,9 +336,6 @@ def test_what_images_do_not_fit_is_refused_before_anything_is_made(
         clips = zip(made(3), changed, strict=True)
         write_latents(folder / "wide", (replace(clip, conditions=given) for clip, given in clips))
     given = recipe(folder, kind, **sections)
-    given["distill"] = [
-        {**stage, "guidance_scale": 1.0} if "guidance_scale" in stage else stage for stage in given["distill"]
-    ]
     if "real_score" in sections:
         given["distill"] = [{**given["distill"][4], "real_score": "real_score"}]
     text = json.dumps(given).replace("{folder}", str(folder))
@@ -360,7 +353,7 @@ def test_what_images_do_not_fit_is_refused_before_anything_is_made(
         ({"rollout_frames": 9}, "images are encoded for the 8 latent frames of a clip, rollout_frames is 9; lower it"),
         (
             {"score_frames": 4},
-            "scores of a model that is conditioned on an image see the rollout from its image on; lea",
+            "scores of a model that is conditioned on an image see the rollout from its image on",
         ),
     ],
 )

@@ -18,15 +18,17 @@ gradients and optimizer alone), bytes are
     caches          4 row S_w                   of a rollout in training, for a window of S_w tokens
 
 A token of one block of width d, feed-forward width f, whose chunks see h tokens of history a token of
-their own, keeps `d (54 + (12 + 2 h) e) + 2 f e` bytes, and in latent attention of rank r at most
-`d (4 + h) e + r e` more. With `gradient_checkpointing` what enters a block is kept, `d e`, and one block keeps all of
-it; of L layers that share a latent the work on one chunk of C is computed again, and kept are what enters the first
+their own, keeps `d (54 + (12 + 2 h) e) + 2 f e` bytes, in latent attention of rank r at most
+`d (4 + h) e + r e` more, and where text attention reads an image's tokens, too, `d e` more. With
+`gradient_checkpointing` what enters a block is kept, `d e`, and one block keeps all of it; of L layers that share a
+latent the work on one chunk of C is computed again, and kept are what enters the first
 of them and the latents that each chunk reads, `d e + r e C / 2`. `match_attention` keeps input, answer and
 gradient of every layer, `3 d e`. `tests/test_dry_run.py` compares this with what autograd kept of real blocks.
 
 In the host's memory a process keeps 4 N of a sharded student, and its frozen networks whole where those are in shards.
 
-Not counted: what is freed within a layer, the kernels' workspaces, fragmentation. `RESERVED_BYTES` is for them.
+Not counted: what is freed within a layer, the kernels' workspaces, fragmentation, and the clips themselves, whose
+images are another 10 MB for one of 81 frames of 480x832 pixels. `RESERVED_BYTES` is for them.
 """
 
 from __future__ import annotations
@@ -137,6 +139,8 @@ def block_bytes(student: Any, tokens_of_history: float, e: int) -> float:
     config = student.config
     d = config.num_attention_heads * config.attention_head_dim
     kept = d * (54 + (12 + 2 * tokens_of_history) * e) + 2 * config.ffn_dim * e
+    if getattr(config, "added_kv_proj_dim", None) is not None:
+        kept += d * e
     mla = getattr(student, "mla", None)
     if mla is not None:
         kept += d * (4 + tokens_of_history) * e + max(mla.kv_lora_rank) * e
