@@ -39,8 +39,8 @@ class RolloutsConfig(SamplingConfig):
     own noise.
 
     Prompts are `prompts`, which the embedded digits teacher reads, or `prompt_embeds`: a .safetensors file with
-    `prompt_embeds` `[N, L, D]`, or a folder of them, as `mla-convert encode --prompts` writes. It may also be a folder of
-    clips, whose captions are used, and whose images if the model is conditioned on one.
+    `prompt_embeds` `[N, L, D]`, or a folder of them, as `mla-convert encode --prompts` writes. It may also name a
+    folder of clips, whose captions are used, and whose images if the model is conditioned on one.
 
     The sampling keys are those of `generate`; a few-step teacher needs its own `sampler` and `denoising_steps`.
     `latent_height` and `latent_width` are needed where the model does not fix them. `dtype` is the type of the stored
