@@ -33,7 +33,7 @@ from mla_convert.run.stream import stream_chunks
 
 FRAMES, SIZE = 8, (4, 6)
 # Over the largest value; the largest error seen on a CPU stands beside it.
-FLOAT32 = 1e-5  # 4.7e-7
+FLOAT32 = 1e-5  # 3.3e-7
 NAMES = {"wan2.1": ("image_latents", "encoder_hidden_states_image"), "wan2.2": ("image_latents",)}
 STAGES: dict[str, dict[str, Any]] = {
     "match_attention": {},
@@ -146,7 +146,7 @@ def test_what_is_measured_depends_on_them(kind: str) -> None:
     teacher, given = case.model(kind), batch(kind, 3)
     student = case.converted(teacher)
     loss = flow_loss(teacher, given, batch_size=2)
-    # Observed: 1e-7.
+    # Observed: 7e-9.
     assert flow_loss(teacher, given, batch_size=2, forward_size=1) == pytest.approx(loss, rel=1e-6)
     found = fidelity(student, teacher, given, 2, seed=1)
     assert found["teacher_loss"] == pytest.approx(loss, rel=1e-5) and found["velocity_rel_error"] > 1e-3
@@ -173,9 +173,9 @@ def test_calibration_runs_the_model_on_its_images(kind: str, metric: str) -> Non
         mine, other = (
             predict_velocity(converted(x, **layout), clips) for x in (given, changed(given, "image_latents"))
         )
-    # Observed: 5e-6.
-    assert pico.relative_error(whole, expected) < 1e-4
-    assert pico.relative_error(mine, other) > 1e-5
+    # Observed: 2.9e-7, and 2.8e-3 or more.
+    assert pico.relative_error(whole, expected) < FLOAT32
+    assert pico.relative_error(mine, other) > 1e-4
 
 
 def test_a_stage_is_refused_data_without_them(tmp_path: Path) -> None:
@@ -239,8 +239,8 @@ def test_a_run_of_all_stages(kind: str, folder: Path, tmp_path: Path, capsys: An
     capsys.readouterr()
     assert main(["evaluate", str(tmp_path / "run" / "checkpoint"), "--json"]) == 0
     measured = json.loads(capsys.readouterr().out)
-    # The checkpoint is bfloat16.
-    assert measured["student_loss"] == pytest.approx(report["student_loss"], rel=0.05)
+    # Observed no difference.
+    assert measured["student_loss"] == pytest.approx(report["student_loss"], rel=1e-6)
     assert main(["inspect", str(folder / kind), "--data", str(folder / "data"), "--out", str(tmp_path / "i")]) == 0
     assert main(["distill", str(path), "--dry-run", "--measure", "1", "--json"]) == 0
 
