@@ -77,7 +77,7 @@ def test_a_pipeline_without_an_image_encoder_gives_latents_alone(
     assert encode(clips, tmp_path / "data", text_pipeline, "--image-condition", "--shard-size", "3", "--resume") == 0
     assert (tmp_path / "data" / "shard-00001.parquet").read_bytes() == before
     assert encode(None, tmp_path / "x", text_pipeline, "--prompts", "a.txt", "--image-condition") == 2
-    assert "--image-condition is of the first frames of VIDEOS" in capsys.readouterr().err
+    assert "--image-condition encodes the first frames of VIDEOS; leave it out" in capsys.readouterr().err
 
 
 def made(count: int = 4, frames: int = 8, stored: int | None = None, seed: int = 0) -> Iterator[Clip]:
@@ -209,5 +209,5 @@ def test_an_image_that_is_not_finite_is_named(tmp_path: Path) -> None:
 
 
 def test_digits_have_no_images() -> None:
-    with pytest.raises(UserError, match=r"is conditioned on an image, which data\.kind: digits has not; set kind"):
+    with pytest.raises(UserError, match=r"is conditioned on an image, and data\.kind: digits has none; set kind"):
         open_data(DataConfig(), 0, BOTH)

@@ -65,7 +65,7 @@ def encode(
     if (videos is None) == (prompts is None):
         raise UsageError("give VIDEOS or --prompts, one of the two")
     if image_condition and videos is None:
-        raise UsageError("--image-condition is of the first frames of VIDEOS, which --prompts has not; leave it out")
+        raise UsageError("--image-condition encodes the first frames of VIDEOS; leave it out with --prompts")
     with stderr().status("loading PyTorch"):
         from ..distill.encode import EncodeConfig, encode_prompts, encode_videos
         from ..distill.negative import WAN_NEGATIVE_PROMPT

@@ -220,7 +220,7 @@ def open_data(config: DataConfig, seed: int, conditions: Collection[str] = ()) -
     """
     if config.kind == "digits":
         if conditions:
-            raise UserError("the model is conditioned on an image, which data.kind: digits has not; set kind: latents")
+            raise UserError("the model is conditioned on an image, and data.kind: digits has none; set kind: latents")
         return DigitClips(seed, config.heldout)
     if config.folder is None:
         raise UserError("kind rollouts: the clips lie in the folder of a run, which is not known here")

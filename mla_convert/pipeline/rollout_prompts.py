@@ -52,7 +52,7 @@ def read_prompts(config: RolloutsConfig, source: Source) -> Prompts:
         return _of_clips(Path(config.prompt_embeds), config, source)
     if needed_conditions(source.config):
         raise UsageError(
-            "data.rollouts: the model is conditioned on an image, which prompts alone have not; name a folder of clips "
+            "data.rollouts: the model is conditioned on an image, and prompts alone hold none; name a folder of clips "
             "that `mla-convert encode --image-condition` wrote as prompt_embeds"
         )
     if config.prompt_embeds is None:
