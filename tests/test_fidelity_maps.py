@@ -166,10 +166,8 @@ def test_clip_errors_by_hand() -> None:
     expected = inputs.target + 0.5
     factors = torch.tensor([1.0, 1.2, 1.0, 2.0, 1.1, 1.0]).view(-1, 1, 1, 1, 1)
     errors = ClipErrors()
-    for part in (slice(0, 4), slice(4, 6)):
-        errors.add(
-            type(inputs)(*(None if x is None else x[part] for x in inputs)), expected[part], (factors * expected)[part]
-        )
+    for part, own in zip((slice(0, 4), slice(4, 6)), inputs.split(4), strict=True):
+        errors.add(own, expected[part], (factors * expected)[part])
     result = errors.result([f"prompt {index}" for index in range(6)])
     worst = result["worst"]
     assert [clip["clip"] for clip in worst[:3]] == [3, 1, 4] and len(worst) == WORST
