@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .flow import Sampler, next_sample, sampling_times
+from .errors import UsageError
+from .flow import Sampler, add_noise, next_sample, sampling_times
 
 VelocityAt = Callable[[Tensor, Tensor, Tensor], Tensor]
 """The velocity of a chunk at noise level t; of a flow map the mean one from t down to a second level r."""
@@ -24,13 +25,15 @@ class Schedule:
 
     `times` are noise levels that fall to 0, float32 on the CPU, and `opening` those of the first chunk. `sampler` takes
     Euler steps, or with `renoise` adds new noise to the predicted clean chunk. A finished chunk is written to the cache
-    at noise level `context_noise`.
+    at noise level `context_noise`. A rollout with a source begins at the noise level of its `strength`; at 1 nothing of
+    the source is seen.
     """
 
     times: Tensor
     opening: Tensor
     sampler: Sampler = "euler"
     context_noise: float = 0.0
+    strength: float = 1.0
 
     @classmethod
     def of(
@@ -41,11 +44,16 @@ class Schedule:
         first_chunk_steps: Sequence[float] | None = None,
         sampler: Sampler = "euler",
         context_noise: float = 0.0,
+        strength: float = 1.0,
     ) -> Schedule:
-        """The schedule of a `SamplingConfig`'s keys."""
-        times = sampling_times(num_inference_steps, shift, denoising_steps)
-        opening = times if first_chunk_steps is None else sampling_times(num_inference_steps, shift, first_chunk_steps)
-        return cls(times, opening, sampler, context_noise)
+        """The schedule of a `SamplingConfig`'s keys, from `strength` on. Raises UsageError unless that is in (0, 1]."""
+        if not 0 < strength <= 1:
+            raise UsageError(f"the strength is more than 0 and at most 1, not {strength:g}")
+        times = sampling_times(num_inference_steps, shift, denoising_steps, strength)
+        opening = times
+        if first_chunk_steps is not None:
+            opening = sampling_times(num_inference_steps, shift, first_chunk_steps, strength)
+        return cls(times, opening, sampler, context_noise, strength)
 
     def of_chunk(self, first: int) -> Tensor:
         """The noise levels of the chunk that begins at frame `first`."""
@@ -55,6 +63,13 @@ class Schedule:
         """How often the chunk from frame `first` on draws noise: to begin, between its steps, for the cache."""
         between = len(self.of_chunk(first)) - 2 if self.sampler == "renoise" else 0
         return 1 + between + (1 if self.context_noise > 0 else 0)
+
+    def begin(self, noise: Tensor, first: int, source: Tensor | None = None) -> Tensor:
+        """What the chunk from frame `first` on begins as: `noise` `[B, C, F, H, W]`, or a clean `source` under it."""
+        if source is None or self.strength == 1:
+            return noise
+        t = torch.full((len(noise),), float(self.of_chunk(first)[0]), device=noise.device)
+        return add_noise(source, noise, t)
 
     def between(self, noises: Sequence[Tensor]) -> Iterator[Tensor] | None:
         """Of all `noises` that a chunk has drawn those between its steps, as `denoise` takes them."""

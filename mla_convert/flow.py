@@ -19,6 +19,8 @@ from .errors import UsageError
 
 NUM_TRAIN_TIMESTEPS = 1000
 ALL_NOISE = (0.0, 1.0)
+STRENGTH = 0.5
+"""How much noise a source gets where nobody says it, between its own picture and the prompt's; not measured."""
 
 Sampler = Literal["euler", "renoise"]
 
@@ -28,11 +30,27 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def sampling_times(num_steps: int, shift: float, steps: Sequence[float] | None = None) -> Tensor:
-    """`num_steps + 1` decreasing times from 1 to 0, float32; `denoising_times` of `steps` where those are given."""
+def sampling_times(num_steps: int, shift: float, steps: Sequence[float] | None = None, strength: float = 1.0) -> Tensor:
+    """`num_steps + 1` decreasing times from 1 to 0, float32; `denoising_times` of `steps` where those are given.
+
+    With a `strength` below 1 they are those `from_strength`.
+    """
     if steps is not None:
-        return denoising_times(steps, shift)
-    return shift_time(torch.linspace(1, 0, num_steps + 1), shift)
+        return denoising_times(steps, shift, strength)
+    return shift_time(from_strength(torch.linspace(1, 0, num_steps + 1), strength), shift)
+
+
+def from_strength(times: Tensor, strength: float) -> Tensor:
+    """`times` `[N + 1]` before any shift, which fall to 0, cut to those from the level `strength` in (0, 1] on.
+
+    They begin at `strength` itself, so that at least one step is left; at 1 they are `times` as they are. Where a level
+    lies there already, they are what diffusers' `strength` keeps of the steps.
+    """
+    if strength == 1:
+        return times
+    # A level of a thousand is told from the next; what lies closer is the same one, but for rounding.
+    below = times[:-1][times[:-1] < strength - 0.1 / NUM_TRAIN_TIMESTEPS]
+    return torch.cat([torch.tensor([strength]), below, times[-1:]])
 
 
 def expert_at(noise_ranges: Sequence[tuple[float, float]], t: float) -> int:
@@ -51,12 +69,14 @@ def check_steps(steps: tuple[int, ...] | None) -> tuple[int, ...] | None:
     return steps
 
 
-def denoising_times(steps: Sequence[float], shift: float) -> Tensor:
+def denoising_times(steps: Sequence[float], shift: float, strength: float = 1.0) -> Tensor:
     """The shifted times of denoising `steps` out of 1000, and 0 behind them: float32 `[len(steps) + 1]`.
 
-    `1000, 750, 500, 250` are those of four sampling steps with the same shift.
+    `1000, 750, 500, 250` are those of four sampling steps with the same shift. With a `strength` below 1 they are cut
+    as `from_strength` says.
     """
-    return shift_time(torch.tensor([*steps, 0], dtype=torch.float32) / NUM_TRAIN_TIMESTEPS, shift)
+    times = torch.tensor([*steps, 0], dtype=torch.float32) / NUM_TRAIN_TIMESTEPS
+    return shift_time(from_strength(times, strength), shift)
 
 
 def noise_levels(steps: Sequence[float] | None, shift: float) -> tuple[float, ...] | None:

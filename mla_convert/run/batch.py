@@ -30,12 +30,13 @@ from torch import Tensor
 
 from ..denoise import Schedule
 from ..errors import UsageError, UserError
-from ..flow import Sampler, guided
-from ..mla.conditions import Conditions, Given, placed
+from ..flow import STRENGTH, Sampler, guided
+from ..mla.conditions import Conditions, FramesAt, Given, placed
 from ..mla.pool import CachePool, place_in_window
 from .extent import check_start, end_notice, video_end
 from .passes import Passes, run_pass
 from .recent import RecentChunks
+from .source import Source, check_alone
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ logger = logging.getLogger(__name__)
 class StreamChunk(NamedTuple):
     """A finished chunk of a stream: `latents` `[C, F, H, W]`, float32, from its frame `first` on.
 
-    `last` says that the stream has come to its end and has left.
+    `last` says that the stream has come to its end and has left. It has no frames where only then a source has none.
     """
 
     stream: int
@@ -54,7 +55,7 @@ class StreamChunk(NamedTuple):
 
 @dataclass
 class _Stream:
-    """A rollout under way; `drawn` is the noise of the chunk in work, which a failed round leaves behind.
+    """A rollout under way; `drawn` and `clean` are noise and source of the chunk in work, left by a failed round.
 
     `text` and `negative` `[L, D]` are what each expert reads, on its device and in its dtype. `cut` says that its
     `num_frames` are the rotary table's, and not what was asked for. `recent` are the chunks `[1, C, F, H, W]` that its
@@ -68,9 +69,12 @@ class _Stream:
     start: Tensor | None
     generator: torch.Generator
     conditions: Conditions
+    schedule: Schedule
+    source: Source | None = None
     lanes: list[int] = field(default_factory=list)
     frames_seen: int = 0
     drawn: list[Tensor] = field(default_factory=list)
+    clean: Tensor | None = None
     recent: RecentChunks = field(default_factory=RecentChunks)
     stale: bool = False
     cut: bool = False
@@ -131,9 +135,9 @@ class StreamBatch:
         self.pool = CachePool([m.init_cache(lanes, height, width, dtype=cache_dtype, device=d) for m, d in places])
         self.causal, self.device = self.pool.caches[0].causal, self.devices[0]
         self.size = (self.models[0].noise_channels, height, width)
-        self.schedule = Schedule.of(
-            num_inference_steps, shift, denoising_steps, first_chunk_steps, sampler, context_noise
-        )
+        steps = (num_inference_steps, shift, denoising_steps, first_chunk_steps, sampler, context_noise)
+        self._schedule_from = functools.partial(Schedule.of, *steps)
+        self.schedule = self._schedule_from()
         self.recache, self.when_full, self.lanes_per_pass = recache, when_full, lanes_per_pass
         self._streams: dict[int, _Stream] = {}
         self._waiting: deque[int] = deque()
@@ -163,6 +167,8 @@ class StreamBatch:
         start: Tensor | None = None,
         conditions: Given | None = None,
         hold_start: bool = False,
+        source: Tensor | FramesAt | None = None,
+        strength: float = STRENGTH,
     ) -> int:
         """Add a stream from the next round on; its number.
 
@@ -170,6 +176,10 @@ class StreamBatch:
         `[C, F0, H, W]`, `conditions` are those of a batch of one, as `image_conditions` makes them; the meaning is that
         of `stream_chunks`. Without `num_frames` the stream goes on until
         `leave`, or with absolute positions to the last whole chunk within the rotary table, which a logger then says.
+
+        `source` is `[C, F, H, W]`, or a function that gives `[1, C, F, H, W]`: a round asks it for one chunk before it
+        makes any, so that one that waits for pictures has all streams wait. The stream ends where it does. Streams
+        share the passes of those with the same `strength`.
 
         Raises UserError when the pool is full and `when_full` is `refuse`; UsageError for values that do not fit.
         """
@@ -181,13 +191,20 @@ class StreamBatch:
             )
         if num_frames is not None and num_frames < 1:
             raise UsageError(f"num_frames must be at least 1, got {num_frames}; leave it out for a stream without end")
+        clean = None
+        if source is not None:
+            check_alone(start)
+            clean = Source(source.unsqueeze(0) if isinstance(source, Tensor) else source, 1, self.size)
+            num_frames = clean.cut(num_frames)
+        schedule = self.schedule if source is None else self._schedule_from(strength)
         positions, given = self.models[0].rotary_table().max_len, 0 if start is None else start.shape[1]
         end = video_end(self.causal, positions, num_frames, given)
         if start is not None:
             check_start(start.unsqueeze(0), self.causal, end, self.size, whole_chunks=not hold_start)
         generator = torch.Generator().manual_seed(seed)
         told = Conditions(self.models, conditions, 1, end, self.size[1:])
-        stream = _Stream(text, negative, guidance_scale, end, start, generator, told, cut=end != num_frames)
+        cut = end != num_frames
+        stream = _Stream(text, negative, guidance_scale, end, start, generator, told, schedule, clean, cut=cut)
         self._check_room(stream)
         number = next(self._numbers)
         self._streams[number] = stream
@@ -226,16 +243,21 @@ class StreamBatch:
         """
         for number in self.active:
             self._rewrite(self._streams[number])
+            self._fetch(self._streams[number])
         made: dict[int, tuple[Tensor, Tensor]] = {}
+        for number in self.active:
+            if self._frames(self._streams[number]) == 0:
+                nothing = torch.empty(self.size[0], 0, *self.size[1:], device=self.device)
+                made[number] = nothing, nothing
         for numbers in self._shared_passes():
             made.update(zip(numbers, self._chunks([self._streams[number] for number in numbers]), strict=True))
         chunks = []
         for number in sorted(made):
             # A copy: a chunk that is kept must not keep those of its whole pass.
             stream, latents = self._streams[number], made[number][0].clone()
-            first, stream.drawn = stream.frames_seen, []
+            first, stream.drawn, stream.clean = stream.frames_seen, [], None
             stream.frames_seen += latents.shape[1]
-            if self.recache:
+            if self.recache and latents.shape[1]:
                 written = made[number][1].clone().unsqueeze(0)
                 told = stream.conditions.at(first, stream.frames_seen)
                 stream.recent.add(first, written, self.causal.first_kept(stream.frames_seen), told)
@@ -290,6 +312,15 @@ class StreamBatch:
         stop = self.causal.chunk_end(stream.frames_seen)
         return (stop if stream.num_frames is None else min(stop, stream.num_frames)) - stream.frames_seen
 
+    def _fetch(self, stream: _Stream) -> None:
+        """Ask for the next chunk of a stream's source, unless a round that failed has; it may be the last."""
+        if stream.source is None or stream.clean is not None:
+            return
+        first, frames = stream.frames_seen, self._frames(stream)
+        stream.clean = stream.source.at(first, first + frames, self.device)
+        if stream.clean.shape[2] < frames:
+            stream.num_frames, stream.cut = first + stream.clean.shape[2], False
+
     def _conditions(self, stream: _Stream, frames: int) -> dict[str, Tensor]:
         """What the next chunk of a stream is conditioned on, `[1, ...]` each."""
         return stream.conditions.at(stream.frames_seen, stream.frames_seen + frames)
@@ -300,13 +331,16 @@ class StreamBatch:
         for number in self.active:
             stream = self._streams[number]
             frames = self._frames(stream)
+            if frames == 0:
+                continue
             place = place_in_window(self.causal, stream.frames_seen, frames)
             held = stream.held(frames)
             given = 0 if held is None else held.shape[1]
             told = self._conditions(stream, frames)
             shapes = tuple(sorted((name, x.shape) for name, x in told.items()))
-            opens = stream.frames_seen == 0
-            shared.setdefault((frames, place, opens, len(stream.text[0]), given, shapes), []).append(number)
+            opens, times = stream.frames_seen == 0, tuple(stream.schedule.of_chunk(stream.frames_seen).tolist())
+            key = (frames, place, opens, times, len(stream.text[0]), given, shapes)
+            shared.setdefault(key, []).append(number)
         return [part for numbers in shared.values() for part in self._parts(numbers)]
 
     def _parts(self, numbers: list[int]) -> Iterator[list[int]]:
@@ -338,16 +372,19 @@ class StreamBatch:
         """The next chunk `[C, F, H, W]` of each of the streams, which share their passes, and what is cached of it."""
         first, frames = streams[0].frames_seen, self._frames(streams[0])
         channels, height, width = self.size
-        draws = self.schedule.draws(first)
+        schedule = streams[0].schedule
+        draws = schedule.draws(first)
         for stream in streams:
             while len(stream.drawn) < draws:
                 stream.drawn.append(torch.randn((1, channels, frames, height, width), generator=stream.generator))
         noises = [torch.cat(drawn).to(self.device) for drawn in zip(*(stream.drawn for stream in streams), strict=True)]
+        begun = zip(noises[0].split(1), streams, strict=True)
+        noises[0] = torch.cat([stream.schedule.begin(noise, first, stream.clean) for noise, stream in begun])
         starts = [held for held in (stream.held(frames) for stream in streams) if held is not None]
         held = torch.stack(starts).to(self.device, torch.float32) if starts else None
         told = [self._conditions(stream, frames) for stream in streams]
         passes = _SharedPasses(self.models, self.pool, streams, told, frames, self.devices)
-        return zip(*passes.chunk(noises, self.schedule, first, held), strict=True)
+        return zip(*passes.chunk(noises, schedule, first, held), strict=True)
 
 
 def _zeros(text: list[Tensor]) -> list[Tensor]:

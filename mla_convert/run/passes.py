@@ -38,8 +38,8 @@ class Passes(ABC):
     ) -> tuple[Tensor, Tensor]:
         """The chunk from frame `first` on, `[B, C, F, H, W]`, float32, and what is written to the cache of it.
 
-        `noises` are as many as `schedule.draws` says. `held` `[B, C, F0, H, W]` are its first frames, which are given;
-        where they are all of it no step is taken.
+        `noises` are as many as `schedule.draws` says, the first as `schedule.begin` gives it. `held` `[B, C, F0, H, W]`
+        are its first frames, which are given; where they are all of it no step is taken.
         """
         if held is not None and held.shape[2] == noises[0].shape[2]:
             x = held

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from ..denoise import Schedule
-from ..flow import Sampler, guided
-from ..mla.conditions import Conditions, Given, placed
+from ..flow import STRENGTH, Sampler, guided
+from ..mla.conditions import Conditions, FramesAt, Given, placed
 from ..mla.graph import denoiser
 from .extent import check_start, chunk_ranges, end_notice, video_end
 from .passes import Passes, run_pass
 from .recent import RecentChunks, check_rewinds
+from .source import Source, check_alone, with_source
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ def stream_chunks(
     negative_hidden_states: Tensor | None = None,
     start: Tensor | None = None,
     *,
+    source: Tensor | FramesAt | None = None,
+    strength: float = STRENGTH,
     conditions: Given | None = None,
     sampler: Sampler = "euler",
     denoising_steps: Sequence[float] | None = None,
@@ -76,6 +79,13 @@ def stream_chunks(
     end with a chunk, unless with `hold_start`: its frames in that chunk are then held clean, at noise level 0, while
     the others are denoised beside them, as models are trained whose image is a part of the first chunk.
 
+    `source` is a clean video that is restyled: latents `[B or 1, C, F, H, W]`, or a function of (first, stop) that
+    gives those of the frames from `first` to before `stop`. It is asked once a chunk, in their order; with fewer
+    frames, or none, it says that the video ends there. A chunk begins as the source under noise of the level `strength`
+    in (0, 1], before the shift, and takes the steps from there on, see `from_strength`; at 1 it begins as noise, and
+    all but the length is as without a source. What is cached is the restyled chunk. Raises UsageError beside a `start`,
+    and for latents that do not fit.
+
     `conditions` are what the model is conditioned on beside text, by name, see `Conditions`: tensors for the whole
     video, or for those by frames functions of (first, stop). Passes with the negative prompt are told them too. An
     image-to-video model needs those of its image. Raises UsageError without, before anything is computed.
@@ -88,6 +98,11 @@ def stream_chunks(
     models = list(model) if isinstance(model, Sequence) else [model]
     batch, channels = encoder_hidden_states.shape[0], models[0].noise_channels
     causal = models[0].causal
+    clean = None
+    if source is not None:
+        check_alone(start)
+        clean = Source(source, batch, (channels, height, width))
+        num_frames = clean.cut(num_frames)
     end = video_end(causal, models[0].rotary_table().max_len, num_frames, 0 if start is None else start.shape[2])
     told = Conditions(models, conditions, batch, end, (height, width))
     passes = _OwnPasses(models, encoder_hidden_states, negative_hidden_states, guidance_scale, (height, width), device)
@@ -96,10 +111,11 @@ def stream_chunks(
         check_start(start, causal, end, (channels, height, width), whole_chunks=not hold_start)
         start = start.to(device, torch.float32).expand(batch, -1, -1, -1, -1)
     generators = _generators(seed, batch)
-    schedule = Schedule.of(num_inference_steps, shift, denoising_steps, first_chunk_steps, sampler, context_noise)
+    steps = (num_inference_steps, shift, denoising_steps, first_chunk_steps, sampler, context_noise)
+    schedule = Schedule.of(*steps, 1.0 if source is None else strength)
     recent = RecentChunks() if recache and prompt_at is not None else None
     check_rewinds(recache, passes.caches)
-    for first, stop in chunk_ranges(causal, end):
+    for first, stop, given in with_source(chunk_ranges(causal, end), clean, device):
         text = None if prompt_at is None else prompt_at(first)
         if text is not None:
             passes.set_text(text)
@@ -109,6 +125,7 @@ def stream_chunks(
         passes.set_conditions(now)
         shape = (batch, channels, stop - first, height, width)
         noises = [_noise(shape, generators).to(device) for _ in range(schedule.draws(first))]
+        noises[0] = schedule.begin(noises[0], first, given)
         held = None if start is None or start.shape[2] <= first else start[:, :, first:stop]
         done = None if on_step is None else functools.partial(_tell, on_step, first)
         with torch.no_grad():
@@ -116,7 +133,7 @@ def stream_chunks(
         if recent is not None:
             recent.add(first, written, causal.first_kept(stop), now)
         yield x
-    if end != num_frames:
+    if end != num_frames and stop == end:
         logger.warning("%s", end_notice(causal, "the video", end))
 
 

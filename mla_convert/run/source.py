@@ -1,0 +1,83 @@
+"""What a rollout restyles: a clean video of any length, asked for chunk by chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
+from ..mla.conditions import FramesAt
+
+NO_FRAMES = "the source has no frames"
+
+
+class Source:
+    """The clean latents that a rollout of `shape` (C, H, W) restyles, for a batch of `batch` items.
+
+    `given` are those of the whole video, `[B or 1, C, F, H, W]`, or a function of (first, stop) that gives those of the
+    frames from `first` to before `stop`. It is asked once a chunk, in their order, and says by giving fewer that the
+    video ends there. `frames` is the length where it is known.
+
+    Raises UsageError for a tensor that does not fit or has no frames.
+    """
+
+    def __init__(self, given: Tensor | FramesAt, batch: int, shape: tuple[int, int, int]) -> None:
+        self.given, self.batch, self.shape = given, batch, shape
+        self.frames: int | None = None
+        if isinstance(given, Tensor):
+            self._check(given)
+            self.frames = given.shape[2]
+        if self.frames == 0:
+            raise UsageError(NO_FRAMES)
+
+    def cut(self, num_frames: int | None) -> int | None:
+        """The frames of a rollout that is asked for so many, as far as they are known; None is for ever."""
+        known = [length for length in (num_frames, self.frames) if length is not None]
+        return min(known, default=None)
+
+    def at(self, first: int, stop: int, device: torch.device) -> Tensor:
+        """The frames from `first` to before `stop`, or those that are left: `[B, C, F, H, W]`, float32.
+
+        Raises UsageError for an answer that does not fit.
+        """
+        if isinstance(self.given, Tensor):
+            found = self.given[:, :, first:stop]
+        else:
+            found = self.given(first, stop)
+            self._check(found)
+        if found.shape[2] > stop - first:
+            raise UsageError(f"the source gives {found.shape[2]} frames where {stop - first} are asked for")
+        return found.to(device, torch.float32).expand(self.batch, -1, -1, -1, -1)
+
+    def _check(self, found: Tensor) -> None:
+        shape = list(found.shape)
+        if len(shape) != 5 or shape[0] not in (1, self.batch) or (shape[1], *shape[3:]) != self.shape:
+            channels, height, width = self.shape
+            batch = "1" if self.batch == 1 else f"{self.batch} or 1"
+            raise UsageError(f"the source has shape {shape}; [{batch}, {channels}, F, {height}, {width}] is expected")
+
+
+def check_alone(start: Tensor | None) -> None:
+    """Raise UsageError for a `start` beside a source."""
+    if start is not None:
+        raise UsageError("a source is restyled from its first frame on, and a start begins with others; give one")
+
+
+def with_source(
+    ranges: Iterable[tuple[int, int]], source: Source | None, device: torch.device
+) -> Iterator[tuple[int, int, Tensor | None]]:
+    """The frame ranges of the chunks with the clean chunk `[B, C, F, H, W]` of each, until the source ends.
+
+    Without a source they are all of `ranges`, with None. Raises UsageError for a source that gives nothing at all.
+    """
+    for first, stop in ranges:
+        clean = None if source is None else source.at(first, stop, device)
+        end = stop if clean is None else first + clean.shape[2]
+        if end == 0:
+            raise UsageError(NO_FRAMES)
+        if end > first:
+            yield first, end, clean
+        if end < stop:
+            return
