@@ -30,7 +30,7 @@ from mla_convert.export.config import ExportConfig
 from mla_convert.export.release import export
 from mla_convert.families.wan import CausalWanTransformer3DModel
 from mla_convert.run.decode import decode_chunks
-from mla_convert.run.pipeline import _given
+from mla_convert.run.output import handed_out
 from mla_convert.run.stream import stream_chunks
 from mla_convert.zoo.digits.data import parse_prompt
 
@@ -160,7 +160,7 @@ def test_frames_are_those_of_the_video_processor_of_diffusers(
     pixels = 1.5 * torch.randn(2, 1, 3, 6, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
     whole = pixels.float().expand(-1, 3, -1, -1, -1)
     wanted = VideoProcessor(vae_scale_factor=1).postprocess_video(whole, output_type=output_type)
-    (found,) = _given((digits._finished(chunk, None, output_type) for chunk in [pixels]), output_type)
+    (found,) = handed_out((digits._finished(chunk, None, output_type) for chunk in [pixels]), output_type)
     assert type(found) is type(wanted)
     if output_type == "pil":
         found, wanted = np.stack([np.stack(v) for v in found]), np.stack([np.stack(v) for v in wanted])

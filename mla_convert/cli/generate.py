@@ -66,7 +66,9 @@ def generate(
         str | None,
         typer.Option(metavar="SOURCE", help="Folder or Hub id of the pipeline whose VAE and text encoder to use."),
     ] = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="Latent frames; any number, 21 by default.")] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="Latent frames; any number. 21 by default, or all of --source.")
+    ] = None,
     seconds: Annotated[float | None, typer.Option(help="Length in seconds, instead of --frames.")] = None,
     endless: Annotated[bool, typer.Option("--endless", help="Continue until Ctrl-C.")] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps per chunk.")] = None,
@@ -86,6 +88,14 @@ def generate(
     start: Annotated[
         Path | None,
         typer.Option(help="Start from an image, a video, or a .safetensors file with latents [C, F, H, W]."),
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(help="Restyle a video, or a .safetensors file with latents [C, F, H, W], chunk by chunk."),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(metavar="S", help="How much of --source is replaced: above 0, at most 1. 0.5 by default."),
     ] = None,
     image: Annotated[
         Path | None,
@@ -131,6 +141,15 @@ def generate(
         raise UsageError("give --negative-prompt or --negative-embeds, one of the two")
     if [frames is None, seconds is None, not endless].count(False) > 1:
         raise UsageError("give one of --frames, --seconds and --endless")
+    if strength is not None and source is None:
+        raise UsageError("--strength says how much of --source is made anew; give a source, or leave it out")
+    if strength is not None and not 0 < strength <= 1:
+        raise UsageError(f"--strength is above 0 and at most 1, not {strength:g}")
+    if source is not None and (start is not None or image is not None):
+        other = "--image" if start is None else "--start"
+        raise UsageError(f"--source is restyled from its first frame on; leave {other} out")
+    if source is not None and endless:
+        raise UsageError("--source ends the video; leave --endless out")
     if size is not None and latent_size is not None:
         raise UsageError("give --size or --latent-size, one of the two")
     if str(out) == "-":
@@ -153,6 +172,8 @@ def generate(
         fps=fps,
         seed=seed,
         start=None if start is None else str(start),
+        source=None if source is None else str(source),
+        strength=strength,
     )
     if latent_size is not None:
         settings["latent_height"], settings["latent_width"] = parse_size(latent_size)

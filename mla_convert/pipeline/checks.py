@@ -26,7 +26,8 @@ from ..mla.cache import LatentCache
 from ..mla.window import CausalConfig
 from ..recipe.schema import Recipe
 from ..run.extent import check_start
-from ..run.sample import check_latent_size, check_length, latent_size
+from ..run.sample import check_latent_size, check_length, latent_size, read_source, shortest
+from ..run.source_video import SourceVideo
 from ..run.start import read_start
 from .calibration import calibration_reads_negative
 from .channels import check_alike, check_channels
@@ -91,10 +92,16 @@ def _check_samples(context: Context) -> None:
     causal, height, width = CausalConfig(**(config.get("causal") or {})), *latent_size(config, generate)
     with _named("generate.prompts"):
         check_samples(context.source, generate.prompts)
-    with _named("generate.num_frames"):
-        check_length(config, generate.num_frames)
     with _named("generate.latent_height and latent_width"):
         check_latent_size(config, height, width)
+    source = None
+    if generate.source is not None:
+        with _named("generate.source"):
+            source = read_source(generate, config)
+            if isinstance(source, SourceVideo):
+                source.close()
+    with _named("generate.num_frames"):
+        check_length(config, shortest(generate.num_frames, source))
     if generate.start is not None:
         with _named("generate.start"):
             channels = noise_channels(config)

@@ -43,9 +43,11 @@ from ..run.sample import (
     load_prompt_embeds,
     prompt_encoder,
     rollout,
+    shortest,
     to_latent,
     trained_for,
 )
+from ..run.source_video import SourceVideo, open_source
 from ..run.start import LATENTS, read_start
 from ..run.streaming import StreamingConfig
 from ..run.video import STDOUT, check_suffix
@@ -61,8 +63,8 @@ class Request:
     prompts that follow. `image` is what a model with channels for one is conditioned on. `components` is a folder
     or Hub id of the pipeline that has VAE and encoders.
     `seconds` is the length in place of `num_frames`; an `endless` video ends with Ctrl-C. `size` is height
-    and width in pixels. `vae_dtype` is what the VAE decodes in; it encodes in float32. `streaming` are keys of
-    StreamingConfig.
+    and width in pixels. `vae_dtype` is what the VAE decodes in, and encodes a source in; an image and a start are
+    encoded in float32. `streaming` are keys of StreamingConfig.
     """
 
     prompts: tuple[str, ...] = ()
@@ -106,14 +108,19 @@ def generate_video(
     models = load_models(folder, None if request.dtype is None else getattr(torch, request.dtype))
     task.streaming.apply(*models)
     place(models, vae, task.device, request.offload)
-    config, count = task.config, len(embeds)
-    reserve(models, vae if task.pictures else None, task.height, task.width, count, task.device)
+    config, count, source = task.config, len(embeds), task.source
+    encodes = isinstance(source, SourceVideo) and not task.pixels
+    if isinstance(source, SourceVideo) and encodes:
+        source.encode_with(vae)
+    decoder, encoder = vae if task.pictures else None, vae if encodes else None
+    reserve(models, decoder, task.height, task.width, count, task.device, encoder)
     chunks = rollout(
         models,
         embeds,
         config,
         lambda done, total: report("generate", done, total),
         start=start,
+        source=source,
         conditions=conditions,
         endless=request.endless,
         seed=config.seed if count == 1 else [config.seed + index for index in range(count)],
@@ -163,12 +170,22 @@ class _Task:
         self.config = validate(GenerateConfig, known)
         self.height, self.width = latent_size(self.model, self.config)
         check_latent_size(self.model, self.height, self.width, self.spatial)
-        if not request.endless:
-            check_length(self.model, self.config.num_frames)
-            self._check_changes()
+        self.source = self._source()
+        # None where nobody knows it.
+        self.frames = None if request.endless else shortest(self.config.num_frames, self.source)
+        if self.frames is not None:
+            check_length(self.model, self.frames)
+            self._check_changes(self.frames)
 
-    def _check_changes(self) -> None:
-        length = first_video_frame(self.config.num_frames, self.temporal) / self.config.fps
+    def _source(self) -> Tensor | SourceVideo | None:
+        """What is restyled: latents `[1, C, F, H, W]`, or pictures that are not encoded yet."""
+        if self.config.source is None:
+            return None
+        shape = (noise_channels(self.model), self.height, self.width)
+        return open_source(Path(self.config.source), shape, (self.temporal, self.spatial), self.config.fps)
+
+    def _check_changes(self, frames: int) -> None:
+        length = first_video_frame(frames, self.temporal) / self.config.fps
         late = next((change for change in self.request.changes if change.seconds >= length), None)
         if late is not None:
             raise UsageError(
@@ -238,13 +255,15 @@ class _Task:
         """The VAE, on the CPU, where pictures come in or go out of latents; else None."""
         start = self.config.start
         encodes = self.image is not None or (start is not None and Path(start).suffix != LATENTS)
+        encodes = encodes or isinstance(self.source, SourceVideo)
         if self.pixels or not (self.pictures or encodes):
             return None
         parts = find_parts(self.root, PICTURES, self.request.components)
-        if parts is None and self.image is not None:
+        encoded = "image" if self.image is not None else "source" if isinstance(self.source, SourceVideo) else None
+        if parts is None and encoded is not None:
             raise UsageError(
-                "this checkpoint has no VAE, which encodes the image; give --components, a folder or Hub id of its "
-                "pipeline"
+                f"this checkpoint has no VAE, which encodes the {encoded}; give --components, a folder or Hub id of "
+                "its pipeline"
             )
         if parts is None:
             raise UsageError(
@@ -285,8 +304,7 @@ class _Task:
         if self.image is None:
             return None
         vae.to(self.device)
-        frames = None if self.request.endless else self.config.num_frames
-        conditions = image_conditions(self.model, self.image, vae, self.height, self.width, frames, tokens)
+        conditions = image_conditions(self.model, self.image, vae, self.height, self.width, self.frames, tokens)
         vae.to("cpu")
         return conditions
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from ..flow import STRENGTH
 from ..sampling import SamplingConfig
+
+DEFAULT_LATENT_FRAMES = 21
 
 
 class GenerateConfig(SamplingConfig):
     """A streaming rollout of `num_frames` latent frames for each of `prompts`.
 
+    - `num_frames` is 21 if left out; with a `source`, all of its frames.
     - `latent_height` and `latent_width` are needed where the data does not fix them.
     - `num_inference_steps` is the number of steps per chunk. `denoising_steps` replaces it with one step at each of
       these falling noise levels, out of 1000. `first_chunk_steps` are those of the first chunk if they differ
@@ -23,11 +27,17 @@ class GenerateConfig(SamplingConfig):
       pixel-space model, an image or video. Its F0 frames count toward `num_frames` and must end with a chunk.
     - `hold_start` lets them end inside a chunk, whose other frames are denoised beside them, for models that were
       trained that way (Wan2.2 TI2V-5B, LongLive 2's image-to-video).
+    - `source` is a file that every prompt restyles: a .safetensors with clean `latents` `[C, F, H, W]` or, for a
+      pixel-space model, an image or video. The video ends where it does.
+    - `strength` is how much of the `source` is replaced: each chunk starts as the source with noise at this level, in
+      (0, 1] before the `shift`, and takes the steps from there on.
     - `recache` recomputes the cached window where the prompt changes, for models that were trained with it (LongLive).
     """
 
     prompts: tuple[str, ...] = ()
-    num_frames: int = Field(21, ge=1)
+    source: str | None = None
+    strength: float = Field(STRENGTH, gt=0, le=1)
+    num_frames: int | None = Field(None, ge=1, validate_default=True)
     negative_prompt: str | None = None
     latent_height: int | None = Field(None, ge=1)
     latent_width: int | None = Field(None, ge=1)
@@ -36,3 +46,16 @@ class GenerateConfig(SamplingConfig):
     start: str | None = None
     recache: bool = False
     hold_start: bool = False
+
+    @field_validator("num_frames")
+    @classmethod
+    def _length(cls, value: int | None, info: ValidationInfo) -> int | None:
+        return DEFAULT_LATENT_FRAMES if value is None and info.data.get("source") is None else value
+
+    @model_validator(mode="after")
+    def _source_alone(self) -> GenerateConfig:
+        if self.source is None and self.strength != STRENGTH:
+            raise ValueError("strength says how much of a source is made anew; give source, or leave it out")
+        if self.source is not None and self.start is not None:
+            raise ValueError("a source is restyled from its first frame on; give source or start, one of the two")
+        return self

@@ -6,32 +6,30 @@ looks for it; `from mla_convert import StreamingMLAPipeline` does.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import diffusers
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
+from ..denoise import Schedule
 from ..distill.encode.models import TEXT_TOKENS, encode_image, encode_text
-from ..errors import UsageError, UserError
+from ..errors import UsageError
 from ..families.image import reads_tokens
 from ..flow import Sampler, check_steps
 from ..zoo.digits.data import FRAME
-from .config import GenerateConfig
+from .config import DEFAULT_LATENT_FRAMES, GenerateConfig
 from .decode import StreamingDecoder, latent_frames, video_frames
 from .decode_memory import reserve
 from .extent import chunk_ranges, video_end
 from .image import check_image, image_conditions, read_image
 from .loading import load_arguments
+from .output import Frames, OutputType, StreamingPipelineOutput, handed_out, joined, to_output
 from .prefetch import prefetch
 from .prompts import PromptSchedule
 from .sample import (
@@ -41,26 +39,17 @@ from .sample import (
     embed_prompts,
     latent_scale,
     prompt_encoder,
+    shortest,
     to_latent,
     trained_for,
 )
+from .source_video import SourceVideo, open_source
 from .start import read_start
 from .stream import stream_chunks
 from .streaming import StreamingConfig
 
-OutputType = Literal["np", "pt", "pil", "latent"]
-Frames = Any
 Start = Tensor | str | Path | Image.Image | Sequence[Image.Image]
-DEFAULT_LATENT_FRAMES = 21
-
-
-@dataclass
-class StreamingPipelineOutput(BaseOutput):
-    """`frames` of a batch: float32 `[B, F, H, W, 3]` for `np`, `[B, F, 3, H, W]` for `pt`, both in [0, 1]; for `pil`
-    a list of images an item; for `latent` `[B, C, F, h, w]`.
-    """
-
-    frames: Frames
+Source = Tensor | str | Path | Iterable[Image.Image]
 
 
 class StreamingMLAPipeline(DiffusionPipeline):
@@ -181,6 +170,8 @@ class StreamingMLAPipeline(DiffusionPipeline):
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         start: Start | None = None,
+        source: Source | None = None,
+        strength: float | None = None,
         image: str | Path | Image.Image | None = None,
         last_image: None = None,
         num_inference_steps: int | None = None,
@@ -207,11 +198,14 @@ class StreamingMLAPipeline(DiffusionPipeline):
         does; lengths and sizes are those of the video, in frames and pixels, and rounded up to whole latent frames.
         `prompt_schedule` has prompts by the second from which on, at the next border of chunks, they are told to
         every item; with `recache` the cached window is then computed again. `start` is a clean beginning: latents
-        `[C, F, h, w]`, pictures or a file of them, which with `hold_start` may end inside a chunk. An `image` is what a
-        model with channels for one is conditioned on, for every item; `last_image` is refused. `generator` or `seed`
-        for each item of a batch makes it the video that it is alone. `ahead` chunks are made in advance by a thread,
-        which then also calls `callback_on_step_end(pipe, step, timestep, {"latents": ...})`; 0 for none.
-        Everything that is left out is what the model was trained for. Raises UserError in one line.
+        `[C, F, h, w]`, pictures or a file of them, which with `hold_start` may end inside a chunk. `source` is a video
+        that is restyled and ends this one: latents `[C, F, h, w]`, a file, or pictures one by one, from a camera say,
+        which are read no further than chunks need. Each chunk begins as the source under noise of the level `strength`
+        in (0, 1], 0.5 by default. An `image` is what a model with channels for one is conditioned on, for every item;
+        `last_image` is refused. `generator` or `seed` for each item of a batch makes it the video that it is alone.
+        `ahead` chunks are made in advance by a thread, which then also calls
+        `callback_on_step_end(pipe, step, timestep, {"latents": ...})`; 0 for none. Everything that is left out is what
+        the model was trained for. Raises UserError in one line.
         """
         asked = {
             "num_inference_steps": num_inference_steps,
@@ -222,6 +216,7 @@ class StreamingMLAPipeline(DiffusionPipeline):
             "guidance_scale": guidance_scale,
             "negative_prompt": negative_prompt,
             "context_noise": context_noise,
+            "strength": strength,
             "recache": recache,
             "hold_start": hold_start,
             "fps": fps,
@@ -235,16 +230,27 @@ class StreamingMLAPipeline(DiffusionPipeline):
             check_vae(self.vae, self.transformer.config, "the pipeline's vae", "pass the model's own")
         if last_image is not None:
             raise UsageError("last_image ends a video that is made at once; one that is streamed goes on, leave it out")
+        if source is None and strength is not None:
+            raise UsageError("strength says how much of a source is made anew; give source=, or leave it out")
+        if source is not None and (start is not None or image is not None):
+            raise UsageError("source= is restyled from its first frame on; give it without start= and image=")
         check_image(self.transformer.config, image, "image=", "start=")
         size = self._latent_size(height, width)
-        frames = self._latent_frames(num_frames, seconds, config["fps"])
+        given = self._source(source, size, config["fps"])
+        frames = shortest(self._latent_frames(num_frames, seconds, config["fps"]), given)
         video_end(self.transformer.causal, self.transformer.rotary_table().max_len, frames)
         texts = self._texts(prompt, prompt_embeds, max_sequence_length)
         changes = sorted(prompt_schedule.items() if isinstance(prompt_schedule, Mapping) else prompt_schedule)
         embedded = [(at, self.encode_prompt(text, max_sequence_length)) for at, text in changes]
         self._guidance_scale, self._interrupt = config["guidance_scale"], False
-        steps = config["denoising_steps"]
-        self._num_timesteps = config["num_inference_steps"] if steps is None else len(steps)
+        self._schedule = Schedule.of(
+            config["num_inference_steps"],
+            config["shift"],
+            config["denoising_steps"],
+            config["first_chunk_steps"],
+            strength=1.0 if source is None else config["strength"],
+        )
+        self._num_timesteps = len(self._schedule.times) - 1
         negative, away = negative_prompt_embeds, config.pop("negative_prompt")
         if negative is None and config["guidance_scale"] != 1 and (away or self._reads_empty_prompts()):
             negative = self.encode_prompt(away or "", max_sequence_length)
@@ -255,6 +261,7 @@ class StreamingMLAPipeline(DiffusionPipeline):
             "seed": seed if generator is None else generator,
             "negative_hidden_states": negative,
             "start": self._start(start, size),
+            "source": given,
             "conditions": self._conditions(image, frames, size),
             "prompt_at": PromptSchedule(embedded, config["fps"], self.vae_scale[0]) if embedded else None,
             "device": self._execution_device,
@@ -266,7 +273,8 @@ class StreamingMLAPipeline(DiffusionPipeline):
             if unknown:
                 raise UsageError(f"callbacks get {', '.join(self._callback_tensor_inputs)}, not {', '.join(unknown)}")
             callback = callback_on_step_end
-        return _given(prefetch(self._chunks(texts, frames, size, settings, output_type, callback), ahead), output_type)
+        made = self._chunks(texts, frames, size, settings, output_type, callback)
+        return handed_out(prefetch(made, ahead), output_type)
 
     def __call__(
         self,
@@ -278,21 +286,15 @@ class StreamingMLAPipeline(DiffusionPipeline):
         return_dict: bool = True,
         **settings: Any,
     ) -> StreamingPipelineOutput | tuple[Frames]:
-        """A whole video at once: the arguments of `stream`, with 21 latent frames where no length is given."""
-        if num_frames is None and seconds is None:
+        """A whole video at once: the arguments of `stream`; without a length 21 latent frames, or its source's."""
+        if num_frames is None and seconds is None and settings.get("source") is None:
             num_frames = 1 + (DEFAULT_LATENT_FRAMES - 1) * self.vae_scale[0]
         chunks = list(
             self.stream(
                 prompt, num_frames=num_frames, seconds=seconds, output_type=output_type, **{"ahead": 0, **settings}
             )
         )
-        frames: Frames
-        if output_type == "pil":
-            frames = [[image for part in parts for image in part] for parts in zip(*chunks, strict=True)]
-        elif output_type == "np":
-            frames = np.concatenate(chunks, axis=1)
-        else:
-            frames = torch.cat(chunks, dim=2 if output_type == "latent" else 1)
+        frames = joined(chunks, output_type)
         return StreamingPipelineOutput(frames=frames) if return_dict else (frames,)
 
     def _chunks(
@@ -308,12 +310,13 @@ class StreamingMLAPipeline(DiffusionPipeline):
         given = 0 if start is None else start.shape[2]
         total = None
         if num_frames is not None:
-            opening = len(settings["first_chunk_steps"] or range(self._num_timesteps))
             ranges = chunk_ranges(self.transformer.causal, num_frames)
-            total = sum(self._num_timesteps if first else opening for first, stop in ranges if stop > given)
+            total = sum(len(self._schedule.of_chunk(first)) - 1 for first, stop in ranges if stop > given)
         decodes = not self.pixels and output_type != "latent"
         decoder = StreamingDecoder(self.vae) if decodes else None
-        reserve([self.transformer], self.vae if decodes else None, *size, len(texts), settings["device"])
+        source = settings["source"]
+        encodes = self.vae if isinstance(source, SourceVideo) and not self.pixels else None
+        reserve([self.transformer], self.vae if decodes else None, *size, len(texts), settings["device"], encodes)
         done = 0
         try:
             with self.progress_bar(itertools.count() if total is None else None, total) as bar:
@@ -332,22 +335,18 @@ class StreamingMLAPipeline(DiffusionPipeline):
                     if self._interrupt:
                         return
         finally:
+            if isinstance(source, SourceVideo):
+                source.close()
             self.maybe_free_model_hooks()
 
     def _finished(self, chunk: Tensor, decoder: StreamingDecoder | None, output_type: OutputType) -> Tensor:
-        """A chunk `[B, C, F, h, w]` as `_given` takes it."""
+        """A chunk `[B, C, F, h, w]` as `handed_out` takes it."""
         if output_type == "latent":
             return chunk
         pixels = chunk if decoder is None else decoder(chunk)
         if decoder is not None:
             self._send_back_vae()
-        if not torch.isfinite(pixels).all():
-            raise UserError("the video holds NaN or Inf; the model diverged, or its dtype is too narrow (try float32)")
-        # All of it on the device, as the `VideoProcessor` of diffusers does on the CPU, to the bit.
-        frames = (pixels.float() * 0.5 + 0.5).clamp(0, 1).expand(-1, 3, -1, -1, -1).transpose(1, 2)
-        if output_type == "pil":
-            frames = (frames * 255).round().to(torch.uint8)
-        return (frames if output_type == "pt" else frames.movedim(2, 4)).contiguous().cpu()
+        return to_output(pixels, output_type)
 
     def _send_back_vae(self) -> None:
         """Model offloading sends a part back when the next one in its order is called; none comes after the VAE."""
@@ -419,6 +418,18 @@ class StreamingMLAPipeline(DiffusionPipeline):
         self._send_back_vae()
         return latents.unsqueeze(0).to(device)
 
+    def _source(self, source: Source | None, size: tuple[int, int], fps: float) -> Tensor | SourceVideo | None:
+        if source is None or isinstance(source, Tensor):
+            return source.unsqueeze(0) if isinstance(source, Tensor) and source.ndim == 4 else source
+        pictures = Path(source) if isinstance(source, str) else source
+        shape = (self.transformer.noise_channels, *size)
+        opened = open_source([pictures] if isinstance(pictures, Image.Image) else pictures, shape, self.vae_scale, fps)
+        if isinstance(opened, SourceVideo) and not self.pixels:
+            if self.vae is None:
+                raise UsageError("this pipeline has no vae, which encodes the source; pass one, or latents")
+            opened.encode_with(self.vae, self._send_back_vae)
+        return opened
+
     def _conditions(
         self, image: str | Path | Image.Image | None, frames: int | None, size: tuple[int, int]
     ) -> dict[str, Any] | None:
@@ -435,18 +446,6 @@ class StreamingMLAPipeline(DiffusionPipeline):
         conditions = image_conditions(config, picture, self.vae, *size, frames, tokens)
         self._send_back_vae()
         return conditions
-
-
-def _given(chunks: Generator[Tensor], output_type: OutputType) -> Iterator[Frames]:
-    """Chunks as the caller gets them, made in the caller's thread."""
-    with contextlib.closing(chunks):
-        for chunk in chunks:
-            if output_type == "np":
-                yield chunk.numpy()
-            elif output_type == "pil":
-                yield [[Image.fromarray(frame) for frame in video] for video in chunk.numpy()]
-            else:
-                yield chunk
 
 
 diffusers.StreamingMLAPipeline = StreamingMLAPipeline

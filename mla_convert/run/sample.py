@@ -19,7 +19,8 @@ from ..mla.window import CausalConfig
 from ..zoo.digits.data import FRAME, GUIDANCE, SHIFT, TEXT_DIM, parse_prompt
 from .config import GenerateConfig
 from .extent import video_end
-from .start import read_start
+from .source_video import SourceVideo, open_source
+from .start import LATENTS, read_start
 from .stream import Seeds, stream_chunks
 
 DIGITS = "digits"
@@ -109,7 +110,7 @@ def check_latent_size(config: Any, height: int, width: int, spatial: int = 1) ->
             )
 
 
-def check_length(config: Any, num_frames: int) -> None:
+def check_length(config: Any, num_frames: int | None) -> None:
     """Raise UsageError where a rollout of a model's configuration ends before, see `video_end`."""
     causal = CausalConfig(**(config.get("causal") or {}))
     video_end(causal, config.get("rope_max_seq_len") or 1024, num_frames)
@@ -152,34 +153,67 @@ def rollout(
     progress: Callable[[int, int], None] | None = None,
     *,
     start: Tensor | None = None,
+    source: Tensor | SourceVideo | None = None,
     endless: bool = False,
     seed: Seeds | None = None,
     **more: Any,
 ) -> Iterator[Tensor]:
     """Latent chunks `[B, C, F, H, W]`, float32, for `embeds` `[B, L, D]`; progress counts frames.
 
-    `model` may be the experts that `stream_chunks` takes, and `more` other arguments of it. `start` and
-    `seed` stand in for those of `config`. Raises UserError for a start that does not fit.
+    `model` may be the experts that `stream_chunks` takes, and `more` other arguments of it. `start`, `source` and
+    `seed` stand in for those of `config`. Raises UserError for a start or a source that does not fit.
     """
     shape = (model[0] if isinstance(model, Sequence) else model).config
     height, width = latent_size(shape, config)
     if start is None and config.start is not None:
         start = read_start(Path(config.start), noise_channels(shape), height, width).unsqueeze(0)
+    if source is None and config.source is not None:
+        source = read_source(config, shape)
+    frames = None if endless else config.num_frames
+    total = shortest(frames, source)
     done = 0
-    for chunk in stream_chunks(
+    chunks = stream_chunks(
         model,
         embeds,
-        None if endless else config.num_frames,
+        frames,
         height,
         width,
         seed=config.seed if seed is None else seed,
         start=start,
+        source=source,
+        strength=config.strength,
         recache=config.recache,
         hold_start=config.hold_start,
         **config.sampling(),
         **more,
-    ):
-        done += chunk.shape[2]
-        if progress is not None:
-            progress(done, done if endless else config.num_frames)
-        yield chunk
+    )
+    try:
+        for chunk in chunks:
+            done += chunk.shape[2]
+            if progress is not None:
+                progress(done, total or done)
+            yield chunk
+    finally:
+        if isinstance(source, SourceVideo):
+            source.close()
+
+
+def read_source(config: GenerateConfig, shape: Any) -> Tensor | SourceVideo:
+    """The source of a rollout of a transformer's configuration `shape`, whose pictures are its pixels.
+
+    Raises UserError, for a model of latents also where the source is pictures.
+    """
+    assert config.source is not None
+    channels, (temporal, spatial, _) = noise_channels(shape), latent_scale(shape)
+    path, size = Path(config.source), latent_size(shape, config)
+    if spatial > 1 and path.is_file() and path.suffix != LATENTS:
+        raise UsageError(
+            f"{path}: the model works on latents; give a {LATENTS} file of them, or use `generate --source`"
+        )
+    return open_source(path, (channels, *size), (temporal, spatial), config.fps)
+
+
+def shortest(frames: int | None, source: object) -> int | None:
+    """The frames of a rollout of at most so many from a `source`, whose length latents `[B, C, F, H, W]` tell."""
+    known = [frames, source.shape[2] if isinstance(source, Tensor) else None]
+    return min((one for one in known if one is not None), default=None)

@@ -35,17 +35,29 @@ def read_start(path: Path | Sequence[Image.Image], channels: int, height: int, w
         if not path.is_file():
             raise UserError(f"{path} does not exist; a start is a file")
         if path.suffix == LATENTS:
-            return _read_latents(path)
+            return read_latents(path, "start")
     if vae is not None:
         return _encoded(path, height, width, vae)
     if channels not in (1, 3):
         raise UsageError(f"{_named(path)}: the model works on latents; encode the picture and give a {LATENTS} file")
+    return boxed_pixels(torch.stack([boxed(picture, channels, height, width) for picture in read_pictures(path)]))
+
+
+def boxed(picture: Image.Image, channels: int, height: int, width: int) -> Tensor:
+    """A picture averaged down, or enlarged, to uint8 `[height, width, channels]`, of 1 or 3 channels."""
     mode = "L" if channels == 1 else "RGB"
-    frames = [
-        np.asarray(picture.convert(mode).resize((width, height), Image.Resampling.BOX)) for picture in _pictures(path)
-    ]
-    pixels = torch.from_numpy(np.stack(frames)).float().view(len(frames), height, width, channels)
-    return (2 * pixels / 255 - 1).permute(3, 0, 1, 2).contiguous()
+    small = np.array(picture.convert(mode).resize((width, height), Image.Resampling.BOX))
+    return torch.from_numpy(small).view(height, width, channels)
+
+
+def boxed_pixels(frames: Tensor) -> Tensor:
+    """uint8 frames `[F, H, W, C]` as pixels `[C, F, H, W]` in [-1, 1] of a model that makes those."""
+    return (2 * frames.float() / 255 - 1).permute(3, 0, 1, 2).contiguous()
+
+
+def fitted(picture: Image.Image, height: int, width: int) -> Tensor:
+    """A picture resized until it covers `height x width` and cut to its centre, uint8 `[height, width, 3]`."""
+    return torch.from_numpy(np.array(ImageOps.fit(picture.convert("RGB"), (width, height))))
 
 
 def _named(source: Path | Sequence[Image.Image]) -> str:
@@ -54,30 +66,30 @@ def _named(source: Path | Sequence[Image.Image]) -> str:
 
 def _encoded(path: Path | Sequence[Image.Image], height: int, width: int, vae: Any) -> Tensor:
     temporal, spatial = vae.config.scale_factor_temporal, vae.config.scale_factor_spatial
-    size = (width * spatial, height * spatial)
-    frames = [np.asarray(ImageOps.fit(picture.convert("RGB"), size)) for picture in _pictures(path)]
+    frames = [fitted(picture, height * spatial, width * spatial) for picture in read_pictures(path)]
     if (len(frames) - 1) % temporal:
         below = len(frames) - (len(frames) - 1) % temporal
         raise UsageError(
             f"{_named(path)} has {len(frames)} frames; the VAE takes one and then {temporal} at a time: "
             f"give {below} or {below + temporal}"
         )
-    return encode_pixels(vae, to_pixels(torch.from_numpy(np.stack(frames))).unsqueeze(0))[0].cpu()
+    return encode_pixels(vae, to_pixels(torch.stack(frames)).unsqueeze(0))[0].cpu()
 
 
-def _read_latents(path: Path) -> Tensor:
+def read_latents(path: Path, what: str) -> Tensor:
+    """The tensor `latents` `[C, F, H, W]` of a file, float32. Raises UserError, which says `what` it should be."""
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     if LATENTS_KEY not in tensors or tensors[LATENTS_KEY].ndim != 4:
         shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in sorted(tensors.items())) or "nothing"
-        raise UserError(f"{path} holds {shapes}; a start is the tensor {LATENTS_KEY} [C, F, H, W]")
+        raise UserError(f"{path} holds {shapes}; a {what} is the tensor {LATENTS_KEY} [C, F, H, W]")
     return tensors[LATENTS_KEY].float()
 
 
-def _pictures(path: Path | Sequence[Image.Image]) -> Iterator[Image.Image]:
-    """The frames of an image or a video. Raises UserError."""
+def read_pictures(path: Path | Sequence[Image.Image]) -> Iterator[Image.Image]:
+    """The frames of an image or a video, read one by one. Raises UserError."""
     if not isinstance(path, Path):
         yield from path
         return

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
+import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -31,18 +33,8 @@ def read_frames(path: Path, frames: int, height: int, width: int, fps: float) ->
     The picture is resized until it covers height x width pixels, then its centre is cut out. Raises
     UnusableVideo for a file that ends too early or in which any frame up to there is damaged.
     """
-    filters = [
-        f"fps={fps:g}",
-        f"scale={width}:{height}:force_original_aspect_ratio=increase:flags=bicubic+accurate_rnd+full_chroma_int",
-        "format=rgb24",
-        f"crop={width}:{height}",
-    ]
-    # One thread: clips are decoded beside each other, and the message about a broken one stays the same.
     # The time is limited where the file is read: `-frames` would race with errors in what comes behind.
-    before = f"-nostdin -v error -xerror -threads 1 -t {(frames + 1) / fps:.6f} -i"
-    after = "-map 0:v:0 -an -sn -dn -f rawvideo -pix_fmt rgb24"
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), *before.split(), f"file:{path}", *after.split()]
-    command += ["-vf", ",".join(filters), "-"]
+    command = _command(path, height, width, fps, f"-t {(frames + 1) / fps:.6f}")
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     if done.returncode:
         raise UnusableVideo(f"it cannot be decoded: {_reason(done.stderr, path)}")
@@ -51,6 +43,51 @@ def read_frames(path: Path, frames: int, height: int, width: int, fps: float) ->
     if found < frames:
         raise UnusableVideo(f"it is too short: {found} of {frames} frames at {fps:g} a second")
     return decoded.view(found, height, width, 3)[:frames]
+
+
+def stream_frames(path: Path, height: int, width: int, fps: float) -> Generator[Tensor]:
+    """All frames of `read_frames`, one by one, uint8 `[H, W, 3]`: decoded no faster than they are taken.
+
+    Raises UnusableVideo where a frame is damaged, after those before it. Closed early it stops ffmpeg.
+    """
+    size = height * width * 3
+    with tempfile.TemporaryFile() as complaints:
+        # In a session of its own, so that Ctrl-C in a terminal reaches this process alone. Complaints go to a file:
+        # nobody reads them while frames are read, and a full pipe would stop ffmpeg.
+        process = subprocess.Popen(
+            _command(path, height, width, fps),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=complaints,
+            start_new_session=True,
+        )
+        assert process.stdout is not None
+        try:
+            while len(frame := process.stdout.read(size)) == size:
+                yield torch.frombuffer(bytearray(frame), dtype=torch.uint8).view(height, width, 3)
+            if process.wait():
+                complaints.seek(0)
+                raise UnusableVideo(f"it cannot be decoded: {_reason(complaints.read(), path)}")
+        finally:
+            process.kill()
+            with contextlib.suppress(OSError):
+                process.stdout.close()
+            process.wait()
+
+
+def _command(path: Path, height: int, width: int, fps: float, limit: str = "") -> list[str]:
+    """What writes the frames of a file to stdout; `limit` are arguments for its input."""
+    filters = [
+        f"fps={fps:g}",
+        f"scale={width}:{height}:force_original_aspect_ratio=increase:flags=bicubic+accurate_rnd+full_chroma_int",
+        "format=rgb24",
+        f"crop={width}:{height}",
+    ]
+    # One thread: clips are decoded beside each other, and the message about a broken one stays the same.
+    before = f"-nostdin -v error -xerror -threads 1 {limit} -i"
+    after = "-map 0:v:0 -an -sn -dn -f rawvideo -pix_fmt rgb24"
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), *before.split(), f"file:{path}", *after.split()]
+    return [*command, "-vf", ",".join(filters), "-"]
 
 
 def to_pixels(frames: Tensor) -> Tensor:

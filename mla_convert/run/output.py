@@ -1,0 +1,60 @@
+"""What callers of `StreamingMLAPipeline` get: chunks, and whole videos, in the forms that diffusers' pipelines have."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers.utils import BaseOutput
+from PIL import Image
+from torch import Tensor
+
+from ..errors import UserError
+
+OutputType = Literal["np", "pt", "pil", "latent"]
+Frames = Any
+
+
+@dataclass
+class StreamingPipelineOutput(BaseOutput):
+    """`frames` of a batch: float32 `[B, F, H, W, 3]` for `np`, `[B, F, 3, H, W]` for `pt`, both in [0, 1]; for `pil`
+    a list of images an item; for `latent` `[B, C, F, h, w]`.
+    """
+
+    frames: Frames
+
+
+def to_output(pixels: Tensor, output_type: OutputType) -> Tensor:
+    """Pixels `[B, C, F, H, W]` in [-1, 1] as `handed_out` takes them. Raises UserError for NaN or Inf."""
+    if not torch.isfinite(pixels).all():
+        raise UserError("the video holds NaN or Inf; the model diverged, or its dtype is too narrow (try float32)")
+    # All of it on the device, as the `VideoProcessor` of diffusers does on the CPU, to the bit.
+    frames = (pixels.float() * 0.5 + 0.5).clamp(0, 1).expand(-1, 3, -1, -1, -1).transpose(1, 2)
+    if output_type == "pil":
+        frames = (frames * 255).round().to(torch.uint8)
+    return (frames if output_type == "pt" else frames.movedim(2, 4)).contiguous().cpu()
+
+
+def handed_out(chunks: Generator[Tensor], output_type: OutputType) -> Iterator[Frames]:
+    """Chunks as the caller gets them, made in the caller's thread."""
+    with contextlib.closing(chunks):
+        for chunk in chunks:
+            if output_type == "np":
+                yield chunk.numpy()
+            elif output_type == "pil":
+                yield [[Image.fromarray(frame) for frame in video] for video in chunk.numpy()]
+            else:
+                yield chunk
+
+
+def joined(chunks: Sequence[Frames], output_type: OutputType) -> Frames:
+    """All chunks of a video as one."""
+    if output_type == "pil":
+        return [[image for part in parts for image in part] for parts in zip(*chunks, strict=True)]
+    if output_type == "np":
+        return np.concatenate(chunks, axis=1)
+    return torch.cat(list(chunks), dim=2 if output_type == "latent" else 1)

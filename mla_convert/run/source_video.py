@@ -1,0 +1,131 @@
+"""The source of a rollout from a file or a camera: latents, or pictures that are read no further than they are used."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Generator, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..distill.encode.frames import UnusableVideo, stream_frames, to_pixels
+from ..distill.encode.streaming import StreamingEncoder
+from ..errors import UsageError, UserError
+from .decode import first_video_frame
+from .start import LATENTS, boxed, boxed_pixels, fitted, read_latents, read_pictures
+
+Pictures = Path | Iterable[Image.Image]
+
+
+class SourceVideo:
+    """The latents `[1, C, F, h, w]` of a video, as `stream_chunks` asks for a source; `shape` is their (C, h, w).
+
+    `frames` are its pictures, uint8 `[H, W, c]` at the size of the video, taken as chunks need them: the first latent
+    frame is one of them, every other `temporal`. Those that are left over at the end, too few for a latent frame, are
+    dropped. `encode_with` says which VAE makes latents of them; for a model of pixels they are it.
+    """
+
+    def __init__(self, frames: Generator[Tensor], shape: tuple[int, int, int], temporal: int) -> None:
+        self.frames, self.shape, self.temporal = frames, shape, temporal
+        self.encoder: StreamingEncoder | None = None
+        self._encoded: Callable[[], None] | None = None
+        self._seen: list[Tensor] = []
+
+    def look(self) -> None:
+        """Read the first picture now. Raises UserError where there is none."""
+        self._seen = list(itertools.islice(self.frames, 1))
+        if not self._seen:
+            raise UserError("the source has no pictures")
+
+    def encode_with(self, vae: Any, done: Callable[[], None] | None = None) -> None:
+        """Have `vae` encode the pictures; `done` is called after every chunk."""
+        self.encoder, self._encoded = StreamingEncoder(vae), done
+
+    def __call__(self, first: int, stop: int) -> Tensor:
+        """Latents of the frames from `first` to before `stop`, or those that are left.
+
+        Raises UserError for pictures that cannot be read.
+        """
+        begin, end = (first_video_frame(frame, self.temporal) for frame in (first, stop))
+        taken = list(itertools.islice(itertools.chain(self._seen, self.frames), end - begin))
+        self._seen = []
+        opens = 1 if first == 0 and taken else 0
+        whole = len(taken) - (len(taken) - opens) % self.temporal
+        if not whole:
+            return torch.empty(1, self.shape[0], 0, *self.shape[1:])
+        video = torch.stack(taken[:whole])
+        if self.encoder is None:
+            return boxed_pixels(video).unsqueeze(0)
+        latents = self.encoder(to_pixels(video).unsqueeze(0))
+        if self._encoded is not None:
+            self._encoded()
+        return latents
+
+    def close(self) -> None:
+        """Let go of the file; what was not read stays unread."""
+        self.frames.close()
+
+
+def open_source(
+    source: Pictures, shape: tuple[int, int, int], scale: tuple[int, int], fps: float
+) -> Tensor | SourceVideo:
+    """The `source` of a rollout whose latents are of `shape` (C, h, w) and of `scale`, see `latent_scale`.
+
+    A `.safetensors` file holds `latents` `[C, F, h, w]`, which are given as `[1, C, F, h, w]`, float32. Any other is a
+    video, or a picture: ffmpeg reads it at `fps` frames a second, resized until it covers the rollout and cut to its
+    centre. For a model of pixels, which have 1 or 3 channels, it is an image, a GIF or an mp4, whose every frame is
+    averaged down, or enlarged, to its size. Pictures that are handed over, from a camera say, are taken as they come.
+
+    Raises UserError for a file that cannot be read, before anything is computed; UsageError for latents that do not
+    fit.
+    """
+    if isinstance(source, Path):
+        if not source.is_file():
+            raise UserError(f"{source} does not exist; a source is a file")
+        if source.suffix == LATENTS:
+            return _latents(source, shape)
+    (channels, height, width), (temporal, spatial) = shape, scale
+    if spatial == 1:
+        frames = _boxed(source, channels, height, width)
+    elif isinstance(source, Path):
+        frames = _decoded(source, height * spatial, width * spatial, fps)
+    else:
+        frames = _fitted(source, height * spatial, width * spatial)
+    video = SourceVideo(frames, shape, temporal)
+    if isinstance(source, Path):
+        video.look()
+    return video
+
+
+def _latents(path: Path, shape: tuple[int, int, int]) -> Tensor:
+    latents = read_latents(path, "source")
+    if (latents.shape[0], *latents.shape[2:]) != shape:
+        found, wanted = (f"{c} channels of {h}x{w}" for c, h, w in ((latents.shape[0], *latents.shape[2:]), shape))
+        raise UsageError(f"the source {path} has {found}, the rollout {wanted}; give the latent size of the source")
+    return latents.unsqueeze(0)
+
+
+def _decoded(path: Path, height: int, width: int, fps: float) -> Generator[Tensor]:
+    try:
+        yield from stream_frames(path, height, width, fps)
+    except UnusableVideo as error:
+        raise UserError(f"the source {path} is no video: {error}") from None
+
+
+def _boxed(source: Pictures, channels: int, height: int, width: int) -> Generator[Tensor]:
+    for picture in read_pictures(source) if isinstance(source, Path) else source:
+        yield boxed(_checked(picture), channels, height, width)
+
+
+def _fitted(source: Iterable[Image.Image], height: int, width: int) -> Generator[Tensor]:
+    for picture in source:
+        yield fitted(_checked(picture), height, width)
+
+
+def _checked(picture: Any) -> Image.Image:
+    if not isinstance(picture, Image.Image):
+        raise UsageError(f"a source is latents, a file or PIL images, not of {type(picture).__name__}")
+    return picture
