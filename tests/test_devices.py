@@ -208,6 +208,28 @@ def test_a_step_copies_no_times_to_the_gpu() -> None:
 
 
 @pytest.mark.parametrize("offload", [None, "model"])
+def test_a_source_on_the_cpu_reaches_a_gpu(offload: Literal["model"] | None) -> None:
+    """In a rollout, and in a batch beside streams of another strength and of none."""
+    source, _, texts = pico.inputs(3, 7, 4, 4)
+    asked = {"source": lambda first, stop: source[:1, :, first:stop], "strength": 0.4}
+    same(lambda device: rolled_out([model()], device, offload, start=None, sampler="renoise", **asked))
+
+    def made(device: torch.device) -> list[Tensor]:
+        found = copy.deepcopy(model()) if offload else copy.deepcopy(model()).to(device)
+        if offload is not None:
+            place([found], None, device, offload)
+        batch = StreamBatch(found, 4, 4, 4, num_inference_steps=3, device=device)
+        batch.join(texts[0], seed=1, guidance_scale=2.0, **asked)
+        batch.join(texts[1], seed=2, source=source[1], strength=0.8)
+        batch.join(texts[2], seed=3, num_frames=7)
+        chunks = list(batch.chunks())
+        assert all(chunk.latents.device == device for chunk in chunks)
+        return [chunk.latents.cpu() for chunk in chunks]
+
+    same(made)
+
+
+@pytest.mark.parametrize("offload", [None, "model"])
 def test_streams_share_passes(offload: Literal["model"] | None) -> None:
     """Two experts with caches in int8; a stream joins late, and one changes its prompt."""
     start, _, texts = pico.inputs(3, 2, 4, 4)
@@ -294,7 +316,12 @@ def test_the_pipeline_reads_text_and_pictures_and_decodes(checkpoint: Path, offl
         if offload is not None:
             assert pipe.vae.device == CPU
         # Room for decoding was left before histories were made.
-        assert pipe.transformer.kernels.reserved == (decoding_bytes(pipe.vae, 4, 6).total(1) if device == GPU else 0)
+        room = decoding_bytes(pipe.vae, 4, 6)
+        assert pipe.transformer.kernels.reserved == (room.total(1) if device == GPU else 0)
+        chunks += list(pipe.stream("a", source=[start] * 9, ahead=1, **settings))
+        assert pipe.transformer.kernels.reserved > room.total(1) or device == CPU
+        if offload is not None:
+            assert pipe.vae.device == CPU
         return np.concatenate(chunks, axis=1)
 
     same(made)
@@ -352,8 +379,12 @@ def available(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.device], None]
     return lambda device: monkeypatch.setattr(torch.cuda, "is_available", lambda: device == GPU)
 
 
-@pytest.mark.parametrize("offload", ["none", "group"])
-def test_generate_writes_the_same_pictures(checkpoint: Path, tmp_path: Path, available: Any, offload: Any) -> None:
+@pytest.mark.parametrize(
+    ("offload", "given"), [("none", "start"), ("group", "start"), ("none", "source"), ("model", "source")]
+)
+def test_generate_writes_the_same_pictures(
+    checkpoint: Path, tmp_path: Path, available: Any, offload: Any, given: str
+) -> None:
     def made(device: torch.device) -> Any:
         available(device)
         streaming = {"kernels": "torch", "cuda_graph": "off"}
@@ -363,14 +394,15 @@ def test_generate_writes_the_same_pictures(checkpoint: Path, tmp_path: Path, ava
             "num_frames": 2,
             "guidance_scale": 2.0,
             "negative_prompt": "dark",
-            "start": str(checkpoint.parent / "start.png"),
+            given: str(checkpoint.parent / "start.png"),
         }
         out = tmp_path / device.type
         with pytest.MonkeyPatch.context() as patch:
             asked: list[tuple[Any, ...]] = []
             patch.setattr(generation, "reserve", lambda models, vae, *rest: asked.append((vae.config.z_dim, *rest)))
             generate_video(checkpoint, out, request, settings, lambda *_: None)
-        assert [(*rest, where.type) for *rest, where in asked] == [(4, 4, 6, 1, device.type)]
+        ((*sizes, where, encoder),) = asked
+        assert (*sizes, where.type) == (4, 4, 6, 1, device.type) and (encoder is None) == (given == "start")
         # Levels of 255, the last of which may be rounded either way.
         return np.stack([np.asarray(Image.open(path)) for path in sorted(out.iterdir())]) / 2550
 

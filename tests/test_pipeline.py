@@ -277,6 +277,7 @@ def test_parts_of_a_run_make_the_whole(teacher, finished, tmp_path):
         ("generate.prompts=[hello]", r"generate\.prompts: cannot read the digits prompt 'hello'"),
         ("source.model=/nowhere", r"/nowhere does not exist"),
         ("generate.start=nope.png", r"generate\.start: nope\.png does not exist"),
+        ("generate.source=nope.mp4", r"generate\.source: nope\.mp4 does not exist"),
         ("generate.latent_height=17", r"generate\.latent_height and latent_width: a latent of 17x16 does not divide"),
         ("causal.window_frames=null", r"causal\.window_frames: null has no streaming cache"),
         ("streaming.kernels=triton", r"streaming\.kernels: triton: .*; set auto"),

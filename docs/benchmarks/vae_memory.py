@@ -1,7 +1,8 @@
 """python docs/benchmarks/vae_memory.py
 
-What decoding a rollout chunk by chunk holds, counted without weights on the meta device for the published VAEs; writes
-vae_memory.json and .md beside this file. What cuDNN asks for itself and the weights are not in it.
+What decoding a rollout chunk by chunk holds, and encoding a source, counted without weights on the meta device for the
+published VAEs; writes vae_memory.json and .md beside this file. What cuDNN asks for itself and the weights are not in
+it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from diffusers import AutoencoderKLWan
 from torch import nn
 
 from mla_convert.files import write_json, write_text
-from mla_convert.run.decode_memory import decoding_bytes
+from mla_convert.run.decode_memory import decoding_bytes, encoding_bytes
 
 HERE = Path(__file__).parent
 # The configurations in `vae/config.json` of Wan2.1-T2V-1.3B-Diffusers and Wan2.2-TI2V-5B-Diffusers.
@@ -49,7 +50,8 @@ def counted() -> list[dict[str, Any]]:
                 nn.Module.to(vae, dtype)
                 bytes_ = decoding_bytes(vae, height // down, width // down)
                 size = {"vae": name, "height": height, "width": width, "dtype": str(dtype).removeprefix("torch.")}
-                found.append({**size, **bytes_._asdict()})
+                source = encoding_bytes(vae, height // down, width // down)
+                found.append({**size, **bytes_._asdict(), "source": source._asdict()})
     return found
 
 
@@ -62,6 +64,14 @@ def table(found: list[dict[str, Any]]) -> str:
     for row in found:
         kept, working = row["kept"], row["working"]
         shown = [f"{value / 1e9:.2f} GB" for value in (kept, working, kept + working, STREAMS * kept + working)]
+        lines.append(f"| {row['vae']} | {row['height']}x{row['width']} | {row['dtype']} | {' | '.join(shown)} |")
+    lines += [
+        "",
+        "| VAE | size | dtype | kept of a source | working |",
+        "| --- | --- | --- | ---: | ---: |",
+    ]
+    for row in found:
+        shown = [f"{row['source'][key] / 1e9:.2f} GB" for key in ("kept", "working")]
         lines.append(f"| {row['vae']} | {row['height']}x{row['width']} | {row['dtype']} | {' | '.join(shown)} |")
     return "\n".join(lines) + "\n"
 
