@@ -102,6 +102,14 @@ def restyled(model: Any, source: Tensor, strength: float, steps: int) -> Tensor:
     return torch.cat(made, dim=2)
 
 
+@pytest.mark.parametrize("family", ["anyflow_far", "skyreels_v2"])
+def test_other_families_restyle(family: str) -> None:
+    model = pico.dense_model(family=family, causal={"num_frames_per_block": 2, "window_frames": 7})
+    found = video(model, source=clean(5), strength=0.5, num_inference_steps=4)
+    assert found.shape[2] == 5 and bool(found.isfinite().all())
+    assert not torch.equal(found, video(model, 5, num_inference_steps=4))
+
+
 @pytest.mark.parametrize("strength", [0.3, 0.5, 0.8])
 def test_a_chunk_begins_as_the_source_under_noise_and_is_cached_restyled(strength: float) -> None:
     model, source = pico.dense_model(), clean(9)

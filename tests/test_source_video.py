@@ -156,7 +156,7 @@ def test_a_source_that_cannot_be_read_is_refused_at_once(tmp_path: Path) -> None
     write_latents(tmp_path / "c.safetensors", 3, (4, 2, 4))
     for name, scale, message in (
         ("none.mp4", SCALE, "none.mp4 does not exist; a source is a file"),
-        ("a.mp4", SCALE, "a.mp4 is no video: it cannot be decoded"),
+        ("a.mp4", SCALE, "a.mp4 cannot be used: it cannot be decoded"),
         ("a.mp4", (1, 1), "is neither an image nor a video"),
         ("b.safetensors", SCALE, r"a source is the tensor latents \[C, F, H, W\]"),
         ("c.safetensors", SCALE, "has 4 channels of 2x4, the rollout 4 channels of 2x3"),

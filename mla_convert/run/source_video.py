@@ -112,7 +112,7 @@ def _decoded(path: Path, height: int, width: int, fps: float) -> Generator[Tenso
     try:
         yield from stream_frames(path, height, width, fps)
     except UnusableVideo as error:
-        raise UserError(f"the source {path} is no video: {error}") from None
+        raise UserError(f"the source {path} cannot be used: {error}") from None
 
 
 def _boxed(source: Pictures, channels: int, height: int, width: int) -> Generator[Tensor]:
