@@ -135,11 +135,12 @@ def test_the_tables_of_the_stages_are_their_results(monkeypatch: pytest.MonkeyPa
     assert stages.steps_table(found) == (RESULTS / "stages-steps.md").read_text(encoding="utf-8")
 
 
-def test_the_table_of_cache_bits_is_its_result(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["cache_bits", "cache_bits-natural"])
+def test_the_table_of_cache_bits_is_its_result(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(RESULTS))
-    found = json.loads((RESULTS / "cache_bits.json").read_text(encoding="utf-8"))
+    found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     table = importlib.import_module("cache_bits").table(found)
-    assert table == (RESULTS / "cache_bits.md").read_text(encoding="utf-8")
+    assert table == (RESULTS / f"{name}.md").read_text(encoding="utf-8")
 
 
 def test_the_study_says_of_the_stages_what_their_table_says() -> None:
