@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -83,14 +84,14 @@ def run(
     if loaded.experts is None or expert is not None:
         result = _run(loaded, out, resume, None, expert)
         if result.main:
-            print_result(as_json, result_of(result.path), run_table(result.path))
+            print_result(as_json, result_of(result.path), lambda: run_table(result.path))
         return
     with stderr().status("loading PyTorch"):
         from ..pipeline.experts import run_experts
     results = run_experts(loaded, out, resume, console=stderr())
     if all(result.main for result in results.values()):
         figures = {name: result_of(result.path) for name, result in results.items()}
-        tables = [run_table(result.path) for result in results.values()]
+        tables = [functools.partial(run_table, result.path) for result in results.values()]
         print_result(as_json, {"name": loaded.name, "run": str(out), "experts": figures}, *tables)
 
 

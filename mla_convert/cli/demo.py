@@ -22,4 +22,4 @@ def demo(
     from .summary import result_of, run_table
 
     result = start("demo", out, overrides, resume=True)
-    print_result(as_json, result_of(result.path), run_table(result.path))
+    print_result(as_json, result_of(result.path), lambda: run_table(result.path))

@@ -78,7 +78,7 @@ def evaluate(
         page, result = evaluate_checkpoint(
             model, teacher, out, {key: value for key, value in changes.items() if value is not None}, report, kernels
         )
-    print_result(as_json, {**result, "report": str(page)}, evaluation_table(result), f"report: {page}")
+    print_result(as_json, {**result, "report": str(page)}, lambda: evaluation_table(result), f"report: {page}")
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -56,14 +57,17 @@ def stderr() -> Console:
     return Console(stderr=True)
 
 
-def print_result(as_json: bool, value: dict[str, Any], *rendered: RenderableType) -> None:
-    """`value` as one JSON object, or `rendered` for people."""
+def print_result(
+    as_json: bool, value: dict[str, Any], *rendered: RenderableType | Callable[[], RenderableType]
+) -> None:
+    """`value` as one JSON object, or `rendered`, some of which is made only then, for people."""
     if as_json:
         sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
         sys.stdout.flush()
         return
     console = Console()
-    for renderable in rendered:
+    for given in rendered:
+        renderable = given() if callable(given) else given
         if isinstance(renderable, str):
             # Names of files must stay whole, and brackets in them are no markup.
             console.print(renderable, soft_wrap=True, markup=False, highlight=False)

@@ -38,6 +38,7 @@ def result_of(path: Path) -> dict[str, Any]:
             "attention_rel_error",
             "accuracy",
             "seconds",
+            "not_finite",
         )
         if report.get(key) is not None
     }
@@ -65,8 +66,8 @@ def run_table(path: Path) -> Table:
     window = f"{report['plan']['frames']} frames"
     table.add_row(f"cache of one stream ({window})", format_bytes(report["dense_cache_bytes"]), cache, cache)
     losses = [report["teacher_loss"], report["converted_loss"], report["student_loss"]]
-    table.add_row("held-out loss", *(f"{loss:.4f}" for loss in losses))
-    increases = [f"{100 * (loss / losses[0] - 1):+.2f} %" for loss in losses[1:]]
+    table.add_row("held-out loss", *(_told(loss, ".4f") for loss in losses))
+    increases = [_told(_increase(loss, losses[0]), "+.2%") for loss in losses[1:]]
     table.add_row("  against the teacher", "", *increases)
     for length, (teacher, student) in _accuracies(report):
         table.add_row(_recognised(length), teacher, "", student)
@@ -83,12 +84,21 @@ def evaluation_table(report: Mapping[str, Any]) -> Table:
     scalars = [f"{report[f'{name}_scalars_per_token']:,g}" for name in ("dense", "latent")]
     table.add_row("cached scalars a token a layer", *scalars)
     table.add_row("cache of one stream", *(format_bytes(report[f"{name}_cache_bytes"]) for name in ("dense", "latent")))
-    table.add_row("held-out loss", *(f"{report[f'{name}_loss']:.4f}" for name in ("teacher", "student")))
-    table.add_row("  against the teacher", "", f"{100 * report['loss_increase']:+.2f} %")
-    table.add_row("velocity error", "", f"{100 * report['velocity_rel_error']:.2f} %")
+    table.add_row("held-out loss", *(_told(report[f"{name}_loss"], ".4f") for name in ("teacher", "student")))
+    table.add_row("  against the teacher", "", _told(report["loss_increase"], "+.2%"))
+    table.add_row("velocity error", "", _told(report["velocity_rel_error"], ".2%"))
     for length, pair in _accuracies(report):
         table.add_row(_recognised(length), *pair)
     return table
+
+
+def _told(value: float | None, how: str) -> str:
+    """A number in this format, or what is said of one that is not finite, which reports keep as null."""
+    return "not finite" if value is None else format(value, how).replace("%", " %")
+
+
+def _increase(loss: float | None, teacher: float | None) -> float | None:
+    return loss / teacher - 1 if loss is not None and teacher else None
 
 
 def _recognised(length: str) -> str:

@@ -6,6 +6,7 @@ follow VBench (arXiv 2311.17982) where a definition is VBench's; `docs/digits-be
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -117,8 +118,10 @@ def sharpness(pixels: Tensor) -> Array:
 def frechet_distance(first: Array, second: Array) -> float:
     """Squared Fréchet distance of the normal distributions of two feature sets `[N, C]` and `[M, C]`.
 
-    `|m_1 - m_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2))` (arXiv 1706.08500).
+    `|m_1 - m_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2))` (arXiv 1706.08500); NaN for features that are not finite.
     """
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
+        return math.nan
     means = first.mean(0) - second.mean(0)
     one, two = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
     values, vectors = np.linalg.eigh(one)

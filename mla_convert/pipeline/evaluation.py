@@ -15,7 +15,7 @@ from ..distill.progress import Report
 from ..errors import UsageError
 from ..evaluate.config import EvaluateConfig
 from ..evaluate.fidelity import evaluate
-from ..evaluate.report import REPORT_HTML, write_report
+from ..evaluate.report import REPORT_HTML, finite, write_report
 from ..export.checkpoint import find_checkpoint, load_checkpoint
 from ..export.manifest import recorded_recipe
 from ..files import MANIFEST, check_place
@@ -44,7 +44,7 @@ def evaluate_checkpoint(
     `teacher` replaces the source in the manifest, `changes` entries of its evaluate section, `kernels`
     the key of its streaming section. The
     report goes to `out`, by default into the checkpoint or beside it in its run folder. Returns the
-    page and the report. Raises UserError in one line.
+    page and the report as it lies there, numbers that are not finite None. Raises UserError in one line.
     """
     root, inner = find_checkpoint(folder)
     if out is None:
@@ -73,13 +73,14 @@ def evaluate_checkpoint(
     data = DataConfig(kind="digits") if recipe is None else recipe.data.made_in(_run_of(root) / DATA)
     config = EvaluateConfig() if recipe is None else recipe.evaluate
     config = config.model_copy(update=dict(changes))
-    result = {
+    measured = {
         "source": teacher or (recipe.source.model if recipe else None),
         **evaluate(student, dense, data, config, report, 0 if recipe is None else recipe.seed),
         **describe(student, recipe.generate if recipe else GenerateConfig(), streaming.cache),
         "recipe": recipe.dump() if recipe else None,
         "seconds": {"evaluate": round(time.monotonic() - started, 3)},
     }
+    result = finite(measured)
     return write_report(out, result), result
 
 

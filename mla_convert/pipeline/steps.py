@@ -12,7 +12,7 @@ from ..convert import convert_source
 from ..devices import all_threads
 from ..distill.trainer import run_stage
 from ..evaluate.fidelity import evaluate
-from ..evaluate.report import REPORT_HTML, REPORT_JSON, write_report
+from ..evaluate.report import REPORT_HTML, REPORT_JSON, finite, write_report
 from ..export.checkpoint import save_checkpoint
 from ..export.release import export
 from ..files import MANIFEST, write_json, write_text
@@ -153,7 +153,7 @@ def _evaluate(context: Context) -> None:
         result = evaluate(student, teacher, context.data_config, config, context.report, recipe.seed)
         # Not beside the next one.
         del student
-        write_json(context.stage_folder(index) / REPORT_JSON, result)
+        write_json(context.stage_folder(index) / REPORT_JSON, finite(result))
 
 
 def _export(context: Context) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def _sampled_by(context: Context) -> dict[str, Any]:
 
 def build_report(context: Context) -> dict[str, Any]:
     """`report.json` of a run, in the keys of `mla_convert.evaluate.report`."""
-    seconds = dict(context.seconds)
+    seconds, converted = dict(context.seconds), read_evaluation(context.stage_folder(0))["student_loss"]
     return {
         "name": context.recipe.name,
         "source": context.source.origin,
@@ -71,7 +72,8 @@ def build_report(context: Context) -> dict[str, Any]:
         **read_evaluation(context.stage_folder(-1)),
         **describe(load_checkpoint(context.path / CHECKPOINT), context.recipe.generate, context.recipe.streaming.cache),
         **_sampled_by(context),
-        "converted_loss": read_evaluation(context.stage_folder(0))["student_loss"],
+        # So that it is named among the numbers that are not finite.
+        "converted_loss": math.nan if converted is None else converted,
         "seconds": {**seconds, "total": round(sum(seconds.values()), 3)},
         "curves": training_rows(context),
     }
