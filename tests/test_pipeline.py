@@ -250,6 +250,27 @@ def test_changed_output_is_made_again(teacher, finished, copied, damaged, redone
     assert state(copied)["finished"]
 
 
+def test_a_file_that_no_step_wrote_is_left_alone(teacher, copied):
+    """It is no reason to train again, and does not go with a spoilt one beside it."""
+    notes = [copied / "stages" / "00-convert" / "transformer" / name for name in ("notes.txt", ".nfs0001")]
+    notes.append(copied / "samples" / "mine.txt")
+    for note in notes:
+        note.write_text("mine")
+    before, said = digests(copied), io.StringIO()
+    run(recipe(teacher), copied, resume=True, console=Console(file=said))
+    assert digests(copied) == before and said.getvalue() == ""
+
+    spoilt = next((copied / "stages" / "00-convert" / "transformer").glob("*.safetensors"))
+    spoilt.write_bytes(b"")
+    folder = RunDir(copied, recipe(teacher), resume=True)
+    try:
+        assert folder.verify(STEPS) == "convert"
+        folder.begin()
+    finally:
+        folder.close()
+    assert not spoilt.exists() and all(note.read_text() == "mine" for note in notes)
+
+
 def test_parts_of_a_run_make_the_whole(teacher, finished, tmp_path):
     folder = tmp_path / "run"
     converted = run(recipe(teacher), folder, until="convert")

@@ -97,17 +97,18 @@ class RunDir:
     def verify(self, order: Iterable[str]) -> str | None:
         """Forget the first step whose output is gone or changed, and all after it; returns its name.
 
-        The files that are not as the step wrote them go with `begin`.
+        Of what it wrote, the files that are not as they were go with `begin`. Others beside them are somebody's own.
         """
         names = list(order)
         for position, name in enumerate(names):
             recorded = self._state["steps"].get(name)
             if recorded is None:
                 continue
-            written, found = recorded["outputs"], self._digests(recorded["paths"])
+            written = recorded["outputs"]
+            found = self._digests(written)
             if found == written:
                 continue
-            self._spoilt = [self.path / file for file in found if found[file] != written.get(file)]
+            self._spoilt = [self.path / file for file in found if found[file] != written[file]]
             for later in names[position:]:
                 self._state["steps"].pop(later, None)
             self._state["finished"] = False
