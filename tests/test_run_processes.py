@@ -14,8 +14,9 @@ from test_pipeline import recipe
 
 from mla_convert.errors import UserError
 from mla_convert.files import write_json
-from mla_convert.pipeline import run, sources
-from mla_convert.pipeline.steps import Step
+from mla_convert.pipeline import checks, run, sources
+from mla_convert.pipeline.context import Context
+from mla_convert.pipeline.steps import Step, steps_of
 
 run_module = importlib.import_module("mla_convert.pipeline.run")
 
@@ -98,3 +99,28 @@ def test_what_follows_a_conversion_reads_the_commit_that_was_converted(teacher, 
     run(recipe(teacher), tmp_path / "run", until="convert")
     run(recipe(teacher), tmp_path / "run", until="distill", resume=True)
     assert asked == [None, "a" * 40]
+
+
+def test_a_stage_that_is_done_is_not_asked_of_the_launch(teacher, tmp_path, monkeypatch):
+    """It was trained by another one, such as eight processes where now there are three."""
+    two = recipe(teacher, "distill.0.global_batch=2", "distill.0.steps=1", "generate.prompts=[]", "data.heldout=2")
+    asked = []
+
+    def check_launch(stage):
+        asked.append(stage.stage)
+        if len(asked) > 1:
+            raise UserError("global_batch 2 is no multiple of batch_size 2 times 3 processes")
+
+    monkeypatch.setattr(checks, "check_launch", check_launch)
+    run(two, tmp_path / "run", until="distill")
+    run(two, tmp_path / "run", resume=True)
+    assert asked == ["match_velocity"]
+    with pytest.raises(UserError, match="global_batch 2 is no multiple"):
+        run(two, tmp_path / "other")
+    # Nor are the clips asked for what only a conversion or a stage that is done has read.
+    read = []
+    monkeypatch.setattr(checks, "_check_data", lambda context, made, read_clips, negative: read.append(negative))
+    guided = recipe(teacher, "convert.calibration.empty_prompt_rate=0.5")
+    checks.check_inputs(Context(guided, tmp_path, lambda *told: None), [Step("evaluate", (), run, reads_clips=True)])
+    checks.check_inputs(Context(guided, tmp_path, lambda *told: None), steps_of(guided)[:1])
+    assert read == [False, True]

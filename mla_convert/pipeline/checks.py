@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from ..convert.limits import planned_ranks
 from ..distill.adapters import adapted_modules
 from ..distill.launch import check_launch
-from ..distill.stages.base import StageConfig
+from ..distill.stages.base import REAL_SCORE, StageConfig
 from ..distill.trainable import trainable_names
 from ..errors import UsageError, UserError
 from ..families.base import noise_channels
@@ -25,6 +25,7 @@ from ..mla.bits import is_mixed
 from ..mla.cache import LatentCache
 from ..mla.window import CausalConfig
 from ..recipe.schema import Recipe
+from ..registry import stages
 from ..run.extent import check_start
 from ..run.sample import check_latent_size, check_length, latent_size, read_source, shortest
 from ..run.source_video import SourceVideo
@@ -63,10 +64,13 @@ def check_inputs(context: Context, pending: Iterable[Step]) -> None:
         _check_streaming(context, rolls_out="samples" in names)
     if "samples" in names:
         _check_samples(context)
-    if any(step.trains for step in pending):
-        _check_stages(context)
+    # What is done is not asked of this launch.
+    trained = {step.stage: context.recipe.distill[step.stage] for step in pending if step.stage is not None}
+    _check_stages(context, trained)
     _check_levels(context.recipe)
-    _check_data(context, made="data" in names, read=any(step.reads_clips for step in pending))
+    negative = any(stage.needs_negative for stage in trained.values())
+    negative = negative or ("convert" in names and calibration_reads_negative(context.recipe))
+    _check_data(context, "data" in names, any(step.reads_clips for step in pending), negative)
 
 
 def _check_streaming(context: Context, rolls_out: bool) -> None:
@@ -110,15 +114,16 @@ def _check_samples(context: Context) -> None:
             check_start(start.unsqueeze(0), causal, generate.num_frames, size, whole_chunks=not generate.hold_start)
 
 
-def _check_stages(context: Context) -> None:
-    recipe, source = context.recipe, context.source
-    for index, stage in enumerate(recipe.distill):
+def _check_stages(context: Context, pending: Mapping[int, StageConfig]) -> None:
+    """The `pending` stages by their index."""
+    for index, stage in pending.items():
         check_launch(stage)
         if stage.lora is not None:
             with _named(f"distill.{index}"):
-                _check_adapters(stage, _without_weights(source))
-    if context.real_score is not None:
-        check_alike(context.real_score, source)
+                _check_adapters(stage, _without_weights(context.source))
+    scored = any(REAL_SCORE in stages()[stage.stage](stage).networks for stage in pending.values())
+    if scored and context.real_score is not None:
+        check_alike(context.real_score, context.source)
 
 
 def _check_levels(recipe: Recipe) -> None:
@@ -144,9 +149,8 @@ def _check_adapters(stage: StageConfig, model: Any) -> None:
     adapted_modules(model, stage.lora, trained, stage.adapted_part)
 
 
-def _check_data(context: Context, made: bool, read: bool) -> None:
+def _check_data(context: Context, made: bool, read: bool, reads_negative: bool) -> None:
     recipe, source = context.recipe, context.source
-    reads_negative = calibration_reads_negative(recipe) or any(stage.needs_negative for stage in recipe.distill)
     if made:
         assert recipe.data.rollouts is not None
         clip = check_rollouts(recipe.data.rollouts, source)

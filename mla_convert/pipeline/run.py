@@ -102,8 +102,9 @@ def _lead(recipe: Recipe, folder: RunDir, steps: list[Step], processes: PartialS
     with progress_bars(console) as report:
         context = Context(recipe, folder.path, report)
         check_inputs(context, pending)
-        if any(step.trains for step in pending):
-            warn_of_memory(recipe, context.device)
+        stages = tuple(recipe.distill[step.stage] for step in pending if step.stage is not None)
+        if stages:
+            warn_of_memory(recipe.model_copy(update={"distill": stages}), context.device)
         folder.begin()
         processes.wait_for_everyone()
         for step in pending:

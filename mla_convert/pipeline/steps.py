@@ -32,7 +32,8 @@ STREAMED_SHARD_SIZE = "1GB"
 class Step:
     """`paths`: what the step writes. `scratch`: deleted once it is done. Both relative to the run folder.
 
-    With `reads_clips` it needs the data, with `everywhere` every process of a distributed run takes part.
+    With `reads_clips` it needs the data, with `everywhere` every process of a distributed run takes part. `stage` is
+    the index in `distill` of the stage that it trains.
     """
 
     name: str
@@ -41,11 +42,12 @@ class Step:
     scratch: str | None = None
     reads_clips: bool = False
     everywhere: bool = False
+    stage: int | None = None
 
     @property
     def trains(self) -> bool:
         """Whether it is a stage of `distill`."""
-        return self.name.startswith("distill ")
+        return self.stage is not None
 
 
 def steps_of(recipe: Recipe) -> list[Step]:
@@ -66,6 +68,7 @@ def steps_of(recipe: Recipe) -> list[Step]:
                 scratch=f"{TRAINING}/{stages[index]}/checkpoints",
                 reads_clips=True,
                 everywhere=True,
+                stage=index - 1,
             )
         )
     reports = tuple(f"{STAGES}/{stages[index]}/{REPORT_JSON}" for index in _measured(recipe))
