@@ -38,6 +38,7 @@ from mla_convert.recipe.load import parse_recipe
 
 run_module = importlib.import_module("mla_convert.pipeline.run")
 STEPS = ["convert", "distill 01-match_velocity", "evaluate", "export", "samples", "report"]
+ROLLOUTS = "data={kind: rollouts, heldout: 2, rollouts: {clips: 4, num_frames: 3, prompts: ['7']}}"
 # What a run makes, in this order; the moment each appears is a moment to be killed at.
 MILESTONES = [
     "state.json",
@@ -292,6 +293,13 @@ def test_parts_of_a_run_make_the_whole(teacher, finished, tmp_path):
     assert "seed: 0" in before["recipe"] and {"torch", "diffusers", "mla_convert"} <= before["versions"].keys()
 
 
+@pytest.mark.parametrize("data", ["data.kind=digits", ROLLOUTS])
+def test_without_stages_the_conversion_is_what_is_distilled(teacher, data):
+    """`distill` makes it, behind the clips that a run makes itself."""
+    steps = [step.name for step in run_module.steps_until(recipe(teacher, data, "distill=[]"), "distill")]
+    assert steps == (["data", "convert"] if data == ROLLOUTS else ["convert"])
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -334,7 +342,6 @@ IMPOSSIBLE = [
     ("convert={position: derived, qk_rope_head_dim: 14, init: svd}", r"14 is larger than the 12 .* of a head"),
     ("convert={position: baked, qk_rope_head_dim: 12}", r"qk_rope_head_dim: 12 is larger than the 8 .* all heads"),
 ]
-ROLLOUTS = "data={kind: rollouts, heldout: 2, rollouts: {clips: 4, num_frames: 3, prompts: ['7']}}"
 
 
 @pytest.mark.parametrize(("override", "message"), IMPOSSIBLE)

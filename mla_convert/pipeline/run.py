@@ -150,9 +150,10 @@ def _is_done(path: Path, step: str) -> bool:
 
 
 def steps_until(recipe: Recipe, until: str | None) -> list[Step]:
-    """The steps of a recipe up to the last whose first word is `until`."""
+    """The steps of a recipe up to the last whose first word is `until`, up to the conversion where there is none."""
     steps = steps_of(recipe)
     if until is None:
         return steps
-    last = max((index for index, step in enumerate(steps) if step.name.split()[0] == until), default=0)
-    return steps[: last + 1]
+    words = [step.name.split()[0] for step in steps]
+    wanted = until if until in words else "convert"
+    return steps[: len(words) - words[::-1].index(wanted)]
