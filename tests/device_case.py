@@ -37,7 +37,7 @@ def model(variant: int | None = 0, family: str = "wan", **changes: Any) -> Any:
 class Clips:
     """Random clips of six frames; `stop` ends the run at that one."""
 
-    size = None
+    size = identity = None
 
     def __init__(self, stop: int | None) -> None:
         self.stop = stop

@@ -17,6 +17,7 @@ from torch.utils.data import default_collate
 from ..draws import Use, drawn
 from ..errors import UserError
 from ..zoo.digits.data import CLIP_FRAMES, sample_batch
+from .identity import Identity
 from .latents import LatentShards
 from .negative import NEGATIVE, find_negative, read_negative
 from .normalisation import Latents
@@ -100,11 +101,12 @@ class Data(Protocol):
 
     An example holds float32 `latents` `[C, F, H, W]` and `encoder_hidden_states` `[L, D]`, and beside them what the
     model is conditioned on of an image, each under the name by which it takes it. `size` is the number of training
-    examples, None for an endless supply. `negative` `[L, D]`, float32, is the negative prompt; reading it raises
-    UserError where there is none.
+    examples, and `identity` tells all clips from others; both None for an endless supply. `negative` `[L, D]`, float32,
+    is the negative prompt; reading it raises UserError where there is none.
     """
 
     size: int | None
+    identity: Identity | None
 
     @property
     def negative(self) -> Tensor: ...
@@ -120,6 +122,7 @@ class DigitClips:
     """Bouncing digits: clip `index` derives from (seed, index) alone."""
 
     size: int | None = None
+    identity: Identity | None = None
 
     def __init__(self, seed: int, heldout: int = 128) -> None:
         self.seed, self.heldout_clips = seed, heldout
@@ -158,6 +161,7 @@ class LatentClips:
         self.shards, self.negative_embeds = shards, negative_embeds
         size = shards.split(heldout)
         self.size: int | None = size
+        self.identity: Identity | None = shards.identity
         skipped = _skipped(shards, skip)
         rows = range(len(shards)) if rows is None else rows
         self._heldout = [row for row in rows[size:] if row not in skipped]

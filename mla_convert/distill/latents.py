@@ -27,6 +27,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..families.image import IMAGE
 from ..files import atomic_file
+from .identity import Identity, identity_of
 from .image_columns import COLUMN_OF, check_first_frame, check_shapes, none_held, stored, taken
 from .normalisation import BY_CHANNELS, EVIDENCE, KIND_NOTE, Latents, Scale, evidence_of_raw, scale_of
 
@@ -238,6 +239,11 @@ class LatentShards:
 
     def __len__(self) -> int:
         return self._starts[-1]
+
+    @property
+    def identity(self) -> Identity:
+        """What tells these clips from others."""
+        return identity_of(self.folder, self.paths, [b - a for a, b in itertools.pairwise(self._starts)])
 
     def split(self, heldout: int) -> int:
         """Number of clips left for training when the last `heldout` are set aside."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files import atomic_folder, write_json
+from .identity import other_clips
 from .metrics import Row
 
 WEIGHTS, EMA, SECOND = "student.safetensors", "ema.safetensors", "second.safetensors"
@@ -62,14 +63,23 @@ class Checkpoints:
             state = _read_state(path)
             if state is None:
                 continue
-            for key, value in self.identity.items():
-                if state["identity"].get(key) != value:
-                    raise UserError(
-                        f"{path} was made with {key} {state['identity'].get(key)}, not {value}; "
-                        f"start in another folder or remove {self.folder}"
-                    )
+            self._require_own(path, state["identity"])
             return path
         return None
+
+    def _require_own(self, path: Path, recorded: dict[str, Any]) -> None:
+        """Raise UserError for a checkpoint of another identity than `self.identity`."""
+        for key, value in self.identity.items():
+            # Checkpoints did not always say what clips they were trained on.
+            known = recorded.get(key, value if key == "data" else None)
+            if known == value:
+                continue
+            if key == "data":
+                raise UserError(f"{path} was trained on other clips: {other_clips(known, value)}")
+            remedy = f"start in another folder or remove {self.folder}"
+            if key == "processes":
+                remedy = f"launch as many again, since only a stage with global_batch takes another number, or {remedy}"
+            raise UserError(f"{path} was made with {key} {known}, not {value}; {remedy}")
 
     def discard_broken(self) -> None:
         """Remove what a killed run left half-written."""

@@ -166,6 +166,7 @@ class _Training:
             **config.model_dump(mode="json", exclude=BOOKKEEPING | ({"grad_accumulation"} if free else set())),
             "seed": seed,
             "stage_index": stage_index,
+            "data": data.identity,
             "processes": None if free else processes,
             "sharded": "optimizer" if in_parts else self.parts.sharded,
             "parameters": sum(parameter.numel() for parameter in self.parts.learner.trained.values()),

@@ -18,6 +18,7 @@ from ..convert.config import ConvertConfig
 from ..convert.limits import planned_ranks
 from ..distill.data import Batch, open_data
 from ..distill.footprint import ClipShape, Footprint, Launch, footprint
+from ..distill.identity import Identity
 from ..distill.stages.base import REAL_SCORE, TEACHER
 from ..distill.trainer import run_stage
 from ..errors import UsageError, UserError
@@ -176,6 +177,7 @@ class _Noise:
     """Clips of noise in a shape, with the images that a model of `config` reads."""
 
     size: int | None = None
+    identity: Identity | None = None
 
     def __init__(self, clip: ClipShape, config: Mapping[str, Any]) -> None:
         self.clip, needed = clip, needed_conditions(config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -102,6 +103,7 @@ def _lead(recipe: Recipe, folder: RunDir, steps: list[Step], processes: PartialS
     with progress_bars(console) as report:
         context = Context(recipe, folder.path, report)
         check_inputs(context, pending)
+        require_clips(folder, context, pending)
         stages = tuple(recipe.distill[step.stage] for step in pending if step.stage is not None)
         if stages:
             warn_of_memory(recipe.model_copy(update={"distill": stages}), context.device)
@@ -113,8 +115,15 @@ def _lead(recipe: Recipe, folder: RunDir, steps: list[Step], processes: PartialS
             step.action(context)
             if step.everywhere:
                 processes.wait_for_everyone()
-            folder.mark_done(step.name, step.paths, time.monotonic() - started)
+            read = context.data.identity if step.reads_clips else None
+            folder.mark_done(step.name, step.paths, time.monotonic() - started, read)
             _discard_scratch(folder, step)
+
+
+def require_clips(folder: RunDir, context: Context, pending: Sequence[Step]) -> None:
+    """Raise UserError where `pending` steps would read other clips than those before them, if they lie there yet."""
+    if any(step.reads_clips for step in pending) and not any(step.name == "data" for step in pending):
+        folder.require_clips(context.data.identity)
 
 
 def _say(console: Console, line: str) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..distill.identity import Identity, other_clips
 from ..errors import UsageError, UserError
 from ..export.evidence import RECIPE
 from ..files import RUN_STATE, claim_folder, locked_folder, sha256, write_json, write_text
@@ -115,13 +116,21 @@ class RunDir:
             return name
         return None
 
-    def mark_done(self, step: str, paths: Iterable[str], seconds: float) -> None:
-        """Record that `step` wrote `paths`, files or folders relative to the run folder."""
+    def require_clips(self, found: Identity | None) -> None:
+        """Raise UserError unless the steps that are done, as far as is known, have read the clips that are `found`."""
+        for step in self._state["steps"].values():
+            known = step.get("clips") or found
+            if known != found:
+                raise UserError(f"the run in {self.path} was begun with other clips: {other_clips(known, found)}")
+
+    def mark_done(self, step: str, paths: Iterable[str], seconds: float, clips: Identity | None = None) -> None:
+        """Record that `step` wrote `paths`, files or folders relative to the run folder, and what clips it read."""
         written = sorted(paths)
         self._state["steps"][step] = {
             "paths": written,
             "outputs": self._digests(written),
             "seconds": round(seconds, 3),
+            **({} if clips is None else {"clips": clips}),
             "ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         self._save()

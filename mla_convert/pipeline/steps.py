@@ -97,6 +97,11 @@ def recorded(context: Context) -> dict[str, Any]:
 def _convert(context: Context) -> None:
     recipe = context.recipe
     work = context.path / _parts_of(recipe)
+    identity = recipe.model_dump(
+        mode="json", include={"seed": True, "data": True, "generate": True, "source": {"noise_range"}}
+    )
+    if recipe.convert.init == "activation":
+        identity["clips"] = context.data.identity
     with all_threads():
         converted = convert_source(
             context.source,
@@ -107,9 +112,7 @@ def _convert(context: Context) -> None:
             dtype=context.dtype,
             progress=context.report,
             device=context.device,
-            identity=recipe.model_dump(
-                mode="json", include={"seed": True, "data": True, "generate": True, "source": {"noise_range"}}
-            ),
+            identity=identity,
         )
     folder = context.stage_folder(0)
     save_checkpoint(

@@ -1,0 +1,117 @@
+"""A run goes on with the clips that it began with: more of them would be split and drawn in another way."""
+
+from __future__ import annotations
+
+import json
+
+import distill_case as case
+import pico
+import pytest
+from recipe_case import digests
+from test_skipped_clips import TEXT, clips, recipe
+
+from mla_convert.distill.data import DataConfig, DigitClips, open_data
+from mla_convert.distill.latents import write_latents
+from mla_convert.distill.trainer import run_stage
+from mla_convert.errors import UserError
+from mla_convert.pipeline import run
+from mla_convert.pipeline import steps as steps_module
+
+REMEDY = r"put the shards of data\.folder back as they were, or begin anew with another --out"
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher") / "teacher"
+    pico.dense_model(in_channels=1, out_channels=1, text_dim=TEXT[1]).save_pretrained(folder)
+    return folder
+
+
+def grow(folder):
+    write_latents(folder, clips(3), clips_per_shard=4, first_shard=3)
+    return folder / "shard-00003.parquet"
+
+
+def identity(folder):
+    return open_data(DataConfig(kind="latents", folder=str(folder), heldout=2), seed=0).identity
+
+
+def test_clips_are_known_by_names_and_sizes_of_their_shards(tmp_path):
+    for name in ("one", "same"):
+        write_latents(tmp_path / name, clips(), clips_per_shard=4)
+    found = identity(tmp_path / "one")
+    assert found == identity(tmp_path / "same") and (found["clips"], found["shards"]) == (10, 3)
+    (tmp_path / "same" / "shard-00000.parquet").rename(tmp_path / "same" / "other.parquet")
+    assert identity(tmp_path / "same") != found
+    write_latents(tmp_path / "cut", clips(), clips_per_shard=5)
+    assert identity(tmp_path / "cut") != found
+    assert DigitClips(0).identity is None
+
+
+def test_a_run_is_refused_more_clips_until_they_are_gone(teacher, tmp_path):
+    write_latents(tmp_path / "data", clips(), clips_per_shard=4)
+    own = recipe(teacher, tmp_path / "data", "convert.init=activation")
+    run(own, tmp_path / "run", until="convert")
+    more, before = grow(tmp_path / "data"), digests(tmp_path / "run")
+    line = rf"run was begun with other clips: 10 clips in 3 shards there, 13 clips in 4 shards here; {REMEDY}"
+    with pytest.raises(UserError, match=line):
+        run(own, tmp_path / "run", resume=True)
+    assert digests(tmp_path / "run") == before
+
+    more.unlink()
+    state = json.loads((tmp_path / "run" / "state.json").read_text())
+    assert state["steps"]["convert"].pop("clips") == identity(tmp_path / "data")
+    # As runs were recorded before.
+    (tmp_path / "run" / "state.json").write_text(json.dumps(state))
+    run(own, tmp_path / "run", resume=True, until="distill")
+
+
+def test_a_conversion_that_was_killed_begins_anew_with_more_clips(teacher, tmp_path, monkeypatch):
+    """No step is done yet, so nothing is mixed: its layers are fitted again."""
+    write_latents(tmp_path / "data", clips(), clips_per_shard=4)
+    own = recipe(teacher, tmp_path / "data", "convert.init=activation")
+    converted = []
+
+    def convert_source(*given, identity, **settings):
+        converted.append(identity["clips"])
+        raise UserError("killed")
+
+    monkeypatch.setattr(steps_module, "convert_source", convert_source)
+    for _ in range(2):
+        with pytest.raises(UserError, match="killed"):
+            run(own, tmp_path / "run", resume=True)
+        grow(tmp_path / "data")
+    assert [found["clips"] for found in converted] == [10, 13]
+
+
+def test_a_stage_is_refused_more_clips(tmp_path):
+    write_latents(tmp_path / "data", clips(8, shape=(1, 9, 16, 16)), clips_per_shard=4)
+
+    def train(steps):
+        data = open_data(DataConfig(kind="latents", folder=str(tmp_path / "data"), heldout=2), seed=0)
+        model = case.tiny_model()
+        config = case.make_config(steps=steps, checkpoint_every=1)
+        return run_stage(config, model, {"teacher": case.tiny_model()}, data, None, tmp_path / "work", 0, 0)
+
+    train(2)
+    write_latents(tmp_path / "data", clips(2, shape=(1, 9, 16, 16)), first_shard=2)
+    with pytest.raises(UserError, match=rf"step-00000002 was trained on other clips: 8 clips in 2 .*, 10 .*; {REMEDY}"):
+        train(2)
+    # A checkpoint that does not say what it was trained on goes on.
+    path = tmp_path / "work" / "checkpoints" / "step-00000002" / "state.json"
+    state = json.loads(path.read_text())
+    assert state["identity"].pop("data")["clips"] == 8
+    path.write_text(json.dumps(state))
+    assert train(2).resumed_from == 2
+
+
+def test_another_number_of_processes_names_the_key_that_allows_it(tmp_path, monkeypatch):
+    case.train(tmp_path, steps=1)
+    (path,) = (tmp_path / "checkpoints").glob("*/state.json")
+    state = json.loads(path.read_text())
+    state["identity"]["processes"] = 8
+    path.write_text(json.dumps(state))
+    with pytest.raises(
+        UserError, match=r"was made with processes 8, not 1; launch as many again, .* global_batch takes"
+    ):
+        case.train(tmp_path, steps=1)
