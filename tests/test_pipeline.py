@@ -161,6 +161,21 @@ def test_another_recipe_is_refused_by_the_key_that_differs(teacher, copied):
     assert digests(copied) == before
 
 
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_recipe_of_another_version_is_named_as_that(teacher, copied, gone):
+    """It has not the keys of this one; a recipe is recorded with all of its version."""
+    content = state(copied)
+    stage = content["recipe"]["distill"][0]
+    if gone:
+        del stage["batch_size"]
+    else:
+        stage["flavour"] = 3
+    write_json(copied / "state.json", content)
+    what = r"do not have the key distill\.0\.batch_size" if gone else r"have the key distill\.0\.flavour"
+    with pytest.raises(UsageError, match=rf"begun by another version of mla-convert, whose recipes {what}; go on with"):
+        run(recipe(teacher), copied, resume=True)
+
+
 def stopped(finished: Path, folder: Path, steps: list[str]) -> Path:
     """A copy of a run as it was when only `steps` were done."""
     shutil.copytree(finished, folder)

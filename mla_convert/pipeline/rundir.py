@@ -20,6 +20,7 @@ from ..errors import UsageError, UserError
 from ..export.evidence import RECIPE
 from ..files import RUN_STATE, claim_folder, locked_folder, sha256, write_json, write_text
 from ..recipe.explain import describe
+from ..recipe.load import has_key
 from ..recipe.schema import Recipe
 from .corrections import LATE, Change, changes
 
@@ -162,6 +163,13 @@ class RunDir:
         allowed, refused = changes(recorded, resolved, done)
         if refused:
             key, old, new = first = refused[0]
+            if has_key(recorded, key) != has_key(resolved, key):
+                # What is recorded has every key of its version.
+                has = "have" if has_key(recorded, key) else "do not have"
+                raise UsageError(
+                    f"the run in {self.path} was begun by another version of mla-convert, whose recipes {has} the key "
+                    f"{key}; go on with that version or give another --out"
+                )
             late = "; what it has made export, evaluate and generate take as it is" if first.section in LATE else ""
             raise UsageError(
                 f"the run in {self.path} has another recipe: {key} is {describe(old)} there and {describe(new)} here; "

@@ -71,6 +71,16 @@ def first_difference(old: Any, new: Any) -> tuple[str, Any, Any] | None:
     return next(differences(old, new), None)
 
 
+def has_key(recipe: Any, path: str) -> bool:
+    """Whether a dumped recipe has the dotted key `path`, be it null."""
+    for key in path.split("."):
+        entries = {str(index): entry for index, entry in enumerate(recipe)} if isinstance(recipe, list) else recipe
+        if not isinstance(entries, dict) or key not in entries:
+            return False
+        recipe = entries[key]
+    return True
+
+
 def differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
     """The dotted keys at which two dumped recipes differ, with both values."""
     if isinstance(old, dict) and isinstance(new, dict):
