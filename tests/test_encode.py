@@ -225,6 +225,14 @@ def test_a_finished_run_is_left_as_it_is(clips, pipeline, encoded, capsys):
     assert digests(encoded) == before
 
 
+def test_one_shard_tells_the_shape_of_all(clips, pipeline, encoded, capsys, monkeypatch):
+    read, check = [], LatentShards._check
+    monkeypatch.setattr(LatentShards, "_check", lambda self, path: read.append(path.name) or check(self, path))
+    assert encode(clips, encoded, pipeline, "--shard-size", "3", "--resume", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["latents"] == [4, 3, 6, 8]
+    assert read == ["shard-00000.parquet"]
+
+
 def test_two_processes_write_what_one_does(clips, pipeline, encoded, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     options = ["--out", str(tmp_path / "data"), "--model", str(pipeline), *SIZE, "--shard-size", "3", "--json"]

@@ -201,6 +201,8 @@ def drawn_rows(count: int, seed: int) -> list[int]:
 
 def _skipped(shards: LatentShards, skip: Sequence[int | str]) -> set[int]:
     """The clips that `skip` names. Raises UserError for one that is not there."""
+    if not skip:
+        return set()
     by_name = shards.named({name for name in skip if isinstance(name, str)})
     for entry in skip:
         if entry not in range(len(shards)) and not by_name.get(str(entry)):

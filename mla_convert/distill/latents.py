@@ -142,6 +142,11 @@ def write_shard(path: Path, clips: Iterable[Clip], first: int = 0, notes: Mappin
             writer.add_key_value_metadata(dict(notes))
 
 
+def clips_in(path: Path) -> int:
+    """How many clips a shard holds. Raises UserError."""
+    return int(_open(path, os.getpid()).metadata.num_rows)
+
+
 def read_notes(path: Path) -> dict[str, str]:
     """The metadata of a shard, as `write_shard` took them. Raises UserError."""
     metadata = _open(path, os.getpid()).metadata.metadata or {}
@@ -198,7 +203,7 @@ def _warn_of_images(folder: Path) -> None:
 
 
 class LatentShards:
-    """Random access to the clips of a folder; only shapes are read ahead.
+    """Random access to the clips of a folder, or of one shard of it; only shapes are read ahead.
 
     `latents` says whether they are normalised or `raw`, as a VAE's encoder gives them; `auto` believes the note in a
     shard and, without one, looks at the statistics of a few clips. `conditions` names what is read of a clip's image,
@@ -221,21 +226,24 @@ class LatentShards:
             each.name for name in self.conditions for each in _tensor_fields(COLUMN_OF[name])
         )
         self._condition_shapes: dict[str, Sequence[int]] = {}
-        self.paths = sorted(self.folder.rglob("*.parquet"))
+        self.paths = [self.folder] if self.folder.is_file() else sorted(self.folder.rglob("*.parquet"))
         if not self.paths:
             raise UserError(f"no .parquet shards in {self.folder}; write them with `mla-convert encode`")
         self._starts = [0]
         self._latent_shape: list[int] | None = None
         self._text_shape: list[int] | None = None
+        # Of thousands of shards few stay open, so that each is asked for everything at once.
+        notes = []
         for path in self.paths:
             self._starts.append(self._starts[-1] + self._check(path))
+            notes.append(read_notes(path))
         if len(self) == 0:
             raise UserError(f"the shards in {self.folder} hold no clips")
         # Of each shard what its latents are normalised by, None for those that are normalised.
         self._scales: list[Scale | None] = [None] * len(self.paths)
-        self._normalise(latents)
+        self._normalise(latents, notes)
         if IMAGE in self.conditions:
-            self._compare_first_frame()
+            self._compare_first_frame(notes)
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -253,9 +261,9 @@ class LatentShards:
             )
         return len(self) - heldout
 
-    def _normalise(self, latents: Latents) -> None:
+    def _normalise(self, latents: Latents, notes: Sequence[Mapping[str, str]]) -> None:
         assert self._latent_shape is not None
-        channels, notes = self._latent_shape[0], [read_notes(path) for path in self.paths]
+        channels = self._latent_shape[0]
         unknown: list[int] = []
         for number, (path, noted) in enumerate(zip(self.paths, notes, strict=True)):
             kind = noted.get(KIND_NOTE, latents)
@@ -283,10 +291,10 @@ class LatentShards:
             what = "whether the latents in %s are normalised cannot be told, and they are taken as they lie; %s"
             logger.warning(what, self.folder, said)
 
-    def _compare_first_frame(self) -> None:
+    def _compare_first_frame(self, notes: Sequence[Mapping[str, str]]) -> None:
         """Refuse images of shards from elsewhere that are not encoded as ours, told from the first clip of one."""
-        for path, start in zip(self.paths, self._starts, strict=False):
-            if KIND_NOTE not in read_notes(path) and start < len(self):
+        for noted, start in zip(notes, self._starts, strict=False):
+            if KIND_NOTE not in noted and start < len(self):
                 with contextlib.suppress(UserError):
                     clip = self.read(start)
                     break
@@ -337,7 +345,7 @@ class LatentShards:
         largest = max((shard.metadata.row_group(i).num_rows for i in range(shard.num_row_groups)), default=0)
         if largest > 1:
             _warn_of_groups(self.folder, largest)
-        return int(shard.metadata.num_rows)
+        return clips_in(path)
 
     def _check_images(self, images: Mapping[str, Sequence[int]], latent: Sequence[int], place: str, own: bool) -> None:
         """The shapes in a clip's columns of images, () for none, before those that are wanted are read."""

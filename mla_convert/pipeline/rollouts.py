@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..distill.negative import EMBEDS_KEY, NEGATIVE, find_negative, read_negative
 from ..distill.rollouts import RolloutsConfig, open_folder, shards_of, write_rollouts
-from ..distill.waiting import wait_until
+from ..distill.waiting import wait_for_files
 from ..errors import UsageError, UserError
 from ..families.base import noise_channels
 from ..families.image import IMAGE
@@ -63,7 +63,7 @@ def roll_out_data(context: Context) -> None:
         lambda chosen: prompts.conditions(chosen, config.num_frames),
     )
     # One of the processes may have had a shard more.
-    wait_until(lambda: all(path.exists() for path in shards_of(folder, config)))
+    wait_for_files(shards_of(folder, config))
 
 
 def read_negative_prompt(context: Context, text: Tensor) -> Tensor | None:

@@ -15,10 +15,10 @@ from ...errors import UserError
 from ...families.image import IMAGE, TOKENS
 from ...files import write_text
 from ...mla.conditions import conditions_of
-from ..latents import LatentShards, shard_name
+from ..latents import LatentShards, clips_in, shard_name
 from ..negative import NEGATIVE
 from ..progress import Report
-from ..waiting import wait_until
+from ..waiting import wait_for_files
 from .config import EncodeConfig
 from .models import TEXT_TOKENS, check_model, check_size, find_pipeline, has_image_encoder
 from .plan import claimed, make_plan
@@ -76,7 +76,8 @@ def encode_videos(
         name, reason = skipped[0]
         raise UserError(f"none of {len(skipped)} videos could be encoded, see {out / SKIPPED}; {name}: {reason}")
     read = () if not images else (IMAGE, TOKENS) if has_image_encoder(folder) else (IMAGE,)
-    example = LatentShards(out, conditions=read).read(0)
+    # All are of one shape.
+    example = LatentShards(next(path for path in paths if clips_in(path)), conditions=read).read(0)
     return {
         "out": str(out),
         "encoded": encoded,
@@ -157,14 +158,8 @@ def _share(
         begin()
         return False
 
-    def all_exist() -> bool:
-        done = sum(path.exists() for path in paths)
-        if done < len(paths):
-            report("shards of other processes", done, len(paths))
-        return done == len(paths)
-
     with claimed(out, plan, resume):
         begin()
         # A barrier would time out where the last shards take longer than its patience.
-        wait_until(all_exist)
+        wait_for_files(paths, lambda missing: report("shards of other processes", len(paths) - missing, len(paths)))
     return True

@@ -1,0 +1,59 @@
+"""What is asked of every shard of a large folder is asked once."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from test_skipped_clips import clips
+
+from mla_convert.distill import latents, waiting
+from mla_convert.distill.data import DataConfig, open_data
+from mla_convert.distill.latents import OPEN_FILES, clips_in, write_latents, write_shard
+
+SHARDS = OPEN_FILES + 2
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """How often a file was opened, by its name."""
+    counted, own = Counter(), latents.pq.ParquetFile
+
+    def opening(path, **settings):
+        counted[path.name] += 1
+        return own(path, **settings)
+
+    monkeypatch.setattr(latents.pq, "ParquetFile", opening)
+    return counted
+
+
+def test_a_folder_is_opened_shard_by_shard_once(tmp_path, opened):
+    write_latents(tmp_path, clips(SHARDS), clips_per_shard=1)
+    assert open_data(DataConfig(kind="latents", folder=str(tmp_path), heldout=3), seed=0).size == SHARDS - 3
+    assert len(opened) == SHARDS and set(opened.values()) == {1}
+
+
+def test_a_shard_alone_is_read_as_a_folder_is(tmp_path, opened):
+    (first, second) = write_latents(tmp_path, clips(4), clips_per_shard=2)
+    expected = latents.LatentShards(tmp_path).read(2)["latents"]
+    opened.clear()
+    latents._open.cache_clear()
+    assert latents.LatentShards(second).read(0)["latents"].equal(expected)
+    assert opened == {second.name: 1} and len(latents.LatentShards(second)) == clips_in(first) == 2
+    write_shard(tmp_path / "empty.parquet", [])
+    assert clips_in(tmp_path / "empty.parquet") == 0
+
+
+def test_a_file_that_is_there_is_not_looked_at_again(tmp_path, monkeypatch):
+    looked, told = Counter(), []
+
+    class Appearing(type(tmp_path)):
+        """The first is there, the others from the third look on."""
+
+        def exists(self):
+            looked[self.name] += 1
+            return self.name == "first" or looked[self.name] == 3
+
+    monkeypatch.setattr(waiting, "_POLL_SECONDS", 0)
+    waiting.wait_for_files([Appearing(tmp_path / name) for name in ("first", "second", "third")], told.append)
+    assert looked == {"first": 1, "second": 3, "third": 3} and told == [2, 2]
