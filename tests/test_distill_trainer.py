@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import default_collate
 
@@ -24,6 +25,7 @@ from mla_convert.distill.learner import Learner
 from mla_convert.distill.metrics import Metrics
 from mla_convert.distill.objective import flow_loss
 from mla_convert.distill.progress import progress_bars
+from mla_convert.distill.sharding import SHARDS, load_shards, save_shards
 from mla_convert.distill.trainable import trainable_names
 from mla_convert.distill.trainer import run_stage
 from mla_convert.distill.views import require_apart
@@ -241,6 +243,31 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, error):
     with pytest.raises(UserError, match=r"the disk is full: cannot write .*step-00000003; free some space"):
         case.train(tmp_path)
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_full_disk_is_one_line_for_shards_too(tmp_path, monkeypatch):
+    """torch wraps what goes wrong in any of the processes in an exception that `except Exception` does not catch."""
+    model = case.tiny_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    checkpoints = state.Checkpoints(tmp_path / "checkpoints", {}, keep=1)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def save():
+        reached = state.TrainingState(1, {}, None, {}, {"step": 1})
+        checkpoints.save(reached, lambda folder: save_shards(folder / SHARDS, model, optimizer, None))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileSystem, "create_stream", full)
+        with pytest.raises(UserError, match=r"the disk is full: cannot write .*step-00000001; free some space"):
+            save()
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+    save()
+    (shard,) = checkpoints.newest().glob("shards/*.distcp")
+    shard.unlink()
+    with pytest.raises(FileNotFoundError):
+        load_shards(shard.parent, model, optimizer, None)
 
 
 def test_metrics_skip_a_half_written_row(tmp_path):

@@ -7,7 +7,9 @@ torch.distributed.checkpoint, to which every process writes its part.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -81,16 +84,28 @@ def gather(weights: dict[str, Tensor], model: nn.Module) -> None:
 
 
 def save_shards(folder: Path, module: nn.Module, optimizer: Any, average: dict[str, Tensor] | None) -> None:
-    """Write weights, optimizer and average to `folder`; every process calls this."""
-    dcp.save(_state(module, optimizer, average), checkpoint_id=folder)
+    """Write weights, optimizer and average to `folder`; every process calls this. Raises OSError for a full disk."""
+    with _own_errors():
+        dcp.save(_state(module, optimizer, average), checkpoint_id=folder)
 
 
 def load_shards(folder: Path, module: nn.Module, optimizer: Any, average: dict[str, Tensor] | None) -> None:
     """Read back in place what `save_shards` wrote; every process calls this."""
     state = _state(module, optimizer, average)
-    dcp.load(state, checkpoint_id=folder)
+    with _own_errors():
+        dcp.load(state, checkpoint_id=folder)
     set_model_state_dict(module, state["weights"], options=StateDictOptions(ignore_frozen_params=True, strict=False))
     set_optimizer_state_dict(module, optimizer, state["optimizer"], options=_TRAINED_ONLY)
+
+
+@contextlib.contextmanager
+def _own_errors() -> Iterator[None]:
+    """Raise in every process what went wrong in one: torch's own exception is no Exception, which nobody expects."""
+    try:
+        yield
+    except CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values()]
+        raise next((cause for cause in causes if isinstance(cause, OSError)), causes[0]) from error
 
 
 def _state(module: nn.Module, optimizer: Any, average: dict[str, Tensor] | None) -> dict[str, Any]:
