@@ -32,17 +32,32 @@ _BAD_PLACES = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, er
 
 @contextlib.contextmanager
 def explain_os_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk, a missing permission or a place where nothing can be into one clear line about `path`."""
+    """Turn a full disk, a missing permission or a place where nothing can be into one clear line about `path`.
+
+    What may not be read meanwhile is named itself.
+    """
     try:
         yield
-    except OSError as error:
+    except OSError as raised:
+        error = _first_of(raised)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"the disk is full: cannot write {path}; free some space and run again") from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise UserError(f"no permission to write {path}") from None
+            what = f"write {path}" if _concerns(error, path) else f"open {os.fsdecode(error.filename)}"
+            raise UserError(f"no permission to {what}") from None
         if error.errno in _BAD_PLACES and _concerns(error, path):
             raise UserError(f"cannot write {path}: {_reason(error, path)}; choose another place") from None
         raise
+
+
+def _first_of(error: OSError) -> OSError:
+    """The first of the errors that `shutil.copytree` collects, of which it keeps texts alone; others as they are."""
+    collected = error.args[0] if isinstance(error, shutil.Error) and isinstance(error.args[0], list) else []
+    for *_, text in collected:
+        told = re.match(r"\[Errno (\d+)\] (.*?)(?:: (['\"])(.*?)\3(?: -> .*)?)?$", text)
+        if told:
+            return OSError(int(told[1]), told[2], told[4])
+    return error
 
 
 def _concerns(error: OSError, path: Path) -> bool:

@@ -67,6 +67,16 @@ def test_a_file_that_is_read_meanwhile_is_not_the_one_that_is_written(tmp_path):
         raise OSError(errno.EISDIR, "Is a directory")
 
 
+def test_a_file_that_may_not_be_read_meanwhile_is_named_itself(tmp_path):
+    denied = OSError(errno.EACCES, "Permission denied", str(tmp_path / "source"))
+    with pytest.raises(UserError, match=rf"^no permission to open {tmp_path}/source$"), atomic_folder(tmp_path / "out"):
+        raise denied
+    with pytest.raises(UserError, match=rf"^no permission to write {tmp_path}/out$"), atomic_folder(tmp_path / "out"):
+        raise OSError(errno.EPERM, "Operation not permitted", str(tmp_path / f".out.{os.getpid()}.tmp" / "a"))
+    with pytest.raises(UserError, match=rf"^no permission to write {tmp_path}/a$"), atomic_file(tmp_path / "a"):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+
 @pytest.mark.parametrize("name", ["wan", "wan[1]"])
 def test_a_folder_leaves_the_work_of_a_sibling_alone_and_clears_its_own(tmp_path, name):
     for left in (f".{name}.1.tmp", f".{name}.1.old.tmp"):

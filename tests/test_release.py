@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -108,6 +110,26 @@ def test_components_are_copied(source, tmp_path):
     shutil.rmtree(source)
     assert "choose another export.components" in refusal(export, checkpoint, tmp_path / "two", config)
     assert not (tmp_path / "two").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.ENOSPC, "the disk is full: cannot write {out}; free some space"),
+        (errno.EACCES, "no permission to open {file}"),
+    ],
+)
+def test_a_copy_that_fails_says_why(source, tmp_path, monkeypatch, number, message):
+    """`shutil.copytree` collects errors, of which it keeps texts."""
+    checkpoint = made_from(source / "transformer", tmp_path / "saved")
+
+    def failing(old, new, **settings):
+        raise OSError(number, os.strerror(number), os.fspath(old), None, os.fspath(new))
+
+    monkeypatch.setattr(shutil, "copyfile", failing)
+    named = message.format(out=tmp_path / "out", file=source / "scheduler" / "scheduler_config.json")
+    assert named in refusal(export, checkpoint, tmp_path / "out", ExportConfig(components="copy"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_components_on_the_hub_are_referenced(source, tmp_path, monkeypatch):
