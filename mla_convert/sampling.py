@@ -27,7 +27,7 @@ class SamplingConfig(BaseModel):
     their own.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     num_inference_steps: int = Field(8, ge=1)
     sampler: Sampler = "euler"

@@ -32,7 +32,7 @@ class CalibrationConfig(BaseModel):
       probes have tested still count.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     source: Literal["data", "rollouts"] = "data"
     metric: Literal["output", "velocity"] = "velocity"
@@ -71,7 +71,7 @@ class Budget(BaseModel):
     training, 0.01 for 1 %). Ranks are multiples of `rank_multiple`.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     scalars_per_token: float | None = Field(None, gt=0)
     reduction: float | None = Field(None, gt=0, lt=1)
@@ -108,7 +108,7 @@ class ConvertConfig(BaseModel):
       channels restore what the shared key does not capture of its pairs.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     position: Position = "rotate_on_read"
     own_chunk: OwnChunk = "exact"

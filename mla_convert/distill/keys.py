@@ -19,7 +19,7 @@ class LoraConfig(BaseModel):
     the end of the stage the adapters are merged into the weights.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     rank: int = Field(ge=1)
     alpha: int = Field(ge=1)
@@ -33,7 +33,7 @@ class StopConfig(BaseModel):
     stage ends after `patience` evaluations in a row without progress.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     patience: int = Field(ge=1)
     min_delta: float = Field(0.0, ge=0, lt=1)
@@ -45,7 +45,7 @@ class SpikeConfig(BaseModel):
     `action: warn` logs it, `skip` leaves out the optimizer step, `stop` ends the run as diverged.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     factor: float = Field(10.0, gt=1)
     window: int = Field(50, ge=2)

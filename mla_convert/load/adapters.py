@@ -40,7 +40,7 @@ class AdapterConfig(BaseModel):
     `alpha` is for files that do not give it. If it is not given anywhere, it equals the rank, so the factor is 1.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     model: str | None = None
     file: str | None = None

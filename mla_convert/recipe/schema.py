@@ -65,7 +65,7 @@ class SourceConfig(BaseModel):
       without them (Self-Forcing, LongLive). `generate` and exports look for them there.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     model: str
     subfolder: str | None = None
@@ -94,7 +94,7 @@ class Recipe(BaseModel):
       converted one by one; `convert` and `distill` take `--expert`.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     version: Literal[1]
     name: Name
@@ -188,8 +188,10 @@ def _resolve_stage(entry: Any, path: str) -> StageConfig:
     name = entry.get("stage")
     if name is None:
         raise UsageError(f"missing key {path}.stage; one of {', '.join(known)}")
+    if not isinstance(name, str):
+        raise UsageError(f"{path}.stage: expected a string, got {describe(name)}")
     if name not in known:
-        raise UsageError(f"{path}.stage: no stage is called {name!r}; {nearest(str(name), list(known))}")
+        raise UsageError(f"{path}.stage: no stage is called {name!r}; {nearest(name, list(known))}")
     return validate(known[name].config_class, entry, path)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -19,6 +19,10 @@ AVERAGE, START, TEACHER, REAL_SCORE = "average", "start", "teacher", "real_score
 
 Models = Mapping[str, Any]
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Betas = tuple[Beta, Beta]
+"""AdamW's decays of the first and the second moment."""
+
 
 class StageConfig(BaseModel):
     """The keys that every stage has; a stage adds its own.
@@ -31,8 +35,8 @@ class StageConfig(BaseModel):
     **What is trained.** `trainable` is `latent` (the projections that conversion added), `attention` (all of the
     self-attention) or `all`. `lora` adds adapters to linear layers of the rest.
 
-    **Optimizer.** `adamw`, in float32, with `betas`, `epsilon` and decoupled `weight_decay` on everything that is
-    trained, or `adafactor`, whose state is about a thousandth of that. The learning rate rises linearly over
+    **Optimizer.** `adamw`, in float32, with `betas` in [0, 1), `epsilon` and decoupled `weight_decay` on everything
+    that is trained, or `adafactor`, whose state is about a thousandth of that. The learning rate rises linearly over
     `warmup_steps` and then follows `schedule`, which falls to `min_learning_rate` at `steps`. With `max_grad_norm:
     null`, nothing is clipped. With `ema_decay`, the stage ends with the averaged weights. `ema_warmup` lets the decay
     rise to that value, `(1 + n) / (10 + n)` after n steps, so that a short stage forgets its start.
@@ -48,7 +52,7 @@ class StageConfig(BaseModel):
     asks the stage to stop, and at the end. `tracker` is one tracker or several, or null for none.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     # Whether a step may leave some of the trained parameters without a gradient.
     partial_gradients: ClassVar[bool] = False
     # The modules inside which the stage's loss can train adapters.
@@ -63,7 +67,7 @@ class StageConfig(BaseModel):
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: Betas = (0.9, 0.999)
     epsilon: float = Field(1e-8, gt=0)
     max_grad_norm: float | None = Field(1.0, gt=0)
     batch_size: int = Field(8, ge=1)

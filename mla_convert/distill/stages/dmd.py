@@ -23,7 +23,7 @@ from ..data import Batch, Data
 from ..objective import NoisedClips, predict_velocity
 from ..rollout import self_rollout
 from ..views import face
-from .base import TEACHER, Models, SecondNetwork, Stage
+from .base import TEACHER, Betas, Models, SecondNetwork, Stage
 from .guided import GuidedStageConfig, check_few_step, guided_velocity, negative_text
 
 FAKE_SCORE = "fake_score"
@@ -53,7 +53,7 @@ class DMDConfig(GuidedStageConfig):
     partial_gradients = True
 
     stage: Literal["dmd"] = "dmd"
-    betas: tuple[float, float] = (0.0, 0.999)
+    betas: Betas = (0.0, 0.999)
     guidance_scale: float = Field(4.0, ge=0)
     denoising_steps: DenoisingSteps = (1000, 750, 500, 250)
     sampler: Sampler = "euler"
@@ -66,7 +66,7 @@ class DMDConfig(GuidedStageConfig):
     score_range: tuple[float, float] = (0.02, 0.98)
     critic_updates: int = Field(5, ge=1)
     critic_learning_rate: float = Field(4e-7, gt=0)
-    critic_betas: tuple[float, float] = (0.0, 0.999)
+    critic_betas: Betas = (0.0, 0.999)
     critic_trainable: Literal["attention", "all"] = "all"
 
     @property
