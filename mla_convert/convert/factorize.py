@@ -33,10 +33,6 @@ class Code(NamedTuple):
     energy: Tensor
     total: float
 
-    def error(self) -> float:
-        """Share of the metric's energy that the code loses, 0 to 1."""
-        return max(0.0, 1 - float(self.energy.sum()) / self.total) if self.total > 0 else 0.0
-
     def cpu(self) -> Code:
         """The same code on the CPU."""
         return Code(self.encoder.cpu(), self.decoder.cpu(), self.mean.cpu(), self.energy.cpu(), self.total)

@@ -40,7 +40,7 @@ class Shelf(Protocol):
         """What was put there for a layer."""
         ...
 
-    def put(self, layer: int, dense: Mapping[str, Tensor], heads: int, plan: LayerInit) -> None:
+    def put(self, layer: int, dense: Mapping[str, Tensor], plan: LayerInit) -> None:
         """Keep the fit of block number `layer`, of state `dense`."""
         ...
 
@@ -57,7 +57,7 @@ class Plans:
     def get(self, layer: int) -> LayerInit:
         return self._plans[layer]
 
-    def put(self, layer: int, dense: Mapping[str, Tensor], heads: int, plan: LayerInit) -> None:
+    def put(self, layer: int, dense: Mapping[str, Tensor], plan: LayerInit) -> None:
         dtype = dense[f"{ATTENTION}.to_k.weight"].dtype
         self._plans[layer] = replace(plan, tensors={name: tensor.to(dtype) for name, tensor in plan.tensors.items()})
 
@@ -213,9 +213,8 @@ class _Layers:
             with ExitStack() as stack:
                 dense = [stack.enter_context(self.blocks.open(layer)).attn1 for layer in layers]
                 plans[0].curve = self._curve(dense, plans, [self.traces.pop(layer) for layer in layers])
-        heads = self.blocks.model.config.num_attention_heads
         for layer, plan in zip(layers, plans, strict=True):
-            self.shelf.put(layer, self.blocks.state(layer), heads, plan)
+            self.shelf.put(layer, self.blocks.state(layer), plan)
         self._told("convert", sum(i in self.shelf for i in range(len(self.ranks))), len(self.ranks))
 
     def _curve(self, dense: list[Any], plans: list[LayerInit], traces: list[list[Trace]]) -> Curve:

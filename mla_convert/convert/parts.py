@@ -26,13 +26,13 @@ _PLAN, _TENSORS = "plan", "tensors"
 class PartFiles:
     """A shelf of converted blocks in `folder`, and beside them what is around the blocks.
 
-    `identity` is everything that the bytes depend on; parts of another one are thrown away. The file
-    of a layer holds the converted block under the model's names, and in its header what a
+    `identity` is everything that the bytes depend on; parts of another one are thrown away. `heads` are those of a
+    layer. The file of a layer holds the converted block under the model's names, and in its header what a
     `LayerInit` has beside its tensors. Files appear whole or not at all. Raises UserError for a full disk.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], query_factorised: bool) -> None:
-        self.folder, self.query_factorised = folder, query_factorised
+    def __init__(self, folder: Path, identity: Mapping[str, Any], heads: int, query_factorised: bool) -> None:
+        self.folder, self.heads, self.query_factorised = folder, heads, query_factorised
         stated = {"format": FORMAT, "sha256": _digest(identity)}
         try:
             same = json.loads((folder / IDENTITY).read_text(encoding="utf-8")) == stated
@@ -57,11 +57,11 @@ class PartFiles:
         with safe_open(self._path(layer), framework="pt") as opened:
             return _outline(opened.metadata())
 
-    def put(self, layer: int, dense: Mapping[str, Tensor], heads: int, plan: LayerInit) -> None:
+    def put(self, layer: int, dense: Mapping[str, Tensor], plan: LayerInit) -> None:
         """Write the converted form of a block of state `dense`."""
         outline = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name != "tensors"}
         header = {_PLAN: json.dumps(outline), _TENSORS: json.dumps(sorted(plan.tensors))}
-        state = block_state(dense, plan, heads, self.query_factorised)
+        state = block_state(dense, plan, self.heads, self.query_factorised)
         named = {f"blocks.{layer}.{name}": tensor for name, tensor in state.items()}
         self._write(layer, named, header)
 

@@ -59,7 +59,8 @@ def convert_source(
     }
     blocks = SourceBlocks(source, dtype, device, run=config.init == "activation")
     ranks_of(blocks, config)
-    parts = PartFiles(work, stated, config.q_lora_rank is not None)
+    heads = blocks.model.config.num_attention_heads
+    parts = PartFiles(work, stated, heads, config.q_lora_rank is not None)
     if not parts.has_surroundings():
         parts.put_surroundings(blocks.around())
     convert_layers(blocks, config, batches, seed, parts, progress, work)

@@ -85,10 +85,6 @@ class RunDir:
         self._lock.close()
 
     @property
-    def finished(self) -> bool:
-        return bool(self._state["finished"])
-
-    @property
     def seconds(self) -> dict[str, float]:
         """Wall-clock seconds by step done."""
         return {name: step["seconds"] for name, step in self._state["steps"].items()}
