@@ -6,6 +6,7 @@ everything else is the trainer as it is.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -18,6 +19,7 @@ from accelerate import Accelerator
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 from mla_convert.cli import leave_processes
 from mla_convert.distill import assembly, trainer
@@ -48,10 +50,19 @@ class Watched(assembly.Assembly):
         assert not any(isinstance(parameter, DTensor) for parameter in self.student.parameters())
 
 
+def counted(relative_distance: Any, weights: Any, others: Any) -> float:
+    """The distance of the average, which takes one collective however many tensors are in shards."""
+    with CommDebugMode() as communication:
+        found: float = relative_distance(weights, others)
+    assert communication.get_total_counts() == isinstance(next(iter(weights.values())), DTensor)
+    return found
+
+
 def main(folder: str, last_clip: str, changes: str) -> None:
     """Train in `folder/whole`, and in `folder/resumed` with an interruption after clip `last_clip`."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     trainer.Assembly, own = Watched, Accelerator.prepare
+    trainer.relative_distance = functools.partial(counted, trainer.relative_distance)
     for name, settings in json.loads(changes).items():
         sharded = not settings.get("shard_frozen", False)
         assembly.shards_weights = lambda accelerator, sharded=sharded: sharded

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from .views import apart
 
@@ -68,6 +69,19 @@ def _in_shards(network: Any, mesh: DeviceMesh, dtype: torch.dtype | None = None)
 def whole(tensor: Tensor) -> Tensor:
     """The plain tensor behind one that may be sharded; every process has to ask for it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor that may be sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def over_parts(sums: Tensor, of: Tensor) -> Tensor:
+    """`sums` over this process's part of tensors sharded as `of` is, added up over all parts by one collective."""
+    if not isinstance(of, DTensor):
+        return sums
+    placements = [Partial() if placement.is_shard() else Replicate() for placement in of.placements]
+    return DTensor.from_local(sums, of.device_mesh, placements, run_check=False).full_tensor()
 
 
 def forget_gathered(module: nn.Module) -> None:

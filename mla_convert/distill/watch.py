@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .keys import SpikeConfig, StopConfig
-from .sharding import whole
+from .sharding import over_parts, own_part
 
 
 class Watch:
@@ -61,8 +61,9 @@ class Watch:
 
 @torch.no_grad()
 def relative_distance(weights: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> float:
-    """`|w - w'| / |w|`, Euclidean over all tensors together, which may be sharded."""
+    """`|w - w'| / |w|`, Euclidean over all tensors together, which may be sharded, all in the same way."""
+    parts = [(own_part(weight), own_part(others[name])) for name, weight in weights.items()]
     # One difference at a time: together they would be a third copy of the weights.
-    apart = [whole(torch.linalg.vector_norm(weight - others[name])) for name, weight in weights.items()]
-    size = [whole(torch.linalg.vector_norm(weight)) for weight in weights.values()]
-    return float(torch.stack(apart).norm() / torch.stack(size).norm().clamp_min(1e-30))
+    norms = [torch.stack([torch.linalg.vector_norm(x) for x in (weight - other, weight)]) for weight, other in parts]
+    apart, size = over_parts(torch.stack(norms).square().sum(0), next(iter(weights.values()))).sqrt()
+    return float(apart / size.clamp_min(1e-30))
