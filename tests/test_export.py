@@ -23,11 +23,12 @@ from safetensors.torch import load_file
 from mla_convert.errors import UserError
 from mla_convert.export import manifest as manifest_module
 from mla_convert.export import release as release_module
-from mla_convert.export.checkpoint import load_checkpoint, refuse_stock_loading, save_checkpoint
+from mla_convert.export.checkpoint import load_checkpoint, load_shape, refuse_stock_loading, save_checkpoint
 from mla_convert.export.config import ExportConfig
 from mla_convert.export.manifest import read_manifest, verify_files
 from mla_convert.export.release import export
 from mla_convert.files import MANIFEST
+from mla_convert.load import LazyTensors
 
 RECIPE = {"version": 1, "convert": {"position": "rotate_on_read", "kv_lora_rank": [10, 8]}, "distill": []}
 SOURCE = {"model": "owner/model", "revision": "0123456789abcdef", "family": "wan", "license": "apache-2.0"}
@@ -345,3 +346,20 @@ def test_full_disk_leaves_nothing(tmp_path, monkeypatch, error):
 def test_export_settings_are_strict(settings):
     with pytest.raises(ValidationError):
         ExportConfig(**settings)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_shape_is_that_of_the_model_without_its_weights(tmp_path, monkeypatch, dtype):
+    save_checkpoint(pico_mla(), tmp_path / "saved", {}, dtype=dtype, max_shard_size="20KB")
+    whole = load_checkpoint(tmp_path / "saved")
+    monkeypatch.setattr(LazyTensors, "__getitem__", lambda self, name: pytest.fail("a tensor is read"))
+    shape = load_shape(tmp_path / "saved")
+    assert shape.config == whole.config and shape.dtype == whole.dtype and not shape.training
+    described = [{n: (t.shape, t.dtype) for n, t in model.state_dict().items()} for model in (shape, whole)]
+    assert described[0] == described[1]
+    assert {tensor.device.type for tensor in shape.state_dict().values()} == {"meta"}
+    for file in (tmp_path / "saved").rglob("*.safetensors"):
+        file.unlink()
+    assert load_shape(tmp_path / "saved", dtypes=False).config == whole.config
+    with pytest.raises(UserError):
+        load_shape(tmp_path / "saved")

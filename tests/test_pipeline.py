@@ -27,13 +27,16 @@ from mla_convert.errors import UsageError, UserError
 from mla_convert.export.checkpoint import load_checkpoint
 from mla_convert.export.manifest import read_manifest, verify_files
 from mla_convert.files import write_json
+from mla_convert.load import LazyTensors
 from mla_convert.pipeline import run
 from mla_convert.pipeline import rundir as rundir_module
 from mla_convert.pipeline import steps as steps_module
 from mla_convert.pipeline.checks import check_recipe
+from mla_convert.pipeline.context import Context
 from mla_convert.pipeline.corrections import LATE
 from mla_convert.pipeline.dry_run import dry_run
 from mla_convert.pipeline.rundir import RunDir, read_state
+from mla_convert.pipeline.summary import build_report
 from mla_convert.recipe.load import parse_recipe
 
 run_module = importlib.import_module("mla_convert.pipeline.run")
@@ -129,6 +132,13 @@ def test_report_has_the_contracts_keys(finished):
     assert [row["step"] for row in report["curves"]] == list(range(7))
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert rows == report["curves"]
+
+
+def test_the_report_reads_no_weights(teacher, finished, monkeypatch):
+    monkeypatch.setattr(LazyTensors, "__getitem__", lambda self, name: pytest.fail("a tensor is read"))
+    report = build_report(Context(recipe(teacher), finished, lambda *told: None))
+    written = json.loads((finished / "report.json").read_text())
+    assert report["plan"] == written["plan"] and report["plan"]["dtype"] == "bfloat16"
 
 
 def test_checkpoint_holds_no_time_and_no_place(finished):

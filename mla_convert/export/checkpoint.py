@@ -64,13 +64,34 @@ def load_checkpoint(
     root, inner = find_checkpoint(folder)
     if verify:
         verify_files(root, read_manifest(root))
+    model_class, config = _described(inner)
+    tensors = check_tensors(model_class, config, open_weights(inner), str(inner))
+    return build_model(model_class, config, tensors, dtype, device)
+
+
+def load_shape(folder: Path, dtypes: bool = True) -> Any:
+    """The model that `load_checkpoint` loads on the meta device, in eval mode; of its weights the headers are read.
+
+    Without `dtypes`, which are theirs, they need not be there. Raises UserError in one line.
+    """
+    _, inner = find_checkpoint(folder)
+    model_class, config = _described(inner)
+    with torch.device("meta"):
+        model = model_class.from_config(config)
+    if dtypes:
+        tensors = check_tensors(model_class, config, open_weights(inner), str(inner))
+        state = {name: tensor.to(tensors.dtype(name)) for name, tensor in model.state_dict().items()}
+        model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def _described(inner: Path) -> tuple[type[Any], dict[str, Any]]:
+    """Class and configuration of the model in a transformer's folder. Raises UserError."""
     stored = known_config(inner)
     # The code that a standalone checkpoint brings along is not needed here.
     stored.pop("auto_map", None)
     model_class = _model_class(stored.get("_class_name"), inner)
-    config = accepted_config(model_class, stored)
-    tensors = check_tensors(model_class, config, open_weights(inner), str(inner))
-    return build_model(model_class, config, tensors, dtype, device)
+    return model_class, accepted_config(model_class, stored)
 
 
 def find_checkpoint(folder: Path) -> tuple[Path, Path]:

@@ -11,8 +11,8 @@ from .. import registry
 from ..errors import UserError
 from ..evaluate.geometry import PAPER_SHARE, Geometry, from_model
 from ..evaluate.geometry import preset as find_preset
-from ..export.checkpoint import find_checkpoint
-from ..load import accepted_config, known_config, load_source
+from ..export.checkpoint import find_checkpoint, load_shape
+from ..load import known_config, load_source
 from ..run.config import GenerateConfig
 from ..run.sample import DIGITS, latent_scale, latent_size, prompt_encoder
 from .generation import recorded
@@ -82,9 +82,5 @@ def _converted(folder: Path) -> Any:
         _, inner = find_checkpoint(folder)
     except UserError:
         return None
-    stored = known_config(inner)
-    for family in registry.families().values():
-        if stored.get("_class_name") == family.mla_class.__name__:
-            with torch.device("meta"):
-                return family.mla_class.from_config(accepted_config(family.mla_class, stored))
-    return None
+    converted = {family.mla_class.__name__ for family in registry.families().values()}
+    return load_shape(folder, dtypes=False) if known_config(inner).get("_class_name") in converted else None

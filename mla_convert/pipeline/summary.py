@@ -13,7 +13,7 @@ from ..distill.metrics import Metrics, Row
 from ..evaluate.geometry import from_model
 from ..evaluate.memory import plan
 from ..evaluate.report import REPORT_JSON
-from ..export.checkpoint import load_checkpoint
+from ..export.checkpoint import load_shape
 from ..export.manifest import versions
 from ..mla.bits import CacheBits
 from ..run.config import GenerateConfig
@@ -70,7 +70,7 @@ def build_report(context: Context) -> dict[str, Any]:
         "source": context.source.origin,
         "recipe": context.recipe.dump(),
         **read_evaluation(context.stage_folder(-1)),
-        **describe(load_checkpoint(context.path / CHECKPOINT), context.recipe.generate, context.recipe.streaming.cache),
+        **describe(load_shape(context.path / CHECKPOINT), context.recipe.generate, context.recipe.streaming.cache),
         **_sampled_by(context),
         # So that it is named among the numbers that are not finite.
         "converted_loss": math.nan if converted is None else converted,
