@@ -103,7 +103,7 @@ class RunDir:
             if recorded is None:
                 continue
             written = recorded["outputs"]
-            found = self._digests(written)
+            found = {file: digest for file, digest in self._digests(written).items() if file in written}
             if found == written:
                 continue
             self._spoilt = [self.path / file for file in found if found[file] != written[file]]
