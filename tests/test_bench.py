@@ -86,7 +86,8 @@ def test_a_pass_sees_the_whole_window_and_rotated_keys_give_the_same_attention()
     cache, cache_rotated = dense.cache, rotated.cache
     rotated.layer.load_state_dict(dense.layer.state_dict())
     dense.run()
-    places = cache.places[1]
+    places = cache.places.current
+    assert places is not None
     assert places.history_frames == [2, 3, 4]
     table = _table(SMALL, torch.device("cpu"))
     for frame, index in zip(places.history_frames, range(3), strict=True):

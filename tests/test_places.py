@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import pico
 import pytest
 import torch
 
-from mla_convert.mla.cache import FrameCache
-from mla_convert.mla.places import next_places
+from mla_convert.mla import cache as cache_module
+from mla_convert.mla.places import PlacesMemo
 
 FRAMES, HEIGHT, WIDTH = 13, 6, 4
 
@@ -15,20 +17,20 @@ FRAMES, HEIGHT, WIDTH = 13, 6, 4
 def test_passes_of_a_chunk_share_their_places_and_chunks_do_not() -> None:
     model = pico.dense_model()
     cache, table = model.init_cache(1, HEIGHT, WIDTH), model.rotary_table()
-    first = next_places(table, cache, 2)
-    assert next_places(table, cache, 2) is first
+    first = cache.places.next(table, cache, 2)
+    assert cache.places.next(table, cache, 2) is first
     cache.frames_seen = 2
-    second = next_places(table, cache, 2)
+    second = cache.places.next(table, cache, 2)
     assert second is not first and second.history_frames == [0, 1] and second.own_slots.tolist() == [2, 3]
     cache.reset()
-    assert next_places(table, cache, 2).own_slots.tolist() == [0, 1]
+    assert cache.places.next(table, cache, 2).own_slots.tolist() == [0, 1]
 
 
 def test_slots_are_those_of_the_frames() -> None:
     model = pico.dense_model()
     cache = model.init_cache(1, HEIGHT, WIDTH)
     cache.frames_seen = 11
-    places = next_places(model.rotary_table(), cache, 2)
+    places = cache.places.next(model.rotary_table(), cache, 2)
     assert places.history_slots.tolist() == [model.causal.slot(frame) for frame in places.history_frames]
     assert places.own_slots.tolist() == [model.causal.slot(frame) for frame in (11, 12)]
 
@@ -37,11 +39,11 @@ def test_fixed_places_stay_where_they_are_and_hold_what_new_ones_would() -> None
     model = pico.dense_model()
     table = model.rotary_table()
     fixed, free = (model.init_cache(1, HEIGHT, WIDTH) for _ in range(2))
-    fixed.fixed_places = True
+    fixed.places.fixed = True
     addresses = set()
     for start, stop in model.causal.chunks(FRAMES)[:-1]:
         fixed.frames_seen = free.frames_seen = start
-        kept, new = (next_places(table, cache, stop - start) for cache in (fixed, free))
+        kept, new = (cache.places.next(table, cache, stop - start) for cache in (fixed, free))
         assert kept.history_frames == new.history_frames
         for name in ("own_rotations", "history_rotations", "grid", "own_slots", "history_slots"):
             assert torch.equal(getattr(kept, name), getattr(new, name))
@@ -69,6 +71,6 @@ def test_a_rollout_reads_the_same_rows_with_fixed_places(monkeypatch: pytest.Mon
     clip = pico.inputs(2, FRAMES, HEIGHT, WIDTH)
     with torch.no_grad():
         expected, _ = pico.stream(model, *clip)
-        monkeypatch.setattr(FrameCache, "fixed_places", True)
+        monkeypatch.setattr(cache_module, "PlacesMemo", functools.partial(PlacesMemo, fixed=True))
         actual, _ = pico.stream(model, *clip)
     assert torch.equal(actual, expected)

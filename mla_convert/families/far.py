@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..mla.attention import AttentionPass, ChunkView, token_slices
 from ..mla.cache import FrameCache
-from ..mla.expanded import ExpandedHistories
 from ..mla.rope import RotaryTable
 from ..mla.window import CausalConfig
 
@@ -139,13 +138,11 @@ class FarCache(FrameCache):
         device: torch.device | str,
     ) -> None:
         # The model may still be elsewhere: hooks of offloading bring it when it is called.
-        self.causal, self.window, self.grid = window.causal, window, grid.to(device)
-        self.height, self.width = grid.full_size
+        self.window, self.grid = window, grid.to(device)
         self.far_frames, self.near_frames = frames
         slots = self.far_frames * grid.compressed_tokens + self.near_frames * grid.full_tokens
-        self.rows = [torch.zeros(batch_size, slots, width, dtype=dtype, device=device) for width in row_widths]
-        self.expanded = ExpandedHistories()
-        self.reset()
+        rows = [torch.zeros(batch_size, slots, width, dtype=dtype, device=device) for width in row_widths]
+        self._begin(window.causal, *grid.full_size, rows)
 
     def reset(self) -> None:
         super().reset()

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from .cache import FrameCache
 from .core import KeyValue, Query, Segment, attend
-from .places import next_places
 from .rope import RotaryTable
 from .window import CausalConfig
 
@@ -132,7 +131,7 @@ def clip_pass(
 @torch.compiler.disable
 def stream_pass(table: RotaryTable, cache: FrameCache, num_frames: int, write: bool) -> AttentionPass:
     """Pass over the next `num_frames` frames of a rollout, with history from `cache`."""
-    places = next_places(table, cache, num_frames)
+    places = cache.places.next(table, cache, num_frames)
     view = ChunkView(
         slice(0, num_frames * cache.height * cache.width),
         (),

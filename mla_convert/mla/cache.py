@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .expanded import ExpandedHistories
+from .places import PlacesMemo
 from .window import CausalConfig
 
 
@@ -21,14 +22,13 @@ class FrameCache:
     `row_widths` says how many scalars a layer keeps a token. `frames_seen` counts the frames that
     were written, so it is also the absolute index of the next one. `written` is the end of the last chunk that has
     taken slots: kernels give them to some chunks that are only denoised, too. After a `rewind` frames before `oldest`,
-    sinks aside, are no longer there to be seen. `places` is what passes of the current chunk share, see `places.py`;
-    with `fixed_places` it stays where it is in memory. `expanded` are the histories that kernels have expanded.
+    sinks aside, are no longer there to be seen. `places` are those of the current chunk, `expanded` the histories that
+    kernels have expanded.
+
+    A subclass that allocates `rows` otherwise calls `_begin` in place of `__init__`.
     """
 
     can_rewind: ClassVar[bool] = True
-    oldest = 0
-    places: tuple[tuple[int, int], Any] | None = None
-    fixed_places = False
 
     def __init__(
         self,
@@ -42,14 +42,15 @@ class FrameCache:
     ) -> None:
         if causal.window_frames is None:
             raise ValueError("a streaming cache needs a finite window: set window_frames")
-        self.causal = causal
-        self.height, self.width = height, width
-        self.frames_seen = self.written = 0
-        self.expanded = ExpandedHistories()
-        self.rows = [
-            torch.zeros(batch_size, causal.window_frames, height * width, width_, dtype=dtype, device=device)
-            for width_ in row_widths
-        ]
+        shape = (batch_size, causal.window_frames, height * width)
+        rows = [torch.zeros(*shape, row_width, dtype=dtype, device=device) for row_width in row_widths]
+        self._begin(causal, height, width, rows)
+
+    def _begin(self, causal: CausalConfig, height: int, width: int, rows: list[Tensor]) -> None:
+        """An empty cache of `height x width` tokens a frame, which keeps its frames in `rows`, a tensor a layer."""
+        self.causal, self.height, self.width, self.rows = causal, height, width, rows
+        self.places, self.expanded = PlacesMemo(), ExpandedHistories()
+        self.reset()
 
     @property
     def batch_size(self) -> int:
@@ -58,14 +59,14 @@ class FrameCache:
     def reset(self) -> None:
         """Forget every frame; the memory stays."""
         self.frames_seen = self.written = self.oldest = 0
-        self.places = None
+        self.places.forget()
         self.expanded.forget()
 
     def rewind(self, frame: int) -> None:
         """Go back to absolute `frame`, from where on chunks are written again; earlier ones see what the ring holds."""
         self.oldest = min(max(self.oldest, self.causal.first_kept(max(self.frames_seen, self.written))), frame)
         self.frames_seen = frame
-        self.places = None
+        self.places.forget()
         self.expanded.forget()
 
     def overwritten(self, stop: int) -> None:

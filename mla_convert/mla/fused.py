@@ -19,7 +19,6 @@ from .attention import AttentionPass, CausalSelfAttention, DenseSelfAttention
 from .cache import DenseCache, LatentCache
 from .core import Query, of_pairs
 from .latent import LatentSelfAttention
-from .places import Places
 from .plain import is_plain_linear
 from .pool import Int8LaneView, LaneView
 from .quantised import Int8LatentCache, MixedLatentCache
@@ -50,7 +49,7 @@ def why_not(layer: CausalSelfAttention, dtype: torch.dtype, device: str, step: A
         return str(reason)
     if isinstance(step.cache, MixedLatentCache):
         return "latents in 4 bits are read by torch: the kernels know 8 and the model's dtype"
-    if type(step.cache) not in RINGS or step.cache.places is None:
+    if type(step.cache) not in RINGS or step.cache.places.current is None:
         return f"{type(step.cache).__name__} is not a ring of frames"
     if step.cache.rows[layer.layer].dtype not in (dtype, torch.int8):
         return f"the cache is {step.cache.rows[layer.layer].dtype}, the model computes in {dtype}"
@@ -108,11 +107,11 @@ class _FusedPass:
     def __init__(
         self, layer: CausalSelfAttention, hidden_states: Tensor, step: AttentionPass, backend: Backend
     ) -> None:
-        assert step.cache is not None and step.cache.places is not None
+        assert step.cache is not None and step.cache.places.current is not None and step.cache.places.chunk is not None
         self.ops: Any = importlib.import_module("mla_attention")
         self.layer: Any = layer
         self.step, self.cache, self.backend = step, step.cache, backend
-        self.chunk, self.places = cast("tuple[tuple[int, int], Places]", step.cache.places)
+        self.chunk, self.places = step.cache.places.chunk, step.cache.places.current
         self.rows, *scales = (self.cache.ring(one) for one in step.kept)
         self.scales = scales[0] if scales else None
         self.dtype = hidden_states.dtype

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from .cache import DenseCache, FrameCache, LatentCache
-from .places import next_places
 from .plain import is_plain
 from .quantised import Int8LatentCache, MixedLatentCache
 
@@ -74,7 +73,7 @@ class GraphedChunk:
         self.model, self.cache = model, cache
         self.recorder = recorder or (lambda beside: CUDARecorder(model.device, beside))
         self.failed = self.overwrites = False
-        cache.fixed_places = True
+        cache.places.fixed = True
         self.shape: tuple[Any, ...] | None = None
         self.first: tuple[int, int] | None = None
         self.graphs: dict[bool, tuple[Recorder, Tensor]] = {}
@@ -84,7 +83,7 @@ class GraphedChunk:
     def __call__(self, hidden_states: Tensor, timestep: Tensor, text: Tensor, **conditions: Tensor) -> Tensor:
         """Velocity `[B, C, F, H, W]`; the arguments are those of `forward_chunk`."""
         frames = hidden_states.shape[2]
-        places = next_places(self.model.rotary_table(), self.cache, frames)
+        places = self.cache.places.next(self.model.rotary_table(), self.cache, frames)
         given = (hidden_states, timestep, text)
         # New places in new memory, after a change of shape or a reset, need a new graph.
         told = tuple(sorted((name, value.shape) for name, value in conditions.items()))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .cache import FrameCache
 from .rope import RotaryTable
+
+if TYPE_CHECKING:
+    from .cache import FrameCache
 
 
 @dataclass
@@ -49,15 +52,36 @@ class Places:
         )
 
 
-def next_places(table: RotaryTable, cache: FrameCache, num_frames: int) -> Places:
-    """Places of the next `num_frames` frames of the rollout in `cache`, computed once a chunk.
+class PlacesMemo:
+    """The places of a cache's current chunk, computed once for all of its passes.
 
-    With `cache.fixed_places`, chunks of the same shape, which is the steady state, keep theirs in the same tensors.
+    With `fixed`, chunks of the same shape, which is the steady state, keep theirs in the same tensors. `chunk` is the
+    first frame and the number of frames of the chunk that `current` belongs to; both are None before the first.
     """
-    key = (cache.frames_seen, num_frames)
-    if cache.places is not None and cache.places[0] == key:
-        kept: Places = cache.places[1]
-        return kept
+
+    def __init__(self, fixed: bool = False) -> None:
+        self.fixed = fixed
+        self.chunk: tuple[int, int] | None = None
+        self.current: Places | None = None
+
+    def next(self, table: RotaryTable, cache: FrameCache, num_frames: int) -> Places:
+        """Places of the next `num_frames` frames of the rollout in `cache`, whose memo this is."""
+        chunk = (cache.frames_seen, num_frames)
+        if self.current is None or self.chunk != chunk:
+            places = _places(table, cache, num_frames)
+            if self.fixed and self.current is not None and places.like(self.current):
+                self.current.move_to(places)
+            else:
+                self.current = places
+            self.chunk = chunk
+        return self.current
+
+    def forget(self) -> None:
+        """Compute the next places anew, in new memory."""
+        self.chunk = self.current = None
+
+
+def _places(table: RotaryTable, cache: FrameCache, num_frames: int) -> Places:
     causal = cache.causal
     start, stop = cache.frames_seen, cache.frames_seen + num_frames
     own = list(range(start, stop))
@@ -67,9 +91,4 @@ def next_places(table: RotaryTable, cache: FrameCache, num_frames: int) -> Place
         return table.rotations(causal.temporal_index(frames, stop), cache.height, cache.width)
 
     grid = table.rotations([0] * num_frames, cache.height, cache.width)
-    places = Places(history, rotations(own), rotations(history), grid, cache.slots(own), cache.slots(history))
-    if cache.fixed_places and cache.places is not None and places.like(cache.places[1]):
-        cache.places[1].move_to(places)
-        places = cache.places[1]
-    cache.places = (key, places)
-    return places
+    return Places(history, rotations(own), rotations(history), grid, cache.slots(own), cache.slots(history))

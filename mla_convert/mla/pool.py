@@ -22,7 +22,6 @@ from torch import Tensor
 
 from ..errors import UserError
 from .cache import DenseCache, FrameCache, LatentCache
-from .expanded import ExpandedHistories
 from .quantised import Int8LatentCache, MixedLatentCache
 from .window import CausalConfig
 
@@ -61,10 +60,7 @@ class LaneView(FrameCache):
         num_frames: int,
         oldest: int | None = None,
     ) -> None:
-        self.causal, self.height, self.width = cache.causal, cache.height, cache.width
-        self.rows = cache.rows
-        self.expanded = ExpandedHistories()
-        self.reset()
+        self._begin(cache.causal, cache.height, cache.width, cache.rows)
         places = {place_in_window(cache.causal, start, num_frames) for start in frames_seen}
         if len(places) != 1:
             raise ValueError(f"chunks of {num_frames} frames at {sorted(set(frames_seen))} cannot share a pass")
