@@ -17,6 +17,7 @@ from mla_convert.evaluate.memory import plan
 from mla_convert.evaluate.rollouts import heldout_prompts
 from mla_convert.load import load_dense, load_source
 from mla_convert.mla import fused, kernels
+from mla_convert.mla.cache import LatentCache
 from mla_convert.mla.kernels import Kernels
 from mla_convert.mla.pool import CachePool, LaneView
 from mla_convert.mla.quantised import Int8LatentCache
@@ -202,8 +203,39 @@ def test_auto_compares_views_with_torch_on_their_own(monkeypatch: pytest.MonkeyP
     batch = batch_of(model, 2, num_inference_steps=1)
     batch.join(prompt(0), num_frames=2)
     collect({}, batch)
-    assert {shape.cache.partition(",")[0] for _, shape, _ in chosen.checked} == {"DenseCache", "LaneView"}
+    assert {shape.cache.partition(",")[0] for _, shape, _ in chosen.checked} == {"DenseCache", "DenseCacheLaneView"}
     assert chosen.report()["paths"] == {"expand, sdpa": 1} and chosen.announced
+
+
+class HalfCache(LatentCache):
+    """A family's own ring of latents, in which they lie halved."""
+
+    why_no_kernels = "its latents are halved"
+
+    def take(self, kept: tuple[Any, ...], slots: Tensor) -> Tensor:
+        return 2 * super().take(kept, slots)
+
+    def put(self, kept: tuple[Any, ...], slots: Tensor, rows: Tensor) -> None:
+        super().put(kept, slots, rows / 2)
+
+
+def test_a_familys_own_ring_is_a_ring_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams share it, as it reads and writes, and it may be kept in fewer bits; kernels leave it to torch."""
+    monkeypatch.setattr(kernels, "interpreted_by_default", lambda: True)
+    model = pico.convert(pico.dense_model(), **pico.VARIANTS[0])
+    expected = alone(model, prompt(0), 9, 1)
+    model.cache_class = HalfCache
+    report = model.set_kernels("auto").report
+    batch, made = batch_of(model, 2), {}
+    batch.join(prompt(0), seed=1, num_frames=9)
+    collect(made, batch)
+    # Halves and doubles are exact.
+    check(made, {0: expected}, bitwise=True)
+    assert isinstance(batch.pool.view(0, [0], [0], 2), HalfCache)
+    if REFUSAL is None:
+        assert report()["refused"] == {path: ["its latents are halved"] for path in fused.PATHS}
+    model.set_cache("int8")
+    assert type(model.init_cache(1, HEIGHT, WIDTH)) is Int8LatentCache
 
 
 def test_in_the_steady_state_all_streams_share_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from mla_convert.mla import graph, kernels
 from mla_convert.mla.fused import PATHS
 from mla_convert.mla.graph import GraphedChunk, why_not_graph
+from mla_convert.mla.pool import CachePool
 from mla_convert.run.stream import stream_chunks
 
 FRAMES, HEIGHT, WIDTH = 10, 6, 4
@@ -198,6 +199,8 @@ def test_what_cannot_be_captured_says_why() -> None:
     there.kernels = kernels.Kernels("torch")
     assert why_not_graph(there, cache) == "the cache is on another device than the model"
     assert why_not_graph(there, object()) == "object is not a ring of frames"
+    view = CachePool([cache]).view(0, [0], [0], 2)
+    assert why_not_graph(there, view) == "a DenseCacheLaneView is made anew for every chunk"
     there.training = True
     assert why_not_graph(there, cache) == "the model is in training mode"
 

@@ -81,6 +81,7 @@ class CausalAnyFlowFARTransformer3DModel(CausalTransformer, AnyFlowFARTransforme
     """
 
     flow_map = True
+    cache_class: type[FrameCache] = FarCache
     far_patch_embedding: Any
     _no_split_modules = ["CausalAnyFlowBlock"]
     _repeated_blocks = ["CausalAnyFlowBlock"]

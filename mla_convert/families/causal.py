@@ -155,7 +155,7 @@ class CausalTransformer(nn.Module):
         if dtype is None and is_mixed(self.cache_bits):
             return self.make_mixed_cache(causal, batch_size, height, width, device)
         dtype = dtype or (self.dtype if self.cache_bits == "auto" else torch.int8)
-        if dtype == torch.int8 and self.cache_class is not LatentCache:
+        if dtype == torch.int8 and not self.cache_class.fewer_bits:
             raise ValueError(f"{type(self).__name__} has no cache in int8; converted models with a ring of frames have")
         return self.make_cache(causal, batch_size, height, width, dtype, device)
 
@@ -417,7 +417,7 @@ class LatentTransformer(CausalTransformer):
         return super().make_cache(causal, batch_size, height, width, dtype, device)
 
     def set_cache(self, cache: CacheBits) -> None:
-        if self.cache_class is not LatentCache:
+        if not self.cache_class.fewer_bits:
             super().set_cache(cache)
         self.cache_bits = check_bits(cache)
 

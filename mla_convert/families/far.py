@@ -125,7 +125,7 @@ class FarCache(FrameCache):
     again: the latents `[B, C, F, H, W]` of the last chunks and their timesteps.
     """
 
-    can_rewind = False
+    is_ring = False
 
     def __init__(
         self,

@@ -25,10 +25,19 @@ class FrameCache:
     sinks aside, are no longer there to be seen. `places` are those of the current chunk, `expanded` the histories that
     kernels have expanded.
 
-    A subclass that allocates `rows` otherwise calls `_begin` in place of `__init__`.
+    A subclass that allocates `rows` otherwise calls `_begin` in place of `__init__`, and says what it is:
+
+    - `is_ring`: a frame has one slot, which `CausalConfig.slot` gives. Then a rollout can `rewind`, streams can share
+      an allocation, and kernels and CUDA graphs can read it.
+    - `why_no_kernels`: why kernels cannot read its rows, in one line, although it is a ring.
+    - `shared`: its rows are those of a cache that others use, too; it serves one chunk.
+    - `fewer_bits`: its rows are latents, which `Int8LatentCache` and `MixedLatentCache` may keep in its place.
     """
 
-    can_rewind: ClassVar[bool] = True
+    is_ring: ClassVar[bool] = True
+    why_no_kernels: ClassVar[str | None] = None
+    shared: ClassVar[bool] = False
+    fewer_bits: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -124,3 +133,5 @@ class DenseCache(FrameCache):
 
 class LatentCache(FrameCache):
     """Content latent and shared rotary key, `[c | k_pe]`: `kv_lora_rank + qk_rope_head_dim` scalars."""
+
+    fewer_bits = True

@@ -16,12 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import AttentionPass, CausalSelfAttention, DenseSelfAttention
-from .cache import DenseCache, LatentCache
 from .core import Query, of_pairs
 from .latent import LatentSelfAttention
 from .plain import is_plain_linear
-from .pool import Int8LaneView, LaneView
-from .quantised import Int8LatentCache, MixedLatentCache
 from .rope import rotate
 
 Path = Literal["absorbed", "expand"]
@@ -30,9 +27,6 @@ PATHS: tuple[Path, ...] = ("absorbed", "expand")
 Backend = Literal["sdpa", "attend"]
 """Who attends to a workspace: torch's fused attention, or ours, which splits the keys and tells the log-sum-exp."""
 
-
-RINGS = (DenseCache, LatentCache, Int8LatentCache, LaneView, Int8LaneView)
-"""Caches that the kernels read."""
 
 BY_RULE = 0
 """`splits` of an attention: as many as the rule of the kernel package finds for the device."""
@@ -47,13 +41,14 @@ def why_not(layer: CausalSelfAttention, dtype: torch.dtype, device: str, step: A
         return f"the package mla_attention cannot be imported: {error}"
     if reason := ops.why_not(device, dtype):
         return str(reason)
-    if isinstance(step.cache, MixedLatentCache):
-        return "latents in 4 bits are read by torch: the kernels know 8 and the model's dtype"
-    if type(step.cache) not in RINGS or step.cache.places.current is None:
+    if step.cache.why_no_kernels is not None:
+        return step.cache.why_no_kernels
+    if not step.cache.is_ring or step.cache.places.current is None:
         return f"{type(step.cache).__name__} is not a ring of frames"
-    if step.cache.rows[layer.layer].dtype not in (dtype, torch.int8):
-        return f"the cache is {step.cache.rows[layer.layer].dtype}, the model computes in {dtype}"
-    if isinstance(step.cache, Int8LatentCache) and not layer.own_chunk_exact:
+    kept = step.cache.rows[layer.layer].dtype
+    if kept not in (dtype, torch.int8):
+        return f"the cache is {kept}, the model computes in {dtype}"
+    if kept == torch.int8 and not layer.own_chunk_exact:
         return "the kernels would quantise the own chunk, which they read from the cache"
     if any(view.zero_keys for view in step.views):
         return "the model attends to keys of zeros"

@@ -15,9 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .cache import DenseCache, FrameCache, LatentCache
+from .cache import FrameCache
 from .plain import is_plain
-from .quantised import Int8LatentCache, MixedLatentCache
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +41,10 @@ def why_not_graph(model: Any, cache: Any) -> str | None:
         return "CUDA graphs are off"
     if model.training:
         return "the model is in training mode"
-    if type(cache) not in (DenseCache, LatentCache, Int8LatentCache, MixedLatentCache):
+    if not (isinstance(cache, FrameCache) and cache.is_ring):
         return f"{type(cache).__name__} is not a ring of frames"
+    if cache.shared:
+        return f"a {type(cache).__name__} is made anew for every chunk"
     if cache.rows[0].device != model.device:
         return "the cache is on another device than the model"
     hooked = next((name for name, module in model.named_modules() if not is_plain(module)), None)

@@ -15,18 +15,14 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .cache import DenseCache, FrameCache, LatentCache
-from .quantised import Int8LatentCache, MixedLatentCache
+from .cache import FrameCache
 from .window import CausalConfig
-
-POOLED = (DenseCache, LatentCache, Int8LatentCache, MixedLatentCache)
-"""Caches whose lanes streams can share."""
 
 
 def place_in_window(causal: CausalConfig, start: int, num_frames: int) -> int:
@@ -48,9 +44,11 @@ class LaneView(FrameCache):
 
     Made anew for every chunk, so what kernels have expanded is a chunk's own, too. The rows are the pool's; a pass
     that writes moves no stream on.
-    With `oldest`, a frame of a single stream, earlier ones are not seen, see `FrameCache.rewind`.
-    Raises ValueError where the streams cannot share a pass.
+    With `oldest`, a frame of a single stream, earlier ones are not seen, see `FrameCache.rewind`. `view_class` gives
+    the views of a class of caches. Raises ValueError where the streams cannot share a pass.
     """
+
+    shared = True
 
     def __init__(
         self,
@@ -60,6 +58,8 @@ class LaneView(FrameCache):
         num_frames: int,
         oldest: int | None = None,
     ) -> None:
+        # What the cache keeps beside its rows, such as scales, is the view's as it stands.
+        vars(self).update(vars(cache))
         self._begin(cache.causal, cache.height, cache.width, cache.rows)
         places = {place_in_window(cache.causal, start, num_frames) for start in frames_seen}
         if len(places) != 1:
@@ -93,20 +93,15 @@ class LaneView(FrameCache):
         _all_slots(kept)[slots] = new.unflatten(1, (slots.shape[-1], -1))
 
 
-class Int8LaneView(LaneView, Int8LatentCache):
-    """Lanes of a pool of `Int8LatentCache`."""
-
-    def __init__(self, cache: Int8LatentCache, *places: Any, **more: Any) -> None:
-        super().__init__(cache, *places, **more)
-        self.scales = cache.scales
+_VIEW_CLASSES: dict[type[FrameCache], type[LaneView]] = {}
 
 
-class MixedLaneView(LaneView, MixedLatentCache):
-    """Lanes of a pool of `MixedLatentCache`."""
-
-    def __init__(self, cache: MixedLatentCache, *places: Any, **more: Any) -> None:
-        super().__init__(cache, *places, **more)
-        self.scales, self.bits = cache.scales, cache.bits
+def view_class(cache_class: type[FrameCache]) -> type[LaneView]:
+    """Lanes of caches of a class: they keep what it keeps, in the slots that `LaneView` gives."""
+    if cache_class not in _VIEW_CLASSES:
+        made = type(f"{cache_class.__name__}LaneView", (LaneView, cache_class), {})
+        _VIEW_CLASSES[cache_class] = cast("type[LaneView]", made)
+    return _VIEW_CLASSES[cache_class]
 
 
 class CachePool:
@@ -117,7 +112,8 @@ class CachePool:
 
     def __init__(self, caches: Sequence[FrameCache]) -> None:
         for cache in caches:
-            if type(cache) not in POOLED:
+            # A standalone checkpoint brings classes of its own, of which there are no views.
+            if not (isinstance(cache, FrameCache) and cache.is_ring):
                 raise UserError(
                     f"streams cannot share a {type(cache).__name__}, which encodes its near history anew after every "
                     "chunk; roll them out one by one"
@@ -147,11 +143,7 @@ class CachePool:
     ) -> LaneView:
         """The cache of one expert for the next `num_frames` frames of the streams in `lanes`."""
         cache = self.caches[expert]
-        if isinstance(cache, Int8LatentCache):
-            return Int8LaneView(cache, lanes, frames_seen, num_frames, oldest)
-        if isinstance(cache, MixedLatentCache):
-            return MixedLaneView(cache, lanes, frames_seen, num_frames, oldest)
-        return LaneView(cache, lanes, frames_seen, num_frames, oldest)
+        return view_class(type(cache))(cache, lanes, frames_seen, num_frames, oldest)
 
     def bytes(self) -> int:
         """Bytes allocated for all lanes, layers and experts."""

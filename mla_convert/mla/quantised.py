@@ -96,6 +96,8 @@ class MixedLatentCache(LatentCache):
     lie beside `rows`, a tensor a layer, in the same order.
     """
 
+    why_no_kernels = "latents in 4 bits are read by torch: the kernels know 8 and the model's dtype"
+
     def __init__(
         self,
         causal: CausalConfig,

@@ -22,7 +22,6 @@ from ..flow import levels_inside
 from ..load import Source
 from ..load.hub import is_hub_id
 from ..mla.bits import is_mixed
-from ..mla.cache import LatentCache
 from ..mla.window import CausalConfig
 from ..recipe.schema import Recipe
 from ..registry import stages
@@ -79,7 +78,7 @@ def _check_streaming(context: Context, rolls_out: bool) -> None:
     if causal.get("window_frames", 0) is None:
         raise UsageError("causal.window_frames: null has no streaming cache, which an export needs; set a number")
     converted = context.source.family.mla_class
-    if streaming.cache != "auto" and converted.cache_class is not LatentCache:
+    if streaming.cache != "auto" and not converted.cache_class.fewer_bits:
         raise UsageError(f"streaming.cache: {converted.__name__} keeps its latents in its dtype alone; set auto")
     if streaming.kernels == "triton" and is_mixed(streaming.cache):
         raise UsageError("streaming.kernels: triton reads no latents in 4 bits (streaming.cache); set auto")

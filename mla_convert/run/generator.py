@@ -193,7 +193,7 @@ class _Stream:
             return
         if frame == 0:
             cache.reset()
-        elif cache.can_rewind:
+        elif cache.is_ring:
             cache.rewind(frame)
         else:
             raise ValueError(f"a {type(cache).__name__} cannot go back to frame {frame}")

@@ -29,7 +29,7 @@ class RecentChunks:
 
 def check_rewinds(recache: bool, caches: Sequence[Any]) -> None:
     """Raise UsageError where `recache` is asked of a cache that cannot be rewound."""
-    other = next((type(cache).__name__ for cache in caches if not cache.can_rewind), None)
+    other = next((type(cache).__name__ for cache in caches if not cache.is_ring), None)
     if recache and other is not None:
         raise UsageError(
             f"a {other} cannot be written again for a new prompt, and encodes its near history anew after every chunk "
