@@ -86,11 +86,11 @@ def test_a_pass_sees_the_whole_window_and_rotated_keys_give_the_same_attention()
     cache, cache_rotated = dense.cache, rotated.cache
     rotated.layer.load_state_dict(dense.layer.state_dict())
     dense.run()
-    places = cache.places.current
-    assert places is not None
-    assert places.history_frames == [2, 3, 4]
+    history = [2, 3, 4]
+    places = cache.places.next(dense.table, cache, dense.frames)
+    assert places.history_slots.tolist() == [cache.causal.slot(frame) for frame in history]
     table = _table(SMALL, torch.device("cpu"))
-    for frame, index in zip(places.history_frames, range(3), strict=True):
+    for index, frame in enumerate(history):
         slot = cache.causal.slot(frame)
         key, value = cache.rows[0][:, slot].chunk(2, dim=-1)
         turned = rotate(key.unflatten(-1, (2, 12)), table.rotations([index], cache.height, cache.width)).flatten(2)

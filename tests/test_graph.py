@@ -152,7 +152,7 @@ def test_a_capture_that_fails_leaves_passes_to_the_model(
                 return super().capture(run)
 
             def nothing(layer: Any, hidden_states: Tensor, step: Any) -> Tensor:
-                step.cache.expanded.filled([layer.layer], step.cache.places.chunk)
+                step.cache.expanded.filled([layer.layer], step.chunk)
                 return hidden_states
 
             try:

@@ -21,7 +21,7 @@ def test_passes_of_a_chunk_share_their_places_and_chunks_do_not() -> None:
     assert cache.places.next(table, cache, 2) is first
     cache.frames_seen = 2
     second = cache.places.next(table, cache, 2)
-    assert second is not first and second.history_frames == [0, 1] and second.own_slots.tolist() == [2, 3]
+    assert second is not first and second.history_slots.tolist() == [0, 1] and second.own_slots.tolist() == [2, 3]
     cache.reset()
     assert cache.places.next(table, cache, 2).own_slots.tolist() == [0, 1]
 
@@ -31,7 +31,7 @@ def test_slots_are_those_of_the_frames() -> None:
     cache = model.init_cache(1, HEIGHT, WIDTH)
     cache.frames_seen = 11
     places = cache.places.next(model.rotary_table(), cache, 2)
-    assert places.history_slots.tolist() == [model.causal.slot(frame) for frame in places.history_frames]
+    assert places.history_slots.tolist() == [model.causal.slot(frame) for frame in model.causal.history(11, 13)]
     assert places.own_slots.tolist() == [model.causal.slot(frame) for frame in (11, 12)]
 
 
@@ -44,10 +44,9 @@ def test_fixed_places_stay_where_they_are_and_hold_what_new_ones_would() -> None
     for start, stop in model.causal.chunks(FRAMES)[:-1]:
         fixed.frames_seen = free.frames_seen = start
         kept, new = (cache.places.next(table, cache, stop - start) for cache in (fixed, free))
-        assert kept.history_frames == new.history_frames
         for name in ("own_rotations", "history_rotations", "grid", "own_slots", "history_slots"):
             assert torch.equal(getattr(kept, name), getattr(new, name))
-        if len(new.history_frames) == 3:
+        if len(new.history_slots) == 3:
             addresses.add(kept.history_rotations.data_ptr())
     assert len(addresses) == 1
 

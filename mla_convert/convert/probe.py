@@ -78,7 +78,7 @@ def sample_layer(
     With `rotated_only` nobody reads other
     keys than rotated ones. Draws come from `generator`, on the CPU. Raises UserError if nothing is ever read.
     """
-    if history_only and not any(view.history_frames for view in step.views):
+    if history_only and not any(view.has_history for view in step.views):
         raise UserError("calibration clips are one chunk long: nothing is ever read from the cache; use longer clips")
     query, key, value = (layer.split_heads(x).float() for x in layer.project(hidden_states))
     if output_grads is None:

@@ -45,7 +45,7 @@ def head_logits(
         own, plain = layer.restore(key, value, step), for_history
     first = step.context_batch or 0
     for view in step.views:
-        if not view.history_frames:
+        if not view.has_history:
             continue
         count = view.own.stop - view.own.start
         picked = torch.linspace(0, count - 1, min(queries, count), device=query.device).round().long()

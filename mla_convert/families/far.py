@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..mla.attention import AttentionPass, ChunkView, token_slices
+from ..mla.attention import AttentionPass, ChunkView, chunk_pass, token_slices
 from ..mla.cache import FrameCache
+from ..mla.places import Places
 from ..mla.rope import RotaryTable
 from ..mla.window import CausalConfig
 
@@ -204,19 +205,16 @@ def _stream(
     cache: FarCache, own: list[int], history: list[int], stop: int, zero_keys: int, write: bool
 ) -> AttentionPass:
     grid, causal = cache.grid, cache.causal
-    own_rotations = grid.rotations(own, causal, stop)
     far, near = split_frames(own)
-    view = ChunkView(
-        slice(0, len(own_rotations)),
-        (),
-        history,
-        own_rotations,
+    places = Places(
+        grid.rotations(own, causal, stop),
         grid.rotations(history, causal, stop),
-        zero_keys,
+        grid.grid_rotations(len(far), len(near)),
+        # A chunk takes slots when it is written.
+        cache.slots(own if write else []),
         cache.slots(history),
     )
-    places = grid.grid_rotations(len(far), len(near))
-    return AttentionPass([view], places, cache=cache, write=write, own_slots=cache.slots(own) if write else None)
+    return chunk_pass(cache, ((far or near)[0], len(own)), places, write, zero_keys)
 
 
 @dataclass(frozen=True)
@@ -256,7 +254,6 @@ def clip_layout(window: FarWindow, grid: FarGrid, num_frames: int) -> FarClip:
         return ChunkView(
             own,
             slices,
-            names,
             grid.rotations(frames, causal, stop),
             grid.rotations(names, causal, stop),
             zero_keys,

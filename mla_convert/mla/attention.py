@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from .cache import FrameCache
 from .core import KeyValue, Query, Segment, attend
+from .expanded import Chunk
+from .places import Places
 from .rope import RotaryTable
 from .window import CausalConfig
 
@@ -26,18 +28,20 @@ class ChunkView(NamedTuple):
     """One chunk of queries: its tokens, the history it sees and the rotations of both.
 
     In a pass over a clip, `history` slices its tokens. In a streaming pass it is empty, and history is read from the
-    cache's `history_slots`: `history_frames`, by whatever names the cache gives them. Rotations are
-    complex64 `[tokens, P]`. `zero_keys` keys and values of zeros are attended to beside them, for models that
-    pad so.
+    cache. Rotations are complex64 `[tokens, P]`. `zero_keys` keys and values of zeros are attended to beside them,
+    for models that pad so.
     """
 
     own: slice
     history: tuple[slice, ...]
-    history_frames: list[int]
     own_rotations: Tensor
     history_rotations: Tensor
     zero_keys: int = 0
-    history_slots: Tensor | None = None
+
+    @property
+    def has_history(self) -> bool:
+        """Whether there is anything before the chunk that it sees."""
+        return len(self.history_rotations) > 0
 
 
 @dataclass
@@ -48,7 +52,8 @@ class AttentionPass:
     at 0, for layouts that bake them in. With `context_batch` the first items of the batch are the clean
     context that all items read their history from (teacher forcing, packed in the batch axis). When
     a sequence holds tokens that no cache ever keeps, `cached` are those that it may keep. `kernels`
-    may take a layer's attention in a streaming pass, which writes to `own_slots` of `cache`.
+    may take a layer's attention in a streaming pass: that of `chunk` over `cache`, which is read and written at
+    `places`. `chunk_pass` makes one.
 
     For one layer `kept` is what the cache keeps of it. A layer that shares its latent leaves its `part` of it,
     `[B', S, r]`, where `write` is set. In a pass over a clip such layers read history from `latents`
@@ -59,7 +64,8 @@ class AttentionPass:
     grid_rotations: Tensor
     cache: FrameCache | None = None
     write: bool = False
-    own_slots: Tensor | None = None
+    places: Places | None = None
+    chunk: Chunk | None = None
     context_batch: int | None = None
     cached: slice | None = None
     kernels: Kernels | None = None
@@ -80,15 +86,15 @@ class AttentionPass:
 
     def keep(self, rows: Tensor) -> None:
         """Write a layer's rows `[B, S, row]` to the cache of a pass that does."""
-        assert self.cache is not None and self.own_slots is not None
-        self.cache.put(self.kept, self.own_slots, rows)
+        assert self.cache is not None and self.places is not None
+        self.cache.put(self.kept, self.places.own_slots, rows)
 
     def history(self, view: ChunkView) -> Tensor:
         """A layer's rows `[B, K, row]` of the history that a chunk sees, where it is not in the clip."""
         if self.latents is not None:
             return torch.cat([self.latents[:, tokens] for tokens in view.history], dim=1)
-        assert self.cache is not None and view.history_slots is not None
-        return self.cache.take(self.kept, view.history_slots)
+        assert self.cache is not None and self.places is not None
+        return self.cache.take(self.kept, self.places.history_slots)
 
 
 def token_slices(frames: list[int], tokens: int) -> tuple[slice, ...]:
@@ -118,7 +124,6 @@ def clip_pass(
             ChunkView(
                 slice(start * tokens, stop * tokens),
                 token_slices(history, tokens),
-                history,
                 table.rotations(causal.temporal_index(own, stop), height, width),
                 table.rotations(causal.temporal_index(history, stop), height, width),
             )
@@ -131,16 +136,15 @@ def clip_pass(
 @torch.compiler.disable
 def stream_pass(table: RotaryTable, cache: FrameCache, num_frames: int, write: bool) -> AttentionPass:
     """Pass over the next `num_frames` frames of a rollout, with history from `cache`."""
-    places = cache.places.next(table, cache, num_frames)
-    view = ChunkView(
-        slice(0, num_frames * cache.height * cache.width),
-        (),
-        places.history_frames,
-        places.own_rotations,
-        places.history_rotations,
-        history_slots=places.history_slots,
-    )
-    return AttentionPass([view], places.grid, cache=cache, write=write, own_slots=places.own_slots)
+    chunk = (cache.frames_seen, num_frames)
+    return chunk_pass(cache, chunk, cache.places.next(table, cache, num_frames), write)
+
+
+def chunk_pass(cache: FrameCache, chunk: Chunk, places: Places, write: bool, zero_keys: int = 0) -> AttentionPass:
+    """Pass over one chunk of a rollout, with history from `cache`; both lie at `places`."""
+    own = slice(0, len(places.own_rotations))
+    view = ChunkView(own, (), places.own_rotations, places.history_rotations, zero_keys)
+    return AttentionPass([view], places.grid, cache=cache, write=write, places=places, chunk=chunk)
 
 
 def padded(x: Tensor, zeros: int) -> Tensor:
@@ -236,7 +240,7 @@ class CausalSelfAttention(nn.Module):
             own_chunk = own.tokens((view.own,))
             own_keys = own_chunk.keys(view.own_rotations)
             segments = [Segment(here, padded(own_keys, view.zero_keys), padded(own_chunk.value, view.zero_keys))]
-            if len(view.history_rotations):
+            if view.has_history:
                 there = here
                 if query_for_history is not own_query:
                     there = query_for_history.tokens(view.own).rotated(view.own_rotations)

@@ -43,7 +43,7 @@ def why_not(layer: CausalSelfAttention, dtype: torch.dtype, device: str, step: A
         return str(reason)
     if step.cache.why_no_kernels is not None:
         return step.cache.why_no_kernels
-    if not step.cache.is_ring or step.cache.places.current is None:
+    if not step.cache.is_ring:
         return f"{type(step.cache).__name__} is not a ring of frames"
     kept = step.cache.rows[layer.layer].dtype
     if kept not in (dtype, torch.int8):
@@ -102,11 +102,11 @@ class _FusedPass:
     def __init__(
         self, layer: CausalSelfAttention, hidden_states: Tensor, step: AttentionPass, backend: Backend
     ) -> None:
-        assert step.cache is not None and step.cache.places.current is not None and step.cache.places.chunk is not None
+        assert step.cache is not None and step.places is not None and step.chunk is not None
         self.ops: Any = importlib.import_module("mla_attention")
         self.layer: Any = layer
         self.step, self.cache, self.backend = step, step.cache, backend
-        self.chunk, self.places = step.cache.places.chunk, step.cache.places.current
+        self.chunk, self.places = step.chunk, step.places
         self.rows, *scales = (self.cache.ring(one) for one in step.kept)
         self.scales = scales[0] if scales else None
         self.dtype = hidden_states.dtype
@@ -229,7 +229,7 @@ class _FusedPass:
             layer.kv_a_proj.bias,
             None if shared is None else shared.weight,
             None if shared is None else shared.bias,
-            _cos_sin(self.places.grid) if layer.mla.position == "baked" else None,
+            _cos_sin(self.step.grid_rotations) if layer.mla.position == "baked" else None,
             layer.heads,
         )
 

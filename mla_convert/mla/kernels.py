@@ -127,7 +127,7 @@ class Kernels:
         if choice.path == "expand" and step.cache.expanded.keep is None:
             step.cache.expanded.keep = self._keeps(layer, shape, step.cache)
         # Without history other kernels run than with it; with more items the same.
-        check = (layer.layer, shape._replace(batch=1), bool(step.views[0].history_frames))
+        check = (layer.layer, shape._replace(batch=1), step.views[0].has_history)
         if self.mode == "triton" or check in self.checked:
             return fused.attention(layer, hidden_states, step, choice.path, choice.backend)
         out = self._compared(key, layer, hidden_states, step)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .expanded import Chunk
 from .rope import RotaryTable
 
 if TYPE_CHECKING:
@@ -19,11 +20,10 @@ class Places:
     """The places of one chunk, shared by its passes and layers.
 
     Rotations are complex64 `[tokens, P]`: of the chunk's own tokens, of the history's in the order in which it
-    is read, and of the own tokens with time left at 0 (`grid`). Slots are int32 `[frames]` on the cache's device,
-    `[B, frames]` where every item of the batch has its own, see `pool.py`.
+    is read, and of the own tokens with time left at 0 (`grid`). Slots are what the cache gives for the frames: of a
+    ring int32 `[frames]` on its device, `[B, frames]` where every item of the batch has its own, see `pool.py`.
     """
 
-    history_frames: list[int]
     own_rotations: Tensor
     history_rotations: Tensor
     grid: Tensor
@@ -32,7 +32,6 @@ class Places:
 
     def move_to(self, other: Places) -> None:
         """Become `other` in the same memory, where a captured graph expects it."""
-        self.history_frames = other.history_frames
         for kept, new in zip(self._tensors, other._tensors, strict=True):
             kept.copy_(new)
 
@@ -55,33 +54,32 @@ class Places:
 class PlacesMemo:
     """The places of a cache's current chunk, computed once for all of its passes.
 
-    With `fixed`, chunks of the same shape, which is the steady state, keep theirs in the same tensors. `chunk` is the
-    first frame and the number of frames of the chunk that `current` belongs to; both are None before the first.
+    With `fixed`, chunks of the same shape, which is the steady state, keep theirs in the same tensors.
     """
 
     def __init__(self, fixed: bool = False) -> None:
         self.fixed = fixed
-        self.chunk: tuple[int, int] | None = None
-        self.current: Places | None = None
+        self._chunk: Chunk | None = None
+        self._places: Places | None = None
 
     def next(self, table: RotaryTable, cache: FrameCache, num_frames: int) -> Places:
         """Places of the next `num_frames` frames of the rollout in `cache`, whose memo this is."""
         chunk = (cache.frames_seen, num_frames)
-        if self.current is None or self.chunk != chunk:
-            places = _places(table, cache, num_frames)
-            if self.fixed and self.current is not None and places.like(self.current):
-                self.current.move_to(places)
+        if self._places is None or self._chunk != chunk:
+            places = _compute(table, cache, num_frames)
+            if self.fixed and self._places is not None and places.like(self._places):
+                self._places.move_to(places)
             else:
-                self.current = places
-            self.chunk = chunk
-        return self.current
+                self._places = places
+            self._chunk = chunk
+        return self._places
 
     def forget(self) -> None:
         """Compute the next places anew, in new memory."""
-        self.chunk = self.current = None
+        self._chunk = self._places = None
 
 
-def _places(table: RotaryTable, cache: FrameCache, num_frames: int) -> Places:
+def _compute(table: RotaryTable, cache: FrameCache, num_frames: int) -> Places:
     causal = cache.causal
     start, stop = cache.frames_seen, cache.frames_seen + num_frames
     own = list(range(start, stop))
@@ -91,4 +89,4 @@ def _places(table: RotaryTable, cache: FrameCache, num_frames: int) -> Places:
         return table.rotations(causal.temporal_index(frames, stop), cache.height, cache.width)
 
     grid = table.rotations([0] * num_frames, cache.height, cache.width)
-    return Places(history, rotations(own), rotations(history), grid, cache.slots(own), cache.slots(history))
+    return Places(rotations(own), rotations(history), grid, cache.slots(own), cache.slots(history))
