@@ -77,9 +77,7 @@ def why_not(layer: CausalSelfAttention, dtype: torch.dtype, device: str, step: A
 
 def backends(layer: CausalSelfAttention, path: Path) -> tuple[Backend, ...]:
     """Who may attend on a way; `sdpa` where one softmax over the workspace is all there is to do."""
-    if path == "absorbed" or not (_one_query(layer) or not layer.own_chunk_exact):
-        return ("attend",)
-    return ("sdpa", "attend")
+    return ("sdpa", "attend") if path == "expand" and _one_workspace(layer) else ("attend",)
 
 
 def attention(
@@ -89,9 +87,17 @@ def attention(
 
     Where the cache's `expanded` keeps them the expanded history of every layer stays from pass to pass of a chunk.
     """
+    assert step.cache is not None and step.chunk is not None
     pass_ = _FusedPass(layer, hidden_states, step, backend)
-    out = pass_.absorbed() if path == "absorbed" else pass_.expanded()
-    if step.write and layer.own_chunk_exact:
+    if pass_.read_own:
+        # Before it can be read it is written, by passes that do not keep it, too.
+        pass_.write()
+        step.cache.overwritten(sum(step.chunk))
+    if path == "absorbed":
+        out = pass_.absorbed()
+    else:
+        out = pass_.by_one_query() if _one_workspace(layer) else pass_.by_two_queries()
+    if step.write and not pass_.read_own:
         pass_.write()
     return out.flatten(2)
 
@@ -114,9 +120,6 @@ class _FusedPass:
         self.query, self.key = layer.project_query(hidden_states), layer.to_k(hidden_states)
         self.history_tokens, self.own_tokens = len(self.places.history_rotations), hidden_states.shape[1]
         self.read_own = not layer.own_chunk_exact
-        if self.read_own:
-            self.write()
-            self.cache.overwritten(sum(self.chunk))
 
     @functools.cached_property
     def value(self) -> Tensor:
@@ -124,38 +127,36 @@ class _FusedPass:
         found: Tensor = self.layer.to_v(self.hidden_states)
         return found
 
-    def expanded(self) -> Tensor:
-        """Every head's keys and values in a workspace, then attention: `[B, N, H, V]`."""
+    def by_one_query(self) -> Tensor:
+        """Attention to history and own chunk, expanded into one workspace: `[B, N, H, V]`."""
         layer, history = self.layer, self.history_tokens
-        one_query = _one_query(layer)
-        tokens = history + (self.own_tokens if self.read_own or one_query else 0)
-        parts = []
-        if one_query:
+        if _one_query(layer):
             query = self._normed(self.query, layer.norm_q, self.places.own_rotations)
         else:
-            plain = self._normed(self.query, layer.norm_q, None)
-            query = layer.history_query(Query(None, plain), self.step).rotated(self.places.own_rotations)
-            if not self.read_own:
-                parts.append(self._own_part())
-        if tokens:
-            key, value = self._workspace(tokens, query.shape[-1])
-            if not self.cache.expanded.holds(layer.layer, self.chunk):
-                self._expand(
-                    key[:, :history], value[:, :history], self.places.history_slots, self.places.history_rotations
-                )
-                self.cache.expanded.filled([layer.layer], self.chunk)
-            if self.read_own:
-                self._expand(key[:, history:], value[:, history:], self.places.own_slots, self.places.own_rotations)
-            elif one_query:
-                turning = _cos_sin(self.places.own_rotations)
-                self.ops.qk_norm_rope_(
-                    key[:, history:], self.key, layer.norm_k.weight.flatten(), layer.norm_k.eps, turning, layer.heads
-                )
-                self.value = _project_into(value[:, history:], layer.to_v, self.hidden_states)
-            if self.backend == "sdpa" and not parts:
-                query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-                return F.scaled_dot_product_attention(query, key, value, scale=layer.scale).transpose(1, 2)
-            parts.append(self.ops.attend(query, key, value, None, layer.scale, BY_RULE))
+            query = self._history_query()
+        key, value = self._workspace(history + self.own_tokens, query.shape[-1])
+        self._expand_history(key, value)
+        if self.read_own:
+            self._expand(key[:, history:], value[:, history:], self.places.own_slots, self.places.own_rotations)
+        else:
+            turning = _cos_sin(self.places.own_rotations)
+            self.ops.qk_norm_rope_(
+                key[:, history:], self.key, layer.norm_k.weight.flatten(), layer.norm_k.eps, turning, layer.heads
+            )
+            self.value = _project_into(value[:, history:], layer.to_v, self.hidden_states)
+        if self.backend == "sdpa":
+            query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+            return F.scaled_dot_product_attention(query, key, value, scale=layer.scale).transpose(1, 2)
+        out: Tensor = self.ops.attend(query, key, value, None, layer.scale, BY_RULE)[0]
+        return out
+
+    def by_two_queries(self) -> Tensor:
+        """Attention to the expanded history and to the dense own chunk, merged: `[B, N, H, V]`."""
+        query, parts = self._history_query(), [self._own_part()]
+        if self.history_tokens:
+            key, value = self._workspace(self.history_tokens, query.shape[-1])
+            self._expand_history(key, value)
+            parts.append(self.ops.attend(query, key, value, None, self.layer.scale, BY_RULE))
         return self._merged(parts)
 
     def absorbed(self) -> Tensor:
@@ -200,9 +201,7 @@ class _FusedPass:
                 layer.heads,
             )
             return found
-        plain = self._normed(self.query, layer.norm_q, None)
-        query = layer.history_query(Query(None, plain), self.step).rotated(rotations)
-        nope, rope = query.split([layer.key_channels, 2 * len(layer.rope_pairs)], dim=-1)
+        nope, rope = self._history_query().split([layer.key_channels, 2 * len(layer.rope_pairs)], dim=-1)
         return nope, rope.contiguous() if layer.rope_pairs else None
 
     def write(self) -> None:
@@ -233,6 +232,12 @@ class _FusedPass:
             layer.heads,
         )
 
+    def _history_query(self) -> Tensor:
+        """Queries as they meet what is read from the cache, `[B, N, H, D]`."""
+        plain = self._normed(self.query, self.layer.norm_q, None)
+        query: Query = self.layer.history_query(Query(None, plain), self.step)
+        return query.rotated(self.places.own_rotations)
+
     def _own_part(self) -> tuple[Tensor, Tensor]:
         """The chunk's attention to its own dense keys and values."""
         layer, rotations = self.layer, self.places.own_rotations
@@ -243,6 +248,13 @@ class _FusedPass:
             query, key, layer.split_heads(self.value), None, layer.scale, BY_RULE
         )
         return part
+
+    def _expand_history(self, key: Tensor, value: Tensor) -> None:
+        """Write the history to the beginning of a workspace, unless it is there from an earlier pass of the chunk."""
+        history, layer = self.history_tokens, self.layer.layer
+        if not self.cache.expanded.holds(layer, self.chunk):
+            self._expand(key[:, :history], value[:, :history], self.places.history_slots, self.places.history_rotations)
+            self.cache.expanded.filled([layer], self.chunk)
 
     def _expand(self, key: Tensor, value: Tensor, slots: Tensor, rotations: Tensor) -> None:
         """Write rotated keys `[B, K, H, D]` and values `[B, K, H, V]` of the frames in some slots."""
@@ -334,8 +346,13 @@ def _attend_refusal(ops: Any, channels: int, layer: Any) -> str | None:
     return reason
 
 
+def _one_workspace(layer: Any) -> bool:
+    """Whether one query addresses all that is expanded: the history and, as it is or from the cache, the own chunk."""
+    return _one_query(layer) or not layer.own_chunk_exact
+
+
 def _one_query(layer: Any) -> bool:
-    """Whether history and own chunk are addressed by the same queries, so that both lie in one workspace."""
+    """Whether history and own dense keys are addressed by the same queries."""
     return isinstance(layer, DenseSelfAttention) or layer.mla.position == "rotate_on_read"
 
 
