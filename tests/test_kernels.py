@@ -13,6 +13,7 @@ import torch
 
 from mla_convert.errors import UserError
 from mla_convert.mla import costs, fused, kernels
+from mla_convert.mla.core import Expansion
 from mla_convert.mla.costs import WAYS, Costs, cost
 from mla_convert.mla.kernels import Choice, Kernels, Shape
 
@@ -177,13 +178,11 @@ def test_gradients_go_through_torch() -> None:
 class WanLayer:
     """What the rule asks of a layer of Wan2.1-1.3B."""
 
-    heads, rank, key_channels, head_dim = 12, 192, 96, 128
-    rope_pairs = list(range(16))
-    mla = type("Config", (), {"v_head_dim": 128})
+    heads, rank, expansion = 12, 192, Expansion(96, 32, 0, 128, one_query=False)
 
 
 def cheaper(rank: int, queries: int, prices: Costs) -> str:
-    layer = WanLayer()
+    layer: Any = WanLayer()
     layer.rank = rank
     return min(fused.PATHS, key=lambda path: cost(layer, queries, 32760, path, "attend", prices))
 
@@ -195,6 +194,13 @@ def test_the_rule_is_the_cheaper_way() -> None:
     found = [cheaper(192, queries, prices) for queries in (64, 256, 512, 4680)]
     assert found == ["absorbed", "absorbed", "expand", "expand"]
     assert cheaper(64, 4680, prices) == "absorbed"
+
+
+def test_a_mean_key_is_attended_to() -> None:
+    layer: Any = WanLayer()
+    plain = costs.operations(layer, 10, 20, "expand")
+    layer.expansion = layer.expansion._replace(mean=128)
+    assert costs.operations(layer, 10, 20, "expand") == (plain[0], plain[1] + 12 * 10 * 20 * 128)
 
 
 def test_the_table_of_a_device_moves_the_break_even() -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import FrameCache
-from .core import KeyValue, Query, Segment, attend
+from .core import Expansion, KeyValue, Query, Segment, attend
 from .expanded import Chunk
 from .places import Places
 from .rope import RotaryTable
@@ -158,17 +158,22 @@ class CausalSelfAttention(nn.Module):
     Subclasses hold `to_out` and define how tokens become queries, keys and values (`project`), what
     the cache keeps of them (`encode`, `row_width`) and how that is read back (`expand`,
     `history_query`). With `own_chunk_exact` a chunk attends to itself with its dense keys and
-    values, otherwise through what would be cached.
+    values, otherwise through what would be cached. `rank` is the width of the latent that keys and values
+    are restored from, 0 where they are cached themselves.
     """
 
+    rank: int = 0
     layer: int
     heads: int
+    head_dim: int
     scale: float
     own_chunk_exact: bool
     to_q: nn.Linear
     to_k: nn.Linear
     to_v: nn.Linear
     to_out: nn.ModuleList
+    norm_q: nn.RMSNorm
+    norm_k: nn.RMSNorm
 
     @property
     def row_width(self) -> int:
@@ -193,6 +198,15 @@ class CausalSelfAttention(nn.Module):
 
     def expand(self, rows: Tensor) -> KeyValue:
         """Keys and values per head from cache rows `[B, K, row]`."""
+        raise NotImplementedError
+
+    @property
+    def expansion(self) -> Expansion:
+        """The sizes of what `expand` gives."""
+        raise NotImplementedError
+
+    def why_not_absorbed(self) -> str | None:
+        """Why its queries cannot meet what the cache keeps as it is, in one line; None when they can."""
         raise NotImplementedError
 
     def restore(self, key: Tensor, value: Tensor, step: AttentionPass) -> KeyValue:
@@ -314,6 +328,13 @@ class DenseSelfAttention(CausalSelfAttention):
     def expand(self, rows: Tensor) -> KeyValue:
         key, value = rows.chunk(2, dim=-1)
         return KeyValue(None, self.split_heads(key), self.split_heads(value))
+
+    @property
+    def expansion(self) -> Expansion:
+        return Expansion(self.head_dim, 0, 0, self.head_dim, one_query=True)
+
+    def why_not_absorbed(self) -> str | None:
+        return "a dense cache holds no latents"
 
     def restore(self, key: Tensor, value: Tensor, step: AttentionPass) -> KeyValue:
         return KeyValue(None, self.split_heads(key), self.split_heads(value))

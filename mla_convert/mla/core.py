@@ -57,6 +57,25 @@ class KeyValue(NamedTuple):
         return KeyValue(pick(self.nope), pick(self.rope), value, self.pairs, self.mean)
 
 
+class Expansion(NamedTuple):
+    """Channels a head of the keys and values that a layer restores from its cache, as `KeyValue.keys` lays them out.
+
+    Of a key `nope` are restored by every head, `shared` come from a key of all heads and `mean` from a constant one;
+    `value` are those of a value. With `one_query` they are addressed by the queries of the chunk's dense keys.
+    """
+
+    nope: int
+    shared: int
+    mean: int
+    value: int
+    one_query: bool
+
+    @property
+    def key(self) -> int:
+        """Channels of a key."""
+        return self.nope + self.shared + self.mean
+
+
 class Query(NamedTuple):
     """Queries in the form in which a `KeyValue` expects them; `rope` and `mean` have every head."""
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from .attention import DenseSelfAttention
+from .attention import CausalSelfAttention
 
 TABLE = Path(__file__).with_name("device_costs.json")
 DEFAULT = "default"
@@ -64,7 +64,7 @@ def for_device(device: torch.device) -> Costs:
 
 
 def cost(
-    layer: Any,
+    layer: CausalSelfAttention,
     queries: int,
     keys: int,
     path: Literal["absorbed", "expand"],
@@ -76,16 +76,17 @@ def cost(
     return restoring * prices.expand + attending * prices.price("absorbed" if path == "absorbed" else backend, queries)
 
 
-def operations(layer: Any, queries: int, keys: int, path: Literal["absorbed", "expand"]) -> tuple[float, float]:
+def operations(
+    layer: CausalSelfAttention, queries: int, keys: int, path: Literal["absorbed", "expand"]
+) -> tuple[float, float]:
     """Multiply-adds that restore keys and values, and those of the attention.
 
     Absorbed, a pair of query and key costs `2 r + R` a head instead of `D + V`, and the weights that
     restore keys and values are applied to the queries; expanded, they are applied to every key.
     """
-    heads = layer.heads
-    if isinstance(layer, DenseSelfAttention):
-        return 0.0, float(2 * heads * queries * keys * layer.head_dim)
-    restored, shared = layer.key_channels + layer.mla.v_head_dim, 2 * len(layer.rope_pairs)
+    heads, wide = layer.heads, layer.expansion
+    # Of what `expand_kv_` writes the latent gives these; nothing where keys and values are cached themselves.
+    restored = layer.rank * (wide.nope + wide.value)
     if path == "absorbed":
-        return float(heads * queries * layer.rank * restored), float(heads * queries * keys * (2 * layer.rank + shared))
-    return float(heads * keys * layer.rank * restored), float(heads * queries * keys * (restored + shared))
+        return float(heads * queries * restored), float(heads * queries * keys * (2 * layer.rank + wide.shared))
+    return float(heads * keys * restored), float(heads * queries * keys * (wide.key + wide.value))

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import AttentionPass, CausalSelfAttention, DenseSelfAttention
+from .attention import AttentionPass, CausalSelfAttention
 from .core import Query, of_pairs
 from .latent import LatentSelfAttention
 from .plain import is_plain_linear
@@ -52,27 +52,18 @@ def why_not(layer: CausalSelfAttention, dtype: torch.dtype, device: str, step: A
         return "the kernels would quantise the own chunk, which they read from the cache"
     if any(view.zero_keys for view in step.views):
         return "the model attends to keys of zeros"
-    if isinstance(layer, DenseSelfAttention):
-        return "a dense cache holds no latents" if path == "absorbed" else _attend_refusal(ops, layer.head_dim, layer)
-    assert isinstance(layer, LatentSelfAttention)
-    position, cached = layer.mla.position, 2 * len(layer.rope_pairs) if layer.caches_shared_key else 0
-    if layer.mla.layers_per_latent == 1:
-        reason = ops.why_not_latent_write(layer.rank, cached, layer.head_dim, dtype)
+    if isinstance(layer, LatentSelfAttention) and layer.mla.layers_per_latent == 1:
+        reason = ops.why_not_latent_write(layer.rank, layer.row_width - layer.rank, layer.head_dim, dtype)
         if reason is not None:
             return cast(str, reason)
-    if path == "expand":
-        shared = 2 * len(layer.rope_pairs)
-        mean = 0 if layer.k_mean is None else layer.head_dim
-        return _attend_refusal(ops, layer.key_channels + shared + mean, layer) or ops.why_not_expand_kv(
-            layer.rank, layer.key_channels, shared, layer.mla.v_head_dim, dtype
-        )
-    if position == "rotate_on_read":
-        return "rotate_on_read rotates the expanded keys, which cannot be absorbed"
-    if position == "derived":
-        return "the shared keys of `derived` are computed from the latent, which the absorbed kernel does not do"
-    if layer.k_mean is not None:
-        return "every head has a mean key, which is as wide as a dense one"
-    return cast("str | None", ops.why_not_latent_attention(layer.rank, 2 * len(layer.rope_pairs), dtype))
+    wide = layer.expansion
+    if path == "absorbed":
+        reason = layer.why_not_absorbed() or ops.why_not_latent_attention(layer.rank, wide.shared, dtype)
+    else:
+        reason = ops.why_not_attend(wide.key, wide.value)
+        if reason is None and layer.rank:
+            reason = ops.why_not_expand_kv(layer.rank, wide.nope, wide.shared, wide.value, dtype)
+    return cast("str | None", reason)
 
 
 def backends(layer: CausalSelfAttention, path: Path) -> tuple[Backend, ...]:
@@ -88,7 +79,8 @@ def attention(
     Where the cache's `expanded` keeps them the expanded history of every layer stays from pass to pass of a chunk.
     """
     assert step.cache is not None and step.chunk is not None
-    pass_ = _FusedPass(layer, hidden_states, step, backend)
+    kind = _LatentPass if isinstance(layer, LatentSelfAttention) else _DensePass
+    pass_ = kind(layer, hidden_states, step, backend)
     if pass_.read_own:
         # Before it can be read it is written, by passes that do not keep it, too.
         pass_.write()
@@ -105,12 +97,14 @@ def attention(
 class _FusedPass:
     """The projections of one layer in one pass, and what is done with them."""
 
+    layer: CausalSelfAttention
+
     def __init__(
         self, layer: CausalSelfAttention, hidden_states: Tensor, step: AttentionPass, backend: Backend
     ) -> None:
         assert step.cache is not None and step.places is not None and step.chunk is not None
         self.ops: Any = importlib.import_module("mla_attention")
-        self.layer: Any = layer
+        self.layer = layer
         self.step, self.cache, self.backend = step, step.cache, backend
         self.chunk, self.places = step.chunk, step.places
         self.rows, *scales = (self.cache.ring(one) for one in step.kept)
@@ -130,11 +124,11 @@ class _FusedPass:
     def by_one_query(self) -> Tensor:
         """Attention to history and own chunk, expanded into one workspace: `[B, N, H, V]`."""
         layer, history = self.layer, self.history_tokens
-        if _one_query(layer):
+        if layer.expansion.one_query:
             query = self._normed(self.query, layer.norm_q, self.places.own_rotations)
         else:
             query = self._history_query()
-        key, value = self._workspace(history + self.own_tokens, query.shape[-1])
+        key, value = self._workspace(history + self.own_tokens)
         self._expand_history(key, value)
         if self.read_own:
             self._expand(key[:, history:], value[:, history:], self.places.own_slots, self.places.own_rotations)
@@ -154,89 +148,23 @@ class _FusedPass:
         """Attention to the expanded history and to the dense own chunk, merged: `[B, N, H, V]`."""
         query, parts = self._history_query(), [self._own_part()]
         if self.history_tokens:
-            key, value = self._workspace(self.history_tokens, query.shape[-1])
+            key, value = self._workspace(self.history_tokens)
             self._expand_history(key, value)
             parts.append(self.ops.attend(query, key, value, None, self.layer.scale, BY_RULE))
         return self._merged(parts)
 
     def absorbed(self) -> Tensor:
-        """Attention to the latent rows themselves: `[B, N, H, V]` (DeepSeek-V2, arXiv 2405.04434, section 2.1.2)."""
-        layer, places = self.layer, self.places
-        parts = [] if self.read_own else [self._own_part()]
-        slots, rotations = places.history_slots, places.history_rotations
-        if self.read_own:
-            slots = torch.cat([slots, places.own_slots], dim=-1)
-            rotations = torch.cat([rotations, places.own_rotations])
-        if len(rotations):
-            nope, rope = self._split_query()
-            weights = layer.absorbed()
-            out, lse = self.ops.latent_attention(
-                torch.einsum("bqhn,hnr->bqhr", nope, weights.w_uk).contiguous(),
-                rope,
-                self.rows,
-                self.scales,
-                slots,
-                self._count(len(rotations)),
-                _cos_sin(of_pairs(rotations, layer.rope_index)) if layer.rope_pairs else None,
-                layer.scale,
-                BY_RULE,
-            )
-            # The bias of the keys shifts all logits of a query alike.
-            lse = lse + layer.scale * torch.einsum("bqhn,hn->bhq", nope.float(), weights.b_uk.float())
-            parts.append((torch.einsum("bqhr,hvr->bqhv", out, weights.w_uv) + weights.b_uv, lse))
-        return self._merged(parts)
-
-    def _split_query(self) -> tuple[Tensor, Tensor | None]:
-        """Queries that meet the latent, `[B, N, H, N']`, and those that meet the shared key, `[B, N, H, R]`."""
-        layer, rotations = self.layer, self.places.own_rotations
-        if layer.mla.position == "decoupled" and len(layer.nope_index) and len(layer.rope_index):
-            found: tuple[Tensor, Tensor] = self.ops.split_query(
-                self.query,
-                layer.norm_q.weight.flatten(),
-                layer.norm_q.eps,
-                _cos_sin(rotations),
-                layer.q_pe_coef,
-                layer.nope_index,
-                layer.rope_index,
-                layer.heads,
-            )
-            return found
-        nope, rope = self._history_query().split([layer.key_channels, 2 * len(layer.rope_pairs)], dim=-1)
-        return nope, rope.contiguous() if layer.rope_pairs else None
+        """Attention to what the cache keeps as it is: `[B, N, H, V]`."""
+        raise ValueError(self.layer.why_not_absorbed())
 
     def write(self) -> None:
         """Keep the chunk's rows in its ring slots."""
-        layer = self.layer
-        if isinstance(layer, DenseSelfAttention):
-            layer.keep(layer.norm_k(self.key), self.value, self.step)
-            return
-        if layer.mla.layers_per_latent > 1:
-            # Parts are summed before they are rounded to what the cache holds, so torch writes them.
-            layer.keep(self._normed(self.key, layer.norm_k, None).flatten(2), self.value, self.step)
-            return
-        shared = layer.k_pe_proj if layer.caches_shared_key else None
-        self.ops.latent_write_(
-            self.rows,
-            self.scales,
-            self.places.own_slots,
-            self.key,
-            self.value,
-            layer.norm_k.weight.flatten(),
-            layer.norm_k.eps,
-            None if layer.k_mean is None else layer.k_mean.flatten(),
-            layer.kv_a_proj.weight,
-            layer.kv_a_proj.bias,
-            None if shared is None else shared.weight,
-            None if shared is None else shared.bias,
-            _cos_sin(self.step.grid_rotations) if layer.mla.position == "baked" else None,
-            layer.heads,
-        )
+        raise NotImplementedError
 
     def _history_query(self) -> Tensor:
         """Queries as they meet what is read from the cache, `[B, N, H, D]`."""
         plain = self._normed(self.query, self.layer.norm_q, None)
-        query: Query = self.layer.history_query(Query(None, plain), self.step)
-        return query.rotated(self.places.own_rotations)
+        return self.layer.history_query(Query(None, plain), self.step).rotated(self.places.own_rotations)
 
     def _own_part(self) -> tuple[Tensor, Tensor]:
         """The chunk's attention to its own dense keys and values."""
@@ -257,47 +185,21 @@ class _FusedPass:
             self.cache.expanded.filled([layer], self.chunk)
 
     def _expand(self, key: Tensor, value: Tensor, slots: Tensor, rotations: Tensor) -> None:
-        """Write rotated keys `[B, K, H, D]` and values `[B, K, H, V]` of the frames in some slots."""
-        layer = self.layer
-        if not len(rotations):
-            return
-        if isinstance(layer, DenseSelfAttention):
-            # Of a dense layer nothing but history is expanded.
-            rows = self.cache.take(self.step.kept, slots)
-            dense_key, dense_value = (layer.split_heads(x) for x in rows.chunk(2, dim=-1))
-            key.copy_(rotate(dense_key, rotations))
-            value.copy_(dense_value)
-            return
-        every_head = layer.mla.position == "rotate_on_read"
-        derived = layer.mla.position == "derived" and bool(layer.rope_pairs)
-        turning = rotations if every_head else of_pairs(rotations, layer.rope_index) if layer.rope_pairs else None
-        width = layer.key_channels + (0 if every_head else 2 * len(layer.rope_pairs))
-        self.ops.expand_kv_(
-            key[..., :width],
-            value,
-            self.rows,
-            self.scales,
-            slots,
-            self._count(len(rotations)),
-            layer.kv_b_proj.weight,
-            layer.kv_b_proj.bias,
-            layer.k_pe_proj.weight if derived else None,
-            layer.k_pe_proj.bias if derived else None,
-            None if turning is None else _cos_sin(turning),
-            every_head,
-        )
-        if layer.k_mean is not None:
-            mean = layer.k_mean.expand(1, len(rotations), -1, -1)
-            key[..., width:] = rotate(mean, rotations).to(key.dtype)
+        """Write rotated keys `[B, K, H, D]` and values `[B, K, H, V]` of the frames in some slots, if any."""
+        if len(rotations):
+            self._expand_rows(key, value, slots, rotations)
 
-    def _workspace(self, tokens: int, channels: int) -> tuple[Tensor, Tensor]:
+    def _expand_rows(self, key: Tensor, value: Tensor, slots: Tensor, rotations: Tensor) -> None:
+        raise NotImplementedError
+
+    def _workspace(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Keys and values `[B, tokens, H, ...]`: the beginning of buffers that hold a full window.
 
         All layers share them unless the history is kept.
         """
         window_tokens = self.step.kept[0].shape[1:-1].numel()
         shape = (len(self.hidden_states), window_tokens, self.layer.heads)
-        widths = {"key": channels, "value": value_channels(self.layer)}
+        widths = {"key": self.layer.expansion.key, "value": self.layer.expansion.value}
         key, value = (
             self.cache.expanded.tensor(self.layer.layer, name, (*shape, wide), self.dtype, self.rows.device)
             for name, wide in widths.items()
@@ -316,6 +218,119 @@ class _FusedPass:
         first, second = parts
         merged: Tensor = self.ops.merge_pair(*first, *second)[0]
         return merged
+
+
+class _DensePass(_FusedPass):
+    """Of a layer whose cache holds every head's keys and values."""
+
+    def write(self) -> None:
+        self.layer.keep(self.layer.norm_k(self.key), self.value, self.step)
+
+    def _expand_rows(self, key: Tensor, value: Tensor, slots: Tensor, rotations: Tensor) -> None:
+        kept = self.layer.expand(self.cache.take(self.step.kept, slots))
+        key.copy_(kept.keys(rotations))
+        value.copy_(kept.value)
+
+
+class _LatentPass(_FusedPass):
+    """Of a layer whose cache holds latents."""
+
+    layer: LatentSelfAttention
+
+    def absorbed(self) -> Tensor:
+        """Attention to the latent rows themselves: `[B, N, H, V]` (DeepSeek-V2, arXiv 2405.04434, section 2.1.2)."""
+        layer, places = self.layer, self.places
+        parts = [] if self.read_own else [self._own_part()]
+        slots, rotations = places.history_slots, places.history_rotations
+        if self.read_own:
+            slots = torch.cat([slots, places.own_slots], dim=-1)
+            rotations = torch.cat([rotations, places.own_rotations])
+        if len(rotations):
+            nope, rope = self._split_query()
+            weights = layer.absorbed()
+            out, lse = self.ops.latent_attention(
+                torch.einsum("bqhn,hnr->bqhr", nope, weights.w_uk).contiguous(),
+                rope,
+                self.rows,
+                self.scales,
+                slots,
+                self._count(len(rotations)),
+                _cos_sin(of_pairs(rotations, layer.rope_index)) if layer.expansion.shared else None,
+                layer.scale,
+                BY_RULE,
+            )
+            # The bias of the keys shifts all logits of a query alike.
+            lse = lse + layer.scale * torch.einsum("bqhn,hn->bhq", nope.float(), weights.b_uk.float())
+            parts.append((torch.einsum("bqhr,hvr->bqhv", out, weights.w_uv) + weights.b_uv, lse))
+        return self._merged(parts)
+
+    def _split_query(self) -> tuple[Tensor, Tensor | None]:
+        """Queries that meet the latent, `[B, N, H, N']`, and those that meet the shared key, `[B, N, H, R]`."""
+        layer, rotations = self.layer, self.places.own_rotations
+        wide = layer.expansion
+        if wide.nope and wide.shared and not layer.bakes:
+            found: tuple[Tensor, Tensor] = self.ops.split_query(
+                self.query,
+                layer.norm_q.weight.flatten(),
+                layer.norm_q.eps,
+                _cos_sin(rotations),
+                layer.q_pe_coef,
+                layer.nope_index,
+                layer.rope_index,
+                layer.heads,
+            )
+            return found
+        nope, rope = self._history_query().split([wide.nope, wide.shared], dim=-1)
+        return nope, rope.contiguous() if wide.shared else None
+
+    def write(self) -> None:
+        """Keep the chunk's rows in its ring slots."""
+        layer = self.layer
+        if layer.mla.layers_per_latent > 1:
+            # Parts are summed before they are rounded to what the cache holds, so torch writes them.
+            layer.keep(self._normed(self.key, layer.norm_k, None).flatten(2), self.value, self.step)
+            return
+        shared = layer.k_pe_proj if layer.caches_shared_key else None
+        self.ops.latent_write_(
+            self.rows,
+            self.scales,
+            self.places.own_slots,
+            self.key,
+            self.value,
+            layer.norm_k.weight.flatten(),
+            layer.norm_k.eps,
+            None if layer.k_mean is None else layer.k_mean.flatten(),
+            layer.kv_a_proj.weight,
+            layer.kv_a_proj.bias,
+            None if shared is None else shared.weight,
+            None if shared is None else shared.bias,
+            _cos_sin(self.step.grid_rotations) if layer.bakes else None,
+            layer.heads,
+        )
+
+    def _expand_rows(self, key: Tensor, value: Tensor, slots: Tensor, rotations: Tensor) -> None:
+        layer, wide = self.layer, self.layer.expansion
+        # Where the dense queries address them, every head's keys are rotated as dense ones are.
+        every_head, derived = wide.one_query, wide.shared > 0 and not layer.caches_shared_key
+        turning = rotations if every_head else of_pairs(rotations, layer.rope_index) if wide.shared else None
+        width = wide.nope + wide.shared
+        self.ops.expand_kv_(
+            key[..., :width],
+            value,
+            self.rows,
+            self.scales,
+            slots,
+            self._count(len(rotations)),
+            layer.kv_b_proj.weight,
+            layer.kv_b_proj.bias,
+            layer.k_pe_proj.weight if derived else None,
+            layer.k_pe_proj.bias if derived else None,
+            None if turning is None else _cos_sin(turning),
+            every_head,
+        )
+        if layer.k_mean is not None:
+            mean = layer.k_mean.expand(1, len(rotations), -1, -1)
+            key[..., width:] = rotate(mean, rotations).to(key.dtype)
 
     def _count(self, keys: int) -> Tensor:
         """A number of keys as the kernels read it, on the device."""
@@ -341,29 +356,6 @@ def _cos_sin(rotations: Tensor) -> Tensor:
     return torch.view_as_real(rotations.contiguous())
 
 
-def _attend_refusal(ops: Any, channels: int, layer: Any) -> str | None:
-    reason: str | None = ops.why_not_attend(channels, value_channels(layer))
-    return reason
-
-
-def _one_workspace(layer: Any) -> bool:
+def _one_workspace(layer: CausalSelfAttention) -> bool:
     """Whether one query addresses all that is expanded: the history and, as it is or from the cache, the own chunk."""
-    return _one_query(layer) or not layer.own_chunk_exact
-
-
-def _one_query(layer: Any) -> bool:
-    """Whether history and own dense keys are addressed by the same queries."""
-    return isinstance(layer, DenseSelfAttention) or layer.mla.position == "rotate_on_read"
-
-
-def expanded_channels(layer: Any) -> int:
-    """Key and value channels a head of an expanded token."""
-    if _one_query(layer):
-        return int(layer.head_dim + value_channels(layer))
-    mean = 0 if layer.k_mean is None else layer.head_dim
-    return int(layer.key_channels + 2 * len(layer.rope_pairs) + mean + value_channels(layer))
-
-
-def value_channels(layer: Any) -> int:
-    """Value channels a head."""
-    return int(layer.head_dim if isinstance(layer, DenseSelfAttention) else layer.mla.v_head_dim)
+    return layer.expansion.one_query or not layer.own_chunk_exact

@@ -174,7 +174,7 @@ class Kernels:
             self.kept = ("pass", f"the free memory of a {device.type} device is not known")
             return False
         tokens = shape.batch * shape.keys * layer.heads
-        needed = tokens * fused.expanded_channels(layer) * shape.dtype.itemsize * len(cache.rows)
+        needed = tokens * (layer.expansion.key + layer.expansion.value) * shape.dtype.itemsize * len(cache.rows)
         keeps = needed <= FREE_SHARE * (free - self.reserved)
         why = f"{needed / 1e9:.2f} GB of {free / 1e9:.2f} GB free"
         if self.reserved:

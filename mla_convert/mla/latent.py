@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .attention import AttentionPass, CausalSelfAttention
 from .config import MLAConfig
-from .core import KeyValue, Query
+from .core import Expansion, KeyValue, Query
 from .rope import rotate
 
 LATENT_MODULES = ("q_a_proj", "q_b_proj", "kv_a_proj", "kv_b_proj", "k_pe_proj", "q_pe_coef", "k_mean")
@@ -79,6 +79,25 @@ class LatentSelfAttention(CausalSelfAttention):
     def caches_shared_key(self) -> bool:
         return self.mla.position in ("decoupled", "baked") and len(self.rope_index) > 0
 
+    @property
+    def bakes(self) -> bool:
+        """Whether its latents hold keys that are rotated by the token's place in the frame."""
+        return self.mla.position == "baked"
+
+    @property
+    def expansion(self) -> Expansion:
+        if self.mla.position == "rotate_on_read":
+            return Expansion(self.key_channels, 0, 0, self.mla.v_head_dim, one_query=True)
+        mean = 0 if self.k_mean is None else self.head_dim
+        return Expansion(self.key_channels, 2 * len(self.rope_pairs), mean, self.mla.v_head_dim, one_query=False)
+
+    def why_not_absorbed(self) -> str | None:
+        if self.mla.position == "rotate_on_read":
+            return "rotate_on_read rotates the expanded keys, which cannot be absorbed"
+        if self.mla.position == "derived":
+            return "the shared keys of `derived` are computed from the latent, which the absorbed kernel does not do"
+        return None if self.k_mean is None else "every head has a mean key, which is as wide as a dense one"
+
     def project_query(self, hidden_states: Tensor) -> Tensor:
         if self.mla.q_lora_rank is None:
             return super().project_query(hidden_states)
@@ -94,7 +113,7 @@ class LatentSelfAttention(CausalSelfAttention):
         if self.k_mean is not None:
             key = key - self.k_mean.flatten()
         placed = key
-        if self.mla.position == "baked":
+        if self.bakes:
             placed = self._bake(self.split_heads(key), step).flatten(2)
         latent = self.kv_a_proj(torch.cat([placed, value], dim=-1))
         if not self.caches_shared_key:
@@ -117,7 +136,7 @@ class LatentSelfAttention(CausalSelfAttention):
         if self.mla.position == "rotate_on_read":
             return query
         assert query.rope is not None
-        placed = self._bake(query.rope, step) if self.mla.position == "baked" else query.rope
+        placed = self._bake(query.rope, step) if self.bakes else query.rope
         nope = _select(placed, self.nope_index) if len(self.nope_index) else None
         mean = None if self.k_mean is None else query.rope
         if not len(self.rope_index):
