@@ -181,7 +181,7 @@ def test_streams_of_any_age_by_kernels(
     model = (dense if variant is None else pico.convert(dense, **variant, key_mean=path == "expand")).to(DEVICE)
     expected, _ = of_two_ages(model, "torch", history, dtype)
     actual, chosen = of_two_ages(model, "triton", history, dtype)
-    shared = max((shape for _, shape in chosen.choices), key=lambda shape: shape.batch)
+    shared = max((shape for _, shape in chosen.found.choices), key=lambda shape: shape.batch)
     assert shared.batch == 2 and "LaneView" in shared.cache
     assert {taken.partition(",")[0] for taken in chosen.report()["paths"]} == {path}
     model.set_kernels("torch")
@@ -203,8 +203,11 @@ def test_auto_compares_views_with_torch_on_their_own(monkeypatch: pytest.MonkeyP
     batch = batch_of(model, 2, num_inference_steps=1)
     batch.join(prompt(0), num_frames=2)
     collect({}, batch)
-    assert {shape.cache.partition(",")[0] for _, shape, _ in chosen.checked} == {"DenseCache", "DenseCacheLaneView"}
-    assert chosen.report()["paths"] == {"expand, sdpa": 1} and chosen.announced
+    assert {shape.cache.partition(",")[0] for _, shape, _ in chosen.found.checked} == {
+        "DenseCache",
+        "DenseCacheLaneView",
+    }
+    assert chosen.report()["paths"] == {"expand, sdpa": 1} and chosen.found.announced
 
 
 class HalfCache(LatentCache):

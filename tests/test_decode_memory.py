@@ -64,7 +64,7 @@ def test_room_is_left_on_a_gpu_alone() -> None:
         (1, torch.device("cpu"), vae, 0),
     ):
         reserve([model], given, 2, 3, streams, device)
-        assert model.kernels.reserved == expected
+        assert model.kernels.left_free == expected
 
 
 def test_the_table_of_the_documentation_is_counted_again(monkeypatch: pytest.MonkeyPatch) -> None:

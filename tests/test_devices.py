@@ -317,9 +317,9 @@ def test_the_pipeline_reads_text_and_pictures_and_decodes(checkpoint: Path, offl
             assert pipe.vae.device == CPU
         # Room for decoding was left before histories were made.
         room = decoding_bytes(pipe.vae, 4, 6)
-        assert pipe.transformer.kernels.reserved == (room.total(1) if device == GPU else 0)
+        assert pipe.transformer.kernels.left_free == (room.total(1) if device == GPU else 0)
         chunks += list(pipe.stream("a", source=[start] * 9, ahead=1, **settings))
-        assert pipe.transformer.kernels.reserved > room.total(1) or device == CPU
+        assert pipe.transformer.kernels.left_free > room.total(1) or device == CPU
         if offload is not None:
             assert pipe.vae.device == CPU
         return np.concatenate(chunks, axis=1)
@@ -422,7 +422,7 @@ def test_vbench_draws_and_encoders_encode(checkpoint: Path, tmp_path: Path, avai
         assert len(chunks) == 2
         video = np.concatenate(chunks)
         room = decoding_bytes(drawing.vae, 4, 6).total(1) if device == GPU else 0
-        assert [one.kernels.reserved for one in drawing.models] == [room]
+        assert [one.kernels.left_free for one in drawing.models] == [room]
         with text_encoder(pipeline, torch.float32, device) as embed, video_vae(pipeline, device) as vae:
             pixels = torch.linspace(-1, 1, 4608).view(1, 3, 1, 32, 48)
             return [torch.from_numpy(video), embed(["red"]), encode_pixels(vae, pixels).cpu()]

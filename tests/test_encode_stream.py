@@ -83,4 +83,4 @@ def test_room_is_left_for_a_source_beside_decoding() -> None:
     both = DecodingBytes(2 * decoding.kept + encoding.kept, max(decoding.working, encoding.working))
     for decodes, expected in ((vae, sum(both)), (None, sum(encoding))):
         reserve([model], decodes, 2, 3, 2, GPU, vae)
-        assert model.kernels.reserved == expected
+        assert model.kernels.left_free == expected

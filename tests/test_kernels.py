@@ -172,7 +172,7 @@ def test_gradients_go_through_torch() -> None:
     latents, timestep, text = (x.to(DEVICE) for x in pico.inputs(2, 2, HEIGHT, WIDTH))
     chosen = model.set_kernels("triton")
     model.forward_chunk(latents, timestep, text, model.init_cache(2, HEIGHT, WIDTH)).sum().backward()
-    assert chosen.choices == {}
+    assert chosen.found.choices == {}
 
 
 class WanLayer:
@@ -262,7 +262,7 @@ def test_history_is_kept_where_memory_allows(free: int | None, taken: str, monke
 def test_what_others_will_take_is_not_free(reserved: int, taken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "free_memory", lambda device: 10**9)
     known = Kernels.__init__
-    monkeypatch.setattr(Kernels, "__init__", lambda self, *given: known(self, *given, reserved=reserved))
+    monkeypatch.setattr(Kernels, "__init__", lambda self, *given: known(self, *given) or self.leave_free(reserved))
     # Six layers of 8,640 bytes: more than half of the 100,000 that are left.
     history = rollout(pair(pico.VARIANTS[6], layers=6), "triton", "auto")[2].report()["history"]
     assert history[0] == taken
@@ -281,7 +281,7 @@ def test_a_kernel_that_finds_no_memory_is_not_left_for_good(monkeypatch: pytest.
         with pytest.raises(torch.OutOfMemoryError):
             rollout(model, "auto")
         chosen = model.kernels
-    assert "torch" not in chosen.report()["paths"] and not chosen.checked
+    assert "torch" not in chosen.report()["paths"] and not chosen.found.checked
     assert "torch" not in rollout(model, "auto")[2].report()["paths"]
 
 
@@ -296,7 +296,7 @@ def test_the_report_names_a_reason_once() -> None:
     chosen = Kernels("auto")
     shape = Shape(1, 2, 3, torch.float32, "cpu", "LatentCache")
     for layer in range(3):
-        chosen.choices[layer, shape] = Choice("torch", {"absorbed": "no", "expand": "neither"})
+        chosen.found.choices[layer, shape] = Choice("torch", {"absorbed": "no", "expand": "neither"})
     assert chosen.report() == {
         "mode": "auto",
         "paths": {"torch": 3},

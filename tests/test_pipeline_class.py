@@ -29,6 +29,7 @@ from mla_convert.export.checkpoint import load_checkpoint, save_checkpoint
 from mla_convert.export.config import ExportConfig
 from mla_convert.export.release import export
 from mla_convert.families.wan import CausalWanTransformer3DModel
+from mla_convert.mla.kernel_settings import KernelSettings
 from mla_convert.run.decode import decode_chunks
 from mla_convert.run.output import handed_out
 from mla_convert.run.stream import stream_chunks
@@ -394,8 +395,8 @@ def test_it_streams_as_the_recipe_says_unless_the_model_was_told(exported: Path)
     model = CausalWanTransformer3DModel.from_pretrained(exported, subfolder="transformer")
     asked = {"kernels": "torch", "expand_history": "pass", "cuda_graph": "off"}
     kernels = StreamingMLAPipeline(model, streaming=asked).transformer.kernels
-    assert (kernels.mode, kernels.history, kernels.cuda_graph) == ("torch", "pass", False)
+    assert kernels.settings == KernelSettings("torch", "pass", False)
     assert StreamingMLAPipeline(model).transformer.kernels is kernels
     loaded = quiet(StreamingMLAPipeline.from_pretrained(exported, streaming=asked))
-    assert loaded.transformer.kernels.mode == "torch"
-    assert quiet(StreamingMLAPipeline.from_pretrained(exported)).transformer.kernels.mode == "auto"
+    assert loaded.transformer.kernels.settings.mode == "torch"
+    assert quiet(StreamingMLAPipeline.from_pretrained(exported)).transformer.kernels.settings.mode == "auto"

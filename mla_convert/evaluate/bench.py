@@ -24,7 +24,8 @@ from ..mla.attention import AttentionPass, CausalSelfAttention, DenseSelfAttenti
 from ..mla.cache import DenseCache, FrameCache, LatentCache
 from ..mla.config import MLAConfig, OwnChunk, Position
 from ..mla.core import KeyValue
-from ..mla.kernels import Kernels, Mode, describe
+from ..mla.kernel_settings import Mode
+from ..mla.kernels import Kernels, describe
 from ..mla.latent import LatentSelfAttention
 from ..mla.rope import RotaryTable, rotate, split_rotary_table
 from ..mla.window import CausalConfig

@@ -5,12 +5,11 @@ It stands in for `mla.kernels` in the self-contained file of a model.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
-Mode = Literal["auto", "triton", "torch"]
-History = Literal["auto", "chunk", "pass"]
+from ..mla.kernel_settings import History, KernelSettings, Mode
 
 
 class Kernels:
@@ -19,7 +18,10 @@ class Kernels:
     def __init__(self, mode: Mode = "auto", history: History = "auto", cuda_graph: bool = True) -> None:
         if mode == "triton":
             raise ValueError("this file attends by torch; install mla-convert for its kernels")
-        self.mode, self.history, self.cuda_graph = mode, history, cuda_graph
+        self.settings = KernelSettings(mode, history, cuda_graph)
+
+    def leave_free(self, size: int) -> None:
+        """Nothing: torch keeps no histories."""
 
     def takes(self, layer: Any, tokens: Tensor, step: Any) -> bool:
         """False: torch is to attend."""
@@ -31,7 +33,7 @@ class Kernels:
 
     def report(self) -> dict[str, Any]:
         """What was chosen."""
-        return {"mode": self.mode, "paths": {}, "refused": {}, "history": None}
+        return {"mode": self.settings.mode, "paths": {}, "refused": {}, "history": None}
 
     def announce(self) -> None:
         """Nothing: there was no choice."""

@@ -21,7 +21,8 @@ from ..mla.attention import AttentionPass, CausalSelfAttention, DenseSelfAttenti
 from ..mla.bits import CacheBits, check_bits, is_mixed, row_bits
 from ..mla.cache import DenseCache, FrameCache, LatentCache
 from ..mla.config import MLAConfig, latent_groups
-from ..mla.kernels import History, Kernels, Mode
+from ..mla.kernel_settings import History, Mode
+from ..mla.kernels import Kernels
 from ..mla.latent import LatentSelfAttention, whole_latent
 from ..mla.quantised import Int8LatentCache, MixedLatentCache
 from ..mla.rope import RotaryTable
@@ -115,7 +116,7 @@ class CausalTransformer(nn.Module):
         return height // p_h, width // p_w
 
     def set_kernels(self, mode: Mode, history: History = "auto", cuda_graph: bool = True) -> Kernels:
-        """Choose how `forward_chunk` attends without gradients: see `Kernels`, whose report says what was taken.
+        """Choose how `forward_chunk` attends without gradients: see `KernelSettings`; the report says what was taken.
 
         Without a choice torch attends.
         """

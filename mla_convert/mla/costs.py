@@ -85,7 +85,7 @@ def operations(
     restore keys and values are applied to the queries; expanded, they are applied to every key.
     """
     heads, wide = layer.heads, layer.expansion
-    # Of what `expand_kv_` writes the latent gives these; nothing where keys and values are cached themselves.
+    # What a latent is multiplied by, for one head; nothing where keys and values are cached themselves.
     restored = layer.rank * (wide.nope + wide.value)
     if path == "absorbed":
         return float(heads * queries * restored), float(heads * queries * keys * (2 * layer.rank + wide.shared))

@@ -37,7 +37,7 @@ def why_not_graph(model: Any, cache: Any) -> str | None:
     """Why the passes of `model` cannot be captured, in one line; None when they can."""
     if model.device.type != "cuda":
         return f"CUDA graphs need a CUDA device, the model is on {model.device.type}"
-    if model.kernels is None or not model.kernels.cuda_graph:
+    if model.kernels is None or not model.kernels.settings.cuda_graph:
         return "CUDA graphs are off"
     if model.training:
         return "the model is in training mode"

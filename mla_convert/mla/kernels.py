@@ -18,10 +18,8 @@ from ..errors import UserError
 from . import costs, fused
 from .attention import AttentionPass, CausalSelfAttention
 from .cache import FrameCache
+from .kernel_settings import History, KernelSettings, Mode
 from .plain import changed_module
-
-Mode = Literal["auto", "triton", "torch"]
-History = Literal["auto", "chunk", "pass"]
 
 logger = logging.getLogger(__name__)
 
@@ -59,41 +57,40 @@ class Choice(NamedTuple):
 
 
 @dataclass
-class Kernels:
-    """How a model attends while it streams without gradients; the fields are keys of a recipe's `streaming`.
+class Findings:
+    """What was chosen while a model streamed.
 
-    `mode` `auto` takes kernels where they support a layer, after the first output with and without history has
-    agreed with torch's, and torch elsewhere, in float32 and on a CPU; `triton` raises UserError instead and
-    compares nothing; `torch` never asks.
-
-    `history` says how often an expanded history is made: `chunk` once a chunk and layer, for the memory of a dense
-    cache; `pass` at every denoising pass, in one workspace for all layers; `auto` once a chunk where the histories
-    of all layers take at most half of the device's free memory when the first of them is made, else once a pass.
-    `reserved` bytes, which others will take while the model streams, do not count as free.
-
-    `cuda_graph` lets `stream_chunks` replay its passes as a CUDA graph where that can be done.
-
-    `choices` holds what was chosen, by layer and shape, `kept` what was decided about histories, with the reason.
+    `choices` by layer and shape; `checked`, with the history or without, are those that have agreed with torch;
+    `kept` is what was decided about histories, with the reason; `announced` is whether it was said.
     """
 
-    mode: Mode = "auto"
-    history: History = "auto"
-    cuda_graph: bool = True
-    reserved: int = 0
     choices: dict[tuple[int, Shape], Choice] = field(default_factory=dict)
     checked: set[tuple[int, Shape, bool]] = field(default_factory=set)
     kept: tuple[str, str] | None = None
     announced: bool = False
+
+
+class Kernels:
+    """How a model attends while it streams without gradients: its `settings`, and what was `found` by them."""
+
+    def __init__(self, mode: Mode = "auto", history: History = "auto", cuda_graph: bool = True) -> None:
+        self.settings = KernelSettings(mode, history, cuda_graph)
+        self.found = Findings()
+        self.left_free = 0
+
+    def leave_free(self, size: int) -> None:
+        """Do not count `size` bytes as free memory, which others will take while the model streams; 0 takes it back."""
+        self.left_free = size
 
     def takes(self, layer: CausalSelfAttention, tokens: Tensor, step: AttentionPass) -> bool:
         """Whether a kernel is to attend in a layer of a pass over `tokens` `[B, S, C]`; False where torch is.
 
         Raises UserError for a layer that `triton` has no kernel for.
         """
-        if self.mode == "torch" or step.cache is None or torch.is_grad_enabled():
+        if self.settings.mode == "torch" or step.cache is None or torch.is_grad_enabled():
             return False
-        choice = self.choices[self._choose(layer, tokens, step)]
-        if choice.path == "torch" and self.mode == "triton":
+        choice = self.found.choices[self._choose(layer, tokens, step)]
+        if choice.path == "torch" and self.settings.mode == "triton":
             reasons = "; ".join(choice.refused.values())
             raise UserError(
                 f"no kernel for the attention of layer {layer.layer} ({reasons}); `kernels: auto` lets torch take it"
@@ -111,8 +108,10 @@ class Kernels:
         changed = changed_module(layer) or ""
         shape = Shape(batch, queries, keys, hidden_states.dtype, hidden_states.device.type, kind, changed)
         key = (layer.layer, shape)
-        if key not in self.choices:
-            self.choices[key] = choose(layer, shape, step, self.mode, costs.for_device(hidden_states.device))
+        if key not in self.found.choices:
+            self.found.choices[key] = choose(
+                layer, shape, step, self.settings.mode, costs.for_device(hidden_states.device)
+            )
         return key
 
     @torch.compiler.disable
@@ -122,24 +121,24 @@ class Kernels:
         A block that is compiled calls it between its graphs.
         """
         key = self._choose(layer, hidden_states, step)
-        choice, shape = self.choices[key], key[1]
+        choice, shape = self.found.choices[key], key[1]
         assert step.cache is not None and choice.path != "torch"
         if choice.path == "expand" and step.cache.expanded.keep is None:
             step.cache.expanded.keep = self._keeps(layer, shape, step.cache)
         # Without history other kernels run than with it; with more items the same.
         check = (layer.layer, shape._replace(batch=1), step.views[0].has_history)
-        if self.mode == "triton" or check in self.checked:
+        if self.settings.mode == "triton" or check in self.found.checked:
             return fused.attention(layer, hidden_states, step, choice.path, choice.backend)
         out = self._compared(key, layer, hidden_states, step)
         if out is not None:
-            self.checked.add(check)
+            self.found.checked.add(check)
         return out
 
     def _compared(
         self, key: tuple[int, Shape], layer: CausalSelfAttention, hidden_states: Tensor, step: AttentionPass
     ) -> Tensor | None:
         """The output of a kernel compared with torch's; where it fails or differs, None, and torch from now on."""
-        path, refused, backend = self.choices[key]
+        path, refused, backend = self.found.choices[key]
         assert path != "torch"
         try:
             out = fused.attention(layer, hidden_states, step, path, backend)
@@ -159,47 +158,52 @@ class Kernels:
             if difference <= CHECK[key[1].dtype]:
                 return out
             reason = f"{path} differs from torch by {difference:.1e} of the largest output"
-        self.choices[key] = Choice("torch", {**refused, path: reason})
+        self.found.choices[key] = Choice("torch", {**refused, path: reason})
         logger.warning("kernels: torch attends in layer %d from now on: %s", layer.layer, reason)
         return None
 
     def _keeps(self, layer: CausalSelfAttention, shape: Shape, cache: FrameCache) -> bool:
         """Whether every layer keeps its expanded history for the passes of a chunk, by the rule of `history`."""
-        if self.history != "auto":
-            self.kept = (self.history, "as asked for")
-            return self.history == "chunk"
+        if self.settings.history != "auto":
+            self.found.kept = (self.settings.history, "as asked for")
+            return self.settings.history == "chunk"
         device = cache.rows[0].device
         free = free_memory(device)
         if free is None:
-            self.kept = ("pass", f"the free memory of a {device.type} device is not known")
+            self.found.kept = ("pass", f"the free memory of a {device.type} device is not known")
             return False
         tokens = shape.batch * shape.keys * layer.heads
         needed = tokens * (layer.expansion.key + layer.expansion.value) * shape.dtype.itemsize * len(cache.rows)
-        keeps = needed <= FREE_SHARE * (free - self.reserved)
+        keeps = needed <= FREE_SHARE * (free - self.left_free)
         why = f"{needed / 1e9:.2f} GB of {free / 1e9:.2f} GB free"
-        if self.reserved:
-            why += f" but for {self.reserved / 1e9:.2f} GB that decoding will take"
-        self.kept = ("chunk" if keeps else "pass", why)
+        if self.left_free:
+            why += f" but for {self.left_free / 1e9:.2f} GB that decoding will take"
+        self.found.kept = ("chunk" if keeps else "pass", why)
         return keeps
 
     def report(self) -> dict[str, Any]:
         """What was chosen, for people and manifests: the number of layers a way, and every reason once."""
         layers: dict[str, set[int]] = {}
         refused: dict[str, list[str]] = {}
-        for (layer, _), choice in self.choices.items():
+        for (layer, _), choice in self.found.choices.items():
             name = choice.path if choice.path != "expand" else f"expand, {choice.backend}"
             layers.setdefault(name, set()).add(layer)
             for path, reason in choice.refused.items():
                 if reason not in refused.setdefault(path, []):
                     refused[path].append(reason)
         paths = {name: len(found) for name, found in layers.items()}
-        return {"mode": self.mode, "paths": paths, "refused": refused, "history": self.kept and list(self.kept)}
+        return {
+            "mode": self.settings.mode,
+            "paths": paths,
+            "refused": refused,
+            "history": self.found.kept and list(self.found.kept),
+        }
 
     def announce(self) -> None:
         """Say once what was chosen and why, in one line."""
-        if self.announced or not (self.choices or self.mode == "torch"):
+        if self.found.announced or not (self.found.choices or self.settings.mode == "torch"):
             return
-        self.announced = True
+        self.found.announced = True
         logger.info("%s", describe(self.report()))
 
 

@@ -20,7 +20,7 @@ from ..export.checkpoint import find_checkpoint, load_checkpoint
 from ..export.manifest import recorded_recipe
 from ..files import MANIFEST, check_place
 from ..load import load_dense, load_source, read_config
-from ..mla.kernels import Mode
+from ..mla.kernel_settings import Mode
 from ..recipe.schema import Recipe, validate
 from ..run.config import GenerateConfig
 from ..run.sample import DIGITS, prompt_encoder

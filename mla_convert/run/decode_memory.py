@@ -112,4 +112,4 @@ def reserve(
     taken = streams * decoding.kept + encoding.kept + max(decoding.working, encoding.working)
     for model in models:
         if model.kernels is not None:
-            model.kernels.reserved = taken
+            model.kernels.leave_free(taken)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from ..mla.bits import CacheBits, check_bits
-from ..mla.kernels import History, Mode
+from ..mla.kernel_settings import History, Mode
 
 
 class StreamingConfig(BaseModel):
