@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
-PUBLISHED, TUNED = "dense, published code", "dense, tuned, absolute"
+PUBLISHED = "dense, published code, flash"
+PUBLISHED_BEST = "dense, published code, best stock"
+TUNED, REINDEXED = "dense, tuned, absolute", "dense, tuned, re-indexed"
 GOALS = (
-    ("published code over the best way at rank 192, model step", PUBLISHED, "latent 192", 1.3),
+    (
+        "published code with torch's flash attention, as it runs on an H200, over the best way at rank 192, model step",
+        PUBLISHED,
+        "latent 192",
+        1.3,
+    ),
+    (
+        "published code with the fastest stock attention, as it has FlashAttention-3 on an H100, over the same",
+        PUBLISHED_BEST,
+        "latent 192",
+        1.3,
+    ),
     ("tuned dense over the best way at rank 192, model step", TUNED, "latent 192", 0.97),
     ("tuned dense over the best way at rank 64, model step", TUNED, "latent 64", 1.3),
 )

@@ -7,13 +7,13 @@ import functools
 import sys
 
 import torch
-from dense import TORCH, torch_runs, usable
+from dense import TORCH, Stock, torch_runs, usable
+from report import PUBLISHED, PUBLISHED_BEST, REINDEXED, TUNED
 from sizes import SPLITS, STOCK
 from timing import Capture, does_not_fit, interleaved, told
 from wan import Dense, Latent, Published, Step
 
-PUBLISHED, TUNED, REINDEXED = "dense, published code", "dense, tuned, absolute", "dense, tuned, re-indexed"
-DENSE = (PUBLISHED, TUNED, REINDEXED)
+DENSE = (PUBLISHED, PUBLISHED_BEST, TUNED, REINDEXED)
 SHARED = 32
 OPS = {
     "attend",
@@ -47,11 +47,7 @@ def best_dense(shape, device, dtype, repeats, budget):
 def ways(shape, device, dtype, run):
     """Every way of self-attention that is compared, as functions that build it; `run` is the best stock attention."""
     build = functools.partial
-    found = {
-        PUBLISHED: build(Published, shape, device, dtype),
-        TUNED: build(Dense, shape, device, dtype, reindexed=False, run=run),
-        REINDEXED: build(Dense, shape, device, dtype, reindexed=True, run=run),
-    }
+    found = {**published(shape, device, dtype, run), **tuned(shape, device, dtype, run)}
     for rank in (64, 192):
         for path in ("absorbed", "expand"):
             name = f"latent {rank}+{SHARED}, {'absorbed' if path == 'absorbed' else 'expanded'}"
@@ -61,6 +57,28 @@ def ways(shape, device, dtype, run):
         found[f"latent {rank}, rotated on read, attend"] = build(Latent, shape, device, dtype, rank, 0, "expand")
     found[PAIRED] = build(Latent, shape, device, dtype, 448, 0, "expand", run=run, together=2)
     return found
+
+
+def published(shape, device, dtype, run):
+    """Self-Forcing's published code with the attention that it has on an H200 and with the best stock one.
+
+    It takes FlashAttention-3 only where the device is called H100 or Hopper, FlashAttention-2 on all others: torch's
+    flash attention. The best one is unsplit, as its call is.
+    """
+    best = dataclasses.replace(run, splits=1)
+    return {
+        PUBLISHED: functools.partial(Published, shape, device, dtype, run=Stock("flash", run.scale)),
+        PUBLISHED_BEST: functools.partial(Published, shape, device, dtype, run=best),
+    }
+
+
+def tuned(shape, device, dtype, run):
+    """The tuned dense paths, with absolute positions and re-indexed."""
+    build = functools.partial(Dense, shape, device, dtype, run=run)
+    return {
+        TUNED: functools.partial(build, reindexed=False),
+        REINDEXED: functools.partial(build, reindexed=True),
+    }
 
 
 def built(builders, red, step=None, writes=False):
@@ -111,9 +129,8 @@ def chunk(shape, device, dtype, repeats, budget, run, passes=5, red=frozenset())
     step = Step(shape, device, dtype)
     build = functools.partial(Latent, shape, device, dtype)
     builders = {
-        PUBLISHED: functools.partial(Published, shape, device, dtype),
-        TUNED: functools.partial(Dense, shape, device, dtype, reindexed=False, run=run),
-        REINDEXED: functools.partial(Dense, shape, device, dtype, reindexed=True, run=run),
+        **published(shape, device, dtype, run),
+        **tuned(shape, device, dtype, run),
         f"latent 192+{SHARED}, expanded": functools.partial(build, 192, SHARED, "expand"),
         f"latent 64+{SHARED}, absorbed": functools.partial(build, 64, SHARED, "absorbed"),
         "latent 192, rotated on read": functools.partial(build, 192, 0, "expand", run=run),

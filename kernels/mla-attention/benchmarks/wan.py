@@ -45,16 +45,22 @@ class Shape:
     def keys(self):
         return self.window * self.tokens
 
+    @property
+    def grid(self):
+        """Rows and columns of a frame's tokens."""
+        width = next(w for w in range(int(self.tokens**0.5), 0, -1) if self.tokens % w == 0)
+        return self.tokens // width, width
+
 
 def rotations(shape, frames, device):
     """cos and sin of every token of some frames, float32 `[len(frames) * T, D / 2, 2]`, by Wan's three axes."""
     pairs = shape.head_dim // 2
     spatial = shape.head_dim // 6
-    width = next(w for w in range(int(shape.tokens**0.5), 0, -1) if shape.tokens % w == 0)
+    height, width = shape.grid
     angle = 10000.0 ** -(torch.arange(pairs, device=device) / pairs)
     grid = torch.cartesian_prod(
         torch.tensor(frames, device=device),
-        torch.arange(shape.tokens // width, device=device),
+        torch.arange(height, device=device),
         torch.arange(width, device=device),
     ).float()
     axis = torch.tensor([0] * (pairs - 2 * spatial) + [1] * spatial + [2] * spatial, device=device)
@@ -63,47 +69,87 @@ def rotations(shape, frames, device):
 
 
 class Published:
-    """Self-Forcing's attention as its published code executes it (arXiv 2506.08009).
+    """Self-Forcing's attention as its published code executes it (arXiv 2506.08009, `wan/modules/causal_model.py`).
 
-    Keys are rotated in float64 and cached rotated; the ends of the cache lie on the device and are read by the
-    host in every layer; at the first pass of a chunk the part of the full window that stays is cloned and moved.
+    Its launches are repeated one by one: a norm of six, a rotation in float64 with the copies of its `cat` and `stack`,
+    and a cache of rotated keys whose ends lie on the device and are read by the host in every layer. At the first pass
+    of a chunk the part of the full window that stays is cloned and moved. `run` attends to `[B, N, H, D]` in the place
+    of its FlashAttention; the lengths of sequences that it makes for it are left out.
     """
 
-    def __init__(self, shape, device, dtype):
-        self.shape = shape
+    def __init__(self, shape, device, dtype, run=None):
+        self.shape, self.run = shape, run or torch_attention
         size = (shape.batch, shape.keys, shape.heads, shape.head_dim)
         self.keys = [torch.randn(size, device=device, dtype=dtype) for _ in range(shape.layers)]
         self.values = [torch.randn(size, device=device, dtype=dtype) for _ in range(shape.layers)]
         self.gain = torch.ones(shape.dim, device=device, dtype=dtype)
-        own = rotations(shape, range(shape.window - shape.chunk, shape.window), device).double()
-        self.cis = torch.view_as_complex(own)
-        self.ends = torch.full((2,), shape.keys, dtype=torch.long, device=device)
-        self.rolled = set()
-        self.ops, self.writes, self.attends = set(), set(), _torch_label(self)
+        pairs = shape.head_dim // 2
+        widths = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
+        self.freqs = torch.cat([_frequencies(shape.window, width, device) for width in widths], dim=1)
+        # The cache is full and holds the chunk, until the next one starts.
+        self.end = shape.keys
+        self.ends = [
+            [torch.full((1,), shape.keys, dtype=torch.long, device=device) for _ in range(2)]
+            for _ in range(shape.layers)
+        ]
+        self.ops, self.writes, self.attends = set(), set(), _label(self, run)
 
     def start_chunk(self):
         """The window moves on."""
-        self.rolled = set()
+        self.end += self.shape.queries
 
     def attend(self, layer, query, key, value):
-        heads = self.shape.heads
-        query = self._rotate(F.rms_norm(query.float(), query.shape[-1:], self.gain.float(), EPS).to(query), heads)
-        key = self._rotate(F.rms_norm(key.float(), key.shape[-1:], self.gain.float(), EPS).to(key), heads)
-        new, end = key.shape[1], int(self.ends[0].item())
-        for cache, rows in ((self.keys[layer], key), (self.values[layer], value.unflatten(-1, (heads, -1)))):
-            if layer not in self.rolled:
-                cache[:, :-new] = cache[:, new:].clone()
-            cache[:, end - new : end] = rows
-        self.rolled.add(layer)
-        end = int(self.ends[1].item())
-        return torch_attention(query, self.keys[layer][:, :end], self.values[layer][:, :end])
+        heads, new, kept = self.shape.heads, key.shape[1], self.shape.keys
+        query, key = (self._normed(x).unflatten(-1, (heads, -1)) for x in (query, key))
+        value = value.unflatten(-1, (heads, -1))
+        start = self.shape.window - self.shape.chunk
+        query, key = (self._rotated(x, start).type_as(value) for x in (query, key))
+        keys, values, (everything, local) = self.keys[layer], self.values[layer], self.ends[layer]
+        gone = 0
+        if self.end > everything.item() and new + local.item() > kept:
+            gone = new + local.item() - kept
+            rolled = local.item() - gone
+            for cache in (keys, values):
+                cache[:, :rolled] = cache[:, gone : gone + rolled].clone()
+        end = local.item() + self.end - everything.item() - gone
+        keys[:, end - new : end] = key
+        values[:, end - new : end] = value
+        out = self.run(query, keys[:, max(0, end - kept) : end], values[:, max(0, end - kept) : end])
+        everything.fill_(self.end)
+        local.fill_(end)
+        return out
 
-    def _rotate(self, x, heads):
-        pairs = torch.view_as_complex(x.unflatten(-1, (heads, -1)).double().unflatten(-1, (-1, 2)).contiguous())
-        return torch.view_as_real(pairs * self.cis.unsqueeze(1)).flatten(-2).to(x.dtype)
+    def _normed(self, x):
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + EPS)).type_as(x) * self.gain
+
+    def _rotated(self, x, start):
+        frames, (height, width), heads, pairs = self.shape.chunk, self.shape.grid, x.shape[2], x.shape[3] // 2
+        freqs = self.freqs.split([pairs - 2 * (pairs // 3), pairs // 3, pairs // 3], dim=1)
+        output, count = [], frames * height * width
+        for item in x:
+            turned = torch.view_as_complex(item[:count].to(torch.float64).reshape(count, heads, -1, 2))
+            each = torch.cat(
+                [
+                    freqs[0][start : start + frames].view(frames, 1, 1, -1).expand(frames, height, width, -1),
+                    freqs[1][:height].view(1, height, 1, -1).expand(frames, height, width, -1),
+                    freqs[2][:width].view(1, 1, width, -1).expand(frames, height, width, -1),
+                ],
+                dim=-1,
+            ).reshape(count, 1, -1)
+            output.append(torch.cat([torch.view_as_real(turned * each).flatten(2), item[count:]]))
+        return torch.stack(output).type_as(x)
 
     def bytes(self):
         return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+
+
+def _frequencies(window, pairs, device):
+    """Self-Forcing's rotations of one axis, complex128 `[positions, pairs]`, for a window at least."""
+    angle = 10000.0 ** -(torch.arange(pairs, device=device, dtype=torch.float64) / pairs)
+    positions = torch.arange(max(1024, window), device=device, dtype=torch.float64)
+    turned = torch.outer(positions, angle)
+    return torch.polar(torch.ones_like(turned), turned)
 
 
 class Dense:

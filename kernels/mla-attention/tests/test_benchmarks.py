@@ -42,12 +42,14 @@ def test_every_part_runs(result):
     # What needs a GPU is empty, not invented.
     assert all(found[part] is None for part in GPU_PARTS)
     assert "| streams over dense | 6 | not measured |" in text
-    assert found["step"]["refused"] == {} and len(found["step"]["times"]) == 14
+    assert found["step"]["refused"] == {} and len(found["step"]["times"]) == 15
     assert set(found["step"]["ratios"]) == set(found["chunk"]["ratios"])
-    assert len(found["step"]["ratios"]) == 3 and found["chunk"]["refused"] == {}
+    assert len(found["step"]["ratios"]) == 4 and found["chunk"]["refused"] == {}
     backend = found["stock"]["torch_runs"]
     attends = found["step"]["attends"]
-    assert attends["dense, published code"] == f"torch: {backend}" and backend.endswith("_ATTENTION")
+    assert backend.endswith("_ATTENTION") and attends["dense, published code, flash"] == "flash, 1 split"
+    best, _, _ = found["stock"]["best"].partition(", ")
+    assert attends["dense, published code, best stock"].startswith(best)
     assert attends["dense, tuned, absolute"] == attends["latent 192, rotated on read"] == found["stock"]["best"]
     assert attends["latent 64+32, absorbed"] == "latent_attention and attend, merged"
     assert set(found["chunk"]["attends"]) == set(found["chunk"]["times"])
@@ -73,7 +75,7 @@ def test_ratios_and_goals_are_those_of_the_medians(result):
     for base, ratios in found["step"]["ratios"].items():
         assert ratios == {way: medians[base] / medians[way] for way in medians if way.startswith("latent")}
     published = max(
-        v for k, v in found["step"]["ratios"]["dense, published code"].items() if k.startswith("latent 192")
+        v for k, v in found["step"]["ratios"]["dense, published code, flash"].items() if k.startswith("latent 192")
     )
     goal = found["goals"][0]
     assert goal["measured"] == published and goal["reached"] == (published >= 1.3)
@@ -159,7 +161,7 @@ def test_checks_that_do_not_end_leave_out_all_ways_of_ours(bench, tmp_path, monk
     assert bench.main(["--tiny", "--device", "cpu", "--out", str(tmp_path), "--parts", "step"]) == 1
     found = json.loads((tmp_path / "results.json").read_text())
     assert found["checks"] == {"failed": "ValueError: no answer"}
-    assert set(found["step"]["times"]) == {"dense, published code"}
+    assert set(found["step"]["times"]) == {"dense, published code, flash", "dense, published code, best stock"}
 
 
 def test_an_op_that_does_not_run_fails_its_check(bench, monkeypatch):
@@ -312,6 +314,29 @@ def test_a_cudnn_that_is_wrong_is_refused(bench):
     reason = dense.cudnn_refusal(91500, 128, 32760)
     assert reason == "cuDNN 91500 is wrong for lengths not divisible by 128: 32760 (pytorch#169849)"
     assert dense.cudnn_refusal(None, 128) == "torch has no cuDNN"
+
+
+def test_the_published_code_moves_its_window_once_a_chunk(bench):
+    """At the first pass after `start_chunk`; what it attends to is normed, rotated and in its place."""
+    wan = importlib.import_module("wan")
+    shape = wan.Shape(layers=1, heads=2, head_dim=16, ffn=32, tokens=4, window=4, chunk=1, text=4)
+    way = wan.Published(shape, torch.device("cpu"), torch.float32, run=lambda query, key, value: key)
+    query, key, value = (torch.randn(1, shape.queries, shape.dim) for _ in range(3))
+    before = way.keys[0].clone()
+    found = way.attend(0, query, key, value).clone()
+    assert found.shape == before.shape and torch.equal(found[:, :-4], before[:, :-4])
+    normed = torch.nn.functional.rms_norm(key, (shape.dim,), eps=wan.EPS).unflatten(-1, (2, -1))
+    each = way._rotated(torch.ones(1, 4, 1, 16).view(1, 4, 1, 16), 3).unflatten(-1, (-1, 2))
+    cos, sin = (each[..., 0] + each[..., 1]) / 2, (each[..., 1] - each[..., 0]) / 2
+    x, y = normed[..., ::2], normed[..., 1::2]
+    torch.testing.assert_close(found[:, -4:], torch.stack([x * cos - y * sin, x * sin + y * cos], dim=-1).flatten(-2))
+    # At the end of the window, in row 0 and column 1 of its frame.
+    angle = 3.0 * 10000.0 ** -(torch.arange(4) / 4)
+    torch.testing.assert_close(cos[0, 1, 0, :4], angle.cos())
+    way.start_chunk()
+    moved = way.attend(0, query, key, value).clone()
+    assert torch.equal(moved[:, :-4], found[:, 4:]) and torch.equal(moved[:, -4:], found[:, -4:])
+    assert torch.equal(way.attend(0, query, key, value), moved)
 
 
 def test_a_re_indexed_window_is_normed_and_rotated_whole(bench):
