@@ -1,11 +1,24 @@
-"""Every op against its float64 reference, and against what plain torch loses at the same dtype."""
+"""Every op against its float64 reference, and against what plain torch loses at the same dtype.
+
+`python checks.py attend` prints as JSON what one op fails; on a CPU it needs `TRITON_INTERPRET=1`.
+"""
 
 from __future__ import annotations
 
+import argparse
 import functools
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
 
-import mla_attention as ops
-import torch
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "torch-ext")]
+
+import mla_attention as ops  # noqa: E402
+import torch  # noqa: E402
+from processes import together  # noqa: E402
 
 FACTOR = 1.2
 """An op's relative error may be this many times that of torch at the same dtype."""
@@ -37,140 +50,217 @@ def red(failures):
     return {line.partition(",")[0] for line in failures}
 
 
-def check_all(device, dtype, seed=0):
+def check_all(device, dtype, seed=0, chosen=None):
     """A line for every check that an op fails, its name first: both errors, or why it does not run; empty is a pass.
 
-    The interpreter is too slow for MEASURED.
+    `chosen` are the names of some ops, all by default. The interpreter is too slow for MEASURED.
     """
     sizes = SIZES + MEASURED if device.type == "cuda" else SIZES
-    return [line for size in sizes for line in check(device, dtype, seed, *size)]
+    return [line for size in sizes for line in check(device, dtype, seed, *size, chosen=chosen)]
 
 
-def check(device, dtype, seed, tokens, queries, heads, depth, rank):
-    """`check_all` at one size."""
-    generator = torch.Generator(device=device).manual_seed(seed)
+def isolated(device, budget, chosen=None, tiles=None, workers=None):
+    """`check_all` in processes of their own, one for every op; `tiles` is a file that `tune.use` takes.
 
-    def random(*shape):
-        return torch.randn(*shape, device=device, generator=generator).to(dtype)
-
+    An op whose process does not end within `budget` or ends without an answer fails.
+    """
+    chosen = list(CHECKS if chosen is None else chosen)
+    command = [sys.executable, __file__, "--device", str(device), *(["--tiles", str(tiles)] if tiles else [])]
+    workers = workers or max(2, (os.cpu_count() or 2) - 2)
+    found = together({op: [*command, op] for op in chosen}, workers, budget)
     failures = []
+    for op in chosen:
+        lines = found[op]
+        failures += lines if isinstance(lines, list) else [f"{op}, in a process of its own: {lines}"]
+    return failures
 
-    def compare(names, run, exact, plain):
-        where = f"{keys} keys, rank {rank}"
+
+def check(device, dtype, seed, *size, chosen=None):
+    """`check_all` at one size."""
+    return [
+        line for op in (CHECKS if chosen is None else chosen) for line in CHECKS[op](Case(device, dtype, seed, *size))
+    ]
+
+
+class Case:
+    """One size of random inputs, and the lines of what fails at it."""
+
+    batch, frames, shared = 2, 3, 32
+
+    def __init__(self, device, dtype, seed, tokens, queries, heads, depth, rank):
+        self.device, self.dtype, self.tokens, self.queries = device, dtype, tokens, queries
+        self.heads, self.depth, self.rank = heads, depth, rank
+        self.generator = torch.Generator(device=device).manual_seed(seed)
+        self.keys, self.scale, self.failures = self.frames * tokens, depth**-0.5, []
+
+    def random(self, *shape):
+        return torch.randn(*shape, device=self.device, generator=self.generator).to(self.dtype)
+
+    def rotations(self, tokens, pairs):
+        angle = torch.rand(tokens, pairs, device=self.device, generator=self.generator)
+        return torch.stack([angle.cos(), angle.sin()], dim=-1)
+
+    def ring(self):
+        """Rows of which one slot is poisoned, the slots that are read and how many of the keys count: all of them."""
+        rows = self.random(self.batch, self.frames + 1, self.tokens, self.rank + self.shared)
+        rows[:, 1] = float("nan")
+        slots = torch.tensor([2, 0, 3], dtype=torch.int32, device=self.device)
+        return rows, slots, torch.full((1,), self.keys, dtype=torch.int32, device=self.device)
+
+    def compare(self, names, run, exact, plain):
+        where = f"{self.keys} keys, rank {self.rank}"
         try:
             actual = run()
         except Exception as error:
-            failures.append(f"{names[0]}, {where}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            self.failures.append(f"{names[0]}, {where}: {text}")
             return
         for name, found, reference, usual in zip(names, *map(listed, (actual, exact, plain)), strict=True):
             error, allowed = relative_error(found, reference), relative_error(usual, reference)
-            allowed = max(FACTOR * allowed, FLOOR[dtype])
+            allowed = max(FACTOR * allowed, FLOOR[self.dtype])
             if not error <= allowed:
-                failures.append(f"{name}, {where}: error {error:.2e}, allowed {allowed:.2e}")
+                self.failures.append(f"{name}, {where}: error {error:.2e}, allowed {allowed:.2e}")
 
-    batch, frames, shared = 2, 3, 32
-    keys, scale = frames * tokens, depth**-0.5
+
+def _attend(case):
     query, key, value = (
-        random(batch, queries, heads, depth),
-        random(batch, keys, heads, depth),
-        random(batch, keys, heads, depth),
+        case.random(case.batch, n, case.heads, case.depth) for n in (case.queries, case.keys, case.keys)
     )
-    wide = [x.double() for x in (query, key, value)]
-    exact = ops.attend_reference(*wide, None, scale)[0]
+    exact = ops.attend_reference(*(x.double() for x in (query, key, value)), None, case.scale)[0]
     plain = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)))
     for splits in (1, 2, 5):
-        run = functools.partial(ops.attend, query, key, value, None, scale, splits)
-        compare([f"attend, {splits} splits"], lambda run=run: run()[0], exact, plain.transpose(1, 2))
+        run = functools.partial(ops.attend, query, key, value, None, case.scale, splits)
+        case.compare([f"attend, {splits} splits"], lambda run=run: run()[0], exact, plain.transpose(1, 2))
+    return case.failures
 
-    rows = random(batch, frames + 1, tokens, rank + shared)
-    rows[:, 1] = float("nan")
-    slots = torch.tensor([2, 0, 3], dtype=torch.int32, device=device)
-    count = torch.full((1,), keys, dtype=torch.int32, device=device)
-    angle = torch.rand(keys, shared // 2, device=device, generator=generator)
-    turn = torch.stack([angle.cos(), angle.sin()], dim=-1)
-    latent, pe = random(batch, queries, heads, rank), random(batch, queries, heads, shared)
-    exact, _ = ops.latent_attention_reference(
-        latent.double(), pe.double(), rows.double(), None, slots, count, turn.double(), scale
-    )
-    plain, _ = ops.latent_attention_reference(latent, pe, rows, None, slots, count, turn, scale)
+
+def _latent_attention(case):
+    rows, slots, count = case.ring()
+    turn = case.rotations(case.keys, case.shared // 2)
+    latent, pe = (case.random(case.batch, case.queries, case.heads, width) for width in (case.rank, case.shared))
+    wide = latent.double(), pe.double(), rows.double(), None, slots, count, turn.double(), case.scale
+    exact, _ = ops.latent_attention_reference(*wide)
+    rest = rows, None, slots, count, turn, case.scale
+    plain, _ = ops.latent_attention_reference(latent, pe, *rest)
     for splits in (1, 3):
-        run = functools.partial(ops.latent_attention, latent, pe, rows, None, slots, count, turn, scale, splits)
-        compare([f"latent_attention, {splits} splits"], lambda run=run: run()[0], exact, plain)
+        run = functools.partial(ops.latent_attention, latent, pe, *rest, splits)
+        case.compare([f"latent_attention, {splits} splits"], lambda run=run: run()[0], exact, plain)
+    return case.failures
 
-    shape = (batch, keys, heads, depth)
-    angle = torch.rand(keys, depth // 2, device=device, generator=generator)
-    every = torch.stack([angle.cos(), angle.sin()], dim=-1)
+
+def _expand(case):
+    rows, slots, count = case.ring()
+    shape, every = (case.batch, case.keys, case.heads, case.depth), case.rotations(case.keys, case.depth // 2)
+    turn = case.rotations(case.keys, case.shared // 2)
     for rotate_heads in (False, True):
-        nope = depth if rotate_heads else depth - shared
-        up, bias = random(heads * (nope + depth), rank), random(heads * (nope + depth))
+        nope = case.depth if rotate_heads else case.depth - case.shared
+        up, bias = (
+            case.random(case.heads * (nope + case.depth), case.rank),
+            case.random(case.heads * (nope + case.depth)),
+        )
         # Without a shared key a row is the latent alone, and all channels of a head are rotated.
-        cached, turned = (rows[..., :rank].contiguous(), every) if rotate_heads else (rows, turn)
+        cached, turned = (rows[..., : case.rank].contiguous(), every) if rotate_heads else (rows, turn)
 
         def expanded(kind, function, weights=(up, bias), cached=cached, turned=turned, rotate_heads=rotate_heads):
-            out = [torch.zeros(shape, device=device, dtype=kind) for _ in range(2)]
+            out = [torch.zeros(shape, device=case.device, dtype=kind) for _ in range(2)]
             weights = [x.to(kind) for x in weights]
             turned = turned.to(torch.float64 if kind == torch.float64 else torch.float32)
             function(*out, cached.to(kind), None, slots, count, *weights, None, None, turned, rotate_heads)
             return out
 
         how = ", heads rotated" * rotate_heads
-        compare(
+        case.compare(
             [f"expand_kv_, keys{how}", f"expand_kv_, values{how}"],
-            functools.partial(expanded, dtype, ops.expand_kv_),
+            functools.partial(expanded, case.dtype, ops.expand_kv_),
             expanded(torch.float64, ops.expand_kv_reference),
-            expanded(dtype, ops.expand_kv_reference),
+            expanded(case.dtype, ops.expand_kv_reference),
         )
+    return case.failures
 
-    gain, hidden = random(heads * depth), random(batch, queries, heads * depth)
-    angle = torch.rand(queries, depth // 2, device=device, generator=generator)
-    turned = torch.stack([angle.cos(), angle.sin()], dim=-1)
-    exact = ops.qk_norm_rope_reference(hidden.double(), gain.double(), 1e-6, turned.double(), heads)
-    plain = ops.qk_norm_rope_reference(hidden, gain, 1e-6, turned, heads)
-    compare(["qk_norm_rope"], functools.partial(ops.qk_norm_rope, hidden, gain, 1e-6, turned, heads), exact, plain)
 
-    coefficients, pairs = random(heads, shared // 2, 2), torch.arange(depth // 2, device=device)
-    split = (pairs[shared // 2 :], pairs[: shared // 2], heads)
-    exact = ops.split_query_reference(
-        hidden.double(), gain.double(), 1e-6, turned.double(), coefficients.double(), *split
-    )
-    plain = ops.split_query_reference(hidden, gain, 1e-6, turned, coefficients, *split)
-    run = functools.partial(ops.split_query, hidden, gain, 1e-6, turned, coefficients, *split)
-    compare(["split_query, unrotated", "split_query, rotated"], run, exact, plain)
+def _norm(case):
+    gain, hidden = case.random(case.heads * case.depth), case.random(case.batch, case.queries, case.heads * case.depth)
+    turned = case.rotations(case.queries, case.depth // 2)
+    exact = ops.qk_norm_rope_reference(hidden.double(), gain.double(), 1e-6, turned.double(), case.heads)
+    rest = hidden, gain, 1e-6, turned, case.heads
+    case.compare(["qk_norm_rope"], functools.partial(ops.qk_norm_rope, *rest), exact, ops.qk_norm_rope_reference(*rest))
+    return case.failures
 
-    parts = [(random(batch, queries, heads, depth), random(batch, heads, queries).float()) for _ in range(2)]
+
+def _split(case):
+    gain, hidden = case.random(case.heads * case.depth), case.random(case.batch, case.queries, case.heads * case.depth)
+    turned = case.rotations(case.queries, case.depth // 2)
+    coefficients = case.random(case.heads, case.shared // 2, 2)
+    pairs = torch.arange(case.depth // 2, device=case.device)
+    split = (pairs[case.shared // 2 :], pairs[: case.shared // 2], case.heads)
+    wide = [x.double() for x in (turned, coefficients)]
+    exact = ops.split_query_reference(hidden.double(), gain.double(), 1e-6, *wide, *split)
+    rest = hidden, gain, 1e-6, turned, coefficients, *split
+    names = ["split_query, unrotated", "split_query, rotated"]
+    case.compare(names, functools.partial(ops.split_query, *rest), exact, ops.split_query_reference(*rest))
+    return case.failures
+
+
+def _merge(case):
+    size = case.batch, case.queries, case.heads, case.depth
+    parts = [(case.random(*size), case.random(case.batch, case.heads, case.queries).float()) for _ in range(2)]
     (a, log_a), (b, log_b) = parts
     exact = ops.merge_pair_reference(a.double(), log_a, b.double(), log_b)[0]
     plain = ops.merge_pair_reference(a, log_a, b, log_b)[0]
-    compare(["merge_pair"], lambda: ops.merge_pair(a, log_a, b, log_b)[0], exact, plain)
+    case.compare(["merge_pair"], lambda: ops.merge_pair(a, log_a, b, log_b)[0], exact, plain)
+    return case.failures
 
-    own = torch.tensor([1, 3], dtype=torch.int32, device=device)
-    down, down_bias = random(rank, 2 * heads * depth) / (2 * heads * depth) ** 0.5, random(rank)
-    project, project_bias = random(shared, heads * depth) / (heads * depth) ** 0.5, random(shared)
-    new_key, new_value = random(batch, 2 * tokens, heads * depth), random(batch, 2 * tokens, heads * depth)
+
+def _write(case):
+    own, width = torch.tensor([1, 3], dtype=torch.int32, device=case.device), case.heads * case.depth
+    down, down_bias = case.random(case.rank, 2 * width) / (2 * width) ** 0.5, case.random(case.rank)
+    project, project_bias = case.random(case.shared, width) / width**0.5, case.random(case.shared)
+    new_key, new_value = (case.random(case.batch, 2 * case.tokens, width) for _ in range(2))
+    gain = case.random(width)
 
     def written(kind, function):
-        target = torch.zeros(batch, frames + 1, tokens, rank + shared, device=device, dtype=kind)
-        weights = [x.to(kind) for x in (new_key, new_value, gain)]
-        function(
-            target,
-            None,
-            own,
-            *weights,
-            1e-6,
-            None,
-            down.to(kind),
-            down_bias.to(kind),
-            project.to(kind),
-            project_bias.to(kind),
-            None,
-            heads,
-        )
+        size = case.batch, case.frames + 1, case.tokens, case.rank + case.shared
+        target = torch.zeros(size, device=case.device, dtype=kind)
+        given = [x.to(kind) for x in (new_key, new_value, gain)]
+        weights = [x.to(kind) for x in (down, down_bias, project, project_bias)]
+        function(target, None, own, *given, 1e-6, None, *weights, None, case.heads)
         return target
 
-    compare(
+    case.compare(
         ["latent_write_"],
-        functools.partial(written, dtype, ops.latent_write_),
+        functools.partial(written, case.dtype, ops.latent_write_),
         written(torch.float64, ops.latent_write_reference),
-        written(dtype, ops.latent_write_reference),
+        written(case.dtype, ops.latent_write_reference),
     )
-    return failures
+    return case.failures
+
+
+CHECKS = {
+    "attend": _attend,
+    "latent_attention": _latent_attention,
+    "expand_kv_": _expand,
+    "qk_norm_rope": _norm,
+    "split_query": _split,
+    "merge_pair": _merge,
+    "latent_write_": _write,
+}
+"""What is checked of every op, by the op's name."""
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("op", choices=list(CHECKS))
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiles", type=Path, help="take the tiles of this file, as run.py does")
+    chosen = parser.parse_args(arguments)
+    if chosen.tiles:
+        importlib.import_module("tune").use(chosen.tiles)
+    device = torch.device(chosen.device)
+    # The interpreter's products of bfloat16 are wrong.
+    with torch.no_grad():
+        print(json.dumps(check_all(device, torch.bfloat16 if device.type == "cuda" else torch.float32, 0, [chosen.op])))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

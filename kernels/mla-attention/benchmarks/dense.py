@@ -13,6 +13,7 @@ import mla_attention as ops
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from watch import barred, require_answer
 
 CUDNN_WHOLE = 91501
 """The first cuDNN, 9.15.1, whose attention is right for every length: before, only for multiples of 128."""
@@ -83,6 +84,12 @@ class Stock:
     scale: float
     splits: int = 1
 
+    @classmethod
+    def named(cls, label, scale):
+        """The one that has a label."""
+        name, _, splits = label.partition(", ")
+        return cls(name, scale, int(splits.split()[0]) if splits else 1)
+
     @property
     def label(self):
         """`flash, 2 splits`; torch's own choice is never split, for it tells no log-sum-exp."""
@@ -121,9 +128,13 @@ def usable(query, key, value, scale, splits, names):
             if reason is not None:
                 refused[stock.label] = reason
                 continue
+        if reason := barred(stock.label):
+            refused[stock.label] = reason
+            continue
         try:
             difference = float((stock(query, key, value).float() - expected).abs().max() / expected.abs().max())
         except Exception as error:
+            require_answer(query.device, error)
             refused[stock.label] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
             continue
         if difference < 3e-2:

@@ -81,7 +81,7 @@ def table(result):
     if failures:
         lines += ["", "Nothing is timed that runs an op whose check failed:", ""]
         lines += [f"- {failure}" for failure in failures]
-    ceilings, stock = result.get("ceilings") or {}, result.get("stock") or {}
+    ceilings, stock = result.get("ceilings") or {}, result.get("stock") or result.get("unsplit") or {}
     if "matmul_tflop_s" in ceilings:
         rates = f"Copy {ceilings['copy_tb_s']:.2f} TB/s, matmul {ceilings['matmul_tflop_s']:.4g} TFLOP/s."
         runs = f"Best stock attention at the step's size: {stock.get('best')}; torch's own takes"
@@ -92,7 +92,8 @@ def table(result):
             verdict = {True: "reached", False: "missed", None: ""}[goal["reached"]]
             measured = "not measured" if goal["measured"] is None else f"{goal['measured']:.3g}"
             lines.append(f"| {goal['goal']} | {goal['wanted']} | {measured} | {verdict} |")
-    for part, title in (("step", "model step"), ("chunk", "chunk"), ("graph", "one pass")):
+    titles = {"step": "model step", "dense": "model step, no kernel of ours", "chunk": "chunk", "graph": "one pass"}
+    for part, title in titles.items():
         lines += _times(result, part, title)
     streams = result.get("streams") or {}
     if streams.get("streams"):
@@ -110,6 +111,10 @@ def table(result):
             lines += ["", f"{part} failed: {found['failed']}"]
         if isinstance(found, dict) and found.get("left_out"):
             lines += ["", f"Left out of {part}: {'; '.join(found['left_out'])}"]
+    if running := result.get("running"):
+        lines += ["", f"Not finished: these are the results up to {running['part']}."]
+    for one in result.get("lost") or []:
+        lines += ["", f"A process ended in {one['part']}, {one['name'] or 'nobody knows where'}: {one['why']}"]
     seconds = result.get("seconds") or {}
     lines += ["", f"Seconds: {', '.join(f'{part} {spent:.0f}' for part, spent in seconds.items())}."]
     for name, kernels in (result.get("profile") or {}).items():

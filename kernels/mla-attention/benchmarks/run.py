@@ -4,15 +4,18 @@ Needs torch, triton and numpy, nothing else, and one GPU; the package `mla_atten
 neighbour. On its first launch Triton compiles a launcher in C: it needs gcc (or cc) and the headers of this Python,
 Python.h. Every kernel is checked against float64 first, and no time is reported for what runs one whose check fails.
 Variants are timed in turn, round by round; ratios are of medians of one run. `--budget` counts seconds from the start
-of the command; parts share them, what matters most first, and name what they had to leave out. `results.json` and
-`results.md` are written anew after each. `--tiny --device cpu` runs all of it at a toy size in Triton's interpreter,
-for a test; its times mean nothing.
+of the command; parts share them, what decides a goal first, and name what they had to leave out. `results.json` and
+`results.md` are written anew after each. What needs no kernel of ours is measured first; then the kernels are checked
+and candidates of their tiles measured by `tune.py`, in other processes. A device that no longer answers and a call that
+does not end are noted and end this process with code 3: with `--resume` the next one goes on without what ran.
+`--tiny --device cpu` runs all of it at a toy size in Triton's interpreter, for a test; its times mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -31,14 +34,17 @@ if "--tiny" in sys.argv and "triton" not in sys.modules:
 # FlexAttention is compiled here and not in a pool of processes, whose start would fall into what is timed.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
+import processes  # noqa: E402
 import sections  # noqa: E402
 import sizes  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 import tune  # noqa: E402
-from checks import check_all, red  # noqa: E402
+import watch  # noqa: E402
+from checks import CHECKS, check_all, isolated, red  # noqa: E402
 from dense import TORCH, Stock  # noqa: E402
-from report import goals, table  # noqa: E402
+from record import Record  # noqa: E402
+from report import table  # noqa: E402
 from timing import Budget, ceilings, told  # noqa: E402
 from wan import Shape  # noqa: E402
 
@@ -60,15 +66,19 @@ class Part(NamedTuple):
 
 
 PARTS = {
+    "dense": Part(0.1, 0),
+    "tune": Part(0.2, 60),
     "step": Part(0.3, 0),
-    "attention": Part(0.5, 0),
-    "chunk": Part(0.4, 15),
-    "graph": Part(0.3, 8),
+    "streams": Part(0.3, 20),
+    "attention": Part(0.3, 0),
+    "chunk": Part(0.3, 15),
     "profile": Part(0.3, 10),
-    "streams": Part(0.6, 15),
+    "rows": Part(0.7, 0),
+    "graph": Part(0.4, 8),
     "flex": Part(1.0, 30),
 }
-"""In the order in which they run."""
+"""In the order in which they run: what decides a goal first. `dense` runs before any kernel of ours."""
+CHECK_SECONDS = 100
 TINY = Shape(layers=1, heads=1, head_dim=64, ffn=32, tokens=4, window=4, chunk=1, text=4)
 
 
@@ -79,7 +89,8 @@ def parse(arguments):
     parser.add_argument("--repeats", type=int, default=15, help="timed rounds")
     parser.add_argument("--budget", type=float, default=480, help="seconds for the whole command")
     parser.add_argument("--parts", nargs="*", choices=sorted(PARTS), default=list(PARTS), help="only these parts")
-    parser.add_argument("--tiles", type=Path, help="take the tiles that tune.py found fastest and wrote to this file")
+    parser.add_argument("--tiles", type=Path, help="take the tiles of this file, which tune.py wrote, and measure none")
+    parser.add_argument("--resume", action="store_true", help="go on where an earlier process of this run was lost")
     parser.add_argument("--tiny", action="store_true", help="a toy size, to see that everything runs")
     chosen = parser.parse_args(arguments)
     if torch.device(chosen.device).type == "cuda" and not torch.cuda.is_available():
@@ -133,99 +144,130 @@ def main(arguments=None, started=None):
         # The interpreter's products of bfloat16 are wrong.
         dtype, repeats, shape, wanted = torch.float32, 1, TINY, [(TINY.queries, 2, 1)]
     torch.manual_seed(0)
-    shipped = tune.tables()
-    tiles = []
-    try:
-        tiles = tune.use(chosen.tiles) if chosen.tiles else []
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        # It may have entered some of them.
-        tune.restore(shipped)
-        print(f"warning: the tiles of {chosen.tiles} are not taken: {told(error)}", file=sys.stderr)
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    result = {**describe(device, dtype, shape, chosen), "tiles": tiles}
-    result["seconds"] = {"start": time.monotonic() - started}
+    first = describe(device, dtype, shape, chosen)
+    record = Record(chosen.out, {**first, "tiles": []}, chosen.resume)
+    result = record.result
+    result["seconds"].setdefault("start", time.monotonic() - started)
+    if device.type == "cuda":
+        watch.guard(lambda: record.lost(f"it did not end in {watch.PATIENCE:.0f} s"))
 
-    def save(part, found):
-        result[part] = found
-        result["goals"] = goals(result)
-        write(chosen.out / "results.json", json.dumps(result, indent=2) + "\n")
-        write(chosen.out / "results.md", table(result))
-
-    def measure(part, work):
-        """The result of a part, saved with the time it took; what it had saved before it failed stays."""
-        print(f"{part}: {budget.left():.0f} s left", file=sys.stderr)
-        began = time.monotonic()
-        try:
-            found = work()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-        except Exception as error:
-            # The other parts are worth having all the same.
-            found = {**(result.get(part) or {}), "failed": told(error)}
-            print(f"{part}: {found['failed']}", file=sys.stderr)
-        result["seconds"][part] = time.monotonic() - began
-        save(part, found)
-
-    def check_tables():
-        """What `check_all` finds; tiles of a file with which it fails are refused, and the package's are checked."""
-        if not tiles:
-            return check_all(device, dtype)
-        try:
-            failures = check_all(device, dtype)
-        except Exception as error:
-            failures = [told(error)]
-        if not failures:
-            return failures
-        tune.restore(shipped)
-        result.update(tiles=[], tiles_refused={"tiles": tiles, "failures": failures})
-        print(f"the tiles of {chosen.tiles} are refused: {'; '.join(failures)}", file=sys.stderr)
-        return check_all(device, dtype)
+    def measure(part, work, into=None):
+        if not record.done(part):
+            record.measure(part, work, device, budget.left(), into)
 
     with torch.no_grad():
-        measure("checks", lambda: {"failures": check_tables()})
-        failures = result["checks"].get("failures")
-        print("\n".join(failures or ["all kernels agree with float64"] * (failures == [])), file=sys.stderr)
-        # Without an answer nothing is known to be right.
-        wrong = sections.OPS if failures is None else red(failures)
         measure("ceilings", lambda: ceilings(device, dtype, *((64, 1, 1) if chosen.tiny else ())))
-        run = Stock(TORCH, shape.head_dim**-0.5)
-
-        def stock():
-            nonlocal run
-            run, found = sections.best_dense(shape, device, dtype, repeats, budget.part(0.1))
-            return found
-
-        measure("stock", stock)
         one, several = (shape, device, dtype, repeats), max(1, repeats // 3)
+        measure("unsplit", lambda: sections.best_dense(*one, budget.part(0.05), (1,)))
+        if "dense" in chosen.parts:
+            best = stock(result, shape, "unsplit")
+            measure("dense", lambda: sections.dense_step(*one, budget.part(0.1), best, saver(record, "dense")))
+        wrong = known(record, measure, chosen, device, dtype, budget)
+        measure("stock", lambda: sections.best_dense(*one, budget.part(0.1)))
+        run = stock(result, shape, "stock")
+        rows, first_row = saver(record, "attention"), wanted[:1]
         works = {
-            "step": lambda left: sections.model_step(*one, left, run, wrong),
-            "attention": lambda left: sizes.attention(*one, left, wanted, lambda rows: save("attention", rows), wrong),
+            "step": lambda left: sections.model_step(*one, left, run, saver(record, "step"), wrong),
+            "streams": lambda left: sections.streams(shape, device, dtype, left),
+            "attention": lambda left: sizes.attention(*one, left, first_row, rows, wrong),
             "chunk": lambda left: sections.chunk(
                 shape, device, dtype, several, left, run, 2 if chosen.tiny else 5, wrong
             ),
-            "graph": lambda left: sections.graph_step(*one, left, run, wrong),
             "profile": lambda left: sections.profile(shape, device, dtype, run, wrong),
-            "streams": lambda left: sections.streams(shape, device, dtype, left),
-            "flex": lambda left: sizes.flex(*one, left, wanted, lambda rows: save("flex", rows), wrong),
+            "rows": lambda left: sizes.attention(*one, left, wanted, rows, wrong, result.get("attention")),
+            "graph": lambda left: sections.graph_step(*one, left, run, wrong),
+            "flex": lambda left: sizes.flex(*one, left, wanted, saver(record, "flex"), wrong),
         }
-        for part, (share, least) in PARTS.items():
+        for part, work in works.items():
+            share, least = PARTS[part]
             if part not in chosen.parts:
                 continue
+            into = "attention" if part == "rows" else part
             if budget.left() <= (0 if chosen.tiny else least):
-                save(part, {"left_out": ["all of it: no time was left"]})
+                found = result.get(into) or {}
+                left_out = [*found.get("left_out", []), f"all of {part}: no time was left"]
+                record.save(into, {**found, "left_out": left_out})
                 continue
-            measure(part, lambda part=part, share=share: works[part](budget.part(share)))
+            measure(part, lambda work=work, share=share: work(budget.part(share)), into)
     result["seconds"]["all"] = time.monotonic() - started
-    save("finished", True)
+    record.save("finished", True)
     print(table(result))
-    return int(bool(failures) or any("failed" in found for found in result.values() if isinstance(found, dict)))
+    failed = any("failed" in found for found in result.values() if isinstance(found, dict))
+    return int(bool(result["checks"].get("failures")) or failed or bool(result.get("lost")))
 
 
-def write(path, text):
-    """A file whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+def saver(record, part):
+    """Saves what a part has found so far."""
+    return functools.partial(record.save, part)
+
+
+def stock(result, shape, part):
+    """The best stock attention of a part, torch's own where it has none."""
+    return Stock.named((result.get(part) or {}).get("best") or TORCH, shape.head_dim**-0.5)
+
+
+def known(record, measure, chosen, device, dtype, budget):
+    """The ops that are wrong: checks with the tiles of the tables, then those that --tiles has or `tune` finds."""
+    result, shipped = record.result, tune.tables()
+
+    def failures(tiles=None, ops=None):
+        """On a GPU no kernel of ours has run in this process yet; on a CPU there is nothing to lose."""
+        if device.type == "cuda":
+            return isolated(device, Budget(min(CHECK_SECONDS, max(10, budget.left() / 3))), ops, tiles)
+        return check_all(device, dtype)
+
+    def taken(path, ops=None):
+        """The failures with the tiles of a file, which the tables have then, unless there are failures or no tiles."""
+        try:
+            tiles = tune.use(path)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            # It may have entered some of them.
+            tune.restore(shipped)
+            print(f"warning: the tiles of {path} are not taken: {told(error)}", file=sys.stderr)
+            return None
+        try:
+            found = failures(path, ops)
+        except Exception as error:
+            found = [told(error)]
+        if found:
+            tune.restore(shipped)
+            result["tiles_refused"] = {"tiles": tiles, "failures": found}
+            print(f"the tiles of {path} are refused: {'; '.join(found)}", file=sys.stderr)
+            return None
+        result.update(tiles=tiles, tiles_from=str(path))
+        return found
+
+    def checked():
+        found = taken(chosen.tiles) if chosen.tiles else None
+        return {"failures": failures() if found is None else found}
+
+    def tuned():
+        path = chosen.out / "tiles.json"
+        path.unlink(missing_ok=True)
+        left = budget.part(PARTS["tune"].share)
+        command = [sys.executable, tune.__file__, "--out", str(path), "--budget", f"{left.left():.0f}"]
+        command += ["--workers", str(max(2, (os.cpu_count() or 2) - 2)), "--ops", tune.ATTEND, tune.EXPAND]
+        ended = processes.together({"tune": command}, 1, Budget(left.left() + 20))
+        if not path.exists():
+            raise RuntimeError(f"tune.py wrote nothing: {ended['tune']}")
+        found = json.loads(path.read_text(encoding="utf-8"))
+        ops = {"expand_kv_" if op == tune.EXPAND else op.partition(",")[0] for op in found["change"]}
+        if ops and taken(path, sorted(ops)) is not None:
+            # What failed with other tiles is right with these.
+            before = result["checks"].get("failures") or []
+            result["checks"] = {"failures": [line for line in before if not red([line]) & ops]}
+        return {key: found[key] for key in ("times", "refused", "change")}
+
+    if record.done("checks") and result.get("tiles_from"):
+        tune.use(result["tiles_from"])
+    measure("checks", checked)
+    least = PARTS["tune"].least
+    if "tune" in chosen.parts and not chosen.tiles and device.type == "cuda" and budget.left() > least:
+        measure("tune", tuned)
+    found = result["checks"].get("failures")
+    print("\n".join(found or ["all kernels agree with float64"] * (found == [])), file=sys.stderr)
+    # Without an answer nothing is known to be right.
+    return set(CHECKS) if found is None else red(found)
 
 
 if __name__ == "__main__":

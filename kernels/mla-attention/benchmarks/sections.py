@@ -6,42 +6,35 @@ import dataclasses
 import functools
 import sys
 
+import plain
 import torch
 from dense import TORCH, Stock, torch_runs, usable
 from report import PUBLISHED, PUBLISHED_BEST, REINDEXED, TUNED
 from sizes import SPLITS, STOCK
 from timing import Capture, does_not_fit, interleaved, told
 from wan import Dense, Latent, Published, Step
+from watch import barred, mark, require_answer
 
 DENSE = (PUBLISHED, PUBLISHED_BEST, TUNED, REINDEXED)
+TORCH_ALONE = "dense, absolute, norm and rotation by torch"
 SHARED = 32
-OPS = {
-    "attend",
-    "latent_attention",
-    "expand_kv_",
-    "qk_norm_rope",
-    "split_query",
-    "merge_pair",
-    "latent_write_",
-}
-"""What `checks.py` checks."""
 # What the shipped recipes for published models convert to.
 PAIRED = "latent 448 of two layers, rotated on read"
 
 
-def best_dense(shape, device, dtype, repeats, budget):
-    """The fastest stock attention and number of splits at the step's size, as a Stock, and what was measured."""
+def best_dense(shape, device, dtype, repeats, budget, splits=SPLITS):
+    """What was measured of stock attention at the step's size; `best` is the label of the fastest, with its splits."""
     size = (shape.batch, shape.heads, shape.head_dim)
     query, key, value = (
         torch.randn(size[0], n, *size[1:], device=device, dtype=dtype) for n in (shape.queries, shape.keys, shape.keys)
     )
-    variants, refused = usable(query, key, value, shape.head_dim**-0.5, SPLITS, STOCK)
+    variants, refused = usable(query, key, value, shape.head_dim**-0.5, splits, STOCK)
     calls = {name: functools.partial(stock, query, key, value) for name, stock in variants.items()}
     found = interleaved(calls, repeats, device, budget)
     # torch's own choice is one of the others, unless none of them runs.
     best = min(found, key=lambda name: (name == TORCH, found[name]["median_ms"]))
     runs = torch_runs(query, key, value)
-    return variants[best], {"best": best, "times": found, "refused": refused, "torch_runs": runs}
+    return {"best": best, "times": found, "refused": refused, "torch_runs": runs}
 
 
 def ways(shape, device, dtype, run):
@@ -81,13 +74,16 @@ def tuned(shape, device, dtype, run):
     }
 
 
-def built(builders, red, step=None, writes=False):
+def built(builders, device, red, step=None, writes=False):
     """The ways that can be built and run a pass, by name, and why others do not.
 
     What runs an op in `red`, in a pass that `writes` too, is left out: the op has failed its check.
     """
     found, refused = {}, {}
     for name, build in builders.items():
+        if reason := barred(name):
+            refused[name] = reason
+            continue
         try:
             way = build()
             wrong = sorted(red & (way.ops | (way.writes if writes else set())))
@@ -98,16 +94,40 @@ def built(builders, red, step=None, writes=False):
                 step(way)
             found[name] = way
         except Exception as error:
+            # Whatever of it was built must not keep the memory of the others.
+            way = None
+            require_answer(device, error)
             refused[name] = told(error)
     return found, refused
 
 
-def model_step(shape, device, dtype, repeats, budget, run, red=frozenset()):
-    """One pass through all layers by every way, side by side; ratios of the dense baselines over the latent ways."""
+def model_step(shape, device, dtype, repeats, budget, run, save=None, red=frozenset()):
+    """One pass through all layers by every way, side by side; ratios of the dense baselines over the latent ways.
+
+    `save` is called with what is known after every round.
+    """
+    return _step(ways(shape, device, dtype, run), shape, device, dtype, repeats, budget, save, red)
+
+
+def dense_step(shape, device, dtype, repeats, budget, run, save=None):
+    """The same by dense ways that run no kernel of ours."""
+    every = published(shape, device, dtype, run)
+    every[TORCH_ALONE] = functools.partial(
+        Dense, shape, device, dtype, False, dataclasses.replace(run, splits=1), kernels=plain
+    )
+    return _step(every, shape, device, dtype, repeats, budget, save)
+
+
+def _step(builders, shape, device, dtype, repeats, budget, save=None, red=frozenset()):
     step = Step(shape, device, dtype)
-    found, refused = built(ways(shape, device, dtype, run), red, step)
-    times = interleaved({name: functools.partial(step, way) for name, way in found.items()}, repeats, device, budget)
-    return _timed(found, refused, times) | {"cache_bytes": {name: way.bytes() for name, way in found.items()}}
+    found, refused = built(builders, device, red, step)
+
+    def result(times):
+        return _timed(found, refused, times) | {"cache_bytes": {name: way.bytes() for name, way in found.items()}}
+
+    calls = {name: functools.partial(step, way) for name, way in found.items()}
+    each = None if save is None else lambda times: save(result(times))
+    return result(interleaved(calls, repeats, device, budget, each))
 
 
 def _timed(found, refused, times):
@@ -145,7 +165,7 @@ def chunk(shape, device, dtype, repeats, budget, run, passes=5, red=frozenset())
             way.writing = number == passes - 1
             step(way)
 
-    found, refused = built(builders, red, passed, writes=True)
+    found, refused = built(builders, device, red, passed, writes=True)
     times = interleaved({name: functools.partial(passed, way) for name, way in found.items()}, repeats, device, budget)
     return _timed(found, refused, times) | {"passes": passes}
 
@@ -155,7 +175,7 @@ def graph_step(shape, device, dtype, repeats, budget, run, red=frozenset()):
     if device.type != "cuda":
         return None
     step, name = Step(shape, device, dtype), "latent 192, rotated on read"
-    found, refused = built({name: ways(shape, device, dtype, run)[name]}, red)
+    found, refused = built({name: ways(shape, device, dtype, run)[name]}, device, red)
     if not found:
         return {"times": {}, "refused": refused}
     way = found[name]
@@ -177,7 +197,8 @@ def profile(shape, device, dtype, run, red=frozenset(), most=14):
     activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
     every = ways(shape, device, dtype, run)
     for name in (TUNED, f"latent 64+{SHARED}, absorbed", "latent 192, rotated on read"):
-        for way in built({name: every[name]}, red, step)[0].values():
+        for way in built({name: every[name]}, device, red, step)[0].values():
+            mark(name)
             with profiler(activities=[activity]) as recorded:
                 step(way)
                 if device.type == "cuda":
@@ -237,6 +258,7 @@ def streams(shape, device, dtype, budget, fits=None):
 
 def _fits(shape, build, device, dtype):
     step = way = None
+    mark()
     try:
         step, way = Step(shape, device, dtype), build(shape)
         # All weights and caches are there; a group of layers takes as much beside them as all in turn.

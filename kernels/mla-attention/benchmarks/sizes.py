@@ -9,6 +9,7 @@ import mla_attention as ops
 import torch
 from dense import torch_runs, usable
 from timing import both, does_not_fit, runnable, told
+from watch import mark, require_answer
 
 RANKS = (64, 96, 128, 192, 256)
 ROTATED_RANKS = (64, 192, 256)
@@ -19,13 +20,14 @@ STOCK = ("flash", "cuDNN")
 FLEX = ("FlexAttention",)
 
 
-def attention(shape, device, dtype, repeats, budget, sizes, save, red=frozenset()):
+def attention(shape, device, dtype, repeats, budget, sizes, save, red=frozenset(), before=None):
     """Attention of one layer at `sizes` of (queries, frames of keys, batch); what time does not allow is named.
 
     What an op in `red` computes is left out. Expanding does not depend on the queries: it is timed with the first
-    size of its keys and batch that does not fail.
+    size of its keys and batch that does not fail. `before` is what was found already, which is kept.
     """
-    expanded = set()
+    found = (before or {}).get("rows") or []
+    expanded = {(row["keys"] // shape.tokens, row["batch"]) for row in found if any(map(_expands, row["times"]))}
 
     def row(queries, frames, batch):
         case = _Case(shape, device, dtype, queries, frames, batch)
@@ -41,7 +43,11 @@ def attention(shape, device, dtype, repeats, budget, sizes, save, red=frozenset(
         expanded.add((frames, batch))
         return found
 
-    return _rows(shape, device, budget, sizes, save, row)
+    return _rows(shape, device, budget, sizes, save, row, before)
+
+
+def _expands(name):
+    return name.startswith("expand")
 
 
 def flex(shape, device, dtype, repeats, budget, sizes, save, red=frozenset()):
@@ -66,9 +72,11 @@ def flex(shape, device, dtype, repeats, budget, sizes, save, red=frozenset()):
 BY_RULE = "attend, splits by rule"
 
 
-def _rows(shape, device, budget, sizes, save, row):
+def _rows(shape, device, budget, sizes, save, row, before=None):
     """A row for every size that time and memory allow; what fails is named and takes no other row with it."""
-    rows, left_out, failed = [], [], []
+    before = before or {}
+    rows, left_out, failed = list(before.get("rows") or []), [], [before["failed"]] if "failed" in before else []
+    done = {(row["queries"], row["keys"], row["batch"]) for row in rows}
 
     def found():
         more = {"failed": "; ".join(failed)[:1000]} if failed else {}
@@ -76,13 +84,17 @@ def _rows(shape, device, budget, sizes, save, row):
 
     for queries, frames, batch in sizes:
         name = f"{queries} x {frames * shape.tokens} x {batch}"
+        if (queries, frames * shape.tokens, batch) in done:
+            continue
         if budget.left() <= 0:
             left_out.append(name)
             continue
         try:
+            mark(name)
             rows.append(row(queries, frames, batch))
             print(f"attention {name}: done", file=sys.stderr)
         except Exception as error:
+            require_answer(device, error)
             (left_out if does_not_fit(error) else failed).append(f"{name}: {told(error)}")
             print(f"attention {name}: {told(error)}", file=sys.stderr)
         try:

@@ -9,6 +9,7 @@ import statistics
 import time
 
 import torch
+from watch import barred, mark, require_answer
 
 LEAST_MS = 2.0
 """A timed stretch is at least this long: shorter calls are repeated within it."""
@@ -48,10 +49,14 @@ def runnable(variants, device):
     """Those of `variants` that run, once each, which compiles them, and by name why others do not."""
     found, refused = {}, {}
     for name, run in variants.items():
+        if reason := barred(name):
+            refused[name] = reason
+            continue
         try:
             once(run, device)
             found[name] = run
         except Exception as error:
+            require_answer(device, error)
             refused[name] = told(error)
     return found, refused
 
@@ -66,6 +71,7 @@ def graphs(variants, device):
         return found, refused
     capture = Capture(device)
     for name, run in variants.items():
+        mark(name)
         try:
             found[name] = capture(run)[0].replay
         except Exception as error:
@@ -113,15 +119,16 @@ class Capture:
                 some.add_(1)
 
 
-def interleaved(variants, repeats, device, budget=None):
+def interleaved(variants, repeats, device, budget=None, each=None):
     """Milliseconds of every variant, `{name: {median_ms, min_ms, max_ms, quartiles_ms, rounds}}`.
 
     `variants` maps names to functions without arguments. A round times each of them once, on a GPU over so many
     calls that they take 2 ms. The first round warms up and is not counted; after `LEAST_ROUNDS` rounds an
-    exhausted `budget` ends the measurement.
+    exhausted `budget` ends the measurement. `each` is called with what is known after every round.
     """
     calls = {}
     for name, run in variants.items():
+        mark(name)
         once(run, device)
         calls[name] = 1
         if device.type == "cuda":
@@ -131,7 +138,10 @@ def interleaved(variants, repeats, device, budget=None):
         if budget is not None and round_ >= LEAST_ROUNDS and budget.left() <= 0:
             break
         for name, run in variants.items():
+            mark(name)
             times[name].append(once(run, device, calls[name]))
+        if each is not None:
+            each({name: summary(found) for name, found in times.items()})
     return {name: summary(found) for name, found in times.items()}
 
 

@@ -15,10 +15,7 @@ import functools
 import importlib
 import json
 import os
-import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -31,6 +28,7 @@ import torch  # noqa: E402
 from checks import relative_error  # noqa: E402
 from mla_attention import attend_tiles, expand_tiles, latent_tiles  # noqa: E402
 from mla_attention._runtime import tile_family  # noqa: E402
+from processes import TIME_ENDED, together  # noqa: E402
 from timing import Budget, both  # noqa: E402
 
 ATTEND, EXPAND = "attend", "expand_kv"
@@ -40,7 +38,6 @@ ALLOWED = 1.6e-2
 """Relative error of the largest output: two units in the last place of bfloat16."""
 SIZES = {"queries": 4680, "frames": 18, "checked_queries": 200, "checked_frames": 1}
 TINY = {"queries": 12, "frames": 1, "checked_queries": 12, "checked_frames": 1}
-TIME_ENDED = "time ended"
 TABLES = (attend_tiles.TILES, attend_tiles.DESCRIBED, latent_tiles.TILES, expand_tiles.TILES)
 
 
@@ -170,44 +167,13 @@ def check(op, index, family, device, dtype, tiny):
 
 def checked(todo, family, device, tiny, workers, budget):
     """Errors of candidates `(op, index)` or, in words, why there is none; every one in a process of its own."""
-    found, running, waiting = {}, {}, list(todo)
-    while waiting or running:
-        while waiting and len(running) < workers and budget.left() > 0:
-            op, index = waiting.pop(0)
-            command = [sys.executable, __file__, "--check", op, str(index), str(family), "--device", device]
-            environment = {**os.environ, "MLA_TUNE_TINY": "1"} if tiny else dict(os.environ)
-            # Files, not pipes: a compiler that fails prints more than a pipe holds.
-            outputs = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
-            process = subprocess.Popen(
-                command + ["--tiny"] * tiny, stdout=outputs[0], stderr=outputs[1], env=environment
-            )
-            running[op, index] = process, outputs
-        ended = budget.left() <= 0
-        for one in [one for one, (process, _) in running.items() if process.poll() is not None]:
-            out, error = (read(output) for output in running.pop(one)[1])
-            try:
-                found[one] = json.loads(out.splitlines()[-1])
-            except (IndexError, ValueError):
-                lines = error.strip().splitlines()
-                found[one] = (lines[-1] if lines else "it ended without a word")[:200]
-        if ended:
-            found.update((one, TIME_ENDED) for one in (*waiting, *running))
-            for process, _ in running.values():
-                process.kill()
-            for process, _ in running.values():
-                # What is timed next must not share the device; a process that its driver holds is not waited for.
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(5)
-            return found
-        time.sleep(0.02)
-    return found
-
-
-def read(output):
-    """What a process wrote to a temporary file, which is closed."""
-    with output:
-        output.seek(0)
-        return output.read()
+    environment = {**os.environ, "MLA_TUNE_TINY": "1"} if tiny else None
+    commands = {
+        (op, index): [sys.executable, __file__, "--check", op, str(index), str(family), "--device", device]
+        + ["--tiny"] * tiny
+        for op, index in todo
+    }
+    return together(commands, workers, budget, environment)
 
 
 def measure(family, right, device, dtype, repeats, tiny, budget):

@@ -158,11 +158,12 @@ class Dense:
     `reindexed` False keeps rotated keys (absolute positions); True keeps keys as they are projected and takes the
     window to a workspace at every pass, normed and rotated in one launch that reads and writes it once, as an
     unlimited rollout within the rotary table needs. `run` attends to `[B, N, H, D]`: the fastest stock attention
-    with the fastest number of splits.
+    with the fastest number of splits. `kernels` has the norm and the rotation: `mla_attention` or `plain`.
     """
 
-    def __init__(self, shape, device, dtype, reindexed, run=None):
+    def __init__(self, shape, device, dtype, reindexed, run=None, kernels=ops):
         self.shape, self.reindexed, self.run = shape, reindexed, run or torch_attention
+        self.kernels = kernels
         size = (shape.batch, shape.keys, shape.heads, shape.head_dim)
         self.keys = [torch.randn(size, device=device, dtype=dtype) for _ in range(shape.layers)]
         self.values = [torch.randn(size, device=device, dtype=dtype) for _ in range(shape.layers)]
@@ -170,21 +171,22 @@ class Dense:
         self.window = rotations(shape, range(shape.window), device)
         self.own = self.window[-shape.queries :].contiguous()
         self.workspace = torch.empty(size, device=device, dtype=dtype) if reindexed else None
-        self.ops, self.writes, self.attends = {"qk_norm_rope"}, set(), _label(self, run)
+        self.ops = {"qk_norm_rope"} if kernels is ops else set()
+        self.writes, self.attends = set(), _label(self, run)
 
     def start_chunk(self):
         """Nothing lasts from pass to pass."""
 
     def attend(self, layer, query, key, value):
         heads, new = self.shape.heads, key.shape[1]
-        query = ops.qk_norm_rope(query, self.gain, EPS, self.own, heads)
+        query = self.kernels.qk_norm_rope(query, self.gain, EPS, self.own, heads)
         keys, values = self.keys[layer], self.values[layer]
         values[:, -new:] = value.unflatten(-1, (heads, -1))
         if self.workspace is None:
-            ops.qk_norm_rope_(keys[:, -new:], key, self.gain, EPS, self.own, heads)
+            self.kernels.qk_norm_rope_(keys[:, -new:], key, self.gain, EPS, self.own, heads)
         else:
             keys[:, -new:] = key.unflatten(-1, (heads, -1))
-            ops.qk_norm_rope_(self.workspace, keys.flatten(2), self.gain, EPS, self.window, heads)
+            self.kernels.qk_norm_rope_(self.workspace, keys.flatten(2), self.gain, EPS, self.window, heads)
             keys = self.workspace
         return self.run(query, keys, values)
 
@@ -204,7 +206,7 @@ class Latent:
 
     def __init__(self, shape, device, dtype, rank, shared, path, run=None, keep=False, together=1):
         self.shape, self.rank, self.shared, self.path = shape, rank, shared, path
-        self.run, self.keep, self.together = run, keep, together
+        self.run, self.keep, self.together, self.kernels = run, keep, together, ops
         self.parts, self.writing = None, False
         self.expanded = set()
         dim, heads, depth = shape.dim, shape.heads, shape.head_dim
@@ -260,48 +262,50 @@ class Latent:
             self.write(layer, key, value)
         shape, rows = self.shape, self.rows[layer // self.together]
         scale, heads = shape.head_dim**-0.5, shape.heads
-        own_query = ops.qk_norm_rope(query, self.gain, EPS, self.own, heads)
+        own_query = self.kernels.qk_norm_rope(query, self.gain, EPS, self.own, heads)
         own_value = value.unflatten(-1, (heads, -1))
         history = len(self.turn)
         if self.path == "expand":
             keys, values = self.spaces[layer if self.keep else 0]
             if layer not in self.expanded:
-                ops.expand_kv_(
+                self.kernels.expand_kv_(
                     keys[:, :history], values[:, :history], rows, None, self.slots, self.num_keys,
                     self.up, self.up_bias, None, None, self.turn, not self.shared,
                 )  # fmt: skip
                 if self.keep:
                     self.expanded.add(layer)
             if not self.shared:
-                ops.qk_norm_rope_(keys[:, history:], key, self.gain, EPS, self.own, heads)
+                self.kernels.qk_norm_rope_(keys[:, history:], key, self.gain, EPS, self.own, heads)
                 values[:, history:] = own_value
                 if self.run is not None:
                     return self.run(own_query, keys, values)
-                return ops.attend(own_query, keys, values, None, scale, 0)[0]
-            out = ops.attend(own_query, keys, values, None, scale, 0)
+                return self.kernels.attend(own_query, keys, values, None, scale, 0)[0]
+            out = self.kernels.attend(own_query, keys, values, None, scale, 0)
         else:
             up_key, up_value = self.up.unflatten(0, (heads, -1)).split([self.nope, shape.head_dim], dim=1)
-            nope, pe = ops.split_query(query, self.gain, EPS, self.own, self.coefficients, *self.pairs, heads)
+            nope, pe = self.kernels.split_query(query, self.gain, EPS, self.own, self.coefficients, *self.pairs, heads)
             absorbed = torch.einsum("bqhn,hnr->bqhr", nope, up_key)
-            mixed, lse = ops.latent_attention(absorbed, pe, rows, None, self.slots, self.num_keys, self.turn, scale, 0)
+            mixed, lse = self.kernels.latent_attention(
+                absorbed, pe, rows, None, self.slots, self.num_keys, self.turn, scale, 0
+            )
             out = torch.einsum("bqhr,hvr->bqhv", mixed, up_value), lse
-        own_key = ops.qk_norm_rope(key, self.gain, EPS, self.own, heads)
-        own = ops.attend(own_query, own_key, own_value, None, scale, 0)
-        return ops.merge_pair(*out, *own)[0]
+        own_key = self.kernels.qk_norm_rope(key, self.gain, EPS, self.own, heads)
+        own = self.kernels.attend(own_query, own_key, own_value, None, scale, 0)
+        return self.kernels.merge_pair(*out, *own)[0]
 
     def write(self, layer, key, value):
         """Keep the chunk: what the last pass of a chunk does."""
         if self.together > 1:
             self._write_part(layer, key, value)
             return
-        ops.latent_write_(
+        self.kernels.latent_write_(
             self.rows[layer], None, self.own_slots, key, value, self.gain, EPS, None,
             self.down, self.down_bias, self.pe, self.pe_bias, None, self.shape.heads,
         )  # fmt: skip
 
     def _write_part(self, layer, key, value):
         """A layer's part of a shared latent, by torch as the package does it; the last layer writes the sum."""
-        key = ops.qk_norm_rope(key, self.gain, EPS, None, self.shape.heads).flatten(2)
+        key = self.kernels.qk_norm_rope(key, self.gain, EPS, None, self.shape.heads).flatten(2)
         part = F.linear(torch.cat([key, value], dim=-1), self.down, self.down_bias).float()
         self.parts = part if layer % self.together == 0 else self.parts + part
         if (layer + 1) % self.together == 0:

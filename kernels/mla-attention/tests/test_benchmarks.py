@@ -13,7 +13,7 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-PARTS = ("step", "attention", "chunk", "graph", "profile", "streams", "flex")
+PARTS = ("dense", "step", "streams", "attention", "chunk", "profile", "graph", "flex")
 GPU_PARTS = ("graph", "streams", "flex")
 
 
@@ -34,7 +34,7 @@ def result(bench, tmp_path_factory):
 
 def test_every_part_runs(result):
     found, text = result
-    assert set(PARTS) | {"checks", "ceilings", "stock", "goals"} <= set(found) and found["tiny"]
+    assert set(PARTS) | {"checks", "ceilings", "unsplit", "stock", "goals"} <= set(found) and found["tiny"]
     assert found["checks"] == {"failures": []} and found["finished"]
     assert {*PARTS, "start", "checks", "all"} <= set(found["seconds"])
     assert sum(spent for part, spent in found["seconds"].items() if part != "all") <= found["seconds"]["all"]
@@ -143,11 +143,13 @@ def test_a_file_of_tiles_that_cannot_be_taken_is_a_warning(bench, tmp_path, monk
 def test_a_red_write_takes_the_ways_that_write_with_it(bench):
     sections = importlib.import_module("sections")
 
+    cpu = torch.device("cpu")
+
     class Way:
         ops, writes = {"attend"}, {"latent_write_"}
 
-    assert list(sections.built({"way": Way}, {"latent_write_"})[0]) == ["way"]
-    assert sections.built({"way": Way}, {"latent_write_"}, writes=True) == (
+    assert list(sections.built({"way": Way}, cpu, {"latent_write_"})[0]) == ["way"]
+    assert sections.built({"way": Way}, cpu, {"latent_write_"}, writes=True) == (
         {},
         {"way": "latent_write_ failed its check"},
     )
@@ -178,14 +180,14 @@ def test_an_op_that_does_not_run_fails_its_check(bench, monkeypatch):
 
 def test_all_ops_that_are_checked_are_known(bench, monkeypatch):
     """By their names in the failures of a check in which nothing runs."""
-    checks, sections = importlib.import_module("checks"), importlib.import_module("sections")
+    checks = importlib.import_module("checks")
 
     def broken(*_):
         raise RuntimeError("out of resources")
 
-    for op in sections.OPS:
+    for op in checks.CHECKS:
         monkeypatch.setattr(checks.ops, op, broken)
-    assert checks.red(checks.check(torch.device("cpu"), torch.float32, 0, 4, 4, 1, 64, 96)) == sections.OPS
+    assert checks.red(checks.check(torch.device("cpu"), torch.float32, 0, 4, 4, 1, 64, 96)) == set(checks.CHECKS)
 
 
 def test_a_row_that_fails_leaves_the_others(bench):
@@ -233,6 +235,7 @@ def test_what_a_part_saved_before_it_failed_stays(bench, tmp_path, monkeypatch):
     assert bench.main(["--tiny", "--device", "cpu", "--out", str(tmp_path), "--parts", "attention"]) == 1
     found = json.loads((tmp_path / "results.json").read_text())["attention"]
     assert found == {"rows": [], "left_out": ["a size"], "failed": "RuntimeError: gone"}
+    assert "running" not in json.loads((tmp_path / "results.json").read_text())
 
 
 def test_a_variant_that_does_not_run_is_named(bench):
@@ -412,8 +415,8 @@ def test_what_time_does_not_allow_is_named(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "check_all", lambda *_: [])
     bench.main(["--tiny", "--device", "cpu", "--out", str(tmp_path), "--budget", "0", "--parts", "attention"])
     found = json.loads((tmp_path / "results.json").read_text())
-    assert found["attention"] == {"left_out": ["all of it: no time was left"]}
-    assert "Left out of attention: all of it: no time was left" in (tmp_path / "results.md").read_text()
+    assert found["attention"] == {"left_out": ["all of attention: no time was left"]}
+    assert "Left out of attention: all of attention: no time was left" in (tmp_path / "results.md").read_text()
 
 
 def test_the_budget_counts_from_the_start_of_the_command(bench, tmp_path, monkeypatch):

@@ -129,7 +129,7 @@ def test_what_ends_with_the_budget_counts(tune, monkeypatch):
     class Clock:
         left = iter((1, 1, 0)).__next__
 
-    monkeypatch.setattr(tune.subprocess, "Popen", Process)
+    monkeypatch.setattr(importlib.import_module("processes").subprocess, "Popen", Process)
     found = tune.checked([("attend", index) for index in range(2)], 80, "cpu", True, 2, Clock)
     assert found == {("attend", 0): 0.001, ("attend", 1): "time ended"}
     assert events == [("kill", 1), ("wait", 1)]

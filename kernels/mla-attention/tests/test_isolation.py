@@ -1,0 +1,119 @@
+"""What a process that fails, hangs or loses its device costs: itself, and nothing that was found before it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+CPU = torch.device("cpu")
+FIRST = {"device": "a GPU", "torch": "2", "triton": "3", "tiny": True, "dtype": "bfloat16"}
+FIRST["shape"] = {"chunk": 1, "tokens": 4, "window": 4}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def path():
+    sys.path.insert(0, str(BENCHMARKS))
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    found = importlib.import_module("watch")
+    monkeypatch.setattr(found.NOW, "barred", {})
+    return found
+
+
+@pytest.fixture
+def left(monkeypatch):
+    """The code with which a process would have ended."""
+
+    class Left(BaseException):
+        pass
+
+    def leave(code):
+        raise Left(code)
+
+    monkeypatch.setattr(importlib.import_module("record"), "leave", leave)
+    return Left
+
+
+def test_an_op_is_checked_in_a_process_of_its_own():
+    checks, timing = importlib.import_module("checks"), importlib.import_module("timing")
+    assert checks.isolated(CPU, timing.Budget(120), ["merge_pair"]) == []
+    (line,) = checks.isolated(CPU, timing.Budget(0), ["attend"])
+    assert line == "attend, in a process of its own: time ended" and checks.red([line]) == {"attend"}
+
+
+def test_commands_that_fail_or_hang_end_no_other():
+    processes, timing = importlib.import_module("processes"), importlib.import_module("timing")
+    codes = {"right": "print('[1]')", "wrong": "raise ValueError('no')", "hangs": "import time; time.sleep(60)"}
+    commands = {key: [sys.executable, "-c", code] for key, code in codes.items()}
+    found = processes.together(commands, 3, timing.Budget(10))
+    assert found == {"right": [1], "wrong": "ValueError: no", "hangs": processes.TIME_ENDED}
+
+
+def test_a_run_goes_on_without_what_lost_its_device(watch, left, tmp_path, monkeypatch):
+    record, timing = importlib.import_module("record"), importlib.import_module("timing")
+    run = record.Record(tmp_path, FIRST)
+    run.measure("ceilings", lambda: {"copy_tb_s": 1.0, "matmul_tflop_s": 2.0}, CPU, 9)
+
+    def broken():
+        watch.mark("latent 64")
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(watch, "answers", lambda device: False)
+    with pytest.raises(left, match=str(watch.LOST)):
+        run.measure("step", lambda: timing.runnable({"latent 64": broken}, CPU), CPU, 9)
+    monkeypatch.undo()
+    after = record.Record(tmp_path, FIRST, resume=True)
+    assert after.done("ceilings") and not after.done("step") and after.result["ceilings"]["copy_tb_s"] == 1.0
+    assert "running" not in after.result and after.result["lost"][0]["name"] == "latent 64"
+    assert "an illegal memory access" in (tmp_path / "results.md").read_text()
+    found, refused = timing.runnable({"latent 64": broken, "dense": lambda: None}, CPU)
+    assert list(found) == ["dense"] and "an illegal memory access" in refused["latent 64"]
+    # Of another device nothing is kept.
+    assert not record.Record(tmp_path, {**FIRST, "device": "another"}, resume=True).done("ceilings")
+
+
+def test_a_part_that_ends_its_process_without_a_word_is_not_tried_again(watch, left, tmp_path):
+    record = importlib.import_module("record")
+    run = record.Record(tmp_path, FIRST)
+    with pytest.raises(KeyboardInterrupt):
+        run.measure("chunk", lambda: (_ for _ in ()).throw(KeyboardInterrupt), CPU, 9)
+    assert "Not finished: these are the results up to chunk." in (tmp_path / "results.md").read_text()
+    after = record.Record(tmp_path, FIRST, resume=True)
+    assert after.done("chunk") and json.loads((tmp_path / "results.json").read_text())["chunk"] == {
+        "failed": "its process ended without a word"
+    }
+
+
+def test_a_call_that_does_not_end_ends_the_process(watch):
+    ended = []
+    watch.mark("attend")
+    thread = watch.guard(lambda: ended.append(watch.NOW.name), patience=0.05)
+    thread.join(10)
+    assert ended == ["attend"]
+
+
+def test_a_round_is_saved_before_the_next():
+    timing, seen = importlib.import_module("timing"), []
+    timing.interleaved({"one": lambda: None}, 4, CPU, each=lambda found: seen.append(found["one"]["rounds"]))
+    assert seen == [1, 2, 3, 4]
+
+
+def test_a_way_by_plain_torch_does_as_the_one_by_kernels():
+    plain, wan = importlib.import_module("plain"), importlib.import_module("wan")
+    shape = wan.Shape(layers=1, heads=2, head_dim=16, ffn=32, tokens=4, window=4, chunk=1, text=4)
+    given = [torch.randn(1, shape.queries, shape.dim) for _ in range(3)]
+    found = []
+    for kernels in (importlib.import_module("mla_attention"), plain):
+        torch.manual_seed(0)
+        way = wan.Dense(shape, CPU, torch.float32, reindexed=True, kernels=kernels)
+        found.append(way.attend(0, *given))
+    torch.testing.assert_close(*found)
+    assert way.ops == set()
