@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import sys
 
+import fullsize
 import plain
 import torch
 from dense import TORCH, Stock, torch_runs, usable
@@ -74,10 +75,11 @@ def tuned(shape, device, dtype, run):
     }
 
 
-def built(builders, device, red, step=None, writes=False):
+def built(builders, device, red, step=None, writes=False, agree=()):
     """The ways that can be built and run a pass, by name, and why others do not.
 
-    What runs an op in `red`, in a pass that `writes` too, is left out: the op has failed its check.
+    What runs an op in `red`, in a pass that `writes` too, is left out: the op has failed its check. So is what one of
+    `agree` finds wrong at full size; these give what they found, kept as `way.checked`, and what is wrong in words.
     """
     found, refused = {}, {}
     for name, build in builders.items():
@@ -92,7 +94,15 @@ def built(builders, device, red, step=None, writes=False):
                 continue
             if step is not None:
                 step(way)
-            found[name] = way
+            way.checked, wrong = {}, None
+            for compare in agree:
+                seen, reason = compare(way)
+                way.checked |= {compare.__name__: seen} if seen else {}
+                wrong = wrong or reason
+            if wrong:
+                refused[name] = wrong
+            else:
+                found[name] = way
         except Exception as error:
             # Whatever of it was built must not keep the memory of the others.
             way = None
@@ -120,7 +130,7 @@ def dense_step(shape, device, dtype, repeats, budget, run, save=None):
 
 def _step(builders, shape, device, dtype, repeats, budget, save=None, red=frozenset()):
     step = Step(shape, device, dtype)
-    found, refused = built(builders, device, red, step)
+    found, refused = built(builders, device, red, step, agree=[_agreement(fullsize.way_agrees, shape, device, dtype)])
 
     def result(times):
         return _timed(found, refused, times) | {"cache_bytes": {name: way.bytes() for name, way in found.items()}}
@@ -130,9 +140,19 @@ def _step(builders, shape, device, dtype, repeats, budget, save=None, red=frozen
     return result(interleaved(calls, repeats, device, budget, each))
 
 
+def _agreement(compare, *size):
+    def compared(way):
+        mark()
+        return compare(way, *size)
+
+    compared.__name__ = compare.__name__
+    return compared
+
+
 def _timed(found, refused, times):
     attends = {name: way.attends for name, way in found.items()}
-    return {"times": times, "attends": attends, "refused": refused, "ratios": ratios(times)}
+    checked = {name: way.checked for name, way in found.items() if way.checked}
+    return {"times": times, "attends": attends, "refused": refused, "ratios": ratios(times), "checked": checked}
 
 
 def ratios(found):
@@ -165,7 +185,8 @@ def chunk(shape, device, dtype, repeats, budget, run, passes=5, red=frozenset())
             way.writing = number == passes - 1
             step(way)
 
-    found, refused = built(builders, device, red, passed, writes=True)
+    agree = [_agreement(compare, shape, device, dtype) for compare in (fullsize.way_agrees, fullsize.writes_agree)]
+    found, refused = built(builders, device, red, passed, writes=True, agree=agree)
     times = interleaved({name: functools.partial(passed, way) for name, way in found.items()}, repeats, device, budget)
     return _timed(found, refused, times) | {"passes": passes}
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
+from typing import NamedTuple
 
+import fullsize
 import mla_attention as ops
 import torch
-from dense import torch_runs, usable
+from dense import torch_runs, usable, yardstick
 from timing import both, does_not_fit, runnable, told
 from watch import mark, require_answer
 
@@ -32,13 +35,13 @@ def attention(shape, device, dtype, repeats, budget, sizes, save, red=frozenset(
     def row(queries, frames, batch):
         case = _Case(shape, device, dtype, queries, frames, batch)
         variants, refused = case.stock(STOCK)
-        names = _ours(case, ranks=() if (frames, batch) in expanded else RANKS)
-        for name, (op, run) in names.items():
-            if op in red:
-                refused[name] = f"{op} failed its check"
+        ours = _ours(case, ranks=() if (frames, batch) in expanded else RANKS)
+        for name, one in ours.items():
+            if one.op in red:
+                refused[name] = f"{one.op} failed its check"
             else:
-                variants[name] = run
-        found = case.timed(variants, refused, repeats, budget)
+                variants[name] = one.run
+        found = case.timed(variants, refused, repeats, budget, ours)
         # Only now: where this size fails the next one with its keys and batch expands.
         expanded.add((frames, batch))
         return found
@@ -139,10 +142,31 @@ class _Case:
         restored = 2 * depth - SHARED * (way == "expand")
         return 2 * self.batch * self.keys * self.shape.heads * int(rank) * restored
 
-    def timed(self, variants, refused, repeats, budget):
+    @functools.cached_property
+    def expected(self):
+        """What attention to all keys gives, by torch."""
+        return yardstick(self.query, self.key, self.value, self.scale)
+
+    def checked(self, variants, ours):
+        """What comparing those of `ours` at this size finds, and why some must not be timed."""
+        found, refused = {}, {}
+        for name in (name for name in variants if name in ours):
+            mark(name)
+            try:
+                found[name], wrong = fullsize.verdict(ours[name].run, ours[name].expected, read=ours[name].read)
+            except Exception as error:
+                require_answer(self.device, error)
+                wrong = f"not compared at full size: {told(error)}"
+            if wrong:
+                refused[name] = wrong
+        return found, refused
+
+    def timed(self, variants, refused, repeats, budget, ours=None):
         """The row of this size. Raises RuntimeError where nothing runs."""
         variants, others = runnable(variants, self.device)
-        refused = {**refused, **others}
+        checked, wrong = self.checked(variants, ours or {})
+        variants = {name: run for name, run in variants.items() if name not in wrong}
+        refused = {**refused, **others, **wrong}
         if not variants:
             raise RuntimeError(next(iter(others.values()), "nothing runs"))
         times = both(variants, repeats, self.device, budget)
@@ -150,16 +174,26 @@ class _Case:
             found["tflop_s"] = self.flop(name) / found["median_ms"] / 1e9
         runs = torch_runs(self.query, self.key, self.value)
         size = {"batch": self.batch, "queries": self.count, "keys": self.keys}
-        return {**size, "times": times, "refused": refused, "torch_runs": runs}
+        return {**size, "times": times, "refused": refused, "torch_runs": runs, "checked": checked}
+
+
+class Ours(NamedTuple):
+    """What is timed of one of our ops: its name, the call, what to read of the result and what that should be."""
+
+    op: str
+    run: Callable
+    read: Callable
+    expected: Callable
 
 
 def _ours(case, ranks):
-    """Name to op and function of every way of ours, those that expand at `ranks` alone."""
+    """Name to Ours, those that expand at `ranks` alone."""
     shape, device, dtype, batch = case.shape, case.device, case.dtype, case.batch
     heads, depth, keys = shape.heads, shape.head_dim, case.keys
-    found = {BY_RULE: ("attend", case.attend(0))}
-    for splits in SPLITS:
-        found[f"attend, {splits} split{'s' * (splits > 1)}"] = ("attend", case.attend(splits))
+    found = {}
+    for splits in (0, *SPLITS):
+        name = f"attend, {splits} split{'s' * (splits > 1)}" if splits else BY_RULE
+        found[name] = Ours("attend", case.attend(splits), lambda result: result[0], lambda: case.expected)
     slots = torch.arange(case.window, dtype=torch.int32, device=device)
     count = torch.full((1,), keys, dtype=torch.int32, device=device)
     turn = torch.zeros(keys, depth // 2, 2, device=device)
@@ -173,16 +207,31 @@ def _ours(case, ranks):
         rows = torch.randn(batch, case.window, shape.tokens, rank + shared, device=device, dtype=dtype)
         up = torch.randn(heads * (2 * depth - shared), rank, device=device, dtype=dtype) * rank**-0.5
         bias = torch.zeros(len(up), device=device, dtype=dtype)
-        weights = (up, bias, None, None, turn if rotated else shared_turn, rotated)
-        found[name] = ("expand_kv_", functools.partial(ops.expand_kv_, *spaces, rows, None, slots, count, *weights))
+        rest = rows, None, slots, count, up, bias, None, None, turn if rotated else shared_turn, rotated
+
+        def expected():
+            plain = [torch.zeros_like(x) for x in spaces]
+            ops.expand_kv_reference(*plain, *rest)
+            return plain
+
+        def run():
+            ops.expand_kv_(*spaces, *rest)
+            return spaces
+
+        found[name] = Ours("expand_kv_", run, lambda result: result, expected)
 
     for rank in RANKS:
         rows = torch.randn(batch, case.window, shape.tokens, rank + SHARED, device=device, dtype=dtype)
         latent, pe = (case.randn(batch, case.count, channels) for channels in (rank, SHARED))
         rest = (rows, None, slots, count, shared_turn, case.scale, 0)
-        found[f"absorbed, rank {rank}"] = (
+        some = fullsize.sampled(case.count, batch * heads * keys)
+        found[f"absorbed, rank {rank}"] = Ours(
             "latent_attention",
             functools.partial(ops.latent_attention, latent, pe, *rest),
+            lambda result, some=some: result[0][:, some],
+            lambda some=some, latent=latent, pe=pe, rest=rest: ops.latent_attention_reference(
+                latent[:, some], pe[:, some], *rest
+            )[0],
         )
         if rank in ranks:
             expand(f"expand, rank {rank}", rank, False)
