@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -377,29 +375,6 @@ def test_graphs_are_timed_with_launches_beside(bench, monkeypatch):
     assert list(found) == ["one", "two"] and all(times["rounds"] == 5 for times in found.values())
     assert found["one"]["by"] == "graph" and found["one"]["launched_ms"] > 0
     assert found["two"]["by"] == "launch" and found["two"]["not_captured"] == "it waits"
-
-
-@pytest.mark.parametrize(("models", "code"), [(0, 0), (1, 1)])
-def test_all_of_it_in_one_call(tmp_path, models, code):
-    """The order, the seconds that each gets and the exit code, by an interpreter that only says how it is called."""
-    python, out = tmp_path / "python", tmp_path / "out"
-    python.write_text(
-        "#!/bin/sh\n"
-        'case "$*" in *import*) exit $MODELS;; *freeze*) exit 0;; esac\n'
-        'echo "$*"\n'
-        'case "$*" in *run.py*) exit $CODE;; esac\n'
-    )
-    python.chmod(0o755)
-    given = {**os.environ, "PYTHON": str(python), "MODELS": str(models), "CODE": str(code)}
-    command = ["bash", str(BENCHMARKS / "all.sh"), str(out), "800", "--tiles", "tiles.json"]
-    ran = subprocess.run(command, env=given, capture_output=True, text=True, timeout=60)
-    assert ran.returncode == code
-    told = {log.name: log.read_text() for log in out.glob("*.txt")}
-    assert "tests/gpu/test_gpu_ops.py" in told["test_ops.txt"]
-    budget, *options = told["benchmark.txt"].split("--budget ")[1].split()
-    assert options == ["--tiles", "tiles.json"]
-    assert int(budget) in range((685 if not models else 785) - 30, 786 if models else 686)
-    assert ("test_models.txt" in told) == (not models)
 
 
 def test_what_triton_needs_is_named_where_it_lacks(bench, monkeypatch):
