@@ -37,6 +37,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 import processes  # noqa: E402
 import sections  # noqa: E402
 import sizes  # noqa: E402
+import streams  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 import tune  # noqa: E402
@@ -168,7 +169,7 @@ def main(arguments=None, started=None):
         rows, first_row = saver(record, "attention"), wanted[:1]
         works = {
             "step": lambda left: sections.model_step(*one, left, run, saver(record, "step"), wrong),
-            "streams": lambda left: sections.streams(shape, device, dtype, left),
+            "streams": lambda left: streams.streams(shape, device, dtype, left),
             "attention": lambda left: sizes.attention(*one, left, first_row, rows, wrong),
             "chunk": lambda left: sections.chunk(
                 shape, device, dtype, several, left, run, 2 if chosen.tiny else 5, wrong

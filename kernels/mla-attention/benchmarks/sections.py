@@ -1,26 +1,23 @@
-"""The parts of the benchmark that run a model's layers: step and chunk, a CUDA graph, streams, a profile."""
+"""The parts of the benchmark that run a model's layers: step and chunk, a CUDA graph, a profile."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
 
 import fullsize
 import plain
 import torch
 from dense import TORCH, Stock, torch_runs, usable
-from report import PUBLISHED, PUBLISHED_BEST, REINDEXED, TUNED
+from report import PAIRED, PUBLISHED, PUBLISHED_BEST, REINDEXED, TUNED
 from sizes import SPLITS, STOCK
-from timing import Capture, does_not_fit, interleaved, told
+from timing import Capture, interleaved, told
 from wan import Dense, Latent, Published, Step
 from watch import barred, mark, require_answer
 
 DENSE = (PUBLISHED, PUBLISHED_BEST, TUNED, REINDEXED)
 TORCH_ALONE = "dense, absolute, norm and rotation by torch"
 SHARED = 32
-# What the shipped recipes for published models convert to.
-PAIRED = "latent 448 of two layers, rotated on read"
 
 
 def best_dense(shape, device, dtype, repeats, budget, splits=SPLITS):
@@ -236,60 +233,3 @@ def _kernels(recorded, device):
         spent = device_time if device.type == "cuda" else event.self_cpu_time_total
         kernels.append({"name": event.key[:120], "us": float(spent), "calls": event.count})
     return sorted(kernels, key=lambda kernel: -kernel["us"])
-
-
-def streams(shape, device, dtype, budget, fits=None):
-    """How many streams of one more pass fit: the batch is raised until memory ends, dense and latent.
-
-    None where time ended before a batch that fits was found. `open` names those between two batches of which only
-    the smaller one is known to fit. `fits` answers for a shape and a function that builds a way.
-    """
-    if device.type != "cuda" and fits is None:
-        return None
-    fits = fits or functools.partial(_fits, device=device, dtype=dtype)
-    # What all others are divided by comes first.
-    builders = {
-        TUNED: lambda s: Dense(s, device, dtype, reindexed=False),
-        PAIRED: lambda s: Latent(s, device, dtype, 448, 0, "expand", together=2),
-        "latent 192, rotated on read": lambda s: Latent(s, device, dtype, 192, 0, "expand"),
-        f"latent 192+{SHARED}, absorbed": lambda s: Latent(s, device, dtype, 192, SHARED, "absorbed"),
-    }
-    found, open_, left_out, failed = {}, {}, [], []
-    for number, (name, build) in enumerate(builders.items()):
-        part = budget.part(1 / (len(builders) - number))
-        low, high = 0, None
-        try:
-            while part.left() > 0 and (high is None or high - low > 1):
-                batch = max(8, 2 * low) if high is None else (low + high) // 2
-                if fits(dataclasses.replace(shape, batch=batch), build):
-                    low = batch
-                else:
-                    high = batch
-        except Exception as error:
-            failed.append(f"{name}, {batch} streams: {told(error)}")
-        settled = high is not None and high - low <= 1
-        found[name] = low if low or settled else None
-        if not settled:
-            open_[name] = [low, high]
-            left_out.append(f"{name}: it ended between {low} and {high or 'more'}")
-        print(f"streams, {name}: {found[name]}", file=sys.stderr)
-    more = {"failed": "; ".join(failed)} if failed else {}
-    return {"streams": found, "open": open_, "left_out": left_out, **more}
-
-
-def _fits(shape, build, device, dtype):
-    step = way = None
-    mark()
-    try:
-        step, way = Step(shape, device, dtype), build(shape)
-        # All weights and caches are there; a group of layers takes as much beside them as all in turn.
-        step(way, layers=2)
-        torch.cuda.synchronize(device)
-        return True
-    except RuntimeError as error:
-        if does_not_fit(error):
-            return False
-        raise
-    finally:
-        step = way = None
-        torch.cuda.empty_cache()

@@ -246,48 +246,6 @@ def test_a_variant_that_does_not_run_is_named(bench):
     assert list(found) == ["one"] and refused == {"two": "ValueError: too wide"}
 
 
-def test_the_number_of_streams(bench, capsys):
-    """The dense one first; a number that time did not settle is none to divide by."""
-    sections, timing, wan, report = (importlib.import_module(x) for x in ("sections", "timing", "wan", "report"))
-    limits = iter((11, 70, 3, 40))
-    wanted = []
-
-    class Clock(timing.Budget):
-        """Ends after so many probes."""
-
-        def __init__(self, probes):
-            self.probes = probes
-
-        def left(self):
-            return self.probes - len(wanted)
-
-        def part(self, share):
-            return self
-
-    current = {}
-
-    def fits(shape, build):
-        wanted.append(shape.batch)
-        if build not in current:
-            current[build] = next(limits)
-        return shape.batch <= current[build]
-
-    def counted(probes):
-        wanted.clear(), current.clear()
-        return sections.streams(wan.Shape(), torch.device("cpu"), torch.float32, Clock(probes), fits)
-
-    found = counted(1000)
-    assert list(found["streams"].values()) == [11, 70, 3, 40] and found["open"] == {} == dict(found["left_out"])
-    assert next(iter(found["streams"])) == report.TUNED
-    assert report._streams(found) == 70 / 11
-    limits = iter((11, 70, 3, 40))
-    found = counted(3)
-    assert list(found["streams"].values()) == [8, None, None, None] and found["open"][report.TUNED] == [8, 12]
-    assert report._streams(found) is None
-    limits = iter((2, 70, 3, 40))
-    assert counted(1)["streams"][report.TUNED] is None
-
-
 def test_the_goal_of_attention_counts_ours_alone(bench):
     report = importlib.import_module("report")
     rates = {"cuDNN, 1 split": 600, "attend, 2 splits": 300, "absorbed, rank 64": 200, "expand, rank 64": 700}

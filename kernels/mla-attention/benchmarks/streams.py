@@ -1,0 +1,112 @@
+"""How many streams of a model fit in 80 GB: the batch is raised until memory ends, dense and latent."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import sys
+
+import torch
+from report import PAIRED, TUNED
+from timing import does_not_fit, told
+from wan import Dense, Latent, Step
+from watch import mark, require_answer
+
+SHARED = 32
+MEMORY = 80e9
+"""Bytes: on a card that has more, no more than these are taken."""
+WANTED = 6
+"""Times as many streams as of the dense path that a latent one is to hold."""
+
+
+def streams(shape, device, dtype, budget, fits=None):
+    """How many streams of one more pass fit: the batch is raised until memory ends, dense and latent.
+
+    After the dense one, a latent way is first tried with WANTED times as many, the next one where it does not hold
+    them. Only then are all searched. `streams` has the most that are known to fit, None where nothing is known; `open`
+    names those between two batches of which only the smaller one is known to fit. `fits` answers for a shape and a
+    function that builds a way. None without a GPU.
+    """
+    if device.type != "cuda" and fits is None:
+        return None
+    fits = fits or functools.partial(_fits, device=device, dtype=dtype)
+    # What all others are divided by comes first.
+    builders = {
+        TUNED: lambda s: Dense(s, device, dtype, reindexed=False),
+        PAIRED: lambda s: Latent(s, device, dtype, 448, 0, "expand", together=2),
+        "latent 192, rotated on read": lambda s: Latent(s, device, dtype, 192, 0, "expand"),
+        f"latent 192+{SHARED}, absorbed": lambda s: Latent(s, device, dtype, 192, SHARED, "absorbed"),
+    }
+    bounds, failed = {name: [0, None] for name in builders}, {}
+
+    def probe(name, batch):
+        try:
+            fit = fits(dataclasses.replace(shape, batch=batch), builders[name])
+        except Exception as error:
+            require_answer(device, error)
+            failed[name] = f"{name}, {batch} streams: {told(error)}"
+            return False
+        bounds[name][not fit] = batch
+        return fit
+
+    def search(name, budget):
+        low, high = bounds[name]
+        while budget.left() > 0 and name not in failed and (high is None or high - low > 1):
+            probe(name, max(8, 2 * low) if high is None else (low + high) // 2)
+            low, high = bounds[name]
+        print(f"streams, {name}: {low} to {high or 'more'}", file=sys.stderr)
+
+    with _limited(device):
+        search(TUNED, budget.part(0.5))
+        dense, others = bounds[TUNED][0], [name for name in builders if name != TUNED]
+        for name in others if dense else ():
+            if budget.left() <= 0 or probe(name, WANTED * dense):
+                break
+        for number, name in enumerate(others):
+            search(name, budget.part(1 / (len(others) - number)))
+    open_ = {name: pair for name, pair in bounds.items() if pair[1] is None or pair[1] - pair[0] > 1}
+    return {
+        "streams": {name: low if low or name not in open_ else None for name, (low, _) in bounds.items()},
+        "open": open_,
+        "left_out": [f"{name}: it ended between {low} and {high or 'more'}" for name, (low, high) in open_.items()],
+        "gb": _memory(device) / 1e9 if device.type == "cuda" else None,
+        **({"failed": "; ".join(failed.values())} if failed else {}),
+    }
+
+
+def _memory(device):
+    return min(MEMORY, torch.cuda.get_device_properties(device).total_memory)
+
+
+@contextlib.contextmanager
+def _limited(device):
+    """No more of a device's memory than MEMORY."""
+    if device.type != "cuda":
+        yield
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, MEMORY / total), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def _fits(shape, build, device, dtype):
+    step = way = None
+    mark()
+    try:
+        step, way = Step(shape, device, dtype), build(shape)
+        # All weights and caches are there; a group of layers takes as much beside them as all in turn.
+        step(way, layers=2)
+        torch.cuda.synchronize(device)
+        return True
+    except RuntimeError as error:
+        if does_not_fit(error):
+            return False
+        raise
+    finally:
+        step = way = None
+        torch.cuda.empty_cache()
