@@ -9,7 +9,7 @@ import fullsize
 import plain
 import torch
 from dense import TORCH, Stock, torch_runs, usable
-from report import PAIRED, PUBLISHED, PUBLISHED_BEST, REINDEXED, TUNED
+from report import PAIRED, PUBLISHED, PUBLISHED_BEST, REINDEXED, SHARED, TUNED
 from sizes import SPLITS, STOCK
 from timing import Capture, interleaved, told
 from wan import Dense, Latent, Published, Step
@@ -17,7 +17,6 @@ from watch import barred, mark, require_answer
 
 DENSE = (PUBLISHED, PUBLISHED_BEST, TUNED, REINDEXED)
 TORCH_ALONE = "dense, absolute, norm and rotation by torch"
-SHARED = 32
 
 
 def best_dense(shape, device, dtype, repeats, budget, splits=SPLITS):
@@ -207,14 +206,14 @@ def graph_step(shape, device, dtype, repeats, budget, run, red=frozenset()):
 
 
 def profile(shape, device, dtype, run, red=frozenset(), most=14):
-    """Where a step's time goes, by kernel in microseconds: the tuned dense path and two latent ones."""
+    """Where a step's time goes, by kernel in microseconds: two dense paths and two latent ones."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
     step, found = Step(shape, device, dtype), {}
     activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
     every = ways(shape, device, dtype, run)
-    for name in (TUNED, f"latent 64+{SHARED}, absorbed", "latent 192, rotated on read"):
+    for name in (PUBLISHED, TUNED, f"latent 64+{SHARED}, absorbed", "latent 192, rotated on read"):
         for way in built({name: every[name]}, device, red, step)[0].values():
             mark(name)
             with profiler(activities=[activity]) as recorded:

@@ -11,6 +11,7 @@ import fullsize
 import mla_attention as ops
 import torch
 from dense import torch_runs, usable, yardstick
+from report import SHARED
 from timing import both, does_not_fit, runnable, told
 from watch import mark, require_answer
 
@@ -18,7 +19,6 @@ RANKS = (64, 96, 128, 192, 256)
 ROTATED_RANKS = (64, 192, 256)
 """Ranks that are expanded with all heads rotated, too, as the layout `rotate_on_read` does."""
 SPLITS = (1, 2, 5)
-SHARED = 32
 STOCK = ("flash", "cuDNN")
 FLEX = ("FlexAttention",)
 

@@ -8,12 +8,11 @@ import functools
 import sys
 
 import torch
-from report import PAIRED, TUNED
+from report import PAIRED, SHARED, TUNED
 from timing import does_not_fit, told
 from wan import Dense, Latent, Step
 from watch import mark, require_answer
 
-SHARED = 32
 MEMORY = 80e9
 """Bytes: on a card that has more, no more than these are taken."""
 WANTED = 6
