@@ -99,14 +99,23 @@ def resources(cubin):
 
 def instructions(cubin):
     """How many instructions the one kernel of a cubin has, and how many lie in its largest loop."""
-    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?) *;", inspected(cubin, "--dump-sass"))
+    return counted(inspected(cubin, "--dump-sass"))
+
+
+def counted(sass):
+    """`instructions` of a listing. Triton 3.6 may leave a kernel by conditional exits alone."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?) *;", sass)
     places = {int(address, 16): place for place, (address, _) in enumerate(lines)}
-    # Behind the end jumps lead back from waits that take long.
-    end = max(place for place, (_, code) in enumerate(lines) if code == "EXIT")
     loops = [0]
-    for place, (_, code) in enumerate(lines[:end]):
+    for place, (_, code) in enumerate(lines):
         target = re.search(r"\bBRA\S* .*?(0x[0-9a-f]+)", code)
-        if target and place > (start := places[int(target[1], 16)]):
+        if target is None:
+            continue
+        start = places[int(target[1], 16)]
+        if start == place:
+            # The end of the code. Behind it jumps lead back from waits that take long.
+            break
+        if start < place:
             loops.append(place - start + 1)
     return {"instructions": len(lines), "loop": max(loops)}
 

@@ -117,3 +117,12 @@ def test_a_way_by_plain_torch_does_as_the_one_by_kernels():
         found.append(way.attend(0, *given))
     torch.testing.assert_close(*found)
     assert way.ops == set()
+
+
+def test_loops_are_counted_in_front_of_the_end_alone():
+    """The end is a jump to itself, with or without an exit in front of it."""
+    aot = importlib.import_module("aot")
+    codes = ["MOV", "@P0 EXIT", "HGMMA", "@P1 BRA 0x20", "{exit}", "BRA 0x50", "NOP", "BRA 0x40"]
+    for leave in ("EXIT", "@!P1 EXIT"):
+        lines = [f"/*{16 * place:04x}*/  {code.format(exit=leave)} ;" for place, code in enumerate(codes)]
+        assert aot.counted("\n".join(lines)) == {"instructions": 8, "loop": 2}
