@@ -9,7 +9,7 @@ import fullsize
 import plain
 import torch
 from dense import TORCH, Stock, torch_runs, usable
-from report import PAIRED, PUBLISHED, PUBLISHED_BEST, REINDEXED, SHARED, TUNED
+from report import KEPT, PAIRED, PUBLISHED, PUBLISHED_BEST, REINDEXED, SHARED, TUNED
 from sizes import SPLITS, STOCK
 from timing import Capture, interleaved, told
 from wan import Dense, Latent, Published, Step
@@ -45,6 +45,9 @@ def ways(shape, device, dtype, run):
     for rank in (64, 192, 224):
         found[f"latent {rank}, rotated on read"] = build(Latent, shape, device, dtype, rank, 0, "expand", run=run)
         found[f"latent {rank}, rotated on read, attend"] = build(Latent, shape, device, dtype, rank, 0, "expand")
+    found["latent 192, rotated on read, expanded ahead"] = build(
+        Latent, shape, device, dtype, 192, 0, "expand", run=run, ahead=True
+    )
     found[PAIRED] = build(Latent, shape, device, dtype, 448, 0, "expand", run=run, together=2)
     return found
 
@@ -170,7 +173,7 @@ def chunk(shape, device, dtype, repeats, budget, run, passes=5, red=frozenset())
         f"latent 192+{SHARED}, expanded": functools.partial(build, 192, SHARED, "expand"),
         f"latent 64+{SHARED}, absorbed": functools.partial(build, 64, SHARED, "absorbed"),
         "latent 192, rotated on read": functools.partial(build, 192, 0, "expand", run=run),
-        "latent 192, rotated on read, history kept": functools.partial(build, 192, 0, "expand", run=run, keep=True),
+        KEPT: functools.partial(build, 192, 0, "expand", run=run, keep=True),
         PAIRED: functools.partial(build, 448, 0, "expand", run=run, together=2),
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -18,6 +19,8 @@ from watch import mark, require_answer
 RANKS = (64, 96, 128, 192, 256)
 ROTATED_RANKS = (64, 192, 256)
 """Ranks that are expanded with all heads rotated, too, as the layout `rotate_on_read` does."""
+BY_PRODUCT = 192
+"""The one of them whose values are also restored by torch's product."""
 SPLITS = (1, 2, 5)
 STOCK = ("flash", "cuDNN")
 FLEX = ("FlexAttention",)
@@ -137,10 +140,11 @@ class _Case:
         depth, (way, _, rank) = self.shape.head_dim, name.partition(", rank ")
         if not rank:
             return 4 * pairs * depth
+        rank = int(rank.partition(",")[0])
         if way == "absorbed":
-            return 2 * pairs * (2 * int(rank) + SHARED)
+            return 2 * pairs * (2 * rank + SHARED)
         restored = 2 * depth - SHARED * (way == "expand")
-        return 2 * self.batch * self.keys * self.shape.heads * int(rank) * restored
+        return 2 * self.batch * self.keys * self.shape.heads * rank * restored
 
     @functools.cached_property
     def expected(self):
@@ -219,6 +223,19 @@ def _ours(case, ranks):
             return spaces
 
         found[name] = Ours("expand_kv_", run, lambda result: result, expected)
+        if not rotated or rank != BY_PRODUCT:
+            return
+        # The values are a product and nothing else: by torch's, on a copy of the rows in reading order.
+        value_up, value_bias = (x.unflatten(0, (heads, -1))[:, depth:].flatten(0, 1).contiguous() for x in (up, bias))
+        product = importlib.import_module("mla_attention.expand_kv")._product
+
+        def by_product():
+            product(spaces[0], depth, heads, rows, None, slots, count, up, bias, 2 * depth, turn)
+            for latents, values in zip(rows.index_select(1, slots).flatten(1, 2), spaces[1], strict=True):
+                torch.addmm(value_bias, latents, value_up.T, out=values.flatten(1))
+            return spaces
+
+        found[f"{name}, values by addmm"] = Ours("expand_kv_", by_product, lambda result: result, expected)
 
     for rank in RANKS:
         rows = torch.randn(batch, case.window, shape.tokens, rank + SHARED, device=device, dtype=dtype)

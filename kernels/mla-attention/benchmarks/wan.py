@@ -9,6 +9,7 @@ that only a pass that writes does, and in `attends` what its attention is.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import mla_attention as ops
@@ -199,12 +200,13 @@ class Latent:
 
     `shared` 0 is the layout rotate_on_read, which can only be expanded; otherwise the shared key has so
     many channels and every head `head_dim - shared` unrotated ones. `run` attends to `[B, N, H, D]`, None is
-    `attend`. With `keep` every layer keeps its expanded history for the passes of a chunk. Of `together` layers
+    `attend`. With `keep` every layer keeps its expanded history for the passes of a chunk. With `ahead` the history of
+    the next layer is expanded to a second workspace while a layer goes on, on a stream of its own. Of `together` layers
     the first owns the rows, which all of them write a part of and each expands for itself. A pass with `writing`
     keeps the chunk, too, as the last one of a chunk does, from the keys and values that it has anyway.
     """
 
-    def __init__(self, shape, device, dtype, rank, shared, path, run=None, keep=False, together=1):
+    def __init__(self, shape, device, dtype, rank, shared, path, run=None, keep=False, together=1, ahead=False):
         self.shape, self.rank, self.shared, self.path = shape, rank, shared, path
         self.run, self.keep, self.together, self.kernels = run, keep, together, ops
         self.parts, self.writing = None, False
@@ -234,8 +236,10 @@ class Latent:
         if path == "expand":
             tail = 0 if shared else shape.queries
             keys = (shape.batch, history * shape.tokens + tail, heads, depth)
-            owners = shape.layers if keep else 1
+            owners = shape.layers if keep else 1 + ahead
             self.spaces = [[torch.empty(keys, device=device, dtype=dtype) for _ in range(2)] for _ in range(owners)]
+        self.ahead, self.coming = ahead, None
+        self.side = torch.cuda.Stream(device) if ahead and device.type == "cuda" else None
         self.ops = {"qk_norm_rope", "latent_attention" if path == "absorbed" else "expand_kv_"}
         self.writes = set() if together > 1 else {"latent_write_"}
         if shared or run is None:
@@ -254,7 +258,7 @@ class Latent:
 
     def start_chunk(self):
         """The histories of the layers are other ones now."""
-        self.expanded = set()
+        self.expanded, self.coming = set(), None
 
     def attend(self, layer, query, key, value):
         """A pass of a layer over its queries, keys and values `[B, N, H * D]`."""
@@ -266,14 +270,8 @@ class Latent:
         own_value = value.unflatten(-1, (heads, -1))
         history = len(self.turn)
         if self.path == "expand":
-            keys, values = self.spaces[layer if self.keep else 0]
-            if layer not in self.expanded:
-                self.kernels.expand_kv_(
-                    keys[:, :history], values[:, :history], rows, None, self.slots, self.num_keys,
-                    self.up, self.up_bias, None, None, self.turn, not self.shared,
-                )  # fmt: skip
-                if self.keep:
-                    self.expanded.add(layer)
+            keys, values = self.spaces[self._space(layer)]
+            self._restore(layer)
             if not self.shared:
                 self.kernels.qk_norm_rope_(keys[:, history:], key, self.gain, EPS, self.own, heads)
                 values[:, history:] = own_value
@@ -292,6 +290,47 @@ class Latent:
         own_key = self.kernels.qk_norm_rope(key, self.gain, EPS, self.own, heads)
         own = self.kernels.attend(own_query, own_key, own_value, None, scale, 0)
         return self.kernels.merge_pair(*out, *own)[0]
+
+    def _space(self, layer):
+        return layer if self.keep else layer % len(self.spaces)
+
+    def _restore(self, layer):
+        """The history of a layer is in its workspace for what is launched after this."""
+        if self.coming == layer:
+            self._wait(self.side)
+        elif layer not in self.expanded:
+            # What the other stream still writes may be in this workspace.
+            self._wait(self.side)
+            self._expand(layer)
+            if self.keep:
+                self.expanded.add(layer)
+        if self.ahead:
+            self.coming = layer + 1 if layer + 1 < self.shape.layers else None
+            if self.coming is not None:
+                with self._beside():
+                    self._expand(self.coming)
+
+    def _wait(self, stream):
+        if stream is not None:
+            torch.cuda.current_stream(stream.device).wait_stream(stream)
+
+    @contextlib.contextmanager
+    def _beside(self):
+        """The other stream, behind all that was launched so far: the attention that has read its workspace."""
+        if self.side is None:
+            yield
+            return
+        self.side.wait_stream(torch.cuda.current_stream(self.side.device))
+        with torch.cuda.stream(self.side):
+            yield
+
+    def _expand(self, layer):
+        history, rows = len(self.turn), self.rows[layer // self.together]
+        keys, values = (x[:, :history] for x in self.spaces[self._space(layer)])
+        self.kernels.expand_kv_(
+            keys, values, rows, None, self.slots, self.num_keys,
+            self.up, self.up_bias, None, None, self.turn, not self.shared,
+        )  # fmt: skip
 
     def write(self, layer, key, value):
         """Keep the chunk: what the last pass of a chunk does."""

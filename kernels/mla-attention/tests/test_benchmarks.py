@@ -40,7 +40,7 @@ def test_every_part_runs(result):
     # What needs a GPU is empty, not invented.
     assert all(found[part] is None for part in GPU_PARTS)
     assert "| streams over dense | 6 | not measured |" in text
-    assert found["step"]["refused"] == {} and len(found["step"]["times"]) == 15
+    assert found["step"]["refused"] == {} and len(found["step"]["times"]) == 16
     assert set(found["step"]["ratios"]) == set(found["chunk"]["ratios"])
     assert len(found["step"]["ratios"]) == 4 and found["chunk"]["refused"] == {}
     backend = found["stock"]["torch_runs"]

@@ -46,6 +46,7 @@ def test_the_queries_of_a_sample_hold_as_many_logits_as_fit():
         {"rank": 32, "shared": 0, "path": "expand"},
         {"rank": 32, "shared": 0, "path": "expand", "keep": True},
         {"rank": 32, "shared": 0, "path": "expand", "together": 2},
+        {"rank": 32, "shared": 0, "path": "expand", "ahead": True},
     ],
 )
 def test_every_way_agrees_with_plain_torch(options, monkeypatch):
