@@ -101,6 +101,14 @@ class Stock:
         return attend(self.name, query, key, value, self.scale, self.splits)
 
 
+def with_lse(baseline, query, key, value, scale):
+    """`baseline` on `[B, N, H, D]`: out in the same layout and the log-sum-exp, float32 `[B, H, N]`."""
+    batch, queries, heads, _ = query.shape
+    out, lse = BASELINES[baseline](*(x.transpose(1, 2) for x in (query, key, value)), scale)
+    # Some pad the queries, or have an axis more.
+    return out.transpose(1, 2).contiguous(), lse.float().reshape(batch, heads, -1)[..., :queries].contiguous()
+
+
 def attend(baseline, query, key, value, scale, splits=1):
     """`baseline` on `[B, N, H, D]`, out in the same layout; the keys must divide into `splits`."""
     batch, queries, heads, depth = query.shape

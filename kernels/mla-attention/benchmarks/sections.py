@@ -45,6 +45,14 @@ def ways(shape, device, dtype, run):
     for rank in (64, 192, 224):
         found[f"latent {rank}, rotated on read"] = build(Latent, shape, device, dtype, rank, 0, "expand", run=run)
         found[f"latent {rank}, rotated on read, attend"] = build(Latent, shape, device, dtype, rank, 0, "expand")
+    # Of the stock ones torch's own choice tells no log-sum-exp.
+    apart = build(Latent, shape, device, dtype, apart="flash" if run is None or run.name == TORCH else run.name)
+    found[f"latent 64+{SHARED}, absorbed, own chunk by stock"] = functools.partial(
+        apart, rank=64, shared=SHARED, path="absorbed"
+    )
+    found[f"latent 192+{SHARED}, expanded, both parts by stock"] = functools.partial(
+        apart, rank=192, shared=SHARED, path="expand"
+    )
     found["latent 192, rotated on read, expanded ahead"] = build(
         Latent, shape, device, dtype, 192, 0, "expand", run=run, ahead=True
     )

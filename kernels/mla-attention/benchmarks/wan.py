@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import mla_attention as ops
 import torch
 import torch.nn.functional as F
-from dense import TORCH, torch_attention, torch_runs
+from dense import TORCH, torch_attention, torch_runs, with_lse
 
 EPS = 1e-6
 
@@ -200,15 +200,19 @@ class Latent:
 
     `shared` 0 is the layout rotate_on_read, which can only be expanded; otherwise the shared key has so
     many channels and every head `head_dim - shared` unrotated ones. `run` attends to `[B, N, H, D]`, None is
-    `attend`. With `keep` every layer keeps its expanded history for the passes of a chunk. With `ahead` the history of
-    the next layer is expanded to a second workspace while a layer goes on, on a stream of its own. Of `together` layers
-    the first owns the rows, which all of them write a part of and each expands for itself. A pass with `writing`
-    keeps the chunk, too, as the last one of a chunk does, from the keys and values that it has anyway.
+    `attend`. Where history and chunk are attended apart, `apart` names the stock attention that does it with its
+    log-sum-exp, but for absorbed histories; None is `attend`. With `keep` every layer keeps its expanded history for
+    the passes of a chunk. With `ahead` the history of the next layer is expanded to a second workspace, on a stream of
+    its own, while a layer goes on. Of `together` layers the first owns the rows, which all of them write a part of and
+    each expands for itself. A pass with `writing` keeps the chunk, too, as the last one of a chunk does, from the keys
+    and values that it has anyway.
     """
 
-    def __init__(self, shape, device, dtype, rank, shared, path, run=None, keep=False, together=1, ahead=False):
+    def __init__(
+        self, shape, device, dtype, rank, shared, path, run=None, keep=False, together=1, ahead=False, apart=None
+    ):
         self.shape, self.rank, self.shared, self.path = shape, rank, shared, path
-        self.run, self.keep, self.together, self.kernels = run, keep, together, ops
+        self.run, self.keep, self.together, self.kernels, self.apart = run, keep, together, ops, apart
         self.parts, self.writing = None, False
         self.expanded = set()
         dim, heads, depth = shape.dim, shape.heads, shape.head_dim
@@ -242,7 +246,7 @@ class Latent:
         self.side = torch.cuda.Stream(device) if ahead and device.type == "cuda" else None
         self.ops = {"qk_norm_rope", "latent_attention" if path == "absorbed" else "expand_kv_"}
         self.writes = set() if together > 1 else {"latent_write_"}
-        if shared or run is None:
+        if apart is None and (shared or run is None):
             self.ops.add("attend")
         if shared:
             self.ops.add("merge_pair")
@@ -254,7 +258,8 @@ class Latent:
         self.attends = "attend" if run is None else _label(self, run)
         if shared:
             # History and chunk are addressed by different queries.
-            self.attends = f"{'latent_attention' if path == 'absorbed' else 'attend'} and attend, merged"
+            other = apart or "attend"
+            self.attends = f"{'latent_attention' if path == 'absorbed' else other} and {other}, merged"
 
     def start_chunk(self):
         """The histories of the layers are other ones now."""
@@ -278,7 +283,7 @@ class Latent:
                 if self.run is not None:
                     return self.run(own_query, keys, values)
                 return self.kernels.attend(own_query, keys, values, None, scale, 0)[0]
-            out = self.kernels.attend(own_query, keys, values, None, scale, 0)
+            out = self._attended(own_query, keys, values)
         else:
             up_key, up_value = self.up.unflatten(0, (heads, -1)).split([self.nope, shape.head_dim], dim=1)
             nope, pe = self.kernels.split_query(query, self.gain, EPS, self.own, self.coefficients, *self.pairs, heads)
@@ -288,8 +293,15 @@ class Latent:
             )
             out = torch.einsum("bqhr,hvr->bqhv", mixed, up_value), lse
         own_key = self.kernels.qk_norm_rope(key, self.gain, EPS, self.own, heads)
-        own = self.kernels.attend(own_query, own_key, own_value, None, scale, 0)
+        own = self._attended(own_query, own_key, own_value)
         return self.kernels.merge_pair(*out, *own)[0]
+
+    def _attended(self, query, key, value):
+        """Attention to one of two parts, with its log-sum-exp."""
+        scale = self.shape.head_dim**-0.5
+        if self.apart is None or self.kernels is not ops:
+            return self.kernels.attend(query, key, value, None, scale, 0)
+        return with_lse(self.apart, query, key, value, scale)
 
     def _space(self, layer):
         return layer if self.keep else layer % len(self.spaces)

@@ -103,21 +103,18 @@ def instructions(cubin):
 
 
 def counted(sass):
-    """`instructions` of a listing. Triton 3.6 may leave a kernel by conditional exits alone."""
+    """`instructions` of a listing, up to its end: its last exit or, of conditional exits alone, a jump to itself.
+
+    Behind the end jumps lead back from waits that take long.
+    """
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?) *;", sass)
     places = {int(address, 16): place for place, (address, _) in enumerate(lines)}
-    loops = [0]
-    for place, (_, code) in enumerate(lines):
-        target = re.search(r"\bBRA\S* .*?(0x[0-9a-f]+)", code)
-        if target is None:
-            continue
-        start = places[int(target[1], 16)]
-        if start == place:
-            # The end of the code. Behind it jumps lead back from waits that take long.
-            break
-        if start < place:
-            loops.append(place - start + 1)
-    return {"instructions": len(lines), "loop": max(loops)}
+    jumps = [(place, re.search(r"\bBRA\S* .*?(0x[0-9a-f]+)", code)) for place, (_, code) in enumerate(lines)]
+    jumps = [(place, places[int(target[1], 16)]) for place, target in jumps if target]
+    exits = [place for place, (_, code) in enumerate(lines) if code == "EXIT"]
+    end = exits[-1] if exits else min(place for place, start in jumps if start == place)
+    loops = [place - start + 1 for place, start in jumps if start < place < end]
+    return {"instructions": len(lines), "loop": max(loops, default=0)}
 
 
 def violations(found):

@@ -40,7 +40,7 @@ def test_every_part_runs(result):
     # What needs a GPU is empty, not invented.
     assert all(found[part] is None for part in GPU_PARTS)
     assert "| streams over dense | 6 | not measured |" in text
-    assert found["step"]["refused"] == {} and len(found["step"]["times"]) == 16
+    assert found["step"]["refused"] == {} and len(found["step"]["times"]) == 18
     assert set(found["step"]["ratios"]) == set(found["chunk"]["ratios"])
     assert len(found["step"]["ratios"]) == 4 and found["chunk"]["refused"] == {}
     backend = found["stock"]["torch_runs"]
@@ -49,6 +49,7 @@ def test_every_part_runs(result):
     best, _, _ = found["stock"]["best"].partition(", ")
     assert attends["dense, published code, best stock"].startswith(best)
     assert attends["dense, tuned, absolute"] == attends["latent 192, rotated on read"] == found["stock"]["best"]
+    assert attends["latent 64+32, absorbed, own chunk by stock"] == "latent_attention and flash, merged"
     assert attends["latent 64+32, absorbed"] == "latent_attention and attend, merged"
     assert set(found["chunk"]["attends"]) == set(found["chunk"]["times"])
     assert "these times mean nothing" in text
@@ -89,7 +90,7 @@ def test_a_red_check_takes_its_times_with_it(bench, tmp_path, monkeypatch, capsy
     assert found["checks"] == {"failures": [line]} and line in capsys.readouterr().err
     text = (tmp_path / "results.md").read_text()
     assert f"- {line}" in text and "latent 192, rotated on read is not timed: expand_kv_ failed its check" in text
-    absorbed = {"latent 64+32, absorbed", "latent 192+32, absorbed"}
+    absorbed = {"latent 64+32, absorbed", "latent 192+32, absorbed", "latent 64+32, absorbed, own chunk by stock"}
     assert {name for name in found["step"]["times"] if "latent" in name} == absorbed
     (row,) = found["attention"]["rows"]
     assert not any(name.startswith("expand") for name in row["times"]) and "absorbed, rank 64" in row["times"]

@@ -322,7 +322,8 @@ def aot_variant(channels: int, queries: int, counted: bool, capability: int, hea
     fixed = {"KEY_K": heads * channels, "VALUE_K": heads * 128} | ({} if counted else {"num_keys": None})
     rows = {name: plan.constants["BLOCK_Q" if name == "query_tiles" else "BLOCK_K"] for name in TILES}
     if plan.described:
-        types |= {name: f"tensordesc<bf16[{count}, {channels}]>" for name, count in rows.items()}
+        widths = {"query_tiles": channels, "key_tiles": channels, "value_tiles": 128}
+        types |= {name: f"tensordesc<bf16[{count}, {widths[name]}]>" for name, count in rows.items()}
     else:
         fixed |= dict.fromkeys(rows)
     plan = plan._replace(constants={**plan.constants, **fixed})
