@@ -29,7 +29,7 @@ from ._runtime import (
 from .attend_tiles import tiles
 from .descriptors import describable, describe
 from .merge import launch_merge
-from .splits import multiprocessors, split_count
+from .splits import programs, split_count
 
 MAX_CHANNELS = 256
 MAX_VALUE_CHANNELS = 128
@@ -355,9 +355,10 @@ def _launch(
         all(describable(x) for x in (query, key, value)),
     )  # fmt: skip
     block_q, block_k = plan.constants["BLOCK_Q"], plan.constants["BLOCK_K"]
-    programs = ceil_div(queries, block_q) * batch * heads
     if splits == 0:
-        splits = split_count(programs, ceil_div(keys, block_k), multiprocessors(device))
+        shared = query.element_size() * (block_q * channels + plan.num_stages * block_k * (channels + value_channels))
+        at_once = programs(device, plan, shared, capability(device))
+        splits = split_count(ceil_div(queries, block_q) * batch * heads, ceil_div(keys, block_k), at_once)
     dtype = query.dtype if splits == 1 else torch.float32
     out = torch.empty(splits, batch, queries, heads, value_channels, dtype=dtype, device=device)
     lse = torch.empty(splits, batch, heads, queries, dtype=torch.float32, device=device)

@@ -33,7 +33,7 @@ from .merge import launch_merge
 from .pack import packed_rows
 from .quantise import dequantise_rows
 from .ring import check_ring, ring_index, ring_strides
-from .splits import multiprocessors, split_count
+from .splits import programs, split_count
 
 MAX_SHARED = 64
 MAX_SPLITS = 64
@@ -450,7 +450,8 @@ def _launch(query, query_pe, rows, scales, slots, num_keys, rotations, scale, sp
     tiles = ceil_div(queries * heads, plan.constants["BLOCK_M"])
     if splits == 0:
         blocks = ceil_div(keys, plan.constants["BLOCK_K"])
-        splits = split_count(tiles * batch, blocks, multiprocessors(query.device))
+        # Registers, not shared memory, limit how many programs a multiprocessor holds.
+        splits = split_count(tiles * batch, blocks, programs(query.device, plan, 0, capability(query.device)))
     dtype = query.dtype if splits == 1 else torch.float32
     out = torch.empty(splits, batch, queries, heads, rank, dtype=dtype, device=query.device)
     lse = torch.empty(splits, batch, heads, queries, dtype=torch.float32, device=query.device)
