@@ -86,11 +86,12 @@ def _limited(device):
         return
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(min(1.0, MEMORY / total), device)
+    # Of the current device, which run.py sets: a device without an index is refused.
+    torch.cuda.set_per_process_memory_fraction(min(1.0, MEMORY / total))
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def _fits(shape, build, device, dtype):

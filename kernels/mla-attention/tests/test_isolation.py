@@ -126,3 +126,37 @@ def test_loops_are_counted_in_front_of_the_end_alone():
     for leave in ("EXIT", "@!P1 EXIT"):
         lines = [f"/*{16 * place:04x}*/  {code.format(exit=leave)} ;" for place, code in enumerate(codes)]
         assert aot.counted("\n".join(lines)) == {"instructions": 8, "loop": 2}
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_measured_tiles_replace_those_that_failed_unless_they_fail_too(watch, tmp_path, monkeypatch, right):
+    bench, record, timing = (importlib.import_module(name) for name in ("run", "record", "timing"))
+    run, asked, own = record.Record(tmp_path, FIRST), [], bench.tune.expand_tiles.TILES[90]
+    other, line = bench.tune.expand_tiles.CANDIDATES[90][1], "expand_kv_, keys, 450 keys, rank 192: error 1"
+
+    def isolated(device, budget, ops, tiles):
+        asked.append((ops, tiles))
+        return [] if tiles and right else [line]
+
+    def together(commands, workers, budget):
+        path = Path(commands["tune"][commands["tune"].index("--out") + 1])
+        found = {"family": 90, "change": {"expand_kv": list(other)}, "times": {}, "refused": {}}
+        path.write_text(json.dumps(found))
+        return {"tune": "a table"}
+
+    monkeypatch.setattr(bench, "isolated", isolated)
+    monkeypatch.setattr(bench.processes, "together", together)
+    chosen = bench.parse(["--tiny", "--device", "cpu", "--out", str(tmp_path), "--parts", "tune"])
+
+    def measure(part, work):
+        run.result[part] = work()
+
+    shipped = bench.tune.tables()
+    try:
+        wrong = bench.known(run, measure, chosen, torch.device("cuda"), torch.bfloat16, timing.Budget(300))
+        assert bench.tune.expand_tiles.TILES[90] == (other if right else own)
+    finally:
+        bench.tune.restore(shipped)
+    assert asked == [(None, None), (["expand_kv_"], tmp_path / "tiles.json")]
+    assert wrong == (set() if right else {"expand_kv_"}) and run.result["checks"]["failures"] == [line] * (not right)
+    assert ("tiles_refused" in run.result) == (not right) and run.result["tune"]["change"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,3 +80,14 @@ def test_without_the_dense_number_there_is_no_ratio(search, report):
     # Eleven at most, where twelve do not fit.
     counts = {report.TUNED: 8, report.PAIRED: 66}
     assert report._streams({"streams": counts, "open": {report.TUNED: [8, 12]}}) == (6.0, True)
+
+
+@pytest.mark.parametrize(("total", "wanted"), [(141e9, 80e9 / 141e9), (40e9, 1.0)])
+def test_a_card_lends_no_more_than_80_gb(search, monkeypatch, total, wanted):
+    streams, fractions = importlib.import_module("streams"), []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=total))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
+    with streams._limited(torch.device("cuda")):
+        assert fractions == [wanted]
+    assert fractions[-1] == 1.0 and streams._memory(torch.device("cuda")) == min(total, 80e9)
