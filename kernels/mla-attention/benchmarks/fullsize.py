@@ -58,6 +58,7 @@ def way_agrees(way, shape, device, dtype):
 
     def attended():
         way.start_chunk()
+        way.writing = False
         out = way.attend(0, *given)
         # What is expanded ahead is that of the second layer.
         return way.attend(1, *given) if getattr(way, "ahead", False) and shape.layers > 1 else out

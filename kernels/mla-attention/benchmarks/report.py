@@ -112,10 +112,12 @@ def table(result):
     if refused:
         lines += [
             "",
-            f"A check failed with the tiles of --tiles, those of the package are taken: {'; '.join(refused['tiles'])}",
+            f"A check failed with these tiles, those of the package are taken: {'; '.join(refused['tiles'])}",
             "",
         ]
         lines += [f"- {failure}" for failure in refused["failures"]]
+    if result.get("tiles"):
+        lines += ["", f"Tiles other than the package's: {'; '.join(result['tiles'])}"]
     failures = (result.get("checks") or {}).get("failures")
     if failures:
         lines += ["", "Nothing is timed that runs an op whose check failed:", ""]
@@ -183,7 +185,21 @@ def _row(row, ceiling):
         )
     odd = {name: times["not_captured"] for name, times in row["times"].items() if "not_captured" in times}
     lines += [f"\n{name} is not captured, its launches are timed: {reason}" for name, reason in odd.items()]
+    # What was found wrong is refused, below.
+    lines += _checked({name: one for name, one in (row.get("checked") or {}).items() if name in row["times"]})
     return lines + [f"\n{name} is not timed: {reason}" for name, reason in row["refused"].items()]
+
+
+def _checked(found):
+    """A line on what was compared at full size, none where nothing was."""
+    compared = {name: one for name, one in found.items() if one}
+    if not compared:
+        return []
+    worst = max(compared, key=lambda name: compared[name]["error"])
+    unequal = [name for name, one in compared.items() if not one["equal"]]
+    runs = f"two runs differ of {', '.join(unequal)}" if unequal else "two runs are equal to the bit"
+    error = f"the largest difference is {compared[worst]['error']:.1e} of the largest output ({worst})"
+    return [f"\n{len(compared)} compared at full size: {error}; {runs}."]
 
 
 def _times(result, part, title):
@@ -205,4 +221,6 @@ def _times(result, part, title):
         lines += ["", f"| {title}: over | {' | '.join(names)} |", f"| --- |{' ---: |' * len(names)}"]
         for base, ratios in found["ratios"].items():
             lines.append(f"| {base} | {' | '.join(f'{ratios[name]:.3f}x' for name in names)} |")
+    for compare in ("way_agrees", "writes_agree"):
+        lines += _checked({name: one.get(compare) for name, one in (found.get("checked") or {}).items()})
     return lines + refused

@@ -181,7 +181,7 @@ def main(arguments=None, started=None):
         }
         for part, work in works.items():
             share, least = PARTS[part]
-            if part not in chosen.parts:
+            if part not in chosen.parts or record.done(part):
                 continue
             into = "attention" if part == "rows" else part
             if budget.left() <= (0 if chosen.tiny else least):
@@ -255,8 +255,9 @@ def known(record, measure, chosen, device, dtype, budget):
         ops = {"expand_kv_" if op == tune.EXPAND else op.partition(",")[0] for op in found["change"]}
         if ops and taken(path, sorted(ops)) is not None:
             # What failed with other tiles is right with these.
-            before = result["checks"].get("failures") or []
-            result["checks"] = {"failures": [line for line in before if not red([line]) & ops]}
+            before = result["checks"].get("failures")
+            if before is not None:
+                result["checks"] = {"failures": [line for line in before if not red([line]) & ops]}
         return {key: found[key] for key in ("times", "refused", "change")}
 
     if record.done("checks") and result.get("tiles_from"):

@@ -53,6 +53,9 @@ def test_every_part_runs(result):
     assert attends["latent 64+32, absorbed"] == "latent_attention and attend, merged"
     assert set(found["chunk"]["attends"]) == set(found["chunk"]["times"])
     assert "these times mean nothing" in text
+    # Attention of the step and of the chunk, rows that the chunk writes, and a row of attention.
+    assert text.count(" compared at full size: the largest difference is ") == 4
+    assert text.count("; two runs are equal to the bit.") == 4
 
 
 def test_attention_has_its_baselines_splits_and_ranks(result):
