@@ -93,8 +93,8 @@ def test_the_page_holds_both_runs_and_needs_no_network(runs: list[Path], tmp_pat
     html, text = page.read_text(), text_of(page)
     for expected in (
         "wide against narrow", "28 (wide), 14 (narrow)", "+1.0 % (wide), +5.0 % (narrow)",
-        "Held-out loss 0.2000 0.2020 0.2100 +4.0 %", "Cached scalars a token 384 28 14 −50.0 %",
-        "Digits recognised at 8× length 98.0 % 96.0 % 70.0 % −26.0 points", "convert.kv_lora_rank 28 14",
+        "Held-out loss 0.2000 0.2020 0.2100 +4.0 %", "Cached scalars per token per layer 384 28 14 −50.0 %",
+        "Digits recognized at 8× length 98.0 % 96.0 % 70.0 % −26.0 points", "convert.kv_lora_rank 28 14",
         "128 frames (8 × the training length)", "7 at 2,2 moving up", "3 at &lt;0,0&gt; moving left",
         "Training steps – 20 20",
     ):  # fmt: skip
@@ -118,9 +118,9 @@ def test_the_best_is_marked_and_a_tie_is_not() -> None:
         row["name"]: row["cells"] for row in tables.scalars([report("a", 28, 0.202, 0.9), report("b", 14, 0.21, 0.9)])
     }
     best = {name: [cell["best"] for cell in cells] for name, cells in rows.items()}
-    assert best["Held-out loss"] == [True, False] and best["Cached scalars a token"] == [False, True]
-    assert best["Digits recognised at 8× length"] == [False, False]
-    assert rows["Cached scalars a token"][0]["change"] == ""
+    assert best["Held-out loss"] == [True, False] and best["Cached scalars per token per layer"] == [False, True]
+    assert best["Digits recognized at 8× length"] == [False, False]
+    assert rows["Cached scalars per token per layer"][0]["change"] == ""
 
 
 def test_an_interval_is_apart_only_where_nothing_is_shared() -> None:
@@ -137,7 +137,7 @@ def test_what_cannot_be_compared_is_said() -> None:
     other["digits_bench"]["prompts"] = 72
     said = " ".join(tables.warnings([one, other]))
     assert "zoo:digits, zoo:natural" in said and "not the same in all runs" in said
-    assert "24 prompts of 1 seeds, 72 prompts of 1 seeds" in said
+    assert "24 prompts x 1 seeds, 72 prompts x 1 seeds" in said
 
 
 @pytest.mark.parametrize("key", sorted(report("a", 28, 0.2, 0.9)))

@@ -108,18 +108,18 @@ def test_the_page_holds_every_section_and_needs_no_network(tmp_path: Path) -> No
     path = write_report(tmp_path, FULL, [comparison()])
     page = Page(path.read_text())
     assert page.headings == [
-        "What they draw", "7 moving <up> & left",
+        "Generated videos", "7 moving <up> & left",
         "Memory", "Cache of one stream", "Cache by number of streams",
         "Distillation", "Held-out loss", "Training loss",
         "Where the error is", "Attention output by layer", "Velocity by noise level",
-        "How it was made",
+        "Settings",
     ]  # fmt: skip
     assert page.references
     assert all(reference.startswith(("data:", "#")) for reference in page.references)
     assert not re.search(r"url\((?!#)|@import|<link", path.read_text())
     for expected in (
-        "Conversion of zoo:digits", "92.7 % less memory", "held-out loss 1.0 % above", "13.7×", "86.0 kB", "1.18 MB",
-        "0.2500", "+25.0 %", "4.1 %", "−1.0 points", "−4.0 points", "1 h 1 min in all", "20 in each of 4 layers",
+        "Conversion of zoo:digits", "92.7 % less memory", "held-out loss is 1.0 % above", "13.7×", "86.0 kB", "1.18 MB",
+        "0.2500", "+25.0 %", "4.1 %", "−1.0 points", "−4.0 points", "1 h 1 min in total", "20 in each of 4 layers",
         "worst 7.0 % in layer 2", "version: 1",
     ):  # fmt: skip
         assert expected in page.text, expected
@@ -133,7 +133,7 @@ def test_the_page_holds_every_section_and_needs_no_network(tmp_path: Path) -> No
         (("attention_rel_error",), ["Attention output by layer"]),
         (("velocity_rel_error_by_timestep",), ["Velocity by noise level"]),
         (("attention_rel_error", "velocity_rel_error_by_timestep"), ["Where the error is"]),
-        (("layout", "recipe", "versions"), ["How it was made"]),
+        (("layout", "recipe", "versions"), ["Settings"]),
     ],
 )
 @pytest.mark.usefixtures("quick_charts")
@@ -176,7 +176,7 @@ def test_report_json_is_sorted_plain_and_finite(tmp_path: Path) -> None:
         "student_loss": None,
     }
     assert list(value) == sorted(value)
-    assert "Not a finite number, so left out below: student_loss" in page.read_text()
+    assert "Left out below because the value is not finite: student_loss" in page.read_text()
     assert finite(value) == value
 
 
@@ -256,7 +256,7 @@ def test_numbers_keep_their_zeros_and_one_minus() -> None:
 
 @pytest.mark.usefixtures("quick_charts")
 def test_the_curve_says_why_it_is_not_the_tables_loss() -> None:
-    why = "The table's losses are of the same clips on other noise"
+    why = "The losses in the table differ because they use other noise on the same clips"
     assert why in Page(render_html(FULL)).text
     assert why not in Page(render_html({"curves": FULL["curves"]})).text
 
@@ -286,6 +286,13 @@ def test_stages_follow_one_another_whether_or_not_they_count_on() -> None:
     restarted, counted_on = page(range(1, 11)), page(range(11, 21))
     assert restarted == counted_on
     assert ">two<" in restarted
+
+
+def test_a_stage_that_is_trained_twice_follows_itself() -> None:
+    rows = [{"stage": "one", "step": s, "loss": 0.5} for s in (0, 10, 20, 0, 10)]
+    steps, _, bounds = figures.curve_of(rows, "loss")
+    assert steps == [0, 10, 20, 20, 30]
+    assert bounds == [("one", 0), ("one", 20)]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

@@ -1,1 +1,1 @@
-"""Evidence about a converted model: fidelity, memory and the report."""
+"""Measures how a converted model compares with its teacher: fidelity, memory, benchmarks and the report."""

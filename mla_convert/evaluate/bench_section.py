@@ -1,4 +1,4 @@
-"""The part of the report that shows Digits-Bench: one table a length, and recognition over time."""
+"""Builds the Digits-Bench section of the report: one table per length, and recognition over time."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ METRICS = {
     "bounce_accuracy": ("Right place after a bounce", "percent"),
     "subject_consistency": ("Subject consistency", "number"),
     "temporal_flickering": ("Temporal flickering (1: none)", "number"),
-    "motion_smoothness": ("Acceleration, pixels a frame²", "number"),
-    "dynamic_degree": ("Speed, pixels a frame", "number"),
+    "motion_smoothness": ("Acceleration, pixels per frame²", "number"),
+    "dynamic_degree": ("Speed, pixels per frame", "number"),
     "sharpness": ("Sharpness", "number"),
     "frechet_distance": ("Fréchet distance to real videos", "number"),
 }
 SOURCES = ("real", "teacher", "student")
 LINE = 7
 """Height of a line of text in the chart, in percentage points."""
-NOTHING = 1e-9
-"""Below this a number is rounding."""
+ROUNDING = 1e-9
+"""Magnitudes up to this are rounding errors and are shown as 0."""
 
 
 def tables(bench: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One table a length: `title`, and `rows` of a `name` and a cell, `mean` and `range`, for each of SOURCES."""
+    """Return one table per length: `title`, and `rows` with a `name` and one cell (`cell`) for each of SOURCES."""
     found = []
     for length in sorted(bench["lengths"], key=times_training):
         by_source = bench["lengths"][length]
@@ -39,7 +39,7 @@ def tables(bench: Mapping[str, Any]) -> list[dict[str, Any]]:
         ]
         rows.append(
             {
-                "name": "Drift of recognition, end less beginning",
+                "name": "Drift of recognition, end minus beginning",
                 "cells": [cell(by_source[source]["drift"]["digit_accuracy"], "points") for source in SOURCES],
             }
         )
@@ -49,7 +49,7 @@ def tables(bench: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def recognition_by_frame(bench: Mapping[str, Any]) -> str:
-    """Share of videos that show their digit, frame by frame, as SVG."""
+    """Plot the share of videos that show their digit in each frame, as SVG."""
     by_frame: Mapping[str, Sequence[float]] = bench["digit_accuracy_by_frame"]
     with Chart("recognition") as chart:
         ax = chart.axes
@@ -61,7 +61,7 @@ def recognition_by_frame(bench: Mapping[str, Any]) -> str:
             steps = np.arange(len(smooth)) + (width + 1) / 2
             ax.plot(steps, smooth, color=colour, label=source)
             ends.append((float(steps[-1]), float(smooth[-1]), source, ink))
-        # Names of lines that end together stand above each other.
+        # Labels of lines that end close together are stacked.
         apart = abs(ends[0][1] - ends[1][1]) >= LINE
         for x, y, source, ink in sorted(ends, key=lambda end: end[1]):
             place = y if apart else min(ends[0][1], ends[1][1]) + (LINE if source == "teacher" else 0) - LINE / 2
@@ -75,7 +75,7 @@ def recognition_by_frame(bench: Mapping[str, Any]) -> str:
 
 
 def cell(value: Mapping[str, float | None] | None, kind: str) -> dict[str, str]:
-    """`mean`, and `range`, its 95 % interval where it has one."""
+    """Return a table cell: `mean`, and `range`, its 95 % interval, or "" without one."""
     if value is None or value["mean"] is None:
         return {"mean": DASH, "range": ""}
     mean = _text(value["mean"], kind)
@@ -88,4 +88,4 @@ def _text(value: float, kind: str) -> str:
         return f"{100 * value:.1f}{SPACE}%"
     if kind == "points":
         return points_text(value)
-    return digits_text(value, 3) if abs(value) > NOTHING else "0"
+    return digits_text(value, 3) if abs(value) > ROUNDING else "0"

@@ -1,4 +1,4 @@
-"""Several finished runs beside each other, in one page that opens offline."""
+"""Renders one page that compares several finished runs. The page opens offline."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_RUNS = len(RUNS)
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its name on the page, where it lies, its `report.json`, and its samples where they are pixels."""
+    """One run: its name on the page, its folder, its `report.json`, and its samples if the model generates pixels."""
 
     name: str
     folder: str
@@ -30,7 +30,7 @@ class Run:
 
 
 def render_comparison(runs: Sequence[Run]) -> str:
-    """The page of two to `MAX_RUNS` runs; what a run lacks is left out. Equal input gives equal text."""
+    """Return the HTML page of two to `MAX_RUNS` runs; missing data is left out. Equal input gives equal text."""
     reports = [run.report for run in runs]
     benches = [report.get("digits_bench") for report in reports]
     return render_page(
@@ -56,22 +56,22 @@ def _layout(report: Mapping[str, Any]) -> str:
 
 
 def _verdict(runs: Sequence[Run]) -> str:
-    """The smallest cache and the smallest loss in a sentence; nothing where a run has neither."""
+    """Summarize cache sizes and losses in two sentences; "" if any run lacks one of them."""
     sizes = {run.name: run.report.get("latent_scalars_per_token") for run in runs}
     losses: dict[str, Any] = {run.name: run.report.get("loss_increase") for run in runs}
     if None in sizes.values() or None in losses.values():
         return ""
     order = sorted(losses, key=lambda name: losses[name])
-    said = ", ".join(f"{signed(losses[name])} ({name})" for name in order)
+    increases = ", ".join(f"{signed(losses[name])} ({name})" for name in order)
     if len(set(sizes.values())) == 1:
         cached = f"{next(iter(sizes.values())):,g} in all runs"
     else:
         cached = ", ".join(f"{size:,g} ({name})" for name, size in sizes.items())
-    return f"Numbers cached a token in a layer: {cached}. Held-out loss against the teacher's: {said}."
+    return f"Numbers cached per token per layer: {cached}. Held-out loss relative to the teacher's: {increases}."
 
 
 def _samples(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """The prompts that at least two runs drew: videos and film strips of the teacher and of every such run."""
+    """Return the prompts that at least two runs sampled, with videos and film strips of the teacher and each run."""
     prompts = list(dict.fromkeys(sample.prompt for run in runs for sample in run.samples))
     found = []
     for prompt in prompts:
@@ -105,31 +105,31 @@ def _samples(runs: Sequence[Run]) -> list[dict[str, Any]]:
 def _charts(
     reports: Sequence[Mapping[str, Any]], benches: Sequence[Mapping[str, Any] | None]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Charts by section: `{"distillation": [{title, note, svg, teacher}], ...}`."""
+    """Return the charts by section: `{"distillation": [{title, note, svg}], ...}`."""
     charts: dict[str, list[dict[str, Any]]] = {"distillation": [], "error": [], "bench": []}
 
     def add(section: str, title: str, note: str, svg: str) -> None:
         charts[section].append({"title": title, "note": note, "svg": Markup(svg)})
 
-    def some(key: str) -> bool:
+    def has_curve(key: str) -> bool:
         return any(row.get(key) is not None for report in reports for row in report.get("curves") or [])
 
-    if some("heldout_loss"):
+    if has_curve("heldout_loss"):
         levels = [teacher_level(report.get("curves") or []) for report in reports]
         losses = [level for level in levels if level is not None]
         same = bool(losses) and max(losses) <= min(losses) * (1 + 1e-6)
-        note = "On clips that were never trained on" + ("; dashed: the teacher." if same else ".")
+        note = "On held-out clips" + ("; dashed: the teacher." if same else ".")
         add("distillation", "Held-out loss", note, figures.heldout_loss(reports, losses[0] if same else None))
-    if some("loss"):
-        note = "Moving average of what the stages minimise: comparable where the stages are the same."
+    if has_curve("loss"):
+        note = "Moving average of what each stage minimizes; comparable only between equal stages."
         add("distillation", "Training loss", note, figures.training_loss(reports))
     if any(report.get("attention_rel_error") for report in reports):
-        note = "Relative error on the teacher's own inputs."
+        note = "Relative error on the teacher's inputs."
         add("error", "Attention output by layer", note, figures.error_by_layer(reports))
     if any(report.get("velocity_rel_error_by_timestep") for report in reports):
-        note = "Difference from the teacher's velocity, relative to its size."
+        note = "Difference from the teacher's velocity, relative to the magnitude of the teacher's."
         add("error", "Velocity by noise level", note, figures.error_by_timestep(reports))
     if any(benches):
-        note = "Share of the rollouts whose frame shows the prompted digit; grey: the teacher."
+        note = "Share of rollouts that show the prompted digit in each frame; gray: the teacher."
         add("bench", "Recognition over time", note, figures.recognition_by_frame(benches))
     return charts

@@ -1,4 +1,4 @@
-"""Curves of several runs in one chart, each in its run's colour; the page has the legend."""
+"""Draws the curves of several runs in one chart, each in its run's color; the page has the legend."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Report = Mapping[str, Any]
 
 
 def heldout_loss(reports: Sequence[Report], teacher: float | None) -> str:
-    """Held-out loss over the steps of each run; `teacher` as a dashed line."""
+    """Plot the held-out loss of each run by step, as SVG, with the `teacher` level as a dashed line."""
     with Chart("compared heldout") as chart:
         ax = chart.axes
         ends = [1.0]
@@ -31,7 +31,7 @@ def heldout_loss(reports: Sequence[Report], teacher: float | None) -> str:
 
 
 def training_loss(reports: Sequence[Report]) -> str:
-    """Moving average of each run's training loss."""
+    """Plot the moving average of each run's training loss, as SVG."""
     with Chart("compared training") as chart:
         ax = chart.axes
         ends, everything = [1.0], []
@@ -51,7 +51,7 @@ def training_loss(reports: Sequence[Report]) -> str:
 
 
 def error_by_layer(reports: Sequence[Report]) -> str:
-    """Relative error of each layer's attention output."""
+    """Plot the relative error of each layer's attention output, as SVG."""
     from matplotlib.ticker import MaxNLocator
 
     with Chart("compared layers") as chart:
@@ -66,7 +66,7 @@ def error_by_layer(reports: Sequence[Report]) -> str:
 
 
 def error_by_timestep(reports: Sequence[Report]) -> str:
-    """Relative velocity error at noise levels t in [0, 1]."""
+    """Plot the relative velocity error at noise levels t in [0, 1], as SVG."""
     with Chart("compared timesteps") as chart:
         ax = chart.axes
         for report, color in zip(reports, RUNS, strict=False):
@@ -80,7 +80,7 @@ def error_by_timestep(reports: Sequence[Report]) -> str:
 
 
 def recognition_by_frame(benches: Sequence[Mapping[str, Any] | None]) -> str:
-    """Share of the students' videos that show their digit, frame by frame, and that of the first teacher."""
+    """Plot the share of videos that show their digit in each frame, for every student and the first teacher, as SVG."""
     with Chart("compared recognition") as chart:
         ax = chart.axes
         known = [bench for bench in benches if bench is not None]

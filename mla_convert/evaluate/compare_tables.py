@@ -1,4 +1,4 @@
-"""What the comparison of several runs says in tables: scalars, Digits-Bench, recipes, and what is not comparable."""
+"""Builds the tables of a comparison of runs: scalars, Digits-Bench, recipe differences and warnings."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from .bench_section import METRICS, cell
+from .figures import curve_of
 from .text import DASH, bytes_text, duration, length_text, percent, plain, points_text, signed, times_training
 from .vbench_section import TOTALS
 from .vbench_suite import DIMENSIONS
@@ -18,10 +19,10 @@ Cell = dict[str, Any]
 
 
 class Row(NamedTuple):
-    """One line of the table of scalars.
+    """One row of the table of scalars.
 
-    `student` reads a run's value, `teacher` that of its teacher or None. `change` writes the
-    difference from the first run, `better` is -1 where less is better, 1 where more is, 0 where neither.
+    `write` formats a value. `student` reads a run's value from its report, `teacher` its teacher's. `change`
+    formats the difference from the first run. `better` is -1 if lower is better, 1 if higher is, 0 if neither.
     """
 
     name: str
@@ -33,9 +34,9 @@ class Row(NamedTuple):
 
 
 def scalars(reports: Sequence[Report]) -> list[dict[str, Any]]:
-    """Rows `name`, `teacher` and one cell a run: `value`, `change` from the first run, `best`.
+    """Return rows with `name`, `teacher` and one cell per run: `value`, `change` from the first run, `best`.
 
-    The teacher's column is the first run's that has it. A row without any value is left out.
+    The teacher's value is that of the first run that has one. A row without any value is left out.
     """
     found = []
     for row in _rows(reports):
@@ -72,7 +73,7 @@ def _rows(reports: Sequence[Report]) -> Iterator[Row]:
         return f"{value:,g}"
 
     yield Row(
-        "Cached scalars a token",
+        "Cached scalars per token per layer",
         count,
         lambda r: r["latent_scalars_per_token"],
         lambda r: r["dense_scalars_per_token"],
@@ -91,11 +92,11 @@ def _rows(reports: Sequence[Report]) -> Iterator[Row]:
         "Loss before distillation", loss, lambda r: r["converted_loss"], lambda r: r["teacher_loss"], relative, -1
     )
     yield Row("Held-out loss", loss, lambda r: r["student_loss"], lambda r: r["teacher_loss"], relative, -1)
-    yield Row("Above the teacher's", signed, lambda r: r["loss_increase"], None, _points, -1)
+    yield Row("Held-out loss increase", signed, lambda r: r["loss_increase"], None, _points, -1)
     yield Row("Velocity error", percent, lambda r: r["velocity_rel_error"], None, relative, -1)
     yield Row("Attention error, worst layer", percent, lambda r: max(r["attention_rel_error"]), None, relative, -1)
     yield Row(
-        "Attention map, worst head",
+        "Attention map difference, worst head",
         percent,
         lambda r: max(max(layer["total_variation"]) for layer in r["attention_maps"]),
         None,
@@ -105,41 +106,39 @@ def _rows(reports: Sequence[Report]) -> Iterator[Row]:
     lengths = {length for report in reports for side in (report.get("accuracy") or {}).values() for length in side}
     for length in sorted(lengths, key=times_training):
         yield Row(
-            f"Digits recognised at {length_text(length)}",
+            f"Digits recognized at {length_text(length)}",
             percent,
             lambda r, length=length: r["accuracy"]["student"][length],  # type: ignore[misc]
             lambda r, length=length: r["accuracy"]["teacher"][length],  # type: ignore[misc]
             _points,
             1,
         )
-    judged = {name for report in reports for name in (report.get("vbench") or {}).get("scores", {})}
-    for key in (*(name for name in DIMENSIONS if name in judged), *TOTALS):
+    scored = {name for report in reports for name in (report.get("vbench") or {}).get("scores", {})}
+    for key in (*(name for name in DIMENSIONS if name in scored), *TOTALS):
         yield Row(
             f"VBench: {TOTALS.get(key, key.replace('_', ' ')).lower()}",
             lambda value: f"{value:.4f}",
-            lambda r, key=key: r["vbench"]["scores"][key]["score"] if key in judged else r["vbench"]["totals"][key],  # type: ignore[misc]
+            lambda r, key=key: r["vbench"]["scores"][key]["score"] if key in scored else r["vbench"]["totals"][key],  # type: ignore[misc]
             None,
             relative,
             1,
         )
     yield Row("Training steps", count, _steps)
-    yield Row("Time in all", duration, lambda r: r["seconds"]["total"])
+    yield Row("Total time", duration, lambda r: r["seconds"]["total"])
 
 
 def _points(old: float, new: float) -> str:
     return points_text(new - old)
 
 
-def _steps(report: Report) -> int | None:
-    """Steps of all stages, which count on or start anew."""
-    by_stage: dict[str, int] = {}
-    for row in report.get("curves") or []:
-        by_stage[row.get("stage", "")] = max(by_stage.get(row.get("stage", ""), 0), row["step"])
-    return sum(by_stage.values()) if by_stage else None
+def _steps(report: Report) -> float | None:
+    """Return the training steps of all stages together."""
+    steps, _, _ = curve_of(report.get("curves") or [], "step")
+    return steps[-1] if steps else None
 
 
 def _try(read: Callable[[Report], Any], report: Report) -> Any:
-    """What `read` finds; None where a report does not have it."""
+    """Return `read(report)`, or None if the report lacks the value."""
     try:
         return read(report)
     except (KeyError, TypeError, ValueError):
@@ -153,9 +152,9 @@ def _change(row: Row, first: Any, value: Any) -> str:
 
 
 def bench_tables(benches: Sequence[Mapping[str, Any] | None]) -> list[dict[str, Any]]:
-    """One table a length that any run has: `title`, and `rows` of cells for real, teacher and each run.
+    """Return one table per length that any run has: `title`, and `rows` of cells for real, teacher and each run.
 
-    A cell is `apart` when its 95 % interval and that of the first run have nothing in common.
+    A cell is `apart` if its 95 % interval does not overlap that of the first run.
     """
     known = [bench for bench in benches if bench is not None]
     lengths = {length: bench for bench in reversed(known) for length in bench["lengths"]}
@@ -190,7 +189,7 @@ def _apart(first: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> 
 
 
 def differences(reports: Sequence[Report]) -> list[dict[str, Any]]:
-    """Keys in which the recipes differ: `key` and `values`, one a run; empty when a run has no recipe."""
+    """Return the keys in which the recipes differ, with one value per run; empty if a run has no recipe."""
     recipes = [report.get("recipe") for report in reports]
     if not all(recipes):
         return []
@@ -219,7 +218,7 @@ def _written(value: Any) -> str:
 
 
 def warnings(reports: Sequence[Report]) -> list[str]:
-    """Why some of the figures may not be compared, a sentence each."""
+    """Return the reasons why some numbers are not comparable, one sentence each."""
     found = []
     sources = [report.get("source") for report in reports]
     if len(set(map(str, sources))) > 1:
@@ -227,13 +226,12 @@ def warnings(reports: Sequence[Report]) -> list[str]:
     losses = [report["teacher_loss"] for report in reports if report.get("teacher_loss") is not None]
     if losses and max(losses) > min(losses) * (1 + 1e-6):
         found.append(
-            "The teacher's held-out loss is not the same in all runs: "
-            "they were measured on other clips, another noise or another device."
+            "The teacher's held-out loss is not the same in all runs: the clips, the noise or the device differ."
         )
     settings = [
         (bench["prompts"], bench["seeds"]) for report in reports if (bench := report.get("digits_bench")) is not None
     ]
     if len(set(settings)) > 1:
-        counted = ", ".join(f"{prompts} prompts of {seeds} seeds" for prompts, seeds in settings)
-        found.append(f"Digits-Bench was run at different sizes: {counted}.")
+        sizes = ", ".join(f"{prompts} prompts x {seeds} seeds" for prompts, seeds in settings)
+        found.append(f"Digits-Bench was run at different sizes: {sizes}.")
     return found

@@ -1,4 +1,4 @@
-"""The part of the report that shows which heads look elsewhere than the teacher's, and the worst clips."""
+"""Builds the parts of the report on attention maps and on the worst clips."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .text import digits_text, percent, signed
 
 ARROW = "\N{RIGHTWARDS ARROW}"
 HEADS = 5
-"""Heads that are listed."""
+"""Number of heads in the table."""
 
 
 def map_chart(layers: Sequence[Mapping[str, Any]]) -> str:
-    """Total variation of every head as a dot, layer by layer, and the mean of each layer as a line."""
+    """Plot the total variation of every head as a dot and the mean of each layer as a line, as SVG."""
     from matplotlib.ticker import MaxNLocator
 
     with Chart("attention maps") as chart:
@@ -28,14 +28,14 @@ def map_chart(layers: Sequence[Mapping[str, Any]]) -> str:
             range(len(heads)), [float(np.mean(values)) if values else float("nan") for values in heads], color=STUDENT
         )
         ax.set_xlim(-0.5, len(heads) - 0.5)
-        ax.set_xlabel("layer (dots: heads, line: their mean)")
+        ax.set_xlabel("layer (dots: heads, line: mean over heads)")
         ax.xaxis.set_major_locator(MaxNLocator(10, integer=True))
         percent_axis(ax)
     return chart.svg
 
 
 def worst_heads(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """The heads with the largest total variation: `name`, `variation`, `kl`, `logit` and `history`."""
+    """Return the heads with the largest total variation: `name`, `variation`, `kl`, `logit` and `history`."""
     found = [
         (value, number, head)
         for number, layer in enumerate(layers)
@@ -59,7 +59,7 @@ def worst_heads(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 
 
 def worst_clips(by_clip: Mapping[str, Any]) -> dict[str, Any]:
-    """`note` on all clips, and `clips`: `name`, `error`, `increase` and the `pictures` where there are any."""
+    """Return a `note` on all clips, and the worst `clips`: `name`, `error`, `increase`, `pictures` (may be None)."""
     clips = [
         {
             "name": clip["prompt"] or f"clip {clip['clip']}",
@@ -73,8 +73,8 @@ def worst_clips(by_clip: Mapping[str, Any]) -> dict[str, Any]:
     note = ""
     if by_clip.get("median") is not None and by_clip.get("p95") is not None:
         note = (
-            f"Velocity error of {by_clip['clips']} held-out clips: median {percent(by_clip['median'])}, "
-            f"95 % of them below {percent(by_clip['p95'])}."
+            f"Velocity error over {by_clip['clips']} held-out clips: median {percent(by_clip['median'])}, "
+            f"95th percentile {percent(by_clip['p95'])}."
         )
     return {"note": note, "clips": clips}
 

@@ -1,4 +1,4 @@
-"""Charts of the report as inline SVG whose colours and typeface come from the page's style sheet."""
+"""Draws the report's charts as inline SVG; colors and typeface come from the page's style sheet."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import numpy as np
 
 from ..sizes import format_bytes
 
-# Matplotlib is imported by what draws: it is slow to import, and tells of a cache that it cannot write.
+# Drawing functions import Matplotlib: the import is slow, and warns if its cache folder is not writable.
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-# Matplotlib wants colours it can parse; each of these becomes a CSS variable in the finished SVG.
+# Matplotlib needs colors that it can parse; `_themed` replaces each of these by a CSS variable.
 INK, MUTED, RULE, TEACHER, STUDENT = "#010101", "#020202", "#030303", "#040404", "#050505"
 RUNS = ("#060606", "#070707", "#080808", "#090909", "#0a0a0a", "#0b0b0b")
 _VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", TEACHER: "--teacher", STUDENT: "--student"} | {
@@ -54,15 +54,15 @@ STYLE: dict[str, Any] = {
 
 
 def teacher_level(curves: Sequence[Mapping[str, Any]]) -> float | None:
-    """The teacher's held-out loss on the clips and noise of the curves, where a stage has measured it."""
+    """Return the teacher's held-out loss on the clips and noise of the curves; None if no stage measured it."""
     levels = [row["teacher_heldout_loss"] for row in curves if row.get("teacher_heldout_loss") is not None]
     return levels[0] if levels else None
 
 
 def heldout_loss(curves: Sequence[Mapping[str, Any]]) -> str:
-    """Held-out loss over the steps of distillation, with the teacher's as a line.
+    """Plot the held-out loss by distillation step, as SVG, with the teacher's as a line.
 
-    The losses of an evaluation are no part of it: those are measured on noise of their own.
+    It leaves out the losses of the evaluation, which are measured with different noise.
     """
     steps, values, bounds = curve_of(curves, "heldout_loss")
     teacher = teacher_level(curves)
@@ -83,12 +83,12 @@ def heldout_loss(curves: Sequence[Mapping[str, Any]]) -> str:
 
 
 def training_loss(curves: Sequence[Mapping[str, Any]]) -> str:
-    """Training loss by step, faint, with its moving average."""
+    """Plot the training loss by step, faint, and its moving average, as SVG."""
     steps, values, bounds = curve_of(curves, "loss")
     with Chart("training") as chart:
         ax = chart.axes
         _stages(ax, bounds)
-        # Stages minimise different things, so no average runs across their border.
+        # Stages minimize different objectives, so each is averaged separately.
         starts = [int(np.searchsorted(steps, start, side="right")) for _, start in bounds]
         for first, end in itertools.pairwise([*starts, len(steps)]):
             _smoothed(ax, steps[first:end], values[first:end])
@@ -98,7 +98,7 @@ def training_loss(curves: Sequence[Mapping[str, Any]]) -> str:
 
 
 def cache_by_streams(dense_bytes: float, latent_bytes: float) -> str:
-    """Cache of 1 to 64 streams, dense and latent."""
+    """Plot the cache bytes of up to 64 streams, dense and latent, as SVG."""
     streams = 64
     with Chart("streams") as chart:
         ax = chart.axes
@@ -113,9 +113,9 @@ def cache_by_streams(dense_bytes: float, latent_bytes: float) -> str:
 
 
 def memory_by_streams(plan: Mapping[str, Any]) -> str:
-    """Weights, caches and working memory of a number of streams against the memory of a card.
+    """Plot the memory of weights, caches and working memory by number of streams, and a GPU's limit, as SVG.
 
-    `plan` is what `plan --json` prints.
+    `plan` is the object that `plan --json` prints.
     """
     limit = plan["gpu_memory_bytes"]
     fixed = plan["weights_bytes"] + plan["reserved_bytes"]
@@ -136,7 +136,7 @@ def memory_by_streams(plan: Mapping[str, Any]) -> str:
 
 
 def error_by_layer(errors: Sequence[float]) -> str:
-    """Relative error of each layer's attention output, as bars; no bar for NaN."""
+    """Plot the relative error of each layer's attention output as bars, as SVG; NaN gets no bar."""
     from matplotlib.ticker import MaxNLocator
 
     with Chart("layers") as chart:
@@ -152,7 +152,7 @@ def error_by_layer(errors: Sequence[float]) -> str:
 
 
 def error_by_timestep(points: Sequence[Sequence[float]]) -> str:
-    """Relative velocity error at noise levels t in [0, 1]."""
+    """Plot the relative velocity error at noise levels t in [0, 1], as SVG."""
     ordered = sorted((float(t), float(error)) for t, error in points)
     with Chart("timesteps") as chart:
         ax = chart.axes
@@ -164,7 +164,7 @@ def error_by_timestep(points: Sequence[Sequence[float]]) -> str:
 
 
 class Chart:
-    """One figure: `axes` to draw into, `panels` of them in a row, and `svg` once the block has ended."""
+    """One figure as a context manager: draw into `axes` or the row of `panels`; `svg` is set when the block ends."""
 
     def __init__(self, name: str, size: tuple[float, float] = _SIZE, panels: int = 1) -> None:
         self.name, self.size, self.count = name, size, panels
@@ -174,7 +174,7 @@ class Chart:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
 
-        # A salt of its own keeps ids apart when several figures share one page, and bytes stable.
+        # A separate salt keeps element ids unique among the figures of a page, and the bytes stable.
         self._context = rc_context(STYLE | {"svg.hashsalt": self.name})
         self._context.__enter__()
         self.figure = Figure(figsize=self.size, layout="constrained")
@@ -191,7 +191,7 @@ class Chart:
 
 
 def _themed(svg: str) -> str:
-    """The `<svg>` element alone, scalable, with CSS variables for colours and the page's typeface."""
+    """Return only the `<svg>` element, scalable, with CSS variables as colors and the page's typeface."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"|(<svg[^>]*?) height="[^"]*" width="[^"]*"', r"\1\2", svg)
@@ -204,18 +204,23 @@ def _themed(svg: str) -> str:
 
 
 def curve_of(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float], list[tuple[str, float]]]:
-    """Steps, values and `(stage, first step)`; a stage that counts from its own start follows the one before."""
+    """Return the steps and values of `key` over all stages, and `(stage, first step)` of each.
+
+    Stages that count from their own start are placed end to end. A step that does not increase starts a new stage.
+    """
     steps: list[float] = []
     values: list[float] = []
     bounds: list[tuple[str, float]] = []
     offset = end = 0.0
+    last = -1
     for row in rows:
         stage = str(row.get("stage", ""))
-        if not bounds or bounds[-1][0] != stage:
+        if not bounds or bounds[-1][0] != stage or row["step"] <= last:
             if row["step"] < end:
                 offset = end
             bounds.append((stage, end))
-        end = offset + row["step"]
+        last = row["step"]
+        end = offset + last
         if row.get(key) is not None:
             steps.append(end)
             values.append(float(row[key]))
@@ -223,7 +228,7 @@ def curve_of(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], 
 
 
 def _smoothed(ax: Axes, steps: Sequence[float], values: Sequence[float]) -> None:
-    """A noisy line, faint, under its centred moving average."""
+    """Plot a noisy line, faint, under its centered moving average."""
     width = max(1, len(values) // 40)
     ax.plot(steps, values, color=STUDENT, linewidth=1, alpha=0.35 if width > 1 else 1)
     if width > 1:
@@ -247,7 +252,7 @@ def _stages(ax: Axes, bounds: list[tuple[str, float]]) -> None:
 def _text(
     ax: Axes, x: float, y: float, text: str, color: str, align: str, vertical: str, shift: tuple[float, float]
 ) -> None:
-    """Text at a data point, moved by `shift` points."""
+    """Write text at a data point, moved by `shift` points."""
     ax.annotate(text, (x, y), xytext=shift, textcoords="offset points", color=color, ha=align, va=vertical)
 
 
@@ -256,7 +261,7 @@ def _end_label(ax: Axes, x: float, y: float, text: str, color: str, above: bool)
 
 
 def log_axis_where_wide(ax: Axes, values: Sequence[float]) -> None:
-    """A logarithmic axis for positive values that span more than a factor of eight."""
+    """Use a logarithmic axis for positive values that span more than a factor of eight."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     if min(values) > 0 and max(values) > 8 * min(values):

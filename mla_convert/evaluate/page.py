@@ -1,4 +1,4 @@
-"""A page that is one file: the template, the style sheet, nothing from the network."""
+"""Renders a page as one file with its style sheet; nothing is loaded from the network."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jinja2
 
 
 def render_page(template: str, **values: Any) -> str:
-    """A template of this folder with `values`, everything from outside escaped."""
+    """Render a template of this folder with `values`, which are HTML-escaped."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mla_convert.evaluate", "."),
         autoescape=True,

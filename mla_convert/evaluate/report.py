@@ -1,14 +1,14 @@
-"""`report.json` and `report.html`: the evidence of one conversion, in one file that opens offline.
+"""Writes `report.json` and `report.html`, the measurements of one conversion. The page opens offline.
 
-A section of the page appears when its data is in the report. The keys that it knows:
+A section of the page appears when the report has its data. The page reads these keys:
 
     name, source, layout {position, own_chunk, kv_lora_rank, ...}, recipe (YAML text), versions {...}
     dense_scalars_per_token, latent_scalars_per_token, reduction, dense_cache_bytes, latent_cache_bytes
     teacher_loss, student_loss, converted_loss (before distillation), loss_increase
     velocity_rel_error, velocity_rel_error_by_timestep [[t, error], ...] with t in [0, 1]
-    attention_rel_error [one a layer], attention_maps (see `attention_maps.py`), by_clip (see `worst_clips.py`)
+    attention_rel_error [one per layer], attention_maps (see `attention_maps.py`), by_clip (see `worst_clips.py`)
     accuracy {teacher: {"1x": ...}, student: {...}}, digits_bench (see `digits_bench.py`)
-    kernels {teacher, student}: what attended, not_finite [the keys that became null]
+    kernels {teacher, student}: which attention ran, not_finite [keys that became null]
     seconds {convert, distill, evaluate, total}
     vbench {suite, version, seconds, samples, scores {dimension: {score, videos}}, totals, published}
     curves [{stage, step, loss, heldout_loss}, ...], plan (what `plan --json` prints)
@@ -48,10 +48,10 @@ REPORT_JSON, REPORT_HTML = "report.json", "report.html"
 
 
 def write_report(folder: Path, report: Mapping[str, Any], comparisons: Sequence[Comparison] = ()) -> Path:
-    """Write `report.json` and `report.html` into `folder`; returns the page's path.
+    """Write `report.json` and `report.html` into `folder` and return the page's path.
 
-    Numbers that are not finite become null in the JSON and are named under `not_finite`, on the page
-    too. Equal input gives equal bytes. Raises UserError when the disk is full.
+    Numbers that are not finite become null in the JSON; `not_finite` and the page list them. Equal input
+    gives equal bytes. Raises UserError when the disk is full.
     """
     clean = finite(report)
     write_text(folder / REPORT_JSON, json.dumps(clean, indent=2, sort_keys=True, allow_nan=False) + "\n")
@@ -61,7 +61,7 @@ def write_report(folder: Path, report: Mapping[str, Any], comparisons: Sequence[
 
 
 def finite(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The report as plain JSON values; numbers that are not finite become None, listed by path under `not_finite`."""
+    """Return the report as plain JSON values; `not_finite` lists the paths of non-finite numbers, which become None."""
     lost: list[str] = []
 
     def walk(value: Any, path: str) -> Any:
@@ -85,7 +85,7 @@ def finite(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def render_html(report: Mapping[str, Any], comparisons: Sequence[Comparison] = ()) -> str:
-    """The page of a report whose numbers are finite or None."""
+    """Return the HTML page of a report whose numbers are finite or None."""
     return render_page(
         "report.html.j2",
         title=_title(report),
@@ -120,18 +120,18 @@ def _verdict(report: Mapping[str, Any]) -> str:
     if not _has(report, "dense_scalars_per_token", "latent_scalars_per_token", "reduction"):
         return ""
     text = (
-        f"Each layer of the converted model caches {report['latent_scalars_per_token']:,g} numbers a token where "
-        f"its teacher caches {report['dense_scalars_per_token']:,g}: {percent(report['reduction'])} less memory"
+        f"Each layer of the converted model caches {report['latent_scalars_per_token']:,g} numbers per token; its "
+        f"teacher caches {report['dense_scalars_per_token']:,g}. That is {percent(report['reduction'])} less memory"
     )
     increase = report.get("loss_increase")
     if increase is None:
         return text + "."
     side = "above" if increase >= 0 else "below"
-    return f"{text}, for a held-out loss {percent(abs(increase))} {side} the teacher's."
+    return f"{text}. The held-out loss is {percent(abs(increase))} {side} the teacher's."
 
 
 def _tiles(report: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The few numbers a reader should leave with."""
+    """Return the headline numbers at the top of the page."""
     tiles = []
     if _has(report, "dense_cache_bytes", "latent_cache_bytes"):
         dense, latent = report["dense_cache_bytes"], report["latent_cache_bytes"]
@@ -140,13 +140,13 @@ def _tiles(report: Mapping[str, Any]) -> list[dict[str, str]]:
     if _has(report, "loss_increase"):
         note = ""
         if _has(report, "teacher_loss", "student_loss"):
-            note = f"{report['student_loss']:.4f} against {report['teacher_loss']:.4f}"
+            note = f"{report['student_loss']:.4f}, teacher {report['teacher_loss']:.4f}"
         tiles.append({"value": signed(report["loss_increase"]), "label": "held-out loss", "note": note})
     for length, teacher, student in _accuracies(report)[-1:]:
         if student is not None:
             note = f"teacher {percent(teacher)}" if teacher is not None else ""
             tiles.append(
-                {"value": percent(student), "label": f"digits recognised at {length_text(length)}", "note": note}
+                {"value": percent(student), "label": f"digits recognized at {length_text(length)}", "note": note}
             )
     total = (report.get("seconds") or {}).get("total")
     if total is not None:
@@ -155,7 +155,7 @@ def _tiles(report: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The comparison table: what, teacher, student, change."""
+    """Return the rows of the comparison table: name, teacher, student, change."""
     rows: list[dict[str, str]] = []
 
     def add(name: str, teacher: str, student: str, change: str = "") -> None:
@@ -163,7 +163,7 @@ def _rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
 
     if _has(report, "dense_scalars_per_token", "latent_scalars_per_token"):
         dense, latent = report["dense_scalars_per_token"], report["latent_scalars_per_token"]
-        add("Cached scalars a token", f"{dense:,g}", f"{latent:,g}", signed(latent / dense - 1))
+        add("Cached scalars per token per layer", f"{dense:,g}", f"{latent:,g}", signed(latent / dense - 1))
     if _has(report, "dense_cache_bytes", "latent_cache_bytes"):
         dense, latent = report["dense_cache_bytes"], report["latent_cache_bytes"]
         add("Cache of one stream", bytes_text(dense), bytes_text(latent), signed(latent / dense - 1))
@@ -182,12 +182,12 @@ def _rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
         add("Velocity error", DASH, percent(report["velocity_rel_error"]))
     for length, teacher, student in _accuracies(report):
         change = "" if teacher is None or student is None else points_text(student - teacher)
-        add(f"Digits recognised at {length_text(length)}", share_text(teacher), share_text(student), change)
+        add(f"Digits recognized at {length_text(length)}", share_text(teacher), share_text(student), change)
     return rows
 
 
 def _accuracies(report: Mapping[str, Any]) -> list[tuple[str, float | None, float | None]]:
-    """`(length, teacher, student)` from short to long."""
+    """Return `(length, teacher, student)` accuracies from the shortest rollout to the longest."""
     accuracy = report.get("accuracy") or {}
     teacher, student = accuracy.get("teacher") or {}, accuracy.get("student") or {}
     lengths = sorted({*teacher, *student}, key=times_training)
@@ -197,7 +197,7 @@ def _accuracies(report: Mapping[str, Any]) -> list[tuple[str, float | None, floa
 def _seconds(seconds: Mapping[str, float]) -> str:
     parts = [f"{name} {duration(value)}" for name, value in seconds.items() if name != "total" and value is not None]
     if seconds.get("total") is not None:
-        parts.append(f"{duration(seconds['total'])} in all")
+        parts.append(f"{duration(seconds['total'])} in total")
     return ", ".join(parts)
 
 
@@ -212,7 +212,7 @@ def _bars(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _charts(report: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Charts by section: `{"distillation": [{title, note, svg}], ...}`."""
+    """Return the charts by section: `{"distillation": [{title, note, svg}], ...}`."""
     charts: dict[str, list[dict[str, Any]]] = {"distillation": [], "memory": [], "error": [], "bench": []}
 
     def add(section: str, title: str, note: str, svg: str) -> None:
@@ -220,19 +220,19 @@ def _charts(report: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
     curves = report.get("curves") or []
     if any(row.get("heldout_loss") is not None for row in curves):
-        note = "On clips that were never trained on, same noise at every point."
+        note = "On held-out clips, with the same noise at every point."
         if _has(report, "student_loss"):
-            note += " The table's losses are of the same clips on other noise, hence other numbers."
+            note += " The losses in the table differ because they use other noise on the same clips."
         add("distillation", "Held-out loss", note, figures.heldout_loss(curves))
     if any(row.get("loss") is not None for row in curves):
-        add("distillation", "Training loss", "What the stage minimises.", figures.training_loss(curves))
+        add("distillation", "Training loss", "The objective that the stage minimizes.", figures.training_loss(curves))
     if _has(report, "dense_cache_bytes", "latent_cache_bytes"):
         if (report.get("plan") or {}).get("max_streams_latent"):
-            note = "Weights, caches and working memory, computed."
+            note = "Weights, caches and working memory (computed, not measured)."
             add("memory", "Memory by number of streams", note, figures.memory_by_streams(report["plan"]))
         else:
             svg = figures.cache_by_streams(report["dense_cache_bytes"], report["latent_cache_bytes"])
-            add("memory", "Cache by number of streams", "Each stream keeps a full window.", svg)
+            add("memory", "Cache by number of streams", "Each stream caches a full window.", svg)
     layers = [math.nan if error is None else error for error in report.get("attention_rel_error") or []]
     if not np.isnan(layers).all():
         worst = int(np.nanargmax(layers))
@@ -240,12 +240,12 @@ def _charts(report: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
         add("error", "Attention output by layer", note, figures.error_by_layer(layers))
     points = [(t, error) for t, error in report.get("velocity_rel_error_by_timestep") or [] if error is not None]
     if points:
-        note = "Difference from the teacher's velocity, relative to its size."
+        note = "Difference from the teacher's velocity, relative to the magnitude of the teacher's."
         add("error", "Velocity by noise level", note, figures.error_by_timestep(points))
     if report.get("attention_maps"):
-        note = "Share of a head's attention that goes to other tokens than the teacher's (total variation)."
+        note = "Share of a head's attention that goes to different tokens than in the teacher (total variation)."
         add("error", "Attention maps by layer", note, fidelity_section.map_chart(report["attention_maps"]))
     if _has(report, "digits_bench"):
-        note = "Share of the rollouts whose frame shows the prompted digit."
+        note = "Share of rollouts that show the prompted digit in each frame."
         add("bench", "Recognition over time", note, bench_section.recognition_by_frame(report["digits_bench"]))
     return charts

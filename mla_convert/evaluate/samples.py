@@ -1,4 +1,4 @@
-"""Generated videos as they are embedded in the report: one mp4 that plays, and a film strip."""
+"""Embeds generated videos in a page, as a playable mp4 and a film strip."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _THUMBNAIL, _VIDEO_WIDTH, _PIXEL_ART = 240, 480, 64
 
 @dataclass(frozen=True)
 class Comparison:
-    """One prompt as teacher and student drew it from the same noise: float32 `[F, H, W, 3]` in [0, 1]."""
+    """Videos of one prompt by teacher and student from the same noise: float32 `[F, H, W, 3]` in [0, 1]."""
 
     prompt: str
     teacher: Frames
@@ -29,7 +29,7 @@ class Comparison:
 
 
 def embed(comparison: Comparison) -> dict[str, Any]:
-    """Both videos as one mp4 and a few frames of each as pictures, everything as data URIs."""
+    """Return both videos as one mp4 and a few frames of each as pictures, all as data URIs."""
     frames = comparison.teacher.shape[0]
     teacher, student = _shrunk(comparison.teacher, _VIDEO_WIDTH), _shrunk(comparison.student, _VIDEO_WIDTH)
     both = side_by_side(teacher, student, labels=None)
@@ -45,9 +45,9 @@ def embed(comparison: Comparison) -> dict[str, Any]:
 
 
 def film_strips(videos: Mapping[str, Frames]) -> dict[str, Any]:
-    """A few frames of each of some videos of one shape: `numbers` of the frames, `strips`, and how they are shown.
+    """Return film strips of videos that share one shape: frame `numbers`, `strips`, `small` and aspect `ratio`.
 
-    Evenly spaced frames; of long pixel art those that follow one another at the beginning and at the end.
+    Frames are evenly spaced. Long pixel art shows consecutive frames from its beginning and its end instead.
     """
     frames, height, width = next(iter(videos.values())).shape[:3]
     small = max(height, width) <= _PIXEL_ART
@@ -65,14 +65,14 @@ def film_strips(videos: Mapping[str, Frames]) -> dict[str, Any]:
 def _shown_frames(frames: int, small: bool) -> list[int]:
     count = min(9 if small else 6, frames)
     if small and frames > 2 * count:
-        # A digit's bounce has a period of four frames: frames far apart may all show it in one place.
+        # A bouncing digit has a period of four frames, so evenly spaced frames may all show the same place.
         first = (count + 1) // 2
         return [*range(first), *range(frames - (count - first), frames)]
     return [int(index) for index in np.unique(np.linspace(0, frames - 1, count).round().astype(int))]
 
 
 def embed_video(frames: Frames, fps: float) -> dict[str, Any]:
-    """One video as a data URI, with the size of its frames."""
+    """Return one video as a data URI, with its `width` and `height`."""
     shrunk = _shrunk(frames, _VIDEO_WIDTH)
     return {"video": _playing(shrunk, fps), "width": shrunk.shape[2], "height": shrunk.shape[1]}
 
@@ -85,7 +85,7 @@ def _playing(frames: Frames, fps: float) -> str:
 
 
 def _shrunk(frames: Frames, width: int) -> Frames:
-    """Frames no wider than `width`."""
+    """Resize frames that are wider than `width`."""
     if frames.shape[2] <= width:
         return frames
     size = (width, round(frames.shape[1] * width / frames.shape[2]))
@@ -94,7 +94,7 @@ def _shrunk(frames: Frames, width: int) -> Frames:
 
 
 def _still(frame: Frames) -> str:
-    """One frame as a data URI: exact for pixel art, a small JPEG otherwise."""
+    """Encode one frame as a data URI: lossless PNG for pixel art, a small JPEG otherwise."""
     picture = Image.fromarray(_to_bytes(frame))
     buffer = io.BytesIO()
     if max(picture.size) <= _PIXEL_ART:

@@ -1,4 +1,4 @@
-"""Numbers as the pages write them."""
+"""Formats numbers and layouts for the report and comparison pages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DASH, MINUS, SPACE = "\N{EN DASH}", "\N{MINUS SIGN}", "\N{NO-BREAK SPACE}"
 
 
 def plain(value: Any) -> str:
-    """A value of the layout; equal entries of a list are said once."""
+    """Format a value of the layout; a list of equal entries is written once."""
     if isinstance(value, list) and value and all(entry == value[0] for entry in value):
         return f"{plain(value[0])} in each of {len(value)} layers" if len(value) > 1 else plain(value[0])
     if isinstance(value, list):
@@ -20,7 +20,7 @@ def plain(value: Any) -> str:
 
 
 def brief(value: Any) -> str:
-    """A value of the layout in a word or two; a list of numbers as its range."""
+    """Format a value of the layout in a word or two; a list of numbers becomes its range."""
     if isinstance(value, list) and value and all(isinstance(entry, int | float) for entry in value):
         low, high = min(value), max(value)
         return f"{low:g}" if low == high else f"{low:g} to {high:g}"
@@ -28,7 +28,7 @@ def brief(value: Any) -> str:
 
 
 def layout_parts(layout: Mapping[str, Any]) -> list[str]:
-    """The layout of a report in a few words each."""
+    """Return the layout of a report as short phrases."""
     names = {"position": "{}", "own_chunk": "own chunk {}", "kv_lora_rank": "rank {}"}
     parts = [text.format(brief(layout[key])) for key, text in names.items() if layout.get(key) is not None]
     shared = layout.get("layers_per_latent") or 1
@@ -36,22 +36,22 @@ def layout_parts(layout: Mapping[str, Any]) -> list[str]:
 
 
 def times_training(length: str) -> float:
-    """8 for `8x`: the key by which lengths are put in order."""
+    """Return the number in a length such as `8x`, to sort lengths by."""
     return float(length.rstrip("x"))
 
 
 def length_text(text: str) -> str:
-    """`1x`, the length of a training clip, and its multiples."""
+    """Format a rollout length such as `8x`; `1x` is the length of a training clip."""
     return "training length" if text == "1x" else f"{text.rstrip('x')}× length"
 
 
 def bytes_text(count: float) -> str:
-    """Bytes with their unit."""
+    """Format a byte count with its unit."""
     return format_bytes(count).replace(" ", SPACE)
 
 
 def percent(share: float) -> str:
-    """A share as `12.3 %`; two digits below 1 %, as `0.30 %`."""
+    """Format a share as `12.3 %`; below 1 % with two significant digits, as `0.30 %`."""
     hundred = 100 * share
     return (
         f"{digits_text(hundred, 2)}{SPACE}%" if 0 < abs(hundred) < 1 else f"{hundred:.1f}{SPACE}%".replace("-", MINUS)
@@ -59,29 +59,29 @@ def percent(share: float) -> str:
 
 
 def digits_text(value: float, digits: int) -> str:
-    """A number to so many digits, zeros at its end included: 0.53 to three is `0.530`."""
+    """Format a number with `digits` significant digits, trailing zeros included: 0.53 with three is `0.530`."""
     text = f"{abs(value):#.{digits}g}".rstrip(".")
     return f"{MINUS}{text}" if value < 0 else text
 
 
 def share_text(share: float | None) -> str:
-    """A share, or a dash for none."""
+    """Format a share; None becomes a dash."""
     return DASH if share is None else percent(share)
 
 
 def signed(share: float) -> str:
-    """A relative change."""
+    """Format a relative change with its sign."""
     return f"{MINUS if share < 0 else '+'}{percent(abs(share))}"
 
 
 def points_text(share: float) -> str:
-    """A difference of two shares."""
+    """Format the difference of two shares in percentage points."""
     sign = MINUS if share < 0 else "+"
     return f"{sign}{100 * abs(share):.1f} points"
 
 
 def duration(seconds: float) -> str:
-    """Seconds, minutes or hours."""
+    """Format a duration in seconds, minutes or hours."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 100:

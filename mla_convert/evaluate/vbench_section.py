@@ -1,4 +1,4 @@
-"""The part of the report that shows VBench's scores."""
+"""Builds the VBench section of the report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TOTALS = {"quality": "Quality score", "semantic": "Semantic score", "total": "To
 
 
 def vbench_table(result: Mapping[str, Any]) -> dict[str, Any]:
-    """`heads` of the columns, `rows` of a `name` and its `cells`, and a `note` on how it was measured."""
+    """Return the table of scores: column `heads`, `rows` of `name`, `cells` and `total`, and a `note` on the setup."""
     published: Mapping[str, Mapping[str, float]] = result.get("published") or {}
     scores = {name: entry["score"] for name, entry in result["scores"].items()} | dict(result.get("totals") or {})
     names = {name: name.replace("_", " ").capitalize() for name in DIMENSIONS} | TOTALS
@@ -24,11 +24,11 @@ def vbench_table(result: Mapping[str, Any]) -> dict[str, Any]:
             rows.append({"name": name, "cells": cells, "total": key in TOTALS})
     videos = sum(entry["videos"] for entry in result["scores"].values())
     note = (
-        f"{result['suite']} {result['version']} on videos of {result['seconds']} s, {result['samples']} of each "
-        f"standard prompt; {videos:,} videos counted over all dimensions."
+        f"{result['suite']} {result['version']} on videos of {result['seconds']} s, {result['samples']} per standard "
+        f"prompt; {videos:,} videos scored, summed over all dimensions."
     )
     if result.get("told") == "longer":
-        note += " The model was told rewritten, longer prompts."
+        note += " The model was given rewritten, longer prompts."
     if published:
-        note += " The other columns are values given by whoever ran this, not measured here."
+        note += " The other columns are published values supplied by the user, not measured here."
     return {"heads": ["student", *published], "rows": rows, "note": note}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -77,7 +78,9 @@ def draw_pictures(folder: Path, model: Any, evidence: Evidence) -> list[Picture]
     if points:
         add("error_by_noise.png", "Error of the velocity by noise level", _error_by_noise, points)
     curve = [row for row in report.get("curves") or [] if row.get("heldout_loss") is not None]
-    if len(curve) > 1 and len({row.get("stage") for row in curve}) == 1:
+    # A stage that is trained twice starts again at step 0.
+    restarts = any(later["step"] <= row["step"] for row, later in itertools.pairwise(curve))
+    if len(curve) > 1 and len({row.get("stage") for row in curve}) == 1 and not restarts:
         add("heldout_loss.png", "Held-out loss in distillation", _heldout, curve)
     if evidence.samples:
         _animate(evidence.samples[0], folder / ANIMATION)
