@@ -103,22 +103,22 @@ def test_metadata(released):
 def test_what_was_measured_is_there(released):
     text = (released / "README.md").read_text()
     for row in (
-        "| cached scalars a token a layer | 48 | 15 |",
-        "| cache against the dense model | 100 % | 31.2 % |",
+        "| cached scalars per token per layer | 48 | 15 |",
+        "| cache relative to the dense model | 100 % | 31.2 % |",
         "| 0 | 10 | 6 | 16 | 1 % |",
         "| 1 | 8 | 6 | 14 | 3 % |",
-        "| held-out flow-matching loss of the dense model | 0.1000 |",
-        "| the same, converted, before training | 0.1200 (+20.0 %) |",
-        "| the same, this model | 0.1030 (+3.0 %) |",
-        "| error of the velocity, relative to the dense model's | 4.21 % |",
-        "| error of the attention output, mean over layers and worst layer | 2 %, 3 % |",
-        "| prompted digit recognised at 1x the training length | 95.8 % (dense 100 %) |",
-        "| prompted digit recognised at 8x the training length | 87.5 % |",
-        "| cache of one stream, a full window | 6.04 GB | 440 MB |",
+        "| held-out flow-matching loss, dense model | 0.1000 |",
+        "| held-out loss, converted, before training | 0.1200 (+20.0 %) |",
+        "| held-out loss, this model | 0.1030 (+3.0 %) |",
+        "| velocity error relative to the dense model | 4.21 % |",
+        "| attention output error, mean over layers and worst layer | 2 %, 3 % |",
+        "| prompted digit recognized at 1x the training length | 95.8 % (dense 100 %) |",
+        "| prompted digit recognized at 8x the training length | 87.5 % |",
+        "| cache of one stream, full window | 6.04 GB | 440 MB |",
         "| parallel streams on one H100 80 GB (computed) | 11 | 62 |",
-        "| trained by | | `match_velocity` |",
-        "2.51 ms dense,\n1.25 ms latent (medians of 5). The mean pass of a chunk of 4 steps as it is streamed, with "
-        "the pass that writes: 2.6 ms dense, 1.3 ms latent. `mla-convert bench DIR` prints this.",
+        "| training stages | | `match_velocity` |",
+        "2.51 ms dense,\n1.25 ms latent (medians of 5). Mean over the passes of one streamed chunk (4 steps and the "
+        "pass that writes the cache): 2.6 ms dense, 1.3 ms latent. `mla-convert bench DIR` measures this.",
         "kv_lora_rank:\n  - 10",
         VIDEO_MLA.bibtex,
         BASE_MODELS["wan"].bibtex,
@@ -166,14 +166,14 @@ def test_its_files_are_there(released):
 def test_without_a_report_or_a_recipe_it_says_so(run):
     manifest = read_manifest(run / "checkpoint") | {"recipe": None, "source": None}
     card = card_of(manifest)
-    assert "Nothing was measured" in card
+    assert "was not evaluated" in card
     assert "Speed was not measured" in card
     assert "converted but not trained" in card
     for absent in ("base_model", "license:", "Gallery", "report.html", "!["):
         assert absent not in card
 
 
-@pytest.mark.parametrize(("licence", "said"), [("mit", "Licence: `mit`"), (None, "The source names no licence.")])
+@pytest.mark.parametrize(("licence", "said"), [("mit", "License: `mit`"), (None, "The source names no license.")])
 def test_licence_is_that_of_the_source_or_none(run, licence, said):
     manifest = read_manifest(run / "checkpoint") | {"source": SOURCE | {"license": licence}}
     card = card_of(manifest)
@@ -207,7 +207,7 @@ def test_origin(run, source, name, hub):
         (
             {"model": "/a/base"},
             [("a.pt", 1.0), ("b.pt", 0.5)],
-            "from `base` and the LoRA `a.pt` and the LoRA `b.pt` (0.5 times), with mla-convert",
+            "from `base` and the LoRA `a.pt` and the LoRA `b.pt` (scale 0.5), with mla-convert",
         ),
     ],
 )
@@ -239,11 +239,11 @@ def test_the_pipeline_comes_first_and_says_what_it_lacks(run):
     manifest = read_manifest(run / "checkpoint")
     parts = {"vae": ("diffusers", "A"), "tokenizer": ("transformers", "B"), "text_encoder": ("transformers", "C")}
     whole = card_of(manifest, components=Components(parts, Path(".")))
-    assert 'video = pipe("a cat, walking").frames[0]' in whole and "It lacks" not in whole
+    assert 'video = pipe("a cat, walking").frames[0]' in whole and "does not include" not in whole
     assert whole.index("StreamingMLAPipeline") < whole.index("import mla_convert.families")
     lacking = card_of(manifest, components=Components({"vae": parts["vae"]}, Path(".")))
-    assert "It lacks `text_encoder` and `tokenizer`: pass them" in lacking and "video = pipe" not in lacking
-    assert "It lacks `vae`, `text_encoder` and `tokenizer`: pass them" in card_of(manifest)
+    assert "not include `text_encoder` and `tokenizer`: pass them" in lacking and "video = pipe" not in lacking
+    assert "not include `vae`, `text_encoder` and `tokenizer`: pass them" in card_of(manifest)
     assert "StreamingMLAPipeline" not in card_of(manifest | {"source": {"model": "zoo:natural"}})
     digits = card_of(manifest | {"source": {"model": "zoo:digits"}, "recipe": None})
     assert 'video = pipe("7 at 2,1 moving up-left").frames[0]' in digits
@@ -251,10 +251,10 @@ def test_the_pipeline_comes_first_and_says_what_it_lacks(run):
 
 def test_which_lora_weights_fit_is_said(run):
     manifest = read_manifest(run / "checkpoint")
-    assert "LoRA weights made for the source load: its projections" in card_of(manifest)
+    assert "LoRA weights made for the source load, because the source's projections" in card_of(manifest)
     model = manifest["model"]
     low_rank = card_of(manifest | {"model": model | {"mla": model["mla"] | {"q_lora_rank": 4}}})
-    assert "load, but for those of `attn1.to_q`: the other projections" in low_rank
+    assert "load except those of `attn1.to_q`, because the other projections" in low_rank
     assert "LoRA" not in card_of(manifest | {"model": model | {"mla": None}})
 
 
@@ -262,8 +262,13 @@ def test_parts_of_the_source_are_named(run):
     manifest = read_manifest(run / "checkpoint")
     classes = {"vae": ("diffusers", "AutoencoderKLWan"), "tokenizer": ("transformers", "T5TokenizerFast")}
     referenced = card_of(manifest, components=Components(classes, repository="owner/model", revision="abc"))
-    assert "vae, tokenizer are those of [owner/model](https://huggingface.co/owner/model)." in referenced
-    assert "vae, tokenizer of the source are included." in card_of(manifest, components=Components(classes, Path(".")))
+    assert (
+        "Other components (vae, tokenizer) are loaded from [owner/model](https://huggingface.co/owner/model)."
+        in referenced
+    )
+    assert "Other components of the source (vae, tokenizer) are included." in card_of(
+        manifest, components=Components(classes, Path("."))
+    )
 
 
 def test_prompts_of_samples_do_not_break_the_card():
@@ -328,5 +333,5 @@ def test_report_with_gaps_still_makes_a_card(run, tmp_path):
     export(run, tmp_path / "out", ExportConfig())
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| 0 | 10 | 6 | 16 |  |" in card
-    assert "error of the velocity" not in card
+    assert "velocity error" not in card
     assert not (tmp_path / "out" / "figures" / "error_by_layer.png").exists()

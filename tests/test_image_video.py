@@ -196,7 +196,9 @@ def test_exports_carry_the_image_encoder_of_a_model_that_reads_it(
     assert "image_processor" in json.loads((Path(pipe.config._name_or_path) / "model_index.json").read_text())
     card = (Path(pipe.config._name_or_path) / "README.md").read_text()
     assert (
-        "pipeline_tag: image-to-video" in card and ', image="first.png").frames[0]' in card and "It lacks" not in card
+        "pipeline_tag: image-to-video" in card
+        and ', image="first.png").frames[0]' in card
+        and "does not include" not in card
     )
     (shown,) = re.findall(r"```python\n(dtype, frames = .*?)```", card, re.DOTALL)
     exec(shown, {"torch": torch, "transformer": pipe.transformer})

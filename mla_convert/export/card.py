@@ -1,4 +1,4 @@
-"""The model card of a checkpoint: what was converted, what was measured, how to load it."""
+"""Writes the model card of a checkpoint: what was converted, what was measured, how to load it."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ MLA_TAGS = ["multi-head-latent-attention", "mla", "kv-cache"]
 MAX_PROMPT = 100
 NEEDED = ("vae", "text_encoder", "tokenizer")
 MINUS = "\N{MINUS SIGN}"
-# A bracket would end the text of a link.
+# A bracket would end the text of a Markdown link.
 _BRACKETS = str.maketrans("[]", "()")
 
 
 class Origin(NamedTuple):
-    """The source as the card names it; `hub_id` and `revision` only for a source on the Hub."""
+    """The source as the card names it; `hub_id` and `revision` are set only for a source on the Hub."""
 
     name: str | None
     hub_id: str | None = None
@@ -46,7 +46,7 @@ def write_card(
     components: Components | None = None,
     needed: Sequence[str] = (),
 ) -> None:
-    """Write the card of the checkpoint that `manifest` describes."""
+    """Write the card of the checkpoint that `manifest` describes; see `render_card`."""
     path.write_text(render_card(manifest, evidence, pictures, components, needed), encoding="utf-8")
 
 
@@ -57,11 +57,10 @@ def render_card(
     components: Components | None = None,
     needed: Sequence[str] = (),
 ) -> str:
-    """The card as Markdown with YAML front matter.
+    """Return the card as Markdown with YAML front matter.
 
-    `needed` are the conditions that the model cannot run without, those of an image.
-
-    A local path of the source appears by its last name only, a licence only if the source names one.
+    `needed` names the image conditions that the model requires. Of a local source path, only the last
+    component appears. A license appears only if the source names one.
     """
     model, source = manifest["model"], manifest.get("source") or {}
     origin, recipe, report = find_origin(source), manifest.get("recipe") or {}, evidence.report or {}
@@ -99,7 +98,7 @@ def render_card(
         libraries=library_versions(),
         components=components or Components({}),
         noise_range=noise_range,
-        # One of several experts makes no video by itself; the other embedded teacher reads no prompts and has no VAE.
+        # A single expert generates no video by itself; `zoo:natural` reads no prompts and has no VAE.
         generates=noise_range == [0.0, 1.0] and (digits or not (origin.name or "").startswith("zoo:")),
         prompt=_prompt(recipe, digits) + (', image="first.png"' if needed else ""),
         needed=needed,
@@ -124,7 +123,7 @@ def render_card(
 
 
 def find_origin(source: Mapping[str, Any]) -> Origin:
-    """How the card calls the source of a manifest."""
+    """Return how the card names a manifest's `source`."""
     name, revision = source.get("model"), source.get("revision")
     if not name or name.startswith("zoo:"):
         return Origin(name)
@@ -135,7 +134,7 @@ def find_origin(source: Mapping[str, Any]) -> Origin:
 
 
 def find_samples(evidence: Evidence, recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """File and prompt, in one line and shortened, of each sample; runs number the files by prompt."""
+    """Return file and prompt of each sample, the prompt on one line and shortened; runs number the files by prompt."""
     prompts = (recipe.get("generate") or {}).get("prompts") or []
     found = []
     for file in evidence.samples:
@@ -147,7 +146,7 @@ def find_samples(evidence: Evidence, recipe: Mapping[str, Any]) -> list[tuple[st
 
 
 def _prompt(recipe: Mapping[str, Any], digits: bool) -> str:
-    """A prompt for the model as a Python literal: the recipe's first, in one line and shortened."""
+    """Return a sample prompt as a Python literal: the recipe's first one, on one line and shortened."""
     known = (recipe.get("generate") or {}).get("prompts") or []
     prompt = known[0] if known else "7 at 2,1 moving up-left" if digits else "a cat walks through tall grass"
     text = textwrap.shorten(" ".join(prompt.replace("`", "'").split()), MAX_PROMPT, placeholder=" …")
@@ -155,7 +154,7 @@ def _prompt(recipe: Mapping[str, Any], digits: bool) -> str:
 
 
 def _layers(model: Mapping[str, Any], report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rank, shared key, cached scalars and measured error of each layer of a converted model."""
+    """Return rank, shared key, cached scalars and measured error of each layer of a converted model."""
     mla = model.get("mla")
     if not mla:
         return []
@@ -175,41 +174,41 @@ def _layers(model: Mapping[str, Any], report: Mapping[str, Any]) -> list[dict[st
 
 
 def _recipe_text(recipe: Mapping[str, Any]) -> str | None:
-    """The sections that decide what the weights are; the source's path stays out."""
+    """Return the recipe sections that determine the weights, as YAML; the source's path is left out."""
     shown = {key: recipe[key] for key in ("convert", "distill") if recipe.get(key)}
     return yaml.safe_dump(shown, sort_keys=False).strip() if shown else None
 
 
 def _fidelity(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Rows of the table of measured values; keys that the report lacks are left out."""
+    """Return the rows of the table of measured values; keys that the report lacks are left out."""
     rows = []
     teacher, converted, student = (report.get(f"{name}_loss") for name in ("teacher", "converted", "student"))
     if teacher is not None:
-        rows.append(("held-out flow-matching loss of the dense model", f"{teacher:.4f}"))
+        rows.append(("held-out flow-matching loss, dense model", f"{teacher:.4f}"))
     if converted is not None:
-        rows.append(("the same, converted, before training", f"{converted:.4f}{_rise(converted, teacher)}"))
+        rows.append(("held-out loss, converted, before training", f"{converted:.4f}{_rise(converted, teacher)}"))
     if student is not None:
-        rows.append(("the same, this model", f"{student:.4f}{_rise(student, teacher)}"))
+        rows.append(("held-out loss, this model", f"{student:.4f}{_rise(student, teacher)}"))
     if report.get("velocity_rel_error") is not None:
-        rows.append(("error of the velocity, relative to the dense model's", _percent(report["velocity_rel_error"])))
+        rows.append(("velocity error relative to the dense model", _percent(report["velocity_rel_error"])))
     layers = [error for error in report.get("attention_rel_error") or [] if error is not None]
     if layers:
         text = f"{_percent(sum(layers) / len(layers))}, {_percent(max(layers))}"
-        rows.append(("error of the attention output, mean over layers and worst layer", text))
+        rows.append(("attention output error, mean over layers and worst layer", text))
     accuracy = report.get("accuracy") or {}
     for length, share in (accuracy.get("student") or {}).items():
         dense = (accuracy.get("teacher") or {}).get(length)
-        beside = "" if dense is None else f" (dense {_percent(dense)})"
-        rows.append((f"prompted digit recognised at {length} the training length", f"{_percent(share)}{beside}"))
+        dense_share = "" if dense is None else f" (dense {_percent(dense)})"
+        rows.append((f"prompted digit recognized at {length} the training length", f"{_percent(share)}{dense_share}"))
     return rows
 
 
 def _memory(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """What, dense, latent: the cache of a stream and the streams that fit a card, where the report has them."""
+    """Return rows of name, dense and latent: cache of a stream and streams per GPU, where the report has them."""
     rows = []
     if report.get("dense_cache_bytes") and report.get("latent_cache_bytes"):
         values = (format_bytes(report[f"{kind}_cache_bytes"]) for kind in ("dense", "latent"))
-        rows.append(("cache of one stream, a full window", *values))
+        rows.append(("cache of one stream, full window", *values))
     plan = report.get("plan")
     if plan:
         streams = (f"{plan[f'max_streams_{kind}']:,}" for kind in ("dense", "latent"))
@@ -221,7 +220,7 @@ def _rise(loss: float, teacher: float | None) -> str:
     if not teacher:
         return ""
     percents = 100 * (loss - teacher) / teacher
-    # Two digits below 1 %, as the report has it.
+    # Two significant digits below 1 %, as in the report.
     size = f"{abs(percents):#.2g}" if 0 < abs(percents) < 1 else f"{abs(percents):.1f}"
     return f" ({MINUS if percents < 0 else '+'}{size} %)"
 
