@@ -254,7 +254,7 @@ def test_export_compares_what_it_wrote(saved, tmp_path, monkeypatch):
 
     monkeypatch.setattr(release_module, "write_model", write_and_damage)
     message = refusal(export, saved, tmp_path / "out", ExportConfig())
-    assert "changed on its way" in message
+    assert "differs after reloading" in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["saved"]
 
 
@@ -319,7 +319,7 @@ def test_foreign_output_folders_stay_as_they_are(saved, tmp_path):
         assert reason in refusal(save_checkpoint, pico_mla(), folder, {})
         assert reason in refusal(export, saved, folder, ExportConfig())
     for folder in (saved, saved / "inner"):
-        assert "lie in each other" in refusal(export, saved, folder, ExportConfig())
+        assert "overlaps the checkpoint" in refusal(export, saved, folder, ExportConfig())
     assert contents(foreign) == {"thesis.txt": b"years"}
     assert contents(run) == {"state.json": b"{}"}
 

@@ -256,13 +256,13 @@ def test_interrupt_is_one_line(server, client, saved):
 @pytest.mark.parametrize(
     ("arguments", "token", "message"),
     [
-        ([NAME], None, "there is no Hub token"),
+        ([NAME], None, "no Hub token found"),
         ([NAME], "hf_WrongSecretToken", "the Hub does not accept your token"),
         ([NAME], OTHER, "your token may not write to owner/model"),
-        (["owner/absent"], OWNER, "there is no model owner/absent on the Hub that your token may see"),
+        (["owner/absent"], OWNER, "your token can access no model owner/absent on the Hub"),
         (["somebody/new", "--create"], OWNER, "your token may not write to somebody/new"),
         (["owner/hidden", "--create"], OTHER, "your token may not write to owner/hidden"),
-        ([NAME, "--create"], OWNER, "the name owner/model is taken"),
+        ([NAME, "--create"], OWNER, "owner/model already exists on the Hub"),
         ([NAME, "--private"], OWNER, "owner/model is public"),
         ([NAME, "--revision", "absent"], OWNER, "owner/model has no branch 'absent'"),
     ],
@@ -300,7 +300,7 @@ def test_bad_command_lines(capsys, saved, arguments, message):
 def test_name_taken_while_we_look(server, client, saved):
     """The repository appears between the look and the creation, or was hidden from us."""
     server.fail("POST", "/api/repos/create", lambda request: server.create(NAME) and None)
-    assert client.push(saved, NAME, "--create").error.startswith("the name owner/model is taken")
+    assert client.push(saved, NAME, "--create").error.startswith("owner/model already exists on the Hub")
 
 
 @pytest.mark.parametrize("status", [409, 412])
@@ -315,7 +315,7 @@ def test_revision_conflict(server, client, saved, status):
 
     server.fail("POST", COMMIT, move)
     conflict = client.push(saved, NAME)
-    assert conflict.error.startswith("owner/model changed on the Hub during the push, and nothing was committed")
+    assert conflict.error.startswith("owner/model changed on the Hub during the push and nothing was committed")
     assert server.repos[NAME].files().keys() == {"README.md"}
     server.requests.clear()
 
@@ -398,7 +398,7 @@ def test_folders_that_are_not_ours_or_not_whole(server, client, saved, tmp_path)
     broken = shutil.copytree(saved, tmp_path / "broken")
     weights = next(broken.rglob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
-    assert f"{weights.name} is not the file that was written" in client.push(broken, NAME, "--create").error
+    assert f"{weights.name} has changed: its sha256 differs" in client.push(broken, NAME, "--create").error
     assert server.requests == []
 
 

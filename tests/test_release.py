@@ -108,7 +108,7 @@ def test_components_are_copied(source, tmp_path):
     config = ExportConfig(components="copy")
     assert f"{source / 'scheduler'} does not exist" in refusal(export, checkpoint, tmp_path / "two", config)
     shutil.rmtree(source)
-    assert "choose another export.components" in refusal(export, checkpoint, tmp_path / "two", config)
+    assert "change export.components" in refusal(export, checkpoint, tmp_path / "two", config)
     assert not (tmp_path / "two").exists()
 
 

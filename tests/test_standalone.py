@@ -307,12 +307,12 @@ MODULES = {
         ("late", "imports odd_package.one"),
         ("whole", "imports one from odd_package.one under another name or as a module"),
         ("renamed", "under another name"),
-        ("looped", "line 1 does more with index than define it"),
-        ("twice", "line 2 does more with size than define it"),
-        ("raised", "line 2 does more with size than define it"),
-        ("filled", "line 2 does more with sizes than define it"),
-        ("stored", "line 2 does more with sizes than define it"),
-        ("tried", "line 1 does more with same than define it"),
+        ("looped", "line 1 uses index outside its definition"),
+        ("twice", "line 2 uses size outside its definition"),
+        ("raised", "line 2 uses size outside its definition"),
+        ("filled", "line 2 uses sizes outside its definition"),
+        ("stored", "line 2 uses sizes outside its definition"),
+        ("tried", "line 1 uses same outside its definition"),
     ],
 )
 def test_what_cannot_be_taken_over_is_refused(tmp_path, monkeypatch, module, reason):

@@ -1,1 +1,1 @@
-"""Converted models as diffusers checkpoints with a manifest and a model card."""
+"""Writes converted models as diffusers checkpoints with a manifest and a model card."""

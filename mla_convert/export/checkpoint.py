@@ -1,4 +1,4 @@
-"""Checkpoints on disk: written whole, the same bytes for the same weights."""
+"""Writes and loads checkpoints: atomically, and with equal bytes for equal weights."""
 
 from __future__ import annotations
 
@@ -38,13 +38,14 @@ def save_checkpoint(
     max_shard_size: str = DEFAULT_SHARD_SIZE,
     tensors: LazyTensors | None = None,
 ) -> None:
-    """Write `folder/transformer` and the manifest; `folder` appears whole or not at all.
+    """Write `folder/transformer` and the manifest; `folder` appears complete or not at all.
 
-    `manifest` holds what the caller records (resolved recipe, source); versions, revision, cached
-    scalars and digests are added. The model is not changed. With `tensors`, the weights of a `model`
-    on the meta device, one shard is in memory at a time; `dtype` must be None then. Raises UserError
-    when `folder` holds something else or the disk is full, ValueError for a converted model that the
-    stock class would load.
+    `manifest` holds what the caller records (resolved recipe, source); versions, revision, cached scalars and
+    digests are added. The model is not changed. `tensors` are the weights of a `model` on the meta device: one
+    shard is in memory at a time, and `dtype` must be None.
+
+    Raises UserError if `folder` holds something else or the disk is full, ValueError for a converted model that
+    the stock class would load.
     """
     claim_checkpoint(folder)
     with atomic_folder(folder) as temporary:
@@ -56,10 +57,10 @@ def save_checkpoint(
 def load_checkpoint(
     folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", verify: bool = False
 ) -> Any:
-    """The dense or converted model in a run, checkpoint or transformer folder, in eval mode.
+    """Load the dense or converted model from a run, checkpoint or transformer folder, in eval mode.
 
-    `dtype` None keeps the stored dtypes. With `verify` every file is compared with its digest in the
-    manifest. Raises UserError in one line.
+    `dtype` None keeps the stored dtypes. `verify` compares every file with its digest in the manifest. Raises
+    UserError in one line.
     """
     root, inner = find_checkpoint(folder)
     if verify:
@@ -70,9 +71,9 @@ def load_checkpoint(
 
 
 def load_shape(folder: Path, dtypes: bool = True) -> Any:
-    """The model that `load_checkpoint` loads on the meta device, in eval mode; of its weights the headers are read.
+    """Return the model of `load_checkpoint` on the meta device, in eval mode; only the weights' headers are read.
 
-    Without `dtypes`, which are theirs, they need not be there. Raises UserError in one line.
+    Without `dtypes`, the stored dtypes are not read and the weights may be missing. Raises UserError in one line.
     """
     _, inner = find_checkpoint(folder)
     model_class, config = _described(inner)
@@ -86,16 +87,16 @@ def load_shape(folder: Path, dtypes: bool = True) -> Any:
 
 
 def _described(inner: Path) -> tuple[type[Any], dict[str, Any]]:
-    """Class and configuration of the model in a transformer's folder. Raises UserError."""
+    """Return class and configuration of the model in a transformer folder. Raises UserError."""
     stored = known_config(inner)
-    # The code that a standalone checkpoint brings along is not needed here.
+    # A standalone checkpoint's own code is not needed here.
     stored.pop("auto_map", None)
     model_class = _model_class(stored.get("_class_name"), inner)
     return model_class, accepted_config(model_class, stored)
 
 
 def find_checkpoint(folder: Path) -> tuple[Path, Path]:
-    """Checkpoint folder and transformer folder in a run, checkpoint or transformer folder. Raises UserError."""
+    """Return the checkpoint folder and its transformer folder, given either of them or a run. Raises UserError."""
     for root in (folder, folder / "checkpoint"):
         if (root / TRANSFORMER / CONFIG).is_file():
             return root, root / TRANSFORMER
@@ -104,21 +105,21 @@ def find_checkpoint(folder: Path) -> tuple[Path, Path]:
     if not folder.exists():
         raise UserError(f"{folder} does not exist")
     if (folder / RUN_STATE).is_file():
-        raise UserError(f"the run in {folder} is not finished and has no checkpoint yet; go on with --resume")
+        raise UserError(f"the run in {folder} is not finished and has no checkpoint yet; continue with --resume")
     raise UserError(f"{folder} holds no checkpoint: neither {TRANSFORMER}/config.json nor checkpoint/{TRANSFORMER}")
 
 
 def claim_checkpoint(folder: Path) -> None:
-    """Refuse a folder that is anything but missing, empty or a checkpoint of ours. Raises UserError."""
+    """Raise UserError unless `folder` is missing, empty or a checkpoint that mla-convert wrote."""
     if (folder / RUN_STATE).exists():
         raise UserError(f"{folder} is a run folder; choose another folder for the checkpoint")
     claim_folder(folder, "checkpoint")
 
 
 def refuse_stock_loading(model: Any) -> None:
-    """Raise ValueError if the stock class could load a converted model's tensors and so look right.
+    """Raise ValueError if the stock class could load the tensors of a converted model without an error.
 
-    Loaders refuse a tensor whose name they know and whose shape differs, and only warn about the rest.
+    Loaders raise an error only for a known name with a different shape; for all other differences they only warn.
     """
     family = family_of(type(model))
     if type(model) is not family.mla_class:
@@ -138,14 +139,14 @@ def write_model(
     tensors: LazyTensors | None = None,
     auto_map: Mapping[str, str] | None = None,
 ) -> None:
-    """Write config.json and the weights into a transformer's `folder`; see `save_checkpoint`.
+    """Write config.json and the weights into a transformer `folder`; see `save_checkpoint`.
 
-    `auto_map` names the class in the folder's own code by the auto class that finds it.
+    `auto_map` maps a diffusers auto class to the class in the folder's own code.
     """
     refuse_stock_loading(model)
     model.save_config(folder)
     config = read_json(folder / CONFIG)
-    # Where the model was loaded from is not part of the model, nor is the code that it came with.
+    # The path that the model was loaded from and the code it came with are not part of the model.
     for key in ("_name_or_path", "auto_map"):
         config.pop(key, None)
     if auto_map:
@@ -155,7 +156,7 @@ def write_model(
 
 
 def write_manifest(model: Any, folder: Path, recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Write and return the manifest of `model` as it lies in `folder`."""
+    """Write and return the manifest of `model`, whose files are in `folder`."""
     manifest = build_manifest(model, folder, recorded)
     (folder / MANIFEST).write_text(
         json.dumps(manifest, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8"
@@ -164,10 +165,10 @@ def write_manifest(model: Any, folder: Path, recorded: Mapping[str, Any]) -> dic
 
 
 def _write_weights(model: Any, folder: Path, max_shard_size: str, tensors: LazyTensors | None) -> None:
-    """The shards and index that `save_pretrained` writes, one shard in memory at a time."""
+    """Write the shards and index that `save_pretrained` would write, one shard in memory at a time."""
     state = model.state_dict()
     if tensors is not None:
-        # Dtypes are those of the weights, whose shapes the plan of the shards needs too.
+        # The split into shards needs the dtypes of the stored weights.
         state = {name: tensor.to(tensors.dtype(name)) for name, tensor in state.items()}
     pattern = WEIGHTS.replace(".safetensors", "{suffix}.safetensors")
     split = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size, filename_pattern=pattern)
@@ -183,7 +184,7 @@ def _write_weights(model: Any, folder: Path, max_shard_size: str, tensors: LazyT
 
 
 def _in_dtype(model: Any, dtype: torch.dtype | None) -> Any:
-    """`model`, or a copy of it in `dtype`."""
+    """Return `model`, or a copy of it in `dtype`."""
     if dtype is None:
         return model
     config = accepted_config(type(model), model.config)

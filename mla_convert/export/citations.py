@@ -1,4 +1,4 @@
-"""What a card cites: the method, and the paper of the model that was converted."""
+"""Lists the papers that a model card cites: the method and the base model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Paper(NamedTuple):
 
     @property
     def year(self) -> int:
-        """The year of the arXiv number."""
+        """Return the year in the arXiv number."""
         return 2000 + int(self.arxiv[:2])
 
     @property
@@ -39,7 +39,7 @@ VIDEO_MLA = Paper(
     "Eldardiry, Hoda and Yanardag, Pinar",
     "2605.30351",
 )
-# By family; what is not listed is cited by the source's own card.
+# By family; for other families, the card refers to the source's card.
 BASE_MODELS = {
     "wan": Paper(
         "wan2025",

@@ -1,7 +1,7 @@
-"""`model_index.json`: the checkpoint as a diffusers pipeline, with the parts that its source brings along.
+"""Writes `model_index.json`, which makes a checkpoint a diffusers pipeline with the source's other components.
 
-A part that is only referenced is null for diffusers, and named under `_components`, where
-`StreamingMLAPipeline` looks for it: repository, commit, subfolder, library and class.
+A component that is only referenced is null for diffusers. `_components` gives its repository, commit, subfolder,
+library and class, and `StreamingMLAPipeline` loads it from there.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from .checkpoint import TRANSFORMER
 logger = logging.getLogger(__name__)
 
 INDEX, REFERENCES = "model_index.json", "_components"
-# Keys of model_index.json that say how prompts are read, how the model is sampled and how it is executed.
+# Keys of model_index.json for how prompts are read, how the model is sampled and how it is executed.
 SAMPLING = ("prompt_format", "sampling", "streaming")
-# What a recipe's `generate` section says of the model rather than of a video.
+# Keys of a recipe's `generate` section that belong to the model, not to a single video.
 TRAINED_FOR = (
     "num_inference_steps",
     "sampler",
@@ -44,13 +44,13 @@ TRAINED_FOR = (
 )
 PIPELINE, AUTO_CLASS = "StreamingMLAPipeline", "AutoModel"
 PARTS = ("scheduler", "tokenizer", "text_encoder", "vae", "image_processor", "image_encoder")
-# For models that read the CLIP tokens of an image, Wan2.1's image-to-video models.
+# Only for models that read the CLIP tokens of an image, such as Wan2.1's image-to-video models.
 IMAGE_PARTS = ("image_processor", "image_encoder")
 
 
 @dataclass(frozen=True)
 class Components:
-    """Library and class of a source's parts by name; `folder` has their files, or `repository` at `revision`."""
+    """Library and class of a source's components by name; `folder`, or `repository` at `revision`, has their files."""
 
     classes: Mapping[str, tuple[str, str]]
     folder: Path | None = None
@@ -61,45 +61,45 @@ class Components:
 def find_components(
     source: Mapping[str, Any] | None, wanted: Literal["reference", "copy", "none"], reads_images: bool = False
 ) -> Components:
-    """The parts beside the transformer that a checkpoint was made from; `source` is that of its manifest.
+    """Return the other components of a checkpoint's source; `source` is that of its manifest.
 
-    Those that encode an image are among them for a model that `reads_images`.
+    `reads_images` includes those that encode an image. Components are only referenced if they are on the Hub,
+    where others can find them. A source that is not a pipeline has none, unless it names its `components`.
 
-    Parts are referenced only where others find them, on the Hub. A source of another kind than a pipeline
-    has none, unless it names its `components`. Raises UserError for parts that are to be copied and cannot be read.
+    Raises UserError for components that should be copied and cannot be read.
     """
     source = source or {}
     names = [name for name in PARTS if reads_images or name not in IMAGE_PARTS]
-    elsewhere = source.get("components")
-    origin = elsewhere or source.get("model")
+    named = source.get("components")
+    origin = named or source.get("model")
     if wanted == "none" or not origin or origin.startswith("zoo:"):
         return Components({})
-    here = Path(origin).expanduser()
-    revision = None if elsewhere else source.get("revision")
-    if is_hub_id(origin) and (revision or (elsewhere and not here.is_dir())):
+    local = Path(origin).expanduser()
+    revision = None if named else source.get("revision")
+    if is_hub_id(origin) and (revision or (named and not local.is_dir())):
         return _on_hub(origin, revision, wanted == "copy", names)
-    root = next((folder for folder in (here, here.parent) if (folder / INDEX).is_file()), None)
+    root = next((folder for folder in (local, local.parent) if (folder / INDEX).is_file()), None)
     if root is None or wanted == "reference":
-        if wanted == "copy" and not here.exists():
-            raise UserError(f"{here}, whose parts are to be copied, does not exist; choose another export.components")
+        if wanted == "copy" and not local.exists():
+            raise UserError(f"cannot copy components from {local}: it does not exist; change export.components")
         return Components({})
     classes = _classes(root, names)
     for name in classes:
         if not (root / name).is_dir():
-            raise UserError(f"{root / INDEX} names {name}, but {root / name} does not exist")
+            raise UserError(f"{root / INDEX} lists {name}, but {root / name} does not exist; restore it")
     return Components(classes, folder=root)
 
 
 def _on_hub(repository: str, revision: str | None, copy: bool, names: Sequence[str]) -> Components:
     try:
         folder = download(repository, revision, [INDEX])
-        # A snapshot is named by its commit.
+        # A snapshot folder is named by its commit.
         revision = revision or folder.name
         classes = _classes(folder, names) if (folder / INDEX).is_file() else {}
     except UserError as error:
         if copy:
             raise
-        logger.warning("the parts of %s are not referenced: %s", repository, error)
+        logger.warning("the components of %s are not referenced: %s", repository, error)
         return Components({})
     if copy and classes:
         folder = download(repository, revision, [f"{name}/*" for name in classes])
@@ -118,7 +118,7 @@ def _classes(root: Path, names: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 
 def sampling_of(recipe: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The keys `SAMPLING` of a pipeline whose model this resolved recipe made, as far as it says."""
+    """Return the keys `SAMPLING` that a resolved recipe sets for the pipeline of its model."""
     recipe = recipe or {}
     generate = recipe.get("generate") or {}
     sampling = {key: generate[key] for key in TRAINED_FOR if generate.get(key) is not None}
@@ -130,16 +130,16 @@ def sampling_of(recipe: Mapping[str, Any] | None) -> dict[str, Any]:
 def write_components(
     folder: Path, components: Components, model: Any, code: str | None, recipe: Mapping[str, Any] | None = None
 ) -> None:
-    """Write `model_index.json` and the parts' files into `folder`.
+    """Write `model_index.json` and the components' files into `folder`.
 
-    The resolved `recipe` tells how the model reads prompts and is sampled. `code` is the module in the
-    transformer's folder that defines the class of `model`; without one it is looked up in diffusers, where
-    this package registers it.
+    The resolved `recipe` determines how the model reads prompts and is sampled. `code` is the module in the
+    transformer folder that defines the class of `model`; if None, diffusers looks up the class that this package
+    registers there.
     """
     class_name = type(model).__name__
     index: dict[str, Any] = {"_class_name": PIPELINE, "_diffusers_version": diffusers.__version__}
     if code is not None:
-        # AutoModel asks the file at the top, also for a subfolder.
+        # AutoModel reads the top-level file, even for a subfolder.
         index["auto_map"] = {AUTO_CLASS: f"{code}.{class_name}"}
     index[TRANSFORMER] = [code or "diffusers", class_name]
     index |= sampling_of(recipe)

@@ -1,4 +1,4 @@
-"""The form in which a checkpoint leaves: the recipe's `export` section."""
+"""Defines the recipe's `export` section."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a checkpoint carries as evidence: the resolved recipe, the report, samples of what it generates."""
+"""Collects the evidence of a checkpoint: the resolved recipe, the report, benchmark results and samples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_SAMPLES = 4
 
 @dataclass(frozen=True)
 class Evidence:
-    """The measured report, what `mla-convert bench` wrote, the files of both, and videos that the model made."""
+    """The evaluation report, the result of `mla-convert bench`, the `files` of both, and sample videos."""
 
     report: dict[str, Any] | None = None
     bench: dict[str, Any] | None = None
@@ -28,7 +28,7 @@ class Evidence:
 
 
 def find_evidence(root: Path) -> Evidence:
-    """What was measured and generated of the checkpoint in `root`, in its run folder or in itself.
+    """Find the report, benchmark and samples of the checkpoint `root`, in its run folder or in itself.
 
     Raises UserError for a report that cannot be read.
     """
@@ -44,7 +44,7 @@ def find_evidence(root: Path) -> Evidence:
 
 
 def write_evidence(folder: Path, evidence: Evidence, recipe: Mapping[str, Any] | None) -> None:
-    """Copy the evidence into `folder`, with the resolved `recipe` where it is known."""
+    """Copy the evidence into `folder`, and write the resolved `recipe` if there is one."""
     for file in evidence.files:
         shutil.copyfile(file, folder / file.name)
     if evidence.samples:

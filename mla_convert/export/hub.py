@@ -1,4 +1,4 @@
-"""Upload of a checkpoint to the Hugging Face Hub: verified, in one commit, nothing sent twice."""
+"""Uploads a verified checkpoint to the Hugging Face Hub in one commit and sends no file twice."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from .manifest import read_manifest, verify_files
 
 MAIN = "main"
 CARD = "README.md"
-# Files below this many bytes are sent together.
+# Files smaller than this many bytes are sent together.
 SMALL = 1 << 20
-# What the Hub itself puts into a new repository.
+# Files that the Hub itself puts into a new repository.
 _HUB_FILES = {".gitattributes"}
 
 
 @dataclass(frozen=True)
 class PushConfig:
-    """Where to push: `create` makes the repository and the branch `revision` where they are missing."""
+    """Where to push; `create` creates the repository and the branch `revision` if they are missing."""
 
     repo_id: str
     create: bool = False
@@ -44,7 +44,7 @@ class PushConfig:
 
 @dataclass
 class Target:
-    """A branch or open pull request as it is on the Hub; `commit` None for a repository that is missing."""
+    """Current state of a branch or open pull request on the Hub; `commit` is None if the repository is missing."""
 
     revision: str = MAIN
     commit: str | None = None
@@ -54,14 +54,14 @@ class Target:
 
 
 class LocalFile(NamedTuple):
-    """A file to push; `digest` is its verified sha256 where the manifest has one."""
+    """A file to push; `digest` is its verified sha256 if the manifest lists one."""
 
     path: Path
     size: int
     digest: str | None
 
     def is_at(self, remote: RepoFile | None) -> bool:
-        """Whether `remote` has the same content."""
+        """Return whether `remote` has the same content."""
         if remote is None or remote.size != self.size:
             return False
         if remote.lfs is not None:
@@ -70,15 +70,15 @@ class LocalFile(NamedTuple):
 
 
 def push(folder: Path, config: PushConfig, report: Report | None = None) -> dict[str, Any]:
-    """Bring a repository on the Hub to the state of the checkpoint in `folder`, by one commit.
+    """Update a repository on the Hub to the checkpoint in `folder`, in one commit.
 
-    `folder` is a run folder, a checkpoint or an export; the digests in its manifest are verified first.
-    Files that are there already are not sent, and files of an earlier push that are gone here are
-    deleted; others stay. `report` counts bytes and names the file at work. The token comes from the
-    environment or the stored login. Returns `repo_id`,
-    `url`, `revision`, `commit`, `pull_request` (its URL), `created`, `uploaded`, `skipped`, `deleted`
-    (names), `bytes` (of the uploaded files), `sizes` and `dry_run`. Raises UsageError for a malformed
-    repository id, UserError in one line for all else.
+    `folder` is a run folder, a checkpoint or an export; the digests in its manifest are verified first. Files that
+    the Hub already has are not sent. Files of an earlier push that no longer exist locally are deleted; other files
+    stay. `report` receives bytes and the current file. The token comes from the environment or the stored login.
+
+    Returns `repo_id`, `url`, `revision`, `commit`, `pull_request` (its URL), `created`, `uploaded`, `skipped`,
+    `deleted` (names), `bytes` (of the uploaded files), `sizes` and `dry_run`. Raises UsageError for a malformed
+    repository id, and a one-line UserError for all other failures.
     """
     check_repo_id(config.repo_id)
     root = find_root(folder)
@@ -92,7 +92,7 @@ def push(folder: Path, config: PushConfig, report: Report | None = None) -> dict
     if report:
         report("verify", verified, verified)
     if token is None and not config.dry_run:
-        raise UserError("there is no Hub token: set HF_TOKEN, or log in with `hf auth login`")
+        raise UserError("no Hub token found; set HF_TOKEN, or log in with `hf auth login`")
     message = config.message or f"Upload {manifest['model']['class']} with mla-convert {__version__}"
     with _quiet_client(), explain_push_errors(config.repo_id, config.revision, token):
         api = HfApi(token=token or False, library_name="mla_convert", library_version=__version__)
@@ -120,7 +120,7 @@ def push(folder: Path, config: PushConfig, report: Report | None = None) -> dict
 
 
 def find_root(folder: Path) -> Path:
-    """The folder with our manifest in a run folder, checkpoint or export. Raises UserError."""
+    """Return the folder with the manifest in a run folder, checkpoint or export. Raises UserError."""
     for root in (folder, folder / "checkpoint"):
         if (root / MANIFEST).is_file():
             return root
@@ -130,7 +130,7 @@ def find_root(folder: Path) -> Path:
 
 
 def list_files(root: Path, manifest: Mapping[str, Any]) -> dict[str, LocalFile]:
-    """What is pushed, by name: every file but hidden ones and those in hidden folders."""
+    """Return the files to push by name: all except hidden files and files in hidden folders."""
     files = {}
     for path in sorted(root.rglob("*")):
         inner = path.relative_to(root)
@@ -141,7 +141,7 @@ def list_files(root: Path, manifest: Mapping[str, Any]) -> dict[str, LocalFile]:
 
 
 def check_card(path: Path) -> None:
-    """Ask the Hub about the card's front matter before anything large is sent. Raises UserError."""
+    """Let the Hub validate the card's front matter before large files are sent. Raises UserError."""
     try:
         ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).validate()
     except ValueError as error:
@@ -152,7 +152,7 @@ def check_card(path: Path) -> None:
 
 
 def _find_target(api: HfApi, config: PushConfig, message: str) -> Target:
-    """What is on the Hub now. Raises UserError for a name that is taken by something else."""
+    """Return the current state of the target on the Hub. Raises UserError if the name is taken by something else."""
     target = Target(config.revision or MAIN)
     try:
         info = api.model_info(config.repo_id, revision=config.revision)
@@ -173,16 +173,16 @@ def _find_target(api: HfApi, config: PushConfig, message: str) -> Target:
     foreign = target.tree.keys() - _HUB_FILES and MANIFEST not in target.tree
     if config.create and foreign and not target.new_branch:
         raise UserError(name_taken(config.repo_id))
-    # Without a token, in a dry run, nobody can tell which pull requests are one's own.
+    # A dry run without a token cannot tell which pull requests are the user's.
     if config.pull_request and api.token:
         return _open_pull_request(api, config.repo_id, message) or target
     return target
 
 
 def _open_pull_request(api: HfApi, repo_id: str, message: str) -> Target | None:
-    """The open pull request of an earlier push, which a second one must not open again."""
-    me = api.whoami()["name"]
-    for found in api.get_repo_discussions(repo_id, author=me, discussion_type="pull_request"):
+    """Return the open pull request of an earlier push with the same title, to continue it; None without one."""
+    user = api.whoami()["name"]
+    for found in api.get_repo_discussions(repo_id, author=user, discussion_type="pull_request"):
         if found.title == message and found.status in ("open", "draft") and found.git_reference:
             info = api.model_info(repo_id, revision=found.git_reference)
             return Target(found.git_reference, info.sha, found.url, tree=_tree(api, repo_id, info.sha))
@@ -195,7 +195,7 @@ def _tree(api: HfApi, repo_id: str, commit: str | None) -> dict[str, RepoFile]:
 
 
 def _compare(api: HfApi, repo_id: str, target: Target, files: Mapping[str, LocalFile]) -> tuple[list[str], list[str]]:
-    """Names of the files to send, and of those that an earlier push brought and that are gone here."""
+    """Return the names of files to send, and of files of an earlier push that no longer exist locally."""
     changed = [name for name, file in files.items() if not file.is_at(target.tree.get(name))]
     if MANIFEST not in changed or MANIFEST not in target.tree:
         return changed, []
@@ -208,7 +208,7 @@ def _compare(api: HfApi, repo_id: str, target: Target, files: Mapping[str, Local
 
 
 def _prepare(api: HfApi, config: PushConfig, target: Target) -> Target:
-    """Create what is missing and asked for, and return the target as it is then."""
+    """Create the missing repository and branch, and return the updated target."""
     if target.commit is None:
         try:
             api.create_repo(config.repo_id, private=config.private or None)
@@ -232,7 +232,7 @@ def _commit(
     message: str,
     report: Report | None,
 ) -> None:
-    """Send `files`, then commit them and the deletions at once; `target` is brought up to date."""
+    """Send `files`, then commit them and the deletions together; updates `target`."""
     if not files and not stale:
         return
     if CARD in files:
@@ -247,7 +247,7 @@ def _commit(
     for names in ([small] if small else []) + [[name] for name in files if name not in small]:
         if report:
             report("upload", done, total, names[0] if len(names) == 1 else f"{len(names)} small files")
-        # What arrives here is kept by the Hub but belongs to no commit yet.
+        # The Hub stores these uploads; they belong to no commit yet.
         api.preupload_lfs_files(
             config.repo_id,
             additions=[additions[name] for name in names],
@@ -257,7 +257,7 @@ def _commit(
         done += sum(files[name].size for name in names)
     if report:
         report("upload", done, total, "commit")
-    # `upload_folder` may spread its files over several commits; this is one.
+    # `upload_folder` may use several commits; this is a single one.
     info = api.create_commit(
         config.repo_id,
         [*(CommitOperationDelete(name) for name in stale), *additions.values()],
@@ -269,15 +269,15 @@ def _commit(
     target.commit = info.oid
     if info.pr_url:
         target.pull_request, target.revision = info.pr_url, str(info.pr_revision)
-    there = _tree(api, config.repo_id, info.oid)
-    lost = [name for name, file in files.items() if not file.is_at(there.get(name))]
+    committed = _tree(api, config.repo_id, info.oid)
+    lost = [name for name, file in files.items() if not file.is_at(committed.get(name))]
     if lost:
-        raise UserError(f"the Hub did not take {lost[0]} into the commit; look for a .gitignore in {config.repo_id}")
+        raise UserError(f"the Hub left {lost[0]} out of the commit; check {config.repo_id} for a .gitignore")
 
 
 @contextlib.contextmanager
 def _quiet_client() -> Iterator[None]:
-    """Keep the Hub client's own lines off: they show signed upload URLs, and bars beside ours."""
+    """Silence the Hub client's log lines, which show signed upload URLs, and its progress bars."""
     verbosity, bars = logging.get_verbosity(), not are_progress_bars_disabled()
     logging.set_verbosity_error()
     disable_progress_bars()

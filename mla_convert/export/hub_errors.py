@@ -1,4 +1,4 @@
-"""What can go wrong between a push and the Hub, each in one line that never shows a token."""
+"""Turns errors of a push to the Hub into one-line messages that never show a token."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..errors import UsageError, UserError
 
-AGAIN = "run the same command again: what has arrived is not sent twice"
+AGAIN = "run the same command again: files that have arrived are not sent twice"
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raise UsageError unless `repo_id` is `owner/name` with the characters that the Hub allows."""
+    """Raise UsageError unless `repo_id` is `owner/name` with characters that the Hub allows."""
     try:
         validate_repo_id(repo_id)
     except errors.HFValidationError:
@@ -26,16 +26,16 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def name_taken(repo_id: str) -> str:
-    """The message for a repository that is there and is not ours to fill."""
+    """Return the message for an existing repository whose content mla-convert did not push."""
     return (
-        f"the name {repo_id} is taken on the Hub by something that mla-convert did not push; choose another name, "
+        f"{repo_id} already exists on the Hub with files that mla-convert did not push; choose another name, "
         "or push without --create to add to it"
     )
 
 
 @contextlib.contextmanager
 def explain_push_errors(repo_id: str, revision: str | None, token: str | None) -> Iterator[None]:
-    """Turn what the Hub client raises during a push into a UserError of one line without `token`."""
+    """Turn errors of the Hub client during a push into a one-line UserError without `token`."""
     caught = (errors.HTTPError, ConnectionError, TimeoutError, PermissionError, RuntimeError, ValueError)
     try:
         yield
@@ -45,7 +45,7 @@ def explain_push_errors(repo_id: str, revision: str | None, token: str | None) -
 
 
 def _explain(repo_id: str, revision: str | None, error: BaseException) -> str:
-    # Errors of a file's upload come wrapped in a RuntimeError.
+    # The client wraps upload errors in a RuntimeError.
     chain = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
@@ -53,7 +53,7 @@ def _explain(repo_id: str, revision: str | None, error: BaseException) -> str:
     if answer is not None:
         return _refused(repo_id, revision, answer)
     if any(isinstance(cause, errors.OfflineModeIsEnabled) for cause in chain):
-        return "HF_HUB_OFFLINE forbids to reach the Hub; unset it to push"
+        return "HF_HUB_OFFLINE is set; unset it to push"
     broken = next((cause for cause in chain if isinstance(cause, (errors.HTTPError, OSError))), None)
     if isinstance(broken, PermissionError):
         return f"the Hub's storage refused the files for {repo_id}: {broken}"
@@ -66,15 +66,15 @@ def _explain(repo_id: str, revision: str | None, error: BaseException) -> str:
 def _refused(repo_id: str, revision: str | None, error: errors.HfHubHTTPError) -> str:
     status = error.response.status_code
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"{repo_id} has no branch {revision or 'main'!r} on the Hub; add --create to make it"
+        return f"{repo_id} has no branch {revision or 'main'!r} on the Hub; add --create to create it"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return f"there is no model {repo_id} on the Hub that your token may see; add --create to make it"
+        return f"your token can access no model {repo_id} on the Hub; add --create to create it"
     if status == 401:
         return "the Hub does not accept your token; set another HF_TOKEN, or log in again with `hf auth login`"
     if status == 403:
-        return f"your token may not write to {repo_id}; use one with write permission, or --pull-request"
+        return f"your token may not write to {repo_id}; use a token with write permission, or --pull-request"
     if status in (409, 412):
-        return f"{repo_id} changed on the Hub during the push, and nothing was committed; {AGAIN}"
+        return f"{repo_id} changed on the Hub during the push and nothing was committed; {AGAIN}"
     if status == 400:
         return f"the Hub refuses the push to {repo_id}: {error.server_message or 'bad request'}"
     return f"the Hub answered {status} for {repo_id}; {AGAIN}"

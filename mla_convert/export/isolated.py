@@ -1,7 +1,7 @@
-"""Load a standalone checkpoint as somebody without this package does, and compare it with what was meant.
+"""Loads a standalone checkpoint without this package and compares it with the expected tensors.
 
-Run as a script in a process of its own, `python -I isolated.py TRANSFORMER EXPECTED`: nothing of this
-package can be imported there. It imports nothing of ours itself, and raises when something differs.
+Runs as a script in a separate process, `python -I isolated.py CHECKPOINT EXPECTED`, which blocks imports of this
+package. It imports nothing from the package itself, and raises if something differs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ ABSENT = ("mla_convert", "mla_attention", "pydantic")
 
 
 class Absent:
-    """An import hook for packages that are to be absent."""
+    """Import hook that hides the packages in ABSENT."""
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: object = None) -> None:
         if name.partition(".")[0] in ABSENT:
@@ -23,10 +23,10 @@ class Absent:
 
 
 def compare(folder: Path, expected: Path) -> None:
-    """Load `folder`/transformer by `AutoModel` and compare it with the tensors in `expected`, bit by bit.
+    """Load `folder`/transformer with `AutoModel` and compare it with the file `expected`, bit by bit.
 
-    The file holds inputs and outputs of a rollout, or the sums of the weights alone; its metadata the
-    number of threads. Raises AssertionError in one line.
+    The file's tensors are the inputs and outputs of a rollout, or none. Its metadata holds the tensor names, the
+    dtype, the chunks and the number of threads. Raises AssertionError in one line.
     """
     import torch
     from diffusers import AutoModel

@@ -1,6 +1,6 @@
-"""`mla_convert.json`: what a checkpoint is, what made it, and the digest of every file.
+"""Writes and reads `mla_convert.json`: a checkpoint's model, its origin and the digest of every file.
 
-Equal weights made by the same code give equal bytes: neither time nor machine is recorded.
+Equal weights from the same code give equal bytes, because neither time nor machine is recorded.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from .evidence import BENCH, PAGE, RECIPE, REPORT, SAMPLES
 from .pictures import FIGURES
 
 FORMAT = 1
-# What a checkpoint carries beside the model: its digests are recorded, and it may be measured anew.
+# Files beside the model. Their digests are recorded but not verified, because they may be measured again.
 EVIDENCE = (RECIPE, REPORT, PAGE, BENCH, FIGURES, SAMPLES)
 _LIBRARIES = ("torch", "diffusers", "safetensors", "huggingface_hub", "transformers", "accelerate")
 _PACKAGE = Path(__file__).parents[1]
 
 
 def build_manifest(model: Any, folder: Path, recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Manifest of `model` as it lies in `folder`; `recorded` is what the caller knows (recipe, source).
+    """Return the manifest of `model`, whose files are in `folder`; `recorded` is what the caller adds (recipe, source).
 
-    The digests of the model's files come under `files`, those of its evidence under `evidence`.
+    `files` has the digests of the model's files, `evidence` those of its evidence.
     """
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
     digests = {file.relative_to(folder).as_posix(): sha256(file) for file in files}
@@ -47,7 +47,7 @@ def build_manifest(model: Any, folder: Path, recorded: Mapping[str, Any]) -> dic
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest in `folder`. Raises UserError when it is missing, unreadable or of a newer format."""
+    """Read the manifest in `folder`. Raises UserError if it is missing, unreadable or of another format."""
     manifest = read_json(folder / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise UserError(
@@ -58,7 +58,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def recorded_recipe(folder: Path) -> dict[str, Any]:
-    """The dumped recipe that made the checkpoint in `folder`, as far as its manifest tells; {} without one.
+    """Return the resolved recipe in the manifest of the checkpoint in `folder`; {} without manifest or recipe.
 
     Raises UserError for a manifest that cannot be read.
     """
@@ -67,25 +67,25 @@ def recorded_recipe(folder: Path) -> dict[str, Any]:
 
 
 def verify_files(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Compare the digests of the model's files. Raises UserError that names the first file that differs."""
+    """Compare the digests of the model's files. Raises UserError with the first file that differs."""
     for name, digest in manifest["files"].items():
         if not (folder / name).is_file():
-            raise UserError(f"{folder / name} is missing, though {MANIFEST} lists it")
+            raise UserError(f"{folder / name} is missing, though {MANIFEST} lists it; export it again")
         if sha256(folder / name) != digest:
-            raise UserError(f"{folder / name} is not the file that was written: its sha256 differs from {MANIFEST}")
+            raise UserError(f"{folder / name} has changed: its sha256 differs from {MANIFEST}; export it again")
 
 
 def family_of(model_class: type[Any]) -> Family:
-    """The family that a dense or converted class belongs to. Raises ValueError."""
+    """Return the family of a dense or converted class. Raises ValueError if there is none."""
     family: Family
     for family in registry.families().values():
         if model_class in (family.dense_class, family.mla_class):
             return family
-    raise ValueError(f"{model_class.__name__} is a class of no family")
+    raise ValueError(f"{model_class.__name__} belongs to no registered family")
 
 
 def describe_model(model: Any) -> dict[str, Any]:
-    """Geometry and cached scalars a token, by layer and in the mean, against the dense model."""
+    """Return the geometry, and the cached scalars per token: by layer, their mean, and those of the dense model."""
     family = family_of(type(model))
     geometry = family.geometry(model.config)
     causal = model.causal
@@ -107,7 +107,7 @@ def describe_model(model: Any) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, of this package and of the libraries that the bytes depend on."""
+    """Return the versions of Python, this package and the libraries that the bytes depend on."""
     from .. import __version__
 
     installed = {library: version(library) for library in _LIBRARIES}
@@ -115,14 +115,14 @@ def versions() -> dict[str, str]:
 
 
 def git_revision() -> str | None:
-    """Commit of the checkout that this package runs from, `-dirty` with local changes; None outside one."""
+    """Return the commit of this package's git checkout, `-dirty` with local changes; None outside a checkout."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(_PACKAGE), *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     try:
-        # An installed package may lie in somebody else's checkout, untracked.
+        # An installed package may be inside another project's checkout, untracked.
         git("ls-files", "--error-unmatch", "__init__.py")
         return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):

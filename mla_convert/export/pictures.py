@@ -1,4 +1,4 @@
-"""The pictures of a model card: bars and curves from the report as PNG, one sample as an animation."""
+"""Draws the pictures of a model card: bars and curves of the report as PNG, one sample as a GIF."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import imageio_ffmpeg
 from ..errors import UserError
 from .evidence import SAMPLES, Evidence
 
-# Matplotlib is imported by what draws: it is slow to import, and tells of a cache that it cannot write.
+# Drawing functions import Matplotlib: the import is slow, and warns if its cache folder is not writable.
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -47,16 +47,16 @@ _STYLE: dict[str, Any] = {
 
 
 class Picture(NamedTuple):
-    """A file in the checkpoint's folder, by its path in there, and what it shows."""
+    """A picture: its path relative to the checkpoint's folder, and a caption."""
 
     file: str
     caption: str
 
 
 def draw_pictures(folder: Path, model: Any, evidence: Evidence) -> list[Picture]:
-    """Draw what the model and its report give into `folder`; equal input gives equal bytes.
+    """Draw the pictures of a model and its report into `folder`; equal input gives equal bytes.
 
-    Raises UserError when a sample cannot be read as a video.
+    Raises UserError if a sample cannot be read as a video.
     """
     report = evidence.report or {}
     pictures = []
@@ -69,19 +69,19 @@ def draw_pictures(folder: Path, model: Any, evidence: Evidence) -> list[Picture]
         pictures.append(Picture(f"{FIGURES}/{name}", caption))
 
     if model.config.get("mla"):
-        add("cache_by_layer.png", "Cached scalars a token by layer", _bars, model.row_widths)
+        add("cache_by_layer.png", "Cached scalars per token by layer", _bars, model.row_widths)
     errors = report.get("attention_rel_error")
     if errors and None not in errors:
         percents = [100 * error for error in errors]
-        add("error_by_layer.png", "Error of the attention output by layer", _bars, percents, "%")
+        add("error_by_layer.png", "Attention output error by layer", _bars, percents, "%")
     points = [(t, e) for t, e in report.get("velocity_rel_error_by_timestep") or [] if e is not None]
     if points:
-        add("error_by_noise.png", "Error of the velocity by noise level", _error_by_noise, points)
+        add("error_by_noise.png", "Velocity error by noise level", _error_by_noise, points)
     curve = [row for row in report.get("curves") or [] if row.get("heldout_loss") is not None]
     # A stage that is trained twice starts again at step 0.
     restarts = any(later["step"] <= row["step"] for row, later in itertools.pairwise(curve))
     if len(curve) > 1 and len({row.get("stage") for row in curve}) == 1 and not restarts:
-        add("heldout_loss.png", "Held-out loss in distillation", _heldout, curve)
+        add("heldout_loss.png", "Held-out loss during distillation", _heldout, curve)
     if evidence.samples:
         _animate(evidence.samples[0], folder / ANIMATION)
         pictures.append(Picture(ANIMATION, "Sample"))
@@ -109,7 +109,7 @@ def _error_by_noise(ax: Axes, points: Sequence[tuple[float, float]]) -> None:
 def _heldout(ax: Axes, rows: Sequence[dict[str, Any]]) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    # The report's loss of the teacher was measured with other noise, so it has no place here.
+    # The teacher's loss is not drawn, because the report measured it with other noise.
     ax.plot(
         [row["step"] for row in rows],
         [row["heldout_loss"] for row in rows],
@@ -138,12 +138,12 @@ def _png(path: Path) -> Iterator[Axes]:
     with rc_context(_STYLE):
         figure = Figure(figsize=(5.4, 3.3), layout="constrained")
         yield figure.add_subplot()
-        # Without the version of matplotlib, equal data gives equal bytes.
+        # Leave out the version of Matplotlib so that equal data gives equal bytes.
         figure.savefig(path, dpi=144, metadata={"Software": None})
 
 
 def _animate(video: Path, gif: Path) -> None:
-    """The first seconds of a video as a small GIF that loops, which a card shows without a player."""
+    """Write the first seconds of a video as a small looping GIF, which a card shows without a player."""
     palette = "split[a][b];[a]palettegen=stats_mode=diff[p];[b][p]paletteuse=dither=bayer:bayer_scale=4"
     scaled = f"fps={ANIMATION_FPS},scale='min({ANIMATION_WIDTH},iw)':-1:flags=area"
     command = [

@@ -1,4 +1,4 @@
-"""A checkpoint as it is given to others: final form and data type, evidence, card; reloaded before it says done."""
+"""Exports a checkpoint in its final form and data type, with evidence and card, and verifies it by loading it."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ def export(
 ) -> dict[str, Any]:
     """Write a verified checkpoint to `out` in its final form, with its evidence and a model card.
 
-    `recipe`, dumped, is recorded in place of the one that the checkpoint was written with.
-    What was written is loaded again and compared before `out` appears: tensor by tensor, and in the
-    standalone form also by a short rollout in a process that lacks this package. Returns path, class,
-    form, dtype and bytes. Raises UserError in one line; an `out` that was there then stays as it was.
+    `recipe`, dumped, replaces the recorded recipe of the checkpoint. The files are loaded and compared before `out`
+    appears: tensor by tensor and, for the standalone form, also with a short rollout in a process without this
+    package.
+
+    Returns path, class, form, dtype and bytes. Raises UserError in one line; an existing `out` then stays unchanged.
     """
     root, inner = find_checkpoint(checkpoint)
     claim_checkpoint(out)
-    here, there = root.resolve(), out.resolve()
-    if here == there or here in there.parents or there in here.parents:
-        raise UserError(f"{out} and the checkpoint {root} lie in each other; choose another output folder")
+    source_folder, target = root.resolve(), out.resolve()
+    if source_folder.is_relative_to(target) or target.is_relative_to(source_folder):
+        raise UserError(f"{out} overlaps the checkpoint {root}; choose another output folder")
     recorded = read_manifest(root) | ({} if recipe is None else {"recipe": dict(recipe)})
     evidence = find_evidence(root)
     reads_images = read_config(inner).get("image_dim") is not None
@@ -66,7 +67,7 @@ def export(
 
 
 def _standalone_source(model: Any) -> str:
-    """The file that defines the class of `model`. Raises UserError when another package's class has none."""
+    """Return the source of a file that defines the class of `model`. Raises UserError if it cannot be bundled."""
     try:
         return bundle(type(model))
     except ValueError as error:

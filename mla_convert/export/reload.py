@@ -1,4 +1,4 @@
-"""Load what was written as a user would, and compare it with the model that was meant."""
+"""Loads an exported checkpoint as a user would and compares it with the model in memory."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _SCRIPT = Path(__file__).with_name("isolated.py")
 
 
 def check_tensors_on_disk(model: Any, transformer: Path) -> None:
-    """Load the transformer's folder with the class of `model`. Raises UserError if a tensor differs."""
+    """Load the transformer folder with the class of `model`. Raises UserError if a tensor differs."""
     verbosity = logging.get_verbosity()
-    # diffusers warns of the `auto_map` that AutoModel asks for.
+    # diffusers warns about the key `auto_map`, which AutoModel needs.
     logging.set_verbosity_error()
     try:
         reloaded = type(model).from_pretrained(transformer, dtype=model.dtype).state_dict()
@@ -32,13 +32,13 @@ def check_tensors_on_disk(model: Any, transformer: Path) -> None:
     for name, tensor in model.state_dict().items():
         other = reloaded.get(name)
         if other is None or not torch.equal(other.to(tensor.dtype), tensor.cpu()):
-            raise UserError(f"tensor {name} changed on its way to {transformer.parent} and back; nothing was written")
+            raise UserError(f"tensor {name} differs after reloading from {transformer.parent}; nothing was written")
 
 
 def check_standalone(model: Any, folder: Path) -> None:
-    """Load a standalone checkpoint in a process that lacks this package, and compare a short rollout.
+    """Load a standalone checkpoint in a process without this package, and compare a short rollout.
 
-    The two must agree bit by bit. Raises UserError.
+    Raises UserError unless the rollouts agree bit by bit.
     """
     probe = probe_rollout(model)
     settings = {
@@ -53,7 +53,7 @@ def check_standalone(model: Any, folder: Path) -> None:
         run = subprocess.run(
             [sys.executable, "-I", str(_SCRIPT), str(folder.resolve()), str(expected)],
             cwd=scratch,
-            # The copy of the code that diffusers imports goes with the scratch folder.
+            # diffusers copies the imported code here, so it is removed with the scratch folder.
             env={**os.environ, "HF_MODULES_CACHE": str(Path(scratch) / "modules"), "HF_HUB_OFFLINE": "1"},
             capture_output=True,
             text=True,
@@ -65,17 +65,17 @@ def check_standalone(model: Any, folder: Path) -> None:
 
 
 def probe_chunks(model: Any) -> list[tuple[int, int]]:
-    """Frames of the first two chunks of a rollout."""
+    """Return the frame ranges of the first two chunks of a rollout."""
     chunks: list[tuple[int, int]] = model.causal.chunks(2 * model.causal.num_frames_per_block)
     return chunks[:2]
 
 
 @torch.no_grad()
 def probe_rollout(model: Any) -> dict[str, Tensor]:
-    """Inputs and outputs of a rollout of two chunks on the smallest latent, for comparisons.
+    """Return inputs and outputs of a rollout of two chunks on a small latent, for comparisons.
 
-    Empty for models whose inputs are not those of text-to-video. `hidden_states` `[1, C, F, H, W]`,
-    `timestep` `[1, F]`, `encoder_hidden_states` `[1, L, text_dim]`, `velocity_0` and `velocity_1`.
+    Keys: `hidden_states` `[1, C, F, H, W]`, `timestep` `[1, F]`, `encoder_hidden_states` `[1, L, text_dim]`,
+    `velocity_0` and `velocity_1`. Empty for models that do not take the inputs of text-to-video.
     """
     config = model.config
     keys = ("in_channels", "text_dim", "patch_size")

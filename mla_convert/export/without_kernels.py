@@ -1,6 +1,6 @@
-"""Attention by plain torch alone, in place of the kernels that are shipped with the package.
+"""Attends with plain torch, without the kernels that ship with the package.
 
-It stands in for `mla.kernels` in the self-contained file of a model.
+It replaces `mla.kernels` in the self-contained file of a model.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from ..mla.kernel_settings import History, KernelSettings, Mode
 
 
 class Kernels:
-    """How a model attends while it streams: by torch. Raises ValueError for `triton`."""
+    """Settings of streaming attention, which runs in plain torch. Raises ValueError for `triton`."""
 
     def __init__(self, mode: Mode = "auto", history: History = "auto", cuda_graph: bool = True) -> None:
         if mode == "triton":
-            raise ValueError("this file attends by torch; install mla-convert for its kernels")
+            raise ValueError("this file has no Triton kernels; install mla-convert to use them")
         self.settings = KernelSettings(mode, history, cuda_graph)
 
     def leave_free(self, size: int) -> None:
-        """Nothing: torch keeps no histories."""
+        """Do nothing, because torch keeps no expanded histories."""
 
     def takes(self, layer: Any, tokens: Tensor, step: Any) -> bool:
-        """False: torch is to attend."""
+        """Return False: no kernel takes the pass."""
         return False
 
     def attention(self, layer: Any, hidden_states: Tensor, step: Any) -> Tensor | None:
-        """None: torch is to do it."""
+        """Return None: torch computes the attention."""
         return None
 
     def report(self) -> dict[str, Any]:
-        """What was chosen."""
+        """Return the settings and the paths taken, in the keys of the package's `Kernels.report`."""
         return {"mode": self.settings.mode, "paths": {}, "refused": {}, "history": None}
 
     def announce(self) -> None:
-        """Nothing: there was no choice."""
+        """Do nothing, because there is no choice to announce."""

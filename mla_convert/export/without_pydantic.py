@@ -1,8 +1,7 @@
-"""The little of pydantic that the models' configurations use, from the standard library and under the same names.
+"""Implements the subset of pydantic that the models' configurations use, with the standard library only.
 
-It stands in for pydantic in the self-contained file of a model, where pydantic may be absent: what a
-configuration accepts, refuses and dumps is the same. Types are bool, int, float, str, None, Literal,
-tuples and unions of these.
+It replaces pydantic in the self-contained file of a model. A configuration accepts, refuses and dumps the same
+values. Supported types are bool, int, float, str, None, Literal, tuples and unions of these.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ class FieldInfo:
 
 
 def Field(default: Any, *, ge: float | None = None) -> Any:
-    """A field with a default and a lower bound."""
+    """Declare a field with a default and a lower bound."""
     return FieldInfo(default, ge)
 
 
 def ConfigDict(**settings: Any) -> dict[str, Any]:
-    """Settings of a configuration; `BaseModel` knows one set of them."""
+    """Return the settings of a configuration; `BaseModel` supports only one set of them."""
     return settings
 
 
@@ -43,7 +42,7 @@ def model_validator(*, mode: typing.Literal["after"]) -> Callable[[Any], Any]:
 
 
 class BaseModel:
-    """A frozen configuration whose annotated names are its fields; ValueError names what does not fit."""
+    """A frozen configuration whose annotated names are its fields. Raises ValueError for invalid keys or values."""
 
     model_config: typing.ClassVar[dict[str, Any]]
 
@@ -56,7 +55,7 @@ class BaseModel:
         name = type(self).__name__
         unknown = sorted(values.keys() - fields.keys())
         if unknown:
-            raise ValueError(f"{name}: {unknown[0]} is not a key; those are {', '.join(fields)}")
+            raise ValueError(f"{name}: {unknown[0]} is not a key; the keys are {', '.join(fields)}")
         for key, hint in fields.items():
             declared = getattr(type(self), key, FieldInfo(...))
             info = declared if isinstance(declared, FieldInfo) else FieldInfo(declared)
@@ -88,17 +87,17 @@ class BaseModel:
         return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in vars(self).items())})"
 
     def model_dump(self, mode: typing.Literal["python", "json"] = "python") -> dict[str, Any]:
-        """The fields as a dict; in `json` mode tuples become lists."""
+        """Return the fields as a dict; in `json` mode tuples become lists."""
         return {key: as_lists(value) if mode == "json" else value for key, value in vars(self).items()}
 
 
 def as_lists(value: Any) -> Any:
-    """`value` with lists for its tuples."""
+    """Return `value` with tuples replaced by lists."""
     return [as_lists(entry) for entry in value] if isinstance(value, tuple) else value
 
 
 def fitting(value: Any, hint: Any, where: str) -> Any:
-    """`value` in the type of an annotation, lists as tuples. Raises ValueError that names `where`."""
+    """Return `value` converted to an annotation's type, lists as tuples. Raises ValueError that names `where`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         for choice in arguments:
@@ -118,5 +117,5 @@ def fitting(value: Any, hint: Any, where: str) -> Any:
         if hint is float and type(value) is int:
             return float(value)
     else:
-        raise TypeError(f"{where}: the type {hint} is not known here")
+        raise TypeError(f"{where}: the type {hint} is not supported")
     raise ValueError(f"{where} cannot be {value!r}")
