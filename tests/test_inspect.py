@@ -136,7 +136,7 @@ def test_recommendations():
     assert recommend({"derived": {"8": 0.3}, "baked": {"8": 0.2}}, 384).startswith("8 scalars (2.1 % of the dense")
     assert "larger --ranks" in recommend({"decoupled": {"8": None}}, 384)
     line = recommend_by_weights([Spectrum(torch.ones(100)), Spectrum(torch.ones(100))], [10, 20, 30])
-    assert "99 % needs 99 of 100 directions and rank 20 keeps 20.0 %" in line and "--data" in line
+    assert "99 % of the energy needs 99 of 100 directions, and rank 20 keeps 20.0 %" in line and "--data" in line
 
 
 def test_default_ranks_are_the_papers_at_its_size():

@@ -80,7 +80,7 @@ def test_ranks_by_layer_give_their_mean() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kv_lora_rank": 385}, "kv_lora_rank 385 is impossible.*384"),
+        ({"kv_lora_rank": 385}, "kv_lora_rank 385 is out of range.*384"),
         ({"kv_lora_rank": 0}, "kv_lora_rank 0"),
         ({"kv_lora_rank": [20, 20]}, "2 entries for 4 layers"),
         ({"qk_rope_head_dim": 7}, "qk_rope_head_dim 7 must be even"),

@@ -279,7 +279,7 @@ def test_a_failure_of_vbench_is_one_line_with_its_last(capfd, model, tmp_path) -
         (
             ["--published", "{tmp}/three.txt", "--python", sys.executable],
             1,
-            "is not {name: {dimension: value}} in JSON",
+            "must be JSON of the form {name: {dimension: value}}",
         ),
         (["--latent-size", "15x16"], 2, "15"),
     ],
@@ -294,7 +294,7 @@ def test_what_does_not_fit_is_said_before_anything_is_drawn(capfd, checkout, mod
 
 def test_folders_that_are_not_what_they_should_be(capfd, checkout, model, tmp_path) -> None:
     code, _, error = vbench(capfd, model, tmp_path, tmp_path / "out")
-    assert code == 1 and "is no checkout of VBench: it has no vbench/VBench_full_info.json" in error
+    assert code == 1 and "is not a checkout of VBench; it has no vbench/VBench_full_info.json" in error
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").touch()
     code, _, error = vbench(capfd, model, checkout, tmp_path / "full")

@@ -1,8 +1,8 @@
-"""How far the attention of a converted model's heads is from the teacher's, on the teacher's own inputs.
+"""Compares the attention maps of a converted model's heads with the teacher's, on the teacher's inputs.
 
-A query of a chunk that has a history gives one distribution over the keys it sees, p with the teacher's
-keys and queries and q with the student's. Values take no part: this is where a head looks, not what it
-finds. Shape letters: B clips, H heads, Q queries, K keys.
+Each query of a chunk with a history gives a distribution over the keys it sees: p with the teacher's queries and
+keys, q with the student's. Values are ignored, so this measures where a head looks, not what it reads there.
+Shape letters: B clips, H heads, Q queries, K keys.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from ..mla.core import KeyValue, Query
 from .beside import Beside
 
 QUERIES = 32
-"""Queries of a chunk that are measured, evenly spaced."""
-# Logits held at once, by either model.
+"""Number of evenly spaced queries measured per chunk."""
+# Maximum number of logits in memory, per model.
 _ENTRIES = 1 << 26
 
 
 def head_logits(
     layer: CausalSelfAttention, hidden_states: Tensor, step: AttentionPass, queries: int = QUERIES
 ) -> Iterator[tuple[Tensor, int]]:
-    """Of each chunk with a history the scaled logits `[B, H, Q, K]`, float32, and how many keys are history.
+    """Yield the scaled logits `[B, H, Q, K]`, float32, of each chunk with a history, and its number of history keys.
 
-    `hidden_states` `[B', S, C]` are those of a pass over a whole clip; the clean context of teacher
-    forcing is left out, and the other items come in groups of B that bound the memory. The keys are those
-    of `CausalSelfAttention.eager_attention`, history first.
+    `hidden_states` `[B', S, C]` belong to a pass over a whole clip. The clean context of teacher forcing is left
+    out; the other items come in groups of B to bound the memory. The keys are those of
+    `CausalSelfAttention.eager_attention`, history first.
     """
     query, key, value = layer.project(hidden_states)
     plain = Query(None, layer.split_heads(query))
@@ -49,30 +49,30 @@ def head_logits(
             continue
         count = view.own.stop - view.own.start
         picked = torch.linspace(0, count - 1, min(queries, count), device=query.device).round().long()
-        here = plain.tokens(view.own).rotated(view.own_rotations)[first:, picked]
-        there = for_history.tokens(view.own).rotated(view.own_rotations)[first:, picked]
+        own_query = plain.tokens(view.own).rotated(view.own_rotations)[first:, picked]
+        past_query = for_history.tokens(view.own).rotated(view.own_rotations)[first:, picked]
         own_keys = padded(own.tokens((view.own,)).keys(view.own_rotations), view.zero_keys)[first:]
         past_keys = clip.tokens(view.history).keys(view.history_rotations)
         if step.context_batch is None:
             past_keys = past_keys[first:]
         else:
-            past_keys = past_keys.repeat(len(there) // step.context_batch, 1, 1, 1)
+            past_keys = past_keys.repeat(len(past_query) // step.context_batch, 1, 1, 1)
         keys = past_keys.shape[1] + own_keys.shape[1]
         group = max(1, _ENTRIES // (layer.heads * len(picked) * keys))
-        for items in torch.arange(len(here), device=query.device).split(group):
+        for items in torch.arange(len(own_query), device=query.device).split(group):
             logits = [
                 torch.einsum("bqhd,bkhd->bhqk", q[items].float(), k[items].float())
-                for q, k in ((there, past_keys), (here, own_keys))
+                for q, k in ((past_query, past_keys), (own_query, own_keys))
             ]
             yield layer.scale * torch.cat(logits, dim=-1), past_keys.shape[1]
 
 
 def divergence(teacher: Tensor, student: Tensor, history: int) -> Tensor:
-    """Sums over clips and queries of five measures by head, float64 `[5, H]`, from logits `[B, H, Q, K]`.
+    """Return five measures by head, summed over clips and queries, float64 `[5, H]`, from logits `[B, H, Q, K]`.
 
-    Total variation `1/2 sum |p - q|`, Kullback-Leibler divergence `sum p log(p / q)` in nats, mean
-    square over keys of the logits' difference less its mean (a constant changes no attention), and
-    the share of p and of q on the first `history` keys.
+    These are the total variation `1/2 sum |p - q|`; the Kullback-Leibler divergence `sum p log(p / q)` in nats; the
+    mean square over keys of the logit difference minus its mean (a constant changes no attention); and the shares of
+    p and of q on the first `history` keys.
     """
     log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
     p, q = log_p.exp(), log_q.exp()
@@ -89,7 +89,7 @@ def divergence(teacher: Tensor, student: Tensor, history: int) -> Tensor:
 
 
 class AttentionMaps:
-    """Collects `divergence` of every head while the teacher runs; `close` takes it off again."""
+    """Collects the `divergence` of every head while the teacher runs; `close` ends it and returns the result."""
 
     def __init__(self, student: Any, teacher: Any, queries: int = QUERIES) -> None:
         self.student, self.teacher, self.queries = student, teacher, queries
@@ -112,10 +112,10 @@ class AttentionMaps:
             self.counts[number] += expected.shape[0] * expected.shape[2]
 
     def close(self) -> list[dict[str, Any]]:
-        """By layer, means over clips and queries by head; empty when no chunk has a history.
+        """Remove the hooks and return one dict per layer with means by head; empty if no chunk has a history.
 
-        `total_variation` in [0, 1], `kl_divergence` in nats, `logit_error` the root mean square of the
-        logits' difference, `history_share` of `teacher` and `student`.
+        Keys: `total_variation` in [0, 1], `kl_divergence` in nats, `logit_error`, the root mean square of the logit
+        difference, and `history_share` of `teacher` and `student`.
         """
         self.beside.close()
         layers = []

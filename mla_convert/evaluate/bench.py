@@ -1,9 +1,9 @@
-"""What the passes of a chunk cost in attention: dense against latent, side by side in one process, in the steady state.
+"""Times the attention of dense and latent layers in the passes of a chunk, in the steady state of streaming.
 
-One layer attends from a chunk to a full window of random history: in the first pass of a chunk, which expands the
-history, in a later one, which finds it expanded where it is kept, and in the one that writes. Every repeat times all
-variants one after the other, so that what else the machine does hits them alike; medians are compared. Nothing of
-the cost depends on the values of the weights.
+One layer attends from a chunk to a full window of random history. Three passes are timed: the first pass of a chunk,
+which expands the history; a later pass, which reuses the expanded history if it is kept; and the pass that writes
+the cache. Every repeat times all variants in turn, so that other load on the machine affects them equally, and
+medians are compared. The cost does not depend on the values of the weights.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from .geometry import Geometry
 from .text import layout_parts
 
 BY_TORCH = (
-    "kernels attend to latents, dense histories are gathered and rotated in plain torch: no ratio is what kernels gain"
+    "kernels attend to latents, but plain torch gathers and rotates dense histories; "
+    "the ratios do not show what kernels gain"
 )
 DENSE, ROTATED, LATENT = "dense", "dense_rotated", "latent"
 FIRST, LATER, WRITE, STREAMED = "attention", "attention_later", "attention_write", "attention_streamed"
@@ -41,9 +42,9 @@ PARTS = (FIRST, LATER, WRITE, STREAMED)
 
 
 class BenchConfig(BaseModel):
-    """What is timed, on the first GPU in bfloat16 or else on the CPU in float32 where nothing is said.
+    """Settings of the benchmark. It defaults to the first GPU in bfloat16, or the CPU in float32 without a GPU.
 
-    A chunk is streamed in `num_inference_steps` passes and one that writes.
+    A chunk is streamed in `num_inference_steps` passes and one that writes the cache.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -62,32 +63,32 @@ class BenchConfig(BaseModel):
 
 
 class RotatedDenseAttention(DenseSelfAttention):
-    """Dense attention whose cache holds rotated keys, as a cache with absolute positions may."""
+    """Dense attention that caches rotated keys, which is possible with absolute positions."""
 
     def expand(self, rows: Tensor) -> KeyValue:
         key, value = rows.chunk(2, dim=-1)
         return KeyValue(self.split_heads(key), None, self.split_heads(value))
 
     def encode(self, key: Tensor, value: Tensor, step: AttentionPass) -> Tensor:
-        turned = rotate(self.split_heads(key), step.views[0].own_rotations).flatten(2)
-        return super().encode(turned, value, step)
+        rotated = rotate(self.split_heads(key), step.views[0].own_rotations).flatten(2)
+        return super().encode(rotated, value, step)
 
 
 def bench(
     geometry: Geometry, config: BenchConfig, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, Any]:
-    """Times of one layer's passes and bytes of its cache; `ratio_*` is dense over latent, above 1 where latent wins.
+    """Measure the time of one layer's passes and the bytes of its cache.
 
-    `attention` is the first pass of a chunk, `attention_later` one that follows, the same where no history is kept
-    (`history_kept`), `attention_write` the one that writes, and `attention_streamed` the mean pass of a chunk: one
-    first, `num_inference_steps` - 1 later ones and one that writes. Milliseconds are medians with the range of the
-    repeats; `note` says what the ratios compare where kernels attend. Raises UsageError for a device that is not there
-    or sizes that cannot be.
+    `ratio_*` is dense over latent, above 1 where latent is faster or smaller. `attention` is the first pass of a chunk.
+    `attention_later` is a later pass, equal to the first if no history is kept (`history_kept`). `attention_write` is
+    the pass that writes. `attention_streamed` is the mean over one first pass, `num_inference_steps` - 1 later ones
+    and one that writes. Times are medians in milliseconds with the range of the repeats. `note` explains the ratios
+    when kernels run. Raises UsageError for a missing device or impossible sizes.
     """
     device, dtype = _place(config)
     kernels = Kernels(config.kernels)
     passes = {
-        # A kernel would rotate the keys once more.
+        # A kernel would rotate these keys a second time.
         name: _Passes(
             layer, cache_class, geometry, config, dtype, device, Kernels("torch") if name == ROTATED else kernels
         )
@@ -104,7 +105,7 @@ def bench(
             progress(repeat + 1, config.repeats)
     found = {part: {name: _summary(values) for name, values in named.items()} for part, named in times.items()}
     cache_bytes = {name: one.cache.bytes() for name, one in passes.items()}
-    # Every layer of a latent reads all of it, and has its share of what is cached.
+    # A shared latent is read in full by each of its layers but cached once, so each layer counts its share.
     cache_bytes[LATENT] //= config.layers_per_latent
     chunk, window, threads = geometry.num_frames_per_block, geometry.window_frames, torch.get_num_threads()
     return {
@@ -136,19 +137,19 @@ def bench(
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """What latent attention costs beside dense attention as chunks are streamed, in one line."""
+    """Return one line on the cost of latent attention relative to dense attention while streaming."""
     time, memory = 1 / result[f"ratio_{STREAMED}"], result["ratio_cache"]
-    how = f"{time:.2f}x the time of dense attention" if time >= 1 else f"{1 / time:.2f}x as fast as dense attention"
-    return f"latent: {how}, {memory:.1f}x less cache"
+    speed = f"{time:.2f}x the time of dense attention" if time >= 1 else f"{1 / time:.2f}x as fast as dense attention"
+    return f"latent: {speed}, {memory:.1f}x less cache"
 
 
 def bench_table(result: dict[str, Any]) -> Table:
-    """The result for a terminal."""
+    """Return the result as a table for a terminal."""
     table = Table(
         title=f"{result['model']}: one layer, {result['queries']:,} queries, {result['keys']:,} keys in the window, "
         f"{result['dtype']}, {result['device']}",
-        caption=f"{verdict(result)}\nmedians of {result['repeats']} interleaved rounds; streamed: the mean pass of "
-        f"a first, {result['num_inference_steps'] - 1} later ones and one that writes; {describe(result['kernels'])}"
+        caption=f"{verdict(result)}\nmedians of {result['repeats']} interleaved rounds; streamed: mean over one "
+        f"first pass, {result['num_inference_steps'] - 1} later ones and one that writes; {describe(result['kernels'])}"
         + (f"\n{result['note']}" if result.get("note") else ""),
         title_justify="left",
         caption_justify="left",
@@ -200,7 +201,7 @@ def _layers(geometry: Geometry, config: BenchConfig) -> dict[str, tuple[CausalSe
 
 
 class _Passes:
-    """The passes of one chunk of `layer` over a window that is full, and its `cache`."""
+    """The passes of one chunk of `layer` over a full window, and its `cache`."""
 
     def __init__(
         self,
@@ -216,7 +217,7 @@ class _Passes:
         self.device, self.kernels, self.frames = device, kernels, geometry.num_frames_per_block
         causal = CausalConfig(num_frames_per_block=self.frames, window_frames=geometry.window_frames)
         width = _width(geometry.tokens_per_frame)
-        # The other layers take no memory here, but count where the histories of all must fit to be kept.
+        # The other layers take no memory, but they count when the cache decides whether all histories fit.
         rows = [layer.row_width] + [0] * (geometry.num_layers - 1)
         grid = (geometry.tokens_per_frame // width, width)
         self.cache = cache_class(causal, rows, config.batch_size, *grid, dtype, device)
@@ -229,18 +230,18 @@ class _Passes:
 
     @property
     def keeps(self) -> bool:
-        """Whether a later pass finds the history that the first one has expanded."""
+        """Whether later passes reuse the history that the first pass expanded."""
         return bool(self.cache.expanded.keep)
 
     def run(self, write: bool = False) -> Tensor:
-        """A pass of the chunk."""
+        """Run one pass of the chunk."""
         with torch.no_grad():
             step = stream_pass(self.table, self.cache, self.frames, write)
             step.kernels = self.kernels
             return self.layer.attention(self.hidden_states, step.of(self.layer, self.hidden_states))
 
     def timed(self, steps: int) -> dict[str, float]:
-        """Milliseconds of each of PARTS, in a chunk of so many steps."""
+        """Return the milliseconds of each of PARTS, for a chunk of `steps` steps."""
         self.cache.expanded.forget()
         first = _timed(self.run, self.device)
         later = _timed(self.run, self.device) if self.keeps else first
@@ -255,14 +256,14 @@ def _table(geometry: Geometry, device: torch.device) -> RotaryTable:
 
 
 def _width(tokens: int) -> int:
-    """The divisor of `tokens` next to its square root: the grid's shape does not matter to the time."""
+    """Return the divisor of `tokens` closest to its square root; the grid's shape does not affect the time."""
     return min(
         (side for side in range(1, tokens + 1) if tokens % side == 0), key=lambda side: abs(side * side - tokens)
     )
 
 
 def _timed(run: Callable[[], Any], device: torch.device) -> float:
-    """Milliseconds of one call."""
+    """Return the milliseconds of one call."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = time.perf_counter()
@@ -273,7 +274,7 @@ def _timed(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def _ratio(found: dict[str, dict[str, float]], over: str) -> float:
-    """A variant's median over that of latent attention."""
+    """Return a variant's median time divided by that of latent attention."""
     return found[over]["median_ms"] / found[LATENT]["median_ms"]
 
 
@@ -282,13 +283,13 @@ def _summary(times: list[float]) -> dict[str, float]:
 
 
 def _place(config: BenchConfig) -> tuple[torch.device, torch.dtype]:
-    """Where and in what to compute."""
+    """Return the device and dtype to compute in. Raises UsageError for a missing device."""
     try:
         device = default_device() if config.device is None else torch.device(config.device)
     except RuntimeError:
-        raise UsageError(f"unknown device {config.device!r}; cpu, cuda or cuda:1") from None
+        raise UsageError(f"unknown device {config.device!r}; use cpu, cuda or cuda:1") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError("no CUDA device here; leave --device out to measure the CPU")
-    # Streamed models compute in 16 bits on a GPU; in float32 no kernel would be timed.
+        raise UsageError("no CUDA device found; omit --device to measure the CPU")
+    # Streamed models compute in 16 bits on a GPU; in float32 no kernel would run.
     usual = "float32" if device.type == "cpu" else "bfloat16"
     return device, cast(torch.dtype, getattr(torch, config.dtype or usual))

@@ -1,4 +1,4 @@
-"""A student's self-attention layers beside those of its teacher, on the teacher's own inputs."""
+"""Pairs a student's self-attention layers with its teacher's, on the teacher's inputs."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Compare = Callable[[int, Tensor, AttentionPass, Tensor, AttentionPass], None]
 class Beside:
     """Calls `compare(layer, hidden_states, step, out, student_step)` for every layer while the teacher runs.
 
-    `hidden_states` and `out` `[B, S, C]` are what the teacher's self-attention was given in the pass `step` over a
-    clip and what it answered. In `student_step` the student's layer can answer the same `hidden_states`: layers
-    that share a latent read what all of them make of the teacher's inputs. `close` ends it.
+    `hidden_states` and `out` `[B, S, C]` are the input and output of the teacher's self-attention in the pass `step`
+    over a clip. `student_step` lets the student's layer run on the same `hidden_states`: layers that share a latent
+    read the one that all of them encode from the teacher's inputs. `close` removes the hooks.
     """
 
     def __init__(self, student: Any, teacher: Any, compare: Compare) -> None:
@@ -27,10 +27,10 @@ class Beside:
         self.groups = {layer: layers for layers in student.latent_groups for layer in layers}
         self.seen: dict[int, tuple[Tensor, AttentionPass, Tensor]] = {}
         self.hooks = [
-            block.attn1.register_forward_hook(self._seen(layer)) for layer, block in enumerate(teacher.blocks)
+            block.attn1.register_forward_hook(self._record(layer)) for layer, block in enumerate(teacher.blocks)
         ]
 
-    def _seen(self, layer: int) -> Callable[..., None]:
+    def _record(self, layer: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, None, None, AttentionPass], out: Tensor) -> None:
             self.seen[layer] = (args[0], args[3], out)
             layers = self.groups[layer]

@@ -1,4 +1,4 @@
-"""Digits-Bench: rollouts of teacher and student at several lengths, measured beside real videos."""
+"""Runs Digits-Bench: rollouts of teacher and student at several lengths, compared with real videos."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from .video_metrics import HIGHER, Array, drift, estimate, features, frame_metri
 
 FRECHET = "frechet_distance"
 FEATURE_FRAMES = 3
-"""Every third frame goes into the Fréchet distance; a path has a period of four, so all its cells occur."""
+"""Every third frame counts in the Fréchet distance; a path has a period of four, so all of its cells occur."""
 REFERENCE_DRAWS = 4
-"""Videos of each held-out prompt in the reference of the Fréchet distance."""
+"""Real videos per held-out prompt in the reference set of the Fréchet distance."""
 
 
 def factors(config: EvaluateConfig) -> list[int]:
-    """Lengths of the rollouts in clips of the training length, ascending, 1 first."""
+    """Return the rollout lengths as multiples of the training length, ascending from 1."""
     return sorted({1, *config.factors, *([config.long_factor] if config.long_factor else [])})
 
 
 def digits_bench(
     models: Mapping[str, Any], config: EvaluateConfig, report: Callable[[str, int, int], None]
 ) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
-    """Metrics by length and model, real videos among them, and the share that ends in its digit by model and length.
+    """Return the metrics of the models and of real videos, and the accuracy at the last frame by model and length.
 
-    By length (`1x`, `8x`, ...), source and metric: `mean`, `low` and `high` of the 95 % interval over
-    videos, and the same for `drift`, the end less the beginning. The Fréchet distance is that to a larger
-    set of real videos; its entry for as many real videos as there are rollouts is what sampling alone gives.
+    `lengths` has, by length (`1x`, `8x`, ...), source and metric, the `mean` over videos and the `low` and `high` end
+    of its 95 % interval; `drift` has the same for the end minus the beginning. The Fréchet distance is measured to a
+    larger set of real videos; its value for the real source shows the effect of the sample size alone.
     """
     count, lengths = config.rollout_prompts, factors(config)
     prompts = chosen_prompts(count) * config.rollout_seeds
@@ -43,15 +43,15 @@ def digits_bench(
     videos = {"real": real_videos(prompts, frames, config.seed)}
     for name, model in models.items():
         drawn = []
-        # The teacher takes Euler steps, evenly spaced.
+        # The teacher always takes evenly spaced Euler steps.
         own = {} if name == "student" else {"sampler": "euler", "denoising_steps": None, "first_chunk_steps": None}
         for seed in range(config.rollout_seeds):
             changed = config.model_copy(update={"seed": config.seed + seed, **own})
 
-            def told(done: int, total: int, name: str = name, before: int = seed * frames) -> None:
+            def progress(done: int, total: int, name: str = name, before: int = seed * frames) -> None:
                 report(f"rollouts of the {name}", before + done, config.rollout_seeds * total)
 
-            drawn.append(digit_rollouts(model, frames, changed, told)[0])
+            drawn.append(digit_rollouts(model, frames, changed, progress)[0])
         videos[name] = torch.cat(drawn)
     by_length = {f"{factor}x": _measured(videos, prompts, factor * CLIP_FRAMES, config.seed) for factor in lengths}
     by_frame = {name: frame_metrics(video, prompts)["digit_accuracy"] for name, video in videos.items()}
@@ -69,7 +69,7 @@ def digits_bench(
 
 
 def real_videos(prompts: Sequence[Prompt], num_frames: int, seed: int) -> Tensor:
-    """Held-out digits on the paths of the prompts, `[N, 1, F, 16, 16]`."""
+    """Render held-out digits on the paths of the prompts, `[N, 1, F, 16, 16]`."""
     images, classes = digit_images("heldout")
     generator = np.random.default_rng(seed)
     videos = []
@@ -80,7 +80,7 @@ def real_videos(prompts: Sequence[Prompt], num_frames: int, seed: int) -> Tensor
 
 
 def _measured(videos: Mapping[str, Tensor], prompts: Sequence[Prompt], frames: int, seed: int) -> dict[str, Any]:
-    """Metrics of the first `frames` frames of every source."""
+    """Return the metrics of the first `frames` frames of every source."""
     found: dict[str, Any] = {}
     reference = _feature_set(real_videos([*all_prompts("heldout")] * REFERENCE_DRAWS, frames, seed + 1))
     for name, video in videos.items():
@@ -104,5 +104,5 @@ def _feature_set(videos: Tensor) -> Array:
 
 
 def _finite(values: dict[str, float]) -> dict[str, float | None]:
-    """NaN, a metric that no frame has, as null."""
+    """Replace NaN, the value of a metric that no frame has, by None."""
     return {name: None if math.isnan(value) else value for name, value in values.items()}

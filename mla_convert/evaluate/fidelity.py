@@ -1,4 +1,4 @@
-"""How far a converted model is from its teacher: loss, velocity and attention, memory, rollouts."""
+"""Measures how far a converted model is from its teacher: loss, velocity, attention, memory and rollouts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TIME_BINS = 10
 
 
 class _AttentionError:
-    """Compares the student's self-attention with the teacher's on the teacher's own inputs."""
+    """Accumulates the student's self-attention error by layer, on the teacher's inputs."""
 
     def __init__(self, student: Any, teacher: Any) -> None:
         layers = len(teacher.blocks)
@@ -57,14 +57,14 @@ def fidelity(
     prompts: Sequence[str] | None = None,
     levels: Sequence[float] | None = None,
 ) -> dict[str, Any]:
-    """Losses and relative errors on `clips` with clean history and one noise level a chunk.
+    """Measure losses and relative errors on `clips` with clean history and one noise level per chunk.
 
-    Both models see the same inputs, at all noise levels or at `levels` alone. `teacher_loss` and `student_loss` are
-    mean squared errors of the velocity against the data, `loss_increase` is their ratio minus 1. The relative errors
-    are root mean squares of the student's difference from the teacher over that of the teacher: of the velocity, of
-    the velocity in ten bins of noise level (`[middle of the bin, error]`), and of each layer's self-attention output
-    on the teacher's inputs. `attention_maps` is what `AttentionMaps` finds, `by_clip` what `ClipErrors` does, with
-    the `prompts` of the clips.
+    Both models get the same inputs, at all noise levels or only at `levels`. `teacher_loss` and `student_loss` are
+    mean squared errors of the velocity against the data; `loss_increase` is their ratio minus 1. A relative error is
+    the RMS of the student's difference from the teacher divided by the RMS of the teacher: `velocity_rel_error`,
+    `velocity_rel_error_by_timestep` in ten bins of noise level (`[middle of the bin, error]`), and
+    `attention_rel_error` of each layer's self-attention output on the teacher's inputs. `attention_maps` is the
+    result of `AttentionMaps`, `by_clip` that of `ClipErrors` with the `prompts` of the clips.
     """
     generator = torch.Generator().manual_seed(seed)
     squared = {"teacher": 0.0, "student": 0.0}
@@ -115,20 +115,19 @@ def fidelity(
 def evaluate(
     student: Any, teacher: Any, data: DataConfig, config: EvaluateConfig, report: Report, seed: int = 0
 ) -> dict[str, Any]:
-    """Everything that the report says of a converted model beside its dense teacher.
+    """Measure everything that the report shows about a converted model and its dense teacher.
 
-    `seed` is that of the recipe, which decides what clips are held out.
+    `seed` is the recipe's, which determines the held-out clips.
 
-    The keys of `fidelity`; `dense_scalars_per_token`, `latent_scalars_per_token`, `reduction` and
-    the cache bytes of one stream; `layout`; and for digits `digits_bench`, `kernels`, what attended in the
-    rollouts of both, and `accuracy`, the share of rollouts whose last frame shows the prompted class, by model
-    and length.
+    Returns the keys of `fidelity` and `memory`. For digits it adds `digits_bench`; `kernels`, which attention ran in
+    the rollouts of each model; and `accuracy`, the share of rollouts whose last frame shows the prompted class, by
+    model and length.
     """
     source = open_data(data, seed, teacher.needed_conditions)
     clips = source.heldout(config.clips)
     prompts = heldout_prompts(source, clips["encoder_hidden_states"])
-    told = functools.partial(report, "evaluate")
-    result = fidelity(student, teacher, clips, config.batch_size, config.seed, told, prompts, config.noise_levels)
+    progress = functools.partial(report, "evaluate")
+    result = fidelity(student, teacher, clips, config.batch_size, config.seed, progress, prompts, config.noise_levels)
     result |= memory(student, teacher, *clips["latents"].shape[-2:])
     if data.kind == "digits" and config.rollout_prompts:
         models = {"teacher": teacher, "student": student}
@@ -138,7 +137,11 @@ def evaluate(
 
 
 def memory(student: Any, teacher: Any, height: int, width: int) -> dict[str, Any]:
-    """Cache of one stream of latents of `height x width`, as it is allocated, and the layout that makes it."""
+    """Return the cache sizes of one stream of latents of `height x width`, as allocated, and the `layout`.
+
+    Keys: `dense_scalars_per_token`, `latent_scalars_per_token`, `reduction`, `dense_cache_bytes`,
+    `latent_cache_bytes` and `layout`.
+    """
     dense, latent = (model.init_cache(1, height, width, device="meta") for model in (teacher, student))
     layers = range(len(student.mla.kv_lora_rank))
     return {

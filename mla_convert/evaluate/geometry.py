@@ -1,4 +1,4 @@
-"""Geometries that `plan` knows: models by name, cards by name, and any causal model at hand."""
+"""Provides geometries for `plan`: presets of models and GPUs by name, and the geometry of any causal model."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict
 from ..errors import UsageError, nearest
 
 PAPER_SCALARS = 3072
-"""What Wan2.1-1.3B caches a token a layer, dense."""
+"""Scalars that dense Wan2.1-1.3B caches per token per layer."""
 PAPER_SHARE = 224 / PAPER_SCALARS
-"""Latent scalars to dense ones in VideoMLA (arXiv 2605.30351)."""
+"""Ratio of latent to dense scalars in VideoMLA (arXiv 2605.30351)."""
 
 GPU_GIGABYTES = {
     "RTX 4090": 24,
@@ -24,16 +24,16 @@ GPU_GIGABYTES = {
     "H200": 141,
     "B200": 180,
 }
-"""Nominal memory in decimal gigabytes, which is at most what the card has."""
+"""Nominal memory in decimal gigabytes; the real memory is at least as large."""
 
 
 class Geometry(BaseModel):
-    """What a streaming video transformer caches by: layers, heads, tokens, frames.
+    """Sizes that determine the cache of a streaming video transformer: layers, heads, tokens, frames.
 
-    `window_frames` and `num_frames_per_block` count latent frames. The first latent frame holds one
-    video frame, every other `temporal_compression` of them. No window is longer than the rotary table,
-    `rope_max_seq_len`. `parameters` counts the transformer's. Of a window all but `near_frames` frames
-    are cached with `far_tokens_per_frame` tokens where a model compresses its far history.
+    `window_frames` and `num_frames_per_block` count latent frames. The first latent frame holds one video frame, each
+    later one `temporal_compression`. The rotary table, `rope_max_seq_len`, limits the window. `parameters` counts
+    those of the transformer. A model that compresses its far history caches `far_tokens_per_frame` tokens for all but
+    the latest `near_frames` frames.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,11 +53,11 @@ class Geometry(BaseModel):
     near_frames: int = 0
 
     def cached_tokens(self, frames: int) -> int:
-        """Tokens that a cache keeps for a window of so many frames."""
+        """Return the number of tokens cached for a window of `frames` latent frames."""
         if self.far_tokens_per_frame is None:
             return frames * self.tokens_per_frame
         near = min(frames, self.near_frames)
-        # The chunk that is being made is not cached, and a short one leaves room for a longer history.
+        # The current chunk is not cached, and a shorter one leaves room for a longer history.
         far = max(0, frames - 2 - near + self.num_frames_per_block)
         return near * self.tokens_per_frame + far * self.far_tokens_per_frame
 
@@ -66,12 +66,12 @@ class Geometry(BaseModel):
         return self.num_attention_heads * self.attention_head_dim
 
     def seconds(self, frames: int) -> float:
-        """Seconds of video in `frames` latent frames."""
+        """Return the seconds of video in `frames` latent frames."""
         return (1 + self.temporal_compression * (frames - 1)) / self.fps if frames > 0 else 0.0
 
 
 class Preset(BaseModel):
-    """A known model and the cache row that `plan` assumes for it, `kv_lora_rank + qk_rope_head_dim`."""
+    """A known model, and the `kv_lora_rank` and `qk_rope_head_dim` that `plan` assumes for its cache rows."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -122,16 +122,16 @@ configurations in diffusers); 16x16 pixels for the digits."""
 
 
 def preset(name: str) -> Preset:
-    """The preset called `name`. Raises UsageError with the nearest one."""
+    """Return the preset called `name`. Raises UsageError that suggests the nearest name."""
     if name in PRESETS:
         return PRESETS[name]
     raise UsageError(f"unknown preset {name!r}; {nearest(name, PRESETS)}")
 
 
 def gpu_memory(text: str) -> tuple[str, int]:
-    """Label and bytes of a card by name (`h100`, `A100-40`) or size (`80`, `80GB`, `79.1GiB`).
+    """Return label and memory in bytes of a GPU, given by name (`h100`, `A100-40`) or size (`80`, `80GB`, `79.1GiB`).
 
-    Raises UsageError for an unknown card.
+    Raises UsageError for an unknown GPU.
     """
     size = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(gi?b?)?\s*", text.lower())
     if size and (size[2] or float(size[1]) < 1000):
@@ -140,9 +140,9 @@ def gpu_memory(text: str) -> tuple[str, int]:
     known = {_squeezed(name): name for name in GPU_GIGABYTES}
     name = known.get(_squeezed(text).removesuffix("gb"))
     if name is None:
-        # Of the names, not of what they are compared by; a name without its size stands for all of them.
-        begun = [shown for key, shown in known.items() if _squeezed(text) and key.startswith(_squeezed(text))]
-        close = begun or [known[key] for key in difflib.get_close_matches(_squeezed(text), list(known), n=1)]
+        # Suggest display names, not the squeezed keys; a name without its size matches all of its sizes.
+        prefixed = [shown for key, shown in known.items() if _squeezed(text) and key.startswith(_squeezed(text))]
+        close = prefixed or [known[key] for key in difflib.get_close_matches(_squeezed(text), list(known), n=1)]
         near = f", did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise UsageError(f"unknown GPU {text!r}{near}; give a size such as 80GB or one of {', '.join(GPU_GIGABYTES)}")
     label = name if name.endswith(f" {GPU_GIGABYTES[name]}") else f"{name} {GPU_GIGABYTES[name]}"
@@ -152,14 +152,14 @@ def gpu_memory(text: str) -> tuple[str, int]:
 def from_model(
     model: Any, height: int, width: int, fps: float = 16, temporal_compression: int = 4
 ) -> tuple[Geometry, list[int]]:
-    """Geometry and cached scalars a token by layer of a causal model, dense or converted.
+    """Return the geometry of a causal model, dense or converted, and its cached scalars per token by layer.
 
-    `height` and `width` are of the latent. The second value takes the place of `kv_lora_rank` in
-    `plan`, with `qk_rope_head_dim` 0.
+    `height` and `width` are those of the latent. Pass the second value to `plan` as `kv_lora_rank`, with
+    `qk_rope_head_dim` 0. Raises UsageError for a model without a finite window.
     """
     rows, columns = model.token_grid(height, width)
     if model.causal.window_frames is None:
-        raise UsageError("the model has no finite window, so its cache has no size; set causal.window_frames")
+        raise UsageError("the model has no finite window, so its cache has no fixed size; set causal.window_frames")
     geometry = Geometry(
         name=type(model).__name__,
         num_layers=model.config.num_layers,

@@ -1,18 +1,18 @@
-"""The arithmetic behind `plan`: cache bytes, streams a GPU holds, seconds of context.
+"""Computes cache bytes, streams per GPU and seconds of context for `plan`.
 
-One stream needs its cache and the working memory of one chunk; all streams share the weights. The
-working memory is what the eager attention of `mla.core` holds at its peak, in one layer, where e is
-the bytes of a number and d = heads * head_dim:
+One stream needs its cache and the working memory of one chunk; all streams share the weights. The working memory
+is the peak of the eager attention of `mla.core` in one layer, where e is the number of bytes per number and
+d = heads * head_dim:
 
     history tokens * d * (3 e + 8)      keys and values of the window, the rotated keys, and the
                                         float32 input and product of the rotation
     chunk tokens * d * 12 e             hidden states, queries, keys and values, plain and rotated
 
-For Wan2.1-1.3B (21 frames of 1560 tokens, chunks of 3, bfloat16) that is 0.60 + 0.17 GB, where 0.73
-are counted for the dense model and for `rotate_on_read`, 0.62 for `decoupled`, and 0.93 for `decoupled`
-with an exact own chunk, whose keys are twice as wide. So an 80 GB card holds 11 dense streams of 6.82 GB
-and 62 latent ones of 1.22 GB. A kernel that rotates without float32 copies would save 8 d a history
-token, 0.35 GB a stream: 11 dense and 87 latent ones.
+For Wan2.1-1.3B (21 frames of 1560 tokens, chunks of 3, bfloat16) this gives 0.60 + 0.17 GB. Counted allocations are
+0.73 GB for the dense model and `rotate_on_read`, 0.62 GB for `decoupled`, and 0.93 GB for `decoupled` with an exact
+own chunk, whose keys are twice as wide. An 80 GB GPU thus holds 11 dense streams of 6.82 GB or 62 latent streams of
+1.22 GB. A kernel that rotates without float32 copies would save 8 d bytes per history token, 0.35 GB per stream; the
+GPU would then hold 11 dense or 87 latent streams.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 class Plan(BaseModel):
-    """Memory of one model, dense and latent; `model_dump()` is what `plan --json` prints.
+    """Memory of one model, dense and latent; `plan --json` prints its `model_dump()`.
 
-    Bytes are of one stream but for `gpu_memory_bytes`, `reserved_bytes` and `weights_bytes`. `cache` is what latents
-    are kept in (`mla/bits.py`). `reduction` is the share of the cached scalars that goes away, 0 to 1. `max_seconds_*`
-    is the longest window that a single stream could have on the card.
+    Bytes are per stream, except `gpu_memory_bytes`, `reserved_bytes` and `weights_bytes`. `cache` is the storage format
+    of the latents (`mla/bits.py`). `reduction` is the share of cached scalars saved, 0 to 1. `max_seconds_*` is the
+    longest window that a single stream can have on the GPU.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -68,7 +68,7 @@ class Plan(BaseModel):
 
 
 def activation_bytes(geometry: Geometry, frames: int, dtype_bytes: int) -> int:
-    """Working memory of one stream in a window of `frames` (see the head of this file)."""
+    """Return the working memory of one stream in a window of `frames`; the module docstring has the formula."""
     history = geometry.cached_tokens(max(frames - geometry.num_frames_per_block, 0))
     chunk = min(frames, geometry.num_frames_per_block) * geometry.tokens_per_frame
     return geometry.inner_dim * (history * (3 * dtype_bytes + 8) + chunk * 12 * dtype_bytes)
@@ -89,14 +89,14 @@ def plan(
     activation_bytes_per_stream: int | None = None,
     cache: CacheBits = "auto",
 ) -> Plan:
-    """Memory of `geometry` with a dense cache and with a latent one.
+    """Compute the memory of `geometry` with a dense and with a latent cache.
 
-    Ranks are one for all layers or one a layer; `qk_rope_head_dim` counts only what is cached.
-    `frames` is the window in latent frames. `weights_bytes` is everything resident that streams
-    share, the transformer in `dtype` when left out. `gpu_memory_bytes` overrides `gpu`. `cache` says in how many bits
-    the latent cache is kept.
+    `kv_lora_rank` and `qk_rope_head_dim` are one value for all layers or one per layer; `qk_rope_head_dim` counts
+    only cached channels. `frames` is the window in latent frames. `weights_bytes` is all resident memory that streams
+    share; it defaults to the transformer in `dtype`. `gpu_memory_bytes` overrides `gpu`. `cache` is the number of
+    bits of the latent cache.
 
-    Raises UsageError for a size that cannot be.
+    Raises UsageError for an impossible size.
     """
     changes = {"window_frames": frames, "tokens_per_frame": tokens_per_frame, "fps": fps}
     geometry = geometry.model_copy(update={k: v for k, v in changes.items() if v is not None})
@@ -130,7 +130,7 @@ def plan(
 
     tokens = geometry.cached_tokens(frames)
     mean_row = statistics.fmean(rows)
-    source = "as given" if activation_bytes_per_stream is not None else "derived: eager attention"
+    source = "as given" if activation_bytes_per_stream is not None else "computed for eager attention"
     return Plan(
         model=geometry.name,
         dtype=dtype,
@@ -154,19 +154,19 @@ def plan(
         max_seconds_dense=geometry.seconds(longest_window(dense_token)),
         max_seconds_latent=geometry.seconds(longest_window(latent_token)),
         assumptions=[
-            f"{format_bytes(weights)} of weights shared by all streams; text encoder and VAE elsewhere",
-            f"{format_bytes(working(frames))} of working memory a stream ({source})",
-            f"{format_bytes(RESERVED_BYTES)} reserved on the card; 1 GB = 10^9 bytes",
-            f"the longest context ends with the rotary table, at {geometry.rope_max_seq_len} latent frames",
+            f"{format_bytes(weights)} of weights shared by all streams; text encoder and VAE not included",
+            f"{format_bytes(working(frames))} of working memory per stream ({source})",
+            f"{format_bytes(RESERVED_BYTES)} reserved on the GPU; 1 GB = 10^9 bytes",
+            f"the longest context is limited to {geometry.rope_max_seq_len} latent frames by the rotary table",
         ],
     )
 
 
 def plan_table(plan: Plan) -> Table:
-    """The plan for a terminal."""
-    kept = "" if plan.cache == "auto" else f" (latents {plan.cache})"
+    """Return the plan as a table for a terminal."""
+    cache = "" if plan.cache == "auto" else f" (latents {plan.cache})"
     table = Table(
-        title=f"{plan.model}: {plan.frames} frames of {plan.tokens_per_frame} tokens, {plan.dtype}{kept}, {plan.gpu}",
+        title=f"{plan.model}: {plan.frames} frames of {plan.tokens_per_frame} tokens, {plan.dtype}{cache}, {plan.gpu}",
         caption="\n".join(plan.assumptions),
         caption_justify="left",
         title_justify="left",
@@ -175,18 +175,18 @@ def plan_table(plan: Plan) -> Table:
     for heading in ("dense", "latent", ""):
         table.add_column(heading, justify="right")
     table.add_row(
-        "cached scalars a token",
+        "cached scalars per token per layer",
         f"{plan.dense_scalars_per_token:,}",
         f"{plan.latent_scalars_per_token:,g}",
         f"-{100 * plan.reduction:.1f} %",
     )
     table.add_row(
-        f"cache a stream ({plan.seconds_of_context:.1f} s)",
+        f"cache per stream ({plan.seconds_of_context:.1f} s)",
         format_bytes(plan.dense_cache_bytes),
         format_bytes(plan.latent_cache_bytes, like=plan.dense_cache_bytes),
         _times(plan.dense_cache_bytes, plan.latent_cache_bytes, "smaller"),
     )
-    table.add_row("working memory a stream", *[format_bytes(plan.activation_bytes)] * 2, "")
+    table.add_row("working memory per stream", *[format_bytes(plan.activation_bytes)] * 2, "")
     table.add_row(
         f"streams in {format_bytes(plan.gpu_memory_bytes)}",
         f"{plan.max_streams_dense:,}",
@@ -217,20 +217,22 @@ def _dtype(name: str) -> tuple[str, int]:
 def _rows(
     geometry: Geometry, kv_lora_rank: int | Sequence[int], qk_rope_head_dim: int | Sequence[int]
 ) -> list[tuple[int, int]]:
-    """Cached scalars of latent and shared key by layer, checked against what a layer has."""
+    """Return the cached scalars of latent and shared key by layer. Raises UsageError for impossible sizes."""
     ranks, ropes = (
         [value] * geometry.num_layers if isinstance(value, int) else list(value)
         for value in (kv_lora_rank, qk_rope_head_dim)
     )
     for name, values in (("kv_lora_rank", ranks), ("qk_rope_head_dim", ropes)):
         if len(values) != geometry.num_layers:
-            raise UsageError(f"{name} has {len(values)} entries for {geometry.num_layers} layers")
+            raise UsageError(
+                f"{name} has {len(values)} entries for {geometry.num_layers} layers; give one value or one per layer"
+            )
     limit = 2 * geometry.inner_dim
-    # The latent of several layers lies in the rows of the first of them, and 0 in those of the others.
+    # A latent shared by several layers is counted in the first of them; the others have rank 0.
     least, most = (0, limit * geometry.num_layers) if 0 in ranks and any(ranks) else (1, limit)
     for rank, rope in zip(ranks, ropes, strict=True):
         if not least <= rank <= most:
-            raise UsageError(f"kv_lora_rank {rank} is impossible: keys and values of a layer have {limit} directions")
+            raise UsageError(f"kv_lora_rank {rank} is out of range; keys and values of a layer have {limit} directions")
         if rope < 0 or rope % 2:
-            raise UsageError(f"qk_rope_head_dim {rope} must be even: rotary channels come in pairs")
+            raise UsageError(f"qk_rope_head_dim {rope} must be even and not negative; rotary channels come in pairs")
     return list(zip(ranks, ropes, strict=True))

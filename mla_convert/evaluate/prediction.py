@@ -1,4 +1,4 @@
-"""The velocity error that a conversion is predicted to have, by layout and cached scalars."""
+"""Predicts the velocity error of a conversion by layout and number of cached scalars."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from .geometry import PAPER_SCALARS
 from .spectrum import LEVEL, Spectrum
 
 TARGET_ERROR = 0.02
-"""Predicted relative velocity error that the recommendation looks for."""
+"""Largest predicted relative velocity error that the recommendation accepts."""
 
-# Channels of the shared rotary key by those of a head; VideoMLA has 32 of 128. Derived keys cost no cache.
+# Channels of the shared rotary key relative to a head's; VideoMLA uses 32 of 128. Derived keys are not cached.
 _SHARED_KEY: dict[Position, float] = {"decoupled": 0.25, "derived": 1.5, "baked": 0.25, "rotate_on_read": 0.0}
 
 
 def default_ranks(dense: int) -> list[int]:
-    """64, 128, 192, 224 and 256 of Wan2.1-1.3B's 3072 scalars, VideoMLA's 224 among them, and as many of others."""
+    """Return 64, 128, 192, 224 (VideoMLA's) and 256 for Wan2.1-1.3B's 3072 dense scalars, scaled to `dense`."""
     step = 16 if dense >= 1024 else 2
     return sorted({max(1, step * round(dense * share / PAPER_SCALARS / step)) for share in (64, 128, 192, 224, 256)})
 
 
 def layout_config(position: Position, head_dim: int) -> ConvertConfig:
-    """The layout as it is predicted: fitted to activations, its own chunk exact, its usual shared key."""
+    """Return the predicted layout: fitted to activations, with an exact own chunk and the usual shared key."""
     channels = 2 * round(_SHARED_KEY[position] * head_dim / 2)
     if position != "rotate_on_read":
         channels = max(2, channels)
@@ -43,8 +43,8 @@ def layout_config(position: Position, head_dim: int) -> ConvertConfig:
 class Prediction:
     """Predicted error of one layout with the same rank in every layer.
 
-    `error` `[n + 1]` is the squared error of the velocity by rank, relative to the velocity's own
-    square. `cached_key` are the scalars of the shared rotary key in a cache row, `layers` share a latent.
+    `error` `[n + 1]` is the squared error of the velocity by rank, relative to the squared velocity. `cached_key` is
+    the number of scalars of the shared rotary key in a cache row. `layers` is how many layers share a latent.
     """
 
     cached_key: int
@@ -52,7 +52,7 @@ class Prediction:
     layers: int = 1
 
     def relative(self, scalars: int) -> float | None:
-        """Predicted relative velocity error at this many cached scalars; None where the key leaves no latent."""
+        """Return the relative velocity error predicted at `scalars` cached scalars; None if no latent is left."""
         rank = self.layers * (scalars - self.cached_key)
         if rank < 1:
             return None
@@ -60,14 +60,18 @@ class Prediction:
 
 
 def recommend(predicted: Mapping[str, Mapping[str, float | None]], dense: int) -> str:
-    """One line from `{layout: {scalars: error}}`: the fewest scalars within `TARGET_ERROR`, and the next fewer."""
+    """Recommend, in one line from `{layout: {scalars: error}}`, the fewest scalars within `TARGET_ERROR`.
+
+    The line also gives the error of the next smaller number of scalars. If none is within the target, the largest
+    number is recommended.
+    """
     best: dict[int, tuple[float, str]] = {}
     for layout, errors in predicted.items():
         for scalars, error in errors.items():
             if error is not None and (int(scalars) not in best or error < best[int(scalars)][0]):
                 best[int(scalars)] = (error, layout)
     if not best:
-        return "no layout fits into the ranks asked for; give larger --ranks"
+        return "no layout fits into these ranks; give larger --ranks"
     ordered = sorted(best)
     chosen = next((scalars for scalars in ordered if best[scalars][0] <= TARGET_ERROR), ordered[-1])
     error, layout = best[chosen]
@@ -82,15 +86,15 @@ def recommend(predicted: Mapping[str, Mapping[str, float | None]], dense: int) -
 
 
 def recommend_by_weights(spectra: Sequence[Spectrum], ranks: Sequence[int]) -> str:
-    """One line from the weights alone: what they need for 99 %, and what the middle rank keeps of them."""
+    """Return one line on the weights alone: directions that hold 99 % of the energy, and what the middle rank keeps."""
     need = [spectrum.rank() for spectrum in spectra]
     rank = ranks[len(ranks) // 2]
     kept = statistics.median(spectrum.kept(rank) for spectrum in spectra)
     span = f"{min(need):,} to {max(need):,}" if min(need) < max(need) else f"{need[0]:,}"
     return (
-        f"by the weights alone {100 * LEVEL:g} % needs {span} of {len(spectra[0].energy):,} directions and "
+        f"weights only: {100 * LEVEL:g} % of the energy needs {span} of {len(spectra[0].energy):,} directions, and "
         f"rank {rank:,} keeps {100 * kept:.1f} % in the median layer; "
-        "only clips predict an error: give --data FOLDER"
+        "give --data FOLDER to predict errors from clips"
     )
 
 
@@ -99,17 +103,17 @@ def _percent(share: float) -> str:
 
 
 def error_curve(layers: Read, most: int | None = None) -> Tensor:
-    """Squared error `[n + 1]` of a fit with 0 to n latents, float64, in the units of the gradients.
+    """Return the squared error `[n + 1]` of a fit with 0 to n latent channels, float64, in the gradients' units.
 
-    n is `most`, or all that the `layers` that share the latent have. To first order, the errors of single tokens
-    taken to be independent; what the ridge of the metric adds to its eigenvalues is left out.
+    n is `most`, or by default all directions of the `layers` that share the latent. This is a first-order estimate
+    that assumes independent errors of the tokens. It leaves out what the ridge adds to the metric's eigenvalues.
     """
     covariance, mean, metric = moments(layers)
     count = len(covariance) if most is None else min(most, len(covariance))
     code = low_rank_code(covariance, metric, mean, count)
-    # The latents are uncorrelated, so that each direction adds its own error.
-    asked = (code.decoder * (metric @ code.decoder)).sum(0)
-    energy = (asked * ((code.encoder @ covariance) * code.encoder).sum(1)).clamp_min(0)
+    # The latent channels are uncorrelated, so each adds its own error.
+    weight = (code.decoder * (metric @ code.decoder)).sum(0)
+    energy = (weight * ((code.encoder @ covariance) * code.encoder).sum(1)).clamp_min(0)
     rest = energy.new_zeros(1)
     if count < len(covariance):
         rest += ((metric * covariance).sum() - energy.sum()).clamp_min(0)
@@ -117,10 +121,10 @@ def error_curve(layers: Read, most: int | None = None) -> Tensor:
 
 
 def position_error(target: Target, sample: LayerSample) -> float:
-    """What a layout with a shared rotary key loses at any rank, in the units of `error_curve`.
+    """Return the error of a layout with a shared rotary key that no rank removes, in the units of `error_curve`.
 
-    The unrotated channels carry what the shared key leaves of the keys (`keep_residual`), each pair times
-    the factor of `mean_rotation`, and are read with unrotated queries.
+    The unrotated channels carry the residual of the keys after the shared key (`keep_residual`), each pair times the
+    factor of `mean_rotation`. Unrotated queries read them.
     """
     if target.shared is None:
         return 0.0

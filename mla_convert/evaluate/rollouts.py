@@ -1,4 +1,4 @@
-"""Generated digits of teacher and student: are they the digits that the prompts asked for?"""
+"""Generates digit rollouts and checks whether each frame shows the prompted digit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .config import EvaluateConfig
 
 
 def chosen_prompts(count: int) -> list[Prompt]:
-    """`count` held-out prompts in a fixed order: one of each digit in turn, places and directions mixed."""
+    """Return `count` held-out prompts in a fixed order: digits alternate, places and directions are shuffled."""
     pool = all_prompts("heldout")
     shuffled = [pool[i] for i in np.random.default_rng(0).permutation(len(pool))]
     by_digit = [[prompt for prompt in shuffled if prompt.digit == digit] for digit in range(10)]
@@ -26,7 +26,7 @@ def chosen_prompts(count: int) -> list[Prompt]:
 
 
 def heldout_prompts(count: int) -> tuple[Tensor, Tensor]:
-    """Embeddings `[N, 3, 32]` and classes `[N]` of `count` rollouts."""
+    """Return embeddings `[N, 3, 32]` and classes `[N]` of the prompts of `count` rollouts."""
     chosen = chosen_prompts(count)
     return torch.stack([p.embedding() for p in chosen]), torch.tensor([p.digit for p in chosen])
 
@@ -37,7 +37,7 @@ def digit_rollouts(
     config: EvaluateConfig,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Videos `[N, 1, F, 16, 16]` of held-out prompts and whether each frame shows its class, bool `[N, F]`."""
+    """Generate videos `[N, 1, F, 16, 16]` of held-out prompts; also return which frames show their class, `[N, F]`."""
     text, classes = heldout_prompts(config.rollout_prompts)
     chunks = []
     rollout = stream_chunks(

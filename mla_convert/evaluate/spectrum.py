@@ -1,9 +1,9 @@
-"""How many directions a layer's weights, its keys and values, and its output really use.
+"""Computes how many directions a layer's weights, its keys and values, and its output use.
 
-An energy is a squared singular value. The spectrum of the stacked `[W_K; W_V]` is what VideoMLA
-(arXiv 2605.30351) looks at; that of the keys and values on calibration clips, and that of the same
-seen through the attention's output, are what a conversion loses. Shape letters: I = heads *
-head_dim, C width of the model, T tokens, H heads, P rotary pairs.
+An energy is a squared singular value. VideoMLA (arXiv 2605.30351) studies the spectrum of the stacked `[W_K; W_V]`.
+The loss of a conversion depends on the spectrum of the keys and values on calibration clips, and on their spectrum
+as the attention output sees them. Shape letters: I = heads * head_dim, C model width, T tokens, H heads, P rotary
+pairs.
 """
 
 from __future__ import annotations
@@ -19,41 +19,41 @@ from ..convert.probe import LayerSample
 from ..convert.rope_key import complex_pairs, mean_rotation
 
 LEVEL = 0.99
-"""Share of the energy that `rank99_*` asks for."""
+"""Share of the energy that defines `rank99_*`."""
 
 AXES = ("t", "h", "w")
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """`energy` `[n]` of n directions, falling, float64 and not negative."""
+    """Energies `[n]` of n directions in descending order, float64, not negative."""
 
     energy: Tensor
 
     @classmethod
     def of_curve(cls, curve: Tensor) -> Spectrum:
-        """From the squared error `[n + 1]` that is left with the best 0 to n directions."""
+        """Build it from the squared error `[n + 1]` that remains with the best 0 to n directions."""
         return cls((curve[:-1] - curve[1:]).clamp_min(0))
 
     def rank(self, level: float = LEVEL) -> int:
-        """The fewest directions that hold `level` of the energy; 0 where there is none."""
+        """Return the fewest directions that hold `level` of the energy; 0 if there is no energy."""
         total = self.energy.sum()
         if not total > 0:
             return 0
-        # A level is met to rounding: a flat spectrum must not need one direction more.
+        # Allow for rounding, so that a flat spectrum does not need one more direction.
         return int((self.energy.cumsum(0) < (level - 1e-12) * total).sum()) + 1
 
     def kept(self, rank: int) -> float:
-        """Share of the energy in the first `rank` directions, 0 to 1; 1 where there is none."""
+        """Return the share of the energy in the first `rank` directions, 0 to 1; 1 if there is no energy."""
         total = self.energy.sum()
         return min(1.0, float(self.energy[:rank].sum() / total)) if total > 0 else 1.0
 
     def kept_at(self, ranks: Sequence[int]) -> dict[str, float]:
-        """`kept` by rank, as a JSON object."""
+        """Return `kept` by rank, with string keys for JSON."""
         return {str(rank): self.kept(rank) for rank in ranks}
 
     def effective_rank(self) -> float:
-        """exp of the entropy of the singular values (Roy and Vetterli, EUSIPCO 2007); 0 where there is none."""
+        """Return exp of the entropy of the singular values (Roy and Vetterli, EUSIPCO 2007); 0 if all are 0."""
         values = self.energy.sqrt()
         if not values.sum() > 0:
             return 0.0
@@ -61,11 +61,10 @@ class Spectrum:
 
 
 def gram_spectrum(*blocks: Tensor) -> Spectrum:
-    """Energies of the matrices `[n_i, m]` stacked on top of each other, from the Gram matrix of the smaller side.
+    """Return the energies of the vertically stacked matrices `[n_i, m]`, from the Gram matrix of the smaller side.
 
-    In float64, one block at a time. Against an SVD an energy is off by 2e-14 of the largest one at
-    3072 x 1536, so that only singular values below some 1e-7 of the largest are lost: far less than a
-    share of the energy shows.
+    Computed in float64, one block at a time. At 3072 x 1536, energies differ from an SVD's by 2e-14 of the largest.
+    Only singular values below about 1e-7 of the largest are lost, which does not affect shares of the energy.
     """
     if sum(len(block) for block in blocks) < blocks[0].shape[1]:
         stacked = torch.cat(blocks).double()
@@ -79,17 +78,17 @@ def gram_spectrum(*blocks: Tensor) -> Spectrum:
 
 
 def activation_spectrum(sample: LayerSample) -> Spectrum:
-    """Energies of the tokens' `[k; v]` `[T, 2I]`, keys normalised and unrotated, about their mean."""
+    """Return the energies of the tokens' `[k; v]` `[T, 2I]` about their mean; keys are normalized and unrotated."""
     tokens = torch.cat([sample.key.flatten(1), sample.value.flatten(1)], dim=1).double()
     return gram_spectrum((tokens - tokens.mean(0)) / len(tokens) ** 0.5)
 
 
 def unrotated_error(sample: LayerSample) -> tuple[Tensor, float]:
-    """What each rotary pair loses if its keys are not rotated, float64 `[P]`, and all that the pairs hold.
+    """Return the energy each rotary pair loses if its keys are not rotated, float64 `[P]`, and all pairs' energy.
 
-    The energy of a pair of one head is that of the keys about their mean, a constant that can be rotated
-    for nothing, times that of their gradients. What is lost is what the best unrotated stand-in, the key
-    times the factor of `mean_rotation`, does not explain.
+    The energy of one head's pair is that of its keys about their mean (a constant, which costs no cache to rotate)
+    times that of their gradients. The loss is the part that the best unrotated replacement, the key times the
+    factor of `mean_rotation`, does not explain.
     """
     key = (sample.key - sample.key.mean(0)).double()
     keys = complex_pairs(key).abs().square().mean(0)
@@ -99,7 +98,7 @@ def unrotated_error(sample: LayerSample) -> tuple[Tensor, float]:
 
 
 def rope_pairs(lost: Tensor, axes: Sequence[int]) -> list[dict[str, Any]]:
-    """`{pair, axis, share}` of every pair, the share of what all pairs lose unrotated, largest first."""
+    """Return `{pair, axis, share}` of every pair, its share of the loss of all unrotated pairs, largest first."""
     shares = lost / lost.sum() if lost.sum() > 0 else torch.zeros_like(lost)
     rows = [
         {"pair": pair, "axis": AXES[axis], "share": share}
@@ -110,10 +109,10 @@ def rope_pairs(lost: Tensor, axes: Sequence[int]) -> list[dict[str, Any]]:
 
 @dataclass
 class LayerSpectra:
-    """One layer of a dense model; what needs clips is None without them.
+    """Spectra of one layer of a dense model; all but `weights` are None without clips.
 
-    `unrotated` float64 `[P]` is what each rotary pair loses if it is not rotated, `unrotated_share`
-    their part in everything that the pairs hold.
+    `unrotated`, float64 `[P]`, is the energy that each rotary pair loses if it is not rotated; `unrotated_share` is
+    the sum of these losses divided by the energy of all pairs.
     """
 
     weights: Spectrum
@@ -123,7 +122,7 @@ class LayerSpectra:
     unrotated_share: float | None = None
 
     def row(self, ranks: Sequence[int], axes: Sequence[int]) -> dict[str, Any]:
-        """The figures that `inspect --json` prints of the layer."""
+        """Return the numbers that `inspect --json` prints for the layer."""
         row: dict[str, Any] = {
             "directions": len(self.weights.energy),
             "effective_rank_weight": self.weights.effective_rank(),

@@ -1,4 +1,4 @@
-"""Plots of `inspect` as PNG files: spectra, 99 % ranks, rotary pairs, predicted error."""
+"""Draws the plots of `inspect` as PNG files: spectra, 99 % ranks, rotary pairs, predicted error."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .figures import INK, MUTED, RULE, STEPS, STUDENT, STYLE, TEACHER, percent_a
 from .prediction import Prediction
 from .spectrum import AXES, LEVEL, LayerSpectra, Spectrum
 
-# Matplotlib is imported by what draws: it is slow to import, and tells of a cache that it cannot write.
+# Drawing functions import Matplotlib: the import is slow, and warns if its cache folder is not writable.
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
 _COLORS = {INK: "#1a1e23", MUTED: "#68727d", RULE: "#e3e7eb", TEACHER: "#a4adb7", STUDENT: "#14708a"}
 _LAYOUT_COLORS = ("#9a4b00", "#7a5aa8", "#c28a1f", _COLORS[STUDENT], "#2f6b3a")
-_SOURCES = {"weights": "weights", "activations": "keys and values", "output": "as the output sees them"}
+_SOURCES = {"weights": "weights", "activations": "keys and values", "output": "keys and values as the output sees them"}
 _TITLES = {
     "weights": "energy of the weights [W_K; W_V]",
     "activations": "energy of the keys and values",
@@ -40,7 +40,7 @@ def write_figures(
     predictions: Mapping[str, Prediction],
     ranks: Sequence[int],
 ) -> None:
-    """Write the plots that there is data for into `folder`; `axes` is the axis of each rotary pair."""
+    """Write all plots that have data into `folder`; `axes` is the axis of each rotary pair."""
     spectra = {"weights": [layer.weights for layer in layers]}
     spectra["activations"] = [layer.activations for layer in layers if layer.activations is not None]
     spectra["output"] = [layer.output for layer in layers if layer.output is not None]
@@ -54,7 +54,7 @@ def write_figures(
 
 
 def _energy(path: Path, spectra: Mapping[str, Sequence[Spectrum]], names: Sequence[str], ranks: Sequence[int]) -> None:
-    """Energy kept by the number of directions, one line a layer."""
+    """Plot the share of energy kept by number of directions, one line per layer."""
     from matplotlib import colormaps
 
     with _png(path, len(names)) as panels:
@@ -79,7 +79,7 @@ def _energy(path: Path, spectra: Mapping[str, Sequence[Spectrum]], names: Sequen
 
 
 def _rank99(path: Path, spectra: Mapping[str, Sequence[Spectrum]]) -> None:
-    """Directions that hold 99 % by layer."""
+    """Plot the number of directions that hold 99 % of the energy, by layer."""
     from matplotlib.ticker import MaxNLocator
 
     with _png(path) as (ax,):
@@ -96,7 +96,7 @@ def _rank99(path: Path, spectra: Mapping[str, Sequence[Spectrum]]) -> None:
 
 
 def _rope_pairs(path: Path, unrotated: Sequence[Tensor], axes: Sequence[int]) -> None:
-    """Share of each rotary pair in what a layer loses unrotated, layers down, pairs across."""
+    """Plot each rotary pair's share of the loss of a layer without rotation; rows are layers, columns pairs."""
     from matplotlib.colors import PowerNorm
     from matplotlib.ticker import MaxNLocator
 
@@ -111,7 +111,7 @@ def _rope_pairs(path: Path, unrotated: Sequence[Tensor], axes: Sequence[int]) ->
                 AXES[axes[start]], ((start + stop - 1) / 2, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
                 textcoords="offset points", ha="center", va="bottom", color=_COLORS[MUTED],
             )  # fmt: skip
-        ax.set_title("what is lost if a pair is not rotated, share of the layer", pad=20)
+        ax.set_title("loss if a pair is not rotated, as a share of the layer's", pad=20)
         ax.set_xlabel("rotary pair")
         ax.set_ylabel("layer")
         ax.yaxis.set_major_locator(MaxNLocator(10, integer=True))
@@ -119,7 +119,7 @@ def _rope_pairs(path: Path, unrotated: Sequence[Tensor], axes: Sequence[int]) ->
 
 
 def _predicted_error(path: Path, predictions: Mapping[str, Prediction], ranks: Sequence[int]) -> None:
-    """Predicted relative velocity error by cached scalars, one line a layout."""
+    """Plot the predicted relative velocity error by cached scalars, one line per layout."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     last = 2 * max(ranks)
@@ -132,7 +132,7 @@ def _predicted_error(path: Path, predictions: Mapping[str, Prediction], ranks: S
         for rank in ranks:
             ax.axvline(rank, color=_COLORS[RULE], linewidth=1, zorder=0.5)
         ax.set_title("predicted velocity error before training")
-        ax.set_xlabel("cached scalars a token a layer")
+        ax.set_xlabel("cached scalars per token per layer")
         ax.set_xlim(0, last)
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -142,7 +142,7 @@ def _predicted_error(path: Path, predictions: Mapping[str, Prediction], ranks: S
 
 
 def _plain_log(ax: Axes) -> None:
-    """Powers of two under a logarithmic axis."""
+    """Label a logarithmic axis with powers of two."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     ax.xaxis.set_major_locator(FixedLocator([float(2**power) for power in range(0, 20, 2)]))
@@ -152,7 +152,7 @@ def _plain_log(ax: Axes) -> None:
 
 @contextmanager
 def _png(path: Path, panels: int = 1) -> Iterator[list[Axes]]:
-    """Axes side by side, written to `path` once the block has ended; equal data gives equal bytes."""
+    """Yield axes side by side, and write them to `path` when the block ends; equal data gives equal bytes."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

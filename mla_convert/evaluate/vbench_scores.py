@@ -1,6 +1,6 @@
-"""Run the user's VBench in its own environment, and read what it writes.
+"""Runs the user's VBench in its own environment and reads its results.
 
-VBench's repository at 0.1.5 is followed: `evaluate.py` and `static_filter.py` for short videos,
+This follows VBench's repository at 0.1.5: `evaluate.py` and `static_filter.py` for short videos, and
 `vbench2_beta_long/eval_long.py` for VBench-Long, which cuts videos into clips itself.
 """
 
@@ -26,7 +26,7 @@ RESULTS, LOG = "*_eval_results.json", "log.txt"
 
 @dataclass(frozen=True)
 class Judge:
-    """A checkout of VBench with the Python of its environment; `long` for VBench-Long with so many `samples`."""
+    """A checkout of VBench with its environment's Python; `long` selects VBench-Long, with `samples` per prompt."""
 
     checkout: Path
     python: str
@@ -34,15 +34,15 @@ class Judge:
     samples: int
 
     def check(self) -> None:
-        """Raise UserError where a program is missing, before videos are drawn for hours."""
+        """Raise UserError if a program is missing; call this before hours of video generation."""
         if shutil.which(self.python) is None:
             raise UserError(f"{self.python} is not a program; give the Python of VBench's own environment")
         for script in (LONG,) if self.long else (SHORT, FILTER):
             if not (self.checkout / script).is_file():
-                raise UserError(f"{self.checkout} is no checkout of VBench: it has no {script}")
+                raise UserError(f"{self.checkout} is not a checkout of VBench; it has no {script}")
 
     def score(self, dimension: str, videos: Path, out: Path) -> float:
-        """VBench's score of the videos in a folder; results and log go to `out`. Raises UserError in one line."""
+        """Return VBench's score of the videos in a folder; `out` gets results and log. Raises UserError in one line."""
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
         common = ["--dimension", dimension, "--output_path", str(out)]
@@ -73,7 +73,7 @@ class Judge:
 
 
 def read_score(out: Path, dimension: str) -> float:
-    """The score of a dimension in the newest result of VBench in a folder, `{dimension: [score, details]}`."""
+    """Return a dimension's score from VBench's newest result in a folder, `{dimension: [score, details]}`."""
     found = sorted(out.glob(RESULTS))
     if not found:
         raise UserError(f"VBench wrote no {RESULTS} for {dimension}; see {out / LOG}")
@@ -81,11 +81,11 @@ def read_score(out: Path, dimension: str) -> float:
         value = json.loads(found[-1].read_text(encoding="utf-8"))[dimension]
         return float(value[0] if isinstance(value, list) else value)
     except (OSError, ValueError, KeyError, TypeError, IndexError):
-        raise UserError(f"{found[-1]} holds no score of {dimension}; see {out / LOG}") from None
+        raise UserError(f"{found[-1]} has no score for {dimension}; see {out / LOG}") from None
 
 
 def version(checkout: Path) -> str:
-    """The version in the checkout's setup.py; "unknown" without one."""
+    """Return the version in the checkout's setup.py, or "unknown"."""
     try:
         found = re.search(r"version\s*=\s*['\"]([^'\"]+)", (checkout / "setup.py").read_text(encoding="utf-8"))
     except OSError:
@@ -94,9 +94,9 @@ def version(checkout: Path) -> str:
 
 
 def totals(checkout: Path, scores: Mapping[str, float]) -> dict[str, float]:
-    """VBench's quality, semantic and total score by the ranges and weights of the checkout's `scripts/constant.py`.
+    """Return VBench's quality, semantic and total score, with the ranges and weights of `scripts/constant.py`.
 
-    Each needs all of its dimensions: the script that VBench ships counts a missing one as 0.
+    A score with a missing dimension is left out, whereas VBench's own script counts a missing dimension as 0.
     """
     constants = _constants(checkout / CONSTANTS)
     if not constants:
@@ -122,7 +122,7 @@ def totals(checkout: Path, scores: Mapping[str, float]) -> dict[str, float]:
 
 
 def _constants(path: Path) -> dict[str, Any]:
-    """The constants of VBench's script without running it; nothing where it is not as expected."""
+    """Read the constants of VBench's script without running it; {} if the script is not as expected."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         found = {
@@ -137,14 +137,17 @@ def _constants(path: Path) -> dict[str, Any]:
 
 
 def read_published(path: Path) -> dict[str, dict[str, float]]:
-    """Values to stand beside ours: `{name: {dimension, quality, semantic or total: value}}`. Raises UserError."""
+    """Read published values to compare with: `{name: {dimension, quality, semantic or total: value}}`.
+
+    Raises UserError.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         table = {str(name): {str(key): float(value) for key, value in row.items()} for name, row in found.items()}
     except OSError as error:
         raise UserError(f"cannot read published values from {path}: {error}") from None
     except (ValueError, AttributeError, TypeError):
-        raise UserError(f"{path} is not {{name: {{dimension: value}}}} in JSON") from None
+        raise UserError(f"{path} must be JSON of the form {{name: {{dimension: value}}}}") from None
     known = {*DIMENSIONS, "quality", "semantic", "total"}
     if unknown := [key for row in table.values() for key in row if key not in known]:
         raise UserError(f"{path}: VBench has no dimension {unknown[0]}; it has {', '.join(sorted(known))}")

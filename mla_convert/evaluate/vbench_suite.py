@@ -1,7 +1,7 @@
-"""VBench's standard prompts, and the videos that it asks for, named as it looks for them.
+"""Reads VBench's standard prompts and generates the videos that it expects, under the names that it expects.
 
-The prompts come from the user's checkout of VBench (arXiv 2311.17982, https://github.com/Vchitect/VBench):
-nothing of it is part of this package.
+The prompts come from the user's checkout of VBench (arXiv 2311.17982, https://github.com/Vchitect/VBench). This
+package contains no part of VBench.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ DIMENSIONS = (
 )
 FLICKERING = "temporal_flickering"
 FLICKERING_FACTOR = 5
-"""So many times the samples of flickering prompts, since VBench drops the videos that move (its prompts/README.md)."""
+"""Factor on the samples of flickering prompts, because VBench drops videos with motion (its prompts/README.md)."""
 INFO = "vbench/VBench_full_info.json"
 ORDER = "prompts/all_dimension.txt"
 
 Draw = Callable[[str, int], Iterator[Frames]]
-"""A prompt and a seed into the frames of a video, chunk by chunk."""
+"""Generates the frames of a video, chunk by chunk, from a prompt and a seed."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One standard prompt: the `text` that names its videos, the `dimensions` it is for, and what the model is told."""
+    """One standard prompt: `text` names its videos, `dimensions` use it, and `told` is the prompt for the model."""
 
     text: str
     dimensions: tuple[str, ...]
@@ -58,7 +58,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Video:
-    """One video to draw: `PROMPT-INDEX.mp4` from the noise of `seed`."""
+    """One video to generate: `PROMPT-INDEX.mp4`, from the noise of `seed`."""
 
     prompt: Prompt
     index: int
@@ -70,10 +70,10 @@ class Video:
 
 
 def read_suite(checkout: Path, longer: Path | None = None) -> list[Prompt]:
-    """All standard prompts of a checkout, each once.
+    """Return all standard prompts of a checkout, each once.
 
-    `longer` is a file of rewritten prompts, a line for each of the checkout's `prompts/all_dimension.txt`,
-    which the models are told in place of the short ones. Raises UserError in one line.
+    `longer` is a file of rewritten prompts, one for each line of the checkout's `prompts/all_dimension.txt`; the model
+    gets these instead of the short ones. Raises UserError in one line.
     """
     try:
         entries = json.loads((checkout / INFO).read_text(encoding="utf-8"))
@@ -81,16 +81,16 @@ def read_suite(checkout: Path, longer: Path | None = None) -> list[Prompt]:
         for entry in entries:
             dimensions.setdefault(entry["prompt_en"], {}).update(dict.fromkeys(entry["dimension"]))
     except OSError:
-        raise UserError(f"{checkout} is no checkout of VBench: it has no {INFO}") from None
+        raise UserError(f"{checkout} is not a checkout of VBench; it has no {INFO}") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(
-            f"{checkout / INFO} is not the list of prompts of VBench 0.1; check out its repository"
+            f"{checkout / INFO} is not the prompt list of VBench 0.1; check out its repository again"
         ) from None
     if unfit := next((text for text in dimensions if "/" in text), None):
-        raise UserError(f"the prompt {unfit!r} of {checkout / INFO} cannot be a file name; take it out")
+        raise UserError(f"the prompt {unfit!r} of {checkout / INFO} cannot be a file name; remove it")
     told = {} if longer is None else _rewritten(checkout / ORDER, longer)
     if longer is not None and (unknown := next((text for text in dimensions if text not in told), None)):
-        raise UserError(f"{longer} has nothing for {unknown!r}, which is not in {checkout / ORDER}")
+        raise UserError(f"{longer} has no line for {unknown!r}, because {checkout / ORDER} lacks this prompt")
     return [Prompt(text, tuple(of), told.get(text, text)) for text, of in dimensions.items()]
 
 
@@ -109,7 +109,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def check_dimensions(dimensions: Sequence[str]) -> tuple[str, ...]:
-    """The dimensions asked for in VBench's order; all of them for none. Raises UsageError."""
+    """Return the given dimensions in VBench's order, or all if none are given. Raises UsageError for an unknown one."""
     if unknown := [name for name in dimensions if name not in DIMENSIONS]:
         raise UsageError(f"VBench has no dimension {unknown[0]}; it has {', '.join(DIMENSIONS)}")
     return tuple(name for name in DIMENSIONS if not dimensions or name in dimensions)
@@ -118,10 +118,10 @@ def check_dimensions(dimensions: Sequence[str]) -> tuple[str, ...]:
 def wanted_videos(
     suite: Sequence[Prompt], dimensions: Sequence[str], samples: int, long: bool, seed: int
 ) -> list[Video]:
-    """The videos that some dimensions need, `samples` a prompt, each with a seed of its own.
+    """Return the videos that the dimensions need: `samples` per prompt, each with a different seed.
 
-    The short form of temporal flickering takes `FLICKERING_FACTOR` times as many. The seed depends
-    on the prompt, the index and `seed` alone, not on what else is drawn.
+    Unless `long`, prompts of temporal flickering get `FLICKERING_FACTOR` times as many. A video's seed depends only
+    on its prompt, its index and `seed`, not on the other videos.
     """
     videos = []
     for prompt in suite:
@@ -137,12 +137,12 @@ def _seed(seed: int, text: str, index: int) -> int:
 
 
 def draw_videos(videos: Sequence[Video], folder: Path, draw: Draw, fps: float, report: Report) -> int:
-    """Draw the videos that `folder` does not have yet, each whole or not at all; returns how many that were.
+    """Generate the videos that are missing in `folder`, each complete or not at all; return their number.
 
-    A thread encodes what is drawn, the last frames of a video while the next one is begun.
+    A thread encodes the frames, and finishes a video while the next one starts.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # VBench takes the suffix of whatever file it lists first for that of the videos.
+    # VBench takes the suffix of the first file in the folder as that of all videos.
     for leftover in folder.glob(".*.tmp"):
         leftover.unlink()
     drawn, writers = 0, deque[FrameWriter]()

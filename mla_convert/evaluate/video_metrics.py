@@ -1,7 +1,7 @@
-"""Digits-Bench: metrics of generated digit videos, each a number a frame or a video.
+"""Computes the metrics of Digits-Bench, per frame or per video, for generated digit videos.
 
-Videos are float32 `[N, 1, F, 16, 16]` in [-1, 1]; the prompts say what they should show. The names
-follow VBench (arXiv 2311.17982) where a definition is VBench's; `docs/digits-bench.md` has all formulas.
+Videos are float32 `[N, 1, F, 16, 16]` in [-1, 1]; the prompts define what they should show. Metrics with VBench's
+definition (arXiv 2311.17982) have VBench's name. `docs/digits-bench.md` has all formulas.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..zoo.digits.data import CELLS, DIGIT, FRAME, STEP, Prompt
 Array = NDArray[np.float64]
 
 HIGHER = ("digit_accuracy", "motion_accuracy", "bounce_accuracy", "subject_consistency", "temporal_flickering")
-"""Metrics of which more is better; the others are compared with those of real videos."""
+"""Metrics for which higher is better; the others are compared with real videos."""
 
 
 @dataclass(frozen=True)
@@ -36,21 +36,23 @@ class Estimate:
 
 
 def frame_metrics(videos: Tensor, prompts: Sequence[Prompt]) -> dict[str, Array]:
-    """Metrics by frame, `[N, F]`, NaN where a frame has none.
+    """Return the metrics by frame, `[N, F]`, NaN where a frame has no value.
 
-    `digit_accuracy`: 1 where the classifier sees the prompted class. `motion_accuracy`: 1 where the
-    brightest of the nine cells is that of the prompt's path, bounces included; `bounce_accuracy`: the same
-    on the first frame after a change of direction alone. `subject_consistency`: mean cosine of a frame's
-    features with those of the first frame and of the one before (VBench, section 4.1).
-    `temporal_flickering`: `1 - mean |x_t - x_(t-1)| / 255` in 8-bit pixels (VBench). `motion_smoothness`:
-    acceleration of the centre of brightness in pixels a frame squared, where the prompt's path is straight.
-    `dynamic_degree`: its speed in pixels a frame. `sharpness`: variance of the Laplacian of pixels in [0, 1].
+    - `digit_accuracy`: 1 where the classifier sees the prompted class.
+    - `motion_accuracy`: 1 where the brightest of the nine cells is on the prompt's path, bounces included.
+    - `bounce_accuracy`: the same, only on the first frame after a change of direction.
+    - `subject_consistency`: mean cosine of a frame's features with those of the first and of the previous frame
+      (VBench, section 4.1).
+    - `temporal_flickering`: `1 - mean |x_t - x_(t-1)| / 255` in 8-bit pixels (VBench).
+    - `motion_smoothness`: acceleration of the center of brightness in pixels per frame squared, where the prompt's
+      path is straight.
+    - `dynamic_degree`: speed of that center in pixels per frame.
+    - `sharpness`: variance of the Laplacian of pixels in [0, 1].
     """
     frames = videos[:, 0].float()
     classes = torch.tensor([prompt.digit for prompt in prompts])
     paths = np.stack([prompt.path(frames.shape[1]) for prompt in prompts])
-    here, found = paths // STEP, located(frames)
-    right = (found == here).all(-1).astype(np.float64)
+    right = (located(frames) == paths // STEP).all(-1).astype(np.float64)
     bounces = turning_points(paths)
     centre = centres(frames)
     speed = np.linalg.norm(np.diff(centre, axis=1), axis=-1)
@@ -61,16 +63,16 @@ def frame_metrics(videos: Tensor, prompts: Sequence[Prompt]) -> dict[str, Array]
         "digit_accuracy": (classify(videos.float()) == classes.unsqueeze(1)).double().numpy(),
         "motion_accuracy": right,
         "bounce_accuracy": np.where(bounces, right, np.nan),
-        "subject_consistency": _behind(consistency(features(frames)), 1),
-        "temporal_flickering": _behind(1 - change.astype(np.float64), 1),
-        "motion_smoothness": np.where(bounces, np.nan, _behind(acceleration, 2)),
-        "dynamic_degree": _behind(speed, 1),
+        "subject_consistency": _pad_first(consistency(features(frames)), 1),
+        "temporal_flickering": _pad_first(1 - change.astype(np.float64), 1),
+        "motion_smoothness": np.where(bounces, np.nan, _pad_first(acceleration, 2)),
+        "dynamic_degree": _pad_first(speed, 1),
         "sharpness": sharpness(pixels),
     }
 
 
 def located(frames: Tensor) -> NDArray[np.int64]:
-    """Cell (row, column) that holds the most brightness in each of `[N, F, 16, 16]` frames, `[N, F, 2]`."""
+    """Return the brightest cell (row, column) `[N, F, 2]` of each frame of `[N, F, 16, 16]`."""
     light = (frames.clamp(-1, 1) + 1).flatten(0, 1).unsqueeze(1)
     sums = F.avg_pool2d(light, DIGIT, STEP).flatten(1).argmax(-1)
     cells = torch.stack([sums // CELLS, sums % CELLS], dim=-1)
@@ -78,7 +80,7 @@ def located(frames: Tensor) -> NDArray[np.int64]:
 
 
 def centres(frames: Tensor) -> Array:
-    """Centre of brightness (y, x) in pixels, `[N, F, 2]`; that of the frame where nothing is bright."""
+    """Return the center of brightness (y, x) in pixels, `[N, F, 2]`; for a dark frame, the center of the frame."""
     light = (frames.clamp(-1, 1) + 1).double() + 1e-9
     places = torch.arange(FRAME, dtype=torch.float64)
     total = light.sum((2, 3))
@@ -88,20 +90,20 @@ def centres(frames: Tensor) -> Array:
 
 
 def turning_points(paths: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Frames `[N, F]` that are the first after a change of direction of paths `[N, F, 2]`."""
+    """Return which frames `[N, F]` are the first after a change of direction of paths `[N, F, 2]`."""
     steps = np.diff(paths, axis=1)
     turned = (steps[:, 1:] != steps[:, :-1]).any(-1)
     return np.pad(turned, ((0, 0), (2, 0)))
 
 
 def features(frames: Tensor) -> Tensor:
-    """Classifier features `[N, F, 64]` of frames `[N, F, 16, 16]`."""
+    """Return the classifier features `[N, F, 64]` of frames `[N, F, 16, 16]`."""
     with torch.inference_mode():
         return load_classifier().features(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
 
 
 def consistency(found: Tensor) -> Array:
-    """`(cos(f_1, f_t) + cos(f_(t-1), f_t)) / 2` for t = 2 ... F of features `[N, F, 64]`, `[N, F - 1]`."""
+    """Return `(cos(f_1, f_t) + cos(f_(t-1), f_t)) / 2` for t = 2 ... F, `[N, F - 1]`, of features `[N, F, 64]`."""
     unit = F.normalize(found.double(), dim=-1)
     with_first = (unit[:, 1:] * unit[:, :1]).sum(-1)
     with_last = (unit[:, 1:] * unit[:, :-1]).sum(-1)
@@ -109,14 +111,14 @@ def consistency(found: Tensor) -> Array:
 
 
 def sharpness(pixels: Tensor) -> Array:
-    """Variance over a frame of the Laplacian of pixels `[N, F, 16, 16]` in [0, 1], `[N, F]`."""
+    """Return each frame's variance of the Laplacian, `[N, F]`, for pixels `[N, F, 16, 16]` in [0, 1]."""
     kernel = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]]).view(1, 1, 3, 3)
     edges = F.conv2d(pixels.flatten(0, 1).unsqueeze(1), kernel)
     return edges.flatten(1).double().var(1, correction=0).view(pixels.shape[:2]).numpy()
 
 
 def frechet_distance(first: Array, second: Array) -> float:
-    """Squared Fréchet distance of the normal distributions of two feature sets `[N, C]` and `[M, C]`.
+    """Return the squared Fréchet distance between normal distributions fitted to features `[N, C]` and `[M, C]`.
 
     `|m_1 - m_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2))` (arXiv 1706.08500); NaN for features that are not finite.
     """
@@ -132,13 +134,13 @@ def frechet_distance(first: Array, second: Array) -> float:
 
 
 def drift(values: Array, share: float = 0.25) -> Array:
-    """Mean of the last `share` of the frames less that of the first, by video: `[N]` of `[N, F]`."""
+    """Return by video, `[N]`, the mean over the last `share` of the frames minus that over the first, of `[N, F]`."""
     part = max(1, round(share * values.shape[1]))
     return np.asarray(_mean(values[:, -part:]) - _mean(values[:, :part]))
 
 
 def estimate(values: Array, seed: int = 0) -> Estimate:
-    """Mean over videos of `[N]` or `[N, F]` with a 95 % percentile interval of 1,000 resampled sets of videos."""
+    """Return the mean over videos of `[N]` or `[N, F]`, with the 95 % percentile interval of 1,000 resampled sets."""
     videos = _mean(values) if values.ndim == 2 else values
     videos = videos[~np.isnan(videos)]
     if len(videos) == 0:
@@ -151,12 +153,12 @@ def estimate(values: Array, seed: int = 0) -> Estimate:
 
 
 def _mean(values: Array) -> Array:
-    """Mean over frames that have a value; NaN for a video without any."""
+    """Return the mean over frames that have a value; NaN for a video without one."""
     known = ~np.isnan(values)
     with np.errstate(invalid="ignore"):
         return np.asarray(np.where(known, values, 0).sum(1) / known.sum(1))
 
 
-def _behind(values: Array, frames: int) -> Array:
-    """Values of the last frames, with NaN for the first ones."""
+def _pad_first(values: Array, frames: int) -> Array:
+    """Prepend NaN for the first `frames` frames, which have no value."""
     return np.pad(values, ((0, 0), (frames, 0)), constant_values=np.nan)

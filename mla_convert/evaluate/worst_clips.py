@@ -1,4 +1,4 @@
-"""The held-out clips that a converted model gets wrong most, with their prompts."""
+"""Finds the held-out clips on which a converted model has the largest error."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .samples import film_strips
 
 WORST = 4
 GAIN = 20
-"""By how much the difference is amplified in a film strip."""
+"""Amplification of the difference in a film strip."""
 
 
 def heldout_prompts(data: Data, clips: Tensor) -> list[str]:
-    """Prompts of the first held-out clips, read off their embeddings `[N, L, D]` or from their shards; "" unknown."""
+    """Return the prompts of the held-out clips, whose embeddings are `clips` `[N, L, D]`; "" if unknown."""
     if isinstance(data, DigitClips):
         return [str(prompt_of(embedding)) for embedding in clips]
     if isinstance(data, LatentClips):
@@ -30,7 +30,7 @@ def heldout_prompts(data: Data, clips: Tensor) -> list[str]:
 
 
 class ClipErrors:
-    """Velocity error and loss of every clip, and of the `worst` ones, where they are pixels, what was predicted."""
+    """Collects velocity error and loss of every clip, and the predictions of the `worst` ones if they are pixels."""
 
     def __init__(self, worst: int = WORST) -> None:
         self.worst = worst
@@ -38,7 +38,7 @@ class ClipErrors:
         self._kept: dict[int, dict[str, Tensor]] = {}
 
     def add(self, inputs: NoisedClips, expected: Tensor, actual: Tensor) -> None:
-        """Take the velocities `[B, C, F, H, W]` of teacher and student on the next clips."""
+        """Add the next clips, with the velocities `[B, C, F, H, W]` of teacher (`expected`) and student (`actual`)."""
         first = len(self.rows)
 
         def mean(x: Tensor) -> list[float]:
@@ -64,7 +64,7 @@ class ClipErrors:
         if expected.shape[1] not in (1, 3):
             return
         t = inputs.t[:, None, :, None, None]
-        # The clean clip that a velocity points to: x_t = (1 - t) x + t noise and v = noise - x.
+        # The clean clip that a velocity implies: x_t = (1 - t) x + t noise and v = noise - x.
         teacher_x, student_x = (inputs.x_t - t * velocity for velocity in (expected, actual))
         clean = inputs.x_t - t * inputs.target
         worst = set(self.order()[: self.worst])
@@ -79,15 +79,15 @@ class ClipErrors:
                 }
 
     def order(self) -> list[int]:
-        """Clips from the largest velocity error down, one that is not a number first."""
+        """Return clip indices by descending velocity error, NaN first."""
         errors = [row["velocity_rel_error"] for row in self.rows]
         return sorted(range(len(errors)), key=lambda index: -np.nan_to_num(errors[index], nan=np.inf))
 
     def result(self, prompts: Sequence[str]) -> dict[str, Any]:
-        """Median, 95th percentile and largest velocity error of a clip, and the `worst` clips.
+        """Return the number of `clips`, the `median` and `p95` of their velocity errors, and the `worst` clips.
 
-        Each of those has its number `clip`, its `prompt`, the keys of `add`, and for pixels `pictures`:
-        film strips of the clip, of what either model makes of its noised form, and of their difference.
+        Each worst clip has its number `clip`, its `prompt`, its errors and losses, and for pixels `pictures`: film
+        strips of the clip, of each model's estimate of it from the noised clip, and of their difference.
         """
         errors = [row["velocity_rel_error"] for row in self.rows]
         worst = []
