@@ -157,11 +157,11 @@ def bench_table(result: dict[str, Any]) -> Table:
     shown = {FIRST: "first", LATER: "later", WRITE: "writing", STREAMED: "streamed"}
     if not any(result["history_kept"].values()):
         del shown[LATER]
-    for heading in ("ms a pass", *shown.values(), "range", "against latent", "cache a layer"):
-        table.add_column(heading, justify="left" if heading == "ms a pass" else "right", overflow="fold")
+    for heading in ("ms per pass", *shown.values(), "range", "relative to latent", "cache per layer"):
+        table.add_column(heading, justify="left" if heading == "ms per pass" else "right", overflow="fold")
     labels = {
-        DENSE: "dense, window re-indexed",
-        ROTATED: "dense, rotated keys kept",
+        DENSE: "dense, rotated on read",
+        ROTATED: "dense, rotated keys cached",
         LATENT: ", ".join(["latent", *layout_parts({**result, "kv_lora_rank": None})]),
     }
     latent = result[STREAMED][LATENT]["median_ms"]

@@ -54,12 +54,12 @@ def recognition_by_frame(bench: Mapping[str, Any]) -> str:
     with Chart("recognition") as chart:
         ax = chart.axes
         ends: list[tuple[float, float, str, str]] = []
-        for source, colour, ink in (("teacher", TEACHER, MUTED), ("student", STUDENT, STUDENT)):
+        for source, color, ink in (("teacher", TEACHER, MUTED), ("student", STUDENT, STUDENT)):
             values = 100 * np.asarray(by_frame[source])
             width = max(1, len(values) // 64)
             smooth = np.convolve(values, np.ones(width) / width, mode="valid")
             steps = np.arange(len(smooth)) + (width + 1) / 2
-            ax.plot(steps, smooth, color=colour, label=source)
+            ax.plot(steps, smooth, color=color, label=source)
             ends.append((float(steps[-1]), float(smooth[-1]), source, ink))
         # Labels of lines that end close together are stacked.
         apart = abs(ends[0][1] - ends[1][1]) >= LINE

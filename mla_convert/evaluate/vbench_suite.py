@@ -88,10 +88,10 @@ def read_suite(checkout: Path, longer: Path | None = None) -> list[Prompt]:
         ) from None
     if unfit := next((text for text in dimensions if "/" in text), None):
         raise UserError(f"the prompt {unfit!r} of {checkout / INFO} cannot be a file name; remove it")
-    told = {} if longer is None else _rewritten(checkout / ORDER, longer)
-    if longer is not None and (unknown := next((text for text in dimensions if text not in told), None)):
+    rewritten = {} if longer is None else _rewritten(checkout / ORDER, longer)
+    if longer is not None and (unknown := next((text for text in dimensions if text not in rewritten), None)):
         raise UserError(f"{longer} has no line for {unknown!r}, because {checkout / ORDER} lacks this prompt")
-    return [Prompt(text, tuple(of), told.get(text, text)) for text, of in dimensions.items()]
+    return [Prompt(text, tuple(of), rewritten.get(text, text)) for text, of in dimensions.items()]
 
 
 def _rewritten(order: Path, longer: Path) -> dict[str, str]:

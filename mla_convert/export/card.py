@@ -93,7 +93,7 @@ def render_card(
         mla=model.get("mla"),
         origin=origin,
         adapters=[(adapter["file"], adapter["scale"]) for adapter in source.get("adapters") or []],
-        licence=source.get("license"),
+        license=source.get("license"),
         code=next((file for file in manifest["files"] if file.endswith(".py")), None),
         libraries=library_versions(),
         components=components or Components({}),
