@@ -157,7 +157,7 @@ def bench_table(result: dict[str, Any]) -> Table:
     shown = {FIRST: "first", LATER: "later", WRITE: "writing", STREAMED: "streamed"}
     if not any(result["history_kept"].values()):
         del shown[LATER]
-    for heading in ("ms per pass", *shown.values(), "range", "relative to latent", "cache per layer"):
+    for heading in ("ms per pass", *shown.values(), "range", "vs. latent", "cache per layer"):
         table.add_column(heading, justify="left" if heading == "ms per pass" else "right", overflow="fold")
     labels = {
         DENSE: "dense, rotated on read",
