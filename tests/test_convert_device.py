@@ -87,7 +87,7 @@ def test_what_does_not_fit_on_a_gpu_is_fitted_on_the_cpu(
     monkeypatch.setattr(initialise, "_fit_read", full)
     with pretended():
         converted(source, tmp_path / "gpu", GPU, **SHARED)
-    assert "cuda:0 cannot fit 96 numbers, which is done on the CPU: CUDA out of memory" in caplog.text
+    assert "cuda:0 cannot fit 96 numbers per token; using the CPU: CUDA out of memory" in caplog.text
     assert velocity_error(tmp_path) < LIKE
 
 

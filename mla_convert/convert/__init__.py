@@ -1,4 +1,4 @@
-"""From a dense causal transformer to one with latent attention, before any training."""
+"""Convert a dense causal transformer to latent attention, before any training."""
 
 from .clips import CalibrationBatch, clip_batches
 from .config import ConvertConfig

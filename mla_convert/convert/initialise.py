@@ -1,10 +1,9 @@
-"""Latent projections of a layer, or of layers that share a latent: from dense weights or, fitted, from samples.
+"""Compute the latent projections of a layer, or of layers that share a latent, from dense weights or from samples.
 
-Every layout is a linear target of f = [k; v]: the unrotated keys it restores, the shared rotary key
-if that is derived from the latent, and the values. A low-rank code of the target then gives
-`kv_a_proj` and `kv_b_proj`. Layers that share a latent have one code for all of their targets, as in
-cross-layer SVD (xKV, arXiv 2503.18893), here in the metric of the fit. Shape letters: I = heads *
-head_dim, H heads, D channels, R shared pairs.
+Every layout restores a linear function of f = [k; v], its target: the unrotated keys, the values and, if it is derived
+from the latent, the shared rotary key. A low-rank code of the target then gives `kv_a_proj` and `kv_b_proj`. Layers
+that share a latent have one code for all of their targets, as in cross-layer SVD (xKV, arXiv 2503.18893), but in the
+metric of the fit. Shape letters: I = heads * head_dim, H heads, D channels, R shared pairs.
 """
 
 from __future__ import annotations
@@ -25,17 +24,17 @@ from .target import Read, Target, as_read, factors, layout_target, moments, size
 
 logger = logging.getLogger(__name__)
 
-# Columns of a float64 matrix that are made at once, 84 MB of those of a 14B layer.
+# Columns of a float64 matrix that are built at once: 84 MB for a layer of 14B.
 COLUMNS_AT_ONCE = 1024
 
 
 @dataclass
 class LayerInit:
-    """Parameters of a `LatentSelfAttention` that its dense layer does not have, and its pairs.
+    """The new parameters of a `LatentSelfAttention`, those its dense layer does not have, and its rotary pairs.
 
-    `tensors` are float32 by parameter name. With `derived` the shared key comes from the latent. `curve` are
-    `[rank, predicted rise of the loss]` of this latent alone, where a budget asked for them; the first of the
-    layers that share it has them.
+    `tensors` are float32 by parameter name. With `derived`, the shared key is computed from the latent. `curve` lists
+    `(rank, predicted rise of the loss)` for this latent alone. Only a budget sets it, on the first of the layers that
+    share the latent.
     """
 
     rope_pairs: list[int]
@@ -45,7 +44,7 @@ class LayerInit:
     curve: list[tuple[int, float]] | None = None
 
     def truncated(self, rank: int) -> LayerInit:
-        """The same fit with the first `rank` latents alone, which are the most important ones."""
+        """Return the same fit with only the first `rank` numbers of the latent, the most important ones."""
         tensors = dict(self.tensors)
         for name in ("kv_a_proj.weight", "kv_a_proj.bias"):
             tensors[name] = tensors[name][:rank].contiguous()
@@ -56,10 +55,10 @@ class LayerInit:
 
 @dataclass
 class LayerReading:
-    """What a layer's latent has to restore, and what its latent form needs that does not depend on the latent.
+    """What the fit needs of a dense layer: the target of its latent, and parameters that do not depend on the latent.
 
-    `read` is the sample `as_read` by the target, `weights` `[2I, C]` and `[2I]` are [k; v] as a linear map of the
-    input; each None where `init` does not ask for it. `tensors` are by parameter name.
+    `read` is the sample as transformed by `as_read`. `weights` `[2I, C]` and `[2I]` are [k; v] as a linear map of the
+    input. Each is None where `init` does not need it. `tensors` are by parameter name.
     """
 
     target: Target
@@ -78,10 +77,10 @@ def read_layer(
     config: ConvertConfig,
     generator: torch.Generator,
 ) -> LayerReading:
-    """What `initialise_layers` needs of `layer`, which may be let go then.
+    """Return what `initialise_layers` needs of `layer`, whose weights may then be freed.
 
-    `axes` is the axis of each rotary pair. `sample` may be None unless `init: activation`. Raises
-    ValueError for a rotary key larger than the layer has.
+    `axes` is the axis of each rotary pair. `sample` is needed only for `init: activation`. Raises ValueError for a
+    rotary key larger than the layer has.
     """
     read, mean = None, None
     if config.init == "activation":
@@ -95,18 +94,18 @@ def read_layer(
         tensors["k_mean"] = mean
     weights = _weights(layer) if config.init == "svd" else None
     if config.q_lora_rank is not None:
-        tensors |= _factorised_query(layer, config, sample, generator)
+        tensors |= _factorized_query(layer, config, sample, generator)
     return LayerReading(target, layer.heads, layer.head_dim, read, weights, tensors, generator)
 
 
 def initialise_layers(
     readings: Sequence[LayerReading], config: ConvertConfig, rank: int, device: torch.device | str = "cpu"
 ) -> list[LayerInit]:
-    """Everything that the latent forms of layers need that share a latent of `rank` numbers; often it is one layer.
+    """Return the new parameters of layers that share a latent of `rank` numbers (often a single layer).
 
-    One code restores what all of them need, in the metric of all their errors together, and each layer gets
-    its columns of the encoder and its rows of the decoder. The code is found on `device` where its memory holds
-    that, everything else on the CPU. Raises ValueError for a rank that is larger than the layers have.
+    One code is fitted to the targets of all these layers, in the metric of their summed errors. Each layer gets its
+    columns of the encoder and its rows of the decoder. The code is computed on `device`, or on the CPU if `device`
+    runs out of memory; everything else is computed on the CPU. Raises ValueError for a rank larger than the target.
     """
     code = None if config.init == "random" else _fit(readings, rank, torch.device(device), config.calibration.ridge)
     plans, start = [], 0
@@ -137,12 +136,12 @@ def initialise_layer(
     rank: int,
     generator: torch.Generator,
 ) -> LayerInit:
-    """`initialise_layers` for a layer with a latent of its own."""
+    """Run `initialise_layers` for one layer with a latent of its own."""
     return initialise_layers([read_layer(layer, sample, axes, config, generator)], config, rank)[0]
 
 
 def _fit(readings: Sequence[LayerReading], rank: int, device: torch.device, ridge: float) -> Code:
-    """The code of the targets: in the metric of the model's or the layer's output, or of the weights alone."""
+    """Fit the code of the targets, in the metric of the samples if there are any, else to the weights alone."""
     read = [(reading.target, reading.read) for reading in readings if reading.read is not None]
     if read:
         try:
@@ -151,7 +150,7 @@ def _fit(readings: Sequence[LayerReading], rank: int, device: torch.device, ridg
             if device.type == "cpu":
                 raise
             reason = str(error).partition("\n")[0]
-            logger.warning("%s cannot fit %d numbers, which is done on the CPU: %s", device, size(read), reason)
+            logger.warning("%s cannot fit %d numbers per token; using the CPU: %s", device, size(read), reason)
             return _fit_read(read, rank, torch.device("cpu"), ridge)
     (reading,) = readings
     assert reading.weights is not None
@@ -164,8 +163,8 @@ def _fit(readings: Sequence[LayerReading], rank: int, device: torch.device, ridg
 @functools.cache
 def _warn_of_few(tokens: int, numbers: int) -> None:
     logger.warning(
-        "calibration looks at %d tokens for the %d numbers that a latent restores of each: what they do not show it "
-        "cannot fit; raise convert.calibration.max_tokens, and clips",
+        "calibration samples %d tokens, fewer than the %d numbers that a latent restores of each, so the fit may miss "
+        "directions; raise convert.calibration.max_tokens and clips",
         tokens,
         numbers,
     )
@@ -182,9 +181,9 @@ def _fit_read(read: Read, rank: int, device: torch.device, ridge: float) -> Code
 
 
 def _weights(layer: DenseSelfAttention) -> tuple[Tensor, Tensor]:
-    """`[k; v]` as a linear map of the input, `[2I, C]` and `[2I]`, with QK-norm at its mean scale.
+    """Return `[k; v]` as a linear map of the input, `[2I, C]` and `[2I]`, with QK-norm at its mean scale.
 
-    The scale takes the input, a modulated LayerNorm, to be white with unit variance.
+    The mean scale assumes that the input, a modulated LayerNorm, is white with unit variance.
     """
     w_k, b_k, gain, w_v, b_v = (
         x.double().cpu()
@@ -196,12 +195,12 @@ def _weights(layer: DenseSelfAttention) -> tuple[Tensor, Tensor]:
 
 
 def _as_matrix(function: Callable[[Tensor, Tensor], Tensor], heads: int, head_dim: int) -> Tensor:
-    """A linear function of keys and values as a matrix `[n, 2I]`."""
+    """Return a linear function of keys and values as a matrix `[n, 2I]`."""
     return torch.cat(list(_columns(function, heads, head_dim)), dim=1)
 
 
 def _columns(function: Callable[[Tensor, Tensor], Tensor], heads: int, head_dim: int) -> Iterator[Tensor]:
-    """The matrix of a linear function `[n, 2I]`, some of its columns at a time."""
+    """Yield the matrix `[n, 2I]` of a linear function, `COLUMNS_AT_ONCE` columns at a time."""
     size = 2 * heads * head_dim
     for start in range(0, size, COLUMNS_AT_ONCE):
         basis = torch.zeros(min(COLUMNS_AT_ONCE, size - start), size, dtype=torch.float64)
@@ -211,6 +210,7 @@ def _columns(function: Callable[[Tensor, Tensor], Tensor], heads: int, head_dim:
 
 
 def _projections(reading: LayerReading, code: Code) -> dict[str, Tensor]:
+    """Turn the code of a layer's target into the weights and biases of its latent projections."""
     target, heads, head_dim = reading.target, reading.heads, reading.head_dim
     nope = 2 * heads * len(target.nope_pairs)
     shared = 0 if target.shared is None or not target.derived else 2 * len(target.shared.pairs)
@@ -238,9 +238,9 @@ def _projections(reading: LayerReading, code: Code) -> dict[str, Tensor]:
 
 
 def _random(reading: LayerReading, rank: int, layers: int) -> dict[str, Tensor]:
-    """Projections of the right shapes drawn at random, each with the gain that keeps the variance.
+    """Draw projections of the right shapes at random, each with the gain that preserves the variance.
 
-    The latent is the sum of what so many `layers` make of their keys and values.
+    The latent is the sum over the `layers` that share it, so each encoder is smaller by their square root.
     """
     target, heads, generator = reading.target, reading.heads, reading.generator
     inner = heads * reading.head_dim
@@ -258,10 +258,10 @@ def _random(reading: LayerReading, rank: int, layers: int) -> dict[str, Tensor]:
     return tensors
 
 
-def _factorised_query(
+def _factorized_query(
     layer: DenseSelfAttention, config: ConvertConfig, sample: LayerSample | None, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """`q_b_proj @ q_a_proj` of rank `q_lora_rank`: the best fit of the queries on the calibration inputs."""
+    """Factorize the queries as `q_b_proj @ q_a_proj` of rank `q_lora_rank`, the best fit on the calibration inputs."""
     rank = config.q_lora_rank
     assert rank is not None
     weight, bias = layer.to_q.weight.double().cpu(), layer.to_q.bias.double().cpu()

@@ -1,4 +1,4 @@
-"""Every layer in turn: sampled, fitted and put away before the next one is read."""
+"""Convert the layers one by one: each is sampled, fitted and stored before the next one is read."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ Progress = Callable[[str, int, int], None]
 
 
 class Shelf(Protocol):
-    """Where fitted layers are kept."""
+    """Storage for fitted layers."""
 
     def __contains__(self, layer: object) -> bool: ...
 
     def get(self, layer: int) -> LayerInit:
-        """What was put there for a layer."""
+        """Return the fit of a layer."""
         ...
 
     def put(self, layer: int, dense: Mapping[str, Tensor], plan: LayerInit) -> None:
-        """Keep the fit of block number `layer`, of state `dense`."""
+        """Store the fit of block number `layer`, whose dense state is `dense`."""
         ...
 
 
 class Plans:
-    """A shelf in memory."""
+    """A `Shelf` in memory."""
 
     def __init__(self) -> None:
         self._plans: dict[int, LayerInit] = {}
@@ -63,12 +63,12 @@ class Plans:
 
 
 def ranks_of(blocks: Blocks, config: ConvertConfig) -> Ranks:
-    """The `planned_ranks` of a model's `blocks`. Raises UsageError for a number that the model cannot have."""
+    """Return the `planned_ranks` of a model's `blocks`. Raises UsageError for ranks that the model cannot have."""
     return planned_ranks(_geometry(blocks), blocks.model.rotary_table().axes, config)
 
 
 def final_ranks(blocks: Blocks, config: ConvertConfig, plans: Iterable[LayerInit]) -> list[int]:
-    """Rank of every layer in the converted model. Raises UsageError if no ranks meet the budget."""
+    """Return the rank of every layer in the converted model. Raises UsageError if no ranks meet the budget."""
     if config.budget is None:
         return config.ranks(len(blocks))
     curves = [plan.curve for plan in plans]
@@ -92,20 +92,20 @@ def convert_layers(
 ) -> None:
     """Fit every layer that is not on the `shelf` yet and put it there.
 
-    Memory is one block and its sample, or the samples of the layers that share a latent, and, up to
-    `store.IN_MEMORY_BYTES`, the hidden states of the `batches`; more of those go to files in `work`. Draws depend
-    on seed, layer and batch alone, so that it does not matter which layers were done before. `progress` is told
-    (what, done, of how many).
-    Raises UsageError for ranks and shapes that the model does not have, UserError for clips that
-    cannot be calibrated on.
+    Memory holds one block and its sample (or the samples of all layers that share its latent), and up to
+    `store.IN_MEMORY_BYTES` of the hidden states of the `batches`. The rest of those goes to files in `work`. Random
+    draws depend only on seed, layer and batch, so a resumed conversion gives the same fit. `progress` is called with
+    (phase, done, total). Raises UsageError for ranks and shapes that the model cannot have, and UserError for
+    clips that cannot be calibrated on.
     """
     ranks = ranks_of(blocks, config)
     groups = latent_groups(len(blocks), config.layers_per_latent)
-    together = {layer: layers for layers in groups if any(one not in shelf for one in layers) for layer in layers}
-    wanted = list(together)
+    unfitted = (layers for layers in groups if any(layer not in shelf for layer in layers))
+    group_of = {layer: layers for layers in unfitted for layer in layers}
+    wanted = list(group_of)
     if not wanted:
         return
-    run = _Layers(blocks, config, ranks, seed, shelf, progress, together)
+    run = _Layers(blocks, config, ranks, seed, shelf, progress, group_of)
     if config.init != "activation":
         for layer in wanted:
             with blocks.open(layer) as block:
@@ -126,7 +126,7 @@ def convert_layers(
             config.own_chunk == "exact",
             wanted,
             run.visit,
-            progress=run.ascended,
+            progress=run.swept,
             velocity=velocity,
             trace=trace,
             layers_per_latent=config.layers_per_latent,
@@ -138,6 +138,8 @@ def convert_layers(
 
 
 class _Layers:
+    """The callbacks of a sweep; `group_of` maps each layer to be fitted to all layers that share its latent."""
+
     def __init__(
         self,
         blocks: Blocks,
@@ -146,31 +148,31 @@ class _Layers:
         seed: int,
         shelf: Shelf,
         progress: Progress | None,
-        together: dict[int, range],
+        group_of: dict[int, range],
     ) -> None:
         self.blocks, self.axes = blocks, blocks.model.rotary_table().axes
-        self.config, self.seed, self.shelf, self.progress, self.together = config, seed, shelf, progress, together
+        self.config, self.seed, self.shelf, self.progress, self.group_of = config, seed, shelf, progress, group_of
         self.ranks, self.candidates = ranks
         self.readings: dict[int, LayerReading] = {}
         self.converted = config.init == "activation" and config.calibration.hidden_states == "converted"
         self.warned = False
         self.traces: dict[int, list[Trace]] = {}
-        self.untold: list[Trace] = []
+        self.new_traces: list[Trace] = []
         self.teacher_losses: list[float] = []
 
     def watch(self, clips: Clips) -> tuple[Callable[[int, Tensor], None], Callable[[Trace], None]] | tuple[None, None]:
-        """What a sweep has to tell for error curves: the teacher's velocity and each layer's traces."""
+        """Return the callbacks that collect the teacher's velocity and the layers' traces; without a budget, None."""
         if self.config.budget is None:
             return None, None
 
         def velocity(number: int, v: Tensor) -> None:
             self.teacher_losses.append(clips.loss(number, v))
 
-        return velocity, self.untold.append
+        return velocity, self.new_traces.append
 
     def visit(self, layer: int, block: Any, sample: LayerSample | None) -> nn.Module | None:
-        """Read what a layer's latent has to restore; the converted attention where the layers above run on it."""
-        if layer in self.together:
+        """Read a layer's fitting targets; return its converted attention if the layers above run on that."""
+        if layer in self.group_of:
             self._read(layer, block, sample)
         if not self.converted:
             return None
@@ -178,13 +180,13 @@ class _Layers:
         return latent_attention(block.attn1, self.shelf.get(layer), self.config, self.ranks[layer])
 
     def visited(self, layer: int) -> None:
-        """Fit a layer, with those it shares a latent with as soon as all were read."""
-        layers = self.together.get(layer, ())
+        """Fit a layer and those that share its latent, as soon as all of them were read."""
+        layers = self.group_of.get(layer, ())
         if layers and all(other in self.readings for other in layers):
             self._fit(layers)
 
-    def ascended(self, done: int, total: int) -> None:
-        self._told("calibrate", done, total)
+    def swept(self, done: int, total: int) -> None:
+        self._report("calibrate", done, total)
 
     def _read(self, layer: int, block: Any, sample: LayerSample | None) -> None:
         rank = self.ranks[layer]
@@ -197,11 +199,11 @@ class _Layers:
             self.readings[layer] = read_layer(block.attn1, sample, self.axes, self.config, generator)
         except ValueError as error:
             raise UsageError(f"convert, layer {layer}: {error}") from None
-        self.traces[layer] = list(self.untold)
-        self.untold.clear()
+        self.traces[layer] = list(self.new_traces)
+        self.new_traces.clear()
 
     def _fit(self, layers: range) -> None:
-        """Fit layers that share a latent and put them on the shelf."""
+        """Fit the `layers` of one latent and put them on the shelf."""
         readings = [self.readings.pop(layer) for layer in layers]
         try:
             plans = initialise_layers(readings, self.config, self.ranks[layers[0]], self.blocks.model.device)
@@ -215,19 +217,19 @@ class _Layers:
                 plans[0].curve = self._curve(dense, plans, [self.traces.pop(layer) for layer in layers])
         for layer, plan in zip(layers, plans, strict=True):
             self.shelf.put(layer, self.blocks.state(layer), plan)
-        self._told("convert", sum(i in self.shelf for i in range(len(self.ranks))), len(self.ranks))
+        self._report("convert", sum(i in self.shelf for i in range(len(self.ranks))), len(self.ranks))
 
     def _curve(self, dense: list[Any], plans: list[LayerInit], traces: list[list[Trace]]) -> Curve:
-        """What the latents of layers that share them cost, as a rise of the teacher's loss."""
+        """Return the error curve of one latent, as a relative rise of the teacher's loss at each candidate rank."""
 
-        def latent(smaller: int) -> list[nn.Module]:
+        def truncated(rank: int) -> list[nn.Module]:
             pairs = zip(dense, plans, strict=True)
-            return [latent_attention(layer, plan.truncated(smaller), self.config, smaller) for layer, plan in pairs]
+            return [latent_attention(layer, plan.truncated(rank), self.config, rank) for layer, plan in pairs]
 
         loss = sum(self.teacher_losses) / len(self.teacher_losses)
-        curve = measured_curve(dense, latent, self.candidates, traces)
-        return [(smaller, error / loss) for smaller, error in curve]
+        curve = measured_curve(dense, truncated, self.candidates, traces)
+        return [(rank, error / loss) for rank, error in curve]
 
-    def _told(self, what: str, done: int, total: int) -> None:
+    def _report(self, phase: str, done: int, total: int) -> None:
         if self.progress is not None:
-            self.progress(what, done, total)
+            self.progress(phase, done, total)

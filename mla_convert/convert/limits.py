@@ -1,4 +1,4 @@
-"""What a model lets a conversion ask for: known from its geometry, before a weight is read."""
+"""Check a conversion's ranks against the geometry of the model, before any weight is read."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from .rope_key import check_rotary_key
 
 
 class Ranks(NamedTuple):
-    """`fitted` is the rank at which each layer is fitted, `measured` those whose error a budget wants to know."""
+    """`fitted` is the rank at which each layer is fitted; `measured` are the ranks whose error a budget measures."""
 
     fitted: list[int]
     measured: list[int]
 
 
 def planned_ranks(geometry: Geometry, axes: tuple[int, ...], config: ConvertConfig) -> Ranks:
-    """Every layer is fitted at its `kv_lora_rank`, or at the largest that a budget may choose.
+    """Return the rank at which each layer is fitted: its `kv_lora_rank`, or the largest that a budget may choose.
 
-    `axes` is the axis of each rotary pair. Raises UsageError for a number that the model cannot have.
+    `axes` is the axis of each rotary pair. Raises UsageError for a rank or group size that the model cannot have.
     """
     layers, shared = geometry.num_layers, config.layers_per_latent
     if layers % shared:
@@ -52,7 +52,7 @@ def planned_ranks(geometry: Geometry, axes: tuple[int, ...], config: ConvertConf
 
 
 def latent_scalars(geometry: Geometry, config: ConvertConfig) -> float | None:
-    """Mean rank that the budget leaves a latent beside a cached shared key; None where that is open."""
+    """Mean rank of a latent under the budget, less the cached shared key; None for a `loss_increase`."""
     assert config.budget is not None
     scalars = config.budget.scalars(geometry.dense_scalars_per_token)
     return None if scalars is None else config.layers_per_latent * (scalars - config.cached_key)

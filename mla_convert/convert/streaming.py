@@ -1,4 +1,4 @@
-"""From a source on disk to converted parts on disk, one block in memory."""
+"""Convert a source on disk to part files on disk, with one block in memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from .surgery import empty_model
 
 @dataclass(frozen=True)
 class Converted:
-    """A converted model whose weights lie in part files: `model` on the meta device, `tensors` by its names."""
+    """A converted model whose weights are in part files.
+
+    `model` is on the meta device; `tensors` holds the weights under the model's parameter names.
+    """
 
     model: Any
     tensors: LazyTensors
@@ -40,16 +43,16 @@ def convert_source(
     identity: Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
 ) -> Converted:
-    """The latent form of `source`, the same bytes as `convert_model` of `load_dense(source, dtype)` on `device`.
+    """Convert `source` block by block, to the same bytes as `convert_model` of `load_dense(source, dtype)` on `device`.
 
-    Every layer is written to a file of the folder `work` as soon as it is fitted. A layer that is there
-    already is not fitted again if `config`, `seed`, `dtype`, the source and `identity` (what
-    else the result depends on, such as where the `batches` come from; JSON) are the same as then.
-    `batches` are read only for `init: activation`. `progress` is told (what, done, of how many).
-    Raises UsageError for ranks and shapes that the model does not have, UserError for tensors with a
-    NaN or an infinity and for a full disk. The caller removes `work` when it is done with the result.
+    Every layer is written to a file in the folder `work` as soon as it is fitted. A layer whose file already exists is
+    not fitted again if `config`, `seed`, `dtype`, the source and `identity` are unchanged. `identity` (JSON) is
+    whatever else the result depends on, such as where the `batches` come from.
+    `batches` are read only for `init: activation`. `progress` is called with (phase, done, total).
+    The caller removes `work` when it no longer needs the result. Raises UsageError for ranks and shapes that the model
+    cannot have, and UserError for a full disk and for tensors with a NaN or an infinity.
     """
-    stated = {
+    depends_on = {
         "config": config.model_dump(mode="json"),
         "seed": seed,
         "dtype": str(dtype),
@@ -60,7 +63,7 @@ def convert_source(
     blocks = SourceBlocks(source, dtype, device, run=config.init == "activation")
     ranks_of(blocks, config)
     heads = blocks.model.config.num_attention_heads
-    parts = PartFiles(work, stated, heads, config.q_lora_rank is not None)
+    parts = PartFiles(work, depends_on, heads, config.q_lora_rank is not None)
     if not parts.has_surroundings():
         parts.put_surroundings(blocks.around())
     convert_layers(blocks, config, batches, seed, parts, progress, work)
@@ -79,7 +82,7 @@ def convert_source(
 
 
 def _fingerprint(source: Source) -> dict[str, Any]:
-    """What tells a source from another one or from an earlier state of itself, without reading it."""
+    """Identify a source and its current state by file sizes and times, without reading its tensors."""
     files = {str(file.resolve()): (file.stat().st_size, file.stat().st_mtime_ns) for file in source.tensors.files()}
-    found = {"files": files, "family": source.family.name, "config": source.config}
-    return found | {"adapters": list(source.adapters)}
+    identity = {"files": files, "family": source.family.name, "config": source.config}
+    return identity | {"adapters": list(source.adapters)}

@@ -1,6 +1,6 @@
-"""The converted model in memory: plan every layer, account for every tensor, then build.
+"""Convert a model in memory: fit every layer, account for every tensor, then build the converted model.
 
-Nothing of the dense model is changed; the tensors that both forms have are shared with it.
+The dense model is not changed. The converted model shares the tensors that both forms have.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def convert_model(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Any:
-    """The latent form of `dense`, an instance of `family.dense_class`, in its dtype and on its device.
+    """Return the latent form of `dense`, an instance of `family.dense_class`, in its dtype and on its device.
 
-    `batches` are needed for `init: activation`. `progress` is told (what, done, of how many).
-    Raises UsageError for ranks and shapes that the model does not have.
+    `init: activation` needs `batches`. `progress` is called with (phase, done, total).
+    Raises UsageError for ranks and shapes that the model cannot have.
     """
     blocks, plans = ModelBlocks(dense), Plans()
     convert_layers(blocks, config, batches, seed, plans, progress)
@@ -43,19 +43,19 @@ def convert_model(
     state = merge_state(dense.state_dict(), planned, model.state_dict(), mla.q_lora_rank is not None)
     model.load_state_dict(state, strict=True, assign=True)
     copy_unsaved_buffers(dense, model)
-    # Indices that only the converted model has.
+    # Moves the index buffers that only the converted model has.
     return model.to(dense.device).eval().requires_grad_(False)
 
 
 def empty_model(family: Family, dense: Any, mla: MLAConfig) -> Any:
-    """The converted form of `dense` on the meta device."""
+    """Build the converted form of `dense` on the meta device."""
     settings = {name: value for name, value in dense.config.items() if not name.startswith("_")}
     with torch.device("meta"):
         return family.mla_class(**settings, mla=mla.model_dump(mode="json"))
 
 
 def copy_unsaved_buffers(dense: Any, model: Any) -> None:
-    """Give `model` the buffers of `dense` that no state dict holds, such as rotary tables."""
+    """Copy to `model` the buffers of `dense` that no state dict holds, such as rotary tables."""
     saved = dense.state_dict().keys()
     for name, buffer in dense.named_buffers():
         if name not in saved:
