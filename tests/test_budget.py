@@ -39,7 +39,7 @@ def test_a_loss_out_of_reach_is_named() -> None:
 def test_candidates_are_multiples_up_to_twice_the_mean() -> None:
     assert candidate_ranks(Budget(scalars_per_token=28, rank_multiple=4), 28, 384)[-1] == 56
     assert all(rank % 16 == 0 for rank in candidate_ranks(Budget(reduction=0.927), 224, 3072))
-    with pytest.raises(UsageError, match="12 scalars a token are less than rank_multiple 16"):
+    with pytest.raises(UsageError, match="12 scalars per token are less than rank_multiple 16"):
         candidate_ranks(Budget(scalars_per_token=12), 12, 384)
 
 
@@ -49,8 +49,8 @@ def test_candidates_are_multiples_up_to_twice_the_mean() -> None:
         ({"budget": {}}, "one of scalars_per_token, reduction, loss_increase, got none"),
         ({"budget": {"reduction": 0.9, "loss_increase": 0.1}}, "got reduction, loss_increase"),
         ({"budget": {"reduction": 0.9}, "kv_lora_rank": 8}, "one of the two"),
-        ({"budget": {"reduction": 0.9}, "init": "svd"}, "needs init activation"),
-        ({"budget": {"reduction": 0.9}, "calibration": {"metric": "output"}}, "metric velocity"),
+        ({"budget": {"reduction": 0.9}, "init": "svd"}, "set init to activation"),
+        ({"budget": {"reduction": 0.9}, "calibration": {"metric": "output"}}, "calibration.metric to velocity"),
     ],
 )
 def test_a_budget_that_cannot_be_is_refused(settings: dict[str, Any], message: str) -> None:

@@ -383,8 +383,8 @@ def test_match_attention_on_the_students_activations_is_refused(student: Any) ->
     [
         ({"own_chunk": "latent"}, "needs own_chunk exact"),
         ({"position": "decoupled", "qk_rope_head_dim": 4}, "needs position rotate_on_read or derived"),
-        ({"init": "svd"}, "needs init activation"),
-        ({"calibration": {"metric": "output"}}, "set calibration.metric velocity"),
+        ({"init": "svd"}, "set init to activation"),
+        ({"calibration": {"metric": "output"}}, "set calibration.metric to velocity"),
     ],
     ids=["own-chunk", "position", "svd", "metric"],
 )

@@ -68,7 +68,7 @@ def test_hidden_states_on_disk_change_nothing(tmp_path: Path, metric: str) -> No
 
 def test_hidden_states_that_fit_nowhere_are_refused_before_they_are_computed(tmp_path: Path) -> None:
     store = TensorStore(tmp_path / "activations", limit=0)
-    with pytest.raises(UserError, match=r"keeps 1e\+09 GB of hidden states .* at most; lower clips"):
+    with pytest.raises(UserError, match=r"stores 1e\+09 GB of hidden states, more than nine tenths .*; lower clips"):
         store.require(10**18, "lower clips")
     assert list(tmp_path.iterdir()) == []
 
@@ -107,7 +107,7 @@ def test_a_small_disk_runs_blocks_twice_to_the_same_bits(
 
 def test_a_disk_that_is_too_small_for_any_way_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TensorStore, "_free", lambda self: 1000)
-    with pytest.raises(UserError, match=r"takes nine tenths at most; lower calibration\.clips or set"):
+    with pytest.raises(UserError, match=r"more than nine tenths of the .*; lower calibration\.clips or set"):
         collect(pico.dense_model(layers=3), {0, 1, 2}, TensorStore(tmp_path / "activations", limit=0))
 
 

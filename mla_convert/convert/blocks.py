@@ -1,7 +1,7 @@
-"""The dense blocks of a model, one at a time: of a model in memory, or read from a source and let go.
+"""Give access to the dense blocks of a model one at a time, from a model in memory or from a source on disk.
 
-Blocks that are run on a CPU are run in float32: many CPUs multiply half precision at a tenth of its rate, and a
-fit sees no rounding. On a GPU they are run in the dtype they are stored in.
+On a CPU, blocks run in float32: many CPUs multiply half precision at a tenth of the rate, and the fit then sees no
+rounding. On a GPU, blocks run in the dtype they are stored in.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ BLOCKS = "blocks."
 
 
 class Blocks(Protocol):
-    """`model` has everything around the blocks (see `families.base.Family`); `open` gives one of them."""
+    """`model` has everything around the blocks (see `families.base.Family`); `open` gives access to one block."""
 
     model: Any
 
     def __len__(self) -> int: ...
 
     def open(self, layer: int) -> AbstractContextManager[Any]:
-        """Block number `layer` with its weights, ready to run, for as long as the context lasts."""
+        """Open block number `layer` with its weights, ready to run until the context ends."""
         ...
 
     def state(self, layer: int) -> dict[str, Tensor]:
-        """The state of a block, in the dtypes that the converted model gets."""
+        """Return the state of a block, in the dtypes of the converted model."""
         ...
 
     def entered(self) -> None:
-        """All clips have entered the model: what only that needs may go."""
+        """Free what only `model.enter` needs; called when all clips have entered the model."""
         ...
 
 
 class ModelBlocks:
-    """The blocks of a dense model that is in memory anyway, on its device."""
+    """The blocks of a dense model in memory, on its device."""
 
     def __init__(self, model: Any) -> None:
         self._dense = model
@@ -65,14 +65,14 @@ class ModelBlocks:
         return state
 
     def entered(self) -> None:
-        """The model is somebody else's, too."""
+        """Free nothing: the caller owns the model."""
 
 
 class SourceBlocks:
-    """The blocks of a source: what is around them is read once, a block when it is opened.
+    """The blocks of a source: a block is read when it is opened, everything around the blocks is read once.
 
-    `dtype` is what the converted model is to have, None the stored dtypes. Blocks are opened on `device`, in
-    those dtypes unless they are to be `run` there. Raises UserError for a tensor with a NaN or an infinity.
+    `dtype` is that of the converted model; None keeps the stored dtypes. Blocks are opened on `device`: in the dtypes
+    they run in if `run`, else in those of the converted model. Raises UserError for a tensor with a NaN or an infinity.
     """
 
     def __init__(
@@ -86,13 +86,13 @@ class SourceBlocks:
         with no_init_weights(), init_empty_weights():
             model = source.family.dense_class.from_config(dict(source.config))
         state = {
-            name: self._unread(name, tensor) if name.startswith(BLOCKS) else self._read(name)
+            name: self._placeholder(name, tensor) if name.startswith(BLOCKS) else self._read(name)
             for name, tensor in model.state_dict().items()
         }
         model.load_state_dict(state, assign=True)
         for name, child in model.named_children():
             if f"{name}." != BLOCKS:
-                # Rotary tables are in no state.
+                # Also moves rotary tables, which no state dict holds.
                 child.to(self.device)
         source.tensors.release()
         self.model = model.eval().requires_grad_(False)
@@ -120,14 +120,14 @@ class SourceBlocks:
         return state
 
     def entered(self) -> None:
-        # Diffusers' name for what embeds time and text, the largest part around the blocks.
-        conditioner = getattr(self.model, "condition_embedder", None)
-        if conditioner is not None:
-            conditioner.to("meta")
+        # Diffusers' name for the embedder of time and text, the largest part around the blocks.
+        embedder = getattr(self.model, "condition_embedder", None)
+        if embedder is not None:
+            embedder.to("meta")
             give_back_memory()
 
     def around(self) -> dict[str, Tensor]:
-        """The state of what is around the blocks, in the dtypes that the converted model gets."""
+        """Return the state of everything around the blocks, in the dtypes of the converted model."""
         state = self.model.state_dict().items()
         return {name: x.to("cpu", self._dtype(name)) for name, x in state if not name.startswith(BLOCKS)}
 
@@ -138,24 +138,24 @@ class SourceBlocks:
         return runs_in(self._dtype(name), self.device) if self.run else self._dtype(name)
 
     def _stored(self, name: str) -> Tensor:
-        # The copy lets go of the file, whose tensors need not be aligned.
+        # A copy releases the file, whose tensors need not be aligned.
         return self.source.tensors[name].to(dtype=self._dtype(name), copy=True)
 
     def _read(self, name: str) -> Tensor:
-        # Rounded as the converted model is.
+        # Rounded to the dtype of the converted model first.
         return self._stored(name).to(self.device, self._opened_in(name))
 
-    def _unread(self, name: str, tensor: Tensor) -> Tensor:
+    def _placeholder(self, name: str, tensor: Tensor) -> Tensor:
         return torch.empty(tensor.shape, dtype=self._opened_in(name), device="meta")
 
 
 def runs_in(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype that blocks stored in `dtype` are run in."""
+    """Return the dtype in which blocks stored in `dtype` run on `device`."""
     return torch.float32 if device.type == "cpu" and dtype.itemsize < 4 else dtype
 
 
 def _widened_around(model: Any) -> Any:
-    """`model` with what is around its blocks in float32; the blocks are shared."""
+    """Copy `model` with everything around its blocks in float32; the blocks are shared."""
     changed = copy.copy(model)
     changed._modules = {
         name: child if f"{name}." == BLOCKS else copy.deepcopy(child).float() for name, child in model._modules.items()
@@ -165,13 +165,13 @@ def _widened_around(model: Any) -> Any:
 
 
 def give_back_memory() -> None:
-    """Return freed memory to the system where the C library can; glibc keeps it and its holes grow."""
+    """Return freed memory to the system where the C library can; glibc keeps it, and it fragments."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def with_attention(block: Any, attention: nn.Module) -> Any:
-    """A block that shares everything with `block` but its self-attention."""
+    """Return a block that shares everything with `block` except its self-attention."""
     changed = copy.copy(block)
     changed._modules = {**block._modules, "attn1": attention}
     return changed

@@ -1,9 +1,9 @@
-"""Ranks by layer from measured error curves, so that the whole is best at equal memory.
+"""Choose each layer's rank from measured error curves, for the least total error at equal memory.
 
-A layer's curve says what its latents cost at each rank: the change `do` of the self-attention's
-output on calibration clips, the exact softmax included, times the gradient of a random projection of
-the velocity. The expected square of that product summed over a clip is the squared error of the
-velocity that this layer alone causes, to first order behind the layer.
+A layer's curve gives the error of its latent at each rank. It is measured as the change `do` of the self-attention's
+output on calibration clips, with the exact softmax, times the gradient of a random projection of the velocity. The
+expected square of that product, summed over a clip, is the squared error of the velocity that this layer alone causes.
+The layers after it are taken to first order.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Curve = list[tuple[int, float]]
 
 
 class Trace(NamedTuple):
-    """One forward of a dense self-attention: `hidden_states` and, of each probe, `output_grads` `[B, S, C]`."""
+    """One forward of a dense self-attention: `hidden_states` and each probe's `output_grads`, all `[B, S, C]`."""
 
     hidden_states: Tensor
     step: AttentionPass
@@ -35,16 +35,15 @@ class Trace(NamedTuple):
 
 
 def candidate_ranks(budget: Budget, scalars: float | None, limit: int) -> list[int]:
-    """At most `MEASURED_RANKS` ranks at which curves are measured, rising; the last is the largest on offer.
+    """Return at most `MEASURED_RANKS` ranks at which curves are measured, rising; the last is the largest possible.
 
-    `scalars` is the mean rank that the budget leaves a latent, None if that is open; `limit` how many numbers
-    it encodes.
-    Raises UsageError if there is no room for a single multiple.
+    `scalars` is the mean rank of a latent under the budget, None for a `loss_increase`. `limit` is how many numbers a
+    latent encodes. Raises UsageError if that leaves no room for a single `rank_multiple`.
     """
     step = budget.rank_multiple
     largest = min(limit, 2 * math.ceil((limit / 8 if scalars is None else scalars) / step) * step) // step
     if largest < 1 or (scalars is not None and scalars < step):
-        room = f"{limit if scalars is None else scalars:g} scalars a token"
+        room = f"{limit if scalars is None else scalars:g} scalars per token"
         raise UsageError(f"convert.budget: {room} are less than rank_multiple {step}; lower rank_multiple")
     spread = np.geomspace(1, largest, min(MEASURED_RANKS, largest)).round().astype(int)
     return [step * int(count) for count in np.unique(spread)]
@@ -57,9 +56,10 @@ def measured_curve(
     ranks: Sequence[int],
     traces: Sequence[Sequence[Trace]],
 ) -> Curve:
-    """`(rank, squared error)` at each rank of a latent; the unit is that of the traces' gradients squared.
+    """Measure `(rank, squared error)` of one latent at each of `ranks`, in the unit of the traces' gradients squared.
 
-    The layers that share it are `dense`, `traces` lists their forwards layer by layer.
+    `dense` are the layers that share the latent. `latent_of_rank` returns their latent forms at a rank, and `traces`
+    lists their forward passes layer by layer.
     """
     curve: Curve = []
     batches = list(zip(*traces, strict=True))
@@ -81,11 +81,11 @@ def measured_curve(
 
 
 def allot(curves: Sequence[Curve], budget: Budget, scalars: float | None) -> list[int]:
-    """A rank for every latent, multiples of `rank_multiple` within the ranks that were measured.
+    """Return a rank for every latent: multiples of `rank_multiple` within the measured ranks.
 
-    Starting from the smallest, what lowers the summed error most for each further scalar comes next,
-    until the mean is `scalars` or the sum is at most `loss_increase`. Raises UsageError if the curves
-    do not reach that.
+    Every latent starts at the smallest rank. The increase that lowers the summed error most per scalar comes next,
+    until the mean rank is `scalars` or the sum is at most `loss_increase`. Raises UsageError if no measured ranks reach
+    the `loss_increase`.
     """
     step = budget.rank_multiple
     ladders = [_ladder(curve, step) for curve in curves]
@@ -109,14 +109,14 @@ def allot(curves: Sequence[Curve], budget: Budget, scalars: float | None) -> lis
         rungs[layer] = higher
     if budget.loss_increase is not None and total() > budget.loss_increase:
         raise UsageError(
-            f"convert.budget.loss_increase: {budget.loss_increase:g} is out of reach, the largest ranks measured "
-            f"give {total():.3g}; allow more, or set scalars_per_token"
+            f"convert.budget.loss_increase: {budget.loss_increase:g} is out of reach, the largest measured ranks "
+            f"give {total():.3g}; raise it, or set scalars_per_token"
         )
     return [step * (rung + 1) for rung in rungs]
 
 
 def _ladder(curve: Curve, step: int) -> list[float]:
-    """Error at `step`, `2 step`, ...: interpolated in the logarithm, never rising."""
+    """Return the error at ranks `step`, `2 step`, ...: interpolated in its logarithm, and never rising."""
     ranks, errors = zip(*curve, strict=True)
     every = np.arange(step, ranks[-1] + 1, step)
     logs = np.interp(every, ranks, np.log(np.maximum(errors, 1e-30)))

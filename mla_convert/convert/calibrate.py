@@ -1,12 +1,11 @@
-"""Samples of every layer of a dense model, block by block over the hidden states of calibration clips.
+"""Sample every layer of a dense model on calibration clips, with one block in memory.
 
-With `metric: output` the blocks are run once, from the first to the last, and the probes of a layer ask
-how an error in what is cached changes the output of the layer. With `metric: velocity` they ask how it
-changes the model's velocity v: the gradient of `z^T v` for a random z is pulled back through `leave` and
-through one block after the other, from the last to the first. Each entry of z has variance 1 / n for the
-n numbers in the velocity of its batch, so that the expected square of a probe's product with an error is
-the MEAN squared error of the velocity that it causes. Only activations get gradients. With several `probes` as
-many gradients go down beside each other: a block is run forward once for all of them.
+With `metric: output`, the blocks run once, from the first to the last. The probes of a layer measure how an error in
+the cache changes the layer's output. With `metric: velocity`, they measure how it changes the model's velocity v: the
+gradient of `z^T v` for a random z is pulled back through `leave` and then through every block, from the last to the
+first. Each entry of z has variance 1 / n, where n is the size of the velocity of its batch. The expected square of a
+probe's product with an error is therefore the MEAN squared error of the velocity that the error causes. Only
+activations get gradients. Several `probes` are pulled back together, so that a block runs forward once for all of them.
 """
 
 from __future__ import annotations
@@ -48,24 +47,24 @@ def sweep(
     visited: Callable[[int], None] | None = None,
     rotated_only: bool = False,
 ) -> None:
-    """Sample the `wanted` layers, each for `visit(layer, block, sample)` while its block is open.
+    """Sample the `wanted` layers and call `visit(layer, block, sample)` for each while its block is open.
 
-    `visited(layer)` follows for each of them when its block has been let go.
+    - `visited(layer)` is called for each of them after its block was freed.
+    - `history_only` restricts the probes to tokens of earlier chunks, all that is cached under an exact own chunk.
+    - `rotated_only` leaves out the gradients of keys that are read without their rotation.
+    - `progress(done, total)` counts the blocks of the forward pass that precedes the visits of `metric: velocity`.
+    - `velocity(number, v)` gets the velocity `[B, C, F, H, W]` of every batch (`metric: velocity`).
+    - `trace` gets a `Trace` of each layer on one batch in four, at least one (`metric: velocity`). These batches are
+      not sampled if there are others.
 
-    With `history_only` the probes ask only about tokens of earlier chunks, which is all that an exact
-    own chunk leaves to the cache; with `rotated_only` they leave out keys that are read without their rotation.
-    With `hidden_states: converted` every layer is visited, the others
-    with no sample, and `visit` gives the converted attention that the blocks above run on. `progress`
-    counts the blocks of a forward sweep that comes before the visits. With `metric: velocity` `velocity`
-    is told the number and the velocity `[B, C, F, H, W]` of every batch, and `trace` what each layer
-    does on one batch in four (at least one), which is then not sampled if there are others. Layers that
-    share a latent are sampled at the same tokens.
-    What was entered in `clips` is used up. Raises UserError for NaN or infinite activations, and where
-    the tokens that a sweep keeps do not fit on the disk.
+    With `hidden_states: converted`, every layer is visited, unwanted ones with sample None, and `visit` returns the
+    converted attention that the next blocks run on. Layers that share a latent are sampled at the same tokens.
+    The sweep consumes `clips`. Raises UserError for NaN or infinite activations, and if the activations that the
+    sweep stores do not fit on the disk.
     """
     chosen = frozenset(wanted)
-    told = (visit, velocity, trace, layers_per_latent, visited, rotated_only)
-    run = _Sweep(blocks, clips, config, history_only, chosen, *told)
+    callbacks = (visit, velocity, trace, layers_per_latent, visited, rotated_only)
+    run = _Sweep(blocks, clips, config, history_only, chosen, *callbacks)
     if config.metric == "velocity":
         run.backward(progress)
     else:
@@ -86,7 +85,7 @@ class _Sweep(NamedTuple):
     rotated_only: bool
 
     def forward(self) -> None:
-        """From the first block to the last wanted one, each layer sampled with z of its own."""
+        """Run from the first block to the last wanted one; each layer is sampled with a z of its own."""
         clips, converted = self.clips, self.config.hidden_states == "converted"
         clips.store.require(2 * clips.bytes_a_layer, "lower calibration.clips")
         for layer in range(max(self.wanted, default=-1) + 1):
@@ -114,10 +113,10 @@ class _Sweep(NamedTuple):
                 self.visited(layer)
 
     def backward(self, progress: Callable[[int, int], None] | None) -> None:
-        """Up through all blocks, keeping what enters them, then down to the first wanted one.
+        """Run forward through all blocks, storing their inputs, then pull gradients back to the first wanted block.
 
-        Where that is more than the store takes, only one block's in n is kept, n as small as may be, and the way
-        down computes what enters the n - 1 above it again, to the same bits (Chen et al., arXiv 1604.06174).
+        If the inputs do not fit in the store, only the input of one block in n is stored, with n as small as possible.
+        The backward pass recomputes the other n - 1 from it, bit for bit (Chen et al., arXiv 1604.06174).
         """
         first, count = min(self.wanted, default=len(self.blocks)), len(self.blocks)
         every = self._spacing(count - first)
@@ -130,22 +129,24 @@ class _Sweep(NamedTuple):
                 self._visit_above(layer, scales)
 
     def _spacing(self, layers: int) -> int:
-        """Of how many of the upper `layers` one's input is kept. Raises UserError where no number will do."""
+        """Return n, where the input of one in n of the upper `layers` is stored. Raises UserError if none fits."""
         store, size = self.clips.store, self.clips.bytes_a_layer
-        # One of each segment, all of the segment on its way down, and what enters a block beside what leaves it.
-        # Of probes after the first a gradient lies beside them.
+        # Inputs stored: one per segment, all of the segment being pulled back, and a block's input beside its output.
+        # Each probe after the first adds a gradient.
         more = self.config.probes - 1
-        kept = {every: (math.ceil(layers / every) + every + 1 + more) * size for every in range(1, max(layers, 1) + 1)}
+        needed = {
+            every: (math.ceil(layers / every) + every + 1 + more) * size for every in range(1, max(layers, 1) + 1)
+        }
         fewer = "lower calibration.clips or calibration.probes" if more else "lower calibration.clips"
-        store.require(min(kept.values()), f"{fewer} or set calibration.metric to output")
-        every = next(every for every, needed in kept.items() if store.fits(needed))
+        store.require(min(needed.values()), f"{fewer} or set calibration.metric to output")
+        every = next(every for every, bytes_needed in needed.items() if store.fits(bytes_needed))
         if every > 1:
-            sizes = f"{kept[every] / 1e9:.3g} GB instead of {kept[1] / 1e9:.3g} GB"
-            logger.warning("calibration keeps the input of one block in %d, %s, and runs blocks twice", every, sizes)
+            sizes = f"{needed[every] / 1e9:.3g} GB instead of {needed[1] / 1e9:.3g} GB"
+            logger.warning("calibration stores the input of one block in %d, %s, and runs blocks twice", every, sizes)
         return every
 
     def _ascend(self, layers: range, kept: Collection[int], progress: Callable[[int, int], None] | None = None) -> None:
-        """Run the blocks of `layers` one after the other; what enters a block goes, unless it is one of `kept`."""
+        """Run the blocks of `layers` in order; their inputs are dropped, except those of `kept`."""
         clips = self.clips
         for layer in layers:
             with self.blocks.open(layer) as block:
@@ -156,7 +157,7 @@ class _Sweep(NamedTuple):
                 progress(layer + 1, len(self.blocks))
 
     def _visit_above(self, layer: int, scales: list[float]) -> None:
-        """Pull the gradient back through a block, and give the layer to `visit` if it is wanted."""
+        """Pull the gradients back through a block, then visit the layer if it is wanted."""
         with self.blocks.open(layer) as block:
             for number, scale in enumerate(scales):
                 self._descend(layer, number, block, scale)
@@ -169,9 +170,9 @@ class _Sweep(NamedTuple):
             self.visited(layer)
 
     def _pull_back_velocity(self) -> list[float]:
-        """The last block's tokens become the gradients of `z^T v` in them; the scale of z by batch.
+        """Replace the last block's output by the gradients of `z^T v` with respect to it; return z's scale by batch.
 
-        Each probe's z is drawn with unit variance and scaled where it is used, so that half precision holds it.
+        Each probe's z is drawn with unit variance and scaled only where it is used, so that half precision can hold it.
         """
         clips, model, scales = self.clips, self.blocks.model, []
         for number, inputs in enumerate(clips.inputs):
@@ -189,7 +190,7 @@ class _Sweep(NamedTuple):
         return scales
 
     def _descend(self, layer: int, number: int, block: Any, scale: float) -> None:
-        """Turn the gradients above a block into those below it, and sample the layer if it is wanted."""
+        """Pull one batch's gradients from a block's output back to its input, and sample the layer if it is wanted."""
         clips, inputs, last = self.clips, self.clips.inputs[number], self.config.probes - 1
         tokens = clips.store[clips.key(layer, number)].requires_grad_()
         with torch.enable_grad():
@@ -209,7 +210,7 @@ class _Sweep(NamedTuple):
         if layer not in self.wanted:
             return
         if self.trace is not None:
-            # Errors measured on what was fitted are too small: a quarter of the batches is kept from the fit.
+            # Errors measured on the fitted batches would be too small, so a quarter of the batches is held out.
             count = len(clips)
             if number % 4 == min(4, count) - 1:
                 self.trace(Trace(hidden, inputs.step, output_grads))
@@ -220,7 +221,7 @@ class _Sweep(NamedTuple):
     def _sample(
         self, layer: int, number: int, block: Any, hidden: Tensor, output_grads: list[Tensor] | None = None
     ) -> None:
-        """Sample a layer on one batch. Beside other layers' tokens samples are large and wait in the store."""
+        """Sample a layer on one batch into the store, because samples are large next to the stored tokens."""
         sample = sample_layer(
             block.attn1,
             hidden,
@@ -233,23 +234,23 @@ class _Sweep(NamedTuple):
             self.rotated_only,
         )
         for name in FIELDS:
-            self.clips.store[_part(number, name)] = getattr(sample, name)
+            self.clips.store[_sample_key(number, name)] = getattr(sample, name)
 
     def _sampled(self, layer: int) -> LayerSample:
-        """The samples of all batches. Raises UserError for NaN or infinite activations."""
+        """Join the samples of all batches. Raises UserError for NaN or infinite activations."""
         store = self.clips.store
-        numbers = [number for number in range(len(self.clips)) if _part(number, FIELDS[0]) in store]
-        joined = {name: torch.cat([store.pop(_part(number, name)).cpu() for number in numbers]) for name in FIELDS}
+        numbers = [number for number in range(len(self.clips)) if _sample_key(number, FIELDS[0]) in store]
+        joined = {name: torch.cat([store.pop(_sample_key(n, name)).cpu() for n in numbers]) for name in FIELDS}
         return require_finite(LayerSample(**joined), layer)
 
 
-def _part(number: int, name: str) -> str:
-    """Where a field of the sample of batch `number` waits."""
+def _sample_key(number: int, name: str) -> str:
+    """Return the store's key for a field of the sample of batch `number`."""
     return f"sample-{number:05d}-{name}"
 
 
 class _Seen(NamedTuple):
-    """Input and output of a block's self-attention and the block's output, `[B, S, C]` each."""
+    """The input and output of a block's self-attention, and the block's output; `[B, S, C]` each."""
 
     hidden: Tensor
     attention: Tensor
@@ -257,7 +258,7 @@ class _Seen(NamedTuple):
 
 
 def _run(block: Any, tokens: Tensor, inputs: BlockInputs, layer: int) -> _Seen:
-    """One block, with gradients for activations only. Raises UserError for NaN or infinite activations."""
+    """Run one block, with gradients for activations only. Raises UserError for NaN or infinite activations."""
     seen: list[tuple[Tensor, Tensor]] = []
     hook = block.attn1.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
     frozen = {name: parameter.detach() for name, parameter in block.named_parameters()}
@@ -267,11 +268,12 @@ def _run(block: Any, tokens: Tensor, inputs: BlockInputs, layer: int) -> _Seen:
         hook.remove()
     hidden, attention = seen.pop()
     if not torch.isfinite(output).all():
-        raise UserError(_first_bad(block.attn1, hidden, layer))
+        raise UserError(_not_finite(block.attn1, hidden, layer))
     return _Seen(hidden, attention, output)
 
 
-def _first_bad(attention: Any, hidden: Tensor, layer: int) -> str:
+def _not_finite(attention: Any, hidden: Tensor, layer: int) -> str:
+    """Name the first place in a layer where NaN or infinite values occur."""
     named = dict(zip(("query", "key", "value"), attention.project(hidden), strict=True))
     bad = next((name for name, x in {"input": hidden, **named}.items() if not torch.isfinite(x).all()), "output")
     return f"calibration gave NaN or infinite values in the {bad} of layer {layer}; check the weights"

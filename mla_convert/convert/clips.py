@@ -1,4 +1,4 @@
-"""Calibration clips on their way through the blocks of a dense model."""
+"""Turn calibration clips into the inputs of a dense model's first block, and track them from block to block."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from .store import TensorStore
 class CalibrationBatch(NamedTuple):
     """Clean latents `[B, C, F, H, W]` and `encoder_hidden_states` `[B, L, text_dim]`.
 
-    `negative` `[L, text_dim]` is what clips get that lose their prompt, zeros without it. `conditions` `[B, ...]` are
-    what the model is conditioned on beside text, under the names by which it takes them.
+    `negative` `[L, text_dim]` replaces the prompt of clips that drop theirs; the default is zeros. `conditions`
+    `[B, ...]` are what else the model is conditioned on, by the model's argument names.
     """
 
     latents: Tensor
@@ -37,10 +37,10 @@ class CalibrationBatch(NamedTuple):
 def clip_batches(
     read: Callable[[int], Mapping[str, Tensor]], clips: range, size: int, negative: Tensor | None = None
 ) -> Iterator[CalibrationBatch]:
-    """The `clips` that `read` gives by index, `size` of them at a time; none is read before its batch is asked for.
+    """Yield batches of `size` clips; `read` returns a clip by index and is called only when its batch is due.
 
-    A clip has `latents` `[C, F, H, W]`, `encoder_hidden_states` `[L, text_dim]` and its conditions; `negative` is
-    that of all.
+    A clip has `latents` `[C, F, H, W]`, `encoder_hidden_states` `[L, text_dim]` and its conditions. All batches get the
+    same `negative`.
     """
     for start in range(0, len(clips), size):
         batch = default_collate([read(index) for index in clips[start : start + size]])
@@ -49,11 +49,11 @@ def clip_batches(
 
 @dataclass
 class Clips:
-    """The calibration batches between blocks.
+    """The calibration batches between two blocks.
 
-    `inputs` are theirs without the tokens, which lie in `store` by layer and batch: `[B' + B, S, C]`
-    in the model's dtype, the B' clean clips before their B noisy copies. `targets` `[B, C, F, H, W]`
-    are the true velocities, `times` the noise levels t and the second times r of a flow map, `[B, F]`.
+    `inputs` are the block inputs of each batch without its tokens. The tokens are in `store` by layer and batch:
+    `[B' + B, S, C]` in the model's dtype, the B' clean clips before their B noisy copies. `targets` `[B, C, F, H, W]`
+    are the true velocities. `times` are the noise levels t and, for a flow map, the second times r, `[B, F]` each.
     """
 
     store: TensorStore
@@ -66,16 +66,19 @@ class Clips:
         return len(self.inputs)
 
     def loss(self, number: int, velocity: Tensor) -> float:
-        """Flow-matching loss of the model's velocity `[B, C, F, H, W]` on batch `number`."""
+        """Compute the flow-matching loss of the model's velocity `[B, C, F, H, W]` on batch `number`."""
         return float(flow.velocity_error(velocity.float(), self.targets[number], *self.times[number]))
 
     @staticmethod
     def key(layer: int, number: int, probe: int = 0) -> str:
-        """Name of the tokens of batch `number` as they enter block `layer`, or of a probe's gradient in them."""
+        """Return the store's key of batch `number` at the input of block `layer`, or of a probe's gradient there.
+
+        The gradient of probe 0 replaces the tokens under their own key.
+        """
         return f"{layer:04d}-{number:05d}" + (f"-{probe:03d}" if probe else "")
 
     def advance(self, layer: int, number: int, tokens: Tensor, keep: bool = False) -> None:
-        """Store what block `layer` made of a batch; what entered it goes, unless it is to be kept."""
+        """Store the output of block `layer` for a batch; its input is dropped unless `keep`."""
         if not keep:
             self.store.pop(self.key(layer, number))
         self.store[self.key(layer + 1, number)] = tokens
@@ -85,11 +88,11 @@ class Clips:
 def enter_clips(
     blocks: Blocks, batches: Iterable[CalibrationBatch], config: CalibrationConfig, store: TensorStore
 ) -> Clips:
-    """Noisy copies of the clips as the first block gets them.
+    """Noise the clips and embed them as inputs of the first block.
 
-    Noise levels are uniform over the model's `noise_range` before the shift, or over those of the `denoising_steps`,
-    one a chunk; history is the clean clip (teacher forcing, see `distill.objective`). A flow map gets second times
-    too (`flow.mean_times`). Raises UserError if there are no clips.
+    Each chunk has its own noise level, uniform over the model's `noise_range` before the shift, or over the
+    `denoising_steps`. History is the clean clip (teacher forcing, see `distill.objective`). A flow map also gets second
+    times (`flow.mean_times`). Raises UserError if there are no clips.
     """
     model, clips = blocks.model, Clips(store)
     for number, batch in enumerate(batches):
@@ -113,7 +116,7 @@ def enter_clips(
             context=clean.to(model.dtype),
             **conditions,
         )
-        # The rotations of a pass are large and the same for equal clips.
+        # The rotations of a pass are large; clips of equal shape share them.
         kind = (inputs.size, inputs.step.context_batch)
         same = (i.step for i in clips.inputs if (i.size, i.step.context_batch) == kind)
         tokens = inputs.tokens
@@ -123,5 +126,5 @@ def enter_clips(
         clips.bytes_a_layer += tokens.numel() * tokens.element_size()
         clips.inputs.append(inputs._replace(tokens=tokens.new_empty(0), step=next(same, inputs.step)))
     if not clips.inputs:
-        raise UserError("there are no clips to calibrate on; init: svd converts from the weights alone")
+        raise UserError("there are no clips to calibrate on; add clips, or set init: svd to use the weights alone")
     return clips

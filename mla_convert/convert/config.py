@@ -50,15 +50,15 @@ class CalibrationConfig(BaseModel):
 
     @property
     def noise_levels(self) -> tuple[float, ...] | None:
-        """The only noise levels in (0, 1] that come up; None for all."""
+        """The noise levels in (0, 1] of the `denoising_steps`; None without them, when every level may be drawn."""
         return noise_levels(self.denoising_steps, self.timestep_shift)
 
     @model_validator(mode="after")
     def _converted_goes_forward(self) -> CalibrationConfig:
         if self.hidden_states == "converted" and self.metric == "velocity":
             raise ValueError(
-                "hidden_states converted goes from the first layer to the last, metric velocity from the last to the "
-                "first: set metric to output"
+                "hidden_states converted fits layers from the first to the last, metric velocity from the last to the "
+                "first; set metric to output"
             )
         return self
 
@@ -87,7 +87,7 @@ class Budget(BaseModel):
         return self
 
     def scalars(self, dense: int) -> float | None:
-        """Cached scalars a token of a model with `dense` of them; None for a `loss_increase`."""
+        """Return the budget in cached scalars per token, of the dense model's `dense`; None for a `loss_increase`."""
         return self.scalars_per_token if self.reduction is None else (1 - self.reduction) * dense
 
 
@@ -135,14 +135,14 @@ class ConvertConfig(BaseModel):
         if (self.kv_lora_rank is None) == (self.budget is None):
             raise ValueError("give kv_lora_rank or budget, one of the two")
         if self.budget is not None and (self.init != "activation" or self.calibration.metric != "velocity"):
-            raise ValueError("budget measures layers: it needs init activation and calibration.metric velocity")
+            raise ValueError("budget measures layers; set init to activation and calibration.metric to velocity")
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim must be even (channel pairs are rotated), got {self.qk_rope_head_dim}")
         if self.position == "rotate_on_read" and self.qk_rope_head_dim:
-            raise ValueError("position rotate_on_read has no shared rotary key: leave qk_rope_head_dim at 0")
+            raise ValueError("position rotate_on_read has no shared rotary key; leave qk_rope_head_dim at 0")
         if self.position != "rotate_on_read" and not self.qk_rope_head_dim:
             raise ValueError(
-                f"position {self.position} needs a shared rotary key: set qk_rope_head_dim, 32 in VideoMLA"
+                f"position {self.position} needs a shared rotary key; set qk_rope_head_dim, 32 in VideoMLA"
             )
         return self
 
@@ -151,26 +151,26 @@ class ConvertConfig(BaseModel):
         check_shared_latent(self.layers_per_latent, self.position, self.own_chunk)
         if self.layers_per_latent > 1 and self.init == "svd":
             raise ValueError(
-                "layers_per_latent above 1 needs init activation: the weights do not say what layers have in common"
+                "layers_per_latent above 1 needs to see what layers have in common on data; set init to activation"
             )
         if self.layers_per_latent > 1 and self.init == "activation" and self.calibration.metric != "velocity":
             raise ValueError(
-                "layers_per_latent above 1 weighs layers against each other: set calibration.metric velocity"
+                "layers_per_latent above 1 weighs layers against each other; set calibration.metric to velocity"
             )
         return self
 
     @property
     def cached_key(self) -> int:
-        """Scalars of the shared rotary key in a cache row."""
+        """How many scalars of a cache row are the shared rotary key."""
         return self.qk_rope_head_dim if self.position in ("decoupled", "baked") else 0
 
     @property
     def keeps_key_mean(self) -> bool:
-        """Whether the mean key is kept apart from what the latent restores."""
+        """Whether the mean key is stored separately from what the latent restores."""
         return self.key_mean and self.init == "activation" and self.position != "rotate_on_read"
 
     def ranks(self, num_layers: int) -> list[int]:
-        """`kv_lora_rank` of every layer. Raises ValueError without one or if a list has another length."""
+        """Return the `kv_lora_rank` of every layer. Raises ValueError if it is null or a list of the wrong length."""
         if self.kv_lora_rank is None:
             raise ValueError("the budget chooses it layer by layer")
         if isinstance(self.kv_lora_rank, int):
@@ -181,5 +181,5 @@ class ConvertConfig(BaseModel):
         return self.for_layers(self.kv_lora_rank)
 
     def for_layers(self, by_latent: list[int]) -> list[int]:
-        """Ranks of latents, one for each of the layers that share it."""
+        """Repeat the rank of each latent for all layers that share it."""
         return [rank for rank in by_latent for _ in range(self.layers_per_latent)]

@@ -1,8 +1,8 @@
-"""Low-rank codes of keys and values, optimal in a given metric.
+"""Compute low-rank codes of keys and values that are optimal in a given metric.
 
-For a target y with second moment C about its mean and a metric G, the code `c = E (y - mean)` of r
-numbers and its decoder D minimise `tr(G (I - D E) C (I - D E)^T)`: with `L L^T = G` and U the top
-r eigenvectors of `L^T C L`, `E = U^T L^T` and `D = L^-T U` (Eckart-Young in the metric G).
+For a target y with second moment C about its mean and a metric G, the code `c = E (y - mean)` of r numbers and its
+decoder D minimize `tr(G (I - D E) C (I - D E)^T)`. With `L L^T = G` and U the top r eigenvectors of `L^T C L`, they are
+`E = U^T L^T` and `D = L^-T U` (Eckart-Young in the metric G).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 RIDGE = 1e-6
-"""What is added to a metric, as a share of its mean eigenvalue, so that it can be inverted."""
+"""The share of a metric's mean eigenvalue that is added to it, so that it can be inverted."""
 
-# Share of the largest eigenvalue below which rounding of a Gram matrix in float64 hides a direction.
+# Share of the largest eigenvalue below which float64 rounding of a Gram matrix hides a direction.
 LOST = 1e-12
 ROWS_AT_ONCE = 512
 
@@ -24,7 +24,7 @@ ROWS_AT_ONCE = 512
 class Code(NamedTuple):
     """`encoder` `[r, n]`, `decoder` `[n, r]`, `mean` `[n]`, float64.
 
-    `energy` `[r]` are the eigenvalues that the code carries, falling, and `total` the sum of all.
+    `energy` `[r]` are the eigenvalues that the code keeps, falling; `total` is the sum of all eigenvalues.
     """
 
     encoder: Tensor
@@ -34,21 +34,21 @@ class Code(NamedTuple):
     total: float
 
     def cpu(self) -> Code:
-        """The same code on the CPU."""
+        """Copy the code to the CPU."""
         return Code(self.encoder.cpu(), self.decoder.cpu(), self.mean.cpu(), self.energy.cpu(), self.total)
 
 
 def _leading(matrix: Tensor, count: int, overwrite: bool = False) -> tuple[Tensor, Tensor]:
-    """The `count` largest eigenvalues `[count]`, falling, and their vectors `[n, count]` of a symmetric matrix.
+    """Return the `count` largest eigenvalues `[count]`, falling, and eigenvectors `[n, count]` of a symmetric matrix.
 
-    With `overwrite` only its upper triangle is read, and it is LAPACK's workspace instead of a copy of it.
+    With `overwrite`, only the upper triangle is read, and LAPACK uses the matrix itself as workspace, not a copy.
     """
     size = len(matrix)
     if matrix.device.type != "cpu":
         values, vectors = torch.linalg.eigh(matrix, UPLO="U")
         return values[-count:].flip(0), vectors[:, -count:].flip(1)
     # LAPACK's subset driver took 2.9 s for 224 of 3072, all of them 7.7 s (one core).
-    # LAPACK wants columns; those of a symmetric matrix are its rows.
+    # LAPACK expects column-major order; for a symmetric matrix, the transpose provides it without a copy.
     array = matrix.T.numpy() if overwrite else matrix.numpy()
     found, columns = scipy.linalg.eigh(
         array, subset_by_index=[size - count, size - 1], driver="evr", overwrite_a=overwrite, check_finite=not overwrite
@@ -57,7 +57,7 @@ def _leading(matrix: Tensor, count: int, overwrite: bool = False) -> tuple[Tenso
 
 
 def symmetric_root(g: Tensor) -> tuple[Tensor, Tensor]:
-    """`G^(1/2)` and its inverse for a positive semi-definite G, with a ridge that keeps it invertible."""
+    """Return `G^(1/2)` and its inverse for a positive semi-definite G, with a ridge that keeps it invertible."""
     ridge = _ridge(g)
     eye = torch.eye(len(g), dtype=g.dtype)
     if ridge == 0:
@@ -68,17 +68,16 @@ def symmetric_root(g: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def low_rank_code(covariance: Tensor, metric: Tensor, mean: Tensor, rank: int, ridge: float = RIDGE) -> Code:
-    """The best code of `rank` numbers for a target with this covariance under this metric.
+    """Return the best code of `rank` numbers for a target with this covariance, in this metric.
 
-    To the metric `ridge` of its mean eigenvalue is added.
-
-    Latents are scaled to unit variance under the covariance, so that their dtype and their training
-    are well conditioned. Raises ValueError if `rank` exceeds the size of the target.
+    `ridge` times the mean eigenvalue of the metric is added to the metric. Latents are scaled to unit variance under
+    the covariance, which suits low-precision dtypes and training. Raises ValueError if `rank` exceeds the size of the
+    target.
     """
     _check_rank(rank, len(covariance))
     eye = torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
     added = _ridge(metric, ridge)
-    # Any L with L L^T = G serves; a triangular one costs a tenth of the symmetric one.
+    # Any L with L L^T = G will do; a triangular one costs a tenth of the symmetric one.
     root = torch.linalg.cholesky(metric + added * eye) if added > 0 else eye
     whitened = root.T @ covariance @ root
     energy, basis = _leading(whitened, rank)
@@ -88,11 +87,11 @@ def low_rank_code(covariance: Tensor, metric: Tensor, mean: Tensor, rank: int, r
 
 
 def low_rank_code_of_samples(samples: Tensor, probes: Tensor, mean: Tensor, rank: int, ridge: float = RIDGE) -> Code:
-    """`low_rank_code` for the covariance `samples^T samples` and the metric `probes^T probes`.
+    """Return the `low_rank_code` for the covariance `samples^T samples` and the metric `probes^T probes`.
 
-    Of X = `samples` `[m, n]` and P = `probes` `[k, n]`, m and k below n, nothing of size n x n is made and no root
-    of the metric G = P^T P + its ridge: with U, E the leading eigenpairs of `X G X^T` the columns of `X^T U E^-1/2` are
-    orthonormal in G and are the decoder, D, but for the scale of the latents s; the encoder is `s^-2 D^T G`.
+    For X = `samples` `[m, n]` and P = `probes` `[k, n]` with m and k below n, it needs no n x n matrix and no root of
+    the metric G = P^T P + its ridge. With U, E the leading eigenpairs of `X G X^T`, the columns of `X^T U E^-1/2` are
+    orthonormal in G. They are the decoder D up to the scale s of the latents; the encoder is `s^-2 D^T G`.
     Raises ValueError if `rank` exceeds m.
     """
     _check_rank(rank, len(samples))
@@ -108,7 +107,7 @@ def low_rank_code_of_samples(samples: Tensor, probes: Tensor, mean: Tensor, rank
     del cross
     total = float(kernel.trace())
     energy, vectors = _leading(kernel, rank, overwrite=True)
-    # Of the others rounding leaves no direction, and any will do.
+    # Rounding hides the remaining directions, so any will do.
     carried = int((energy > LOST * energy[0]).sum())
     basis = samples.T @ (vectors[:, :carried] / energy[:carried].sqrt())
     basis, seen = _orthonormal(basis, times_metric(basis))
@@ -124,7 +123,10 @@ def low_rank_code_of_samples(samples: Tensor, probes: Tensor, mean: Tensor, rank
 
 
 def _orthonormal(x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """The columns of `x` `[n, r]` made orthonormal in a metric, each by those before it; `seen` is metric times x."""
+    """Orthonormalize the columns of `x` `[n, r]` in a metric, in their order; `seen` is the metric times `x`.
+
+    Returns the new `x` and `seen`.
+    """
     for _ in range(2):
         root = torch.linalg.cholesky(x.T @ seen)
         x, seen = (torch.linalg.solve_triangular(root, part.T, upper=False).T for part in (x, seen))
@@ -132,7 +134,7 @@ def _orthonormal(x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _upper_gram(x: Tensor) -> Tensor:
-    """The upper triangle of `x x^T`, at little more than half its cost; what is below it is zero or right."""
+    """Compute the upper triangle of `x x^T` at little more than half the cost; entries below it are zero or correct."""
     gram = x.new_zeros(len(x), len(x))
     for start in range(0, len(x), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
@@ -141,10 +143,9 @@ def _upper_gram(x: Tensor) -> Tensor:
 
 
 def low_rank_factor(factor: Tensor, mean: Tensor, rank: int) -> Code:
-    """`low_rank_code` for the covariance `factor^T factor`, `factor` `[m, n]`, in the plain metric.
+    """Return the `low_rank_code` for the covariance `factor^T factor`, `factor` `[m, n]`, in the identity metric.
 
-    The eigenvectors are taken of the smaller of the two Gram matrices. Raises ValueError if `rank`
-    exceeds n.
+    The eigenvectors are those of the smaller of the two Gram matrices. Raises ValueError if `rank` exceeds n.
     """
     _check_rank(rank, factor.shape[1])
     if rank > len(factor):
@@ -152,7 +153,7 @@ def low_rank_factor(factor: Tensor, mean: Tensor, rank: int) -> Code:
     gram = factor @ factor.T
     energy, vectors = _leading(gram, rank)
     spread = _spread(energy)
-    # Orthonormal also where the spectrum has ended.
+    # QR keeps the basis orthonormal where eigenvalues are zero.
     basis = torch.linalg.qr(factor.T @ vectors).Q
     return Code((basis / spread).T, basis * spread, mean, energy, float(torch.trace(gram)))
 
@@ -167,5 +168,5 @@ def _ridge(g: Tensor, share: float = RIDGE) -> float:
 
 
 def _spread(energy: Tensor) -> Tensor:
-    """Standard deviation of each latent, kept off zero where the data has none."""
+    """Return the standard deviation of each latent, at least a small positive number."""
     return energy.clamp_min(float(energy[0].clamp_min(1e-30)) * 1e-8).sqrt()

@@ -1,4 +1,4 @@
-"""Converted layers on disk, one file each, so that a conversion that was killed goes on where it was."""
+"""Store converted layers on disk, one file each, so that a killed conversion resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _PLAN, _TENSORS = "plan", "tensors"
 
 
 class PartFiles:
-    """A shelf of converted blocks in `folder`, and beside them what is around the blocks.
+    """A `Shelf` of converted blocks in `folder`, with one more file for everything around the blocks.
 
-    `identity` is everything that the bytes depend on; parts of another one are thrown away. `heads` are those of a
-    layer. The file of a layer holds the converted block under the model's names, and in its header what a
-    `LayerInit` has beside its tensors. Files appear whole or not at all. Raises UserError for a full disk.
+    `identity` is everything that the bytes depend on; part files with another identity are deleted. `heads` is the
+    number of heads of a layer. A layer's file holds the converted block under the model's names, and its header holds
+    the other fields of the `LayerInit`. Files are written atomically. Raises UserError for a full disk.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], heads: int, query_factorised: bool) -> None:
@@ -48,17 +48,17 @@ class PartFiles:
         return isinstance(layer, int) and self._path(layer).is_file()
 
     def get(self, layer: int) -> LayerInit:
-        """A layer as it was fitted, its tensors in the dtype of the model."""
+        """Return a layer's fit, with tensors in the dtype of the model."""
         with safe_open(self._path(layer), framework="pt") as opened:
             return _plan(opened.metadata(), lambda name: opened.get_tensor(_full_name(layer, name)).clone())
 
     def outline(self, layer: int) -> LayerInit:
-        """A layer as it was fitted, without its tensors."""
+        """Return a layer's fit without its tensors."""
         with safe_open(self._path(layer), framework="pt") as opened:
             return _outline(opened.metadata())
 
     def put(self, layer: int, dense: Mapping[str, Tensor], plan: LayerInit) -> None:
-        """Write the converted form of a block of state `dense`."""
+        """Write the converted form of a block whose dense state is `dense`."""
         outline = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name != "tensors"}
         header = {_PLAN: json.dumps(outline), _TENSORS: json.dumps(sorted(plan.tensors))}
         state = block_state(dense, plan, self.heads, self.query_factorised)
@@ -66,7 +66,7 @@ class PartFiles:
         self._write(layer, named, header)
 
     def truncate(self, layer: int, rank: int) -> None:
-        """Leave a layer the first `rank` latents of its fit. Doing it again changes nothing."""
+        """Keep only the first `rank` numbers of a layer's latent. Repeating it changes nothing."""
         with safe_open(self._path(layer), framework="pt") as opened:
             header = opened.metadata()
             tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
@@ -74,15 +74,15 @@ class PartFiles:
         self._write(layer, tensors | {_full_name(layer, name): tensor for name, tensor in shorter.items()}, header)
 
     def has_surroundings(self) -> bool:
-        """Whether what is around the blocks was written."""
+        """Whether the file of everything around the blocks was written."""
         return self._path(None).is_file()
 
     def put_surroundings(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write what is around the blocks."""
+        """Write everything around the blocks."""
         self._write(None, tensors, {})
 
     def tensors(self, layers: int) -> LazyTensors:
-        """All tensors of a model of so many layers, whose parts are all there."""
+        """Return all tensors of a model with this number of layers, whose part files must all exist."""
         return LazyTensors.from_files([self._path(layer) for layer in (None, *range(layers))])
 
     def _write(self, layer: int | None, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -98,7 +98,7 @@ def _outline(header: Mapping[str, str]) -> LayerInit:
 
 
 def _plan(header: Mapping[str, str], tensor: Callable[[str], Tensor]) -> LayerInit:
-    """The plan of a header, with each `tensor` by its name in the attention."""
+    """Return the fit described by a header; `tensor` returns a tensor by its name in the attention."""
     plan = _outline(header)
     plan.tensors = {name: tensor(name) for name in json.loads(header[_TENSORS])}
     return plan

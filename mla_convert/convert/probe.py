@@ -1,12 +1,11 @@
-"""Samples of a dense layer's tokens and of how its output depends on what is cached of them.
+"""Sample a dense layer's tokens and the sensitivity of its output to the cached keys and values.
 
-To first order an error `df_j = [dk_j; dv_j]` in cached token j changes the outputs of the queries i
-by `sum_j J_ij df_j`, with `J_ij = sum_h p_ij^h W_O^h [(v_j - o_i) q~_ij^T / sqrt(D), I]` and `q~` the
-query rotated into the key's frame. For random z_i of unit variance `g_j = sum_i J_ij^T z_i` is a
-probe of token j: the second moment of probes is the metric in which a low-rank code of [k; v] hurts
-the outputs least. With the gradient of a random projection of the velocity in place of z it is the
-metric that hurts the velocity least. Shape letters: B batch, S tokens of a clip, C width, T sampled
-tokens, Q queries, K keys, H heads, D channels, P pairs.
+To first order, an error `df_j = [dk_j; dv_j]` in cached token j changes the outputs of the queries i by
+`sum_j J_ij df_j`, with `J_ij = sum_h p_ij^h W_O^h [(v_j - o_i) q~_ij^T / sqrt(D), I]` and `q~` the query rotated into
+the key's frame. For random z_i of unit variance, `g_j = sum_i J_ij^T z_i` is a probe of token j. The second moment of
+the probes is the metric in which the best low-rank code of [k; v] changes the outputs least. With the gradient of a
+random projection of the velocity in place of z, it is the metric for the least change of the velocity. Shape letters:
+B batch, S tokens of a clip, C width, T sampled tokens, Q queries, K keys, H heads, D channels, P pairs.
 """
 
 from __future__ import annotations
@@ -28,16 +27,15 @@ LOGITS_AT_ONCE = 1 << 25
 
 @dataclass
 class LayerSample:
-    """What one layer was seen to do with T tokens that get cached; float32 on the CPU.
+    """One layer's activations and gradients at T cached tokens; float32 on the CPU.
 
-    `hidden` `[T, C]` is the layer's input, `key` and `value` `[T, H, D]` what it would cache, keys
-    normalised and unrotated, `place` complex `[T, P]` the token's spatial rotation.
+    `hidden` `[T, C]` is the layer's input. `key` and `value` `[T, H, D]` are what it would cache, with keys normalized
+    and unrotated. `place`, complex `[T, P]`, is the token's spatial rotation.
 
-    Gradients of K random projections of the outputs, `[T * K, H, D]`, a token's beside each other: `value_grad` of
-    the value, and three of the key. `rotated_grad` belongs to a key that is rotated when it is read, as the dense one
-    is; `placed_grad` to one that is read with queries rotated by their place in the frame alone, and
-    `fixed_grad` to one that is read with unrotated queries. Where every key is rotated when it is read, the last two
-    are not asked for and have no channels.
+    The gradients are those of K random projections of the outputs, `[T * K, H, D]`, with the K of a token adjacent.
+    `value_grad` is with respect to the value. Three are with respect to the key: `rotated_grad` if the key is rotated
+    when it is read, as in the dense layer; `placed_grad` if it is read with queries rotated only by their place in the
+    frame; `fixed_grad` if it is read with unrotated queries. With `rotated_only` the last two have no channels.
     """
 
     hidden: Tensor
@@ -51,7 +49,7 @@ class LayerSample:
 
     @property
     def probes(self) -> int:
-        """K, the gradients of a token."""
+        """K, the number of gradients per token."""
         return len(self.value_grad) // len(self.value)
 
 
@@ -70,13 +68,13 @@ def sample_layer(
     output_grads: Sequence[Tensor] | None = None,
     rotated_only: bool = False,
 ) -> LayerSample:
-    """Sample one forward of a layer on `hidden_states` `[B, S, C]`.
+    """Sample one forward pass of a layer on `hidden_states` `[B, S, C]`, at up to `max_tokens` tokens.
 
-    `output_grads` `[B, S, C]` are the gradients of random projections of the model's velocity with
-    respect to the layer's output; without them z is drawn for every query, `probes` times. With `history_only` a token
-    is asked about only by later chunks, which is all that an exact own chunk leaves to the cache.
-    With `rotated_only` nobody reads other
-    keys than rotated ones. Draws come from `generator`, on the CPU. Raises UserError if nothing is ever read.
+    `output_grads` `[B, S, C]` are the gradients of random projections of the model's velocity with respect to the
+    layer's output. Without them, z is drawn for every query, `config.probes` times. With `history_only`, only queries
+    of later chunks count, because with an exact own chunk only they read a token from the cache. With `rotated_only`,
+    the gradients for unrotated keys are left out. Draws come from `generator`, on the CPU. Raises UserError if nothing
+    is ever read from the cache.
     """
     if history_only and not any(view.has_history for view in step.views):
         raise UserError("calibration clips are one chunk long: nothing is ever read from the cache; use longer clips")
@@ -92,8 +90,8 @@ def sample_layer(
     for view in step.views:
         rows = torch.arange(view.own.start, view.own.stop)
         thinned = rows[torch.randperm(len(rows), generator=generator)[: config.queries_per_chunk]].sort().values
-        asked = [one[:, thinned] * (len(rows) / len(thinned)) ** 0.5 for one in pulled]
-        _add_grads(grads, layer.scale, view, thinned, (query, key, value), asked, step, history_only)
+        scaled = [grad[:, thinned] * (len(rows) / len(thinned)) ** 0.5 for grad in pulled]
+        _add_grads(grads, layer.scale, view, thinned, (query, key, value), scaled, step, history_only)
     kept = slice(None) if step.cached is None or not history_only else step.cached
     tokens = key[:, kept].shape[1]
     chosen = torch.randperm(cached * tokens, generator=generator)[:max_tokens]
@@ -105,9 +103,9 @@ def sample_layer(
     def by_token(kind: Tensor) -> Tensor:
         return torch.stack([flat(probe) for probe in kind], dim=1).flatten(0, 1)
 
-    asked_for = [by_token(kind) for kind in grads]
-    unasked = [asked_for[0][..., :0]] * (4 - len(asked_for))
-    return LayerSample(flat(hidden_states), flat(key), flat(value), place.cpu(), *asked_for, *unasked)
+    computed = [by_token(kind) for kind in grads]
+    left_out = [computed[0][..., :0]] * (4 - len(computed))
+    return LayerSample(flat(hidden_states), flat(key), flat(value), place.cpu(), *computed, *left_out)
 
 
 def _add_grads(
@@ -116,13 +114,13 @@ def _add_grads(
     view: ChunkView,
     rows: Tensor,
     projected: tuple[Tensor, Tensor, Tensor],
-    asked: Sequence[Tensor],
+    output_grads: Sequence[Tensor],
     step: AttentionPass,
     history_only: bool,
 ) -> None:
-    """Add what the queries `rows` of one chunk ask of every token to `grads` `[2 or 4, K, B, S, H, D]`.
+    """Add the gradients from the queries `rows` of one chunk to every token's `grads` `[2 or 4, K, B, S, H, D]`.
 
-    `asked` are the K gradients of their outputs, `[B, Q, H, D]`.
+    `output_grads` are the K gradients with respect to the outputs of these queries, `[B, Q, H, D]`.
     """
     query, key, value = projected
     past = torch.cat([torch.arange(s.start, s.stop) for s in view.history]) if view.history else rows[:0]
@@ -140,7 +138,7 @@ def _add_grads(
         values = torch.cat([value[source][:, past], value[batch][:, own]], dim=1)
         keys, values = padded(keys, view.zero_keys), padded(values, view.zero_keys)
         weights = (torch.einsum("bqhd,bkhd->bhqk", turned[batch], keys) * scale).softmax(-1)
-        for probe, pulled in enumerate(asked):
+        for probe, pulled in enumerate(output_grads):
             pull = torch.einsum("bqhd,bkhd->bhqk", pulled[batch], values)
             gain = weights * (pull - (weights * pull).sum(-1, keepdim=True)) * scale
             readers = (pulled[batch], turned[batch], placed[batch], query[batch][:, rows])
@@ -155,7 +153,7 @@ def _add_grads(
 
 
 def require_finite(sample: LayerSample, layer: int) -> LayerSample:
-    """The sample of layer number `layer`. Raises UserError for NaN or infinite activations."""
+    """Return the sample of layer number `layer`. Raises UserError for NaN or infinite activations."""
     for name in FIELDS:
         x = getattr(sample, name)
         if not torch.isfinite(torch.view_as_real(x) if x.is_complex() else x).all():

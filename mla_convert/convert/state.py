@@ -1,4 +1,4 @@
-"""Names and tensors of the converted model, and the account of what became of every source tensor."""
+"""Map the state of the dense model to that of the converted one, and account for every source tensor."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _QUERY = ("to_q.weight", "to_q.bias")
 
 
 def mla_config(config: ConvertConfig, ranks: Sequence[int], plans: Iterable[LayerInit], head_dim: int) -> MLAConfig:
-    """The `mla` section of a model whose layers were fitted as `plans`."""
+    """Return the `mla` section of a model whose layers were fitted as `plans`."""
     planned = list(plans)
     return MLAConfig(
         position=config.position,
@@ -38,19 +38,19 @@ def mla_config(config: ConvertConfig, ranks: Sequence[int], plans: Iterable[Laye
 def attention_state(
     source: Mapping[str, Tensor], plan: LayerInit, heads: int, query_factorised: bool
 ) -> dict[str, Tensor]:
-    """State of a latent self-attention from that of the dense one, in its dtype and on its device.
+    """Build the state of a latent self-attention from that of the dense one, in its dtype and on its device.
 
-    Kept tensors are shared.
+    Kept tensors are shared, not copied.
     """
     like = source["to_k.weight"]
     kept = {name: tensor for name, tensor in source.items() if not (query_factorised and name in _QUERY)}
-    # The gains of QK-norm are kept by head, a shape that the stock class refuses.
+    # The gains of QK-norm are stored per head, a shape that the stock class refuses to load.
     kept |= {name: kept[name].view(heads, -1) for name in _BY_HEAD}
     return kept | {name: tensor.to(like) for name, tensor in plan.tensors.items()}
 
 
 def block_state(source: Mapping[str, Tensor], plan: LayerInit, heads: int, query_factorised: bool) -> dict[str, Tensor]:
-    """State of a converted block from that of the dense one."""
+    """Build the state of a converted block from that of the dense one."""
     prefix = f"{ATTENTION}."
     dense = {name.removeprefix(prefix): tensor for name, tensor in source.items() if name.startswith(prefix)}
     rest = {name: tensor for name, tensor in source.items() if not name.startswith(prefix)}
@@ -61,9 +61,9 @@ def block_state(source: Mapping[str, Tensor], plan: LayerInit, heads: int, query
 def latent_attention(
     dense: DenseSelfAttention, plan: LayerInit, config: ConvertConfig, rank: int
 ) -> LatentSelfAttention:
-    """One layer converted, for passes without a cache; the dense layer is left alone.
+    """Convert one layer, for passes without a cache; the dense layer is not changed.
 
-    One that shares its latent needs the `latents` of a pass.
+    A layer that shares its latent needs the `latents` of a pass.
     """
     mla = mla_config(config.model_copy(update={"layers_per_latent": 1}), [rank], [plan], dense.head_dim)
     eps = dense.norm_k.eps
@@ -78,10 +78,10 @@ def latent_attention(
 def merge_state(
     source: Mapping[str, Tensor], planned: Sequence[LayerInit], wanted: Mapping[str, Tensor], query_factorised: bool
 ) -> dict[str, Tensor]:
-    """State of the converted model; `wanted` gives its names and shapes.
+    """Build the state of the converted model; `wanted` gives its names and shapes.
 
-    Every source tensor is kept under its name or is the query projection that was factorised.
-    Raises RuntimeError when a tensor is neither, or when one is missing or of the wrong shape.
+    Every source tensor must be kept under its name or belong to a query projection that was factorized. Raises
+    RuntimeError if one is neither, or if a converted tensor is missing or has the wrong shape.
     """
     state = dict(source)
     for layer, plan in enumerate(planned):
@@ -101,10 +101,10 @@ def merge_state(
 
 
 def check_account(source: Collection[str], state: Shapes, wanted: Shapes, layers_with_factorised_query: int) -> None:
-    """Hold the names of the `source` and the shapes of the converted `state` against what is `wanted`.
+    """Check the names of the `source` and the shapes of the converted `state` against the `wanted` shapes.
 
-    Raises RuntimeError when a source tensor is neither kept nor declared dropped, or when a tensor is
-    missing or of the wrong shape.
+    Raises RuntimeError if a source tensor is neither kept nor declared dropped, or if a converted tensor is missing,
+    unknown or of the wrong shape.
     """
     declared = {
         f"blocks.{layer}.{ATTENTION}.{name}" for layer in range(layers_with_factorised_query) for name in _QUERY

@@ -1,4 +1,4 @@
-"""Activations between two visits of a block: in memory while they are few, in files beyond that."""
+"""Store activations between two visits of a block, in memory up to a limit and in files beyond it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ _NAME = "tensor"
 
 
 class TensorStore:
-    """Tensors by key; what would exceed `limit` bytes in memory goes to a file of `folder`.
+    """Tensors by key, in CPU memory up to `limit` bytes and in files of `folder` beyond that.
 
-    Without a folder everything stays in memory, that of the CPU. What is read back, on `device`, is the same to
-    the bit.
+    Without a folder, all tensors stay in CPU memory. Tensors are read back on `device`, bit for bit.
     """
 
     def __init__(
@@ -53,27 +52,27 @@ class TensorStore:
         return key in self._held or (self.folder is not None and self._path(str(key)).exists())
 
     def pop(self, key: str) -> Tensor:
-        """The tensor, which the store forgets."""
+        """Return a tensor and remove it from the store."""
         tensor = self[key]
         self._forget(key)
         return tensor
 
     def clear(self) -> None:
-        """Forget everything, files of an earlier process included."""
+        """Remove everything, including the files of an earlier process."""
         self._held.clear()
         self._bytes = 0
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def fits(self, size: int) -> bool:
-        """Whether `size` bytes fit in memory or on the disk, of which a tenth is left to others."""
+        """Whether `size` bytes fit in memory, or on the disk with a tenth of its free space left over."""
         return self.folder is None or size <= max(self.limit, int(SHARE_OF_DISK * self._free()))
 
     def require(self, size: int, remedy: str) -> None:
         """Raise UserError with `remedy` if `size` bytes do not fit."""
         if not self.fits(size):
-            sizes = f"{size / 1e9:.3g} GB of hidden states and {self._place()} has {self._free() / 1e9:.3g} GB free"
-            raise UserError(f"calibration keeps {sizes}, of which it takes nine tenths at most; {remedy}")
+            free = f"nine tenths of the {self._free() / 1e9:.3g} GB free in {self._place()}"
+            raise UserError(f"calibration stores {size / 1e9:.3g} GB of hidden states, more than {free}; {remedy}")
 
     def _place(self) -> Path:
         assert self.folder is not None

@@ -1,4 +1,4 @@
-"""What a latent has to restore of a token: a linear target of its key and value, layout by layer."""
+"""Define what a latent has to restore for a token in each layout: a linear function of its key and value."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TOKENS_AT_ONCE = 4096
 
 @dataclass
 class Target:
-    """The linear map from keys `[T, H, D]` and values `[T, H, D]` to what a latent has to restore."""
+    """The linear map from keys `[T, H, D]` and values `[T, H, D]` to what a latent has to restore, `[T, n]`."""
 
     shared: SharedKey | None
     nope_pairs: list[int]
@@ -37,9 +37,9 @@ class Target:
     derived: bool
 
     def rest(self, key: Tensor) -> Tensor:
-        """The pairs of keys `[T, H, D]`, less what the shared key restores if the latent gets the residual.
+        """Return the pairs of keys `[T, H, D]` as complex128 `[T, H, P]`.
 
-        Complex128 `[T, H, P]`.
+        If the latent restores the residual, what the shared key restores is subtracted.
         """
         pairs = complex_pairs(key)
         if self.shared is not None and self.residual:
@@ -50,11 +50,11 @@ class Target:
         return pairs
 
     def nope(self, key: Tensor) -> Tensor:
-        """What the unrotated channels restore, `[T, n]`."""
+        """Return what the unrotated channels restore, `[T, n]`."""
         return torch.view_as_real((self.rest(key) * self.rho)[:, :, self.nope_pairs]).flatten(1)
 
     def kappa(self, key: Tensor) -> Tensor:
-        """The shared rotary key, complex128 `[T, R]`."""
+        """Return the shared rotary key, complex128 `[T, R]`."""
         assert self.shared is not None
         return torch.einsum("thj,jh->tj", complex_pairs(key)[:, :, self.shared.pairs], self.shared.encoder)
 
@@ -65,12 +65,12 @@ class Target:
         return torch.cat([*parts, value.double().flatten(1)], dim=1)
 
     def size(self, heads: int, head_dim: int) -> int:
-        """How many numbers of a token these are."""
+        """Return the size of the target, in numbers per token."""
         shared = 2 * len(self.shared.pairs) if self.derived and self.shared is not None else 0
         return 2 * heads * len(self.nope_pairs) + shared + heads * head_dim
 
     def probes(self, sample: LayerSample) -> Tensor:
-        """Sensitivity of the output to each number of each token's target, by each of its K probes `[T * K, n]`."""
+        """Return each token's K probes as gradients with respect to its target, `[T * K, n]`."""
         parts = [torch.view_as_real(complex_pairs(sample.fixed_grad)[:, :, self.nope_pairs]).flatten(1)]
         if self.derived:
             assert self.shared is not None
@@ -80,19 +80,19 @@ class Target:
 
 
 Read = Sequence[tuple[Target, LayerSample]]
-"""Layers that share a latent, each with its sample `as_read` by its target; the tokens are the same in all."""
+"""Layers that share a latent: each one's target and its sample, transformed by `as_read`; all at the same tokens."""
 
 
 def size(layers: Read) -> int:
-    """How many numbers n a latent has to restore of a token."""
+    """Return n, how many numbers per token a latent has to restore."""
     return sum(target.size(*sample.key.shape[1:]) for target, sample in layers)
 
 
 def moments(layers: Read, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-    """Covariance `[n, n]` and mean `[n]` of what a latent has to restore, and its metric `[n, n]`, float64 on `device`.
+    """Return covariance `[n, n]`, mean `[n]` and metric `[n, n]` of what a latent restores, float64 on `device`.
 
-    Tokens that the output depends on count more: a token's weight is 1 plus the mean square of its
-    probes over that of all, because the tokens that matter are not like the others.
+    Tokens that the output depends on count more, because they are not like the others: a token's weight is 1 plus the
+    mean square of its probes divided by that of all tokens.
     """
     pieces, count = _pieces(layers), len(layers[0][1].value_grad)
     energy = sum(float(_probes(piece).square().sum()) for piece in pieces) / count
@@ -108,9 +108,9 @@ def moments(layers: Read, device: torch.device | str = "cpu") -> tuple[Tensor, T
 
 
 def factors(layers: Read, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """`moments` by factors: `X^T X` is the covariance, `G^T G` the metric.
+    """Return the `moments` as factors: X, mean and G, where `X^T X` is the covariance and `G^T G` the metric.
 
-    X `[T, n]`, the mean `[n]` and G `[T * K, n]`, float64 on `device`.
+    X is `[T, n]`, the mean `[n]` and G `[T * K, n]`, all float64 on `device`.
     """
     sample = layers[0][1]
     numbers, probes = (
@@ -130,20 +130,23 @@ def factors(layers: Read, device: torch.device) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _numbers(layers: Read) -> Tensor:
-    """What a latent has to restore of each token, `[T, n]`."""
-    return _beside([target(sample.key, sample.value) for target, sample in layers])
+    """Return the numbers that a latent has to restore for each token, `[T, n]`."""
+    return _concatenated([target(sample.key, sample.value) for target, sample in layers])
 
 
 def _probes(layers: Read) -> Tensor:
-    return _beside([target.probes(sample) for target, sample in layers])
+    return _concatenated([target.probes(sample) for target, sample in layers])
 
 
-def _beside(parts: list[Tensor]) -> Tensor:
+def _concatenated(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def as_read(sample: LayerSample, config: ConvertConfig) -> tuple[LayerSample, Tensor | None]:
-    """The sample as the layout's cached keys are read, and the mean key `[H, D]` if that is kept apart."""
+    """Transform a sample to the keys that the layout caches and the gradients of how it reads them.
+
+    Returns the sample and, if the layout stores the mean key separately, that key `[H, D]`.
+    """
     mean = None
     if config.keeps_key_mean:
         sample, mean = centred(sample)
@@ -157,7 +160,7 @@ def as_read(sample: LayerSample, config: ConvertConfig) -> tuple[LayerSample, Te
 def layout_target(
     layer: DenseSelfAttention, sample: LayerSample | None, axes: tuple[int, ...], config: ConvertConfig
 ) -> Target:
-    """What the layout restores from a latent; the shared key is fitted where there is a sample, given `as_read`.
+    """Return the target of the layout; its shared rotary key is fitted to `sample` (transformed by `as_read`) if any.
 
     `axes` is the axis of each rotary pair. Raises ValueError for a rotary key larger than the layer has.
     """
@@ -173,13 +176,13 @@ def layout_target(
     else:
         residual = config.keep_residual
         shared, rho = shared_keys(sample, count, candidates, residual), mean_rotation(sample)
-    carried = set() if residual else set(shared.pairs)
-    nope_pairs = [p for p in range(pairs) if p not in carried]
+    in_shared_key = set() if residual else set(shared.pairs)
+    nope_pairs = [p for p in range(pairs) if p not in in_shared_key]
     return Target(shared, nope_pairs, rho, residual, config.position == "derived")
 
 
 def centred(sample: LayerSample) -> tuple[LayerSample, Tensor]:
-    """The sample without its mean key, and that key `[H, D]`, tokens weighted as in `moments`."""
+    """Subtract the mean key from a sample; return both. Tokens are weighted as in `moments`, the key is `[H, D]`."""
     energy = sample.rotated_grad.double().square().sum((1, 2)).view(-1, sample.probes).mean(1)
     weight = 1 + energy / energy.mean().clamp_min(1e-300)
     mean = (torch.einsum("t,thd->hd", weight, sample.key.double()) / weight.sum()).float()
@@ -187,7 +190,7 @@ def centred(sample: LayerSample) -> tuple[LayerSample, Tensor]:
 
 
 def baked(sample: LayerSample) -> LayerSample:
-    """The sample as seen by a layout whose keys carry their spatial rotation already."""
+    """Transform a sample for a layout whose cached keys already have their spatial rotation."""
     return replace(
         sample,
         key=_turn(sample.key, sample.place),
@@ -197,7 +200,7 @@ def baked(sample: LayerSample) -> LayerSample:
 
 
 def _turn(x: Tensor, rotations: Tensor) -> Tensor:
-    """Rotate each token of `[T, H, D]` by its own `[T, P]`."""
+    """Rotate each token of `[T, H, D]` by its own rotation, `[T, P]`."""
     return rotate(x.unsqueeze(0), rotations)[0]
 
 
@@ -206,7 +209,7 @@ def _token_weights(probes: Tensor, energy: float, tokens: int) -> Tensor:
 
 
 def _pieces(layers: Read, tokens: int = TOKENS_AT_ONCE) -> list[Read]:
-    """So many tokens at a time, because they are worked on in float64."""
+    """Split the samples into pieces of at most `tokens` tokens, because they are processed in float64."""
 
     def pieces(sample: LayerSample) -> Iterator[LayerSample]:
         parts = (getattr(sample, name) for name in FIELDS)
