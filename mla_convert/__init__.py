@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """The public classes, imported when they are asked for: commands must not wait for PyTorch."""
+    """Import the public classes on first access, because commands must not wait for PyTorch."""
     if name == "StreamingMLAPipeline":
         from .run.pipeline import StreamingMLAPipeline
 

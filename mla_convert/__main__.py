@@ -1,4 +1,4 @@
-"""`python -m mla_convert`."""
+"""Run the command line as `python -m mla_convert`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Where models run, and that their weights are there."""
+"""Choose where models run, how many CPU threads they use, and load offloaded weights."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 
 
 def default_device() -> torch.device:
-    """The first GPU if there is one, else the CPU."""
+    """Return the first GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @contextlib.contextmanager
 def all_threads() -> Iterator[None]:
-    """Compute with all CPU threads what one process of a launcher does alone; launchers give each process one."""
+    """Use all CPU threads for work that one process of a launcher does alone; launchers allow each process only one."""
     before = torch.get_num_threads()
     if "LOCAL_WORLD_SIZE" in os.environ:
         torch.set_num_threads(max(before, len(os.sched_getaffinity(0))))
@@ -28,6 +28,6 @@ def all_threads() -> Iterator[None]:
 
 
 def bring_weights(vae: Any) -> None:
-    """Run a VAE's offloading hook now: encode and decode run it too, but only after the caller has read vae.device."""
+    """Run a VAE's offloading hook now; `encode` and `decode` run it only after their caller has read `vae.device`."""
     if hasattr(getattr(vae, "_hf_hook", None), "pre_forward"):
         vae._hf_hook.pre_forward(vae)

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Write files and folders atomically, lock output folders, and explain errors of the file system."""
 
 from __future__ import annotations
 
@@ -27,46 +27,46 @@ RUN_STATE, LOCK = "state.json", ".lock"
 # linux/fcntl.h and linux/fs.h.
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
-_BAD_PLACES = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EISDIR)
+_UNUSABLE_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EISDIR)
 
 
 @contextlib.contextmanager
 def explain_os_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk, a missing permission or a place where nothing can be into one clear line about `path`.
+    """Turn a full disk, a missing permission or an unusable path into a one-line UserError about writing `path`.
 
-    What may not be read meanwhile is named itself.
+    A file that may not be read in the meantime is named instead of `path`. Other errors propagate.
     """
     try:
         yield
     except OSError as raised:
-        error = _first_of(raised)
+        error = _first_cause(raised)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"the disk is full: cannot write {path}; free some space and run again") from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            what = f"write {path}" if _concerns(error, path) else f"open {os.fsdecode(error.filename)}"
-            raise UserError(f"no permission to {what}") from None
-        if error.errno in _BAD_PLACES and _concerns(error, path):
+            action = f"write {path}" if _concerns(error, path) else f"open {os.fsdecode(error.filename)}"
+            raise UserError(f"no permission to {action}") from None
+        if error.errno in _UNUSABLE_PATH and _concerns(error, path):
             raise UserError(f"cannot write {path}: {_reason(error, path)}; choose another place") from None
         raise
 
 
-def _first_of(error: OSError) -> OSError:
-    """The first of the errors that `shutil.copytree` collects, of which it keeps texts alone; others as they are."""
+def _first_cause(error: OSError) -> OSError:
+    """Return the first error that `shutil.copytree` collected, parsed from its text; other errors are unchanged."""
     collected = error.args[0] if isinstance(error, shutil.Error) and isinstance(error.args[0], list) else []
     for *_, text in collected:
-        told = re.match(r"\[Errno (\d+)\] (.*?)(?:: (['\"])(.*?)\3(?: -> .*)?)?$", text)
-        if told:
-            return OSError(int(told[1]), told[2], told[4])
+        match = re.match(r"\[Errno (\d+)\] (.*?)(?:: (['\"])(.*?)\3(?: -> .*)?)?$", text)
+        if match:
+            return OSError(int(match[1]), match[2], match[4])
     return error
 
 
 def _concerns(error: OSError, path: Path) -> bool:
-    """Whether the error is about writing `path`, not about a file that was read meanwhile."""
+    """Whether the error is about writing `path`, not about a file that was read in the meantime."""
     if error.filename is None:
         return True
-    named, path = (Path(os.path.abspath(os.fsdecode(one))) for one in (error.filename, path))
-    places = (path, _temporary(path))
-    return any(named in (place, *place.parents) or place in named.parents for place in places)
+    named, path = (Path(os.path.abspath(os.fsdecode(name))) for name in (error.filename, path))
+    written = (path, _temporary(path))
+    return any(named in (target, *target.parents) or target in named.parents for target in written)
 
 
 def _reason(error: OSError, path: Path) -> str:
@@ -83,7 +83,7 @@ def _temporary(path: Path) -> Path:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` that replaces it when the block ends well."""
+    """Yield a temporary path in the folder of `path`; if the block succeeds, it replaces `path`."""
     temporary = _temporary(path)
     with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,9 +97,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def check_place(path: Path, folder: bool = False) -> None:
-    """Raise UserError unless a file, or a `folder`, can be written at `path`; call it before long work.
+    """Raise UserError unless a file, or a folder if `folder`, can be written at `path`; call it before long work.
 
-    Nothing is left behind. What stands in a folder is not looked at; see `claim_folder`.
+    Leaves nothing behind. Does not check what a folder contains; `claim_folder` does.
     """
     with explain_os_errors(path):
         if folder and path.exists() and not path.is_dir():
@@ -107,14 +107,14 @@ def check_place(path: Path, folder: bool = False) -> None:
         if not folder and path.is_dir():
             raise UserError(f"cannot write {path}: it is a folder; give the name of a file")
         path = Path(os.path.abspath(path))
-        made = [parent for parent in path.parents if not parent.exists()]
+        missing = [parent for parent in path.parents if not parent.exists()]
         temporary = _temporary(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.touch()
             temporary.unlink()
         finally:
-            for parent in made:
+            for parent in missing:
                 with contextlib.suppress(OSError):
                     parent.rmdir()
 
@@ -132,13 +132,13 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path` that takes its place when the block ends well."""
+    """Yield a temporary folder next to `path`; if the block succeeds, it replaces `path`."""
     with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    for aside in _left_behind(path, ".old.tmp"):
-        # Killed between two renames: the old folder comes back.
+    for old in _left_behind(path, ".old.tmp"):
+        # A process was killed between the two renames below: restore the old folder.
         if not path.exists():
-            aside.rename(path)
+            old.rename(path)
     for stale in (*_left_behind(path, ".old.tmp"), *_left_behind(path, ".tmp")):
         shutil.rmtree(stale, ignore_errors=True)
     temporary = _temporary(path)
@@ -160,14 +160,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def _left_behind(path: Path, ending: str) -> list[Path]:
-    """What killed processes left of their work on `path`: its name and a process id, with `ending`."""
-    # `wan` is not `wan.bf16`, whose work begins alike, and a name may have a glob's characters.
+    """List what killed processes left of their work on `path`, named `.NAME.PID` with `ending`."""
+    # Not a glob: it would match `wan.bf16` for `wan`, and a name may contain glob characters.
     name = re.compile(rf"\.{re.escape(path.name)}\.\d+{re.escape(ending)}")
-    return sorted(beside for beside in path.parent.iterdir() if name.fullmatch(beside.name))
+    return sorted(sibling for sibling in path.parent.iterdir() if name.fullmatch(sibling.name))
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two paths in one step, so that a kill leaves either state; False where the system cannot."""
+    """Swap two paths in one step, so that a kill leaves one state or the other; False if the system cannot."""
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
     if renameat2 is None:
         return False
@@ -180,16 +180,16 @@ _held: set[tuple[int, int]] = set()
 
 @contextlib.contextmanager
 def locked_folder(path: Path) -> Iterator[None]:
-    """Make the folder `path` and keep every other process out of it, on other machines too, while the block lasts.
+    """Create the folder `path` if needed and lock it for the block against all other processes, on any machine.
 
-    A folder that was made for this, and in which nothing was written, goes again. Raises UserError that names who
-    works there, or that the folder cannot be locked.
+    If the folder was created here and is still empty at the end, it is removed. Raises UserError that names the process
+    that holds the lock, or if the folder cannot be locked.
     """
     created = not path.exists()
     try:
         with explain_os_errors(path):
             path.mkdir(parents=True, exist_ok=True)
-            # The lock is the process's own: a second one of the same process would be granted, and end the first.
+            # POSIX locks belong to the process: a second one would be granted, and its release would end the first.
             folder = path.stat()
             identity = (folder.st_dev, folder.st_ino)
             if identity in _held:
@@ -210,14 +210,14 @@ def locked_folder(path: Path) -> Iterator[None]:
 
 
 def _lock(folder: Path) -> int:
-    """The handle of a locked file in `folder`: a POSIX lock, which NFS knows and which ends with a SIGKILL."""
+    """Lock a file in `folder` and return its handle. A POSIX lock works on NFS and ends with a SIGKILL."""
     import fcntl
 
     while True:
         handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Whoever had the lock until now has removed the file, and somebody else may have locked a new one.
+            # The previous holder may have removed this file, and another process may have locked a new one.
             if _is_at(handle, folder / LOCK):
                 os.ftruncate(handle, 0)
                 os.write(handle, _this_process().encode())
@@ -246,20 +246,19 @@ def _this_process() -> str:
 
 
 def _busy(folder: Path, holder: str) -> UserError:
-    known = f" ({holder})" if holder else ""
-    return UserError(f"another process is working in {folder}{known}; wait for it or give another --out")
+    name = f" ({holder})" if holder else ""
+    return UserError(f"another process is working in {folder}{name}; wait for it or give another --out")
 
 
 def unreadable(error: OSError | UnicodeDecodeError) -> str:
-    """Why a text cannot be read, in a few words."""
+    """Return in a few words why a text file cannot be read."""
     return error.strerror or str(error) if isinstance(error, OSError) else "it is not UTF-8 text"
 
 
 def claim_folder(path: Path, kind: str, markers: tuple[str, ...] = (MANIFEST, RUN_STATE)) -> None:
-    """Refuse an output folder that holds something that is not a `kind` of ours.
+    """Raise UserError if the output folder `path` holds anything but a `kind` that this package wrote.
 
-    A folder is ours when it is missing, empty, or has one of `markers` in it: by default our manifest
-    or run state.
+    A folder may be used if it is missing, empty, or contains one of `markers`: by default, the manifest or run state.
     """
     if not path.exists():
         return
@@ -272,12 +271,12 @@ def claim_folder(path: Path, kind: str, markers: tuple[str, ...] = (MANIFEST, RU
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file with the mode of any new file; an error of the disk, which comes as text, is OSError."""
+    """Write a safetensors file with the mode of any new file. Raises OSError for a disk error, not SafetensorError."""
     # Commands that only read recipes must not wait for PyTorch.
     import safetensors.torch
     from safetensors import SafetensorError
 
-    # safetensors leaves files that only their owner may read.
+    # safetensors creates files that only their owner may read.
     path.touch()
     mode = path.stat().st_mode
     try:
@@ -291,7 +290,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file."""
+    """Return the SHA-256 hex digest of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as handle:
         while block := handle.read(1 << 20):

@@ -1,4 +1,4 @@
-"""Find families and distillation stages: in the package's own folders, and in other packages by entry points."""
+"""Find model families and distillation stages in this package, and in other packages by entry points."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ FAMILIES, STAGES = "mla_convert.families", "mla_convert.stages"
 
 @functools.cache
 def collect(package: str, constant: str, group: str | None = None) -> Mapping[str, Any]:
-    """Every module-level `constant` in the modules of `package`, by its `name`, in the order of the names.
+    """Collect the module-level `constant` of every module of `package`, by its attribute `name`, sorted by name.
 
-    With `group` the objects that installed packages name under that group of entry points come to
-    them. Modules of `package` without the constant are helpers. An error in any module propagates.
-    Raises ValueError when a name is used twice, and for an entry point whose object has none.
+    With `group`, the objects that installed packages register under that entry point group are added. Modules of
+    `package` without the constant are helpers. An error in any module propagates. Raises ValueError if a name is used
+    twice or the object of an entry point has no name.
     """
     found: dict[str, tuple[str, Any]] = {}
     for place, item in (*own(package, constant), *_installed(group)):
@@ -30,9 +30,9 @@ def collect(package: str, constant: str, group: str | None = None) -> Mapping[st
 
 
 def families() -> Mapping[str, Any]:
-    """The supported model families, `mla_convert.families.base.Family` by name.
+    """Return the supported model families, `mla_convert.families.base.Family`, by name.
 
-    Raises ValueError when two of them read the same class.
+    Raises ValueError if two of them read the same class.
     """
     found = collect(f"{__package__}.families", "FAMILY", FAMILIES)
     owners: dict[str, str] = {}
@@ -45,12 +45,12 @@ def families() -> Mapping[str, Any]:
 
 
 def stages() -> Mapping[str, Any]:
-    """The distillation stages, subclasses of `mla_convert.distill.stages.base.Stage` by name."""
+    """Return the distillation stages, subclasses of `mla_convert.distill.stages.base.Stage`, by name."""
     return collect(f"{__package__}.distill.stages", "STAGE", STAGES)
 
 
 def own(package: str, constant: str) -> list[tuple[str, Any]]:
-    """Module and `constant` of every module of `package` that has it."""
+    """Return (module name, value) for every module of `package` that defines `constant`."""
     names = [info.name for info in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}.")]
     items = [(name, vars(importlib.import_module(name)).get(constant)) for name in names]
     return [(name, item) for name, item in items if item is not None]

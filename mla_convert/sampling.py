@@ -1,4 +1,4 @@
-"""What sections of a recipe say of how a model is sampled: one set of keys, with the same meaning in each."""
+"""Define the recipe keys for sampling a model, which have the same meaning in every section."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .flow import Sampler, check_steps
 
 
 def _as_tuple(value: Any) -> Any:
-    # A strict tuple refuses the list that comes through a section which has looked at its keys before.
+    # A section with a `before` validator passes a list on, which a strict tuple refuses.
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -19,12 +19,12 @@ DenoisingSteps = Annotated[tuple[int, ...], BeforeValidator(_as_tuple), AfterVal
 
 
 class SamplingConfig(BaseModel):
-    """How a chunk is denoised and kept.
+    """How a chunk is denoised and cached.
 
-    It takes `num_inference_steps` steps, or instead one at each of `denoising_steps`, in the first chunk of
-    `first_chunk_steps`; `shift` warps them. `sampler` is `euler` or `renoise`, `guidance_scale` that of classifier-free
-    guidance, `context_noise` the noise level in [0, 1] at which a finished chunk is cached. Sections have defaults of
-    their own.
+    A chunk takes `num_inference_steps` steps, or one at each of `denoising_steps`; the first chunk takes
+    `first_chunk_steps` if they are set. `shift` warps the steps. `sampler` is `euler` or `renoise`. `guidance_scale` is
+    the scale of classifier-free guidance. `context_noise` is the noise level in [0, 1] at which a finished chunk is
+    cached. Sections may override the defaults.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -38,5 +38,5 @@ class SamplingConfig(BaseModel):
     context_noise: float = Field(0.0, ge=0, le=1)
 
     def sampling(self) -> dict[str, Any]:
-        """The values of these keys by name, which are arguments of `stream_chunks`."""
+        """Return the values of these keys by name, as arguments of `stream_chunks`."""
         return {key: getattr(self, key) for key in SamplingConfig.model_fields}

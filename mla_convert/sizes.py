@@ -1,15 +1,15 @@
-"""Bytes: how they are written, and what of a card is left free."""
+"""Format byte counts, and define how much GPU memory estimates leave free."""
 
 from __future__ import annotations
 
 import math
 
 RESERVED_BYTES = 10**9
-"""Of a card, for what is not counted: the context of CUDA, workspaces, fragmentation."""
+"""GPU memory reserved for what is not counted: the CUDA context, workspaces, fragmentation."""
 
 
 def format_bytes(count: float, like: float | None = None) -> str:
-    """Decimal units with up to three digits, `6.04 GB`, in the unit that `like` would have."""
+    """Format bytes in decimal units with up to three digits, `6.04 GB`; in the unit of `like` if given."""
     power = min(int(math.log10(max(count if like is None else like, 1)) // 3), 4)
     value = count / 1000**power
     digits = 0 if power == 0 or value >= 99.95 else 1 if value >= 9.995 else 2

@@ -72,7 +72,7 @@ def test_an_expert_draws_those_of_its_range_and_is_refused_where_there_is_none()
     levels = flow.noise_levels(STEPS, SHIFT)
     t = flow.chunk_times(200, CHUNKS, torch.Generator().manual_seed(0), 1.0, (0.875, 1.0), levels)
     assert set(t.unique().tolist()) == set(levels[:2])
-    with pytest.raises(UsageError, match=r"none of the denoising_steps, .* 0\.625, lies in .* \[0, 0\.5\]; leave"):
+    with pytest.raises(UsageError, match=r"none of the denoising_steps, .* 0\.625, is in .* \[0, 0\.5\]; leave"):
         flow.chunk_times(1, CHUNKS, torch.Generator(), 1.0, (0.0, 0.5), levels)
 
 
@@ -126,7 +126,7 @@ def test_an_evaluation_speaks_of_its_levels_alone():
 @pytest.mark.parametrize("steps", [(250, 500), (5000,), (), (500, 0)])
 def test_impossible_steps_are_refused(config, steps):
     needed = {"steps": 1, "learning_rate": 1e-3} if config is MatchVelocityConfig else {}
-    with pytest.raises(ValidationError, match="the steps fall from at most 1000 to at least 1"):
+    with pytest.raises(ValidationError, match="the steps must fall from at most 1000 to at least 1"):
         config(denoising_steps=steps, **needed)
 
 

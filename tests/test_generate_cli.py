@@ -292,7 +292,7 @@ def test_offloading_makes_the_same_video(capsys, checkpoint, tmp_path, offload):
         (
             ["--prompt", "7", "--denoising-steps", "250,1000"],
             2,
-            "denoising_steps: the steps fall from at most 1000 to at least 1",
+            "denoising_steps: the steps must fall from at most 1000 to at least 1",
         ),
         (["--prompt", "7", "--denoising-steps", "many"], 2, "'many' are no denoising steps"),
         (["--prompt", "7", "--size", "15x16"], 2, "a height of 16 does"),

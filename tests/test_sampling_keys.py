@@ -42,7 +42,7 @@ def test_sections_share_keys_and_checks_and_have_their_own_defaults(section):
     assert section(**needed, **FEW).sampling()["denoising_steps"] == (1000, 500)
     for key in ("denoising_steps", "first_chunk_steps"):
         with pytest.raises(
-            ValidationError, match=r"the steps fall from at most 1000 to at least 1, got \[250, 500, 5000\]"
+            ValidationError, match=r"the steps must fall from at most 1000 to at least 1, got \[250, 500, 5000\]"
         ):
             section(**needed, **{key: (250, 500, 5000)})
     for wrong in ({"sampler": "ddim"}, {"shift": 0}, {"context_noise": 2}, {"num_inference_steps": 0}, {"steps": 4}):
@@ -61,7 +61,7 @@ def recipe(teacher, *overrides):
 
 def test_recipes_say_it_in_one_line(teacher):
     for key in ("distill.0.preview={every: 1, denoising_steps: [250, 500, 5000]}", "evaluate.first_chunk_steps=[1, 2]"):
-        with pytest.raises(UsageError, match=r"the steps fall from at most 1000") as error:
+        with pytest.raises(UsageError, match=r"the steps must fall from at most 1000") as error:
             recipe(teacher, key)
         assert "\n" not in str(error.value)
     assert recipe(teacher, "evaluate.denoising_steps=[1000, 500]").evaluate.denoising_steps == (1000, 500)

@@ -195,7 +195,7 @@ REFUSED = [
     ({"source": clean(0)}, "the source has no frames"),
     ({"source": asked_for(clean(0))}, "the source has no frames"),
     ({"source": clean(4), "start": clean(4)}, "and a start begins with others; give one"),
-    ({"source": clean(4), "strength": 0.0}, "the strength is more than 0 and at most 1, not 0"),
+    ({"source": clean(4), "strength": 0.0}, "the strength must be above 0 and at most 1, not 0"),
     ({"source": clean(4), "strength": 1.1}, "not 1.1"),
 ]
 

@@ -291,7 +291,7 @@ def test_the_pipeline_refuses_at_the_call(wan: Path, tmp_path: Path) -> None:
     for more, message in (
         ({"strength": 0.5}, "give source=, or leave it out"),
         ({"source": path, "start": path}, "without start= and image="),
-        ({"source": path, "strength": 0.0}, "more than 0 and at most 1"),
+        ({"source": path, "strength": 0.0}, "above 0 and at most 1"),
         ({"source": "none.mp4"}, "does not exist"),
     ):
         with pytest.raises(UserError, match=message):
