@@ -127,7 +127,7 @@ def test_plan_needs_no_torch():
         (["generate", "x", "--out", "x.mp4"], "give --prompt or --prompt-embeds, one of the two"),
         (["generate", "x", "--out", "x.mp4", "--prompt", "7", "--latent-size", "3"], "'3' is not a size"),
         (["export", "x", "y", "--max-shard-size", "big"], "with KB, MB or GB, such as 5GB, got 'big'"),
-        (["recipes", "check", "demo", "--set", "name=a b"], "name: a name is letters, digits, dots, dashes and"),
+        (["recipes", "check", "demo", "--set", "name=a b"], "name: use letters, digits, dots, dashes and"),
     ],
 )
 def test_bad_usage_is_one_line_and_exit_2(capsys, tmp_path, monkeypatch, arguments, message):

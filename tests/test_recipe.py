@@ -69,8 +69,8 @@ def test_anchors_work_and_nothing_is_constructed():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: 1\nb: 2\na: 3", "line 3: key 'a' was already given in line 1; remove one"),
-        ("a:\n  b: 1\n  b: 1", "line 3: key 'b' was already given in line 2; remove one"),
+        ("a: 1\nb: 2\na: 3", "line 3: key 'a' was already given on line 1; remove one"),
+        ("a:\n  b: 1\n  b: 1", "line 3: key 'b' was already given on line 2; remove one"),
         ("1: a", "line 1: key '1' is not a string; put it in quotes"),
         ("? [a]\n: b", "is not a string"),
         ("a: [1", "line 1: not valid YAML"),
@@ -184,7 +184,7 @@ def test_override_sets_a_key(override, path, value):
         ("seed", "is not of the form key.path=value"),
         ("=3", "is not of the form key.path=value"),
         ("a..b=3", "is not of the form key.path=value"),
-        ("seed.x=3", "seed is not a section, it has no key 'x'"),
+        ("seed.x=3", "seed is not a section and has no key 'x'"),
         ("distill.1.steps=3", "distill has entries 0 to 0, not '1'"),
         ("distill.first.steps=3", "distill has entries 0 to 0, not 'first'"),
         ("seed=[", "--set seed: line 1: not valid YAML"),
@@ -245,9 +245,9 @@ DMD = "distill=[{stage: dmd, steps: 1, learning_rate: 1e-6, real_score: real_sco
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([DMD], "real_score: real_score, which needs the recipe's section real_score"),
-        (["real_score={model: zoo:digits}"], "is for a stage dmd with real_score: real_score"),
-        ([DMD, "real_score={model: zoo:digits, noise_range: [0.0, 0.5]}"], "leave out its noise_range"),
+        ([DMD], "the recipe has no section real_score; add one"),
+        (["real_score={model: zoo:digits}"], "needs a stage dmd with real_score: real_score; remove it"),
+        ([DMD, "real_score={model: zoo:digits, noise_range: [0.0, 0.5]}"], "leave out real_score.noise_range"),
     ],
 )
 def test_a_real_score_goes_with_its_stage(overrides, message):

@@ -149,10 +149,10 @@ def test_both_caches_are_written_and_each_step_reads_its_own() -> None:
         ("experts={transformer: [0.0, 1.0]}", "two or more experts"),
         ("experts={../x: [0.5, 1.0], y: [0.0, 0.5]}", "experts"),
         ("source.subfolder=transformer", "leave out source.subfolder"),
-        ("generate.prompts=[7 moving up]", "generate.prompts rolls out one model"),
-        ("evaluate.rollout_prompts=2", "evaluate.rollout_prompts rolls out one model"),
-        ("convert.calibration.source=rollouts", "rollouts rolls out one model"),
-        ("source.noise_range=[0.5, 0.5]", r"source.noise_range: a noise range rises inside \[0, 1\]"),
+        ("generate.prompts=[7 moving up]", "generate.prompts needs a rollout, which takes all experts"),
+        ("evaluate.rollout_prompts=2", "evaluate.rollout_prompts needs a rollout, which takes all experts"),
+        ("convert.calibration.source=rollouts", "rollouts needs a rollout, which takes all experts"),
+        ("source.noise_range=[0.5, 0.5]", r"source.noise_range: a noise range must rise within \[0, 1\]"),
     ],
 )
 def test_experts_that_cannot_be_are_refused(teacher: Path, override: str, message: str) -> None:

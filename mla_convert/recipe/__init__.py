@@ -1,1 +1,1 @@
-"""The recipe: its YAML, its schema, and the recipes that ship with the package."""
+"""Read and check recipes: YAML, schema, key reference, and the recipes that ship with the package."""

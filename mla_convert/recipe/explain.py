@@ -1,4 +1,4 @@
-"""Pydantic's validation errors as one line that names the key and the remedy."""
+"""Turn pydantic's validation errors into one line that names the key and the remedy."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ EXPECTED = {
 
 
 def describe(value: Any) -> str:
-    """A value as the reader of a recipe sees it: `'abc' (a string)`."""
+    """Describe a value with its type, in the words of a recipe: `'abc' (a string)`."""
     if value is None:
         return "nothing (null)"
     if isinstance(value, bool):
@@ -47,14 +47,14 @@ def describe(value: Any) -> str:
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
-    """The models that an annotation such as `list[X] | None` can hold."""
+    """Return the models that an annotation such as `list[X] | None` can hold."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for argument in typing.get_args(annotation) for model in _models(argument)]
 
 
 class _Problem(NamedTuple):
-    """One of pydantic's errors; `path` is its place in the recipe, `model` whose key that is."""
+    """One of pydantic's errors; `path` is its key in the recipe, `model` the section class that the key belongs to."""
 
     path: tuple[str, ...]
     model: type[BaseModel] | None
@@ -65,7 +65,7 @@ class _Problem(NamedTuple):
 
 
 def _locate(root: type[BaseModel], detail: Any) -> _Problem:
-    """The error without the branches of unions that pydantic adds to its location."""
+    """Convert an error, leaving out the branches of unions that pydantic adds to its location."""
     path: list[str] = []
     current: type[BaseModel] | None = root
     owner = current
@@ -84,11 +84,11 @@ def _locate(root: type[BaseModel], detail: Any) -> _Problem:
 
 
 def explain(error: ValidationError, root: type[BaseModel], prefix: str = "") -> str:
-    """One line for a failed validation of `root`, found at dotted path `prefix` of the recipe."""
+    """Explain a failed validation of `root`, which is at dotted path `prefix` of the recipe, in one line."""
     problems = [_locate(root, detail) for detail in error.errors(include_url=False)]
-    # An unknown key is most often the cause of a missing one.
+    # An unknown key is usually a misspelling and the cause of a missing one.
     first = min(problems, key=lambda problem: problem.kind != "extra_forbidden")
-    # Every branch of a union reports; the one that came furthest is the one that was meant.
+    # Every branch of a union reports errors; the deepest one is from the branch that was meant.
     related = [p for p in problems if _overlap(p.path, first.path)]
     deepest = max(related, key=lambda problem: len(problem.path))
     line = _explain(deepest, [p for p in related if p.path == deepest.path], prefix)
@@ -97,6 +97,7 @@ def explain(error: ValidationError, root: type[BaseModel], prefix: str = "") -> 
 
 
 def _overlap(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
+    """Whether one path is a prefix of the other."""
     shorter = min(len(a), len(b))
     return a[:shorter] == b[:shorter]
 

@@ -1,4 +1,4 @@
-"""From a recipe file and `--set` overrides to a validated Recipe."""
+"""Load a recipe file, apply `--set` overrides and validate the result; compare dumped recipes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .schema import Recipe, validate
 
 
 def load_recipe(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """The recipe in a YAML file, after `key.path=value` overrides. Raises UsageError in one line."""
+    """Load the recipe in a YAML file, with `key.path=value` overrides applied. Raises UsageError in one line."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -25,17 +25,17 @@ def load_recipe(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Reci
 
 
 def parse_recipe(text: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """The recipe in a YAML text, after overrides."""
+    """Parse the recipe in a YAML text, with overrides applied. Raises UsageError in one line."""
     value = read_yaml(text)
     if not isinstance(value, dict):
-        raise UsageError("a recipe is a mapping of sections; this file is not")
+        raise UsageError("this file is not a recipe, which is a mapping of sections; start from one of mla-convert recipes list")
     for override in overrides:
         apply_override(value, override)
     return validate(Recipe, value)
 
 
 def apply_override(recipe: dict[str, Any], override: str) -> None:
-    """Set `a.b.0.c=value` in a recipe that was read; the value is YAML. Raises UsageError."""
+    """Apply an override such as `a.b.0.c=value` to a parsed recipe, in place; the value is YAML. Raises UsageError."""
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
@@ -63,16 +63,16 @@ def apply_override(recipe: dict[str, Any], override: str) -> None:
                     target[key] = {}
                 target = target[key]
         else:
-            raise UsageError(f"--set {path}: {where} is not a section, it has no key {key!r}")
+            raise UsageError(f"--set {path}: {where} is not a section and has no key {key!r}")
 
 
 def first_difference(old: Any, new: Any) -> tuple[str, Any, Any] | None:
-    """The first of the `differences` of two dumped recipes."""
+    """Return the first of the `differences` of two dumped recipes, or None."""
     return next(differences(old, new), None)
 
 
 def has_key(recipe: Any, path: str) -> bool:
-    """Whether a dumped recipe has the dotted key `path`, be it null."""
+    """Whether a dumped recipe has the dotted key `path`, even if its value is null."""
     for key in path.split("."):
         entries = {str(index): entry for index, entry in enumerate(recipe)} if isinstance(recipe, list) else recipe
         if not isinstance(entries, dict) or key not in entries:
@@ -82,7 +82,7 @@ def has_key(recipe: Any, path: str) -> bool:
 
 
 def differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """The dotted keys at which two dumped recipes differ, with both values."""
+    """Yield the dotted keys at which two dumped recipes differ, with the old and the new value."""
     if isinstance(old, dict) and isinstance(new, dict):
         entries = [(str(key), old.get(key), new.get(key)) for key in {**old, **new}]
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):

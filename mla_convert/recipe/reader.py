@@ -1,4 +1,4 @@
-"""YAML 1.2 core schema on top of PyYAML: `1e-4` is a float, `no` is a string, a key occurs once."""
+"""Read YAML with the 1.2 core schema on top of PyYAML: `1e-4` is a float, `no` a string, duplicate keys an error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..errors import UsageError
 
 
 class _CoreLoader(yaml.SafeLoader):
-    """PyYAML's loader with the tags of YAML 1.2 instead of those of 1.1 and without duplicate keys."""
+    """PyYAML's safe loader with the tags of YAML 1.2 instead of 1.1, which refuses duplicate keys."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
@@ -24,7 +24,7 @@ class _CoreLoader(yaml.SafeLoader):
                 raise UsageError(f"line {line}: key {key_node.value!r} is not a string; put it in quotes")
             if key_node.value in seen:
                 raise UsageError(
-                    f"line {line}: key {key_node.value!r} was already given in line {seen[key_node.value]}; remove one"
+                    f"line {line}: key {key_node.value!r} was already given on line {seen[key_node.value]}; remove one"
                 )
             seen[key_node.value] = line
         return super().construct_mapping(node, deep)
@@ -57,7 +57,7 @@ _CoreLoader.add_constructor("tag:yaml.org,2002:float", _construct_float)
 
 
 def read_yaml(text: str) -> Any:
-    """Value of a YAML document. Raises UsageError with the line of the mistake."""
+    """Return the value of a YAML document. Raises UsageError with the line of the mistake."""
     try:
         return yaml.load(text, Loader=_CoreLoader)
     except yaml.MarkedYAMLError as error:

@@ -1,4 +1,4 @@
-"""The reference of all recipe keys as Markdown, from the classes that read them."""
+"""Generate the reference of all recipe keys in Markdown from the classes that define them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..distill.stages.base import StageConfig
 from ..registry import stages
 from .schema import Recipe
 
-# By the names of the rules in annotated-types, which pydantic brings along.
+# Keys are class names of annotated-types, pydantic's dependency for constraints.
 _BOUNDS = {"Ge": "at least", "Gt": "above", "Le": "at most", "Lt": "below"}
 HEAD = """# Recipe keys
 
@@ -24,7 +24,7 @@ reference` prints this page. Paths are relative to the folder that a command is 
 
 
 def reference() -> str:
-    """The whole page: the recipe, its sections with their own sections behind them, and the stages."""
+    """Return the whole page: the recipe, its sections (each followed by its subsections), and the stages."""
     parts = [HEAD, *_section("Recipe", Recipe, "")]
     parts += ["## distill\n", "A list of stages, in the order in which they run.\n"]
     parts += _section("every stage", StageConfig, "distill[]", level=3)
@@ -42,7 +42,7 @@ def reference() -> str:
 def _section(
     title: str, model: type[BaseModel], path: str, level: int = 2, only: list[str] | None = None
 ) -> Iterator[str]:
-    """A heading, the class's own words and a table of its keys; then the sections inside it."""
+    """Yield a heading, the class docstring and a table of keys, then the same for the sections inside."""
     yield f"{'#' * level} {title}\n"
     yield f"{_words(model)}\n"
     fields = {key: field for key, field in model.model_fields.items() if only is None or key in only}
@@ -57,7 +57,7 @@ def _section(
 
 
 def _words(model: type[BaseModel]) -> str:
-    """The docstring of a class as paragraphs."""
+    """Return the docstring of a class with each paragraph on one line."""
     text = inspect.cleandoc(model.__doc__ or "")
     return "\n\n".join(" ".join(block.split()) if not _is_list(block) else block for block in text.split("\n\n"))
 
@@ -67,7 +67,7 @@ def _is_list(block: str) -> bool:
 
 
 def _model(annotation: Any) -> type[BaseModel] | None:
-    """The section that a key holds, if it holds one."""
+    """Return the class of the section that a key holds, or None."""
     if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
         return annotation
     found = [_model(argument) for argument in get_args(annotation)]
@@ -75,7 +75,7 @@ def _model(annotation: Any) -> type[BaseModel] | None:
 
 
 def _type(field: FieldInfo) -> str:
-    """The type of a key for people, with its bounds."""
+    """Describe the type of a key in words, with its bounds."""
     shown = _name(field.annotation)
     rules = [(type(rule).__name__, rule) for rule in field.metadata]
     bounds = [f"{_BOUNDS[name]} {getattr(rule, name.lower()):g}" for name, rule in rules if name in _BOUNDS]
@@ -83,7 +83,7 @@ def _type(field: FieldInfo) -> str:
 
 
 def _name(annotation: Any) -> str:
-    """A type in words: `int or null`, `list of str`."""
+    """Describe a type in words: `int or null`, `list of str`."""
     arguments, origin = get_args(annotation), get_origin(annotation)
     if origin is Annotated:
         return _name(arguments[0])

@@ -1,4 +1,4 @@
-"""The recipe of one conversion: strict, versioned, composed from the sections' own classes."""
+"""Define the recipe of one conversion: strict, versioned, composed of section classes from other packages."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ NoiseRange = tuple[float, float]
 def _check_name(value: str) -> str:
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value) is None:
         raise ValueError(
-            f"a name is letters, digits, dots, dashes and underscores and begins with a letter or digit, got {value!r}"
+            f"use letters, digits, dots, dashes and underscores, and start with a letter or digit, got {value!r}"
         )
     return value
 
 
 Name = Annotated[str, AfterValidator(_check_name)]
-"""What becomes the name of a folder."""
+"""A string that is safe as the name of a folder."""
 
 
 class SourceConfig(BaseModel):
@@ -81,7 +81,7 @@ class SourceConfig(BaseModel):
     @classmethod
     def _range_is_inside(cls, value: NoiseRange) -> NoiseRange:
         if not 0 <= value[0] < value[1] <= 1:
-            raise ValueError(f"a noise range rises inside [0, 1], got {list(value)}")
+            raise ValueError(f"a noise range must rise within [0, 1], got {list(value)}")
         return value
 
 
@@ -148,22 +148,22 @@ class Recipe(BaseModel):
             ("convert.calibration.source: rollouts", self.convert.calibration.source == "rollouts"),
         ):
             if wanted:
-                raise ValueError(f"{key} rolls out one model, which takes all experts; leave it out and use generate")
+                raise ValueError(f"{key} needs a rollout, which takes all experts; leave it out and use generate")
         return self
 
     @model_validator(mode="after")
     def _real_score_goes_with_a_stage(self) -> Recipe:
-        asks = any(REAL_SCORE in stages()[config.stage](config).networks for config in self.distill)
-        if asks and self.real_score is None:
-            raise ValueError("a stage has real_score: real_score, which needs the recipe's section real_score")
-        if self.real_score is not None and not asks:
-            raise ValueError("the section real_score is for a stage dmd with real_score: real_score")
+        used = any(REAL_SCORE in stages()[config.stage](config).networks for config in self.distill)
+        if used and self.real_score is None:
+            raise ValueError("a stage has real_score: real_score, but the recipe has no section real_score; add one")
+        if self.real_score is not None and not used:
+            raise ValueError("the section real_score needs a stage dmd with real_score: real_score; remove it")
         if self.real_score is not None and self.real_score.noise_range != ALL_NOISE:
-            raise ValueError("a real score is asked at all noise levels; leave out its noise_range")
+            raise ValueError("the real score is evaluated at all noise levels; leave out real_score.noise_range")
         return self
 
     def expert(self, name: str) -> Recipe:
-        """The recipe of one of the experts alone. Raises UsageError for a name that is none of theirs."""
+        """Return the recipe of one expert. Raises UsageError if the recipe has no expert of this name."""
         if not self.experts:
             raise UsageError(f"recipe {self.name} has no experts; leave out --expert")
         if name not in self.experts:
@@ -172,33 +172,33 @@ class Recipe(BaseModel):
         return self.model_copy(update={"name": f"{self.name}-{name}", "experts": None, "source": source})
 
     def dump(self) -> str:
-        """The resolved recipe as YAML, every default written out; equal recipes give equal text."""
+        """Return the resolved recipe as YAML with all defaults written out; equal recipes give equal text."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     def sha256(self) -> str:
-        """Digest of the resolved recipe."""
+        """Return the SHA-256 hex digest of the resolved recipe."""
         return hashlib.sha256(self.dump().encode()).hexdigest()
 
 
 def _resolve_stage(entry: Any, path: str) -> StageConfig:
-    """The configuration class that the stage's name calls for, validated."""
+    """Validate an entry of `distill` with the configuration class of its stage."""
     if not isinstance(entry, dict):
         raise UsageError(f"{path}: expected a section of keys, got {describe(entry)}")
-    known = stages()
+    by_name = stages()
     name = entry.get("stage")
     if name is None:
-        raise UsageError(f"missing key {path}.stage; one of {', '.join(known)}")
+        raise UsageError(f"missing key {path}.stage; one of {', '.join(by_name)}")
     if not isinstance(name, str):
         raise UsageError(f"{path}.stage: expected a string, got {describe(name)}")
-    if name not in known:
-        raise UsageError(f"{path}.stage: no stage is called {name!r}; {nearest(name, list(known))}")
-    return validate(known[name].config_class, entry, path)
+    if name not in by_name:
+        raise UsageError(f"{path}.stage: no stage is called {name!r}; {nearest(name, list(by_name))}")
+    return validate(by_name[name].config_class, entry, path)
 
 
 def validate(model: type[Model], value: Any, path: str = "") -> Model:
-    """`value` as `model`, with types taken literally. Raises UsageError in one line."""
+    """Validate `value` as `model` in strict mode, without type coercion. Raises UsageError in one line."""
     try:
-        # JSON mode is strict about scalars yet takes a list for a tuple.
+        # Strict JSON mode is strict about scalars, but accepts a list for a tuple.
         return model.model_validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         raise UsageError(explain(error, model, path)) from None

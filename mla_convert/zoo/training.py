@@ -1,4 +1,4 @@
-"""What the training scripts of the embedded teachers share: shape, optimizers, schedule, a loop that resumes."""
+"""Train the embedded teachers: their architecture, optimizers, schedule, and a training loop that resumes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PRINT_EVERY = 50
 
 
 def architecture(channels: int, text_dim: int) -> dict[str, Any]:
-    """Arguments of a `CausalWanTransformer3DModel` of 2.3 M parameters for pixels of `channels` colours."""
+    """Return the arguments of a `CausalWanTransformer3DModel` of 2.3 M parameters for pixels of `channels` colors."""
     return {
         "patch_size": (1, 4, 4),
         "num_attention_heads": 6,
@@ -41,7 +41,7 @@ def architecture(channels: int, text_dim: int) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The command line of a training script, with its defaults; `average` is the decay of the weights' mean."""
+    """The command line of a training script and its defaults; `average` is the decay of the weights' moving average."""
 
     out: Path
     steps: int
@@ -53,6 +53,7 @@ class Options:
     seed: int = 0
 
     def from_command_line(self, description: str | None) -> Options:
+        """Parse `sys.argv`, with the values of this instance as defaults."""
         parser = argparse.ArgumentParser(description=description)
         for name, default in dataclasses.asdict(self).items():
             parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
@@ -60,7 +61,7 @@ class Options:
 
 
 def save_teacher(model: Any, folder: Path) -> None:
-    """Write a stock `WanTransformer3DModel` folder whose configuration also says how it streams (`causal`)."""
+    """Write a stock `WanTransformer3DModel` folder whose configuration also has the streaming settings, `causal`."""
     with atomic_folder(folder) as temporary:
         model.save_pretrained(temporary)
         config = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
@@ -70,10 +71,10 @@ def save_teacher(model: Any, folder: Path) -> None:
 
 
 def make_optimizers(model: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for everything else."""
+    """Return Muon for the matrices of the blocks and AdamW for all other parameters."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and n.startswith("blocks.")]
-    known = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in known]
+    matrix_ids = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in matrix_ids]
     return [
         torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
@@ -81,7 +82,7 @@ def make_optimizers(model: torch.nn.Module, lr: float) -> list[torch.optim.Optim
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 100, decay: float = 0.4) -> float:
-    """Linear warm-up, constant, then linear decay to zero over the last `decay` share of the steps."""
+    """Return the rate at a step: linear warm-up, constant, linear decay to zero over the last `decay` of the steps."""
     return peak * min(1.0, (step + 1) / warmup, (steps - step) / (decay * steps))
 
 
@@ -93,12 +94,12 @@ def train(
     evaluate: Callable[[Any, bool], dict[str, float]],
     null_prompts: float,
 ) -> None:
-    """Train `model` into `options.out`, from where an earlier call was stopped.
+    """Train `model` into the folder `options.out`; resumes where an earlier call was stopped.
 
-    `clips(step)` gives videos `[B, C, F, H, W]` and embeddings `[B, L, D]`; a share `null_prompts` of
-    the latter is emptied. `objective(model, videos, text, generator, copies=...)` is the loss.
-    `evaluate(average, last)` measures the moving average of the weights; what it returns is a line of
-    `metrics.jsonl`, and the average is saved in `transformer/`, every `options.eval_every` steps.
+    `clips(step)` returns videos `[B, C, F, H, W]` and embeddings `[B, L, D]`; a share `null_prompts` of the embeddings
+    is zeroed. `objective(model, videos, text, generator, copies=...)` is the loss. Every `options.eval_every` steps,
+    `evaluate(average, last)` measures the moving average of the weights and its values become a line of
+    `metrics.jsonl`. The average is saved in `transformer/`.
     """
     moving_average = torch.optim.swa_utils.get_ema_multi_avg_fn(options.average)
     average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=moving_average)

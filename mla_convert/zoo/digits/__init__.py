@@ -1,1 +1,1 @@
-"""Moving handwritten digits: the data, the trained teacher and the script that trained it."""
+"""Moving handwritten digits: the data, the trained teacher, the script that trained it, and a frame classifier."""

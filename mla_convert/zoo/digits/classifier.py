@@ -1,6 +1,6 @@
-"""A small classifier of single frames, trained on the real digits, that judges generated video.
+"""Classify single frames of generated video with a small model that was trained on the real digits.
 
-Run `python -m mla_convert.zoo.digits.classifier` to train it again and print its accuracy.
+`python -m mla_convert.zoo.digits.classifier` trains it again and prints its accuracy.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ WEIGHTS = Path(__file__).parent / "classifier.safetensors"
 
 
 class FrameClassifier(nn.Module):
-    """Frames `[N, 16, 16]` in [-1, 1] to class logits `[N, 10]`; `features` `[N, 64]` lie before them."""
+    """Maps frames `[N, 16, 16]` in [-1, 1] to class logits `[N, 10]`, by way of `features` `[N, 64]`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,14 +45,14 @@ class FrameClassifier(nn.Module):
 
 @functools.cache
 def load_classifier() -> FrameClassifier:
-    """The trained classifier that ships with the package."""
+    """Load the trained classifier that ships with the package."""
     model = FrameClassifier()
     model.load_state_dict(load_file(WEIGHTS))
     return model.eval().requires_grad_(False)
 
 
 def classify(videos: Tensor) -> Tensor:
-    """Class of every frame, int64 `[B, F]`, of videos `[B, 1, F, 16, 16]`."""
+    """Return the class of every frame, int64 `[B, F]`, for videos `[B, 1, F, 16, 16]`."""
     frames = videos[:, 0]
     with torch.inference_mode():
         logits = load_classifier().to(frames.device)(frames.flatten(0, 1))
@@ -60,14 +60,14 @@ def classify(videos: Tensor) -> Tensor:
 
 
 def _placed(images: Tensor, generator: np.random.Generator) -> Tensor:
-    """Each digit in one frame at a random pixel position, `[N, 16, 16]`."""
+    """Place each digit in one frame at a random pixel position, `[N, 16, 16]`."""
     span = STEP * (CELLS - 1) + 1
     paths = generator.integers(span, size=(len(images), 1, 2))
     return torch.stack([render(image, path)[0, 0] for image, path in zip(images, paths, strict=True)])
 
 
 def train(epochs: int = 60, seed: int = 0) -> tuple[FrameClassifier, float]:
-    """Train on the train digits with noise and blur as augmentation; returns the held-out accuracy."""
+    """Train on the training digits with added noise; return the model and its held-out accuracy."""
     torch.manual_seed(seed)
     generator = np.random.default_rng(seed)
     images, classes = digit_images("train")

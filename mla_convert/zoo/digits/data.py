@@ -1,8 +1,8 @@
-"""Videos of real handwritten digits that move and bounce, and the prompts that describe them.
+"""Render videos of real handwritten digits that move and bounce, and define the prompts that describe them.
 
-A prompt is a class, a start cell and a direction; the digit moves one cell of four pixels a frame
-and reflects at the border of a 16x16 frame. Pixels are float32 in [-1, 1]. Source of the digits: scikit-learn's
-`load_digits`, 1,797 images of 8x8 (Alpaydin & Kaynak, UCI ML repository, 1998).
+A prompt is a class, a start cell and a direction. The digit moves one cell of four pixels per frame and bounces at the
+border of a 16x16 frame. Pixels are float32 in [-1, 1]. Source of the digits: scikit-learn's `load_digits`, 1,797 images
+of 8x8 (Alpaydin & Kaynak, UCI ML repository, 1998).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _PROMPT = re.compile(r"^\s*(?:an?\s+)?([0-9])(?:\s+at\s+([0-9])\s*,\s*([0-9]))?(
 
 @dataclass(frozen=True)
 class Prompt:
-    """Digit class 0-9, start cell (row, column) in 0-2, direction as a key of DIRECTIONS."""
+    """A digit class 0-9, a start cell (row, column) in 0-2, and a direction, a key of DIRECTIONS."""
 
     digit: int
     row: int
@@ -43,13 +43,13 @@ class Prompt:
         return f"{self.digit} at {self.row},{self.column} moving {self.direction}"
 
     def path(self, num_frames: int) -> np.ndarray:
-        """Top-left pixel (y, x) of the digit in every frame, int64 `[F, 2]`."""
+        """Return the top-left pixel (y, x) of the digit in every frame, int64 `[F, 2]`."""
         dy, dx = DIRECTIONS[self.direction]
         steps = np.arange(num_frames)
         return STEP * np.stack([_bounce(self.row + dy * steps), _bounce(self.column + dx * steps)], axis=1)
 
     def embedding(self) -> Tensor:
-        """`encoder_hidden_states` of the prompt, float32 `[3, 32]`: class, start cell, direction, one-hot."""
+        """Return the `encoder_hidden_states` of the prompt, float32 `[3, 32]`: one-hot class, start cell, direction."""
         out = torch.zeros(TEXT_TOKENS, TEXT_DIM)
         dy, dx = DIRECTIONS[self.direction]
         out[0, self.digit] = 1
@@ -59,7 +59,7 @@ class Prompt:
 
 
 def parse_prompt(text: str) -> Prompt:
-    """Prompt from `7`, `7 moving up-left` or `7 at 2,1 moving up-left`. Raises ValueError."""
+    """Parse a prompt such as `7`, `7 moving up-left` or `7 at 2,1 moving up-left`. Raises ValueError."""
     match = _PROMPT.match(text.lower())
     if not match:
         raise ValueError(f"cannot read the digits prompt {text!r}; write for example '7 at 2,1 moving up-left'")
@@ -75,7 +75,7 @@ def parse_prompt(text: str) -> Prompt:
 
 
 def prompt_of(embedding: Tensor) -> Prompt:
-    """The prompt with this embedding `[3, 32]`."""
+    """Return the prompt with this embedding `[3, 32]`."""
     dy, dx = int(embedding[2, 20:23].argmax()) - 1, int(embedding[2, 23:26].argmax()) - 1
     direction = next(name for name, step in DIRECTIONS.items() if step == (dy, dx))
     row, column = int(embedding[1, 10:13].argmax()), int(embedding[1, 15:18].argmax())
@@ -91,7 +91,7 @@ def _bounce(cells: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def all_prompts(split: str) -> tuple[Prompt, ...]:
-    """The 648 prompts of `train` or the 72 of `heldout`: a fixed random split of all combinations."""
+    """Return the 648 prompts of `train` or the 72 of `heldout`, a fixed random split of all combinations."""
     prompts = [
         Prompt(digit, row, column, direction)
         for digit in range(10)
@@ -105,7 +105,7 @@ def all_prompts(split: str) -> tuple[Prompt, ...]:
 
 @functools.cache
 def digit_images(split: str) -> tuple[Tensor, Tensor]:
-    """Images float32 `[N, 8, 8]` in [-1, 1] and classes int64 `[N]`; one in five of each class is held out."""
+    """Return images float32 `[N, 8, 8]` in [-1, 1] and classes int64 `[N]`; one in five of each class is held out."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -120,7 +120,7 @@ def digit_images(split: str) -> tuple[Tensor, Tensor]:
 
 
 def render(image: Tensor, path: np.ndarray) -> Tensor:
-    """Video `[1, F, 16, 16]` of an `[8, 8]` digit along a path of top-left pixels."""
+    """Render a video `[1, F, 16, 16]` of an `[8, 8]` digit that moves along a path of top-left pixels `[F, 2]`."""
     video = torch.full((1, len(path), FRAME, FRAME), -1.0)
     for frame, (y, x) in enumerate(path):
         video[0, frame, y : y + DIGIT, x : x + DIGIT] = image
@@ -143,7 +143,7 @@ def sample_batch(
     digits: str = "train",
     prompts: str = "train",
 ) -> Batch:
-    """Random videos: a digit of split `digits` for each random prompt of split `prompts`."""
+    """Sample random prompts of split `prompts` and render each with a random digit of split `digits`."""
     images, classes = digit_images(digits)
     pool = all_prompts(prompts)
     chosen = [pool[i] for i in generator.integers(len(pool), size=batch_size)]

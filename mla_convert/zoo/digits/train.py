@@ -1,11 +1,10 @@
 """Train the digits teacher: `python -m mla_convert.zoo.digits.train --steps 1800`.
 
-Teacher forcing (arXiv 2412.07772, 2506.08009): one clean copy of each clip provides the history,
-several noisy copies with an independent noise level a chunk are denoised against it, all in one
-block-causal forward with a sliding window and a sink. Half of the clean copies carry a little
-noise of their own, so that the model learns to repair the history that it will have made itself.
-Noise levels lean to the noisy end, where the class and the place of the digit are decided.
-The script resumes from `--out` where it was stopped.
+Training is teacher forcing (arXiv 2412.07772, 2506.08009): one clean copy of each clip provides the history, and
+several noisy copies, with an independent noise level per chunk, are denoised against it. All of this is one
+block-causal forward pass with a sliding window and a sink. Half of the clean copies get a little noise, so that the
+model learns to repair the imperfect history that it generates in a rollout. Noise levels are shifted toward the noisy
+end, where the class and the place of the digit are decided. A stopped run resumes from `--out`.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ DEFAULTS = Options(out=Path("runs/digits-teacher"), steps=1800, batch=8, copies=
 
 
 def heldout_loss(model: CausalWanTransformer3DModel) -> float:
-    """Teacher-forcing loss on digits and prompts that were never trained on, fixed noise."""
+    """Return the teacher-forcing loss on held-out digits and prompts, with fixed noise."""
     with torch.autocast("cpu", torch.bfloat16):
         return flow_loss(model, DigitClips(seed=0).heldout())
 
@@ -38,14 +37,14 @@ def heldout_loss(model: CausalWanTransformer3DModel) -> float:
 def rollout_accuracy(
     model: CausalWanTransformer3DModel, num_frames: int, rollouts: int = 216, guidance_scale: float = GUIDANCE
 ) -> float:
-    """Share of rollouts of held-out prompts whose class the classifier reads in the last frame."""
+    """Return the share of rollouts of held-out prompts whose last frame the classifier recognizes."""
     config = EvaluateConfig(rollout_prompts=rollouts, shift=SHIFT, guidance_scale=guidance_scale)
     _, right = digit_rollouts(model, num_frames, config)
     return right[:, -1].float().mean().item()
 
 
 def evaluate(model: CausalWanTransformer3DModel, last: bool) -> dict[str, float]:
-    """The figures of one line of `metrics.jsonl`."""
+    """Measure the values of one line of `metrics.jsonl`."""
     row = {"heldout_loss": heldout_loss(model), "accuracy": rollout_accuracy(model, CLIP_FRAMES)}
     if last:
         row["accuracy_8x"] = rollout_accuracy(model, 8 * CLIP_FRAMES, rollouts=72)

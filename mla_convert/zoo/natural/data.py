@@ -1,7 +1,7 @@
 """Write natural clips for training: `python -m mla_convert.zoo.natural.data --out data/natural`.
 
-The folder is one that a recipe reads with `data: {kind: latents, folder: data/natural, heldout: 128, split: last}`:
-the held-out clips, all from a video that is not trained on, are its last ones.
+A recipe reads the folder with `data: {kind: latents, folder: data/natural, heldout: 128, split: last}`. The held-out
+clips come last; all are from a video that is not used for training.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ def _clips(split: str, pool: tuple[Shot, ...], count: int, seed: int) -> Iterato
 
 
 def write_latents(folder: Path, split: str, count: int, seed: int, first_shard: int = 0) -> list[Path]:
-    """Clips 0 to `count` of a split, `[3, 16, 32, 32]` and `[1, 16]` float32, as parquet shards from `first_shard`.
+    """Write the first `count` clips of a split as parquet shards, numbered from `first_shard`; return the shards.
 
-    Returns the shards. Raises UserError when the videos cannot be had.
+    A clip is a video `[3, 16, 32, 32]` and an embedding `[1, 16]`, float32. Raises UserError if the videos cannot be
+    downloaded.
     """
     clips = _clips(split, shots(split), count, seed)
     return latents.write_latents(folder, clips, CLIPS_PER_SHARD, first_shard)
 
 
 def write_folder(folder: Path, train: int, heldout: int, seed: int) -> list[Path]:
-    """`train` clips and behind them `heldout` clips of the held-out video. Raises UserError."""
+    """Write `train` clips, then `heldout` clips of the held-out video. Raises UserError if `folder` has shards."""
     if any(folder.rglob("*.parquet")):
-        raise UserError(f"{folder} holds shards already; choose another folder or empty it")
+        raise UserError(f"{folder} already holds shards; choose another folder or empty it")
     shards = write_latents(folder, "train", train, seed)
     return shards + write_latents(folder, "heldout", heldout, seed, first_shard=len(shards))
 

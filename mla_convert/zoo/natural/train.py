@@ -1,8 +1,7 @@
 """Train the natural-video teacher: `python -m mla_convert.zoo.natural.train`.
 
-Teacher forcing (arXiv 2412.07772, 2506.08009) as for the digits teacher, on crops of real videos.
-Three prompts in ten are dropped, because held-out video has none. The script resumes from `--out`
-where it was stopped.
+Training is teacher forcing (arXiv 2412.07772, 2506.08009) as for the digits teacher, on crops of real videos. Three
+prompts in ten are dropped, because held-out video has none. A stopped run resumes from `--out`.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ DEFAULTS = Options(out=Path("runs/natural-teacher"), steps=600, batch=2, copies=
 
 
 def split_loss(model: CausalWanTransformer3DModel, split: str) -> float:
-    """Teacher-forcing loss with fixed noise on fixed clips of a split, crops that training never drew."""
+    """Return the teacher-forcing loss on fixed clips of a split, crops that training never drew, with fixed noise."""
     latents, text = sample_batch(shots(split), EVALUATED_CLIPS, EVALUATION_SEED)
     with torch.autocast("cpu", torch.bfloat16):
         return flow_loss(model, {"latents": latents, "encoder_hidden_states": text}, batch_size=8)
