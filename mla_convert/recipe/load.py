@@ -28,7 +28,7 @@ def parse_recipe(text: str, overrides: list[str] | tuple[str, ...] = ()) -> Reci
     """Parse the recipe in a YAML text, with overrides applied. Raises UsageError in one line."""
     value = read_yaml(text)
     if not isinstance(value, dict):
-        raise UsageError("this file is not a recipe, which is a mapping of sections; start from one of mla-convert recipes list")
+        raise UsageError("this is not a recipe (a mapping of sections); start from one with mla-convert recipes copy")
     for override in overrides:
         apply_override(value, override)
     return validate(Recipe, value)
