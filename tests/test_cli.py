@@ -118,13 +118,13 @@ def test_plan_needs_no_torch():
         (["rnu"], "No such command 'rnu'"),
         (["run"], "Missing argument 'RECIPE'"),
         (["run", "nothing-like-it"], "no recipe file or shipped recipe is called 'nothing-like-it'"),
-        (["plan"], "give a SOURCE or --preset, one of the two"),
+        (["plan"], "give exactly one of SOURCE and --preset"),
         (["plan", "--preset", "wan2.1-t2v-1.3"], "wan2.1-t2v-1.3b"),
         (["plan", "--preset", "digits", "--frames", "many"], "Invalid value for '--frames'"),
         (["recipes", "show", "dmo"], "did you mean demo?"),
         (["recipes", "check", "demo", "--set", "convert.kv_lora_rnak=3"], "unknown key convert.kv_lora_rnak; did you"),
         (["run", "demo", "--set", "convert.qk_rope_head_dim=3"], "qk_rope_head_dim must be even"),
-        (["generate", "x", "--out", "x.mp4"], "give --prompt or --prompt-embeds, one of the two"),
+        (["generate", "x", "--out", "x.mp4"], "no prompt; give --prompt, --prompt-embeds, or --prompts"),
         (["generate", "x", "--out", "x.mp4", "--prompt", "7", "--latent-size", "3"], "'3' is not a size"),
         (["export", "x", "y", "--max-shard-size", "big"], "with KB, MB or GB, such as 5GB, got 'big'"),
         (["recipes", "check", "demo", "--set", "name=a b"], "name: use letters, digits, dots, dashes and"),
@@ -335,7 +335,7 @@ def test_run_prints_one_object_with_the_figures(capsys, recipe, finished):
 def test_run_prints_a_table(capsys, recipe, finished):
     code, out, _ = call(capsys, "run", recipe, "--out", finished, "--resume")
     assert code == 0
-    for words in ("cached scalars a token", "-83.333 %", "held-out loss", "digits recognised", "report.html"):
+    for words in ("cached scalars per token", "-83.333 %", "held-out loss", "digits recognized", "report.html"):
         assert words in out
 
 

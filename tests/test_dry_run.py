@@ -203,4 +203,4 @@ def test_bad_input_is_one_line(capsys, tmp_path):
         assert message in error
         assert "\n" not in error
     assert main(["distill", "demo", "--measure", "2"]) == 2
-    assert "belong to --dry-run" in capsys.readouterr().err
+    assert "only work with --dry-run" in capsys.readouterr().err

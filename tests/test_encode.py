@@ -347,7 +347,7 @@ def test_prompts_alone_become_embeddings_for_generate(pipeline, tmp_path, capsys
         (["--frames", "10"], "--frames 10: the VAE takes one frame and then 4 at a time; give 9 or 13"),
         (["--height", "40"], "--height 40 is not a multiple of 16, the VAE's 8 by 2; give 32"),
         (["--width", "8"], "--width 8 is not a multiple of 16"),
-        (["--prompts", "prompts.txt"], "give VIDEOS or --prompts, one of the two"),
+        (["--prompts", "prompts.txt"], "give exactly one of VIDEOS and --prompts"),
     ],
 )
 def test_bad_sizes_are_one_line_and_exit_2(clips, pipeline, tmp_path, capsys, options, message):

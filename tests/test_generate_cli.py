@@ -294,10 +294,10 @@ def test_offloading_makes_the_same_video(capsys, checkpoint, tmp_path, offload):
             2,
             "denoising_steps: the steps must fall from at most 1000 to at least 1",
         ),
-        (["--prompt", "7", "--denoising-steps", "many"], 2, "'many' are no denoising steps"),
+        (["--prompt", "7", "--denoising-steps", "many"], 2, "'many' is not a list of denoising steps"),
         (["--prompt", "7", "--size", "15x16"], 2, "a height of 16 does"),
         (["--prompt", "7", "--size", "16x16", "--latent-size", "16x16"], 2, "give --size or --latent-size"),
-        (["--prompt", "7", "--seconds", "1", "--endless"], 2, "give one of --frames, --seconds and --endless"),
+        (["--prompt", "7", "--seconds", "1", "--endless"], 2, "give only one of --frames, --seconds and --endless"),
         (["--prompt", "7", "--prompt-at", "soon: 3"], 2, "'soon: 3' is no prompt with a time"),
         (["--prompt", "7", "--prompt-at", "-1:3"], 2, "seconds"),
         (["--prompt", "7", "--prompt-at", "1:3", "--prompt-at", "1:4"], 2, "two prompts begin at 1 seconds"),
@@ -310,7 +310,7 @@ def test_offloading_makes_the_same_video(capsys, checkpoint, tmp_path, offload):
         (["--prompts", "none.yaml"], 1, "cannot read prompts from none.yaml: No such file"),
         (["--prompt", "7", "--endless", "--out", "x.gif"], 2, "a .gif file is kept in memory until its end"),
         (["--prompt", "7", "--prompt", "3", "--out", "-"], 2, "stdout takes one video"),
-        (["--prompt", "7", "--json", "--out", "-"], 2, "--json prints on stdout"),
+        (["--prompt", "7", "--json", "--out", "-"], 2, "--json prints to stdout"),
     ],
 )
 def test_what_cannot_be_made_is_refused_in_a_line(capsys, digits, tmp_path, monkeypatch, options, code, message):

@@ -65,7 +65,7 @@ def test_a_pipeline_without_an_image_encoder_gives_latents_alone(
     clips: Path, text_pipeline: Path, tmp_path: Path, capsys: Any
 ) -> None:
     assert encode(clips, tmp_path / "data", text_pipeline, "--image-condition", "--shard-size", "3") == 0
-    assert "of each first frame image latents 8x3x6x8" in capsys.readouterr().out
+    assert "from each first frame: image latents 8x3x6x8" in capsys.readouterr().out
     assert LatentShards(tmp_path / "data", conditions=["image_latents"]).read(0)["image_latents"].shape == (8, 3, 6, 8)
     with pytest.raises(UserError, match="hold no clip_feature; encode the videos with `mla-convert encode --image-con"):
         LatentShards(tmp_path / "data", conditions=BOTH)

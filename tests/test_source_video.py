@@ -217,9 +217,9 @@ def test_a_wan_video_goes_through_the_encoder_and_the_decoder(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--strength", "0.4"], "--strength says how much of --source is made anew"),
-        (["--source", "SOURCE", "--strength", "0"], "--strength is above 0 and at most 1, not 0"),
-        (["--source", "SOURCE", "--strength", "1.5"], "not 1.5"),
+        (["--strength", "0.4"], "--strength sets how much of --source is replaced"),
+        (["--source", "SOURCE", "--strength", "0"], "--strength 0 is out of range"),
+        (["--source", "SOURCE", "--strength", "1.5"], "--strength 1.5 is out of range"),
         (["--source", "SOURCE", "--start", "SOURCE"], "leave --start out"),
         (["--source", "SOURCE", "--image", "SOURCE"], "leave --image out"),
         (["--source", "SOURCE", "--endless"], "leave --endless out"),

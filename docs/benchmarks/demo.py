@@ -33,7 +33,7 @@ def table(found: dict[str, Any]) -> str:
     lines = [
         "| | dense teacher | converted | distilled |",
         "| --- | ---: | ---: | ---: |",
-        f"| cached scalars a token a layer | {found['dense_scalars_per_token']:g} "
+        f"| cached scalars per token per layer | {found['dense_scalars_per_token']:g} "
         f"| {found['latent_scalars_per_token']:g} (-{100 * found['reduction']:.3f} %) "
         f"| {found['latent_scalars_per_token']:g} |",
         f"| cache of one stream (window of 10 frames, float32) | {found['dense_cache_bytes'] / 1e3:.0f} kB "

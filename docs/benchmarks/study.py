@@ -179,7 +179,7 @@ def tables(found: dict[str, Any]) -> str:
     working = card.activation_bytes / 1e9
     lines += ["", "| | dense | latent |", "| --- | ---: | ---: |"]
     lines += [
-        f"| cached scalars a token a layer | {card.dense_scalars_per_token:,} "
+        f"| cached scalars per token per layer | {card.dense_scalars_per_token:,} "
         f"| {card.latent_scalars_per_token:,} (-{100 * card.reduction:.1f} %) |",
         f"| cache of one stream, {card.frames} frames of {card.tokens_per_frame:,} tokens, bf16 "
         f"| {card.dense_cache_bytes / 1e9:.2f} GB | {card.latent_cache_bytes / 1e9:.2f} GB |",

@@ -1,4 +1,4 @@
-"""The `mla-convert` command: parse, call the pipeline, print. torch is imported inside commands only."""
+"""Defines the `mla-convert` command line. Commands import torch only when they run, so `--help` is fast."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ app.add_typer(recipes.app, name="recipes")
 def main(args: list[str] | None = None) -> int:
     """Run a command line and return its exit code.
 
-    0, 1 failed, 2 bad usage or recipe, 130 interrupted, 143 ended by SIGTERM; a video is finished at both.
+    0: success. 1: failure. 2: bad usage or recipe. 130: interrupted by Ctrl-C. 143: ended by SIGTERM. Both
+    interruptions still finish a video file.
     """
     show_notes()
     with orderly_end() as signals:
@@ -83,13 +84,13 @@ def _run(args: list[str] | None, signals: list[int]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except BrokenPipeError:
-        # Whoever read stdout has gone; keep the interpreter from complaining about it at exit.
+        # The reader of stdout has closed it; keep the interpreter from complaining about that at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        # Usage errors are click's or Typer's own class, depending on the release.
+        # A usage error is click's class or Typer's own, depending on the release.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
-            # Without arguments the help is printed already, and the message is empty.
+            # Without arguments, Typer has already printed the help and the message is empty.
             if error.format_message():
                 print_error(error.format_message())
             return int(error.exit_code)
@@ -106,19 +107,19 @@ def _run(args: list[str] | None, signals: list[int]) -> int:
 
 
 def leave_processes() -> None:
-    """End a distributed run: a thread of its process group that outlives Python aborts what has gone well."""
+    """Destroy the process group of a distributed run: its threads, if they outlive Python, abort the process."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
 
 
 def _command(args: list[str] | None) -> str | None:
-    """The command of a command line, before which stand flags alone."""
+    """The name of the command: the first argument that is not a flag, since global options take no value."""
     return next((word for word in (sys.argv[1:] if args is None else args) if not word.startswith("-")), None)
 
 
 def unexpected(error: Exception, command: str | None = None) -> str:
-    """One line for an error of `command` that nobody foresaw, or for memory that ran out."""
+    """Describe an unexpected error of `command` in one line; running out of memory or disk space has its own text."""
     name = type(error).__name__
     if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in str(error):
         remedy = "lower the batch sizes of the recipe or use a machine with more memory"

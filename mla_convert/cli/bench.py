@@ -1,4 +1,4 @@
-"""`mla-convert bench`: what attention costs here while a model streams, dense against latent."""
+"""`mla-convert bench`: times streaming attention on this machine, dense against latent."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def bench(
     batch_size: Annotated[int, typer.Option(min=1, help="Streams at once.")] = 1,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, help="Denoising steps per chunk; by default those that DIR was made for, else 4."),
+        typer.Option(min=1, help="Denoising steps per chunk; by default those of DIR's recipe, else 4."),
     ] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
@@ -37,15 +37,15 @@ def bench(
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; by default the GPU if there is one.")] = None,
     kernels: Annotated[Literal["auto", "triton", "torch"], typer.Option(help="What computes attention.")] = "auto",
-    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds of each variant's passes.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds per variant.")] = 5,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Also write the result to this file, as JSON.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Time one layer's attention to a full window in the passes of a chunk, dense against latent."""
+    """Time one layer's attention over all passes of a chunk with a full window, dense against latent."""
     if (source is None) == (preset is None):
-        raise UsageError("give a DIR or --preset, one of the two")
+        raise UsageError("give exactly one of DIR and --preset")
     with stderr().status("loading PyTorch"):
         from ..distill.progress import progress_bars
         from ..evaluate.bench import BenchConfig, bench_table
@@ -54,9 +54,9 @@ def bench(
         from ..pipeline.planning import bench_settings
         from ..recipe.schema import validate
     geometry, settings = bench_settings(source, preset)
-    changes = {"window_frames": frames, "tokens_per_frame": tokens_per_frame}
-    geometry = geometry.model_copy(update={key: value for key, value in changes.items() if value is not None})
-    given: dict[str, Any] = {
+    sizes = {"window_frames": frames, "tokens_per_frame": tokens_per_frame}
+    geometry = geometry.model_copy(update={key: value for key, value in sizes.items() if value is not None})
+    options: dict[str, Any] = {
         "kv_lora_rank": kv_lora_rank,
         "layers_per_latent": layers_per_latent,
         "qk_rope_head_dim": qk_rope_head_dim,
@@ -64,7 +64,7 @@ def bench(
         "own_chunk": own_chunk,
         "num_inference_steps": steps,
     }
-    settings |= {key: value for key, value in given.items() if value is not None}
+    settings |= {key: value for key, value in options.items() if value is not None}
     if settings.get("position") == "rotate_on_read":
         settings.pop("qk_rope_head_dim", None)
     settings |= {"batch_size": batch_size, "dtype": dtype, "device": device, "kernels": kernels, "repeats": repeats}

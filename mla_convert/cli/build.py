@@ -1,4 +1,4 @@
-"""`convert`, `distill` and `run`: a recipe up to its first step, its last stage, or its report."""
+"""`convert`, `distill` and `run`: run a recipe up to its conversion, its last training stage, or its report."""
 
 from __future__ import annotations
 
@@ -42,24 +42,24 @@ def distill(
         bool, typer.Option("--dry-run", help="Print parameters, memory per GPU, steps and tokens; train nothing.")
     ] = False,
     launch: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="With --dry-run: the Accelerate configuration to count for.")
+        Path | None, typer.Option(metavar="FILE", help="With --dry-run: the Accelerate configuration to plan for.")
     ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="With --dry-run: count for this many processes, with DDP.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="With --dry-run: plan for this many processes, with DDP.")] = 1,
     measure: Annotated[
         int, typer.Option(min=0, help="With --dry-run: time this many steps of each stage on this machine.")
     ] = 0,
     as_json: Json = False,
 ) -> None:
-    """Convert if that is not done yet, then train the stages.
+    """Convert the model if needed, then train the stages.
 
-    Runs under `accelerate launch` and `torch.distributed.run` too.
+    Also runs under `accelerate launch` and `torch.distributed.run`.
     """
     if dry_run:
         loaded, _ = _read(recipe, out, overrides)
         print_needs(loaded if expert is None else loaded.expert(expert), launch, processes, measure, as_json)
         return
     if launch is not None or processes > 1 or measure:
-        raise UsageError("--launch, --processes and --measure belong to --dry-run")
+        raise UsageError("--launch, --processes and --measure only work with --dry-run; add it, or leave them out")
     _print_model(start(recipe, out, overrides, resume, "distill", expert), "distilled", as_json)
 
 
@@ -74,7 +74,7 @@ def run(
 ) -> None:
     """Convert, distill, evaluate, export and report; a killed run continues with --resume.
 
-    The experts of a recipe that has several are done one after the other.
+    A recipe with several experts runs them one after the other.
     """
     from .summary import result_of, run_table
 
@@ -109,13 +109,13 @@ def start(
     until: str | None = None,
     expert: str | None = None,
 ) -> RunResult:
-    """Read the recipe, then run it, or one of its experts, up to `until`."""
+    """Read the recipe, then run it, or only its expert `expert`, up to the step `until`."""
     loaded, out = _read(recipe, out, overrides)
     return _run(loaded, out, resume, until, expert)
 
 
 def _read(recipe: str, out: Path | None, overrides: list[str] | None) -> tuple[Recipe, Path]:
-    """The recipe and the run folder."""
+    """Load the recipe; returns it with the run folder, by default `runs/NAME`."""
     from ..recipe.load import load_recipe
 
     loaded = load_recipe(find_recipe(recipe), overrides or ())

@@ -1,4 +1,4 @@
-"""`compare`: finished runs beside each other in one page."""
+"""`mla-convert compare`: shows finished runs side by side on one page."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .output import Json, print_result, stderr
 
 def compare(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Two or more run folders, or their evaluations.")
+        list[Path], typer.Argument(metavar="RUN...", help="Two or more run folders or `evaluate` outputs.")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="File for the page.")] = Path("compare.html"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .html file to write.")] = Path("compare.html"),
     as_json: Json = False,
 ) -> None:
-    """Show finished runs beside each other: figures, curves, videos."""
+    """Compare finished runs side by side: metrics, curves, videos."""
     with stderr().status("reading the runs"):
         from ..pipeline.comparison import compare_runs
 

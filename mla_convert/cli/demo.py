@@ -1,4 +1,4 @@
-"""`mla-convert demo`: the whole method on the embedded teacher."""
+"""`mla-convert demo`: runs the whole pipeline on the embedded teacher."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def demo(
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Convert, distill, evaluate and run the embedded digits model, in minutes on two CPU cores."""
+    """Convert, distill, evaluate and sample the embedded digits model, in minutes on two CPU cores."""
     from .summary import result_of, run_table
 
     result = start("demo", out, overrides, resume=True)

@@ -1,4 +1,4 @@
-"""`distill --dry-run`: what training will need, as a table or as JSON."""
+"""`distill --dry-run`: prints the memory, steps and tokens that training needs, as a table or as JSON."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def print_needs(recipe: Recipe, launch: Path | None, processes: int, measure: int, as_json: bool) -> None:
-    """Print the needs of a recipe's stages. Raises UsageError for a recipe of several experts."""
+    """Print what each stage of a recipe needs. Raises UsageError for a recipe with several experts."""
     if recipe.experts is not None:
         raise UsageError(f"recipe {recipe.name} trains several models; choose --expert {' or '.join(recipe.experts)}")
-    with stderr().status("counting" if measure == 0 else f"counting, and measuring {measure} steps a stage"):
+    with stderr().status("counting" if measure == 0 else f"counting, then timing {measure} steps per stage"):
         from ..pipeline.dry_run import dry_run, read_launch
 
         result = dry_run(recipe, read_launch(launch, processes), measure)
@@ -26,15 +26,15 @@ def print_needs(recipe: Recipe, launch: Path | None, processes: int, measure: in
 
 
 def needs_table(result: dict[str, Any]) -> Table:
-    """One column a stage; bytes are those of one GPU."""
+    """Tabulate a dry run, one column per stage; bytes are per GPU."""
     from ..sizes import format_bytes
 
     launch = result["launch"]
-    how = "DDP" if launch["processes"] > 1 else "one process"
-    how = "FSDP2" if launch["sharded"] else "DeepSpeed ZeRO-2" if launch["zero"] else how
+    strategy = "DDP" if launch["processes"] > 1 else "one process"
+    strategy = "FSDP2" if launch["sharded"] else "DeepSpeed ZeRO-2" if launch["zero"] else strategy
     table = Table(
-        title=f"{result['recipe']}: {launch['processes']} x GPU, {how}",
-        caption="\n".join([*result["assumptions"], "1 GB reserved on the card; 1 GB = 10^9 bytes"]),
+        title=f"{result['recipe']}: {launch['processes']} x GPU, {strategy}",
+        caption="\n".join([*result["assumptions"], "1 GB reserved per GPU; 1 GB = 10^9 bytes"]),
         caption_justify="left",
         title_justify="left",
     )
@@ -46,11 +46,11 @@ def needs_table(result: dict[str, Any]) -> Table:
         table.add_row(key, *(f"{stage[key]:,}" for stage in stages))
     for cause in stages[0]["memory"]:
         table.add_row(cause.replace("_", " "), *(format_bytes(stage["memory"][cause]) for stage in stages))
-    table.add_row("memory a GPU", *(format_bytes(stage["memory_bytes"]) for stage in stages))
+    table.add_row("memory per GPU", *(format_bytes(stage["memory_bytes"]) for stage in stages))
     if any(stage["host_bytes"] for stage in stages):
-        table.add_row("host memory a process", *(format_bytes(stage["host_bytes"]) for stage in stages))
+        table.add_row("host memory per process", *(format_bytes(stage["host_bytes"]) for stage in stages))
     if result["seconds"] is not None:
-        table.add_row("seconds a step, here", *(f"{stage['seconds_per_step']:.3g}" for stage in stages))
+        table.add_row("seconds per step, here", *(f"{stage['seconds_per_step']:.3g}" for stage in stages))
         table.add_row("time, here", *(_hours(stage["seconds"]) for stage in stages))
     return table
 

@@ -1,4 +1,4 @@
-"""`mla-convert encode`: videos with captions, or prompts, into latents and text embeddings to train on."""
+"""`mla-convert encode`: turns captioned videos, or prompts alone, into latents and text embeddings for training."""
 
 from __future__ import annotations
 
@@ -41,29 +41,27 @@ def encode(
     ] = "bfloat16",
     latents: Annotated[
         Literal["normalised", "raw"],
-        typer.Option(help="normalised, as a transformer takes them, or raw VAE output, for FastVideo."),
+        typer.Option(help="normalised, as the transformer takes them, or raw VAE output, for FastVideo."),
     ] = "normalised",
     image_condition: Annotated[
         bool,
-        typer.Option(
-            "--image-condition", help="Store what an image-to-video model reads of each clip's first frame, too."
-        ),
+        typer.Option("--image-condition", help="Also store the image conditioning from each clip's first frame."),
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Clips, or prompts, encoded at once.")] = 1,
     shard_size: Annotated[int, typer.Option(min=1, help="Clips, or prompts, per file.")] = 64,
     negative_prompt: Annotated[
         str | None,
-        typer.Option(help="Prompt to guide away from, also encoded; by default Wan's own.", show_default=False),
+        typer.Option(help="Negative prompt to encode for guidance; by default Wan's own.", show_default=False),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue with the shards in the folder.")] = False,
     as_json: Json = False,
 ) -> None:
     """Encode videos and captions, or prompts alone, for training.
 
-    Runs under `accelerate launch` and `torch.distributed.run` too: every process takes every n-th shard.
+    Also runs under `accelerate launch` and `torch.distributed.run`: with n processes, each takes every n-th shard.
     """
     if (videos is None) == (prompts is None):
-        raise UsageError("give VIDEOS or --prompts, one of the two")
+        raise UsageError("give exactly one of VIDEOS and --prompts")
     if image_condition and videos is None:
         raise UsageError("--image-condition encodes the first frames of VIDEOS; leave it out with --prompts")
     with stderr().status("loading PyTorch"):
@@ -89,7 +87,7 @@ def encode(
     )
     processes = this_process()
     console = stderr()
-    # One set of bars for all processes.
+    # Only the main process shows progress bars.
     console.quiet = not processes.is_main_process
     with progress_bars(console) as report:
         if videos is not None:
@@ -102,7 +100,7 @@ def encode(
 
 
 def _lines(result: Mapping[str, Any], out: Path) -> list[str]:
-    """What was written, and what was left out."""
+    """Summarize what was written and which videos were skipped."""
     if "latents" not in result:
         return [f"wrote {out}: {result['encoded']:,} prompts in {result['shards']:,} files, {result['dtype']}"]
     latents, text = ("x".join(map(str, result[key])) for key in ("latents", "text"))
@@ -112,7 +110,7 @@ def _lines(result: Mapping[str, Any], out: Path) -> list[str]:
     ]
     images = ["x".join(map(str, result[key])) for key in _IMAGES if key in result]
     if images:
-        lines.append(f"of each first frame image latents {' and CLIP tokens '.join(images)}")
+        lines.append(f"from each first frame: image latents {' and CLIP tokens '.join(images)}")
     skipped = result["skipped"]
     if skipped:
         lines.append(f"skipped {len(skipped):,}, listed in {out / 'skipped.jsonl'}:")

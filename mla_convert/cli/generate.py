@@ -1,4 +1,4 @@
-"""`generate`: a video of any length from a model in a folder."""
+"""`mla-convert generate`: generates videos of any length with a dense or converted model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def generate(
         ),
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="A YAML or .jsonl file with a list of seconds and prompt.")
+        Path | None, typer.Option(help="A YAML or .jsonl file: a list of entries with seconds and prompt.")
     ] = None,
     recache: Annotated[
         bool | None,
@@ -50,13 +50,13 @@ def generate(
         bool | None,
         typer.Option(
             "--hold-start/--no-hold-start",
-            help="Let --start end inside a chunk and denoise its other frames beside it, as for TI2V-5B.",
+            help="Let --start end inside a chunk and denoise that chunk's other frames beside it, as TI2V-5B does.",
             show_default=False,
         ),
     ] = None,
     negative_prompt: Annotated[
         str | None,
-        typer.Option(help="Prompt to guide away from; by default the recipe's, else the empty prompt."),
+        typer.Option(help="Negative prompt for guidance; by default the recipe's, else the empty prompt."),
     ] = None,
     negative_embeds: Annotated[
         Path | None,
@@ -64,10 +64,11 @@ def generate(
     ] = None,
     components: Annotated[
         str | None,
-        typer.Option(metavar="SOURCE", help="Folder or Hub id of the pipeline whose VAE and text encoder to use."),
+        typer.Option(metavar="SOURCE", help="Folder or Hub id of a pipeline with the VAE and text encoder to use."),
     ] = None,
     frames: Annotated[
-        int | None, typer.Option(min=1, help="Latent frames; any number. 21 by default, or all of --source.")
+        int | None,
+        typer.Option(min=1, help="Length in latent frames, without limit; 21 or all of --source by default."),
     ] = None,
     seconds: Annotated[float | None, typer.Option(help="Length in seconds, instead of --frames.")] = None,
     endless: Annotated[bool, typer.Option("--endless", help="Continue until Ctrl-C.")] = False,
@@ -99,7 +100,7 @@ def generate(
     ] = None,
     image: Annotated[
         Path | None,
-        typer.Option(help="Image that conditions an image-to-video model; use --start for other models."),
+        typer.Option(help="Conditioning image of an image-to-video model; use --start for other models."),
     ] = None,
     context_noise: Annotated[float | None, typer.Option(min=0, max=1, help="Noise level of cached chunks.")] = None,
     size: Annotated[str | None, typer.Option(metavar="HxW", help="Height and width in pixels.")] = None,
@@ -111,11 +112,11 @@ def generate(
     ] = None,
     vae_dtype: Annotated[
         Literal["float32", "bfloat16"] | None,
-        typer.Option(help="Data type in which the VAE decodes, float32 by default; bfloat16 for half the memory."),
+        typer.Option(help="Data type in which the VAE decodes, float32 by default; bfloat16 halves its memory."),
     ] = None,
     offload: Annotated[
         Literal["none", "model", "group"],
-        typer.Option(help="For small GPUs: keep only one model there at a time, or one block of the transformer."),
+        typer.Option(help="For small GPUs: keep only one model, or one transformer block, on the GPU at a time."),
     ] = "none",
     kernels: Kernels = None,
     expand_history: Annotated[
@@ -124,7 +125,7 @@ def generate(
     ] = None,
     cuda_graph: Annotated[
         Literal["auto", "off"] | None,
-        typer.Option(help="Replay the passes of a chunk as a CUDA graph; auto by default."),
+        typer.Option(help="Replay a chunk's passes as a CUDA graph; auto by default."),
     ] = None,
     cache: Cache = None,
     as_json: Json = False,
@@ -134,27 +135,27 @@ def generate(
     Steps, sampler, shift, guidance and frame rate default to those of the recipe that made the model.
     """
     if prompt_embeds is not None and prompt:
-        raise UsageError("give --prompt or --prompt-embeds, one of the two")
+        raise UsageError("give --prompt or --prompt-embeds, not both")
     if not (prompt or prompt_embeds or prompts):
-        raise UsageError("give --prompt or --prompt-embeds, one of the two, or --prompts with what comes at 0 seconds")
+        raise UsageError("no prompt; give --prompt, --prompt-embeds, or --prompts with an entry at 0 seconds")
     if negative_prompt is not None and negative_embeds is not None:
-        raise UsageError("give --negative-prompt or --negative-embeds, one of the two")
+        raise UsageError("give --negative-prompt or --negative-embeds, not both")
     if [frames is None, seconds is None, not endless].count(False) > 1:
-        raise UsageError("give one of --frames, --seconds and --endless")
+        raise UsageError("give only one of --frames, --seconds and --endless")
     if strength is not None and source is None:
-        raise UsageError("--strength says how much of --source is made anew; give a source, or leave it out")
+        raise UsageError("--strength sets how much of --source is replaced; give --source, or leave --strength out")
     if strength is not None and not 0 < strength <= 1:
-        raise UsageError(f"--strength is above 0 and at most 1, not {strength:g}")
+        raise UsageError(f"--strength {strength:g} is out of range; give a number above 0 and at most 1")
     if source is not None and (start is not None or image is not None):
         other = "--image" if start is None else "--start"
         raise UsageError(f"--source is restyled from its first frame on; leave {other} out")
     if source is not None and endless:
-        raise UsageError("--source ends the video; leave --endless out")
+        raise UsageError("the video ends where --source ends; leave --endless out")
     if size is not None and latent_size is not None:
-        raise UsageError("give --size or --latent-size, one of the two")
+        raise UsageError("give --size or --latent-size, not both")
     if str(out) == "-":
         if as_json:
-            raise UsageError("--json prints on stdout, which `--out -` fills with the video; choose a file")
+            raise UsageError("--json prints to stdout, where `--out -` writes the video; choose a file")
         if sys.stdout.isatty():
             raise UsageError("stdout is a terminal; pipe the video into a player or a file")
     settings = sampling(
@@ -186,13 +187,13 @@ def generate(
         from ..pipeline.prompts import in_order, parse_change, read_prompts
 
     changes = [parse_change(text) for text in prompt_at or []] + (read_prompts(prompts) if prompts else [])
-    changes, told = in_order(changes), tuple(prompt or ())
-    if not told and prompt_embeds is None:
+    changes, first = in_order(changes), tuple(prompt or ())
+    if not first and prompt_embeds is None:
         if changes[0].seconds > 0:
-            raise UsageError(f"{prompts} says nothing for 0 seconds; give --prompt for the beginning")
-        told, changes = (changes[0].prompt,), changes[1:]
+            raise UsageError(f"{prompts} has no prompt at 0 seconds; give --prompt for the beginning")
+        first, changes = (changes[0].prompt,), changes[1:]
     request = Request(
-        prompts=told,
+        prompts=first,
         prompt_embeds=prompt_embeds,
         changes=tuple(changes),
         negative_embeds=negative_embeds,
@@ -208,7 +209,7 @@ def generate(
     )
     with progress_bars(stderr()) as report:
         result = generate_video(model, out, request, settings, report)
-    speed = f"{result['frames']} latent frames, {result['frames_per_second']:.1f} a second"
+    speed = f"{result['frames']} latent frames, {result['frames_per_second']:.1f} per second"
     if str(out) == "-":
         stderr().print(f"wrote stdout: {speed}", soft_wrap=True, markup=False, highlight=False)
     else:

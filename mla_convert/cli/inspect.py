@@ -1,4 +1,4 @@
-"""`mla-convert inspect`: what a dense model's layers hold, before anything is converted."""
+"""`mla-convert inspect`: reports how well each layer of a dense model compresses, before anything is converted."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def inspect(
     subfolder: Annotated[str | None, typer.Option(help="Folder of the transformer in SOURCE.")] = None,
     file: Annotated[str | None, typer.Option(help="Weights file in SOURCE, such as checkpoints/model.pt.")] = None,
     use_ema: Annotated[
-        bool | None, typer.Option(help="Averaged or trained weights of a training checkpoint.", show_default=False)
+        bool | None, typer.Option(help="Read a training checkpoint's EMA weights, or its raw ones.", show_default=False)
     ] = None,
     adapter: Annotated[
         list[str] | None,
-        typer.Option(metavar="FILE", help="LoRA weights to add, in SOURCE or a separate file; repeatable."),
+        typer.Option(metavar="FILE", help="LoRA weights to merge, in SOURCE or a separate file; repeatable."),
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Parquet shards to calibrate on; digits models make their own."),
+        typer.Option(metavar="FOLDER", help="Parquet shards to calibrate on; digits models need none."),
     ] = None,
     clips: Annotated[
         int | None, typer.Option(min=0, help="Calibration clips; 64 by default, 0 for the weights alone.")
@@ -41,7 +41,7 @@ def inspect(
     ] = None,
     latents: Annotated[
         Literal["auto", "normalised", "raw"],
-        typer.Option(help="What the shards hold if they do not say so; raw is as FastVideo stores them."),
+        typer.Option(help="What the shards store, if they do not record it; raw is FastVideo's format."),
     ] = "auto",
     ranks: Annotated[
         str | None,
@@ -50,7 +50,7 @@ def inspect(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for inspect.json and plots.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Spectra, 99 % ranks, rotary pairs and predicted error by rank; changes nothing."""
+    """Report spectra, 99 % ranks, rotary pairs and predicted error by rank; changes nothing."""
     chosen = None if ranks is None else parse_ranks(ranks)
     with stderr().status("loading PyTorch"):
         from ..distill.progress import progress_bars
@@ -70,7 +70,7 @@ def inspect(
 
 
 def parse_ranks(text: str) -> list[int]:
-    """Numbers in `64,128`. Raises UsageError."""
+    """Parse ranks such as `64,128`. Raises UsageError."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) for part in parts):
         raise UsageError(f"--ranks: {text!r} is not a list of ranks; write them such as 64,128,192,256")
@@ -78,7 +78,7 @@ def parse_ranks(text: str) -> list[int]:
 
 
 def rank_table(result: Mapping[str, Any]) -> Table:
-    """99 % ranks and the rotary pairs that matter most, by layer."""
+    """Tabulate 99 % ranks and the rotary pairs that matter most, by layer."""
     table = Table(title=f"{result['model']}: directions for 99 % of the energy", title_justify="left")
     columns = [("layer", "layer"), ("weights", "rank99_weight")]
     if result["predicted"] is not None:
@@ -96,22 +96,22 @@ def rank_table(result: Mapping[str, Any]) -> Table:
 
 
 def energy_table(result: Mapping[str, Any]) -> Table:
-    """Energy kept at each rank, by layer."""
-    seen = result["predicted"] is not None
-    what = "of the weights / of what the output sees" if seen else "of the weights"
+    """Tabulate the energy kept at each rank, by layer."""
+    has_clips = result["predicted"] is not None
+    what = "of the weights / of what the output sees" if has_clips else "of the weights"
     table = Table(title=f"energy kept {what}, in %", title_justify="left")
     table.add_column("layer", justify="right")
     for rank in result["ranks"]:
         table.add_column(f"rank {rank:,}", justify="right")
     for row in result["layers"]:
-        kept = [row["energy_at"], *([row["energy_at_output"]] if seen else [])]
+        kept = [row["energy_at"], *([row["energy_at_output"]] if has_clips else [])]
         cells = (" / ".join(f"{100 * energy[str(rank)]:.1f}" for energy in kept) for rank in result["ranks"])
         table.add_row(str(row["layer"]), *cells)
     return table
 
 
 def prediction_table(result: Mapping[str, Any]) -> Table:
-    """Predicted velocity error of every layout by cached scalars."""
+    """Tabulate the predicted velocity error of every layout by cached scalars."""
     table = Table("position", title="predicted velocity error before training", title_justify="left")
     for rank in result["ranks"]:
         table.add_column(f"{rank:,} scalars", justify="right")

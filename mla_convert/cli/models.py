@@ -1,4 +1,4 @@
-"""`export` and `evaluate`, and how every command reads a size and options of sampling."""
+"""`export` and `evaluate`, and the parsers of sizes, cache bits and sampling options that commands share."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def export(
     ] = "reference",
     as_json: Json = False,
 ) -> None:
-    """Write a diffusers checkpoint in its final form, with its evidence and a model card."""
+    """Write a diffusers checkpoint for release, with its evidence and a model card."""
     with stderr().status("loading PyTorch"):
         from ..export.config import ExportConfig
         from ..export.release import export as export_checkpoint
@@ -51,7 +51,7 @@ def export(
 def evaluate(
     model: Model,
     teacher: Annotated[
-        str | None, typer.Option(metavar="SOURCE", help="The dense model; by default the one that DIR was made from.")
+        str | None, typer.Option(metavar="SOURCE", help="The dense model; by default the one DIR was converted from.")
     ] = None,
     out: Annotated[
         Path | None,
@@ -82,7 +82,7 @@ def evaluate(
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Height and width in `60x104`. Raises UsageError."""
+    """Parse a size such as `60x104` into height and width. Raises UsageError."""
     height, cross, width = text.lower().partition("x")
     if not (cross and height.isdecimal() and width.isdecimal() and int(height) and int(width)):
         raise UsageError(f"{text!r} is not a size; write HEIGHTxWIDTH, such as 60x104")
@@ -90,15 +90,17 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def parse_steps(text: str) -> list[int]:
-    """Noise levels in `1000,750,500,250`. Raises UsageError."""
+    """Parse noise levels such as `1000,750,500,250`. Raises UsageError."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):
-        raise UsageError(f"{text!r} are no denoising steps; write falling whole numbers such as 1000,750,500,250")
+        raise UsageError(
+            f"{text!r} is not a list of denoising steps; write decreasing whole numbers such as 1000,750,500,250"
+        )
     return [int(part) for part in parts]
 
 
 def parse_cache(text: str) -> CacheBits:
-    """The bits of cached latents in `--cache`, a value of `streaming.cache`. Raises UsageError."""
+    """Parse `--cache` into a value of `streaming.cache`. Raises UsageError."""
     from ..mla.bits import parse_bits
 
     try:
@@ -107,12 +109,12 @@ def parse_cache(text: str) -> CacheBits:
         raise UsageError(f"--cache: {error}") from None
 
 
-def sampling(denoising_steps: str | None, first_chunk_steps: str | None = None, **given: Any) -> dict[str, Any]:
-    """Options that say how videos are sampled, as keys of a GenerateConfig; those left out are not among them."""
+def sampling(denoising_steps: str | None, first_chunk_steps: str | None = None, **options: Any) -> dict[str, Any]:
+    """Turn sampling options into keys of a GenerateConfig; options that are None are left out. Raises UsageError."""
     levels = {"denoising_steps": denoising_steps, "first_chunk_steps": first_chunk_steps}
-    given |= {key: None if text is None else parse_steps(text) for key, text in levels.items()}
-    chosen = {key: value for key, value in given.items() if value is not None}
+    options |= {key: None if text is None else parse_steps(text) for key, text in levels.items()}
+    chosen = {key: value for key, value in options.items() if value is not None}
     if "num_inference_steps" in chosen and denoising_steps is None:
-        # Those of the recipe give way.
+        # --steps replaces the recipe's denoising_steps.
         chosen = {**dict.fromkeys(levels), **chosen}
     return chosen

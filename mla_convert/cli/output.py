@@ -1,4 +1,4 @@
-"""What the commands print: results on stdout, everything else on stderr."""
+"""Prints results to stdout and everything else to stderr; also holds the options that commands share."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ Overrides = Annotated[
 RunFolder = Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; by default runs/NAME of the recipe.")]
 Kernels = Annotated[
     Literal["auto", "triton", "torch"] | None,
-    typer.Option(help="What computes attention in streaming; by default the recipe's streaming.kernels, else auto."),
+    typer.Option(help="What computes streaming attention; by default the recipe's streaming.kernels, else auto."),
 ]
 Cache = Annotated[
     str | None,
     typer.Option(
         "--cache",
         metavar="auto|int8|LATENTSxBITS,...",
-        help="Bits of cached latents: int8, or pairs such as 24x8,64x4; the last pair covers the rest.",
+        help="Bits per cached latent number: int8, or pairs such as 24x8,64x4; the last pair covers the rest.",
     ),
 ]
 Expert = Annotated[
-    str | None, typer.Option("--expert", metavar="NAME", help="One of the recipe's experts, in a folder of its own.")
+    str | None, typer.Option("--expert", metavar="NAME", help="Run only this expert of the recipe, in its own folder.")
 ]
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")]
 
 
 class _Notes(logging.Handler):
-    """What the package logs, as bare lines on stderr."""
+    """Writes the package's log messages to stderr as plain lines."""
 
     def emit(self, record: logging.LogRecord) -> None:
         sys.stderr.write(f"{record.getMessage()}\n")
 
 
 def show_notes() -> None:
-    """Print what the package tells by its loggers: choices and warnings."""
+    """Show the package's log messages (choices it makes, warnings) on stderr."""
     logger = logging.getLogger("mla_convert")
     if not any(isinstance(handler, _Notes) for handler in logger.handlers):
         logger.addHandler(_Notes())
@@ -60,21 +60,21 @@ def stderr() -> Console:
 def print_result(
     as_json: bool, value: dict[str, Any], *rendered: RenderableType | Callable[[], RenderableType]
 ) -> None:
-    """`value` as one JSON object, or `rendered`, some of which is made only then, for people."""
+    """Print `value` as one JSON object, or `rendered` for people; callables in it are called only then."""
     if as_json:
         sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
         sys.stdout.flush()
         return
     console = Console()
-    for given in rendered:
-        renderable = given() if callable(given) else given
+    for item in rendered:
+        renderable = item() if callable(item) else item
         if isinstance(renderable, str):
-            # Names of files must stay whole, and brackets in them are no markup.
+            # File names must not be wrapped, and brackets in them are not markup.
             console.print(renderable, soft_wrap=True, markup=False, highlight=False)
         else:
             console.print(renderable)
 
 
 def print_error(message: str) -> None:
-    """One line on stderr."""
+    """Print an error to stderr, in one line."""
     sys.stderr.write(f"error: {' '.join(message.split())}\n")

@@ -1,4 +1,4 @@
-"""`mla-convert plan`: memory before anything is converted."""
+"""`mla-convert plan`: computes cache memory before anything is converted."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def plan(
     cache: Cache = None,
     as_json: Json = False,
 ) -> None:
-    """Cache bytes, streams on a GPU and seconds of context, dense against latent."""
+    """Compute cache bytes, streams per GPU and seconds of context, dense against latent."""
     from ..evaluate.geometry import PAPER_SHARE
     from ..evaluate.geometry import preset as find_preset
     from ..evaluate.memory import plan as plan_memory
     from ..evaluate.memory import plan_table
 
     if (source is None) == (preset is None):
-        raise UsageError("give a SOURCE or --preset, one of the two")
+        raise UsageError("give exactly one of SOURCE and --preset")
     rows: int | list[int] | None = kv_lora_rank
     keys: list[int] | None = None
     if preset is not None:
@@ -54,7 +54,7 @@ def plan(
         geometry, cached = _read(source, file, latent_size)
         if cached is not None:
             if rows is not None or qk_rope_head_dim is not None:
-                raise UsageError(f"{source} is already converted; its ranks cannot be changed here")
+                raise UsageError(f"{source} is already converted; leave out --kv-lora-rank and --qk-rope-head-dim")
             rows, keys = (list(parts) for parts in zip(*cached, strict=True))
         elif rows is None:
             rows = round(2 * geometry.inner_dim * PAPER_SHARE) - (qk_rope_head_dim or 0)
@@ -72,7 +72,7 @@ def plan(
 
 
 def _read(source: str, file: str | None, latent_size: str | None) -> tuple[Geometry, list[tuple[int, int]] | None]:
-    """Geometry of a model, and the latent and shared key that its layers cache when it is converted."""
+    """Geometry of a model, and for a converted one the sizes of latent and shared key that each layer caches."""
     from ..pipeline.planning import read_geometry
     from .models import parse_size
 

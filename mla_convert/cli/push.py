@@ -1,4 +1,4 @@
-"""`mla-convert push`: a checkpoint to the Hugging Face Hub."""
+"""`mla-convert push`: uploads a checkpoint to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def push(
     if pull_request and revision is not None:
         raise UsageError("give --revision or --pull-request, not both; pull requests are opened against main")
     if message is not None and not message.strip():
-        raise UsageError("--message is empty")
+        raise UsageError("--message is empty; write one, or leave it out")
     with stderr().status("loading PyTorch"):
         from ..export.hub import PushConfig
         from ..export.hub import push as push_checkpoint
@@ -56,7 +56,7 @@ def push(
 
 @contextlib.contextmanager
 def _progress(console: Console) -> Iterator[Report]:
-    """A bar of bytes with the file at work, one a job."""
+    """Show a bar of bytes for each job, with the current file."""
     bars = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -65,7 +65,7 @@ def _progress(console: Console) -> Iterator[Report]:
         TimeElapsedColumn(),
         TextColumn("{task.fields[detail]}", markup=False),
         console=console,
-        # Whatever stops it, no half of a bar stays; the result says what was sent.
+        # No partial bar stays on screen after an interruption; the result lists what was sent.
         transient=True,
     )
     with reporting(bars) as report:
@@ -73,7 +73,7 @@ def _progress(console: Console) -> Iterator[Report]:
 
 
 def _rendered(result: Mapping[str, Any]) -> list[RenderableType]:
-    """What was done or, in a dry run, the list of files; and where to look."""
+    """Summarize what was sent, preceded by the list of files in a dry run and followed by the URL."""
     sent, kept, deleted = (result[key] for key in ("uploaded", "skipped", "deleted"))
     lines: list[RenderableType] = []
     if result["dry_run"]:

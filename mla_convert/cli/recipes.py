@@ -1,4 +1,4 @@
-"""`mla-convert recipes`: find, read, copy and check recipes."""
+"""`mla-convert recipes`: lists, shows, copies and checks recipes."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ app = typer.Typer(help="List, show, copy and check recipes.", no_args_is_help=Tr
 @app.command("list")
 def list_recipes(as_json: Json = False) -> None:
     """List the recipes that ship with mla-convert."""
-    found = {name: describe_recipe(path) for name, path in shipped_recipes().items()}
+    descriptions = {name: describe_recipe(path) for name, path in shipped_recipes().items()}
     table = Table("recipe", "what it is for", box=None, pad_edge=False)
-    for name, description in found.items():
+    for name, description in descriptions.items():
         table.add_row(name, description)
-    print_result(as_json, {"recipes": [{"name": n, "description": d} for n, d in found.items()]}, table)
+    print_result(as_json, {"recipes": [{"name": n, "description": d} for n, d in descriptions.items()]}, table)
 
 
 @app.command("show")
 def show(recipe: RecipeName, as_json: Json = False) -> None:
-    """Print a recipe as it is written."""
+    """Print a recipe file."""
     path = find_recipe(recipe)
     text = path.read_text(encoding="utf-8")
     if as_json:
@@ -45,7 +45,7 @@ def copy(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Copy a recipe, as a start for your own."""
+    """Copy a recipe as a starting point for your own."""
     path = find_recipe(recipe)
     target = target or Path()
     if target.is_dir():
@@ -63,19 +63,19 @@ def check(
     resolved: Annotated[bool, typer.Option("--resolved", help="Print the recipe with every default.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Check a recipe without running it; if its source is on this machine, also check that they fit."""
+    """Check a recipe without running it; if its source is on this machine, also check that the two fit together."""
     with stderr().status("loading PyTorch"):
         from ..pipeline.checks import check_recipe
         from ..recipe.load import load_recipe
 
     path = find_recipe(recipe)
     loaded = load_recipe(path, overrides or ())
-    looked = check_recipe(loaded)
-    value = {"valid": True, "source_checked": looked, "path": str(path), "recipe": loaded.model_dump(mode="json")}
+    checked = check_recipe(loaded)
+    value = {"valid": True, "source_checked": checked, "path": str(path), "recipe": loaded.model_dump(mode="json")}
     if resolved and not as_json:
         sys.stdout.write(loaded.dump())
     else:
-        rest = "" if looked else f"; {loaded.source.model} is on the Hub and was not looked at"
+        rest = "" if checked else f"; {loaded.source.model} is on the Hub and was not checked"
         print_result(as_json, value, f"{path}: a valid recipe, {loaded.name!r}{rest}")
 
 

@@ -1,4 +1,4 @@
-"""SIGTERM ends a command as Ctrl-C does: nothing half-written stays behind."""
+"""Makes SIGTERM end a command the way Ctrl-C does, so that no half-written file stays behind."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from types import FrameType
 
 @contextlib.contextmanager
 def orderly_end() -> Iterator[list[int]]:
-    """The first SIGTERM raises KeyboardInterrupt in the block; yields a list, which then has its number.
+    """Raise KeyboardInterrupt in the block at the first SIGTERM; yields a list that then holds its number.
 
-    It keeps its default meaning in the workers of a launcher, which would wait for each other for ever, in processes
-    forked here, and where somebody else handles or ignores it.
+    SIGTERM keeps its default action in a launcher's workers, which would otherwise wait for each other forever, and
+    in forked processes. An existing handler, or SIG_IGN, is left alone.
     """
     received: list[int] = []
     owner = os.getpid()
@@ -24,14 +24,14 @@ def orderly_end() -> Iterator[list[int]]:
         if os.getpid() != owner:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        # `timeout` sends it twice; a second one must not disturb the cleaning up.
+        # `timeout` sends SIGTERM twice; the second one must not disturb the cleanup.
         elif not received:
             received.append(number)
             raise KeyboardInterrupt
 
     launched = "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE") or 1) > 1
-    taken = signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
-    if launched or taken or threading.current_thread() is not threading.main_thread():
+    handled = signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    if launched or handled or threading.current_thread() is not threading.main_thread():
         yield received
         return
     signal.signal(signal.SIGTERM, handle)

@@ -1,4 +1,4 @@
-"""The tables that end `run`, `demo` and `evaluate`."""
+"""Builds the result tables that `run`, `demo` and `evaluate` print."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ..sizes import format_bytes
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """`report.json` of a finished run."""
+    """Read `report.json` of a finished run."""
     report: dict[str, Any] = json.loads((path / "report.json").read_text(encoding="utf-8"))
     return report
 
 
 def result_of(path: Path) -> dict[str, Any]:
-    """The figures of a finished run that `--json` prints, and where its files lie."""
+    """What `--json` prints of a finished run: its metrics and the paths of its files."""
     report = read_report(path)
     figures = {
         key: report.get(key)
@@ -47,62 +47,62 @@ def result_of(path: Path) -> dict[str, Any]:
 
 
 def videos_of(path: Path) -> list[str]:
-    """The sample videos of a run."""
+    """Paths of the sample videos of a run."""
     return [str(video) for video in sorted((path / "samples").glob("*.mp4"))]
 
 
 def run_table(path: Path) -> Table:
-    """The figures of a finished run for a terminal."""
+    """Tabulate the metrics of a finished run for the terminal."""
     report = read_report(path)
     table = Table(title=f"{report['name']}: {report['source']} converted", title_justify="left")
     table.add_column("")
     for heading in ("dense teacher", "converted", "distilled"):
         table.add_column(heading, justify="right")
     latent = f"{report['latent_scalars_per_token']:,g}"
-    table.add_row("cached scalars a token a layer", f"{report['dense_scalars_per_token']:,g}", latent, latent)
+    table.add_row("cached scalars per token per layer", f"{report['dense_scalars_per_token']:,g}", latent, latent)
     reduction = f"-{100 * report['reduction']:.3f} %"
     table.add_row("  against dense", "", reduction, reduction)
     cache = format_bytes(report["latent_cache_bytes"])
     window = f"{report['plan']['frames']} frames"
     table.add_row(f"cache of one stream ({window})", format_bytes(report["dense_cache_bytes"]), cache, cache)
     losses = [report["teacher_loss"], report["converted_loss"], report["student_loss"]]
-    table.add_row("held-out loss", *(_told(loss, ".4f") for loss in losses))
-    increases = [_told(_increase(loss, losses[0]), "+.2%") for loss in losses[1:]]
+    table.add_row("held-out loss", *(_format(loss, ".4f") for loss in losses))
+    increases = [_format(_increase(loss, losses[0]), "+.2%") for loss in losses[1:]]
     table.add_row("  against the teacher", "", *increases)
     for length, (teacher, student) in _accuracies(report):
-        table.add_row(_recognised(length), teacher, "", student)
+        table.add_row(_recognized(length), teacher, "", student)
     table.caption = "\n".join(_footer(path, report["seconds"]))
     table.caption_justify = "left"
     return table
 
 
 def evaluation_table(report: Mapping[str, Any]) -> Table:
-    """The figures of `evaluate` for a terminal."""
+    """Tabulate the metrics of `evaluate` for the terminal."""
     table = Table("", title=f"against {report['source']}", title_justify="left")
     for heading in ("teacher", "student"):
         table.add_column(heading, justify="right")
     scalars = [f"{report[f'{name}_scalars_per_token']:,g}" for name in ("dense", "latent")]
-    table.add_row("cached scalars a token a layer", *scalars)
+    table.add_row("cached scalars per token per layer", *scalars)
     table.add_row("cache of one stream", *(format_bytes(report[f"{name}_cache_bytes"]) for name in ("dense", "latent")))
-    table.add_row("held-out loss", *(_told(report[f"{name}_loss"], ".4f") for name in ("teacher", "student")))
-    table.add_row("  against the teacher", "", _told(report["loss_increase"], "+.2%"))
-    table.add_row("velocity error", "", _told(report["velocity_rel_error"], ".2%"))
+    table.add_row("held-out loss", *(_format(report[f"{name}_loss"], ".4f") for name in ("teacher", "student")))
+    table.add_row("  against the teacher", "", _format(report["loss_increase"], "+.2%"))
+    table.add_row("velocity error", "", _format(report["velocity_rel_error"], ".2%"))
     for length, pair in _accuracies(report):
-        table.add_row(_recognised(length), *pair)
+        table.add_row(_recognized(length), *pair)
     return table
 
 
-def _told(value: float | None, how: str) -> str:
-    """A number in this format, or what is said of one that is not finite, which reports keep as null."""
-    return "not finite" if value is None else format(value, how).replace("%", " %")
+def _format(value: float | None, spec: str) -> str:
+    """Format a number; None becomes "not finite", because reports store numbers that are not finite as null."""
+    return "not finite" if value is None else format(value, spec).replace("%", " %")
 
 
 def _increase(loss: float | None, teacher: float | None) -> float | None:
     return loss / teacher - 1 if loss is not None and teacher else None
 
 
-def _recognised(length: str) -> str:
-    return f"digits recognised at {'the' if length == '1x' else f'{length} the'} training length"
+def _recognized(length: str) -> str:
+    return f"digits recognized at {'the' if length == '1x' else f'{length} the'} training length"
 
 
 def _accuracies(report: Mapping[str, Any]) -> list[tuple[str, tuple[str, str]]]:
@@ -115,7 +115,7 @@ def _accuracies(report: Mapping[str, Any]) -> list[tuple[str, tuple[str, str]]]:
 
 def _footer(path: Path, seconds: Mapping[str, float]) -> list[str]:
     spent = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items() if name != "total")
-    lines = [f"seconds: {spent}; {seconds['total']:.0f} in all", f"checkpoint: {path / 'checkpoint'}"]
+    lines = [f"seconds: {spent}; {seconds['total']:.0f} in total", f"checkpoint: {path / 'checkpoint'}"]
     lines.append(f"report:     {path / 'report.html'}")
     videos = videos_of(path)
     if videos:

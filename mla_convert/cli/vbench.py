@@ -1,4 +1,4 @@
-"""`vbench`: the standard prompts of VBench, scored by the user's own VBench."""
+"""`mla-convert vbench`: generates videos for VBench's standard prompts and scores them with the user's own VBench."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def vbench(
         str | None, typer.Option(help="Folder or Hub id with text encoder and VAE, in diffusers layout.")
     ] = None,
     prompt_embeds: Annotated[
-        Path | None, typer.Option(help="Output of `encode --prompts` for --list-prompts, instead of a text encoder.")
+        Path | None, typer.Option(help="What `encode --prompts` made of --list-prompts, instead of a text encoder.")
     ] = None,
     longer_prompts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Rewritten prompts, in the order of prompts/all_dimension.txt.")
@@ -64,8 +64,8 @@ def vbench(
 ) -> None:
     """Generate videos for VBench's standard prompts, score them with your own VBench, and report the scores.
 
-    Continues where it stopped, video by video and dimension by dimension. Steps, sampler, shift and guidance default to
-    those of the recipe that made the model.
+    Run it again to continue where it stopped, video by video and dimension by dimension. Steps, sampler, shift and
+    guidance default to those of the recipe that made the model.
     """
     generate = sampling(
         denoising_steps,
@@ -83,9 +83,10 @@ def vbench(
         generate["latent_height"], generate["latent_width"] = parse_size(latent_size)
     with stderr().status("loading PyTorch"):
         from ..distill.progress import progress_bars
-        from ..pipeline import vbench as pipelines
+        from ..pipeline.vbench import VBenchConfig, run_vbench
+        from ..pipeline.vbench import list_prompts as write_prompt_list
 
-    config = pipelines.VBenchConfig(
+    config = VBenchConfig(
         checkout,
         python,
         seconds,
@@ -99,11 +100,11 @@ def vbench(
         generate,
     )
     if list_prompts is not None:
-        count = pipelines.list_prompts(config, list_prompts)
+        count = write_prompt_list(config, list_prompts)
         print_result(as_json, {"prompts": count, "path": str(list_prompts)}, f"{count} prompts: {list_prompts}")
         return
     with progress_bars(stderr()) as report:
-        result = pipelines.run_vbench(model, out, config, report)
+        result = run_vbench(model, out, config, report)
     if python is None:
         print_result(as_json, result, f"{result['videos']} videos: {result['out']}; score them with --python")
         return
