@@ -186,7 +186,7 @@ def test_a_run_says_what_its_card_does_not_hold(monkeypatch, caplog):
     assert not caplog.messages
     warn_of_memory(recipe, torch.device("cuda"))
     (message,) = caplog.messages
-    assert re.match(r"stage teacher_forcing is counted at 1\d\d\.\d GB a GPU, .* has 80.0 GB; .*FSDP2", message)
+    assert re.match(r"stage teacher_forcing needs about 1\d\d\.\d GB per GPU, .* has 80.0 GB; .*FSDP2", message)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     warn_of_memory(recipe, torch.device("cuda"))
     assert len(caplog.messages) == 1

@@ -266,7 +266,7 @@ def test_generate_takes_an_image(
     code, err = generated(
         capsys, tmp_path / "i2v", *common[2:], *image, "--prompt-embeds", _embeds(tmp_path), "--out", tmp_path / "x.mp4"
     )
-    assert code == 2 and "this checkpoint has no image encoder, whose tokens the model reads; give --components" in err
+    assert code == 2 and "this checkpoint has no image encoder, which the model needs; give --components" in err
     assert not (tmp_path / "x.mp4").exists()
 
 

@@ -162,10 +162,10 @@ def test_resume_of_a_finished_run_changes_nothing(teacher, copied):
 
 def test_another_recipe_is_refused_by_the_key_that_differs(teacher, copied):
     before = digests(copied)
-    with pytest.raises(UsageError, match=r"another recipe: distill\.0\.learning_rate is 0\.001 .* and 0\.002"):
+    with pytest.raises(UsageError, match=r"another recipe: distill\.0\.learning_rate was 0\.001 .* and is now 0\.002"):
         run(recipe(teacher, "distill.0.learning_rate=2e-3"), copied, resume=True)
     with pytest.raises(
-        UsageError, match=r"generate\.fps is 4 .* and 8 .*; what it has made export, evaluate and gener"
+        UsageError, match=r"generate\.fps was 4 .* now 8 .*, or change it with export, evaluate or generate on"
     ):
         run(recipe(teacher, "generate.fps=8"), copied, resume=True)
     assert digests(copied) == before
@@ -201,9 +201,9 @@ def test_what_no_step_has_read_may_change(teacher, finished, tmp_path):
     changed = recipe(teacher, "generate.fps=8", "distill.0.checkpoint_every=3", "distill.0.tracker=[tensorboard]")
     run(changed, folder, resume=True, console=Console(file=said))
     assert said.getvalue().splitlines()[0] == (
-        "the recipe is not that of before: distill.0.checkpoint_every is 3 (an integer) and was 2 (an integer); "
-        'distill.0.tracker is ["tensorboard"] (a list) and was nothing (null); '
-        "generate.fps is 8 (an integer) and was 4 (an integer)"
+        "the recipe has changed since the run began: distill.0.checkpoint_every was 2 (an integer) and is now 3 "
+        '(an integer); distill.0.tracker was nothing (null) and is now ["tensorboard"] (a list); '
+        "generate.fps was 4 (an integer) and is now 8 (an integer)"
     )
     assert parse_recipe((folder / "recipe.resolved.yaml").read_text()) == changed
     assert state(folder)["recipe"] == changed.model_dump(mode="json")
@@ -235,7 +235,7 @@ def test_the_documentation_names_all_bookkeeping():
 def test_what_a_step_has_read_may_not_change(teacher, finished, tmp_path, done, override, key):
     folder = stopped(finished, tmp_path / "run", STEPS[:done])
     before = digests(folder)
-    with pytest.raises(UsageError, match=rf"has another recipe: {key} is .* there and .* here; give another --out"):
+    with pytest.raises(UsageError, match=rf"has another recipe: {key} was .* and is now .*; give another --out"):
         run(recipe(teacher, override), folder, resume=True)
     assert digests(folder) == before
 

@@ -53,7 +53,7 @@ def test_processes_meet_only_where_all_take_part(teacher, tmp_path, monkeypatch)
         write_json(tmp_path / "shared" / "state.json", content)
 
     done()
-    helper = threading.Thread(target=run_module._help, args=(recipe(teacher), tmp_path / "shared", steps, other))
+    helper = threading.Thread(target=run_module._follow, args=(recipe(teacher), tmp_path / "shared", steps, other))
     helper.start()
     time.sleep(1)
     assert helper.is_alive() and not acted and other.count == 1
@@ -79,11 +79,11 @@ def test_a_process_that_waits_ends_when_the_first_one_fails(teacher, tmp_path, m
     monkeypatch.setattr(run_module, "steps_of", lambda recipe: [Step("convert", (), failing)])
     with pytest.raises(UserError, match="no space"):
         run(recipe(teacher), tmp_path / "run")
-    with pytest.raises(UserError, match="the first process of the run has failed"):
-        run_module._help(recipe(teacher), tmp_path / "run", [Step("convert", (), failing)], other)
+    with pytest.raises(UserError, match="the first process of the run failed"):
+        run_module._follow(recipe(teacher), tmp_path / "run", [Step("convert", (), failing)], other)
     monkeypatch.setattr(run_module, "steps_of", lambda recipe: [Step("convert", (), lambda context: None)])
     run(recipe(teacher), tmp_path / "run", until="convert")
-    run_module._help(recipe(teacher), tmp_path / "run", [Step("convert", (), failing)], other)
+    run_module._follow(recipe(teacher), tmp_path / "run", [Step("convert", (), failing)], other)
 
 
 def test_what_follows_a_conversion_reads_the_commit_that_was_converted(teacher, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The order of a run: what is done, what follows, and how an interrupted run goes on."""
+"""Runs recipes: the order of the steps, what each step writes, and how an interrupted run resumes."""
 
 from .run import RunResult, run
 

@@ -1,4 +1,4 @@
-"""Clips to calibrate on: training clips, or what the teacher makes of their prompts itself."""
+"""Provides the calibration clips: training clips, or the teacher's own rollouts from their prompts."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from .context import Context
 
 
 def calibration_batches(context: Context, work: Path) -> Iterator[CalibrationBatch]:
-    """The first training clips, as the data's split orders them, in batches; none is read before it is asked for.
+    """Yield the first training clips, in the order of the data's split, in batches; each is read when it is needed.
 
-    With `source: rollouts` the teacher, which is read whole for that, makes clips of their size
-    from their prompts as the `generate` section samples. They are kept in `work` and made once.
+    With `source: rollouts`, the teacher generates clips of the same size from the same prompts, sampled as
+    in the `generate` section. This loads the whole teacher. The clips are stored in `work` and made once.
     """
     config = context.recipe.convert.calibration
     clips = config.clips if context.data.size is None else min(config.clips, context.data.size)
@@ -36,14 +36,14 @@ def calibration_batches(context: Context, work: Path) -> Iterator[CalibrationBat
 
 
 def calibration_reads_negative(recipe: Recipe) -> bool:
-    """Whether the calibration of `recipe` needs the data's negative prompt."""
+    """Whether calibration needs the data's negative prompt, for guidance or for empty prompts."""
     config = recipe.convert.calibration
     guided = config.source == "rollouts" and recipe.generate.guidance_scale != 1
     return recipe.convert.init == "activation" and (guided or config.empty_prompt_rate > 0)
 
 
 def _rolled_out(context: Context, path: Path, batch: CalibrationBatch, number: int) -> Tensor:
-    """Clips `[B, C, F, H, W]` of the teacher in place of those of the batch, from `path` if they lie there."""
+    """Clips `[B, C, F, H, W]` that replace those of the batch: read from `path`, or generated and stored there."""
     if not path.is_file():
         generate, teacher = context.recipe.generate, context.dense().to(context.device)
         if teacher.causal.window_frames is None:
@@ -53,8 +53,8 @@ def _rolled_out(context: Context, path: Path, batch: CalibrationBatch, number: i
         size = {"num_frames": frames, "latent_height": height, "latent_width": width}
         same_size = generate.model_copy(update={**size, "seed": generate.seed + number, "start": None})
         negative = None if batch.negative is None else batch.negative.unsqueeze(0)
-        text, told = batch.encoder_hidden_states, batch.conditions
-        chunks = rollout(teacher, text, same_size, negative_hidden_states=negative, conditions=told)
+        text, conditions = batch.encoder_hidden_states, batch.conditions
+        chunks = rollout(teacher, text, same_size, negative_hidden_states=negative, conditions=conditions)
         latents = torch.cat([chunk.cpu() for chunk in chunks], dim=2)
         with atomic_file(path) as temporary:
             save_tensors({"latents": latents}, temporary)

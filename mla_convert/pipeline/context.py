@@ -1,4 +1,4 @@
-"""What the steps of a run share: the recipe, the folder, and models that are read when they are needed."""
+"""Holds what the steps of a run share: the recipe, the run folder, and models that are loaded on first use."""
 
 from __future__ import annotations
 
@@ -31,16 +31,17 @@ ROLLOUTS, KERNELS = "rollouts.safetensors", "kernels"
 
 
 def stage_names(recipe: Recipe) -> list[str]:
-    """`00-convert`, then one name a distillation stage."""
+    """`00-convert`, then one name for each distillation stage."""
     return [f"{index:02d}-{name}" for index, name in enumerate(["convert", *(s.stage for s in recipe.distill)])]
 
 
 @dataclass
 class Context:
-    """One run under way.
+    """The state of a run in progress.
 
-    `report` is told how far a step is, `main` is False in the helper processes of a distributed run,
-    `seconds` is the wall-clock time of the steps done, `drawn` what its samples show once they are made here.
+    `report` receives the progress of a step. `main` is False in every process of a distributed run but the first.
+    `seconds` is the wall-clock time of each finished step. `drawn` holds the sample videos once this process has
+    made them.
     """
 
     recipe: Recipe
@@ -53,30 +54,30 @@ class Context:
 
     @functools.cached_property
     def source(self) -> Source:
-        """The dense model, located and checked; once it is converted, at the commit that was converted."""
-        section, made = self.recipe.source, self.stage_folder(0)
-        if section.revision is None and (made / MANIFEST).is_file():
-            # A repository may move on between a run and its resumption.
-            section = section.model_copy(update={"revision": read_manifest(made)["source"]["revision"]})
+        """The dense model, located and checked; after the conversion, at the commit that was converted."""
+        section, converted = self.recipe.source, self.stage_folder(0)
+        if section.revision is None and (converted / MANIFEST).is_file():
+            # A Hub repository may change before the run is resumed.
+            section = section.model_copy(update={"revision": read_manifest(converted)["source"]["revision"]})
         return source_of(section, self.recipe.causal)
 
     @functools.cached_property
     def real_score(self) -> Source | None:
-        """The model of the recipe's real score, located and checked."""
+        """The model of the recipe's `real_score`, located and checked; None without that section."""
         section = self.recipe.real_score
         return None if section is None else source_of(section, self.recipe.causal)
 
     def networks(self, stage: StageConfig) -> dict[str, Any]:
-        """The frozen networks of a stage: the teacher, and a real score that it asks for, which is read for it."""
-        found = {TEACHER: self.dense()}
+        """Load the frozen networks of a stage: the teacher, and the real score if the stage uses one."""
+        networks = {TEACHER: self.dense()}
         if self.real_score is not None and REAL_SCORE in stages()[stage.stage](stage).networks:
             assert self.recipe.real_score is not None
-            found[REAL_SCORE] = load_dense(self.real_score, getattr(torch, self.recipe.real_score.dtype))
-        return found
+            networks[REAL_SCORE] = load_dense(self.real_score, getattr(torch, self.recipe.real_score.dtype))
+        return networks
 
     @property
     def data_config(self) -> DataConfig:
-        """Where the clips lie, those that the run makes itself included."""
+        """The data section, with the run's own folder for clips that it generates itself."""
         return self.recipe.data.made_in(self.path / DATA)
 
     @functools.cached_property
@@ -85,33 +86,33 @@ class Context:
 
     @property
     def device(self) -> torch.device:
-        """Where models run outside of training."""
+        """The device on which models run outside of training."""
         return default_device()
 
     def dense(self) -> Any:
-        """The teacher, read once, in the source's dtype."""
+        """The teacher in the source's dtype, loaded on the first call."""
         if self._dense is None:
             self._dense = load_dense(self.source, self.dtype)
         return self._dense
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the source, in which its models are used."""
+        """The source's dtype, which the teacher and the student have outside of training."""
         dtype: torch.dtype = getattr(torch, self.recipe.source.dtype)
         return dtype
 
     def stage_folder(self, index: int) -> Path:
-        """Checkpoint of the student after stage `index`; stage 0 is the conversion, -1 the last."""
+        """Folder of the student's checkpoint after stage `index`; stage 0 is the conversion, -1 the last one."""
         return self.path / STAGES / stage_names(self.recipe)[index]
 
     def training_folder(self, index: int) -> Path:
-        """Where stage `index` keeps its metrics and, while it trains, its checkpoints."""
+        """Folder in which stage `index` stores its metrics and, while it trains, its checkpoints."""
         return self.path / TRAINING / stage_names(self.recipe)[index]
 
     def load_stage(self, index: int, dtype: torch.dtype | None = None) -> Any:
-        """The student after stage `index`, from its files, so that a resumed run sees what this one sees.
+        """Load the student after stage `index` from disk, so that a resumed run sees the same weights.
 
-        A stage leaves it in float32; `dtype` None keeps that.
+        Stages store it in float32; `dtype` None keeps that.
         """
         student = load_checkpoint(self.stage_folder(index), dtype)
         student.noise_range = self.recipe.source.noise_range

@@ -1,4 +1,4 @@
-"""Measure a checkpoint that already lies in a folder, with the settings that its manifest records."""
+"""Evaluates an existing checkpoint with the settings recorded in its manifest."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def evaluate_checkpoint(
 ) -> tuple[Path, dict[str, Any]]:
     """Compare the converted model in `folder` with its teacher; writes report.json and report.html.
 
-    `teacher` replaces the source in the manifest, `changes` entries of its evaluate section, `kernels`
-    the key of its streaming section. The
-    report goes to `out`, by default into the checkpoint or beside it in its run folder. Returns the
-    page and the report as it lies there, numbers that are not finite None. Raises UserError in one line.
+    `teacher` replaces the manifest's source, `changes` override keys of its `evaluate` section, and `kernels`
+    overrides `streaming.kernels`. The report goes to `out`; by default into `evaluation/` in the run folder, or
+    into the checkpoint if it is not part of a run. Returns the path of the page and the report as it is stored,
+    with None for numbers that are not finite. Raises UserError in one line.
     """
     root, inner = find_checkpoint(folder)
     if out is None:
@@ -85,21 +85,21 @@ def evaluate_checkpoint(
 
 
 def _run_of(root: Path) -> Path:
-    """The run folder that a checkpoint lies in, the checkpoint's own parent where it lies in none."""
+    """The run folder that contains a checkpoint, or the checkpoint's parent if there is none."""
     return next((folder for folder in root.parents if (folder / STATE).exists()), root.parent)
 
 
 def _made_by(root: Path) -> Recipe | None:
-    """The recipe in a checkpoint's manifest, None for a model without one."""
+    """The recipe in a checkpoint's manifest; None without one."""
     recorded = recorded_recipe(root)
     if recorded and recorded["data"]["kind"] != "digits":
-        # What was made before clips were drawn by the seed held out the last ones.
+        # Recipes that predate the key held out the last clips.
         recorded["data"].setdefault("split", "last")
     return validate(Recipe, recorded) if recorded else None
 
 
 def _load_teacher(student: Any, teacher: str | None, recipe: Recipe | None, folder: Path) -> Any:
-    """The dense model with the student's chunks and window."""
+    """Load the dense model with the student's chunk size and window."""
     if teacher is not None:
         return load_dense(load_source(teacher, causal=student.causal.model_dump(mode="json")), student.dtype)
     if recipe is None:

@@ -1,4 +1,4 @@
-"""Models that share the noise levels between them (Wan2.2): a run each, side by side in one folder."""
+"""Runs and loads experts, models that split the noise levels between them (Wan2.2): one run each, in one folder."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def run_experts(
     console: Console | None = None,
     only: str | None = None,
 ) -> dict[str, RunResult]:
-    """Run every expert of `recipe`, or `only` that one, in the folder of its name in `path`.
+    """Run every expert of `recipe`, or only the one named `only`, each in `path / NAME`.
 
-    The arguments are those of `run`. What would stop a later expert is refused before the first one
-    starts. Raises UserError in one line.
+    The other arguments are those of `run`. All experts are checked before the first one starts. Returns their
+    results by name. Raises UserError in one line.
     """
     names = list(recipe.experts or ()) if only is None else [only]
     parts = {name: recipe.expert(name) for name in names}
@@ -45,7 +45,7 @@ def run_experts(
 
 
 def _prepare(recipe: Recipe, path: Path, parts: Mapping[str, Recipe], resume: bool, until: str | None) -> None:
-    """Check all `parts` and make `path` the folder of their recipe."""
+    """Check all `parts`, then record the recipe in `path`."""
     claim_folder(path, "run folder of several experts", (RESOLVED,))
     if (path / STATE).exists():
         raise UsageError(f"{path} is the run folder of one model; give another --out")
@@ -70,10 +70,10 @@ def _prepare(recipe: Recipe, path: Path, parts: Mapping[str, Recipe], resume: bo
 
 
 def load_models(folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> list[Any]:
-    """The model in a run, checkpoint or transformer folder, or all experts of a run folder, in eval mode.
+    """Load the model of a run, checkpoint or transformer folder, or all experts of a run folder, in eval mode.
 
-    `dtype` None keeps the stored dtypes. Raises UserError in one line, also for one expert alone, which
-    cannot roll out a video.
+    `dtype` None keeps the stored dtypes. Raises UserError in one line; also for the folder of a single expert,
+    which cannot roll out a video alone.
     """
     experts = _experts_of(folder)
     models = []
@@ -87,13 +87,14 @@ def load_models(folder: Path, dtype: torch.dtype | None = None, device: torch.de
     low, high = _noise_range(root)
     if (low, high) != ALL_NOISE:
         raise UsageError(
-            f"{folder} is one of several experts, for noise levels {low:g} to {high:g}; give the folder of all of them"
+            f"{folder} is one of several experts, for noise levels {low:g} to {high:g}; give the run folder of all "
+            "experts"
         )
     return [load_checkpoint(folder, dtype, device)]
 
 
 def read_model_config(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Checkpoint folder and configuration of what `load_models` loads, of the first of several experts.
+    """Checkpoint folder and configuration of the model that `load_models` would load; the first of several experts.
 
     Raises UserError in one line.
     """
@@ -103,7 +104,7 @@ def read_model_config(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _experts_of(folder: Path) -> dict[str, tuple[float, float]]:
-    """The experts of a run folder by name, none for other folders."""
+    """Noise ranges of a run folder's experts by name; empty for any other folder."""
     if not (folder / RESOLVED).is_file():
         return {}
     recipe = read_yaml((folder / RESOLVED).read_text(encoding="utf-8"))
@@ -112,6 +113,6 @@ def _experts_of(folder: Path) -> dict[str, tuple[float, float]]:
 
 
 def _noise_range(root: Path) -> tuple[float, float]:
-    """The noise levels that a checkpoint is for, as its manifest says."""
+    """The noise range recorded in a checkpoint's manifest."""
     low, high = recorded_recipe(root).get("source", {}).get("noise_range", ALL_NOISE)
     return low, high

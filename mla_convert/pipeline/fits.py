@@ -1,4 +1,4 @@
-"""Whether the stages of a run fit the card they begin on, said before hours of work."""
+"""Warns before a run starts if its training stages may not fit the GPU."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ..recipe.schema import Recipe
 from .dry_run import DryRun
 
 ROOM = 0.95
-"""The share of a card that may be counted on; fragmentation and libraries take the rest."""
+"""Usable share of a GPU's memory; fragmentation and libraries take the rest."""
 
 logger = logging.getLogger(__name__)
 
 
 def warn_of_memory(recipe: Recipe, device: torch.device) -> None:
-    """Log a line for every stage that counts more memory than a card like `device` has, as `--dry-run` counts it.
+    """Log a warning for every stage that needs more memory than `device` has, as computed by `--dry-run`.
 
-    What is counted is no measurement, so nothing is refused.
+    The number is computed, not measured, so no run is refused.
     """
     if device.type != "cuda":
         return
@@ -33,12 +33,12 @@ def warn_of_memory(recipe: Recipe, device: torch.device) -> None:
         needs = DryRun(recipe, launch).needs()
     except UserError:
         return
-    there = torch.cuda.get_device_properties(device).total_memory
+    available = torch.cuda.get_device_properties(device).total_memory
     for need in needs:
-        if need.memory_bytes > ROOM * there:
+        if need.memory_bytes > ROOM * available:
             largest = max(need.memory, key=need.memory.__getitem__).replace("_", " ")
             logger.warning(
-                f"stage {need.stage} is counted at {need.memory_bytes / 1e9:.1f} GB a GPU, most of it {largest}, and "
-                f"the card has {there / 1e9:.1f} GB; `mla-convert distill --dry-run` lists it, FSDP2 "
-                "(recipes/accelerate/fsdp2.yaml) and shard_frozen cut it"
+                f"stage {need.stage} needs about {need.memory_bytes / 1e9:.1f} GB per GPU, most of it {largest}, but "
+                f"the GPU has {available / 1e9:.1f} GB; `mla-convert distill --dry-run` lists what takes memory, and "
+                "FSDP2 (recipes/accelerate/fsdp2.yaml) or shard_frozen reduce it"
             )

@@ -1,4 +1,4 @@
-"""Stream videos from a checkpoint into files or a pipe, chunk by chunk, in constant memory."""
+"""Generates videos with a model in a folder and streams them to files or a pipe, chunk by chunk, in constant memory."""
 
 from __future__ import annotations
 
@@ -56,15 +56,15 @@ from .experts import load_models, read_model_config
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for beside the keys of GenerateConfig.
+    """Options of a generation that are not keys of GenerateConfig.
 
-    `prompts` are texts, one video each; or `prompt_embeds` is a file with the embeddings of one, and
-    `negative_embeds` of the negative prompt, by default `negative.safetensors` beside it. `changes` are the
-    prompts that follow. `image` is what a model with channels for one is conditioned on. `components` is a folder
-    or Hub id of the pipeline that has VAE and encoders.
-    `seconds` is the length in place of `num_frames`; an `endless` video ends with Ctrl-C. `size` is height
-    and width in pixels. `vae_dtype` is what the VAE decodes in, and encodes a source in; an image and a start are
-    encoded in float32. `streaming` are keys of StreamingConfig.
+    `prompts` are texts, one video each. Alternatively, `prompt_embeds` is a file with the embeddings of one
+    prompt; `negative_embeds` is that of the negative prompt, by default `negative.safetensors` beside it.
+    `changes` are later prompts with their times. `image` conditions an image-to-video model. `components` is a
+    folder or Hub id of a pipeline with VAE and encoders. `seconds` sets the length instead of `num_frames`; an
+    `endless` video ends with Ctrl-C. `size` is height and width in pixels. `vae_dtype` is the dtype in which the
+    VAE decodes, and encodes a source; an image and a start are encoded in float32. `streaming` has keys of
+    StreamingConfig.
     """
 
     prompts: tuple[str, ...] = ()
@@ -85,15 +85,15 @@ class Request:
 def generate_video(
     folder: Path, out: Path, request: Request, settings: Mapping[str, Any], report: Report
 ) -> dict[str, Any]:
-    """Roll the model in `folder`, or its experts, out for each prompt and write `out`.
+    """Roll out the model in `folder`, or its experts, for each prompt and write the videos to `out`.
 
-    `settings` are keys of GenerateConfig; what is left out is what the model was trained for where
-    that is known. A `.safetensors` file gets the latents `[C, F, H, W]` under `latents`, everything else
-    the picture. Several prompts make `NAME-00`, `NAME-01` and so on, with the seeds from `seed` on. One
-    large model is in memory at a time: the text encoder, then the transformer with its VAE.
+    `settings` has keys of GenerateConfig; missing keys default to those of the recipe that made the model, if it
+    is known. A `.safetensors` file gets the latents `[C, F, H, W]` under `latents`; any other `out` gets the
+    decoded video. Several prompts write `NAME-00`, `NAME-01` and so on, with seeds counting up from `seed`. One
+    large model is in memory at a time: first the text encoder, then the transformer with its VAE.
 
-    An interrupt ends the videos where they are; they are finished and `interrupted` says so. Raises
-    KeyboardInterrupt before the first frame, UserError in one line.
+    An interrupt ends the videos where they are: their files are finished, and `interrupted` in the result is
+    True. Raises KeyboardInterrupt if it comes before the first frame, UserError in one line.
     """
     validate(GenerateConfig, dict(settings))
     task = _Task(folder, out, request, settings)
@@ -103,7 +103,7 @@ def generate_video(
     start = task.start(vae)
     conditions = task.conditions(vae, tokens)
     if vae is not None and request.vae_dtype is not None:
-        # By torch's own method: that of diffusers warns of parts that want float32, of which this VAE has none.
+        # diffusers' own `to` warns about modules that must stay in float32; this VAE has none.
         nn.Module.to(vae, getattr(torch, request.vae_dtype))
     models = load_models(folder, None if request.dtype is None else getattr(torch, request.dtype))
     task.streaming.apply(*models)
@@ -146,7 +146,7 @@ def generate_video(
 
 
 class _Task:
-    """A request against the model in `folder`: checked before anything large is loaded."""
+    """A request for the model in `folder`, checked before anything large is loaded."""
 
     def __init__(self, folder: Path, out: Path, request: Request, settings: Mapping[str, Any]) -> None:
         self.request, self.out, self.asked = request, out, settings
@@ -160,25 +160,25 @@ class _Task:
         self.image = None if request.image is None else read_image(request.image)
         self._check_out()
         self.streaming = validate(StreamingConfig, {**recorded(self.root, "streaming"), **request.streaming})
-        known = {**trained_for(recorded(self.root, "generate"), self.digits), **settings}
+        keys = {**trained_for(recorded(self.root, "generate"), self.digits), **settings}
         if request.size is not None:
-            known["latent_height"] = to_latent("height", request.size[0], self.spatial)
-            known["latent_width"] = to_latent("width", request.size[1], self.spatial)
+            keys["latent_height"] = to_latent("height", request.size[0], self.spatial)
+            keys["latent_width"] = to_latent("width", request.size[1], self.spatial)
         if request.seconds is not None:
-            fps = validate(GenerateConfig, known).fps
-            known["num_frames"] = latent_frames(video_frames(request.seconds, fps), self.temporal)
-        self.config = validate(GenerateConfig, known)
+            fps = validate(GenerateConfig, keys).fps
+            keys["num_frames"] = latent_frames(video_frames(request.seconds, fps), self.temporal)
+        self.config = validate(GenerateConfig, keys)
         self.height, self.width = latent_size(self.model, self.config)
         check_latent_size(self.model, self.height, self.width, self.spatial)
         self.source = self._source()
-        # None where nobody knows it.
+        # None if the length is not known in advance.
         self.frames = None if request.endless else shortest(self.config.num_frames, self.source)
         if self.frames is not None:
             check_length(self.model, self.frames)
             self._check_changes(self.frames)
 
     def _source(self) -> Tensor | SourceVideo | None:
-        """What is restyled: latents `[1, C, F, H, W]`, or pictures that are not encoded yet."""
+        """The source to restyle: latents `[1, C, F, H, W]`, or a video that is not encoded yet."""
         if self.config.source is None:
             return None
         shape = (noise_channels(self.model), self.height, self.width)
@@ -200,28 +200,28 @@ class _Task:
         if out != STDOUT:
             check_place(out, folder=out.suffix == "")
         if out == STDOUT and len(request.prompts) > 1:
-            raise UsageError("stdout takes one video; give one prompt, or a file")
+            raise UsageError("stdout takes one video; give one prompt, or write a file")
         if request.endless and out.suffix.lower() in (LATENTS, ".gif"):
             raise UsageError(f"a {out.suffix} file is kept in memory until its end; write .mp4, a folder or -")
 
     def texts(self) -> tuple[Tensor, PromptSchedule | None, Tensor | None]:
-        """Embeddings `[B, L, D]` of the prompts, those that follow, and the negative `[1, L, D]` if there is one."""
+        """Embeddings `[B, L, D]` of the prompts, the schedule of later prompts, and the negative `[1, L, D]`, if any."""
         request, config = self.request, self.config
-        told = [*request.prompts, *(change.prompt for change in request.changes)]
+        prompts = [*request.prompts, *(change.prompt for change in request.changes)]
         stored = self._negative_file()
         negative = [] if stored is not None or config.guidance_scale == 1 else [config.negative_prompt or ""]
-        if self.digits or not told:
-            # The empty prompt of digits is zeros, which is the rollout's own default.
+        if self.digits or not prompts:
+            # The empty prompt of digits models is zeros, which is also the rollout's default.
             negative = [text for text in negative if text]
         if config.guidance_scale != 1 and stored is None and not negative and not self.digits:
             raise UsageError("guidance needs a negative prompt; give --negative-embeds or --guidance-scale 1")
-        embedded = self._embed([*told, *negative])
+        embedded = self._embed([*prompts, *negative])
         count = len(request.prompts)
         if request.prompt_embeds is not None:
             first = load_prompt_embeds(request.prompt_embeds, self.model["text_dim"])[:1]
         else:
             first = torch.stack(embedded[:count])
-        later = [text.unsqueeze(0) for text in embedded[count : len(told)]]
+        later = [text.unsqueeze(0) for text in embedded[count : len(prompts)]]
         times = [change.seconds for change in request.changes]
         schedule = PromptSchedule(list(zip(times, later, strict=True)), config.fps, self.temporal) if later else None
         if stored is not None:
@@ -229,7 +229,7 @@ class _Task:
         return first, schedule, embedded[-1].unsqueeze(0) if negative else None
 
     def _negative_file(self) -> Path | None:
-        """Where the embedding of the negative prompt lies, if guidance needs it and it need not be encoded."""
+        """File with the embedding of the negative prompt; None if it has to be encoded or guidance is off."""
         embeds, asked = self.request.prompt_embeds, self.request.negative_embeds
         if asked is not None or embeds is None or "negative_prompt" in self.asked or self.config.guidance_scale == 1:
             return asked
@@ -252,7 +252,7 @@ class _Task:
         return embeds
 
     def vae(self) -> Any:
-        """The VAE, on the CPU, where pictures come in or go out of latents; else None."""
+        """The VAE, on the CPU; None if nothing has to be encoded or decoded."""
         start = self.config.start
         encodes = self.image is not None or (start is not None and Path(start).suffix != LATENTS)
         encodes = encodes or isinstance(self.source, SourceVideo)
@@ -262,7 +262,7 @@ class _Task:
         encoded = "image" if self.image is not None else "source" if isinstance(self.source, SourceVideo) else None
         if parts is None and encoded is not None:
             raise UsageError(
-                f"this checkpoint has no VAE, which encodes the {encoded}; give --components, a folder or Hub id of "
+                f"this checkpoint has no VAE to encode the {encoded}; give --components, a folder or Hub id of "
                 "its pipeline"
             )
         if parts is None:
@@ -275,7 +275,7 @@ class _Task:
         return vae
 
     def start(self, vae: Any) -> Tensor | None:
-        """The clean beginning `[1, C, F0, H, W]`."""
+        """Clean latents `[1, C, F0, H, W]` that the video starts from, or None."""
         path = self.config.start
         if path is None:
             return None
@@ -287,20 +287,20 @@ class _Task:
         return start
 
     def image_tokens(self) -> Tensor | None:
-        """The CLIP tokens `[1, 257, D]` of the image, where the model reads them."""
+        """The image's CLIP tokens `[1, 257, D]`; None if the model does not read any."""
         if self.image is None or not reads_tokens(self.model):
             return None
         parts = find_parts(self.root, IMAGE_TOKENS, self.request.components)
         if parts is None:
             raise UsageError(
-                "this checkpoint has no image encoder, whose tokens the model reads; give --components, a folder or "
+                "this checkpoint has no image encoder, which the model needs; give --components, a folder or "
                 "Hub id of its pipeline"
             )
         with image_encoder(parts, self.device) as embed:
             return embed(self.image)
 
     def conditions(self, vae: Any, tokens: Tensor | None) -> dict[str, Any] | None:
-        """What the model is conditioned on beside text."""
+        """The image conditioning of the model by name; None without an image."""
         if self.image is None:
             return None
         vae.to(self.device)
@@ -310,12 +310,12 @@ class _Task:
 
 
 def recorded(root: Path, section: str) -> dict[str, Any]:
-    """A section of the recipe that made a checkpoint, as far as it is known."""
+    """A section of the recipe recorded in a checkpoint; empty if there is none."""
     return recorded_recipe(root).get(section) or {}
 
 
 def _write_latents(chunks: Iterable[Tensor], paths: Sequence[Path]) -> tuple[int, bool]:
-    """Latent frames written, and whether an interrupt ended them."""
+    """Write one latents file per video; returns the number of latent frames, and whether an interrupt ended them."""
     made: list[Tensor] = []
     interrupted = False
     try:
@@ -332,7 +332,7 @@ def _write_latents(chunks: Iterable[Tensor], paths: Sequence[Path]) -> tuple[int
 
 
 def _write_videos(chunks: Iterable[Tensor], paths: Sequence[Path], vae: Any, fps: float) -> tuple[int, bool]:
-    """Latent frames written, and whether an interrupt ended them; each file in a thread of its own."""
+    """Decode and write each video in its own thread; returns the same as `_write_latents`."""
     counted = _Counted(chunks)
     writers = [FrameWriter(path, fps) for path in paths]
     interrupted = False
@@ -355,7 +355,7 @@ def _write_videos(chunks: Iterable[Tensor], paths: Sequence[Path], vae: Any, fps
 
 
 class _Counted:
-    """Chunks of a rollout, and the number of frames in those that were handed out."""
+    """Iterates over the chunks of a rollout and counts the latent frames handed out so far."""
 
     def __init__(self, chunks: Iterable[Tensor]) -> None:
         self.chunks, self.frames = chunks, 0

@@ -1,4 +1,4 @@
-"""Run a recipe from its source to its report, or any part of that, and go on after an interruption."""
+"""Runs a recipe from its source to its report, or part of it, and resumes after an interruption."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ from .fits import warn_of_memory
 from .rundir import RunDir, has_failed, read_state
 from .steps import Step, steps_of
 
-_PATIENCE = timedelta(hours=1)
-# Seconds in which every machine sees what the first process wrote.
+_TIMEOUT = timedelta(hours=1)
+# Seconds until every machine sees what the first process wrote to a shared file system.
 _SEEN_WITHIN = 60.0
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """`model` is the folder of the last model that was made, `seconds` the wall-clock time of the steps so far.
+    """The result of a run in the folder `path`.
 
-    `main` is False in the helper processes of a distributed run.
+    `model` is the folder of the last model that was written, `seconds` the wall-clock time of each step so far.
+    `main` is False in every process of a distributed run but the first.
     """
 
     path: Path
@@ -47,11 +48,12 @@ class RunResult:
 def run(
     recipe: Recipe, path: Path, resume: bool = False, until: str | None = None, console: Console | None = None
 ) -> RunResult:
-    """Do the steps of `recipe` that are not done yet in the run folder `path`.
+    """Run the steps of `recipe` that are not done yet in the run folder `path`.
 
-    `until` is the first word of the last step to do, such as `convert` or `distill`. In a distributed
-    run every process calls this; the first one does what is not training. Raises UserError in one
-    line; what was done before stays; UsageError for a recipe of several experts (`run_experts`).
+    `until` is the first word of the last step to run, such as `convert` or `distill`. In a distributed
+    run every process calls this; the first one alone does everything but training and rollouts for data.
+    Raises UserError in one line, which leaves finished steps in place; UsageError for a recipe with
+    several experts (use `run_experts`).
     """
     if recipe.experts is not None:
         raise UsageError(f"recipe {recipe.name} converts several models; choose --expert {' or '.join(recipe.experts)}")
@@ -59,7 +61,7 @@ def run(
     steps = steps_until(recipe, until)
     model = path / STAGES / stage_names(recipe)[sum(step.trains for step in steps)]
     if not processes.is_main_process:
-        _help(recipe, path, steps, processes)
+        _follow(recipe, path, steps, processes)
         return RunResult(path, model, {}, main=False)
     folder = RunDir(path, recipe, resume)
     try:
@@ -76,22 +78,23 @@ def run(
 
 
 def this_process() -> PartialState:
-    """This process among those of its launcher; Accelerate takes several on a CPU only when told so.
+    """Accelerate's state of this process, on the CPU where there is no accelerator.
 
-    Where they meet they wait for each other for an hour, not NCCL's ten minutes: the first one also measures
-    held-out losses, draws previews and writes checkpoints.
+    Collectives time out after an hour instead of NCCL's ten minutes, because the first process also computes
+    held-out losses, generates previews and writes checkpoints while the others wait.
     """
+    # Accelerate runs several processes on CPUs only if it is asked to.
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or (world_size() > 1 and not torch.accelerator.is_available())
-    return PartialState(cpu=on_cpu, timeout=_PATIENCE)
+    return PartialState(cpu=on_cpu, timeout=_TIMEOUT)
 
 
 def _lead(recipe: Recipe, folder: RunDir, steps: list[Step], processes: PartialState, console: Console) -> None:
-    """The first process: check, do every step that is not done, and record it."""
+    """In the first process: check the inputs, run every step that is not done, and record it."""
     if folder.changed:
-        _say(console, f"the recipe is not that of before: {'; '.join(map(str, folder.changed))}")
+        _say(console, f"the recipe has changed since the run began: {'; '.join(map(str, folder.changed))}")
     stale = folder.verify(step.name for step in steps_of(recipe))
     if stale:
-        _say(console, f"the output of {stale} is not what was written; it is made again")
+        _say(console, f"the output of step {stale} is missing or has changed; the step runs again")
     pending = [step for step in steps if not folder.is_done(step.name)]
     for step in steps:
         if step not in pending:
@@ -115,13 +118,14 @@ def _lead(recipe: Recipe, folder: RunDir, steps: list[Step], processes: PartialS
             step.action(context)
             if step.everywhere:
                 processes.wait_for_everyone()
-            read = context.data.identity if step.reads_clips else None
-            folder.mark_done(step.name, step.paths, time.monotonic() - started, read)
+            clips = context.data.identity if step.reads_clips else None
+            folder.mark_done(step.name, step.paths, time.monotonic() - started, clips)
             _discard_scratch(folder, step)
 
 
 def require_clips(folder: RunDir, context: Context, pending: Sequence[Step]) -> None:
-    """Raise UserError where `pending` steps would read other clips than those before them, if they lie there yet."""
+    """Raise UserError if the `pending` steps would read other clips than the finished ones did."""
+    # Clips that a pending "data" step generates do not exist yet.
     if any(step.reads_clips for step in pending) and not any(step.name == "data" for step in pending):
         folder.require_clips(context.data.identity)
 
@@ -135,14 +139,14 @@ def _discard_scratch(folder: RunDir, step: Step) -> None:
         shutil.rmtree(folder.path / step.scratch, ignore_errors=True)
 
 
-def _help(recipe: Recipe, path: Path, steps: list[Step], processes: PartialState) -> None:
-    """The other processes: take part in training, wait for everything else.
+def _follow(recipe: Recipe, path: Path, steps: list[Step], processes: PartialState) -> None:
+    """In the other processes: take part in steps that run everywhere, and wait for the rest.
 
-    They wait by looking: what the first process does alone may take longer than a barrier's patience.
+    They poll the run's state, because what the first process does alone may outlast the timeout of a barrier.
     """
     processes.wait_for_everyone()
     done = read_state(path, _SEEN_WITHIN)["steps"]
-    context = Context(recipe, path, lambda *told: None, main=False)
+    context = Context(recipe, path, lambda *args: None, main=False)
     for step in steps:
         if step.name not in done:
             if step.everywhere:
@@ -152,17 +156,20 @@ def _help(recipe: Recipe, path: Path, steps: list[Step], processes: PartialState
 
 
 def _is_done(path: Path, step: str) -> bool:
-    """Whether the first process has done a step. Raises UserError when it has failed."""
+    """Whether the first process has finished a step. Raises UserError if that process failed."""
     if has_failed(path):
-        raise UserError("the first process of the run has failed; its own message says why")
+        raise UserError("the first process of the run failed; see its error message")
     return step in read_state(path, _SEEN_WITHIN)["steps"]
 
 
 def steps_until(recipe: Recipe, until: str | None) -> list[Step]:
-    """The steps of a recipe up to the last whose first word is `until`, up to the conversion where there is none."""
+    """The steps of a recipe up to and including the last whose first word is `until`; all of them if it is None.
+
+    If no step has that name (`distill` without stages), the conversion is the last one.
+    """
     steps = steps_of(recipe)
     if until is None:
         return steps
     words = [step.name.split()[0] for step in steps]
-    wanted = until if until in words else "convert"
-    return steps[: len(words) - words[::-1].index(wanted)]
+    last = until if until in words else "convert"
+    return steps[: len(words) - words[::-1].index(last)]

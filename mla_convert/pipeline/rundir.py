@@ -1,6 +1,6 @@
-"""A run's folder: which steps are done, with the digests of what they wrote.
+"""Manages a run folder: records which steps are done, with digests of the files they wrote.
 
-A step writes its output whole or not at all and is then marked done in `state.json`, so a run that
+A step writes its output completely or not at all, and is then marked done in `state.json`. A run that
 was killed at any moment repeats at most the step it was in.
 """
 
@@ -32,17 +32,17 @@ _RETRY_SECONDS = 0.5
 class RunDir:
     """The run folder of one recipe, locked against a second process until `close`.
 
-    With `resume` a folder of the same recipe is continued; one in which no step is done yet is free. `changed`
-    are the keys in which the recipe may differ and does (`corrections`); `begin` records it as it is now.
-    Raises UserError for a folder that is not a run's, that another process works in, or that would
-    have to be resumed; UsageError that names a key in which its recipe must not differ. Nothing is written
-    before `begin`.
+    `resume` continues a run of the same recipe; a folder with no finished step needs no `resume`. `changed` lists
+    the keys that differ from the recorded recipe and are allowed to (see `corrections`); `begin` records the new
+    values. Nothing is written before `begin`. Raises UserError if the folder is not a run folder, if another
+    process works in it, or if it has finished steps and `resume` is False; UsageError, naming the key, if the
+    recipe differs where it must not.
     """
 
     def __init__(self, path: Path, recipe: Recipe, resume: bool) -> None:
         self.path, self.recipe = path, recipe
         self.changed: list[Change] = []
-        self._spoilt: list[Path] = []
+        self._corrupt: list[Path] = []
         claim_folder(path, "run folder")
         self._lock = contextlib.ExitStack()
         self._lock.enter_context(locked_folder(path))
@@ -53,49 +53,49 @@ class RunDir:
             raise
 
     def _continued(self, resume: bool) -> dict[str, Any]:
-        """The state of the run so far, or that of a new one."""
-        stated: dict[str, Any] = {"recipe_sha256": self.recipe.sha256(), "recipe": self.recipe.model_dump(mode="json")}
+        """The state of the run so far, or of a new run."""
+        current: dict[str, Any] = {"recipe_sha256": self.recipe.sha256(), "recipe": self.recipe.model_dump(mode="json")}
         if (self.path / STATE).exists():
             state = read_state(self.path)
             if state["steps"]:
-                self.changed = self._allowed_changes(state["recipe"], stated["recipe"], state["steps"])
+                self.changed = self._allowed_changes(state["recipe"], current["recipe"], state["steps"])
                 if not resume:
                     how = "is finished" if state["finished"] else "was started before"
                     raise UserError(f"the run in {self.path} {how}; continue it with --resume or give another --out")
                 if any(change.section in (*LATE, "data") for change in self.changed):
-                    # The checkpoint records the recipe, and its evaluation reads the data.
+                    # The exported checkpoint records the recipe, and `evaluate` reads its data section.
                     state["steps"].pop("export", None)
-                return {**state, **stated}
-        return {"format": FORMAT, **stated, "finished": False, "steps": {}}
+                return {**state, **current}
+        return {"format": FORMAT, **current, "finished": False, "steps": {}}
 
     def begin(self) -> None:
-        """Make the folder a run folder of this recipe, rid of what was spoilt or left half-written."""
+        """Record the recipe and the state, and delete files that are corrupt or left half-written."""
         for leftover in self.path.glob(".*.tmp"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        for file in self._spoilt:
-            # A step may keep the files that it finds.
+        for file in self._corrupt:
+            # A step may reuse existing files.
             file.unlink(missing_ok=True)
-        self._spoilt = []
+        self._corrupt = []
         (self.path / FAILED).unlink(missing_ok=True)
         self._save()
         write_text(self.path / RESOLVED, self.recipe.dump())
 
     def close(self) -> None:
-        """Let go of the folder, and remove it if it was made here and nothing was written to it."""
+        """Unlock the folder, and remove it if this run created it and wrote nothing to it."""
         self._lock.close()
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Wall-clock seconds by step done."""
+        """Wall-clock seconds of each finished step."""
         return {name: step["seconds"] for name, step in self._state["steps"].items()}
 
     def is_done(self, step: str) -> bool:
         return step in self._state["steps"]
 
     def verify(self, order: Iterable[str]) -> str | None:
-        """Forget the first step whose output is gone or changed, and all after it; returns its name.
+        """Mark the first step whose output is missing or changed, and all later ones, as not done; returns its name.
 
-        Of what it wrote, the files that are not as they were go with `begin`. Others beside them are somebody's own.
+        `begin` then deletes that step's changed files. Files that it did not write are the user's and stay.
         """
         names = list(order)
         for position, name in enumerate(names):
@@ -106,7 +106,7 @@ class RunDir:
             found = {file: digest for file, digest in self._digests(written).items() if file in written}
             if found == written:
                 continue
-            self._spoilt = [self.path / file for file in found if found[file] != written[file]]
+            self._corrupt = [self.path / file for file in found if found[file] != written[file]]
             for later in names[position:]:
                 self._state["steps"].pop(later, None)
             self._state["finished"] = False
@@ -114,14 +114,14 @@ class RunDir:
         return None
 
     def require_clips(self, found: Identity | None) -> None:
-        """Raise UserError unless the steps that are done, as far as is known, have read the clips that are `found`."""
+        """Raise UserError if a finished step recorded other clips than `found`."""
         for step in self._state["steps"].values():
-            known = step.get("clips") or found
-            if known != found:
-                raise UserError(f"the run in {self.path} was begun with other clips: {other_clips(known, found)}")
+            recorded = step.get("clips") or found
+            if recorded != found:
+                raise UserError(f"the run in {self.path} was begun with other clips: {other_clips(recorded, found)}")
 
     def mark_done(self, step: str, paths: Iterable[str], seconds: float, clips: Identity | None = None) -> None:
-        """Record that `step` wrote `paths`, files or folders relative to the run folder, and what clips it read."""
+        """Record that `step` wrote `paths`, files or folders relative to the run folder, and which clips it read."""
         written = sorted(paths)
         self._state["steps"][step] = {
             "paths": written,
@@ -137,8 +137,8 @@ class RunDir:
         self._save()
 
     def mark_failed(self) -> None:
-        """Tell the processes that wait for this one; the next `begin` takes it back."""
-        # Before a run has begun they look at nothing, and what lies in the folder makes it somebody's.
+        """Tell the processes that wait for this one that it failed; the next `begin` removes the mark."""
+        # Before `begin` no process polls the folder, and a file in it would make it look like someone else's.
         if (self.path / STATE).exists():
             with contextlib.suppress(OSError):
                 (self.path / FAILED).touch()
@@ -160,22 +160,22 @@ class RunDir:
         if refused:
             key, old, new = first = refused[0]
             if has_key(recorded, key) != has_key(resolved, key):
-                # What is recorded has every key of its version.
+                # A recorded recipe has every key of its version.
                 has = "have" if has_key(recorded, key) else "do not have"
                 raise UsageError(
                     f"the run in {self.path} was begun by another version of mla-convert, whose recipes {has} the key "
-                    f"{key}; go on with that version or give another --out"
+                    f"{key}; continue with that version or give another --out"
                 )
-            late = "; what it has made export, evaluate and generate take as it is" if first.section in LATE else ""
+            late = ", or change it with export, evaluate or generate on its checkpoint" if first.section in LATE else ""
             raise UsageError(
-                f"the run in {self.path} has another recipe: {key} is {describe(old)} there and {describe(new)} here; "
+                f"the run in {self.path} has another recipe: {key} was {describe(old)} and is now {describe(new)}; "
                 f"give another --out{late}"
             )
         return allowed
 
 
 def has_failed(path: Path) -> bool:
-    """Whether the first process of the run in `path` has ended with an error."""
+    """Whether the first process of the run in `path` has failed."""
     try:
         return FAILED in os.listdir(path)
     except OSError:
@@ -183,10 +183,10 @@ def has_failed(path: Path) -> bool:
 
 
 def read_state(path: Path, patience: float = 0.0) -> dict[str, Any]:
-    """`state.json` of a run folder. Raises UserError when there is none that can be read.
+    """Read `state.json` of a run folder. Raises UserError if it is missing, unreadable or of another version.
 
-    Another machine may not see for a while a file that has just been replaced (NFS, ESTALE): for `patience` seconds
-    it is tried again.
+    On NFS, another machine may briefly not see a file that was just replaced (ESTALE), so reading is retried for
+    `patience` seconds.
     """
     end = time.monotonic() + patience
     try:

@@ -1,4 +1,4 @@
-"""The dense model that a recipe names."""
+"""Locates the dense model that a recipe names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from ..recipe.schema import SourceConfig
 
 
 def source_of(section: SourceConfig, causal: CausalConfig | None) -> Source:
-    """The model of a recipe's `source`, located and checked, for its noise levels. Raises UserError in one line."""
+    """Locate and check the model of a recipe's `source` or `real_score`, with its noise range and components.
+
+    Raises UserError in one line.
+    """
     found = load_source(
         section.model,
         section.subfolder,

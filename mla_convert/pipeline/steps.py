@@ -1,4 +1,4 @@
-"""The steps of a run, in their order. Each reads its input from disk and writes its output whole."""
+"""Defines the steps of a run and their order. Each step reads its input from disk and writes its output atomically."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ STREAMED_SHARD_SIZE = "1GB"
 
 @dataclass(frozen=True)
 class Step:
-    """`paths`: what the step writes. `scratch`: deleted once it is done. Both relative to the run folder.
+    """One step of a run.
 
-    With `reads_clips` it needs the data, with `everywhere` every process of a distributed run takes part. `stage` is
-    the index in `distill` of the stage that it trains.
+    `paths` are the files and folders it writes, `scratch` a folder that is deleted once the step is done; all are
+    relative to the run folder. `reads_clips`: the step reads training data. `everywhere`: every process of a
+    distributed run takes part. `stage` is the index in `distill` of the stage it trains, if any.
     """
 
     name: str
@@ -46,12 +47,12 @@ class Step:
 
     @property
     def trains(self) -> bool:
-        """Whether it is a stage of `distill`."""
+        """Whether the step trains a stage of `distill`."""
         return self.stage is not None
 
 
 def steps_of(recipe: Recipe) -> list[Step]:
-    """What a run of `recipe` does, in order."""
+    """The steps of a run of `recipe`, in order."""
     stages = stage_names(recipe)
     models = [(f"{STAGES}/{stage}/transformer", f"{STAGES}/{stage}/{MANIFEST}") for stage in stages]
     calibrated = recipe.convert.init == "activation"
@@ -81,12 +82,12 @@ def steps_of(recipe: Recipe) -> list[Step]:
 
 
 def _measured(recipe: Recipe) -> list[int]:
-    """The stages whose models are evaluated: the conversion and the last."""
+    """Indices of the stages whose models are evaluated: the conversion and the last stage."""
     return sorted({0, len(recipe.distill)})
 
 
 def recorded(context: Context) -> dict[str, Any]:
-    """What the manifest of a checkpoint says beside what the checkpoint itself shows."""
+    """Entries of a checkpoint's manifest that cannot be derived from the checkpoint itself."""
     return {
         "recipe": context.recipe.model_dump(mode="json"),
         "source": context.source.provenance(),
@@ -121,7 +122,7 @@ def _convert(context: Context) -> None:
 
 
 def _parts_of(recipe: Recipe) -> str:
-    """Where the conversion keeps what it has done so far, in the run folder."""
+    """Where the conversion stores its finished parts, relative to the run folder."""
     return f"{STAGES}/.{stage_names(recipe)[0]}.parts"
 
 
@@ -140,7 +141,7 @@ def _distill(context: Context, index: int) -> None:
         context.report,
         preview_strip,
     )
-    # A later stage may do without it.
+    # Free the device's memory: the next stage may not use the teacher.
     context.dense().to("cpu")
     if context.main:
         save_checkpoint(student, context.stage_folder(index), recorded(context))
@@ -157,14 +158,14 @@ def _evaluate(context: Context) -> None:
         recipe.streaming.dense.apply(teacher)
         recipe.streaming.apply(student)
         result = evaluate(student, teacher, context.data_config, config, context.report, recipe.seed)
-        # Not beside the next one.
+        # Free it before the next student is loaded.
         del student
         write_json(context.stage_folder(index) / REPORT_JSON, finite(result))
 
 
 def _export(context: Context) -> None:
     recipe = context.recipe
-    # Later sections may have changed since the model was written.
+    # Sections such as `export` or `generate` may have changed since the model was written.
     export(context.stage_folder(-1), context.path / CHECKPOINT, recipe.export, recipe.model_dump(mode="json"))
 
 

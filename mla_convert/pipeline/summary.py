@@ -1,4 +1,4 @@
-"""The report of a run: what was measured, what it costs in memory, how long it took."""
+"""Builds the report of a run from its evaluations, its computed memory and its timings."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ SHARED_WITH_PLAN = (
 
 
 def describe(model: Any, generate: GenerateConfig, cache: CacheBits = "auto") -> dict[str, Any]:
-    """Memory of a converted model, its latents kept in `cache`, and of its dense form; the versions that made it."""
+    """Computed memory of a converted model, with its latents stored as `cache` says, and of its dense form.
+
+    Also returns the installed `versions`.
+    """
     height, width = latent_size(model.config, generate)
     geometry, rows = from_model(model, height, width, generate.fps, latent_scale(model.config).temporal)
     dtype = str(model.dtype).removeprefix("torch.")
@@ -43,19 +46,19 @@ def describe(model: Any, generate: GenerateConfig, cache: CacheBits = "auto") ->
 
 
 def read_evaluation(folder: Path) -> dict[str, Any]:
-    """What was measured of the model in `folder`."""
+    """Read the evaluation of the model in `folder`."""
     result: dict[str, Any] = json.loads((folder / REPORT_JSON).read_text(encoding="utf-8"))
     return result
 
 
 def training_rows(context: Context) -> list[Row]:
-    """The metrics of all stages, one after the other."""
+    """The training metrics of all stages, in order."""
     stages = range(1, len(context.recipe.distill) + 1)
     return [row for index in stages for row in Metrics(context.training_folder(index) / "metrics.jsonl").rows()]
 
 
 def _sampled_by(context: Context) -> dict[str, Any]:
-    """`kernels`: what attended in the samples of a run, nothing where it has none."""
+    """Under `kernels`, what computed attention in the samples of a run; empty without samples."""
     if not context.recipe.generate.prompts:
         return {}
     with safe_open(context.path / SAMPLES / ROLLOUTS, "pt") as file:
@@ -63,7 +66,7 @@ def _sampled_by(context: Context) -> dict[str, Any]:
 
 
 def build_report(context: Context) -> dict[str, Any]:
-    """`report.json` of a run, in the keys of `mla_convert.evaluate.report`."""
+    """Build `report.json` of a run, with the keys described in `mla_convert.evaluate.report`."""
     seconds, converted = dict(context.seconds), read_evaluation(context.stage_folder(0))["student_loss"]
     return {
         "name": context.recipe.name,
@@ -72,7 +75,7 @@ def build_report(context: Context) -> dict[str, Any]:
         **read_evaluation(context.stage_folder(-1)),
         **describe(load_shape(context.path / CHECKPOINT), context.recipe.generate, context.recipe.streaming.cache),
         **_sampled_by(context),
-        # So that it is named among the numbers that are not finite.
+        # NaN, so that the report lists it among the numbers that are not finite.
         "converted_loss": math.nan if converted is None else converted,
         "seconds": {**seconds, "total": round(sum(seconds.values()), 3)},
         "curves": training_rows(context),
