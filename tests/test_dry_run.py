@@ -129,7 +129,7 @@ def test_the_paper_on_eight_cards(capsys):
     """Without the weights; the published model has 1,418,996,800 parameters, its teacher lies in bf16."""
     plain = needs(capsys, "wan2.1-1.3b-paper", "--processes", "8")
     assert plain["launch"] == {"processes": 8, "sharded": False, "zero": False}
-    assert "its weights are not here" in plain["assumptions"][0]
+    assert "its weights are not on this machine" in plain["assumptions"][0]
     forcing, consistency, dmd, longer = plain["stages"]
     weights = forcing["parameters"]
     assert forcing["trained"] == weights

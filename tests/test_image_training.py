@@ -291,7 +291,7 @@ STAGE = {"stage": "match_velocity", "steps": 1, "learning_rate": 1e-3, "preview"
         (
             "wan2.1",
             rolled_out(prompt_embeds="{folder}/wan2.1"),
-            "data.rollouts: the model is conditioned on an image, and prompts alone hold none; name a folder of clips",
+            "data.rollouts: the model is conditioned on an image, and prompts alone have none; set prompt_embeds to",
         ),
         (
             "wan2.1",

@@ -313,7 +313,7 @@ def test_clips_without_images_refuse_the_model(
         error = " ".join(capsys.readouterr().err.split())
         assert refused in error and "`mla-convert encode --image-condition` and the model's own pipeline" in error
     assert not (tmp_path / "run").exists()
-    with pytest.raises(UsageError, match="is an image-to-video model, and VBench's standard prompts come without"):
+    with pytest.raises(UsageError, match="is an image-to-video model, and VBench's standard prompts have no images"):
         Drawing(tmp_path / "i2v", VBenchConfig(tmp_path), [], tmp_path, lambda *told: None)
     assert main(["convert", "convert.yaml", "--out", "converted"]) == 0
     made = ["converted/stages/00-convert", "--prompt", "a red square", "--frames", "2", "--steps", "1"]

@@ -182,7 +182,9 @@ def test_a_recipe_of_another_version_is_named_as_that(teacher, copied, gone):
         stage["flavour"] = 3
     write_json(copied / "state.json", content)
     what = r"do not have the key distill\.0\.batch_size" if gone else r"have the key distill\.0\.flavour"
-    with pytest.raises(UsageError, match=rf"begun by another version of mla-convert, whose recipes {what}; go on with"):
+    with pytest.raises(
+        UsageError, match=rf"begun by another version of mla-convert, whose recipes {what}; continue with"
+    ):
         run(recipe(teacher), copied, resume=True)
 
 

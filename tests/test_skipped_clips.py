@@ -127,7 +127,7 @@ def test_a_run_goes_on_without_the_clip_that_ended_it(teacher, tmp_path):
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=rf"clip {BAD} of "):
         run(recipe(teacher, tmp_path / "bad", *extra), tmp_path / "run", resume=True, until="distill")
-    with pytest.raises(UsageError, match=r"another recipe: data\.heldout is 2"):
+    with pytest.raises(UsageError, match=r"another recipe: data\.heldout was 2"):
         run(recipe(teacher, tmp_path / "bad", "data.heldout=3"), tmp_path / "run", resume=True, until="distill")
 
     skipping = recipe(teacher, tmp_path / "bad", *extra, f"data.skip=[{BAD}]")

@@ -127,7 +127,7 @@ def test_it_goes_on_where_it_stopped(capfd, checkout, model, tmp_path) -> None:
     assert {name: (out / "videos" / name).read_bytes() for name in names(out)} == contents
     assert {path: path.stat().st_mtime_ns for path in out.glob("scores/*/log.txt")} == logs
     code, _, error = vbench(capfd, model, checkout, out, "--seed", "1", *SOME)
-    assert code == 2 and "were drawn with generate.seed 0, not 1" in error
+    assert code == 2 and "were generated with generate.seed 0, not 1" in error
 
 
 def grey(value: float) -> np.ndarray:
@@ -300,7 +300,7 @@ def test_folders_that_are_not_what_they_should_be(capfd, checkout, model, tmp_pa
     code, _, error = vbench(capfd, model, checkout, tmp_path / "full")
     assert code == 1 and "is not a VBench folder" in error
     assert main(["vbench", str(model), "--vbench", str(checkout)]) == 2
-    assert "is not a run folder; say with --out" in capfd.readouterr().err
+    assert "is not a run folder; give --out" in capfd.readouterr().err
 
 
 def test_rewritten_prompts_are_told_and_the_short_ones_name_the_videos(checkout, tmp_path) -> None:

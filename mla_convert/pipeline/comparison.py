@@ -1,4 +1,4 @@
-"""Read finished runs and write the page that shows them beside each other."""
+"""Reads finished runs and writes the page that compares them."""
 
 from __future__ import annotations
 
@@ -21,16 +21,15 @@ from .context import ROLLOUTS, SAMPLES
 
 
 def compare_runs(folders: Sequence[Path], out: Path) -> list[Run]:
-    """Write the comparison of the runs in `folders` as the page `out`; returns what was compared.
+    """Compare the runs in `folders` and write the page `out`; returns the runs.
 
-    A folder is that of a run or any other with a `report.json`, as `evaluate` writes it. Raises
-    UsageError for a number of folders or an `out` that does not fit, UserError for a folder without a
-    report that can be read.
+    Each folder is a run folder or has a `report.json` from `evaluate`. Raises UsageError for too few or too many
+    folders or an `out` that is not an .html file, UserError for a folder without a readable report.
     """
     if not 2 <= len(folders) <= MAX_RUNS:
         raise UsageError(f"compare takes 2 to {MAX_RUNS} runs, not {len(folders)}")
     if out.suffix.lower() not in (".html", ".htm"):
-        raise UsageError(f"cannot write {out}: give a name that ends in .html")
+        raise UsageError(f"cannot write {out}; give a name that ends in .html")
     reports = [_read_report(folder) for folder in folders]
     names = _names(folders, reports)
     runs = [
@@ -52,14 +51,14 @@ def _read_report(folder: Path) -> dict[str, Any]:
             f"{folder} has no {REPORT_JSON}; finish the run or write one with `evaluate {folder}`"
         ) from None
     except (OSError, ValueError):
-        raise UserError(f"{path} cannot be read; write it anew with `evaluate {folder}`") from None
+        raise UserError(f"{path} cannot be read; write it again with `evaluate {folder}`") from None
     if not isinstance(report, dict):
         raise UserError(f"{path} is not a report of mla-convert; give the folder of a finished run")
     return report
 
 
 def _names(folders: Sequence[Path], reports: Sequence[dict[str, Any]]) -> list[str]:
-    """The runs' own names, or those of their folders, whichever tells them apart; the paths at last."""
+    """Distinct names: the runs' own, else those of their folders, else the paths as given."""
     own = [str(report.get("name") or folder.resolve().name) for folder, report in zip(folders, reports, strict=True)]
     for names in (own, [folder.resolve().name for folder in folders], [str(folder) for folder in folders]):
         if len(set(names)) == len(names):
@@ -68,7 +67,7 @@ def _names(folders: Sequence[Path], reports: Sequence[dict[str, Any]]) -> list[s
 
 
 def read_samples(folder: Path, report: dict[str, Any]) -> list[Comparison]:
-    """What the samples step of a run drew; nothing where that are latents, or where there are none."""
+    """The samples of a run; empty if it has none or if they are latents, which would need a VAE."""
     path = folder / SAMPLES / ROLLOUTS
     if not path.is_file() or not report.get("recipe"):
         return []
@@ -76,7 +75,7 @@ def read_samples(folder: Path, report: dict[str, Any]) -> list[Comparison]:
     try:
         videos = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read the samples {path}: {error}; delete the folder or run it again") from None
+        raise UserError(f"cannot read the samples {path}: {error}; resume the run to make them again") from None
     if videos["student"].shape[1] not in (1, 3):
         return []
     return [

@@ -1,4 +1,4 @@
-"""`distill --dry-run`: what the stages of a recipe will need, and how long, before anything is converted."""
+"""Computes what the stages of a recipe need (`distill --dry-run`): memory, steps, tokens and time; trains nothing."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from ..run.sample import DIGITS, latent_size, prompt_encoder
 from .sources import source_of
 
 WAN_1_3B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
-# What these published models, called by a part of their names, have other than diffusers' defaults.
+# Differences from diffusers' default configuration, by a part of a published model's name.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "wan2.1-t2v-1.3b": WAN_1_3B,
     "wan2.1-t2v-14b": {},
@@ -46,9 +46,9 @@ DIGITS_TEXT, WAN_TEXT, WAN_FRAMES, CLIP_TOKENS = 3, 512, 21, 257
 
 
 class DryRun:
-    """The models of a recipe on the meta device, and a clip's shape; nothing is read but shapes.
+    """Builds the models of a recipe on the meta device and finds the shape of a clip; reads shapes, no weights.
 
-    Raises UserError in one line where the source's configuration is not known here.
+    Raises UserError in one line if the source's configuration cannot be determined.
     """
 
     def __init__(self, recipe: Recipe, launch: Launch) -> None:
@@ -63,29 +63,31 @@ class DryRun:
     def _shapes(self, section: SourceConfig) -> tuple[Family, dict[str, Any]]:
         causal = self.recipe.causal
         try:
-            found = source_of(section, causal)
-            return found.family, found.config
+            source = source_of(section, causal)
+            return source.family, source.config
         except UserError as error:
-            family, config = self._known(section, error)
+            family, config = self._published(section, error)
         if causal is not None:
             config["causal"] = causal.model_dump(mode="json")
         return family, config
 
-    def _known(self, section: SourceConfig, error: UserError) -> tuple[Family, dict[str, Any]]:
-        """The configuration of a source whose weights are not here. Raises UserError."""
+    def _published(self, section: SourceConfig, error: UserError) -> tuple[Family, dict[str, Any]]:
+        """Family and configuration of a source whose weights are not on this machine. Raises UserError."""
         folder = Path(section.model) / (section.subfolder or "")
         if (folder / "config.json").is_file():
             stored = known_config(folder)
             for family in registry.families().values():
                 if stored.get("_class_name") in family.source_classes:
-                    self.assumptions.append(f"shapes are those of {folder / 'config.json'}; its weights are not there")
+                    self.assumptions.append(f"shapes are those of {folder / 'config.json'}; its weights are missing")
                     return family, accepted_config(family.dense_class, stored)
         for name, changes in PUBLISHED.items():
             if name in section.model.lower():
-                self.assumptions.append(f"shapes are those of the published {name}; its weights are not here")
+                self.assumptions.append(
+                    f"shapes are those of the published {name}; its weights are not on this machine"
+                )
                 family = registry.families()["wan"]
                 return family, accepted_config(family.dense_class, changes)
-        raise UserError(f"the shapes of {section.model} are not known without its files: {error}") from None
+        raise UserError(f"the shapes of {section.model} are unknown without its files: {error}") from None
 
     def _clip(self) -> ClipShape:
         data, rollouts = self.recipe.data, self.recipe.data.rollouts
@@ -104,7 +106,7 @@ class DryRun:
         return ClipShape(*example["latents"].shape, *example["encoder_hidden_states"].shape)
 
     def _mla(self, dense: Any) -> dict[str, Any]:
-        """The section of the model converted from `dense`, the mean rank on every layer where a budget chooses."""
+        """The `mla` section of the model converted from `dense`; with a budget, every layer gets the mean rank."""
         convert: ConvertConfig = self.recipe.convert
         layers, head_dim = dense.config.num_layers, dense.config.attention_head_dim
         scalars = 2 * dense.config.num_attention_heads * head_dim
@@ -128,12 +130,12 @@ class DryRun:
         return mla.model_dump(mode="json")
 
     def models(self, device: str = "meta") -> tuple[Any, dict[str, Any]]:
-        """The student and the frozen networks with random weights, those in the dtypes of the recipe."""
-        kinds = {TEACHER: (self.recipe.source, self.family, self.config)}
+        """The student and, by name, the frozen networks, with random weights; the latter in the recipe's dtypes."""
+        frozen = {TEACHER: (self.recipe.source, self.family, self.config)}
         if self.recipe.real_score is not None:
-            kinds[REAL_SCORE] = (self.recipe.real_score, *self._shapes(self.recipe.real_score))
+            frozen[REAL_SCORE] = (self.recipe.real_score, *self._shapes(self.recipe.real_score))
         networks = {}
-        for name, (section, family, config) in kinds.items():
+        for name, (section, family, config) in frozen.items():
             with torch.device(device):
                 networks[name] = family.dense_class.from_config(config)
             for parameter in networks[name].parameters():
@@ -143,47 +145,46 @@ class DryRun:
         return student, networks
 
     def needs(self) -> list[Footprint]:
-        """What each stage needs."""
+        """Memory, steps and tokens of each stage."""
         student, networks = self.models()
-        known = stages()
+        kinds = stages()
         configs = [config.over(self.launch.processes) for config in self.recipe.distill]
-        return [footprint(known[config.stage](config), student, networks, self.launch, self.clip) for config in configs]
+        return [footprint(kinds[config.stage](config), student, networks, self.launch, self.clip) for config in configs]
 
     def measure(self, steps: int) -> list[float]:
-        """Seconds a step of each stage in this process, the median of `steps`, with random weights and clips."""
+        """Seconds per step of each stage in this process, the median of `steps`, with random weights and clips."""
         seconds = []
         for index, config in enumerate(self.recipe.distill):
             student, networks = self.models("cpu")
             student.noise_range = self.recipe.source.noise_range
-            # The first step prepares things, the last is followed by a checkpoint.
+            # Two extra steps: the first includes setup, the last is followed by a checkpoint.
             changes = {"steps": steps + 2, "warmup_steps": 0, "stop": None, "preview": None, "tracker": None}
             changes |= {"checkpoint_every": None, "checkpoint_minutes": None, "eval_every": None}
-            # The micro-steps are those of one of the processes of the launch.
+            # Accumulate gradients as often as one process of the launch does.
             short = config.over(self.launch.processes).model_copy(update=changes | {"global_batch": None})
             moments: list[float] = []
 
-            def told(what: str, done: int, total: int, detail: str = "", moments: list[float] = moments) -> None:
+            def progress(what: str, done: int, total: int, detail: str = "", moments: list[float] = moments) -> None:
                 moments.append(time.monotonic())
 
+            data = _Noise(self.clip, self.config)
             with tempfile.TemporaryDirectory() as folder:
-                run_stage(
-                    short, student, networks, _Noise(self.clip, self.config), None, Path(folder), 0, index + 1, told
-                )
+                run_stage(short, student, networks, data, None, Path(folder), 0, index + 1, progress)
             seconds.append(statistics.median(b - a for a, b in itertools.pairwise(moments[:-1])))
         return seconds
 
 
 class _Noise:
-    """Clips of noise in a shape, with the images that a model of `config` reads."""
+    """Data whose clips are noise in the shape `clip`, with the image conditions that a model of `config` reads."""
 
     size: int | None = None
     identity: Identity | None = None
 
     def __init__(self, clip: ClipShape, config: Mapping[str, Any]) -> None:
         self.clip, needed = clip, needed_conditions(config)
-        beside = int(config.get("in_channels") or clip.channels) - clip.channels
+        image_channels = int(config.get("in_channels") or clip.channels) - clip.channels
         shapes = {
-            IMAGE: (beside, clip.frames, clip.height, clip.width),
+            IMAGE: (image_channels, clip.frames, clip.height, clip.width),
             TOKENS: (CLIP_TOKENS, config.get("image_dim") or 0),
         }
         self.images = {name: shapes[name] for name in needed}
@@ -201,11 +202,11 @@ class _Noise:
         return {"latents": latents, "encoder_hidden_states": text, **images}
 
     def heldout(self, count: int | None = None) -> Batch:
-        raise NotImplementedError("clips of noise are not held out")
+        raise NotImplementedError("clips of noise have no held-out part")
 
 
 def read_launch(config_file: Path | None, processes: int) -> Launch:
-    """The launch that an Accelerate configuration describes; without one, DDP in `processes`. Raises UsageError."""
+    """Read the launch from an Accelerate configuration; None means DDP in `processes`. Raises UsageError."""
     if config_file is None:
         return Launch(processes)
     from accelerate.commands.config.config_args import load_config_from_file
@@ -219,7 +220,7 @@ def read_launch(config_file: Path | None, processes: int) -> Launch:
 
 
 def dry_run(recipe: Recipe, launch: Launch, measure: int = 0) -> dict[str, Any]:
-    """What `distill --dry-run --json` prints, its keys in docs/distill.md."""
+    """Compute what `distill --dry-run --json` prints; docs/distill.md describes the keys."""
     run = DryRun(recipe, launch)
     needs: list[Mapping[str, Any]] = [need.model_dump(mode="json") for need in run.needs()]
     seconds = run.measure(measure) if measure else [None] * len(needs)

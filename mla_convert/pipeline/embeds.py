@@ -1,4 +1,4 @@
-"""Text embeddings of many prompts on disk, read one at a time."""
+"""Reads the stored text embeddings of many prompts from disk, one at a time."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from ..run.sample import prompt_files
 
 
 class StoredEmbeds:
-    """The embeddings of `prompts`, in their order, from a file or the files that `encode --prompts` wrote in a folder.
+    """Looks up the embedding of each of `prompts` in a file, or in a folder that `encode --prompts` wrote.
 
-    Raises UserError for files that cannot be read, UsageError where they are of other prompts or another width.
+    The stored embeddings are in the order of `prompts`. Raises UserError for files that cannot be read, UsageError
+    if they belong to other prompts or have another width than `text_dim`.
     """
 
     def __init__(self, path: Path, prompts: Sequence[str], text_dim: int) -> None:
         files = prompt_files(path)
-        places: list[tuple[Path, int]] = []
+        rows: list[tuple[Path, int]] = []
         for file in files:
             try:
                 with safe_open(file, "pt") as tensors:
@@ -32,17 +33,17 @@ class StoredEmbeds:
                 raise UserError(f"cannot read {EMBEDS_KEY} from {file}: {error}") from None
             if len(shape) != 3 or shape[2] != text_dim:
                 raise UsageError(f"{EMBEDS_KEY} in {file} has shape {shape}; [N, L, {text_dim}] is expected")
-            places += [(file, row) for row in range(shape[0])]
-        if len(places) != len(prompts):
+            rows += [(file, row) for row in range(shape[0])]
+        if len(rows) != len(prompts):
             raise UsageError(
-                f"{path} has embeddings of {len(places)} prompts, VBench has {len(prompts)}; "
+                f"{path} has embeddings of {len(rows)} prompts, VBench has {len(prompts)}; "
                 "write them with --list-prompts and encode --prompts"
             )
         self._check_order(path, prompts)
-        self._places = dict(zip(prompts, places, strict=True))
+        self._rows = dict(zip(prompts, rows, strict=True))
 
     def _check_order(self, path: Path, prompts: Sequence[str]) -> None:
-        """The record beside the files has a digest of the prompts that they are of."""
+        """Compare the prompts with the digest of them that `encode` stores beside the files."""
         if not (path / PLAN).is_file():
             return
         recorded = json.loads((path / PLAN).read_text(encoding="utf-8"))
@@ -50,8 +51,8 @@ class StoredEmbeds:
             raise UsageError(f"{path} was encoded from other prompts; write them with --list-prompts and encode again")
 
     def __call__(self, prompt: str) -> Tensor:
-        """`[1, L, D]` in the stored dtype."""
-        file, row = self._places[prompt]
+        """The embedding `[1, L, D]` of `prompt`, in the stored dtype."""
+        file, row = self._rows[prompt]
         with safe_open(file, "pt") as tensors:
-            found: Tensor = tensors.get_slice(EMBEDS_KEY)[row : row + 1]
-        return found
+            embedding: Tensor = tensors.get_slice(EMBEDS_KEY)[row : row + 1]
+        return embedding

@@ -205,7 +205,7 @@ class _Task:
             raise UsageError(f"a {out.suffix} file is kept in memory until its end; write .mp4, a folder or -")
 
     def texts(self) -> tuple[Tensor, PromptSchedule | None, Tensor | None]:
-        """Embeddings `[B, L, D]` of the prompts, the schedule of later prompts, and the negative `[1, L, D]`, if any."""
+        """Embeddings `[B, L, D]` of the prompts, and the later prompts and the negative prompt `[1, L, D]`, if any."""
         request, config = self.request, self.config
         prompts = [*request.prompts, *(change.prompt for change in request.changes)]
         stored = self._negative_file()

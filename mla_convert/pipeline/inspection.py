@@ -1,4 +1,4 @@
-"""What a dense model looks like to a conversion: spectra, rotary pairs and predicted errors; changes nothing."""
+"""Inspects a dense model before its conversion: spectra, rotary pairs and predicted errors; changes nothing."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ SHARED = f"{TRIED}, {TOGETHER} layers a latent"
 
 @dataclass
 class _Measured:
-    """What was found; without clips the weights' spectra alone.
+    """The measurements of a model; without clips, only the spectra of the weights.
 
-    `trial` is the relative velocity error of a conversion to `trial_scalars` that was really run.
+    `trial` is the measured relative velocity error of a trial conversion to `trial_scalars` per token.
     """
 
     layers: list[LayerSpectra]
@@ -70,12 +70,12 @@ def inspect_source(
     adapters: Sequence[AdapterConfig] = (),
     latents: Latents = "auto",
 ) -> dict[str, Any]:
-    """Everything that `inspect --json` prints of a dense model, one layer in memory at a time.
+    """Compute everything that `inspect --json` prints, with one layer in memory at a time.
 
-    Clips come from the folder `data`, or are generated for a model of digits; without them, or with
-    `clips` 0, the weights alone are looked at. `latents` says what lies in the folder, see `data.latents` of a recipe.
-    `out` gets the result as `inspect.json`, the energies as
-    `spectra.safetensors` and the figures. Raises UserError in one line.
+    Clips come from the folder `data`, or are generated for a digits model. Without clips, or with `clips` 0, only
+    the weights are inspected. `latents` says what the folder stores; see `data.latents` of a recipe. If `out` is
+    given, the result is written there as `inspect.json`, the energies as `spectra.safetensors`, with the figures.
+    Raises UserError in one line.
     """
     started = time.monotonic()
     if out is not None:
@@ -86,14 +86,16 @@ def inspect_source(
     chosen = sorted(set(ranks or default_ranks(dense)))
     if not 1 <= chosen[0] <= chosen[-1] <= dense:
         wrong = chosen[0] if chosen[0] < 1 else chosen[-1]
-        raise UsageError(f"--ranks: {wrong} is not between 1 and {dense}, the scalars that {model} caches a token")
-    found = open_clips(source, data, clips, text_tokens, latents)
+        raise UsageError(
+            f"--ranks: {wrong} is not between 1 and {dense}, the scalars per token per layer that {model} caches"
+        )
+    calibration = open_clips(source, data, clips, text_tokens, latents)
     measured = _Measured(_weights(source, report), {})
     seconds = {"weights": time.monotonic() - started}
-    if found is not None:
-        _measure(source, found, chosen, measured, report)
+    if calibration is not None:
+        _measure(source, calibration, chosen, measured, report)
         seconds["activations"] = time.monotonic() - started - seconds["weights"]
-    result = _result(source, chosen, measured, found)
+    result = _result(source, chosen, measured, calibration)
     seconds["total"] = time.monotonic() - started
     result["seconds"] = {name: round(value, 3) for name, value in seconds.items()}
     if out is not None:
@@ -102,7 +104,7 @@ def inspect_source(
 
 
 def _weights(source: Source, report: Report) -> list[LayerSpectra]:
-    """The spectrum of every layer's stacked `[W_K; W_V]`."""
+    """Compute the spectrum of every layer's stacked `[W_K; W_V]`."""
     layers = source.geometry.num_layers
     spectra = []
     for layer in range(layers):
@@ -115,9 +117,9 @@ def _weights(source: Source, report: Report) -> list[LayerSpectra]:
 
 
 def _measure(source: Source, clips: Clips, ranks: Sequence[int], measured: _Measured, report: Report) -> None:
-    """Add the spectra of the activations, what the rotary pairs carry, and every layout's error by rank.
+    """Add the spectra of the activations, the energy of the rotary pairs, and every layout's error by rank.
 
-    The curves are in the units of the calibration; one conversion that is tried on clips gives the scale.
+    The error curves are in the units of the calibration; a trial conversion, measured on clips, gives their scale.
     """
     configs = {layout: layout_config(layout, source.geometry.head_dim) for layout in LAYOUTS}
     run = ClipRun(source, clips)
@@ -139,7 +141,7 @@ def _measure(source: Source, clips: Clips, ranks: Sequence[int], measured: _Meas
                 neighbours.append((target, fitted))
         if len(neighbours) == together:
             if together > 1:
-                # As far as the plot shows it.
+                # Only as far as the plot shows it.
                 curve = error_curve(neighbours, 2 * together * ranks[-1])
                 curves[SHARED] = curves[SHARED] + curve if SHARED in curves else curve
             neighbours.clear()
@@ -167,7 +169,7 @@ def _measure(source: Source, clips: Clips, ranks: Sequence[int], measured: _Meas
 
 
 def _result(source: Source, ranks: Sequence[int], measured: _Measured, clips: Clips | None) -> dict[str, Any]:
-    """The figures as plain JSON values; what needs clips is null without them."""
+    """The result as plain JSON values; without clips, what needs them is null."""
     geometry = source.geometry
     predicted = {
         layout: {str(scalars): prediction.relative(scalars) for scalars in ranks}
@@ -196,7 +198,7 @@ def _result(source: Source, ranks: Sequence[int], measured: _Measured, clips: Cl
 
 
 def _write(out: Path, result: dict[str, Any], measured: _Measured) -> None:
-    """`inspect.json`, the energies, and the figures, all of them or none."""
+    """Write `inspect.json`, the energies and the figures, all of them or none."""
     energies = {
         f"layers.{number}.{name}": spectrum.energy.contiguous()
         for number, layer in enumerate(measured.layers)

@@ -1,4 +1,4 @@
-"""The clips that `inspect` runs a dense model on, and what it sees of the model there."""
+"""Runs a dense model on clips for `inspect`: samples every layer and measures a trial conversion."""
 
 from __future__ import annotations
 
@@ -30,78 +30,80 @@ from ..load import Source
 from ..run.sample import DIGITS, prompt_encoder
 from .channels import check_channels
 
-# Clips are run together as long as they have no more tokens than this.
-_TOKENS_A_PASS = 16384
-_TRIED = 16
+# Clips are batched up to this many tokens.
+_TOKENS_PER_PASS = 16384
+_TRIAL_CLIPS = 16
 
 
 @dataclass(frozen=True)
 class Clips:
-    """Clips by index: `read` gives one of `count` to calibrate on, `read_tried` one of `tried` for a trial."""
+    """Clips by index: `read` returns one of `count` to calibrate on, `read_trial` one of `trial_count` for the trial."""
 
     name: str
     count: int
     read: Callable[[int], dict[str, Tensor]]
-    tried: int
-    read_tried: Callable[[int], dict[str, Tensor]]
+    trial_count: int
+    read_trial: Callable[[int], dict[str, Tensor]]
 
 
 def open_clips(
     source: Source, data: Path | None, clips: int | None, text_tokens: int | None, latents: Latents = "auto"
 ) -> Clips | None:
-    """The clips to calibrate on, None for the weights alone. Raises UserError when they do not fit the model."""
-    wanted = CalibrationConfig().clips if clips is None else clips
+    """Open the clips; None if only the weights are inspected. Raises UserError if clips do not fit the model."""
+    count = CalibrationConfig().clips if clips is None else clips
     digits = prompt_encoder(source.config) == DIGITS
-    if wanted == 0 or (data is None and not digits):
+    if count == 0 or (data is None and not digits):
         if data is None and clips:
             raise UsageError("--clips needs --data FOLDER, the parquet shards to take clips from")
         return None
     if data is None:
-        digits_data = DigitClips(seed=0, heldout=_TRIED)
+        digits_data = DigitClips(seed=0, heldout=_TRIAL_CLIPS)
         held = digits_data.heldout()
-        return Clips(DIGITS, wanted, digits_data.example, _TRIED, lambda index: {k: v[index] for k, v in held.items()})
+        return Clips(
+            DIGITS, count, digits_data.example, _TRIAL_CLIPS, lambda index: {k: v[index] for k, v in held.items()}
+        )
     shards = LatentShards(data, text_tokens, latents, needed_conditions(source.config))
-    # What a fit was calibrated on flatters it: a trial has clips of its own, the only clip aside.
-    last = min(_TRIED, max(1, len(shards) // 2))
-    first = len(shards) - last
+    # Measured on its own calibration clips a fit looks too good, so the trial has other clips if there are two or more.
+    trial_count = min(_TRIAL_CLIPS, max(1, len(shards) // 2))
+    first = len(shards) - trial_count
     rows = drawn_rows(len(shards), seed=0)
-    found = Clips(
+    opened = Clips(
         str(data),
-        min(wanted, max(1, first)),
+        min(count, max(1, first)),
         lambda index: shards.read(rows[index]),
-        last,
+        trial_count,
         lambda index: shards.read(rows[first + index]),
     )
-    example = found.read(0)
+    example = opened.read(0)
     check_channels(example, source, str(data))
     height, width = example["latents"].shape[2:]
     down, across = source.config["patch_size"][1:]
     if height % down or width % across:
         raise UsageError(f"{data}: latents of {height}x{width} do not divide into patches of {down}x{across}")
-    return found
+    return opened
 
 
 class ClipRun:
-    """A dense model on clips, one block in memory at a time; `axes` are those of its rotary pairs."""
+    """Runs a dense model on clips, one block in memory at a time; `axes` has the axis of each of its rotary pairs."""
 
     def __init__(self, source: Source, clips: Clips) -> None:
         self.clips, self.blocks = clips, SourceBlocks(source, device=default_device())
         self.axes: tuple[int, ...] = self.blocks.model.rotary_table().axes
         latents = clips.read(0)["latents"]
         rows, columns = self.blocks.model.token_grid(*latents.shape[2:])
-        together = _TOKENS_A_PASS // (latents.shape[1] * rows * columns)
-        batch_size = max(1, min(CalibrationConfig().batch_size, together))
+        fitting = _TOKENS_PER_PASS // (latents.shape[1] * rows * columns)
+        batch_size = max(1, min(CalibrationConfig().batch_size, fitting))
         self.config = CalibrationConfig(clips=clips.count, batch_size=batch_size)
 
     def sample(
         self, visit: Callable[[int, Any, LayerSample], None], report: Report, layers_per_latent: int = 1
     ) -> None:
-        """Show `visit(layer, attention, sample)` every layer, from the last to the first.
+        """Call `visit(layer, attention, sample)` for every layer, from the last to the first.
 
-        Raises UserError for clips of one chunk.
+        Raises UserError for clips of only one chunk.
         """
 
-        def seen(layer: int, block: Any, sample: LayerSample | None) -> None:
+        def visit_block(layer: int, block: Any, sample: LayerSample | None) -> None:
             assert sample is not None
             visit(layer, block.attn1, sample)
 
@@ -117,27 +119,28 @@ class ClipRun:
                 self.config,
                 history_only=True,
                 wanted=range(len(self.blocks)),
-                visit=seen,
+                visit=visit_block,
                 progress=lambda done, total: report("calibrate", done, total),
                 layers_per_latent=layers_per_latent,
             )
 
     @torch.no_grad()
     def velocity_error(self, config: ConvertConfig, plans: Mapping[int, LayerInit], report: Report) -> float:
-        """Relative velocity error of a conversion on clips that it was not calibrated on, with clean history."""
+        """Relative velocity error of a conversion on the trial clips, with clean history."""
         model, ranks = self.blocks.model, config.ranks(len(self.blocks))
         with tempfile.TemporaryDirectory() as scratch:
             store = TensorStore(Path(scratch) / "tokens", device=self.blocks.device)
-            clips = enter_clips(self.blocks, self._batches(self.clips.read_tried, self.clips.tried), self.config, store)
+            batches = self._batches(self.clips.read_trial, self.clips.trial_count)
+            clips = enter_clips(self.blocks, batches, self.config, store)
             for number in range(len(clips)):
                 store[_converted(number)] = store[clips.key(0, number)]
             for layer, rank in enumerate(ranks):
                 with self.blocks.open(layer) as block:
-                    changed = with_attention(block, latent_attention(block.attn1, plans[layer], config, rank))
+                    converted = with_attention(block, latent_attention(block.attn1, plans[layer], config, rank))
                     for number, inputs in enumerate(clips.inputs):
                         dense = block(store[clips.key(layer, number)], *inputs.shared)
                         clips.advance(layer, number, dense)
-                        store[_converted(number)] = changed(store[_converted(number)], *inputs.shared)
+                        store[_converted(number)] = converted(store[_converted(number)], *inputs.shared)
                 report("trial", layer + 1, len(ranks))
             error = energy = 0.0
             for number, inputs in enumerate(clips.inputs):
@@ -152,5 +155,5 @@ class ClipRun:
 
 
 def _converted(number: int) -> str:
-    """Key of a batch on its way through converted blocks."""
+    """Key of batch `number`'s tokens in the converted model."""
     return f"converted-{number:05d}"

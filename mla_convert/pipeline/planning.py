@@ -1,4 +1,4 @@
-"""Geometry of a model from its configuration; no weights are read."""
+"""Derives a model's geometry from its configuration, for `plan` and `bench`; reads no weights."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from .generation import recorded
 def read_geometry(
     source: str, size: tuple[int, int] | None, file: str | None = None
 ) -> tuple[Geometry, list[tuple[int, int]] | None]:
-    """Geometry of a dense or converted model, and for a converted one the latent and shared key in every layer's row.
+    """Geometry of a model, and for a converted one each layer's cached scalars: latent and shared key.
 
-    `size` is the height and width of the latent, `file` a weights file in a dense model's folder.
-    Raises UserError in one line.
+    The second value is None for a dense model. `size` is the height and width of the latent, `file` a weights file
+    in a dense model's folder. Raises UserError in one line.
     """
     model = None if file is not None else _converted(Path(source))
     rows = None
     if model is None:
-        found = load_source(source, file=file)
+        dense = load_source(source, file=file)
         with torch.device("meta"):
-            model = found.family.dense_class.from_config(found.config)
+            model = dense.family.dense_class.from_config(dense.config)
     else:
         rows = [model.mla.row_parts(layer) for layer in range(len(model.blocks))]
     fps = 8 if prompt_encoder(model.config) == DIGITS else 16
@@ -44,15 +44,15 @@ def read_geometry(
 
 
 def bench_settings(source: str | None, preset: str | None) -> tuple[Geometry, dict[str, Any]]:
-    """Geometry and the keys of a `BenchConfig` that a model or a preset gives; a converted model's middle layer.
+    """Geometry and keys of a `BenchConfig` from a model or a preset; of a converted model, the layer of median rank.
 
     Raises UserError or UsageError in one line.
     """
     if preset is not None:
-        known = find_preset(preset)
-        rank, shared = known.kv_lora_rank, known.qk_rope_head_dim
-        # The preset's whole row goes to the latent, where the default layout keeps it.
-        return known.geometry, {"position": "rotate_on_read", "kv_lora_rank": rank + shared}
+        found = find_preset(preset)
+        rank, shared = found.kv_lora_rank, found.qk_rope_head_dim
+        # The default layout has no shared key, so the preset's whole row goes to the latent.
+        return found.geometry, {"position": "rotate_on_read", "kv_lora_rank": rank + shared}
     assert source is not None
     geometry, rows = read_geometry(source, None)
     if rows is None:
@@ -66,7 +66,7 @@ def bench_settings(source: str | None, preset: str | None) -> tuple[Geometry, di
 
 
 def _steps(folder: Path) -> dict[str, int]:
-    """Steps a chunk of the recipe that made a checkpoint, as a key of a `BenchConfig`; none where it is not known."""
+    """Steps per chunk in the recipe that made a checkpoint, as a key of a `BenchConfig`; empty if unknown."""
     generate = recorded(find_checkpoint(folder)[0], "generate")
     levels, steps = generate.get("denoising_steps"), generate.get("num_inference_steps")
     if levels:
@@ -75,7 +75,7 @@ def _steps(folder: Path) -> dict[str, int]:
 
 
 def _converted(folder: Path) -> Any:
-    """A converted model on the meta device, None where `folder` holds anything else."""
+    """The converted model in `folder` on the meta device; None if there is none."""
     if not folder.is_dir():
         return None
     try:

@@ -1,4 +1,4 @@
-"""The rollout strip that a stage shows while it trains: one row a prompt, frames from left to right."""
+"""Draws the rollout strip that a stage shows while it trains: one row per prompt, frames from left to right."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ _MIN_PIXELS, _GAP = 64, 2
 def preview_strip(
     student: Any, config: PreviewConfig, heldout: Batch, negative: Tensor | None = None
 ) -> NDArray[np.uint8]:
-    """Roll `student` out for the first held-out prompts, away from the `negative` one `[L, D]`; uint8 `[H, W, 3]`.
+    """Roll out `student` for the first held-out prompts; returns a uint8 picture `[H, W, 3]`.
 
-    At most 16 frames are shown, evenly spaced. Latents of a VAE are shown by their first three channels.
+    `negative` `[L, D]` is the negative prompt of guidance. At most 16 frames are shown, evenly spaced. Of VAE
+    latents, the first three channels are shown.
     """
     text = heldout["encoder_hidden_states"][: config.clips].to(student.device)
     frames, height, width = heldout["latents"].shape[2:]
@@ -43,7 +44,7 @@ def preview_strip(
 
 
 def as_strip(videos: Tensor) -> NDArray[np.uint8]:
-    """Videos `[B, C, F, H, W]` as one picture; a video that is not finite is black."""
+    """Arrange videos `[B, C, F, H, W]` in one uint8 picture `[H, W, 3]`; values that are not finite become black."""
     shown = torch.linspace(0, videos.shape[2] - 1, min(MAX_FRAMES, videos.shape[2])).round().long()
     videos = videos[:, :, shown].nan_to_num(-1, -1, -1)
     if videos.shape[1] not in (1, 3):

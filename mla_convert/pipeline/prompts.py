@@ -1,4 +1,4 @@
-"""Prompts that change on the way, from the command line or a file."""
+"""Parses prompts that change during a video, from the command line or a file."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ KEYS = "seconds and prompt"
 
 
 def read_prompts(path: Path) -> list[PromptChange]:
-    """The entries of a prompts file: a YAML list, or JSON lines, with `seconds` and `prompt` each.
+    """Read a prompts file, a YAML list or JSON lines with `seconds` and `prompt` in each entry; sorted by time.
 
-    Raises UserError for a file that cannot be read, UsageError for one that is empty or says something else.
+    Raises UserError for a file that cannot be read, UsageError for one that is empty or has another content.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -33,18 +33,18 @@ def read_prompts(path: Path) -> list[PromptChange]:
 
 
 def in_order(changes: Sequence[PromptChange]) -> list[PromptChange]:
-    """The changes by time. Raises UsageError where two come at once."""
+    """Sort the changes by time. Raises UsageError if two have the same time."""
     ordered = sorted(changes, key=lambda change: change.seconds)
     times = [change.seconds for change in ordered]
-    twice = next((time for time, later in itertools.pairwise(times) if time == later), None)
-    if twice is not None:
-        raise UsageError(f"two prompts begin at {twice:g} seconds; leave one out")
+    duplicate = next((time for time, later in itertools.pairwise(times) if time == later), None)
+    if duplicate is not None:
+        raise UsageError(f"two prompts begin at {duplicate:g} seconds; leave one out")
     return ordered
 
 
 def _change(where: str, entry: Any) -> PromptChange:
     if not isinstance(entry, dict):
-        raise UsageError(f"{where}: {entry!r} is not an entry with {KEYS}")
+        raise UsageError(f"{where}: {entry!r} is not a mapping with {KEYS}")
     try:
         return validate(PromptChange, entry)
     except UserError as error:
@@ -53,12 +53,12 @@ def _change(where: str, entry: Any) -> PromptChange:
 
 def _yaml_list(path: Path, text: str) -> list[Any]:
     try:
-        found = read_yaml(text)
+        entries = read_yaml(text)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
-    if found is not None and not isinstance(found, list):
-        raise UsageError(f"{path} holds no list; write a list of entries with {KEYS}")
-    return found or []
+    if entries is not None and not isinstance(entries, list):
+        raise UsageError(f"{path} is not a list; write a list of entries with {KEYS}")
+    return entries or []
 
 
 def _json_lines(path: Path, text: str) -> list[Any]:
@@ -73,12 +73,12 @@ def _json_lines(path: Path, text: str) -> list[Any]:
 
 
 def parse_change(text: str) -> PromptChange:
-    """A change in `SECONDS:TEXT`. Raises UsageError."""
+    """Parse a change `SECONDS:TEXT`. Raises UsageError."""
     seconds, colon, prompt = text.partition(":")
     try:
         at = float(seconds)
     except ValueError:
         colon = ""
     if not (colon and prompt.strip()):
-        raise UsageError(f"{text!r} is no prompt with a time; write SECONDS:TEXT, such as '5:a cat sits'")
+        raise UsageError(f"{text!r} is not a prompt with a time; write SECONDS:TEXT, such as '5:a cat sits'")
     return _change(f"--prompt-at {text!r}", {"seconds": at, "prompt": prompt.strip()})

@@ -1,4 +1,4 @@
-"""What the rollouts of a data-free run are made for: prompts, embeddings, or the captions and images of clips."""
+"""Reads what a data-free run rolls out: prompts, embeddings, or the captions and images of clips."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from ..run.sample import embed_prompts, load_prompt_embeds, prompt_encoder, prom
 
 @dataclass(frozen=True)
 class Prompts:
-    """Embeddings `text` `[N, L, D]` with their `captions`, "" where only embeddings are known.
+    """Embeddings `text` `[N, L, D]` with their `captions`, which are "" if only embeddings are stored.
 
-    `clips` are those whose captions they are, for a model that is conditioned on the clips' images.
+    For a model that is conditioned on images, `clips` are the clips that the captions and images come from.
     """
 
     text: Tensor
@@ -32,28 +32,28 @@ class Prompts:
     clips: LatentShards | None = None
 
     def conditions(self, chosen: Sequence[int], frames: int) -> dict[str, Tensor]:
-        """What the model is conditioned on beside the prompts with the numbers `chosen`, `[n, ...]` each."""
+        """Image conditions `[n, ...]` by name for the prompts with the indices `chosen`, cut to `frames` frames."""
         if self.clips is None:
             return {}
-        told: dict[str, Tensor] = default_collate([conditions_of(self.clips.read(number)) for number in chosen])
-        return {name: x[:, :, :frames] if name == IMAGE else x for name, x in told.items()}
+        stacked: dict[str, Tensor] = default_collate([conditions_of(self.clips.read(number)) for number in chosen])
+        return {name: x[:, :, :frames] if name == IMAGE else x for name, x in stacked.items()}
 
     def digests(self) -> Mapping[str, list[str]]:
-        """Digests of the files with the images, if there are some."""
+        """SHA-256 digests of the files that hold the images, if any."""
         return {} if self.clips is None else {"images": [sha256(path) for path in self.clips.paths]}
 
 
 def read_prompts(config: RolloutsConfig, source: Source) -> Prompts:
-    """The prompts of `config`.
+    """Read or embed the prompts of `config`.
 
-    Raises UsageError for prompts that the model does not read, UserError for files that cannot be read.
+    Raises UsageError for prompts that do not fit the model, UserError for files that cannot be read.
     """
     if config.prompt_embeds is not None and any(Path(config.prompt_embeds).rglob("*.parquet")):
         return _of_clips(Path(config.prompt_embeds), config, source)
     if needed_conditions(source.config):
         raise UsageError(
-            "data.rollouts: the model is conditioned on an image, and prompts alone hold none; name a folder of clips "
-            "that `mla-convert encode --image-condition` wrote as prompt_embeds"
+            "data.rollouts: the model is conditioned on an image, and prompts alone have none; set prompt_embeds to a "
+            "folder of clips that `mla-convert encode --image-condition` wrote"
         )
     if config.prompt_embeds is None:
         try:
@@ -74,15 +74,15 @@ def read_prompts(config: RolloutsConfig, source: Source) -> Prompts:
 
 
 def _of_clips(path: Path, config: RolloutsConfig, source: Source) -> Prompts:
-    """The captions of a folder of clips, and for a model that reads them their images."""
+    """The captions of a folder of clips, with their images if the model reads them."""
     needed = needed_conditions(source.config)
     clips = LatentShards(path, conditions=needed)
     chosen = range(min(len(clips), config.clips))
     text = torch.stack([clips.read(number)["encoder_hidden_states"] for number in chosen])
-    known = clips.read(0)["latents"].shape[1]
-    if needed and config.num_frames > known:
+    encoded_frames = clips.read(0)["latents"].shape[1]
+    if needed and config.num_frames > encoded_frames:
         raise UserError(
-            f"data.rollouts.num_frames: the images in {path} are encoded for {known} latent frames; lower "
+            f"data.rollouts.num_frames: the images in {path} are encoded for {encoded_frames} latent frames; lower "
             f"{config.num_frames} to that or encode longer clips"
         )
     return Prompts(text, [clips.caption(number) for number in chosen], clips if needed else None)

@@ -1,4 +1,4 @@
-"""The data-free mode of a run: its training clips are the dense model's own rollouts."""
+"""Generates the training clips of a data-free run: rollouts of the dense model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .rollout_prompts import Prompts, read_prompts
 
 
 def roll_out_data(context: Context) -> None:
-    """Write the run's clips, those that are not there yet; every process of a distributed run takes its share."""
+    """Write the run's clips, except those already stored; every process of a distributed run makes its share."""
     config = context.recipe.data.rollouts
     assert config is not None
     prompts = read_prompts(config, context.source)
@@ -44,9 +44,9 @@ def roll_out_data(context: Context) -> None:
     context.recipe.streaming.dense.apply(teacher)
 
     def roll_out(embeds: Tensor, seed: int, conditions: Mapping[str, Tensor]) -> Tensor:
-        away = None if negative is None else negative.unsqueeze(0)
+        negatives = None if negative is None else negative.unsqueeze(0)
         sampling = _sampling(config, seed)
-        chunks = rollout(teacher, embeds, sampling, negative_hidden_states=away, conditions=conditions)
+        chunks = rollout(teacher, embeds, sampling, negative_hidden_states=negatives, conditions=conditions)
         return torch.cat([chunk.cpu() for chunk in chunks], dim=2)
 
     rank, count = processes.process_index, processes.num_processes
@@ -62,15 +62,15 @@ def roll_out_data(context: Context) -> None:
         count,
         lambda chosen: prompts.conditions(chosen, config.num_frames),
     )
-    # One of the processes may have had a shard more.
+    # Another process may have one shard more and still be writing it.
     wait_for_files(shards_of(folder, config))
 
 
 def read_negative_prompt(context: Context, text: Tensor) -> Tensor | None:
-    """The negative prompt of rollouts, in the shape of one of `text` `[N, L, D]`; None where there is none.
+    """The negative prompt `[L, D]` of rollouts, in the shape of one of `text` `[N, L, D]`; None if there is none.
 
-    That of the digits teacher is zeros. Raises UserError without one for a teacher with guidance, or for a file
-    that does not fit.
+    For prompts of the digits teacher it is zeros. Raises UserError if guidance needs one and there is none, or if a
+    file does not fit.
     """
     data, config = context.recipe.data, context.recipe.data.rollouts
     assert config is not None
@@ -88,31 +88,32 @@ def read_negative_prompt(context: Context, text: Tensor) -> Tensor | None:
 
 
 def check_rollouts(config: RolloutsConfig, source: Source) -> dict[str, Tensor]:
-    """One clip as it will be, its latents without values. Raises UserError for what cannot be rolled out."""
+    """One clip as it will be generated, with its latents on the meta device. Raises UserError if that is impossible."""
     prompts = read_prompts(config, source)
     if (source.config.get("causal") or {}).get("window_frames", 0) is None:
         raise UsageError("data.kind: rollouts needs a finite window; set causal.window_frames")
     check_length(source.config, config.num_frames)
     height, width = latent_size(source.config, _sampling(config, 0))
     shape = (noise_channels(source.config), config.num_frames, height, width)
-    told = {name: x[0] for name, x in prompts.conditions([0], config.num_frames).items()}
-    for size in (x.shape[2:] for name, x in told.items() if name == IMAGE):
+    conditions = {name: x[0] for name, x in prompts.conditions([0], config.num_frames).items()}
+    if IMAGE in conditions:
+        size = conditions[IMAGE].shape[2:]
         if tuple(size) != (height, width):
             raise UsageError(
                 f"data.rollouts: the images in {config.prompt_embeds} are {size[0]}x{size[1]} latent pixels, the clips "
                 f"would be {height}x{width}; set latent_height: {size[0]} and latent_width: {size[1]}"
             )
-    return {"latents": torch.empty(shape, device="meta"), "encoder_hidden_states": prompts.text[0], **told}
+    return {"latents": torch.empty(shape, device="meta"), "encoder_hidden_states": prompts.text[0], **conditions}
 
 
 def _sampling(config: RolloutsConfig, seed: int) -> GenerateConfig:
-    """How the teacher is sampled, in the keys of `generate`."""
+    """The sampling settings of the teacher as a GenerateConfig."""
     shared = {key: getattr(config, key) for key in RolloutsConfig.model_fields if key in GenerateConfig.model_fields}
     return GenerateConfig(**{**shared, "prompts": (), "seed": seed})
 
 
 def _identity(context: Context, prompts: Prompts, negative: Tensor | None) -> str:
-    """Digest of all that the clips depend on."""
+    """Digest of everything that the clips depend on."""
     parts: dict[str, Any] = context.recipe.model_dump(mode="json", include={"seed", "source", "causal", "data"})
     for key in ("heldout", "split"):
         parts["data"].pop(key)

@@ -1,4 +1,4 @@
-"""VBench of a model: draw its standard prompts, have the user's VBench score them, put the scores into a report."""
+"""Generates videos for VBench's standard prompts, scores them with the user's VBench, and reports the scores."""
 
 from __future__ import annotations
 
@@ -54,18 +54,18 @@ from .rundir import STATE
 
 RECORD, VIDEOS, SCORES, PROMPTS = "vbench.json", "videos", "scores", "prompts"
 LONG_SECONDS = 5
-"""Videos longer than this are VBench-Long's."""
+"""Videos longer than this are scored by VBench-Long."""
 PIXEL_FPS, LATENT_FPS = 8, 16
 
 
 @dataclass(frozen=True)
 class VBenchConfig:
-    """What is drawn and how it is scored.
+    """Which videos are generated and how they are scored.
 
-    `checkout` is the user's VBench and `python` that of its environment; without one the videos are
-    drawn and not scored. Models with a text encoder take their prompts from `pipeline`, a folder or Hub
-    id in diffusers' layout, or from `prompt_embeds`, what `encode --prompts` wrote of `list_prompts`;
-    latents are decoded by the VAE of `pipeline`. `generate` are keys of GenerateConfig.
+    `checkout` is the user's VBench repository and `python` the interpreter of its environment; without `python`
+    the videos are not scored. Models with a text encoder need `pipeline`, a folder or Hub id in diffusers
+    layout, or `prompt_embeds`, which `encode --prompts` wrote from the file of `list_prompts`. The VAE of
+    `pipeline` decodes latents. `generate` has keys of GenerateConfig.
     """
 
     checkout: Path
@@ -82,25 +82,24 @@ class VBenchConfig:
 
 
 def list_prompts(config: VBenchConfig, out: Path) -> int:
-    """Write what the model is told of every standard prompt, one a line, for `encode --prompts`; returns how many."""
+    """Write the text of every standard prompt, one per line, for `encode --prompts`; returns their number."""
     suite = read_suite(config.checkout, config.longer_prompts)
     write_text(out, "".join(f"{prompt.told}\n" for prompt in suite))
     return len(suite)
 
 
 def run_vbench(folder: Path, out: Path | None, config: VBenchConfig, report: Report) -> dict[str, Any]:
-    """Draw, score and report the model in `folder`; goes on where an earlier run with the same settings stopped.
+    """Generate, score and report the videos of the model in `folder`; continues an earlier call with the same settings.
 
-    `out` gets `videos/`, `scores/`, `vbench.json`, and when there are scores `report.json` and
-    `report.html`: the report of the run with a section for VBench. Returns the figures. Raises UserError
-    in one line.
+    `out` gets `videos/`, `scores/` and `vbench.json`, and if there are scores, `report.json` and `report.html`:
+    the report of the run with a section for VBench. Returns the results. Raises UserError in one line.
     """
     dimensions = check_dimensions(config.dimensions)
     suite = read_suite(config.checkout, config.longer_prompts)
     judge = None
     if config.python is not None:
         found = shutil.which(config.python)
-        # The link in an environment's folder is what makes it that environment.
+        # Keep the symbolic link: its location is what makes Python use that environment.
         python = config.python if found is None else str(Path(found).absolute())
         judge = Judge(config.checkout.resolve(), python, config.seconds > LONG_SECONDS, config.samples)
         judge.check()
@@ -144,34 +143,34 @@ def _run(
         "totals": totals(judge.checkout, {name: entry["score"] for name, entry in scores.items()}),
         "published": published,
     }
-    base, samples = _known_report(folder)
+    base, samples = _existing_report(folder)
     page = write_report(out, {"versions": versions(), **base, "vbench": vbench}, samples)
     return {**result, **vbench, "report": str(page)}
 
 
 def _out_folder(folder: Path, out: Path | None, seconds: int) -> Path:
     if out is None and not (folder / STATE).exists():
-        raise UsageError(f"{folder} is not a run folder; say with --out where the videos go")
+        raise UsageError(f"{folder} is not a run folder; give --out, a folder for the videos")
     return (out or folder / f"vbench-{seconds}s").resolve()
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:
-    """Record what the videos in `out` are drawn with. Raises UsageError where others lie there."""
+    """Record the settings of the videos in `out`. Raises UsageError if it has videos with other settings."""
     path = out / RECORD
     if path.exists():
         different = first_difference(json.loads(path.read_text(encoding="utf-8")), settings)
         if different:
             key, *values = different
             old, new = map(json.dumps, values)
-            raise UsageError(f"the videos in {out} were drawn with {key} {old}, not {new}; give another --out")
+            raise UsageError(f"the videos in {out} were generated with {key} {old}, not {new}; give another --out")
     write_json(path, settings)
 
 
 class Drawing:
-    """How a prompt becomes a video; models are loaded when the first one is drawn.
+    """Turns prompts into videos; the model is loaded to check it, text encoder and VAE with the first video.
 
-    `settings` is what the videos depend on, in JSON. Raises UserError where the model, its prompts and its
-    VAE do not fit.
+    `settings` holds, as JSON values, everything that the videos depend on. Raises UserError if the model, its
+    prompts and its VAE do not fit together.
     """
 
     def __init__(self, folder: Path, config: VBenchConfig, suite: Sequence[Prompt], out: Path, report: Report) -> None:
@@ -179,17 +178,17 @@ class Drawing:
         self.device = default_device()
         self.root, stored = read_model_config(folder)
         if reads_image(stored):
-            raise UsageError(f"{folder} is an image-to-video model, and VBench's standard prompts come without images")
+            raise UsageError(f"{folder} is an image-to-video model, and VBench's standard prompts have no images")
         model = self.models[0]
         self.digits = prompt_encoder(model.config) == DIGITS
         scale = latent_scale(model.config)
         pixels = scale.spatial == 1
         if not pixels and config.pipeline is None:
-            raise UsageError("the model makes latents; give --pipeline, which has the VAE that decodes them")
+            raise UsageError("the model makes latents; give --pipeline, whose VAE decodes them")
         if not self.digits and config.pipeline is None and config.prompt_embeds is None:
             raise UsageError("the model reads text embeddings; give --pipeline or --prompt-embeds")
-        known = trained_for(recorded(self.root, "generate"), self.digits)
-        settings: dict[str, Any] = {"fps": PIXEL_FPS if pixels else LATENT_FPS, **known, **config.generate}
+        defaults = trained_for(recorded(self.root, "generate"), self.digits)
+        settings: dict[str, Any] = {"fps": PIXEL_FPS if pixels else LATENT_FPS, **defaults, **config.generate}
         frames = latent_frames(math.ceil(settings["fps"] * config.seconds), scale.temporal)
         ends = [stop for _, stop in model.causal.chunks(frames + model.causal.num_frames_per_block)]
         settings["num_frames"] = next(stop for stop in ends if stop >= frames)
@@ -224,7 +223,7 @@ class Drawing:
         return models
 
     def free(self) -> None:
-        """Give the device back, which VBench needs."""
+        """Free the device's memory for VBench."""
         for name in ("models", "vae"):
             self.__dict__.pop(name, None)
         gc.collect()
@@ -232,11 +231,11 @@ class Drawing:
 
     @property
     def draw(self) -> Draw:
-        """A prompt and a seed into frames: the one place where a model is run."""
+        """A function from prompt and seed to the frames of a video; only it runs the model."""
 
-        def draw(told: str, seed: int) -> Iterator[Frames]:
+        def draw(prompt: str, seed: int) -> Iterator[Frames]:
             config = self.config.model_copy(update={"seed": seed})
-            embeds, vae = self.embed(told), self.vae
+            embeds, vae = self.embed(prompt), self.vae
             chunks = rollout(self.models, embeds, config, negative_hidden_states=self.negative(embeds.shape))
             yield from (frames for (frames,) in frame_chunks(chunks, vae))
 
@@ -244,36 +243,36 @@ class Drawing:
 
     @functools.cached_property
     def embed(self) -> Callable[[str], Tensor]:
-        """Text embeddings `[1, L, D]` of a prompt."""
+        """A function from a prompt to its text embeddings `[1, L, D]`."""
         if self.digits:
-            return lambda told: embed_prompts([told], DIGITS)
-        told = [prompt.told for prompt in self.suite]
+            return lambda prompt: embed_prompts([prompt], DIGITS)
+        texts = [prompt.told for prompt in self.suite]
         if self.vbench.prompt_embeds is None:
             assert self.vbench.pipeline is not None
             prompts = self.out / f"{PROMPTS}.txt"
-            write_text(prompts, "".join(f"{text}\n" for text in told))
+            write_text(prompts, "".join(f"{text}\n" for text in texts))
             config = EncodeConfig(self.vbench.pipeline, negative_prompt=self.config.negative_prompt or "")
             encode_prompts(prompts, self._embeds, config, this_process(), self.report, resume=True)
-        return StoredEmbeds(self._embeds, told, self.models[0].config.text_dim)
+        return StoredEmbeds(self._embeds, texts, self.models[0].config.text_dim)
 
     @property
     def _embeds(self) -> Path:
-        """Where the prompts' embeddings lie, or will."""
+        """File or folder of the prompts' embeddings."""
         return self.vbench.prompt_embeds or self.out / PROMPTS
 
     @property
     def _is_guided(self) -> bool:
-        """Whether guidance leads away from an embedding; that of digits is zeros."""
+        """Whether guidance needs an embedded negative prompt; for digits models it is zeros."""
         return self.config.guidance_scale != 1 and not self.digits
 
     def negative(self, shape: Sequence[int]) -> Tensor | None:
-        """The negative prompt of guidance for embeddings of `shape` `[1, L, D]`; None for the zeros of digits."""
-        beside = find_negative(self._embeds) if self._is_guided else None
-        return None if beside is None else read_negative(beside, shape[1:]).unsqueeze(0)
+        """The negative prompt `[1, L, D]` for embeddings of `shape`; None without guidance and for digits models."""
+        path = find_negative(self._embeds) if self._is_guided else None
+        return None if path is None else read_negative(path, shape[1:]).unsqueeze(0)
 
     @functools.cached_property
     def vae(self) -> Any:
-        """The VAE that decodes the model's latents, for which room is left; None for a model of pixels."""
+        """The VAE that decodes the model's latents, with device memory reserved for it; None for a pixel model."""
         if self.pixels:
             return None
         assert self.vbench.pipeline is not None
@@ -287,23 +286,23 @@ class Drawing:
 def _scored(
     judge: Judge, dimensions: Sequence[str], counts: Mapping[str, int], out: Path, report: Report
 ) -> dict[str, dict[str, Any]]:
-    """Scores by dimension; one that was scored before from as many videos is not scored again."""
+    """Score each dimension; a stored score is reused if it was computed from the same number of videos."""
     path = out / SCORES / "scores.json"
-    known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    scores: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for done, dimension in enumerate(dimensions):
         report("VBench", done, len(dimensions), dimension)
-        if known.get(dimension, {}).get("videos") != counts[dimension]:
+        if scores.get(dimension, {}).get("videos") != counts[dimension]:
             score = judge.score(dimension, out / VIDEOS, out / SCORES / dimension)
-            known[dimension] = {"score": score, "videos": counts[dimension]}
-            write_json(path, known)
+            scores[dimension] = {"score": score, "videos": counts[dimension]}
+            write_json(path, scores)
     report("VBench", len(dimensions), len(dimensions))
-    return {dimension: known[dimension] for dimension in dimensions}
+    return {dimension: scores[dimension] for dimension in dimensions}
 
 
-def _known_report(folder: Path) -> tuple[dict[str, Any], Sequence[Any]]:
-    """The report that the run or its evaluation has already, and the run's samples."""
-    for place in (folder, folder / "evaluation"):
-        if (place / REPORT_JSON).is_file():
-            report: dict[str, Any] = json.loads((place / REPORT_JSON).read_text(encoding="utf-8"))
+def _existing_report(folder: Path) -> tuple[dict[str, Any], Sequence[Any]]:
+    """The report of the run or of its evaluation, with the run's samples; empty if there is none."""
+    for parent in (folder, folder / "evaluation"):
+        if (parent / REPORT_JSON).is_file():
+            report: dict[str, Any] = json.loads((parent / REPORT_JSON).read_text(encoding="utf-8"))
             return report, read_samples(folder, report)
     return {}, ()
