@@ -56,7 +56,7 @@ def _prepare(recipe: Recipe, path: Path, parts: Mapping[str, Recipe], resume: bo
             try:
                 pending = [step for step in steps_until(part, until) if not folder.is_done(step.name)]
                 if pending:
-                    context = Context(part, path / name, lambda *told: None)
+                    context = Context(part, path / name, lambda *args: None)
                     check_inputs(context, pending)
                     require_clips(folder, context, pending)
             finally:

@@ -37,7 +37,7 @@ _TRIAL_CLIPS = 16
 
 @dataclass(frozen=True)
 class Clips:
-    """Clips by index: `read` returns one of `count` to calibrate on, `read_trial` one of `trial_count` for the trial."""
+    """Clips by index: `read` gives one of `count` to calibrate on, `read_trial` one of `trial_count` for the trial."""
 
     name: str
     count: int
