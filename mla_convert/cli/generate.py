@@ -68,7 +68,7 @@ def generate(
     ] = None,
     frames: Annotated[
         int | None,
-        typer.Option(min=1, help="Length in latent frames, without limit; 21 or all of --source by default."),
+        typer.Option(min=1, help="Length in latent frames, any number; by default 21, or all of --source."),
     ] = None,
     seconds: Annotated[float | None, typer.Option(help="Length in seconds, instead of --frames.")] = None,
     endless: Annotated[bool, typer.Option("--endless", help="Continue until Ctrl-C.")] = False,

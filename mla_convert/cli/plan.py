@@ -45,10 +45,10 @@ def plan(
     rows: int | list[int] | None = kv_lora_rank
     keys: list[int] | None = None
     if preset is not None:
-        known = find_preset(preset)
-        geometry = known.geometry
-        rows = known.kv_lora_rank if rows is None else rows
-        qk_rope_head_dim = known.qk_rope_head_dim if qk_rope_head_dim is None else qk_rope_head_dim
+        found = find_preset(preset)
+        geometry = found.geometry
+        rows = found.kv_lora_rank if rows is None else rows
+        qk_rope_head_dim = found.qk_rope_head_dim if qk_rope_head_dim is None else qk_rope_head_dim
     else:
         assert source is not None
         geometry, cached = _read(source, file, latent_size)

@@ -31,7 +31,7 @@ def vbench(
         str | None, typer.Option(help="Folder or Hub id with text encoder and VAE, in diffusers layout.")
     ] = None,
     prompt_embeds: Annotated[
-        Path | None, typer.Option(help="What `encode --prompts` made of --list-prompts, instead of a text encoder.")
+        Path | None, typer.Option(help="Output of `encode --prompts` for --list-prompts, instead of a text encoder.")
     ] = None,
     longer_prompts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Rewritten prompts, in the order of prompts/all_dimension.txt.")

@@ -149,7 +149,7 @@ class _Task:
     """A request for the model in `folder`, checked before anything large is loaded."""
 
     def __init__(self, folder: Path, out: Path, request: Request, settings: Mapping[str, Any]) -> None:
-        self.request, self.out, self.asked = request, out, settings
+        self.request, self.out, self.settings = request, out, settings
         self.root, self.model = read_model_config(folder)
         self.device = default_device()
         self.digits = prompt_encoder(self.model) == DIGITS
@@ -230,9 +230,11 @@ class _Task:
 
     def _negative_file(self) -> Path | None:
         """File with the embedding of the negative prompt; None if it has to be encoded or guidance is off."""
-        embeds, asked = self.request.prompt_embeds, self.request.negative_embeds
-        if asked is not None or embeds is None or "negative_prompt" in self.asked or self.config.guidance_scale == 1:
-            return asked
+        embeds, negative = self.request.prompt_embeds, self.request.negative_embeds
+        if negative is not None or embeds is None:
+            return negative
+        if "negative_prompt" in self.settings or self.config.guidance_scale == 1:
+            return None
         return find_negative(embeds)
 
     def _embed(self, prompts: Sequence[str]) -> list[Tensor]:
@@ -316,15 +318,15 @@ def recorded(root: Path, section: str) -> dict[str, Any]:
 
 def _write_latents(chunks: Iterable[Tensor], paths: Sequence[Path]) -> tuple[int, bool]:
     """Write one latents file per video; returns the number of latent frames, and whether an interrupt ended them."""
-    made: list[Tensor] = []
+    finished: list[Tensor] = []
     interrupted = False
     try:
-        made.extend(chunk.cpu() for chunk in chunks)
+        finished.extend(chunk.cpu() for chunk in chunks)
     except KeyboardInterrupt:
-        if not made:
+        if not finished:
             raise
         interrupted = True
-    videos = torch.cat(made, dim=2)
+    videos = torch.cat(finished, dim=2)
     for path, latents in zip(paths, videos, strict=True):
         with atomic_file(path) as temporary:
             save_tensors({"latents": latents.contiguous()}, temporary)
