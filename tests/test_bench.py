@@ -195,7 +195,7 @@ def test_steps_are_those_of_the_recipe(generate: Any, given: Any, steps: int, ca
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give a DIR or --preset"),
+        ([], "give exactly one of DIR and --preset"),
         (["zoo:digits", "--position", "decoupled"], "needs qk_rope_head_dim above 0"),
         (["zoo:digits", "--position", "decoupled", "--qk-rope-head-dim", "3"], "must be even"),
         (["zoo:digits", "--device", "quantum"], "unknown device 'quantum'"),

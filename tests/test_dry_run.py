@@ -194,7 +194,7 @@ def test_a_run_says_what_its_card_does_not_hold(monkeypatch, caplog):
 
 def test_bad_input_is_one_line(capsys, tmp_path):
     for arguments, message in (
-        (["wan2.1-1.3b-paper", "--set", "source.model=no/such-model"], "the shapes of no/such-model are not known"),
+        (["wan2.1-1.3b-paper", "--set", "source.model=no/such-model"], "the shapes of no/such-model are unknown"),
         (["demo", "--launch", str(tmp_path / "absent.yaml")], "cannot read the Accelerate configuration"),
         (["demo", "--set", "distill=[]"], "recipe demo has no distill stages"),
     ):

@@ -88,7 +88,7 @@ def test_prompts_that_nobody_can_read_are_refused_before_anything(pipeline: Path
     alone = tmp_path / "alone"
     pico.dense_model(in_channels=4, out_channels=4, text_dim=DIM, causal=None).save_pretrained(alone)
     recipe = parse_recipe(RECIPE.format(model=alone, data=data))
-    message = r"generate\.prompts: .*alone has no tokenizer and text_encoder and vae; name a pipeline .* source\.comp"
+    message = r"generate\.prompts: .*alone has no tokenizer and text_encoder and vae; set source\.components to a"
     with pytest.raises(UsageError, match=message):
         run(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
