@@ -234,7 +234,7 @@ def test_models_without_latents_in_a_ring_refuse() -> None:
 def test_a_recipe_of_such_a_model_is_refused_before_it_runs(tmp_path: Path) -> None:
     pico.dense_model(family="anyflow_far", causal=None).save_pretrained(tmp_path / "far")
     recipe = parse_recipe(RECIPE.format(teacher=tmp_path / "far"), ["streaming.cache=int8", "generate.prompts=[]"])
-    with pytest.raises(UsageError, match=r"^streaming\.cache: MLAAnyFlowFAR.* in its dtype alone; set auto$"):
+    with pytest.raises(UsageError, match=r"^streaming\.cache: MLAAnyFlowFAR.* only in its own dtype; set auto$"):
         check_recipe(recipe)
 
 

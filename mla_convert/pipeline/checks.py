@@ -1,4 +1,4 @@
-"""What a run refuses before it writes anything: all that would fail hours later."""
+"""Checks a run before it writes anything, so that what would fail hours later fails at once."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ from .steps import Step, steps_of
 
 
 def check_recipe(recipe: Recipe) -> bool:
-    """Check what a run of `recipe` would check, where its source lies here; False where it is on the Hub.
+    """Run the checks of a whole run; returns False, without checking, if the source is on the Hub.
 
     Raises UserError in one line.
     """
     if not recipe.source.model.startswith("zoo:") and not Path(recipe.source.model).exists():
         if is_hub_id(recipe.source.model):
             return False
-        raise UserError(f"source.model: {recipe.source.model} is neither here nor a Hub id (owner/name)")
+        raise UserError(f"source.model: {recipe.source.model} is neither an existing path nor a Hub id (owner/name)")
     for part in [recipe.expert(name) for name in recipe.experts or ()] or [recipe]:
-        check_inputs(Context(part, Path(), lambda *told: None), steps_of(part))
+        check_inputs(Context(part, Path(), lambda *args: None), steps_of(part))
     return True
 
 
 def check_inputs(context: Context, pending: Iterable[Step]) -> None:
-    """Refuse what would fail late in the `pending` steps of a run. Raises UserError in one line."""
+    """Check everything that could fail late in the `pending` steps of a run. Raises UserError in one line."""
     pending = list(pending)
     names = {step.name for step in pending}
     if "convert" in names:
@@ -60,10 +60,10 @@ def check_inputs(context: Context, pending: Iterable[Step]) -> None:
         geometry = context.source.family.geometry(dense.config)
         planned_ranks(geometry, dense.rotary_table().axes, context.recipe.convert)
     if "export" in names:
-        _check_streaming(context, rolls_out="samples" in names)
+        _check_streaming(context, makes_samples="samples" in names)
     if "samples" in names:
         _check_samples(context)
-    # What is done is not asked of this launch.
+    # The launch only has to fit the stages that are still to be trained.
     trained = {step.stage: context.recipe.distill[step.stage] for step in pending if step.stage is not None}
     _check_stages(context, trained)
     _check_levels(context.recipe)
@@ -72,19 +72,22 @@ def check_inputs(context: Context, pending: Iterable[Step]) -> None:
     _check_data(context, "data" in names, any(step.reads_clips for step in pending), negative)
 
 
-def _check_streaming(context: Context, rolls_out: bool) -> None:
-    """What is exported has to stream; kernels that are asked for have to be there."""
+def _check_streaming(context: Context, makes_samples: bool) -> None:
+    """Check that the exported model can stream, with the `streaming` section's cache and kernels."""
     streaming, causal = context.recipe.streaming, context.source.config.get("causal") or {}
     if causal.get("window_frames", 0) is None:
         raise UsageError("causal.window_frames: null has no streaming cache, which an export needs; set a number")
     converted = context.source.family.mla_class
     if streaming.cache != "auto" and not converted.cache_class.fewer_bits:
-        raise UsageError(f"streaming.cache: {converted.__name__} keeps its latents in its dtype alone; set auto")
+        raise UsageError(f"streaming.cache: {converted.__name__} stores latents only in its own dtype; set auto")
     if streaming.kernels == "triton" and is_mixed(streaming.cache):
-        raise UsageError("streaming.kernels: triton reads no latents in 4 bits (streaming.cache); set auto")
+        raise UsageError("streaming.kernels: triton cannot read 4-bit latents (streaming.cache); set auto")
     if streaming.kernels == "triton" and streaming.cache != "auto" and context.recipe.convert.own_chunk != "exact":
-        raise UsageError("streaming.kernels: triton would read its own chunk quantised (streaming.cache); set auto")
-    if streaming.kernels == "triton" and rolls_out:
+        raise UsageError(
+            "streaming.kernels: with own_chunk: latent, triton would read its own chunk quantized (streaming.cache); "
+            "set auto"
+        )
+    if streaming.kernels == "triton" and makes_samples:
         reason = importlib.import_module("mla_attention").why_not(context.device, context.dtype)
         if reason is not None:
             raise UsageError(f"streaming.kernels: triton: {reason}; set auto")
@@ -114,19 +117,19 @@ def _check_samples(context: Context) -> None:
 
 
 def _check_stages(context: Context, pending: Mapping[int, StageConfig]) -> None:
-    """The `pending` stages by their index."""
+    """Check the launch, the adapters and the real score of the `pending` stages, given by index."""
     for index, stage in pending.items():
         check_launch(stage)
         if stage.lora is not None:
             with _named(f"distill.{index}"):
                 _check_adapters(stage, _without_weights(context.source))
-    scored = any(REAL_SCORE in stages()[stage.stage](stage).networks for stage in pending.values())
-    if scored and context.real_score is not None:
+    needs_real_score = any(REAL_SCORE in stages()[stage.stage](stage).networks for stage in pending.values())
+    if needs_real_score and context.real_score is not None:
         check_alike(context.real_score, context.source)
 
 
 def _check_levels(recipe: Recipe) -> None:
-    """A model of a part of the noise has to know one of the denoising steps that it is trained and measured at."""
+    """Check that a model for part of the noise range is trained and measured at a level inside that range."""
     sections: dict[str, Any] = {f"distill.{index}": stage for index, stage in enumerate(recipe.distill)}
     sections |= {"convert.calibration": recipe.convert.calibration, "evaluate": recipe.evaluate}
     for key, section in sections.items():
@@ -136,21 +139,22 @@ def _check_levels(recipe: Recipe) -> None:
 
 
 def _without_weights(source: Source) -> Any:
-    """The dense model on the meta device."""
+    """Build the dense model on the meta device."""
     with torch.device("meta"):
         return source.family.dense_class.from_config(source.config)
 
 
 def _check_adapters(stage: StageConfig, model: Any) -> None:
-    """The layers outside of what conversion adds are those of the dense `model`."""
+    """Check a stage's LoRA adapters on the dense `model`, which shares all layers that conversion does not add."""
     assert stage.lora is not None
     trained = set() if stage.trainable == "latent" else trainable_names(model, stage.trainable)
     adapted_modules(model, stage.lora, trained, stage.adapted_part)
 
 
-def _check_data(context: Context, made: bool, read: bool, reads_negative: bool) -> None:
+def _check_data(context: Context, generates_clips: bool, reads_clips: bool, reads_negative: bool) -> None:
+    """Check the training clips, which a data-free run still has to generate, and the negative prompt."""
     recipe, source = context.recipe, context.source
-    if made:
+    if generates_clips:
         assert recipe.data.rollouts is not None
         clip = check_rollouts(recipe.data.rollouts, source)
         check_channels(clip, source, "data.rollouts")
@@ -158,30 +162,30 @@ def _check_data(context: Context, made: bool, read: bool, reads_negative: bool) 
         negative = read_negative_prompt(context, clip["encoder_hidden_states"].unsqueeze(0))
         if negative is None and reads_negative:
             raise UserError("guidance and empty_prompt_rate need a negative prompt; give data.negative_embeds")
-    elif read:
+    elif reads_clips:
         refuse_last_image(source.config)
         example = context.data.example(0)
         check_channels(example, source, "data")
         _check_previews(context, example["latents"].shape[1])
         if reads_negative:
-            # Reading it is what tells that it is there.
+            # Reading it raises UserError if there is none.
             _ = context.data.negative
 
 
 def _check_previews(context: Context, frames: int) -> None:
-    """Images are encoded for the `frames` of a clip, and a preview that reads them is no longer."""
+    """Check that no preview of an image-to-video model is longer than a clip, whose image covers `frames` frames."""
     for index, stage in enumerate(context.recipe.distill):
-        asked = None if stage.preview is None else stage.preview.num_frames
-        if asked is not None and asked > frames and needed_conditions(context.source.config):
+        length = None if stage.preview is None else stage.preview.num_frames
+        if length is not None and length > frames and needed_conditions(context.source.config):
             raise UsageError(
                 f"distill.{index}.preview.num_frames: images are encoded for the {frames} latent frames of a clip; "
-                f"lower {asked} to that"
+                f"lower {length} to that"
             )
 
 
 @contextlib.contextmanager
 def _named(key: str) -> Iterator[None]:
-    """Puts the key of a recipe before what is wrong with its value."""
+    """Prefix the UserErrors of the block with a recipe key."""
     try:
         yield
     except UserError as error:
