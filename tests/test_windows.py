@@ -69,8 +69,10 @@ def test_rollout_equals_the_whole_clip_given_its_context(
         assert pico.relative_error(velocity, packed) < FLOAT32
 
 
-def test_clips_do_not_fit_image_to_video_models(tmp_path: Path) -> None:
+def test_clips_whose_images_do_not_fit_the_model_are_refused(tmp_path: Path) -> None:
     pico.dense_model(in_channels=6).save_pretrained(tmp_path)
     clip = {"latents": torch.zeros(2, 4, 6, 4), "encoder_hidden_states": torch.zeros(3, 8)}
-    with pytest.raises(UsageError, match=r"is an image-to-video model \(6 channels in, 2 out\)"):
-        check_channels(clip, load_source(str(tmp_path)), "data")
+    source = load_source(str(tmp_path))
+    check_channels({**clip, "image_latents": torch.zeros(4, 4, 6, 4)}, source, "data")
+    with pytest.raises(UsageError, match=r"^data: image_latents have 3 channels, .* takes 4 \(in_channels less out"):
+        check_channels({**clip, "image_latents": torch.zeros(3, 4, 6, 4)}, source, "data")
