@@ -206,7 +206,8 @@ def test_prompts_may_be_embeddings(teacher: Path, tmp_path: Path) -> None:
     for number, part in enumerate(text.split(2)):
         save_file({"prompt_embeds": part.contiguous()}, tmp_path / "embeds" / f"prompts-{number:05d}.safetensors")
     config = RolloutsConfig(clips=4, prompt_embeds=str(tmp_path / "embeds"))
-    prompts = pipeline_module.read_prompts(config, load_source(str(teacher)))
+    data = DataConfig(kind="rollouts", rollouts=config, heldout=1)
+    prompts = pipeline_module.read_prompts(data, load_source(str(teacher)))
     found, captions = prompts.text, prompts.captions
     assert torch.equal(found, text)
     assert captions == ["", "", ""]

@@ -85,7 +85,7 @@ def test_an_evaluation_holds_out_what_the_run_held_out(folder):
     data = DataConfig(kind="latents", folder=str(folder), heldout=HELDOUT)
 
     def losses(seed):
-        return evaluate(student, dense, data, config, lambda *told: None, seed)["teacher_loss"]
+        return evaluate(student, dense, open_data(data, seed), config, lambda *_: None)["teacher_loss"]
 
     assert losses(1) == losses(1) != losses(0)
 

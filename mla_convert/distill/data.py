@@ -49,6 +49,8 @@ class DataConfig(BaseModel):
       from it, and clips that lose their own prompt get it. The default is `negative.safetensors` beside the clips or
       the prompts, which `mla-convert encode` writes. For digits it is zeros.
 
+    With `rollouts`, `text_tokens` and `latents` are about the folder of clips that `prompt_embeds` names, if it does.
+
     A model that is conditioned on an image reads what `mla-convert encode --image-condition` stores of the clips.
     """
 
@@ -68,7 +70,8 @@ class DataConfig(BaseModel):
     def _keys_fit_the_kind(self) -> DataConfig:
         if self.kind == "latents" and self.folder is None:
             raise ValueError("kind latents needs folder, the folder of parquet shards")
-        if self.kind != "latents" and self.latents != "auto":
+        prompted = self.rollouts is not None and self.rollouts.prompt_embeds is not None
+        if self.kind != "latents" and not prompted and self.latents != "auto":
             raise ValueError(f"latents says what lies in a folder, which kind {self.kind} does not read; leave it out")
         if self.kind != "latents" and self.skip:
             raise ValueError(f"skip leaves clips of a folder out, which kind {self.kind} does not read; leave it out")
@@ -79,8 +82,10 @@ class DataConfig(BaseModel):
         if (self.kind == "rollouts") != (self.rollouts is not None):
             raise ValueError("kind rollouts and the section rollouts go together")
         if self.rollouts is not None:
-            if self.folder is not None or self.text_tokens is not None:
-                raise ValueError("kind rollouts is made in the run's folder and takes neither folder nor text_tokens")
+            if self.folder is not None:
+                raise ValueError("kind rollouts is made in the run's folder and takes no folder")
+            if self.text_tokens is not None and not prompted:
+                raise ValueError("text_tokens pads the prompts of clips in rollouts.prompt_embeds; leave it out")
             if self.heldout >= self.rollouts.clips:
                 raise ValueError(
                     f"heldout: {self.heldout} leaves none of {self.rollouts.clips} rollouts to train on; lower heldout"

@@ -103,6 +103,7 @@ def run_stage(
     if config.needs_negative:
         stage.negative = data.negative
     _check_conditions([student, *networks.values()], data)
+    _check_identity(data)
     stage.check(student, networks, data)
     require_apart(student, trainable_names(student, config.trainable), networks)
     try:
@@ -122,6 +123,16 @@ def _check_conditions(models: Sequence[Any], data: Data) -> None:
         raise UserError(
             f"the models are conditioned on {' and '.join(missing)}, which the clips do not hold; open the data with "
             "these conditions"
+        )
+
+
+def _check_identity(data: Data) -> None:
+    """Raise UserError if this process sees other clips than the first one does."""
+    first = from_main(data.identity)
+    if first != data.identity:
+        raise UserError(
+            "the processes do not see the same clips in data.folder; wait until it is written, and on NFS until every "
+            "machine lists all of its shards"
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distill.data import DataConfig, open_data
+from ..distill.data import Data, DigitClips
 from ..distill.objective import in_batches, noised_clips, predict_velocity
 from ..distill.progress import Report
 from ..mla.attention import AttentionPass
@@ -112,24 +112,19 @@ def fidelity(
     }
 
 
-def evaluate(
-    student: Any, teacher: Any, data: DataConfig, config: EvaluateConfig, report: Report, seed: int = 0
-) -> dict[str, Any]:
+def evaluate(student: Any, teacher: Any, data: Data, config: EvaluateConfig, report: Report) -> dict[str, Any]:
     """Measure everything that the report shows about a converted model and its dense teacher.
-
-    `seed` is the recipe's, which determines the held-out clips.
 
     Returns the keys of `fidelity` and `memory`. For digits it adds `digits_bench`; `kernels`, which attention ran in
     the rollouts of each model; and `accuracy`, the share of rollouts whose last frame shows the prompted class, by
     model and length.
     """
-    source = open_data(data, seed, teacher.needed_conditions)
-    clips = source.heldout(config.clips)
-    prompts = heldout_prompts(source, clips["encoder_hidden_states"])
+    clips = data.heldout(config.clips)
+    prompts = heldout_prompts(data, clips["encoder_hidden_states"])
     progress = functools.partial(report, "evaluate")
     result = fidelity(student, teacher, clips, config.batch_size, config.seed, progress, prompts, config.noise_levels)
     result |= memory(student, teacher, *clips["latents"].shape[-2:])
-    if data.kind == "digits" and config.rollout_prompts:
+    if isinstance(data, DigitClips) and config.rollout_prompts:
         models = {"teacher": teacher, "student": student}
         result["digits_bench"], result["accuracy"] = digits_bench(models, config, report)
         result["kernels"] = {name: model.kernels.report() for name, model in models.items() if model.kernels}

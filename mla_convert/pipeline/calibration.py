@@ -51,7 +51,7 @@ def _rolled_out(context: Context, path: Path, batch: CalibrationBatch, number: i
         context.recipe.streaming.dense.apply(teacher)
         frames, height, width = batch.latents.shape[2:]
         size = {"num_frames": frames, "latent_height": height, "latent_width": width}
-        same_size = generate.model_copy(update={**size, "seed": generate.seed + number, "start": None})
+        same_size = generate.model_copy(update={**size, "seed": generate.seed + number, "start": None, "source": None})
         negative = None if batch.negative is None else batch.negative.unsqueeze(0)
         text, conditions = batch.encoder_hidden_states, batch.conditions
         chunks = rollout(teacher, text, same_size, negative_hidden_states=negative, conditions=conditions)

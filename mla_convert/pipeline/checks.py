@@ -156,7 +156,7 @@ def _check_data(context: Context, generates_clips: bool, reads_clips: bool, read
     recipe, source = context.recipe, context.source
     if generates_clips:
         assert recipe.data.rollouts is not None
-        clip = check_rollouts(recipe.data.rollouts, source)
+        clip = check_rollouts(recipe.data, source)
         check_channels(clip, source, "data.rollouts")
         _check_previews(context, clip["latents"].shape[1])
         negative = read_negative_prompt(context, clip["encoder_hidden_states"].unsqueeze(0))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..devices import default_device
-from ..distill.data import DataConfig
+from ..distill.data import DataConfig, open_data
 from ..distill.progress import Report
 from ..errors import UsageError
 from ..evaluate.config import EvaluateConfig
@@ -26,7 +26,7 @@ from ..run.config import GenerateConfig
 from ..run.sample import DIGITS, prompt_encoder
 from ..run.streaming import StreamingConfig
 from .context import DATA
-from .rundir import STATE
+from .rundir import STATE, require_clips_of
 from .sources import source_of
 from .summary import describe
 
@@ -71,11 +71,14 @@ def evaluate_checkpoint(
     if recipe is None and not digits:
         raise UsageError(f"{folder} has no {MANIFEST} that names its held-out data; evaluate a checkpoint of a run")
     data = DataConfig(kind="digits") if recipe is None else recipe.data.made_in(_run_of(root) / DATA)
+    clips = open_data(data, 0 if recipe is None else recipe.seed, dense.needed_conditions)
+    # Held-out clips of a larger folder are others, and some of them were trained on.
+    require_clips_of(_run_of(root), clips.identity)
     config = EvaluateConfig() if recipe is None else recipe.evaluate
     config = config.model_copy(update=dict(changes))
     measured = {
         "source": teacher or (recipe.source.model if recipe else None),
-        **evaluate(student, dense, data, config, report, 0 if recipe is None else recipe.seed),
+        **evaluate(student, dense, clips, config, report),
         **describe(student, recipe.generate if recipe else GenerateConfig(), streaming.cache),
         "recipe": recipe.dump() if recipe else None,
         "seconds": {"evaluate": round(time.monotonic() - started, 3)},

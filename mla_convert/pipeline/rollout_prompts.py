@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from ..distill.data import DataConfig
 from ..distill.latents import LatentShards
 from ..distill.rollouts import RolloutsConfig
 from ..errors import UsageError, UserError
@@ -43,13 +44,15 @@ class Prompts:
         return {} if self.clips is None else {"images": [sha256(path) for path in self.clips.paths]}
 
 
-def read_prompts(config: RolloutsConfig, source: Source) -> Prompts:
-    """Read or embed the prompts of `config`.
+def read_prompts(data: DataConfig, source: Source) -> Prompts:
+    """Read or embed the prompts of `data.rollouts`.
 
     Raises UsageError for prompts that do not fit the model, UserError for files that cannot be read.
     """
+    config = data.rollouts
+    assert config is not None
     if config.prompt_embeds is not None and any(Path(config.prompt_embeds).rglob("*.parquet")):
-        return _of_clips(Path(config.prompt_embeds), config, source)
+        return _of_clips(Path(config.prompt_embeds), data, config, source)
     if needed_conditions(source.config):
         raise UsageError(
             "data.rollouts: the model is conditioned on an image, and prompts alone have none; set prompt_embeds to a "
@@ -73,10 +76,11 @@ def read_prompts(config: RolloutsConfig, source: Source) -> Prompts:
     return Prompts(text, [""] * len(text))
 
 
-def _of_clips(path: Path, config: RolloutsConfig, source: Source) -> Prompts:
+def _of_clips(path: Path, data: DataConfig, config: RolloutsConfig, source: Source) -> Prompts:
     """The captions of a folder of clips, with their images if the model reads them."""
     needed = needed_conditions(source.config)
-    clips = LatentShards(path, conditions=needed)
+    # Without images no latent is read, whatever it was normalized with.
+    clips = LatentShards(path, data.text_tokens, data.latents if needed else "normalised", needed)
     chosen = range(min(len(clips), config.clips))
     text = torch.stack([clips.read(number)["encoder_hidden_states"] for number in chosen])
     encoded_frames = clips.read(0)["latents"].shape[1]

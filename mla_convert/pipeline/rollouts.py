@@ -13,6 +13,7 @@ from accelerate import PartialState
 from safetensors.torch import save
 from torch import Tensor
 
+from ..distill.data import DataConfig
 from ..distill.negative import EMBEDS_KEY, NEGATIVE, find_negative, read_negative
 from ..distill.rollouts import RolloutsConfig, open_folder, shards_of, write_rollouts
 from ..distill.waiting import wait_for_files
@@ -31,7 +32,7 @@ def roll_out_data(context: Context) -> None:
     """Write the run's clips, except those already stored; every process of a distributed run makes its share."""
     config = context.recipe.data.rollouts
     assert config is not None
-    prompts = read_prompts(config, context.source)
+    prompts = read_prompts(context.recipe.data, context.source)
     negative = read_negative_prompt(context, prompts.text)
     folder, processes = context.path / DATA, PartialState()
     if context.main:
@@ -87,9 +88,11 @@ def read_negative_prompt(context: Context, text: Tensor) -> Tensor | None:
     return None
 
 
-def check_rollouts(config: RolloutsConfig, source: Source) -> dict[str, Tensor]:
+def check_rollouts(data: DataConfig, source: Source) -> dict[str, Tensor]:
     """One clip as it will be generated, with its latents on the meta device. Raises UserError if that is impossible."""
-    prompts = read_prompts(config, source)
+    config = data.rollouts
+    assert config is not None
+    prompts = read_prompts(data, source)
     if (source.config.get("causal") or {}).get("window_frames", 0) is None:
         raise UsageError("data.kind: rollouts needs a finite window; set causal.window_frames")
     check_length(source.config, config.num_frames)

@@ -115,10 +115,7 @@ class RunDir:
 
     def require_clips(self, found: Identity | None) -> None:
         """Raise UserError if a finished step recorded other clips than `found`."""
-        for step in self._state["steps"].values():
-            recorded = step.get("clips") or found
-            if recorded != found:
-                raise UserError(f"the run in {self.path} was begun with other clips: {other_clips(recorded, found)}")
+        _require_clips(self.path, self._state, found)
 
     def mark_done(self, step: str, paths: Iterable[str], seconds: float, clips: Identity | None = None) -> None:
         """Record that `step` wrote `paths`, files or folders relative to the run folder, and which clips it read."""
@@ -180,6 +177,19 @@ def has_failed(path: Path) -> bool:
         return FAILED in os.listdir(path)
     except OSError:
         return False
+
+
+def require_clips_of(path: Path, found: Identity | None) -> None:
+    """Raise UserError if the steps of the run in `path`, if there is one, recorded other clips than `found`."""
+    if (path / STATE).exists():
+        _require_clips(path, read_state(path), found)
+
+
+def _require_clips(path: Path, state: Mapping[str, Any], found: Identity | None) -> None:
+    for step in state.get("steps", {}).values():
+        recorded = step.get("clips") or found
+        if recorded != found:
+            raise UserError(f"the run in {path} was begun with other clips: {other_clips(recorded, found)}")
 
 
 def read_state(path: Path, patience: float = 0.0) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def _evaluate(context: Context) -> None:
         student = context.load_stage(index, context.dtype).to(context.device)
         recipe.streaming.dense.apply(teacher)
         recipe.streaming.apply(student)
-        result = evaluate(student, teacher, context.data_config, config, context.report, recipe.seed)
+        result = evaluate(student, teacher, context.data, config, context.report)
         # Free it before the next student is loaded.
         del student
         write_json(context.stage_folder(index) / REPORT_JSON, finite(result))
