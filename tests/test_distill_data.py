@@ -96,7 +96,7 @@ def test_larger_row_groups_are_read_too(tmp_path):
 def test_short_captions_are_padded_with_zeros(tmp_path):
     short, long = make_clips(1, text=(2, 8))[0], make_clips(1, text=(6, 8))[0]
     write_latents(tmp_path, [short, long])
-    with pytest.raises(UserError, match=r"text embedding of 6x8, the first clip 2x8; set text_tokens"):
+    with pytest.raises(UserError, match=r"text embedding of 6x8, the first clip has 2x8; set text_tokens"):
         LatentShards(tmp_path)
     with pytest.raises(UserError, match=r"has 6 text tokens; raise text_tokens: 5"):
         LatentShards(tmp_path, text_tokens=5)
@@ -128,10 +128,10 @@ def with_wrong_length(table):
 @pytest.mark.parametrize(
     ("damage", "line"),
     [
-        (without_latent_shape, r"data\.parquet has no column vae_latent_shape; FastVideo's t2v schema is expected"),
+        (without_latent_shape, r"data\.parquet has no column vae_latent_shape; write shards in FastVideo's t2v schema"),
         (with_empty_text, r"clip 0 of .*data\.parquet has no text embedding of shape \[L, D\]; encode its caption"),
         (with_unknown_dtype, r"vae_latent_dtype 'float17' is not a torch dtype"),
-        (with_wrong_length, r"vae_latent_bytes do not fill 4x3x6x5 of torch\.float16"),
+        (with_wrong_length, r"vae_latent_bytes do not match the shape 4x3x6x5 in torch\.float16"),
     ],
 )
 def test_damaged_shards_are_one_line(tmp_path, damage, line):
@@ -145,7 +145,9 @@ def test_damaged_shards_are_one_line(tmp_path, damage, line):
 
 def test_mixed_shapes_are_refused(tmp_path):
     write_latents(tmp_path, [*make_clips(2), *make_clips(1, latent=(4, 2, 6, 5))], clips_per_shard=2)
-    with pytest.raises(UserError, match=r"clip 0 of .*shard-00001\.parquet has latents of 4x2x6x5, the first clip 4x3"):
+    with pytest.raises(
+        UserError, match=r"clip 0 of .*shard-00001\.parquet has latents of 4x2x6x5, the first clip has 4x3"
+    ):
         LatentShards(tmp_path)
 
 
@@ -157,7 +159,7 @@ def test_an_empty_folder_is_refused(tmp_path):
 def test_a_truncated_shard_is_refused(tmp_path):
     (path,) = write_latents(tmp_path, make_clips(2))
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"cannot read .*shard-00000\.parquet: .*; it may be truncated"):
+    with pytest.raises(UserError, match=r"cannot read .*shard-00000\.parquet: .*; if it is truncated"):
         open_latents(tmp_path)
 
 
@@ -171,7 +173,7 @@ def test_heldout_must_leave_something(tmp_path):
     ("settings", "line"),
     [
         ({"kind": "latents"}, "kind latents needs folder"),
-        ({"kind": "digits", "folder": "clips"}, "takes neither folder, text_tokens nor negative_embeds"),
+        ({"kind": "digits", "folder": "clips"}, "leave out folder, text_tokens and negative_embeds"),
         ({"kind": "digits", "clips": 3}, "Extra inputs are not permitted"),
     ],
 )

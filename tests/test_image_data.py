@@ -73,7 +73,7 @@ def test_a_pipeline_without_an_image_encoder_gives_latents_alone(
     before = (tmp_path / "data" / "shard-00001.parquet").read_bytes()
     (tmp_path / "data" / "shard-00001.parquet").unlink()
     assert encode(clips, tmp_path / "data", text_pipeline, "--shard-size", "3", "--resume") == 2
-    assert "was begun with image_condition True, not None" in capsys.readouterr().err
+    assert "began with image_condition True, not None" in capsys.readouterr().err
     assert encode(clips, tmp_path / "data", text_pipeline, "--image-condition", "--shard-size", "3", "--resume") == 0
     assert (tmp_path / "data" / "shard-00001.parquet").read_bytes() == before
     assert encode(None, tmp_path / "x", text_pipeline, "--prompts", "a.txt", "--image-condition") == 2
@@ -121,7 +121,7 @@ def test_a_text_to_video_model_leaves_images_out_and_says_so_once(tmp_path: Path
         expected = LatentShards(tmp_path / "plain").read(0)
     assert list(read[0]) == list(expected) and all(torch.equal(read[0][name], x) for name, x in expected.items())
     assert [record.message.partition(" in ")[0] for record in caplog.records] == ["the clips"]
-    assert "hold images, which the model does not read; they are left out" in caplog.text
+    assert "hold images, but the model takes none; they are not read" in caplog.text
 
 
 def theirs(raw: bool = True, normalised: bool = True, **changes: Any) -> list[dict[str, Any]]:
@@ -175,9 +175,15 @@ NOTHING = torch.zeros(0)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"normalised": False}, "does not begin as its vae_latent does: it is not normalised, or of another image"),
-        ({"first_frame_latent": torch.zeros(16, 1, 4, 6)}, "first_frame_latent of 16x1x4x6 beside latents of 16x3x4x6"),
-        ({"first_frame_latent": torch.zeros(20, 3, 4, 6)}, "first_frame_latent of 20x3x4x6 beside latents of 16x3x4x6"),
+        ({"normalised": False}, "does not begin like its vae_latent: it is not normalised, or is of another image"),
+        (
+            {"first_frame_latent": torch.zeros(16, 1, 4, 6)},
+            "first_frame_latent of 16x1x4x6, which does not match its latents of 16x3x4x6",
+        ),
+        (
+            {"first_frame_latent": torch.zeros(20, 3, 4, 6)},
+            "first_frame_latent of 20x3x4x6, which does not match its latents of 16x3x4x6",
+        ),
         ({"clip_feature": NOTHING}, "hold no clip_feature; encode the videos with `mla-convert encode --image-conditi"),
         ({"first_frame_latent": NOTHING, "clip_feature": NOTHING}, "hold no first_frame_latent and clip_feature;"),
     ],
@@ -195,7 +201,7 @@ def test_images_that_are_not_what_models_read_are_one_line(
 def test_clips_with_and_without_images_are_not_mixed(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.parquet", made(2))
     write_shard(tmp_path / "b.parquet", (Clip(clip.latents, clip.encoder_hidden_states) for clip in made(2)))
-    with pytest.raises(UserError, match=r"clip 0 of .*b\.parquet has no first_frame_latent and other clips have"):
+    with pytest.raises(UserError, match=r"clip 0 of .*b\.parquet has no first_frame_latent, but other clips have one"):
         LatentShards(tmp_path, conditions=BOTH)
 
 

@@ -67,9 +67,7 @@ def test_a_shorter_prompt_has_zeros_behind_it(tmp_path, leading):
 @pytest.mark.parametrize("shape", [(2, 8), (6, 4), (2, 2, 4)])
 def test_one_that_does_not_fit_is_named(tmp_path, shape):
     path = write_negative(tmp_path / "n", torch.ones(shape))
-    with pytest.raises(
-        UserError, match=r"negative prompt .*n has a .* tensor prompt_embeds; prompts here are \[5, 4\]"
-    ):
+    with pytest.raises(UserError, match=r"negative prompt .*n has a .* tensor prompt_embeds, but prompts are \[5, 4\]"):
         read_negative(path, (5, 4))
 
 
@@ -93,7 +91,7 @@ def test_the_same_prompts_are_dropped_whatever_takes_their_place():
 
 def test_clips_have_the_one_beside_them_or_the_one_that_is_given(tmp_path, data):
     config = DataConfig(kind="latents", folder=str(data), heldout=2)
-    with pytest.raises(UserError, match=rf"{data} has no {NEGATIVE}; .* give data.negative_embeds"):
+    with pytest.raises(UserError, match=rf"{data} has no {NEGATIVE}; .* set data.negative_embeds"):
         _ = open_data(config, 0).negative
     write_negative(data / NEGATIVE)
     assert torch.equal(open_data(config, 0).negative, AWAY)
@@ -101,7 +99,7 @@ def test_clips_have_the_one_beside_them_or_the_one_that_is_given(tmp_path, data)
     found = open_data(config.model_copy(update={"negative_embeds": str(elsewhere)}), 0).negative
     assert torch.equal(found[:2], AWAY[:2] + 1) and not found[2:].any()
     assert not open_data(DataConfig(), 0).negative.any()
-    with pytest.raises(ValueError, match="takes neither folder, text_tokens nor negative_embeds"):
+    with pytest.raises(ValueError, match="leave out folder, text_tokens and negative_embeds"):
         DataConfig(negative_embeds=str(elsewhere))
 
 

@@ -57,7 +57,7 @@ def test_statistics_are_those_of_the_vae():
 def test_raw_latents_are_refused_and_normalised_where_the_recipe_says_so(tmp_path, channels):
     clips = normalised(4, channels)
     write(tmp_path, raw(clips))
-    with pytest.raises(UserError, match=r"are not normalised, .*; say data\.latents: raw"):
+    with pytest.raises(UserError, match=r"look raw, not normalised, .*; set data\.latents: raw"):
         opened(tmp_path)
     shards = LatentShards(tmp_path, latents="raw")
     for index, clip in enumerate(clips):
@@ -84,7 +84,7 @@ def test_what_cannot_be_told_is_said_and_taken_as_normalised(tmp_path, caplog):
     write(tmp_path, [clip * std**0.4 + 0.4 * mean for clip in normalised(2)])
     with caplog.at_level(logging.WARNING):
         data = opened(tmp_path)
-    assert "are normalised cannot be told" in caplog.text and "data.latents" in caplog.text
+    assert "are normalised, and uses them unchanged" in caplog.text and "data.latents" in caplog.text
     assert torch.equal(data.heldout()["latents"][0], data.shards.read(1)["latents"])
 
 
@@ -100,7 +100,7 @@ def test_a_shard_says_what_it_holds(tmp_path):
     shards = LatentShards(tmp_path)
     assert torch.equal(shards.read(0)["latents"], scale.standardise(3 * clips[0]))
     assert torch.equal(shards.read(2)["latents"], clips[0])
-    with pytest.raises(UserError, match=r"latents: raw, but .*shard-00001.* says that its latents are normalised"):
+    with pytest.raises(UserError, match=r"latents is raw, but the metadata of .*shard-00001.* says normalised"):
         opened(tmp_path, latents="raw")
     assert read_notes(tmp_path / "shard-00001.parquet")["mla_convert.latents"] == "normalised"
 
@@ -113,12 +113,12 @@ def test_notes_are_believed_and_not_looked_behind(tmp_path):
 def test_raw_latents_of_an_unknown_vae_are_refused(tmp_path):
     write(tmp_path, normalised(2, channels=4))
     assert opened(tmp_path).size == 1
-    with pytest.raises(UserError, match=r"latents of 4 channels and says nothing of their statistics"):
+    with pytest.raises(UserError, match=r"have 4 channels and no statistics in the metadata"):
         opened(tmp_path, latents="raw")
 
 
 def test_latents_is_for_folders():
-    with pytest.raises(ValidationError, match="which kind digits does not read"):
+    with pytest.raises(ValidationError, match="kind digits reads none; leave it out"):
         DataConfig(latents="raw")
 
 
@@ -130,10 +130,10 @@ def test_a_row_group_of_many_clips_is_decoded_once_for_clips_in_turn(tmp_path, m
     with caplog.at_level(logging.WARNING):
         shards, again = LatentShards(tmp_path / "theirs"), LatentShards(tmp_path / "theirs")
     assert caplog.text.count("row groups of 4 clips") == 1 and len(again) == 6
-    latents_module._several.cache_clear()
+    latents_module._row_group.cache_clear()
     for index, clip in enumerate(clips):
         assert torch.equal(shards.read(index)["latents"], clip)
-    assert latents_module._several.cache_info().misses == 2
+    assert latents_module._row_group.cache_info().misses == 2
     with caplog.at_level(logging.WARNING):
         LatentShards(tmp_path / "ours")
     assert "ours" not in caplog.text

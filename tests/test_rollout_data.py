@@ -99,7 +99,7 @@ def test_clips_of_other_settings_are_made_again(tmp_path: Path) -> None:
 def test_rollouts_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     config = RolloutsConfig(clips=2, prompts=PROMPTS)
     text = torch.zeros(3, 3, 32)
-    with pytest.raises(UserError, match=r"rollout of shard-00000\.parquet has NaN"):
+    with pytest.raises(UserError, match=r"rollout for shard-00000\.parquet has NaN"):
         write_rollouts(tmp_path, config, 0, text, PROMPTS, lambda *given: drawn(*given) * torch.nan, silent)
     assert not list(tmp_path.glob("*.parquet"))
 
@@ -169,8 +169,8 @@ def test_a_dense_checkpoint_is_not_measured(teacher: Path, tmp_path: Path, monke
     [
         ("data.rollouts=null", "kind rollouts and the section rollouts go together"),
         ("data.heldout=5", "heldout: 5 leaves none of 5 rollouts to train on"),
-        ("data.folder=x", "takes neither folder nor text_tokens"),
-        ("data.rollouts.prompts=[]", "rollouts need prompts or prompt_embeds, one of the two"),
+        ("data.folder=x", "leave out folder and text_tokens"),
+        ("data.rollouts.prompts=[]", "rollouts need either prompts or prompt_embeds; set exactly one"),
         ("data.rollouts.clipz=3", "unknown key data.rollouts.clipz; did you mean clips?"),
         ("data.rollouts.dtype=float16", "data.rollouts.dtype"),
     ],

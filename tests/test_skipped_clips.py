@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from recipe_case import RECIPE, digests
 from torch.utils.data import DataLoader, Dataset
 
-from mla_convert.distill.data import DataConfig, open_data, told_plainly
+from mla_convert.distill.data import DataConfig, open_data, without_worker_traceback
 from mla_convert.distill.latents import Clip, write_latents
 from mla_convert.errors import UsageError, UserError
 from mla_convert.pipeline import run
@@ -82,7 +82,7 @@ def test_a_name_that_is_not_there_is_refused(tmp_path):
         opened(tmp_path, heldout=1, skip=(3,))
     with pytest.raises(UserError, match=r"data\.skip leaves no clips to train on"):
         opened(tmp_path, heldout=1, skip=(0, 1, 2))
-    with pytest.raises(ValidationError, match="which kind digits does not read"):
+    with pytest.raises(ValidationError, match="kind digits reads none; leave it out"):
         DataConfig(skip=(1,))
 
 
@@ -114,7 +114,7 @@ class Broken(Dataset):
 def test_a_loader_process_says_it_in_one_line():
     loader = DataLoader(Broken(), batch_sampler=[[2]], num_workers=1)
     with pytest.raises(UserError) as error:
-        next(told_plainly(loader))
+        next(without_worker_traceback(loader))
     assert str(error.value) == "clip 2 of a shard: it is damaged"
 
 

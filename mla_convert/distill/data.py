@@ -1,4 +1,4 @@
-"""Training clips by index: generated digits, or latents and text embeddings from disk."""
+"""Provides training clips by index: generated digits, or latents and text embeddings from disk."""
 
 from __future__ import annotations
 
@@ -69,21 +69,21 @@ class DataConfig(BaseModel):
     @model_validator(mode="after")
     def _keys_fit_the_kind(self) -> DataConfig:
         if self.kind == "latents" and self.folder is None:
-            raise ValueError("kind latents needs folder, the folder of parquet shards")
+            raise ValueError("kind latents needs folder; set it to the folder of parquet shards")
         prompted = self.rollouts is not None and self.rollouts.prompt_embeds is not None
         if self.kind != "latents" and not prompted and self.latents != "auto":
-            raise ValueError(f"latents says what lies in a folder, which kind {self.kind} does not read; leave it out")
+            raise ValueError(f"latents describes the shards of a folder, and kind {self.kind} reads none; leave it out")
         if self.kind != "latents" and self.skip:
-            raise ValueError(f"skip leaves clips of a folder out, which kind {self.kind} does not read; leave it out")
+            raise ValueError(f"skip names clips of a folder, and kind {self.kind} reads none; leave it out")
         if self.kind == "digits" and self.split != "drawn":
             raise ValueError("split chooses among the clips of a folder, and digits are generated; leave it out")
         if self.kind == "digits" and not (self.folder is self.text_tokens is self.negative_embeds is None):
-            raise ValueError("kind digits is generated and takes neither folder, text_tokens nor negative_embeds")
+            raise ValueError("kind digits is generated; leave out folder, text_tokens and negative_embeds")
         if (self.kind == "rollouts") != (self.rollouts is not None):
-            raise ValueError("kind rollouts and the section rollouts go together")
+            raise ValueError("kind rollouts and the section rollouts go together; set both or neither")
         if self.rollouts is not None:
             if self.folder is not None:
-                raise ValueError("kind rollouts is made in the run's folder and takes no folder")
+                raise ValueError("kind rollouts writes its clips to the run's folder; leave out folder")
             if self.text_tokens is not None and not prompted:
                 raise ValueError("text_tokens pads the prompts of clips in rollouts.prompt_embeds; leave it out")
             if self.heldout >= self.rollouts.clips:
@@ -93,7 +93,7 @@ class DataConfig(BaseModel):
         return self
 
     def made_in(self, folder: Path) -> DataConfig:
-        """Rollouts as the latents that they are once they lie in `folder`; other kinds as they are."""
+        """For rollouts, the configuration that reads them from `folder` as latents; other kinds are unchanged."""
         if self.kind != "rollouts":
             return self
         return DataConfig(
@@ -104,10 +104,10 @@ class DataConfig(BaseModel):
 class Data(Protocol):
     """Clips addressed by index; the same index gives the same bytes in every process.
 
-    An example holds float32 `latents` `[C, F, H, W]` and `encoder_hidden_states` `[L, D]`, and beside them what the
-    model is conditioned on of an image, each under the name by which it takes it. `size` is the number of training
-    examples, and `identity` tells all clips from others; both None for an endless supply. `negative` `[L, D]`, float32,
-    is the negative prompt; reading it raises UserError where there is none.
+    An example holds float32 `latents` `[C, F, H, W]` and `encoder_hidden_states` `[L, D]`, plus any image conditions
+    of the model, keyed by its argument names. `size` is the number of training
+    examples and `identity` identifies the set of clips; both are None for an endless supply. `negative` `[L, D]`,
+    float32, is the negative prompt; reading it raises UserError if there is none.
     """
 
     size: int | None
@@ -124,7 +124,7 @@ class Data(Protocol):
 
 
 class DigitClips:
-    """Bouncing digits: clip `index` derives from (seed, index) alone."""
+    """Clips of bouncing digits; clip `index` depends only on (seed, index)."""
 
     size: int | None = None
     identity: Identity | None = None
@@ -147,12 +147,12 @@ class DigitClips:
 
 
 class LatentClips:
-    """Clips of a folder of shards; the last `heldout` of their `rows` are set aside.
+    """The clips of a folder of shards; the last `heldout` of their `rows` are set aside.
 
-    `rows` are the numbers of all clips in some order, that of the shards where it is left out. Those to `skip`, by
-    number or name, are not read: among the held-out ones they are left out, and in training the next clip stands in,
-    so that every other example stays what it is. The negative prompt is that in `negative_embeds`, or in the file
-    beside the shards. Raises UserError where nothing is left.
+    `rows` are the numbers of all clips in some order, by default that of the shards. Clips in `skip`, by
+    number or name, are not read. Held-out ones are dropped; in training, the next clip replaces each of them,
+    so that every other example stays the same. The negative prompt comes from `negative_embeds`, or from the file
+    beside the shards. Raises UserError if nothing is left.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class LatentClips:
         kept = [place for place in range(size) if rows[place] not in skipped]
         if not kept or not self._heldout:
             raise UserError(f"data.skip leaves no clips to {'hold out' if kept else 'train on'}; skip fewer")
-        # The next place that is kept, the first one behind the last.
+        # The next clip that is kept; after the last one, the first.
         self._train = [rows[kept[bisect.bisect_left(kept, place) % len(kept)]] for place in range(size)]
 
     @functools.cached_property
@@ -182,7 +182,7 @@ class LatentClips:
         if path is None:
             raise UserError(
                 f"guidance and empty_prompt_rate need a negative prompt, and {self.shards.folder} has no {NEGATIVE}; "
-                "write one with `mla-convert encode --prompts` and give data.negative_embeds"
+                "write one with `mla-convert encode --prompts` and set data.negative_embeds"
             )
         return read_negative(path, self.example(0)["encoder_hidden_states"].shape)
 
@@ -194,18 +194,18 @@ class LatentClips:
         return batch
 
     def heldout_prompts(self, count: int) -> list[str]:
-        """The captions of the first `count` held-out clips, "" where the shards have none."""
+        """The captions of the first `count` held-out clips, "" if the shards have none."""
         return [self.shards.caption(row) for row in self._heldout[:count]]
 
 
 def drawn_rows(count: int, seed: int) -> list[int]:
-    """The numbers of `count` clips in the order in which a seed draws them."""
-    found: list[int] = torch.randperm(count, generator=drawn(Use.SPLIT, seed)).tolist()
-    return found
+    """The numbers of `count` clips in an order that `seed` shuffles."""
+    order: list[int] = torch.randperm(count, generator=drawn(Use.SPLIT, seed)).tolist()
+    return order
 
 
 def _skipped(shards: LatentShards, skip: Sequence[int | str]) -> set[int]:
-    """The clips that `skip` names. Raises UserError for one that is not there."""
+    """The numbers of the clips that `skip` names. Raises UserError for one that does not exist."""
     if not skip:
         return set()
     by_name = shards.named({name for name in skip if isinstance(name, str)})
@@ -215,8 +215,8 @@ def _skipped(shards: LatentShards, skip: Sequence[int | str]) -> set[int]:
     return {entry for entry in skip if isinstance(entry, int)}.union(*by_name.values())
 
 
-def told_plainly(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches of a loader, whose workers put a traceback in front of what a UserError says."""
+def without_worker_traceback(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Yield the batches of a loader; a worker's UserError loses the traceback that the loader puts in its message."""
     try:
         yield from batches
     except UserError as error:
@@ -225,16 +225,16 @@ def told_plainly(batches: Iterable[Batch]) -> Iterator[Batch]:
 
 
 def open_data(config: DataConfig, seed: int, conditions: Collection[str] = ()) -> Data:
-    """The clips that `config` names; `seed` is that of the recipe. Raises UserError when they cannot be trained on.
+    """Open the clips that `config` names; `seed` is the recipe's. Raises UserError if they cannot be trained on.
 
-    `conditions` names what the model is conditioned on beside text, which clips have to hold then.
+    `conditions` names the model's conditions other than text, which every clip must hold.
     """
     if config.kind == "digits":
         if conditions:
             raise UserError("the model is conditioned on an image, and data.kind: digits has none; set kind: latents")
         return DigitClips(seed, config.heldout)
     if config.folder is None:
-        raise UserError("kind rollouts: the clips lie in the folder of a run, which is not known here")
+        raise UserError("kind rollouts: its clips are written by a run; use kind: latents with that folder instead")
     shards = LatentShards(config.folder, config.text_tokens, config.latents, conditions)
     rows = drawn_rows(len(shards), seed) if config.split == "drawn" else None
     return LatentClips(shards, config.heldout, config.negative_embeds, config.skip, rows)

@@ -1,7 +1,7 @@
-"""What tells the clips of a folder from others, so that nothing goes on with clips that it did not begin with.
+"""Identifies the set of clips in a folder, so that a run resumes only with the clips that it began with.
 
-More clips are drawn in another order, and others of them are held out: a run that went on would be measured on clips
-that it has trained on.
+A different number of clips changes the order and which clips are held out. A resumed run would then be measured on
+clips that it has trained on.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from pathlib import Path
 from typing import Any
 
 Identity = Mapping[str, Any]
-"""`clips` and `shards`, their numbers, and `sha256` of the shards' names and sizes in clips."""
+"""The numbers of `clips` and `shards`, and the `sha256` of the shards' names and sizes in clips."""
 
 
 def identity_of(folder: Path, shards: Sequence[Path], clips: Sequence[int]) -> Identity:
-    """That of the `shards` of `folder` with so many `clips` each, wherever the folder lies."""
+    """The identity of the `shards` of `folder` with `clips` clips each; it does not depend on the folder's path."""
     sizes = [[path.relative_to(folder).as_posix(), count] for path, count in zip(shards, clips, strict=True)]
     digest = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
     return {"clips": sum(clips), "shards": len(shards), "sha256": digest}
 
 
 def other_clips(old: Identity | None, new: Identity | None) -> str:
-    """What is different between two of them, and what to do about it."""
+    """The message for two different identities: what changed, and the remedy."""
     before, now = (
-        "clips without an end" if known is None else f"{known['clips']} clips in {known['shards']} shards"
-        for known in (old, new)
+        "generated clips" if identity is None else f"{identity['clips']} clips in {identity['shards']} shards"
+        for identity in (old, new)
     )
-    there = f"{before} there, {now} here" if before != now else f"{now} of other names or sizes"
-    return f"{there}; put the shards of data.folder back as they were, or begin anew with another --out"
+    change = f"{before} then, {now} now" if before != now else f"{now} with other names or sizes"
+    return f"{change}; restore the shards of data.folder, or start over with another --out"

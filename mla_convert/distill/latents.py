@@ -1,7 +1,7 @@
-"""Parquet shards of VAE latents and text embeddings in FastVideo's text-to-video schema.
+"""Reads and writes parquet shards of VAE latents and text embeddings in FastVideo's text-to-video schema.
 
-A tensor is three columns: raw bytes, shape and dtype. With row groups of one clip any clip is read
-without its neighbours. What models are conditioned on of an image has columns of its own, see `image_columns.py`.
+A tensor takes three columns: raw bytes, shape and dtype. With row groups of one clip, any clip is read
+without its neighbors. Image conditions have their own columns, see `image_columns.py`.
 Source of the schema: FastVideo, `fastvideo/dataset/dataloader/schema.py`.
 """
 
@@ -28,13 +28,13 @@ from ..errors import UserError
 from ..families.image import IMAGE
 from ..files import atomic_file
 from .identity import Identity, identity_of
-from .image_columns import COLUMN_OF, check_first_frame, check_shapes, none_held, stored, taken
+from .image_columns import COLUMN_OF, check_first_frame, check_shapes, from_column, missing_columns, to_column
 from .normalisation import BY_CHANNELS, EVIDENCE, KIND_NOTE, Latents, Scale, evidence_of_raw, scale_of
 
 LATENT, TEXT = "vae_latent", "text_embedding"
 OPEN_FILES = 32
-LOOKED_AT = 16
-"""Clips whose statistics tell what latents are that nobody says anything of."""
+SAMPLED_CLIPS = 16
+"""Clips whose statistics are measured to classify latents that no note describes."""
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ COLUMNS = tuple(each.name for name in (LATENT, TEXT) for each in _tensor_fields(
 
 
 def _schema(conditions: Iterable[str]) -> pa.Schema:
-    """The schema of clips with `conditions`, whose columns FastVideo has behind those of the text."""
+    """The schema of clips with `conditions`; FastVideo puts their columns after those of the text."""
     schema, place = SCHEMA, 1 + len(COLUMNS)
     for column in (column for name, column in COLUMN_OF.items() if name in conditions):
         for each in _tensor_fields(column):
@@ -78,11 +78,11 @@ def _schema(conditions: Iterable[str]) -> pa.Schema:
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip to be written: `latents` `[C, F, H, W]`, `encoder_hidden_states` `[L, D]`, any float dtype.
+    """A clip to write: `latents` `[C, F, H, W]` and `encoder_hidden_states` `[L, D]`, of any float dtype.
 
-    `width`, `height`, `fps` and `duration_sec` describe the video it was encoded from. `conditions` are what a model
-    reads of its image: `image_latents` `[4 + C, f, H, W]`, which may end with the first frame after which all are
-    the same, and `encoder_hidden_states_image` `[L, D]`.
+    `width`, `height`, `fps` and `duration_sec` describe the source video. `conditions` are the model's image
+    conditions: `image_latents` `[4 + C, f, H, W]`, which may end at the first frame that all later frames
+    equal, and `encoder_hidden_states_image` `[L, D]`.
     """
 
     latents: Tensor
@@ -106,7 +106,7 @@ def _pack(name: str, tensor: Tensor) -> dict[str, Any]:
 
 
 def _pack_condition(name: str, condition: Tensor) -> dict[str, Any]:
-    return _pack(COLUMN_OF[name], stored(name, condition))
+    return _pack(COLUMN_OF[name], to_column(name, condition))
 
 
 def _row(clip: Clip, number: int) -> dict[str, Any]:
@@ -128,27 +128,27 @@ def _row(clip: Clip, number: int) -> dict[str, Any]:
 
 
 def write_shard(path: Path, clips: Iterable[Clip], first: int = 0, notes: Mapping[str, str] | None = None) -> None:
-    """Write one file atomically; `clips` are taken one at a time, those without a name numbered from `first`.
+    """Write one shard atomically. It takes `clips` one at a time and numbers clips without a name from `first`.
 
-    All have the conditions of the first. `notes` go into the file's metadata as they stand after the last clip.
+    All clips must have the conditions of the first. `notes` are written as metadata after the last clip.
     """
     remaining = iter(clips)
-    begun = list(itertools.islice(remaining, 1))
-    schema = _schema(begun[0].conditions) if begun else SCHEMA
+    head = list(itertools.islice(remaining, 1))
+    schema = _schema(head[0].conditions) if head else SCHEMA
     with atomic_file(path) as temporary, pq.ParquetWriter(temporary, schema, use_dictionary=False) as writer:
-        for number, clip in enumerate(itertools.chain(begun, remaining), first):
+        for number, clip in enumerate(itertools.chain(head, remaining), first):
             writer.write_table(pa.Table.from_pylist([_row(clip, number)], schema), row_group_size=1)
         if notes:
             writer.add_key_value_metadata(dict(notes))
 
 
 def clips_in(path: Path) -> int:
-    """How many clips a shard holds. Raises UserError."""
+    """The number of clips in a shard. Raises UserError if it cannot be read."""
     return int(_open(path, os.getpid()).metadata.num_rows)
 
 
 def read_notes(path: Path) -> dict[str, str]:
-    """The metadata of a shard, as `write_shard` took them. Raises UserError."""
+    """The `notes` that `write_shard` wrote to a shard's metadata. Raises UserError if it cannot be read."""
     metadata = _open(path, os.getpid()).metadata.metadata or {}
     return {key.decode(errors="replace"): value.decode(errors="replace") for key, value in metadata.items()}
 
@@ -156,15 +156,15 @@ def read_notes(path: Path) -> dict[str, str]:
 def write_latents(
     folder: Path | str, clips: Iterable[Clip], clips_per_shard: int = 64, first_shard: int = 0
 ) -> list[Path]:
-    """Write `clips` as `shard-00000.parquet` and so on, each atomically; returns the shards."""
+    """Write `clips` as `shard-00000.parquet` and so on, each atomically; returns the paths."""
     remaining = iter(clips)
     shards: list[Path] = []
     for shard in itertools.count(first_shard):
-        some = list(itertools.islice(remaining, clips_per_shard))
-        if not some:
+        in_shard = list(itertools.islice(remaining, clips_per_shard))
+        if not in_shard:
             return shards
         shards.append(Path(folder) / shard_name(shard))
-        write_shard(shards[-1], some, shard * clips_per_shard)
+        write_shard(shards[-1], in_shard, shard * clips_per_shard)
     raise AssertionError("unreachable")
 
 
@@ -174,24 +174,25 @@ def shard_name(number: int) -> str:
 
 @functools.lru_cache(maxsize=OPEN_FILES)
 def _open(path: Path, process: int) -> pq.ParquetFile:
-    """An open shard; a forked loader must not share its parent's handle, hence the process number."""
+    """An open shard. The `process` ID is part of the cache key: a forked loader must not share its parent's handle."""
     try:
         return pq.ParquetFile(path, memory_map=True)
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise UserError(f"cannot read {path}: {reason}; it may be truncated, write it again") from None
+        raise UserError(f"cannot read {path}: {reason}; if it is truncated, write it again") from None
 
 
 @functools.lru_cache(maxsize=1)
-def _several(path: Path, process: int, group: int, columns: tuple[str, ...]) -> pa.Table:
-    """A row group of several clips, which is decoded whole; the last one is kept for the next clip."""
+def _row_group(path: Path, process: int, group: int, columns: tuple[str, ...]) -> pa.Table:
+    """A row group of several clips, decoded whole; the last one is cached because the next clip may be in it."""
     return _open(path, process).read_row_group(group, columns=list(columns), use_threads=False)
 
 
 @functools.cache
 def _warn_of_groups(folder: Path, clips: int) -> None:
     logger.warning(
-        "%s has row groups of %d clips, each decoded whole for every clip; write the shards with one (docs/encode.md)",
+        "%s has row groups of %d clips, and reading a clip decodes its whole group; write the shards with one clip per "
+        "row group (docs/encode.md)",
         folder,
         clips,
     )
@@ -199,18 +200,18 @@ def _warn_of_groups(folder: Path, clips: int) -> None:
 
 @functools.cache
 def _warn_of_images(folder: Path) -> None:
-    logger.warning("the clips in %s hold images, which the model does not read; they are left out", folder)
+    logger.warning("the clips in %s hold images, but the model takes none; they are not read", folder)
 
 
 class LatentShards:
-    """Random access to the clips of a folder, or of one shard of it; only shapes are read ahead.
+    """Random access to the clips of a folder or of a single shard; opening it reads only shapes.
 
-    `latents` says whether they are normalised or `raw`, as a VAE's encoder gives them; `auto` believes the note in a
-    shard and, without one, looks at the statistics of a few clips. `conditions` names what is read of a clip's image,
-    which for others is left out.
+    `latents` says whether the latents are normalised, or `raw` as a VAE's encoder returns them. `auto` follows the
+    note in a shard; without one, it checks the statistics of a few clips. `conditions` names the image conditions to
+    read; others are ignored.
 
     Raises UserError for an empty folder, missing columns, a row without a tensor, mixed shapes, latents that
-    look raw and are not said to be, or conditions that are not there or not what a model reads.
+    look raw but are not declared raw, or conditions that are missing or that a model cannot take.
     """
 
     def __init__(
@@ -232,14 +233,14 @@ class LatentShards:
         self._starts = [0]
         self._latent_shape: list[int] | None = None
         self._text_shape: list[int] | None = None
-        # Of thousands of shards few stay open, so that each is asked for everything at once.
+        # Few of thousands of shards stay open, so each one is read completely in turn.
         notes = []
         for path in self.paths:
             self._starts.append(self._starts[-1] + self._check(path))
             notes.append(read_notes(path))
         if len(self) == 0:
             raise UserError(f"the shards in {self.folder} hold no clips")
-        # Of each shard what its latents are normalised by, None for those that are normalised.
+        # The statistics that normalize each shard's latents; None if they are normalized already.
         self._scales: list[Scale | None] = [None] * len(self.paths)
         self._normalise(latents, notes)
         if IMAGE in self.conditions:
@@ -250,11 +251,11 @@ class LatentShards:
 
     @property
     def identity(self) -> Identity:
-        """What tells these clips from others."""
+        """Identifies this set of clips, see `identity.py`."""
         return identity_of(self.folder, self.paths, [b - a for a, b in itertools.pairwise(self._starts)])
 
     def split(self, heldout: int) -> int:
-        """Number of clips left for training when the last `heldout` are set aside."""
+        """The number of clips left for training after setting aside the last `heldout`. Raises UserError if none."""
         if heldout >= len(self):
             raise UserError(
                 f"{self.folder} holds {len(self)} clips and heldout: {heldout} leaves none to train on; lower heldout"
@@ -268,7 +269,7 @@ class LatentShards:
         for number, (path, noted) in enumerate(zip(self.paths, notes, strict=True)):
             kind = noted.get(KIND_NOTE, latents)
             if latents not in ("auto", kind):
-                raise UserError(f"data.latents: {latents}, but {path} says that its latents are {kind}; set auto")
+                raise UserError(f"data.latents is {latents}, but the metadata of {path} says {kind}; set it to auto")
             if kind == "raw":
                 self._scales[number] = scale_of(noted, channels, str(path))
             elif kind == "auto":
@@ -277,22 +278,22 @@ class LatentShards:
             self._refuse_raw(unknown, BY_CHANNELS[channels])
 
     def _refuse_raw(self, rows: list[int], scale: Scale) -> None:
-        """Raise UserError where the clips `rows` have the statistics of raw latents."""
-        count = min(LOOKED_AT, len(rows))
+        """Raise UserError if the clips `rows` have the statistics of raw latents."""
+        count = min(SAMPLED_CLIPS, len(rows))
         chosen = [rows[place * len(rows) // count] for place in range(count)]
         evidence = evidence_of_raw(self._readable(chosen), scale)
-        said = "say data.latents: raw or data.latents: normalised (inspect: --latents)"
+        remedy = "set data.latents: raw or data.latents: normalised (inspect: --latents)"
         if evidence > EVIDENCE:
             raise UserError(
-                f"the latents in {self.folder} are not normalised, as their channels' statistics tell (FastVideo's are "
-                f"not); {said}"
+                f"the latents in {self.folder} look raw, not normalised, by their channels' statistics (FastVideo "
+                f"stores raw ones); {remedy}"
             )
         if evidence > -EVIDENCE:
-            what = "whether the latents in %s are normalised cannot be told, and they are taken as they lie; %s"
-            logger.warning(what, self.folder, said)
+            what = "cannot tell whether the latents in %s are normalised, and uses them unchanged; %s"
+            logger.warning(what, self.folder, remedy)
 
     def _compare_first_frame(self, notes: Sequence[Mapping[str, str]]) -> None:
-        """Refuse images of shards from elsewhere that are not encoded as ours, told from the first clip of one."""
+        """Check, on the first clip of a shard that another tool wrote, that its image is encoded as this tool does."""
         for noted, start in zip(notes, self._starts, strict=False):
             if KIND_NOTE not in noted and start < len(self):
                 with contextlib.suppress(UserError):
@@ -303,17 +304,17 @@ class LatentShards:
         check_first_frame(clip["latents"], clip[IMAGE], self._place(start))
 
     def _readable(self, rows: list[int]) -> Iterator[Tensor]:
-        """The latents of clips but for damaged ones, which are refused where somebody wants them."""
+        """The latents of clips. Damaged clips are passed over here; they are refused when they are needed."""
         for row in rows:
             with contextlib.suppress(UserError):
                 yield self.read(row)["latents"]
 
     def _check(self, path: Path) -> int:
-        """Rows of a shard, after comparing every shape in it with the first."""
+        """The number of clips in a shard, after comparing every shape in it with the first clip's."""
         shard = _open(path, os.getpid())
         missing = [name for name in COLUMNS if name not in shard.schema_arrow.names]
         if missing:
-            raise UserError(f"{path} has no column {', '.join(missing)}; FastVideo's t2v schema is expected")
+            raise UserError(f"{path} has no column {', '.join(missing)}; write shards in FastVideo's t2v schema")
         held = {name: f"{column}_shape" for name, column in COLUMN_OF.items()}
         held = {name: column for name, column in held.items() if column in shard.schema_arrow.names}
         shapes = shard.read(columns=[f"{LATENT}_shape", f"{TEXT}_shape", *held.values()]).to_pydict()
@@ -321,7 +322,7 @@ class LatentShards:
         for row, (latent, text) in enumerate(zip(shapes[f"{LATENT}_shape"], shapes[f"{TEXT}_shape"], strict=True)):
             place = f"clip {row} of {path}"
             if not latent or len(latent) != 4:
-                raise UserError(f"{place} has no latent of shape [C, F, H, W]; encode it again or remove it")
+                raise UserError(f"{place} has no latents of shape [C, F, H, W]; encode it again or remove it")
             if not text or len(text) != 2:
                 raise UserError(f"{place} has no text embedding of shape [L, D]; encode its caption or remove it")
             if self.text_tokens is not None:
@@ -332,12 +333,12 @@ class LatentShards:
             self._text_shape = self._text_shape or text
             if latent != self._latent_shape:
                 raise UserError(
-                    f"{place} has latents of {_by(latent)}, the first clip {_by(self._latent_shape)}; "
-                    "keep clips of one shape in a folder"
+                    f"{place} has latents of {_by(latent)}, the first clip has {_by(self._latent_shape)}; "
+                    "keep clips of different shapes in separate folders"
                 )
             if text != self._text_shape:
                 raise UserError(
-                    f"{place} has a text embedding of {_by(text)}, the first clip {_by(self._text_shape)}; "
+                    f"{place} has a text embedding of {_by(text)}, the first clip has {_by(self._text_shape)}; "
                     "set text_tokens to pad them to one length"
                 )
             images = {name: shapes[column][row] or () for name, column in held.items()}
@@ -348,7 +349,7 @@ class LatentShards:
         return clips_in(path)
 
     def _check_images(self, images: Mapping[str, Sequence[int]], latent: Sequence[int], place: str, own: bool) -> None:
-        """The shapes in a clip's columns of images, () for none, before those that are wanted are read."""
+        """Check the shapes in a clip's image columns, () where it has none, before any is read."""
         if not self.conditions:
             if any(images.values()):
                 _warn_of_images(self.folder)
@@ -357,41 +358,41 @@ class LatentShards:
         if not self._condition_shapes:
             missing = [name for name, shape in wanted.items() if not shape]
             if missing:
-                raise none_held(self.folder, missing)
+                raise missing_columns(self.folder, missing)
             self._condition_shapes = wanted
         check_shapes(wanted, latent, self._condition_shapes, place, own)
 
     def read(self, index: int) -> dict[str, Tensor]:
-        """Clip `index`: float32 normalised `latents` `[C, F, H, W]`, `encoder_hidden_states` `[L, D]` and conditions.
+        """Return clip `index`: normalised `latents` `[C, F, H, W]`, `encoder_hidden_states` `[L, D]` and conditions.
 
-        Those are under the names by which models take them: `image_latents` `[4 + C, F, H, W]` with the mask, and
-        `encoder_hidden_states_image` `[L, D]`.
+        All tensors are float32. Conditions are keyed by the model's argument names: `image_latents`
+        `[4 + C, F, H, W]` with the mask, and `encoder_hidden_states_image` `[L, D]`.
 
-        Raises UserError for one that cannot be unpacked, or that has NaN or infinite values.
+        Raises UserError for a clip that cannot be unpacked, or that has NaN or infinite values.
         """
         values = self._row(index, self._columns)
-        place, without = self._place(index), _without(index)
-        text = _unpack(values, TEXT, place, without)
+        place, remedy = self._place(index), _remedy(index)
+        text = _unpack(values, TEXT, place, remedy)
         if self.text_tokens is not None:
             text = F.pad(text, (0, 0, 0, self.text_tokens - len(text)))
-        latents, scale = _unpack(values, LATENT, place, without), self._scales[self._shard(index)]
-        images = {name: _unpack(values, COLUMN_OF[name], place, without) for name in self.conditions}
+        latents, scale = _unpack(values, LATENT, place, remedy), self._scales[self._shard(index)]
+        images = {name: _unpack(values, COLUMN_OF[name], place, remedy) for name in self.conditions}
         columns = {COLUMN_OF[name]: tensor for name, tensor in images.items()}
         for name, tensor in {"latents": latents, "text embedding": text, **columns}.items():
             if not tensor.isfinite().all():
-                raise UserError(f"{place}, {self._name(index)!r}, has NaN or infinite values in its {name}; {without}")
+                raise UserError(f"{place}, {self._name(index)!r}, has NaN or infinite values in its {name}; {remedy}")
         return {
             "latents": latents if scale is None else scale.standardise(latents),
             "encoder_hidden_states": text,
-            **{name: taken(name, tensor, latents.shape[1]) for name, tensor in images.items()},
+            **{name: from_column(name, tensor, latents.shape[1]) for name, tensor in images.items()},
         }
 
     def caption(self, index: int) -> str:
-        """The caption of clip `index`; "" where the shards have none."""
+        """The caption of clip `index`; "" if the shards have none."""
         return str(self._row(index, ["caption"]).get("caption") or "")
 
     def named(self, names: Collection[str]) -> dict[str, list[int]]:
-        """The clips that are called so, by `id` or `file_name`."""
+        """The numbers of the clips with each of `names` as `id` or `file_name`."""
         found: dict[str, list[int]] = {name: [] for name in names}
         for path, start in zip(self.paths, self._starts, strict=False):
             shard = _open(path, os.getpid())
@@ -405,7 +406,7 @@ class LatentShards:
         return next((str(name) for name in self._row(index, NAMES).values() if name), "")
 
     def _row(self, index: int, columns: Sequence[str]) -> dict[str, Any]:
-        """Some columns of clip `index`; those that a shard does not have are left out."""
+        """The values of `columns` for clip `index`, without columns that its shard lacks."""
         if not 0 <= index < len(self):
             raise IndexError(f"clip {index} of {len(self)}")
         number = self._shard(index)
@@ -418,17 +419,17 @@ class LatentShards:
             group += 1
         try:
             if columns is self._columns and shard.metadata.row_group(group).num_rows > 1:
-                table = _several(path, os.getpid(), group, self._columns)
+                table = _row_group(path, os.getpid(), group, self._columns)
             else:
                 table = shard.read_row_group(group, columns=list(columns), use_threads=False)
             values = table.slice(row, 1).to_pylist()[0]
         except (pa.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"cannot read {self._place(index)}: {reason}; {_without(index)}") from None
+            raise UserError(f"cannot read {self._place(index)}: {reason}; {_remedy(index)}") from None
         return dict(values)
 
     def _shard(self, index: int) -> int:
-        """Number of the file that clip `index` lies in."""
+        """The number of the shard that holds clip `index`."""
         return bisect.bisect_right(self._starts, index) - 1
 
     def _place(self, index: int) -> str:
@@ -436,19 +437,19 @@ class LatentShards:
         return f"clip {index - self._starts[number]} of {self.paths[number]}"
 
 
-def _without(index: int) -> str:
-    """What to do about a clip that is damaged."""
-    return f"encode it again, or go on without it: data.skip: [{index}]"
+def _remedy(index: int) -> str:
+    """What to do about a damaged clip."""
+    return f"encode it again, or continue without it: data.skip: [{index}]"
 
 
-def _unpack(row: dict[str, Any], name: str, place: str, without: str) -> Tensor:
-    """The tensor of a row, float32."""
+def _unpack(row: dict[str, Any], name: str, place: str, remedy: str) -> Tensor:
+    """The tensor in the columns `name` of a row, float32."""
     dtype = getattr(torch, (row[f"{name}_dtype"] or "").removeprefix("torch."), None)
     raw, shape = row[f"{name}_bytes"], row[f"{name}_shape"]
     if not isinstance(dtype, torch.dtype):
-        raise UserError(f"{place}: {name}_dtype {row[f'{name}_dtype']!r} is not a torch dtype; {without}")
+        raise UserError(f"{place}: {name}_dtype {row[f'{name}_dtype']!r} is not a torch dtype; {remedy}")
     if not raw or len(raw) != torch.Size(shape).numel() * dtype.itemsize:
-        raise UserError(f"{place}: {name}_bytes do not fill {_by(shape)} of {dtype}; {without}")
+        raise UserError(f"{place}: {name}_bytes do not match the shape {_by(shape)} in {dtype}; {remedy}")
     return torch.frombuffer(bytearray(raw), dtype=dtype).view(shape).float()
 
 

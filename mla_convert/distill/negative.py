@@ -1,8 +1,8 @@
-"""The negative prompt of a model of text embeddings: what guidance leads away from (arXiv 2207.12598).
+"""Finds and reads the embedding of the negative prompt, from which guidance steers away (arXiv 2207.12598).
 
-It stands where a clip loses its prompt, too, since that is what such a model is asked for beside every prompt.
-Training and sampling have to agree on it: the pipelines of Wan, Self-Forcing and Causal-Forcing use one long text,
-and no text at all is an embedding of its own, which is not zeros.
+It also replaces the prompt of clips that lose theirs in training, because guided sampling evaluates the model on it.
+Training and sampling must use the same one. The pipelines of Wan, Self-Forcing and Causal-Forcing use one long text.
+The embedding of an empty text is not zeros either.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import UserError
 
 NEGATIVE = "negative.safetensors"
-"""Its file beside what `mla-convert encode` writes."""
+"""The file that `mla-convert encode` writes beside its shards."""
 EMBEDS_KEY = "prompt_embeds"
 WAN_NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
@@ -29,7 +29,7 @@ WAN_NEGATIVE_PROMPT = (
 
 
 def find_negative(place: Path, given: str | Path | None = None) -> Path | None:
-    """The file `given`, or the one beside what lies at `place`, a folder or a file; None where there is none."""
+    """The file `given`, or else the one in the folder `place` or beside the file `place`; None if there is none."""
     if given is not None:
         return Path(given)
     beside = (place if place.is_dir() else place.parent) / NEGATIVE
@@ -37,9 +37,9 @@ def find_negative(place: Path, given: str | Path | None = None) -> Path | None:
 
 
 def read_negative(path: Path, shape: Sequence[int]) -> Tensor:
-    """The embedding in `path`, `prompt_embeds` `[L', D]` or `[1, L', D]`, as `shape` (L, D): zeros behind it, float32.
+    """Read `prompt_embeds` `[L', D]` or `[1, L', D]` from `path`, zero-padded to `shape` (L, D), float32.
 
-    Raises UserError for a file that cannot be read or does not fit.
+    Raises UserError if the file cannot be read or does not fit.
     """
     try:
         embeds = load_file(path).get(EMBEDS_KEY)
@@ -50,5 +50,8 @@ def read_negative(path: Path, shape: Sequence[int]) -> Tensor:
     tokens, width = shape
     if embeds is None or embeds.ndim != 2 or len(embeds) > tokens or embeds.shape[1] != width:
         found = "no tensor" if embeds is None else f"a {list(embeds.shape)} tensor"
-        raise UserError(f"the negative prompt {path} has {found} {EMBEDS_KEY}; prompts here are {[tokens, width]}")
+        raise UserError(
+            f"the negative prompt {path} has {found} {EMBEDS_KEY}, but prompts are {[tokens, width]}; encode it with "
+            "the text encoder of the clips"
+        )
     return F.pad(embeds.float(), (0, 0, 0, tokens - len(embeds)))

@@ -1,8 +1,8 @@
-"""Latents as a VAE's encoder gives them or as its transformer takes them, and how to tell the two apart.
+"""Normalizes raw VAE latents for a transformer, and detects whether stored latents are raw.
 
-A transformer takes latents less their channels' mean and over their standard deviation. FastVideo stores what
-the encoder gives (`EncodingStage`, `vae.encode(x).mean`) and normalises in training (`normalize_dit_input`);
-`mla-convert encode` stores what the transformer takes, and says so in a shard's metadata.
+A transformer takes latents minus the mean of each channel, divided by its standard deviation. FastVideo stores the
+encoder's output (`EncodingStage`, `vae.encode(x).mean`) and normalizes in training (`normalize_dit_input`).
+`mla-convert encode` stores normalized latents, and says so in a shard's metadata.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ Latents = Literal["auto", "normalised", "raw"]
 
 KIND_NOTE, SCALE_NOTE = "mla_convert.latents", "mla_convert.latents_scale"
 
-# How far the statistics of a small data set are from those of all videos: of the logarithms of the standard
-# deviations what all channels share (contrast) and what they do not, and of the means in standard deviations.
+# Expected deviation of a small data set's statistics from those of all videos. For the logarithms of the standard
+# deviations: the offset that all channels share (contrast), and each channel's own; then the means, in stds.
 _SHARED_SPREAD, _SPREAD, _MEAN_SPREAD = 0.5, 0.35, 0.5
 EVIDENCE = 3.0
-"""The log-likelihood ratio, 20 to 1, above which one of two explanations is believed."""
+"""The log-likelihood ratio (20 to 1) above which latents count as raw, or below its negative as normalized."""
 
 
 class Scale(NamedTuple):
-    """Mean and standard deviation of each of C channels over all videos."""
+    """The mean and standard deviation of each of C channels over all videos."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     def standardise(self, latents: Tensor) -> Tensor:
-        """`(latents - mean) / std` of `[C, F, H, W]`, float32."""
+        """Return `(latents - mean) / std` for latents `[C, F, H, W]`, float32."""
         mean, std = (torch.tensor(part).view(-1, 1, 1, 1) for part in self)
         return (latents - mean) / std
 
@@ -63,14 +63,14 @@ BY_CHANNELS = {len(scale.mean): scale for scale in (WAN21, WAN22)}
 
 
 def notes_of(raw: Scale | None) -> dict[str, str]:
-    """What a shard's metadata says of its latents; `raw` ones bring the VAE's statistics along."""
+    """A shard's metadata about its latents. Pass the VAE's statistics as `raw` for raw latents; None is normalized."""
     return {KIND_NOTE: "normalised"} if raw is None else {KIND_NOTE: "raw", SCALE_NOTE: json.dumps(raw._asdict())}
 
 
 def scale_of(notes: Mapping[str, str], channels: int, where: str) -> Scale:
-    """The statistics that raw latents of so many channels are normalised by: the shard's own, or those of Wan's VAEs.
+    """The statistics that normalize raw latents with `channels` channels: from the shard's notes, or of Wan's VAEs.
 
-    Raises UserError, with the shard's name `where`, for latents of which nobody knows them.
+    Raises UserError, with the shard's name `where`, if the statistics are unknown.
     """
     if SCALE_NOTE in notes:
         noted = json.loads(notes[SCALE_NOTE])
@@ -78,18 +78,18 @@ def scale_of(notes: Mapping[str, str], channels: int, where: str) -> Scale:
     if channels not in BY_CHANNELS:
         known = " and ".join(map(str, BY_CHANNELS))
         raise UserError(
-            f"data.latents: raw: {where} has latents of {channels} channels and says nothing of their statistics, "
-            f"which are known of Wan's VAEs ({known} channels); normalise them, or encode the videos again"
+            f"data.latents: raw: the latents in {where} have {channels} channels and no statistics in the metadata; "
+            f"normalize them, encode the videos again, or use those of Wan's VAEs ({known} channels)"
         )
     return BY_CHANNELS[channels]
 
 
 def evidence_of_raw(clips: Iterable[Tensor], scale: Scale) -> float:
-    """Log-likelihood ratio of raw against normalised latents, for clips `[C, F, H, W]`; positive speaks for raw.
+    """Return the log-likelihood ratio of raw to normalised latents for clips `[C, F, H, W]`; positive favors raw.
 
-    A small data set has statistics of its own, and a high contrast is no evidence. So what counts is the pattern
-    over the channels: their standard deviations but for what they share, and their means in standard deviations.
-    0 without clips, or where a channel is constant.
+    A small data set has its own statistics, and high contrast alone is no evidence. The ratio therefore uses the
+    pattern over channels: their standard deviations without a common factor, and their means in standard deviations.
+    It is 0 without clips, or if a channel is constant.
     """
     first = second = torch.zeros(len(scale.mean), dtype=torch.float64)
     count = 0
@@ -106,7 +106,7 @@ def evidence_of_raw(clips: Iterable[Tensor], scale: Scale) -> float:
 
 
 def _misfit(means: Tensor, logs: Tensor) -> float:
-    """Squared Mahalanobis distance from 0 of the means `[C]` and of the logarithms `[C]`, which share an offset."""
+    """The squared Mahalanobis distance from 0 of `means` `[C]` and of `logs` `[C]`, which share a random offset."""
     share = _SHARED_SPREAD**2 / (_SPREAD**2 + len(logs) * _SHARED_SPREAD**2)
     distance = (logs.square().sum() - share * logs.sum().square()) / _SPREAD**2
     return float(distance + means.square().sum() / _MEAN_SPREAD**2)

@@ -1,7 +1,7 @@
-"""Training clips that the dense teacher makes itself: the data-free mode, for which prompts are enough.
+"""Writes training clips that the dense teacher generates from prompts: training without collected data.
 
-What a teacher generates in many guided steps is what a student of it should learn, and nothing else has to be
-collected (Self Forcing, arXiv 2506.08009, and DMD2, arXiv 2405.14867, train without videos too). The clips are
+A student should learn what its teacher generates in many guided steps, so no videos have to be
+collected (Self Forcing, arXiv 2506.08009, and DMD2, arXiv 2405.14867, also train without videos). The clips are
 written once, as shards that are read like any others.
 """
 
@@ -60,12 +60,12 @@ class RolloutsConfig(SamplingConfig):
     @model_validator(mode="after")
     def _one_source_of_prompts(self) -> RolloutsConfig:
         if bool(self.prompts) == (self.prompt_embeds is not None):
-            raise ValueError("rollouts need prompts or prompt_embeds, one of the two")
+            raise ValueError("rollouts need either prompts or prompt_embeds; set exactly one of them")
         return self
 
 
 def open_folder(folder: Path, identity: str) -> None:
-    """Make `folder` the one of these rollouts; what others left there, of another `identity`, goes."""
+    """Prepare `folder` for the rollouts with this `identity`; delete rollouts with another identity from it."""
     plan = folder / PLAN
     if plan.is_file():
         recorded = json.loads(plan.read_text(encoding="utf-8"))
@@ -79,7 +79,7 @@ def open_folder(folder: Path, identity: str) -> None:
 
 
 def shards_of(folder: Path, config: RolloutsConfig) -> list[Path]:
-    """The files of all clips."""
+    """The paths of the shards of all clips."""
     return [folder / shard_name(number) for number in range(math.ceil(config.clips / config.batch_size))]
 
 
@@ -95,12 +95,12 @@ def write_rollouts(
     processes: int = 1,
     conditions: Callable[[Sequence[int]], Mapping[str, Tensor]] = lambda chosen: {},
 ) -> None:
-    """Write the shards of `folder` that are missing, every `processes`-th of them from number `process`.
+    """Write the missing shards of `folder`: every `processes`-th, starting at number `process`.
 
-    Clip i is for prompt i modulo the number of `text` `[N, L, D]` and its `captions`. `roll_out` gives latents
-    `[B, C, F, H, W]` for texts `[B, L, D]`, a seed, which derives from `seed` and the number of the shard, and what
-    `conditions` gives of the prompts with some numbers, `[B, ...]`, which is written beside the latents:
-    a folder that was interrupted ends with the bytes of an unbroken one, whatever the number of processes.
+    Clip i takes prompt i modulo N of `text` `[N, L, D]` and `captions`. `conditions` returns the image conditions
+    `[B, ...]` of prompts by number; they are written beside the latents. `roll_out` returns latents
+    `[B, C, F, H, W]` for texts `[B, L, D]`, a seed and these conditions. The seed depends only on `seed` and the
+    shard's number, so an interrupted folder ends with the same bytes, with any number of processes.
     Raises UserError for latents that are not finite.
     """
     starts, paths = range(0, config.clips, config.batch_size), shards_of(folder, config)
@@ -110,13 +110,16 @@ def write_rollouts(
         if not path.is_file():
             rows = range(starts[number], min(starts[number] + config.batch_size, config.clips))
             chosen = [row % len(text) for row in rows]
-            told, dtype = conditions(chosen), getattr(torch, config.dtype)
-            latents = roll_out(text[chosen], drawn_seed(Use.ROLLOUT, seed, number), told).to(dtype)
+            chosen_conditions, dtype = conditions(chosen), getattr(torch, config.dtype)
+            latents = roll_out(text[chosen], drawn_seed(Use.ROLLOUT, seed, number), chosen_conditions).to(dtype)
             if not latents.isfinite().all():
-                raise UserError(f"the teacher's rollout of {path.name} has NaN or infinite values; check it")
+                raise UserError(
+                    f"the teacher's rollout for {path.name} has NaN or infinite values; check the source and the "
+                    "sampling keys of data.rollouts"
+                )
             clips = []
             for i, row in enumerate(chosen):
-                own = {name: x[i].to(dtype) for name, x in told.items()}
+                own = {name: x[i].to(dtype) for name, x in chosen_conditions.items()}
                 clips.append(Clip(latents[i], text[row], caption=captions[row], conditions=own))
             write_shard(path, clips, starts[number], {KIND_NOTE: "normalised"})
         report("roll out clips", done + 1, len(mine))

@@ -1,8 +1,8 @@
-"""The training loop of a stage on Accelerate: it knows steps, weights and files, and no loss.
+"""Runs the training loop of a stage with Accelerate. It handles steps, weights and files; the stage defines the loss.
 
-A stage killed at any moment and run again ends with the same bytes of weights, optimizer, average
-and metrics: data and noise depend only on (seed, stage, micro-batch), see `order.py`, and files
-appear whole or not at all, see `state.py`.
+A stage that is killed at any moment and run again ends with the same bytes of weights, optimizer, average
+and metrics. Data and noise depend only on (seed, stage, micro-batch) (`order.py`), and files
+are written atomically (`state.py`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..draws import Use, drawn
 from ..errors import UserError
 from ..registry import stages
 from .assembly import Assembly
-from .data import Batch, Data, told_plainly
+from .data import Batch, Data, without_worker_traceback
 from .execution import execution
 from .launch import check_launch, world_size
 from .learner import Learner
@@ -46,6 +46,7 @@ from .trainable import trainable_names
 from .views import require_apart
 from .watch import Watch, relative_distance
 
+# Keys that do not change what a stage computes. A resumed run may change them.
 BOOKKEEPING = {
     "checkpoint_every",
     "checkpoint_minutes",
@@ -61,7 +62,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage ended with; `resumed_from` is the step of the checkpoint that it went on from."""
+    """The result of a stage; `resumed_from` is the step of the checkpoint that it continued from, if any."""
 
     steps: int
     final_loss: float
@@ -83,11 +84,11 @@ def run_stage(
 ) -> StageResult:
     """Train `student` in place, in float32, and leave it in evaluation mode.
 
-    It ends with the averaged weights when the stage has `ema_decay`, adapters merged into them.
-    Checkpoints, `metrics.jsonl`, previews by `picture`, and the tracker's files go to `work_dir`; when a
-    checkpoint of the same stage lies there, training goes on from it. Every process of a distributed
-    run calls this. Raises UserError when training diverges, with the last good checkpoint kept, and
-    when inputs do not fit.
+    With `ema_decay`, the student ends with the averaged weights. Adapters are merged.
+    Checkpoints, `metrics.jsonl`, previews made by `picture`, and the tracker's files go to `work_dir`. If it holds a
+    checkpoint of the same stage, training continues from there. Every process of a distributed
+    run calls this. Raises UserError if training diverges (the last good checkpoint is kept) and if the
+    inputs do not fit.
     """
     check_launch(config)
     config = config.over(world_size())
@@ -109,20 +110,20 @@ def run_stage(
     try:
         return _Training(stage, student, networks, data, heldout, work_dir, seed, stage_index, picture).run(progress)
     finally:
-        # Wrapped networks and their optimizers refer to each other, and would lie beside those of the next stage.
+        # Wrapped networks and optimizers form reference cycles, which would stay in memory during the next stage.
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
 def _check_conditions(models: Sequence[Any], data: Data) -> None:
-    """Raise UserError where clips lack something that one of the models cannot run without."""
+    """Raise UserError if the clips lack a condition that one of the models needs."""
     needed = {name for model in models for name in getattr(model, "needed_conditions", ())}
     missing = sorted(needed - data.example(0).keys()) if needed else []
     if missing:
         raise UserError(
-            f"the models are conditioned on {' and '.join(missing)}, which the clips do not hold; open the data with "
-            "these conditions"
+            f"the models are conditioned on {' and '.join(missing)}, which the clips do not hold; pass these "
+            "conditions to open_data"
         )
 
 
@@ -171,14 +172,14 @@ class _Training:
         self.watch = Watch(config.spike, config.stop)
         self.metrics = Metrics(work_dir / "metrics.jsonl")
         in_parts = self.parts.learner.in_parts
-        # Any number of processes sees the clips of a global batch; parts of an optimizer fit one number alone.
-        free = config.global_batch is not None and not in_parts
+        # With global_batch the clips of a step do not depend on the number of processes, but ZeRO-2's partitions do.
+        any_processes = config.global_batch is not None and not in_parts
         identity = {
-            **config.model_dump(mode="json", exclude=BOOKKEEPING | ({"grad_accumulation"} if free else set())),
+            **config.model_dump(mode="json", exclude=BOOKKEEPING | ({"grad_accumulation"} if any_processes else set())),
             "seed": seed,
             "stage_index": stage_index,
             "data": data.identity,
-            "processes": None if free else processes,
+            "processes": None if any_processes else processes,
             "sharded": "optimizer" if in_parts else self.parts.sharded,
             "parameters": sum(parameter.numel() for parameter in self.parts.learner.trained.values()),
         }
@@ -217,8 +218,8 @@ class _Training:
                     requests.saved()
                 if stop:
                     raise Stopped(
-                        f"stage {config.stage} was asked to stop and did so after step {done}, whose checkpoint is "
-                        f"{self.checkpoints.newest()}; the same command with --resume goes on"
+                        f"stage {config.stage} was stopped by a signal after step {done}, with checkpoint "
+                        f"{self.checkpoints.newest()}; continue with the same command and --resume"
                     )
                 if progress is not None and main:
                     progress(config.stage, done, done if last else config.steps, f"loss {row['loss']:.4g}")
@@ -227,37 +228,37 @@ class _Training:
         return StageResult(row["step"], row["loss"], row.get("heldout_loss"), resumed_from)
 
     def _begin(self, row: Row | None) -> None:
-        """Measure the teacher and, in front of the first step, the student."""
+        """Measure the held-out losses of teacher and student before the first step; a resumed run reads them back."""
         if row is not None:
             rows = self.metrics.rows() if self.accelerator.is_main_process else []
             self.teacher_loss = rows[0].get("teacher_heldout_loss") if rows else None
             return
         start: Row = {"step": 0, "stage": self.config.stage}
         if self.heldout is not None and self.teacher is not None:
-            self.teacher_loss = self._loss_of_teacher(self.teacher, self.heldout)
+            self.teacher_loss = self._teacher_heldout_loss(self.teacher, self.heldout)
             if self.teacher_loss is not None:
                 start["teacher_heldout_loss"] = self.teacher_loss
         self._record(start | self._evaluate(0))
 
-    def _loss_of_teacher(self, teacher: Any, heldout: Batch) -> float | None:
-        """The dense teacher's held-out loss; where the stage keeps none, in the first process alone."""
+    def _teacher_heldout_loss(self, teacher: Any, heldout: Batch) -> float | None:
+        """The dense teacher's held-out loss; only in the first process if the stage itself needs no teacher."""
         if TEACHER in self.stage.networks:
-            # It may be in shards, and then takes every process.
+            # It may be sharded, and then every process must take part.
             return self.parts.learner.measure(lambda models: self._heldout_loss(models[TEACHER], heldout))
         if not self.accelerator.is_main_process:
             return None
-        place = teacher.device
+        device_before = teacher.device
         with autocast(self.accelerator.device, self.config.mixed_precision):
             loss = self._heldout_loss(teacher.to(self.accelerator.device), heldout)
-        teacher.to(place)
+        teacher.to(device_before)
         return loss
 
     def _heldout_loss(self, model: Any, heldout: Batch) -> float:
-        """In forwards of as many clips as training takes, since those fit."""
+        """The held-out loss of `model`, `batch_size` clips per forward, as many as fit in training."""
         return flow_loss(model, heldout, forward_size=self.config.batch_size, levels=self.config.noise_levels)
 
     def _batches(self, first: int) -> Iterator[Batch]:
-        """This process's micro-batches from step `first` on, on its device."""
+        """This process's micro-batches from step `first` onward, on its device."""
         accelerator, config = self.accelerator, self.config
         sampler = MicroBatches(
             DataOrder(self.data.size, self.seed, self.stage_index),
@@ -275,25 +276,25 @@ class _Training:
             pin_memory=accelerator.device.type == "cuda",
             generator=torch.Generator(),
         )
-        for batch in told_plainly(loader):
+        for batch in without_worker_traceback(loader):
             yield {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
 
     @property
     def _updates(self) -> int:
-        """Optimizer steps in a step of the stage: those of the second network, then the student's."""
+        """Optimizer steps per step of the stage: those of the second network, then the student's."""
         return 1 if self.stage.second is None else self.stage.second.updates + 1
 
     def _step(self, step: int, batches: Iterator[Batch]) -> Row:
-        """One optimizer step of the student, after those of the second network."""
+        """Take the optimizer steps of the second network, then one of the student."""
         row: Row = {"step": step + 1, "stage": self.config.stage}
-        first, seconds = step * self._updates, {}
+        first, second_row = step * self._updates, {}
         second, average = self.parts.second, self.parts.average
         if second is not None:
             for update in range(first, first + self._updates - 1):
-                seconds = self._update(second, step, update, batches)
+                second_row = self._update(second, step, update, batches)
         row |= self._update(self.parts.learner, step, first + self._updates - 1, batches)
         if second is not None:
-            row |= {f"{second.name}_{name}": value for name, value in seconds.items()}
+            row |= {f"{second.name}_{name}": value for name, value in second_row.items()}
         if average is not None:
             if not row.get("skipped"):
                 average.step()
@@ -301,7 +302,7 @@ class _Training:
         return {**row, "lr": learning_rate(self.config, step)}
 
     def _update(self, learner: Learner, step: int, update: int, batches: Iterator[Batch]) -> Row:
-        """Optimizer step number `update` of the stage, counted over both networks."""
+        """Take optimizer step number `update` of the stage, counted over both networks."""
         config, accelerator = self.config, self.accelerator
         numbers = [
             micro * accelerator.num_processes + accelerator.process_index
@@ -311,12 +312,12 @@ class _Training:
         self.stage.begin_update(drawn(Use.SHARED, self.seed, self.stage_index, update))
         student = learner is self.parts.learner
 
-        def own(generator: torch.Generator) -> Batch:
+        def data_batch(generator: torch.Generator) -> Batch:
             return next(batches)
 
-        def of_the_student(generator: torch.Generator) -> Batch:
-            made: Batch = self.parts.learner.measure(self.stage.second_batch, next(batches), generator)
-            return made
+        def student_batch(generator: torch.Generator) -> Batch:
+            batch: Batch = self.parts.learner.measure(self.stage.second_batch, next(batches), generator)
+            return batch
 
         def judge(loss: float, grad_norm: float | None) -> Row:
             return self._judge(step + 1, learner.name, "" if student else f"{learner.name} ", loss, grad_norm)
@@ -324,40 +325,43 @@ class _Training:
         rate = learning_rate(config, step)
         if not student:
             rate *= learner.learning_rate / config.learning_rate
-        loss_of, draw = (self.stage.loss, own) if student else (self.stage.second_loss, of_the_student)
+        loss_of, draw = (self.stage.loss, data_batch) if student else (self.stage.second_loss, student_batch)
         return learner.update(loss_of, draw, generators, rate, config.max_grad_norm, judge)
 
     def _judge(self, step: int, network: str, label: str, loss: float, grad_norm: float | None) -> Row:
-        """Whether a step may be taken. Raises UserError where training has diverged."""
+        """Entries of the step's row about a spike; `skipped` is set if the step must not be taken.
+
+        Raises UserError if training has diverged.
+        """
         self._require_finite(step, f"{label}loss", loss)
         if grad_norm is not None:
             self._require_finite(step, f"{label}gradient norm", grad_norm)
         times = self.watch.spike_of(network, loss)
         if times is None or self.config.spike is None:
             return {}
-        what = f"{label}loss is {loss:.4g}, {times:.1f} times the median of the last {self.config.spike.window},"
+        what = f"{label}loss is {loss:.4g}, {times:.1f} times the median of the last {self.config.spike.window} losses,"
         if self.config.spike.action == "stop":
             raise self._diverged(step, what)
         skipped = self.config.spike.action == "skip"
         if self.accelerator.is_main_process:
-            then = "; the optimizer's step is left out" if skipped else ""
+            then = "; the optimizer step is skipped" if skipped else ""
             logger.warning(f"stage {self.config.stage}: {what} at step {step}{then}")
         return {"spike": times, "skipped": True} if skipped else {"spike": times}
 
     def _evaluate(self, step: int) -> Row:
-        """Held-out loss of the weights that the stage would end with. Every process computes all of it."""
+        """The held-out loss of the weights that the stage would end with. Every process computes all of it."""
         heldout = self.heldout
         if heldout is None:
             return {}
-        loss = self._of_the_end(lambda student: self._heldout_loss(student, heldout))
+        loss = self._with_final_weights(lambda student: self._heldout_loss(student, heldout))
         self._require_finite(step, "held-out loss", loss)
         if step > 0:
-            # Processes on different cards may round differently, and must end together.
+            # Different GPUs may round differently, and all processes must stop at the same step.
             self.watch.heldout(from_main(loss))
         return {"heldout_loss": loss} | ({"heldout_ratio": loss / self.teacher_loss} if self.teacher_loss else {})
 
-    def _of_the_end(self, function: Callable[[Any], Any]) -> Any:
-        """`function` of the student with the weights that the stage would end with."""
+    def _with_final_weights(self, function: Callable[[Any], Any]) -> Any:
+        """Call `function` on the student with the weights that the stage would end with: the average if it has one."""
         average = self.parts.average
         with contextlib.nullcontext() if average is None else average.in_place():
             return self.parts.learner.measure(lambda models: function(models["student"]))
@@ -366,7 +370,7 @@ class _Training:
         config, heldout, picture = self.config.preview, self.heldout, self.picture
         if config is None or heldout is None or picture is None:
             return
-        strip = self._of_the_end(lambda student: picture(student, config, heldout, self.stage.negative))
+        strip = self._with_final_weights(lambda student: picture(student, config, heldout, self.stage.negative))
         show_preview(self.accelerator, self.work_dir, strip, step)
 
     def _require_finite(self, step: int, what: str, value: float) -> None:
