@@ -138,7 +138,7 @@ def test_raw_latents_say_how_they_are_normalised(clips, pipeline, tmp_path, caps
     assert pico.relative_error(read, expected) < 1e-6
     capsys.readouterr()
     assert encode(clips, tmp_path / "raw", pipeline, "--dtype", "float32", "--resume") == 2
-    assert "was begun with latents raw" in capsys.readouterr().err
+    assert "began with latents raw" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -210,7 +210,7 @@ def test_a_killed_run_goes_on_with_the_same_bytes(clips, pipeline, encoded, tmp_
     capsys.readouterr()
 
     assert encode(clips, out, pipeline, "--shard-size", "3") == 1
-    assert "was encoded or begun before; go on with --resume" in capsys.readouterr().err
+    assert "already holds an encoding; continue it with --resume" in capsys.readouterr().err
     monkeypatch.setattr(video_shards, "write_embeddings", lambda files, *_, **__: files and pytest.fail("again"))
     assert encode(clips, out, pipeline, "--shard-size", "3", "--resume") == 0
     assert digests(out) == digests(encoded)
@@ -267,9 +267,9 @@ def break_videos(folder: Path) -> dict[str, str]:
     return {
         "cut.mp4": "it cannot be decoded: ",
         "empty.mp4": "its caption is empty",
-        "mute.mp4": "there is no mute.txt with its caption beside it",
+        "mute.mp4": "its caption file mute.txt does not exist",
         "noise.mp4": "it cannot be decoded: moov atom not found",
-        "short.mp4": f"it is too short: {FRAMES - 1} of {FRAMES} frames at 16 a second",
+        "short.mp4": f"it is too short: {FRAMES - 1} of {FRAMES} frames at 16 per second",
     }
 
 
@@ -297,7 +297,7 @@ def test_nothing_encoded_is_exit_1(pipeline, tmp_path, capsys):
     (tmp_path / "videos").mkdir()
     break_videos(tmp_path / "videos")
     assert encode(tmp_path / "videos", tmp_path / "data", pipeline) == 1
-    assert "none of 5 videos could be encoded" in capsys.readouterr().err
+    assert "none of the 5 videos could be encoded" in capsys.readouterr().err
     assert len((tmp_path / "data" / "skipped.jsonl").read_text().splitlines()) == 5
 
 
@@ -345,7 +345,7 @@ def test_prompts_alone_become_embeddings_for_generate(pipeline, tmp_path, capsys
     ("options", "message"),
     [
         (["--frames", "10"], "--frames 10: the VAE takes one frame and then 4 at a time; give 9 or 13"),
-        (["--height", "40"], "--height 40 is not a multiple of 16, the VAE's 8 by 2; give 32"),
+        (["--height", "40"], "--height 40 is not a multiple of 16 (VAE 8 x patch 2); give 32"),
         (["--width", "8"], "--width 8 is not a multiple of 16"),
         (["--prompts", "prompts.txt"], "give exactly one of VIDEOS and --prompts"),
     ],
@@ -359,8 +359,8 @@ def test_bad_sizes_are_one_line_and_exit_2(clips, pipeline, tmp_path, capsys, op
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--frames", "5"], "was begun with frames 9, not 5; give another --out"),
-        (["--dtype", "float32"], "was begun with dtype bfloat16, not float32"),
+        (["--frames", "5"], "began with frames 9, not 5; give another --out"),
+        (["--dtype", "float32"], "began with dtype bfloat16, not float32"),
     ],
 )
 def test_resume_takes_the_same_settings(clips, pipeline, encoded, capsys, options, message):
@@ -371,7 +371,7 @@ def test_resume_takes_the_same_settings(clips, pipeline, encoded, capsys, option
 def test_resume_takes_the_same_videos(clips, pipeline, encoded, tmp_path, capsys):
     write_video(tmp_path / "v0.mp4").with_suffix(".txt").write_text("a")
     assert encode(tmp_path, encoded, pipeline, "--shard-size", "3", "--resume") == 2
-    assert "the videos or captions are not those" in capsys.readouterr().err
+    assert "the videos or captions differ from those" in capsys.readouterr().err
 
 
 def test_what_is_no_pipeline_or_not_ours_is_refused(clips, pipeline, tmp_path, capsys):
@@ -393,7 +393,7 @@ def test_frames_are_resampled_resized_and_cut(tmp_path):
 
     slower = read_frames(path, 9, 64, 96, 12)
     assert torch.equal(slower, same[0:18:2])
-    with pytest.raises(UnusableVideo, match="12 of 13 frames at 12 a second"):
+    with pytest.raises(UnusableVideo, match="12 of 13 frames at 12 per second"):
         read_frames(path, 13, 64, 96, 12)
 
     cut = read_frames(path, 5, 64, 64, 24)
@@ -440,13 +440,13 @@ def test_tables_name_videos_and_captions(tmp_path, name, text, whole):
     [
         ({}, "", "holds no videos"),
         ({}, "nowhere", "does not exist; give a folder of videos or a table"),
-        ({"a.mp4": ""}, "", "none of the 1 videos .* can be used; a.mp4: there is no a.txt"),
-        ({"metadata.csv": "name,text\na.mp4,x\n"}, "", "row 1: there is none of the columns file_name, path, video"),
-        ({"metadata.jsonl": '{"file_name": 3, "text": "x"}'}, "", "row 1: file_name is no text"),
+        ({"a.mp4": ""}, "", "none of the 1 videos .* can be used; a.mp4: its caption file a.txt"),
+        ({"metadata.csv": "name,text\na.mp4,x\n"}, "", "row 1: none of the columns file_name, path, video"),
+        ({"metadata.jsonl": '{"file_name": 3, "text": "x"}'}, "", "row 1: file_name is not text"),
         ({"metadata.jsonl": "{"}, "", "metadata.jsonl cannot be read"),
-        ({"captions.json": "3"}, "", "is no table of videos"),
-        ({"metadata.csv": "", "captions.json": ""}, "", "holds metadata.csv and captions.json; give the one"),
-        ({"a.tsv": ""}, "a.tsv", "is no table of videos; those are .csv, .jsonl and .json"),
+        ({"captions.json": "3"}, "", "is not a table of videos"),
+        ({"metadata.csv": "", "captions.json": ""}, "", "holds metadata.csv and captions.json; give the path of one"),
+        ({"a.tsv": ""}, "a.tsv", "is not a table of videos; give a .csv, .jsonl or .json"),
     ],
 )
 def test_sources_that_cannot_be_used_are_one_line(tmp_path, files, source, message):

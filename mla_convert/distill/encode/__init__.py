@@ -1,4 +1,4 @@
-"""Videos and captions, or prompts alone, into the shards that stages train on."""
+"""Encodes videos with captions, or only prompts, into the files that stages train on."""
 
 from .config import EncodeConfig
 from .run import encode_prompts, encode_videos

@@ -1,4 +1,4 @@
-"""What can be chosen about an encoding."""
+"""Defines the settings of an encoding."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ..negative import WAN_NEGATIVE_PROMPT
 
 @dataclass(frozen=True)
 class EncodeConfig:
-    """`model` is a folder or a Hub id of a Wan pipeline in diffusers' layout, at `revision`.
+    """Settings of an encoding; `model` is a folder or Hub ID of a Wan pipeline in diffusers layout, at `revision`.
 
-    Of every video the first `frames` at `fps` a second, `height` x `width` pixels, are encoded;
-    `batch_size` at once, `shard_size` in a file. The text encoder runs in `dtype`, and everything is
+    The first `frames` frames of every video are encoded, at `fps` frames per second and `height` x `width` pixels,
+    `batch_size` videos at once and `shard_size` per file. The text encoder runs in `dtype`, and everything is
     stored in it; the VAE runs in float32. `latents` are stored `normalised`, as a transformer takes them, or `raw`,
-    as the VAE gives them. The embedding of `negative_prompt` is written beside them. With `image_condition` so is what
-    an image-to-video model reads of the first frame of each video: its CLIP tokens where the pipeline has an image
-    encoder, and its latents, with those of the grey frames after it.
+    as the VAE returns them. The embedding of `negative_prompt` is written beside them. With `image_condition`, the
+    shards also hold what an image-to-video model reads of the first frame of each video: its CLIP tokens, if the
+    pipeline has an image encoder, and the latents of that frame followed by gray frames.
     """
 
     model: str

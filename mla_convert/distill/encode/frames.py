@@ -1,4 +1,4 @@
-"""The frames of a video file as a VAE takes them, decoded by the ffmpeg of imageio-ffmpeg."""
+"""Decodes the frames of a video file for a VAE, with the ffmpeg of imageio-ffmpeg."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _ADDRESS = re.compile(r"\[[^\]]* @ 0x[0-9a-f]+\] ")
 
 
 class UnusableVideo(Exception):
-    """A video that is broken or too short; the message is the reason."""
+    """Raised for a video that is broken or too short; the message is the reason."""
 
 
 def read_frames(path: Path, frames: int, height: int, width: int, fps: float) -> Tensor:
-    """The first `frames` frames at `fps` a second, uint8 `[F, H, W, 3]`.
+    """Return the first `frames` frames at `fps` frames per second, uint8 `[F, H, W, 3]`.
 
-    The picture is resized until it covers height x width pixels, then its centre is cut out. Raises
-    UnusableVideo for a file that ends too early or in which any frame up to there is damaged.
+    Frames are resized to cover height x width pixels, then cropped at the center. Raises
+    UnusableVideo if the file ends too early or if any of these frames is damaged.
     """
-    # The time is limited where the file is read: `-frames` would race with errors in what comes behind.
+    # Limit the input time: `-frames` would race with errors in later frames.
     command = _command(path, height, width, fps, f"-t {(frames + 1) / fps:.6f}")
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     if done.returncode:
@@ -41,24 +41,24 @@ def read_frames(path: Path, frames: int, height: int, width: int, fps: float) ->
     decoded = torch.frombuffer(bytearray(done.stdout) or bytearray(1), dtype=torch.uint8)
     found = len(decoded) // (height * width * 3)
     if found < frames:
-        raise UnusableVideo(f"it is too short: {found} of {frames} frames at {fps:g} a second")
+        raise UnusableVideo(f"it is too short: {found} of {frames} frames at {fps:g} per second")
     return decoded.view(found, height, width, 3)[:frames]
 
 
 def stream_frames(path: Path, height: int, width: int, fps: float) -> Generator[Tensor]:
-    """All frames of `read_frames`, one by one, uint8 `[H, W, 3]`: decoded no faster than they are taken.
+    """Yield all frames of a file like `read_frames`, uint8 `[H, W, 3]`, decoded no faster than they are consumed.
 
-    Raises UnusableVideo where a frame is damaged, after those before it. Closed early it stops ffmpeg.
+    Raises UnusableVideo at a damaged frame, after yielding those before it. Closing the generator stops ffmpeg.
     """
     size = height * width * 3
-    with tempfile.TemporaryFile() as complaints:
-        # In a session of its own, so that Ctrl-C in a terminal reaches this process alone. Complaints go to a file:
-        # nobody reads them while frames are read, and a full pipe would stop ffmpeg.
+    with tempfile.TemporaryFile() as stderr:
+        # In its own session, so that Ctrl-C in a terminal reaches only this process. stderr goes to a file,
+        # because nothing reads it during decoding, and a full pipe would block ffmpeg.
         process = subprocess.Popen(
             _command(path, height, width, fps),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=complaints,
+            stderr=stderr,
             start_new_session=True,
         )
         assert process.stdout is not None
@@ -66,8 +66,8 @@ def stream_frames(path: Path, height: int, width: int, fps: float) -> Generator[
             while len(frame := process.stdout.read(size)) == size:
                 yield torch.frombuffer(bytearray(frame), dtype=torch.uint8).view(height, width, 3)
             if process.wait():
-                complaints.seek(0)
-                raise UnusableVideo(f"it cannot be decoded: {_reason(complaints.read(), path)}")
+                stderr.seek(0)
+                raise UnusableVideo(f"it cannot be decoded: {_reason(stderr.read(), path)}")
         finally:
             process.kill()
             with contextlib.suppress(OSError):
@@ -76,14 +76,14 @@ def stream_frames(path: Path, height: int, width: int, fps: float) -> Generator[
 
 
 def _command(path: Path, height: int, width: int, fps: float, limit: str = "") -> list[str]:
-    """What writes the frames of a file to stdout; `limit` are arguments for its input."""
+    """The ffmpeg command that writes the frames of a file to stdout; `limit` has options for its input."""
     filters = [
         f"fps={fps:g}",
         f"scale={width}:{height}:force_original_aspect_ratio=increase:flags=bicubic+accurate_rnd+full_chroma_int",
         "format=rgb24",
         f"crop={width}:{height}",
     ]
-    # One thread: clips are decoded beside each other, and the message about a broken one stays the same.
+    # One thread: several clips are decoded in parallel, and error messages are reproducible.
     before = f"-nostdin -v error -xerror -threads 1 {limit} -i"
     after = "-map 0:v:0 -an -sn -dn -f rawvideo -pix_fmt rgb24"
     command = [imageio_ffmpeg.get_ffmpeg_exe(), *before.split(), f"file:{path}", *after.split()]
@@ -91,12 +91,12 @@ def _command(path: Path, height: int, width: int, fps: float, limit: str = "") -
 
 
 def to_pixels(frames: Tensor) -> Tensor:
-    """uint8 frames `[F, H, W, 3]` as float32 pixels `[3, F, H, W]` in [-1, 1]."""
+    """Convert uint8 frames `[F, H, W, 3]` to float32 pixels `[3, F, H, W]` in [-1, 1]."""
     return frames.permute(3, 0, 1, 2).float().div(127.5).sub(1)
 
 
 def ahead(function: Callable[[Item], Result], items: Iterable[Item], count: int) -> Iterator[Result]:
-    """`function` of every item, in order; up to `count` are computed in threads while one is used."""
+    """Yield `function(item)` for every item, in order; threads compute up to `count` results ahead."""
     rest = iter(items)
     with ThreadPoolExecutor(count) as pool:
         waiting: deque[Future[Result]] = deque(pool.submit(function, item) for item in islice(rest, count))
@@ -111,6 +111,6 @@ def ahead(function: Callable[[Item], Result], items: Iterable[Item], count: int)
 
 
 def _reason(message: bytes, path: Path) -> str:
-    """ffmpeg's first complaint, without memory addresses and the path."""
+    """The first line of ffmpeg's error output, without memory addresses and the path."""
     lines = _ADDRESS.sub("", message.decode(errors="replace")).replace(f"file:{path}", "the file").splitlines()
     return next((line.strip() for line in lines if line.strip()), "ffmpeg gave no reason")

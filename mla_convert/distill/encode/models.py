@@ -1,7 +1,7 @@
-"""The VAE, the text encoder and the image encoder of a Wan pipeline, one in memory at a time.
+"""Loads and runs the VAE, the text encoder and the image encoder of a Wan pipeline; each is freed after use.
 
-They follow diffusers' WanPipeline: prompts are cleaned and padded by its own method, latents are the
-mode of the VAE's distribution, standardised by the mean and standard deviation of its configuration.
+They follow diffusers' WanPipeline. Its own method cleans and pads prompts. Latents are the
+mode of the VAE's distribution, standardized by the mean and standard deviation in its configuration.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ PATCH = 2
 
 
 def find_pipeline(model: str, revision: str | None, config_only: bool, images: bool = False) -> tuple[Path, str | None]:
-    """Folder of a pipeline, and its commit on the Hub. Raises UserError.
+    """Return the folder of a pipeline and its commit on the Hub, None for a local folder. Raises UserError.
 
-    With `config_only` no more than configurations are downloaded, with `images` the image encoder's too.
+    With `config_only`, only configurations are downloaded; with `images`, also the image encoder.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
@@ -47,23 +47,23 @@ def find_pipeline(model: str, revision: str | None, config_only: bool, images: b
 
 
 def check_model(folder: Path, videos: bool) -> None:
-    """Refuse a pipeline whose text encoder, or for `videos` whose VAE, is not of the kind that Wan has."""
+    """Raise UserError unless a pipeline has Wan's type of text encoder and, for `videos`, of VAE."""
     found = _config(folder, TEXT_ENCODER).get("model_type")
     if found != "umt5":
-        raise UserError(f"the text encoder of {folder} is of type {found}; encode reads umt5, which Wan has")
+        raise UserError(f"the text encoder of {folder} is of type {found}; give a Wan pipeline, which has umt5")
     if videos:
         found = _config(folder, VAE).get("_class_name")
         if found != "AutoencoderKLWan":
-            raise UserError(f"the VAE of {folder} is {found}; encode reads AutoencoderKLWan")
+            raise UserError(f"the VAE of {folder} is {found}; give a Wan pipeline, which has AutoencoderKLWan")
 
 
 def has_image_encoder(folder: Path) -> bool:
-    """Whether a pipeline makes CLIP tokens of an image, as that of Wan2.1's image-to-video models does."""
+    """Whether a pipeline has a CLIP image encoder, as Wan2.1's image-to-video pipelines do."""
     return (folder / IMAGE_ENCODER / "config.json").is_file()
 
 
 def check_size(folder: Path, frames: int, height: int, width: int) -> None:
-    """Raise UsageError unless the VAE and a transformer's patches divide the video evenly."""
+    """Raise UsageError unless the VAE's and the transformer's factors divide the video's size."""
     config = _config(folder, VAE)
     temporal, spatial = config.get("scale_factor_temporal", 4), config.get("scale_factor_spatial", 8)
     if (frames - 1) % temporal:
@@ -77,7 +77,7 @@ def check_size(folder: Path, frames: int, height: int, width: int) -> None:
         if value % step:
             near = max(step, round(value / step) * step)
             raise UsageError(
-                f"--{name} {value} is not a multiple of {step}, the VAE's {spatial} by {PATCH}; give {near}"
+                f"--{name} {value} is not a multiple of {step} (VAE {spatial} x patch {PATCH}); give {near}"
             )
 
 
@@ -85,7 +85,7 @@ def check_size(folder: Path, frames: int, height: int, width: int) -> None:
 def encode_text(
     tokenizer: Any, encoder: Any, prompts: list[str], device: torch.device, tokens: int = TEXT_TOKENS
 ) -> Tensor:
-    """Embeddings `[B, tokens, D]` of prompts, as `WanPipeline` makes them: cleaned, zeros behind each prompt."""
+    """Embed prompts as `WanPipeline` does: cleaned, zero-padded to `[B, tokens, D]`."""
     from diffusers import WanPipeline
 
     embeds: Tensor
@@ -97,7 +97,7 @@ def encode_text(
 
 @contextlib.contextmanager
 def text_encoder(folder: Path, dtype: torch.dtype, device: torch.device) -> Iterator[Callable[[list[str]], Tensor]]:
-    """A function from B prompts to embeddings `[B, 512, D]` in `dtype`, zeros behind each prompt; freed at the end."""
+    """A function from B prompts to zero-padded embeddings `[B, 512, D]` in `dtype`. The model is freed at the end."""
     from transformers import AutoTokenizer, UMT5EncoderModel
 
     with _explained(folder):
@@ -111,7 +111,7 @@ def text_encoder(folder: Path, dtype: torch.dtype, device: torch.device) -> Iter
 
 @torch.no_grad()
 def encode_image(processor: Any, encoder: Any, image: Image.Image) -> Tensor:
-    """Tokens `[1, 257, D]` of an image: the last hidden states of a CLIP encoder but one, as Wan2.1 reads them."""
+    """Return tokens `[1, 257, D]` of an image: a CLIP encoder's second-to-last hidden states, as Wan2.1 reads them."""
     bring_weights(encoder)
     inputs = processor(images=image, return_tensors="pt")
     pixels = inputs["pixel_values"].to(encoder.device, encoder.dtype)
@@ -121,7 +121,7 @@ def encode_image(processor: Any, encoder: Any, image: Image.Image) -> Tensor:
 
 @contextlib.contextmanager
 def image_encoder(folder: Path, device: torch.device) -> Iterator[Callable[[Image.Image], Tensor]]:
-    """A function from an image to its tokens `[1, 257, D]`, float32 on the CPU; freed at the end."""
+    """A function from an image to its tokens `[1, 257, D]`, float32 on the CPU. The model is freed at the end."""
     from transformers import CLIPImageProcessor, CLIPVisionModel
 
     with _explained(folder):
@@ -134,7 +134,7 @@ def image_encoder(folder: Path, device: torch.device) -> Iterator[Callable[[Imag
 
 
 def load_vae(folder: Path, device: torch.device | str = "cpu") -> Any:
-    """The VAE of a pipeline, in float32, as diffusers advises for Wan. Raises UserError."""
+    """Load the VAE of a pipeline in float32, as diffusers recommends for Wan. Raises UserError."""
     from diffusers import AutoencoderKLWan
 
     with _explained(folder):
@@ -143,15 +143,15 @@ def load_vae(folder: Path, device: torch.device | str = "cpu") -> Any:
 
 
 def encode_pixels(vae: Any, pixels: Tensor, raw: bool = False) -> Tensor:
-    """Latents `[B, C, f, h, w]` as a transformer takes them, of pixels `[B, 3, F, H, W]` in [-1, 1].
+    """Encode pixels `[B, 3, F, H, W]` in [-1, 1] to latents `[B, C, f, h, w]`, float32.
 
-    `raw` ones are as the VAE gives them, not normalised. Float32.
+    Latents are normalised for the transformer, or with `raw` left as the VAE returns them.
     """
     bring_weights(vae)
     mean, std = (
         torch.tensor(vae.config[key], device=vae.device).view(1, -1, 1, 1, 1) for key in ("latents_mean", "latents_std")
     )
-    # The same algorithm at every call, so that a resumed run gives the same bytes.
+    # Always use the same algorithm, so that a resumed run writes the same bytes.
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
         mode: Tensor = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
     if raw:
@@ -162,7 +162,7 @@ def encode_pixels(vae: Any, pixels: Tensor, raw: bool = False) -> Tensor:
 
 @contextlib.contextmanager
 def video_vae(folder: Path, device: torch.device) -> Iterator[Any]:
-    """The VAE of a pipeline, in float32; freed at the end."""
+    """The VAE of a pipeline, in float32. It is freed at the end."""
     vae = load_vae(folder, device)
     try:
         yield vae
@@ -171,14 +171,12 @@ def video_vae(folder: Path, device: torch.device) -> Iterator[Any]:
 
 
 def latents_scale(folder: Path) -> Scale:
-    """The statistics by which the latents of a pipeline's VAE are normalised. Raises UserError."""
+    """The statistics that normalize the latents of a pipeline's VAE. Raises UserError."""
     config = _config(folder, VAE)
     try:
         return Scale(tuple(config["latents_mean"]), tuple(config["latents_std"]))
     except KeyError as error:
-        raise UserError(
-            f"{folder / VAE}/config.json has no {error.args[0]}; give a pipeline whose VAE is Wan's"
-        ) from None
+        raise UserError(f"{folder / VAE}/config.json has no {error.args[0]}; give a pipeline with a Wan VAE") from None
 
 
 def _config(folder: Path, part: str) -> dict[str, Any]:
@@ -186,7 +184,7 @@ def _config(folder: Path, part: str) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{folder} has no {part}/config.json; give the folder or Hub id of a whole pipeline") from None
+        raise UserError(f"{folder} has no {part}/config.json; give the folder or Hub ID of a pipeline") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     return config
@@ -202,6 +200,6 @@ def _explained(folder: Path) -> Iterator[None]:
 
 
 def _free(model: nn.Module) -> None:
-    # Not by dropping references: whoever got the function still holds one.
+    # Dropping references is not enough, because callers may still hold one.
     model.to("meta")
     torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""What an encoding is made of, fixed before it begins, so that a killed one can go on."""
+"""Records the settings and inputs of an encoding before it begins, so that a killed one can resume."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ _ITEMS = ("items", "sha256")
 
 
 def make_plan(kind: str, settings: dict[str, Any], items: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """The settings, and the number and digest of what is encoded (`items`, such as names with captions)."""
+    """Return the plan: the settings, and the number and digest of the inputs `items`, such as names with captions."""
     digest = hashlib.sha256(json.dumps(list(map(list, items))).encode()).hexdigest()
     return {"format": FORMAT, "kind": kind, **settings, "items": len(items), "sha256": digest}
 
 
 @contextlib.contextmanager
 def claimed(out: Path, plan: dict[str, Any], resume: bool) -> Iterator[None]:
-    """Hold `out` for an encoding by `plan`: a new or empty folder, or with `resume` one of the same plan.
+    """Lock `out` for an encoding by `plan`: a new or empty folder, or with `resume` one that has the same plan.
 
-    Raises UserError for a folder that is something else's, that another process works in, or that
-    would have to be resumed; UsageError that names what differs from the plan in it.
+    Raises UserError for a folder that has other content, that another process uses, or that
+    needs `resume`; UsageError, with the difference, for a folder with another plan.
     """
     claim_folder(out, "folder of encoded data", (PLAN,))
     if (out / PLAN).exists():
         _require_same(out, plan)
         if not resume:
-            raise UserError(f"{out} was encoded or begun before; go on with --resume or give another --out")
+            raise UserError(f"{out} already holds an encoding; continue it with --resume or give another --out")
     with locked_folder(out):
         for leftover in (*out.glob(".*.tmp"), *out.glob(f"{WORK}/.*.tmp")):
             leftover.unlink()
@@ -53,5 +53,5 @@ def _require_same(out: Path, plan: dict[str, Any]) -> None:
         if recorded.get(key) == plan.get(key):
             continue
         if key in _ITEMS:
-            raise UsageError(f"the videos or captions are not those that {out} was begun with; give another --out")
-        raise UsageError(f"{out} was begun with {key} {recorded.get(key)}, not {plan.get(key)}; give another --out")
+            raise UsageError(f"the videos or captions differ from those that {out} began with; give another --out")
+        raise UsageError(f"{out} began with {key} {recorded.get(key)}, not {plan.get(key)}; give another --out")

@@ -1,4 +1,4 @@
-"""Encode videos or prompts shard by shard, in one process or several."""
+"""Encodes videos or prompts shard by shard, in one process or several."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ SKIPPED = "skipped.jsonl"
 def encode_videos(
     source: Path, out: Path, config: EncodeConfig, processes: PartialState, report: Report, resume: bool = False
 ) -> dict[str, Any] | None:
-    """Turn the videos of `source` into `shard-*.parquet` in `out`, with those left out in `skipped.jsonl`.
+    """Encode the videos of `source` into `shard-*.parquet` in `out`; skipped videos go to `skipped.jsonl`.
 
-    The negative prompt's embedding goes to `negative.safetensors` beside them.
+    The negative prompt's embedding is written to `negative.safetensors` beside them.
 
-    Every process of a distributed run calls this and takes every n-th shard. Which clip goes where
-    depends on the names alone, so a resumed run writes the bytes of an unbroken one. Returns the
-    figures of the result, None in all processes but the first. Raises UserError in one line, also
-    when no video could be encoded; UsageError for sizes that the VAE does not take, or other settings
-    than those of the encoding that is resumed.
+    Every process of a distributed run calls this and takes every n-th shard. The clips of a shard
+    depend only on the names, so a resumed run writes the same bytes as an uninterrupted one. Returns a summary
+    in the first process, None in the others. Raises UserError, in one line, also
+    if no video could be encoded; UsageError for sizes that the VAE does not take, or for settings that differ from
+    those of the encoding to resume.
     """
     started = time.monotonic()
     entries, without = find_videos(source)
@@ -50,7 +50,7 @@ def encode_videos(
     check_size(folder, config.frames, config.height, config.width)
     settings = {**asdict(config), "revision": commit}
     if config.latents == "normalised":
-        # A folder that was begun before there was a choice can be gone on with.
+        # Plans of older versions lack this key, and such folders can still be resumed.
         del settings["latents"]
     if not images:
         del settings["image_condition"]
@@ -74,9 +74,9 @@ def encode_videos(
     encoded = len(entries) + len(without) - len(skipped)
     if encoded == 0:
         name, reason = skipped[0]
-        raise UserError(f"none of {len(skipped)} videos could be encoded, see {out / SKIPPED}; {name}: {reason}")
+        raise UserError(f"none of the {len(skipped)} videos could be encoded; see {out / SKIPPED}; {name}: {reason}")
     read = () if not images else (IMAGE, TOKENS) if has_image_encoder(folder) else (IMAGE,)
-    # All are of one shape.
+    # All clips have the same shape.
     example = LatentShards(next(path for path in paths if clips_in(path)), conditions=read).read(0)
     return {
         "out": str(out),
@@ -95,9 +95,9 @@ def encode_videos(
 def encode_prompts(
     source: Path, out: Path, config: EncodeConfig, processes: PartialState, report: Report, resume: bool = False
 ) -> dict[str, Any] | None:
-    """Turn the lines of `source` into `prompts-*.safetensors` in `out`: `prompt_embeds` `[N, 512, D]`.
+    """Encode the lines of `source` into `prompts-*.safetensors` in `out`: `prompt_embeds` `[N, 512, D]`.
 
-    The negative prompt, shards, processes, resume and errors are those of `encode_videos`.
+    The negative prompt, shards, processes, resume and errors are as in `encode_videos`.
     """
     started = time.monotonic()
     prompts = read_prompts(source)
@@ -141,9 +141,9 @@ def _share(
     work: Callable[[Sequence[int], Sequence[Embeddings]], None],
     report: Report,
 ) -> bool:
-    """Have `work` write the missing ones of `paths`, every n-th in each process; True in the first, when all exist.
+    """Call `work` for this process's share of the missing `paths`, every n-th of all.
 
-    The first process writes `text`, too.
+    The first process also writes `text`, waits until all files exist, and returns True; others return False.
     """
 
     def begin() -> None:
@@ -160,6 +160,6 @@ def _share(
 
     with claimed(out, plan, resume):
         begin()
-        # A barrier would time out where the last shards take longer than its patience.
+        # A barrier would time out if other processes need long for their last shards.
         wait_for_files(paths, lambda missing: report("shards of other processes", len(paths) - missing, len(paths)))
     return True

@@ -1,4 +1,4 @@
-"""Which videos there are, and what is said about each: caption files, or a table as in Hugging Face's video folders."""
+"""Finds videos and their captions: caption files, or a table as in Hugging Face's video folders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TEXT_COLUMNS = ("text", "caption", "prompt", "cap")
 
 
 class Entry(NamedTuple):
-    """A video to be encoded; `name` is its path as the source names it."""
+    """A video to encode; `name` is its path as the source gives it."""
 
     name: str
     caption: str
@@ -25,24 +25,24 @@ class Entry(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """A video that is left out, and why."""
+    """A video that is skipped, and the reason."""
 
     name: str
     reason: str
 
 
 def find_videos(source: Path) -> tuple[list[Entry], list[Skipped]]:
-    """The videos of a folder or a table by name, and those without a caption or a file.
+    """Return the videos of a folder or a table, sorted by name, and those without a caption or a file.
 
-    A folder holds one of TABLES, or `name.txt` beside each `name.mp4`, in subfolders too. A table
+    A folder holds one of TABLES, or `name.txt` beside each `name.mp4`, also in subfolders. A table
     (`.csv`, `.jsonl`, `.json`) has the columns `file_name`, relative to the table, and `text`; JSON
-    may also map names to texts. Raises UserError for a source without videos, or that cannot be read.
+    may also map names to texts. Raises UserError if the source has no usable videos or cannot be read.
     """
     if source.is_dir():
         tables = [source / name for name in TABLES if (source / name).is_file()]
         if len(tables) > 1:
             names = " and ".join(table.name for table in tables)
-            raise UserError(f"{source} holds {names}; give the one to be used in place of the folder")
+            raise UserError(f"{source} holds {names}; give the path of one of them instead of the folder")
         rows = _table(tables[0]) if tables else _pairs(source)
     elif source.is_file():
         rows = _table(source)
@@ -58,22 +58,22 @@ def find_videos(source: Path) -> tuple[list[Entry], list[Skipped]]:
             entries.append(entry)
     if not entries:
         if not skipped:
-            raise UserError(f"{source} holds no videos; those are {', '.join(SUFFIXES)}")
+            raise UserError(f"{source} holds no videos; supported files are {', '.join(SUFFIXES)}")
         first = skipped[0]
         raise UserError(f"none of the {len(skipped)} videos of {source} can be used; {first.name}: {first.reason}")
     return entries, skipped
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a text file, one a line, in its order. Raises UserError."""
+    """Return the prompts of a text file, one per line, in order. Raises UserError if there are none."""
     prompts = [line.strip() for line in _read(path).splitlines() if line.strip()]
     if not prompts:
-        raise UserError(f"{path} holds no prompts; write one a line")
+        raise UserError(f"{path} holds no prompts; write one per line")
     return prompts
 
 
 def _pairs(folder: Path) -> list[tuple[Entry, str]]:
-    """Videos with the text file beside them, and what is wrong with that."""
+    """The videos of a folder with the captions beside them, and the problem with each caption, "" if none."""
     rows = []
     for path in folder.rglob("*"):
         if path.suffix.lower() not in SUFFIXES or path.name.startswith("."):
@@ -83,7 +83,7 @@ def _pairs(folder: Path) -> list[tuple[Entry, str]]:
         try:
             caption = beside.read_text(encoding="utf-8-sig").strip()
         except FileNotFoundError:
-            problem = f"there is no {beside.name} with its caption beside it"
+            problem = f"its caption file {beside.name} does not exist"
         except (OSError, UnicodeDecodeError) as error:
             problem = f"{beside.name} cannot be read: {_reason(error)}"
         rows.append((Entry(path.relative_to(folder).as_posix(), caption, path), problem))
@@ -101,13 +101,13 @@ def _table(path: Path) -> list[tuple[Entry, str]]:
             case ".json":
                 rows = json.loads(text)
             case _:
-                raise UserError(f"{path} is no table of videos; those are .csv, .jsonl and .json")
+                raise UserError(f"{path} is not a table of videos; give a .csv, .jsonl or .json file")
     except (json.JSONDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     if isinstance(rows, dict):
         rows = [{"file_name": name, "text": text} for name, text in rows.items()]
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path} is no table of videos; rows with file_name and text are expected")
+        raise UserError(f"{path} is not a table of videos; write rows with file_name and text")
     entries = []
     for number, row in enumerate(rows, 1):
         name, caption = (_cell(path, number, row, columns) for columns in (FILE_COLUMNS, TEXT_COLUMNS))
@@ -116,7 +116,7 @@ def _table(path: Path) -> list[tuple[Entry, str]]:
 
 
 def _cell(path: Path, number: int, row: Mapping[str, Any], columns: Iterable[str]) -> str:
-    """The first of `columns` that a row has, the first one of a list of texts."""
+    """The text of the first of `columns` that a row has; of a list, the first text."""
     for column in columns:
         if column in row:
             value = row[column]
@@ -125,9 +125,9 @@ def _cell(path: Path, number: int, row: Mapping[str, Any], columns: Iterable[str
                 return value.strip()
             if value in (None, []):
                 return ""
-            raise UserError(f"{path}, row {number}: {column} is no text")
-    known = ", ".join(map(str, row))
-    raise UserError(f"{path}, row {number}: there is none of the columns {', '.join(columns)}; it has {known}")
+            raise UserError(f"{path}, row {number}: {column} is not text")
+    found = ", ".join(map(str, row))
+    raise UserError(f"{path}, row {number}: none of the columns {', '.join(columns)} exists; the row has {found}")
 
 
 def _read(path: Path) -> str:

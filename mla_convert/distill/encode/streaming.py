@@ -1,8 +1,8 @@
-"""Pixels into latents chunk by chunk, the twin of `run/decode.py`: the encoder of Wan's VAE keeps its own past.
+"""Encodes a video chunk by chunk with Wan's VAE; the counterpart of `run/decode.py`.
 
-`vae.encode` works a video off in parts of one frame and then `scale_factor_temporal` at a time, and keeps for one call
-what its convolutions read of the frames before. Here that is kept from chunk to chunk, so that encoding in parts is
-encoding the whole, at memory that does not grow with its length.
+`vae.encode` processes a video in parts, one frame first and then `scale_factor_temporal` at a time. It caches the past
+features of its convolutions during one call. Here they are kept between chunks, so that encoding in chunks equals
+encoding the whole video, with memory that does not grow with its length.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from ...devices import bring_weights
 
 
 class StreamingEncoder:
-    """Latents `[B, C, f, h, w]`, float32 as a transformer takes them, of a video's next pixels `[B, 3, F, H, W]`.
+    """Encodes the next pixels `[B, 3, F, H, W]` of a video to normalised latents `[B, C, f, h, w]`, float32.
 
-    Pixels are in [-1, 1], f latent frames of `scale_factor_temporal` each, the very first of one. A latent frame is the
-    mode of the VAE's distribution, made with the features of those before, one item of a batch after another. The VAE
-    itself is left as it was, so that several videos may share it. Raises ValueError for frames that are left over.
+    Pixels are in [-1, 1]. A latent frame takes `scale_factor_temporal` frames, the very first takes one. It is the
+    mode of the VAE's distribution given the features of earlier frames. Items of a batch are encoded one by one. The
+    VAE itself is not changed, so several videos may share it. Raises ValueError if frames are left over.
     """
 
     def __init__(self, vae: Any) -> None:
@@ -41,23 +41,23 @@ class StreamingEncoder:
         return torch.cat([self._encoded(item.split(sizes, dim=2), features) for item, features in items])
 
     def _encoded(self, parts: tuple[Tensor, ...], features: list[Any]) -> Tensor:
-        """One item in `parts` `[1, 3, 1 or temporal, H, W]`, a latent frame each, whose `features` go on."""
-        vae, made = self.vae, []
+        """The latents of `parts` `[1, 3, 1 or temporal, H, W]` of one item, a latent frame each; updates `features`."""
+        vae, latents = self.vae, []
         mean, std = (
             torch.tensor(vae.config[key], device=vae.device).view(1, -1, 1, 1, 1)
             for key in ("latents_mean", "latents_std")
         )
-        # The same algorithm at every call, so that what is the same is so to the bit.
+        # Always use the same algorithm, so that equal inputs give bitwise equal latents.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
             for part in parts:
-                given = part.to(vae.device, vae.dtype)
+                pixels = part.to(vae.device, vae.dtype)
                 if vae.config.patch_size is not None:
-                    given = patchify(given, patch_size=vae.config.patch_size)
-                encoded = vae.encoder(given, feat_cache=features, feat_idx=[0])
+                    pixels = patchify(pixels, patch_size=vae.config.patch_size)
+                encoded = vae.encoder(pixels, feat_cache=features, feat_idx=[0])
                 mode = vae.quant_conv(encoded).float().chunk(2, dim=1)[0]
-                made.append((mode - mean) * (1.0 / std))
-        return torch.cat(made, dim=2)
+                latents.append((mode - mean) * (1.0 / std))
+        return torch.cat(latents, dim=2)
 
     def kept(self) -> list[Tensor]:
-        """The features that the next chunk will read."""
+        """The cached features that the next chunk will read."""
         return [x for features in self.features for x in features if isinstance(x, Tensor)]

@@ -1,4 +1,4 @@
-"""Text embeddings in safetensors files: of prompts alone, and of captions until their videos are encoded."""
+"""Writes text embeddings to safetensors files: of prompts, and of captions until their videos are encoded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .models import TEXT_TOKENS, text_encoder
 
 
 class Embeddings(NamedTuple):
-    """A file of the embeddings of `prompts`: `prompt_embeds` `[N, 512, D]`, or `ragged` for `read_ragged`."""
+    """A file with the embeddings of `prompts`: `prompt_embeds` `[N, 512, D]`, or `ragged` for `read_ragged`."""
 
     path: Path
     prompts: Sequence[str]
@@ -31,7 +31,7 @@ def write_embeddings(
 ) -> None:
     """Embed the prompts of each file with the text encoder of the pipeline in `folder`.
 
-    Without files no model is loaded.
+    Loads no model if there are no prompts.
     """
     total, done = sum(len(file.prompts) for file in files), 0
     if not total:
@@ -50,7 +50,7 @@ def write_embeddings(
 
 
 def read_ragged(path: Path) -> list[Tensor]:
-    """The embeddings `[512, D]` of a ragged file, in order."""
+    """Read the embeddings `[512, D]` of a ragged file, in order."""
     tensors = load_file(path)
     rows = (tensors[str(number)] for number in range(len(tensors)))
     return [F.pad(row, (0, 0, 0, TEXT_TOKENS - len(row))) for row in rows]
@@ -61,6 +61,6 @@ def _stacked(rows: Iterable[Tensor]) -> dict[str, Tensor]:
 
 
 def _trimmed(embedding: Tensor) -> Tensor:
-    """An embedding without the zeros behind it, which are most of it."""
+    """An embedding without its zero padding, which is most of it."""
     used = embedding.any(dim=1).nonzero()
     return embedding[: int(used[-1]) + 1 if len(used) else 0].clone()

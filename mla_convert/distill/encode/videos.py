@@ -1,4 +1,4 @@
-"""Shards of videos: captions first, then frames, so that the text encoder is never beside another model."""
+"""Writes shards of videos: first all captions, then all frames, so that the text encoder is alone in memory."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _NOTE = "mla_convert.skipped"
 
 
 class _Encoder(NamedTuple):
-    """Videos in, latents out, normalised or `raw`; with `images` what is read of their first frames, too.
+    """Encodes videos to latents, normalised or `raw`; with `images`, also the image conditions of first frames.
 
-    `embed` makes CLIP tokens `[1, L, D]` of an image, None where the pipeline does not.
+    `embed` makes CLIP tokens `[1, L, D]` of an image; it is None if the pipeline has no image encoder.
     """
 
     vae: Any
@@ -41,21 +41,21 @@ class _Encoder(NamedTuple):
     embed: Callable[[Image.Image], Tensor] | None
 
     def __call__(self, videos: Sequence[Tensor]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """Latents `[C, f, h, w]` and conditions of each of some videos, uint8 `[F, H, W, 3]`; float32 on the CPU."""
+        """Yield latents `[C, f, h, w]` and conditions of each video, uint8 `[F, H, W, 3]`; float32 on the CPU."""
         latents = encode_pixels(self.vae, torch.stack([to_pixels(frames) for frames in videos]), self.raw).cpu()
         for frames, one in zip(videos, latents, strict=True):
             yield one, self._conditions(frames[:1], one.shape[1]) if self.images else {}
 
     def _conditions(self, first: Tensor, frames: int) -> dict[str, Tensor]:
-        begun = encode_begun(self.vae, to_pixels(first).unsqueeze(0), frames)[0].cpu()
-        made = {IMAGE: with_mask(begun)}
+        latents = encode_begun(self.vae, to_pixels(first).unsqueeze(0), frames)[0].cpu()
+        conditions = {IMAGE: with_mask(latents)}
         if self.embed is not None:
-            made[TOKENS] = self.embed(Image.fromarray(first[0].numpy()))[0]
-        return made
+            conditions[TOKENS] = self.embed(Image.fromarray(first[0].numpy()))[0]
+        return conditions
 
 
 class Shard(NamedTuple):
-    """A file to be written and the videos planned for it, the first of which is number `first` of all."""
+    """A file to write and the videos planned for it; its first video is number `first` of all."""
 
     path: Path
     entries: Sequence[Entry]
@@ -63,7 +63,7 @@ class Shard(NamedTuple):
 
     @property
     def captions(self) -> Path:
-        """Where the embeddings of its captions wait for the videos."""
+        """The temporary file with the embeddings of its captions."""
         return self.path.parent / WORK / self.path.with_suffix(".safetensors").name
 
 
@@ -77,7 +77,7 @@ def write_video_shards(
 ) -> None:
     """Encode `texts` and `shards` with the models of the pipeline in `folder`.
 
-    A video that cannot be used is left out.
+    Unusable videos are skipped and recorded in the shard's metadata, see `skipped_in`.
     """
     waiting = [s for s in shards if not s.captions.exists()]
     captions = [Embeddings(s.captions, [entry.caption for entry in s.entries], ragged=True) for s in waiting]
@@ -105,7 +105,7 @@ def write_video_shards(
 
 
 def skipped_in(path: Path) -> list[Skipped]:
-    """The videos that were planned for a shard and are not in it. Raises UserError."""
+    """The videos planned for a shard that were skipped. Raises UserError if the shard cannot be read."""
     return [Skipped(*row) for row in json.loads(read_notes(path).get(_NOTE, "[]"))]
 
 
@@ -116,7 +116,7 @@ def _clips(
     notes: dict[str, str],
     advance: Callable[[int], None],
 ) -> Iterator[Clip]:
-    """The clips of a shard; those left out are in `notes` at the end."""
+    """Yield the clips of a shard; at the end, `notes` lists the skipped videos."""
 
     def read(number: int) -> tuple[int, Tensor | str]:
         try:
@@ -127,14 +127,14 @@ def _clips(
 
     texts, skipped = read_ragged(shard.captions), []
     decoded = ahead(read, range(len(shard.entries)), DECODERS)
-    while some := list(islice(decoded, config.batch_size)):
-        usable = [(number, found) for number, found in some if isinstance(found, Tensor)]
-        skipped += [(shard.entries[n].name, found) for n, found in some if isinstance(found, str)]
+    while batch := list(islice(decoded, config.batch_size)):
+        usable = [(number, found) for number, found in batch if isinstance(found, Tensor)]
+        skipped += [(shard.entries[n].name, found) for n, found in batch if isinstance(found, str)]
         if usable:
             encoded = encode([frames for _, frames in usable])
             for (number, _), (latents, conditions) in zip(usable, encoded, strict=True):
                 yield _clip(shard.entries[number], latents, conditions, texts[number], config)
-        advance(len(some))
+        advance(len(batch))
     if skipped:
         notes[_NOTE] = json.dumps(skipped)
 
