@@ -238,7 +238,7 @@ def test_what_it_refuses(tmp_path):
     teacher, expert = case.tiny_model(), case.tiny_model()
     expert.noise_range = (0.5, 1.0)
     refused("consistency needs the network teacher, which this run does not have", case.tiny_model(), {})
-    refused(r"needs all noise levels, this student has \[0.5, 1.0\]", expert, {"teacher": teacher})
+    refused(r"needs a model of all noise levels, this one covers \[0.5, 1.0\]", expert, {"teacher": teacher})
     expert.noise_range, expert.flow_map = (0.0, 1.0), True
     refused(
         "cannot train CausalWanTransformer3DModel: a flow map takes few steps already", expert, {"teacher": teacher}

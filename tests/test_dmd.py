@@ -180,7 +180,7 @@ def test_the_window_is_what_is_scored():
     whole, _ = rollout(0, score_window="last")
     whole.config = whole.config.model_copy(update={"score_frames": None})
     assert torch.equal(whole._rollout(student, batch, torch.Generator().manual_seed(0))[:, :, 12:].detach(), last)
-    drawn = {rollout(seed, score_window="random")[0]._place for seed in range(4)}
+    drawn = {rollout(seed, score_window="random")[0]._window_draw for seed in range(4)}
     steps = {rollout(seed)[0]._exit_step for seed in range(12)}
     assert len(drawn) == 4 and steps == {0, 1, 2, 3}
 
@@ -201,7 +201,7 @@ def test_updates_share_their_choices_and_no_clips(tmp_path, monkeypatch):
     seen, rollout = [], DMD._rollout
 
     def watched(self, student, batch, generator):
-        seen.append((self._exit_step, self._place, batch["latents"].numpy().tobytes(), torch.is_grad_enabled()))
+        seen.append((self._exit_step, self._window_draw, batch["latents"].numpy().tobytes(), torch.is_grad_enabled()))
         return rollout(self, student, batch, generator)
 
     monkeypatch.setattr(DMD, "_rollout", watched)
@@ -300,12 +300,12 @@ def test_what_it_refuses(tmp_path):
     refused("dmd cannot train CausalWanTransformer3DModel: a flow map takes few steps already", other)
     refused("needs a finite window; set causal.window_frames", unbounded)
     refused(
-        "score_frames: 18 is no run of whole chunks in a rollout of 16 frames; raise rollout_frames", score_frames=18
+        "score_frames: 18 does not fit whole chunks in a rollout of 16 frames; raise rollout_frames", score_frames=18
     )
     absolute = case.tiny_model()
     absolute.causal = CausalConfig(**case.CAUSAL, sink_positions="absolute")
     refused("1500 latent frames are more than the rotary table's 1024 positions", absolute, rollout_frames=1500)
-    refused("score_frames: 4 is no run of whole chunks in a rollout of 18 frames", rollout_frames=18, score_frames=4)
+    refused("score_frames: 4 does not fit whole chunks in a rollout of 18 frames", rollout_frames=18, score_frames=4)
     assert not list(tmp_path.iterdir())
 
 

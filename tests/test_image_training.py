@@ -183,7 +183,7 @@ def test_a_stage_is_refused_data_without_them(tmp_path: Path) -> None:
     write_latents(tmp_path / "data", made(4))
     data = open_data(DataConfig(kind="latents", folder=str(tmp_path / "data"), heldout=1), 0)
     config = distill_case.make_config(steps=1)
-    with pytest.raises(UserError, match="conditioned on image_latents, which the clips do not hold; open the"):
+    with pytest.raises(UserError, match="conditioned on image_latents, which the clips do not hold; pass these"):
         run_stage(config, case.converted(teacher), {"teacher": teacher}, data, None, tmp_path / "work", 0, 1)
 
 
@@ -311,7 +311,7 @@ STAGE = {"stage": "match_velocity", "steps": 1, "learning_rate": 1e-3, "preview"
         (
             "wan2.1",
             clips_of("text"),
-            "conditioned on an image and the clips in {folder}/text hold no first_frame_latent and clip_feature; ",
+            "conditioned on an image, but the clips in {folder}/text hold no first_frame_latent and clip_feature; ",
         ),
         (
             "wan2.1",
@@ -357,7 +357,7 @@ def test_what_images_do_not_fit_is_refused_before_anything_is_made(
         ({"rollout_frames": 9}, "images are encoded for the 8 latent frames of a clip, rollout_frames is 9; lower it"),
         (
             {"score_frames": 4},
-            "scores of a model that is conditioned on an image see the rollout from its image on",
+            "if a model is conditioned on an image, its scores need the whole rollout",
         ),
     ],
 )

@@ -1,1 +1,1 @@
-"""Distillation stages, one a file; each exports its class as the constant STAGE."""
+"""Distillation stages, one per file; each file exports its class as the constant STAGE."""

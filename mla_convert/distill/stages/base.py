@@ -1,4 +1,4 @@
-"""What a stage is: a name, its configuration, the networks it needs, and its losses."""
+"""Defines a stage: its name, its configuration, the networks that it needs, and its losses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Models = Mapping[str, Any]
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Betas = tuple[Beta, Beta]
-"""AdamW's decays of the first and the second moment."""
+"""AdamW's decay rates of the first and second moments."""
 
 
 class StageConfig(BaseModel):
@@ -55,7 +55,7 @@ class StageConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     # Whether a step may leave some of the trained parameters without a gradient.
     partial_gradients: ClassVar[bool] = False
-    # The modules inside which the stage's loss can train adapters.
+    # The stage's loss can train only adapters inside modules with this name.
     adapted_part: ClassVar[str] = "blocks"
 
     stage: str
@@ -93,7 +93,7 @@ class StageConfig(BaseModel):
 
     @property
     def sequences_a_clip(self) -> int:
-        """How many sequences of a clip's length go through the student with a graph, for each clip of a batch."""
+        """Sequences of a clip's length that pass through the student with a graph, per clip of a batch."""
         return 1
 
     @property
@@ -103,55 +103,58 @@ class StageConfig(BaseModel):
 
     @property
     def needs_negative(self) -> bool:
-        """Whether the losses or the preview do."""
+        """Whether the losses or the preview need the negative prompt."""
         return self.reads_negative or (self.preview is not None and self.preview.guidance_scale != 1)
 
     @property
     def noise_levels(self) -> tuple[float, ...] | None:
-        """The only noise levels in (0, 1] at which the student is trained, and then measured; None for all."""
+        """The noise levels in (0, 1] to which training and the held-out loss are restricted; None for all."""
         return None
 
     @property
     def rolls_out(self) -> bool:
-        """Whether the student makes its clips itself, with a cache."""
+        """Whether the student generates its own training clips, with a cache."""
         return False
 
     def frames_with_graph(self, frames: int) -> int:
-        """Latent frames of such a sequence for clips of `frames`."""
+        """Latent frames per sequence that passes through the student with a graph, for clips of `frames`."""
         return frames
 
     def over(self, processes: int) -> StageConfig:
-        """The same with the `grad_accumulation` that `global_batch` leaves so many processes. Raises UserError."""
+        """This configuration with the `grad_accumulation` that `global_batch` implies for that many processes.
+
+        Raises UserError if `batch_size * processes` does not divide `global_batch`.
+        """
         if self.global_batch is None:
             return self
         micro_steps, rest = divmod(self.global_batch, self.batch_size * processes)
         if rest or not micro_steps:
             raise UserError(
-                f"stage {self.stage}: global_batch {self.global_batch} is no multiple of batch_size {self.batch_size} "
-                f"times {processes} processes; change it or the number of processes"
+                f"stage {self.stage}: global_batch {self.global_batch} is not a multiple of batch_size "
+                f"{self.batch_size} times {processes} processes; change it or the number of processes"
             )
         return self.model_copy(update={"grad_accumulation": micro_steps})
 
     @model_validator(mode="after")
     def _keys_fit_each_other(self) -> StageConfig:
         if self.lora is not None and self.trainable == "all":
-            raise ValueError("lora adapts what trainable leaves frozen, and trainable: all leaves nothing")
+            raise ValueError("lora adapts only frozen layers, and trainable: all freezes none; leave lora out")
         if self.stop is not None and self.eval_every is None:
-            raise ValueError("stop needs eval_every, the steps between two held-out losses")
+            raise ValueError("stop needs a held-out loss every few steps; set eval_every")
         if self.global_batch is not None and self.grad_accumulation != 1:
             raise ValueError("grad_accumulation follows from global_batch; leave one of them out")
         if self.min_learning_rate > self.learning_rate:
-            raise ValueError("min_learning_rate is above learning_rate")
+            raise ValueError("min_learning_rate is above learning_rate; lower it")
         return self
 
 
 @dataclass(frozen=True)
 class SecondNetwork:
-    """A network that a stage trains beside the student, in float32: a copy of the network `source`.
+    """A copy of the network `source` that a stage trains beside the student, in float32.
 
-    The source need not be one of the stage's `networks`. The copy gets `updates` steps of an optimizer of its own
-    before each of the student's, over `trainable` of its parameters. Its rate `learning_rate` follows the stage's
-    warm-up and schedule.
+    The source need not be one of the stage's `networks`. The copy has its own optimizer, which takes `updates` steps
+    before each student step and trains the `trainable` part of its parameters. Its `learning_rate` follows the
+    stage's warm-up and schedule.
     """
 
     name: str
@@ -170,15 +173,15 @@ class Stage(ABC, Generic[Config]):
     """One way of training the student; a module exports a subclass as STAGE.
 
     `networks` names the frozen networks that the losses find in `models` beside `student`. The trainer
-    places them, in evaluation mode and without gradients. Two of them it makes itself from the student:
+    places them on the device, in evaluation mode and without gradients. It derives two of them from the student:
     `average` has the averaged weights of `ema_decay`, `start` the weights that the stage began with.
-    A stage with a `second` network finds that in `models` too. `negative` `[L, D]` is the negative prompt of the
-    data, which the trainer sets for a configuration that `needs_negative`; None is zeros.
+    If a stage has a `second` network, `models` holds it too. `negative` `[L, D]` is the negative prompt of the
+    data. The trainer sets it if the configuration `needs_negative`; None means zeros.
     """
 
     name: ClassVar[str]
     config_class: ClassVar[type[StageConfig]]
-    # Whether the loss calls parts of the student's blocks on their own, which sharded blocks do not allow.
+    # Whether the loss calls parts of the student's blocks directly, which sharded blocks do not allow.
     calls_parts: ClassVar[bool] = False
     negative: Tensor | None = None
 
@@ -191,33 +194,33 @@ class Stage(ABC, Generic[Config]):
 
     @property
     def second(self) -> SecondNetwork | None:
-        """The network that is trained beside the student, if there is one."""
+        """The network that the stage trains beside the student, if any."""
         return None
 
     def check(self, student: Any, networks: Models, data: Data) -> None:
-        """Raise UserError, in one line, for what `loss` cannot work on; called before anything is written."""
+        """Raise UserError, in one line, if `loss` cannot work on these inputs; called before anything is written."""
 
     def begin_update(self, generator: torch.Generator) -> None:
-        """Make the choices of the next optimizer step that its micro-batches and all processes share.
+        """Draw what all micro-batches and processes share in the next optimizer step.
 
-        Every process calls it before every step of either network with a CPU generator in the same state.
+        Every process calls this before every step of either network, with a CPU generator in the same state.
         """
 
     @abstractmethod
     def loss(self, models: Models, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scalar loss with gradient, and scalars to log.
+        """Return the scalar loss, with gradient, and scalars to log.
 
-        Runs under the trainer's autocast. Every random draw comes from `generator`, a CPU generator
-        of this micro-batch's own.
+        Runs under the trainer's autocast. Take every random draw from `generator`, a CPU generator
+        that belongs to this micro-batch.
         """
 
     def second_batch(self, models: Models, batch: Batch, generator: torch.Generator) -> Batch:
-        """What `second_loss` is given for a micro-batch: what the student makes of it, without gradients.
+        """Return the batch for `second_loss`: what the student makes of a micro-batch, without gradients.
 
-        A student in shards is whole only in calls that begin with it.
+        It is a separate call because a sharded student's weights are gathered only in a call of its own module.
         """
         return batch
 
     def second_loss(self, models: Models, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of the `second` network on a `second_batch`, on the terms of `loss`; no student is in `models`."""
+        """Return the loss of the `second` network on a `second_batch`, as `loss` does; `models` has no student."""
         raise NotImplementedError(f"stage {self.name} trains no second network")

@@ -1,8 +1,8 @@
 """Consistency distillation of a causal student: the second stage of Causal Forcing (arXiv 2602.02214, 2605.15141).
 
-One Euler step of the guided teacher leads from a noise level to the next lower one of a grid; both
+One Euler step of the guided teacher leads from a noise level of a grid to the next lower one. Both
 ends lie on one path of the probability-flow ODE, so they must point to the same clean chunk. Every
-chunk has a place on the grid of its own and sees clean history (teacher forcing).
+chunk draws its own noise level and sees clean history (teacher forcing).
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class ConsistencyConfig(GuidedStageConfig):
 
 
 class Consistency(Stage[ConsistencyConfig]):
-    """`|f(x_t, t) - f_average(x_t', t')|^2`, the mean over all elements, with `f(x, t) = x - t v(x, t)`.
+    """The loss is the mean of `|f(x_t, t) - f_average(x_t', t')|^2` over all elements, with `f(x, t) = x - t v(x, t)`.
 
-    `x_t' = x_t + (t' - t) v_teacher(x_t, t)`, the teacher guided; at t' = 0 the target is `x_t'` itself.
+    `x_t' = x_t + (t' - t) v_teacher(x_t, t)`, with guidance; at t' = 0 the target is `x_t'` itself.
     """
 
     name = "consistency"
@@ -64,24 +64,24 @@ class Consistency(Stage[ConsistencyConfig]):
             check_few_step(self.name, networks[self._teacher])
 
     def grid(self) -> Tensor:
-        """Falling times from 1 to 0, float32."""
+        """The falling noise levels from 1 to 0, float32."""
         config = self.config
         times = sampling_times(config.solver_steps, config.timestep_shift)
         if config.denoising_steps is None:
             return times
         wanted = denoising_times(config.denoising_steps, config.timestep_shift)
-        # Times that differ by rounding alone are one.
-        lacking = [t for t in wanted if (times - t).abs().min() > 1e-6]
-        return torch.cat([times, torch.stack(lacking)]).sort(descending=True).values if lacking else times
+        # Noise levels that differ only by rounding are the same.
+        missing = [t for t in wanted if (times - t).abs().min() > 1e-6]
+        return torch.cat([times, torch.stack(missing)]).sort(descending=True).values if missing else times
 
     def loss(self, models: Models, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         config, student = self.config, models["student"]
         latents, text = batch["latents"], batch["encoder_hidden_states"]
         chunks, grid = student.causal.chunks(latents.shape[2]), self.grid()
         noise = torch.randn(latents.shape, generator=generator).to(latents)
-        place = torch.randint(len(grid) - 1, (len(latents), len(chunks)), generator=generator)
-        t, t_next = (over_frames(grid[place + later], chunks).to(latents.device) for later in (0, 1))
-        here = NoisedClips(
+        index = torch.randint(len(grid) - 1, (len(latents), len(chunks)), generator=generator)
+        t, t_next = (over_frames(grid[index + step], chunks).to(latents.device) for step in (0, 1))
+        clips = NoisedClips(
             add_noise(latents, noise, t),
             t,
             text,
@@ -92,11 +92,11 @@ class Consistency(Stage[ConsistencyConfig]):
         )
         with torch.no_grad():
             negative = negative_text(self.negative, text)
-            v_teacher = guided_velocity(models[self._teacher], here, negative, config.guidance_scale)
-            x_next = here.x_t + per_frame(t_next - t, latents.ndim) * v_teacher
-            there = here._replace(x_t=x_next, t=t_next)
-            target = to_clean(x_next, predict_velocity(models[AVERAGE], there), t_next)
-        clean = to_clean(here.x_t, predict_velocity(student, here), t)
+            v_teacher = guided_velocity(models[self._teacher], clips, negative, config.guidance_scale)
+            x_next = clips.x_t + per_frame(t_next - t, latents.ndim) * v_teacher
+            next_clips = clips._replace(x_t=x_next, t=t_next)
+            target = to_clean(x_next, predict_velocity(models[AVERAGE], next_clips), t_next)
+        clean = to_clean(clips.x_t, predict_velocity(student, clips), t)
         return F.mse_loss(clean, target), {"clean_error": F.mse_loss(clean.detach(), latents)}
 
 

@@ -1,8 +1,8 @@
-"""Distribution matching distillation on the student's own rollouts: the third stage of Causal Forcing.
+"""Trains the student by distribution matching on its own rollouts: the third stage of Causal Forcing.
 
 Sources: DMD2 (arXiv 2405.14867) for the two scores and their updates, Self Forcing (arXiv 2506.08009) for
-the rollout, Causal Forcing (arXiv 2602.02214) for their place in the pipeline. The clips of the data give
-prompts, shapes and images alone.
+the rollout, Causal Forcing (arXiv 2602.02214) for their place in the pipeline. The stage uses only the prompts,
+shapes and images of the clips.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class DMDConfig(GuidedStageConfig):
     parameters; `steps` counts the student's steps.
     """
 
-    # With an exact own chunk the encoder of the cache gets no gradient.
+    # With own_chunk: exact, the projections that write the cache get no gradient.
     partial_gradients = True
 
     stage: Literal["dmd"] = "dmd"
@@ -79,18 +79,18 @@ class DMDConfig(GuidedStageConfig):
     @field_validator("score_range")
     @classmethod
     def _range_is_inside(cls, value: tuple[float, float]) -> tuple[float, float]:
-        # At 0 and 1 nothing is left to estimate, or to estimate it from.
+        # At noise level 0 there is nothing to denoise, and at 1 there is no signal.
         if not 0 < value[0] < value[1] < 1:
-            raise ValueError(f"score_range rises between 0 and 1, got {list(value)}")
+            raise ValueError(f"score_range must rise, strictly between 0 and 1, not {list(value)}")
         return value
 
 
 class DMD(Stage[DMDConfig]):
-    """The student moves along `(x_fake - x_real) / mean |x - x_real|`, the difference of two scores at x.
+    """The gradient of a rollout x is `(x_fake - x_real) / mean |x - x_real|`, the difference of two scores at x.
 
-    `x_real` and `x_fake` are the clean videos that the guided real score and the fake score see in x
-    with noise; the mean is over a clip. The fake score learns the student's distribution by flow
-    matching on its rollouts.
+    `x_real` and `x_fake` are the clean videos that the guided real score and the fake score predict from x
+    plus noise; the mean is over a clip. The fake score learns the student's distribution by flow
+    matching on the rollouts.
     """
 
     name = "dmd"
@@ -98,7 +98,7 @@ class DMD(Stage[DMDConfig]):
 
     def __init__(self, config: DMDConfig) -> None:
         super().__init__(config)
-        self._exit_step, self._place = len(config.denoising_steps) - 1, 1.0
+        self._exit_step, self._window_draw = len(config.denoising_steps) - 1, 1.0
 
     @property
     def networks(self) -> tuple[str, ...]:
@@ -122,42 +122,42 @@ class DMD(Stage[DMDConfig]):
         real = networks[self.config.real_score]
         check_few_step(self.name, real)
         if student.causal.window_frames is None:
-            raise UserError("stage dmd rolls out with a cache, which needs a finite window; set causal.window_frames")
+            raise UserError("stage dmd rolls out with a cache and needs a finite window; set causal.window_frames")
         if real.config.in_channels != student.config.in_channels:
             raise UserError(
-                f"{self.config.real_score} scores latents of {real.config.in_channels} channels, the student makes "
-                f"{student.config.in_channels}; give a real score for the student's latents"
+                f"{self.config.real_score} takes latents of {real.config.in_channels} channels, the student makes "
+                f"{student.config.in_channels}; choose a real score for the student's latents"
             )
-        known = data.example(0)["latents"].shape[1]
-        frames = self.config.rollout_frames or known
+        clip_frames = data.example(0)["latents"].shape[1]
+        frames = self.config.rollout_frames or clip_frames
         longest = student.causal.longest(student.rotary_table().max_len)
         if longest is not None and frames > longest:
             raise UserError(
                 f"stage dmd: {frames} latent frames are more than the rotary table's {longest} positions; lower "
                 "rollout_frames or set causal.sink_positions: window"
             )
-        if student.needed_conditions and frames > known:
+        if student.needed_conditions and frames > clip_frames:
             raise UserError(
-                f"stage dmd: images are encoded for the {known} latent frames of a clip, rollout_frames is {frames}; "
-                "lower it or encode longer clips"
+                f"stage dmd: images are encoded for the {clip_frames} latent frames of a clip, rollout_frames is "
+                f"{frames}; lower it or encode longer clips"
             )
         if student.needed_conditions and self._windows(student.causal, frames) not in ([], [(0, frames)]):
             raise UserError(
-                "stage dmd: scores of a model that is conditioned on an image see the rollout from its image on; leave "
+                "stage dmd: if a model is conditioned on an image, its scores need the whole rollout; leave "
                 "score_frames out"
             )
         if not self._windows(student.causal, frames):
             raise UserError(
-                f"score_frames: {self.config.score_frames} is no run of whole chunks in a rollout of {frames} frames; "
+                f"score_frames: {self.config.score_frames} does not fit whole chunks in a rollout of {frames} frames; "
                 "raise rollout_frames or change score_frames"
             )
 
     def begin_update(self, generator: torch.Generator) -> None:
         self._exit_step = int(torch.randint(len(self.config.denoising_steps), (), generator=generator))
-        self._place = float(torch.rand((), generator=generator))
+        self._window_draw = float(torch.rand((), generator=generator))
 
     def _windows(self, causal: CausalConfig, frames: int) -> list[tuple[int, int]]:
-        """The frame ranges of a rollout that can be scored: whole chunks."""
+        """Ranges of `score_frames` frames that start and end at chunk boundaries."""
         length, chunks = self.config.score_frames or frames, causal.chunks(frames)
         stops = {stop for _, stop in chunks}
         return [(start, start + length) for start, _ in chunks if start + length in stops]
@@ -166,7 +166,7 @@ class DMD(Stage[DMDConfig]):
         """The scored frames `[B, C, F', H, W]` of a rollout for the prompts of `batch`."""
         config, (frames, height, width) = self.config, batch["latents"].shape[2:]
         windows = self._windows(student.causal, config.rollout_frames or frames)
-        chosen = int(self._place * len(windows)) if config.score_window == "random" else -1
+        chosen = int(self._window_draw * len(windows)) if config.score_window == "random" else -1
         start, stop = windows[chosen]
         videos = self_rollout(
             student,
@@ -183,20 +183,20 @@ class DMD(Stage[DMDConfig]):
         return videos[:, :, start:]
 
     def _noised(self, model: Any, videos: Tensor, batch: Batch, generator: torch.Generator) -> NoisedClips:
-        """`videos` for `batch` with noise of one level a clip, as a score `model` sees them."""
+        """`videos` with one noise level per clip, as inputs of a score `model`."""
         low, high = self.config.score_range
         t = shift_time(torch.rand(len(videos), generator=generator), self.config.timestep_shift).clamp(low, high)
         noise = torch.randn(videos.shape, generator=generator).to(videos)
         t = t.to(videos).unsqueeze(1).expand(-1, videos.shape[2])
-        told = first_frames(model, conditions_of(batch), videos.shape[2])
+        conditions = first_frames(model, conditions_of(batch), videos.shape[2])
         text, x_t = batch["encoder_hidden_states"], add_noise(videos, noise, t)
-        clips = NoisedClips(x_t, t, text, velocity(videos, noise), conditions=told)
+        clips = NoisedClips(x_t, t, text, velocity(videos, noise), conditions=conditions)
         if self.config.score_attention == "bidirectional":
             return clips
         return clips._replace(context=videos, t_context=torch.zeros(len(videos), device=videos.device))
 
     def _scorer(self, model: Any, frames: int) -> Any:
-        """`model` with the attention that scores have."""
+        """`model` with the attention that `score_attention` chooses."""
         if self.config.score_attention == "causal":
             return model
         view = face(model)
@@ -217,7 +217,7 @@ class DMD(Stage[DMDConfig]):
             real, fake = (to_clean(clips.x_t, v, clips.t) for v in (v_real, v_fake))
             distance = (videos - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
             gradient = (fake - real) / distance.clamp_min(1e-8)
-        # Half the squared distance to a point one gradient away has that gradient.
+        # The gradient of 0.5 |videos - (videos.detach() - gradient)|^2 is `gradient`, up to the mean's 1 / numel.
         loss = 0.5 * F.mse_loss(videos, videos.detach() - gradient)
         return loss, {"score_difference": (fake - real).abs().mean(), "real_distance": distance.mean()}
 

@@ -1,4 +1,4 @@
-"""What stages with a guided teacher share: guidance (arXiv 2207.12598) and the noise levels of few-step sampling."""
+"""Shared by stages with a guided teacher: guidance (arXiv 2207.12598) and the noise levels of few-step sampling."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .base import StageConfig
 class GuidedStageConfig(StageConfig):
     """Keys of stages with a guided teacher and a student that takes few steps.
 
-    `timestep_shift` warps every noise level (5 for Wan). The teacher is asked with `guidance_scale`, away from the
-    negative prompt of the data; 1 is without guidance. `denoising_steps` are falling noise levels out of 1000,
-    before the shift, at which the student is sampled.
+    `timestep_shift` warps every noise level (5 for Wan). `guidance_scale` guides the teacher away from the
+    data's negative prompt; 1 disables guidance. `denoising_steps` are the noise levels at which the student is
+    sampled: falling, out of 1000, before the shift.
     """
 
     timestep_shift: float = Field(5.0, gt=0)
@@ -33,12 +33,15 @@ class GuidedStageConfig(StageConfig):
 
 
 def negative_text(negative: Tensor | None, text: Tensor) -> Tensor:
-    """The `negative` prompt `[L, D]`, zeros without one, in the shape of `text` `[B, L, D]`."""
+    """The `negative` prompt `[L, D]`, or zeros if None, expanded to the shape of `text` `[B, L, D]`."""
     return torch.zeros_like(text) if negative is None else negative.to(text).expand_as(text)
 
 
 def guided_velocity(model: Any, clips: NoisedClips, negative: Tensor, scale: float) -> Tensor:
-    """`v_neg + scale (v_text - v_neg)`, float32 `[B, C, F, H, W]`; each reads the history with its own prompt."""
+    """Return `v_neg + scale (v_text - v_neg)`, float32 `[B, C, F, H, W]`.
+
+    Each of the two velocities also encodes the history with its own prompt.
+    """
     v = predict_velocity(model, clips)
     if scale == 1:
         return v
@@ -47,7 +50,7 @@ def guided_velocity(model: Any, clips: NoisedClips, negative: Tensor, scale: flo
 
 
 def check_few_step(stage: str, student: Any) -> None:
-    """Raise UserError for students that these stages cannot train."""
+    """Raise UserError for a student or teacher that these stages cannot use."""
     if student.flow_map:
         raise UserError(
             f"stage {stage} cannot train {type(student).__name__}: a flow map takes few steps already; "
@@ -55,6 +58,6 @@ def check_few_step(stage: str, student: Any) -> None:
         )
     if student.noise_range != ALL_NOISE:
         raise UserError(
-            f"stage {stage} needs all noise levels, this student has {list(student.noise_range)}; "
+            f"stage {stage} needs a model of all noise levels, this one covers {list(student.noise_range)}; "
             "train experts with match_velocity or teacher_forcing"
         )

@@ -1,8 +1,8 @@
-"""Regress each layer's self-attention on the frozen dense teacher's, for the same inputs.
+"""Regresses the output of each self-attention layer on the frozen dense teacher's, for the same inputs.
 
-Layers are trained side by side without a graph between them: every layer sees the activations of
-one forward. It is the attention transfer of linearisation (LoLCATs, arXiv 2410.10254, section 3.2),
-here for the latent attention of VideoMLA (arXiv 2605.30351).
+One forward pass provides the inputs of all layers, and no graph connects the layers. This is the attention
+transfer of LoLCATs (arXiv 2410.10254, section 3.2), applied to the latent attention of VideoMLA
+(arXiv 2605.30351).
 """
 
 from __future__ import annotations
@@ -47,24 +47,24 @@ class MatchAttentionConfig(NoisedStageConfig):
     @classmethod
     def _only_attention_takes_part(cls, trainable: Trainable) -> Trainable:
         if trainable == "all":
-            raise ValueError("match_attention trains latent or attention: nothing else gets a gradient")
+            raise ValueError("match_attention gives no other weights a gradient; set trainable to latent or attention")
         return trainable
 
     @field_validator("compile")
     @classmethod
     def _layers_are_looked_into(cls, wanted: bool) -> bool:
         if wanted:
-            raise ValueError("match_attention looks into the blocks, which compiled ones do not allow; leave it out")
+            raise ValueError("match_attention hooks into the blocks, which compiled blocks do not allow; leave it out")
         return wanted
 
 
 @dataclass
 class _Call:
-    """One self-attention layer at work: `hidden_states` and what it should answer, both `[B, S, C]`.
+    """One call of a self-attention layer: its input `hidden_states` and the expected `out`, both `[B, S, C]`.
 
-    `gradient` `[B, S, C]` is that of a random projection of the velocity with respect to the answer. Times
-    `scale` the squares of its products with a token's error add up to the share of the velocity's energy that
-    the error costs, to first order and token by token.
+    `gradient` `[B, S, C]` is the gradient of a random projection of the velocity with respect to `out`. The squared
+    products `(scale * gradient . error)^2` per token sum to the error's share of the velocity's energy, to first
+    order and with tokens taken as independent.
     """
 
     hidden_states: Tensor
@@ -74,7 +74,7 @@ class _Call:
     scale: Tensor | None = None
 
     def cost(self, error: Tensor) -> Tensor | None:
-        """What an `error` `[B, S, C]` of the answer costs; None without a gradient."""
+        """The estimated relative squared velocity error that `error` `[B, S, C]` causes; None without a gradient."""
         if self.gradient is None or self.scale is None:
             return None
         return (error * (self.scale * self.gradient.float())).sum(-1).square().sum()
@@ -82,7 +82,7 @@ class _Call:
 
 @contextlib.contextmanager
 def _hooked(model: Any, hook: Any) -> Iterator[None]:
-    """`hook(layer, args, out)` on every self-attention of `model`; what it returns takes the place of `out`."""
+    """Call `hook(layer, args, out)` on every self-attention of `model`; a returned tensor replaces `out`."""
     handles = [
         block.attn1.register_forward_hook(lambda _, args, out, layer=layer: hook(layer, args, out))
         for layer, block in enumerate(model.blocks)
@@ -96,7 +96,7 @@ def _hooked(model: Any, hook: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def _calls(model: Any, clips: NoisedClips) -> list[_Call]:
-    """What every self-attention of `model` is given and answers on `clips`, by layer."""
+    """The input and output of every self-attention layer of `model` on `clips`, in layer order."""
     calls: list[_Call] = []
 
     def record(layer: int, args: tuple[Tensor, None, None, AttentionPass], out: Tensor) -> None:
@@ -109,12 +109,12 @@ def _calls(model: Any, clips: NoisedClips) -> list[_Call]:
 
 @torch.enable_grad()
 def _calls_with_gradient(model: Any, clips: NoisedClips, generator: torch.Generator) -> list[_Call]:
-    """`_calls` with the gradients that tell what an error in each answer does to the velocity."""
+    """`_calls`, with the gradient of a random projection of the velocity for each layer."""
     calls: dict[int, _Call] = {}
     offsets: dict[int, Tensor] = {}
 
     def record(layer: int, args: tuple[Tensor, None, None, AttentionPass], out: Tensor) -> Tensor:
-        # A block that is recomputed comes here again and must add the same leaf.
+        # Checkpointing recomputes the block, and must add the same leaf again.
         if layer not in calls:
             calls[layer] = _Call(args[0].detach(), args[3], out.detach())
             offsets[layer] = torch.zeros_like(out, requires_grad=True)
@@ -126,20 +126,19 @@ def _calls_with_gradient(model: Any, clips: NoisedClips, generator: torch.Genera
         gradients = torch.autograd.grad((projection * velocity).sum(), list(offsets.values()))
     scale = velocity.detach().square().sum().clamp_min(1e-30).rsqrt()
     for layer, gradient in zip(offsets, gradients, strict=True):
-        # In its own dtype: of all layers at once it is large.
+        # Not converted to float32: the gradients of all layers are in memory at once.
         calls[layer].gradient, calls[layer].scale = gradient, scale
     return [calls[layer] for layer in sorted(calls)]
 
 
 class MatchAttention(Stage[MatchAttentionConfig]):
-    """What the layers' errors cost, each layer on its own.
+    """The loss is the cost of the output errors of all layers, each layer on its own.
 
-    With `metric: output` the mean over layers of `|student - teacher|^2 / |teacher|^2`, sums over
-    all tokens and channels. With `metric: velocity` the sum over layers of `sum_tokens (g . error)^2`,
-    an unbiased estimate of the squared relative error of the velocity if errors of different tokens
-    and layers were independent; g is the gradient of a random projection of the velocity, the metric
-    of a conversion with `metric: velocity`. Tokens of the clean history take part too: later chunks
-    read keys and values made of them.
+    With `metric: output`, it is the mean over layers of `|student - teacher|^2 / |teacher|^2`, summed over
+    all tokens and channels. With `metric: velocity`, it is the sum over layers of `sum_tokens (g . error)^2`. If the
+    errors of different tokens and layers were independent, this would be an unbiased estimate of the squared
+    relative error of the velocity. g is the gradient of a random projection of the velocity, as in a conversion
+    with `metric: velocity`. Tokens of the clean history count too, because later chunks read their keys and values.
     """
 
     name = "match_attention"
@@ -153,11 +152,11 @@ class MatchAttention(Stage[MatchAttentionConfig]):
     def check(self, student: Any, networks: Models, data: Data) -> None:
         super().check(student, networks, data)
         if self.config.shard_frozen:
-            raise UsageError("match_attention looks into the teacher's blocks; leave shard_frozen out")
+            raise UsageError("match_attention hooks into the teacher's blocks; leave shard_frozen out")
         if self.config.hidden_states == "student" and any(len(layers) > 1 for layers in student.latent_groups):
             raise UsageError(
-                "match_attention: layers that share a latent take a clip chunk by chunk, which hidden_states: student "
-                "cannot look into; set hidden_states to teacher"
+                "match_attention: layers that share a latent process a clip chunk by chunk, which hidden_states: "
+                "student cannot record; set hidden_states to teacher"
             )
 
     def loss(self, models: Models, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -176,7 +175,7 @@ class MatchAttention(Stage[MatchAttentionConfig]):
                         dense = teacher.blocks[layer].attn1
                         call.out = dense(call.hidden_states.to(teacher.dtype), None, None, call.step)
             attentions = [student.blocks[layer].attn1 for layer in layers]
-            # Recomputed in the backward pass, so that the graph of one latent's layers is alive at a time.
+            # Recomputed in the backward pass, so that only one group's graph is in memory at a time.
             errors.append(checkpoint(_errors, attentions, shared, use_reentrant=False, preserve_rng_state=False))
         squared, costs = torch.cat(errors).unbind(1)
         relative = squared.detach().sqrt()
@@ -188,9 +187,9 @@ class MatchAttention(Stage[MatchAttentionConfig]):
 
 
 def _errors(attentions: list[Any], calls: list[_Call]) -> Tensor:
-    """Of layers that share a latent on their calls: squared error over the energy of the answer, and what it costs.
+    """Relative squared error and cost of each layer that shares one latent, `[layers, 2]`, float32.
 
-    `[layers, 2]`, float32.
+    The relative error is over the energy of the expected output. Without a gradient the cost equals it.
     """
     dtype = next(attentions[0].parameters()).dtype
     step = reading_together(attentions, [call.hidden_states.to(dtype) for call in calls], calls[0].step)

@@ -1,7 +1,7 @@
-"""Regress the student's velocity on the frozen dense teacher's, on noised data.
+"""Regresses the student's velocity on the frozen dense teacher's, on noised data.
 
-Both models see the same `x_t`, noise levels and history, so that the target carries none of the
-variance of flow matching's own.
+Both models see the same `x_t`, noise levels and history. The target therefore lacks the variance of the
+flow-matching target.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class MatchVelocityConfig(NoisedStageConfig):
 
 
 class MatchVelocity(Stage[MatchVelocityConfig]):
-    """`w |v_student - v_teacher|^2 + (1 - w) |v_student - (eps - x_0)|^2`, means over all elements.
+    """The loss is `w |v_student - v_teacher|^2 + (1 - w) |v_student - (eps - x_0)|^2`, means over all elements.
 
-    Of a flow map the second term is a mean over the frames with r = t alone.
+    For a flow map, the second term is a mean over only the frames with r = t.
     """
 
     name = "match_velocity"
@@ -55,7 +55,7 @@ class MatchVelocity(Stage[MatchVelocityConfig]):
         config, student = self.config, models["student"]
         clips = noised_batch(config, batch, student, generator, self.negative)
         if config.teacher_weight == 0:
-            # The data knows nothing but the velocity at r = t.
+            # The data gives only the velocity at r = t.
             clips = clips._replace(r=None)
         velocity = predict_velocity(student, clips)
         data_loss = velocity_error(velocity, clips.target, clips.t, clips.r)

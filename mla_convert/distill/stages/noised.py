@@ -1,4 +1,4 @@
-"""What stages that work on noised data share: the keys that say how clips are noised, and the clips."""
+"""Shared by stages on noised data: the keys that define how clips are noised, and the noised batch."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class NoisedStageConfig(StageConfig):
     """Keys of stages on noised data.
 
     `copies` noisy versions of each clip share one forward. `timestep_shift` warps the noise levels
-    (5 for Wan). `context: clean` is teacher forcing, every chunk sees clean history with up to
-    `context_noise` of noise; `noisy` is the plain block-causal forward. `empty_prompt_rate` of the
-    clips get the negative prompt in place of their own, for models that are sampled with guidance.
+    (5 for Wan). `context: clean` is teacher forcing: every chunk sees clean history, with noise up to level
+    `context_noise`. `noisy` is the plain block-causal forward. A share `empty_prompt_rate` of the
+    clips gets the negative prompt instead of its own, for models that are sampled with guidance.
     """
 
     copies: int = Field(1, ge=1)
@@ -42,10 +42,10 @@ class NoisedStageConfig(StageConfig):
 def noised_batch(
     config: NoisedStageConfig, batch: Batch, model: Any, generator: torch.Generator, negative: Tensor | None = None
 ) -> NoisedClips:
-    """The clips of a training batch, noised as the keys say, in the chunks and noise range of `model`.
+    """The clips of a training batch, noised as `config` says, with the chunks and noise range of `model`.
 
-    `negative` `[L, D]` is what clips get that lose their prompt, zeros without it. A flow map gets second times r;
-    where they differ from t only a teacher knows the answer.
+    Clips that lose their prompt get `negative` `[L, D]`, or zeros if None. A flow map gets second times r;
+    where r differs from t, only a teacher can provide the target.
     """
     return noised_clips(
         batch["latents"],

@@ -1,7 +1,7 @@
 """Flow matching on the data itself, with clean history: the first stage of Causal Forcing (arXiv 2602.02214).
 
-Packed as in `objective.noised_clips`: every chunk has a noise level of its own and no other network
-takes part.
+Clips are packed as in `objective.noised_clips`: every chunk has its own noise level. The stage uses no other
+network.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class TeacherForcingConfig(NoisedStageConfig):
 
 
 def bell_weight(t: Tensor, shift: float) -> Tensor:
-    """Weight of noise levels `t` in [0, 1], of any shape: a bell around 1/2 that falls to 0 at both ends.
+    """The weight of noise levels `t` in [0, 1], of any shape: a bell around 1/2 that falls to 0 at both ends.
 
-    `exp(-2 (t - 1/2)^2)` less its minimum, scaled to a mean of 1 over the 1000 training steps that
-    `shift` warps. No paper states it: it is what public flow-matching schedulers of Wan's users have.
+    It is `exp(-2 (t - 1/2)^2)` less its minimum, scaled to a mean of 1 over the 1000 training steps that
+    `shift` warps. No paper states it; the flow-matching schedulers of public code for Wan use it.
     """
     steps = _bell(sampling_times(NUM_TRAIN_TIMESTEPS, shift)[:-1])
     lowest = steps.min()
@@ -45,7 +45,7 @@ def _bell(t: Tensor) -> Tensor:
 
 
 class TeacherForcing(Stage[TeacherForcingConfig]):
-    """Mean over all elements of `w(t) |v_student - (eps - x_0)|^2`; of a flow map the velocity at r = t."""
+    """The loss is the mean of `w(t) |v_student - (eps - x_0)|^2` over all elements; a flow map is trained at r = t."""
 
     name = "teacher_forcing"
     config_class = TeacherForcingConfig
@@ -56,7 +56,7 @@ class TeacherForcing(Stage[TeacherForcingConfig]):
 
     def loss(self, models: Models, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         config, student = self.config, models["student"]
-        # The data knows nothing but the velocity at r = t.
+        # The data gives only the velocity at r = t.
         clips = noised_batch(config, batch, student, generator, self.negative)._replace(r=None)
         squared = (predict_velocity(student, clips) - clips.target).square()
         logs = {"data_loss": squared.detach().mean()}
