@@ -53,8 +53,8 @@ def test_accelerate_reads_it(path):
     ("variables", "stage", "message"),
     [
         ({"ACCELERATE_USE_FSDP": "true"}, "match_velocity", "FSDP1 is not supported; set fsdp_version: 2"),
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "match_velocity", "Accelerate trains with DDP on a CPU"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "match_velocity", "Accelerate trains with DDP on a CPU"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "match_velocity", "on the CPU Accelerate uses DDP"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "match_velocity", "on the CPU Accelerate uses DDP"),
     ],
 )
 def test_what_cannot_be_is_said(monkeypatch, variables, stage, message):
@@ -71,7 +71,7 @@ def test_what_cannot_be_sharded_is_said(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
-    with pytest.raises(UserError, match="looks into the blocks, which FSDP2 does not allow"):
+    with pytest.raises(UserError, match="hooks into the blocks, which FSDP2 does not allow"):
         check_launch(case.make_config("match_attention"))
     for stage in ("match_velocity", "dmd"):
         check_launch(case.make_config(stage))
@@ -80,12 +80,16 @@ def test_what_cannot_be_sharded_is_said(monkeypatch):
 @pytest.mark.parametrize(
     ("variables", "settings", "message"),
     [
-        ({"CONFIG_FILE": "ds.json"}, {}, "of DeepSpeed's own is not read; use recipes/accelerate/deepspeed-zero2.yaml"),
-        ({"ZERO_STAGE": "3"}, {}, "only zero_stage 2 is supported"),
+        (
+            {"CONFIG_FILE": "ds.json"},
+            {},
+            "a DeepSpeed configuration file is not supported; use recipes/accelerate/deepspeed-zero2.yaml",
+        ),
+        ({"ZERO_STAGE": "3"}, {}, "supported only with zero_stage 2"),
         ({"OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, {}, "set offload_optimizer_device: none"),
-        ({}, {"stage": "dmd"}, "trains two networks and DeepSpeed has one engine"),
-        ({}, {"optimizer": "adafactor"}, "set adamw"),
-        ({}, {"mixed_precision": "fp16"}, "set bf16"),
+        ({}, {"stage": "dmd"}, "trains two networks, DeepSpeed's engine only one"),
+        ({}, {"optimizer": "adafactor"}, "set optimizer: adamw"),
+        ({}, {"mixed_precision": "fp16"}, "set mixed_precision: bf16"),
         ({}, {"spike": {"action": "skip"}}, "set spike.action to warn or stop"),
     ],
 )

@@ -27,7 +27,7 @@ def test_adapters_go_where_nothing_is_trained():
     assert {name.split(".", 2)[2] for name in chosen} == frozen
     some = config.model_copy(update={"target_modules": ("to_q", "net.2")})
     assert {name.split(".", 2)[2] for name in adapted_modules(model, some, trained)} == {"attn2.to_q", "ffn.net.2"}
-    with pytest.raises(UsageError, match=r"no frozen linear layer is called to_x; attn2\.to_k, "):
+    with pytest.raises(UsageError, match=r"no frozen linear layer is called to_x; choose from attn2\.to_k, "):
         adapted_modules(model, config.model_copy(update={"target_modules": ("to_x",)}), trained)
     with pytest.raises(UsageError, match="lora finds no frozen linear layer"):
         adapted_modules(model, config, trained, "attn1")
@@ -106,5 +106,5 @@ def test_compiled_blocks_train_alike(tmp_path):
 
 
 def test_match_attention_is_not_compiled():
-    with pytest.raises(ValueError, match="match_attention looks into the blocks"):
+    with pytest.raises(ValueError, match="match_attention hooks into the blocks"):
         case.make_config("match_attention", compile=True)

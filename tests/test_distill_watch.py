@@ -77,7 +77,7 @@ def test_a_spike_is_logged(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         _, _, rows = run(tmp_path, LoudClips(), spike=SPIKE, teacher_weight=0.0)
     assert [row["step"] for row in rows if "spike" in row] == [LOUD]
-    assert f"times the median of the last 3, at step {LOUD}" in caplog.text
+    assert f"times the median of the last 3 losses, at step {LOUD}" in caplog.text
 
 
 def test_a_spike_is_skipped(tmp_path):
@@ -240,7 +240,7 @@ def test_trackers_by_name_go_on_with_a_run(tmp_path, name):
 def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "trackio" else found(name))
-    with pytest.raises(UserError, match="tracker: trackio needs the package trackio, which is not installed: pip"):
+    with pytest.raises(UserError, match="tracker: trackio needs the package trackio, which is not installed; pip"):
         run(tmp_path, tracker=["tensorboard", "trackio"])
     assert list(tmp_path.iterdir()) == []
 
@@ -258,8 +258,8 @@ def test_schedules_fall_to_the_minimum():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"stop": {"patience": 2}, "eval_every": None}, "stop needs eval_every"),
-        ({"trainable": "all", "lora": {"rank": 2, "alpha": 2}}, "trainable: all leaves nothing"),
+        ({"stop": {"patience": 2}, "eval_every": None}, "stop needs a held-out loss every few steps; set eval_every"),
+        ({"trainable": "all", "lora": {"rank": 2, "alpha": 2}}, "trainable: all freezes none"),
         ({"min_learning_rate": 1.0}, "min_learning_rate is above learning_rate"),
         ({"spike": {"action": "panic"}}, "expected 'warn', 'skip' or 'stop'"),
         ({"tracker": "wandbb"}, "expected"),

@@ -30,7 +30,7 @@ def test_a_signal_ends_a_stage_after_its_step_with_a_checkpoint(tmp_path, monkey
         return example(self, index)
 
     monkeypatch.setattr(case.Clips, "example", asked)
-    with pytest.raises(Stopped, match=r"stop and did so after step 5, whose checkpoint is .*step-00000005; .*--resume"):
+    with pytest.raises(Stopped, match=r"stopped by a signal after step 5, with checkpoint .*step-00000005; .*--resume"):
         case.train(tmp_path / "stopped", checkpoint_every=None)
     assert Stopped.exit_code == 143
     assert signal.getsignal(number) is before
@@ -93,7 +93,7 @@ def test_a_global_batch_that_does_not_divide_is_refused(monkeypatch):
     config = case.make_config(batch_size=2, global_batch=64)
     assert config.over(8).grad_accumulation == 4
     monkeypatch.setenv("WORLD_SIZE", "48")
-    message = "global_batch 64 is no multiple of batch_size 2 times 48 processes; change it or the number of processes"
+    message = "global_batch 64 is not a multiple of batch_size 2 times 48 processes; change it"
     with pytest.raises(UserError, match=message):
         check_launch(config)
     with pytest.raises(ValueError, match="grad_accumulation follows from global_batch"):

@@ -109,13 +109,13 @@ def test_a_stage_that_is_done_is_not_asked_of_the_launch(teacher, tmp_path, monk
     def check_launch(stage):
         asked.append(stage.stage)
         if len(asked) > 1:
-            raise UserError("global_batch 2 is no multiple of batch_size 2 times 3 processes")
+            raise UserError("global_batch 2 is not a multiple of batch_size 2 times 3 processes")
 
     monkeypatch.setattr(checks, "check_launch", check_launch)
     run(two, tmp_path / "run", until="distill")
     run(two, tmp_path / "run", resume=True)
     assert asked == ["match_velocity"]
-    with pytest.raises(UserError, match="global_batch 2 is no multiple"):
+    with pytest.raises(UserError, match="global_batch 2 is not a multiple"):
         run(two, tmp_path / "other")
     # Nor are the clips asked for what only a conversion or a stage that is done has read.
     read = []

@@ -17,7 +17,7 @@ from mla_convert.errors import UserError
 from mla_convert.pipeline import run
 from mla_convert.pipeline import steps as steps_module
 
-REMEDY = r"put the shards of data\.folder back as they were, or begin anew with another --out"
+REMEDY = r"restore the shards of data\.folder, or start over with another --out"
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_a_run_is_refused_more_clips_until_they_are_gone(teacher, tmp_path):
     own = recipe(teacher, tmp_path / "data", "convert.init=activation")
     run(own, tmp_path / "run", until="convert")
     more, before = grow(tmp_path / "data"), digests(tmp_path / "run")
-    line = rf"run was begun with other clips: 10 clips in 3 shards there, 13 clips in 4 shards here; {REMEDY}"
+    line = rf"run was begun with other clips: 10 clips in 3 shards then, 13 clips in 4 shards now; {REMEDY}"
     with pytest.raises(UserError, match=line):
         run(own, tmp_path / "run", resume=True)
     assert digests(tmp_path / "run") == before
@@ -112,6 +112,7 @@ def test_another_number_of_processes_names_the_key_that_allows_it(tmp_path, monk
     state["identity"]["processes"] = 8
     path.write_text(json.dumps(state))
     with pytest.raises(
-        UserError, match=r"was made with processes 8, not 1; launch as many again, .* global_batch takes"
+        UserError,
+        match=r"was made with processes 8, not 1; launch as many processes as before .only global_batch",
     ):
         case.train(tmp_path, steps=1)

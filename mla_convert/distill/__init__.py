@@ -1,1 +1,1 @@
-"""Distillation: data, losses in stages, and the trainer that knows none of them."""
+"""Distillation: the training data, the stages with their losses, and the trainer that runs any stage."""

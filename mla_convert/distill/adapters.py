@@ -1,4 +1,4 @@
-"""LoRA on the linear layers that a stage would leave frozen, by peft: put in, saved, merged into the weights."""
+"""Adds LoRA adapters (peft) to linear layers that a stage leaves frozen, saves them, and merges them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _WEIGHTS = "adapter_model.safetensors"
 
 
 def adapted_modules(model: Any, config: LoraConfig, trained: Collection[str], within: str = "blocks") -> list[str]:
-    """Names of the linear layers that get an adapter: inside a module called `within`, with no trained parameter.
+    """The names of the linear layers that get an adapter: inside a module called `within`, without trained parameters.
 
-    Raises UsageError where `target_modules` name none of them.
+    Raises UsageError if an entry of `target_modules` matches none, or if there are none.
     """
     frozen = [
         name
@@ -38,15 +38,18 @@ def adapted_modules(model: Any, config: LoraConfig, trained: Collection[str], wi
         missing = [end for end in config.target_modules if end not in wanted.values()]
         if missing:
             ends = sorted({name.split(".", 2)[-1] for name in frozen})
-            raise UsageError(f"lora.target_modules: no frozen linear layer is called {missing[0]}; {', '.join(ends)}")
+            choices = ", ".join(ends)
+            raise UsageError(
+                f"lora.target_modules: no frozen linear layer is called {missing[0]}; choose from {choices}"
+            )
     if not wanted:
-        raise UsageError("lora finds no frozen linear layer; leave it out or train less by trainable")
+        raise UsageError("lora finds no frozen linear layer; leave it out, or set trainable to a smaller part")
     return list(wanted)
 
 
 def add_adapters(model: Any, config: LoraConfig, modules: list[str], generator: torch.Generator) -> set[str]:
-    """Put an adapter on each of `modules`, `A` drawn from `generator`; returns the names of their parameters."""
-    # Commands without adapters must not wait for peft.
+    """Add an adapter to each of `modules`, with `A` drawn from `generator`; return the names of their parameters."""
+    # Imported here so that commands without adapters do not wait for peft.
     from peft import LoraConfig as PeftConfig
     from peft import inject_adapter_in_model
 
@@ -57,7 +60,7 @@ def add_adapters(model: Any, config: LoraConfig, modules: list[str], generator: 
     for name in sorted(names):
         if f".lora_A.{NAME}." in name:
             weight = model.get_parameter(name)
-            # peft draws from the global generator, which a resumed run has in another state.
+            # peft draws from the global generator, whose state differs in a resumed run.
             bound = 1 / math.sqrt(weight.shape[1])
             drawn = torch.empty(weight.shape).uniform_(-bound, bound, generator=generator)
             weight.data.copy_(drawn)
@@ -65,7 +68,7 @@ def add_adapters(model: Any, config: LoraConfig, modules: list[str], generator: 
 
 
 def save_adapters(model: Any, folder: Path) -> None:
-    """Write the adapters of `model` in peft's format, whole or not at all."""
+    """Write the adapters of `model` in peft's format, atomically."""
     from peft import get_peft_model_state_dict
 
     with atomic_folder(folder) as temporary:
@@ -77,7 +80,7 @@ def save_adapters(model: Any, folder: Path) -> None:
 
 
 def merge_adapters(model: Any) -> None:
-    """Add every adapter to its weight and put the plain linear layer back."""
+    """Add every adapter to its weight and restore the plain linear layer."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]

@@ -1,4 +1,4 @@
-"""The networks of a stage, placed and ready: what is trained, what is frozen, and how it all ends as plain weights."""
+"""Prepares the networks of a stage: trained, frozen and averaged ones. At the end it restores plain weights."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from .zero import ZeroLearner
 class Assembly:
     """The learners of a stage and its average.
 
-    `learner` trains the student in place, in float32; where it is sharded, a copy of it, so that
-    `student` stays a plain model and is given the result. `second` trains the stage's second network.
+    `learner` trains the student in place, in float32. A sharded student is trained as a copy: `student`
+    stays a plain model and receives the result. `second` trains the stage's second network.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Assembly:
         self.frozen = [network for network in module.others.values() if network not in self.under_training]
 
     def _frozen(self, network: Any, in_shards: bool) -> Any:
-        """A network that is not trained, on its device, or a view of it over all processes."""
+        """A frozen `network` on this process's device, or sharded over all processes."""
         network.eval().requires_grad_(False)
         if not in_shards:
             return network.to(self.accelerator.device)
@@ -79,7 +79,7 @@ class Assembly:
         return frozen_shards(network, mesh)
 
     def _second(self, second: SecondNetwork, source: Any, others: Mapping[str, nn.Module]) -> Learner:
-        """The stage's second network, a copy of its `source`, in shards where the student is."""
+        """The learner of the stage's second network: a copy of `source`, sharded if the student is."""
         if shards_weights(self.accelerator):
             network = trainable_shards(source, self._mesh)
         else:
@@ -98,12 +98,12 @@ class Assembly:
         return Learner(self.accelerator, module, trained, settings)
 
     def _in_shards(self, network: Any) -> Any:
-        """The student's `network` as it is now, frozen, over the processes that share it."""
+        """A frozen copy of the student's `network` as it is now, sharded as the student is."""
         return frozen_shards(network, self._mesh)
 
     @property
     def _mesh(self) -> DeviceMesh:
-        """The processes that share a student in shards."""
+        """The mesh of processes over which the student is sharded."""
         trained: Any = next(iter(self.learner.trained.values()))
         return trained.device_mesh
 
@@ -112,7 +112,7 @@ class Assembly:
         return is_sharded(self.learner.module)
 
     def finish(self, work_dir: Path) -> None:
-        """Leave `student` plain, in evaluation mode, with the averaged weights where there are some.
+        """Leave `student` as a plain model in evaluation mode, with the averaged weights if there is an average.
 
         Adapters are saved to `work_dir` and merged.
         """
@@ -136,6 +136,6 @@ def _settings(accelerator: Accelerator, config: StageConfig) -> OptimizerSetting
 
 
 def _fuses(accelerator: Accelerator, config: StageConfig) -> bool:
-    """Whether AdamW runs as one kernel: on a GPU, unless a loss scaler or DeepSpeed does the step."""
+    """Whether to use fused AdamW: on a GPU, unless a loss scaler or DeepSpeed takes the step."""
     on_gpu = accelerator.device.type == "cuda"
     return on_gpu and config.mixed_precision != "fp16" and not splits_optimizer(accelerator)

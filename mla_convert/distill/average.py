@@ -1,4 +1,4 @@
-"""The exponential moving average of the student's trained weights."""
+"""Maintains the exponential moving average of the student's trained weights."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 
 class Average:
-    """Averages of `trained` parameters by name; `weights` are the averages, which stay where they are in memory.
+    """Averages of `trained` parameters by name; the tensors in `weights` are updated in place.
 
-    The first step's weights are the first average. With `warmup` the decay then rises to `decay`.
+    The first average is the weights after the first step. With `warmup`, the decay then rises to `decay`.
 
-    A `replica` is a model that is given the averages, sharded as the one they are of.
+    An optional `replica`, a model sharded like the trained one, receives a copy of every new average.
     """
 
     replica: nn.Module | None = None
@@ -27,11 +27,11 @@ class Average:
 
     @property
     def steps(self) -> int:
-        """How often the average was moved."""
+        """The number of updates of the average."""
         return int(self._model.optimization_step)
 
     def step(self) -> None:
-        """Move towards the trained weights."""
+        """Update the average with the trained weights."""
         self._model.step(self.trained.values())
         self._refresh()
 
@@ -41,7 +41,7 @@ class Average:
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """The student has the averaged weights inside the context."""
+        """Swap the averaged weights into the student inside the context."""
         self._model.store(self.trained.values())
         self.copy_to_trained()
         try:
@@ -51,13 +51,13 @@ class Average:
 
     @torch.no_grad()
     def load(self, weights: dict[str, Tensor], steps: int) -> None:
-        """Go on from a checkpoint's average."""
+        """Restore a checkpoint's average, after `steps` updates."""
         for name, average in self.weights.items():
             average.copy_(weights[name])
         self.loaded(steps)
 
     def loaded(self, steps: int) -> None:
-        """The averages were read into `weights`, after so many steps."""
+        """Set the number of updates, after a checkpoint was read into `weights` in place."""
         self._model.optimization_step = steps
         self._refresh()
 

@@ -1,4 +1,4 @@
-"""How the networks of a stage are run: recomputed in the backward pass, compiled block by block."""
+"""Applies gradient checkpointing and per-block compilation to the networks of a stage."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .stages.base import StageConfig
 
 @contextlib.contextmanager
 def execution(config: StageConfig, trained: Iterable[Any], frozen: Iterable[Any]) -> Iterator[None]:
-    """The networks run as the keys say inside the context, and as before after it.
+    """Run the networks as `config` says inside the context, and restore them after it.
 
-    `gradient_checkpointing` keeps of a block only its input and computes it again in the backward pass.
-    `compile` compiles each block on its own, which takes seconds where the whole model takes minutes.
+    `gradient_checkpointing` stores only the input of a block and recomputes the block in the backward pass.
+    `compile` compiles each block separately, in seconds; the whole model would take minutes.
     """
     trained, networks = list(trained), [*trained, *frozen]
     with contextlib.ExitStack() as stack:
@@ -31,7 +31,7 @@ def execution(config: StageConfig, trained: Iterable[Any], frozen: Iterable[Any]
 
 @contextlib.contextmanager
 def checkpointed(network: Any) -> Iterator[None]:
-    """Recompute the blocks of `network` in a backward pass inside the context. Raises UserError."""
+    """Recompute the blocks of `network` in backward passes inside the context. Raises UserError if it cannot."""
     already = network.is_gradient_checkpointing
     if not already:
         try:
@@ -49,7 +49,7 @@ def checkpointed(network: Any) -> Iterator[None]:
 def _compiled(networks: list[Any], backend: str) -> Iterator[None]:
     """Compile the blocks of `networks` inside the context."""
     blocks = [block for network in networks for block in network.blocks]
-    # Blocks of one class share their code, and each may be specialised on its own shapes.
+    # Blocks of one class share a code object, and each may be specialized to its own shapes.
     limit = max(torch._dynamo.config.recompile_limit, 8 * len(blocks))
     with torch._dynamo.config.patch(recompile_limit=limit, accumulated_recompile_limit=16 * limit):
         for block in blocks:

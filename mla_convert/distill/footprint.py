@@ -1,34 +1,35 @@
-"""What a stage will need: parameters, bytes a GPU by cause, clips and tokens; from shapes alone.
+"""Estimates what a stage needs from shapes alone: parameters, bytes per GPU by cause, clips and tokens.
 
-With N parameters of the student, T of them trained, W processes, e the bytes of a number in the forward (2
-under autocast, else 4), and n = W where the student is sharded (FSDP2), 1 where it is not (under ZeRO-2 W for
-gradients and optimizer alone), bytes are
+N is the number of student parameters, T the number of them trained, b the parameters of the largest block, W the
+number of processes, and e the bytes per number in the forward (2 under autocast, else 4). Primes mark the second
+network. n is W if the student is sharded (FSDP2) and else 1; under ZeRO-2, n is W only for gradients and optimizer.
+The bytes are
 
-    parameters      4 N / n                     float32; a sharded student and two blocks gathered: + 8 b
-    gradients       4 T / n                     DDP's buckets are what the gradients lie in; ZeRO-2's two: + 8 `BUCKET`
-    optimizer       8 T / n                     AdamW's two moments; Adafactor's rows and columns; ZeRO-2's
+    parameters      4 N / n                     float32; a sharded student gathers two blocks: + 8 b
+    gradients       4 T / n                     DDP's buckets hold the gradients; ZeRO-2's two buckets: + 8 `BUCKET`
+    optimizer       8 T / n                     AdamW's two moments, or Adafactor's rows and columns; ZeRO-2's
                                                 own weights: + 4 T / W
-    average         4 T / n                     a sharded student's average that a stage runs: + 4 N / n
-    second network  (4 N' + 12 T') / n          weights, gradients and moments of a stage's second network; in
-                                                shards: + 8 b'
-    frozen networks their parameters in their dtype / n, / W with `shard_frozen`, which gathers two blocks at a time;
+    average         4 T / n                     if the stage runs the average of a sharded student: + 4 N / n
+    second network  (4 N' + 12 T') / n          weights, gradients and moments of a stage's second network;
+                                                sharded: + 8 b'
+    frozen networks their parameters in their dtype / n; / W with `shard_frozen`, which gathers two blocks at a time;
                     `start` 4 T (4 N / n beside a sharded student)
-    casts           2 (T + T')                  autocast keeps the weights that it has cast; FSDP2: of one block
-    activations     tokens A                    what autograd keeps of a micro-batch, see below
+    casts           2 (T + T')                  autocast's copies of the weights; under FSDP2 of one block only
+    activations     tokens A                    stored by autograd for a micro-batch, see below
     caches          4 row S_w                   of a rollout in training, for a window of S_w tokens
 
-A token of one block of width d, feed-forward width f, whose chunks see h tokens of history a token of
-their own, keeps `d (54 + (12 + 2 h) e) + 2 f e` bytes, in latent attention of rank r at most
-`d (4 + h) e + r e` more, and where text attention reads an image's tokens, too, `d e` more. With
-`gradient_checkpointing` what enters a block is kept, `d e`, and one block keeps all of it; of L layers that share a
-latent the work on one chunk of C is computed again, and kept are what enters the first
-of them and the latents that each chunk reads, `d e + r e C / 2`. `match_attention` keeps input, answer and
-gradient of every layer, `3 d e`. `tests/test_dry_run.py` compares this with what autograd kept of real blocks.
+Take a block of width d and feed-forward width f, whose chunks see h history tokens per token of their own. It stores
+`d (54 + (12 + 2 h) e) + 2 f e` bytes per token. Latent attention of rank r adds at most `d (4 + h) e + r e`, and
+text attention that also reads an image's tokens adds `d e`. With `gradient_checkpointing`, every block stores only
+its input, `d e`, and one block at a time stores everything. For L layers that share a latent, one chunk of C is
+recomputed at a time; they store the input of the first layer and the latents that each chunk
+reads, `d e + r e C / 2`. `match_attention` stores the input, output and gradient of every layer,
+`3 d e`. `tests/test_dry_run.py` compares this with what autograd stored for real blocks.
 
-In the host's memory a process keeps 4 N of a sharded student, and its frozen networks whole where those are in shards.
+In host memory, a process holds 4 N of a sharded student, and whole copies of frozen networks that are sharded.
 
-Not counted: what is freed within a layer, the kernels' workspaces, fragmentation, and the clips themselves, whose
-images are another 10 MB for one of 81 frames of 480x832 pixels. `RESERVED_BYTES` is for them.
+Not counted: memory that is freed within a layer, kernel workspaces, fragmentation, and the clips themselves; the
+images of a clip of 81 frames of 480x832 pixels add another 10 MB. `RESERVED_BYTES` is meant to cover these.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from .trainable import trainable_names
 
 @dataclass(frozen=True)
 class Launch:
-    """How a stage is started: processes, and whether they share the student (FSDP2) or its optimizer alone (ZeRO-2)."""
+    """How a stage is launched: its processes, and whether they shard the student (FSDP2) or its optimizer (ZeRO-2)."""
 
     processes: int = 1
     sharded: bool = False
@@ -59,7 +60,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class ClipShape:
-    """A training clip: latents `[channels, frames, height, width]`, text `[text_tokens, text_dim]`."""
+    """The shape of a training clip: latents `[channels, frames, height, width]`, text `[text_tokens, text_dim]`."""
 
     channels: int
     frames: int
@@ -70,11 +71,11 @@ class ClipShape:
 
 
 class Footprint(BaseModel):
-    """What one stage needs; `memory` are bytes a GPU by cause, `memory_bytes` their sum with what is reserved.
+    """What one stage needs. `memory` has bytes per GPU by cause; `memory_bytes` is their sum plus `RESERVED_BYTES`.
 
-    `host_bytes` stay in the host's memory for each process.
+    `host_bytes` are the bytes of host memory per process.
 
-    `clips` and `tokens` are those that the student is trained on over all steps and processes.
+    `clips` and `tokens` count what the student is trained on over all steps and processes.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -93,7 +94,7 @@ class Footprint(BaseModel):
 def footprint(
     stage: Stage[Any], student: Any, networks: Mapping[str, Any], launch: Launch, clip: ClipShape
 ) -> Footprint:
-    """Needs of `stage`; all models may be on the meta device, `student` is counted in float32."""
+    """Estimate the needs of `stage`. All models may be on the meta device; `student` counts as float32."""
     config: StageConfig = stage.config
     trained, adapters = _trained(student, config)
     rows, columns = student.token_grid(clip.height, clip.width)
@@ -103,16 +104,17 @@ def footprint(
     weights = count(student) + adapters
     block = max(count(block) for block in student.blocks)
     shapes = [parameter.shape for name, parameter in student.named_parameters() if name in trained]
-    learnt = sum(shape.numel() for shape in shapes) + adapters
+    trained_weights = sum(shape.numel() for shape in shapes) + adapters
     second = sum(shape.numel() for shape in _second_shapes(stage, networks))
     memory = {
         "parameters": 4 * weights // parts + (8 * block if launch.sharded else 0),
-        "gradients": 4 * learnt // split + (8 * BUCKET if launch.zero else 0),
-        "optimizer": (_optimizer_bytes(config, shapes, adapters) + (4 * learnt if launch.zero else 0)) // split,
-        "average": _average_bytes(config, stage, weights, learnt, launch),
+        "gradients": 4 * trained_weights // split + (8 * BUCKET if launch.zero else 0),
+        "optimizer": (_optimizer_bytes(config, shapes, adapters) + (4 * trained_weights if launch.zero else 0))
+        // split,
+        "average": _average_bytes(config, stage, weights, trained_weights, launch),
         "second_network": _second_bytes(stage, networks, config, launch),
-        "frozen_networks": _frozen_bytes(stage, networks, weights, learnt, launch),
-        "casts": 0 if config.mixed_precision == "no" else 2 * (block if launch.sharded else learnt + second),
+        "frozen_networks": _frozen_bytes(stage, networks, weights, trained_weights, launch),
+        "casts": 0 if config.mixed_precision == "no" else 2 * (block if launch.sharded else trained_weights + second),
         "activations": activation_bytes(stage, student, clip.frames, rows * columns),
         "caches": _cache_bytes(config, student, clip.frames, rows * columns),
     }
@@ -123,7 +125,7 @@ def footprint(
         clips=clips,
         tokens=clips * tokens,
         parameters=weights,
-        trained=learnt,
+        trained=trained_weights,
         memory=memory,
         memory_bytes=sum(memory.values()) + RESERVED_BYTES,
         host_bytes=_host_bytes(stage, networks, weights, launch),
@@ -135,7 +137,7 @@ def count(model: nn.Module) -> int:
 
 
 def block_bytes(student: Any, tokens_of_history: float, e: int) -> float:
-    """Bytes that autograd keeps for one token of one block; see the head of this file."""
+    """The bytes that autograd stores per token of one block; see the module docstring."""
     config = student.config
     d = config.num_attention_heads * config.attention_head_dim
     kept = d * (54 + (12 + 2 * tokens_of_history) * e) + 2 * config.ffn_dim * e
@@ -148,7 +150,7 @@ def block_bytes(student: Any, tokens_of_history: float, e: int) -> float:
 
 
 def activation_bytes(stage: Stage[Any], student: Any, frames: int, tokens_per_frame: int) -> int:
-    """What autograd keeps of one micro-batch."""
+    """The bytes that autograd stores for one micro-batch."""
     config: StageConfig = stage.config
     e = 4 if config.mixed_precision == "no" else 2
     seen = config.frames_with_graph(frames)
@@ -169,7 +171,7 @@ def activation_bytes(stage: Stage[Any], student: Any, frames: int, tokens_per_fr
 
 
 def _trained(student: Any, config: StageConfig) -> tuple[set[str], int]:
-    """Names of the parameters that are trained in full, and the number of adapter weights."""
+    """The names of the parameters that are trained in full, and the number of adapter weights."""
     names = trainable_names(student, config.trainable)
     if config.lora is None:
         return names, 0
@@ -182,22 +184,22 @@ def _optimizer_bytes(config: StageConfig, shapes: list[torch.Size], adapters: in
         return 8 * (sum(shape.numel() for shape in shapes) + adapters)
 
     def state(shape: torch.Size) -> int:
-        """Adafactor keeps the means of the rows and columns of a matrix, and all of anything smaller."""
+        """Adafactor stores means of a matrix's rows and columns, and the full state of smaller parameters."""
         return shape.numel() if len(shape) < 2 else shape.numel() // shape[-1] + shape.numel() // shape[-2]
 
     return 4 * adapters + 4 * sum(map(state, shapes))
 
 
-def _average_bytes(config: StageConfig, stage: Stage[Any], weights: int, learnt: int, launch: Launch) -> int:
+def _average_bytes(config: StageConfig, stage: Stage[Any], weights: int, trained: int, launch: Launch) -> int:
     if config.ema_decay is None:
         return 0
     if not launch.sharded:
-        return 4 * learnt
-    return 4 * (learnt + (weights if AVERAGE in stage.networks else 0)) // launch.processes
+        return 4 * trained
+    return 4 * (trained + (weights if AVERAGE in stage.networks else 0)) // launch.processes
 
 
 def _second_shapes(stage: Stage[Any], networks: Mapping[str, Any]) -> list[torch.Size]:
-    """Of the parameters that are trained of a stage's second network."""
+    """The shapes of the trained parameters of a stage's second network."""
     second = stage.second
     if second is None:
         return []
@@ -221,10 +223,10 @@ def _host_bytes(stage: Stage[Any], networks: Mapping[str, Any], weights: int, la
     return (4 * weights if launch.sharded else 0) + (frozen if in_shards else 0)
 
 
-def _frozen_bytes(stage: Stage[Any], networks: Mapping[str, Any], weights: int, learnt: int, launch: Launch) -> int:
+def _frozen_bytes(stage: Stage[Any], networks: Mapping[str, Any], weights: int, trained: int, launch: Launch) -> int:
     named = [networks[name] for name in stage.networks if name in networks]
     held, gathered = sum(map(_bytes, named)), 0
-    start = 4 * (weights if launch.sharded else learnt) if START in stage.networks else 0
+    start = 4 * (weights if launch.sharded else trained) if START in stage.networks else 0
     if launch.sharded:
         return (held + start) // launch.processes
     if stage.config.shard_frozen and launch.processes > 1:
@@ -237,7 +239,7 @@ def _bytes(module: nn.Module) -> int:
 
 
 def _cache_bytes(config: StageConfig, student: Any, frames: int, tokens_per_frame: int) -> int:
-    """Of a stage that rolls out: the cache, and with gradient checkpointing what each chunk with a graph has read."""
+    """The cache of a stage that rolls out; with gradient checkpointing, also a copy for each chunk with a graph."""
     if not config.rolls_out:
         return 0
     window = student.causal.window_frames or frames

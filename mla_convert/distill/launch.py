@@ -1,4 +1,4 @@
-"""What a launch cannot do for a stage, said before anything is loaded."""
+"""Checks, before anything is loaded, that this launch and machine can run a stage."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .trackers import check_trackers
 
 
 def world_size() -> int:
-    """The processes of this launch."""
+    """The number of processes in this launch."""
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def check_launch(config: StageConfig) -> None:
-    """Refuse what this launcher's settings and this machine cannot do for a stage. Raises UserError in one line."""
+    """Raise UserError, in one line, if the launcher's settings or this machine cannot run a stage."""
     check_trackers(config)
     config.over(world_size())
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
@@ -36,9 +36,9 @@ def check_launch(config: StageConfig) -> None:
         if os.environ.get("FSDP_VERSION", "1") != "2":
             raise UserError(f"{what}: FSDP1 is not supported; set fsdp_version: 2 (recipes/accelerate/fsdp2.yaml)")
         if not torch.accelerator.is_available():
-            raise UserError(f"{what}: FSDP2 needs GPUs here, Accelerate trains with DDP on a CPU; launch without it")
+            raise UserError(f"{what}: FSDP2 needs a GPU, on the CPU Accelerate uses DDP; launch without FSDP")
         if stage.calls_parts:
-            raise UserError(f"{what} looks into the blocks, which FSDP2 does not allow; launch it with DDP")
+            raise UserError(f"{what} hooks into the blocks, which FSDP2 does not allow; launch it with DDP")
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         _check_deepspeed(config, stage, what)
 
@@ -46,23 +46,21 @@ def check_launch(config: StageConfig) -> None:
 def _check_deepspeed(config: StageConfig, stage: Stage[Any], what: str) -> None:
     shipped = "use recipes/accelerate/deepspeed-zero2.yaml"
     if importlib.util.find_spec("deepspeed") is None:
-        raise UserError(f"{what}: the package deepspeed is not installed: pip install deepspeed")
+        raise UserError(f"{what}: the package deepspeed is not installed; pip install deepspeed")
     if os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
-        raise UserError(f"{what}: a configuration file of DeepSpeed's own is not read; {shipped}")
+        raise UserError(f"{what}: a DeepSpeed configuration file is not supported; {shipped}")
     if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") != "2":
-        raise UserError(
-            f"{what}: of DeepSpeed only zero_stage 2 is supported; {shipped}, or FSDP2 to shard weights too"
-        )
+        raise UserError(f"{what}: DeepSpeed is supported only with zero_stage 2; {shipped}, or FSDP2 to shard weights")
     for kind in ("OPTIMIZER", "PARAM"):
         if os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{kind}_DEVICE", "none") != "none":
             raise UserError(f"{what}: DeepSpeed's offloading is not supported; set offload_{kind.lower()}_device: none")
     if not torch.accelerator.is_available():
-        raise UserError(f"{what}: DeepSpeed needs GPUs here, Accelerate trains with DDP on a CPU; launch without it")
+        raise UserError(f"{what}: DeepSpeed needs a GPU, on the CPU Accelerate uses DDP; launch without DeepSpeed")
     if stage.second is not None:
-        raise UserError(f"{what} trains two networks and DeepSpeed has one engine; launch it with DDP or FSDP2")
+        raise UserError(f"{what} trains two networks, DeepSpeed's engine only one; launch it with DDP or FSDP2")
     if config.optimizer == "adafactor":
-        raise UserError(f"{what}: DeepSpeed cuts weights into flat parts, which adafactor cannot factor; set adamw")
+        raise UserError(f"{what}: adafactor cannot factor the flat partitions of DeepSpeed; set optimizer: adamw")
     if config.mixed_precision == "fp16":
-        raise UserError(f"{what}: weights are float32 under DeepSpeed and fp16 losses are not scaled; set bf16")
+        raise UserError(f"{what}: under DeepSpeed fp16 losses are not scaled here; set mixed_precision: bf16")
     if config.spike is not None and config.spike.action == "skip":
-        raise UserError(f"{what}: DeepSpeed does not leave out a step; set spike.action to warn or stop")
+        raise UserError(f"{what}: DeepSpeed cannot skip a step; set spike.action to warn or stop")

@@ -1,4 +1,4 @@
-"""A network under training: its loss, its optimizer, and one optimizer step over several micro-batches."""
+"""Trains one network: calls its loss, owns its optimizer, and takes an optimizer step over several micro-batches."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .sharding import forget_gathered, is_sharded, whole
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW (arXiv 1711.05101) or Adafactor (arXiv 1804.04235); `betas` and `epsilon` are those of AdamW.
+    """Settings of AdamW (arXiv 1711.05101) or Adafactor (arXiv 1804.04235); only AdamW uses `betas` and `epsilon`.
 
-    `fused` AdamW needs no memory beside its state; torch's loss scaler skips steps in another way with it.
+    `fused` AdamW allocates nothing beyond its state. PyTorch's loss scaler skips steps differently with it.
     """
 
     kind: str
@@ -39,10 +39,10 @@ class OptimizerSettings:
 
 
 class Judge(Protocol):
-    """Called with the loss and the gradient norm of a step before it is taken; None is an fp16 overflow.
+    """Called before an optimizer step, with its loss and gradient norm; the norm is None after an fp16 overflow.
 
-    What it returns goes into the step's row; with `skipped` the step is left out. It raises where
-    training has to end.
+    The returned entries go into the step's row; with `skipped` set, the step is not taken. Raises if
+    training must end.
     """
 
     def __call__(self, loss: float, grad_norm: float | None, /) -> dict[str, Any]: ...
@@ -52,7 +52,7 @@ class Learner:
     """The `trained` parameters, by name, of the network in `module`, with an optimizer of their own."""
 
     in_parts = False
-    """Whether `own_optimizer` is a part of the optimizer, another one in each process."""
+    """Whether `own_optimizer` holds only this process's partition of the optimizer."""
 
     def __init__(
         self, accelerator: Accelerator, module: StageModule, trained: Iterable[str], settings: OptimizerSettings
@@ -64,20 +64,20 @@ class Learner:
         self.module: Any
         self.optimizer: Any
         if is_sharded(module.network):
-            # The network is the root of its shards; in those of a wrapper it could only be called through that.
+            # The network is its own FSDP root; if Accelerate sharded the wrapper, only the wrapper could be called.
             self.module, self.optimizer = module, accelerator.prepare_optimizer(optimizer)
         else:
             self.module, self.optimizer = accelerator.prepare(module, optimizer)
-        # Sharding puts other parameters in the place of those that were there.
+        # Sharding replaces the parameters, so they are looked up again.
         self.trained: dict[str, nn.Parameter] = {name: module.network.get_parameter(name) for name in names}
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """`function(models, *arguments)` in the way in which losses are computed."""
+        """Return `function(models, *arguments)`, run as losses are: in the wrapped module, under its autocast."""
         return self.module(function, *arguments)
 
     @torch.no_grad()
     def measure(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """`call` without gradients; every process has to take part."""
+        """Return `call` without gradients; every process must take part."""
         try:
             return self.call(function, *arguments)
         finally:
@@ -92,10 +92,10 @@ class Learner:
         max_grad_norm: float | None,
         judge: Judge,
     ) -> dict[str, Any]:
-        """One optimizer step at learning rate `rate`, a micro-batch that `draw` gives for each of `generators`.
+        """Take one optimizer step at learning rate `rate`; `draw` makes one micro-batch for each of `generators`.
 
-        Returns the loss and what it logs, means over micro-batches and processes, `grad_norm`, and what
-        `judge` says.
+        Returns the loss and its logged scalars (means over micro-batches and processes), `grad_norm`, and the
+        entries from `judge`.
         """
         generators = list(generators)
         for group in self.optimizer.param_groups:
@@ -122,7 +122,7 @@ class Learner:
         self.accelerator.backward(loss)
 
     def _step(self, skipped: bool) -> None:
-        """Move the weights where gradients are complete, unless the step is `skipped`, and forget the gradients."""
+        """Update the weights once gradients are complete, unless the step is `skipped`, and clear the gradients."""
         if not skipped:
             self.optimizer.step()
         elif self.accelerator.scaler is not None:
@@ -130,12 +130,12 @@ class Learner:
         self.optimizer.zero_grad()
 
     def _clip(self, limit: float | None) -> float | None:
-        """Norm of the gradient before clipping; None where fp16 overflowed and the loss scaler skips the step."""
+        """Clip the gradient and return its norm before; None if fp16 overflowed and the loss scaler skips the step."""
         norm = float(whole(self.accelerator.clip_grad_norm_(self.trained.values(), limit or math.inf)))
         return None if self.accelerator.scaler is not None and not math.isfinite(norm) else norm
 
     def _mean(self, values: dict[str, Tensor]) -> dict[str, float]:
-        """Mean of each value over the processes."""
+        """The mean of each value over the processes."""
         names = list(values)
         reduced: Tensor = self.accelerator.reduce(torch.stack([values[name] for name in names]), "mean")
         return dict(zip(names, reduced.tolist(), strict=True))
@@ -146,15 +146,15 @@ class Learner:
 
     @torch.no_grad()
     def load(self, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
-        """Go on from a checkpoint's weights and the state of `own_optimizer`."""
+        """Restore a checkpoint's weights and the state of `own_optimizer`."""
         for name, parameter in self.trained.items():
             parameter.copy_(weights[name])
         self.own_optimizer.load_state_dict(optimizer)
 
     @property
     def own_optimizer(self) -> Any:
-        """What holds this process's state of the optimizer."""
+        """The object that holds this process's optimizer state."""
         return self.optimizer
 
     def finish(self) -> None:
-        """Leave the network's parameters as plain as they were."""
+        """Restore plain parameters at the end of training; a subclass with an engine overrides this."""

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one row a step, without wall-clock time, so that a resumed run ends with the same file."""
+"""Writes `metrics.jsonl`: one row per step, without wall-clock time, so that a resumed run ends with the same file."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ Row = dict[str, Any]
 
 
 class Metrics:
-    """Rows of one stage, in the order of their steps."""
+    """The rows of one stage, in the order of their steps."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def rows(self) -> list[Row]:
-        """Every whole row; a line that a killed run left half-written is skipped."""
+        """All complete rows; a line that a killed run left incomplete is skipped."""
         if not self.path.exists():
             return []
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)

@@ -1,7 +1,7 @@
 """The flow-matching objective of a causal video model, for training and for evaluation.
 
-Teacher forcing (arXiv 2412.07772, 2506.08009): a clean copy of each clip provides the history, and
-noisy copies with an independent noise level a chunk are denoised against it in one block-causal
+Teacher forcing (arXiv 2412.07772, 2506.08009): a clean copy of each clip provides the history. Noisy copies, with an
+independent noise level per chunk, are denoised against it in one block-causal
 forward. Shape letters: B clips, C channels, F frames, L text tokens, D text channels.
 """
 
@@ -24,13 +24,12 @@ HELDOUT_SEED = 1
 
 
 class NoisedClips(NamedTuple):
-    """One forward's inputs and its flow-matching target, all float32.
+    """The inputs of one forward and its flow-matching target, all float32.
 
-    `x_t` and `target` `[B, C, F, H, W]`, `t` `[B, F]` in [0, 1], `text` `[B, L, D]`. With teacher
-    forcing `context` `[B', C, F, H, W]` is the history at noise level `t_context` `[B']`, B a
-    multiple of B'. `r` `[B, F]` are the second times of a flow map, None for r = t; `target` holds
-    where r = t. `conditions` `[B, ...]` are what the model is conditioned on beside text, under the names by which it
-    takes them.
+    `x_t` and `target` are `[B, C, F, H, W]`, `t` is `[B, F]` in [0, 1], `text` is `[B, L, D]`. With teacher
+    forcing, `context` `[B', C, F, H, W]` is the history at noise level `t_context` `[B']`; B is a
+    multiple of B'. `r` `[B, F]` are the second times of a flow map, None for r = t; `target` is valid
+    only where r = t. `conditions` `[B, ...]` are the model's conditions other than text, keyed by its argument names.
     """
 
     x_t: Tensor
@@ -43,12 +42,12 @@ class NoisedClips(NamedTuple):
     conditions: Mapping[str, Tensor] = MappingProxyType({})
 
     def split(self, size: int) -> Iterator[NoisedClips]:
-        """`size` clips at a time, of one noisy version of each."""
+        """Yield `size` clips at a time, in order. Requires one noisy version per clip."""
         for start in range(0, len(self.target), size):
             yield self._each(operator.itemgetter(slice(start, start + size)))
 
     def to(self, device: torch.device | str) -> NoisedClips:
-        """The same on `device`."""
+        """Return these clips on `device`."""
         return self._each(operator.methodcaller("to", device))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> NoisedClips:
@@ -72,12 +71,12 @@ def noised_clips(
     flow_map: bool = False,
     conditions: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> NoisedClips:
-    """`copies` noisy versions of each of `latents` `[B, C, F, H, W]` with `text` `[B, L, D]` and `conditions`.
+    """Return `copies` noisy versions of each clip in `latents` `[B, C, F, H, W]`, `text` `[B, L, D]`, `conditions`.
 
-    `shift` warps the noise levels, all of which lie in `noise_range`; with `levels` they are drawn from those.
-    Without `clean_history` every chunk sees the noisy history of its own copy. With `context_noise`, half of the
-    clean histories carry noise up to that level, so that a model learns to repair what it will have made itself. With
-    `flow_map` second times r are drawn too (`flow.mean_times`), after everything else. Everything is drawn on the CPU
+    `shift` warps the noise levels, which all lie in `noise_range`; with `levels`, they are drawn from that list.
+    Without `clean_history`, every chunk sees the noisy history of its own copy. With `context_noise`, half of the
+    clean histories carry noise up to that level, so that the model learns to correct its own errors. With
+    `flow_map`, second times r are drawn too (`flow.mean_times`), after everything else. Everything is drawn on the CPU
     from `generator`, so that the draws do not depend on the device.
     """
     device = latents.device
@@ -85,9 +84,9 @@ def noised_clips(
     videos = latents.repeat(copies, 1, 1, 1, 1)
     noise = torch.randn(videos.shape, generator=generator).to(device)
     t = flow.chunk_times(len(videos), chunks, generator, shift, noise_range, levels).to(device)
-    told = {name: x.repeat(copies, *(1,) * (x.ndim - 1)) for name, x in conditions.items()}
+    repeated = {name: x.repeat(copies, *(1,) * (x.ndim - 1)) for name, x in conditions.items()}
     x_t, target = flow.add_noise(videos, noise, t), flow.velocity(videos, noise)
-    noised = NoisedClips(x_t, t, text.repeat(copies, 1, 1), target, conditions=told)
+    noised = NoisedClips(x_t, t, text.repeat(copies, 1, 1), target, conditions=repeated)
     if clean_history:
         noisy_history = torch.rand(clips, generator=generator) < 0.5
         t_context = (context_noise * torch.rand(clips, generator=generator) * noisy_history).to(device)
@@ -97,7 +96,7 @@ def noised_clips(
 
 
 def predict_velocity(model: Any, clips: NoisedClips) -> Tensor:
-    """Velocity `[B, C, F, H, W]`, float32, of a causal model; inputs are cast to the model's dtype."""
+    """Return the velocity `[B, C, F, H, W]`, float32, of a causal model; inputs are cast to the model's dtype."""
     dtype = model.dtype
     given = placed([clips.conditions], clips.x_t.device, dtype)
     if clips.context is not None and clips.t_context is not None:
@@ -120,9 +119,9 @@ def teacher_forcing_loss(
     shift: float = 1.0,
     context_noise: float = 0.0,
 ) -> Tensor:
-    """Mean squared velocity error of `copies` noisy versions of each clip given its clean history.
+    """Return the mean squared velocity error of `copies` noisy versions of each clip, given its clean history.
 
-    Noise levels are those of the model's `noise_range`; of a flow map it is the velocity at r = t.
+    Noise levels lie in the model's `noise_range`. A flow map is evaluated at r = t.
     """
     clips = noised_clips(
         latents,
@@ -138,7 +137,7 @@ def teacher_forcing_loss(
 
 
 def in_batches(clips: Mapping[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
-    """`clips`, tensors `[N, ...]` by name, `size` of them at a time."""
+    """Yield `clips`, tensors `[N, ...]` by name, `size` clips at a time."""
     for start in range(0, len(clips["latents"]), size):
         yield {name: x[start : start + size] for name, x in clips.items()}
 
@@ -152,11 +151,11 @@ def flow_loss(
     forward_size: int | None = None,
     levels: Sequence[float] | None = None,
 ) -> float:
-    """Teacher-forcing loss on `clips` with the noise that `seed` gives: comparable between models.
+    """Return the teacher-forcing loss on `clips`, with noise from `seed`, so that models are comparable.
 
-    `clips` holds `latents` `[N, C, F, H, W]`, `encoder_hidden_states` `[N, L, D]` and what the model is conditioned on
-    beside; the figure depends on `batch_size` through the order of the draws. Noise levels are all of the model's, or
-    `levels`. A forward takes `forward_size` clips of a batch, all of them when left out.
+    `clips` holds `latents` `[N, C, F, H, W]`, `encoder_hidden_states` `[N, L, D]` and the model's other conditions.
+    The loss depends on `batch_size` through the order of the draws. Noise levels are all of the model's, or
+    `levels`. A forward takes `forward_size` clips of a batch, by default all of them.
     """
     generator = torch.Generator().manual_seed(seed)
     losses, sizes = [], []

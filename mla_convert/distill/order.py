@@ -1,9 +1,9 @@
-"""Which example and which random draws belong to which micro-batch.
+"""Assigns training examples to micro-batches, and numbers the micro-batches of a stage.
 
-A micro-batch has one number over the whole stage, counted over steps, accumulation and processes:
-`(step * grad_accumulation + micro_step) * processes + rank`. Data and noise depend on nothing else
-but the seed and the stage, so a run can stop anywhere and go on, and N processes see what one
-process with N times the accumulation sees.
+A micro-batch has one number in the whole stage, counted over steps, accumulation and processes:
+`(step * grad_accumulation + micro_step) * processes + rank`. Data and noise depend only on this number,
+the seed and the stage. So a run can stop anywhere and resume, and N processes see the same clips as one
+process with N times the accumulation.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from ..draws import Use, drawn
 
 
 class DataOrder:
-    """Example index of every position of an endless pass over `size` examples, reshuffled each epoch.
+    """The example index at every position of an endless pass over `size` examples, reshuffled each epoch.
 
-    `size` None is an endless supply: position and index are the same.
+    If `size` is None, the supply is endless: position and index are the same.
     """
 
     def __init__(self, size: int | None, seed: int, stage_index: int) -> None:
@@ -27,19 +27,19 @@ class DataOrder:
         self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.long)
 
     def index(self, position: int) -> int:
-        """Index of the example at `position`."""
+        """The index of the example at `position`."""
         if self.size is None:
             return position
-        epoch, place = divmod(position, self.size)
+        epoch, offset = divmod(position, self.size)
         if epoch != self._epoch:
             generator = drawn(Use.ORDER, self.seed, self.stage_index, epoch)
             self._epoch, self._permutation = epoch, torch.randperm(self.size, generator=generator)
-        return int(self._permutation[place])
+        return int(self._permutation[offset])
 
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """Batch sampler: the example indices of one process's micro-batches from step `first` to `last`."""
+    """A batch sampler: the example indices of one process's micro-batches, from step `first` up to `last`."""
 
     order: DataOrder
     batch_size: int

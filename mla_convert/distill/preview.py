@@ -1,4 +1,4 @@
-"""A look at what a stage has made of its student: rollouts as one picture, beside the curves and on disk."""
+"""Writes previews of the student during a stage: rollouts as one picture, on disk and in the trackers."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ PREVIEWS = "previews"
 
 
 class Picture(Protocol):
-    """Rolls `student` out for the prompts of the held-out clips and gives the strip, uint8 `[H, W, 3]`.
+    """Rolls out `student` for the prompts of the held-out clips and returns the strip, uint8 `[H, W, 3]`.
 
-    Guidance leads away from the negative prompt `[L, D]`, from zeros where that is None. It lies above this package,
-    beside the rollout that `generate` has. Every process calls it.
+    Guidance steers away from the negative prompt `[L, D]`, or from zeros if it is None. The implementation is in a
+    higher package, beside the rollout of `generate`. Every process calls it.
     """
 
     def __call__(

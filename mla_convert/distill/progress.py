@@ -1,4 +1,4 @@
-"""How a long job tells how far it is."""
+"""Reports the progress of long jobs."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from rich.progress import (
 
 
 class Report(Protocol):
-    """Called with the name of a job, its steps done and in all, and a short text such as the loss."""
+    """Called with the name of a job, its steps done, its total steps, and a short text such as the loss."""
 
     def __call__(self, what: str, done: int, total: int, detail: str = "", /) -> None: ...
 
 
 @contextlib.contextmanager
 def progress_bars(console: Console | None = None) -> Iterator[Report]:
-    """One bar a job with the time left, on stderr unless `console` says otherwise."""
+    """One bar per job, with the remaining time, on `console` (stderr by default)."""
     bars = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -42,7 +42,7 @@ def progress_bars(console: Console | None = None) -> Iterator[Report]:
 
 @contextlib.contextmanager
 def reporting(bars: Progress) -> Iterator[Report]:
-    """`bars`, with a field `detail`, as a report that gives every job a bar; nothing is shown before the first one."""
+    """A Report that shows one bar of `bars` (with a field `detail`) per job, and nothing before the first report."""
     tasks: dict[str, TaskID] = {}
 
     def report(what: str, done: int, total: int, detail: str = "", /) -> None:

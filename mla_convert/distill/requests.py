@@ -1,4 +1,4 @@
-"""What is asked of a stage while it trains: to stop, by a signal, and for checkpoints, by the clock."""
+"""Handles requests during training: signals that stop a stage, and checkpoints that are due by the clock."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopped(UserError):
-    """A stage ended early because a signal asked for it; its checkpoint is there."""
+    """Raised when a signal has ended a stage early, after its checkpoint was written."""
 
     exit_code = 128 + signal.SIGTERM
 
 
 class Requests:
-    """SIGTERM and SIGUSR1 inside the context ask for a stop at the end of the step, in whichever process they arrive.
+    """Inside the context, SIGTERM or SIGUSR1 in any process requests a stop at the end of the step.
 
-    Schedulers send them some time before they kill (`sbatch --signal=USR1@600`). After `minutes` without a checkpoint,
-    by the clock of the first process, one is due; None waits for ever.
+    Schedulers send these signals some time before they kill (`sbatch --signal=USR1@600`). A checkpoint is due
+    `minutes` after the previous one, by the clock of the first process; None disables this.
     """
 
     def __init__(self, accelerator: Accelerator, minutes: float | None) -> None:
@@ -37,19 +37,19 @@ class Requests:
         self.saved()
 
     def saved(self) -> None:
-        """A checkpoint was written now."""
+        """Record that a checkpoint was just written."""
         self._last = time.monotonic()
 
     def agreed(self) -> tuple[bool, bool]:
-        """Whether any process was asked to stop, and whether a checkpoint is due: the same in every process."""
+        """Whether any process should stop, and whether a checkpoint is due; the same answer in every process."""
         main, minutes = self.accelerator.is_main_process, self.minutes
         due = main and minutes is not None and time.monotonic() - self._last >= 60 * minutes
-        asked = torch.tensor([self.stop, due], dtype=torch.float32, device=self.accelerator.device)
-        stop, save = (self.accelerator.reduce(asked, "sum") > 0).tolist()
+        own = torch.tensor([self.stop, due], dtype=torch.float32, device=self.accelerator.device)
+        stop, save = (self.accelerator.reduce(own, "sum") > 0).tolist()
         return stop, save
 
     def __enter__(self) -> Requests:
-        # Python handles signals in its main thread alone.
+        # Python allows signal handlers only in its main thread.
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
@@ -64,6 +64,6 @@ class Requests:
         if os.getpid() == self._owner:
             self.stop = True
         elif number == signal.SIGTERM:
-            # A worker that was forked here is ended by whoever feeds on it.
+            # A forked data worker inherits this handler; SIGTERM must still end it.
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

@@ -1,7 +1,7 @@
-"""Self-rollout inside training: the student makes the video that it is trained on (Self Forcing, arXiv 2506.08009).
+"""Rolls out the student in training, which then learns from its own video (Self Forcing, arXiv 2506.08009).
 
-It is the rollout of `run/stream.py`, chunk by chunk with the cache that inference has, with a gradient
-through one denoising step of a chunk and none through the cache.
+It is the rollout of `run/stream.py`, chunk by chunk with the cache of inference. One denoising step per chunk
+carries a gradient; the cache carries none.
 """
 
 from __future__ import annotations
@@ -33,36 +33,37 @@ def self_rollout(
     gradient_from: int = 0,
     conditions: Given | None = None,
 ) -> Tensor:
-    """A video `[B, C, F, H, W]`, float32, that `model` makes for `text` `[B, L, D]`; `size` is (F, H, W).
+    """Return a video `[B, C, F, H, W]`, float32, that `model` makes for `text` `[B, L, D]`; `size` is (F, H, W).
 
-    Every chunk takes the steps of `sampler` along the falling `times` (last one 0) up to number `exit_step`,
-    counted from 0, whose velocity points to the clean chunk that ends the chunk. That step alone
-    carries a gradient, in the chunks from frame `gradient_from` on and where gradients are enabled.
-    The chunk is then written to the cache by a pass at noise level `context_noise`, without a graph.
-    F may exceed the window, which wraps as in inference. With gradient checkpointing the cache that a
-    chunk has read is kept until the backward pass. `conditions` are those of `stream_chunks`, F frames of them or more.
+    Every chunk takes the steps of `sampler` along the falling `times` (the last is 0), up to step number `exit_step`,
+    counted from 0. The clean chunk is predicted from the velocity of that step. Only that step
+    carries a gradient, and only in chunks from frame `gradient_from` onward and if gradients are enabled.
+    Another pass, at noise level `context_noise` and without a graph, then writes the chunk to the cache.
+    F may exceed the window, which wraps as in inference. With gradient checkpointing, the cache that a
+    chunk has read is kept until the backward pass. `conditions` are as in `stream_chunks`, for at least F frames.
 
-    Noise is drawn from `generator` on the CPU, in the order of `stream_chunks`: with the last exit
-    step the two rollouts are the same.
+    Noise is drawn from `generator` on the CPU, in the order of `stream_chunks`, so with the last exit
+    step the two rollouts are equal.
     """
     frames, height, width = size
     batch, channels, device = len(text), model.noise_channels, text.device
     text = text.to(model.dtype)
     cache = model.init_cache(batch, height, width, device=device)
-    told = Conditions([model], conditions, batch, frames, (height, width))
-    made = []
+    all_conditions = Conditions([model], conditions, batch, frames, (height, width))
+    clean_chunks = []
     for start, stop in model.causal.chunks(frames):
         shape = (batch, channels, stop - start, height, width)
-        noises, now = _noises(shape, generator, device), placed([told.at(start, stop)], device, model.dtype)
+        noises = _noises(shape, generator, device)
+        now = placed([all_conditions.at(start, stop)], device, model.dtype)
         with torch.no_grad():
             velocity = functools.partial(_velocity, model, text=text, cache=cache, conditions=now)
             x = denoise(next(noises), times[: exit_step + 1], velocity, noises if sampler == "renoise" else None)
         carries = torch.is_grad_enabled() and start >= gradient_from
         if carries:
-            # Autocast must not reuse weights that it has cast without a gradient, which not every torch sees to.
+            # Some torch versions would let autocast reuse weights that it has cast without a gradient.
             torch.clear_autocast_cache()
         with torch.set_grad_enabled(carries):
-            # A recomputation in the backward pass must read what the chunk has read.
+            # A recomputation in the backward pass must read the same cache as the forward.
             read = _kept(cache) if carries and model.is_gradient_checkpointing else cache
             t = times[exit_step]
             clean = to_clean(x, _velocity(model, x, t, t, text, read, now), t.to(device).expand(batch))
@@ -72,12 +73,12 @@ def self_rollout(
             if context_noise > 0:
                 context = add_noise(clean, next(noises), t_context)
             _pass(model, context, t_context, text, cache, now, write=True)
-        made.append(clean)
-    return torch.cat(made, dim=2)
+        clean_chunks.append(clean)
+    return torch.cat(clean_chunks, dim=2)
 
 
 def _noises(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Iterator[Tensor]:
-    """Noise without an end, each time drawn when it is asked for."""
+    """Yield noise endlessly, each tensor drawn when it is requested."""
     while True:
         yield torch.randn(shape, generator=generator).to(device)
 
@@ -85,21 +86,21 @@ def _noises(shape: tuple[int, ...], generator: torch.Generator, device: torch.de
 def _velocity(
     model: Any, x: Tensor, t: Tensor, r: Tensor, text: Tensor, cache: FrameCache, conditions: Mapping[str, Tensor]
 ) -> Tensor:
-    # No stage rolls out flow maps, which alone would be told `r`.
+    # `denoise` passes `r` for flow maps, which no stage rolls out.
     return _pass(model, x, t.to(x.device).expand(len(x)), text, cache, conditions, write=False)
 
 
 def _pass(
     model: Any, x: Tensor, t: Tensor, text: Tensor, cache: FrameCache, conditions: Mapping[str, Tensor], write: bool
 ) -> Tensor:
-    """Velocity, float32, at noise levels `t` `[B]` under the `conditions` of the chunk."""
+    """The velocity, float32, at noise levels `t` `[B]` with the `conditions` of the chunk."""
     x, timestep = x.to(model.dtype), t * NUM_TRAIN_TIMESTEPS
     out: Tensor = model.forward_chunk(x, timestep, text, cache, write=write, **conditions)
     return out.float()
 
 
 def _kept(cache: FrameCache) -> FrameCache:
-    """The cache as it is now; `cache` itself goes on in memory of its own."""
+    """A cache that keeps the present memory and content; `cache` itself continues in a copy of the memory."""
     kept = copy.copy(cache)
     cache.rows = [rows.clone() for rows in cache.rows]
     return kept

@@ -1,4 +1,4 @@
-"""Accelerate as a stage uses it: precision, devices, processes and trackers."""
+"""Sets up Accelerate for a stage: precision, devices, processes and trackers."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .stages.base import StageConfig
 from .trackers import tracker_names
 
-# Numbers that DeepSpeed reduces or gathers at once; its own 500 million would take 2 GB in float32.
+# How many numbers DeepSpeed reduces or gathers at once; its default of 500 million would take 2 GB in float32.
 BUCKET = 50_000_000
 
 
 class StageModule(nn.Module):
-    """A network called `name` with the `others` that its loss needs: what Accelerate wraps.
+    """The module that Accelerate wraps: a network called `name`, with the `others` that its loss needs.
 
-    Its forward calls a function of all networks in the context that `precision` makes, so that gradient
-    synchronisation, sharding and autocast hold for `forward`, `forward_chunk` and whatever else a loss uses, and
-    the network itself is not patched. Not every wrapper has an autocast of its own, or lets one in from outside.
+    Its forward calls a function of all networks in the context that `precision` makes. Gradient
+    synchronization, sharding and autocast therefore cover `forward`, `forward_chunk` and anything else a loss calls,
+    without patching the network. Autocast is applied inside because not every wrapper applies it or passes it on.
     """
 
     def __init__(
@@ -46,17 +46,17 @@ class StageModule(nn.Module):
         self.network = network
         self.name = name
         self.precision = precision
-        # A plain dict hides the other networks from the optimizer, the checkpoint and DDP.
+        # In a plain dict, the other networks are hidden from the optimizer, the checkpoint and DDP.
         self.others = dict(others)
 
     @property
     def _no_split_modules(self) -> list[str] | None:
-        """The classes of the blocks, by which Accelerate shards."""
+        """The class names of the blocks, at which Accelerate shards."""
         names: list[str] | None = getattr(self.network, "_no_split_modules", None)
         return names
 
     def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """`function(models, *arguments)`, models by name."""
+        """Return `function(models, *arguments)`, with the models by name."""
         with self.precision():
             return function({**self.others, self.name: self.network}, *arguments)
 
@@ -64,9 +64,9 @@ class StageModule(nn.Module):
 def autocast(
     device: torch.device, mixed_precision: str, sharded: bool = False
 ) -> contextlib.AbstractContextManager[None]:
-    """The context in which a stage of that `mixed_precision` computes on `device`.
+    """The autocast context of a stage with this `mixed_precision` on `device`.
 
-    What it has cast of a `sharded` network is not kept: it would outlive the weights that were gathered for a block.
+    Casts of a `sharded` network are not cached: they would outlive the weights that were gathered for a block.
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
     if dtype is None:
@@ -75,10 +75,10 @@ def autocast(
 
 
 def open_accelerator(config: StageConfig, work_dir: Path) -> Accelerator:
-    """An Accelerator with the stage's precision, which `check_launch` has found possible."""
-    # Accelerate keeps one precision a process; stages may differ in theirs. The process group stays.
+    """An Accelerator with the stage's settings, which `check_launch` must have accepted."""
+    # Accelerate keeps one precision per process, but stages may differ. The reset keeps the process group.
     AcceleratorState._reset_state()
-    # DeepSpeed would keep the weights in that precision.
+    # With a precision set, DeepSpeed would store the weights in it.
     zero = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
     accelerator = Accelerator(
         mixed_precision="no" if zero else config.mixed_precision,
@@ -103,9 +103,9 @@ def open_accelerator(config: StageConfig, work_dir: Path) -> Accelerator:
 
 
 def _accumulation(config: StageConfig) -> GradientAccumulationPlugin:
-    """The stage's accumulation, which a number in the launcher's environment would otherwise replace.
+    """The stage's gradient accumulation, passed explicitly so that the launcher's environment cannot replace it.
 
-    A sharded network's gradients are reduced after every micro-batch: what waits for the last one is whole.
+    A sharded network reduces gradients after every micro-batch, because unreduced ones would be full-size.
     """
     return GradientAccumulationPlugin(
         num_steps=config.grad_accumulation, sync_each_batch=parse_flag_from_env("ACCELERATE_USE_FSDP")
@@ -113,12 +113,12 @@ def _accumulation(config: StageConfig) -> GradientAccumulationPlugin:
 
 
 def splits_optimizer(accelerator: Accelerator) -> bool:
-    """Whether `accelerator` gives each process a part of the optimizer (DeepSpeed's ZeRO-2)."""
+    """Whether `accelerator` partitions the optimizer over the processes (DeepSpeed's ZeRO-2)."""
     return bool(accelerator.distributed_type == DistributedType.DEEPSPEED)
 
 
 def fast_attention(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """On the CPU the backward of fused attention is slower than plain matmuls at small sizes."""
+    """A context that uses plain matmuls on the CPU, where the backward of fused attention is slow at small sizes."""
     if device.type == "cpu":
         return sdpa_kernel(SDPBackend.MATH)
     return contextlib.nullcontext()

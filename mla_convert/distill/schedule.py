@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step, so that there is no state to resume."""
+"""Computes the learning rate from the step alone, so that there is no state to resume."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .stages.base import StageConfig
 
 
 def learning_rate(config: StageConfig, step: int) -> float:
-    """Rate of the step with 0-based number `step`: linear warm-up, then constant or falling to its minimum."""
+    """The rate of step `step`, counted from 0: linear warm-up, then constant or falling to `min_learning_rate`."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)

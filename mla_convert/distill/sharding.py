@@ -1,7 +1,7 @@
-"""A stage under FSDP2: weights in shards over the processes, checkpoints in shards, plain weights at the end.
+"""Trains a stage under FSDP2: shards weights over the processes, shards checkpoints, and gathers plain weights.
 
-The networks under training and the frozen ones are sharded, block by block (`fully_shard`). What is here asks
-the network itself whether it is sharded, so it holds however that came about. A checkpoint is one folder of
+Trained and frozen networks are sharded block by block (`fully_shard`). These functions check the
+network itself, so they work however it was sharded. A checkpoint is one folder of
 torch.distributed.checkpoint, to which every process writes its part.
 """
 
@@ -37,7 +37,7 @@ _TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True)
 
 
 def shards_weights(accelerator: Accelerator) -> bool:
-    """Whether `accelerator` will shard what it prepares."""
+    """Whether `accelerator` shards the networks that it prepares."""
     return bool(accelerator.is_fsdp2)
 
 
@@ -46,38 +46,38 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def frozen_shards(network: Any, mesh: DeviceMesh) -> Any:
-    """A frozen second model with the weights of the plain `network`, in shards over `mesh`; `network` stays whole."""
+    """A frozen model with the weights of the plain `network`, sharded over `mesh`; `network` itself stays whole."""
     return _in_shards(apart(network).eval().requires_grad_(False), mesh)
 
 
 def trainable_shards(network: Any, mesh: DeviceMesh) -> Any:
-    """A float32 copy of the plain, frozen `network`, to be trained on its own, in shards over `mesh`."""
-    # Float32 block by block: a whole copy would take twice the memory of the host.
+    """A float32 copy of the plain, frozen `network`, to be trained on its own, sharded over `mesh`."""
+    # Converted to float32 block by block, because a whole float32 copy would double the host memory.
     return _in_shards(copy.deepcopy(network).train().requires_grad_(True), mesh, torch.float32)
 
 
 def _in_shards(network: Any, mesh: DeviceMesh, dtype: torch.dtype | None = None) -> Any:
-    """`network` itself, in shards of `dtype`, its own when None."""
+    """Shard `network` in place, converted to `dtype` unless None, and return it."""
     for module in (*network.blocks, network):
         if dtype is not None:
             module.to(dtype)
-        # A root left gathered would miss what its weights become later.
+        # A root that stays gathered would not see later changes of its weights.
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
     return network
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The plain tensor behind one that may be sharded; every process has to ask for it."""
+    """The full tensor of one that may be sharded; every process must call this."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """What this process has of a tensor that may be sharded."""
+    """This process's part of a tensor that may be sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def over_parts(sums: Tensor, of: Tensor) -> Tensor:
-    """`sums` over this process's part of tensors sharded as `of` is, added up over all parts by one collective."""
+    """Add up `sums`, computed on this process's part of tensors sharded like `of`, over all parts in one collective."""
     if not isinstance(of, DTensor):
         return sums
     placements = [Partial() if placement.is_shard() else Replicate() for placement in of.placements]
@@ -85,7 +85,7 @@ def over_parts(sums: Tensor, of: Tensor) -> Tensor:
 
 
 def forget_gathered(module: nn.Module) -> None:
-    """Let a forward without a backward not leave gathered weights behind, which later changes would miss."""
+    """Reshard after a forward without a backward, whose gathered weights would not see later changes."""
     if isinstance(module, FSDPModule):
         module.reshard()
 
@@ -114,7 +114,7 @@ def load_shards(folder: Path, module: nn.Module, optimizer: Any, average: dict[s
 
 @contextlib.contextmanager
 def _own_errors() -> Iterator[None]:
-    """Raise in every process what went wrong in one: torch's own exception is no Exception, which nobody expects."""
+    """Raise one process's error in every process: torch's CheckpointException is not an Exception subclass."""
     try:
         yield
     except CheckpointException as error:
@@ -123,7 +123,7 @@ def _own_errors() -> Iterator[None]:
 
 
 def _state(module: nn.Module, optimizer: Any, average: dict[str, Tensor] | None) -> dict[str, Any]:
-    """What a checkpoint holds; an optimizer that has not stepped yet gets an empty state of its own shape."""
+    """The state dict of a checkpoint; an optimizer that has not stepped yet gets an initialized state."""
     state = {
         "weights": get_model_state_dict(module, options=_TRAINED_ONLY),
         "optimizer": get_optimizer_state_dict(module, optimizer, options=_TRAINED_ONLY),
@@ -132,9 +132,9 @@ def _state(module: nn.Module, optimizer: Any, average: dict[str, Tensor] | None)
 
 
 def from_main(value: Any) -> Any:
-    """`value` of the first process, in every process."""
+    """Return the first process's `value` in every process."""
     if not dist.is_initialized():
         return value
-    told = [value]
-    dist.broadcast_object_list(told, src=0)
-    return told[0]
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]

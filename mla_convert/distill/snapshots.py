@@ -1,4 +1,4 @@
-"""From a stage under way to a checkpoint and back, with everything that the next step depends on."""
+"""Saves a running stage to a checkpoint and restores it, with everything that the next step depends on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PARTS = "optimizer"
 
 
 class Snapshots:
-    """Saves and resumes the networks of an `Assembly` and what `watch` remembers. Every process takes part."""
+    """Saves and restores the networks of an `Assembly` and the state of `watch`. Every process takes part."""
 
     def __init__(
         self, accelerator: Accelerator, parts: Assembly, watch: Watch, checkpoints: Checkpoints, metrics: Metrics
@@ -27,7 +27,7 @@ class Snapshots:
         self.checkpoints, self.metrics = checkpoints, metrics
 
     def save(self, row: Row) -> None:
-        """Write a checkpoint of the step of `row`."""
+        """Write a checkpoint after the step that `row` describes."""
         if self.accelerator.is_main_process:
             state = self._state(row)
             if self._all_write:
@@ -57,7 +57,7 @@ class Snapshots:
 
     @property
     def _all_write(self) -> bool:
-        """Whether every process has something of its own to write."""
+        """Whether every process writes its own part of a checkpoint."""
         return self.parts.sharded or self.parts.learner.in_parts
 
     def _save_parts(self, folder: Path) -> None:
@@ -66,7 +66,7 @@ class Snapshots:
             path = self._part(folder)
             path.parent.mkdir(exist_ok=True)
             torch.save(parts.learner.own_optimizer.state_dict(), path)
-            # The first process counts the files.
+            # The first process records all files, so it must wait until they exist.
             self.accelerator.wait_for_everyone()
             return
         average = None if parts.average is None else parts.average.weights
@@ -75,12 +75,12 @@ class Snapshots:
             save_shards(folder / SECOND_SHARDS, parts.second.module, parts.second.optimizer.optimizer, None)
 
     def _part(self, folder: Path) -> Path:
-        """Where a checkpoint keeps this process's part of the optimizer."""
+        """The file of this process's partition of the optimizer in a checkpoint."""
         return folder / PARTS / f"part-{self.accelerator.process_index:05d}.pt"
 
     def resume(self) -> Row | None:
-        """Load the newest checkpoint and forget what came after it; its last row, None when there is none."""
-        # Of a shared folder every machine has a view of its own.
+        """Load the newest checkpoint and drop later metrics; return its last row, or None without a checkpoint."""
+        # Machines may see different states of a shared folder, so the first process decides.
         newest = from_main(self.checkpoints.newest())
         row = None if newest is None else self._load(newest)
         self.accelerator.wait_for_everyone()

@@ -1,4 +1,4 @@
-"""Checkpoints of a stage that is under way: written whole or not at all, and resumed bit for bit."""
+"""Writes and reads the checkpoints of a running stage: atomically, and so that it resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ FULL_BELOW = 1 << 20
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a checkpoint holds: the trained weights, their average, the optimizers' state, the last row.
+    """The content of a checkpoint: the trained weights, their average, the optimizer states, the last row.
 
-    `weights`, `ema` and those of a `second` network are tensors by parameter name; `optimizer` is a
-    nested dict of tensors and plain values, `watch` plain values. Of a sharded network the tensors lie
-    in shards beside them.
+    `weights`, `ema` and the weights of a `second` network are tensors by parameter name. `optimizer` is a
+    nested dict of tensors and plain values; `watch` has plain values. The tensors of a sharded network are stored
+    in shards instead.
     """
 
     step: int
@@ -45,9 +45,9 @@ class TrainingState:
 
 
 class Checkpoints:
-    """The newest `keep` checkpoints of one stage under `folder`, each `step-00000100/`.
+    """The newest `keep` checkpoints of one stage in `folder`, named `step-00000100` and so on.
 
-    `identity` is what the result depends on; a checkpoint with another identity is refused.
+    `identity` has everything that the result depends on; a checkpoint with another identity is refused.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any], keep: int) -> None:
@@ -58,7 +58,7 @@ class Checkpoints:
         return sorted(self.folder.glob("step-*"))
 
     def newest(self) -> Path | None:
-        """The newest checkpoint of which every file is there in full length. Raises UserError for another's."""
+        """The newest complete checkpoint. Raises UserError if it has another identity."""
         for path in reversed(self._all()):
             state = _read_state(path)
             if state is None:
@@ -68,21 +68,21 @@ class Checkpoints:
         return None
 
     def _require_own(self, path: Path, recorded: dict[str, Any]) -> None:
-        """Raise UserError for a checkpoint of another identity than `self.identity`."""
+        """Raise UserError if the identity `recorded` in a checkpoint is not `self.identity`."""
         for key, value in self.identity.items():
-            # Checkpoints did not always say what clips they were trained on.
-            known = recorded.get(key, value if key == "data" else None)
-            if known == value:
+            # Old checkpoints do not record which clips they were trained on.
+            before = recorded.get(key, value if key == "data" else None)
+            if before == value:
                 continue
             if key == "data":
-                raise UserError(f"{path} was trained on other clips: {other_clips(known, value)}")
+                raise UserError(f"{path} was trained on other clips: {other_clips(before, value)}")
             remedy = f"start in another folder or remove {self.folder}"
             if key == "processes":
-                remedy = f"launch as many again, since only a stage with global_batch takes another number, or {remedy}"
-            raise UserError(f"{path} was made with {key} {known}, not {value}; {remedy}")
+                remedy = f"launch as many processes as before (only global_batch allows another number), or {remedy}"
+            raise UserError(f"{path} was made with {key} {before}, not {value}; {remedy}")
 
     def discard_broken(self) -> None:
-        """Remove what a killed run left half-written."""
+        """Remove incomplete checkpoints that a killed run left."""
         for path in self.folder.glob(".*.tmp"):
             shutil.rmtree(path)
         for path in self._all():
@@ -90,9 +90,9 @@ class Checkpoints:
                 shutil.rmtree(path)
 
     def save(self, state: TrainingState, write_shards: Callable[[Path], None] | None = None) -> None:
-        """Write one checkpoint, then remove those beyond `keep`. Raises UserError when the disk is full.
+        """Write one checkpoint, then remove all but the newest `keep`. Raises UserError if the disk is full.
 
-        `write_shards` is called with the folder that the checkpoint is being written to.
+        `write_shards` is called with the temporary folder of the checkpoint.
         """
         with atomic_folder(self.folder / f"step-{state.step:08d}") as folder:
             with _full_disk_as_os_error(folder):
@@ -113,7 +113,7 @@ class Checkpoints:
 
 
 def read_checkpoint(path: Path) -> TrainingState:
-    """The content of a whole checkpoint, on the CPU."""
+    """Read a complete checkpoint to the CPU."""
     state = json.loads((path / STATE).read_text(encoding="utf-8"))
     ema, second = (load_file(path / name) if (path / name).exists() else None for name in (EMA, SECOND))
     optimizer = read_optimizer(path / OPTIMIZER)
@@ -122,24 +122,24 @@ def read_checkpoint(path: Path) -> TrainingState:
 
 
 def read_optimizer(path: Path) -> dict[str, Any]:
-    """The state of an optimizer, on the CPU."""
+    """Read an optimizer state to the CPU."""
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return state
 
 
 def _read_state(path: Path) -> dict[str, Any] | None:
-    """`state.json` of a checkpoint, None when a file is missing or cut short."""
+    """The content of a checkpoint's `state.json`; None if a file is missing or truncated."""
     try:
         state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
-        whole = all((path / name).stat().st_size == size for name, size in state["sizes"].items())
+        complete = all((path / name).stat().st_size == size for name, size in state["sizes"].items())
     except (OSError, ValueError, KeyError):
         return None
-    return state if whole else None
+    return state if complete else None
 
 
 @contextlib.contextmanager
 def _full_disk_as_os_error(folder: Path) -> Iterator[None]:
-    """The writers of safetensors and torch report a full disk without its error number; restore it."""
+    """Raise a full disk as OSError with ENOSPC; safetensors and torch report it without an error number."""
     try:
         yield
     except (SafetensorError, RuntimeError) as error:

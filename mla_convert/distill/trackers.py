@@ -1,4 +1,4 @@
-"""Where a stage's curves and pictures go: tensorboard, wandb or trackio, by Accelerate."""
+"""Logs a stage's curves and pictures to tensorboard, wandb or trackio through Accelerate."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WANDB_RUN = "wandb-run.txt"
 
 
 def tracker_names(config: StageConfig) -> list[str]:
-    """The trackers of a stage, each once."""
+    """The trackers of a stage, without duplicates."""
     chosen = config.tracker
     return list(dict.fromkeys([chosen] if isinstance(chosen, str) else chosen or ()))
 
@@ -33,15 +33,15 @@ def check_trackers(config: StageConfig) -> None:
     """Raise UserError for a tracker whose package is not installed."""
     for name in tracker_names(config):
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"tracker: {name} needs the package {name}, which is not installed: pip install {name}")
+            raise UserError(f"tracker: {name} needs the package {name}, which is not installed; pip install {name}")
 
 
 @contextlib.contextmanager
 def tracking(accelerator: Accelerator, config: StageConfig, work_dir: Path, first: int) -> Iterator[None]:
-    """Log to the stage's trackers from step `first` on; tensorboard forgets what it had seen after that step.
+    """Log to the stage's trackers from step `first` onward; tensorboard discards anything logged after that step.
 
-    wandb works offline unless WANDB_MODE says otherwise (`wandb sync` sends its files later), trackio
-    keeps its runs on this machine. A stage that goes on after a kill goes on with its run.
+    wandb works offline unless WANDB_MODE says otherwise (`wandb sync` uploads the files later). trackio
+    keeps its runs on this machine. A resumed stage continues its earlier run.
     """
     names = tracker_names(config) if first < config.steps else []
     if names:
@@ -53,9 +53,9 @@ def tracking(accelerator: Accelerator, config: StageConfig, work_dir: Path, firs
         }
         if "wandb" in names and accelerator.is_main_process:
             options["wandb"] |= {"id": _run_id(work_dir), "resume": "allow"}
-        # The project is the name of tensorboard's folder.
+        # tensorboard uses the project as the name of its folder.
         project = "tensorboard" if names == ["tensorboard"] else PROJECT
-        # What trackers have to say is no result.
+        # stdout is for results, so the trackers' messages go to stderr.
         with contextlib.redirect_stdout(sys.stderr):
             accelerator.init_trackers(project, init_kwargs={name: options[name] for name in names})
     try:
@@ -70,12 +70,12 @@ def _finish(tracker: Any, main: bool) -> None:
     if tracker.name != "trackio":
         tracker.finish()
     elif main:
-        # Its own way, without which it ends the run, and says so, once more when Python exits.
+        # Only trackio's own finish() keeps it from ending the run again, with a message, when Python exits.
         importlib.import_module("trackio").finish()
 
 
 def _run_id(work_dir: Path) -> str:
-    """What wandb calls a stage's run, the same whenever the stage goes on."""
+    """The wandb run ID of a stage, the same after every resume."""
     path = work_dir / WANDB_RUN
     if not path.exists():
         write_text(path, uuid.uuid4().hex[:12] + "\n")
@@ -83,7 +83,7 @@ def _run_id(work_dir: Path) -> str:
 
 
 def log_picture(accelerator: Accelerator, name: str, picture: NDArray[np.uint8], step: int) -> None:
-    """Show a picture `[H, W, 3]` in the trackers that take pictures: tensorboard and wandb."""
+    """Log a picture `[H, W, 3]` to the trackers that take pictures: tensorboard and wandb."""
     if not accelerator.is_main_process:
         return
     for tracker in accelerator.trackers:

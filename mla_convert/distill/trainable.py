@@ -1,4 +1,4 @@
-"""Which parameters of the student a stage trains."""
+"""Selects the parameters that a stage trains."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Trainable = Literal["latent", "attention", "all"]
 
 
 def trainable_names(model: Any, which: Trainable) -> set[str]:
-    """Names of the parameters that `which` stands for. Raises UsageError when there are none."""
+    """The names of the parameters that `which` selects. Raises UsageError if there are none."""
 
     def chosen(name: str) -> bool:
         parts = name.split(".")
@@ -24,14 +24,13 @@ def trainable_names(model: Any, which: Trainable) -> set[str]:
     names = {name for name, _ in model.named_parameters() if chosen(name)}
     if not names:
         raise UsageError(
-            f"trainable: {which} finds no parameters in {type(model).__name__}; "
-            "choose another of latent, attention, all"
+            f"trainable: {which} finds no parameters in {type(model).__name__}; choose latent, attention or all"
         )
     return names
 
 
 def freeze_all_but(model: nn.Module, names: set[str]) -> dict[str, nn.Parameter]:
-    """Set `requires_grad` on every parameter; returns the trained ones by name, in the model's order."""
+    """Set `requires_grad` only on the parameters `names`; return them by name, in the model's order."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
     return {name: parameter for name, parameter in model.named_parameters() if name in names}

@@ -1,4 +1,4 @@
-"""Networks that a stage has beside the student without loading them: its average, its start, and copies to train."""
+"""Makes the networks that a stage derives from loaded ones: the student's average and start, and copies to train."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def with_weights(model: Any, weights: Mapping[str, Tensor]) -> Any:
-    """A frozen second model that has `weights` by name, in the same memory, and shares the rest with `model`."""
+    """A frozen model that uses `weights` by name, in their own memory, and shares everything else with `model`."""
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for name, weight in weights.items():
         shared[id(model.get_parameter(name))] = nn.Parameter(weight, requires_grad=False)
@@ -20,10 +20,10 @@ def with_weights(model: Any, weights: Mapping[str, Tensor]) -> Any:
 
 
 def require_apart(model: Any, trained: Collection[str], networks: Mapping[str, Any]) -> None:
-    """Raise ValueError if parameters of `model` that are `trained` lie in the memory of one of the `networks`.
+    """Raise ValueError if `trained` parameters of `model` share memory with one of the `networks`.
 
-    A converted model shares what it keeps with the dense one until it is saved or copied; trained in place
-    it would take its teacher along. Only float32 is trained in place.
+    A converted model shares its unchanged weights with the dense one until it is saved or copied. Training it in place
+    would change its teacher, too. Only float32 parameters are trained in place.
     """
     mine = {
         parameter.data_ptr(): name
@@ -33,23 +33,23 @@ def require_apart(model: Any, trained: Collection[str], networks: Mapping[str, A
     for network, other in networks.items():
         shared = next((mine[p.data_ptr()] for p in other.parameters() if p.data_ptr() in mine), None)
         if shared is not None:
-            raise ValueError(f"the student's {shared} is memory of the network {network} too; train a copy.deepcopy")
+            raise ValueError(f"the student's {shared} shares memory with the network {network}; train a copy.deepcopy")
 
 
 def start_of(model: Any, trained: Mapping[str, nn.Parameter]) -> Any:
-    """A frozen model that keeps what the `trained` parameters are now; the rest is shared."""
+    """A frozen model with a copy of the `trained` parameters as they are now; it shares the rest with `model`."""
     return with_weights(model, {name: parameter.detach().clone() for name, parameter in trained.items()})
 
 
 def apart(model: Any) -> Any:
-    """A second model over the same memory with parameters of its own: where one is moved, the other stays."""
+    """A second model with its own Parameter objects over the same memory, so that moving one leaves the other."""
     own: dict[int, Any] = {id(each): nn.Parameter(each.detach(), each.requires_grad) for each in model.parameters()}
     return copy.deepcopy(model, own)
 
 
 def face(model: Any) -> Any:
-    """A second face of the same weights, buffers and hooks, with plain attributes of its own."""
-    # copy.copy would have a sharded module's class build a whole new model.
+    """A shallow copy: the same weights, buffers and hooks, with its own plain attributes."""
+    # For a sharded module, copy.copy would construct a whole new model.
     view = object.__new__(type(model))
     view.__dict__.update(model.__dict__)
     return view

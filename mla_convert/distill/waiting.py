@@ -1,6 +1,6 @@
-"""Wait for work of other processes by polling.
+"""Waits for work of other processes by polling.
 
-A barrier would time out, and would fail when a process dies; so polling checks for that itself.
+A barrier would time out on long work. Polling therefore also checks that the first process is still alive.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from ..errors import UserError
 _POLL_SECONDS = 0.5
 
 
-def wait_for_files(paths: Iterable[Path], told: Callable[[int], None] = lambda missing: None) -> None:
-    """Return when all `paths` exist. What is there is not looked at again; `told` hears how many are missing.
+def wait_for_files(paths: Iterable[Path], on_missing: Callable[[int], None] = lambda count: None) -> None:
+    """Return when all `paths` exist. After each check, `on_missing` is called with the number of missing files.
 
-    Raises UserError when the machine where the processes meet is gone.
+    Files that were found are not checked again. Raises UserError if the rendezvous process is gone.
     """
     missing = list(paths)
 
     def all_exist() -> bool:
         missing[:] = [path for path in missing if not path.exists()]
         if missing:
-            told(len(missing))
+            on_missing(len(missing))
         return not missing
 
     wait_until(all_exist)
 
 
 def wait_until(done: Callable[[], bool]) -> None:
-    """Return when `done` says so. Raises UserError when the machine where the processes meet is gone."""
+    """Return when `done()` is true. Raises UserError if the rendezvous process is gone."""
     while not done():
         if dist.is_initialized():
             try:
                 _get_default_store().check(["any"])
             except (RuntimeError, dist.DistError):
-                raise UserError("the first process of the run is gone; its own message says why") from None
+                raise UserError("the first process of the run has ended; see its error message") from None
         time.sleep(_POLL_SECONDS)

@@ -1,4 +1,4 @@
-"""What a stage remembers of its course, to tell a spike from noise and a plateau from progress."""
+"""Detects loss spikes and plateaus from the history of a stage's losses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .sharding import over_parts, own_part
 
 
 class Watch:
-    """Recent losses by network and the best held-out loss, which every process sees alike and checkpoints keep."""
+    """Recent losses by network, and the best held-out loss. They are equal in all processes and checkpointed."""
 
     def __init__(self, spike: SpikeConfig | None, stop: StopConfig | None) -> None:
         self.spike, self.stop = spike, stop
@@ -23,9 +23,9 @@ class Watch:
         self.stale = 0
 
     def spike_of(self, network: str, loss: float) -> float | None:
-        """`loss` over the running median where it is a spike; None where not. It is remembered either way.
+        """Return `loss` divided by the running median if it is a spike, else None; record it either way.
 
-        A loss that stays high becomes the median, so that `skip` cannot skip for ever.
+        A loss that stays high becomes the median, so that `skip` cannot skip forever.
         """
         if self.spike is None:
             return None
@@ -37,7 +37,7 @@ class Watch:
         return loss / median
 
     def heldout(self, loss: float) -> None:
-        """Note an evaluation."""
+        """Record the held-out loss of an evaluation."""
         if self.stop is None:
             return
         if self.best is None or loss < (1 - self.stop.min_delta) * self.best:
@@ -51,19 +51,19 @@ class Watch:
         return self.stop is not None and self.stale >= self.stop.patience
 
     def state(self) -> dict[str, Any]:
-        """Everything above as JSON."""
+        """The recorded losses as JSON values."""
         return {"losses": self.losses, "best": self.best, "stale": self.stale}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave."""
+        """Restore what `state` returned."""
         self.losses, self.best, self.stale = dict(state["losses"]), state["best"], state["stale"]
 
 
 @torch.no_grad()
 def relative_distance(weights: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> float:
-    """`|w - w'| / |w|`, Euclidean over all tensors together, which may be sharded, all in the same way."""
+    """Return `|w - w'| / |w|`, the Euclidean norm over all tensors; they may be sharded, all in the same way."""
     parts = [(own_part(weight), own_part(others[name])) for name, weight in weights.items()]
-    # One difference at a time: together they would be a third copy of the weights.
+    # One difference at a time, because all together would be a third copy of the weights.
     norms = [torch.stack([torch.linalg.vector_norm(x) for x in (weight - other, weight)]) for weight, other in parts]
     apart, size = over_parts(torch.stack(norms).square().sum(0), next(iter(weights.values()))).sqrt()
     return float(apart / size.clamp_min(1e-30))
