@@ -51,7 +51,7 @@ class Judge(Protocol):
 class Learner:
     """The `trained` parameters, by name, of the network in `module`, with an optimizer of their own."""
 
-    in_parts = False
+    partitioned = False
     """Whether `own_optimizer` holds only this process's partition of the optimizer."""
 
     def __init__(

@@ -21,9 +21,9 @@ class Snapshots:
     """Saves and restores the networks of an `Assembly` and the state of `watch`. Every process takes part."""
 
     def __init__(
-        self, accelerator: Accelerator, parts: Assembly, watch: Watch, checkpoints: Checkpoints, metrics: Metrics
+        self, accelerator: Accelerator, assembly: Assembly, watch: Watch, checkpoints: Checkpoints, metrics: Metrics
     ) -> None:
-        self.accelerator, self.parts, self.watch = accelerator, parts, watch
+        self.accelerator, self.assembly, self.watch = accelerator, assembly, watch
         self.checkpoints, self.metrics = checkpoints, metrics
 
     def save(self, row: Row) -> None:
@@ -39,40 +39,40 @@ class Snapshots:
         self.accelerator.wait_for_everyone()
 
     def _state(self, row: Row) -> TrainingState:
-        parts, optimizer = self.parts, dict[str, Any]()
+        assembly, optimizer = self.assembly, dict[str, Any]()
         weights = average = second = None
-        if not parts.sharded:
-            weights = parts.learner.weights()
-            if not parts.learner.in_parts:
-                optimizer["optimizer"] = parts.learner.own_optimizer.state_dict()
+        if not assembly.sharded:
+            weights = assembly.learner.weights()
+            if not assembly.learner.partitioned:
+                optimizer["optimizer"] = assembly.learner.own_optimizer.state_dict()
         if self.accelerator.scaler is not None:
             optimizer["scaler"] = self.accelerator.scaler.state_dict()
-        if parts.average is not None:
-            optimizer["average_steps"] = parts.average.steps
-            average = None if parts.sharded else parts.average.weights
-        if parts.second is not None and not parts.sharded:
-            second = parts.second.weights()
-            optimizer["second"] = parts.second.optimizer.state_dict()
+        if assembly.average is not None:
+            optimizer["average_steps"] = assembly.average.steps
+            average = None if assembly.sharded else assembly.average.weights
+        if assembly.second is not None and not assembly.sharded:
+            second = assembly.second.weights()
+            optimizer["second"] = assembly.second.optimizer.state_dict()
         return TrainingState(row["step"], weights or {}, average, optimizer, row, second, self.watch.state())
 
     @property
     def _all_write(self) -> bool:
         """Whether every process writes its own part of a checkpoint."""
-        return self.parts.sharded or self.parts.learner.in_parts
+        return self.assembly.sharded or self.assembly.learner.partitioned
 
     def _save_parts(self, folder: Path) -> None:
-        parts = self.parts
-        if parts.learner.in_parts:
+        assembly = self.assembly
+        if assembly.learner.partitioned:
             path = self._part(folder)
             path.parent.mkdir(exist_ok=True)
-            torch.save(parts.learner.own_optimizer.state_dict(), path)
+            torch.save(assembly.learner.own_optimizer.state_dict(), path)
             # The first process records all files, so it must wait until they exist.
             self.accelerator.wait_for_everyone()
             return
-        average = None if parts.average is None else parts.average.weights
-        save_shards(folder / SHARDS, parts.learner.module, parts.learner.optimizer.optimizer, average)
-        if parts.second is not None:
-            save_shards(folder / SECOND_SHARDS, parts.second.module, parts.second.optimizer.optimizer, None)
+        average = None if assembly.average is None else assembly.average.weights
+        save_shards(folder / SHARDS, assembly.learner.module, assembly.learner.optimizer.optimizer, average)
+        if assembly.second is not None:
+            save_shards(folder / SECOND_SHARDS, assembly.second.module, assembly.second.optimizer.optimizer, None)
 
     def _part(self, folder: Path) -> Path:
         """The file of this process's partition of the optimizer in a checkpoint."""
@@ -90,23 +90,23 @@ class Snapshots:
         return row
 
     def _load(self, path: Path) -> Row:
-        parts, state = self.parts, read_checkpoint(path)
-        average = parts.average
-        if parts.sharded:
+        assembly, state = self.assembly, read_checkpoint(path)
+        average = assembly.average
+        if assembly.sharded:
             weights = None if average is None else average.weights
-            load_shards(path / SHARDS, parts.learner.module, parts.learner.optimizer.optimizer, weights)
+            load_shards(path / SHARDS, assembly.learner.module, assembly.learner.optimizer.optimizer, weights)
             if average is not None:
                 average.loaded(state.optimizer["average_steps"])
-            if parts.second is not None:
-                load_shards(path / SECOND_SHARDS, parts.second.module, parts.second.optimizer.optimizer, None)
+            if assembly.second is not None:
+                load_shards(path / SECOND_SHARDS, assembly.second.module, assembly.second.optimizer.optimizer, None)
         else:
-            learner = parts.learner
-            own = read_optimizer(self._part(path)) if learner.in_parts else state.optimizer["optimizer"]
+            learner = assembly.learner
+            own = read_optimizer(self._part(path)) if learner.partitioned else state.optimizer["optimizer"]
             learner.load(state.weights, own)
             if average is not None and state.ema is not None:
                 average.load(state.ema, state.optimizer["average_steps"])
-        if parts.second is not None and state.second is not None:
-            parts.second.load(state.second, state.optimizer["second"])
+        if assembly.second is not None and state.second is not None:
+            assembly.second.load(state.second, state.optimizer["second"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state.optimizer["scaler"])
         self.watch.load(state.watch)

@@ -168,23 +168,23 @@ class _Training:
         if data.size is not None and data.size < processes:
             raise UserError(f"{processes} processes share {data.size} clips; use fewer processes or more data")
         self.teacher = networks.get(TEACHER)
-        self.parts = Assembly(self.accelerator, stage, student, networks, seed, stage_index)
+        self.assembly = Assembly(self.accelerator, stage, student, networks, seed, stage_index)
         self.watch = Watch(config.spike, config.stop)
         self.metrics = Metrics(work_dir / "metrics.jsonl")
-        in_parts = self.parts.learner.in_parts
+        partitioned = self.assembly.learner.partitioned
         # With global_batch the clips of a step do not depend on the number of processes, but ZeRO-2's partitions do.
-        any_processes = config.global_batch is not None and not in_parts
+        any_processes = config.global_batch is not None and not partitioned
         identity = {
             **config.model_dump(mode="json", exclude=BOOKKEEPING | ({"grad_accumulation"} if any_processes else set())),
             "seed": seed,
             "stage_index": stage_index,
             "data": data.identity,
             "processes": None if any_processes else processes,
-            "sharded": "optimizer" if in_parts else self.parts.sharded,
-            "parameters": sum(parameter.numel() for parameter in self.parts.learner.trained.values()),
+            "sharded": "optimizer" if partitioned else self.assembly.sharded,
+            "parameters": sum(parameter.numel() for parameter in self.assembly.learner.trained.values()),
         }
         self.checkpoints = Checkpoints(work_dir / "checkpoints", identity, config.keep_checkpoints)
-        self.snapshots = Snapshots(self.accelerator, self.parts, self.watch, self.checkpoints, self.metrics)
+        self.snapshots = Snapshots(self.accelerator, self.assembly, self.watch, self.checkpoints, self.metrics)
         self.teacher_loss: float | None = None
 
     def run(self, progress: Report | None) -> StageResult:
@@ -195,7 +195,7 @@ class _Training:
         with (
             tracking(self.accelerator, config, self.work_dir, first),
             fast_attention(self.accelerator.device),
-            execution(config, self.parts.under_training, self.parts.frozen),
+            execution(config, self.assembly.under_training, self.assembly.frozen),
             Requests(self.accelerator, config.checkpoint_minutes) as requests,
         ):
             self._begin(row)
@@ -224,7 +224,7 @@ class _Training:
                 if progress is not None and main:
                     progress(config.stage, done, done if last else config.steps, f"loss {row['loss']:.4g}")
         assert row is not None
-        self.parts.finish(self.work_dir)
+        self.assembly.finish(self.work_dir)
         return StageResult(row["step"], row["loss"], row.get("heldout_loss"), resumed_from)
 
     def _begin(self, row: Row | None) -> None:
@@ -244,7 +244,7 @@ class _Training:
         """The dense teacher's held-out loss; only in the first process if the stage itself needs no teacher."""
         if TEACHER in self.stage.networks:
             # It may be sharded, and then every process must take part.
-            return self.parts.learner.measure(lambda models: self._heldout_loss(models[TEACHER], heldout))
+            return self.assembly.learner.measure(lambda models: self._heldout_loss(models[TEACHER], heldout))
         if not self.accelerator.is_main_process:
             return None
         device_before = teacher.device
@@ -288,17 +288,17 @@ class _Training:
         """Take the optimizer steps of the second network, then one of the student."""
         row: Row = {"step": step + 1, "stage": self.config.stage}
         first, second_row = step * self._updates, {}
-        second, average = self.parts.second, self.parts.average
+        second, average = self.assembly.second, self.assembly.average
         if second is not None:
             for update in range(first, first + self._updates - 1):
                 second_row = self._update(second, step, update, batches)
-        row |= self._update(self.parts.learner, step, first + self._updates - 1, batches)
+        row |= self._update(self.assembly.learner, step, first + self._updates - 1, batches)
         if second is not None:
             row |= {f"{second.name}_{name}": value for name, value in second_row.items()}
         if average is not None:
             if not row.get("skipped"):
                 average.step()
-            row["ema_distance"] = relative_distance(self.parts.learner.weights(), average.weights)
+            row["ema_distance"] = relative_distance(self.assembly.learner.weights(), average.weights)
         return {**row, "lr": learning_rate(self.config, step)}
 
     def _update(self, learner: Learner, step: int, update: int, batches: Iterator[Batch]) -> Row:
@@ -310,13 +310,13 @@ class _Training:
         ]
         generators = (drawn(Use.NOISE, self.seed, self.stage_index, number) for number in numbers)
         self.stage.begin_update(drawn(Use.SHARED, self.seed, self.stage_index, update))
-        student = learner is self.parts.learner
+        student = learner is self.assembly.learner
 
         def data_batch(generator: torch.Generator) -> Batch:
             return next(batches)
 
         def student_batch(generator: torch.Generator) -> Batch:
-            batch: Batch = self.parts.learner.measure(self.stage.second_batch, next(batches), generator)
+            batch: Batch = self.assembly.learner.measure(self.stage.second_batch, next(batches), generator)
             return batch
 
         def judge(loss: float, grad_norm: float | None) -> Row:
@@ -362,9 +362,9 @@ class _Training:
 
     def _with_final_weights(self, function: Callable[[Any], Any]) -> Any:
         """Call `function` on the student with the weights that the stage would end with: the average if it has one."""
-        average = self.parts.average
+        average = self.assembly.average
         with contextlib.nullcontext() if average is None else average.in_place():
-            return self.parts.learner.measure(lambda models: function(models["student"]))
+            return self.assembly.learner.measure(lambda models: function(models["student"]))
 
     def _preview(self, step: int) -> None:
         config, heldout, picture = self.config.preview, self.heldout, self.picture

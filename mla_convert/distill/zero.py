@@ -18,7 +18,7 @@ from .learner import Learner
 class ZeroLearner(Learner):
     """A learner whose module is a DeepSpeed engine."""
 
-    in_parts = True
+    partitioned = True
 
     def _backward(self, loss: Tensor) -> None:
         self.module.set_gradient_accumulation_boundary(self.accelerator.sync_gradients)
