@@ -78,8 +78,8 @@ def scale_of(notes: Mapping[str, str], channels: int, where: str) -> Scale:
     if channels not in BY_CHANNELS:
         known = " and ".join(map(str, BY_CHANNELS))
         raise UserError(
-            f"data.latents: raw: the latents in {where} have {channels} channels and no statistics in the metadata; "
-            f"normalize them, encode the videos again, or use those of Wan's VAEs ({known} channels)"
+            f"data.latents: raw: the latents in {where} have {channels} channels and no statistics in the metadata "
+            f"(only Wan's VAEs, with {known} channels, are known); normalize them, or encode the videos again"
         )
     return BY_CHANNELS[channels]
 

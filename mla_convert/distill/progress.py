@@ -55,6 +55,6 @@ def reporting(bars: Progress) -> Iterator[Report]:
     try:
         yield report
     finally:
-        # Stopping prints an empty line where there is no terminal.
+        # Stopping prints an empty line without a terminal.
         if tasks:
             bars.live.stop() if bars.live.transient else bars.stop()
