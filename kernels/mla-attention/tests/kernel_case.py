@@ -12,7 +12,7 @@ from torch import Tensor
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 DTYPES = [torch.float16, torch.float32, *([torch.bfloat16] if DEVICE == "cuda" else [])]
-"""The interpreter multiplies bfloat16 wrongly; a GPU does not."""
+"""The interpreter gets bfloat16 wrong; a GPU does not."""
 
 FAMILIES = [80, 90] if DEVICE == "cpu" else [None]
 """Compute capabilities whose tiles the interpreter takes in turn; a GPU takes its own."""

@@ -158,14 +158,14 @@ def test_refusals():
         attend(query, key.transpose(2, 3).contiguous().transpose(2, 3), value, None, 0.2)
     with pytest.raises(ValueError, match=r"num_keys is torch.int64, expected torch.int32"):
         attend(query, key, value, int32([1]).long(), 0.2)
-    with pytest.raises(ValueError, match="-1 splits, supported are 0 to 64"):
+    with pytest.raises(ValueError, match="-1 splits; supported: 0 to 64"):
         attend(query, key, value, None, 0.2, -1)
     with pytest.raises(ValueError, match=r"scale -0.2 is not positive"):
         attend(query, key, value, None, -0.2)
     with pytest.raises(NotImplementedError, match="float64 is not supported"):
         attend(query.double(), key.double(), value.double(), None, 0.2)
-    assert why_not_attend(384, 128) == "attend: 384 key channels a head, supported are 1 to 256"
-    assert why_not_attend(160, 192) == "attend: 192 value channels a head, supported are 1 to 128"
+    assert why_not_attend(384, 128) == "attend: 384 key channels per head; supported: 1 to 256"
+    assert why_not_attend(160, 192) == "attend: 192 value channels per head; supported: 1 to 128"
     assert why_not_attend(160, 128, torch.bfloat16) is None
 
 

@@ -252,9 +252,9 @@ def refused(arguments, **changes):
 def test_refusals():
     arguments, _ = case("cached")
     key_out, value_out, rows, _, slots = arguments[:5]
-    with pytest.raises(ValueError, match=r"w_kvb has 120 rows, they do not fit 3 heads of 32 key and 4 value channels"):
+    with pytest.raises(ValueError, match=r"w_kvb has 120 rows and does not fit 3 heads of 32 key and 4 value channels"):
         refused(arguments, value_out=value_out[..., :4])
-    with pytest.raises(ValueError, match=r"rows are 64 wide, 72 are needed"):
+    with pytest.raises(ValueError, match=r"rows are 64 wide, expected at least 72"):
         refused(arguments, rows=rows[..., :64])
     with pytest.raises(ValueError, match="rotations are missing"):
         refused(arguments, rotations=None)
@@ -270,8 +270,8 @@ def test_refusals():
         refused(arguments, key_out=key_out[:1].repeat(3, 1, 1, 1), value_out=value_out[:1].repeat(3, 1, 1, 1))
     with pytest.raises(ValueError, match=r"slots is \[3, 4\], expected \[2, \*\]"):
         refused(arguments, slots=slots.repeat(3, 1))
-    assert why_not_expand_kv(2049, 96, 32, 128) == "expand_kv: kv_lora_rank 2049, supported are 1 to 2048"
-    assert why_not_expand_kv(192, 96, 31, 128) == "expand_kv: 31 shared rotary channels are no pairs"
-    assert why_not_expand_kv(192, 96, 32, 512) == "expand_kv: 512 value channels, supported are 1 to 256"
+    assert why_not_expand_kv(2049, 96, 32, 128) == "expand_kv: kv_lora_rank 2049; supported: 1 to 2048"
+    assert why_not_expand_kv(192, 96, 31, 128) == "expand_kv: 31 shared rotary channels; use an even number"
+    assert why_not_expand_kv(192, 96, 32, 512) == "expand_kv: 512 value channels; supported: 1 to 256"
     assert "float64 is not supported" in why_not_expand_kv(192, 96, 32, 128, torch.float64)
     assert why_not_expand_kv(192, 0, 32, 128, torch.bfloat16) is None

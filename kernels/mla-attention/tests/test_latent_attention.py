@@ -251,7 +251,7 @@ def test_compiles_without_graph_breaks():
 
 def test_refusals():
     (latent, pe, rows, _, slots, count, turn), _ = case(64)
-    with pytest.raises(ValueError, match="rows are 72 wide, 80 are needed"):
+    with pytest.raises(ValueError, match="rows are 72 wide, expected at least 80"):
         latent_attention(F.pad(latent, (0, 8)), pe, rows, None, slots, count, turn, SCALE)
     with pytest.raises(ValueError, match=r"rows is torch.float32, expected torch.int8"):
         latent_attention(latent, pe, rows, rows.half(), slots, count, turn, SCALE)
@@ -263,7 +263,7 @@ def test_refusals():
         latent_attention(latent, pe, rows, None, slots, count, turn[1:], SCALE)
     with pytest.raises(ValueError, match=r"slots is torch.int64, expected torch.int32"):
         latent_attention(latent, pe, rows, None, slots.long(), count, turn, SCALE)
-    with pytest.raises(ValueError, match="65 splits, supported are 0 to 64"):
+    with pytest.raises(ValueError, match="65 splits; supported: 0 to 64"):
         latent_attention(latent, pe, rows, None, slots, count, turn, SCALE, 65)
     with pytest.raises(ValueError, match=r"scale 0.0 is not positive"):
         latent_attention(latent, pe, rows, None, slots, count, turn, 0.0)
@@ -273,9 +273,9 @@ def test_refusals():
         latent_attention(latent, pe, rows, None, slots.unsqueeze(0), count, turn, SCALE)
     with pytest.raises(NotImplementedError, match="float64 is not supported"):
         latent_attention(latent.double(), pe.double(), rows.double(), None, slots, count, turn, SCALE)
-    assert why_not_latent_attention(520, 32) == "latent_attention: kv_lora_rank 520, supported are 1 to 512"
-    assert why_not_latent_attention(192, 7) == "latent_attention: 7 shared rotary channels are no pairs"
-    assert why_not_latent_attention(192, 66) == "latent_attention: 66 shared rotary channels, supported are 0 to 64"
+    assert why_not_latent_attention(520, 32) == "latent_attention: kv_lora_rank 520; supported: 1 to 512"
+    assert why_not_latent_attention(192, 7) == "latent_attention: 7 shared rotary channels; use an even number"
+    assert why_not_latent_attention(192, 66) == "latent_attention: 66 shared rotary channels; supported: 0 to 64"
     assert why_not_latent_attention(192, 32, torch.bfloat16) is None
 
 

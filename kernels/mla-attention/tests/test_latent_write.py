@@ -235,12 +235,12 @@ def test_refusals():
     fails(ValueError, r"rows is torch.float32, expected torch.int8", _1=lambda x: torch.zeros(2, WINDOW, 7, 2).half())
     fails(ValueError, r"grid is \[13, 12, 2\], expected \[14, 12, 2\]", _12=lambda x: x[1:])
     fails(ValueError, r"slots is torch.int64, expected torch.int32", _2=lambda x: x.long())
-    fails(ValueError, "72 key channels are not divided among 5 heads", _13=lambda x: 5)
-    fails(NotImplementedError, "9 key channels a head are no pairs", _13=lambda x: 8)
+    fails(ValueError, "72 key channels are not divisible by 5 heads", _13=lambda x: 5)
+    fails(NotImplementedError, "9 key channels per head cannot be rotated; use an even number", _13=lambda x: 8)
     doubled = {f"_{i}": (lambda x: x.double()) for i in (0, 3, 4, 5, 8, 9, 10, 11)}
     fails(NotImplementedError, "float64 is not supported", **doubled)
     fails(ValueError, "items that share a ring cannot write to the same slots", _0=lambda x: x[:1])
     fails(ValueError, r"slots is \[3, 2\], expected \[2, \*\]", _2=lambda x: x.repeat(3, 1))
-    assert why_not_latent_write(2049, 32, 128) == "latent_write: kv_lora_rank 2049, supported are 1 to 2048"
-    assert why_not_latent_write(192, 130, 128) == "latent_write: 130 shared rotary channels, supported are 0 to 128"
+    assert why_not_latent_write(2049, 32, 128) == "latent_write: kv_lora_rank 2049; supported: 1 to 2048"
+    assert why_not_latent_write(192, 130, 128) == "latent_write: 130 shared rotary channels; supported: 0 to 128"
     assert why_not_latent_write(192, 32, 128, torch.bfloat16) is None

@@ -95,5 +95,5 @@ def test_refusals():
         merge(outs, lses.double())
     with pytest.raises(NotImplementedError, match="float64 is not supported"):
         merge(outs.double(), lses)
-    assert why_not_merge(2048) == "merge: 2048 value channels, supported are 1 to 1024"
+    assert why_not_merge(2048) == "merge: 2048 value channels; supported: 1 to 1024"
     assert why_not_merge(128, torch.bfloat16) is None

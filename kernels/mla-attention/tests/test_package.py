@@ -161,7 +161,7 @@ def test_lengths_do_not_recompile(tmp_path):
     ("device", "dtype", "reason"),
     [
         ("mps", torch.float16, "kernels run on CUDA devices, not on mps"),
-        ("cpu", torch.float64, "torch.float64 is not supported: float16, bfloat16 or float32"),
+        ("cpu", torch.float64, "torch.float64 is not supported; use float16, bfloat16 or float32"),
     ],
 )
 def test_why_not(device, dtype, reason):
@@ -171,7 +171,7 @@ def test_why_not(device, dtype, reason):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is not on where there is a GPU")
 def test_why_not_in_the_interpreter():
     assert mla_attention.why_not("cpu", torch.float32) is None
-    assert mla_attention.why_not("cpu", torch.bfloat16) == "Triton's interpreter multiplies bfloat16 wrongly"
+    assert mla_attention.why_not("cpu", torch.bfloat16) == "Triton's interpreter gets bfloat16 wrong; use float32"
     assert mla_attention.why_not("cuda", torch.bfloat16) == "torch sees no CUDA device"
 
 

@@ -136,12 +136,12 @@ def test_refusals():
         qk_norm_rope(x, weight, eps, rotations[1:], heads)
     with pytest.raises(ValueError, match=r"rotations is torch.float16, expected torch.float32"):
         qk_norm_rope(x, weight, eps, rotations.half(), heads)
-    with pytest.raises(ValueError, match="72 channels are not divided among 5 heads"):
+    with pytest.raises(ValueError, match="72 channels are not divisible by 5 heads"):
         qk_norm_rope(x, weight, eps, None, 5)
     with pytest.raises(ValueError, match="the last axis of x must be contiguous"):
         qk_norm_rope(x.transpose(1, 2).contiguous().transpose(1, 2), weight, eps, rotations, heads)
     with pytest.raises(NotImplementedError, match="float64 is not supported"):
         qk_norm_rope(x.double(), weight, eps, rotations, heads)
-    assert why_not_qk_norm_rope(200, 128) == "qk_norm_rope: 25600 channels of all heads, supported are 1 to 16384"
-    assert why_not_qk_norm_rope(8, 9) == "qk_norm_rope: 9 channels a head are no pairs"
+    assert why_not_qk_norm_rope(200, 128) == "qk_norm_rope: 25600 channels over all heads; supported: 1 to 16384"
+    assert why_not_qk_norm_rope(8, 9) == "qk_norm_rope: 9 channels per head cannot be rotated; use an even number"
     assert why_not_qk_norm_rope(40, 128, torch.bfloat16) is None

@@ -50,5 +50,5 @@ def test_rows_that_are_quantised_already_stay():
 
 def test_scales_must_fit():
     steps, scales = quantise_rows(randn(4, 96))
-    with pytest.raises(ValueError, match=r"scales are \[4, 1\], they do not fit rows \[4, 96\] in groups of 64"):
+    with pytest.raises(ValueError, match=r"scales are \[4, 1\] and do not fit rows \[4, 96\] in groups of 64"):
         dequantise_rows(steps, scales[:, :1], torch.float32)

@@ -67,7 +67,7 @@ def test_opcheck():
         (4, lambda x: x[:2], r"coefficients is \[2, 3, 2\], expected \[3, 3, 2\]"),
         (5, lambda x: x[:0], "still_pairs names 0 pairs of 12"),
         (6, lambda x: x.int(), "turned_pairs is torch.int32, expected torch.int64"),
-        (7, lambda x: 5, "72 channels are not divided among 5 heads"),
+        (7, lambda x: 5, "72 channels are not divisible by 5 heads"),
     ],
 )
 def test_refusals(place, change, message):

@@ -1,4 +1,4 @@
-"""Fused Triton kernels for multi-head latent attention over a ring of cached video frames."""
+"""Triton kernels for multi-head latent attention over a ring of cached video frames."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The namespace of the ops. kernel-builder replaces this file by one that is unique to a build."""
+"""Namespace of the ops. kernel-builder replaces this file with one whose namespace is unique to the build."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ ops = getattr(torch.ops, NAMESPACE)
 
 
 def add_op_namespace_prefix(op_name: str) -> str:
-    """`op_name` as `torch.library` wants it, `namespace::op_name`."""
+    """`op_name` in the form `torch.library` expects: `namespace::op_name`."""
     return f"{NAMESPACE}::{op_name}"

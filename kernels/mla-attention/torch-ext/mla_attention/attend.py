@@ -1,8 +1,8 @@
-"""Attention of a chunk's queries to keys and values in a workspace, of which a prefix is valid.
+"""Attention of a chunk's queries to keys and values in a workspace of which only a prefix is valid.
 
-Online softmax over blocks of keys (FlashAttention-2, arXiv 2307.08691), no mask. The length of the
-prefix lies on the device. With few tiles of queries the keys are split over more programs, whose parts
-are merged (Flash-Decoding). Shape letters: B batch, Q queries, K keys, H heads, D key and V value channels.
+Online softmax over blocks of keys (FlashAttention-2, arXiv 2307.08691), without a mask. The prefix length is a device
+tensor. With few query tiles, the keys are split over more programs, whose parts are merged (Flash-Decoding). Shape
+letters: B batch, Q queries, K keys, H heads, D key and V value channels.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TILES = ("query_tiles", "key_tiles", "value_tiles")
 
 @jit
 def _load(pointers, offsets, live, start, SIZE: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    """Channels `[start, start + BLOCK)` of some tokens, zeros behind SIZE and, if MASKED, where not `live`."""
+    """Channels `[start, start + BLOCK)` of some tokens; zeros past SIZE and, if MASKED, where not `live`."""
     c = start + tl.arange(0, BLOCK)
     source = pointers + offsets[:, None] + c[None, :]
     if start + BLOCK > SIZE:
@@ -56,7 +56,7 @@ def _logits(
     q1, q2, pointers, offsets, tiles, row, column, live,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Logits of a block of keys, by `tiles`, a descriptor, or by pointers; -inf where MASKED and not `live`."""
+    """Logits of a block of keys, loaded by the descriptor `tiles` or by pointers; -inf if MASKED and not `live`."""
     if tiles is not None:
         found = tl.dot(q1, tiles.load([row, column]).T, input_precision=PRECISION)
     else:
@@ -71,8 +71,8 @@ def _logits(
 
 @jit
 def _softmax(logits, total, top, scale_log2):
-    """One step of the online softmax: weights, the sum and top of the rows, what shrinks older sums."""
-    # One multiplication and subtraction a logit: a positive scale goes past the maximum.
+    """One step of the online softmax: weights, new sum and maximum per row, and the factor that rescales older sums."""
+    # The scale is positive, so it commutes with the maximum: one multiply-add per logit.
     highest = tl.maximum(top, tl.max(logits, 1) * scale_log2)
     weights = tl.exp2(logits * scale_log2 - highest[:, None])
     shrink = tl.exp2(top - highest)
@@ -84,11 +84,11 @@ def _mix(
     weights, acc1, acc2, pointers, offsets, tiles, row, column, live,
     V: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`acc1` and `acc2`, with the values of a block of keys by their weights; where they come from as in `_logits`."""
+    """Add the weighted values of a block of keys to `acc1` and `acc2`; values are loaded like the keys in `_logits`."""
     if tiles is not None:
         v1 = tiles.load([row, column])
         if MASKED:
-            # Of other items, or of what was never written: NaN, perhaps.
+            # These rows belong to other items or were never written, so they may be NaN.
             v1 = tl.where(live[:, None], v1, 0.0)
     else:
         v1 = _load(pointers, offsets, live, 0, V, V1, MASKED)
@@ -102,7 +102,7 @@ def _mix(
 
 @jit
 def _queries(pointers, offsets, inside, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
-    """The channels of some queries in one or two blocks, zeros for those that are not `inside`."""
+    """The channels of some queries in one or two blocks; zeros where not `inside`."""
     q1 = _load(pointers, offsets, inside, 0, D, D1, True)
     q2 = q1
     if D2 > 0:
@@ -120,10 +120,10 @@ def _attend_kernel(
 ):  # fmt: skip
     """A tile of queries of a head by a split of the keys: `out` `[splits, B, Q, H, V]`, `lse` `[splits, B, H, Q]`.
 
-    From key to key it is KEY_K and VALUE_K scalars, heads times channels in a workspace: known to the compiler, they
-    leave registers for blocks of 128 keys, and a model has one or two pairs of them, whatever its lengths. Full tiles
-    are copied by the descriptors `query_tiles`, `key_tiles` and `value_tiles` where there are some, all channels of a
-    head at once. With AHEAD the logits of a block are multiplied before the softmax of the block in front of it.
+    KEY_K and VALUE_K are the token strides of keys and values, heads times channels in a workspace. As constants they
+    save the registers that blocks of 128 keys need; a model has one or two such pairs, whatever its lengths. If there
+    are descriptors (`query_tiles`, `key_tiles`, `value_tiles`), they load full tiles, all channels of a head at once.
+    With AHEAD, the logits of the next block are computed before the softmax of the current one.
     """
     b = (tl.program_id(1) // heads).to(tl.int64)
     h = (tl.program_id(1) % heads).to(tl.int64)
@@ -139,7 +139,7 @@ def _attend_kernel(
     n = tl.arange(0, BLOCK_K)
     inside = q < queries
     if query_tiles is not None:
-        # A tile that is not full ends in the queries of the next item, whose results are not stored.
+        # A partial tile reads queries of the next item, whose results are not stored.
         row = (b * (query_b // query_q)).to(tl.int32) + tl.program_id(0) * BLOCK_Q
         q1 = query_tiles.load([row, (h * query_h).to(tl.int32)])
         q2 = q1
@@ -154,7 +154,7 @@ def _attend_kernel(
         key_row, key_column = (b * (key_b // KEY_K)).to(tl.int32), (h * key_h).to(tl.int32)
         value_row, value_column = (b * (value_b // VALUE_K)).to(tl.int32), (h * value_h).to(tl.int32)
         if AHEAD:
-            # The last full block has none behind it.
+            # The last full block has no next block.
             if first < whole:
                 logits = _logits(
                     q1, q2, None, None, key_tiles, key_row + first, key_column, inside, D, D1, D2, False, PRECISION
@@ -218,7 +218,7 @@ def _attend_kernel(
                 live, V, V1, V2, True, PRECISION,
             )  # fmt: skip
 
-    # Without keys the sums are 0 and so is the output.
+    # Without keys, the sums and the output are 0.
     total_or_one = tl.where(total > 0, total, 1.0)
     found = tl.where(total > 0, (top + tl.log2(total_or_one)) * 0.6931471805599453, float("-inf"))
     item = tl.program_id(2).to(tl.int64) * (tl.num_programs(1) // heads) + b
@@ -236,15 +236,14 @@ def _attend_kernel(
 def attend(
     query: Tensor, key: Tensor, value: Tensor, num_keys: Tensor | None, scale: float, splits: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Attention `(out [B, Q, H, V], lse [B, H, Q])`: out in the dtype of `query`, lse natural and float32.
+    """Attention `(out [B, Q, H, V], lse [B, H, Q])`: `out` in the dtype of `query`, `lse` natural and float32.
 
-    `query` `[B, Q, H, D]`, `key` `[B, K, H, D]` and `value` `[B, K, H, V]` are float16, bfloat16 or float32,
-    with contiguous channels and any other strides. `num_keys`, int32 `[1]` on the device, says how many of
-    the K keys count (None: all); what lies behind them may be anything. Without any the result is 0 and -inf.
-    `scale`, more than 0, multiplies the logits; softmax and sums are float32. `splits` programs share the keys of a
-    tile, 0 leaves their number to `split_count`.
+    `query` `[B, Q, H, D]`, `key` `[B, K, H, D]` and `value` `[B, K, H, V]` are float16, bfloat16 or float32, with
+    contiguous channels and any other strides. `num_keys`, int32 `[1]` on the device, is the number of valid keys (None:
+    all K); the rest may hold anything. Without valid keys the results are 0 and -inf. `scale` > 0 multiplies the
+    logits; softmax and sums are float32. `splits` programs share the keys of a tile; 0 lets `split_count` choose.
 
-    Raises ValueError on arguments that do not fit, NotImplementedError on what `why_not_attend` refuses.
+    Raises ValueError for arguments that do not fit, NotImplementedError for what `why_not_attend` rejects.
     """
     _check(query, key, value, num_keys, scale, splits)
     return ops.attend(query, key, value, num_keys, scale, splits)
@@ -253,16 +252,16 @@ def attend(
 def attend_reference(
     query: Tensor, key: Tensor, value: Tensor, num_keys: Tensor | None, scale: float, splits: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """`attend` in plain torch, computed in float64 for float64 and else in float32; lse has that dtype.
+    """`attend` in plain torch, computed in float64 for float64 inputs, else in float32; lse has the computed dtype.
 
-    It needs memory for all logits; `splits` does not change the result.
+    It holds all logits in memory; `splits` does not change the result.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
     if num_keys is None:
         valid = torch.ones(key.shape[1], dtype=torch.bool, device=key.device)
     else:
         valid = torch.arange(key.shape[1], device=key.device) < num_keys
-    # Products with a weight of 0 must not meet the NaN of what is not valid.
+    # Invalid rows may be NaN, which a weight of 0 would not cancel.
     key, value = (x.to(wide).masked_fill(~valid.view(-1, 1, 1), 0) for x in (key, value))
     logits = scale * torch.einsum("bqhd,bkhd->bhqk", query.to(wide), key)
     logits = logits.masked_fill(~valid, float("-inf"))
@@ -272,12 +271,12 @@ def attend_reference(
 
 
 def why_not_attend(channels: int, value_channels: int, dtype: torch.dtype | None = None) -> str | None:
-    """Why `attend` refuses keys and values of so many channels or this dtype, in one line; None when it does not."""
+    """Why `attend` does not support these key and value channels or this dtype, in one line; None if it does."""
     for name, count, limit in (("key", channels, MAX_CHANNELS), ("value", value_channels, MAX_VALUE_CHANNELS)):
         if not 1 <= count <= limit:
-            return f"attend: {count} {name} channels a head, supported are 1 to {limit}"
+            return f"attend: {count} {name} channels per head; supported: 1 to {limit}"
     if dtype is not None and dtype not in DTYPES:
-        return f"attend: {dtype} is not supported: float16, bfloat16 or float32"
+        return f"attend: {dtype} is not supported; use float16, bfloat16 or float32"
     return None
 
 
@@ -285,9 +284,9 @@ def attend_plan(
     channels: int, value_channels: int, queries: int, dtype: torch.dtype, counted: bool, capability: int,
     describable: bool = True,
 ) -> Plan:  # fmt: skip
-    """Tiles by channels, queries, dtype and compute capability, see `attend_tiles.py`.
+    """Tiles by channels, queries, dtype and compute capability; see `attend_tiles.py`.
 
-    `describable` says that descriptors of queries, keys and values can be made.
+    `describable` says that descriptors of queries, keys and values can be created.
     """
     d1, d2 = blocks(channels)
     v1, v2 = blocks(value_channels)
@@ -309,13 +308,13 @@ def attend_plan(
 
 
 def aot_variants(capability: int) -> list[Variant]:
-    """Ahead-of-time compilations: heads as wide as of Wan and others, all keys or a prefix, and few queries."""
+    """Ahead-of-time compilations: head widths of Wan and other models, all keys or a prefix, and few queries."""
     found = [aot_variant(channels, 4680, False, capability) for channels in (128, 64, 96, 160, 256)]
     return [*found, aot_variant(128, 4680, True, capability), aot_variant(128, 32, True, capability)]
 
 
 def aot_variant(channels: int, queries: int, counted: bool, capability: int, heads: int = 12) -> Variant:
-    """One ahead-of-time compilation in bfloat16, of values of 128 channels."""
+    """One ahead-of-time compilation in bfloat16 with 128 value channels."""
     types = dict.fromkeys(("query", "key", "value", "out"), "*bf16") | {"lse": "*fp32", "scale": "fp32"}
     types |= {"num_keys": "*i32"} if counted else {}
     plan = attend_plan(channels, 128, queries, torch.bfloat16, counted, capability)
@@ -328,7 +327,7 @@ def aot_variant(channels: int, queries: int, counted: bool, capability: int, hea
         fixed |= dict.fromkeys(rows)
     plan = plan._replace(constants={**plan.constants, **fixed})
     name = f"attend D={channels} V=128 Q={queries}" + ", a prefix" * counted
-    # The newer tensor cores take no tile of less than 64 rows.
+    # Tensor cores of 9.0 and newer need tiles of at least 64 rows.
     return Variant(name, _attend_kernel, types, plan, dot=queries >= 64)
 
 
@@ -339,7 +338,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, num_keys: Tensor | None, s
     check_tensor("value", value, (batch, key.shape[1], heads, None), query.dtype, like=query)
     if num_keys is not None:
         check_tensor("num_keys", num_keys, (1,), torch.int32, like=query)
-    require(0 <= splits <= MAX_SPLITS, "attend: {} splits, supported are 0 to {}", splits, MAX_SPLITS)
+    require(0 <= splits <= MAX_SPLITS, "attend: {} splits; supported: 0 to {}", splits, MAX_SPLITS)
     require(scale > 0, "attend: scale {} is not positive", scale)
     refuse(why_not_attend(channels, value.shape[-1], query.dtype))
 

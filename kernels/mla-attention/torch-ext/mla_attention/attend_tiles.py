@@ -1,6 +1,6 @@
-"""The tiles of `attend`, and those that `benchmarks/tune.py` measures beside them.
+"""Tiles of `attend`, and the candidates that `benchmarks/tune.py` measures beside them.
 
-They were chosen from ahead-of-time compilations, as the largest that spill no registers, not from timings.
+They were chosen from ahead-of-time compilations as the largest without spilled registers, not from timings.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from ._runtime import blocks, power_of_two, tile_family
 
 
 class Tiles(NamedTuple):
-    """BLOCK_Q, BLOCK_K, warps and stages, and what only some devices have.
+    """BLOCK_Q, BLOCK_K, warps, stages, and options that only some devices have.
 
-    With `described` tiles are copied by the tensor memory accelerator, from descriptors. With `ahead`, for those alone,
-    the logits of a block are multiplied in front of the softmax of the block before it. `max_registers` is that of
-    `Plan`.
+    With `described`, the TMA copies tiles by descriptors. With `ahead` (only if `described`), the logits of the next
+    block are computed before the softmax of the current one. `max_registers` is that of `Plan`.
     """
 
     block_q: int
@@ -30,32 +29,32 @@ class Tiles(NamedTuple):
 
 
 NARROW = 128
-"""Padded channels up to which tiles are described: one block of keys and one of values."""
+"""Most padded channels for which tiles are described: one block of keys and one of values."""
 
 TILES = {
     80: [(160, Tiles(128, 32, 8, 3)), (256, Tiles(128, 32, 8, 2))],
     90: [(128, Tiles(128, 128, 8, 3)), (256, Tiles(128, 64, 8, 3))],
     100: [(128, Tiles(128, 128, 8, 2)), (256, Tiles(128, 64, 8, 3))],
 }
-"""Tiles for many queries in 16 bits by family and the widest padded channels that they are for."""
+"""Tiles for many queries in 16 bits, by family, each with the most padded channels it is used for."""
 
 
 DESCRIBED: dict[int, Tiles] = {90: Tiles(128, 128, 8, 2, described=True, ahead=True)}
-"""Tiles by family for many queries of heads whose 128 channels at most are one block, where descriptors can be made.
+"""Tiles by family for many queries of heads with at most 128 channels (one block), if descriptors can be created.
 
-Those of 90 are not timed but counted. A block of 128 queries and 128 keys takes a multiprocessor some 1,000 clocks for
-each of its two products and as many for its exponentials. In the code of the other tiles every exponential waits for
-the first product and the second product for every exponential, and barriers keep both groups of warps in step: three
-times 1,000 clocks. With `ahead` the next block's first product runs while the exponentials are computed, between whose
-instructions it is issued, without a register spilled. Tiles of 64 keys are compiled without that: they wait in front
-of the exponentials all the same.
+The entry for 90 comes from counting, not timing. For a block of 128 queries and 128 keys, a multiprocessor needs about
+1,000 clocks for each of the two products and about as many for the exponentials. With the other tiles, every
+exponential waits for the first product, the second product waits for every exponential, and barriers keep both warp
+groups in step: 3,000 clocks. With `ahead`, the first product of the next block is issued between the instructions of
+the exponentials and runs while they are computed, without spilled registers. Tiles of 64 keys compile to code that
+waits before the exponentials anyway.
 """
 
 
 def tiles(
     channels: int, value_channels: int, queries: int, dtype: torch.dtype, capability: int, describable: bool
 ) -> Tiles:
-    """The tiles for heads of so many channels; `describable` says that descriptors of them can be made."""
+    """Tiles for heads of this many channels; `describable` says that descriptors of them can be created."""
     (d1, d2), (v1, v2) = blocks(channels), blocks(value_channels)
     width, family = max(d1 + d2, v1 + v2), tile_family(capability)
     if dtype == torch.float32:
@@ -93,4 +92,4 @@ CANDIDATES = {
         Tiles(128, 64, 8, 3, described=True),
     ],
 }
-"""Tiles by family that `benchmarks/tune.py` measures at Wan2.1-1.3B's heads of 128 channels."""
+"""Tiles by family that `benchmarks/tune.py` measures for Wan2.1-1.3B's heads of 128 channels."""

@@ -1,6 +1,6 @@
-"""Descriptors by which the tensor memory accelerator copies tiles of a tensor (CUDA C++ Programming Guide, "TMA").
+"""Tensor descriptors for the Tensor Memory Accelerator (TMA; CUDA C++ Programming Guide, "TMA").
 
-They describe rows of all heads, of which a tile takes the channels of one. Shape letters: B batch, N tokens, H heads,
+A descriptor covers rows of all heads; a tile takes the channels of one head. Shape letters: B batch, N tokens, H heads,
 C channels.
 """
 
@@ -12,15 +12,15 @@ from torch import Tensor
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
-except Exception:  # Triton is missing, broken or older than descriptors
+except Exception:  # Triton is missing, broken, or too old to have descriptors
     TensorDescriptor = None
 
 ALIGNMENT = 16
-"""Bytes that must divide an address and the distance from row to row."""
+"""Alignment in bytes of the base address and of the row stride."""
 
 
 def describable(x: Tensor) -> bool:
-    """Whether `describe` takes `x` `[B, N, H, C]`, whose channels are contiguous: rows of all heads at one distance."""
+    """Whether `describe` accepts `x` `[B, N, H, C]` with contiguous channels: rows are aligned and equally spaced."""
     batch, _, heads, channels = x.shape
     item, row, head, _ = x.stride()
     aligned = x.data_ptr() % ALIGNMENT == 0 and row * x.element_size() % ALIGNMENT == 0
@@ -30,10 +30,10 @@ def describable(x: Tensor) -> bool:
 
 
 def describe(x: Tensor, rows: int, channels: int | None = None) -> Any:
-    """A descriptor of `x` `[B, N, H, C]` by tiles of `rows` tokens and `channels` of a head, all C by default.
+    """A descriptor of `x` `[B, N, H, C]` with tiles of `rows` tokens and `channels` of a head (default: all C).
 
-    Token n of item b is row `b * x.stride(0) // x.stride(1) + n`, channel c of head h column `h * x.stride(2) + c`;
-    what lies behind the last row reads as 0. `describable` tells whether there is one.
+    Token n of item b is row `b * x.stride(0) // x.stride(1) + n`; channel c of head h is column `h * x.stride(2) + c`.
+    Reads past the last row return 0. Call it only if `describable(x)`.
     """
     batch, tokens, heads, width = x.shape
     item, row, head, _ = x.stride()

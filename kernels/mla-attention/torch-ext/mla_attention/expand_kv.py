@@ -1,9 +1,9 @@
-"""Per-head keys and values from cached latent rows, written to a workspace in reading order.
+"""Expand cached latent rows to per-head keys and values, written to a workspace in reading order.
 
-One product, `kv_b_proj` on the gathered (and dequantised) latents, with the bias before it and the rotation of
-interleaved channel pairs behind it; its tiles hold some channels of several heads, which are rotated alike. The
+It is one matrix product: `kv_b_proj` on the gathered (and dequantized) latents. The sums start at the bias, and
+interleaved channel pairs are rotated afterwards. A tile holds channels of several heads, which are rotated alike. The
 shared rotary key is rotated once and repeated over the heads (DeepSeek-V2, arXiv 2405.04434, section 2.1; RoPE, arXiv
-2104.09864). Shape letters: B batch, S slots, T tokens a frame, F frames read, H heads, N unrotated (or all) key
+2104.09864). Shape letters: B batch, S slots, T tokens per frame, F frames read, H heads, N unrotated (or all) key
 channels, V value channels, r `kv_lora_rank`, R shared rotary channels, W row width.
 """
 
@@ -46,7 +46,7 @@ def _expand_kernel(
     RANK: tl.constexpr, CHANNELS: tl.constexpr, TILES: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N of the CHANNELS of HEADS heads for a tile of keys, as one product; each is stored for `copies` heads."""
+    """One product: BLOCK_N of the CHANNELS of HEADS heads for a tile of keys; each is stored for `copies` heads."""
     first = tl.program_id(0) % TILES * BLOCK_N
     n = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     b = tl.program_id(2).to(tl.int64)
@@ -54,7 +54,7 @@ def _expand_kernel(
     if tl.program_id(1) * BLOCK_M >= valid:
         return
     live = n < valid
-    # Instead of those behind it the last valid key is read again, so that no load of the product needs a mask.
+    # Rows past the end repeat the last valid key, so no load of the product needs a mask.
     n = tl.minimum(n, valid - 1)
     slot = tl.load(slots + b * slots_b + n // tokens).to(tl.int64)
     source = rows + b * rows_b + slot * rows_s + n % tokens * rows_t
@@ -67,7 +67,7 @@ def _expand_kernel(
     row = tl.where(used, head * head_rows + c, 0)
     weights = weight + row * RANK
     acc = tl.zeros([BLOCK_M, HEADS * BLOCK_N], tl.float32)
-    # Behind the product the bias would take registers beside the sums and the rotations.
+    # Adding the bias after the product would need more registers, beside the sums and the rotations.
     if bias is not None:
         acc += tl.load(bias + row).to(tl.float32)[None, :]
     for start in range(0, RANK, BLOCK_R):
@@ -79,12 +79,12 @@ def _expand_kernel(
             tile = tl.load(source[:, None] + i[None, :], mask=(i < RANK)[None, :], other=0)
             w = tl.load(weights[:, None] + i[None, :], mask=(i < RANK)[None, :], other=0.0)
         if scales is not None:
-            # A block of the rank lies in one group.
+            # A block of the rank lies within one group.
             step = tl.load(steps + start // 64).to(tl.float32)
             tile = (tile.to(tl.float32) * step[:, None]).to(weight.dtype.element_ty)
         acc = tl.dot(tile, w.T, acc, input_precision=PRECISION)
     if rotations is not None:
-        # cos and sin lie as the pairs do: interleaved. All heads take the same.
+        # cos and sin are interleaved like the pairs, and the same for all heads.
         place = first + tl.arange(0, BLOCK_N)
         turn = rotations + n.to(tl.int64)[:, None] * rotations_k + place[None, :]
         turn = tl.load(turn, mask=(place < CHANNELS)[None, :], other=0.0)
@@ -105,18 +105,18 @@ def expand_kv_(
 ) -> None:  # fmt: skip
     """Write the valid keys and values to `key_out` `[B, K, H, D]` and `value_out` `[B, K, H, V]`, in place.
 
-    `rows` `[B, S, T, W]` is a ring of cache rows `[c | k_pe]` for each item, `[1, S, T, W]` one for all, or int8 with
-    float16 `scales` `[B or 1, S, T, ceil(W / 64)]`. Key j is token `j % T` of slot `slots[j // T]`, `slots` int32
-    `[F]` for all items or `[B, F]`; keys from `num_keys` (int32 `[1]`, on the device) on are neither read nor
-    written, K may be more or less than F T.
-    `w_kvb` `[H (N + V), r]` and `b_kvb` hold, head by head, N rows of the key and V of the value.
+    `rows` hold `[c | k_pe]`: `[B, S, T, W]` with a ring per item, or `[1, S, T, W]` with one ring for all. They may be
+    int8 with float16 `scales` `[B or 1, S, T, ceil(W / 64)]`. Key j is token `j % T` of slot `slots[j // T]`; `slots`
+    is int32 `[F]` for all items, or `[B, F]`. Keys from `num_keys` (int32 `[1]`, on the device) on are neither read nor
+    written; K may be larger or smaller than F T. `w_kvb` `[H (N + V), r]` and `b_kvb` hold N rows for the key, then V
+    for the value, head by head.
 
-    With `rotate_heads` D = N and all channels are rotated by `rotations`, float32 `[F T, D / 2, 2]`. Without, a
-    key is `[nope | k_pe]`, D = N + R, the shared `k_pe` rotated by `rotations` `[F T, R / 2, 2]`: the row's channels
-    from r on or, where it is given, `w_pe` `[R, r]` on the latent, plus `b_pe`. N or R may be 0.
+    With `rotate_heads`, D = N and `rotations`, float32 `[F T, D / 2, 2]`, rotate all channels. Otherwise a key is
+    `[nope | k_pe]` with D = N + R, and `rotations` `[F T, R / 2, 2]` rotate the shared `k_pe`. It is read from the
+    channels of the row from r on or, if `w_pe` `[R, r]` is given, computed as `w_pe c + b_pe`. N or R may be 0.
 
-    Outputs, rows (unless int8) and weights have one dtype; sums and rotations are float32. Raises ValueError
-    on arguments that do not fit, NotImplementedError on what `why_not_expand_kv` refuses.
+    Outputs, rows (unless int8) and weights share a dtype; sums and rotations are float32. Raises ValueError for
+    arguments that do not fit, NotImplementedError for what `why_not_expand_kv` rejects.
     """
     _check(key_out, value_out, rows, scales, slots, num_keys, w_kvb, b_kvb, w_pe, b_pe, rotations, rotate_heads)
     ops.expand_kv_(
@@ -129,7 +129,7 @@ def expand_kv_reference(
     w_kvb: Tensor, b_kvb: Tensor, w_pe: Tensor | None, b_pe: Tensor | None, rotations: Tensor | None,
     rotate_heads: bool,
 ) -> None:  # fmt: skip
-    """`expand_kv_` in plain torch, computed in float64 where the weights are float64 and else in float32."""
+    """`expand_kv_` in plain torch, computed in float64 for float64 weights, else in float32."""
     wide = torch.promote_types(w_kvb.dtype, torch.float32)
     heads, value_channels, rank = key_out.shape[2], value_out.shape[3], w_kvb.shape[1]
     nope = w_kvb.shape[0] // heads - value_channels
@@ -161,26 +161,26 @@ def expand_kv_reference(
 def why_not_expand_kv(
     rank: int, key_channels: int, shared_channels: int, value_channels: int, dtype: torch.dtype | None = None
 ) -> str | None:
-    """Why `expand_kv_` refuses r, N, R and V or this dtype, in one line; None when it does not."""
+    """Why `expand_kv_` does not support r, N, R, V or this dtype, in one line; None if it does."""
     if not 1 <= rank <= MAX_RANK:
-        return f"expand_kv: kv_lora_rank {rank}, supported are 1 to {MAX_RANK}"
+        return f"expand_kv: kv_lora_rank {rank}; supported: 1 to {MAX_RANK}"
     if shared_channels % 2:
-        return f"expand_kv: {shared_channels} shared rotary channels are no pairs"
+        return f"expand_kv: {shared_channels} shared rotary channels; use an even number"
     counts = {"key": (key_channels, 0), "shared rotary": (shared_channels, 0), "value": (value_channels, 1)}
     for name, (count, least) in counts.items():
         if not least <= count <= MAX_CHANNELS:
-            return f"expand_kv: {count} {name} channels, supported are {least} to {MAX_CHANNELS}"
+            return f"expand_kv: {count} {name} channels; supported: {least} to {MAX_CHANNELS}"
     if dtype is not None and dtype not in DTYPES:
-        return f"expand_kv: {dtype} is not supported: float16, bfloat16 or float32"
+        return f"expand_kv: {dtype} is not supported; use float16, bfloat16 or float32"
     return None
 
 
 def expand_plan(rank: int, channels: int, heads: int, dtype: torch.dtype, capability: int) -> Plan:
-    """Tiles of keys by channels of several heads: as wide as they compile without spilled registers."""
+    """Tiles of keys by channels of several heads: the widest that compile without spilled registers."""
     exact = dtype == torch.float32
     chosen = Tiles(32, 32, GROUP, 4, 1) if exact else TILES[tile_family(capability)]
     width = chosen.width
-    # The widest of the blocks that exceed the channels least.
+    # Least padding first, then the widest block.
     block_n = min((n for n in (64, 32, 16) if n <= width), key=lambda n: (ceil_div(channels, n) * n, -n))
     together = min(width // block_n, power_of_two(heads))
     constants = {
@@ -199,7 +199,7 @@ def expand_plan(rank: int, channels: int, heads: int, dtype: torch.dtype, capabi
 def aot_variants(capability: int) -> list[Variant]:
     """Ahead-of-time compilations: Wan's heads, rotated and not, by rank; shared keys; int8 rows.
 
-    448 and 1472 are what the recipes for two layers a latent take.
+    The recipes that share a latent between two layers use ranks 448 and 1472.
     """
     whole, parts, shared = [(128, 12, True), (128, 12, False)], [(96, 12, False)], [(32, 1, True)]
     cases = [(rank, *case, False) for rank in (448, 192, 64, 128, 200, 256, 1472) for case in whole]
@@ -209,14 +209,14 @@ def aot_variants(capability: int) -> list[Variant]:
 
 
 def aot_variant(rank: int, channels: int, heads: int, rotated: bool, quantised: bool, capability: int) -> Variant:
-    """One ahead-of-time compilation: bfloat16 weights, rows in bfloat16 or int8."""
+    """One ahead-of-time compilation with bfloat16 weights and rows in bfloat16 or int8."""
     plan = expand_plan(rank, channels, heads, torch.bfloat16, capability)
     types = {"out": "*bf16", "rows": "*i8" if quantised else "*bf16", "slots": "*i32", "num_keys": "*i32"}
     types |= dict.fromkeys(("weight", "bias"), "*bf16")
     optional = {"scales": ("*fp16", quantised), "rotations": ("*fp32", rotated)}
     types |= {name: kind for name, (kind, there) in optional.items() if there}
     fixed = {name: None for name, (_, there) in optional.items() if not there}
-    # Triton compiles a 1 in.
+    # Triton specializes on arguments that are 1.
     fixed |= {"heads": 1} if heads == 1 else {"copies": 1}
     name = f"expand_kv r={rank}, {heads} x {channels} channels" + ", rotated" * rotated + ", int8" * quantised
     plan = plan._replace(constants={**plan.constants, **fixed})
@@ -250,18 +250,18 @@ def _check(
     fits = (
         weight_rows == heads * (nope + value_channels) and nope >= 0 and (shared == 0 if rotate_heads else shared >= 0)
     )
-    require(fits, "w_kvb has {} rows, they do not fit {} heads of {} key and {} value channels",
+    require(fits, "w_kvb has {} rows and does not fit {} heads of {} key and {} value channels",
             weight_rows, heads, key_width, value_channels)  # fmt: skip
     require(w_kvb.stride(0) == rank and b_kvb.stride(0) == 1, "w_kvb and b_kvb must be contiguous")
     refuse(why_not_expand_kv(rank, nope, shared, value_channels, dtype))
-    require(not rotate_heads or key_width % 2 == 0, "{} key channels are no pairs", key_width)
+    require(not rotate_heads or key_width % 2 == 0, "{} key channels cannot be rotated; use an even number", key_width)
     if shared and w_pe is not None:
         check_tensor("w_pe", w_pe, (shared, rank), dtype, like=rows)
         require(w_pe.stride(0) == rank, "w_pe must be contiguous")
         if b_pe is not None:
             check_tensor("b_pe", b_pe, (shared,), dtype, like=rows)
     expected = rank + (shared if w_pe is None else 0)
-    require(width >= expected, "rows are {} wide, {} are needed", width, expected)
+    require(width >= expected, "rows are {} wide, expected at least {}", width, expected)
     if rotate_heads or shared:
         require(rotations is not None, "rotations are missing")
         pairs = (key_width if rotate_heads else shared) // 2
@@ -286,7 +286,7 @@ def _launch(
 
 
 def _product(out, channels, heads, rows, scales, slots, num_keys, weight, bias, head_rows, rotations):
-    """Channels of every head, whose weights begin `head_rows` rows apart, or of one that all heads of `out` share."""
+    """Launch one product: for every head, with weights `head_rows` rows apart, or one that all heads of `out` share."""
     rank, tokens = weight.shape[1], rows.shape[2]
     keys = min(slots.shape[-1] * tokens, out.shape[1])
     plan = expand_plan(rank, channels, heads, out.dtype, capability(rows.device))

@@ -1,9 +1,9 @@
-"""The tiles of `expand_kv`, and those that `benchmarks/tune.py` measures beside them.
+"""Tiles of `expand_kv_`, and the candidates that `benchmarks/tune.py` measures beside them.
 
-They were chosen from ahead-of-time compilations, not from timings, as the widest that spill no registers. For compute
-capability 9.0 they are the widest of which two programs fit a multiprocessor, by 98 kB of shared memory and at most 128
-registers a thread: one of them multiplies while the other loads or stores. Tiles twice as wide would read 30 % less
-through the L2 cache, but alone on a multiprocessor nothing hides their loads and stores.
+They were chosen from ahead-of-time compilations as the widest without spilled registers, not from timings. For compute
+capability 9.0 they are the widest of which two programs fit a multiprocessor (98 kB of shared memory each, at most 128
+registers per thread), so that one multiplies while the other loads or stores. Tiles twice as wide would read 30 % less
+through the L2 cache, but then a single program per multiprocessor could not hide its loads and stores.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class Tiles(NamedTuple):
-    """Channels of several heads at most, keys, scalars of the rank at once, warps and stages."""
+    """Most channels of several heads, keys, scalars of the rank per step, warps and stages."""
 
     width: int
     block_m: int
@@ -22,7 +22,7 @@ class Tiles(NamedTuple):
 
 
 TILES = {80: Tiles(128, 128, 64, 8, 3), 90: Tiles(128, 128, 64, 8, 3), 100: Tiles(256, 128, 64, 8, 3)}
-"""Tiles in 16 bits by family."""
+"""Tiles in 16 bits, by family."""
 
 CANDIDATES = {
     80: [TILES[80], Tiles(128, 128, 64, 8, 2), Tiles(128, 64, 64, 4, 3), Tiles(128, 128, 32, 8, 4)],
@@ -39,4 +39,4 @@ CANDIDATES = {
     ],
     100: [TILES[100], Tiles(256, 128, 64, 8, 2), Tiles(128, 128, 64, 8, 3), Tiles(128, 128, 64, 4, 3)],
 }
-"""Tiles by family that `benchmarks/tune.py` measures at Wan2.1-1.3B's heads of 128 channels and rank 192."""
+"""Tiles by family that `benchmarks/tune.py` measures for Wan2.1-1.3B's heads of 128 channels and rank 192."""

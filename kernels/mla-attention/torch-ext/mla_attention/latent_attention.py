@@ -1,11 +1,11 @@
-"""Absorbed attention: queries in latent space against the rows of the ring themselves, nothing expanded.
+"""Absorbed attention: queries in latent space attend to the cached rows themselves; nothing is expanded.
 
-The logit of a key is `q_latent . c + q_pe . rotated(k_pe)` and its value is its latent c, so all heads share
-the rows (DeepSeek-V2, arXiv 2405.04434, section 2.1.2): a tile holds several queries with all their heads, and
-a row is loaded once for it. Tiles of few queries gather the ring's rows, dequantise and rotate them; where that would
-be done for many tiles, rows are packed once before, see `pack.py`. Online softmax and splits as in `attend.py`. Shape
-letters: B batch, S slots, T tokens a frame, F frames read, K = F T keys, Q queries, H heads, r `kv_lora_rank`, R
-shared rotary channels, W row width.
+The logit of a key is `q_latent . c + q_pe . rotated(k_pe)` and its value is its latent c, so all heads share the rows
+(DeepSeek-V2, arXiv 2405.04434, section 2.1.2). A tile holds several queries with all their heads, so each row is loaded
+once for all of them. With few queries, tiles gather rows from the ring, dequantize and rotate them. With many, the rows
+are packed once beforehand (`pack.py`). Online softmax and splits are as in `attend.py`. Shape letters: B batch, S
+slots, T tokens per frame, F frames read, K = F T keys, Q queries, H heads, r `kv_lora_rank`, R shared rotary channels,
+W row width.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ TILES = {
     "row_tiles": ("BLOCK_K", "WIDE"),
     "pe_tiles": ("BLOCK_K", "PE"),
 }
-"""Descriptors of the kernel and the sizes of their tiles."""
+"""Descriptor arguments of the kernel, with the constants that size their tiles."""
 NEAR = 2**31
-"""Scalars of a ring from which on offsets take 64 bits."""
+"""Number of scalars in a ring from which its offsets need 64 bits."""
 
 
 @jit
 def _mask(inside, START: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr):
-    """Which of the channels `[START, START + BLOCK)` exist, by row; one number a row where all do."""
+    """Mask of the existing channels in `[START, START + BLOCK)`, by row; one column if all exist."""
     mask = inside[:, None]
     if START + BLOCK > SIZE:
         mask = mask & (START + tl.arange(0, BLOCK) < SIZE)[None, :]
@@ -62,7 +62,7 @@ def _channels(
     rows, offsets, live, FIRST: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Channels `[START, START + BLOCK)` of the SIZE from FIRST on of some rows, zeros behind them and where MASKED."""
+    """Channels `[START, START + BLOCK)` of the SIZE from FIRST on; zeros past SIZE and, if MASKED, where not `live`."""
     source = rows + offsets[:, None] + (FIRST + START + tl.arange(0, BLOCK))[None, :]
     if MASKED or START + BLOCK > SIZE:
         return tl.load(source, mask=_mask(live, START, BLOCK, SIZE), other=0)
@@ -74,10 +74,10 @@ def _latents(
     rows, offsets, scales, scale_offsets, live, DTYPE: tl.constexpr, START: tl.constexpr, RANK: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Channels `[START, START + BLOCK)` of the latents of some keys, dequantised where there are scales."""
+    """Channels `[START, START + BLOCK)` of the latents of some keys, dequantized if there are scales."""
     tile = _channels(rows, offsets, live, 0, START, BLOCK, RANK, MASKED)
     if scales is not None:
-        # The block holds whole groups or lies in one.
+        # The block holds whole groups or lies within one.
         GROUPS: tl.constexpr = (BLOCK + 63) // 64
         g = START // 64 + tl.arange(0, GROUPS)
         mask = live[:, None] & (g * 64 < RANK)[None, :]
@@ -92,7 +92,7 @@ def _shared_keys(
     rows, offsets, scales, scale_offsets, turns, live, DTYPE: tl.constexpr, RANK: tl.constexpr,
     SHARED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The shared keys of some rows, dequantised and rotated by `turns`; None for those that are both already."""
+    """Shared keys of some rows, dequantized and rotated by `turns`; `turns` None: packed rows are both already."""
     k = _channels(rows, offsets, live, RANK, 0, BLOCK, SHARED, MASKED)
     if turns is not None:
         c = tl.arange(0, BLOCK)
@@ -101,7 +101,7 @@ def _shared_keys(
         if scales is not None:
             steps = scales + scale_offsets[:, None] + ((RANK + c) // 64)[None, :]
             k *= tl.load(steps, mask=mask, other=0.0).to(tl.float32)
-        # cos and sin lie as the pairs do: interleaved.
+        # cos and sin are interleaved like the pairs.
         turn = tl.load(turns[:, None] + c[None, :], mask=mask, other=0.0)
         cos, sin = tl.split(tl.reshape(turn, [BLOCK_K, BLOCK // 2, 2]))
         x, y = tl.split(tl.reshape(k, [BLOCK_K, BLOCK // 2, 2]))
@@ -119,7 +119,7 @@ def _latent_block(
 ):  # fmt: skip
     """One step of the online softmax over the keys from `start` on; `top` is in units of log2.
 
-    RANK and SHARED are those of the rows: padded where they are PACKED.
+    RANK and SHARED describe the rows, so they include the padding if PACKED.
     """
     DTYPE: tl.constexpr = query[0].dtype
     n = start + tl.arange(0, BLOCK_K)
@@ -152,7 +152,7 @@ def _latent_block(
         latents = latents + (c,)  # noqa: RUF005
     if MASKED:
         logits = tl.where(live[None, :], logits, float("-inf"))
-    # One multiplication and subtraction a logit: a positive scale goes past the maximum.
+    # The scale is positive, so it commutes with the maximum: one multiply-add per logit.
     highest = tl.maximum(top, tl.max(logits, 1) * scale_log2)
     weights = tl.exp2(logits * scale_log2 - highest[:, None])
     shrink = tl.exp2(top - highest)
@@ -167,8 +167,8 @@ def _latent_block(
 
 @jit
 def _described_logits(query, pe, row_tiles, pe_tiles, row, WIDE: tl.constexpr, SHARED: tl.constexpr):
-    """Logits of the packed rows from `row` on, by descriptors of latents in one block and of shared keys behind it."""
-    # Both are waited for before the first product: a barrier between the two would end the first.
+    """Logits of the packed rows from `row` on; descriptors load the latents in one block, then the shared keys."""
+    # Wait for both loads before the first product: a barrier between the products would serialize them.
     c = row_tiles.load([row, 0])
     if SHARED > 0:
         k = pe_tiles.load([row, WIDE])
@@ -179,7 +179,7 @@ def _described_logits(query, pe, row_tiles, pe_tiles, row, WIDE: tl.constexpr, S
 
 @jit
 def _described_mix(logits, acc, total, top, scale_log2, row_tiles, row, live, MASKED: tl.constexpr):
-    """One step of the online softmax over these rows; `top` is in units of log2."""
+    """One step of the online softmax over the packed rows from `row` on; `top` is in units of log2."""
     if MASKED:
         logits = tl.where(live[None, :], logits, float("-inf"))
     highest = tl.maximum(top, tl.max(logits, 1) * scale_log2)
@@ -204,10 +204,10 @@ def _latent_kernel(
 ):  # fmt: skip
     """A tile of (query, head) by a split of the keys: `out` `[splits, B, Q, H, r]`, `lse` `[splits, B, H, Q]`.
 
-    The latent is taken in BLOCKS blocks, COUNT of WIDE channels and perhaps one of REST. PACKED rows are padded to
-    these, their shared keys to PE. A ring is FAR if its offsets take 64 bits. With PEELED only a last block of keys
-    that is not full is masked, by code of its own. Packed rows of one block are copied by descriptors, the four
-    `tiles`, where there are some.
+    The latent is processed in BLOCKS blocks: COUNT of WIDE channels, then one of REST channels if REST > 0. PACKED rows
+    are padded to these blocks, their shared keys to PE. FAR rings need 64-bit offsets. With PEELED, only a last partial
+    block of keys is masked, in separate code. If there are descriptors (the four `tiles`), they load packed rows whose
+    latent is one block.
     """
     b = tl.program_id(1).to(tl.int64)
     valid = tl.minimum(tl.load(num_keys), keys)
@@ -228,7 +228,7 @@ def _latent_kernel(
         mixed = tl.zeros([BLOCK_M, WIDE], tl.float32)
     else:
         source = query + b * query_b + (q * query_q + h * query_h)[:, None]
-        # Triton knows no starred expressions.
+        # Triton does not support starred expressions.
         latent = ()
         acc = ()
         for i in tl.static_range(BLOCKS):
@@ -284,7 +284,7 @@ def _latent_kernel(
                 BLOCK_M, BLOCK_K, PACKED, FAR, True, PRECISION,
             )  # fmt: skip
 
-    # Without keys the sums are 0 and so is the output.
+    # Without keys, the sums and the output are 0.
     total_or_one = tl.where(total > 0, total, 1.0)
     found = tl.where(total > 0, (top + tl.log2(total_or_one)) * 0.6931471805599453, float("-inf"))
     item = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + b
@@ -300,19 +300,21 @@ def latent_attention(
     query_latent: Tensor, query_pe: Tensor | None, rows: Tensor, scales: Tensor | None, slots: Tensor,
     num_keys: Tensor, rotations: Tensor | None, scale: float, splits: int = 1,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention to cached rows `(out [B, Q, H, r], lse [B, H, Q])`: mixed latents, lse natural and float32.
+    """Absorbed attention to cached rows: `(out [B, Q, H, r], lse [B, H, Q])`.
 
-    `query_latent` `[B, Q, H, r]` are queries times the key part of `kv_b_proj`, `query_pe` `[B, Q, H, R]` their
-    rotated shared part, None without one; float16, bfloat16 or float32, with contiguous channels and any other
-    strides. `rows` `[B, S, T, W]`, W >= r + R, is a ring of rows `[c | k_pe]` for each item, `[1, S, T, W]` one for
-    all, in the dtype of the queries, or int8 with float16 `scales` `[B or 1, S, T, ceil(W / 64)]`. Key j is token
-    `j % T` of slot `slots[j // T]`, `slots` int32 `[F]` for all items or `[B, F]`; keys from `num_keys` (int32 `[1]`,
-    on the device) on are not read. `k_pe` is rotated by `rotations`, float32 `[K, R / 2, 2]` (cos, sin), by key in
-    reading order. Without keys the result is 0 and -inf.
+    `out` holds mixed latents in the dtype of the queries, `lse` the natural log-sum-exp in float32. Without valid keys
+    they are 0 and -inf.
 
-    `scale`, more than 0, multiplies the logits; softmax and sums are float32. `splits` programs share the keys of a
-    tile, 0 leaves their number to `split_count`. Raises ValueError on arguments that do not fit, NotImplementedError
-    on what `why_not_latent_attention` refuses.
+    `query_latent` `[B, Q, H, r]` are the queries times the key part of `kv_b_proj`; `query_pe` `[B, Q, H, R]` is their
+    rotated shared part, or None. Both are float16, bfloat16 or float32, with contiguous channels and any other strides.
+    `rows`, W >= r + R, hold `[c | k_pe]`: `[B, S, T, W]` with a ring per item, or `[1, S, T, W]` with one ring for all.
+    They have the dtype of the queries, or int8 with float16 `scales` `[B or 1, S, T, ceil(W / 64)]`. Key j is token
+    `j % T` of slot `slots[j // T]`; `slots` is int32 `[F]` for all items, or `[B, F]`. Keys from `num_keys` (int32
+    `[1]`, on the device) on are not read. `rotations`, float32 `[K, R / 2, 2]` (cos, sin), rotate `k_pe`, in reading
+    order. `scale` > 0 multiplies the logits; softmax and sums are float32. `splits` programs share the keys of a tile;
+    0 lets `split_count` choose.
+
+    Raises ValueError for arguments that do not fit, NotImplementedError for what `why_not_latent_attention` rejects.
     """
     _check(query_latent, query_pe, rows, scales, slots, num_keys, rotations, scale, splits)
     return ops.latent_attention(query_latent, query_pe, rows, scales, slots, num_keys, rotations, scale, splits)
@@ -322,9 +324,9 @@ def latent_attention_reference(
     query_latent: Tensor, query_pe: Tensor | None, rows: Tensor, scales: Tensor | None, slots: Tensor,
     num_keys: Tensor, rotations: Tensor | None, scale: float, splits: int = 1,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`latent_attention` in plain torch, computed in float64 for float64 and else in float32; lse has that dtype.
+    """`latent_attention` in plain torch, in float64 for float64 inputs, else in float32; lse has the computed dtype.
 
-    It needs memory for all logits; `splits` does not change the result.
+    It holds all logits in memory; `splits` does not change the result.
     """
     wide = torch.promote_types(query_latent.dtype, torch.float32)
     rank = query_latent.shape[-1]
@@ -333,7 +335,7 @@ def latent_attention_reference(
     if scales is not None:
         found = dequantise_rows(found, scales[place].flatten(1, 2), wide)
     valid = torch.arange(found.shape[1], device=rows.device) < num_keys
-    # Products with a weight of 0 must not meet the NaN of what is not valid.
+    # Invalid rows may be NaN, which a weight of 0 would not cancel.
     found = found.to(wide).masked_fill(~valid.unsqueeze(-1), 0)
     latent = found[..., :rank]
     logits = torch.einsum("bqhr,bkr->bhqk", query_latent.to(wide), latent)
@@ -349,15 +351,15 @@ def latent_attention_reference(
 
 
 def why_not_latent_attention(rank: int, shared_channels: int, dtype: torch.dtype | None = None) -> str | None:
-    """Why `latent_attention` refuses r, R or this dtype, in one line; None when it does not."""
+    """Why `latent_attention` does not support r, R or this dtype, in one line; None if it does."""
     if not 1 <= rank <= MAX_RANK:
-        return f"latent_attention: kv_lora_rank {rank}, supported are 1 to {MAX_RANK}"
+        return f"latent_attention: kv_lora_rank {rank}; supported: 1 to {MAX_RANK}"
     if shared_channels % 2:
-        return f"latent_attention: {shared_channels} shared rotary channels are no pairs"
+        return f"latent_attention: {shared_channels} shared rotary channels; use an even number"
     if not 0 <= shared_channels <= MAX_SHARED:
-        return f"latent_attention: {shared_channels} shared rotary channels, supported are 0 to {MAX_SHARED}"
+        return f"latent_attention: {shared_channels} shared rotary channels; supported: 0 to {MAX_SHARED}"
     if dtype is not None and dtype not in DTYPES:
-        return f"latent_attention: {dtype} is not supported: float16, bfloat16 or float32"
+        return f"latent_attention: {dtype} is not supported; use float16, bfloat16 or float32"
     return None
 
 
@@ -371,7 +373,7 @@ def aot_variants(capability: int) -> list[Variant]:
 
 
 def aot_variant(rank: int, shared: int, queries: int, quantised: bool, far: bool, capability: int) -> Variant:
-    """One ahead-of-time compilation in bfloat16, of 12 heads."""
+    """One ahead-of-time compilation in bfloat16 with 12 heads."""
     plan = latent_plan(rank, shared, queries * 12, torch.bfloat16, quantised, far, capability)
     gathered = not plan.constants["PACKED"]
     types = dict.fromkeys(("query", "query_pe", "out"), "*bf16") | {
@@ -394,7 +396,7 @@ def aot_variant(rank: int, shared: int, queries: int, quantised: bool, far: bool
     types = {name: kind for name, kind in types.items() if name not in absent}
     plan = plan._replace(constants={**plan.constants, **absent})
     name = f"latent_attention r={rank} R={shared} Q={queries}" + ", int8" * quantised + ", far" * far
-    # The newer tensor cores take no tile of less than 64 rows.
+    # Tensor cores of 9.0 and newer need tiles of at least 64 rows.
     return Variant(name, _latent_kernel, types, plan, dot=plan.constants["BLOCK_M"] >= 64)
 
 
@@ -405,12 +407,12 @@ def _check(
     check_tensor("query_latent", query, (None,) * 4)
     batch, queries, heads, rank = query.shape
     shared = 0 if query_pe is None else query_pe.shape[-1]
-    require(0 <= splits <= MAX_SPLITS, "latent_attention: {} splits, supported are 0 to {}", splits, MAX_SPLITS)
+    require(0 <= splits <= MAX_SPLITS, "latent_attention: {} splits; supported: 0 to {}", splits, MAX_SPLITS)
     require(scale > 0, "latent_attention: scale {} is not positive", scale)
     refuse(why_not_latent_attention(rank, shared, query.dtype))
     check_ring(rows, scales, slots, batch, query.dtype, query)
     tokens, width = rows.shape[2:]
-    require(width >= rank + shared, "rows are {} wide, {} are needed", width, rank + shared)
+    require(width >= rank + shared, "rows are {} wide, expected at least {}", width, rank + shared)
     check_tensor("num_keys", num_keys, (1,), torch.int32, like=query)
     if query_pe is not None:
         check_tensor("query_pe", query_pe, (batch, queries, heads, shared), query.dtype, like=query)
@@ -420,7 +422,7 @@ def _check(
 
 
 def _described(x: Tensor) -> Tensor:
-    """Queries `[B, Q, H, C]` or rows `[B, K, C]` as descriptors take them, `[1, rows, 1, C]`."""
+    """View queries `[B, Q, H, C]` or rows `[B, K, C]` as `[1, rows, 1, C]`, the form that `describe` expects."""
     return x.view(1, -1, 1, x.shape[-1])
 
 
@@ -450,7 +452,7 @@ def _launch(query, query_pe, rows, scales, slots, num_keys, rotations, scale, sp
     tiles = ceil_div(queries * heads, plan.constants["BLOCK_M"])
     if splits == 0:
         blocks = ceil_div(keys, plan.constants["BLOCK_K"])
-        # Registers, not shared memory, limit how many programs a multiprocessor holds.
+        # Registers, not shared memory, limit the number of programs per multiprocessor.
         splits = split_count(tiles * batch, blocks, programs(query.device, plan, 0, capability(query.device)))
     dtype = query.dtype if splits == 1 else torch.float32
     out = torch.empty(splits, batch, queries, heads, rank, dtype=dtype, device=query.device)

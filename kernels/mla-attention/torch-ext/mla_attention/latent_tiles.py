@@ -1,6 +1,6 @@
-"""The tiles of `latent_attention`: large ones for packed rows, small ones for those of a ring.
+"""Tiles of `latent_attention`: large ones for packed rows, small ones for rows of a ring.
 
-They were chosen from ahead-of-time compilations, as the largest that spill no registers, not from timings.
+They were chosen from ahead-of-time compilations as the largest without spilled registers, not from timings.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from ._runtime import Plan, power_of_two, tile_family
 
 MAX_RANK = 512
 PACKED_FROM = 1024
-"""Queries times heads of an item from which on rows are packed: some 90 queries of 12 heads."""
+"""Queries times heads per item from which rows are packed: about 90 queries with 12 heads."""
 
 
 class Tiles(NamedTuple):
-    """`widest` is the widest block of the rank; `peeled` as the kernel has it, `described` as `Plan`."""
+    """Tile sizes. `widest` limits blocks of the rank; `peeled` is the kernel's PEELED, `described` that of `Plan`."""
 
     widest: int
     block_m: int
@@ -47,9 +47,9 @@ TILES = {
         (512, Tiles(512, 64, 16, False, 8, 2)),
     ],
 }
-"""Tiles for packed rows in 16 bits by family and the largest rank that they are for; those of 80 fit 99 kB of shared
-memory, and with 128 registers a thread two programs of family 90 fit a multiprocessor. Described ones take a rank of
-one block, as wide as they say or, padded, up to it."""
+"""Tiles for packed rows in 16 bits, by family, each with the largest rank it is used for. Those of family 80 fit 99 kB
+of shared memory. With 128 registers per thread, two programs of family 90 fit a multiprocessor. Described tiles take
+the rank, padded, as one block of up to `widest` channels."""
 
 CANDIDATES = {
     80: {
@@ -93,17 +93,17 @@ CANDIDATES = {
         192: [Tiles(128, 128, 64, False, 8, 3), Tiles(128, 128, 64, True, 8, 2)],
     },
 }
-"""Tiles for packed rows by family and rank that `benchmarks/tune.py` measures."""
+"""Tiles for packed rows, by family and rank, that `benchmarks/tune.py` measures."""
 
 
 def latent_plan(
     rank: int, shared: int, rows: int, dtype: torch.dtype, quantised: bool, far: bool, capability: int,
     describable: bool = True,
 ) -> Plan:  # fmt: skip
-    """Tiles by rank, dtype, compute capability and `rows`, the queries times the heads of an item.
+    """Tiles by rank, dtype, compute capability and `rows`, which counts queries times heads per item.
 
-    `quantised` says that the ring is int8, `far` that offsets in it need 64 bits; packed rows are neither.
-    `describable` says that descriptors of the queries can be made.
+    `quantised` says that the ring is int8, `far` that its offsets need 64 bits; neither matters for packed rows.
+    `describable` says that descriptors of the queries can be created.
     """
     packed, few = rows >= PACKED_FROM, min(32 if rank <= 256 else 16, max(16, power_of_two(rows)))
     if dtype == torch.float32:
@@ -134,20 +134,20 @@ def latent_plan(
 
 
 def row_widths(plan: Plan) -> tuple[int, int]:
-    """Channels of the latent and of the shared key in a packed row."""
+    """Padded widths of the latent and of the shared key in a packed row."""
     constants = plan.constants
     return constants["COUNT"] * constants["WIDE"] + constants["REST"], constants["PE"]
 
 
 def _blocks(rank: int, widest: int) -> tuple[int, int, int]:
-    """Powers of two that cover the rank: `wide`, how many of it, and a smaller one or 0; 192 = 1 x 128 + 64.
+    """Cover the rank by powers of two: `(wide, count, rest)`, where `rest` is smaller or 0; 192 = 1 x 128 + 64.
 
-    Narrow blocks beside many wide ones spill registers.
+    A narrow rest beside many wide blocks spills registers, so it has a minimum width.
     """
     wide = max(16, min(widest, power_of_two(rank + 1) // 2))
     count, left = divmod(rank, wide)
     rest = max(16 if rank <= 256 else min(64, wide), power_of_two(left)) if left else 0
     if rest != wide:
         return wide, count, rest
-    # Two blocks alike are one where it may be so wide: their sums take less room than those of two.
+    # Two equal blocks become one if it is not too wide: its sums need fewer registers.
     return (2 * wide, 1, 0) if count == 1 and 2 * wide <= widest else (wide, count + 1, 0)

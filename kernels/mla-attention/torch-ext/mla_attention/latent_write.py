@@ -1,9 +1,9 @@
-"""Cache rows of new tokens from their projected keys and values, written to their slots of the ring.
+"""Compute the cache rows of new tokens from their projected keys and values, and write them to slots of the ring.
 
-QK-norm over all heads is one scalar a token, so a row needs one pass over the keys: the product with
-`kv_a_proj` accumulates the keys without the scalar, their sum of squares beside it, and the scalar is applied
-before the values are added. Shape letters: B batch, S slots, T tokens a frame, F frames written, N = F T tokens, H
-heads, D key and V value channels, r `kv_lora_rank`, R shared rotary channels, W = r + R.
+QK-norm over all heads is one scalar per token, so one pass over the keys suffices: the product with `kv_a_proj`
+accumulates the unnormalized keys, their sum of squares is accumulated beside it, and the scalar is applied before the
+values are added. Shape letters: B batch, S slots, T tokens per frame, F frames written, N = F T tokens, H heads, D key
+and V value channels, r `kv_lora_rank`, R shared rotary channels, W = r + R.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MAX_SHARED = 128
 
 @jit
 def _channels(source, inside, c, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Channels `c` of some rows, zeros from SIZE on and where not `inside`."""
+    """Channels `c` of some rows; zeros from SIZE on and where not `inside`."""
     mask = inside[:, None]
     if SIZE % BLOCK != 0:
         mask = mask & (c < SIZE)[None, :]
@@ -46,7 +46,7 @@ def _channels(source, inside, c, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 @jit
 def _vector(source, c, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Entries `c` of a vector in float32, zeros from SIZE on."""
+    """Entries `c` of a vector in float32; zeros from SIZE on."""
     if SIZE % BLOCK != 0:
         return tl.load(source + c, mask=c < SIZE, other=0.0).to(tl.float32)
     return tl.load(source + c).to(tl.float32)
@@ -54,7 +54,7 @@ def _vector(source, c, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 @jit
 def _squares(key, inside, KEYS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The sum of squares of each key."""
+    """Sum of squares of each key."""
     squares = tl.zeros([BLOCK_N], tl.float32)
     for start in range(0, KEYS, BLOCK_C):
         k = _channels(key, inside, start + tl.arange(0, BLOCK_C), KEYS, BLOCK_C).to(tl.float32)
@@ -68,10 +68,10 @@ def _add_keys(
     KEYS: tl.constexpr, D: tl.constexpr, PLACED: tl.constexpr, NORM_FIRST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`acc` and the product of some weight rows with the keys, and the sum of squares of each key.
+    """Add the product of the keys with some weight rows to `acc`; also return the sum of squares of each key.
 
-    PLACED rotates by `grid`. NORM_FIRST applies `norm` and takes the mean off; without it both are left out.
-    Only the first `count` channels are read: all or none.
+    PLACED rotates by `grid`. NORM_FIRST applies `norm` before the product. If `mean` is given, it is subtracted. Only
+    the first `count` channels are read: all or none.
     """
     squares = tl.zeros([BLOCK_N], tl.float32)
     for start in range(0, count, BLOCK_C):
@@ -85,7 +85,7 @@ def _add_keys(
         if mean is not None:
             k = k - _vector(mean, c, KEYS, BLOCK_C)[None, :]
         if PLACED:
-            # cos and sin lie as the pairs do: interleaved.
+            # cos and sin are interleaved like the pairs.
             turn = tl.load(grid[:, None] + (c % D)[None, :], mask=inside[:, None], other=0.0)
             cos, sin = tl.split(tl.reshape(turn, [BLOCK_N, BLOCK_C // 2, 2]))
             x, y = tl.split(tl.reshape(k, [BLOCK_N, BLOCK_C // 2, 2]))
@@ -104,7 +104,7 @@ def _write_kernel(
     NORM_FIRST: tl.constexpr, QUANTISED: tl.constexpr, LEVELS: tl.constexpr, MAX_SCALE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_W channels of the rows of BLOCK_N tokens; when QUANTISED these channels are one group."""
+    """Compute BLOCK_W channels of the rows of BLOCK_N tokens; if QUANTISED, these channels are one group."""
     first = tl.program_id(0) * BLOCK_W
     w = first + tl.arange(0, BLOCK_W)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -133,7 +133,7 @@ def _write_kernel(
             tl.where(first + BLOCK_W > RANK, KEYS, 0),
             KEYS, D, False, NORM_FIRST, BLOCK_N, BLOCK_C, PRECISION,
         )  # fmt: skip
-        # Channels of both kinds in one block have read the keys twice.
+        # A block with both kinds of channels has read the keys twice.
         squares = tl.maximum(squares, again)
         if b_pe is not None:
             bias += tl.load(b_pe + (w - RANK), mask=shared, other=0.0).to(tl.float32)
@@ -150,7 +150,7 @@ def _write_kernel(
     slot = tl.load(slots + b * slots_b + n // tokens, mask=inside, other=0).to(tl.int64)
     token = n % tokens
     if QUANTISED:
-        # As quantise_rows: the scale is rounded before it divides, and steps to the nearest even number.
+        # As in quantise_rows: round the scale before dividing, then round half to even.
         found = tl.minimum(tl.max(tl.abs(acc), 1) / LEVELS, MAX_SCALE).to(tl.float16)
         target = scales + b * scales_b + slot * scales_s + token * scales_t + first // BLOCK_W
         tl.store(target, found, mask=inside)
@@ -170,18 +170,18 @@ def latent_write_(
 ) -> None:  # fmt: skip
     """Write `[c | k_pe]` of the tokens of F frames to `rows` at `slots`, in place.
 
-    `rows` is `[B, S, T, W]`, or `[1, S, T, W]` where all items share a ring; `slots` int32 `[F]` for all items or
-    `[B, F]`. No two frames may be written to one slot of a ring.
+    `rows` are `[B, S, T, W]`, or `[1, S, T, W]` if all items share a ring, in the dtype of the keys, or int8 with
+    float16 `scales` `[B or 1, S, T, ceil(W / 64)]` in the format of `quantise_rows`. `slots` is int32 `[F]` for all
+    items, or `[B, F]`. No two frames may be written to the same slot of a ring.
 
-    `key` `[B, N, H D]` before QK-norm and `value` `[B, N, H V]`, N = F T, frame by frame. With
-    `k = RMSNorm(key) * norm_weight - key_mean`, the norm over all heads together with `eps`, and `placed` the pairs
-    of every head of k rotated by `grid`, float32 `[N, D / 2, 2]` (cos, sin), or k itself:
+    `key` `[B, N, H D]` is the key before QK-norm and `value` `[B, N, H V]` the value, N = F T, frame by frame. With
+    `k = RMSNorm(key) * norm_weight - key_mean`, where the norm covers all heads together and uses `eps`:
     `c = w_kv [placed; value] + b_kv`, `w_kv` `[r, H D + H V]`, and `k_pe = w_pe k + b_pe`, `w_pe` `[R, H D]`.
-    Without `w_pe` R is 0. Rows are in the dtype of the keys, or int8 with float16 `scales`
-    `[B or 1, S, T, ceil(W / 64)]` as `quantise_rows` has them.
+    `placed` is k with the pairs of every head rotated by `grid`, float32 `[N, D / 2, 2]` (cos, sin), or k itself
+    without `grid`. Without `w_pe`, R is 0.
 
-    Keys, values and weights have one dtype; the norm, sums and rotations are float32. Raises ValueError on
-    arguments that do not fit, NotImplementedError on what `why_not_latent_write` refuses.
+    Keys, values and weights share a dtype; norm, sums and rotations are float32. Raises ValueError for arguments that
+    do not fit, NotImplementedError for what `why_not_latent_write` rejects.
     """
     _check(rows, scales, slots, key, value, norm_weight, key_mean, w_kv, b_kv, w_pe, b_pe, grid, heads)
     ops.latent_write_(
@@ -194,7 +194,7 @@ def latent_write_reference(
     key_mean: Tensor | None, w_kv: Tensor, b_kv: Tensor, w_pe: Tensor | None, b_pe: Tensor | None,
     grid: Tensor | None, heads: int,
 ) -> None:  # fmt: skip
-    """`latent_write_` in plain torch, computed in float64 where the keys are float64 and else in float32."""
+    """`latent_write_` in plain torch, computed in float64 for float64 keys, else in float32."""
     wide = torch.promote_types(key.dtype, torch.float32)
     k = key.to(wide)
     k = k * torch.rsqrt(k.square().mean(-1, keepdim=True) + eps) * norm_weight.to(wide)
@@ -219,15 +219,15 @@ def latent_write_reference(
 def why_not_latent_write(
     rank: int, shared_channels: int, head_dim: int, dtype: torch.dtype | None = None
 ) -> str | None:
-    """Why `latent_write_` refuses r, R, D or this dtype, in one line; None when it does not."""
+    """Why `latent_write_` does not support r, R, D or this dtype, in one line; None if it does."""
     if not 1 <= rank <= MAX_RANK:
-        return f"latent_write: kv_lora_rank {rank}, supported are 1 to {MAX_RANK}"
+        return f"latent_write: kv_lora_rank {rank}; supported: 1 to {MAX_RANK}"
     if not 0 <= shared_channels <= MAX_SHARED:
-        return f"latent_write: {shared_channels} shared rotary channels, supported are 0 to {MAX_SHARED}"
+        return f"latent_write: {shared_channels} shared rotary channels; supported: 0 to {MAX_SHARED}"
     if head_dim % 2:
-        return f"latent_write: {head_dim} key channels a head are no pairs"
+        return f"latent_write: {head_dim} key channels per head cannot be rotated; use an even number"
     if dtype is not None and dtype not in DTYPES:
-        return f"latent_write: {dtype} is not supported: float16, bfloat16 or float32"
+        return f"latent_write: {dtype} is not supported; use float16, bfloat16 or float32"
     return None
 
 
@@ -243,7 +243,7 @@ def write_plan(
         "KEYS": keys,
         "VALUES": values,
         "D": head_dim,
-        # A mean comes off normalised keys, and float16 cannot hold every other: such keys are read twice.
+        # A mean is subtracted from normalized keys, and unnormalized keys may overflow float16: norm first, two reads.
         "NORM_FIRST": mean or dtype == torch.float16,
         "QUANTISED": quantised,
         "LEVELS": LEVELS,
@@ -259,7 +259,7 @@ def write_plan(
 
 
 def aot_variants(capability: int) -> list[Variant]:
-    """Ahead-of-time compilations at the Wan geometry: plain and baked, int8, a mean key, no shared key."""
+    """Ahead-of-time compilations at Wan's geometry: plain and baked, int8, a mean key, no shared key."""
     channels, head_dim = 1536, 128
     cases = [(rank, 32, True, False, False) for rank in (192, 64, 96, 128, 256, 1024)]
     cases += [(192, 32, False, False, False), (192, 0, False, False, False), (192, 32, True, False, True)]
@@ -299,7 +299,7 @@ def _check(
     check_tensor("key", key, (batch, length, None), dtype, like=rows)
     check_tensor("value", value, (batch, length, None), dtype, like=rows)
     keys, values = key.shape[2], value.shape[2]
-    require(heads >= 1 and keys % heads == 0, "{} key channels are not divided among {} heads", keys, heads)
+    require(heads >= 1 and keys % heads == 0, "{} key channels are not divisible by {} heads", keys, heads)
     shared = 0 if w_pe is None else w_pe.shape[0]
     check_tensor("w_kv", w_kv, (None, keys + values), dtype, like=rows)
     rank = w_kv.shape[0]

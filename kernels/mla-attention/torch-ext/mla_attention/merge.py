@@ -1,4 +1,4 @@
-"""Merge attentions over disjoint sets of keys by their log-sum-exps.
+"""Merge attention outputs over disjoint sets of keys, using their log-sum-exps.
 
 Shape letters: n parts, B batch, Q queries, H heads, V value channels.
 """
@@ -57,7 +57,7 @@ def _merge_kernel(
     for _ in range(parts):
         top = tl.maximum(top, tl.load(logs, mask=inside, other=float("-inf")))
         logs += log_part
-    # Where every part is empty, any finite number keeps the differences from being NaN.
+    # If every part is empty, any finite base avoids NaN in the differences.
     base = tl.where(top == float("-inf"), 0.0, top)
     total = tl.zeros([BLOCK_Q], tl.float32)
     mixed = tl.zeros([BLOCK_Q, BLOCK_V], tl.float32)
@@ -65,7 +65,7 @@ def _merge_kernel(
     source = outs + b * stride_b + h * stride_h + q.to(tl.int64)[:, None] * stride_q + v[None, :]
     for _ in range(parts):
         weight = tl.exp(tl.load(logs, mask=inside, other=float("-inf")) - base)
-        # The output of an empty part is not read: it may be anything.
+        # The output of an empty part is undefined, so it is not read.
         part = tl.load(source, mask=mask & (weight > 0)[:, None], other=0.0)
         mixed += weight[:, None] * part.to(tl.float32)
         total += weight
@@ -82,20 +82,21 @@ def _merge_kernel(
 
 
 def merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
-    """One attention over the keys of all parts: `(out [B, Q, H, V], lse [B, H, Q])`.
+    """Attention over the keys of all parts: `(out [B, Q, H, V], lse [B, H, Q])`.
 
-    `outs` `[n, B, Q, H, V]` are the parts' outputs in float16, bfloat16 or float32, `lses` float32
-    `[n, B, H, Q]` their natural log-sum-exps; a part with -inf contributes nothing, whatever its output
-    holds, and where all are -inf the output is 0. Computed in float32 (FlashAttention-2, arXiv 2307.08691,
-    section 2.3). Raises ValueError on shapes that do not fit, NotImplementedError on more than
-    1024 value channels or another dtype.
+    `outs` `[n, B, Q, H, V]` are the outputs of the parts in float16, bfloat16 or float32. `lses` `[n, B, H, Q]` are
+    their natural log-sum-exps in float32. A part with lse -inf contributes nothing, whatever its output holds; if all
+    are -inf, the output is 0. Computed in float32 (FlashAttention-2, arXiv 2307.08691, section 2.3).
+
+    Raises ValueError for shapes that do not fit, NotImplementedError for more than 1024 value channels or another
+    dtype.
     """
     _check(outs, lses)
     return ops.merge(outs, lses)
 
 
 def merge_reference(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
-    """`merge` in plain torch, computed in the wider of float32 and the dtype of `outs`; lse has that dtype."""
+    """`merge` in plain torch, computed in the wider of float32 and the dtype of `outs`; lse has that dtype too."""
     wide = torch.promote_types(outs.dtype, torch.float32)
     lse = torch.logsumexp(lses.to(wide), dim=0)
     weights = torch.exp(lses.to(wide) - lse.masked_fill(lse == float("-inf"), 0))
@@ -105,16 +106,16 @@ def merge_reference(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def why_not_merge(value_channels: int, dtype: torch.dtype | None = None) -> str | None:
-    """Why `merge` refuses so many value channels or this dtype, in one line; None when it does not."""
+    """Why `merge` does not support this number of value channels or this dtype, in one line; None if it does."""
     if not 1 <= value_channels <= MAX_VALUE_CHANNELS:
-        return f"merge: {value_channels} value channels, supported are 1 to {MAX_VALUE_CHANNELS}"
+        return f"merge: {value_channels} value channels; supported: 1 to {MAX_VALUE_CHANNELS}"
     if dtype is not None and dtype not in DTYPES:
-        return f"merge: {dtype} is not supported: float16, bfloat16 or float32"
+        return f"merge: {dtype} is not supported; use float16, bfloat16 or float32"
     return None
 
 
 def launch_merge(outs: Tensor, lses: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`merge` by the kernel with the output in `dtype`, without checks: the last step of split attention."""
+    """Launch the `merge` kernel without checks, with the output in `dtype`: the last step of split attention."""
     parts, batch, queries, heads, channels = outs.shape
     out = torch.empty(batch, queries, heads, channels, dtype=dtype, device=outs.device)
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=outs.device)
@@ -127,13 +128,13 @@ def launch_merge(outs: Tensor, lses: Tensor, dtype: torch.dtype) -> tuple[Tensor
 
 
 def merge_plan(channels: int) -> Plan:
-    """Tiles of some 2048 elements."""
+    """Tiles of about 2048 elements."""
     block = power_of_two(channels)
     return Plan({"VALUE": channels, "BLOCK_Q": max(1, 2048 // block), "BLOCK_V": block}, num_warps=4, num_stages=1)
 
 
 def aot_variants(capability: int) -> list[Variant]:
-    """Ahead-of-time compilations at the Wan geometry and for latents."""
+    """Ahead-of-time compilations for Wan's value channels and for latents."""
     types = {"outs": "*fp32", "lses": "*fp32", "out": "*bf16", "lse": "*fp32"}
     return [Variant(f"merge V={v}", _merge_kernel, types, merge_plan(v), dot=False) for v in (128, 192)]
 

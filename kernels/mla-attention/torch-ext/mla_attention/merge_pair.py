@@ -1,4 +1,4 @@
-"""Merge two attentions over disjoint sets of keys where they lie, without stacking them first.
+"""Merge two attention outputs over disjoint sets of keys without stacking them first.
 
 Shape letters: B batch, Q queries, H heads, V value channels.
 """
@@ -43,12 +43,12 @@ def _merge_pair_kernel(
     log_a = tl.load(lse_a + log_offset, mask=inside, other=float("-inf"))
     log_b = tl.load(lse_b + log_offset, mask=inside, other=float("-inf"))
     top = tl.maximum(log_a, log_b)
-    # Where both parts are empty, any finite number keeps the differences from being NaN.
+    # If both parts are empty, any finite base avoids NaN in the differences.
     base = tl.where(top == float("-inf"), 0.0, top)
     weight_a, weight_b = tl.exp(log_a - base), tl.exp(log_b - base)
     total = weight_a + weight_b
     row = q.to(tl.int64)[:, None]
-    # The output of an empty part is not read: it may be anything.
+    # The output of an empty part is undefined, so it is not read.
     a = tl.load(
         out_a + b * a_stride_b + h * a_stride_h + row * a_stride_q + v[None, :],
         mask=mask & (weight_a > 0)[:, None],
@@ -70,20 +70,20 @@ def _merge_pair_kernel(
 def merge_pair(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """`merge` of two parts: `(out [B, Q, H, V], lse [B, H, Q])`.
 
-    `out_a` and `out_b` `[B, Q, H, V]` have one dtype, that of the output: float16, bfloat16 or float32; `lse_a` and
-    `lse_b` are float32 `[B, H, Q]`. Raises as `merge` does.
+    `out_a` and `out_b` `[B, Q, H, V]` share a dtype, which is also that of the output: float16, bfloat16 or float32.
+    `lse_a` and `lse_b` are float32 `[B, H, Q]`. Raises the same errors as `merge`.
     """
     _check(out_a, lse_a, out_b, lse_b)
     return ops.merge_pair(out_a, lse_a, out_b, lse_b)
 
 
 def merge_pair_reference(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """`merge_pair` in plain torch, as `merge_reference` computes it."""
+    """`merge_pair` in plain torch, by `merge_reference`."""
     return merge_reference(torch.stack([out_a, out_b]), torch.stack([lse_a, lse_b]))
 
 
 def aot_variants(capability: int) -> list[Variant]:
-    """Ahead-of-time compilation at the Wan geometry."""
+    """Ahead-of-time compilation for Wan's value channels."""
     types = {"out_a": "*bf16", "lse_a": "*fp32", "out_b": "*bf16", "lse_b": "*fp32", "out": "*bf16", "lse": "*fp32"}
     return [Variant("merge_pair V=128", _merge_pair_kernel, types, merge_plan(128), dot=False)]
 

@@ -1,8 +1,8 @@
-"""Cached rows brought into reading order: dequantised, shared keys rotated, nothing multiplied.
+"""Copy cached rows to reading order, dequantized and with rotated shared keys, without any matrix product.
 
-`expand_kv.py` repeats shared keys over the heads with it. For many queries `latent_attention.py` packs whole rows:
-what a tile of queries would do again to every row is done once. Shape letters: B batch, T tokens a frame, F frames
-read, K = F T keys, H heads, C channels, r `kv_lora_rank`, R shared rotary channels.
+`expand_kv.py` uses it to repeat shared keys over the heads. For many queries, `latent_attention.py` packs whole rows
+with it, so that the query tiles need not repeat the same work on every row. Shape letters: B batch, T tokens per frame,
+F frames read, K = F T keys, H heads, C channels, r `kv_lora_rank`, R shared rotary channels.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def _copy_kernel(
     out_b, out_k, out_h, rows_b, rows_s, rows_t, scales_b, scales_s, scales_t, slots_b, rotations_k,
     FIRST: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N of PADDED channels of a tile of rows, for `copies` heads: CHANNELS of them from FIRST on, then zeros."""
+    """Copy CHANNELS channels from FIRST on, zero-padded to PADDED, of BLOCK_N rows to `copies` heads."""
     c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     n = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     b = tl.program_id(2).to(tl.int64)
@@ -36,7 +36,7 @@ def _copy_kernel(
         steps = scales + b * scales_b + slot * scales_s + n % tokens * scales_t
         x *= tl.load(steps[:, None] + ((FIRST + c) // 64)[None, :], mask=mask, other=0.0).to(tl.float32)
     if rotations is not None:
-        # cos and sin lie as the pairs do: interleaved.
+        # cos and sin are interleaved like the pairs.
         turn = tl.load(rotations + n.to(tl.int64)[:, None] * rotations_k + c[None, :], mask=mask, other=0.0)
         cos, sin = tl.split(tl.reshape(turn, [BLOCK_M, BLOCK_N // 2, 2]))
         x, y = tl.split(tl.reshape(x, [BLOCK_M, BLOCK_N // 2, 2]))
@@ -53,9 +53,9 @@ def copy_rows(
 ) -> None:  # fmt: skip
     """Write some channels of the valid rows, from `first` on, to every head of `out` `[B, K, H, C]` in reading order.
 
-    Channels of `out` behind them become 0. Rows, scales, slots and `num_keys` are those of `expand_kv_`; rows from
-    `num_keys` on are neither read nor written. With `rotations`, float32 `[F T, channels / 2, 2]`, pairs of channels
-    are rotated, in float32; the result is rounded once.
+    The remaining channels of `out` are set to 0. Rows, scales, slots and `num_keys` are as in `expand_kv_`; rows from
+    `num_keys` on are neither read nor written. `rotations`, float32 `[F T, channels / 2, 2]`, rotate channel pairs in
+    float32; the result is rounded once.
     """
     batch, capacity, heads, padded = out.shape
     tokens = rows.shape[2]
@@ -75,8 +75,8 @@ def packed_rows(
 ) -> Tensor:  # fmt: skip
     """The valid rows of a ring in reading order, `[B, K, width + shared_width]` in `dtype`.
 
-    A row is the latent, zeros up to `width`, the shared key rotated by `rotations` `[K, R / 2, 2]`, and zeros; without
-    rotations `shared_width` is 0. Rows from `num_keys` on hold anything.
+    A packed row is the latent, zeros up to `width`, the shared key rotated by `rotations` `[K, R / 2, 2]`, and zeros.
+    Without rotations, `shared_width` is 0. Rows from `num_keys` on are undefined.
     """
     keys = slots.shape[-1] * rows.shape[2]
     packed = torch.empty(batch, keys, 1, width + shared_width, dtype=dtype, device=rows.device)
@@ -87,14 +87,14 @@ def packed_rows(
 
 
 def copy_plan(first: int, channels: int, padded: int) -> Plan:
-    """Tiles of rows by channels."""
+    """Tiles of rows, sized by the number of channels."""
     block_n = min(64, max(2, power_of_two(padded)))
     constants = {"FIRST": first, "CHANNELS": channels, "PADDED": padded, "BLOCK_M": 128, "BLOCK_N": block_n}
     return Plan(constants, 4, 1)
 
 
 def aot_variants(capability: int) -> list[Variant]:
-    """Ahead-of-time compilations: latents to be packed, and shared keys for one head or for all, also from int8."""
+    """Ahead-of-time compilations: packed latents, and shared keys for one head or for all, also from int8."""
     found = []
     for channels, first, copies in ((192, 0, 1), (32, 192, 1), (32, 192, 12)):
         for quantised in (False, True):

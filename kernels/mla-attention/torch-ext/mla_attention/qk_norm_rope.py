@@ -1,8 +1,8 @@
-"""RMSNorm over all heads together, then the rotation of every head's interleaved channel pairs.
+"""RMSNorm over all heads together, then rotation of the interleaved channel pairs of every head.
 
-Wan's QK-norm is one scalar a token times a gain a channel (RMSNorm, arXiv 1910.07467, eq. 4; RoPE, arXiv
-2104.09864, section 3.2.2). A token's channels are read once and written once. Shape letters: B batch, N tokens, H
-heads, D channels a head.
+Wan's QK-norm is one scalar per token times one gain per channel (RMSNorm, arXiv 1910.07467, eq. 4; RoPE, arXiv
+2104.09864, section 3.2.2). The channels of a token are read once and written once. Shape letters: B batch, N tokens, H
+heads, D channels per head.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _norm_kernel(
     x, weight, rotations, out, eps, length, tokens, x_b, x_n, out_b, out_n, rotations_n,
     SIZE: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """All channels of BLOCK_N of the `length` tokens of a batch with `tokens` tokens an item."""
+    """Process all channels of BLOCK_N of the `length` tokens of a batch; each item has `tokens` tokens."""
     i = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     c = tl.arange(0, BLOCK_C)
     inside = i < length
@@ -46,7 +46,7 @@ def _norm_kernel(
     gain = tl.load(weight + c, mask=c < SIZE, other=0.0).to(tl.float32)
     found = found * norm[:, None] * gain[None, :]
     if rotations is not None:
-        # cos and sin lie as the pairs do: interleaved.
+        # cos and sin are interleaved like the pairs.
         turn = tl.load((rotations + n * rotations_n)[:, None] + (c % D)[None, :], mask=mask, other=0.0)
         cos, sin = tl.split(tl.reshape(turn, [BLOCK_N, BLOCK_C // 2, 2]))
         first, second = tl.split(tl.reshape(found, [BLOCK_N, BLOCK_C // 2, 2]))
@@ -57,22 +57,23 @@ def _norm_kernel(
 
 
 def qk_norm_rope(x: Tensor, weight: Tensor, eps: float, rotations: Tensor | None, heads: int) -> Tensor:
-    """Normalised and rotated queries or keys `[B, N, H, D]` in the dtype of `x`, contiguous.
+    """Normalized and rotated queries or keys `[B, N, H, D]`, contiguous, in the dtype of `x`.
 
-    `x` `[B, N, H D]` and `weight` `[H D]` are float16, bfloat16 or float32, each its own; the channels of x are
-    contiguous. The norm is taken over all heads together with `eps`; `rotations`, float32 `[N, D / 2, 2]` (cos, sin),
-    turn the pairs (2p, 2p + 1) of every head, None leaves them. Computed in float32. `x` and `weight` get gradients.
+    `x` `[B, N, H D]`, with contiguous channels, and `weight` `[H D]` are float16, bfloat16 or float32; their dtypes may
+    differ. The norm covers all heads together and uses `eps`. `rotations`, float32 `[N, D / 2, 2]` (cos, sin), rotate
+    the pairs (2p, 2p + 1) of every head; None skips the rotation. Computed in float32. `x` and `weight` get gradients.
 
-    Raises ValueError on arguments that do not fit, NotImplementedError on what `why_not_qk_norm_rope` refuses.
+    Raises ValueError for arguments that do not fit, NotImplementedError for what `why_not_qk_norm_rope` rejects.
     """
     _check(x, weight, rotations, heads)
     return ops.qk_norm_rope(x, weight, eps, rotations, heads)
 
 
 def qk_norm_rope_(out: Tensor, x: Tensor, weight: Tensor, eps: float, rotations: Tensor | None, heads: int) -> None:
-    """`qk_norm_rope` written to `out` `[B, N, H, D]`, in the dtype of `x`: a part of a workspace, say.
+    """`qk_norm_rope` written to `out` `[B, N, H, D]` in the dtype of `x`, for example a part of a workspace.
 
-    The channels of all heads of a token must be contiguous there. No gradients. Raises as `qk_norm_rope`.
+    In `out`, the channels of all heads of a token must be contiguous. No gradients. Raises the same errors as
+    `qk_norm_rope`.
     """
     _check(x, weight, rotations, heads)
     check_tensor("out", out, (*x.shape[:2], heads, x.shape[2] // heads), x.dtype, like=x)
@@ -81,7 +82,7 @@ def qk_norm_rope_(out: Tensor, x: Tensor, weight: Tensor, eps: float, rotations:
 
 
 def qk_norm_rope_reference(x: Tensor, weight: Tensor, eps: float, rotations: Tensor | None, heads: int) -> Tensor:
-    """`qk_norm_rope` in plain torch, computed in float64 for float64 and else in float32."""
+    """`qk_norm_rope` in plain torch, computed in float64 for float64 inputs, else in float32."""
     wide = torch.promote_types(x.dtype, torch.float32)
     found = x.to(wide)
     found = found * torch.rsqrt(found.square().mean(-1, keepdim=True) + eps) * weight.to(wide)
@@ -90,18 +91,18 @@ def qk_norm_rope_reference(x: Tensor, weight: Tensor, eps: float, rotations: Ten
 
 
 def why_not_qk_norm_rope(heads: int, head_dim: int, dtype: torch.dtype | None = None) -> str | None:
-    """Why `qk_norm_rope` refuses H, D or this dtype, in one line; None when it does not."""
+    """Why `qk_norm_rope` does not support H, D or this dtype, in one line; None if it does."""
     if not 1 <= heads * head_dim <= MAX_CHANNELS:
-        return f"qk_norm_rope: {heads * head_dim} channels of all heads, supported are 1 to {MAX_CHANNELS}"
+        return f"qk_norm_rope: {heads * head_dim} channels over all heads; supported: 1 to {MAX_CHANNELS}"
     if head_dim % 2:
-        return f"qk_norm_rope: {head_dim} channels a head are no pairs"
+        return f"qk_norm_rope: {head_dim} channels per head cannot be rotated; use an even number"
     if dtype is not None and dtype not in DTYPES:
-        return f"qk_norm_rope: {dtype} is not supported: float16, bfloat16 or float32"
+        return f"qk_norm_rope: {dtype} is not supported; use float16, bfloat16 or float32"
     return None
 
 
 def norm_plan(channels: int, head_dim: int) -> Plan:
-    """Whole tokens, some 2048 channels or one token a program."""
+    """Whole tokens per program: about 2048 channels, or one token if it has more."""
     block = power_of_two(channels)
     constants = {"SIZE": channels, "D": head_dim, "BLOCK_N": max(1, 2048 // block), "BLOCK_C": block}
     return Plan(constants, num_warps=max(4, block // 512), num_stages=1)
@@ -123,7 +124,7 @@ def aot_variants(capability: int) -> list[Variant]:
 
 
 def _rotate(x: Tensor, rotations: Tensor, direction: float) -> Tensor:
-    """Rotate the pairs of `[B, N, H, 2 P]` by `[N, P, 2]`, back when `direction` is -1."""
+    """Rotate the pairs of `[B, N, H, 2 P]` by `[N, P, 2]`; `direction` -1 inverts the rotation."""
     cos, sin = rotations.to(x.dtype).unsqueeze(1).unbind(-1)
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
     sin = sin * direction
@@ -133,7 +134,7 @@ def _rotate(x: Tensor, rotations: Tensor, direction: float) -> Tensor:
 def _check(x: Tensor, weight: Tensor, rotations: Tensor | None, heads: int) -> None:
     check_tensor("x", x, (None,) * 3)
     length, channels = x.shape[1:]
-    require(heads >= 1 and channels % heads == 0, "{} channels are not divided among {} heads", channels, heads)
+    require(heads >= 1 and channels % heads == 0, "{} channels are not divisible by {} heads", channels, heads)
     head_dim = channels // heads
     for dtype in (x.dtype, weight.dtype):
         refuse(why_not_qk_norm_rope(heads, head_dim, dtype))
@@ -208,7 +209,7 @@ def _keep(ctx, inputs, output):
 
 
 def _backward(ctx, gradient):
-    """Gradients in plain torch: the rotation's transpose turns back, then those of the norm, in float32."""
+    """Gradients in plain torch, in float32: the inverse rotation, then the backward of the norm."""
     x, weight, rotations = ctx.saved_tensors
     gradient = gradient.float()
     if rotations is not None:

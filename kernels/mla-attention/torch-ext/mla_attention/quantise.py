@@ -1,6 +1,6 @@
-"""int8 cache rows: groups of 64 channels, symmetric, each with a float16 scale. Plain torch.
+"""int8 cache rows in plain torch: symmetric groups of 64 channels, each with a float16 scale.
 
-Kernels that write or read such rows follow these two functions.
+These two functions define the format that the kernels write and read.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ MAX_SCALE = 65504.0
 
 
 def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Floating `rows` `[..., W]` as int8 `[..., W]` and float16 scales `[..., ceil(W / 64)]`.
+    """Quantize floating-point `rows` `[..., W]` to int8 `[..., W]` with float16 scales `[..., ceil(W / 64)]`.
 
-    A group's scale is its largest magnitude over 127, rounded to float16 before it divides; values are
-    rounded to the nearest step. A group whose scale is 0 is all zeros.
+    The scale of a group is its largest magnitude divided by 127, rounded to float16 before it is used. Values are
+    rounded to the nearest step. A group whose scale is 0 becomes all zeros.
     """
     width = rows.shape[-1]
     groups = ceil_div(width, GROUP)
@@ -32,12 +32,12 @@ def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantise_rows(rows: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """int8 `rows` `[..., W]` with `scales` `[..., ceil(W / 64)]` in `dtype`, computed in float32 or wider.
+    """Dequantize int8 `rows` `[..., W]` with `scales` `[..., ceil(W / 64)]` to `dtype`, in float32 or wider.
 
-    Raises ValueError when the scales do not fit the rows.
+    Raises ValueError if the scales do not fit the rows.
     """
     width = rows.shape[-1]
     fits = tuple(scales.shape) == (*rows.shape[:-1], ceil_div(width, GROUP))
-    require(fits, "scales are {}, they do not fit rows {} in groups of {}", list(scales.shape), list(rows.shape), GROUP)
+    require(fits, "scales are {} and do not fit rows {} in groups of {}", list(scales.shape), list(rows.shape), GROUP)
     wide = torch.promote_types(dtype, torch.float32)
     return (rows.to(wide) * scales.to(wide).repeat_interleave(GROUP, dim=-1)[..., :width]).to(dtype)

@@ -1,8 +1,8 @@
-"""Queries for the latent rows of a cache: RMSNorm over all heads, then unrotated and rotated channels apart.
+"""Prepare queries for absorbed attention: RMSNorm over all heads, then unrotated and rotated channels separately.
 
-With decoupled rotary keys (DeepSeek-V2, arXiv 2405.04434, section 2.1.3) some pairs of a query meet the latent
-and are not rotated; others meet the shared key: times a complex weight of the head and the pair, then rotated.
-Shape letters: B batch, N tokens, H heads, D channels a head, S unrotated pairs, P rotated pairs.
+With decoupled rotary keys (DeepSeek-V2, arXiv 2405.04434, section 2.1.3), some pairs of a query are not rotated and
+multiply the latent. The others multiply the shared key: each is multiplied by a complex weight for its head and pair,
+then rotated. Shape letters: B batch, N tokens, H heads, D channels per head, S unrotated pairs, P rotated pairs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _split_kernel(
     SIZE: tl.constexpr, D: tl.constexpr, STILL: tl.constexpr, TURNED: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """One token; STILL and TURNED are the pairs of all heads that are not rotated and that are."""
+    """Process one token. STILL and TURNED count the unrotated and the rotated pairs of all heads."""
     i = tl.program_id(0).to(tl.int64)
     n = i % tokens
     source = x + (i // tokens) * x_b + n * x_n
@@ -44,7 +44,7 @@ def _split_kernel(
     second = tl.load(source + channel + 1, mask=inside, other=0.0).to(tl.float32)
     first *= norm * tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
     second *= norm * tl.load(weight + channel + 1, mask=inside, other=0.0).to(tl.float32)
-    # Times the conjugate of the pair's weight, then turned.
+    # Multiply by the conjugate of the pair's weight, then rotate.
     real = tl.load(coefficients + 2 * t, mask=inside, other=0.0).to(tl.float32)
     imaginary = tl.load(coefficients + 2 * t + 1, mask=inside, other=0.0).to(tl.float32)
     mixed, second = first * real + second * imaginary, second * real - first * imaginary
@@ -65,15 +65,15 @@ def split_query(
     turned_pairs: Tensor,
     heads: int,
 ) -> tuple[Tensor, Tensor]:
-    """Unrotated queries `[B, N, H, 2 S]` and rotated ones `[B, N, H, 2 P]` in the dtype of `x`, contiguous.
+    """Unrotated queries `[B, N, H, 2 S]` and rotated queries `[B, N, H, 2 P]`, contiguous, in the dtype of `x`.
 
-    `x` `[B, N, H D]` and `weight` `[H D]` are float16, bfloat16 or float32, each its own; the channels of x are
-    contiguous. The norm is taken over all heads together with `eps`. `still_pairs` int64 `[S]` and `turned_pairs` int64
-    `[P]`, at least one each, name pairs (2p, 2p + 1) of a head. `coefficients` `[H, P, 2]` are the complex weights
-    whose conjugates multiply the rotated pairs, `rotations`, float32 `[N, D / 2, 2]` (cos, sin), those of all pairs of
-    a head. Computed in float32; no gradients.
+    `x` `[B, N, H D]`, with contiguous channels, and `weight` `[H D]` are float16, bfloat16 or float32; their dtypes may
+    differ. The norm covers all heads together and uses `eps`. `still_pairs` int64 `[S]` and `turned_pairs` int64 `[P]`,
+    at least one each, select the unrotated and the rotated pairs (2p, 2p + 1) of a head. `coefficients` `[H, P, 2]` are
+    complex weights whose conjugates multiply the rotated pairs. `rotations`, float32 `[N, D / 2, 2]` (cos, sin), cover
+    all pairs of a head. Computed in float32, without gradients.
 
-    Raises ValueError on arguments that do not fit, NotImplementedError on what `why_not_qk_norm_rope` refuses.
+    Raises ValueError for arguments that do not fit, NotImplementedError for what `why_not_qk_norm_rope` rejects.
     """
     _check(x, weight, rotations, coefficients, still_pairs, turned_pairs, heads)
     return ops.split_query(x, weight, eps, rotations, coefficients, still_pairs, turned_pairs, heads)
@@ -89,7 +89,7 @@ def split_query_reference(
     turned_pairs: Tensor,
     heads: int,
 ) -> tuple[Tensor, Tensor]:
-    """`split_query` in plain torch, computed in float64 for float64 and else in float32."""
+    """`split_query` in plain torch, computed in float64 for float64 inputs, else in float32."""
     wide = torch.promote_types(x.dtype, torch.float32)
     normed = qk_norm_rope_reference(x.to(wide), weight, eps, None, heads).unflatten(-1, (-1, 2))
     first, second = normed[..., turned_pairs, :].unbind(-1)
@@ -101,7 +101,7 @@ def split_query_reference(
 
 
 def split_plan(channels: int, head_dim: int, still: int, turned: int) -> Plan:
-    """One token a program; `still` and `turned` count pairs of a head."""
+    """One token per program; `still` and `turned` count pairs per head."""
     heads = channels // head_dim
     block = power_of_two(channels)
     constants = {
@@ -130,7 +130,7 @@ def aot_variants(capability: int) -> list[Variant]:
 def _check(x, weight, rotations, coefficients, still_pairs, turned_pairs, heads):
     check_tensor("x", x, (None,) * 3)
     tokens, channels = x.shape[1:]
-    require(heads >= 1 and channels % heads == 0, "{} channels are not divided among {} heads", channels, heads)
+    require(heads >= 1 and channels % heads == 0, "{} channels are not divisible by {} heads", channels, heads)
     head_dim = channels // heads
     for dtype in (x.dtype, weight.dtype):
         refuse(why_not_qk_norm_rope(heads, head_dim, dtype))

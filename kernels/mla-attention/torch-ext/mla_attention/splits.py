@@ -1,7 +1,7 @@
-"""Over how many programs the keys of a tile of queries are split: a rule by the number of tiles, no tuning.
+"""Choose how many programs split the keys of one tile of queries: a rule based on the number of tiles, no tuning.
 
-With 444 tiles on 132 multiprocessors the fourth round of programs is a third full. Splitting makes shorter
-programs that fill it (Flash-Decoding; Stream-K, arXiv 2301.03598, for products), at the price of a merge.
+For example, 444 tiles on 132 multiprocessors leave the fourth round of programs one third full. Splitting fills it with
+shorter programs, at the cost of a merge (Flash-Decoding; Stream-K, arXiv 2301.03598, for matrix products).
 """
 
 from __future__ import annotations
@@ -12,37 +12,37 @@ from ._runtime import Plan, ceil_div, tile_family
 
 MOST = 8
 LEAST_BLOCKS = 4
-"""Blocks of keys that a program must have, for its start and end not to dominate."""
+"""Minimum number of key blocks per program; with fewer, prologue and epilogue dominate."""
 MERGE = 0.02
-"""What another part costs, relative to the whole: written and read once more in float32."""
+"""Cost of each additional part relative to the whole: it is written and read again in float32."""
 
 
 REGISTERS = 65536
-"""Registers of a multiprocessor."""
+"""Registers per multiprocessor."""
 MOST_REGISTERS = 256
-"""Registers of a thread where the compiler may take as many as there are, as it does for large tiles."""
+"""Registers per thread if the compiler has no limit, as large tiles use them."""
 SHARED = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
-"""Bytes of shared memory of a multiprocessor by family, of the devices that have the least."""
+"""Bytes of shared memory per multiprocessor, by family: the smallest of its devices."""
 
 
 def resident(plan: Plan, shared: int, capability: int) -> int:
-    """Programs of a plan that a multiprocessor holds at once, each with `shared` bytes: one, unless more surely fit."""
+    """Programs that a multiprocessor holds at once, each with `shared` bytes: one unless more are certain to fit."""
     registers = 32 * plan.num_warps * (plan.max_registers or MOST_REGISTERS)
-    # The driver keeps a kilobyte of every program.
+    # The driver reserves 1 kB per program.
     return max(1, min(REGISTERS // registers, SHARED[tile_family(capability)] // (shared + 1024)))
 
 
 def programs(device: torch.device, plan: Plan, shared: int, capability: int) -> int:
-    """Programs of a plan that a device runs at once, 1 where it is no CUDA device."""
+    """Programs of a plan that a device runs at once; 1 if it is not a CUDA device."""
     units = multiprocessors(device)
     return units * resident(plan, shared, capability) if units > 1 else units
 
 
 def split_count(tiles: int, key_blocks: int, programs: int) -> int:
-    """The splits with the least modelled time `ceil(tiles splits / programs) / splits`, plus their merge.
+    """The number of splits with the lowest modeled time: `ceil(tiles splits / programs) / splits` plus the merge.
 
-    `tiles` counts the tiles of queries of all heads and items, `key_blocks` the blocks of keys that each reads,
-    `programs` those that the device runs at once.
+    `tiles` counts the query tiles of all heads and items, `key_blocks` the blocks of keys that each tile reads, and
+    `programs` the programs that the device runs at once.
     """
     if tiles < 1 or programs < 2:
         return 1
@@ -55,7 +55,7 @@ def split_count(tiles: int, key_blocks: int, programs: int) -> int:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a CUDA device, 1 for others. Asked of the driver once; nothing waits for the device."""
+    """Multiprocessors of a CUDA device, 1 for others. Cached after one driver query; nothing waits for the device."""
     if device.type != "cuda":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
