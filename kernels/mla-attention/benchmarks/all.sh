@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# All that wants a GPU in one call: the benchmark, then the tests of the ops and those of whole models.
+# Run everything that needs a GPU in one call: the benchmark, then the tests of the ops, then those of whole models.
 #
 #     bash kernels/mla-attention/benchmarks/all.sh [OUT] [SECONDS] [options of run.py]
 #
-# It ends within SECONDS (590) and writes to OUT (results), nowhere else: what each of the three printed, results.json,
-# results.md and tiles.json of the benchmark, the device and the packages. The benchmark measures the tiles, too, unless
-# --tiles names a file of them. Where a process of it is lost to the device or to a call that does not end, another one
-# goes on without what ran. The tests come last, in a sixth of SECONDS, on several processes where pytest-xdist is
-# there; those of whole models have an eighth, or none where a dependency of mla-convert is missing. PYTHON names the
-# interpreter (python3). Paths in options of run.py are relative to the root of the repository.
-# Exit code 1 where a test or a check failed or time ended before the tests did.
+# It ends within SECONDS (590) and writes only to OUT (results): the output of the three, results.json, results.md and
+# tiles.json of the benchmark, and the device and installed packages. The benchmark also measures tiles unless --tiles
+# names a file of them. If a benchmark process is lost to the device or to a call that hangs, another one continues
+# without the call that failed. The tests come last. Those of the ops take a sixth of SECONDS, in several processes if
+# pytest-xdist is installed; those of whole models take an eighth, or none if a dependency of mla-convert is missing.
+# PYTHON names the interpreter (python3). Paths in options of run.py are relative to the root of the repository.
+# The exit code is 1 if a test or a check failed, or if time ran out before the tests finished.
 set -uo pipefail
 mkdir -p "${1:-results}"
 out=$(cd "${1:-results}" && pwd)
@@ -21,19 +21,19 @@ export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD:$PWD/kernels/mla-attention/torch-ext$
 failed=0 code=0
 rm -f "$out"/benchmark.txt "$out"/test_ops.txt "$out"/test_models.txt
 
-# An interrupt leaves pytest the time to say what it has found.
+# SIGINT lets pytest report what it has found.
 limited() {
     local seconds=$1 log=$2
     shift 2
     if ((seconds < 5)); then
-        echo "no time was left for: $*" | tee -a "$out/$log"
+        echo "no time left for: $*" | tee -a "$out/$log"
         failed=1 code=1
         return
     fi
     timeout --signal=INT --kill-after=5 "$seconds" "$@" 2>&1 | tee -a "$out/$log"
     code=${PIPESTATUS[0]}
     ((code == 0)) || failed=1
-    echo "$log: $SECONDS s of $limit are over"
+    echo "$log: $SECONDS of $limit s used"
 }
 
 tests() {
@@ -45,7 +45,7 @@ tests() {
     "$python" -m pip freeze
 } >"$out/machine.txt" 2>&1 || true
 
-# A process of the tests of ops holds up to 12 GB.
+# A test process of the ops takes up to 12 GB of GPU memory.
 parallel=()
 if "$python" -c "import xdist" 2>/dev/null; then
     memory=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | head -n 1)
@@ -57,7 +57,7 @@ if "$python" -c "import accelerate, diffusers, huggingface_hub, pydantic, safete
     whole=$((limit / 8))
 fi
 
-# The budget ends before the limit does: the last measurement goes on to its end.
+# The budget ends before the limit, because the last measurement still runs to its end.
 again=()
 while :; do
     rest=$((limit - SECONDS - whole - limit / 6))

@@ -1,6 +1,6 @@
-"""Every op against its float64 reference, and against what plain torch loses at the same dtype.
+"""Check every op against its float64 reference, relative to the error of plain torch in the same dtype.
 
-`python checks.py attend` prints as JSON what one op fails; on a CPU it needs `TRITON_INTERPRET=1`.
+`python checks.py attend` prints the failures of one op as JSON; on a CPU it needs `TRITON_INTERPRET=1`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import torch  # noqa: E402
 from processes import together  # noqa: E402
 
 FACTOR = 1.2
-"""An op's relative error may be this many times that of torch at the same dtype."""
+"""Allowed ratio of an op's relative error to that of torch in the same dtype."""
 FLOOR = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-"""Two units in the last place: below this an error is the rounding of the result itself."""
+"""Errors below this pass: two units in the last place, the rounding of the result itself."""
 
 
 def relative_error(actual, expected):
-    """Largest difference over the largest magnitude; inf where something is not finite."""
+    """Largest difference divided by the largest magnitude; inf if any difference is not finite."""
     difference = (actual.double() - expected.double()).abs()
     if not bool(torch.isfinite(difference).all()):
         return float("inf")
@@ -35,34 +35,34 @@ def relative_error(actual, expected):
 
 
 def listed(found):
-    """A tensor as a list of one."""
+    """A list of tensors; a single tensor becomes a list of one."""
     return [found] if isinstance(found, torch.Tensor) else found
 
 
 SIZES = ((10, 40, 3, 64, 96), (25, 40, 3, 64, 96))
-"""Tokens a frame, queries, heads, channels a head and rank: less than a block of keys, and some blocks."""
+"""Tokens per frame, queries, heads, channels per head and rank: less than one block of keys, and several blocks."""
 MEASURED = tuple((150, 100, 12, 128, rank) for rank in (192, 64, 448))
-"""More of them, in the tiles that are timed: many queries, and several blocks of any size, the last not full."""
+"""Larger sizes that use the timed tiles: many queries, and several blocks of any size, the last one partial."""
 
 
 def red(failures):
-    """The names of the ops that some lines of `check_all` are about."""
+    """Names of the ops in some lines of `check_all`."""
     return {line.partition(",")[0] for line in failures}
 
 
 def check_all(device, dtype, seed=0, chosen=None):
-    """A line for every check that an op fails, its name first: both errors, or why it does not run; empty is a pass.
+    """One line per failed check, starting with the op's name: both errors, or why it does not run. Empty if all pass.
 
-    `chosen` are the names of some ops, all by default. The interpreter is too slow for MEASURED.
+    `chosen` names the ops to check (default: all). MEASURED sizes are skipped in the interpreter, which is too slow.
     """
     sizes = SIZES + MEASURED if device.type == "cuda" else SIZES
     return [line for size in sizes for line in check(device, dtype, seed, *size, chosen=chosen)]
 
 
 def isolated(device, budget, chosen=None, tiles=None, workers=None):
-    """`check_all` in processes of their own, one for every op; `tiles` is a file that `tune.use` takes.
+    """`check_all` with a process for every op; `tiles` is a file for `tune.use`.
 
-    An op whose process does not end within `budget` or ends without an answer fails.
+    An op also fails if its process exceeds `budget` or ends without a result.
     """
     chosen = list(CHECKS if chosen is None else chosen)
     command = [sys.executable, __file__, "--device", str(device), *(["--tiles", str(tiles)] if tiles else [])]
@@ -83,7 +83,7 @@ def check(device, dtype, seed, *size, chosen=None):
 
 
 class Case:
-    """One size of random inputs, and the lines of what fails at it."""
+    """Random inputs of one size, and the failures at that size."""
 
     batch, frames, shared = 2, 3, 32
 
@@ -101,7 +101,7 @@ class Case:
         return torch.stack([angle.cos(), angle.sin()], dim=-1)
 
     def ring(self):
-        """Rows of which one slot is poisoned, the slots that are read and how many of the keys count: all of them."""
+        """Rows with one poisoned slot, the slots to read, and the number of valid keys: all that they hold."""
         rows = self.random(self.batch, self.frames + 1, self.tokens, self.rank + self.shared)
         rows[:, 1] = float("nan")
         slots = torch.tensor([2, 0, 3], dtype=torch.int32, device=self.device)
@@ -158,7 +158,7 @@ def _expand(case):
             case.random(case.heads * (nope + case.depth), case.rank),
             case.random(case.heads * (nope + case.depth)),
         )
-        # Without a shared key a row is the latent alone, and all channels of a head are rotated.
+        # Without a shared key, a row is only the latent, and all channels of a head are rotated.
         cached, turned = (rows[..., : case.rank].contiguous(), every) if rotate_heads else (rows, turn)
 
         def expanded(kind, function, weights=(up, bias), cached=cached, turned=turned, rotate_heads=rotate_heads):
@@ -244,19 +244,19 @@ CHECKS = {
     "merge_pair": _merge,
     "latent_write_": _write,
 }
-"""What is checked of every op, by the op's name."""
+"""The check of every op, by name."""
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("op", choices=list(CHECKS))
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tiles", type=Path, help="take the tiles of this file, as run.py does")
+    parser.add_argument("--tiles", type=Path, help="use the tiles in this file, as run.py does")
     chosen = parser.parse_args(arguments)
     if chosen.tiles:
         importlib.import_module("tune").use(chosen.tiles)
     device = torch.device(chosen.device)
-    # The interpreter's products of bfloat16 are wrong.
+    # The interpreter gets bfloat16 products wrong.
     with torch.no_grad():
         print(json.dumps(check_all(device, torch.bfloat16 if device.type == "cuda" else torch.float32, 0, [chosen.op])))
     return 0

@@ -1,7 +1,7 @@
-"""Stock attention over dense keys and values, as the baselines have it: flash, cuDNN and FlexAttention, with splits.
+"""Stock attention over dense keys and values as a baseline: flash, cuDNN and FlexAttention, with splits.
 
-Splits go into the batch: the keys of an item become `splits` items whose results are merged by their log-sum-exps,
-one launch as without. Every baseline gets what split-KV brings to ours.
+Splits become batch items: the keys of an item are divided into `splits` items, whose results are merged by their
+log-sum-exps. This is one launch, as without splits, and gives every baseline the benefit of our split-KV.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from watch import barred, require_answer
 
 CUDNN_WHOLE = 91501
-"""The first cuDNN, 9.15.1, whose attention is right for every length: before, only for multiples of 128."""
+"""cuDNN 9.15.1: the first version that is right for every length; older ones need multiples of 128."""
 CUDNN_TILE = 128
 
 
 def torch_attention(query, key, value, scale=None):
-    """torch's own attention on `[B, N, H, D]`, by whichever backend it takes."""
+    """torch's own attention on `[B, N, H, D]`, with the backend that torch chooses."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2)
 
 
 def torch_runs(query, key, value):
-    """The name of the backend that torch's attention takes on `[B, N, H, D]`; None where torch does not tell."""
+    """Name of the backend that torch's attention uses on `[B, N, H, D]`; None if torch does not report it."""
     try:
         return SDPBackend(torch._fused_sdp_choice(*(x.transpose(1, 2) for x in (query, key, value)))).name
     except Exception:
@@ -35,7 +35,7 @@ def torch_runs(query, key, value):
 
 
 def cudnn_refusal(version, *lengths):
-    """Why cuDNN's attention is not taken for sequences of some lengths, in one line; None when it is."""
+    """Why cuDNN's attention is not used for these sequence lengths, in one line; None if it is."""
     if version is None:
         return "torch has no cuDNN"
     odd = [str(length) for length in lengths if length % CUDNN_TILE]
@@ -45,7 +45,7 @@ def cudnn_refusal(version, *lengths):
 
 
 def flash(query, key, value, scale):
-    """Out `[B, H, Q, D]` and log-sum-exp `[B, H, Q]` of FlashAttention; on a CPU of torch's own."""
+    """Output `[B, H, Q, D]` and log-sum-exp `[B, H, Q]` of FlashAttention; on a CPU, of torch's own kernel."""
     if query.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scale)
     else:
@@ -54,7 +54,7 @@ def flash(query, key, value, scale):
 
 
 def cudnn(query, key, value, scale):
-    """The same of cuDNN."""
+    """Output and log-sum-exp of cuDNN's attention."""
     return torch.ops.aten._scaled_dot_product_cudnn_attention(query, key, value, None, True, scale=scale)[:2]
 
 
@@ -62,13 +62,13 @@ def cudnn(query, key, value, scale):
 def _compiled_flex():
     from torch.nn.attention.flex_attention import flex_attention
 
-    # Every size is compiled: beyond the limit, 8, calls would silently run unfused.
+    # Every size is compiled. Beyond the default limit of 8, calls would silently run unfused.
     torch._dynamo.config.recompile_limit = 64
     return torch.compile(flex_attention, dynamic=False)
 
 
 def flex(query, key, value, scale):
-    """The same of FlexAttention, compiled."""
+    """Output and log-sum-exp of compiled FlexAttention."""
     return _compiled_flex()(query, key, value, scale=scale, return_lse=True)
 
 
@@ -78,7 +78,7 @@ TORCH = "torch"
 
 @dataclass(frozen=True)
 class Stock:
-    """A stock attention with a number of splits, called with queries, keys and values `[B, N, H, D]`."""
+    """A stock attention with a number of splits; call it with queries, keys and values `[B, N, H, D]`."""
 
     name: str
     scale: float
@@ -86,13 +86,13 @@ class Stock:
 
     @classmethod
     def named(cls, label, scale):
-        """The one that has a label."""
+        """The stock attention with this label."""
         name, _, splits = label.partition(", ")
         return cls(name, scale, int(splits.split()[0]) if splits else 1)
 
     @property
     def label(self):
-        """`flash, 2 splits`; torch's own choice is never split, for it tells no log-sum-exp."""
+        """For example `flash, 2 splits`. torch's own choice is never split: it returns no log-sum-exp."""
         return TORCH if self.name == TORCH else f"{self.name}, {self.splits} split{'s' * (self.splits > 1)}"
 
     def __call__(self, query, key, value):
@@ -102,15 +102,15 @@ class Stock:
 
 
 def with_lse(baseline, query, key, value, scale):
-    """`baseline` on `[B, N, H, D]`: out in the same layout and the log-sum-exp, float32 `[B, H, N]`."""
+    """`baseline` on `[B, N, H, D]`: output in the same layout and log-sum-exp, float32 `[B, H, N]`."""
     batch, queries, heads, _ = query.shape
     out, lse = BASELINES[baseline](*(x.transpose(1, 2) for x in (query, key, value)), scale)
-    # Some pad the queries, or have an axis more.
+    # Some backends pad the queries or add an axis.
     return out.transpose(1, 2).contiguous(), lse.float().reshape(batch, heads, -1)[..., :queries].contiguous()
 
 
 def attend(baseline, query, key, value, scale, splits=1):
-    """`baseline` on `[B, N, H, D]`, out in the same layout; the keys must divide into `splits`."""
+    """`baseline` on `[B, N, H, D]`, output in the same layout; `splits` must divide the number of keys."""
     batch, queries, heads, depth = query.shape
     run = BASELINES[baseline]
     if splits == 1:
@@ -124,12 +124,12 @@ def attend(baseline, query, key, value, scale, splits=1):
 
 
 def usable(query, key, value, scale, splits, names):
-    """Stock attentions that run here and agree with the yardstick, by label, torch's own first; why others do not."""
+    """Stock attentions that run and agree with `yardstick`, by label, torch's own first; reasons why others do not."""
     found, refused = {}, {}
     expected = yardstick(query, key, value, scale).float()
     for stock in (Stock(TORCH, scale), *(Stock(name, scale, count) for name in names for count in splits)):
         if key.shape[1] % stock.splits:
-            refused[stock.label] = f"{key.shape[1]} keys are not divided by {stock.splits}"
+            refused[stock.label] = f"{key.shape[1]} keys are not divisible by {stock.splits}"
             continue
         if stock.name == "cuDNN" and query.device.type == "cuda":
             reason = cudnn_refusal(torch.backends.cudnn.version(), query.shape[1], key.shape[1] // stock.splits)
@@ -153,7 +153,7 @@ def usable(query, key, value, scale, splits, names):
 
 
 def yardstick(query, key, value, scale):
-    """torch's attention on `[B, N, H, D]` by a backend that is known to be right: not by cuDNN."""
+    """torch's attention on `[B, N, H, D]` by a backend known to be right, so not cuDNN."""
     if query.device.type != "cuda":
         return torch_attention(query, key, value, scale)
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):

@@ -1,9 +1,9 @@
-"""Write a device's entry of the table that chooses kernels: `python device_costs.py results/results.json`.
+"""Write the entry of a device in the table that chooses kernels: `python device_costs.py results/results.json`.
 
-Prices of a multiply-add on each way, relative to torch's own attention at the most queries, from the benchmark's
-attention part at a full window and batch 1, as the model runs them: torch's choice, `attend` with splits by its rule.
-What a device takes is priced, a launch from Python is not. The entry goes into `mla_convert/mla/device_costs.json`,
-or `--table`.
+An entry holds the cost of a multiply-add on each path relative to torch's own attention with the most queries. It comes
+from the benchmark's attention part at a full window and batch 1, with what the model runs: torch's choice, and `attend`
+with splits chosen by its rule. It covers device time, not launches from Python. The entry goes into
+`mla_convert/mla/device_costs.json`, or into `--table`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ EXPAND = f"expand, rank {RANK}"
 
 
 def entry(result):
-    """The entry of a result. Raises ValueError where a size or a way was not measured."""
+    """The table entry for a result. Raises ValueError if a size or a path was not measured."""
     window = result["shape"]["window"] * result["shape"]["tokens"]
     rows = {row["queries"]: row for row in result["attention"]["rows"] if row["batch"] == 1 and row["keys"] == window}
     if not rows:
-        raise ValueError(f"no attention to {window} keys at batch 1 was measured")
+        raise ValueError(f"attention to {window} keys at batch 1 was not measured")
     queries = sorted(rows)
 
     def seconds_per_flop(name, count):
@@ -34,7 +34,7 @@ def entry(result):
         return 1 / rows[count]["times"][name]["tflop_s"]
 
     unit = seconds_per_flop(WAYS["sdpa"], queries[-1])
-    # Expanding does not depend on the queries, and is timed once for these keys.
+    # Expansion does not depend on the queries and is timed once for these keys.
     expanded = next((count for count in reversed(queries) if EXPAND in rows[count]["times"]), queries[-1])
     return {
         "source": f"kernels/mla-attention/benchmarks/run.py, torch {result['torch']}, triton {result['triton']}",
@@ -53,11 +53,11 @@ def main(arguments=None):
     chosen = parser.parse_args(arguments)
     result = json.loads(chosen.result.read_text(encoding="utf-8"))
     if result["tiny"] or result["device"].startswith("CPU"):
-        parser.exit(1, "error: a result of a toy size or of a CPU says nothing about a GPU\n")
+        parser.exit(1, "error: results of a toy size or of a CPU say nothing about a GPU; pass those of a full run\n")
     try:
         found = entry(result)
     except (KeyError, ValueError) as error:
-        parser.exit(1, f"error: {chosen.result} is not complete: {error}\n")
+        parser.exit(1, f"error: {chosen.result} is incomplete: {error}\n")
     table = json.loads(chosen.table.read_text(encoding="utf-8"))
     table[result["device"]] = found
     chosen.table.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Whether what is timed is right at the size at which it is timed: once against plain torch, and the same twice."""
+"""Check timed work at its full size: compare it once with plain torch, and two runs with each other."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ import torch
 from checks import listed
 
 ALLOWED = 3e-2
-"""Difference from the expected result, relative to its largest magnitude: as for stock attention."""
+"""Allowed difference relative to the largest magnitude of the expected result, as for stock attention."""
 LOGITS = 2.5e8
-"""Logits that a reference may hold in float32: 1 GB, of which it makes some copies."""
+"""Number of float32 logits a reference may hold: 1 GB, of which it makes a few copies."""
 
 
 def difference(found, expected):
-    """The largest difference over the largest magnitude, NaN where something is not a number."""
+    """Largest difference divided by the largest magnitude; NaN if anything is NaN."""
     return float((found.float() - expected.float()).abs().max() / expected.float().abs().max())
 
 
 def verdict(run, expected, strict=True, read=lambda found: found):
-    """How `run` compares with `expected`, functions that give one or more tensors, and in words what is wrong.
+    """Compare `run` with `expected`, functions that return one or more tensors; also say in words what is wrong.
 
-    `strict` wants two runs to be equal to the bit, in all that they give; `expected` is that of what `read` takes.
+    `read` selects the part of the result that `expected` computes. With `strict`, the whole result must be equal to the
+    bit in two runs.
     """
     first = [x.clone() for x in listed(run())]
     found = run()
     equal = all(torch.equal(x, y) for x, y in zip(first, listed(found), strict=True))
-    # What is expected may be computed in the place of what was found.
+    # `expected` may overwrite the memory of the result.
     given = [x.clone() for x in listed(read(found))]
     pairs = zip(given, listed(expected()), strict=True)
     error = max((difference(x, y) for x, y in pairs), key=lambda x: (x != x, x))
@@ -37,17 +38,17 @@ def verdict(run, expected, strict=True, read=lambda found: found):
 
 
 def sampled(queries, rows):
-    """A slice of some queries from all of them, so that the logits of `rows` times one query are no more than LOGITS.
+    """A slice that samples the queries so that their logits, `rows` for each query, number at most LOGITS.
 
-    Tiles hold neighbours: some of every tile are among them.
+    A tile holds neighboring queries, so every tile is sampled.
     """
     return slice(None, None, max(1, -(-queries * rows // int(LOGITS))))
 
 
 def way_agrees(way, shape, device, dtype):
-    """`verdict` of a layer of a way against the same way by `plain`; of torch's part of it two runs may differ.
+    """`verdict` of one layer of a way against the same way on `plain`; two runs may differ if it uses stock attention.
 
-    None where the way runs nothing of ours.
+    None if the way runs none of our ops.
     """
     if not way.ops:
         return None, None
@@ -60,7 +61,7 @@ def way_agrees(way, shape, device, dtype):
         way.start_chunk()
         way.writing = False
         out = way.attend(0, *given)
-        # What is expanded ahead is that of the second layer.
+        # A history expanded ahead belongs to the second layer.
         return way.attend(1, *given) if getattr(way, "ahead", False) and shape.layers > 1 else out
 
     def expected():
@@ -71,14 +72,14 @@ def way_agrees(way, shape, device, dtype):
             return attended()
         finally:
             way.kernels, way.run = ops, run
-            # What it has kept was expanded by torch.
+            # Drop the history that torch expanded.
             way.start_chunk()
 
     return verdict(attended, expected, strict=run is None and getattr(way, "apart", None) is None)
 
 
 def writes_agree(way, shape, device, dtype):
-    """`verdict` of the rows that a way writes for a layer; None where none of our ops writes them."""
+    """`verdict` of the rows that a way writes for one layer; None if none of our ops writes them."""
     if not way.writes:
         return None, None
     generator = torch.Generator(device).manual_seed(0)

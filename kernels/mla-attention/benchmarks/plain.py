@@ -1,7 +1,7 @@
-"""The ops in plain torch under their names in `mla_attention`, for a layer at its full size.
+"""The ops in plain torch, under their `mla_attention` names, for a layer at full size.
 
-Queries go block by block, so that the logits of all keys fit. What a way computes by the kernels is compared with what
-it computes by these; and a dense way runs by them without any kernel of ours.
+Queries are processed in blocks so that their logits for all keys fit in memory. The ways with kernels are compared with
+the same ways on these ops, and a dense way uses them to run without any kernel of ours.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import mla_attention as ops
 import torch
 
 BLOCK = 520
-"""Queries at once: a ninth of a chunk's, whose float32 logits of a window take 0.8 GB."""
+"""Queries per block: a ninth of a chunk, whose float32 logits for a window take 0.8 GB."""
 
 expand_kv_ = ops.expand_kv_reference
 latent_write_ = ops.latent_write_reference

@@ -1,4 +1,4 @@
-"""Commands in processes of their own: one that fails or hangs ends no other, and not the process that measures."""
+"""Run commands in separate processes, so that one that fails or hangs affects neither the others nor this process."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ TIME_ENDED = "time ended"
 
 
 def together(commands, workers, budget, environment=None):
-    """By key what each of `commands`, `{key: arguments}`, printed as JSON in its last line, else why not, in words.
+    """Run `commands`, `{key: arguments}`; returns by key the JSON in the last line of output, or an error message.
 
-    `workers` of them run at once. Where `budget` ends those that have not are killed: `TIME_ENDED`.
+    At most `workers` run at once. Commands that have not finished when `budget` ends are killed: `TIME_ENDED`.
     """
     found, running, waiting = {}, {}, dict(commands)
     while waiting or running:
-        # The process that waits here does not hang.
+        # This process waits but does not hang.
         mark()
         while waiting and len(running) < workers and budget.left() > 0:
             key = next(iter(waiting))
-            # Files, not pipes: a compiler that fails prints more than a pipe holds.
+            # Use files: a failing compiler prints more than a pipe holds.
             outputs = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
             process = subprocess.Popen(waiting.pop(key), stdout=outputs[0], stderr=outputs[1], env=environment)
             running[key] = process, outputs
@@ -35,13 +35,13 @@ def together(commands, workers, budget, environment=None):
                 found[key] = json.loads(out.splitlines()[-1])
             except (IndexError, ValueError):
                 lines = error.strip().splitlines()
-                found[key] = (lines[-1] if lines else "it ended without a word")[:200]
+                found[key] = (lines[-1] if lines else "it ended without an error message")[:200]
         if ended:
             found.update((key, TIME_ENDED) for key in (*waiting, *running))
             for process, _ in running.values():
                 process.kill()
             for process, _ in running.values():
-                # What is timed next must not share the device; a process that its driver holds is not waited for.
+                # It must not share the device with later timing, but do not wait for one that is stuck in the driver.
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(5)
             return found
@@ -50,7 +50,7 @@ def together(commands, workers, budget, environment=None):
 
 
 def read(output):
-    """What a process wrote to a temporary file, which is closed."""
+    """Read the output of a process from a temporary file and close it."""
     with output:
         output.seek(0)
         return output.read()

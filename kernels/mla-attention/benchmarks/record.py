@@ -1,4 +1,4 @@
-"""What a run has found, in results.json and results.md, written at every change; a later process goes on from it."""
+"""Keep the results of a run in results.json and results.md, rewritten on every change; a later process resumes them."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from timing import told
 from watch import LOST, NOW, Lost, mark, require_answer
 
 SAME = ("device", "torch", "triton", "tiny", "dtype", "shape")
-"""What two processes of one run have in common."""
+"""What must be equal in two processes of one run."""
 TRIES = 3
-"""Processes that one part may end."""
+"""Number of lost processes after which a part is abandoned."""
 
 
 class Record:
     """The results of a run in the folder `out`.
 
-    `first` says where and what. With `resume` the parts that an earlier process of the run finished stay, and what
-    ended it is barred: by `NOW.barred` the variant, and the part itself where that is not known.
+    `first` describes the device and the sizes. With `resume`, the parts that an earlier process of the run finished are
+    kept, and what ended that process is not run again: the variant (`NOW.barred`), or the whole part if the variant is
+    unknown.
     """
 
     def __init__(self, out, first, resume=False):
@@ -37,11 +38,11 @@ class Record:
         lost = self.result.get("lost", [])
         if running := self.result.pop("running", None):
             lost = self.result.setdefault("lost", [])
-            lost.append({"why": "its process ended without a word", **running})
+            lost.append({"why": "its process ended without an error message", **running})
         NOW.barred = {one["name"]: f"{one['why']}, in {one['part']}" for one in lost if one["name"]}
 
     def done(self, part):
-        """Whether a part needs no process any more: it has ended, or has ended too many of them."""
+        """Whether a part is finished, or was abandoned because it lost too many processes."""
         lost = [one for one in self.result.get("lost", []) if one["part"] == part]
         if part not in self.result["seconds"] and (any(not one["name"] for one in lost) or len(lost) >= TRIES):
             found = self.result.get(part)
@@ -51,7 +52,7 @@ class Record:
         return part in self.result["seconds"]
 
     def save(self, part, found):
-        """Write what a part has found so far."""
+        """Save what a part has found so far."""
         with self.lock:
             self.result[part] = found
             self.result["goals"] = goals(self.result)
@@ -62,9 +63,9 @@ class Record:
         write(self.out / "results.md", table(self.result))
 
     def measure(self, part, work, device, left, into=None):
-        """The result of a part, saved as `into`, with the time it took; what it had saved before it failed stays.
+        """Run a part and return its result, saved as `into` with its duration; a failure keeps what was already saved.
 
-        Ends the process with the code LOST where the device does not answer any more.
+        Exits with the code LOST if the device stops responding.
         """
         into = into or part
         print(f"{part}: {left:.0f} s left", file=sys.stderr)
@@ -85,7 +86,7 @@ class Record:
                 require_answer(device, error)
             except Lost:
                 self.lost(told(error))
-            # The other parts are worth having all the same.
+            # Continue: the other parts are still worth measuring.
             found = {**(self.result.get(into) or {}), "failed": told(error)}
             print(f"{part}: {found['failed']}", file=sys.stderr)
         with self.lock:
@@ -95,23 +96,23 @@ class Record:
         return found
 
     def lost(self, why):
-        """Note what ran and end the process: the device does not answer it, or what runs does not end."""
+        """Record the call that lost the device or hangs, and exit with the code LOST."""
         with self.lock:
             running = self.result.pop("running", {"part": None})
             self.result.setdefault("lost", []).append({"part": running["part"], "name": NOW.name, "why": why})
             self.write()
-        print(f"{running['part']}, {NOW.name}: {why}; run with --resume to go on", file=sys.stderr, flush=True)
+        print(f"{running['part']}, {NOW.name}: {why}; run with --resume to continue", file=sys.stderr, flush=True)
         leave(LOST)
 
 
 def leave(code):
-    """End this process at once: nothing waits for a device that does not answer."""
+    """Exit at once, without waiting for a device that does not respond."""
     sys.stdout.flush()
     os._exit(code)
 
 
 def write(path, text):
-    """A file whole or not at all."""
+    """Write a file atomically."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

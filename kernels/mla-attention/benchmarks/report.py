@@ -1,4 +1,4 @@
-"""The results as Markdown, and what of the goals is reached."""
+"""Format the results as Markdown, and evaluate the goals."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ PUBLISHED = "dense, published code, flash"
 PUBLISHED_BEST = "dense, published code, best stock"
 TUNED, REINDEXED = "dense, tuned, absolute", "dense, tuned, re-indexed"
 PAIRED = "latent 448 of two layers, rotated on read"
-"""What the shipped recipes for published models convert to."""
+"""The conversion that the shipped recipes for published models make."""
 SHARED = 32
-"""Channels of the shared rotary key that the benchmark takes beside the rank."""
+"""Channels of the shared rotary key in the benchmark, beside the rank."""
 KEPT = "latent 192, rotated on read, history kept"
 GOALS = (
     (
@@ -29,11 +29,11 @@ GOALS = (
 
 
 def goals(result):
-    """Every goal with what was measured and whether it is reached; both are None where nothing was."""
+    """Every goal with its measurement and whether it is reached; both are None if nothing was measured."""
     found = []
 
     def add(name, wanted, measured, least=False):
-        """With `least` it may be more than what was measured: no miss then."""
+        """Add a goal. `least` marks `measured` as a lower bound, which cannot be a miss."""
         reached = None if measured is None or wanted is None or (least and measured < wanted) else measured >= wanted
         more = {"least": True} if least else {}
         found.append({"goal": name, "wanted": wanted, "measured": measured, "reached": reached, **more})
@@ -58,10 +58,10 @@ def goals(result):
 
 
 def _share(result, queries, keys, ours):
-    """The operations of dense attention over the time of the fastest path, over the rate of a product; and the path.
+    """Dense attention's operations per time of the fastest path, relative to the matmul rate; and the path.
 
-    Of the absorbed paths those count that do no fewer operations than dense attention: a low rank would lend the
-    others a rate at which nothing runs. Expanding is not part of it. None where nothing was measured.
+    Absorbed paths count only if they need at least as many operations as dense attention; with a low rank they would
+    appear to exceed what the device can do. Expansion is not included. None if nothing was measured.
     """
     shape, most = result["shape"], (result.get("ceilings") or {}).get("matmul_tflop_s")
     rows = (result.get("attention") or {}).get("rows") or []
@@ -83,15 +83,15 @@ def _counts(name, shape, ours):
 
 
 def _streams(found):
-    """The most streams of a latent way over those of the dense one, and whether it may be more.
+    """Most streams of a latent way divided by those of the dense way, and whether this is a lower bound.
 
-    None unless it is known how many dense ones do not fit.
+    None unless an upper bound of the dense streams is known.
     """
     counts, open_ = found.get("streams") or {}, found.get("open") or {}
     latent = {name: count for name, count in counts.items() if name != TUNED and count is not None}
     dense = counts.get(TUNED)
     if TUNED in open_:
-        # No more than one less than what is known not to fit.
+        # The upper bound is one less than the smallest number known not to fit.
         dense = open_[TUNED][1] and open_[TUNED][1] - 1
     if not dense or not latent:
         return None, False
@@ -112,20 +112,20 @@ def table(result):
     if refused:
         lines += [
             "",
-            f"A check failed with these tiles, those of the package are taken: {'; '.join(refused['tiles'])}",
+            f"A check failed with these tiles, so those of the package are used: {'; '.join(refused['tiles'])}",
             "",
         ]
         lines += [f"- {failure}" for failure in refused["failures"]]
     if result.get("tiles"):
-        lines += ["", f"Tiles other than the package's: {'; '.join(result['tiles'])}"]
+        lines += ["", f"Tiles that differ from the package's: {'; '.join(result['tiles'])}"]
     failures = (result.get("checks") or {}).get("failures")
     if failures:
-        lines += ["", "Nothing is timed that runs an op whose check failed:", ""]
+        lines += ["", "These checks failed, so nothing that runs their ops is timed:", ""]
         lines += [f"- {failure}" for failure in failures]
     ceilings, stock = result.get("ceilings") or {}, result.get("stock") or result.get("unsplit") or {}
     if "matmul_tflop_s" in ceilings:
         rates = f"Copy {ceilings['copy_tb_s']:.2f} TB/s, matmul {ceilings['matmul_tflop_s']:.4g} TFLOP/s."
-        runs = f"Best stock attention at the step's size: {stock.get('best')}; torch's own takes"
+        runs = f"Best stock attention at the step's size: {stock.get('best')}; torch's own uses"
         lines += ["", f"{rates} {runs} {stock.get('torch_runs')}; cuDNN {result.get('cudnn')}."]
     if result.get("goals"):
         lines += ["", "| goal | wanted | measured | |", "| --- | ---: | ---: | --- |"]
@@ -140,7 +140,7 @@ def table(result):
         lines += _times(result, part, title)
     streams = result.get("streams") or {}
     if streams.get("streams"):
-        memory = f"{streams['gb']:.0f} GB are full" if streams.get("gb") else "memory ends"
+        memory = f"{streams['gb']:.0f} GB are full" if streams.get("gb") else "memory runs out"
         lines += ["", f"| streams until {memory} | |", "| --- | ---: |"]
         counts = {name: "not measured" if count is None else count for name, count in streams["streams"].items()}
         lines += [
@@ -158,7 +158,7 @@ def table(result):
     if running := result.get("running"):
         lines += ["", f"Not finished: these are the results up to {running['part']}."]
     for one in result.get("lost") or []:
-        lines += ["", f"A process ended in {one['part']}, {one['name'] or 'nobody knows where'}: {one['why']}"]
+        lines += ["", f"A process ended in {one['part']}, {one['name'] or 'at an unknown call'}: {one['why']}"]
     seconds = result.get("seconds") or {}
     lines += ["", f"Seconds: {', '.join(f'{part} {spent:.0f}' for part, spent in seconds.items())}."]
     for name, kernels in (result.get("profile") or {}).items():
@@ -170,9 +170,9 @@ def table(result):
 
 
 def _row(row, ceiling):
-    """The attentions of one size."""
+    """The table of attention at one size."""
     size = f"{row['queries']} queries x {row['keys']} keys x batch {row['batch']}"
-    lines = ["", f"{size}, torch takes {row['torch_runs']}:", ""]
+    lines = ["", f"{size}, torch uses {row['torch_runs']}:", ""]
     lines += ["| attention | ms | quartiles | launched, ms | TFLOP/s | of matmul |"]
     lines += ["| --- | ---: | --- | ---: | ---: | ---: |"]
     for name, times in row["times"].items():
@@ -184,20 +184,20 @@ def _row(row, ceiling):
             f"| {times['tflop_s']:.3g} | {share} |"
         )
     odd = {name: times["not_captured"] for name, times in row["times"].items() if "not_captured" in times}
-    lines += [f"\n{name} is not captured, its launches are timed: {reason}" for name, reason in odd.items()]
-    # What was found wrong is refused, below.
+    lines += [f"\n{name} cannot be captured, so its launches are timed: {reason}" for name, reason in odd.items()]
+    # Variants that were found wrong are listed as refused below.
     lines += _checked({name: one for name, one in (row.get("checked") or {}).items() if name in row["times"]})
     return lines + [f"\n{name} is not timed: {reason}" for name, reason in row["refused"].items()]
 
 
 def _checked(found):
-    """A line on what was compared at full size, none where nothing was."""
+    """A line on what was compared at full size; nothing if nothing was."""
     compared = {name: one for name, one in found.items() if one}
     if not compared:
         return []
     worst = max(compared, key=lambda name: compared[name]["error"])
     unequal = [name for name, one in compared.items() if not one["equal"]]
-    runs = f"two runs differ of {', '.join(unequal)}" if unequal else "two runs are equal to the bit"
+    runs = f"two runs differ for {', '.join(unequal)}" if unequal else "two runs are equal to the bit"
     error = f"the largest difference is {compared[worst]['error']:.1e} of the largest output ({worst})"
     return [f"\n{len(compared)} compared at full size: {error}; {runs}."]
 

@@ -1,14 +1,14 @@
-"""Attention, a model step and a chunk at the Wan2.1-1.3B geometry, dense against latent: `python run.py --out results`.
+"""Benchmark attention, a model step and a chunk at the Wan2.1-1.3B geometry, dense against latent.
 
-Needs torch, triton and numpy, nothing else, and one GPU; the package `mla_attention` is taken from this folder's
-neighbour. On its first launch Triton compiles a launcher in C: it needs gcc (or cc) and the headers of this Python,
-Python.h. Every kernel is checked against float64 first, and no time is reported for what runs one whose check fails.
-Variants are timed in turn, round by round; ratios are of medians of one run. `--budget` counts seconds from the start
-of the command; parts share them, what decides a goal first, and name what they had to leave out. `results.json` and
-`results.md` are written anew after each. What needs no kernel of ours is measured first; then the kernels are checked
-and candidates of their tiles measured by `tune.py`, in other processes. A device that no longer answers and a call that
-does not end are noted and end this process with code 3: with `--resume` the next one goes on without what ran.
-`--tiny --device cpu` runs all of it at a toy size in Triton's interpreter, for a test; its times mean nothing.
+Run `python run.py --out results`. It needs only torch, triton, numpy and one GPU, and imports `mla_attention` from the
+neighboring folder. Triton compiles a launcher in C on the first launch, so it needs gcc (or cc) and Python.h for this
+Python. Work that uses no kernel of ours is measured first. Then every kernel is checked against float64, and candidate
+tiles are measured by `tune.py`, both in other processes. No time is reported for anything that uses a kernel whose
+check failed. Variants are timed in turn, round by round; ratios are of medians of one run. `--budget` counts seconds
+from the start of the command; the parts share it, those that decide a goal first, and report what they left out.
+`results.json` and `results.md` are rewritten after each part. If the device stops responding or a call hangs, that is
+recorded and this process exits with code 3; the next one continues with `--resume`, without the call that failed.
+`--tiny --device cpu` runs everything at a toy size in Triton's interpreter, as a test; its times mean nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "torch-ext")]
 if "--tiny" in sys.argv and "triton" not in sys.modules:
     os.environ.setdefault("TRITON_INTERPRET", "1")
-# FlexAttention is compiled here and not in a pool of processes, whose start would fall into what is timed.
+# Compile FlexAttention in this process: starting a pool of compile processes would disturb the timing.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import processes  # noqa: E402
@@ -56,11 +56,11 @@ WAN_SIZES = [
     *((queries, frames, batch) for batch in (1, 4) for frames in (60, 3) for queries in (1560, 512, 128)),
     *((4680, frames, 4) for frames in (60, 3)),
 ]
-"""Queries, frames of keys and batch; what matters most comes first, in case time ends."""
+"""Queries, frames of keys and batch; the most important first, in case time runs out."""
 
 
 class Part(NamedTuple):
-    """What of the seconds that are left a part may take, and how many it needs to be begun."""
+    """The share of the remaining seconds that a part may use, and the least it needs to start."""
 
     share: float
     least: float
@@ -78,7 +78,7 @@ PARTS = {
     "graph": Part(0.4, 8),
     "flex": Part(1.0, 30),
 }
-"""In the order in which they run: what decides a goal first. `dense` runs before any kernel of ours."""
+"""In execution order: parts that decide a goal come first. `dense` runs before any kernel of ours."""
 CHECK_SECONDS = 100
 TINY = Shape(layers=1, heads=1, head_dim=64, ffn=32, tokens=4, window=4, chunk=1, text=4)
 
@@ -90,28 +90,28 @@ def parse(arguments):
     parser.add_argument("--repeats", type=int, default=15, help="timed rounds")
     parser.add_argument("--budget", type=float, default=480, help="seconds for the whole command")
     parser.add_argument("--parts", nargs="*", choices=sorted(PARTS), default=list(PARTS), help="only these parts")
-    parser.add_argument("--tiles", type=Path, help="take the tiles of this file, which tune.py wrote, and measure none")
-    parser.add_argument("--resume", action="store_true", help="go on where an earlier process of this run was lost")
-    parser.add_argument("--tiny", action="store_true", help="a toy size, to see that everything runs")
+    parser.add_argument("--tiles", type=Path, help="use the tiles in this file written by tune.py, and measure none")
+    parser.add_argument("--resume", action="store_true", help="continue after an earlier process of this run was lost")
+    parser.add_argument("--tiny", action="store_true", help="use a toy size, to check that everything runs")
     chosen = parser.parse_args(arguments)
     if torch.device(chosen.device).type == "cuda" and not torch.cuda.is_available():
-        parser.exit(1, "error: no CUDA device; --tiny --device cpu runs a toy size in the interpreter\n")
+        parser.exit(1, "error: no CUDA device; run a toy size in the interpreter with --tiny --device cpu\n")
     return chosen
 
 
 def lacking(environment=os.environ):
-    """What Triton needs to compile its launchers and does not find, in one line; None when it finds all."""
+    """What Triton lacks to compile its launchers, in one line; None if nothing is missing."""
     missing = []
     if not environment.get("CC") and shutil.which("gcc") is None and shutil.which("cc") is None:
         missing.append("no C compiler (gcc or cc)")
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     if not header.exists():
         missing.append(f"no {header}")
-    return f"Triton needs what is not here to launch kernels: {', '.join(missing)}" if missing else None
+    return f"Triton cannot compile its launchers: {', '.join(missing)}" if missing else None
 
 
 def describe(device, dtype, shape, chosen):
-    """Where and what: device, versions and sizes."""
+    """Device, versions and sizes of this run."""
     properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     return {
         "device": properties.name if properties else f"CPU ({platform.machine()})",
@@ -130,19 +130,19 @@ def describe(device, dtype, shape, chosen):
 
 
 def main(arguments=None, started=None):
-    """Measure and write; 0 when everything ran and every check passed, else 1."""
+    """Measure and write the results. Returns 0 if everything ran and every check passed, else 1."""
     started = time.monotonic() if started is None else started
     chosen = parse(arguments)
     budget, repeats, device = Budget(chosen.budget, started), chosen.repeats, torch.device(chosen.device)
     if device.type == "cuda":
         if device.index is not None:
-            # Events and streams are those of the current device.
+            # CUDA events and streams belong to the current device.
             torch.cuda.set_device(device)
         if reason := lacking():
             print(reason, file=sys.stderr)
     dtype, shape, wanted = torch.bfloat16, Shape(), WAN_SIZES
     if chosen.tiny:
-        # The interpreter's products of bfloat16 are wrong.
+        # The interpreter gets bfloat16 products wrong.
         dtype, repeats, shape, wanted = torch.float32, 1, TINY, [(TINY.queries, 2, 1)]
     torch.manual_seed(0)
     first = describe(device, dtype, shape, chosen)
@@ -198,33 +198,33 @@ def main(arguments=None, started=None):
 
 
 def saver(record, part):
-    """Saves what a part has found so far."""
+    """A function that saves what a part has found so far."""
     return functools.partial(record.save, part)
 
 
 def stock(result, shape, part):
-    """The best stock attention of a part, torch's own where it has none."""
+    """The best stock attention of a part, or torch's own if the part has none."""
     return Stock.named((result.get(part) or {}).get("best") or TORCH, shape.head_dim**-0.5)
 
 
 def known(record, measure, chosen, device, dtype, budget):
-    """The ops that are wrong: checks with the tiles of the tables, then those that --tiles has or `tune` finds."""
+    """Ops that fail their checks, with the tiles of the package, of `--tiles` or those that `tune` finds fastest."""
     result, shipped = record.result, tune.tables()
 
     def failures(tiles=None, ops=None):
-        """On a GPU no kernel of ours has run in this process yet; on a CPU there is nothing to lose."""
+        """Failed checks. On a GPU they run in other processes, so that a bad kernel cannot end this one."""
         if device.type == "cuda":
             return isolated(device, Budget(min(CHECK_SECONDS, max(10, budget.left() / 3))), ops, tiles)
         return check_all(device, dtype)
 
     def taken(path, ops=None):
-        """The failures with the tiles of a file, which the tables have then, unless there are failures or no tiles."""
+        """Switch to the tiles in a file and return the failures with them; None, without switching, if any fail."""
         try:
             tiles = tune.use(path)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            # It may have entered some of them.
+            # `use` may have applied some of the tiles.
             tune.restore(shipped)
-            print(f"warning: the tiles of {path} are not taken: {told(error)}", file=sys.stderr)
+            print(f"warning: ignoring the tiles of {path}: {told(error)}", file=sys.stderr)
             return None
         try:
             found = failures(path, ops)
@@ -233,7 +233,7 @@ def known(record, measure, chosen, device, dtype, budget):
         if found:
             tune.restore(shipped)
             result["tiles_refused"] = {"tiles": tiles, "failures": found}
-            print(f"the tiles of {path} are refused: {'; '.join(found)}", file=sys.stderr)
+            print(f"warning: rejecting the tiles of {path}: {'; '.join(found)}", file=sys.stderr)
             return None
         result.update(tiles=tiles, tiles_from=str(path))
         return found
@@ -254,7 +254,7 @@ def known(record, measure, chosen, device, dtype, budget):
         found = json.loads(path.read_text(encoding="utf-8"))
         ops = {"expand_kv_" if op == tune.EXPAND else op.partition(",")[0] for op in found["change"]}
         if ops and taken(path, sorted(ops)) is not None:
-            # What failed with other tiles is right with these.
+            # Ops that failed with other tiles pass with these.
             before = result["checks"].get("failures")
             if before is not None:
                 result["checks"] = {"failures": [line for line in before if not red([line]) & ops]}
@@ -268,7 +268,7 @@ def known(record, measure, chosen, device, dtype, budget):
         measure("tune", tuned)
     found = result["checks"].get("failures")
     print("\n".join(found or ["all kernels agree with float64"] * (found == [])), file=sys.stderr)
-    # Without an answer nothing is known to be right.
+    # Without check results, no op is known to be right.
     return set(CHECKS) if found is None else red(found)
 
 

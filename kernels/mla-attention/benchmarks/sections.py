@@ -1,4 +1,4 @@
-"""The parts of the benchmark that run a model's layers: step and chunk, a CUDA graph, a profile."""
+"""Benchmark parts that run layers of the model: step, chunk, CUDA graph and profile."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TORCH_ALONE = "dense, absolute, norm and rotation by torch"
 
 
 def best_dense(shape, device, dtype, repeats, budget, splits=SPLITS):
-    """What was measured of stock attention at the step's size; `best` is the label of the fastest, with its splits."""
+    """Measurements of stock attention at the step's size; `best` is the label of the fastest, including its splits."""
     size = (shape.batch, shape.heads, shape.head_dim)
     query, key, value = (
         torch.randn(size[0], n, *size[1:], device=device, dtype=dtype) for n in (shape.queries, shape.keys, shape.keys)
@@ -28,14 +28,14 @@ def best_dense(shape, device, dtype, repeats, budget, splits=SPLITS):
     variants, refused = usable(query, key, value, shape.head_dim**-0.5, splits, STOCK)
     calls = {name: functools.partial(stock, query, key, value) for name, stock in variants.items()}
     found = interleaved(calls, repeats, device, budget)
-    # torch's own choice is one of the others, unless none of them runs.
+    # torch's own choice is one of the others, so it counts only if no other runs.
     best = min(found, key=lambda name: (name == TORCH, found[name]["median_ms"]))
     runs = torch_runs(query, key, value)
     return {"best": best, "times": found, "refused": refused, "torch_runs": runs}
 
 
 def ways(shape, device, dtype, run):
-    """Every way of self-attention that is compared, as functions that build it; `run` is the best stock attention."""
+    """All ways of self-attention to compare, as functions that build them; `run` is the best stock attention."""
     build = functools.partial
     found = {**published(shape, device, dtype, run), **tuned(shape, device, dtype, run)}
     for rank in (64, 192):
@@ -45,7 +45,7 @@ def ways(shape, device, dtype, run):
     for rank in (64, 192, 224):
         found[f"latent {rank}, rotated on read"] = build(Latent, shape, device, dtype, rank, 0, "expand", run=run)
         found[f"latent {rank}, rotated on read, attend"] = build(Latent, shape, device, dtype, rank, 0, "expand")
-    # Of the stock ones torch's own choice tells no log-sum-exp.
+    # torch's own choice returns no log-sum-exp, so it cannot be used here.
     apart = build(Latent, shape, device, dtype, apart="flash" if run is None or run.name == TORCH else run.name)
     found[f"latent 64+{SHARED}, absorbed, own chunk by stock"] = functools.partial(
         apart, rank=64, shared=SHARED, path="absorbed"
@@ -61,10 +61,10 @@ def ways(shape, device, dtype, run):
 
 
 def published(shape, device, dtype, run):
-    """Self-Forcing's published code with the attention that it has on an H200 and with the best stock one.
+    """Self-Forcing's published code with the attention it uses on an H200, and with the best stock attention.
 
-    It takes FlashAttention-3 only where the device is called H100 or Hopper, FlashAttention-2 on all others: torch's
-    flash attention. The best one is unsplit, as its call is.
+    It uses FlashAttention-3 only if the device name contains H100 or Hopper, and FlashAttention-2 otherwise, which is
+    torch's flash attention. The best one is unsplit, like the call in that code.
     """
     best = dataclasses.replace(run, splits=1)
     return {
@@ -74,7 +74,7 @@ def published(shape, device, dtype, run):
 
 
 def tuned(shape, device, dtype, run):
-    """The tuned dense paths, with absolute positions and re-indexed."""
+    """Tuned dense paths: absolute positions, and re-indexed."""
     build = functools.partial(Dense, shape, device, dtype, run=run)
     return {
         TUNED: functools.partial(build, reindexed=False),
@@ -83,10 +83,11 @@ def tuned(shape, device, dtype, run):
 
 
 def built(builders, device, red, step=None, writes=False, agree=()):
-    """The ways that can be built and run a pass, by name, and why others do not.
+    """The ways that can be built and run a pass, by name, and the reasons why others cannot.
 
-    What runs an op in `red`, in a pass that `writes` too, is left out: the op has failed its check. So is what one of
-    `agree` finds wrong at full size; these give what they found, kept as `way.checked`, and what is wrong in words.
+    A way is left out if it runs an op in `red` (ops that failed their check), also in a pass that `writes`, or if one
+    of the functions in `agree` finds it wrong at full size. These return their findings, kept as `way.checked`, and an
+    explanation of what is wrong.
     """
     found, refused = {}, {}
     for name, build in builders.items():
@@ -111,7 +112,7 @@ def built(builders, device, red, step=None, writes=False, agree=()):
             else:
                 found[name] = way
         except Exception as error:
-            # Whatever of it was built must not keep the memory of the others.
+            # Free what was built of it, so that the others have the memory.
             way = None
             require_answer(device, error)
             refused[name] = told(error)
@@ -119,15 +120,15 @@ def built(builders, device, red, step=None, writes=False, agree=()):
 
 
 def model_step(shape, device, dtype, repeats, budget, run, save=None, red=frozenset()):
-    """One pass through all layers by every way, side by side; ratios of the dense baselines over the latent ways.
+    """One pass through all layers by every way, interleaved, with ratios of the dense baselines to the latent ways.
 
-    `save` is called with what is known after every round.
+    `save` is called with the results so far after every round.
     """
     return _step(ways(shape, device, dtype, run), shape, device, dtype, repeats, budget, save, red)
 
 
 def dense_step(shape, device, dtype, repeats, budget, run, save=None):
-    """The same by dense ways that run no kernel of ours."""
+    """`model_step` for dense ways that run no kernel of ours."""
     every = published(shape, device, dtype, run)
     every[TORCH_ALONE] = functools.partial(
         Dense, shape, device, dtype, False, dataclasses.replace(run, splits=1), kernels=plain
@@ -163,7 +164,7 @@ def _timed(found, refused, times):
 
 
 def ratios(found):
-    """Medians of the dense baselines over those of the latent ways."""
+    """Medians of the dense baselines divided by those of the latent ways."""
     medians = {name: times["median_ms"] for name, times in found.items()}
     latent = {name: median for name, median in medians.items() if name.startswith("latent")}
     return {
@@ -172,7 +173,7 @@ def ratios(found):
 
 
 def chunk(shape, device, dtype, repeats, budget, run, passes=5, red=frozenset()):
-    """A chunk: `passes` passes, the last of which writes the latents; histories expanded once a pass or a chunk."""
+    """A chunk of `passes` passes, the last of which writes the latents; histories expanded per pass or per chunk."""
     step = Step(shape, device, dtype)
     build = functools.partial(Latent, shape, device, dtype)
     builders = {
@@ -188,7 +189,7 @@ def chunk(shape, device, dtype, repeats, budget, run, passes=5, red=frozenset())
     def passed(way):
         way.start_chunk()
         for number in range(passes):
-            # A dense cache is written at every pass, as the published code does.
+            # Dense caches are written on every pass, as in the published code.
             way.writing = number == passes - 1
             step(way)
 
@@ -199,7 +200,7 @@ def chunk(shape, device, dtype, repeats, budget, run, passes=5, red=frozenset())
 
 
 def graph_step(shape, device, dtype, repeats, budget, run, red=frozenset()):
-    """A pass of a latent way captured in a CUDA graph, against the same pass launched from Python."""
+    """A pass of a latent way replayed as a CUDA graph, compared with the same pass launched from Python."""
     if device.type != "cuda":
         return None
     step, name = Step(shape, device, dtype), "latent 192, rotated on read"
@@ -217,7 +218,7 @@ def graph_step(shape, device, dtype, repeats, budget, run, red=frozenset()):
 
 
 def profile(shape, device, dtype, run, red=frozenset(), most=14):
-    """Where a step's time goes, by kernel in microseconds: two dense paths and two latent ones."""
+    """Microseconds of a step by kernel, for two dense and two latent ways."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
@@ -236,7 +237,7 @@ def profile(shape, device, dtype, run, red=frozenset(), most=14):
 
 
 def _kernels(recorded, device):
-    """What ran while a profiler recorded, the longest first."""
+    """Kernels in a profiler recording, the longest first."""
     kernels = []
     for event in recorded.key_averages():
         device_time = getattr(event, "self_device_time_total", 0) or getattr(event, "self_cuda_time_total", 0)

@@ -1,4 +1,4 @@
-"""Attention of one layer by size: ours, stock and torch's own, dense, absorbed and expanded; FlexAttention apart."""
+"""Benchmark the attention of one layer by size: ours and stock, dense, absorbed and expanded; FlexAttention apart."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from watch import mark, require_answer
 
 RANKS = (64, 96, 128, 192, 256)
 ROTATED_RANKS = (64, 192, 256)
-"""Ranks that are expanded with all heads rotated, too, as the layout `rotate_on_read` does."""
+"""Ranks that are also expanded with all heads rotated, like the layout `rotate_on_read`."""
 BY_PRODUCT = 192
-"""The one of them whose values are also restored by torch's product."""
+"""The rank whose values are also expanded by a torch matrix product."""
 SPLITS = (1, 2, 5)
 STOCK = ("flash", "cuDNN")
 FLEX = ("FlexAttention",)
 
 
 def attention(shape, device, dtype, repeats, budget, sizes, save, red=frozenset(), before=None):
-    """Attention of one layer at `sizes` of (queries, frames of keys, batch); what time does not allow is named.
+    """Attention of one layer at `sizes` of (queries, frames of keys, batch); reports the sizes that time leaves out.
 
-    What an op in `red` computes is left out. Expanding does not depend on the queries: it is timed with the first
-    size of its keys and batch that does not fail. `before` is what was found already, which is kept.
+    Ops in `red` are left out. Expansion does not depend on the queries, so it is timed with the first size that runs
+    for its keys and batch. `before` holds earlier results, which are kept.
     """
     found = (before or {}).get("rows") or []
     expanded = {(row["keys"] // shape.tokens, row["batch"]) for row in found if any(map(_expands, row["times"]))}
@@ -45,7 +45,7 @@ def attention(shape, device, dtype, repeats, budget, sizes, save, red=frozenset(
             else:
                 variants[name] = one.run
         found = case.timed(variants, refused, repeats, budget, ours)
-        # Only now: where this size fails the next one with its keys and batch expands.
+        # Mark it only now: if this size fails, the next one with the same keys and batch expands.
         expanded.add((frames, batch))
         return found
 
@@ -59,7 +59,7 @@ def _expands(name):
 def flex(shape, device, dtype, repeats, budget, sizes, save, red=frozenset()):
     """FlexAttention at the sizes with a chunk's queries, beside torch's choice and ours; None without a GPU.
 
-    It is compiled anew for every size, which takes longer than all else: apart from the others, and last.
+    It runs last and separately, because compiling it for every size takes longer than everything else.
     """
     if device.type != "cuda":
         return None
@@ -79,7 +79,7 @@ BY_RULE = "attend, splits by rule"
 
 
 def _rows(shape, device, budget, sizes, save, row, before=None):
-    """A row for every size that time and memory allow; what fails is named and takes no other row with it."""
+    """One row per size that time and memory allow; a failure is reported and does not affect other rows."""
     before = before or {}
     rows, left_out, failed = list(before.get("rows") or []), [], [before["failed"]] if "failed" in before else []
     done = {(row["queries"], row["keys"], row["batch"]) for row in rows}
@@ -121,21 +121,21 @@ class _Case:
         self.query, self.key, self.value = (self.randn(batch, n, shape.head_dim) for n in (count, self.keys, self.keys))
 
     def randn(self, batch, tokens, channels):
-        """Random `[B, N, H, C]`."""
+        """Random tensor `[B, N, H, C]`."""
         return torch.randn(batch, tokens, self.shape.heads, channels, device=self.device, dtype=self.dtype)
 
     def stock(self, names):
-        """Stock attentions and torch's own as functions without arguments, and why others do not run."""
+        """Stock attentions and torch's own as functions without arguments, and the reasons why others do not run."""
         found, refused = usable(self.query, self.key, self.value, self.scale, SPLITS, names)
         parts = (self.query, self.key, self.value)
         return {name: functools.partial(stock, *parts) for name, stock in found.items()}, refused
 
     def attend(self, splits):
-        """Ours, with 0 splits by the rule that the model takes."""
+        """Our attention; with 0 splits, the rule that the model uses chooses them."""
         return functools.partial(ops.attend, self.query, self.key, self.value, None, self.scale, splits)
 
     def flop(self, name):
-        """Operations of a variant by its name: an attention of dense keys unless it says a rank."""
+        """Operations of a variant: those of dense attention unless its name contains a rank."""
         pairs = self.batch * self.shape.heads * self.count * self.keys
         depth, (way, _, rank) = self.shape.head_dim, name.partition(", rank ")
         if not rank:
@@ -148,11 +148,11 @@ class _Case:
 
     @functools.cached_property
     def expected(self):
-        """What attention to all keys gives, by torch."""
+        """The result of attention to all keys, by torch."""
         return yardstick(self.query, self.key, self.value, self.scale)
 
     def checked(self, variants, ours):
-        """What comparing those of `ours` at this size finds, and why some must not be timed."""
+        """Results of comparing `ours` at this size, and the reasons why some must not be timed."""
         found, refused = {}, {}
         for name in (name for name in variants if name in ours):
             mark(name)
@@ -166,7 +166,7 @@ class _Case:
         return found, refused
 
     def timed(self, variants, refused, repeats, budget, ours=None):
-        """The row of this size. Raises RuntimeError where nothing runs."""
+        """The row of this size. Raises RuntimeError if nothing runs."""
         variants, others = runnable(variants, self.device)
         checked, wrong = self.checked(variants, ours or {})
         variants = {name: run for name, run in variants.items() if name not in wrong}
@@ -182,7 +182,7 @@ class _Case:
 
 
 class Ours(NamedTuple):
-    """What is timed of one of our ops: its name, the call, what to read of the result and what that should be."""
+    """A timed call to one of our ops: the op's name, the call, what to read from its result and the expected value."""
 
     op: str
     run: Callable
@@ -191,7 +191,7 @@ class Ours(NamedTuple):
 
 
 def _ours(case, ranks):
-    """Name to Ours, those that expand at `ranks` alone."""
+    """Our ops by variant name; expansion only at `ranks`."""
     shape, device, dtype, batch = case.shape, case.device, case.dtype, case.batch
     heads, depth, keys = shape.heads, shape.head_dim, case.keys
     found = {}
@@ -203,7 +203,7 @@ def _ours(case, ranks):
     turn = torch.zeros(keys, depth // 2, 2, device=device)
     turn[..., 0] = 1
     shared_turn = turn[:, : SHARED // 2].contiguous()
-    # Into other memory than the attention timed beside it reads, the same for all ranks.
+    # Expand to separate memory, shared by all ranks, not to what the attention timed beside it reads.
     spaces = [torch.empty_like(x) for x in (case.key, case.value)]
 
     def expand(name, rank, rotated):
@@ -225,7 +225,7 @@ def _ours(case, ranks):
         found[name] = Ours("expand_kv_", run, lambda result: result, expected)
         if not rotated or rank != BY_PRODUCT:
             return
-        # The values are a product and nothing else: by torch's, on a copy of the rows in reading order.
+        # Values need only a product: use torch's, on a copy of the rows in reading order.
         value_up, value_bias = (x.unflatten(0, (heads, -1))[:, depth:].flatten(0, 1).contiguous() for x in (up, bias))
         product = importlib.import_module("mla_attention.expand_kv")._product
 

@@ -1,4 +1,4 @@
-"""How many streams of a model fit in 80 GB: the batch is raised until memory ends, dense and latent."""
+"""Count how many streams of a model fit in 80 GB, dense and latent, by raising the batch until memory runs out."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from wan import Dense, Latent, Step
 from watch import mark, require_answer
 
 MEMORY = 80e9
-"""Bytes: on a card that has more, no more than these are taken."""
+"""Bytes to use at most, also on a GPU that has more."""
 WANTED = 6
-"""Times as many streams as of the dense path that a latent one is to hold."""
+"""Goal: a latent way holds this many times as many streams as the dense one."""
 
 
 def streams(shape, device, dtype, budget, fits=None):
-    """How many streams of one more pass fit: the batch is raised until memory ends, dense and latent.
+    """How many streams fit in one more pass, dense and latent, found by raising the batch. None without a GPU.
 
-    After the dense one, a latent way is first tried with WANTED times as many, the next one where it does not hold
-    them. Only then are all searched. `streams` has the most that are known to fit, None where nothing is known; `open`
-    names those between two batches of which only the smaller one is known to fit. `fits` answers for a shape and a
-    function that builds a way. None without a GPU.
+    After the dense way, a latent way is tried first with WANTED times as many streams, and the next one if that does
+    not fit. Only then are all of them searched. `streams` holds the largest number known to fit, or None if nothing is
+    known. `open` holds ways whose search did not finish, each with a batch that fits and one that is not known to. For
+    tests, `fits` replaces the probe of a shape and a function that builds a way.
     """
     if device.type != "cuda" and fits is None:
         return None
     fits = fits or functools.partial(_fits, device=device, dtype=dtype)
-    # What all others are divided by comes first.
+    # First the one that all others are divided by.
     builders = {
         TUNED: lambda s: Dense(s, device, dtype, reindexed=False),
         PAIRED: lambda s: Latent(s, device, dtype, 448, 0, "expand", together=2),
@@ -68,7 +68,7 @@ def streams(shape, device, dtype, budget, fits=None):
     return {
         "streams": {name: low if low or name not in open_ else None for name, (low, _) in bounds.items()},
         "open": open_,
-        "left_out": [f"{name}: it ended between {low} and {high or 'more'}" for name, (low, high) in open_.items()],
+        "left_out": [f"{name}: the limit is between {low} and {high or 'more'}" for name, (low, high) in open_.items()],
         "gb": _memory(device) / 1e9 if device.type == "cuda" else None,
         **({"failed": "; ".join(failed.values())} if failed else {}),
     }
@@ -80,13 +80,13 @@ def _memory(device):
 
 @contextlib.contextmanager
 def _limited(device):
-    """No more of a device's memory than MEMORY."""
+    """Limit the memory that this process may use on a device to MEMORY."""
     if device.type != "cuda":
         yield
         return
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.empty_cache()
-    # Of the current device, which run.py sets: a device without an index is refused.
+    # Without a device argument this means the current device, which run.py sets; a device without an index is refused.
     torch.cuda.set_per_process_memory_fraction(min(1.0, MEMORY / total))
     try:
         yield
@@ -99,7 +99,7 @@ def _fits(shape, build, device, dtype):
     mark()
     try:
         step, way = Step(shape, device, dtype), build(shape)
-        # All weights and caches are there; a group of layers takes as much beside them as all in turn.
+        # All weights and caches are allocated; one group of layers needs as much other memory as all in turn.
         step(way, layers=2)
         torch.cuda.synchronize(device)
         return True

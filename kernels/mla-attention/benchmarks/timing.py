@@ -1,4 +1,4 @@
-"""Interleaved timing, on a GPU by events, launched or as CUDA graphs; the device's rates; a budget of seconds."""
+"""Interleaved timing by CUDA events, of launches or CUDA graphs; measured device rates; a budget of seconds."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 from watch import barred, mark, require_answer
 
 LEAST_MS = 2.0
-"""A timed stretch is at least this long: shorter calls are repeated within it."""
+"""Minimum length of a timed interval; shorter calls are repeated within it."""
 MOST_CALLS = 200
 LEAST_ROUNDS = 3
 FULL = re.compile("out of memory|ALLOC_FAILED|NOT_INITIALIZED", re.IGNORECASE)
-"""What torch, cuBLAS, cuDNN and Triton say where memory ends, by exceptions of several types."""
+"""Out-of-memory messages of torch, cuBLAS, cuDNN and Triton, which come as exceptions of several types."""
 
 
 class Budget:
-    """Seconds that are left for a part of the benchmark, from now on or from a `started` of `time.monotonic`."""
+    """Seconds left for a part of the benchmark, counted from now or from `started`, a value of `time.monotonic`."""
 
     def __init__(self, seconds, started=None):
         self.end = (time.monotonic() if started is None else started) + seconds
@@ -29,24 +29,24 @@ class Budget:
         return self.end - time.monotonic()
 
     def part(self, share):
-        """A budget of its own, a share of what is left."""
+        """A separate budget with a share of the time left."""
         return Budget(max(0.0, share * self.left()))
 
 
 def told(error):
-    """An exception in one line."""
+    """An exception as one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def does_not_fit(error):
-    """Whether an exception says that memory has ended."""
+    """Whether an exception means out of memory."""
     return isinstance(error, torch.cuda.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and FULL.search(str(error)) is not None
     )
 
 
 def runnable(variants, device):
-    """Those of `variants` that run, once each, which compiles them, and by name why others do not."""
+    """The `variants` that run, called once to compile them, and the reasons why others do not, by name."""
     found, refused = {}, {}
     for name, run in variants.items():
         if reason := barred(name):
@@ -62,9 +62,9 @@ def runnable(variants, device):
 
 
 def graphs(variants, device):
-    """Variants as replays of CUDA graphs, by name, and why others cannot be captured; none on a CPU.
+    """Variants as replays of CUDA graphs, by name, and the reasons why others cannot be captured; none on a CPU.
 
-    They share a stream and memory: one is replayed at a time, and none of their results is kept.
+    They share a stream and memory: only one is replayed at a time, and their results are not kept.
     """
     found, refused = {}, {}
     if device.type != "cuda":
@@ -80,7 +80,7 @@ def graphs(variants, device):
 
 
 class Capture:
-    """Captures functions as CUDA graphs on one side stream, in one pool of memory; answers graph and result."""
+    """Captures functions as CUDA graphs on one side stream and memory pool; returns the graph and its result."""
 
     def __init__(self, device):
         self.device, self.stream = device, torch.cuda.Stream(device)
@@ -90,7 +90,7 @@ class Capture:
     def __call__(self, run):
         graph = torch.cuda.CUDAGraph()
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        # Around the capture, too, which leaves its stream as the current one where it fails.
+        # Enter the stream here too: a failed capture leaves its stream as the current one.
         with torch.cuda.stream(self.stream):
             run()
             torch.cuda.synchronize(self.device)
@@ -104,7 +104,7 @@ class Capture:
         return graph, out
 
     def _recover(self, graph):
-        """Leave torch as if the capture that failed had not begun: its allocator and its generator wait for the end."""
+        """Reset torch after a failed capture: its allocator and generator still expect the end of the capture."""
         self.failed.append(graph)
         index = torch.cuda.current_device() if self.device.index is None else self.device.index
         with contextlib.suppress(Exception):
@@ -112,7 +112,7 @@ class Capture:
             torch._C._cuda_releasePool(index, self.pool)
         self.pool = torch.cuda.graph_pool_handle()
         with contextlib.suppress(Exception):
-            # What ends with success ends the generator's capture, too.
+            # A successful capture also ends the one that the generator still expects.
             some = torch.zeros(1, device=self.device)
             torch.cuda.synchronize(self.device)
             with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream):
@@ -122,9 +122,9 @@ class Capture:
 def interleaved(variants, repeats, device, budget=None, each=None):
     """Milliseconds of every variant, `{name: {median_ms, min_ms, max_ms, quartiles_ms, rounds}}`.
 
-    `variants` maps names to functions without arguments. A round times each of them once, on a GPU over so many
-    calls that they take 2 ms. The first round warms up and is not counted; after `LEAST_ROUNDS` rounds an
-    exhausted `budget` ends the measurement. `each` is called with what is known after every round.
+    `variants` maps names to functions without arguments. A round times each of them once; on a GPU it repeats calls
+    for 2 ms. The first round is a warm-up and does not count. After `LEAST_ROUNDS` rounds, an exhausted `budget` ends
+    the measurement. `each` is called with the results so far after every round.
     """
     calls = {}
     for name, run in variants.items():
@@ -146,10 +146,10 @@ def interleaved(variants, repeats, device, budget=None, each=None):
 
 
 def both(variants, repeats, device, budget=None):
-    """`interleaved` of the variants' CUDA graphs where they can be captured, else as they are launched.
+    """`interleaved` of the variants' CUDA graphs, or of their launches if they cannot be captured.
 
-    A launch from Python takes longer than what it launches where that is small. Every summary says what was timed,
-    `by` graph or launch, and beside a graph's has the median of some rounds of launches, `launched_ms`.
+    For small work, a launch from Python takes longer than the work itself. `by` in every summary says which was timed,
+    graph or launch. With a graph, `launched_ms` is the median of a few rounds of launches.
     """
     replays, refused = graphs(variants, device)
     found = interleaved({**variants, **replays}, repeats, device, budget)
@@ -164,7 +164,7 @@ def both(variants, repeats, device, budget=None):
 
 
 def summary(times):
-    """Median, extremes and quartiles of some milliseconds."""
+    """Median, extremes and quartiles of a list of milliseconds."""
     low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
     return {
         "median_ms": statistics.median(times),
@@ -176,7 +176,7 @@ def summary(times):
 
 
 def once(run, device, calls=1):
-    """Milliseconds of one call, the mean of `calls`."""
+    """Milliseconds per call, the mean of `calls`."""
     if device.type != "cuda":
         started = time.perf_counter()
         for _ in range(calls):
@@ -193,7 +193,7 @@ def once(run, device, calls=1):
 
 
 def ceilings(device, dtype, size=8192, megabytes=1024, repeats=10):
-    """Measured rates: `copy_tb_s`, bytes read and written a second, and `matmul_tflop_s` of a square product."""
+    """Measured rates: `copy_tb_s` (bytes read plus written per second) and `matmul_tflop_s` of a square product."""
     source = torch.empty(megabytes << 20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))

@@ -1,10 +1,10 @@
-"""Measure every candidate of the kernels' tiles at the Wan2.1-1.3B geometry: `python tune.py --out tiles.json`.
+"""Measure all candidate tiles of the kernels at the Wan2.1-1.3B geometry: `python tune.py --out tiles.json`.
 
-Candidates are compiled and compared with float64 in processes of their own, one that fails cannot end the others; those
-that are right are timed in turn, round by round, by events, as replays of CUDA graphs. What is printed and written are
-medians and the entries of the tables that should change. `--compile-only 90` lists the candidates of a compute
-capability and compiles them ahead of time, without a GPU. `--tiny` runs it at a toy size in Triton's interpreter, for a
-test; its times mean nothing. `use(path)` makes the tables those that a file found fastest.
+Every candidate is compiled and compared with float64 in a separate process, so one that fails does not affect the
+others. Those that are right are timed in turn, round by round, by CUDA events around replays of CUDA graphs. The output
+contains medians and the table entries that should change. `--compile-only 90` compiles the candidates for a compute
+capability ahead of time, without a GPU, and lists the results. `--tiny` runs a toy size in Triton's interpreter, as a
+test; its times mean nothing. `use(path)` puts the fastest tiles of such a file into the tables.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ ATTEND, EXPAND = "attend", "expand_kv"
 RANKS = (64, 96, 128, 192)
 SHARED, HEADS, DEPTH, TOKENS = 32, 12, 128, 1560
 ALLOWED = 1.6e-2
-"""Relative error of the largest output: two units in the last place of bfloat16."""
+"""Allowed error relative to the largest output: two units in the last place of bfloat16."""
 SIZES = {"queries": 4680, "frames": 18, "checked_queries": 200, "checked_frames": 1}
 TINY = {"queries": 12, "frames": 1, "checked_queries": 12, "checked_frames": 1}
 TABLES = (attend_tiles.TILES, attend_tiles.DESCRIBED, latent_tiles.TILES, expand_tiles.TILES)
 
 
 def candidates(family):
-    """Names and tiles of every candidate, `{op: [tiles, ...]}`; that of the table comes first."""
+    """All candidates as `{op: [tiles, ...]}`; those of the table come first."""
     found = {ATTEND: attend_tiles.CANDIDATES[family], EXPAND: expand_tiles.CANDIDATES[family]}
     for rank in RANKS:
         found[f"latent_attention, rank {rank}"] = latent_tiles.CANDIDATES[family].get(rank, [])
@@ -51,7 +51,7 @@ def candidates(family):
 
 @contextlib.contextmanager
 def table(op, tiles, family):
-    """The tables of the package with `tiles` for an op; as they were afterwards."""
+    """A context with `tiles` in the tables of the package for an op; the tables are restored afterwards."""
     kept = tables()
     try:
         enter(op, tiles, family)
@@ -61,12 +61,12 @@ def table(op, tiles, family):
 
 
 def tables():
-    """A copy of the package's tables for `restore`."""
+    """A copy of the package's tables, for `restore`."""
     return [dict(found) for found in TABLES]
 
 
 def restore(kept):
-    """Make the package's tables those that `tables` gave."""
+    """Restore the package's tables from a copy made by `tables`."""
     for found, old in zip(TABLES, kept):  # noqa: B905
         found.clear()
         found.update(old)
@@ -85,14 +85,14 @@ def enter(op, tiles, family):
     else:
         rank, before = int(op.rpartition(" ")[2]), latent_tiles.TILES[family]
         entries = {**dict(before), rank: tiles}
-        # An entry is for lower ranks too: the next lower one that is measured keeps what it had.
+        # An entry also covers lower ranks: give the next lower measured rank its previous tiles.
         for below in [one for one in RANKS if one < rank][-1:]:
             entries.setdefault(below, next(found for limit, found in before if below <= limit))
         latent_tiles.TILES[family] = sorted(entries.items())
 
 
 def use(path):
-    """Make the tables of this device's family those that a file of `main` found fastest; what it changed, in lines."""
+    """Put the fastest tiles from a file written by `main` into the tables of the package; returns them as lines."""
     found = json.loads(Path(path).read_text(encoding="utf-8"))
     kinds = {ATTEND: attend_tiles.Tiles, EXPAND: expand_tiles.Tiles}
     for op, tiles in found["change"].items():
@@ -101,7 +101,7 @@ def use(path):
 
 
 def case(op, queries, frames, device, dtype, tokens=TOKENS, heads=HEADS, depth=DEPTH):
-    """A function that runs an op, and one that gives its result in float64, both as lists of tensors."""
+    """A function that runs an op, and one that computes its result in float64; both return lists of tensors."""
     generator = torch.Generator(device=device).manual_seed(0)
 
     def random(*shape):
@@ -147,14 +147,14 @@ def case(op, queries, frames, device, dtype, tokens=TOKENS, heads=HEADS, depth=D
 
 
 def sized(op, sizes, checked, device, dtype, tiny):
-    """`case` at the size that is timed or that is checked."""
+    """`case` at the timed size, or at the checked size if `checked`."""
     prefix = "checked_" if checked else ""
     small = {"tokens": 10, "heads": 2, "depth": 64} if tiny else {}
     return case(op, sizes[prefix + "queries"], sizes[prefix + "frames"], device, dtype, **small)
 
 
 def check(op, index, family, device, dtype, tiny):
-    """The largest relative error of a candidate; it also runs once at the size that is timed, which compiles it."""
+    """The largest relative error of a candidate. Also runs it once at the timed size, which compiles it."""
     sizes = TINY if tiny else SIZES
     with table(op, candidates(family)[op][index], family), torch.no_grad():
         run, exact = sized(op, sizes, True, device, dtype, tiny)
@@ -166,7 +166,7 @@ def check(op, index, family, device, dtype, tiny):
 
 
 def checked(todo, family, device, tiny, workers, budget):
-    """Errors of candidates `(op, index)` or, in words, why there is none; every one in a process of its own."""
+    """Errors of candidates `(op, index)`, each from a separate process, or a message if there is none."""
     environment = {**os.environ, "MLA_TUNE_TINY": "1"} if tiny else None
     commands = {
         (op, index): [sys.executable, __file__, "--check", op, str(index), str(family), "--device", device]
@@ -177,7 +177,7 @@ def checked(todo, family, device, tiny, workers, budget):
 
 
 def measure(family, right, device, dtype, repeats, tiny, budget):
-    """Milliseconds of every candidate that is right, by op; one that fails is left out with its reason."""
+    """Milliseconds of all candidates that are right, by op, and the reasons why others were left out."""
     found, refused = {}, {}
     for place, op in enumerate(right):
         run, _ = sized(op, TINY if tiny else SIZES, False, device, dtype, tiny)
@@ -193,15 +193,15 @@ def measure(family, right, device, dtype, repeats, tiny, budget):
                 variants[str(tuple(tiles))] = functools.partial(timed, tiles)
             except Exception as error:
                 refused[f"{op} {tuple(tiles)}"] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        # A launch of expand_kv_ from Python takes about as long as what it launches: graphs, but on a CPU.
+        # Use graphs except on a CPU: launching expand_kv_ from Python takes about as long as running it.
         found[op] = both(variants, repeats, device, budget.part(1 / (len(right) - place)))
     return found, refused
 
 
 def changes(family, right, times, refused):
-    """Tiles by op where another candidate than that of the table has the least median by more than 1 %.
+    """Tiles by op if another candidate's median is more than 1 % below that of the tiles in the table.
 
-    Or where that of the table was `refused`, for another reason than that time ended before its check did.
+    Also if the tiles in the table were `refused`, unless time ran out before their check.
     """
     found = {}
     for op, medians in times.items():
@@ -219,7 +219,7 @@ def changes(family, right, times, refused):
 
 
 def compile_only(capability):
-    """Compile every candidate ahead of time; a line of JSON for each. 1 where one of the tables cannot be compiled."""
+    """Compile all candidates ahead of time and print a line of JSON for each. Returns 1 if tiles of the tables fail."""
     aot = importlib.import_module("aot")
     family, failed = tile_family(capability), False
     for op, every in candidates(family).items():
@@ -238,7 +238,7 @@ def compile_only(capability):
 
 
 def variant(op, capability):
-    """What `aot.py` compiles of an op."""
+    """The variant of an op that `aot.py` compiles."""
     name, _, rank = op.partition(", rank ")
     module = importlib.import_module(f"mla_attention.{name}")
     if op == ATTEND:
@@ -249,7 +249,7 @@ def variant(op, capability):
 
 
 def report(result):
-    """The medians of every candidate by op, the fastest first, and what should change."""
+    """Medians of all candidates by op, the fastest first, and the table entries that should change."""
     lines = [f"{result['device']}, family {result['family']}: medians"]
     for op, times in result["times"].items():
         lines += ["", op]
@@ -268,7 +268,7 @@ def main(arguments=None):
     parser.add_argument("--repeats", type=int, default=11, help="timed rounds")
     parser.add_argument("--budget", type=float, default=160, help="seconds for everything")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that check")
-    parser.add_argument("--ops", nargs="*", help="only those whose names begin so")
+    parser.add_argument("--ops", nargs="*", help="only ops whose names start with one of these")
     parser.add_argument("--tiny", action="store_true", help="a toy size in the interpreter")
     parser.add_argument("--compile-only", type=int, metavar="CAPABILITY", help="compile ahead of time, without a GPU")
     parser.add_argument("--check", nargs=3, metavar=("OP", "INDEX", "FAMILY"), help=argparse.SUPPRESS)
@@ -278,7 +278,7 @@ def main(arguments=None):
     device, dtype = torch.device(chosen.device), torch.float16 if chosen.tiny else torch.bfloat16
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.exit(
-            1, "error: no CUDA device; --compile-only 90 compiles ahead of time, --tiny --device cpu is a test\n"
+            1, "error: no CUDA device; use --compile-only 90 to compile ahead of time, --tiny --device cpu as a test\n"
         )
     if chosen.check:
         op, index, family = chosen.check
@@ -292,7 +292,7 @@ def main(arguments=None):
         if not chosen.ops or any(op.startswith(name) for name in chosen.ops)
     }  # fmt: skip
     todo = [(op, index) for op, tiles in every.items() for index in range(len(tiles))]
-    # Nothing is found faster without the times of the tables' own tiles.
+    # Tiles of the tables first: without their times, nothing can be found faster.
     todo.sort(key=lambda one: one[1] > 0)
     errors = checked(todo, family, chosen.device, chosen.tiny, chosen.workers, budget.part(0.6))
     right = {

@@ -1,10 +1,9 @@
-"""A streaming step of the Wan2.1-1.3B geometry with random weights, and the ways its self-attention can go.
+"""A streaming step of the Wan2.1-1.3B geometry with random weights, and the variants of its self-attention ("ways").
 
-Plain torch and `mla_attention` only. A way owns its cache, full of random history, and answers
-`attend(layer, query, key, value)` with queries, keys and values `[B, N, H * D]` before QK-norm: it
-normalises, rotates, stores the chunk in its cache and attends to the whole window, as each of the
-denoising passes of a chunk does. It names in `ops` those of `mla_attention` that a pass runs, in `writes` those
-that only a pass that writes does, and in `attends` what its attention is.
+It uses only plain torch and `mla_attention`. A way owns its cache, filled with random history, and implements
+`attend(layer, query, key, value)` on `[B, N, H * D]` before QK-norm. It normalizes, rotates, stores the chunk in its
+cache and attends to the whole window, like each denoising pass of a chunk. `ops` names the `mla_attention` ops that a
+pass runs, `writes` the ops that only a writing pass runs, and `attends` the attention that is used.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ EPS = 1e-6
 
 @dataclass(frozen=True)
 class Shape:
-    """Wan2.1-1.3B at 480x832: windows of 21 frames, chunks of 3, 1,560 tokens a frame."""
+    """Wan2.1-1.3B at 480x832: a window of 21 frames, chunks of 3, 1,560 tokens per frame."""
 
     layers: int = 30
     heads: int = 12
@@ -48,13 +47,13 @@ class Shape:
 
     @property
     def grid(self):
-        """Rows and columns of a frame's tokens."""
+        """Rows and columns of tokens in a frame."""
         width = next(w for w in range(int(self.tokens**0.5), 0, -1) if self.tokens % w == 0)
         return self.tokens // width, width
 
 
 def rotations(shape, frames, device):
-    """cos and sin of every token of some frames, float32 `[len(frames) * T, D / 2, 2]`, by Wan's three axes."""
+    """cos and sin for every token of some frames, float32 `[len(frames) * T, D / 2, 2]`, along Wan's three axes."""
     pairs = shape.head_dim // 2
     spatial = shape.head_dim // 6
     height, width = shape.grid
@@ -72,10 +71,10 @@ def rotations(shape, frames, device):
 class Published:
     """Self-Forcing's attention as its published code executes it (arXiv 2506.08009, `wan/modules/causal_model.py`).
 
-    Its launches are repeated one by one: a norm of six, a rotation in float64 with the copies of its `cat` and `stack`,
-    and a cache of rotated keys whose ends lie on the device and are read by the host in every layer. At the first pass
-    of a chunk the part of the full window that stays is cloned and moved. `run` attends to `[B, N, H, D]` in the place
-    of its FlashAttention; the lengths of sequences that it makes for it are left out.
+    It repeats the launches of that code one by one: six for a norm, a rotation in float64 with the copies made by `cat`
+    and `stack`, and a cache of rotated keys whose end positions are on the device and are read by the host in every
+    layer. On the first pass of a chunk, the part of the full window that stays is cloned and moved. `run` attends to
+    `[B, N, H, D]` in place of its FlashAttention; the sequence lengths that the code builds for it are omitted.
     """
 
     def __init__(self, shape, device, dtype, run=None):
@@ -87,7 +86,7 @@ class Published:
         pairs = shape.head_dim // 2
         widths = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
         self.freqs = torch.cat([_frequencies(shape.window, width, device) for width in widths], dim=1)
-        # The cache is full and holds the chunk, until the next one starts.
+        # The cache is full and includes the chunk until the next one starts.
         self.end = shape.keys
         self.ends = [
             [torch.full((1,), shape.keys, dtype=torch.long, device=device) for _ in range(2)]
@@ -96,7 +95,7 @@ class Published:
         self.ops, self.writes, self.attends = set(), set(), _label(self, run)
 
     def start_chunk(self):
-        """The window moves on."""
+        """Advance the window by one chunk."""
         self.end += self.shape.queries
 
     def attend(self, layer, query, key, value):
@@ -146,7 +145,7 @@ class Published:
 
 
 def _frequencies(window, pairs, device):
-    """Self-Forcing's rotations of one axis, complex128 `[positions, pairs]`, for a window at least."""
+    """Self-Forcing's rotations along one axis, complex128 `[positions, pairs]`, for at least the window."""
     angle = 10000.0 ** -(torch.arange(pairs, device=device, dtype=torch.float64) / pairs)
     positions = torch.arange(max(1024, window), device=device, dtype=torch.float64)
     turned = torch.outer(positions, angle)
@@ -154,12 +153,12 @@ def _frequencies(window, pairs, device):
 
 
 class Dense:
-    """A tuned dense cache: a ring, nothing moved, norm and rotation fused.
+    """A tuned dense cache: a ring in which nothing moves, with fused norm and rotation.
 
-    `reindexed` False keeps rotated keys (absolute positions); True keeps keys as they are projected and takes the
-    window to a workspace at every pass, normed and rotated in one launch that reads and writes it once, as an
-    unlimited rollout within the rotary table needs. `run` attends to `[B, N, H, D]`: the fastest stock attention
-    with the fastest number of splits. `kernels` has the norm and the rotation: `mla_attention` or `plain`.
+    With `reindexed` False it caches rotated keys (absolute positions). With True it caches keys as projected; every
+    pass copies the window to a workspace, normalized and rotated in one launch that reads and writes it once. Unlimited
+    rollouts within the rotary table need this. `run` attends to `[B, N, H, D]`: the fastest stock attention with its
+    best number of splits. `kernels` provides the norm and the rotation: `mla_attention` or `plain`.
     """
 
     def __init__(self, shape, device, dtype, reindexed, run=None, kernels=ops):
@@ -176,7 +175,7 @@ class Dense:
         self.writes, self.attends = set(), _label(self, run)
 
     def start_chunk(self):
-        """Nothing lasts from pass to pass."""
+        """Do nothing: this way keeps no state between passes."""
 
     def attend(self, layer, query, key, value):
         heads, new = self.shape.heads, key.shape[1]
@@ -196,16 +195,16 @@ class Dense:
 
 
 class Latent:
-    """History in latents, the own chunk exact; `path` is `absorbed` or `expand`, then by `run` or our `attend`.
+    """History as latents, with the chunk itself exact. `path` is `absorbed` or `expand`.
 
-    `shared` 0 is the layout rotate_on_read, which can only be expanded; otherwise the shared key has so
-    many channels and every head `head_dim - shared` unrotated ones. `run` attends to `[B, N, H, D]`, None is
-    `attend`. Where history and chunk are attended apart, `apart` names the stock attention that does it with its
-    log-sum-exp, but for absorbed histories; None is `attend`. With `keep` every layer keeps its expanded history for
-    the passes of a chunk. With `ahead` the history of the next layer is expanded to a second workspace, on a stream of
-    its own, while a layer goes on. Of `together` layers the first owns the rows, which all of them write a part of and
-    each expands for itself. A pass with `writing` keeps the chunk, too, as the last one of a chunk does, from the keys
-    and values that it has anyway.
+    `shared` 0 means the layout rotate_on_read, which can only be expanded; otherwise it is the width of the shared key,
+    and every head has `head_dim - shared` unrotated channels. `run` attends to `[B, N, H, D]`; None means our `attend`.
+    If history and chunk need separate attention, `apart` names the stock attention that provides it with a log-sum-exp,
+    except for absorbed histories; None means `attend`. With `keep`, every layer keeps its expanded history for the
+    passes of a chunk. With `ahead`, the history of the next layer is expanded to a second workspace, on a separate
+    stream, during the current layer. Of each group of `together` layers, the first owns the rows; all of them write a
+    part, and each expands the rows for itself. A pass with `writing` set also caches the chunk, like the last pass of a
+    chunk, from the keys and values it has already projected.
     """
 
     def __init__(
@@ -257,16 +256,16 @@ class Latent:
             self.coefficients = weight(heads, pairs, 2).contiguous()
         self.attends = "attend" if run is None else _label(self, run)
         if shared:
-            # History and chunk are addressed by different queries.
+            # Different queries attend to history and to the chunk.
             other = apart or "attend"
             self.attends = f"{'latent_attention' if path == 'absorbed' else other} and {other}, merged"
 
     def start_chunk(self):
-        """The histories of the layers are other ones now."""
+        """Invalidate expanded histories: the rows have changed."""
         self.expanded, self.coming = set(), None
 
     def attend(self, layer, query, key, value):
-        """A pass of a layer over its queries, keys and values `[B, N, H * D]`."""
+        """Run one pass of a layer on queries, keys and values `[B, N, H * D]`."""
         if self.writing:
             self.write(layer, key, value)
         shape, rows = self.shape, self.rows[layer // self.together]
@@ -297,7 +296,7 @@ class Latent:
         return self.kernels.merge_pair(*out, *own)[0]
 
     def _attended(self, query, key, value):
-        """Attention to one of two parts, with its log-sum-exp."""
+        """Attention to one of the two parts, with its log-sum-exp."""
         scale = self.shape.head_dim**-0.5
         if self.apart is None or self.kernels is not ops:
             return self.kernels.attend(query, key, value, None, scale, 0)
@@ -307,11 +306,11 @@ class Latent:
         return layer if self.keep else layer % len(self.spaces)
 
     def _restore(self, layer):
-        """The history of a layer is in its workspace for what is launched after this."""
+        """Make the history of a layer available in its workspace for all later launches."""
         if self.coming == layer:
             self._wait(self.side)
         elif layer not in self.expanded:
-            # What the other stream still writes may be in this workspace.
+            # The other stream may still be writing to this workspace.
             self._wait(self.side)
             self._expand(layer)
             if self.keep:
@@ -328,7 +327,7 @@ class Latent:
 
     @contextlib.contextmanager
     def _beside(self):
-        """The other stream, behind all that was launched so far: the attention that has read its workspace."""
+        """The other stream, made to wait for all launches so far, including attention that reads its workspace."""
         if self.side is None:
             yield
             return
@@ -345,7 +344,7 @@ class Latent:
         )  # fmt: skip
 
     def write(self, layer, key, value):
-        """Keep the chunk: what the last pass of a chunk does."""
+        """Cache the chunk, like the last pass of a chunk."""
         if self.together > 1:
             self._write_part(layer, key, value)
             return
@@ -355,7 +354,7 @@ class Latent:
         )  # fmt: skip
 
     def _write_part(self, layer, key, value):
-        """A layer's part of a shared latent, by torch as the package does it; the last layer writes the sum."""
+        """Add a layer's part of a shared latent with torch, like the package; the last layer writes the sum."""
         key = self.kernels.qk_norm_rope(key, self.gain, EPS, None, self.shape.heads).flatten(2)
         part = F.linear(torch.cat([key, value], dim=-1), self.down, self.down_bias).float()
         self.parts = part if layer % self.together == 0 else self.parts + part
@@ -368,7 +367,7 @@ class Latent:
 
 
 def _label(way, run):
-    """What `run` is, for a result; None is torch's own choice."""
+    """The label of `run` in the results; None stands for torch's own choice."""
     label = getattr(run, "label", TORCH)
     return _torch_label(way) if label == TORCH else label
 
@@ -380,7 +379,7 @@ def _torch_label(way):
 
 
 class Step:
-    """All blocks of the transformer once: self-attention by a way, cross-attention to text, feed-forward."""
+    """One pass through all transformer blocks: self-attention by a way, cross-attention to text, feed-forward."""
 
     def __init__(self, shape, device, dtype):
         self.shape = shape
@@ -406,7 +405,7 @@ class Step:
         self.hidden_states = torch.randn(shape.batch, shape.queries, dim, device=device, dtype=dtype)
 
     def __call__(self, way, layers=None):
-        """The hidden states after the first `layers`, all of them by default."""
+        """Hidden states after the first `layers` (default: all)."""
         x, heads = self.hidden_states, self.shape.heads
         shift, scale, gate, ff_shift, ff_scale, ff_gate = self.modulation
         for layer, block in enumerate(self.blocks[:layers]):

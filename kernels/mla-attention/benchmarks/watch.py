@@ -1,7 +1,7 @@
-"""What runs now and since when: a call that does not end, or one after which the device is lost, ends the process.
+"""Watch the current call: a process exits if a call hangs or leaves the device unusable.
 
-A kernel that reads what it must not leaves a CUDA context that fails for ever; one that does not end leaves a host that
-waits. Either is noted with the name of what ran, so that another process goes on without it.
+An illegal memory access breaks the CUDA context for good, and a kernel that never finishes blocks the host. Both are
+recorded with the name of what ran, so that another process can continue without it.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import time
 import torch
 
 LOST = 3
-"""The exit code of a process that ended so."""
+"""Exit code of such a process."""
 PATIENCE = 90.0
-"""Seconds that one call may take, the compilation of its kernels included."""
+"""Seconds that one call may take, including the compilation of its kernels."""
 
 
 class Lost(RuntimeError):
-    """The device does not answer this process any more."""
+    """The device no longer responds to this process."""
 
 
 class Now:
-    """The name of what runs, since when, and by name why something must not run again."""
+    """The name of the current call, its start time, and the calls that must not run again, with reasons."""
 
     def __init__(self):
         self.name, self.since, self.barred = None, time.monotonic(), {}
@@ -32,23 +32,23 @@ NOW = Now()
 
 
 def mark(name=None):
-    """Something goes on, or `name` begins."""
+    """Record progress of the current call or, if `name` is given, the start of a new one."""
     NOW.name, NOW.since = name or NOW.name, time.monotonic()
 
 
 def barred(name):
-    """Why `name` must not run, None where it may; where it may, it begins."""
+    """Why `name` must not run; if it may, mark its start and return None."""
     if name not in NOW.barred:
         mark(name)
     return NOW.barred.get(name)
 
 
 def answers(device):
-    """Whether a device still answers this process."""
+    """Whether a device still responds to this process."""
     if device.type != "cuda":
         return True
     try:
-        # Nothing is allocated: memory that has ended is no loss of the device.
+        # Allocates nothing: running out of memory does not mean that the device is lost.
         torch.cuda.synchronize(device)
     except Exception:
         return False
@@ -56,13 +56,13 @@ def answers(device):
 
 
 def require_answer(device, error):
-    """Raise Lost from `error` unless the device still answers."""
+    """Raise Lost from `error` unless the device still responds."""
     if not answers(device):
         raise Lost(f"{NOW.name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
 
 
 def guard(ended, patience=PATIENCE):
-    """Call `ended` in a thread of its own once nothing was marked for `patience` seconds."""
+    """Start a thread that calls `ended` once there was no `mark` for `patience` seconds."""
 
     def wait():
         while time.monotonic() - NOW.since <= patience:

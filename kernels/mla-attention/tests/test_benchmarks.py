@@ -64,7 +64,7 @@ def test_attention_has_its_baselines_splits_and_ranks(result):
     assert {"flash, 1 split", "flash, 2 splits", "attend, splits by rule", "attend, 5 splits"} <= names
     assert {f"{way}, rank {rank}" for way in ("absorbed", "expand") for rank in (64, 96, 128, 192, 256)} <= names
     assert {"torch", "expand with heads rotated, rank 192"} <= names and row["torch_runs"]
-    assert row["refused"]["flash, 5 splits"] == "8 keys are not divided by 5"
+    assert row["refused"]["flash, 5 splits"] == "8 keys are not divisible by 5"
     assert "cuDNN, 1 split" in row["refused"]
     assert all(
         times["tflop_s"] > 0 and times["rounds"] == 1 and times["by"] == "launch" for times in row["times"].values()
@@ -139,7 +139,7 @@ def test_a_file_of_tiles_that_cannot_be_taken_is_a_warning(bench, tmp_path, monk
     arguments = ["--tiny", "--device", "cpu", "--out", str(tmp_path), "--parts", "--tiles", str(tiles)]
     assert bench.main(arguments) == 0 and bench.tune.tables() == before
     assert json.loads((tmp_path / "results.json").read_text())["tiles"] == []
-    assert capsys.readouterr().err.count(f"warning: the tiles of {tiles} are not taken: ") == 1
+    assert capsys.readouterr().err.count(f"warning: ignoring the tiles of {tiles}: ") == 1
 
 
 def test_a_red_write_takes_the_ways_that_write_with_it(bench):
@@ -350,7 +350,7 @@ def test_what_triton_needs_is_named_where_it_lacks(bench, monkeypatch):
     assert "no C compiler" not in (bench.lacking({"CC": "gcc"}) or "")
     monkeypatch.setattr(bench.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(bench.sysconfig, "get_paths", lambda: {"include": "/nowhere"})
-    assert bench.lacking({}) == "Triton needs what is not here to launch kernels: no /nowhere/Python.h"
+    assert bench.lacking({}) == "Triton cannot compile its launchers: no /nowhere/Python.h"
 
 
 def test_what_time_does_not_allow_is_named(bench, tmp_path, monkeypatch):

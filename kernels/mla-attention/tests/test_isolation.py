@@ -88,7 +88,7 @@ def test_a_part_that_ends_its_process_without_a_word_is_not_tried_again(watch, l
     assert "Not finished: these are the results up to chunk." in (tmp_path / "results.md").read_text()
     after = record.Record(tmp_path, FIRST, resume=True)
     assert after.done("chunk") and json.loads((tmp_path / "results.json").read_text())["chunk"] == {
-        "failed": "its process ended without a word"
+        "failed": "its process ended without an error message"
     }
 
 
