@@ -1,10 +1,10 @@
-"""Compile the kernels ahead of time, without a GPU: `python aot.py 90 attend merge` prints one JSON line a variant.
+"""Compile the kernels ahead of time, without a GPU: `python aot.py 90 attend merge` prints a JSON line per variant.
 
-A process of its own, since Triton's interpreter, once chosen, compiles nothing. Every op module offers
-`aot_variants(capability)`, the first of which is what Wan2.1-1.3B runs; what the launcher would find out about its
-arguments is assumed here. All ops where none is named; with `--first` only the first variant of each. Ends with 1
-when a variant spills registers, exceeds a limit of the device or does without the tensor cores it is meant for.
-`--loops` adds how many instructions a variant has and how many of them its largest loop.
+This needs a separate process, because Triton compiles nothing once its interpreter is chosen. Every op module provides
+`aot_variants(capability)`, whose first variant is what Wan2.1-1.3B runs. Properties of the arguments that the launcher
+would detect are assumed here. Without names, all ops are compiled; with `--first`, only the first variant of each. The
+exit code is 1 if a variant spills registers, exceeds a limit of the device or does not use the expected tensor cores.
+`--loops` adds the number of instructions of a variant and of its largest loop.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
-"""Bytes of shared memory that one block may use (CUDA C++ Programming Guide, technical specifications)."""
+"""Bytes of shared memory available to a thread block (CUDA C++ Programming Guide, technical specifications)."""
 
 TMEM_COLUMNS = 512
-"""Columns of tensor memory of one multiprocessor of compute capability 10.0 (PTX ISA, section on tcgen05)."""
+"""Columns of tensor memory per multiprocessor at compute capability 10.0 (PTX ISA, section on tcgen05)."""
 
 WARP_SIZE = 32
 
 UNEVEN = ("heads", "tokens", "scales_t")
-"""Integers that 16 does not divide as Wan2.1-1.3B has them: 12 heads, 1,560 tokens a frame, 4 scales a row."""
+"""Integers not divisible by 16 in Wan2.1-1.3B: 12 heads, 1,560 tokens per frame, 4 scales per row."""
 
 TENSOR_CORES = {80: "mma", 90: "wgmma", 100: "tcgen05"}
 PACKAGE = Path(importlib.util.find_spec("mla_attention").origin).parent
@@ -40,7 +40,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if "def aot_variants
 
 
 def compiled(variant, capability, count=False):
-    """What a variant needs on a compute capability, and which instructions it has; with `count` how many."""
+    """Resources and instructions of a variant at a compute capability; with `count`, also how many instructions."""
     kernel = variant.kernel
     signature, divisible = {}, []
     for index, parameter in enumerate(kernel.params):
@@ -77,13 +77,13 @@ def compiled(variant, capability, count=False):
 
 
 def tensor_cores(ptx):
-    """The tensor core instructions in PTX: `mma` (8.0), `wgmma` (9.0) or `tcgen05` (10.0), None without any."""
+    """The tensor core instruction in PTX: `mma` (8.0), `wgmma` (9.0) or `tcgen05` (10.0); None if there is none."""
     found = [name for name in ("tcgen05", "wgmma", "mma") if re.search(rf"\b{name}\.(mma|sync|mma_async)", ptx)]
     return found[0] if found else None
 
 
 def inspected(cubin, option):
-    """What `cuobjdump` says of a cubin."""
+    """Output of `cuobjdump` with `option` for a cubin."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -92,20 +92,20 @@ def inspected(cubin, option):
 
 
 def resources(cubin):
-    """REG, and bytes of STACK, SHARED and LOCAL memory, of the one kernel in a cubin; spills go to the stack."""
+    """REG, and bytes of STACK, SHARED and LOCAL memory, of the only kernel in a cubin; spills go to the stack."""
     found = re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", inspected(cubin, "--dump-resource-usage"))
     return {name: int(value) for name, value in found}
 
 
 def instructions(cubin):
-    """How many instructions the one kernel of a cubin has, and how many lie in its largest loop."""
+    """Number of instructions of the only kernel in a cubin, and of its largest loop."""
     return counted(inspected(cubin, "--dump-sass"))
 
 
 def counted(sass):
-    """`instructions` of a listing, up to its end: its last exit or, of conditional exits alone, a jump to itself.
+    """`instructions` of a listing up to its end: the last exit or, with only conditional exits, a jump to itself.
 
-    Behind the end jumps lead back from waits that take long.
+    Code past the end holds slow paths of waits, whose backward jumps are not loops.
     """
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?) *;", sass)
     places = {int(address, 16): place for place, (address, _) in enumerate(lines)}
@@ -118,7 +118,7 @@ def counted(sass):
 
 
 def violations(found):
-    """What is wrong with what `compiled` found, one line each."""
+    """Problems in a result of `compiled`, one line each."""
     capability = found["capability"]
     limits = {"spilled": 0, "shared": SHARED_LIMIT[capability], "tmem": TMEM_COLUMNS}
     wrong = [f"{name} is {found[name]}, at most {limit}" for name, limit in limits.items() if found[name] > limit]
@@ -132,7 +132,7 @@ def main():
     parser.add_argument("capability", type=int, choices=sorted(SHARED_LIMIT))
     parser.add_argument("modules", nargs="*", default=MODULES)
     parser.add_argument("--first", action="store_true", help="only what Wan2.1-1.3B runs")
-    parser.add_argument("--loops", action="store_true", help="count instructions, of the largest loop too")
+    parser.add_argument("--loops", action="store_true", help="count instructions, also of the largest loop")
     chosen, failed = parser.parse_args(), False
     for module in chosen.modules or MODULES:
         variants = importlib.import_module(f"mla_attention.{module}").aot_variants(chosen.capability)

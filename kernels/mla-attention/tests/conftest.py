@@ -1,4 +1,4 @@
-"""Without a GPU the kernels run in Triton's interpreter, which must be chosen before Triton is imported."""
+"""Select Triton's interpreter on machines without a GPU, before Triton is imported."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What the kernel tests share: devices, dtypes, errors against float64, and rings of cache rows with poisoned slots."""
+"""Shared by the kernel tests: devices, dtypes, errors against float64, and rings of cache rows with poisoned slots."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from torch import Tensor
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 DTYPES = [torch.float16, torch.float32, *([torch.bfloat16] if DEVICE == "cuda" else [])]
-"""The interpreter gets bfloat16 wrong; a GPU does not."""
+"""bfloat16 only on a GPU: the interpreter gets it wrong."""
 
 FAMILIES = [80, 90] if DEVICE == "cpu" else [None]
-"""Compute capabilities whose tiles the interpreter takes in turn; a GPU takes its own."""
+"""Compute capabilities whose tiles are tested in the interpreter; a GPU uses its own."""
 
 EPSILON = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 2**-24}
-"""Half the distance of 1 to the next number: the relative error of one rounding."""
+"""Relative error of one rounding: half the distance from 1 to the next number."""
 
 
 def module(name: str) -> Any:
-    """A module of the package, whose op may have its name."""
+    """A module of the package, even if an op has the same name."""
     return importlib.import_module(f"mla_attention.{name}")
 
 
 def take_tiles_of(family: int | None, name: str, monkeypatch) -> None:
-    """The tiles of one of FAMILIES in a module of the package."""
+    """Make a module of the package use the tiles of one of FAMILIES."""
     if family is not None:
         monkeypatch.setattr(module(name), "capability", lambda _: family)
 
 
 def randn(*shape, dtype=torch.float32, seed=0, scale=1.0):
-    """Normal numbers, the same on every device."""
+    """Normally distributed numbers, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     return (scale * torch.randn(*shape, generator=generator)).to(DEVICE, dtype)
 
 
 def error(found: Tensor, expected: Tensor) -> float:
-    """Norm of the difference relative to the norm of `expected`, in float64; NaN where anything is NaN."""
+    """Norm of the difference relative to the norm of `expected`, in float64; NaN if anything is NaN."""
     found, expected = found.double(), expected.double()
     return float((found - expected).norm() / expected.norm())
 
@@ -55,10 +55,10 @@ def int32(values) -> Tensor:
 
 
 class Ring(NamedTuple):
-    """Rows of one layer in a ring, as the ops read them, and what they hold.
+    """Rows of one layer in a ring, in the form the ops read, and their contents.
 
-    `valid` `[B, num_keys, W]` are the rows of the valid keys in reading order, in float64, after
-    quantisation where there is one. Everything else in the ring is NaN (int8: NaN scales).
+    `valid` `[B, num_keys, W]` holds the rows of the valid keys in reading order, in float64, after quantization if the
+    ring is int8. Everything else in the ring is NaN (int8: NaN scales).
     """
 
     rows: Tensor
@@ -102,13 +102,13 @@ def ring(
 
 
 TABLES = ((0, 3, 4, 1), (0, 4, 1, 2))
-"""Slots of two items in rings that have wrapped differently."""
+"""Slots of two items whose rings have wrapped differently."""
 
 
 def with_tables(cached: Ring, pooled: bool, window: int = 5, lanes: tuple[int, int] = (2, 0)) -> Ring:
-    """The two items of a ring with a table of slots each: in rings of their own, or in lanes of a pool of three.
+    """The two items of a ring, each with its own table of slots: in separate rings, or in lanes of a pool of three.
 
-    A pool is one ring for all items, whose slots are counted through. Everything that no table names is NaN.
+    A pool is one ring for all items, with slots numbered through all lanes. Everything that no table names is NaN.
     """
     places = [[slot + pooled * lane * window for slot in table] for table, lane in zip(TABLES, lanes)]  # noqa: B905
 

@@ -1,4 +1,4 @@
-"""`all.sh`: order, seconds and exit code, by an interpreter that only says what it is asked."""
+"""`all.sh`: order, time limits and exit code, with a fake interpreter that only prints its arguments."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "all.sh"
 @pytest.fixture
 def ran(tmp_path):
     def run(seconds="800", **given):
-        """The process and what the logs say; MODELS and XDIST are the codes of imports, CODES those of run.py."""
+        """The process and its logs. MODELS and XDIST are the exit codes of imports, CODES those of run.py."""
         python, out = tmp_path / "python", tmp_path / "out"
         python.write_text(
             "#!/bin/sh\n"
@@ -38,7 +38,7 @@ def test_the_benchmark_comes_before_the_tests(ran, models, code):
     assert "run.py" in order.splitlines()[0] and "tests/gpu/test_gpu_ops.py" in order.splitlines()[1]
     budget, *options = told["benchmark.txt"].split("--budget ")[1].split()
     assert options == ["--tiles", "tiles.json"]
-    # A sixth is kept for the tests of ops, an eighth for those of whole models.
+    # A sixth is reserved for the tests of ops, an eighth for those of whole models.
     most = 800 - 15 - 133 - (100 if models == "0" else 0)
     assert int(budget) in range(most - 30, most + 1)
     assert ("test_models.txt" in told) == (models == "0") and "-n" not in told["test_ops.txt"].split()

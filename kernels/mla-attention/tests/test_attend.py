@@ -69,7 +69,7 @@ def test_only_the_valid_prefix_counts(count, splits):
 @pytest.mark.parametrize(("channels", "values"), [(128, 128), (160, 128), (24, 24)])
 @pytest.mark.parametrize(("count", "splits"), [(300, 1), (256, 1), (257, 2)])
 def test_several_blocks_of_keys_for_many_queries(count, splits, channels, values, family, monkeypatch):
-    """The large tiles, with a last block of keys that is full or is not."""
+    """The large tiles, with a full and with a partial last block of keys."""
     take_tiles_of(family, "attend", monkeypatch)
     query, key, value = inputs(queries=140, keys=300, heads=2, channels=channels, values=values, dtype=torch.float16)
     scale = channels**-0.5
@@ -111,7 +111,7 @@ def test_parts_merge_to_the_whole():
 @pytest.mark.parametrize("scale", [1e-6, 30.0])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_extreme_logits(dtype, scale):
-    """From equal weights to one key that takes it all: logits of some thousands."""
+    """From equal weights to one key that takes all the weight, with logits of a few thousand."""
     query, key, value = inputs(dtype=dtype, channels=64, scale=3.0)
 
     out, lse = attend(query, key, value, None, scale)
@@ -122,7 +122,7 @@ def test_extreme_logits(dtype, scale):
 
 
 def test_views():
-    """A part of a workspace, channels of a wider one, and heads that a projection laid side by side."""
+    """A part of a workspace, channels of a wider tensor, and heads that a projection placed side by side."""
     query, key, value = inputs(queries=8)
     wide_key, wide_value = randn(2, 80, 3, 40), randn(2, 80, 3, 40)
     wide_key[:, 10:60, :, :24], wide_value[:, 10:60, :, 8:32] = key, value
@@ -175,7 +175,7 @@ DESCRIBED = [tiles for tiles in CANDIDATES[90] if tiles.described]
 @pytest.mark.parametrize("tiles", DESCRIBED, ids=str)
 @pytest.mark.parametrize(("count", "splits"), [(300, 1), (256, 1), (257, 2), (20, 1)])
 def test_described_tiles(tiles, count, splits, monkeypatch):
-    """By descriptors of parts of wider workspaces: whole blocks of keys, one that is not, and none that is."""
+    """Descriptors of parts of wider workspaces: only full blocks of keys, a partial last block, only a partial one."""
     if DEVICE == "cuda" and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("no tensor memory accelerator")
     take_tiles_of(90 if DEVICE == "cpu" else None, "attend", monkeypatch)
@@ -198,7 +198,8 @@ def test_described_tiles(tiles, count, splits, monkeypatch):
 def test_what_cannot_be_described_goes_by_pointers():
     rows = randn(2, 80, 3, 40, dtype=torch.float16)
     assert describable(rows) and describable(rows[:, 10:60]) and describable(rows[:, 10:60, :, :24])
-    # Rows of 16 bytes, a distance between items that is none between rows, heads outside of their rows.
+    # An address and a row stride that 16 bytes do not divide, an item stride that is no multiple of the row stride,
+    # heads outside of their rows, no rows.
     assert not describable(rows.flatten()[1:1201].view(1, 10, 3, 40))
     assert not describable(randn(2, 7, 3, 3, dtype=torch.float16))
     assert not describable(rows.flatten().as_strided((2, 70, 3, 40), (8408, 120, 40, 1)))

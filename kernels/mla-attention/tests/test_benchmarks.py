@@ -23,7 +23,7 @@ def bench():
 
 @pytest.fixture(scope="module")
 def result(bench, tmp_path_factory):
-    """What a run of the toy size wrote."""
+    """The results of a run at the toy size."""
     out = tmp_path_factory.mktemp("bench")
     assert bench.main(["--tiny", "--device", "cpu", "--out", str(out)]) == 0
     assert not list(out.glob("*.tmp"))
@@ -37,7 +37,7 @@ def test_every_part_runs(result):
     assert {*PARTS, "start", "checks", "all"} <= set(found["seconds"])
     assert sum(spent for part, spent in found["seconds"].items() if part != "all") <= found["seconds"]["all"]
     assert not [part for part in PARTS if isinstance(found[part], dict) and "failed" in found[part]]
-    # What needs a GPU is empty, not invented.
+    # Results that need a GPU are empty.
     assert all(found[part] is None for part in GPU_PARTS)
     assert "| streams over dense | 6 | not measured |" in text
     assert found["step"]["refused"] == {} and len(found["step"]["times"]) == 18
@@ -53,7 +53,7 @@ def test_every_part_runs(result):
     assert attends["latent 64+32, absorbed"] == "latent_attention and attend, merged"
     assert set(found["chunk"]["attends"]) == set(found["chunk"]["times"])
     assert "these times mean nothing" in text
-    # Attention of the step and of the chunk, rows that the chunk writes, and a row of attention.
+    # Attention of the step and of the chunk, rows that the chunk writes, and a row of the attention part.
     assert text.count(" compared at full size: the largest difference is ") == 4
     assert text.count("; two runs are equal to the bit.") == 4
 
@@ -84,7 +84,7 @@ def test_ratios_and_goals_are_those_of_the_medians(result):
 
 
 def test_a_red_check_takes_its_times_with_it(bench, tmp_path, monkeypatch, capsys):
-    """What runs the op is not timed, all else is; the failure is on disk and in the exit code."""
+    """Variants that run the op are not timed, all others are; the failure is in the files and in the exit code."""
     line = "expand_kv_, keys, heads rotated, 12 keys, rank 96: error 1, allowed 0.1"
     monkeypatch.setattr(bench, "check_all", lambda *_: [line])
     arguments = ["--tiny", "--device", "cpu", "--out", str(tmp_path), "--parts", "step", "attention"]
@@ -101,7 +101,7 @@ def test_a_red_check_takes_its_times_with_it(bench, tmp_path, monkeypatch, capsy
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_tiles_that_make_a_check_fail_are_refused(bench, tmp_path, monkeypatch, broken):
-    """The package's own are checked and timed then."""
+    """The package's own tiles are then checked and timed."""
     line = "expand_kv_, keys, 450 keys, rank 192: error 1, allowed 0.1"
     table = bench.tune.expand_tiles.TILES
     own, other = table[90], bench.tune.expand_tiles.CANDIDATES[90][1]
@@ -181,7 +181,7 @@ def test_an_op_that_does_not_run_fails_its_check(bench, monkeypatch):
 
 
 def test_all_ops_that_are_checked_are_known(bench, monkeypatch):
-    """By their names in the failures of a check in which nothing runs."""
+    """By the op names in the failures of a check in which nothing runs."""
     checks = importlib.import_module("checks")
 
     def broken(*_):
@@ -251,13 +251,13 @@ def test_a_variant_that_does_not_run_is_named(bench):
 
 
 def test_the_share_of_attention_is_that_of_dense_operations(bench):
-    """Of the fastest path, and of ours; neither what expands nor what a low rank spares lends it a rate."""
+    """It is that of the fastest path, and of ours; neither expansion nor the savings of a low rank raise it."""
     report = importlib.import_module("report")
     medians = {"cuDNN, 1 split": 2.0, "attend, 2 splits": 4.0, "absorbed, rank 192": 6.0, "absorbed, rank 64": 0.5}
     medians["expand, rank 64"] = 0.1
     row = {"queries": 3, "keys": 6, "batch": 1, "times": {k: {"median_ms": v} for k, v in medians.items()}}
     shape = {"chunk": 1, "window": 2, "tokens": 3, "heads": 2, "head_dim": 128}
-    # A product of so many operations would take 1 ms.
+    # A matrix product with this many operations takes 1 ms.
     rate = 4 * 2 * 3 * 6 * 128 / 1e9
     others = [{**row, "batch": 4}, {**row, "keys": 3}]
     found = {"shape": shape, "ceilings": {"matmul_tflop_s": rate}, "attention": {"rows": [row, *others]}}
@@ -285,7 +285,7 @@ def test_a_cudnn_that_is_wrong_is_refused(bench):
 
 
 def test_the_published_code_moves_its_window_once_a_chunk(bench):
-    """At the first pass after `start_chunk`; what it attends to is normed, rotated and in its place."""
+    """On the first pass after `start_chunk`; the keys it attends to are normalized, rotated and in place."""
     wan = importlib.import_module("wan")
     shape = wan.Shape(layers=1, heads=2, head_dim=16, ffn=32, tokens=4, window=4, chunk=1, text=4)
     way = wan.Published(shape, torch.device("cpu"), torch.float32, run=lambda query, key, value: key)
@@ -322,7 +322,7 @@ def test_a_re_indexed_window_is_normed_and_rotated_whole(bench):
 
 
 def test_a_pass_that_writes_keeps_the_chunk_of_that_pass(bench):
-    """From the keys and values that the pass has; no other pass writes."""
+    """It uses the keys and values of that pass; no other pass writes."""
     wan = importlib.import_module("wan")
     shape = wan.Shape(layers=1, heads=1, head_dim=64, ffn=32, tokens=4, window=4, chunk=1, text=4)
     step = wan.Step(shape, torch.device("cpu"), torch.float32)
@@ -387,7 +387,7 @@ def test_an_entry_of_the_device_table(bench, tmp_path):
     device_costs = importlib.import_module("device_costs")
 
     def row(queries, absorbed, **more):
-        # The model runs neither split stock attention nor the best number of splits of ours.
+        # The model runs neither split stock attention nor our attention with the best number of splits.
         rates = {"torch": 500, "cuDNN, 2 splits": 600, "attend, 2 splits": 550, "attend, splits by rule": 400}
         rates |= {"absorbed, rank 192": absorbed, **more}
         times = {name: {"tflop_s": rate} for name, rate in rates.items()}

@@ -1,4 +1,4 @@
-"""Every kernel compiles ahead of time for the GPUs that it is meant for, within their limits."""
+"""Every kernel compiles ahead of time for its target GPUs, within their limits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 @pytest.mark.parametrize("capability", sorted(aot.SHARED_LIMIT))
 def test_what_wan_runs_compiles_within_the_limits(capability):
-    """One variant an op, in a process without the interpreter; `aot.py` without `--first` tries them all."""
+    """One variant per op, in a process without the interpreter; `aot.py` without `--first` compiles all of them."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join([str(aot.PACKAGE.parent), env.get("PYTHONPATH", "")])
     command = [sys.executable, aot.__file__, str(capability), "--first"]
@@ -23,7 +23,7 @@ def test_what_wan_runs_compiles_within_the_limits(capability):
     assert {found["name"].partition(" ")[0] for found in everything} == set(aot.MODULES)
     assert [found for found in everything if found["wrong"]] == []
     assert done.returncode == 0, done.stderr[-3000:]
-    # Spills, shared memory and tensor memory are checked by `aot.violations`, on what is said here.
+    # `aot.violations` checks spills, shared memory and tensor memory in this output.
     assert all(found["spilled"] == 0 for found in everything)
     by_tensor_cores = {found["tensor_cores"] for found in everything if found["dot"]}
     assert by_tensor_cores == {aot.TENSOR_CORES[capability]}

@@ -1,4 +1,4 @@
-"""Keys and values from cached rows."""
+"""Expansion of cached rows to keys and values."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LAYOUTS = ["rotate_on_read", "cached", "derived", "no shared key", "only a share
 
 @pytest.fixture(params=FAMILIES)
 def family(request, monkeypatch):
-    """Narrow tiles of a product and wide ones."""
+    """Narrow and wide tiles of the product."""
     take_tiles_of(request.param, "expand_kv", monkeypatch)
 
 
@@ -55,7 +55,7 @@ def case(layout, rank=64, heads=3, channels=24, values=16, shared=8, dtype=torch
 
 
 def expanded(arguments, valid):
-    """Keys and values of the valid rows `[B, n, W]` in float64, by the definition."""
+    """Keys and values of the valid rows `[B, n, W]` in float64, straight from the definition."""
     key_out, value_out, _, _, _, _, weight, bias, w_pe, b_pe, rotations, rotates = arguments
     heads, values, rank = key_out.shape[2], value_out.shape[3], weight.shape[1]
     both = (valid[..., :rank] @ weight.double().T + bias.double()).unflatten(-1, (heads, -1))
@@ -75,7 +75,7 @@ def expanded(arguments, valid):
 
 
 def check(arguments, valid, limit):
-    """The valid keys are right, the others are untouched."""
+    """The valid keys are right, the others are unchanged."""
     key, value = expanded(arguments, valid)
     count = valid.shape[1]
     for found, expected in ((arguments[0], key), (arguments[1], value)):
@@ -94,7 +94,7 @@ def test_equals_float64(layout, dtype):
 
 
 def tabled(arguments, valid, pooled):
-    """The same arguments with a table of slots for each item."""
+    """The same arguments with a table of slots per item."""
     found = with_tables(Ring(*arguments[2:6], valid), pooled)
     return [*arguments[:2], *found[:4], *arguments[6:]]
 
@@ -195,7 +195,7 @@ def test_workspaces_of_another_length(capacity):
 
 
 def test_writes_into_a_part_of_a_workspace():
-    """A prefix of longer buffers, with channels of other keys behind: what lies there stays."""
+    """A part of longer buffers whose rows hold further channels: the rest of the buffers is unchanged."""
     arguments, valid = case("cached")
     key, value = torch.full((2, 50, 3, 48), 7.0), torch.full((2, 50, 3, 16), 7.0)
     arguments[0], arguments[1] = key.to(DEVICE)[:, 5:33, :, :32], value.to(DEVICE)[:, 5:33]
@@ -235,7 +235,7 @@ def test_compiles_whole():
 @pytest.mark.parametrize("quantised", [False, True])
 @pytest.mark.parametrize("layout", ["rotate_on_read", "cached", "derived"])
 def test_several_tiles_of_keys(layout, quantised):
-    """The last with one key, and one with none."""
+    """A tile with one valid key, and one with none."""
     arguments, valid = case(layout, dtype=torch.float16, tokens=97, tail=131, heads=2, quantised=quantised)
     expand_kv_(*arguments)
     check(arguments, valid, (1 + quantised) * EPSILON[torch.float16])

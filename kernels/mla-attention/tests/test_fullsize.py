@@ -1,4 +1,4 @@
-"""What is timed is compared at its full size: what is wrong there, or differs from run to run, is not timed."""
+"""Timed work is compared at its full size; what is wrong there, or differs between runs, is not timed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_what_differs_is_told():
     assert fullsize.verdict(lambda: next(values), lambda: x)[1] == "two runs differ"
     found, wrong = fullsize.verdict(lambda: next(values), lambda: x, strict=False)
     assert not found["equal"] and wrong is None
-    # All of it is equal, of which a part is compared.
+    # The whole result must be equal in two runs, even if only a part is compared with the expected one.
     assert fullsize.verdict(lambda: [x, 2 * x], lambda: x, read=lambda found: found[0])[1] is None
 
 
@@ -51,7 +51,7 @@ def test_the_queries_of_a_sample_hold_as_many_logits_as_fit():
     ],
 )
 def test_every_way_agrees_with_plain_torch(options, monkeypatch):
-    """And one whose kernel is wrong does not."""
+    """A way whose kernel is wrong does not agree."""
     fullsize, wan = importlib.import_module("fullsize"), importlib.import_module("wan")
     shape = wan.Shape(layers=2, heads=1, head_dim=32, ffn=32, tokens=4, window=4, chunk=1, text=4)
     way = wan.Latent(shape, CPU, torch.float32, **options)

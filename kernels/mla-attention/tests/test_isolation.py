@@ -1,4 +1,4 @@
-"""What a process that fails, hangs or loses its device costs: itself, and nothing that was found before it."""
+"""A process that fails, hangs or loses its device costs only itself, not earlier results."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def watch(monkeypatch):
 
 @pytest.fixture
 def left(monkeypatch):
-    """The code with which a process would have ended."""
+    """The exit code of a process, raised instead of exiting."""
 
     class Left(BaseException):
         pass
@@ -76,7 +76,7 @@ def test_a_run_goes_on_without_what_lost_its_device(watch, left, tmp_path, monke
     assert "an illegal memory access" in (tmp_path / "results.md").read_text()
     found, refused = timing.runnable({"latent 64": broken, "dense": lambda: None}, CPU)
     assert list(found) == ["dense"] and "an illegal memory access" in refused["latent 64"]
-    # Of another device nothing is kept.
+    # Results of another device are not kept.
     assert not record.Record(tmp_path, {**FIRST, "device": "another"}, resume=True).done("ceilings")
 
 
@@ -120,7 +120,7 @@ def test_a_way_by_plain_torch_does_as_the_one_by_kernels():
 
 
 def test_loops_are_counted_in_front_of_the_end_alone():
-    """The end is a jump to itself, with or without an exit in front of it."""
+    """The end is a jump to itself, with or without an exit before it."""
     aot = importlib.import_module("aot")
     codes = ["MOV", "@P0 EXIT", "HGMMA", "@P1 BRA 0x20", "{exit}", "BRA 0x50", "NOP", "BRA 0x40"]
     for leave in ("EXIT", "@!P1 EXIT"):

@@ -1,4 +1,4 @@
-"""Absorbed attention to the rows of a ring."""
+"""Absorbed attention to rows of the ring."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SCALE = 0.1
 
 @pytest.fixture(autouse=True, params=["gathered", *(f"packed, {family}" for family in FAMILIES)])
 def way(request, monkeypatch):
-    """Every test for rows that are gathered, and for packed ones by the tiles of every family."""
+    """Run every test with gathered rows, and with packed rows and the tiles of every family."""
     packs = request.param != "gathered"
     monkeypatch.setattr(module("latent_tiles"), "PACKED_FROM", 1 if packs else 2**31)
     if packs:
@@ -51,7 +51,7 @@ def case(
 
 
 def dense(arguments, valid):
-    """Queries, keys and values `[B, n, H, ...]` of plain attention that does the same, in float64."""
+    """Queries, keys and values `[B, n, H, ...]` of equivalent plain attention, in float64."""
     latent, pe, *_, turn = arguments
     rank, heads = latent.shape[-1], latent.shape[2]
     query, key = latent.double(), valid[..., :rank]
@@ -64,26 +64,26 @@ def dense(arguments, valid):
 
 
 def exact(arguments, valid, scale=SCALE):
-    """Output and lse by the definition, in float64."""
+    """Output and lse in float64, straight from the definition."""
     query, key, value = dense(arguments, valid)
     logits = scale * torch.einsum("bqhd,bkhd->bhqk", query, key)
     return torch.einsum("bhqk,bkhr->bqhr", logits.softmax(-1), value), logits.logsumexp(-1)
 
 
 def sdpa_error(arguments, valid, expected, scale=SCALE):
-    """What torch's attention loses in the dtype of the queries, on keys that were rotated exactly."""
+    """Errors of torch's attention in the dtype of the queries, with exactly rotated keys."""
     query, key, value = (x.to(arguments[0].dtype).transpose(1, 2) for x in dense(arguments, valid))
     return error(F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2), expected)
 
 
 def check(arguments, valid, scale=SCALE, splits=1, floor=1):
-    """The errors of the output and of the lse, at most 1.2 times torch's and `floor` roundings."""
+    """Check the errors of the output and of lse: at most 1.2 times torch's and `floor` roundings."""
     out, lse = latent_attention(*arguments, scale, splits)
     expected, expected_lse = exact(arguments, valid, scale)
     dtype = arguments[0].dtype
     # The ratio to the error of SDPA is 0.4 to 1.2; the floor is the rounding of the result.
     assert error(out, expected) <= max(1.2 * sdpa_error(arguments, valid, expected, scale), floor * EPSILON[dtype])
-    # Keys are rounded to the dtype after their rotation.
+    # Keys are rounded to the dtype after rotation.
     assert error(lse, expected_lse) <= max(EPSILON[dtype], 1e-6)  # 7e-8 in float32, 3e-5 in float16
     assert out.dtype == dtype and lse.dtype == torch.float32
 
@@ -96,7 +96,7 @@ def test_error_is_that_of_sdpa(rank, dtype):
 
 @pytest.mark.parametrize(("heads", "queries", "shared"), [(1, 1, 0), (1, 40, 12), (3, 1, 44), (5, 9, 2), (12, 11, 32)])
 def test_heads_queries_and_shared_channels(heads, queries, shared):
-    """Tiles of (query, head) that end within a query, and queries that are fewer than a tile."""
+    """Tiles of (query, head) that end within a query, and fewer queries than a tile holds."""
     check(*case(96, shared, heads, queries, torch.float16))
 
 
@@ -105,20 +105,20 @@ def test_heads_queries_and_shared_channels(heads, queries, shared):
     [(7, 3, 1), (7, 3, 5), (16, 0, 1), (16, 0, 2), (33, 1, 1), (33, 1, 2), (33, 70, 5), (1, 0, 1), (1, 0, 5)],
 )
 def test_rings_and_tails(tokens, tail, splits):
-    """Frames shorter and longer than a block of keys; everything behind the valid keys is NaN."""
+    """Frames shorter and longer than a block of keys; everything past the valid keys is NaN."""
     check(*case(64, tokens=tokens, tail=tail), splits=splits)
 
 
 @pytest.mark.parametrize("slots", [(2,), (0, 1, 2, 3, 4), (0, 4, 1, 2)])
 def test_slots(slots):
-    """A single frame, a ring before it wraps, and one that has wrapped behind its sink."""
+    """A single frame, a ring that has not wrapped, and one that has wrapped past its sink."""
     check(*case(64, slots=slots))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rank", "shared"), [(32, 0), (48, 16), (96, 44), (192, 32)])
 def test_int8(rank, shared, dtype):
-    """Groups that a block of the rank or the shared key cuts."""
+    """Quantization groups that are cut by a block of the rank or by the shared key."""
     arguments, valid = case(rank, shared, dtype=dtype, quantised=True)
     out, lse = latent_attention(*arguments, SCALE)
     expected, expected_lse = exact(arguments, valid)
@@ -127,7 +127,7 @@ def test_int8(rank, shared, dtype):
 
 
 def tabled(arguments, valid, pooled):
-    """The same arguments with a table of slots for each item."""
+    """The same arguments with a table of slots per item."""
     found = with_tables(Ring(*arguments[2:6], valid), pooled)
     return [*arguments[:2], *found[:4], arguments[6]]
 
@@ -147,7 +147,7 @@ def test_a_table_of_slots_for_each_item(splits, dtype, quantised, pooled):
 @pytest.mark.parametrize(("rank", "shared"), [(64, 32), (50, 12), (192, 0), (200, 32)])
 @pytest.mark.parametrize("tail", [0, 3, 76])
 def test_several_blocks_of_keys(tail, rank, shared, monkeypatch):
-    """204 keys, 201 and 128, in tiles of 16 bits; what is allocated and not written is NaN."""
+    """204, 201 and 128 keys with 16-bit tiles; memory that is allocated but not written is NaN."""
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(float("nan")))
     arguments, valid = case(rank, shared, dtype=torch.float16, tokens=51, tail=tail, quantised=rank == 200)
@@ -163,7 +163,7 @@ def test_the_tiles_that_share_a_multiprocessor():
 @pytest.mark.skipif(DEVICE != "cpu", reason="the file is in the memory of the CPU")
 @pytest.mark.parametrize("quantised", [False, True])
 def test_a_ring_whose_offsets_take_64_bits(quantised, tmp_path):
-    """2**31 scalars and more, in a sparse file of which nothing but the slots in use is written."""
+    """2**31 scalars and more, in a sparse file in which only the used slots are written."""
     arguments, valid = case(dtype=torch.float16, quantised=quantised)
     pool = with_tables(Ring(*arguments[2:6], valid), True)
     (slots, tokens, width), step = pool.rows.shape[1:], 2**28
@@ -185,7 +185,7 @@ def test_no_keys(splits):
 
 @pytest.mark.parametrize("count", [1, 6, 28, 29])
 def test_the_count_lies_on_the_device(count):
-    """Every prefix, up to more keys than there are."""
+    """Every prefix length, and more keys than exist."""
     arguments, valid = case(64, tail=0)
     arguments[5] = int32([count])
     check(arguments, valid[:, :count])
@@ -194,12 +194,12 @@ def test_the_count_lies_on_the_device(count):
 @pytest.mark.parametrize("scale", [1e-6, 30.0])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_extreme_logits(dtype, scale):
-    """From equal weights to one key that takes it all: logits of some thousands."""
+    """From equal weights to one key that takes all the weight, with logits of a few thousand."""
     check(*case(64, dtype=dtype, scale=3.0), scale=scale)
 
 
 def test_parts_merge_to_the_whole():
-    """History read in two calls, as with a chunk of its own beside it."""
+    """History read in two calls and merged, as with a separate chunk."""
     arguments, valid = case(64, tail=0)
     latent, pe, rows, scales, slots, _, turn = arguments
     parts = [
@@ -212,7 +212,7 @@ def test_parts_merge_to_the_whole():
 
 
 def test_views():
-    """Queries that projections laid side by side, a part of a batch, and wider rows than are read."""
+    """Queries that projections placed side by side, a part of a batch, and rows wider than what is read."""
     arguments, _ = case(64)
     latent, pe, rows, _, *others = arguments
     wide = torch.cat([latent, pe], dim=-1).transpose(1, 2).contiguous().transpose(1, 2)
@@ -285,7 +285,7 @@ DESCRIBED = [(64, 0), (64, 32), (48, 32), (128, 32)]
 @pytest.mark.parametrize(("rank", "shared"), DESCRIBED)
 @pytest.mark.parametrize(("tail", "splits"), [(3, 1), (0, 2), (20, 1)])
 def test_described_tiles(rank, shared, tail, splits, way, monkeypatch):
-    """Packed rows by descriptors, with a last block of keys that is full or is not."""
+    """Packed rows loaded by descriptors, with a full and with a partial last block of keys."""
     if way in ("gathered", "packed, 80"):
         pytest.skip("rows of a ring are not described, and neither are tiles of 8.0")
     if DEVICE == "cuda" and torch.cuda.get_device_capability()[0] < 9:

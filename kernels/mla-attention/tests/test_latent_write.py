@@ -1,4 +1,4 @@
-"""Rows of new tokens, written to their slots."""
+"""Writing the rows of new tokens to their slots."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def case(
 
 
 def by_torch(arguments, dtype):
-    """The rows `[B, F, T, W]` by the definition, in a dtype."""
+    """The rows `[B, F, T, W]` in a dtype, straight from the definition."""
     _, _, slots, *others, heads = arguments
     others = [x.to(dtype) if isinstance(x, torch.Tensor) else x for x in others]
     key, value, gain, eps, mean, w_kv, b_kv, w_pe, b_pe, grid = others
@@ -60,7 +60,7 @@ def by_torch(arguments, dtype):
 
 
 def written(arguments):
-    """The rows of the slots that were to be written, in float64; all others must be as they were."""
+    """The rows of the written slots, in float64; all others must be unchanged."""
     rows, scales, slots = arguments[:3]
     others = torch.ones(WINDOW, dtype=torch.bool, device=rows.device).index_fill(0, slots.long(), False)
     if scales is None:
@@ -102,7 +102,7 @@ def test_heads_and_channels(heads, channels, values, shared, dtype):
 
 
 def tabled(arguments, pooled):
-    """The same arguments with a table of slots for each item: in rings of their own, or in lanes of a pool of three."""
+    """The same arguments with a table of slots per item: in separate rings, or in lanes of a pool of three."""
     rows, scales = arguments[:2]
     tables = [[13, 10], [3, 1]] if pooled else [[3, 0], [3, 1]]
     if pooled:
@@ -132,7 +132,7 @@ def test_a_table_of_slots_for_each_item(dtype, quantised, pooled, write):
 @pytest.mark.parametrize("quantised", [False, True])
 @pytest.mark.parametrize(("slots", "tokens", "batch"), [((4,), 1, 1), ((2, 3, 0), 33, 1), ((4, 1), 16, 3)])
 def test_slots(slots, tokens, batch, quantised):
-    """A single token, frames longer than a tile, and a chunk that wraps around the ring's end."""
+    """A single token, frames longer than a tile, and a chunk that wraps around the end of the ring."""
     arguments = case(slots=slots, tokens=tokens, batch=batch, quantised=quantised)
     latent_write_(*arguments)
     found, expected = written(arguments), by_torch(arguments, torch.float64)
@@ -147,7 +147,7 @@ def test_int8_as_quantise_rows(rank, shared, dtype):
     expected = by_torch(arguments, torch.float64)
     steps, scales = quantise_rows(expected)
     found, found_scales = (x[:, arguments[2]] for x in arguments[:2])
-    # Keys rounded to float16 move a value across the middle of two steps now and then.
+    # Rounding keys to float16 occasionally moves a value to the next int8 step.
     assert int((found.int() - steps.int()).abs().max()) <= 1
     assert float((found != steps).double().mean()) < (0.05 if dtype != torch.float32 else 0.001)  # 0.009, 0
     torch.testing.assert_close(found_scales, scales, rtol=2e-3, atol=0)  # 1e-3: one unit of float16
@@ -155,7 +155,7 @@ def test_int8_as_quantise_rows(rank, shared, dtype):
 
 
 def test_int8_of_zeros_and_huge_values():
-    """A group of zeros has scale 0; one that float16 cannot scale is clamped."""
+    """A group of zeros has scale 0; a scale too large for float16 is clamped."""
     arguments = case(64, 64, quantised=True)
     for weight in arguments[10:12]:
         weight.zero_()
@@ -169,14 +169,14 @@ def test_int8_of_zeros_and_huge_values():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
 def test_extreme_keys(scale, dtype):
-    """The norm takes the scale out; in float16 a key times a gain of 10 is beyond what it can hold."""
+    """The norm cancels the scale of the keys; a key times a gain of 10 would overflow float16."""
     arguments = case(dtype=dtype, scale=scale)
     arguments[5] *= 10
     check(arguments)
 
 
 def test_views():
-    """Keys and values that one projection laid side by side, a part of a ring and of its batch."""
+    """Keys and values that one projection placed side by side, and a part of a ring and of its batch."""
     arguments = case()
     key, value = arguments[3:5]
     both = torch.cat([key, value], dim=-1)

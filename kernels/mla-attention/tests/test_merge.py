@@ -1,4 +1,4 @@
-"""Merging parts of an attention."""
+"""Merging partial attention outputs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_equals_float64(dtype, n, heads, channels):
 
 
 def test_equals_one_softmax():
-    """Parts of a softmax over disjoint keys, merged, are the softmax over all of them."""
+    """Merging the softmaxes over disjoint keys gives the softmax over all keys."""
     logits, values = randn(2, 3, 5, 12, seed=2).double(), randn(2, 12, 3, 24, seed=3).double()
     outs, lses = [], []
     for keys in (slice(0, 4), slice(4, 12)):

@@ -1,4 +1,4 @@
-"""Merging two parts of an attention where they lie."""
+"""Merging two partial attention outputs without stacking them."""
 
 from __future__ import annotations
 

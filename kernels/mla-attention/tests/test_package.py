@@ -1,4 +1,4 @@
-"""The package as others find it: without Triton, from any folder, as a Hub kernel, without recompilation."""
+"""The package in other environments: without Triton, from any folder, as a Hub kernel; and without recompilation."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ print(compilations(_attend_kernel, "key_h"))
 
 
 def python(code, tmp_path, *arguments, **env):
-    """What `code` prints in a new process in another folder, without the interpreter."""
+    """Lines that `code` prints in a new process in another folder, without the interpreter."""
     settings = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     settings["PYTHONPATH"] = os.pathsep.join([str(PACKAGE.parent), settings.get("PYTHONPATH", "")])
     settings.update(env)
@@ -89,7 +89,7 @@ def test_works_without_triton(tmp_path):
 
 
 def test_a_second_copy_loads_beside_it(tmp_path):
-    """As a Hub kernel: the same sources under another name, with a namespace of their own for the ops."""
+    """As a Hub kernel does: the same sources under another name, with a separate namespace for the ops."""
     copy = tmp_path / "mla_attention_copy"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
     namespace = (PACKAGE / "_ops.py").read_text(encoding="utf-8").replace('"mla_attention"', '"mla_attention_copy"')
@@ -123,7 +123,7 @@ print(module.attend(query, query, query, None, 0.25)[0].shape == query.shape, ha
 
 
 def test_loads_as_a_kernel_of_the_hub(tmp_path):
-    """A build as kernel-builder lays it out, made by hand: the sources, `_ops.py` of its own and metadata.json."""
+    """A hand-made build in kernel-builder's layout: the sources, a separate `_ops.py`, and metadata.json."""
     try:
         importlib.metadata.version("kernels")
     except importlib.metadata.PackageNotFoundError:
@@ -141,7 +141,7 @@ def test_loads_as_a_kernel_of_the_hub(tmp_path):
 
 
 def test_build_file():
-    """What kernel-builder reads of a kernel that is Python alone; the edition is one that it knows."""
+    """The keys that kernel-builder reads for a pure Python kernel, with an edition that it supports."""
     tomllib = pytest.importorskip("tomllib", reason="tomllib came with Python 3.11")
     build = tomllib.loads((PACKAGE.parents[1] / "build.toml").read_text(encoding="utf-8"))
     assert set(build) == {"general", "torch-noarch"}
@@ -151,7 +151,7 @@ def test_build_file():
 
 
 def test_lengths_do_not_recompile(tmp_path):
-    """Triton compiles anew for a 1 and for multiples of 16, except in the arguments that change from chunk to chunk."""
+    """Triton specializes on 1 and on multiples of 16, except for arguments that change from chunk to chunk."""
     *lengths, stride = python(SPECIALISATION, tmp_path)
     assert lengths == ["1"] * 7
     assert stride == "3"  # what an argument does that is specialised

@@ -1,4 +1,4 @@
-"""Norm over all heads and rotation."""
+"""Norm over all heads, and rotation."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def test_error_is_that_of_torch(heads, channels, rotated, dtype):
 
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (3, 50), (1, 129)])
 def test_tokens(batch, tokens):
-    """Tiles that hold tokens of two items of a batch, and a last one that is not full."""
+    """Tiles with tokens of two batch items, and a partial last tile."""
     check(case(batch=batch, tokens=tokens))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
 def test_extreme_scales(scale, dtype):
-    """The norm takes the scale out, as far as eps and the numbers of the dtype let it."""
+    """The norm cancels the scale, as far as eps and the range of the dtype allow."""
     check(case(dtype=dtype, scale=scale))
 
 

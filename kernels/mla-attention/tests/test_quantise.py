@@ -18,7 +18,7 @@ def test_error_is_half_a_step(width):
     assert scales.shape == (2, 5, -(-width // 64))
     restored = dequantise_rows(steps, scales, torch.float32)
     half_step = scales.float().repeat_interleave(64, dim=-1)[..., :width] / 2
-    # Rounding the scale to float16 may cut the largest value of a group, by at most 2**-11 of it.
+    # Rounding the scale to float16 may clip the largest value of a group, by at most 2**-11 of it.
     assert bool(((restored - rows).abs() <= half_step + 2**-11 * 127 * 2 * half_step).all())
     assert error(restored, rows) < 8e-3  # 5.6e-3
 

@@ -1,4 +1,4 @@
-"""Queries whose rotated channels stand apart."""
+"""Queries with unrotated and rotated channels separated."""
 
 from __future__ import annotations
 

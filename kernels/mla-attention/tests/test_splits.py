@@ -1,4 +1,4 @@
-"""The rule by which keys are split over programs."""
+"""The rule that splits keys over programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The search for how many streams fit, with the wanted number of latent ones first, and what the goal says of it."""
+"""The search for the number of streams that fit, which tries the wanted number of latent streams first; its goal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def search():
-    """The search among ways that fit up to `limits` streams, ended after so many probes, and the batches it tried."""
+    """Search with ways that fit up to `limits` streams, ended after some probes; also the batches that were tried."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
     streams, timing, wan = (importlib.import_module(name) for name in ("streams", "timing", "wan"))
 
@@ -33,7 +33,7 @@ def search():
                 return self
 
         def fits(shape, build):
-            # The order in which builders are first seen is that of the ways, dense first.
+            # Builders first appear in the order of the ways, dense first.
             place = known.setdefault(build.__code__.co_firstlineno, len(known))
             tried.append((place, shape.batch))
             return shape.batch <= limits[place]
@@ -60,7 +60,7 @@ def test_one_probe_behind_the_dense_ones_decides(search, report):
     assert tried == [(0, 8), (0, 16), (0, 12), (0, 10), (0, 11), (1, 66)]
     assert found["streams"][report.PAIRED] == 66 and found["open"][report.PAIRED] == [66, None]
     assert report._streams(found) == (6.0, True)
-    # The next way is tried where the first does not hold so many.
+    # If the first way does not hold this many, the next one is tried.
     assert search((11, 60, 80, 40))[1][5:7] == [(1, 66), (2, 66)]
 
 
@@ -77,7 +77,7 @@ def test_without_the_dense_number_there_is_no_ratio(search, report):
     assert list(found["streams"].values()) == [8, None, None, None] and found["open"][report.TUNED] == [8, None]
     assert report._streams(found) == (None, False)
     assert search((2, 70, 3, 40), probes=1)[0]["streams"][report.TUNED] is None
-    # Eleven at most, where twelve do not fit.
+    # At most eleven fit, because twelve do not.
     counts = {report.TUNED: 8, report.PAIRED: 66}
     assert report._streams({"streams": counts, "open": {report.TUNED: [8, 12]}}) == (6.0, True)
 

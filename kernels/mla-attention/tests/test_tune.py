@@ -1,4 +1,4 @@
-"""The search for tiles at a toy size: candidates are compared, timed and written; one that fails is left out."""
+"""The search for tiles at a toy size: candidates are compared, timed and written; those that fail are left out."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_tables_are_as_before(tune):
         assert [limit for limit, _ in latent_tiles.TILES[90]] == [64, 96, 256, 512]
     other = latent_tiles.CANDIDATES[90][128][1]
     with tune.table("latent_attention, rank 128", other, 90):
-        # Rank 96 keeps its tiles; what is entered for it later takes their place.
+        # Rank 96 keeps its tiles until an entry for it replaces them.
         kept = before[2][90][1][1]
         assert latent_tiles.TILES[90][1:3] == [(96, kept), (128, other)]
         tune.enter("latent_attention, rank 96", other, 90)
@@ -74,7 +74,7 @@ def test_only_what_is_faster_changes(tune, tmp_path, monkeypatch):
 
     assert tune.changes(90, right, times(1.0, 0.995), {}) == {}
     assert tune.changes(90, right, times(1.0, 0.9), {}) == {"attend": list(other)}
-    # Without a time of the table's tiles another is better only where they failed.
+    # If the table's tiles have no time, another candidate is better only if they failed.
     alone, name = {"attend": {str(tuple(other)): {"median_ms": 1.0}}}, f"attend {tuple(own)}"
     assert tune.changes(90, right, alone, {name: "time ended"}) == {}
     assert tune.changes(90, right, alone, {name: "error 1.0e+00, allowed 0.016"}) == {"attend": list(other)}
@@ -109,7 +109,7 @@ def test_the_tiles_of_the_tables_are_checked_first(tune, tmp_path, monkeypatch):
 
 
 def test_what_ends_with_the_budget_counts(tune, monkeypatch):
-    """Of two processes one has ended when time has; the other is killed and waited for."""
+    """When time runs out, one of two processes has finished; the other is killed and waited for."""
     events = []
 
     class Process:
