@@ -18,7 +18,7 @@ GOALS = (
         1.3,
     ),
     (
-        "published code with the fastest stock attention, as it has FlashAttention-3 on an H100, over the same",
+        "published code with the fastest stock attention, like FlashAttention-3 on an H100, over the same",
         PUBLISHED_BEST,
         "latent 192",
         1.3,
@@ -44,7 +44,7 @@ def goals(result):
     chunk = result.get("chunk") or {}
     for base in (PUBLISHED, PUBLISHED_BEST, TUNED):
         ratio = ((chunk.get("ratios") or {}).get(base) or {}).get(KEPT)
-        add(f"beside it: {base}, over {KEPT} for a chunk of {chunk.get('passes', 'several')} passes", None, ratio)
+        add(f"for comparison: {base}, over {KEPT} for a chunk of {chunk.get('passes', 'several')} passes", None, ratio)
     count = result.get("streams") or {}
     memory = f" in {count['gb']:.0f} GB" if count.get("gb") else ""
     add(f"streams over dense{memory}", 6, *_streams(count))

@@ -150,7 +150,7 @@ def main(arguments=None, started=None):
     result = record.result
     result["seconds"].setdefault("start", time.monotonic() - started)
     if device.type == "cuda":
-        watch.guard(lambda: record.lost(f"it did not end in {watch.PATIENCE:.0f} s"))
+        watch.guard(lambda: record.lost(f"it did not finish within {watch.PATIENCE:.0f} s"))
 
     def measure(part, work, into=None):
         if not record.done(part):
