@@ -11,7 +11,7 @@ import pico
 import pytest
 import torch
 from recipe_case import RECIPE, digests, write_teacher
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mla_convert.convert import CalibrationBatch, ConvertConfig, convert_model, convert_source
 from mla_convert.convert import layers as layers_module
@@ -247,6 +247,16 @@ def test_rollouts_have_the_size_of_the_data_and_are_made_once(
     monkeypatch.setattr(calibration_module, "rollout", None)
     again = list(calibration_batches(context, tmp_path / "work"))
     assert all(torch.equal(a.latents, b.latents) for a, b in zip(first, again, strict=True))
+
+
+def test_calibration_rollouts_begin_with_nothing_that_the_videos_begin_with(digits: Any, tmp_path: Path) -> None:
+    save_file({"latents": torch.ones(1, 2, 16, 16)}, tmp_path / "a.safetensors")
+    made = []
+    for name, given in (("plain", {}), ("source", {"source": str(tmp_path / "a.safetensors"), "num_frames": None})):
+        recipe = digits.model_copy(update={"generate": digits.generate.model_copy(update=given)})
+        context = Context(recipe, tmp_path / name, lambda *_: None)
+        made.append(next(iter(calibration_batches(context, tmp_path / f"{name}-work"))).latents)
+    assert torch.equal(*made)
 
 
 def test_run_that_calibrates_on_rollouts_leaves_a_checkpoint_alone(digits: Any, tmp_path: Path) -> None:

@@ -150,6 +150,11 @@ def test_a_picture_conditions_the_pipeline(pipe: Any, source: Path) -> None:
     stream = pipe.stream("a red square", image=image, **asked)
     assert torch.equal(torch.cat([next(stream) for _ in range(5)], dim=2), made)
     stream.close()
+    clean = torch.randn(1, *expected.shape[1:], generator=torch.Generator().manual_seed(3))
+    restyled = pipe("a red square", image=image, source=clean, strength=0.5, **asked).frames
+    assert restyled.shape == expected.shape and pico.relative_error(restyled, expected) > 1e-2
+    another = pipe("a red square", image=picture(seed=1), source=clean, strength=0.5, **asked).frames
+    assert pico.relative_error(another, restyled) > 1e-4
     both = pipe(["a red square", "the dark"], image=image, num_frames=5, height=32, width=48).frames
     assert both.shape == (2, 5, *PIXELS, 3)
 
@@ -301,7 +306,7 @@ def test_clips_without_images_refuse_the_model(
     write_shard(tmp_path / "none" / "a.parquet", clips)
     (tmp_path / "train.yaml").write_text(json.dumps(recipe))
     (tmp_path / "convert.yaml").write_text(json.dumps({**recipe, "distill": []}))
-    refused = "is conditioned on an image and the clips in {} hold no first_frame_latent and clip_feature; encode the"
+    refused = "is conditioned on an image, but the clips in {} hold no first_frame_latent and clip_feature; encode the"
     refused = refused.format(tmp_path / "none")
     monkeypatch.chdir(tmp_path)
     for command in (

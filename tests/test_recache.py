@@ -12,6 +12,7 @@ from stream_case import FLOAT32, HEIGHT, STEPS, VARIANTS, WIDTH, alone, batch_of
 from torch import Tensor
 
 from mla_convert.errors import UsageError
+from mla_convert.mla.pool import CachePool
 from mla_convert.run.stream import stream_chunks
 
 CHUNK = 2
@@ -147,6 +148,48 @@ def test_kernels_expand_what_was_written_anew(history: str) -> None:
     wanted = switched(model, 10, at=6)
     model.set_kernels("triton", history=history)
     assert pico.relative_error(switched(model, 10, at=6), wanted) < FLOAT32
+
+
+@pytest.mark.parametrize(
+    ("window", "kept"), [({"window_frames": 6, "sink_frames": 1}, (3, 4)), ({"window_frames": 7}, (1, 2))]
+)
+def test_slots_that_a_failed_round_has_overwritten_are_not_read(
+    window: dict[str, int], kept: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One stream has written its chunk when another runs out of memory, and its prompt changes before the next try."""
+    oldest: list[int | None] = []
+    view = CachePool.view
+
+    def noted(pool: CachePool, *args: Any) -> Any:
+        oldest.extend(args[4:])
+        return view(pool, *args)
+
+    monkeypatch.setattr(CachePool, "view", noted)
+    model = model_of(None, {"num_frames_per_block": CHUNK, **window})
+    for fails, expected in zip((False, True), kept, strict=True):
+        batch = batch_of(model, 2, recache=True)
+        first = batch.join(OLD, seed=1, num_frames=14)
+        for _ in range(4):
+            batch.step()
+        batch.join(prompt(3, tokens=4), seed=2, num_frames=14)
+        if fails:
+            forward = model.forward_chunk
+
+            def failing(x: Tensor, t: Tensor, text: Tensor, *rest: Any, forward: Any = forward, **more: Any) -> Tensor:
+                if text.shape[1] == 4:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+                out: Tensor = forward(x, t, text, *rest, **more)
+                return out
+
+            with monkeypatch.context() as patch:
+                patch.setattr(model, "forward_chunk", failing)
+                with pytest.raises(torch.OutOfMemoryError):
+                    batch.step()
+        batch.change_prompt(first, NEW)
+        oldest.clear()
+        batch.step()
+        assert {frame for frame in oldest if frame is not None} == {expected}
+        list(batch.chunks())
 
 
 def test_experts_write_each_their_window() -> None:

@@ -13,8 +13,8 @@ import torch
 from recipe_case import RECIPE, digests, write_teacher
 from safetensors.torch import save_file
 
-from mla_convert.distill.data import drawn_rows, open_data
-from mla_convert.distill.latents import LatentShards
+from mla_convert.distill.data import DataConfig, drawn_rows, open_data
+from mla_convert.distill.latents import Clip, LatentShards, write_shard
 from mla_convert.distill.rollouts import RolloutsConfig, open_folder, write_rollouts
 from mla_convert.draws import Use, drawn_seed
 from mla_convert.errors import UsageError, UserError
@@ -169,7 +169,9 @@ def test_a_dense_checkpoint_is_not_measured(teacher: Path, tmp_path: Path, monke
     [
         ("data.rollouts=null", "kind rollouts and the section rollouts go together"),
         ("data.heldout=5", "heldout: 5 leaves none of 5 rollouts to train on"),
-        ("data.folder=x", "leave out folder and text_tokens"),
+        ("data.folder=x", "leave out folder"),
+        ("data.text_tokens=3", "text_tokens pads the prompts of clips in rollouts.prompt_embeds"),
+        ("data.latents=raw", "kind rollouts reads none; leave it out"),
         ("data.rollouts.prompts=[]", "rollouts need either prompts or prompt_embeds; set exactly one"),
         ("data.rollouts.clipz=3", "unknown key data.rollouts.clipz; did you mean clips?"),
         ("data.rollouts.dtype=float16", "data.rollouts.dtype"),
@@ -211,3 +213,16 @@ def test_prompts_may_be_embeddings(teacher: Path, tmp_path: Path) -> None:
     found, captions = prompts.text, prompts.captions
     assert torch.equal(found, text)
     assert captions == ["", "", ""]
+
+
+def test_captions_of_clips_of_several_lengths_are_padded(teacher: Path, tmp_path: Path) -> None:
+    """Their latents are not read, so it does not matter whether they are raw."""
+    width = parse_prompt(PROMPTS[0]).embedding().shape[1]
+    clips = [Clip(20 + torch.randn(1, 2, 4, 4), torch.ones(tokens, width), caption=f"{tokens}") for tokens in (2, 3)]
+    write_shard(tmp_path / "clips" / "a.parquet", clips)
+    config = RolloutsConfig(clips=4, prompt_embeds=str(tmp_path / "clips"))
+    data = DataConfig(kind="rollouts", rollouts=config, heldout=1, text_tokens=3)
+    prompts = pipeline_module.read_prompts(data, load_source(str(teacher)))
+    assert (
+        prompts.text.shape == (2, 3, width) and prompts.text[0, 2].abs().max() == 0 and prompts.captions == ["2", "3"]
+    )

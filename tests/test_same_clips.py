@@ -10,12 +10,14 @@ import pytest
 from recipe_case import digests
 from test_skipped_clips import TEXT, clips, recipe
 
+from mla_convert.distill import trainer
 from mla_convert.distill.data import DataConfig, DigitClips, open_data
 from mla_convert.distill.latents import write_latents
 from mla_convert.distill.trainer import run_stage
 from mla_convert.errors import UserError
 from mla_convert.pipeline import run
 from mla_convert.pipeline import steps as steps_module
+from mla_convert.pipeline.evaluation import evaluate_checkpoint
 
 REMEDY = r"restore the shards of data\.folder, or start over with another --out"
 
@@ -103,6 +105,31 @@ def test_a_stage_is_refused_more_clips(tmp_path):
     assert state["identity"].pop("data")["clips"] == 8
     path.write_text(json.dumps(state))
     assert train(2).resumed_from == 2
+
+
+def test_processes_that_see_other_clips_do_not_train(tmp_path, monkeypatch):
+    """On NFS, or while shards are still being written."""
+    write_latents(tmp_path / "data", clips(8, shape=(1, 9, 16, 16)), clips_per_shard=4)
+    data = open_data(DataConfig(kind="latents", folder=str(tmp_path / "data"), heldout=2), seed=0)
+    monkeypatch.setattr(trainer, "from_main", lambda value: {**value, "clips": 12})
+    networks = {"teacher": case.tiny_model()}
+    with pytest.raises(UserError, match=r"the processes do not see the same clips in data\.folder"):
+        run_stage(case.make_config(steps=1), case.tiny_model(), networks, data, None, tmp_path / "work", 0, 0)
+    assert not (tmp_path / "work").exists()
+
+
+def test_an_evaluation_is_refused_more_clips(teacher, tmp_path):
+    """Some of those that it would hold out were trained on."""
+    write_latents(tmp_path / "data", clips(), clips_per_shard=4)
+    run(recipe(teacher, tmp_path / "data", "distill=[]"), tmp_path / "run", until="export")
+    more = grow(tmp_path / "data")
+    checkpoint, silent = tmp_path / "run" / "checkpoint", lambda *_: None
+    with pytest.raises(UserError, match="begun with other clips: 10 clips in 3 shards then, 13 clips in 4"):
+        evaluate_checkpoint(checkpoint, None, None, {}, silent)
+    assert not (tmp_path / "run" / "evaluation").exists()
+    more.unlink()
+    page, _ = evaluate_checkpoint(checkpoint, None, None, {}, silent)
+    assert page.is_file()
 
 
 def test_another_number_of_processes_names_the_key_that_allows_it(tmp_path, monkeypatch):

@@ -164,6 +164,11 @@ def test_a_source_that_cannot_be_read_is_refused_at_once(tmp_path: Path) -> None
         with pytest.raises(UserError, match=message) as caught:
             open_source(tmp_path / name, LATENT, scale, 16)
         assert "\n" not in str(caught.value)
+    Image.new("RGB", (48, 32), "red").save(tmp_path / "red.png")
+    still = open_source(tmp_path / "red.png", LATENT, SCALE, 4)
+    assert isinstance(still, SourceVideo)
+    (frame,) = still._seen
+    assert frame[..., 0].min() > 250 and list(still.frames) == []
     with pytest.raises(UsageError, match="not of int"):
         open_source([3], LATENT, SCALE, 16)(0, 1)  # type: ignore[list-item, operator]
 
@@ -221,7 +226,7 @@ def test_a_wan_video_goes_through_the_encoder_and_the_decoder(
         (["--source", "SOURCE", "--strength", "0"], "--strength 0 is out of range"),
         (["--source", "SOURCE", "--strength", "1.5"], "--strength 1.5 is out of range"),
         (["--source", "SOURCE", "--start", "SOURCE"], "leave --start out"),
-        (["--source", "SOURCE", "--image", "SOURCE"], "leave --image out"),
+        (["--source", "SOURCE", "--image", "SOURCE"], "has no channels for --image"),
         (["--source", "SOURCE", "--endless"], "leave --endless out"),
         (["--source", "none.mp4"], "none.mp4 does not exist; a source is a file"),
         (["--source", "BROKEN"], "is neither an image nor a video that can be read"),
@@ -290,7 +295,7 @@ def test_the_pipeline_refuses_at_the_call(wan: Path, tmp_path: Path) -> None:
     settings = {"height": 32, "width": 48, "guidance_scale": 1}
     for more, message in (
         ({"strength": 0.5}, "give source=, or leave it out"),
-        ({"source": path, "start": path}, "without start= and image="),
+        ({"source": path, "start": path}, "leave start= out"),
         ({"source": path, "strength": 0.0}, "above 0 and at most 1"),
         ({"source": "none.mp4"}, "does not exist"),
     ):

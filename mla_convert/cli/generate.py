@@ -146,9 +146,8 @@ def generate(
         raise UsageError("--strength sets how much of --source is replaced; give --source, or leave --strength out")
     if strength is not None and not 0 < strength <= 1:
         raise UsageError(f"--strength {strength:g} is out of range; give a number above 0 and at most 1")
-    if source is not None and (start is not None or image is not None):
-        other = "--image" if start is None else "--start"
-        raise UsageError(f"--source is restyled from its first frame on; leave {other} out")
+    if source is not None and start is not None:
+        raise UsageError("--source is restyled from its first frame on; leave --start out")
     if source is not None and endless:
         raise UsageError("the video ends where --source ends; leave --endless out")
     if size is not None and latent_size is not None:

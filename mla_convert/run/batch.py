@@ -59,7 +59,8 @@ class _Stream:
 
     `text` and `negative` `[L, D]` are what each expert reads, on its device and in its dtype. `cut` says that its
     `num_frames` are the rotary table's, and not what was asked for. `recent` are the chunks `[1, C, F, H, W]` that its
-    ring holds, where they may have to be written again, and `stale` says that they have to.
+    ring holds, where they may have to be written again, and `stale` says that they have to. `written` is the end of
+    the last chunk that has taken slots of the ring, in a failed round too.
     """
 
     text: list[Tensor]
@@ -73,6 +74,7 @@ class _Stream:
     source: Source | None = None
     lanes: list[int] = field(default_factory=list)
     frames_seen: int = 0
+    written: int = 0
     drawn: list[Tensor] = field(default_factory=list)
     clean: Tensor | None = None
     recent: RecentChunks = field(default_factory=RecentChunks)
@@ -360,7 +362,9 @@ class StreamBatch:
         """Write the window of a stream whose prompt has changed again; a round that fails here does it once more."""
         if not stream.stale:
             return
-        oldest = self.causal.first_kept(stream.frames_seen)
+        # As in `FrameCache.rewind`.
+        oldest = self.causal.first_kept(max(stream.frames_seen, stream.written))
+        oldest = min([oldest, *(first for first, _, _ in stream.recent)])
         for expert in range(len(self.models)):
             for first, written, told in stream.recent:
                 frames = written.shape[2]
@@ -384,6 +388,8 @@ class StreamBatch:
         held = torch.stack(starts).to(self.device, torch.float32) if starts else None
         told = [self._conditions(stream, frames) for stream in streams]
         passes = _SharedPasses(self.models, self.pool, streams, told, frames, self.devices)
+        for stream in streams:
+            stream.written = first + frames
         return zip(*passes.chunk(noises, schedule, first, held), strict=True)
 
 

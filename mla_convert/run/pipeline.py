@@ -232,8 +232,8 @@ class StreamingMLAPipeline(DiffusionPipeline):
             raise UsageError("last_image ends a video that is made at once; one that is streamed goes on, leave it out")
         if source is None and strength is not None:
             raise UsageError("strength says how much of a source is made anew; give source=, or leave it out")
-        if source is not None and (start is not None or image is not None):
-            raise UsageError("source= is restyled from its first frame on; give it without start= and image=")
+        if source is not None and start is not None:
+            raise UsageError("source= is restyled from its first frame on; leave start= out")
         check_image(self.transformer.config, image, "image=", "start=")
         size = self._latent_size(height, width)
         given = self._source(source, size, config["fps"])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ..distill.encode.frames import UnusableVideo, stream_frames, to_pixels
@@ -90,14 +90,25 @@ def open_source(
     (channels, height, width), (temporal, spatial) = shape, scale
     if spatial == 1:
         frames = _boxed(source, channels, height, width)
-    elif isinstance(source, Path):
+    elif isinstance(source, Path) and not _is_picture(source):
         frames = _decoded(source, height * spatial, width * spatial, fps)
     else:
-        frames = _fitted(source, height * spatial, width * spatial)
+        frames = _fitted(
+            read_pictures(source) if isinstance(source, Path) else source, height * spatial, width * spatial
+        )
     video = SourceVideo(frames, shape, temporal)
     if isinstance(source, Path):
         video.look()
     return video
+
+
+def _is_picture(path: Path) -> bool:
+    """Whether a file is a single picture, of which ffmpeg drops the only frame at low rates."""
+    try:
+        with Image.open(path) as image:
+            return getattr(image, "n_frames", 1) == 1
+    except (OSError, UnidentifiedImageError):
+        return False
 
 
 def _latents(path: Path, shape: tuple[int, int, int]) -> Tensor:
