@@ -211,10 +211,13 @@ def test_kernels_leave_four_bits_to_torch_and_say_so(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(mla_attention, "why_not", lambda device, dtype: None)
     kernels = model.set_kernels("auto")
     assert torch.equal(streamed(model, MIXED), expected)
-    report, reason = kernels.report(), "latents in 4 bits are read by torch: the kernels know 8 and the model's dtype"
+    report, reason = kernels.report(), "kernels do not support latents in 4 bits, only int8 and the model's dtype"
     assert (report["paths"], report["refused"]) == ({"torch": 2}, {"absorbed": [reason], "expand": [reason]})
     model.set_kernels("triton")
-    with pytest.raises(UserError, match=r"layer 0 \(latents in 4 bits .*; `kernels: auto` lets torch take it$"):
+    with pytest.raises(
+        UserError,
+        match=r"layer 0 \(kernels do not support latents in 4 bits.*\); set kernels: auto",
+    ):
         streamed(model, MIXED)
 
 
@@ -245,7 +248,7 @@ def test_a_recipe_of_such_a_model_is_refused_before_it_runs(tmp_path: Path) -> N
         ([[24, 8], [64, 3]], "8 or 4 bits, such as"),
         ([[0, 8], [64, 4]], "give pairs of a number of latents"),
         ([], "give pairs"),
-        ([[24, 4], [64, 8]], "give those in 8 bits before those in 4"),
+        ([[24, 4], [64, 8]], "put the pairs of 8 bits before those of 4"),
     ],
 )
 def test_bits_that_there_are_not(cache: Any, message: str) -> None:
@@ -258,7 +261,7 @@ def test_how_bits_are_written() -> None:
         streaming = validate(StreamingConfig, {"cache": parse_bits(text)})
         assert told(streaming.cache) == text
         assert validate(StreamingConfig, json.loads(streaming.model_dump_json())) == streaming
-    with pytest.raises(ValueError, match="'24' is no cache; write auto, int8 or LATENTSxBITS"):
+    with pytest.raises(ValueError, match="'24' is no cache format; write auto, int8 or LATENTSxBITS"):
         parse_bits("24")
     with pytest.raises(ValueError, match="matter most"):
         check_bits(((1, 4), (1, 8)))

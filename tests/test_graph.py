@@ -176,7 +176,7 @@ def test_a_capture_that_fails_leaves_passes_to_the_model(
     assert not failing or tapes[1].beside is tapes[0]
     (record,) = [record for record in caplog.records if "CUDA graphs" in record.message]
     assert record.levelname == "WARNING" and record.message == (
-        "CUDA graphs: a capture failed, passes are launched from now on: "
+        "CUDA graphs: a capture failed, so all later passes run without a graph: "
         "operation not permitted when stream is capturing"
     )
 
@@ -184,7 +184,7 @@ def test_a_capture_that_fails_leaves_passes_to_the_model(
 def test_what_cannot_be_captured_says_why() -> None:
     model = pico.dense_model()
     cache = model.init_cache(1, HEIGHT, WIDTH)
-    assert why_not_graph(model, cache) == "CUDA graphs need a CUDA device, the model is on cpu"
+    assert why_not_graph(model, cache) == "CUDA graphs need a CUDA device, but the model is on cpu"
     with pytest.raises(ValueError, match="the model is on cpu"):
         GraphedChunk(model, cache)
 
@@ -200,7 +200,7 @@ def test_what_cannot_be_captured_says_why() -> None:
     assert why_not_graph(there, cache) == "the cache is on another device than the model"
     assert why_not_graph(there, object()) == "object is not a ring of frames"
     view = CachePool([cache]).view(0, [0], [0], 2)
-    assert why_not_graph(there, view) == "a DenseCacheLaneView is made anew for every chunk"
+    assert why_not_graph(there, view) == "a DenseCacheLaneView serves one chunk only"
     there.training = True
     assert why_not_graph(there, cache) == "the model is in training mode"
 

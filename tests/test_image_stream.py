@@ -180,17 +180,17 @@ def test_a_round_that_fails_does_not_ask_again(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("changes", "frames", "message"),
     [
-        ({"image_latents": None}, 9, "conditioned on an image and image_latents is not given; give one with image= or"),
-        ({"encoder_hidden_states_image": None}, 9, "and encoder_hidden_states_image is not given"),
+        ({"image_latents": None}, 9, "conditioned on an image, but image_latents is missing; pass image= or"),
+        ({"encoder_hidden_states_image": None}, 9, "but encoder_hidden_states_image is missing"),
         (
             {"motion": torch.zeros(1)},
             9,
-            "CausalWanTransformer3DModel has no condition motion; those that it has",
+            "CausalWanTransformer3DModel has no condition motion; its conditions: ",
         ),
         ({"image_latents": torch.zeros(1, 8, 7, *SIZE)}, 9, "image_latents has 7 frames, 9 are needed; give more"),
-        ({"image_latents": torch.zeros(1, 8, 9, *SIZE)}, None, "9 frames and the video no end; give a function"),
+        ({"image_latents": torch.zeros(1, 8, 9, *SIZE)}, None, "9 frames, but the video has no end; give a function"),
         ({"image_latents": torch.zeros(1, 8, 9, 4, 4)}, 9, r"shape \[1, 8, 9, 4, 4\]; \[B, c, F, 4, 6\] is expected"),
-        ({"image_latents": torch.zeros(3, 8, 9, *SIZE)}, 9, "it begins with the batch, 2 or 1"),
+        ({"image_latents": torch.zeros(3, 8, 9, *SIZE)}, 9, "its batch must be 2 or 1"),
         ({"encoder_hidden_states_image": lambda a, b: None}, 9, "give a tensor, not a function"),
         ({"image_latents": lambda a, b: torch.zeros(1, 8, 1, *SIZE)}, 9, "image_latents has 1 frames, 2 are needed"),
     ],
@@ -209,14 +209,14 @@ def test_conditions_that_do_not_fit_are_refused_before_anything_runs(
 
 def test_a_stream_without_its_image_does_not_join() -> None:
     batch = StreamBatch(case.model("wan2.2"), 1, *SIZE)
-    with pytest.raises(UsageError, match="image_latents is not given; give one with image="):
+    with pytest.raises(UsageError, match="image_latents is missing; pass image="):
         batch.join(case.text("wan2.2")[0])
     assert batch.active == [] and batch.pool.free
 
 
 def test_a_model_without_conditions_takes_none() -> None:
     model = pico.dense_model(family="skyreels_v2", causal=None)
-    with pytest.raises(UsageError, match="has no condition speed; those that it has: fps"):
+    with pytest.raises(UsageError, match="has no condition speed; its conditions: fps"):
         next(stream_chunks(model, torch.zeros(1, 3, 8), 5, *SIZE, conditions={"speed": torch.zeros(1)}))
     (first, *_), (second, *_) = (
         list(stream_chunks(model, torch.zeros(1, 3, 8), 5, *SIZE, conditions={"fps": torch.tensor([fps])}, **STEPS))

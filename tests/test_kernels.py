@@ -127,7 +127,7 @@ def test_auto_goes_on_where_torch_has_no_memory_to_compare(
     assert pico.relative_error(actual, expected) < FLOAT32
     assert "torch" not in chosen.report()["paths"]
     # With and without history.
-    assert caplog.text.count("does not fit, nothing is compared") == 2
+    assert caplog.text.count("does not fit in memory, so nothing is compared") == 2
 
 
 @needs_kernels
@@ -158,7 +158,7 @@ def test_a_refusal_is_one_line_before_any_launch(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(mla_attention, "why_not", lambda *_: "the kernels run on a GPU")
     model = pair(pico.VARIANTS[0])
     with pytest.raises(
-        UserError, match=r"no kernel for the attention of layer 0 \(the kernels run on a GPU.*`kernels: auto`"
+        UserError, match=r"no kernel for the attention of layer 0 \(the kernels run on a GPU.*set kernels: auto"
     ):
         rollout(model, "triton")
     expected, _, _ = rollout(model, "torch")
@@ -241,7 +241,7 @@ def test_the_choice_is_announced_once(caplog: pytest.LogCaptureFixture) -> None:
     chosen = rollout(pair(pico.VARIANTS[0]), "torch")[2]
     for _ in range(2):
         chosen.announce()
-    assert caplog.messages == ["kernels: torch attends, as asked for"]
+    assert caplog.messages == ["kernels: torch attends, as requested"]
 
 
 @needs_kernels
@@ -254,7 +254,7 @@ def test_history_is_kept_where_memory_allows(free: int | None, taken: str, monke
     assert report["history"][0] == taken
     if free is not None:
         assert report["history"][1] == f"{30 * 3 * 24 * 4 / 1e9:.2f} GB of {free / 1e9:.2f} GB free"
-    assert f"history expanded once a {taken}" in kernels.describe(report)
+    assert f"history expanded once per {taken}" in kernels.describe(report)
 
 
 @needs_kernels
@@ -266,7 +266,7 @@ def test_what_others_will_take_is_not_free(reserved: int, taken: str, monkeypatc
     # Six layers of 8,640 bytes: more than half of the 100,000 that are left.
     history = rollout(pair(pico.VARIANTS[6], layers=6), "triton", "auto")[2].report()["history"]
     assert history[0] == taken
-    assert history[1].partition(" free")[2] == (" but for 1.00 GB that decoding will take" if reserved else "")
+    assert history[1].partition(" free")[2] == (", less 1.00 GB for decoding" if reserved else "")
 
 
 @needs_kernels

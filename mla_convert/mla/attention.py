@@ -1,7 +1,7 @@
-"""Causal self-attention over chunks: the dense form, and the pass that both forms share.
+"""Implements causal self-attention over chunks: the dense layer, and the pass that dense and latent layers share.
 
-A module projects its hidden states once, then attends chunk by chunk, so that the forward over a
-whole clip costs no masked work and runs the same code as the streaming forward.
+A layer projects its hidden states once and then attends chunk by chunk. So the forward over a whole clip does no
+masked work and runs the same code as the streaming forward.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 class ChunkView(NamedTuple):
     """One chunk of queries: its tokens, the history it sees and the rotations of both.
 
-    In a pass over a clip, `history` slices its tokens. In a streaming pass it is empty, and history is read from the
-    cache. Rotations are complex64 `[tokens, P]`. `zero_keys` keys and values of zeros are attended to beside them,
-    for models that pad so.
+    In a pass over a clip, `history` slices the clip's tokens. In a streaming pass it is empty, and history is read from
+    the cache. Rotations are complex64 `[tokens, P]`. The chunk also attends to `zero_keys` keys and values of zeros,
+    for models that pad this way.
     """
 
     own: slice
@@ -40,24 +40,23 @@ class ChunkView(NamedTuple):
 
     @property
     def has_history(self) -> bool:
-        """Whether there is anything before the chunk that it sees."""
+        """Whether the chunk sees any earlier token."""
         return len(self.history_rotations) > 0
 
 
 @dataclass
 class AttentionPass:
-    """What every self-attention layer of one forward shares, and in `of` what it has for one of them.
+    """The state that all self-attention layers of one forward share; `of` adds the state of one layer.
 
-    `grid_rotations` `[S, P]` are the rotations of all tokens by their place in the frame, time left
-    at 0, for layouts that bake them in. With `context_batch` the first items of the batch are the clean
-    context that all items read their history from (teacher forcing, packed in the batch axis). When
-    a sequence holds tokens that no cache ever keeps, `cached` are those that it may keep. `kernels`
-    may take a layer's attention in a streaming pass: that of `chunk` over `cache`, which is read and written at
-    `places`. `chunk_pass` makes one.
+    `grid_rotations` `[S, P]` rotate all tokens by their place in the frame, with time left at 0, for layouts that bake
+    the place in. With `context_batch`, the first items of the batch are the clean context that all items read their
+    history from (teacher forcing, packed in the batch axis). When a sequence holds tokens that are never cached,
+    `cached` slices the tokens that may be. In a streaming pass, made by `chunk_pass`, `chunk` attends to `cache`, which
+    is read and written at `places`; `kernels` may compute a layer's attention.
 
-    For one layer `kept` is what the cache keeps of it. A layer that shares its latent leaves its `part` of it,
-    `[B', S, r]`, where `write` is set. In a pass over a clip such layers read history from `latents`
-    `[B', K, r]`, the whole latents of the clip's tokens.
+    For one layer, `kept` are its tensors in the cache. If `write` is set, a layer that shares its latent leaves its
+    summand `[B', S, r]` in `part`. In a pass over a clip, such layers read history from `latents` `[B', K, r]`, the
+    complete latents of the clip's tokens.
     """
 
     views: list[ChunkView]
@@ -74,10 +73,10 @@ class AttentionPass:
     part: Tensor | None = None
 
     def of(self, layer: CausalSelfAttention, tokens: Tensor) -> AttentionPass:
-        """This pass for one layer of a model that `tokens` `[B, S, C]` go through.
+        """This pass for one layer of a model, given the model's `tokens` `[B, S, C]`.
 
-        What depends on the number of a layer is looked up here, outside the blocks: torch.compile compiles a
-        block anew for every integer of its own that it reads.
+        Everything that depends on the layer's number is looked up here, outside the blocks: torch.compile would
+        recompile a block for every integer attribute that it reads.
         """
         if self.cache is None:
             return replace(self)
@@ -85,12 +84,12 @@ class AttentionPass:
         return replace(self, kept=self.cache.kept(layer.row_layer), kernels=self.kernels if taken else None)
 
     def keep(self, rows: Tensor) -> None:
-        """Write a layer's rows `[B, S, row]` to the cache of a pass that does."""
+        """Write a layer's rows `[B, S, row]` to the cache; only for a streaming pass with `write`."""
         assert self.cache is not None and self.places is not None
         self.cache.put(self.kept, self.places.own_slots, rows)
 
     def history(self, view: ChunkView) -> Tensor:
-        """A layer's rows `[B, K, row]` of the history that a chunk sees, where it is not in the clip."""
+        """A layer's rows `[B, K, row]` of a chunk's history, from shared `latents` or from the cache."""
         if self.latents is not None:
             return torch.cat([self.latents[:, tokens] for tokens in view.history], dim=1)
         assert self.cache is not None and self.places is not None
@@ -98,7 +97,7 @@ class AttentionPass:
 
 
 def token_slices(frames: list[int], tokens: int) -> tuple[slice, ...]:
-    """Token slices of ascending `frames`, one a contiguous run."""
+    """Token slices of ascending `frames`, one per contiguous run."""
     runs: list[list[int]] = []
     for frame in frames:
         if runs and runs[-1][1] == frame:
@@ -132,7 +131,7 @@ def clip_pass(
     return AttentionPass(views, grid, context_batch=context_batch)
 
 
-# A graph of it would hold for the frames of one chunk.
+# A compiled graph would be valid for the frames of one chunk only.
 @torch.compiler.disable
 def stream_pass(table: RotaryTable, cache: FrameCache, num_frames: int, write: bool) -> AttentionPass:
     """Pass over the next `num_frames` frames of a rollout, with history from `cache`."""
@@ -141,25 +140,24 @@ def stream_pass(table: RotaryTable, cache: FrameCache, num_frames: int, write: b
 
 
 def chunk_pass(cache: FrameCache, chunk: Chunk, places: Places, write: bool, zero_keys: int = 0) -> AttentionPass:
-    """Pass over one chunk of a rollout, with history from `cache`; both lie at `places`."""
+    """Pass over one chunk of a rollout, with history from `cache`; `places` locates both."""
     own = slice(0, len(places.own_rotations))
     view = ChunkView(own, (), places.own_rotations, places.history_rotations, zero_keys)
     return AttentionPass([view], places.grid, cache=cache, write=write, places=places, chunk=chunk)
 
 
 def padded(x: Tensor, zeros: int) -> Tensor:
-    """`[B, K, H, D]` with so many zero tokens behind it."""
+    """`x` `[B, K, H, D]` with `zeros` tokens of zeros appended."""
     return F.pad(x, (0, 0, 0, 0, 0, zeros)) if zeros else x
 
 
 class CausalSelfAttention(nn.Module):
-    """Base of the self-attention layers; takes the place of a family's `attn1`.
+    """Base of the self-attention layers that replace a family's `attn1`.
 
-    Subclasses hold `to_out` and define how tokens become queries, keys and values (`project`), what
-    the cache keeps of them (`encode`, `row_width`) and how that is read back (`expand`,
-    `history_query`). With `own_chunk_exact` a chunk attends to itself with its dense keys and
-    values, otherwise through what would be cached. `rank` is the width of the latent that keys and values
-    are restored from, 0 where they are cached themselves.
+    Subclasses hold `to_out` and define how tokens become queries, keys and values (`project`), what is cached
+    (`encode`, `row_width`) and how it is read back (`expand`, `history_query`). With `own_chunk_exact`, a chunk attends
+    to itself with its dense keys and values, otherwise with what would be restored from the cache. `rank` is the width
+    of the latent, 0 where keys and values are cached themselves.
     """
 
     rank: int = 0
@@ -177,11 +175,11 @@ class CausalSelfAttention(nn.Module):
 
     @property
     def row_width(self) -> int:
-        """Scalars that the cache keeps a token."""
+        """Cached scalars per token."""
         raise NotImplementedError
 
     def project_raw(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys before QK-norm, and values of `[B, S, C]`: three `[B, S, H * D]`."""
+        """Queries and keys before QK-norm, and values, from `[B, S, C]`: three tensors `[B, S, H * D]`."""
         return self.project_query(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
 
     def project_query(self, hidden_states: Tensor) -> Tensor:
@@ -189,11 +187,11 @@ class CausalSelfAttention(nn.Module):
         return cast(Tensor, self.to_q(hidden_states))
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys, normalised and unrotated, and values of `[B, S, C]`: three `[B, S, H * D]`."""
+        """Normalized, unrotated queries and keys, and values, from `[B, S, C]`: three tensors `[B, S, H * D]`."""
         raise NotImplementedError
 
     def encode(self, key: Tensor, value: Tensor, step: AttentionPass) -> Tensor:
-        """Cache rows `[B, S, row]`."""
+        """Cache rows `[B, S, row]` of these keys and values."""
         raise NotImplementedError
 
     def expand(self, rows: Tensor) -> KeyValue:
@@ -202,28 +200,28 @@ class CausalSelfAttention(nn.Module):
 
     @property
     def expansion(self) -> Expansion:
-        """The sizes of what `expand` gives."""
+        """Sizes of the keys and values that `expand` returns."""
         raise NotImplementedError
 
     def why_not_absorbed(self) -> str | None:
-        """Why its queries cannot meet what the cache keeps as it is, in one line; None when they can."""
+        """Why queries cannot attend to the cached rows directly, in one line; None when they can."""
         raise NotImplementedError
 
     def restore(self, key: Tensor, value: Tensor, step: AttentionPass) -> KeyValue:
-        """What later chunks will see of these keys and values."""
+        """These keys and values as later chunks will see them."""
         return self.expand(self.encode(key, value, step))
 
     def keep(self, key: Tensor, value: Tensor, step: AttentionPass) -> None:
-        """Write these keys and values to the cache of a pass that does."""
+        """Write these keys and values to the cache; only for a streaming pass with `write`."""
         step.keep(self.encode(key, value, step))
 
     @property
     def row_layer(self) -> int:
-        """The layer whose rows of a cache this one reads."""
+        """The layer whose cache rows this layer reads."""
         return self.layer
 
     def history_query(self, query: Query, step: AttentionPass) -> Query:
-        """Dense queries as `expand` expects them; the same object when nothing changes."""
+        """Dense queries in the form that the keys of `expand` need; the same object when nothing changes."""
         return query
 
     def split_heads(self, x: Tensor) -> Tensor:
@@ -231,7 +229,7 @@ class CausalSelfAttention(nn.Module):
         return x.unflatten(-1, (self.heads, -1))
 
     def attention(self, hidden_states: Tensor, step: AttentionPass) -> Tensor:
-        """Attention output before `to_out`, `[B, S, H * V]`, by kernels where the pass has them."""
+        """Attention output before `to_out`, `[B, S, H * V]`, computed by kernels where the pass has them."""
         out = None if step.kernels is None else step.kernels.attention(self, hidden_states, step)
         return self.eager_attention(hidden_states, step) if out is None else out
 
@@ -250,15 +248,15 @@ class CausalSelfAttention(nn.Module):
             own_query = query_for_history
         outputs = []
         for view in step.views:
-            here = own_query.tokens(view.own).rotated(view.own_rotations)
+            to_own = own_query.tokens(view.own).rotated(view.own_rotations)
             own_chunk = own.tokens((view.own,))
             own_keys = own_chunk.keys(view.own_rotations)
-            segments = [Segment(here, padded(own_keys, view.zero_keys), padded(own_chunk.value, view.zero_keys))]
+            segments = [Segment(to_own, padded(own_keys, view.zero_keys), padded(own_chunk.value, view.zero_keys))]
             if view.has_history:
-                there = here
+                to_history = to_own
                 if query_for_history is not own_query:
-                    there = query_for_history.tokens(view.own).rotated(view.own_rotations)
-                segments.insert(0, Segment(there, *self._history(view, clip, here, step)))
+                    to_history = query_for_history.tokens(view.own).rotated(view.own_rotations)
+                segments.insert(0, Segment(to_history, *self._history(view, clip, to_own, step)))
             outputs.append(attend(segments, self.scale))
         if step.write:
             self.keep(key, value, step)
@@ -267,7 +265,7 @@ class CausalSelfAttention(nn.Module):
     def _history(
         self, view: ChunkView, clip: KeyValue | None, query: Tensor, step: AttentionPass
     ) -> tuple[Tensor, Tensor]:
-        """Rotated keys and values of the frames that a chunk looks back on."""
+        """Rotated keys and values of the frames in a chunk's history."""
         if clip is not None and step.cache is None:
             history = clip.tokens(view.history)
         else:
@@ -294,10 +292,10 @@ class CausalSelfAttention(nn.Module):
 
 
 class DenseSelfAttention(CausalSelfAttention):
-    """Per-head keys and values, parameter for parameter diffusers' `WanAttention` as `attn1`.
+    """Self-attention with a key and a value per head; its parameters are those of diffusers' `WanAttention`.
 
-    QK-norm is an RMSNorm over all heads together. A cache row is `[k | v]` with the normalised,
-    unrotated keys, so that re-indexing a window never touches it.
+    QK-norm is one RMSNorm over all heads. A cache row is `[k | v]` with normalized, unrotated keys, so re-indexing a
+    window never changes it.
     """
 
     own_chunk_exact = True

@@ -1,7 +1,7 @@
-"""Ring caches by frame slot, the same for dense keys and values and for latents.
+"""Stores history in ring buffers of frame slots, for dense keys and values and for latents alike.
 
-A slot holds one latent frame of every layer. Sinks are pinned, the rest wraps behind them; nothing
-is ever shifted or cloned, and the position of a slot is looked up when it is read.
+A slot holds one latent frame of every layer. Sinks are pinned, and the other slots are reused in turn. Nothing is
+ever shifted or cloned; the position of a slot is looked up when the slot is read.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from .window import CausalConfig
 
 
 class FrameCache:
-    """Per layer one tensor `[B, window_frames, tokens_per_frame, row]`, allocated once.
+    """A ring cache: one tensor `[B, window_frames, tokens_per_frame, row]` per layer, allocated once.
 
-    `row_widths` says how many scalars a layer keeps a token. `frames_seen` counts the frames that
-    were written, so it is also the absolute index of the next one. `written` is the end of the last chunk that has
-    taken slots: kernels give them to some chunks that are only denoised, too. After a `rewind` frames before `oldest`,
-    sinks aside, are no longer there to be seen. `places` are those of the current chunk, `expanded` the histories that
+    `row_widths` holds the scalars per token of each layer. `frames_seen` counts the frames written so far, so it is
+    also the absolute index of the next frame. `written` is the end of the last chunk that has taken slots; kernels
+    also give slots to some chunks that are only denoised. After a `rewind`, frames before `oldest` are no longer
+    visible, except sinks. `places` memoizes the places of the current chunk. `expanded` holds the histories that
     kernels have expanded.
 
-    A subclass that allocates `rows` otherwise calls `_begin` in place of `__init__`, and says what it is:
+    A subclass that allocates `rows` differently calls `_begin` instead of `__init__`. Subclasses declare:
 
-    - `is_ring`: a frame has one slot, which `CausalConfig.slot` gives. Then a rollout can `rewind`, streams can share
-      an allocation, and kernels and CUDA graphs can read it.
-    - `why_no_kernels`: why kernels cannot read its rows, in one line, although it is a ring.
-    - `shared`: its rows are those of a cache that others use, too; it serves one chunk.
-    - `fewer_bits`: its rows are latents, which `Int8LatentCache` and `MixedLatentCache` may keep in its place.
+    - `is_ring`: every frame has one slot, given by `CausalConfig.slot`. Only then can a rollout `rewind`, streams share
+      an allocation, and kernels and CUDA graphs read the cache.
+    - `why_no_kernels`: one line on why kernels cannot read the rows of a cache that is a ring.
+    - `shared`: its rows belong to a cache that others also use; it serves one chunk.
+    - `fewer_bits`: its rows are latents, so `Int8LatentCache` or `MixedLatentCache` can take its place.
     """
 
     is_ring: ClassVar[bool] = True
@@ -50,13 +50,13 @@ class FrameCache:
         device: torch.device | str,
     ) -> None:
         if causal.window_frames is None:
-            raise ValueError("a streaming cache needs a finite window: set window_frames")
+            raise ValueError("a streaming cache needs a finite window; set window_frames")
         shape = (batch_size, causal.window_frames, height * width)
         rows = [torch.zeros(*shape, row_width, dtype=dtype, device=device) for row_width in row_widths]
         self._begin(causal, height, width, rows)
 
     def _begin(self, causal: CausalConfig, height: int, width: int, rows: list[Tensor]) -> None:
-        """An empty cache of `height x width` tokens a frame, which keeps its frames in `rows`, a tensor a layer."""
+        """Start empty, with `height x width` tokens per frame stored in `rows`, one tensor per layer."""
         self.causal, self.height, self.width, self.rows = causal, height, width, rows
         self.places, self.expanded = PlacesMemo(), ExpandedHistories()
         self.reset()
@@ -66,20 +66,20 @@ class FrameCache:
         return self.rows[0].shape[0]
 
     def reset(self) -> None:
-        """Forget every frame; the memory stays."""
+        """Forget every frame; the memory stays allocated."""
         self.frames_seen = self.written = self.oldest = 0
         self.places.forget()
         self.expanded.forget()
 
     def rewind(self, frame: int) -> None:
-        """Go back to absolute `frame`, from where on chunks are written again; earlier ones see what the ring holds."""
+        """Go back to absolute `frame` and write on from there; of earlier frames, the ring's are still visible."""
         self.oldest = min(max(self.oldest, self.causal.first_kept(max(self.frames_seen, self.written))), frame)
         self.frames_seen = frame
         self.places.forget()
         self.expanded.forget()
 
     def overwritten(self, stop: int) -> None:
-        """Take down that the slots of a chunk which ends before frame `stop` no longer hold what they held."""
+        """Record that a chunk that ends before frame `stop` has overwritten its slots."""
         self.written = max(self.written, stop)
 
     def slots(self, frames: list[int]) -> Tensor:
@@ -87,15 +87,15 @@ class FrameCache:
         return torch.tensor([self.causal.slot(f) for f in frames], dtype=torch.int32).to(self.rows[0].device)
 
     def ring(self, kept: Tensor) -> Tensor:
-        """A layer's tensor `[lanes, window_frames, ...]` as kernels address it by what `slots` gives."""
+        """A layer's tensor `[lanes, window_frames, ...]` in the shape that kernels index with `slots`."""
         return kept
 
     def kept(self, layer: int) -> tuple[Any, ...]:
-        """The tensors `[B, window_frames, ...]` that hold what is kept of a layer, and what tells how to read them."""
+        """The tensors `[B, window_frames, ...]` that store a layer, and anything needed to read them."""
         return (self.rows[layer],)
 
     def take(self, kept: tuple[Any, ...], slots: Tensor) -> Tensor:
-        """Rows `[B, len(frames) * tokens_per_frame, row]` of what is `kept` of a layer in the `slots` of frames."""
+        """Rows `[B, len(slots) * tokens_per_frame, row]` in some `slots` of a layer's tensors `kept`."""
         return self._take(kept[0], slots)
 
     def put(self, kept: tuple[Any, ...], slots: Tensor, rows: Tensor) -> None:
@@ -111,7 +111,7 @@ class FrameCache:
         self.put(self.kept(layer), self.slots(frames), rows)
 
     def _take(self, kept: Tensor, slots: Tensor) -> Tensor:
-        """What a layer's tensor `[B, window_frames, ...]` keeps in some slots, `[B, len(slots) * tokens, ...]`."""
+        """Some slots of a layer's tensor `[B, window_frames, ...]`, as `[B, len(slots) * tokens, ...]`."""
         return kept.index_select(1, slots).flatten(1, 2)
 
     def _put(self, kept: Tensor, slots: Tensor, new: Tensor) -> None:
@@ -123,15 +123,15 @@ class FrameCache:
         return sum(rows.numel() * rows.element_size() for rows in self.rows)
 
     def scalars_per_token(self) -> float:
-        """Cached scalars a token, averaged over layers."""
+        """Cached scalars per token, averaged over layers."""
         return sum(rows.shape[-1] for rows in self.rows) / len(self.rows)
 
 
 class DenseCache(FrameCache):
-    """Per-head keys before rotation and values: `2 * heads * head_dim` scalars a token a layer."""
+    """Keys before rotation and values of every head: `2 * heads * head_dim` scalars per token per layer."""
 
 
 class LatentCache(FrameCache):
-    """Content latent and shared rotary key, `[c | k_pe]`: `kv_lora_rank + qk_rope_head_dim` scalars."""
+    """Latent and shared rotary key, `[c | k_pe]`: `kv_lora_rank + qk_rope_head_dim` scalars per token per layer."""
 
     fewer_bits = True

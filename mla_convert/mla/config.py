@@ -1,4 +1,4 @@
-"""The `mla` section of a converted model's config.json, in DeepSeek's names."""
+"""Defines the `mla` section of a converted model's config.json, with DeepSeek's names."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ OwnChunk = Literal["exact", "latent"]
 
 
 def check_shared_latent(layers_per_latent: int, position: Position, own_chunk: OwnChunk) -> None:
-    """Raises ValueError for a layout in which several layers cannot share a latent."""
+    """Raise ValueError for a layout in which several layers cannot share a latent."""
     if layers_per_latent == 1:
         return
     if own_chunk != "exact":
         raise ValueError(
-            "layers_per_latent above 1 needs own_chunk exact: a shared latent is whole only behind the last of its "
+            "layers_per_latent above 1 needs own_chunk exact: a shared latent is complete only after the last of its "
             "layers"
         )
     if position not in ("rotate_on_read", "derived"):
         raise ValueError(
-            f"layers_per_latent above 1 needs position rotate_on_read or derived: {position} caches a rotary key of "
-            "every layer's own"
+            f"layers_per_latent above 1 needs position rotate_on_read or derived: {position} caches a rotary key for "
+            "every layer"
         )
 
 
 def latent_groups(layers: int, layers_per_latent: int = 1) -> list[range]:
-    """The layers of each latent of a model of so many `layers`."""
+    """The layers that share each latent, in a model of `layers` layers."""
     return [range(first, first + layers_per_latent) for first in range(0, layers, layers_per_latent)]
 
 
 class MLAConfig(BaseModel):
-    """Latent attention of every layer; tuples hold one entry a layer.
+    """Latent attention of every layer; tuples hold one entry per layer.
 
-    `position` says where a cached token's place in the video lives:
+    `position` says where the position of a cached token is stored:
 
     - `decoupled`: in a shared rotary key that is cached beside the latent (VideoMLA, arXiv
       2605.30351; DeepSeek-V2, arXiv 2405.04434);
@@ -42,18 +42,18 @@ class MLAConfig(BaseModel):
     - `baked`: height and width in the latent itself, time in a cached shared rotary key;
     - `rotate_on_read`: in every head's own keys, expanded from the latent and then rotated.
 
-    `own_chunk="exact"` lets the chunk that is being denoised attend to itself with its own dense
-    keys and values; only history goes through the latent.
+    With `own_chunk="exact"`, the chunk that is being denoised attends to itself with its own dense keys and values;
+    only history goes through the latent.
 
-    `rope_pairs` names the model's rotary pairs that the shared key carries, one for each two of its
-    `qk_rope_head_dim` channels; a pair may occur more than once. `nope_pairs` names the pairs whose
-    channels, unrotated, are restored from the latent for every head. With `key_mean` every head has
-    a constant key that is added to those of all tokens, rotated in full by each token's position.
+    `rope_pairs` lists the model's rotary pairs that the shared key carries, one per two of its `qk_rope_head_dim`
+    channels; a pair may occur more than once. `nope_pairs` lists the pairs whose channels, unrotated, are restored from
+    the latent for every head. With `key_mean`, every head has a constant key that is added to the keys of all tokens,
+    rotated in full by each token's position.
 
-    `layers_per_latent` consecutive layers share one latent of `kv_lora_rank` numbers a token, which is cached
-    once: it is the sum of what each of them makes of its keys and values, and each restores its own from all
-    of it. Since that is whole only behind the last of them, it needs an exact own chunk, and a layout that
-    caches nothing but the latent.
+    `layers_per_latent` consecutive layers share one latent of `kv_lora_rank` numbers per token, which is cached once.
+    Each of these layers adds its own projection of its keys and values, and restores its own from the whole latent. The
+    latent is complete only after the last of them, so this needs an exact own chunk, and a layout that caches only the
+    latent.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -88,33 +88,33 @@ class MLAConfig(BaseModel):
         return self
 
     def latent_groups(self) -> list[range]:
-        """The layers of each latent."""
+        """The layers that share each latent."""
         return latent_groups(len(self.kv_lora_rank), self.layers_per_latent)
 
     def row_layer(self, layer: int) -> int:
-        """The layer in whose rows the cache keeps the latent of `layer`: the first of those that share it."""
+        """The layer whose cache rows hold the latent of `layer`: the first of the layers that share it."""
         return layer - layer % self.layers_per_latent
 
     def qk_rope_head_dim(self, layer: int) -> int:
-        """Channels of the shared rotary key of a layer."""
+        """Channels of a layer's shared rotary key."""
         return 2 * len(self.rope_pairs[layer])
 
     def qk_nope_head_dim(self, layer: int) -> int:
-        """Unrotated key channels a head of a layer, restored from the latent."""
+        """Unrotated key channels per head of a layer, restored from the latent."""
         return 2 * len(self.nope_pairs[layer])
 
     def row_parts(self, layer: int) -> tuple[int, int]:
-        """Scalars of the latent and of the shared key that a layer caches a token, see `row_width`."""
+        """Scalars of the latent and of the shared key that a layer caches per token; see `row_width`."""
         if self.row_layer(layer) != layer:
             return 0, 0
         shared_key = self.qk_rope_head_dim(layer) if self.position in ("decoupled", "baked") else 0
         return self.kv_lora_rank[layer], shared_key
 
     def row_width(self, layer: int) -> int:
-        """Scalars that a layer caches a token; 0 where the latent lies in the rows of another layer."""
+        """Cached scalars per token of a layer; 0 where its latent is stored in the rows of another layer."""
         return sum(self.row_parts(layer))
 
     def scalars_per_token(self) -> float:
-        """Cached scalars a token, averaged over layers."""
+        """Cached scalars per token, averaged over layers."""
         layers = len(self.kv_lora_rank)
         return sum(self.row_width(layer) for layer in range(layers)) / layers

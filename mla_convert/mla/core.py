@@ -1,8 +1,7 @@
-"""The eager definition of causal attention over history and the current chunk.
+"""Defines causal attention over history and the current chunk, in eager torch.
 
-The definition: whatever attends faster (`kernels.py`) must equal these functions. Shape letters:
-B batch, Q queries, K keys, H heads, D key channels, V value channels, N unrotated and R rotated
-channels of a key (D = N + R).
+Faster implementations (`kernels.py`) must equal these functions. Shape letters: B batch, Q queries, K keys, H heads,
+D key channels, V value channels, N unrotated and R rotated channels of a key (D = N + R).
 """
 
 from __future__ import annotations
@@ -17,13 +16,12 @@ from .rope import rotate
 
 
 class KeyValue(NamedTuple):
-    """Keys split by position, before any rotation that depends on when they are read.
+    """Values, and keys split into unrotated and rotary parts, before any rotation that depends on when they are read.
 
-    `nope` `[B, K, H, N]` enters the logits as it is, `rope` `[B, K, H or 1, R]` is rotated when it
-    is read, `value` is `[B, K, H, V]`. A shared rotary key has one head, DeepSeek's `k_pe`
-    (arXiv 2405.04434, eq. 14-18). `pairs`, int64, says which of the model's rotary pairs the channels of
-    `rope` are; None means all of them in order. `mean` `[H, M]` is a constant part of every key with
-    all rotary pairs.
+    `nope` `[B, K, H, N]` enters the logits unrotated. `rope` `[B, K, H or 1, R]` is rotated when it is read. `value` is
+    `[B, K, H, V]`. A shared rotary key has one head: DeepSeek's `k_pe` (arXiv 2405.04434, eq. 14-18). `pairs`, int64,
+    lists the model's rotary pairs that the channels of `rope` belong to; None means all of them in order. `mean`
+    `[H, M]` is a constant part of every key with all rotary pairs.
     """
 
     nope: Tensor | None
@@ -33,7 +31,7 @@ class KeyValue(NamedTuple):
     mean: Tensor | None = None
 
     def keys(self, rotations: Tensor) -> Tensor:
-        """Keys ready for the dot product, `[B, K, H, N + R + M]`."""
+        """Rotated keys, ready for the dot product: `[B, K, H, N + R + M]`."""
         batch, tokens, heads = self.value.shape[:3]
         parts = [] if self.nope is None else [self.nope]
         if self.rope is not None:
@@ -58,10 +56,11 @@ class KeyValue(NamedTuple):
 
 
 class Expansion(NamedTuple):
-    """Channels a head of the keys and values that a layer restores from its cache, as `KeyValue.keys` lays them out.
+    """Channels per head of the keys and values that a layer restores from its cache, in the order of `KeyValue.keys`.
 
-    Of a key `nope` are restored by every head, `shared` come from a key of all heads and `mean` from a constant one;
-    `value` are those of a value. With `one_query` they are addressed by the queries of the chunk's dense keys.
+    A key has `nope` channels restored per head, `shared` channels of a key that all heads share and `mean` channels of
+    a constant key. A value has `value` channels. With `one_query`, the queries of the chunk's dense keys also address
+    the restored keys.
     """
 
     nope: int
@@ -77,7 +76,7 @@ class Expansion(NamedTuple):
 
 
 class Query(NamedTuple):
-    """Queries in the form in which a `KeyValue` expects them; `rope` and `mean` have every head."""
+    """Queries split like the keys of a `KeyValue`; `rope` and `mean` have every head."""
 
     nope: Tensor | None
     rope: Tensor | None
@@ -93,7 +92,7 @@ class Query(NamedTuple):
         return Query(pick(self.nope), pick(self.rope), self.pairs, pick(self.mean))
 
     def rotated(self, rotations: Tensor) -> Tensor:
-        """Queries ready for the dot product, `[B, Q, H, N + R + M]`."""
+        """Rotated queries, ready for the dot product: `[B, Q, H, N + R + M]`."""
         parts = [] if self.nope is None else [self.nope]
         if self.rope is not None:
             parts.append(rotate(self.rope, of_pairs(rotations, self.pairs)))
@@ -108,7 +107,7 @@ def of_pairs(rotations: Tensor, pairs: Tensor | None) -> Tensor:
 
 
 class Segment(NamedTuple):
-    """Keys and values with the queries that address them: `[B, Q, H, D]`, `[B, K, H, D]`, `[B, K, H, V]`."""
+    """Keys and values with the queries for them: `[B, Q, H, D]`, `[B, K, H, D]`, `[B, K, H, V]`."""
 
     query: Tensor
     key: Tensor
@@ -116,11 +115,11 @@ class Segment(NamedTuple):
 
 
 def attend(segments: list[Segment], scale: float) -> Tensor:
-    """One softmax over the keys of all segments, `[B, Q, H, V]`.
+    """Attention output `[B, Q, H, V]` of one softmax over the keys of all segments.
 
-    Segments may address their keys with different queries (history through the latent, the own
-    chunk densely). Such queries are laid side by side in the channel dimension and every key is
-    zero where it does not belong, which keeps a single fused attention call.
+    Segments may have different queries (history through the latent, the own chunk densely). Such queries are
+    concatenated along the channels, and keys are padded with zeros in the channels of the other segments. So one fused
+    attention call is enough.
     """
     if len(segments) == 1:
         query, key, value = segments[0]

@@ -1,8 +1,8 @@
-"""What an operation costs on each way, by device: the committed table that the choice of kernels follows.
+"""Estimates the cost of each attention path on a device, from a committed table.
 
-`device_costs.json` beside this file maps names of devices to what was measured on them;
-`kernels/mla-attention/benchmarks/device_costs.py` writes an entry from a result of the benchmark. A device that is
-not there gets `default`: operations counted, all at one price. Nothing is measured or tuned while a model serves.
+`device_costs.json` beside this file maps device names to measured prices;
+`kernels/mla-attention/benchmarks/device_costs.py` writes an entry from a benchmark result. An unlisted device gets the
+entry `default`, where every operation has the same price. Nothing is measured or tuned while a model serves.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ WAYS = ("sdpa", "attend", "absorbed")
 
 
 class Costs(NamedTuple):
-    """Prices of a multiply-add relative to that of torch's attention at the most queries measured.
+    """Prices of a multiply-add, relative to torch's attention at the largest measured number of queries.
 
-    `attention` maps each of WAYS to its price at each of `queries`, `expand` is that of the product that
-    restores keys and values. `source` says where they come from.
+    `attention` maps each of WAYS to its price at each of `queries`. `expand` is the price in the product that restores
+    keys and values. `source` says where the prices come from.
     """
 
     device: str
@@ -36,14 +36,14 @@ class Costs(NamedTuple):
     expand: float
 
     def price(self, way: str, queries: int) -> float:
-        """Price on a way at the measured number of queries that is nearest, by ratio."""
+        """Price of `way` at the measured number of queries with the closest ratio to `queries`."""
         nearest = min(range(len(self.queries)), key=lambda i: abs(math.log(self.queries[i] / max(1, queries))))
         return self.attention[way][nearest]
 
 
 @functools.cache
 def table() -> dict[str, Costs]:
-    """The committed table. Raises ValueError where an entry lacks something."""
+    """The committed table by device name. Raises ValueError for an incomplete entry."""
     return {name: _read(name, entry) for name, entry in json.loads(TABLE.read_text(encoding="utf-8")).items()}
 
 
@@ -58,7 +58,7 @@ def _read(name: str, entry: dict[str, Any]) -> Costs:
 
 
 def for_device(device: torch.device) -> Costs:
-    """The entry of a device by its name, or the default one."""
+    """The entry of a device, or the default entry if its name is not listed."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else DEFAULT
     return table().get(name, table()[DEFAULT])
 
@@ -71,7 +71,7 @@ def cost(
     backend: Literal["sdpa", "attend"],
     prices: Costs,
 ) -> float:
-    """Priced multiply-adds of one layer's attention to a full window, for one item of the batch."""
+    """Multiply-adds, weighted by price, of one layer's attention to a full window, for one batch item."""
     restoring, attending = operations(layer, queries, keys, path)
     return restoring * prices.expand + attending * prices.price("absorbed" if path == "absorbed" else backend, queries)
 
@@ -79,13 +79,13 @@ def cost(
 def operations(
     layer: CausalSelfAttention, queries: int, keys: int, path: Literal["absorbed", "expand"]
 ) -> tuple[float, float]:
-    """Multiply-adds that restore keys and values, and those of the attention.
+    """Multiply-adds that restore keys and values, and multiply-adds of the attention.
 
-    Absorbed, a pair of query and key costs `2 r + R` a head instead of `D + V`, and the weights that
-    restore keys and values are applied to the queries; expanded, they are applied to every key.
+    On the absorbed path, a query-key pair costs `2 r + R` per head instead of `D + V`, and the weights that restore
+    keys and values are applied to the queries. On the expanded path, they are applied to every key.
     """
     heads, wide = layer.heads, layer.expansion
-    # What a latent is multiplied by, for one head; nothing where keys and values are cached themselves.
+    # Multiply-adds per token and head to restore a key and a value; 0 where these are cached themselves.
     restored = layer.rank * (wide.nope + wide.value)
     if path == "absorbed":
         return float(heads * queries * restored), float(heads * queries * keys * (2 * layer.rank + wide.shared))

@@ -1,4 +1,4 @@
-"""The histories that kernels have expanded to every head's keys and values, and the memory that holds them."""
+"""Holds the histories that kernels have expanded to every head's keys and values."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 Chunk = tuple[int, int]
-"""Its first frame and how many it has: what a history lies before."""
+"""A chunk: its first frame and its number of frames. Its history is what comes before."""
 
 
 class ExpandedHistories:
-    """Workspaces of a cache's layers: one that all share, or where `keep` says so one for each.
+    """Workspaces for a cache's expanded histories: one for all layers, or with `keep` one per layer.
 
-    A layer with its own finds its history there in the later passes of a chunk. `keep` is None while nobody has
-    decided; it costs the memory of a workspace a layer.
+    A layer with its own workspace finds its history there in the later passes of a chunk. That costs the memory of one
+    workspace per layer. `keep` is None until this is decided.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class ExpandedHistories:
         self._chunks: dict[int, Chunk] = {}
 
     def tensor(self, layer: int, name: str, shape: tuple[int, ...], dtype: torch.dtype, place: torch.device) -> Tensor:
-        """The memory called `name` of a layer's workspace, uninitialised where it is new."""
+        """The tensor called `name` of a layer's workspace, uninitialized when new."""
         owner = layer if self.keep else 0
         kept = self._tensors.get((owner, name))
         if kept is None or kept.shape != shape:
@@ -37,10 +37,10 @@ class ExpandedHistories:
         return bool(self.keep) and self._chunks.get(layer) == chunk
 
     def filled(self, layers: Iterable[int], chunk: Chunk) -> None:
-        """Take down that the workspaces of `layers` hold the history of `chunk` from now on."""
+        """Record that the workspaces of `layers` now hold the history of `chunk`."""
         if self.keep:
             self._chunks.update(dict.fromkeys(layers, chunk))
 
     def forget(self) -> None:
-        """No workspace holds a history any more; the memory stays."""
+        """Mark every workspace as empty; the memory stays allocated."""
         self._chunks = {}

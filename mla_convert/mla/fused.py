@@ -1,8 +1,8 @@
-"""One streaming self-attention layer by the kernels of `mla_attention`.
+"""Computes one streaming self-attention layer with the kernels of `mla_attention`.
 
-It equals `CausalSelfAttention.eager_attention`. Where history and own chunk are addressed by different
-queries they are two attentions, merged by their log-sum-exps. Shape letters as in `core.py`; r is
-`kv_lora_rank`, R the channels of the shared key, W the width of a row.
+The result equals `CausalSelfAttention.eager_attention`. Where history and own chunk need different queries, two
+attentions are merged by their log-sum-exps. Shape letters as in `core.py`; r is `kv_lora_rank`, R the channels of the
+shared key, W the width of a row.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ Path = Literal["absorbed", "expand"]
 PATHS: tuple[Path, ...] = ("absorbed", "expand")
 
 Backend = Literal["sdpa", "attend"]
-"""Who attends to a workspace: torch's fused attention, or ours, which splits the keys and tells the log-sum-exp."""
+"""The attention over a workspace: torch's fused one, or ours, which splits the keys and returns the log-sum-exp."""
 
 
 BY_RULE = 0
-"""`splits` of an attention: as many as the rule of the kernel package finds for the device."""
+"""`splits` of an attention: the kernel package chooses the number for the device."""
 
 
 def why_not(layer: CausalSelfAttention, dtype: torch.dtype, device: str, step: AttentionPass, path: Path) -> str | None:
-    """Why a layer cannot go this way, in one line; None when it can."""
+    """Why kernels cannot compute a layer on `path`, in one line; None when they can."""
     assert step.cache is not None
     try:
         ops = importlib.import_module("mla_attention")
@@ -47,9 +47,9 @@ def why_not(layer: CausalSelfAttention, dtype: torch.dtype, device: str, step: A
         return f"{type(step.cache).__name__} is not a ring of frames"
     kept = step.cache.rows[layer.layer].dtype
     if kept not in (dtype, torch.int8):
-        return f"the cache is {kept}, the model computes in {dtype}"
+        return f"the cache is {kept}, but the model computes in {dtype}"
     if kept == torch.int8 and not layer.own_chunk_exact:
-        return "the kernels would quantise the own chunk, which they read from the cache"
+        return "kernels would read the own chunk quantized, from the int8 cache"
     if any(view.zero_keys for view in step.views):
         return "the model attends to keys of zeros"
     if isinstance(layer, LatentSelfAttention) and layer.mla.layers_per_latent == 1:
@@ -67,7 +67,7 @@ def why_not(layer: CausalSelfAttention, dtype: torch.dtype, device: str, step: A
 
 
 def backends(layer: CausalSelfAttention, path: Path) -> tuple[Backend, ...]:
-    """Who may attend on a way; `sdpa` where one softmax over the workspace is all there is to do."""
+    """The backends for `path`; `sdpa` is one of them where one softmax over the workspace is enough."""
     return ("sdpa", "attend") if path == "expand" and _one_workspace(layer) else ("attend",)
 
 
@@ -76,13 +76,13 @@ def attention(
 ) -> Tensor:
     """Attention output before `to_out`, `[B, N, H * V]`, of a streaming pass over hidden states `[B, N, C]`.
 
-    Where the cache's `expanded` keeps them the expanded history of every layer stays from pass to pass of a chunk.
+    If the cache's `expanded` keeps histories, the passes of a chunk share the expanded history of each layer.
     """
     assert step.cache is not None and step.chunk is not None
     kind = _LatentPass if isinstance(layer, LatentSelfAttention) else _DensePass
     pass_ = kind(layer, hidden_states, step, backend)
     if pass_.read_own:
-        # Before it can be read it is written, by passes that do not keep it, too.
+        # The kernels read the own chunk from the cache, so passes without `write` also write it.
         pass_.write()
         step.cache.overwritten(sum(step.chunk))
     if path == "absorbed":
@@ -95,7 +95,7 @@ def attention(
 
 
 class _FusedPass:
-    """The projections of one layer in one pass, and what is done with them."""
+    """The projections of one layer in one pass, and the attention over them."""
 
     layer: CausalSelfAttention
 
@@ -122,7 +122,7 @@ class _FusedPass:
         return found
 
     def by_one_query(self) -> Tensor:
-        """Attention to history and own chunk, expanded into one workspace: `[B, N, H, V]`."""
+        """Attention to history and own chunk, both in one workspace: `[B, N, H, V]`."""
         layer, history = self.layer, self.history_tokens
         if layer.expansion.one_query:
             query = self._normed(self.query, layer.norm_q, self.places.own_rotations)
@@ -145,7 +145,7 @@ class _FusedPass:
         return out
 
     def by_two_queries(self) -> Tensor:
-        """Attention to the expanded history and to the dense own chunk, merged: `[B, N, H, V]`."""
+        """Attention to the expanded history, merged with attention to the dense own chunk: `[B, N, H, V]`."""
         query, parts = self._history_query(), [self._own_part()]
         if self.history_tokens:
             key, value = self._workspace(self.history_tokens)
@@ -154,20 +154,20 @@ class _FusedPass:
         return self._merged(parts)
 
     def absorbed(self) -> Tensor:
-        """Attention to what the cache keeps as it is: `[B, N, H, V]`."""
+        """Attention to the cached rows without expanding them: `[B, N, H, V]`."""
         raise ValueError(self.layer.why_not_absorbed())
 
     def write(self) -> None:
-        """Keep the chunk's rows in its ring slots."""
+        """Store the chunk's rows in its ring slots."""
         raise NotImplementedError
 
     def _history_query(self) -> Tensor:
-        """Queries as they meet what is read from the cache, `[B, N, H, D]`."""
+        """Rotated queries for the keys that are read from the cache, `[B, N, H, D]`."""
         plain = self._normed(self.query, self.layer.norm_q, None)
         return self.layer.history_query(Query(None, plain), self.step).rotated(self.places.own_rotations)
 
     def _own_part(self) -> tuple[Tensor, Tensor]:
-        """The chunk's attention to its own dense keys and values."""
+        """Output and log-sum-exp of the chunk's attention to its own dense keys and values."""
         layer, rotations = self.layer, self.places.own_rotations
         query, key = (
             self._normed(x, norm, rotations) for x, norm in ((self.query, layer.norm_q), (self.key, layer.norm_k))
@@ -178,14 +178,14 @@ class _FusedPass:
         return part
 
     def _expand_history(self, key: Tensor, value: Tensor) -> None:
-        """Write the history to the beginning of a workspace, unless it is there from an earlier pass of the chunk."""
+        """Write the history to the beginning of a workspace, unless an earlier pass of the chunk has done so."""
         history, layer = self.history_tokens, self.layer.layer
         if not self.cache.expanded.holds(layer, self.chunk):
             self._expand(key[:, :history], value[:, :history], self.places.history_slots, self.places.history_rotations)
             self.cache.expanded.filled([layer], self.chunk)
 
     def _expand(self, key: Tensor, value: Tensor, slots: Tensor, rotations: Tensor) -> None:
-        """Write rotated keys `[B, K, H, D]` and values `[B, K, H, V]` of the frames in some slots, if any."""
+        """Write rotated keys `[B, K, H, D]` and values `[B, K, H, V]` of the frames in `slots`, if any."""
         if len(rotations):
             self._expand_rows(key, value, slots, rotations)
 
@@ -193,9 +193,9 @@ class _FusedPass:
         raise NotImplementedError
 
     def _workspace(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """Keys and values `[B, tokens, H, ...]`: the beginning of buffers that hold a full window.
+        """Keys and values `[B, tokens, H, ...]`: the beginning of buffers for a full window.
 
-        All layers share them unless the history is kept.
+        All layers share the buffers unless histories are kept.
         """
         window_tokens = self.step.kept[0].shape[1:-1].numel()
         shape = (len(self.hidden_states), window_tokens, self.layer.heads)
@@ -221,7 +221,7 @@ class _FusedPass:
 
 
 class _DensePass(_FusedPass):
-    """Of a layer whose cache holds every head's keys and values."""
+    """A pass of a layer whose cache holds every head's keys and values."""
 
     def write(self) -> None:
         self.layer.keep(self.layer.norm_k(self.key), self.value, self.step)
@@ -233,12 +233,12 @@ class _DensePass(_FusedPass):
 
 
 class _LatentPass(_FusedPass):
-    """Of a layer whose cache holds latents."""
+    """A pass of a layer whose cache holds latents."""
 
     layer: LatentSelfAttention
 
     def absorbed(self) -> Tensor:
-        """Attention to the latent rows themselves: `[B, N, H, V]` (DeepSeek-V2, arXiv 2405.04434, section 2.1.2)."""
+        """Attention to the latent rows directly: `[B, N, H, V]` (DeepSeek-V2, arXiv 2405.04434, section 2.1.2)."""
         layer, places = self.layer, self.places
         parts = [] if self.read_own else [self._own_part()]
         slots, rotations = places.history_slots, places.history_rotations
@@ -259,13 +259,13 @@ class _LatentPass(_FusedPass):
                 layer.scale,
                 BY_RULE,
             )
-            # The bias of the keys shifts all logits of a query alike.
+            # The bias of the keys shifts all logits of a query by the same amount.
             lse = lse + layer.scale * torch.einsum("bqhn,hn->bhq", nope.float(), weights.b_uk.float())
             parts.append((torch.einsum("bqhr,hvr->bqhv", out, weights.w_uv) + weights.b_uv, lse))
         return self._merged(parts)
 
     def _split_query(self) -> tuple[Tensor, Tensor | None]:
-        """Queries that meet the latent, `[B, N, H, N']`, and those that meet the shared key, `[B, N, H, R]`."""
+        """Queries for the latent, `[B, N, H, N']`, and queries for the shared key, `[B, N, H, R]`."""
         layer, rotations = self.layer, self.places.own_rotations
         wide = layer.expansion
         if wide.nope and wide.shared and not layer.bakes:
@@ -284,10 +284,9 @@ class _LatentPass(_FusedPass):
         return nope, rope.contiguous() if wide.shared else None
 
     def write(self) -> None:
-        """Keep the chunk's rows in its ring slots."""
         layer = self.layer
         if layer.mla.layers_per_latent > 1:
-            # Parts are summed before they are rounded to what the cache holds, so torch writes them.
+            # Parts are summed before they are rounded to the cache's dtype, so torch writes them.
             layer.keep(self._normed(self.key, layer.norm_k, None).flatten(2), self.value, self.step)
             return
         shared = layer.k_pe_proj if layer.caches_shared_key else None
@@ -310,7 +309,7 @@ class _LatentPass(_FusedPass):
 
     def _expand_rows(self, key: Tensor, value: Tensor, slots: Tensor, rotations: Tensor) -> None:
         layer, wide = self.layer, self.layer.expansion
-        # Where the dense queries address them, every head's keys are rotated as dense ones are.
+        # Keys for the dense queries are rotated in full, like dense keys.
         every_head, derived = wide.one_query, wide.shared > 0 and not layer.caches_shared_key
         turning = rotations if every_head else of_pairs(rotations, layer.rope_index) if wide.shared else None
         width = wide.nope + wide.shared
@@ -333,17 +332,17 @@ class _LatentPass(_FusedPass):
             key[..., width:] = rotate(mean, rotations).to(key.dtype)
 
     def _count(self, keys: int) -> Tensor:
-        """A number of keys as the kernels read it, on the device."""
+        """A number of keys as the int32 tensor `[1]` that the kernels read on the device."""
         return torch.full((1,), keys, dtype=torch.int32, device=self.rows.device)
 
 
 def _project_into(out: Tensor, linear: nn.Module, x: Tensor) -> Tensor:
-    """`linear(x)` in the memory of `out` `[B, N, H, V]`, as `[B, N, H * V]`; by a copy where it is no plain layer."""
+    """Write `linear(x)` to `out` `[B, N, H, V]` and return it as `[B, N, H * V]`; a plain layer needs no copy."""
     flat = out.flatten(2)
     plain = is_plain_linear(linear) and linear.bias is not None
     device = x.device.type
-    cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if not plain or linear.weight.dtype != x.dtype or cast:
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if not plain or linear.weight.dtype != x.dtype or autocast:
         return flat.copy_(linear(x))
     assert isinstance(linear, nn.Linear)
     for item, target in zip(x, flat, strict=True):
@@ -352,10 +351,10 @@ def _project_into(out: Tensor, linear: nn.Module, x: Tensor) -> Tensor:
 
 
 def _cos_sin(rotations: Tensor) -> Tensor:
-    """Complex64 `[S, P]` as float32 `[S, P, 2]`."""
+    """Complex64 rotations `[S, P]` as float32 `[S, P, 2]`."""
     return torch.view_as_real(rotations.contiguous())
 
 
 def _one_workspace(layer: CausalSelfAttention) -> bool:
-    """Whether one query addresses all that is expanded: the history and, as it is or from the cache, the own chunk."""
+    """Whether the same queries address the expanded history and the own chunk, so one workspace can hold both."""
     return layer.expansion.one_query or not layer.own_chunk_exact

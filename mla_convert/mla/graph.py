@@ -1,8 +1,8 @@
-"""The denoising passes of a chunk as one CUDA graph, captured once a shape and replayed from chunk to chunk.
+"""Replays the denoising passes of a chunk from a CUDA graph, captured once per shape.
 
-What changes between replays lies in tensors that stay where they are: the noisy chunk, the noise
-level, the text, and the cache's places (ring slots and rotations). Launching some thousand kernels from
-Python costs more than running them when chunks are small.
+All inputs that change between replays are in tensors at fixed addresses: the noisy chunk, the noise level, the text,
+and the cache's places (ring slots and rotations). For small chunks, launching thousands of kernels from Python costs
+more than running them.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from .plain import is_plain
 logger = logging.getLogger(__name__)
 
 WARM_UP = 1
-"""Passes before a capture, on its stream; the chunk before has compiled the kernels, checked them and allocated."""
+"""Passes before a capture, on its stream. The previous chunk has already compiled and checked the kernels."""
 
 
 class Recorder(Protocol):
-    """Records what a function does on the device, to be done again without running it."""
+    """Records the device work of a function and replays it without running the function."""
 
     def capture(self, run: Callable[[], Tensor]) -> Tensor:
-        """What `run` gave; `replay` writes the same memory anew."""
+        """The result of `run`; `replay` overwrites it in the same memory."""
 
     def replay(self) -> None: ...
 
 
 def why_not_graph(model: Any, cache: Any) -> str | None:
-    """Why the passes of `model` cannot be captured, in one line; None when they can."""
+    """Why the passes of `model` over `cache` cannot be captured, in one line; None when they can."""
     if model.device.type != "cuda":
-        return f"CUDA graphs need a CUDA device, the model is on {model.device.type}"
+        return f"CUDA graphs need a CUDA device, but the model is on {model.device.type}"
     if model.kernels is None or not model.kernels.settings.cuda_graph:
         return "CUDA graphs are off"
     if model.training:
@@ -44,7 +44,7 @@ def why_not_graph(model: Any, cache: Any) -> str | None:
     if not (isinstance(cache, FrameCache) and cache.is_ring):
         return f"{type(cache).__name__} is not a ring of frames"
     if cache.shared:
-        return f"a {type(cache).__name__} is made anew for every chunk"
+        return f"a {type(cache).__name__} serves one chunk only"
     if cache.rows[0].device != model.device:
         return "the cache is on another device than the model"
     hooked = next((name for name, module in model.named_modules() if not is_plain(module)), None)
@@ -54,15 +54,14 @@ def why_not_graph(model: Any, cache: Any) -> str | None:
 
 
 class GraphedChunk:
-    """Passes of a model over its cache without `write`, on a CUDA device; a model that is compiled runs compiled.
+    """Runs the passes of a model over its cache without `write`, on a CUDA device; a compiled model runs compiled.
 
-    The first chunk of a shape of chunk and history is run as it is, and a graph is captured for the second: in the
-    steady state, whose chunks are alike, one; where histories are kept for the passes of a chunk two, one that
-    expands them and one that does not. What a replay gives lies in the graph's memory until the next call. Where a
-    capture fails, all passes are run as they are from then on, and a warning says so. Raises ValueError with the
-    reason of `why_not_graph`.
+    For each shape of chunk and history, the first chunk runs eagerly and the second captures a graph. Where histories
+    are kept for the passes of a chunk, there are two graphs: one that expands them and one that reuses them. The result
+    of a replay is valid until the next call. If a capture fails, a warning is logged and all later passes run eagerly.
+    Raises ValueError with the reason of `why_not_graph`.
 
-    `recorder` makes a Recorder, given another one with which it may share memory, for the two never run at once.
+    `recorder` makes a Recorder. Its argument is another Recorder to share memory with, as the two never run at once.
     """
 
     def __init__(
@@ -86,9 +85,9 @@ class GraphedChunk:
         frames = hidden_states.shape[2]
         places = self.cache.places.next(self.model.rotary_table(), self.cache, frames)
         given = (hidden_states, timestep, text)
-        # New places in new memory, after a change of shape or a reset, need a new graph.
-        told = tuple(sorted((name, value.shape) for name, value in conditions.items()))
-        shape = (*(x.shape for x in given), places.memory, told)
+        # Places in new memory, after a change of shape or a reset, need a new graph.
+        condition_shapes = tuple(sorted((name, value.shape) for name, value in conditions.items()))
+        shape = (*(x.shape for x in given), places.memory, condition_shapes)
         chunk = (self.cache.frames_seen, frames)
         if shape != self.shape:
             self.graphs, self.first = {}, chunk
@@ -96,7 +95,7 @@ class GraphedChunk:
             self.conditions = {name: value.clone() for name, value in conditions.items()}
             self.shape = shape
         if self.failed or chunk == self.first:
-            # While a window fills every chunk has a shape of its own, and a graph of it would serve no other.
+            # While a window fills up, every chunk has its own shape, so a graph would never be replayed.
             return self._run(given, conditions)
         for kept, new in zip(self.inputs, given, strict=True):
             kept.copy_(new)
@@ -104,7 +103,7 @@ class GraphedChunk:
             self.conditions[name].copy_(value)
         histories, layers = self.cache.expanded, range(len(self.cache.rows))
         expands = not all(histories.holds(layer, chunk) for layer in layers)
-        # Where nothing is kept all passes are alike.
+        # If no histories are kept, all passes are the same.
         which = expands and bool(histories.keep)
         if which not in self.graphs:
             try:
@@ -112,7 +111,7 @@ class GraphedChunk:
             except RuntimeError as error:
                 self._give_up(error)
                 return self._run(given, conditions)
-            # Warming up may have decided that histories are kept.
+            # The warm-up may have decided to keep histories.
             which = expands and bool(histories.keep)
             self.graphs[which] = captured
         recorder, out = self.graphs[which]
@@ -123,7 +122,7 @@ class GraphedChunk:
         return out
 
     def _capture(self, expands: bool) -> tuple[Recorder, Tensor]:
-        """Capture the pass that expands the histories, or the one that finds them."""
+        """Capture the pass that expands the histories, or the pass that reuses them."""
         recorder = self.recorder(next((beside for beside, _ in self.graphs.values()), None))
 
         def run() -> Tensor:
@@ -141,17 +140,17 @@ class GraphedChunk:
             return out
 
     def _give_up(self, error: RuntimeError) -> None:
-        """Leave all passes to the model from now on."""
-        # What ends a capture says no more than that it has failed; what made it fail was raised before.
+        """Run all later passes eagerly."""
+        # The error that ends a capture says only that it failed; its context has the cause.
         reason = " ".join(str(error.__context__ or error).split())[:200]
-        logger.warning("CUDA graphs: a capture failed, passes are launched from now on: %s", reason)
-        # Of what a capture was to expand nothing may have been written.
+        logger.warning("CUDA graphs: a capture failed, so all later passes run without a graph: %s", reason)
+        # The capture may not have written the histories that it was to expand.
         self.failed, self.graphs = True, {}
         self.cache.expanded.forget()
 
 
 class CUDARecorder:
-    """A CUDA graph, which shares its side stream and the pool of its memory with the one `beside` it."""
+    """A CUDA graph that shares its side stream and memory pool with the recorder `beside`, if any."""
 
     def __init__(self, device: torch.device, beside: Any = None) -> None:
         self.device = device
@@ -160,14 +159,14 @@ class CUDARecorder:
         self.pool = torch.cuda.graph_pool_handle() if beside is None else beside.pool
 
     def capture(self, run: Callable[[], Tensor]) -> Tensor:
-        """Raises RuntimeError where `run` does what cannot be captured; torch is then as it was before."""
+        """The result of `run`. Raises RuntimeError if `run` cannot be captured, and restores torch's state."""
         self.side.wait_stream(torch.cuda.current_stream(self.device))
-        # Around the capture, too: one that fails leaves its stream as the current one.
+        # Also around the capture, because a failed capture leaves its stream as the current one.
         with torch.cuda.stream(self.side):
             for _ in range(WARM_UP):
                 run()
             try:
-                # On the model's device, which need not be the current one, and whatever other threads do on theirs.
+                # The model's device need not be the current one, and other threads may use theirs meanwhile.
                 with torch.cuda.graph(self.graph, pool=self.pool, stream=self.side, capture_error_mode="thread_local"):
                     out = run()
             except BaseException:
@@ -177,7 +176,7 @@ class CUDARecorder:
         return out
 
     def _recover(self) -> None:
-        """Tell the allocator, and by a small capture the generator, that a capture which failed has ended."""
+        """Tell the allocator that the failed capture has ended, and the generator by means of a small capture."""
         with contextlib.suppress(Exception):
             torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
             torch._C._cuda_releasePool(self.device.index, self.pool)
@@ -191,12 +190,12 @@ class CUDARecorder:
 
 
 def denoiser(model: Any, cache: Any) -> Callable[..., Tensor]:
-    """`model.forward_chunk` without `write` over `cache`: replayed from a CUDA graph where that can be done."""
+    """`model.forward_chunk` over `cache` without `write`, replayed from a CUDA graph where possible."""
     if why_not_graph(model, cache) is None:
         return GraphedChunk(model, cache)
 
     def eager(hidden_states: Tensor, timestep: Tensor, text: Tensor, **conditions: Tensor) -> Tensor:
-        # By the call, not by `forward_chunk`: hooks that bring weights to the device see calls alone.
+        # Call the model, not `forward_chunk`: hooks that move weights to the device run only on calls.
         out: Tensor = model(hidden_states, timestep, text, cache=cache, write=False, **conditions)
         return out
 

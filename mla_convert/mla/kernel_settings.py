@@ -1,4 +1,4 @@
-"""What is asked of kernels: the keys of a recipe's `streaming` that are about them."""
+"""Defines the settings of kernels, as in the `streaming` section of a recipe."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ History = Literal["auto", "chunk", "pass"]
 
 @dataclass(frozen=True)
 class KernelSettings:
-    """How a model is to attend while it streams without gradients.
+    """How a model attends while it streams without gradients.
 
-    `mode` `auto` takes kernels where they support a layer, after the first output with and without history has
-    agreed with torch's, and torch elsewhere, in float32 and on a CPU; `triton` raises UserError instead and
-    compares nothing; `torch` never asks.
+    `mode` `auto` uses kernels for the layers that they support, once their first output with and without history has
+    agreed with torch's. It uses torch for other layers, in float32 and on a CPU. `triton` raises UserError for a layer
+    without a kernel and compares nothing. `torch` uses no kernels.
 
-    `history` says how often an expanded history is made: `chunk` once a chunk and layer, for the memory of a dense
-    cache; `pass` at every denoising pass, in one workspace for all layers; `auto` once a chunk where the histories
-    of all layers take at most half of the device's free memory when the first of them is made, else once a pass.
+    `history` says how often a history is expanded. `chunk`: once per chunk and layer, which takes the memory of a dense
+    cache. `pass`: in every denoising pass, in one workspace for all layers. `auto`: once per chunk if the histories of
+    all layers fit in half of the device's free memory when the first is expanded, otherwise in every pass.
 
-    `cuda_graph` lets `stream_chunks` replay its passes as a CUDA graph where that can be done.
+    `cuda_graph` lets `stream_chunks` replay its passes as a CUDA graph where possible.
     """
 
     mode: Mode = "auto"

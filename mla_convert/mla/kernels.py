@@ -1,8 +1,7 @@
-"""Which way a layer takes while a model streams: fused kernels, absorbed or expanded, or plain torch.
+"""Chooses how each layer attends while a model streams: fused kernels (absorbed or expanded) or plain torch.
 
-The rule is explicit: operations, weighed by the committed costs of the device (`costs.py`). What a kernel refuses
-is kept as text, so that it can be printed and recorded. The kernels are the package `mla_attention`, shipped
-beside this one.
+The rule is explicit: operations, weighted by the committed costs of the device (`costs.py`). The reasons against a path
+are kept as text, to be printed and recorded. The kernels are in the package `mla_attention`, shipped beside this one.
 """
 
 from __future__ import annotations
@@ -24,19 +23,19 @@ from .plain import changed_module
 logger = logging.getLogger(__name__)
 
 CHECK = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Largest difference from torch, relative to the largest output, that the first use of a kernel may have."""
+"""Largest allowed difference from torch at the first use of a kernel, relative to the largest output."""
 
 FREE_SHARE = 0.5
 """Share of the device's free memory that expanded histories may take with `history` auto."""
 
 CPU_DEFAULT = "on a CPU torch is the default"
-FLOAT32_DEFAULT = "in float32 torch is the default: kernels are made for tensor cores in 16 bits"
+FLOAT32_DEFAULT = "in float32 torch is the default: the kernels are written for tensor cores in 16 bits"
 
 
 class Shape(NamedTuple):
-    """What a choice depends on: `queries` of a chunk and `keys` of the whole window, in tokens; the kind of cache.
+    """The inputs of a choice: `queries` of a chunk and `keys` of the whole window, in tokens; the kind of cache.
 
-    `changed` is a module with more to it than its weights, which are all that kernels read of it; empty for none.
+    `changed` names a module that does more than its weights say, while kernels read only these; empty if there is none.
     """
 
     batch: int
@@ -49,7 +48,7 @@ class Shape(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The way of one layer, who attends on it, and why the others were not taken."""
+    """The path and backend of one layer, and why the other paths were not taken."""
 
     path: fused.Path | Literal["torch"]
     refused: dict[str, str]
@@ -60,8 +59,8 @@ class Choice(NamedTuple):
 class Findings:
     """What was chosen while a model streamed.
 
-    `choices` by layer and shape; `checked`, with the history or without, are those that have agreed with torch;
-    `kept` is what was decided about histories, with the reason; `announced` is whether it was said.
+    `choices` are keyed by layer and shape. `checked` holds the layers and shapes, with or without history, whose output
+    agreed with torch's. `kept` is the decision about histories and its reason. `announced`: the choices were logged.
     """
 
     choices: dict[tuple[int, Shape], Choice] = field(default_factory=dict)
@@ -71,7 +70,7 @@ class Findings:
 
 
 class Kernels:
-    """How a model attends while it streams without gradients: its `settings`, and what was `found` by them."""
+    """How a model attends while it streams without gradients: the `settings`, and in `found` the choices made."""
 
     def __init__(self, mode: Mode = "auto", history: History = "auto", cuda_graph: bool = True) -> None:
         self.settings = KernelSettings(mode, history, cuda_graph)
@@ -79,13 +78,13 @@ class Kernels:
         self.left_free = 0
 
     def leave_free(self, size: int) -> None:
-        """Do not count `size` bytes as free memory, which others will take while the model streams; 0 takes it back."""
+        """Reserve `size` bytes of the free memory for other work while the model streams; 0 ends that."""
         self.left_free = size
 
     def takes(self, layer: CausalSelfAttention, tokens: Tensor, step: AttentionPass) -> bool:
-        """Whether a kernel is to attend in a layer of a pass over `tokens` `[B, S, C]`; False where torch is.
+        """Whether a kernel computes a layer's attention in a pass over `tokens` `[B, S, C]`; otherwise torch does.
 
-        Raises UserError for a layer that `triton` has no kernel for.
+        Raises UserError in mode `triton` for a layer without a kernel.
         """
         if self.settings.mode == "torch" or step.cache is None or torch.is_grad_enabled():
             return False
@@ -93,12 +92,12 @@ class Kernels:
         if choice.path == "torch" and self.settings.mode == "triton":
             reasons = "; ".join(choice.refused.values())
             raise UserError(
-                f"no kernel for the attention of layer {layer.layer} ({reasons}); `kernels: auto` lets torch take it"
+                f"no kernel for the attention of layer {layer.layer} ({reasons}); set kernels: auto to let torch attend"
             )
         return choice.path != "torch"
 
     def _choose(self, layer: CausalSelfAttention, hidden_states: Tensor, step: AttentionPass) -> tuple[int, Shape]:
-        """The key of a layer's choice, which is made where there is none."""
+        """The key of a layer's choice; makes the choice if there is none yet."""
         assert step.cache is not None
         batch, queries = hidden_states.shape[:2]
         rows = step.cache.rows[layer.layer]
@@ -116,16 +115,16 @@ class Kernels:
 
     @torch.compiler.disable
     def attention(self, layer: CausalSelfAttention, hidden_states: Tensor, step: AttentionPass) -> Tensor | None:
-        """`layer.attention` by kernels, `[B, S, H * V]`, of a layer that `takes` them; None where torch is to do it.
+        """`layer.attention` computed by kernels, `[B, S, H * V]`; None where torch has to compute it.
 
-        A block that is compiled calls it between its graphs.
+        Only for a layer that `takes` kernels. A compiled block calls this between its graphs.
         """
         key = self._choose(layer, hidden_states, step)
         choice, shape = self.found.choices[key], key[1]
         assert step.cache is not None and choice.path != "torch"
         if choice.path == "expand" and step.cache.expanded.keep is None:
             step.cache.expanded.keep = self._keeps(layer, shape, step.cache)
-        # Without history other kernels run than with it; with more items the same.
+        # Other kernels run without history than with it; the batch size changes nothing.
         check = (layer.layer, shape._replace(batch=1), step.views[0].has_history)
         if self.settings.mode == "triton" or check in self.found.checked:
             return fused.attention(layer, hidden_states, step, choice.path, choice.backend)
@@ -137,13 +136,13 @@ class Kernels:
     def _compared(
         self, key: tuple[int, Shape], layer: CausalSelfAttention, hidden_states: Tensor, step: AttentionPass
     ) -> Tensor | None:
-        """The output of a kernel compared with torch's; where it fails or differs, None, and torch from now on."""
+        """A kernel's output if it agrees with torch's; if it fails or differs, None, and torch attends from now on."""
         path, refused, backend = self.found.choices[key]
         assert path != "torch"
         try:
             out = fused.attention(layer, hidden_states, step, path, backend)
         except torch.OutOfMemoryError:
-            # It says nothing about the kernel, which may fit where less is in memory.
+            # This is no fault of the kernel, which may fit when less is in memory.
             raise
         except Exception as error:
             reason = f"{path} failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -151,8 +150,10 @@ class Kernels:
             try:
                 expected = layer.eager_attention(hidden_states, step).float()
             except torch.OutOfMemoryError:
-                # It takes more memory than what it is to confirm.
-                logger.warning("kernels: torch's attention of layer %d does not fit, nothing is compared", layer.layer)
+                # Torch's attention takes more memory than the kernel's.
+                logger.warning(
+                    "kernels: torch's attention of layer %d does not fit in memory, so nothing is compared", layer.layer
+                )
                 return out
             difference = float((out.float() - expected).abs().max() / expected.abs().max())
             if difference <= CHECK[key[1].dtype]:
@@ -163,26 +164,26 @@ class Kernels:
         return None
 
     def _keeps(self, layer: CausalSelfAttention, shape: Shape, cache: FrameCache) -> bool:
-        """Whether every layer keeps its expanded history for the passes of a chunk, by the rule of `history`."""
+        """Whether every layer keeps its expanded history for the passes of a chunk, by the setting `history`."""
         if self.settings.history != "auto":
-            self.found.kept = (self.settings.history, "as asked for")
+            self.found.kept = (self.settings.history, "as requested")
             return self.settings.history == "chunk"
         device = cache.rows[0].device
         free = free_memory(device)
         if free is None:
-            self.found.kept = ("pass", f"the free memory of a {device.type} device is not known")
+            self.found.kept = ("pass", f"the free memory of a {device.type} device is unknown")
             return False
         tokens = shape.batch * shape.keys * layer.heads
         needed = tokens * (layer.expansion.key + layer.expansion.value) * shape.dtype.itemsize * len(cache.rows)
         keeps = needed <= FREE_SHARE * (free - self.left_free)
         why = f"{needed / 1e9:.2f} GB of {free / 1e9:.2f} GB free"
         if self.left_free:
-            why += f" but for {self.left_free / 1e9:.2f} GB that decoding will take"
+            why += f", less {self.left_free / 1e9:.2f} GB for decoding"
         self.found.kept = ("chunk" if keeps else "pass", why)
         return keeps
 
     def report(self) -> dict[str, Any]:
-        """What was chosen, for people and manifests: the number of layers a way, and every reason once."""
+        """The choices as plain data for logs and manifests: the number of layers per path, and each reason once."""
         layers: dict[str, set[int]] = {}
         refused: dict[str, list[str]] = {}
         for (layer, _), choice in self.found.choices.items():
@@ -200,7 +201,7 @@ class Kernels:
         }
 
     def announce(self) -> None:
-        """Say once what was chosen and why, in one line."""
+        """Log the choices and their reasons in one line, once."""
         if self.found.announced or not (self.found.choices or self.settings.mode == "torch"):
             return
         self.found.announced = True
@@ -210,20 +211,20 @@ class Kernels:
 def describe(report: dict[str, Any]) -> str:
     """`Kernels.report` in one line."""
     if report["mode"] == "torch":
-        return "kernels: torch attends, as asked for"
+        return "kernels: torch attends, as requested"
     taken = ", ".join(f"{count} x {path}" for path, count in report["paths"].items())
     reasons = dict.fromkeys(reason for found in report["refused"].values() for reason in found)
     line = f"kernels: {report['mode']}: {taken}"
     if report["history"]:
         how, why = report["history"]
-        line += f"; history expanded once a {how} ({why})"
+        line += f"; history expanded once per {how} ({why})"
     return line + (f"; not taken: {'; '.join(reasons)}" if reasons else "")
 
 
 def choose(
     layer: CausalSelfAttention, shape: Shape, step: AttentionPass, mode: Mode, device_costs: costs.Costs
 ) -> Choice:
-    """The cheapest way among those that the kernels support; torch when there is none."""
+    """The cheapest path that the kernels support; torch when there is none."""
     if mode == "auto" and shape.device == "cpu" and not interpreted_by_default():
         return Choice("torch", dict.fromkeys(fused.PATHS, CPU_DEFAULT))
     if mode == "auto" and shape.device == "cuda" and shape.dtype == torch.float32:
@@ -251,12 +252,12 @@ def choose(
 
 
 def interpreted_by_default() -> bool:
-    """Whether `auto` takes the kernels on a CPU, too; tests say so."""
+    """Whether `auto` also uses the kernels on a CPU; tests override this."""
     return False
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that a CUDA device can still give, with what torch holds without using it; None for other devices."""
+    """Free bytes of a CUDA device, including what torch has reserved but not allocated; None for other devices."""
     if device.type != "cuda":
         return None
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -1,8 +1,8 @@
-"""Multi-head latent attention for a causal video transformer with QK-norm.
+"""Implements multi-head latent attention for a causal video transformer with QK-norm.
 
-The latent encodes keys after QK-norm and values, `c = kv_a_proj([k; v])`. The norm's scalar, which
-depends on all heads, is thereby exact in every layout and nothing but `c` and the shared rotary key
-is cached. Source: DeepSeek-V2 (arXiv 2405.04434, section 2.1), VideoMLA (arXiv 2605.30351, section 3).
+The latent encodes keys after QK-norm, and values: `c = kv_a_proj([k; v])`. So the norm's scalar, which depends on all
+heads, is exact in every layout, and only `c` and the shared rotary key are cached. Source: DeepSeek-V2
+(arXiv 2405.04434, section 2.1), VideoMLA (arXiv 2605.30351, section 3).
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ LATENT_MODULES = ("q_a_proj", "q_b_proj", "kv_a_proj", "kv_b_proj", "k_pe_proj",
 class LatentSelfAttention(CausalSelfAttention):
     """Self-attention of one layer whose history is cached as low-rank latents.
 
-    Parameters beside those of the dense layer: `kv_a_proj` `[r, 2 H D]` encodes `[k; v]`,
-    `kv_b_proj` `[H (N + V), r]` restores unrotated keys and values, `k_pe_proj` gives the shared
-    rotary key (from k, or from c when derived), and `q_pe_coef` `[H, R / 2, 2]` holds the complex
-    weight of each shared pair in each head, applied to the queries. `k_mean` `[H, D]` is the constant
-    key of each head, which is taken off before a key is encoded and added, rotated, when it is read.
-    Where layers share a latent, `encode` gives this layer's part of it.
+    Parameters in addition to the dense layer's: `kv_a_proj` `[r, 2 H D]` encodes `[k; v]`. `kv_b_proj`
+    `[H (N + V), r]` restores unrotated keys and values. `k_pe_proj` computes the shared rotary key (from k, or from c
+    when derived). `q_pe_coef` `[H, R / 2, 2]` holds the complex weight of each shared pair in each head, applied to the
+    queries. `k_mean` `[H, D]` is a constant key per head: subtracted before a key is encoded, and added, rotated, when
+    it is read. Where layers share a latent, `encode` returns this layer's summand of it.
     """
 
     rope_index: Tensor
@@ -45,7 +44,7 @@ class LatentSelfAttention(CausalSelfAttention):
         self.rank = mla.kv_lora_rank[layer]
         self.rope_pairs = list(mla.rope_pairs[layer])
         self.nope_pairs = list(mla.nope_pairs[layer])
-        # What a pass reads of the pairs: torch.compile would specialise on a list. No weights, so real on meta, too.
+        # Tensors, because torch.compile would specialize on a list; on the CPU, because meta builds need the values.
         for name, pairs in (("rope_index", self.rope_pairs), ("nope_index", self.nope_pairs)):
             self.register_buffer(name, torch.tensor(pairs, dtype=torch.long, device="cpu"), persistent=False)
         self.key_channels = head_dim if mla.position == "rotate_on_read" else mla.qk_nope_head_dim(layer)
@@ -81,7 +80,7 @@ class LatentSelfAttention(CausalSelfAttention):
 
     @property
     def bakes(self) -> bool:
-        """Whether its latents hold keys that are rotated by the token's place in the frame."""
+        """Whether the latents hold keys rotated by the token's place in the frame."""
         return self.mla.position == "baked"
 
     @property
@@ -124,12 +123,12 @@ class LatentSelfAttention(CausalSelfAttention):
         if self.mla.layers_per_latent == 1:
             super().keep(key, value, step)
             return
-        # Who runs the layers writes the sum, which is whole only behind the last of them.
+        # The caller writes the sum, which is complete only after the last of the layers.
         step.part = self.encode(key[: step.context_batch], value[: step.context_batch], step).float()
 
     def restore(self, key: Tensor, value: Tensor, step: AttentionPass) -> KeyValue:
         if self.mla.layers_per_latent > 1:
-            raise ValueError("a layer that shares its latent cannot restore alone: give the pass its `latents`")
+            raise ValueError("a layer that shares its latent cannot restore alone; give the pass its `latents`")
         return super().restore(key, value, step)
 
     def history_query(self, query: Query, step: AttentionPass) -> Query:
@@ -162,7 +161,7 @@ class LatentSelfAttention(CausalSelfAttention):
         return KeyValue(nope, shared, value, self.rope_index, self.k_mean)
 
     def absorbed(self) -> AbsorbedWeights:
-        """`kv_b_proj` as it is absorbed into queries and outputs. Raises ValueError for `rotate_on_read`."""
+        """`kv_b_proj`, split for absorption into queries and outputs. Raises ValueError for `rotate_on_read`."""
         if self.mla.position == "rotate_on_read":
             raise ValueError("rotate_on_read rotates the expanded keys, which cannot be absorbed into the queries")
         sizes = [self.key_channels, self.mla.v_head_dim]
@@ -178,9 +177,9 @@ class LatentSelfAttention(CausalSelfAttention):
 def reading_together(
     layers: Sequence[CausalSelfAttention], hidden_states: Sequence[Tensor], step: AttentionPass
 ) -> AttentionPass:
-    """The pass over a clip in which layers read the latent that they share, whole, each from its own input.
+    """The pass over a clip for layers that share a latent, with the complete latent computed from all their inputs.
 
-    `hidden_states` `[B, S, C]` are what enters each of them. A layer on its own needs no other pass than `step`.
+    `hidden_states` `[B, S, C]` are the inputs of each layer. For a single layer this is `step` itself.
     """
     if len(layers) == 1:
         return step
@@ -192,12 +191,12 @@ def reading_together(
 
 
 def whole_latent(parts: Sequence[Tensor]) -> Tensor:
-    """The latent that layers share, the sum of their parts `[B', S, r]`."""
+    """The shared latent of some layers: the sum of their `parts`, `[B', S, r]`."""
     return sum(parts[1:], start=parts[0])
 
 
 class AbsorbedWeights(NamedTuple):
-    """`w_uk` `[H, N, r]`, `b_uk` `[H, N]`, `w_uv` `[H, V, r]`, `b_uv` `[H, V]`."""
+    """Absorbed weights: `w_uk` `[H, N, r]`, `b_uk` `[H, N]`, `w_uv` `[H, V, r]`, `b_uv` `[H, V]`."""
 
     w_uk: Tensor
     b_uk: Tensor
@@ -206,5 +205,5 @@ class AbsorbedWeights(NamedTuple):
 
 
 def _select(x: Tensor, pairs: Tensor) -> Tensor:
-    """Channels of some pairs, `[..., 2 P]` to `[..., 2 len(pairs)]`."""
+    """The channels of some pairs: `[..., 2 P]` to `[..., 2 len(pairs)]`."""
     return x.unflatten(-1, (-1, 2))[..., pairs, :].flatten(-2)

@@ -1,4 +1,4 @@
-"""Where the tokens of a chunk of a rollout and of its history are: their rotations and ring slots."""
+"""Computes the rotations and ring slots of a chunk's tokens and of its history."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class Places:
-    """The places of one chunk, shared by its passes and layers.
+    """Rotations and slots of one chunk, shared by its passes and layers.
 
-    Rotations are complex64 `[tokens, P]`: of the chunk's own tokens, of the history's in the order in which it
-    is read, and of the own tokens with time left at 0 (`grid`). Slots are what the cache gives for the frames: of a
-    ring int32 `[frames]` on its device, `[B, frames]` where every item of the batch has its own, see `pool.py`.
+    Rotations are complex64 `[tokens, P]`: of the chunk's own tokens, of the history in reading order, and of the own
+    tokens with time left at 0 (`grid`). Slots come from the cache. A ring gives int32 `[frames]` on its device, or
+    `[B, frames]` where every batch item has its own slots (`pool.py`).
     """
 
     own_rotations: Tensor
@@ -31,13 +31,13 @@ class Places:
     history_slots: Tensor
 
     def move_to(self, other: Places) -> None:
-        """Become `other` in the same memory, where a captured graph expects it."""
+        """Copy `other` into this memory, where a captured graph expects it."""
         for kept, new in zip(self._tensors, other._tensors, strict=True):
             kept.copy_(new)
 
     @property
     def memory(self) -> tuple[tuple[torch.Size, int], ...]:
-        """Shapes and addresses: a graph that was captured over these places fits others of the same."""
+        """Shapes and addresses; a captured graph is valid for places where these are equal."""
         return tuple((x.shape, x.data_ptr()) for x in self._tensors)
 
     @property
@@ -52,9 +52,9 @@ class Places:
 
 
 class PlacesMemo:
-    """The places of a cache's current chunk, computed once for all of its passes.
+    """Memoizes the places of a cache's current chunk for all of its passes.
 
-    With `fixed`, chunks of the same shape, which is the steady state, keep theirs in the same tensors.
+    With `fixed`, chunks of the same shape (the steady state) reuse the same tensors.
     """
 
     def __init__(self, fixed: bool = False) -> None:
@@ -63,7 +63,7 @@ class PlacesMemo:
         self._places: Places | None = None
 
     def next(self, table: RotaryTable, cache: FrameCache, num_frames: int) -> Places:
-        """Places of the next `num_frames` frames of the rollout in `cache`, whose memo this is."""
+        """Places of the next `num_frames` frames of the rollout in `cache`, the owner of this memo."""
         chunk = (cache.frames_seen, num_frames)
         if self._places is None or self._chunk != chunk:
             places = _compute(table, cache, num_frames)
@@ -75,7 +75,7 @@ class PlacesMemo:
         return self._places
 
     def forget(self) -> None:
-        """Compute the next places anew, in new memory."""
+        """Forget the places; the next ones are computed into new memory."""
         self._chunk = self._places = None
 
 

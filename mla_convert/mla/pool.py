@@ -1,14 +1,13 @@
-"""Ring caches of many streams in one allocation, and passes over streams of any age.
+"""Keeps the ring caches of many streams in one allocation, and lets streams of different ages share a pass.
 
-A pool is a cache whose batch items are lanes. A stream takes one when it joins (two with guidance) and gives it
-back when it leaves; nothing is cleared, since a stream reads only the slots that it has written itself.
+A pool is a cache whose batch items are lanes. A stream takes one lane when it joins (two with guidance) and gives it
+back when it leaves. Nothing is cleared, because a stream reads only slots that it has written itself.
 
-A pass takes some lanes as a `LaneView`. Once a window has filled, every stream sees the same places, namely all of
-its window, in the same order; streams differ in how many frames they have seen and thereby in the slots of the
-ring where their rows lie. So a view names frames by their place in the window, the same for all of its streams:
-they share the rotations, and only the table of slots has a batch axis. While windows fill up, streams share a
-pass if they have seen as many frames. With `sink_positions: absolute` the age shows in the rotations, so only
-streams of one age share a pass.
+A pass gets some lanes as a `LaneView`. Once their windows are full, all streams see the same places in the same order;
+they differ only in the frames they have seen, and so in the ring slots of their rows. A view therefore numbers frames
+by their place in the window. Its streams share the rotations, and only the table of slots has a batch axis. While
+windows fill up, streams share a pass if they have seen the same number of frames. With `sink_positions: absolute`, the
+rotations depend on the age, so only streams of one age share a pass.
 """
 
 from __future__ import annotations
@@ -26,26 +25,26 @@ from .window import CausalConfig
 
 
 def place_in_window(causal: CausalConfig, start: int, num_frames: int) -> int:
-    """The name of frame `start` in a view, where a chunk of `num_frames` frames begins.
+    """The number that a view gives to frame `start`, the first of a chunk of `num_frames` frames.
 
-    Chunks of the same size that begin at the same place can share a pass.
+    Chunks of the same size with the same number can share a pass.
     """
     assert causal.window_frames is not None
     return start if causal.sink_positions == "absolute" else min(start, causal.window_frames - num_frames)
 
 
 def _all_slots(kept: Tensor) -> Tensor:
-    """A layer's tensor `[lanes, window_frames, ...]` as `[lanes * window_frames, ...]`, in the same memory."""
+    """A view of a layer's tensor `[lanes, window_frames, ...]` as `[lanes * window_frames, ...]`."""
     return kept.view(-1, *kept.shape[2:])
 
 
 class LaneView(FrameCache):
-    """Some lanes of a pool as the cache of one chunk of their streams, `frames_seen` of which each has seen.
+    """Some lanes of a pool as the cache for one chunk of their streams; `frames_seen` has an entry per stream.
 
-    Made anew for every chunk, so what kernels have expanded is a chunk's own, too. The rows are the pool's; a pass
-    that writes moves no stream on.
-    With `oldest`, a frame of a single stream, earlier ones are not seen, see `FrameCache.rewind`. `view_class` gives
-    the views of a class of caches. Raises ValueError where the streams cannot share a pass.
+    A new view is made for every chunk, so expanded histories also belong to one chunk. The rows are the pool's; a pass
+    that writes does not advance any stream. `oldest` is a frame of a single stream; earlier frames are not visible (see
+    `FrameCache.rewind`). `view_class` returns the view class for a class of caches. Raises ValueError if the streams
+    cannot share a pass.
     """
 
     shared = True
@@ -58,7 +57,7 @@ class LaneView(FrameCache):
         num_frames: int,
         oldest: int | None = None,
     ) -> None:
-        # What the cache keeps beside its rows, such as scales, is the view's as it stands.
+        # Share everything that the cache keeps beside its rows, such as scales.
         vars(self).update(vars(cache))
         self._begin(cache.causal, cache.height, cache.width, cache.rows)
         places = {place_in_window(cache.causal, start, num_frames) for start in frames_seen}
@@ -74,7 +73,7 @@ class LaneView(FrameCache):
         return len(self.lanes)
 
     def slots(self, frames: list[int]) -> Tensor:
-        """Slots of `frames` in each lane, counted through all lanes of the pool: int32 `[B, len(frames)]`."""
+        """Slots of `frames` in each lane, numbered across all lanes of the pool: int32 `[B, len(frames)]`."""
         causal, window = self.causal, self.rows[0].shape[1]
         table = [
             [lane * window + causal.slot(f if f < causal.sink_frames else f + offset) for f in frames]
@@ -83,7 +82,7 @@ class LaneView(FrameCache):
         return torch.tensor(table, dtype=torch.int32).view(len(table), len(frames)).to(self.rows[0].device)
 
     def ring(self, kept: Tensor) -> Tensor:
-        """One ring of the slots of all lanes, `[1, lanes * window_frames, ...]`, in the same memory."""
+        """A view of the slots of all lanes as one ring, `[1, lanes * window_frames, ...]`."""
         return _all_slots(kept).unsqueeze(0)
 
     def _take(self, kept: Tensor, slots: Tensor) -> Tensor:
@@ -97,7 +96,7 @@ _VIEW_CLASSES: dict[type[FrameCache], type[LaneView]] = {}
 
 
 def view_class(cache_class: type[FrameCache]) -> type[LaneView]:
-    """Lanes of caches of a class: they keep what it keeps, in the slots that `LaneView` gives."""
+    """The `LaneView` of a class of caches: it stores rows like that class, in the slots of the lanes."""
     if cache_class not in _VIEW_CLASSES:
         made = type(f"{cache_class.__name__}LaneView", (LaneView, cache_class), {})
         _VIEW_CLASSES[cache_class] = cast("type[LaneView]", made)
@@ -105,17 +104,17 @@ def view_class(cache_class: type[FrameCache]) -> type[LaneView]:
 
 
 class CachePool:
-    """The caches of many streams, allocated once: `caches`, one for each expert of a model, of a lane a batch item.
+    """The caches of many streams, allocated once: one cache per expert of a model, whose batch items are the lanes.
 
-    Raises UserError for a cache that is no ring of frames.
+    Raises UserError for a cache that is not a ring of frames.
     """
 
     def __init__(self, caches: Sequence[FrameCache]) -> None:
         for cache in caches:
-            # A standalone checkpoint brings classes of its own, of which there are no views.
+            # A standalone checkpoint has its own cache classes, which have no views.
             if not (isinstance(cache, FrameCache) and cache.is_ring):
                 raise UserError(
-                    f"streams cannot share a {type(cache).__name__}, which encodes its near history anew after every "
+                    f"streams cannot share a {type(cache).__name__}, which encodes its near history again after every "
                     "chunk; roll them out one by one"
                 )
         self.caches = list(caches)
@@ -123,13 +122,13 @@ class CachePool:
         self.free = list(range(self.lanes))
 
     def take(self, count: int) -> list[int]:
-        """`count` lanes, the lowest that are free. Raises UserError when there are too few."""
+        """Take the `count` lowest free lanes. Raises UserError when there are too few."""
         if count > len(self.free):
-            raise UserError(f"{count} lanes are asked for, {len(self.free)} of {self.lanes} in the pool are free")
+            raise UserError(f"{count} lanes requested, but only {len(self.free)} of the pool's {self.lanes} are free")
         return [heapq.heappop(self.free) for _ in range(count)]
 
     def give_back(self, lanes: Sequence[int]) -> None:
-        """Free some lanes for the next stream."""
+        """Free `lanes` for other streams."""
         for lane in lanes:
             heapq.heappush(self.free, lane)
 
@@ -141,7 +140,7 @@ class CachePool:
         num_frames: int,
         oldest: int | None = None,
     ) -> LaneView:
-        """The cache of one expert for the next `num_frames` frames of the streams in `lanes`."""
+        """The cache of `expert` for the next `num_frames` frames of the streams in `lanes`."""
         cache = self.caches[expert]
         return view_class(type(cache))(cache, lanes, frames_seen, num_frames, oldest)
 

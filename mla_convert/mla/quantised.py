@@ -1,4 +1,4 @@
-"""Caches in 8 bits, half of bfloat16's bytes, and in 8 and 4; groups of scalars of a row share a scale each."""
+"""Stores latents quantized to 8 bits (half of bfloat16's bytes) or to 8 and 4 bits, with one scale per group."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ MAX_SCALE = torch.finfo(torch.float16).max
 
 
 def quantise(rows: Tensor, group: int = GROUP, largest: int = 127) -> tuple[Tensor, Tensor]:
-    """Rows `[..., W]` as int8 `[..., W]` and float16 scales `[..., ceil(W / group)]`: symmetric, to the nearest.
+    """Quantize rows `[..., W]`, symmetric, to nearest: int8 `[..., W]` and float16 scales `[..., ceil(W / group)]`.
 
-    The scale of a group is its largest magnitude over `largest`, at most float16's largest number, and values beyond
-    `largest` of it end there; a group of zeros has scale 0.
+    The scale of a group is its largest magnitude divided by `largest`, at most float16's maximum. Values beyond
+    `largest` scales are clamped. A group of zeros has scale 0.
     """
     width = rows.shape[-1]
     padded = F.pad(rows.float(), (0, -width % group)).unflatten(-1, (-1, group))
@@ -31,24 +31,24 @@ def quantise(rows: Tensor, group: int = GROUP, largest: int = 127) -> tuple[Tens
 
 
 def dequantise(rows: Tensor, scales: Tensor, group: int = GROUP) -> Tensor:
-    """Float32 rows `[..., W]` from what `quantise` gave."""
+    """Float32 rows `[..., W]` from the int8 rows and scales of `quantise`."""
     return rows.float() * scales.float().repeat_interleave(group, dim=-1)[..., : rows.shape[-1]]
 
 
 def pack(values: Tensor) -> Tensor:
-    """int8 `[..., W]` in [-8, 7], W even, two to a byte: int8 `[..., W / 2]`, the first of two in the low half."""
+    """Pack int8 `[..., W]` in [-8, 7], W even, two per byte: int8 `[..., W / 2]`, the first of two in the low half."""
     low, high = values.unflatten(-1, (-1, 2)).unbind(-1)
     return high * 16 | low & 15
 
 
 def unpack(packed: Tensor) -> Tensor:
     """The reverse of `pack`."""
-    # The low half has lost its sign, which a shift of the whole keeps for the high one.
+    # The low half has lost its sign bit; the arithmetic shift restores that of the high half.
     return torch.stack([(packed & 15 ^ 8) - 8, packed >> 4], dim=-1).flatten(-2)
 
 
 class Int8LatentCache(LatentCache):
-    """`LatentCache` whose rows are quantised when they are written; `scales` lie beside `rows`, a tensor a layer."""
+    """`LatentCache` that quantizes rows to 8 bits when they are written; `scales` holds one tensor per layer."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class Int8LatentCache(LatentCache):
 
 
 class MixedRows(NamedTuple):
-    """What a `MixedLatentCache` keeps of a layer: int8 `[..., values]`, float16 `[..., scales]`, and what they hold."""
+    """A layer in a `MixedLatentCache`: int8 `[..., values]`, float16 `[..., scales]`, and the layout of both."""
 
     rows: Tensor
     scales: Tensor
@@ -90,13 +90,13 @@ class MixedRows(NamedTuple):
 
 
 class MixedLatentCache(LatentCache):
-    """`LatentCache` whose first latents have 8 bits and whose others have 4, by `bits` of each layer.
+    """`LatentCache` that stores the first numbers of a latent in 8 bits and the others in 4, as `bits` says per layer.
 
-    Of a row `[c | k_pe]` the latent comes first, in 8 bits and then in 4, two to a byte; a shared key has 8. `scales`
-    lie beside `rows`, a tensor a layer, in the same order.
+    A row `[c | k_pe]` starts with the latent, first in 8 bits, then in 4 bits, two per byte. The shared key has 8 bits.
+    `scales` holds one tensor per layer, in the same order.
     """
 
-    why_no_kernels = "latents in 4 bits are read by torch: the kernels know 8 and the model's dtype"
+    why_no_kernels = "kernels do not support latents in 4 bits, only int8 and the model's dtype"
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
-"""Rotary positions of a token in a video: one complex rotation a channel pair.
+"""Computes rotary positions of the tokens of a video: one complex rotation per channel pair.
 
-Pairs are interleaved channels `(2p, 2p+1)`; pair p belongs to one of the axes time, height, width
+Pairs are interleaved channels `(2p, 2p+1)`. Pair p belongs to one of the axes time, height, width
 (RoPE, arXiv 2104.09864; the three-axis split is Wan's). Shape letters: S tokens, H heads, P pairs.
 """
 
@@ -16,7 +16,7 @@ TIME, HEIGHT, WIDTH = 0, 1, 2
 
 @dataclass(frozen=True)
 class RotaryTable:
-    """Unit complex rotations by index for every pair, and the axis each pair measures.
+    """Unit complex rotations of every pair by index, and the axis of each pair.
 
     `cis` is complex64 `[max_len, P]`; `axes` holds P values of TIME, HEIGHT or WIDTH.
     """
@@ -29,28 +29,28 @@ class RotaryTable:
         return self.cis.shape[0]
 
     def rotations(self, frames: list[int], height: int, width: int) -> Tensor:
-        """Rotation of every token of a grid: complex64 `[len(frames) * height * width, P]`.
+        """Rotations of all tokens of a grid: complex64 `[len(frames) * height * width, P]`.
 
-        Raises IndexError when an index lies outside the table.
+        Raises IndexError when an index is outside the table.
         """
         longest = max([*frames, height - 1, width - 1], default=0)
         if longest >= self.max_len:
             raise IndexError(f"rotary index {longest} is outside the table of {self.max_len} positions")
         axes = torch.tensor(self.axes, device=self.cis.device)
-        # Only the few frame indices travel to the device.
+        # Copy only the frame indices to the device.
         time = self.cis[torch.tensor(frames, dtype=torch.long).to(self.cis.device)].view(-1, 1, 1, len(self.axes))
         row, column = self.cis[:height].unsqueeze(1), self.cis[:width]
         return torch.where(axes == TIME, time, torch.where(axes == HEIGHT, row, column)).flatten(0, 2)
 
 
 def wan_rotary_table(freqs_cos: Tensor, freqs_sin: Tensor, t_dim: int, h_dim: int, w_dim: int) -> RotaryTable:
-    """Table from the two `[max_len, head_dim]` buffers of diffusers' `WanRotaryPosEmbed`."""
+    """The table in the two `[max_len, head_dim]` buffers of diffusers' `WanRotaryPosEmbed`."""
     cis = torch.complex(freqs_cos[:, 0::2].float(), freqs_sin[:, 1::2].float())
     return RotaryTable(cis, (TIME,) * (t_dim // 2) + (HEIGHT,) * (h_dim // 2) + (WIDTH,) * (w_dim // 2))
 
 
 def split_rotary_table(cis: Tensor, head_dim: int) -> RotaryTable:
-    """Table from complex `cis` `[max_len, head_dim / 2]` whose pairs Wan splits over time, height and width."""
+    """The table for complex `cis` `[max_len, head_dim / 2]`, with Wan's split of pairs into time, height and width."""
     spatial = head_dim // 6
     return RotaryTable(cis, (TIME,) * (head_dim // 2 - 2 * spatial) + (HEIGHT,) * spatial + (WIDTH,) * spatial)
 
@@ -58,7 +58,7 @@ def split_rotary_table(cis: Tensor, head_dim: int) -> RotaryTable:
 def rotate(x: Tensor, rotations: Tensor) -> Tensor:
     """Rotate the channel pairs of `x` `[B, S, H, 2P]` by complex `rotations` `[S, P]` or `[B, S, P]`.
 
-    Computed in float32 and returned in the dtype of `x`.
+    The product is computed in float32 and returned in the dtype of `x`.
     """
     pairs = torch.view_as_complex(x.float().contiguous().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotations.unsqueeze(-2)).flatten(-2).to(x.dtype)

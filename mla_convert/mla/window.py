@@ -1,7 +1,7 @@
-"""Which frames a chunk of a causal video model attends to, and at which temporal index.
+"""Computes which frames a chunk of a causal video model attends to, and at which temporal index.
 
-The same arithmetic serves the block-causal forward over a whole clip and the streaming forward
-over a ring cache, so that the two cannot disagree.
+The block-causal forward over a whole clip and the streaming forward over a ring cache share this arithmetic, so they
+cannot disagree.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ class CausalConfig(BaseModel):
         return list(itertools.pairwise(bounds))
 
     def chunk_end(self, start: int) -> int:
-        """Where the chunk that begins at frame `start` ends, unless the clip ends before."""
+        """The end of the chunk that begins at frame `start`, unless the clip ends earlier."""
         return 1 if self.independent_first_frame and start == 0 else start + self.num_frames_per_block
 
     def history(self, start: int, stop: int) -> list[int]:
-        """Earlier frames visible to the chunk `[start, stop)`: the sinks, then the recent ones."""
+        """Earlier frames visible to the chunk `[start, stop)`: the sinks, then the recent frames."""
         if self.window_frames is None:
             return list(range(start))
         sinks = range(min(self.sink_frames, start))
@@ -68,17 +68,17 @@ class CausalConfig(BaseModel):
         return [frame if frame < self.sink_frames else frame - shift for frame in frames]
 
     def longest(self, positions: int) -> int | None:
-        """Frames of the longest rollout by a rotary table of so many positions; None where it never leaves it."""
+        """Frames of the longest rollout that a rotary table of `positions` allows; None if there is no limit."""
         in_window = self.window_frames is not None and self.sink_positions == "window"
         return None if in_window and (self.window_frames or 0) <= positions else positions
 
     def first_kept(self, frames_seen: int) -> int:
-        """The first frame that a ring of `frames_seen` frames still holds behind the sinks."""
+        """The first frame after the sinks that the ring still holds after `frames_seen` frames."""
         assert self.window_frames is not None
         return max(self.sink_frames, frames_seen - (self.window_frames - self.sink_frames))
 
     def slot(self, frame: int) -> int:
-        """Ring slot of an absolute frame: sinks are pinned, the rest wraps behind them."""
+        """Ring slot of an absolute frame: sinks are pinned, the other slots are reused in turn."""
         assert self.window_frames is not None
         if frame < self.sink_frames:
             return frame
