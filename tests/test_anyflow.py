@@ -331,12 +331,12 @@ def test_the_authors_own_class_has_another_default_gate(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"init_far_model": False}, "without init_far_model cannot be converted: it attends in both directions"),
+        ({"init_far_model": False}, "without init_far_model cannot be converted: it is bidirectional"),
         ({"init_far_model": None, "init_flowmap_model": None}, "use AnyFlow-FAR, its causal form"),
         ({"init_flowmap_model": False}, "without init_flowmap_model cannot be converted"),
-        ({"added_kv_proj_dim": 8}, "with added_kv_proj_dim, which diffusers' class does not have"),
-        ({"qk_norm": "rms_norm"}, "with another qk_norm than rms_norm_across_heads"),
-        ({"chunk_partition": None}, "has no chunk_partition; write the chunks that it was trained with into it"),
+        ({"added_kv_proj_dim": 8}, "with added_kv_proj_dim, which diffusers' class lacks"),
+        ({"qk_norm": "rms_norm"}, "with a qk_norm other than rms_norm_across_heads"),
+        ({"chunk_partition": None}, "has no chunk_partition; add the chunks of its training"),
     ],
 )
 def test_the_authors_own_class_in_other_forms_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -365,7 +365,7 @@ def test_what_cannot_be_streamed_is_refused(changes: dict[str, Any], message: st
 
 def test_the_form_without_a_cache_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"_class_name": "AnyFlowTransformer3DModel"}')
-    with pytest.raises(UserError, match="attends in both directions"):
+    with pytest.raises(UserError, match="is bidirectional"):
         load_source(str(tmp_path))
 
 

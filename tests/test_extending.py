@@ -150,7 +150,7 @@ def test_the_family_may_be_imported_first(installed: Path) -> None:
             "import dataclasses, toy_family; ITEM = dataclasses.replace(toy_family.FAMILY, name='toys', "
             "mla_class=type('MLAWanTransformer3DModel', (), {}))",
             ValueError,
-            "family toys: mla_convert.families.wan has a class MLAWanTransformer3DModel already",
+            "family toys: mla_convert.families.wan already has a class MLAWanTransformer3DModel; rename yours",
         ),
     ],
     ids=["same-name", "broken", "absent", "nameless", "same-source", "same-class"],

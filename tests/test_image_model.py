@@ -78,8 +78,8 @@ def test_what_a_model_is_conditioned_on_is_declared() -> None:
 @pytest.mark.parametrize(
     ("channels", "image", "message"),
     [
-        (4, None, "reads 12 channels, hidden_states has 4 and there are no image_latents; give image_latents of 8"),
-        (4, 5, "there are image_latents of 5; give image_latents of 8 channels"),
+        (4, None, "reads 12 channels, but there are hidden_states of 4 and no image_latents; give image_latents of 8"),
+        (4, 5, "4 and image_latents of 5; give image_latents of 8 channels"),
         (12, 8, "leave image_latents out"),
     ],
 )

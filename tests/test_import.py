@@ -240,7 +240,7 @@ def test_chunks_and_window_of_fastvideo(tmp_path, model, caplog, theirs, ours):
         assert {key: getattr(loaded.causal, key) for key in ours} == ours
     assert read_model_config(tmp_path)[1]["causal"] == ours
     (tmp_path / "config.json").write_text(json.dumps(config | {"rope_cache_policy": "other"}))
-    assert "rope_cache_policy is other; known are absolute and relativistic" in refusal(tmp_path)
+    assert "rope_cache_policy other is not supported; use absolute or relativistic" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("beside", [True, False])
@@ -267,13 +267,13 @@ def test_configuration_of_a_file_in_a_folder(tmp_path, monkeypatch, model, besid
         ({"_class_name": "CausalLingBotWorldTransformer3DModel"}, "the camera layers of LingBot-World are not part"),
         (
             {"_class_name": "HeliosTransformer3DModel"},
-            "Helios computes its history anew in every pass and has no KV cache",
+            "Helios recomputes its history in every pass, so it has no KV cache",
         ),
         ({"model_type": "vace"}, "a Wan model of type vace cannot be converted: its control blocks"),
         ({"model_type": "s2v"}, "its audio layers"),
-        ({"model_type": "x2v"}, "type x2v cannot be converted: this kind is not known"),
+        ({"model_type": "x2v"}, "type x2v cannot be converted: this type is not one of t2v, i2v, flf2v"),
         ({"in_dim": 3}, "3 input and 1 output channels cannot be converted: its control latents"),
-        ({"dim": None}, "lacks dim, or it is not a positive number"),
+        ({"dim": None}, "dim is missing from the WanModel configuration"),
         ({"num_layers": 3}, "lacks tensors blocks.2."),
         ({"ffn_dim": 48}, "tensor blocks.0.ffn.0.bias has shape [32], its configuration asks for [48] (and"),
     ],
@@ -294,7 +294,7 @@ def test_configuration_that_is_refused(tmp_path, original, changes, reason):
         ("blocks.0.cam_injector_layer1.weight", "the camera layers of LingBot-World"),
         ("patch_embedding_wancamctrl.weight", "the camera layers of LingBot-World"),
         ("blocks.0.action_model.mouse_mlp.0.weight", "the action modules of Matrix-Game"),
-        ("patch_short.weight", "Helios computes its history anew"),
+        ("patch_short.weight", "Helios recomputes its history"),
     ],
 )
 def test_near_misses_are_known_by_their_tensors(tmp_path, original, name, reason):

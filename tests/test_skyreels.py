@@ -223,7 +223,7 @@ def test_image_to_video_models_are_refused_by_name(tmp_path: Path) -> None:
     settings = pico.WAN | {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1}
     stock = SkyReelsV2Transformer3DModel(**settings, image_dim=8, added_kv_proj_dim=24)
     stock.save_pretrained(tmp_path / "model")
-    with pytest.raises(UserError, match="image_dim and added_kv_proj_dim make it an image-to-video model") as caught:
+    with pytest.raises(UserError, match="with image_dim and added_kv_proj_dim is an image-to-video model") as caught:
         load_source(str(tmp_path / "model"))
     assert "\n" not in str(caught.value)
 

@@ -1,8 +1,8 @@
-"""AnyFlow-FAR as a causal, streaming transformer: coarse patches for far history, two timesteps.
+"""Defines AnyFlow-FAR as a causal, streaming transformer: coarse patches for far history, two timesteps.
 
-Stock inference encodes the whole video anew after every chunk. What is compressed depends on nothing
-that comes later, so here only the chunk that has just become far and the near ones are encoded
-(AnyFlow, arXiv 2605.13724; FAR, arXiv 2503.19325). Results are the stock pipeline's.
+Stock inference encodes the whole video again after every chunk. Compressed frames do not depend on later ones, so here
+only the near chunks and the chunk that has just become far are encoded (AnyFlow, arXiv 2605.13724; FAR,
+arXiv 2503.19325). Results equal the stock pipeline's.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from .signature import takes
 
 CACHE, PARTITION = "latent_cache", "chunk_partition"
 
-# What the authors' repository (NVlabs/AnyFlow) calls the model, and the keys there that diffusers' class lacks.
+# The class name in the authors' repository (NVlabs/AnyFlow), and its keys that diffusers' class lacks.
 ORIGINAL_CLASS = "FAR_Wan_Transformer3DModel"
 _ORIGINAL_KEYS = ("init_far_model", "init_flowmap_model", "qk_norm", "added_kv_proj_dim")
 _QK_NORM = "rms_norm_across_heads"
 
 
 def stock_config(stored: Config, shapes: Shapes) -> dict[str, Any] | None:
-    """Stock configuration for that of `ORIGINAL_CLASS`, whose other keys and tensors are those of diffusers' class.
+    """Stock configuration for that of `ORIGINAL_CLASS`, whose other keys and tensors equal those of diffusers' class.
 
-    None for any other class. Raises UserError for a model that is not causal, has no flow map, or does not say its
+    None for any other class. Raises UserError for a model that is not causal, has no flow map or does not define its
     chunks, and for layers that diffusers' class does not have.
     """
     if stored.get("_class_name") != ORIGINAL_CLASS:
         return None
     if not stored.get("init_far_model"):
         raise UserError(
-            f"{ORIGINAL_CLASS} without init_far_model cannot be converted: it attends in both directions and has no "
-            "cache; use AnyFlow-FAR, its causal form"
+            f"{ORIGINAL_CLASS} without init_far_model cannot be converted: it is bidirectional and has no cache; use "
+            "AnyFlow-FAR, its causal form"
         )
     if not stored.get("init_flowmap_model"):
         raise UserError(
@@ -55,29 +55,28 @@ def stock_config(stored: Config, shapes: Shapes) -> dict[str, Any] | None:
         )
     if stored.get("qk_norm", _QK_NORM) != _QK_NORM or stored.get("added_kv_proj_dim") is not None:
         raise UserError(
-            f"{ORIGINAL_CLASS} cannot be converted with another qk_norm than {_QK_NORM} or with added_kv_proj_dim, "
-            "which diffusers' class does not have; use a published AnyFlow-FAR checkpoint"
+            f"{ORIGINAL_CLASS} cannot be converted with a qk_norm other than {_QK_NORM} or with added_kv_proj_dim, "
+            "which diffusers' class lacks; use a published AnyFlow-FAR checkpoint"
         )
     if not stored.get(PARTITION):
         raise UserError(
-            f"the configuration of {ORIGINAL_CLASS} has no {PARTITION}; write the chunks that it was trained with into "
-            "it, 1, 3, 3, 3, 3, 3, 3, 2 for the published models"
+            f"the configuration of {ORIGINAL_CLASS} has no {PARTITION}; add the chunks of its training, which are "
+            "[1, 3, 3, 3, 3, 3, 3, 2] for the published models"
         )
-    # The default that differs: diffusers' is 0.25.
+    # The only default that differs: diffusers' is 0.25.
     return {"gate_value": 0} | {key: value for key, value in stored.items() if key not in _ORIGINAL_KEYS}
 
 
 class CausalAnyFlowBlock(CausalBlock, AnyFlowTransformerBlock):
-    """An AnyFlow block whose self-attention is ours."""
+    """An AnyFlow block with our self-attention."""
 
 
 class CausalAnyFlowFARTransformer3DModel(CausalTransformer, AnyFlowFARTransformer3DModel):
-    """`AnyFlowFARTransformer3DModel` with our self-attention, and a cache that is written chunk by chunk.
+    """`AnyFlowFARTransformer3DModel` with our self-attention and a cache that is written chunk by chunk.
 
-    It predicts the mean velocity from `timestep` to `r_timestep` (the same when left out). `causal`
-    defaults to the chunks of `chunk_partition` and a window of all its frames. Called with
-    `chunk_partition` it takes what `AnyFlowFARPipeline` gives the stock model, `[B, F, C, H, W]`
-    included.
+    It predicts the mean velocity from `timestep` to `r_timestep` (by default `timestep`). `causal` defaults to the
+    chunks of `chunk_partition` and a window of all its frames. When called with `chunk_partition`, it accepts the
+    arguments that `AnyFlowFARPipeline` passes to the stock model, including the layout `[B, F, C, H, W]`.
     """
 
     flow_map = True
@@ -122,7 +121,7 @@ class CausalAnyFlowFARTransformer3DModel(CausalTransformer, AnyFlowFARTransforme
 
     def rotary_table(self) -> RotaryTable:
         head_dim = self.config.attention_head_dim
-        # The stock table is made where it is asked for and is no buffer; MPS has no complex128.
+        # The stock table is not a buffer but is built on the device in complex128, which MPS lacks.
         cis = self.rope._build_freqs(torch.device("cpu")).to(self.device, torch.complex64)
         return split_rotary_table(cis, head_dim)
 
@@ -131,7 +130,7 @@ class CausalAnyFlowFARTransformer3DModel(CausalTransformer, AnyFlowFARTransforme
         return FarWindow(self.causal, self.config.full_chunk_limit)
 
     def far_grid(self, height: int, width: int) -> FarGrid:
-        """Tokens and rotations for latents of `height x width`. Raises ValueError for too small a latent."""
+        """Token grids and rotations for latents of `height x width`. Raises ValueError if a latent is too small."""
         _, c_h, c_w = self.config.compressed_patch_size
         if height < c_h or width < c_w:
             raise ValueError(f"a latent of {height}x{width} is smaller than a compressed patch of {c_h}x{c_w}")
@@ -155,9 +154,9 @@ class CausalAnyFlowFARTransformer3DModel(CausalTransformer, AnyFlowFARTransforme
     ) -> FrameCache:
         window = FarWindow(causal, self.config.full_chunk_limit)
         if causal.window_frames is None:
-            raise ValueError("a streaming cache needs a finite window: set window_frames")
+            raise ValueError("a streaming cache needs a finite window; set window_frames")
         block = causal.num_frames_per_block
-        # The chunk that is denoised and the one before it, the last of a video, may have a single frame.
+        # The current chunk and the one before it may each be the last of a video, with a single frame.
         far = causal.window_frames - 2 - (window.limit - 2) * block
         frames = (max(0, far), (window.limit - 1) * block)
         return FarCache(window, self.row_widths, batch_size, self.far_grid(height, width), frames, dtype, device)
@@ -181,10 +180,10 @@ class CausalAnyFlowFARTransformer3DModel(CausalTransformer, AnyFlowFARTransforme
         attention_mask: Any = None,
         **conditions: Any,
     ) -> Any:
-        """Block-causal velocity of a clip as in `CausalTransformer.forward`; `r_timestep` is a condition.
+        """Block-causal velocity of a clip, as in `CausalTransformer.forward`; `r_timestep` is a condition.
 
-        With `chunk_partition` it is a step of `AnyFlowFARPipeline`: `kv_cache`, or an entry of
-        that name in `attention_kwargs`, is a dict whose content is replaced by our cache.
+        With `chunk_partition`, this is a step of `AnyFlowFARPipeline`. The content of the dict `kv_cache`, or of the
+        entry of that name in `attention_kwargs`, is then replaced by our cache.
         """
         if chunk_partition is None:
             return super().forward(
@@ -229,8 +228,8 @@ class CausalAnyFlowFARTransformer3DModel(CausalTransformer, AnyFlowFARTransforme
     ) -> Tensor:
         """Velocity `[B, C, F, H, W]` of the next F frames of a rollout.
 
-        With `write` the chunk is encoded with those before it that are still near, and the velocity is
-        that of the encoding pass; `r_timestep` is then `timestep`.
+        With `write`, the chunk is encoded together with the earlier chunks that are still near. The velocity is that of
+        the encoding pass, and `r_timestep` is `timestep`.
         """
         self.check_chunk(hidden_states, cache)
         assert isinstance(cache, FarCache)
@@ -251,10 +250,10 @@ class CausalAnyFlowFARTransformer3DModel(CausalTransformer, AnyFlowFARTransforme
         context_timestep: Tensor | None = None,
         **conditions: Any,
     ) -> BlockInputs:
-        """What the first block gets for a whole clip; the arguments are those of `forward`.
+        """The inputs of the blocks for a whole clip; the arguments are those of `forward`.
 
-        History lies in the sequence, not in the batch, since a chunk is seen in up to
-        `full_chunk_limit` forms: about two more tokens for each of the clip's.
+        History is packed in the sequence, not in the batch, because a chunk is seen in up to `full_chunk_limit` forms.
+        That adds about two tokens per token of the clip.
         """
         frames, height, width = hidden_states.shape[2:]
         if timestep.ndim == 1:
@@ -275,7 +274,7 @@ class CausalAnyFlowFARTransformer3DModel(CausalTransformer, AnyFlowFARTransforme
         text = (encoder_hidden_states, encoder_hidden_states_image)
         embedded = self.embed_conditions(timestep, *text, **conditions)
         _, past_modulation, _, _ = self.embed_conditions(past_timestep, *text)
-        # One run of tokens for all: as many as divide both kinds of frames.
+        # Runs of tokens must have one length, which has to divide both kinds of frames.
         run = math.gcd(grid.full_tokens, grid.compressed_tokens)
         modulation = torch.cat(
             [
@@ -314,7 +313,7 @@ class CausalAnyFlowFARTransformer3DModel(CausalTransformer, AnyFlowFARTransforme
     def _encode_next(
         self, latents: Tensor, timestep: Tensor, text: tuple[Tensor, Tensor | None], cache: FarCache
     ) -> Tensor:
-        """Write the next chunk and those that are encoded anew with it; the chunk's velocity."""
+        """Write the next chunk and encode the near ones again; returns the next chunk's velocity."""
         start = cache.frames_seen
         stop = start + latents.shape[2]
         before = cache.bounds, cache.recent
@@ -323,14 +322,14 @@ class CausalAnyFlowFARTransformer3DModel(CausalTransformer, AnyFlowFARTransforme
         try:
             velocity = self._encode_stage(text, cache)
         except BaseException:
-            # What ran out of memory may be tried again.
+            # Restore the state, so that the caller can retry after running out of memory.
             cache.bounds, cache.recent = before
             raise
         cache.frames_seen = stop
         return velocity
 
     def _encode_stage(self, text: tuple[Tensor, Tensor | None], cache: FarCache) -> Tensor:
-        """Write the last chunk of the cache's `recent` and those that change with it; the last one's velocity."""
+        """Write the last chunk of the cache's `recent` and those that change with it; returns its velocity."""
         stage = len(cache.bounds) - 1
         oldest = stage - len(cache.recent) + 1
         demoted = cache.window.demoted(stage)
@@ -356,7 +355,7 @@ class CausalAnyFlowFARTransformer3DModel(CausalTransformer, AnyFlowFARTransforme
         return self.through_blocks(block_inputs(tokens, embedded, step, latents), leave=not compressed)
 
     def _pipeline_cache(self, holder: dict[Any, Any], latents: Tensor, partition: list[int]) -> FarCache:
-        """Our cache in the pipeline's `kv_cache`, made at the first call in place of the dense tensors."""
+        """Our cache in the pipeline's `kv_cache`; the first call puts it in place of the dense tensors."""
         cache = holder.get(CACHE)
         if isinstance(cache, FarCache):
             return cache
@@ -367,7 +366,7 @@ class CausalAnyFlowFARTransformer3DModel(CausalTransformer, AnyFlowFARTransforme
         else:
             full, coarse = holder[0]["full_cache"].shape[3], holder[0]["compressed_cache"].shape[3]
             frames = (coarse // grid.compressed_tokens, full // grid.full_tokens // limit * (limit - 1))
-        # Every chunk sees the whole video, wherever its frames lie.
+        # In the stock pipeline every chunk sees the whole video.
         causal = CausalConfig(num_frames_per_block=max(partition), window_frames=None)
         holder.clear()
         cache = FarCache(
@@ -378,7 +377,7 @@ class CausalAnyFlowFARTransformer3DModel(CausalTransformer, AnyFlowFARTransforme
 
 
 class MLAAnyFlowFARTransformer3DModel(LatentTransformer, CausalAnyFlowFARTransformer3DModel):
-    """AnyFlow-FAR with latent self-attention: latents of full and of compressed frames are cached."""
+    """AnyFlow-FAR with latent self-attention; the latents of full and of compressed frames are cached."""
 
     cache_class: type[FrameCache] = FarCache
 
@@ -395,7 +394,7 @@ FAMILY = Family(
     mla_class=MLAAnyFlowFARTransformer3DModel,
     foreign_classes=(ORIGINAL_CLASS,),
     near_misses={
-        "AnyFlowTransformer3DModel": "it attends in both directions and has no cache; use AnyFlow-FAR, its causal form",
+        "AnyFlowTransformer3DModel": "it is bidirectional and has no cache; use AnyFlow-FAR, its causal form",
     },
     stock_config=stock_config,
 )

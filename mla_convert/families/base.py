@@ -1,4 +1,4 @@
-"""What the rest of the package needs to know about a model family."""
+"""Defines `Family`, the description of a model family that the rest of the package works with."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..mla.attention import AttentionPass
 Config = Mapping[str, Any]
 Shapes = Mapping[str, tuple[int, ...]]
 ConditionKind = Literal["frames", "fixed"]
-"""Of a condition of a rollout: one `[B, c, F, ...]` whose frames are those of the chunk, or one for the whole video."""
+"""The kind of a rollout's condition: `frames` is `[B, c, F, ...]`, sliced per chunk; `fixed` is for the whole video."""
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Self-attention of a dense model."""
+    """Sizes of a dense model's self-attention."""
 
     num_layers: int
     num_heads: int
@@ -28,29 +28,29 @@ class Geometry:
 
     @property
     def dense_scalars_per_token(self) -> int:
-        """Cached scalars a token a layer of the dense model: a key and a value for every head."""
+        """Cached scalars per token per layer of the dense model: a key and a value for every head."""
         return 2 * self.num_heads * self.head_dim
 
 
 def stock_geometry(config: Config) -> Geometry:
-    """The geometry under the keys that diffusers' video transformers share."""
+    """The geometry from the configuration keys that diffusers' video transformers share."""
     return Geometry(config["num_layers"], config["num_attention_heads"], config["attention_head_dim"])
 
 
 def noise_channels(config: Config) -> int:
-    """Channels of the latents that a model makes, 16 where its configuration leaves that to the stock class.
+    """Channels of the latents that a model generates; 16 where the configuration leaves this to the stock class.
 
-    What it reads beside them is a condition, an image say.
+    Any other channels that it reads are a condition, such as an image.
     """
     return int(config.get("out_channels") or config.get("in_channels") or 16)
 
 
 class BlockInputs(NamedTuple):
-    """One batch on its way through the blocks, as a dense class's `enter` prepares it.
+    """The inputs of a model's blocks for one batch, as prepared by `enter`.
 
-    `tokens` `[B, S, C]` are what the first block gets; every block gets its tokens and `shared`:
-    `text` `[B, L, C]`, `modulation` `[B, T, 6, C]` (T runs of tokens) and the attention pass `step`.
-    `temb` `[B, T, C]` and `size`, the (F, H, W) of the latent, are for `leave`.
+    `tokens` `[B, S, C]` is the input of the first block. Every block gets tokens and `shared`: `text` `[B, L, C]`,
+    `modulation` `[B, T, 6, C]` (T runs of tokens) and the attention pass `step`. `leave` needs `temb` `[B, T, C]` and
+    `size`, the (F, H, W) of the latent.
     """
 
     tokens: Tensor
@@ -68,29 +68,27 @@ class BlockInputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    """A family of transformers: its stock classes by name, our dense and our converted class.
+    """A family of transformers: the names of its stock classes, and our dense and converted classes.
 
-    For conversion a dense class offers its layers as `blocks`, each with its self-attention as
-    `attn1` (a `DenseSelfAttention`), and everything around them as `enter(hidden_states, timestep,
-    encoder_hidden_states, context=...) -> BlockInputs` and `leave(tokens, inputs) -> velocity`, so
-    that `leave(blocks(enter(...)))` is its forward: blocks can then be read, run and dropped one at
-    a time. It also has `causal`, `rope` and `rotary_table()`. The converted class takes the same
-    configuration with `mla` beside it and differs in `attn1` alone.
+    For conversion, a dense class has its layers in `blocks`, each with its self-attention in `attn1` (a
+    `DenseSelfAttention`). Everything around the blocks is in `enter(hidden_states, timestep, encoder_hidden_states,
+    context=...) -> BlockInputs` and `leave(tokens, inputs) -> velocity`. The forward is `leave(blocks(enter(...)))`, so
+    blocks can be read, run and dropped one at a time. The class also has `causal`, `rope` and `rotary_table()`. The
+    converted class takes the same configuration plus `mla` and differs only in `attn1`.
 
-    `geometry` reads a configuration of any of them. `near_misses` names related classes that cannot
-    be converted, each with the reason; `near_miss_tensors` does the same by a part of a tensor's name.
+    `geometry` reads a configuration of any of these classes. `near_misses` maps related classes that cannot be
+    converted to the reason. `near_miss_tensors` does the same by a part of a tensor's name.
 
-    Five hooks import files that are not in diffusers layout. `stored_names` maps our tensor names to
-    those of a file, or gives None when it does not know the layout. `original_names` maps the names of another
-    layout to our names, for adapters that are called by it. `foreign_classes` are classes of
-    other repositories whose configuration `stock_config` turns into a stock one; it gets the stored
-    configuration and the shapes under our names (empty when only the configuration is there yet), and
-    gives None for a configuration that needs no translation. `infer_config` reads a stock
-    configuration off shapes alone, or gives None when they are of another family. The last two raise
-    UserError for a model that cannot be converted or leaves something open.
+    Five hooks import files that are not in diffusers layout. `stored_names` maps our tensor names to those of a file,
+    or returns None for an unknown layout. `original_names` maps the names of another layout to ours, for adapters that
+    use it. `foreign_classes` are classes of other repositories whose configuration `stock_config` translates into a
+    stock one. `stock_config` gets the stored configuration and the shapes under our names (empty while only the
+    configuration is known) and returns None if no translation is needed. `infer_config` derives a stock configuration
+    from shapes alone, or returns None for those of another family. The last two raise UserError for a model that cannot
+    be converted or is ambiguous.
 
-    Making one makes its classes attributes of `diffusers`, where a pipeline's model_index.json looks.
-    Raises ValueError if diffusers or another family has a class of that name.
+    Creating a `Family` makes its classes attributes of `diffusers`, where a pipeline's model_index.json looks. Raises
+    ValueError if diffusers or another family already has a class of that name.
     """
 
     name: str
@@ -107,12 +105,12 @@ class Family:
     infer_config: Callable[[Shapes], dict[str, Any] | None] = lambda shapes: None
 
     def __post_init__(self) -> None:
-        """Make both classes attributes of `diffusers`, where pipelines look for the models they load."""
+        """Make both classes attributes of `diffusers`, where pipelines look up the models to load."""
         for model_class in (self.dense_class, self.mla_class):
             name = model_class.__name__
             holder = getattr(diffusers, name, model_class).__module__
             if holder != model_class.__module__:
-                raise ValueError(f"family {self.name}: {holder} has a class {name} already")
+                raise ValueError(f"family {self.name}: {holder} already has a class {name}; rename yours")
             setattr(diffusers, name, model_class)
-            # A pipeline that is saved names the class by its module, in which diffusers then looks for the base class.
+            # A saved pipeline names the class by its module, and diffusers looks for the base class in that module.
             vars(sys.modules[model_class.__module__])["ModelMixin"] = diffusers.ModelMixin

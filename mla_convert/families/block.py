@@ -1,4 +1,4 @@
-"""One block of a causal Wan-like transformer: modulated self-attention, cross-attention and feed-forward."""
+"""Runs one block of a causal Wan-like transformer: modulated self-attention, cross-attention and feed-forward."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..mla.attention import AttentionPass
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """`x (1 + scale) + shift` with one scale and shift for each of T equal runs of tokens.
+    """`x (1 + scale) + shift`, with one scale and shift per run of tokens (T equal runs).
 
     `x` is `[B, S, C]`, `scale` and `shift` are `[B, T, C]`; T divides S.
     """
@@ -20,10 +20,10 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 class CausalBlock:
-    """Goes before a stock block of Wan's make: a forward with a timestep for each run of tokens.
+    """Mixin for a Wan-like stock block: a forward with one timestep per run of tokens.
 
-    The stock block has `norm1`, `attn1`, `norm2`, `attn2`, `norm3`, `ffn` and `scale_shift_table`
-    `[1, 6, C]`; `attn1` is a `CausalSelfAttention`.
+    It comes before the stock class, which has `norm1`, `attn1`, `norm2`, `attn2`, `norm3`, `ffn` and
+    `scale_shift_table` `[1, 6, C]`; `attn1` is a `CausalSelfAttention`.
     """
 
     norm1: Any

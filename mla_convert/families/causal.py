@@ -1,8 +1,7 @@
-"""A video transformer of Wan's make as a causal, streaming one: what every family's classes share.
+"""Makes a Wan-like video transformer causal and streaming; the classes of all families share this code.
 
-The dense form has the parameters of the stock model name for name, so a stock checkpoint loads into
-it unchanged; it is the teacher, the baseline and the lossless reference. The latent form differs in
-`attn1` alone.
+The dense form has the same parameter names as the stock model, so it loads a stock checkpoint unchanged. It is the
+teacher, the baseline and the lossless reference. The latent form differs only in `attn1`.
 """
 
 from __future__ import annotations
@@ -33,15 +32,14 @@ from .shared import chunk_by_chunk
 
 
 class CausalTransformer(nn.Module):
-    """Goes before a stock model: block-causal self-attention and a streaming forward.
+    """Mixin that comes before a stock model and adds block-causal self-attention and a streaming forward.
 
-    `causal` is a `CausalConfig` as a dict; everything else is the stock configuration. A family
-    gives `make_block`, `rotary_table` and `embed_conditions`. What its model is conditioned on beside
-    `timestep` and text goes by name through `forward`, `forward_chunk` and `enter` into
-    `embed_conditions`: tensors with the batch first. `condition_kinds` declares those that a rollout may be
-    given; one of the kind `frames`, `[B, c, F, H, W]`, goes into `patch` instead. With `flow_map` the model
-    predicts the mean velocity from `timestep` to a second time, the condition `r_timestep` of the same shape.
-    `noise_range` are the noise levels that the model is for, narrower for one of several experts.
+    `causal` is a `CausalConfig` as a dict; everything else is the stock configuration. A family implements
+    `make_block`, `rotary_table` and `embed_conditions`. Conditions other than `timestep` and text are tensors with the
+    batch first; `forward`, `forward_chunk` and `enter` pass them to `embed_conditions` by name. `condition_kinds`
+    declares the conditions of a rollout. Those of kind `frames`, `[B, c, F, H, W]`, go to `patch` instead. With
+    `flow_map`, the model predicts the mean velocity from `timestep` to a second time, the condition `r_timestep` of the
+    same shape. `noise_range` are the noise levels that the model serves, narrower for one of several experts.
     """
 
     _supports_qkv_fusion = False
@@ -69,28 +67,28 @@ class CausalTransformer(nn.Module):
         register: Any = self.register_to_config
         register(num_layers=stock["num_layers"])
         if stock["patch_size"][0] != 1:
-            raise ValueError(f"temporal patches of {stock['patch_size'][0]} frames are not supported, only 1")
+            raise ValueError(f"temporal patches of {stock['patch_size'][0]} frames are not supported; they must be 1")
         self.causal = CausalConfig(**(self.default_causal() if causal is None else causal))
         self.blocks = nn.ModuleList(self.make_block() for _ in range(stock["num_layers"]))
         for layer, block in enumerate(self.blocks):
             block.attn1 = self.make_attention(layer)
 
     def default_causal(self) -> dict[str, Any]:
-        """`causal` of a stock model whose configuration has none."""
+        """The `causal` section for a stock model, whose configuration has none."""
         return {}
 
     @property
     def noise_channels(self) -> int:
-        """Channels of the latents that the model makes, and that noise is drawn for."""
+        """Channels of the latents that the model generates, and so of its noise."""
         return noise_channels(self.config)
 
     @property
     def needed_conditions(self) -> tuple[str, ...]:
-        """Those of `condition_kinds` without which the model cannot run."""
+        """The conditions that the model requires."""
         return ()
 
     def make_block(self) -> nn.Module:
-        """One block: the stock one behind `CausalBlock`."""
+        """A new block: the stock block with `CausalBlock` in front."""
         raise NotImplementedError
 
     def rotary_table(self) -> RotaryTable:
@@ -100,38 +98,38 @@ class CausalTransformer(nn.Module):
     def embed_conditions(
         self, timestep: Tensor, encoder_hidden_states: Tensor, encoder_hidden_states_image: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """`temb` `[B, T, C]`, `modulation` `[B, T, 6, C]`, text and image tokens; T = 1 for `timestep` `[B]`."""
+        """Return `temb` `[B, T, C]`, `modulation` `[B, T, 6, C]`, text and image tokens; T = 1 for `timestep` `[B]`."""
         raise NotImplementedError
 
     def make_attention(self, layer: int) -> CausalSelfAttention:
-        """The self-attention of one block."""
+        """A new self-attention for block `layer`."""
         heads, head_dim = self.config.num_attention_heads, self.config.attention_head_dim
         return DenseSelfAttention(heads * head_dim, heads, head_dim, self.config.eps, layer)
 
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
-        """Tokens down and across for a latent of `height x width`. Raises ValueError if it does not divide."""
+        """Rows and columns of tokens for a latent of `height x width`. Raises ValueError if it does not divide."""
         _, p_h, p_w = self.config.patch_size
         if height % p_h or width % p_w:
             raise ValueError(f"a latent of {height}x{width} does not divide into patches of {p_h}x{p_w}")
         return height // p_h, width // p_w
 
     def set_kernels(self, mode: Mode, history: History = "auto", cuda_graph: bool = True) -> Kernels:
-        """Choose how `forward_chunk` attends without gradients: see `KernelSettings`; the report says what was taken.
+        """Choose how `forward_chunk` attends without gradients; see `KernelSettings` for the arguments.
 
-        Without a choice torch attends.
+        The report of the returned `Kernels` says what was chosen. Without this call, torch attends.
         """
         self.kernels = Kernels(mode, history, cuda_graph)
         return self.kernels
 
     def set_cache(self, cache: CacheBits) -> None:
-        """Choose in how many bits `init_cache` keeps latents where it is given no dtype.
+        """Choose the number of bits for the latents of caches from `init_cache` without a dtype.
 
-        Raises ValueError for bits that there are not, UserError for any where rows are no latents of a ring.
+        Raises ValueError for unsupported bits, and UserError for fewer bits if the rows are not latents in a ring.
         """
         if cache != "auto":
             raise UserError(
-                f"{type(self).__name__} has no latents in a ring of frames, which alone are kept in fewer bits; leave "
-                "streaming.cache (--cache) at auto"
+                f"{type(self).__name__} has no latents in a ring of frames, so they cannot be stored in fewer bits; "
+                "leave streaming.cache (--cache) at auto"
             )
 
     def init_cache(
@@ -146,9 +144,9 @@ class CausalTransformer(nn.Module):
     ) -> FrameCache:
         """An empty cache for latents of `height x width`; window and sinks default to the model's.
 
-        `dtype` is what `set_cache` says where it is left out, and without that the model's; `torch.int8` quantises
-        the rows of a converted model. Raises ValueError for an unbounded window, and for int8 where rows are no
-        latents in a ring of frames.
+        Without `dtype`, the choice of `set_cache` applies, and by default the model's dtype. `torch.int8` quantizes the
+        rows of a converted model. Raises ValueError for an unbounded window, and for int8 if the rows are not latents
+        in a ring of frames.
         """
         changes = {"window_frames": window_frames, "sink_frames": sink_frames}
         settings = self.causal.model_dump() | {k: v for k, v in changes.items() if v is not None}
@@ -157,13 +155,13 @@ class CausalTransformer(nn.Module):
             return self.make_mixed_cache(causal, batch_size, height, width, device)
         dtype = dtype or (self.dtype if self.cache_bits == "auto" else torch.int8)
         if dtype == torch.int8 and not self.cache_class.fewer_bits:
-            raise ValueError(f"{type(self).__name__} has no cache in int8; converted models with a ring of frames have")
+            raise ValueError(f"{type(self).__name__} has no cache in int8; leave dtype out")
         return self.make_cache(causal, batch_size, height, width, dtype, device)
 
     def make_mixed_cache(
         self, causal: CausalConfig, batch_size: int, height: int, width: int, device: torch.device | str
     ) -> FrameCache:
-        """The cache of latents in 8 and 4 bits, by `cache_bits`."""
+        """A cache of latents in 8 and 4 bits, by `cache_bits`."""
         raise NotImplementedError
 
     def make_cache(
@@ -175,17 +173,17 @@ class CausalTransformer(nn.Module):
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> FrameCache:
-        """The cache that `init_cache` describes. Raises ValueError for an unbounded window."""
+        """A cache with the arguments of `init_cache`. Raises ValueError for an unbounded window."""
         return self.cache_class(causal, self.row_widths, batch_size, *self.token_grid(height, width), dtype, device)
 
     @property
     def row_widths(self) -> list[int]:
-        """Cached scalars a token by layer."""
+        """Cached scalars per token of each layer."""
         blocks: Any = self.blocks
         return [block.attn1.row_width for block in blocks]
 
     def far_history(self, height: int, width: int) -> dict[str, int]:
-        """`near_frames` and `far_tokens_per_frame` for latents of `height x width` where far history is coarser."""
+        """`near_frames` and `far_tokens_per_frame` for latents of `height x width`; empty if all history is in full."""
         return {}
 
     @apply_lora_scale("attention_kwargs")
@@ -203,17 +201,17 @@ class CausalTransformer(nn.Module):
         write: bool = False,
         **conditions: Any,
     ) -> Any:
-        """Block-causal velocity of a whole clip.
+        """Block-causal velocity `[B, C, F, H, W]` of a whole clip.
 
-        `hidden_states` `[B, C, F, H, W]`; `timestep` `[B]`, `[B, F]` or one a token `[B, S]`;
-        `encoder_hidden_states` `[B, L, text_dim]`.
+        `hidden_states` is `[B, C, F, H, W]`. `timestep` is `[B]`, `[B, F]` or `[B, S]` (one per token).
+        `encoder_hidden_states` is `[B, L, text_dim]`.
 
-        With `context` `[B', C, F, H, W]`, B a multiple of B', every chunk sees the history of
-        `context` instead of its own noisy one (teacher forcing): item i reads context item i mod B'.
-        `context_timestep` `[B']` or `[B', F]` is its noise level, 0 when left out.
+        With `context` `[B', C, F, H, W]`, B a multiple of B', every chunk sees the history in `context` instead of its
+        own noisy history (teacher forcing): item i reads context item i mod B'. `context_timestep` `[B']` or `[B', F]`
+        is its noise level, by default 0.
 
-        With `cache` it is `forward_chunk`, in a form that the hooks of offloading see. The `scale` of
-        `attention_kwargs` is that of LoRA layers.
+        With `cache`, this calls `forward_chunk`, so that the hooks of offloading run. The `scale` in
+        `attention_kwargs` applies to LoRA layers.
         """
         if cache is not None:
             conditions["encoder_hidden_states_image"] = encoder_hidden_states_image
@@ -243,7 +241,7 @@ class CausalTransformer(nn.Module):
     ) -> Tensor:
         """Velocity `[B, C, F, H, W]` of the next F frames of a rollout.
 
-        With `write` the chunk's rows are kept and the rollout moves on by F frames.
+        With `write`, the chunk's rows are cached and the rollout advances by F frames.
         """
         self.check_chunk(hidden_states, cache)
         frames = hidden_states.shape[2]
@@ -251,7 +249,7 @@ class CausalTransformer(nn.Module):
         step.kernels = self.kernels
         by_frames, fixed = self.split_conditions(conditions)
         embedded = self.embed_conditions(timestep, encoder_hidden_states, encoder_hidden_states_image, **fixed)
-        # No name keeps the tokens alive while blocks make new ones.
+        # No variable holds the tokens, so they are freed while the blocks run.
         sample = self.through_blocks(
             block_inputs(self.patch(hidden_states, **by_frames), embedded, step, hidden_states)
         )
@@ -260,11 +258,14 @@ class CausalTransformer(nn.Module):
         return sample
 
     def check_chunk(self, hidden_states: Tensor, cache: FrameCache) -> None:
-        """Raises ValueError when a chunk `[B, C, F, H, W]` does not fit the cache."""
+        """Raise ValueError when a chunk `[B, C, F, H, W]` does not fit the cache."""
         if hidden_states.shape[0] != cache.batch_size:
             raise ValueError(f"the cache holds {cache.batch_size} items, hidden_states has {hidden_states.shape[0]}")
-        if self.token_grid(*hidden_states.shape[3:]) != (cache.height, cache.width):
-            raise ValueError(f"the cache is for {cache.height}x{cache.width} tokens a frame")
+        rows, columns = self.token_grid(*hidden_states.shape[3:])
+        if (rows, columns) != (cache.height, cache.width):
+            raise ValueError(
+                f"the cache is for {cache.height}x{cache.width} tokens per frame, hidden_states has {rows}x{columns}"
+            )
 
     def enter(
         self,
@@ -276,9 +277,9 @@ class CausalTransformer(nn.Module):
         context_timestep: Tensor | None = None,
         **conditions: Any,
     ) -> BlockInputs:
-        """What the first block gets for a whole clip; the arguments are those of `forward`.
+        """The inputs of the blocks for a whole clip; the arguments are those of `forward`.
 
-        With `context` its B' items come first in the batch of everything that is returned.
+        With `context`, its B' items come first in the batch of all returned tensors.
         """
         context_batch = None
         if context is not None:
@@ -293,7 +294,7 @@ class CausalTransformer(nn.Module):
                 )
             own = {name: value[:context_batch] for name, value in conditions.items()}
             if self.flow_map:
-                # What is written to a cache has r = t.
+                # Passes that write to a cache have r = t.
                 own["r_timestep"] = context_timestep.to(timestep.dtype)
             conditions = {name: torch.cat([own[name], value]) for name, value in conditions.items()}
         frames, height, width = hidden_states.shape[2:]
@@ -304,7 +305,7 @@ class CausalTransformer(nn.Module):
         return block_inputs(self.patch(hidden_states, **by_frames), embedded, step, hidden_states)
 
     def leave(self, tokens: Tensor, inputs: BlockInputs) -> Tensor:
-        """Velocity `[B, C, F, H, W]` from the last block's `tokens` `[B' + B, S, C]`, context left out."""
+        """Velocity `[B, C, F, H, W]` from the last block's `tokens` `[B' + B, S, C]`, without the context."""
         frames, height, width = inputs.size
         rows, columns = self.token_grid(height, width)
         tokens = tokens[:, -frames * rows * columns :]
@@ -316,24 +317,24 @@ class CausalTransformer(nn.Module):
         return sample[inputs.step.context_batch or 0 :]
 
     def split_conditions(self, conditions: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Those by frames, which `patch` takes, and the others, which `embed_conditions` does."""
+        """Split conditions into those of kind `frames`, for `patch`, and the others, for `embed_conditions`."""
         by_frames = {name: x for name, x in conditions.items() if self.condition_kinds.get(name) == "frames"}
         return by_frames, {name: x for name, x in conditions.items() if name not in by_frames}
 
     def patch(self, hidden_states: Tensor) -> Tensor:
-        """Tokens `[B, S, C]` of a latent `[B, C, F, H, W]`; a family adds its conditions by frames."""
+        """Tokens `[B, S, C]` of a latent `[B, C, F, H, W]`; a family adds its conditions of kind `frames`."""
         tokens: Tensor = self.patch_embedding(hidden_states)
         return tokens.flatten(2).transpose(1, 2).contiguous()
 
     @property
     def latent_groups(self) -> list[range]:
-        """The layers of each latent; those of a dense model are on their own."""
+        """The layers that share each latent; in a dense model, every layer is a group of its own."""
         return latent_groups(len(self.blocks))
 
     def through_blocks(self, inputs: BlockInputs, leave: bool = True) -> Tensor:
-        """The velocity that `leave` gives, or without it the last block's tokens `[B, S, C]`."""
+        """Run the blocks and return the velocity, or without `leave` the last block's tokens `[B, S, C]`."""
         tokens = inputs.tokens
-        # What entered the first block is not kept while the others run.
+        # Free the first block's input while the others run.
         inputs = inputs._replace(tokens=tokens.new_empty(0))
         for layers in self.latent_groups:
             blocks: list[Any] = [self.blocks[layer] for layer in layers]
@@ -347,12 +348,12 @@ class CausalTransformer(nn.Module):
                 if step.part is not None:
                     parts.append(step.part)
             if parts:
-                # Summed in float32, and quantised once if at all.
+                # The sum is in float32 and is rounded or quantized once.
                 step.keep(whole_latent(parts))
         return self.leave(tokens, inputs) if leave else tokens
 
     def _run_part(self, part: Callable[..., Any], *args: Any) -> Any:
-        """Call a block or several, which are computed again in a backward pass with gradient checkpointing."""
+        """Call one or several blocks; with gradient checkpointing, a backward pass recomputes them."""
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(part, *args)
         return part(*args)
@@ -364,7 +365,7 @@ def block_inputs(
     step: AttentionPass,
     hidden_states: Tensor,
 ) -> BlockInputs:
-    """`tokens` of a latent `hidden_states` and what `embed_conditions` gave, as the blocks take them."""
+    """The inputs of the blocks from `tokens` of a latent `hidden_states` and the result of `embed_conditions`."""
     frames, height, width = hidden_states.shape[2:]
     temb, modulation, text, image = embedded
     if image is not None:
@@ -373,11 +374,12 @@ def block_inputs(
 
 
 def check_context(hidden_states: Tensor, timestep: Tensor, context: Tensor, context_timestep: Tensor | None) -> Tensor:
-    """The noise level of `context` in the form of `timestep`. Raises ValueError when the shapes do not fit."""
+    """The noise level of `context` in the shape of `timestep`. Raises ValueError when the shapes do not fit."""
     batch = len(context)
     if len(hidden_states) % batch or context.shape[1:] != hidden_states.shape[1:]:
-        shapes = f"{tuple(context.shape)} does not fit hidden_states {tuple(hidden_states.shape)}"
-        raise ValueError(f"context {shapes}")
+        raise ValueError(
+            f"context of shape {tuple(context.shape)} does not fit hidden_states {tuple(hidden_states.shape)}"
+        )
     if context_timestep is None:
         return timestep.new_zeros((batch, *timestep.shape[1:]))
     if context_timestep.ndim < timestep.ndim:
@@ -386,10 +388,9 @@ def check_context(hidden_states: Tensor, timestep: Tensor, context: Tensor, cont
 
 
 class LatentTransformer(CausalTransformer):
-    """Goes before a dense causal class: latent self-attention; `mla` is an `MLAConfig` as a dict.
+    """Mixin that comes before a dense causal class and adds latent self-attention; `mla` is an `MLAConfig` as a dict.
 
-    A row of its cache holds `kv_lora_rank` (+ `qk_rope_head_dim`) scalars instead of
-    `2 * heads * head_dim`.
+    A row of its cache holds `kv_lora_rank` (+ `qk_rope_head_dim`) scalars instead of `2 * heads * head_dim`.
     """
 
     cache_class: type[FrameCache] = LatentCache
@@ -399,7 +400,9 @@ class LatentTransformer(CausalTransformer):
             raise ValueError("an MLA model needs the `mla` section of its config.json")
         config = MLAConfig(**mla)
         if len(config.kv_lora_rank) != dense["num_layers"]:
-            raise ValueError(f"the mla config has {len(config.kv_lora_rank)} layers, the model {dense['num_layers']}")
+            raise ValueError(
+                f"the mla section has {len(config.kv_lora_rank)} layers, but the model has {dense['num_layers']}"
+            )
         self.mla = config
         super().__init__(**dense)
 

@@ -1,10 +1,10 @@
-"""Windows, cache and passes of FAR: near history in full, far history in coarse patches.
+"""Implements windows, cache and passes of FAR: near history in full, far history in coarse patches.
 
-A chunk sees the `limit - 1` chunks before it in full and everything older compressed, i.e. patched
-more coarsely (FAR, arXiv 2503.19325; the layout is diffusers' `AnyFlowFARTransformer3DModel`). When a
-chunk is finished the near history is encoded anew, since what it looks back on has just become
-coarser: that is a stage of the cache. Stage s follows chunk s; what is compressed never changes.
-A compressed frame f is named `~f` wherever a pass names frames. Shape letters: S tokens, P pairs.
+A chunk sees the `limit - 1` chunks before it in full and everything older compressed, i.e. in coarser patches
+(FAR, arXiv 2503.19325; the layout is diffusers' `AnyFlowFARTransformer3DModel`). When a chunk is finished, the near
+history is encoded again, because its own history has just become coarser. This is a stage of the cache: stage s follows
+chunk s. Compressed frames never change. In a list of frames, a compressed frame f appears as `~f`. Shape letters:
+S tokens, P pairs.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from ..mla.rope import RotaryTable
 from ..mla.window import CausalConfig
 
 Bounds = list[tuple[int, int]]
-# Stock inference attends to zero keys up to a multiple of this many queries.
+# Stock inference pads with zero keys up to a multiple of this many queries, and attends to them.
 PADDED_TO = 128
 
 
 @dataclass(frozen=True)
 class FarGrid:
-    """Rotations and tokens `(down, across)` of a frame in full and compressed."""
+    """Rotary tables and token grids (rows, columns) of a frame, in full and compressed."""
 
     full: RotaryTable
     compressed: RotaryTable
@@ -43,12 +43,12 @@ class FarGrid:
         return self.compressed_size[0] * self.compressed_size[1]
 
     def to(self, device: torch.device | str) -> FarGrid:
-        """The same with its rotations on `device`."""
+        """A copy with its rotations on `device`."""
         full, compressed = (replace(table, cis=table.cis.to(device)) for table in (self.full, self.compressed))
         return replace(self, full=full, compressed=compressed)
 
     def rotations(self, frames: list[int], causal: CausalConfig, stop: int) -> Tensor:
-        """Complex64 `[S, P]` for frames named as in a pass, as seen by the chunk that ends at `stop`."""
+        """Complex64 rotations `[S, P]` of `frames`, `~f` for compressed, as seen by the chunk that ends at `stop`."""
         far, near = split_frames(frames)
         return torch.cat(
             [
@@ -58,18 +58,18 @@ class FarGrid:
         )
 
     def grid_rotations(self, far_frames: int, near_frames: int) -> Tensor:
-        """Rotations by place in the frame alone, compressed frames first."""
+        """Rotations that depend only on the place in the frame, compressed frames first."""
         far = self.compressed.rotations([0] * far_frames, *self.compressed_size)
         return torch.cat([far, self.full.rotations([0] * near_frames, *self.full_size)])
 
     def zero_keys(self, frames: int) -> int:
-        """Zero keys that a chunk of so many frames attends to while it is denoised."""
+        """Number of zero keys that a chunk of `frames` frames attends to while it is denoised."""
         return -frames * self.full_tokens % PADDED_TO
 
 
 def compressed_table(table: RotaryTable, downscale: tuple[int, int, int]) -> RotaryTable:
-    """Rotations of coarse patches: the unit mean of those of the `downscale` patches that one covers."""
-    # On the CPU: MPS has no complex128.
+    """The table of coarse patches: the normalized mean rotation of the `downscale` fine patches that each covers."""
+    # On the CPU, because MPS has no complex128.
     factors = torch.tensor([downscale[axis] for axis in table.axes])
     angles = table.cis[1].cpu().to(torch.complex128).angle()
     index = torch.arange(table.max_len, dtype=angles.dtype).unsqueeze(1)
@@ -81,35 +81,35 @@ def compressed_table(table: RotaryTable, downscale: tuple[int, int, int]) -> Rot
 
 
 def split_frames(frames: list[int]) -> tuple[list[int], list[int]]:
-    """Compressed and full frames, both by their index in the video."""
+    """Split `frames` into compressed and full ones, both as indices in the video."""
     return [~frame for frame in frames if frame < 0], [frame for frame in frames if frame >= 0]
 
 
 @dataclass(frozen=True)
 class FarWindow:
-    """Which frames each step of a rollout sees; `limit` counts the full chunks, the current one included."""
+    """The frames that each pass of a rollout sees; `limit` counts the full chunks, including the current one."""
 
     causal: CausalConfig
     limit: int
 
     def near(self, bounds: Bounds, stage: int) -> int:
-        """First frame that is in full at a stage."""
+        """The first frame that is in full at a stage."""
         first = stage - self.limit + 2
         return bounds[first][0] if first > 0 else 0
 
     def denoised(self, bounds: Bounds, chunk: int) -> list[int]:
-        """What a chunk sees while it is denoised, its own frames aside."""
+        """The history that a chunk sees while it is denoised."""
         near = self.near(bounds, chunk - 1) if chunk else 0
         return [frame if frame >= near else ~frame for frame in self.causal.history(*bounds[chunk])]
 
     def encoded(self, bounds: Bounds, stage: int, chunk: int) -> list[int]:
-        """What a chunk sees while it is encoded at a stage, its own frames aside."""
+        """The history that a chunk sees while it is encoded at a stage."""
         near, end = self.near(bounds, stage), bounds[stage][1]
         seen = self.causal.history(end, end + 1)
         return [frame if frame >= near else ~frame for frame in seen if frame < bounds[chunk][0]]
 
     def demoted(self, stage: int) -> int | None:
-        """The chunk that a stage compresses."""
+        """The chunk that a stage compresses, if any."""
         chunk = stage - self.limit + 1
         return chunk if chunk >= 0 else None
 
@@ -119,11 +119,11 @@ class FarWindow:
 
 
 class FarCache(FrameCache):
-    """Rows `[B, slots, row]` a layer, compressed frames before full ones.
+    """A cache of rows `[B, slots, row]` per layer, compressed frames before full ones.
 
-    `frames` says how many of each fit, (compressed, full). Compressed frames lie in a ring behind
-    the sinks, full ones are written anew at every stage. `recent` holds what the next stage encodes
-    again: the latents `[B, C, F, H, W]` of the last chunks and their timesteps.
+    `frames` is the capacity (compressed, full). Compressed frames form a ring after the sinks. Full frames are written
+    again at every stage. `recent` holds the inputs of the next stage: the latents `[B, C, F, H, W]` of the last chunks
+    and their timesteps.
     """
 
     is_ring = False
@@ -138,7 +138,7 @@ class FarCache(FrameCache):
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        # The model may still be elsewhere: hooks of offloading bring it when it is called.
+        # The model may still be on another device: the hooks of offloading move it when it is called.
         self.window, self.grid = window, grid.to(device)
         self.far_frames, self.near_frames = frames
         slots = self.far_frames * grid.compressed_tokens + self.near_frames * grid.full_tokens
@@ -157,24 +157,24 @@ class FarCache(FrameCache):
         kept.index_copy_(1, slots, new)
 
     def slots(self, frames: list[int]) -> Tensor:
-        """Token slots of frames, int64, compressed ones first, as the passes order them.
+        """Slots of the tokens of `frames`, int64, compressed frames first, as in the passes.
 
         Raises ValueError for more frames than fit.
         """
         far, near = split_frames(frames)
         if len(far) > self.far_frames or len(near) > self.near_frames:
             raise ValueError(
-                f"the cache holds {self.far_frames} compressed and {self.near_frames} full frames, "
-                f"this rollout needs {len(far)} and {len(near)}; chunks must have num_frames_per_block frames"
+                f"the cache holds {self.far_frames} compressed and {self.near_frames} full frames, but this rollout "
+                f"needs {len(far)} and {len(near)}; make chunks of num_frames_per_block frames"
             )
         coarse, fine = self.grid.compressed_tokens, self.grid.full_tokens
         sinks = self.causal.sink_frames
         starts = [f if f < sinks else sinks + (f - sinks) % max(1, self.far_frames - sinks) for f in far]
-        behind = self.far_frames * coarse
+        full_start = self.far_frames * coarse
         return torch.cat(
             [
                 _spans([coarse * slot for slot in starts], coarse),
-                _spans([behind + fine * (f % self.near_frames) for f in near], fine),
+                _spans([full_start + fine * (f % self.near_frames) for f in near], fine),
             ]
         ).to(self.rows[0].device)
 
@@ -184,7 +184,7 @@ def _spans(starts: list[int], length: int) -> Tensor:
 
 
 def denoise_pass(cache: FarCache, frames: int) -> AttentionPass:
-    """Pass over the next chunk of a rollout, of so many frames, which is not written."""
+    """Pass that denoises the next chunk of a rollout, of `frames` frames, without writing it."""
     start, grid = cache.frames_seen, cache.grid
     stop = start + frames
     bounds = [*cache.bounds, (start, stop)]
@@ -194,7 +194,7 @@ def denoise_pass(cache: FarCache, frames: int) -> AttentionPass:
 
 
 def encode_pass(cache: FarCache, stage: int, chunk: int, compressed: bool) -> AttentionPass:
-    """Pass that writes one chunk as a stage of the cache keeps it."""
+    """Pass that writes one chunk in the form in which a stage caches it."""
     start, stop = cache.bounds[chunk]
     own = [~frame if compressed else frame for frame in range(start, stop)]
     history = cache.window.encoded(cache.bounds, stage, chunk)
@@ -210,7 +210,7 @@ def _stream(
         grid.rotations(own, causal, stop),
         grid.rotations(history, causal, stop),
         grid.grid_rotations(len(far), len(near)),
-        # A chunk takes slots when it is written.
+        # A chunk gets slots only when it is written.
         cache.slots(own if write else []),
         cache.slots(history),
     )
@@ -219,9 +219,9 @@ def _stream(
 
 @dataclass(frozen=True)
 class FarClip:
-    """A clip as one sequence: compressed history, full history stage by stage, the chunks themselves.
+    """A clip as one sequence: compressed history, full history stage by stage, then the chunks themselves.
 
-    `far` and `near` are the frames of the history in the order of their tokens, `step` the pass.
+    `far` and `near` are the frames of the history in the order of their tokens; `step` is the pass.
     """
 
     far: list[int]
@@ -230,19 +230,18 @@ class FarClip:
 
 
 def clip_layout(window: FarWindow, grid: FarGrid, num_frames: int) -> FarClip:
-    """How a clip of `num_frames` frames is packed so that every chunk sees what it will see in a rollout."""
+    """Pack a clip of `num_frames` frames so that every chunk sees the same history as in a rollout."""
     causal, bounds = window.causal, window.causal.chunks(num_frames)
     stages = range(len(bounds) - 1)
     demoted = [(stage, chunk) for stage in stages if (chunk := window.demoted(stage)) is not None]
     kept = [(stage, chunk) for stage in stages for chunk in window.kept(stage)]
     far = [frame for _, chunk in demoted for frame in range(*bounds[chunk])]
     near = [frame for _, chunk in kept for frame in range(*bounds[chunk])]
-    behind = len(far) * grid.compressed_tokens
-    place, starts = behind, {}
+    position, starts = len(far) * grid.compressed_tokens, {}
     for stage, chunk in kept:
-        starts[stage, chunk] = place
-        place += (bounds[chunk][1] - bounds[chunk][0]) * grid.full_tokens
-    history_end = place
+        starts[stage, chunk] = position
+        position += (bounds[chunk][1] - bounds[chunk][0]) * grid.full_tokens
+    history_end = position
 
     def view(own: slice, frames: list[int], names: list[int], stage: int, stop: int, zero_keys: int = 0) -> ChunkView:
         coarse, fine = split_frames(names)
@@ -274,5 +273,5 @@ def clip_layout(window: FarWindow, grid: FarGrid, num_frames: int) -> FarClip:
         own = slice(history_end + start * grid.full_tokens, history_end + stop * grid.full_tokens)
         names = window.denoised(bounds, chunk)
         views.append(view(own, list(range(start, stop)), names, chunk - 1, stop, grid.zero_keys(stop - start)))
-    places = grid.grid_rotations(len(far), len(near) + num_frames)
-    return FarClip(far, near, AttentionPass(views, places, cached=slice(0, history_end)))
+    rotations = grid.grid_rotations(len(far), len(near) + num_frames)
+    return FarClip(far, near, AttentionPass(views, rotations, cached=slice(0, history_end)))

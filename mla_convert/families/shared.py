@@ -1,9 +1,9 @@
-"""Blocks whose layers share a latent, over a whole clip.
+"""Runs the blocks of layers that share a latent over a whole clip.
 
-A layer's history is made of the latents of earlier chunks, which are whole only behind the last of the
-layers that share them. So these blocks do not take the whole clip one after the other: together they take
-one chunk after the other, as in a rollout, with the latents of the clip so far in place of a cache. Other
-layers are not concerned, and no token is computed twice.
+A layer's history is restored from the latents of earlier chunks, which are complete only after the last of the layers
+that share them. So these blocks do not process the whole clip one by one. Together they process it chunk by chunk, as
+in a rollout, with the latents of earlier chunks in place of a cache. Other layers are not affected, and no token is
+computed twice.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from .base import BlockInputs
 
 
 def chunk_by_chunk(blocks: Sequence[nn.Module], tokens: Tensor, inputs: BlockInputs, run: Callable[..., Any]) -> Tensor:
-    """`tokens` `[B, S, C]` of a clip after `blocks`, whose layers share a latent.
+    """The output `[B, S, C]` of `blocks`, whose layers share a latent, for a clip's `tokens` `[B, S, C]`.
 
-    `run(part, *args)` calls a part of the work, which may be done again in a backward pass.
+    `run(part, *args)` calls a part of the work, which a backward pass may recompute.
     """
     runs, step = inputs.modulation.shape[1], inputs.step
     length = tokens.shape[1] // runs
@@ -43,7 +43,7 @@ def chunk_by_chunk(blocks: Sequence[nn.Module], tokens: Tensor, inputs: BlockInp
     done: list[Tensor] = []
     latents: Tensor | None = None
     for view in step.views:
-        # One run of the modulation serves all tokens, or each run of `length` tokens has its own.
+        # Either one modulation applies to all tokens, or there is one per run of `length` tokens.
         part = slice(None) if runs == 1 else slice(view.own.start // length, view.own.stop // length)
         out, rows = run(one_chunk, tokens[:, view.own], inputs.modulation[:, part], latents, view)
         done.append(out)

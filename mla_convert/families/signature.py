@@ -1,4 +1,4 @@
-"""Constructors that take what a stock model takes, without repeating its twenty parameters."""
+"""Gives a constructor the signature of a stock model without repeating its twenty parameters."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 
 def takes(stock: type[Any], **extra: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a constructor `__init__(self, **config)` the signature of `stock` and of `extra`, by default.
+    """Decorator that gives `__init__(self, **config)` the signature of `stock` plus the defaults in `extra`.
 
-    diffusers reads the keys of a configuration off that signature, so this goes below
-    `register_to_config`. The constructor gets every parameter by name, defaults filled in.
+    diffusers reads the configuration keys from that signature, so this goes below `register_to_config`. The constructor
+    receives every parameter by name, with defaults filled in.
     """
     own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value) for name, value in extra.items()]
     stock_signature = inspect.signature(stock.__init__)

@@ -1,7 +1,7 @@
-"""SkyReels-V2 (arXiv 2504.13074) as a causal, streaming transformer: its diffusion-forcing models, 1.3B and 14B.
+"""Defines SkyReels-V2's diffusion-forcing models, 1.3B and 14B (arXiv 2504.13074), as causal, streaming transformers.
 
-Diffusers runs them without a cache and computes the history again for every step. With per-frame
-timesteps and a block-causal mask the history does not depend on what comes after it, so it can be cached.
+Diffusers runs them without a cache and computes the history again in every step. With per-frame timesteps and a
+block-causal mask, history does not depend on later frames, so it can be cached.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from .block import CausalBlock
 from .causal import CausalTransformer, LatentTransformer
 from .signature import takes
 
-# The pipeline's documentation: blocks of 5 latent frames, clips of 97 frames at 540p, which are 25 latent ones.
+# From the pipeline's documentation: blocks of 5 latent frames, and clips of 97 frames at 540p (25 latent frames).
 FRAMES_PER_BLOCK, CLIP_FRAMES = 5, 25
-# Row of the embedding for every frame rate but 16, whose row is 0.
+# Row of the embedding for all frame rates except 16, whose row is 0.
 FPS_24 = 1
 
 
@@ -36,9 +36,9 @@ class CausalSkyReelsV2Block(CausalBlock, SkyReelsV2TransformerBlock):
 class CausalSkyReelsV2Transformer3DModel(CausalTransformer, SkyReelsV2Transformer3DModel):
     """`SkyReelsV2Transformer3DModel` with block-causal self-attention and a streaming forward.
 
-    `num_frame_per_block` of the configuration follows `causal`. A model with `inject_sample_info`
-    takes the condition `fps`, int64 `[B]`: 0 for 16 frames a second, 1 for 24, the default.
-    Raises ValueError for an image-to-video model.
+    `num_frame_per_block` in the configuration follows `causal`. A model with `inject_sample_info` takes the condition
+    `fps`, int64 `[B]`: 0 for 16 frames per second, 1 for 24 (the default). Raises ValueError for an image-to-video
+    model.
     """
 
     condition_kinds: ClassVar[Mapping[str, ConditionKind]] = {"fps": "fixed"}
@@ -53,22 +53,22 @@ class CausalSkyReelsV2Transformer3DModel(CausalTransformer, SkyReelsV2Transforme
         extras = [key for key in ("image_dim", "added_kv_proj_dim") if config[key] is not None]
         if extras:
             raise ValueError(
-                f"{' and '.join(extras)} make it an image-to-video model, which is bidirectional; take a "
-                "diffusion-forcing (DF) model, which continues an image whose latent is written to its cache"
+                f"a configuration with {' and '.join(extras)} is an image-to-video model, which is bidirectional; use "
+                "a diffusion-forcing (DF) model, which can start from an image"
             )
         super().__init__(**config)
         self._set_ar_attention(self.causal.num_frames_per_block)
 
     def default_causal(self) -> dict[str, Any]:
-        """Blocks of the stock configuration, whose 1 means no mask at all, in a window of one 540p clip."""
+        """The blocks of the stock configuration, in a window of one 540p clip; a stock block of 1 means no mask."""
         frames = self.config.num_frame_per_block
         frames = frames if frames > 1 else FRAMES_PER_BLOCK
         return {"num_frames_per_block": frames, "window_frames": max(frames, CLIP_FRAMES)}
 
     def _set_ar_attention(self, causal_block_size: int) -> None:
-        """Chunks of so many latent frames; diffusers' pipelines ask for them here.
+        """Set the latent frames of a chunk; diffusers' pipelines call this.
 
-        Raises ValueError when the window cannot hold one.
+        Raises ValueError when the window cannot hold a chunk.
         """
         self.causal = CausalConfig(**self.causal.model_dump() | {"num_frames_per_block": causal_block_size})
         register: Any = self.register_to_config
@@ -98,9 +98,9 @@ class CausalSkyReelsV2Transformer3DModel(CausalTransformer, SkyReelsV2Transforme
         fps: Tensor | Sequence[int] | None = None,
         enable_diffusion_forcing: bool | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """See `CausalTransformer`; a list of `fps` and the flag are what diffusers' pipelines give.
+        """See `CausalTransformer`. diffusers' pipelines pass `fps` as a list, and `enable_diffusion_forcing`.
 
-        The flag says nothing that the shape of `timestep` does not.
+        The flag is ignored: the shape of `timestep` says the same.
         """
         temb, modulation, text, image = self.condition_embedder(
             timestep, encoder_hidden_states, encoder_hidden_states_image
@@ -109,7 +109,7 @@ class CausalSkyReelsV2Transformer3DModel(CausalTransformer, SkyReelsV2Transforme
             temb, modulation = temb.unsqueeze(1), modulation.unsqueeze(1)
         if self.config.inject_sample_info:
             if fps is None:
-                # Made on the device: a copy from the host is what a CUDA graph cannot hold.
+                # Created on the device, because a CUDA graph cannot capture a copy from the host.
                 index = torch.full((len(timestep),), FPS_24, device=modulation.device)
             else:
                 index = torch.as_tensor(fps, device=modulation.device)
@@ -127,7 +127,7 @@ class MLASkyReelsV2Transformer3DModel(LatentTransformer, CausalSkyReelsV2Transfo
 
 
 def _infer_config(shapes: Shapes) -> dict[str, Any] | None:
-    """Without the frame-rate embedding nothing tells a file from Wan's, nor does its arithmetic."""
+    """Stock configuration from shapes; None without the frame-rate embedding, where the model equals one of Wan's."""
     if "fps_embedding.weight" not in shapes:
         return None
     config = wan_files.infer_config(shapes)

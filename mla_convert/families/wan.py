@@ -1,4 +1,4 @@
-"""Wan2.1 and Wan2.2 as causal, streaming transformers."""
+"""Defines Wan2.1 and Wan2.2 as causal, streaming transformers."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class CausalWanBlock(CausalBlock, WanTransformerBlock):
 class CausalWanTransformer3DModel(CausalTransformer, WanTransformer3DModel):
     """`WanTransformer3DModel` with block-causal self-attention and a streaming forward.
 
-    An image-to-video model reads more channels than it makes. Those are the condition `image_latents`
-    `[B, c, F, H, W]`, c = `in_channels - out_channels`: Wan's are a mask and the encoded image. Latents that
-    hold them already, as diffusers' pipelines give them, are taken too. Wan2.1's also read the image's CLIP tokens,
+    An image-to-video model reads more channels than it generates. The others are the condition `image_latents`
+    `[B, c, F, H, W]`, c = `in_channels - out_channels`: for Wan, a mask and the encoded image. Latents that already
+    include them, as from diffusers' pipelines, are also accepted. Wan2.1's models also read the image's CLIP tokens,
     `encoder_hidden_states_image` `[B, 257, image_dim]`.
     """
 
@@ -67,7 +67,7 @@ class CausalWanTransformer3DModel(CausalTransformer, WanTransformer3DModel):
     def patch(self, hidden_states: Tensor, image_latents: Tensor | None = None) -> Tensor:
         """Tokens `[B, S, C]` of a latent `[B, out_channels, F, H, W]` and `image_latents`, or of both in one tensor.
 
-        Raises ValueError where the two do not have `in_channels` together.
+        Raises ValueError unless both together have `in_channels` channels.
         """
         parts = [hidden_states] if image_latents is None else [hidden_states, image_latents.to(hidden_states)]
         found, wanted = sum(part.shape[1] for part in parts), self.config.in_channels
@@ -75,7 +75,8 @@ class CausalWanTransformer3DModel(CausalTransformer, WanTransformer3DModel):
             missing = wanted - hidden_states.shape[1]
             given = "no image_latents" if image_latents is None else f"image_latents of {image_latents.shape[1]}"
             raise ValueError(
-                f"the model reads {wanted} channels, hidden_states has {hidden_states.shape[1]} and there are {given}; "
+                f"the model reads {wanted} channels, but there are hidden_states of {hidden_states.shape[1]} and "
+                f"{given}; "
                 + (f"give image_latents of {missing} channels" if missing > 0 else "leave image_latents out")
             )
         return super().patch(torch.cat(parts, dim=1))

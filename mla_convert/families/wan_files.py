@@ -1,7 +1,7 @@
-"""Wan checkpoints that do not come from diffusers: names and configuration of the Wan repository's layout.
+"""Translates tensor names and configurations of the Wan repository's layout into diffusers'.
 
-Whatever the research repositories build on Wan (Self-Forcing, CausVid, Causal-Forcing, LongLive)
-names its tensors as the Wan repository does and stores its `WanModel` configuration, if any.
+The research models built on Wan (Self-Forcing, CausVid, Causal-Forcing, LongLive) use the Wan repository's tensor names
+and its `WanModel` configuration, if any.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 from ..errors import UserError
 from .base import Config, Shapes
 
-# Heads by hidden size of the published models; QK-norm runs over all heads, so no shape tells them.
+# Heads by hidden size of the published models. QK-norm spans all heads, so no shape depends on their number.
 PUBLISHED_HEADS = {1536: 12, 3072: 24, 5120: 40}
 
-# The Wan repository's names by diffusers' names, `*` the number of a block; the rest is called the same in both.
+# Diffusers' names to the Wan repository's, `*` for the number of a block; other names are the same in both.
 ORIGINAL_NAMES = {
     "condition_embedder.text_embedder.linear_1": "text_embedding.0",
     "condition_embedder.text_embedder.linear_2": "text_embedding.2",
@@ -59,7 +59,7 @@ _AUDIO = "its audio layers are not part of the causal model"
 _FUN = "its control latents are not part of the causal model"
 _ACTIONS = "the action modules of Matrix-Game are not part of the causal model"
 _CAMERA = "the camera layers of LingBot-World are not part of the causal model"
-_HELIOS = "Helios computes its history anew in every pass and has no KV cache that could shrink"
+_HELIOS = "Helios recomputes its history in every pass, so it has no KV cache to shrink"
 
 NEAR_MISSES = {
     "WanVACETransformer3DModel": _CONTROL,
@@ -83,31 +83,31 @@ NEAR_MISS_TENSORS = {
     "audio_proj": _AUDIO,
     "control_adapter": _FUN,
     "ref_conv": _FUN,
-    # Matrix-Game 3 has LingBot-World's camera layers, too.
+    # Matrix-Game 3 also has LingBot-World's camera layers.
     "action_model": _ACTIONS,
     "cam_injector_layer1": _CAMERA,
     "patch_embedding_wancamctrl": _CAMERA,
     "patch_short": _HELIOS,
 }
 _MODEL_TYPES = {"t2v": None, "i2v": None, "flf2v": None, "ti2v": None, "vace": _CONTROL, "s2v": _AUDIO}
-# Image-to-video puts a 4-channel mask and the image's latent beside the noisy latent.
+# Image-to-video models also read a 4-channel mask and the image's latent.
 _MASK_CHANNELS = 4
 
 
 def stored_names(names: Collection[str]) -> dict[str, str] | None:
-    """Diffusers' names to those of a file in the Wan repository's layout; None for any other layout."""
+    """Map diffusers' names to those of a file in the Wan repository's layout; None for any other layout."""
     if not any(name.endswith(".self_attn.q.weight") for name in names):
         return None
     return {_translate(name, _DIFFUSERS_NAMES): name for name in names}
 
 
 def original_names(names: Collection[str]) -> dict[str, str]:
-    """The Wan repository's names to diffusers' `names`: the inverse of `stored_names`."""
+    """Map the Wan repository's names to diffusers' `names`: the inverse of `stored_names`."""
     return {_translate(name, ORIGINAL_NAMES): name for name in names}
 
 
 def _translate(name: str, table: Mapping[str, str]) -> str:
-    """`name` in the other layout; a name that neither knows stays as it is."""
+    """`name` in the other layout; names missing from `table` are unchanged."""
     block = re.match(r"blocks\.(\d+)\.", name)
     pattern = name if block is None else f"blocks.*.{name[block.end() :]}"
     module, _, parameter = pattern.rpartition(".")
@@ -116,9 +116,9 @@ def _translate(name: str, table: Mapping[str, str]) -> str:
 
 
 def infer_config(shapes: Shapes) -> dict[str, Any] | None:
-    """Stock configuration from shapes under diffusers' names; None if they are not Wan's.
+    """Stock configuration derived from shapes under diffusers' names; None if they are not Wan's.
 
-    Raises UserError when the hidden size is not that of a published model, or for control latents.
+    Raises UserError for a hidden size that no published model has, and for control latents.
     """
     read = _from_shapes(shapes)
     if read is None:
@@ -135,24 +135,24 @@ def infer_config(shapes: Shapes) -> dict[str, Any] | None:
 
 
 def stock_config(stored: Config, shapes: Shapes) -> dict[str, Any] | None:
-    """Stock configuration for one of a `WanModel`, a `CausalWanModel` or FastVideo's causal model; None for any other.
+    """Stock configuration for that of a `WanModel`, `CausalWanModel` or FastVideo's causal model; None for others.
 
-    `shapes` are under diffusers' names, empty as long as they are not known; they tell what that
-    configuration leaves out (text width, image embedder). `num_frame_per_block`, `local_attn_size`
-    and `sink_size` become `causal`. Raises UserError for a model type that cannot be converted.
+    `shapes` are under diffusers' names, and empty while unknown. They supply what the configuration leaves out (text
+    width, image embedder). `num_frame_per_block`, `local_attn_size` and `sink_size` become `causal`. Raises UserError
+    for a model type that cannot be converted.
     """
     if "num_attention_heads" in stored:
         return _from_fastvideo(stored)
     if "num_heads" not in stored:
         return None
     kind = stored.get("model_type", "t2v")
-    if _MODEL_TYPES.get(kind, f"known are {', '.join(_MODEL_TYPES)}") is not None:
-        reason = _MODEL_TYPES.get(kind) or "this kind is not known"
+    reason = _MODEL_TYPES.get(kind, f"this type is not one of {', '.join(_MODEL_TYPES)}")
+    if reason is not None:
         raise UserError(f"a Wan model of type {kind} cannot be converted: {reason}")
     sizes = {}
     for key in ("dim", "num_heads", "num_layers", "ffn_dim", "freq_dim", "in_dim", "out_dim"):
         if not isinstance(stored.get(key), int) or stored[key] < 1:
-            raise UserError(f"the WanModel configuration lacks {key}, or it is not a positive number")
+            raise UserError(f"{key} is missing from the WanModel configuration, or it is not a positive integer")
         sizes[key] = stored[key]
     _check_channels(sizes["in_dim"], sizes["out_dim"])
     config = {
@@ -174,10 +174,10 @@ def stock_config(stored: Config, shapes: Shapes) -> dict[str, Any] | None:
 
 
 def _causal(stored: Config) -> dict[str, Any]:
-    """The `causal` section that the keys of Self-Forcing's `CausalWanModel` describe; empty without any.
+    """The `causal` section for the keys of Self-Forcing's `CausalWanModel`; empty if it has none of them.
 
-    Its `local_attn_size` of -1 is a cache of 21 frames. It caches rotated keys (arXiv 2506.08009), so
-    sinks keep their place in the video.
+    A `local_attn_size` of -1 means a cache of 21 frames. The model caches rotated keys (arXiv 2506.08009), so sinks
+    keep their place in the video.
     """
     causal = {}
     for key, theirs in (
@@ -195,11 +195,12 @@ def _causal(stored: Config) -> dict[str, Any]:
 
 
 def _from_fastvideo(stored: Config) -> dict[str, Any] | None:
-    """A configuration in diffusers' keys with the `causal` section that FastVideo's keys beside them describe.
+    """A configuration in diffusers' keys, with FastVideo's additional keys translated to a `causal` section.
 
-    None for one that has neither, or a section of its own. Its `CausalWanTransformer3DModel` attends to 21 frames with
-    `local_attn_size: -1`; with the cache policy `relativistic` it indexes the frames of a window from 0, like
-    `sink_positions: window`, otherwise each by its place in the video. Raises UserError for another policy.
+    None for a configuration without these keys, or with a `causal` section of its own. FastVideo's
+    `CausalWanTransformer3DModel` attends to 21 frames with `local_attn_size: -1`. With the cache policy `relativistic`,
+    it indexes the frames of a window from 0, like `sink_positions: window`; otherwise each frame has the index of its
+    place in the video. Raises UserError for another policy.
     """
     keys = ("num_frames_per_block", "local_attn_size", "sink_size", "rope_cache_policy")
     if stored.get("causal") is not None or not any(stored.get(key) is not None for key in keys):
@@ -207,7 +208,7 @@ def _from_fastvideo(stored: Config) -> dict[str, Any] | None:
     theirs = {"num_frame_per_block": stored.get("num_frames_per_block"), **{key: stored.get(key) for key in keys[1:3]}}
     policy = stored.get("rope_cache_policy") or "absolute"
     if policy not in ("absolute", "relativistic"):
-        raise UserError(f"rope_cache_policy is {policy}; known are absolute and relativistic")
+        raise UserError(f"rope_cache_policy {policy} is not supported; use absolute or relativistic")
     causal = _causal({key: value for key, value in theirs.items() if value is not None})
     if policy == "relativistic":
         causal["sink_positions"] = "window"
@@ -222,7 +223,7 @@ def _check_channels(in_channels: int, out_channels: int) -> None:
 
 
 def _from_shapes(shapes: Shapes) -> dict[str, Any] | None:
-    """What shapes tell of a stock configuration: all but the heads. None if they are not Wan's."""
+    """The part of a stock configuration that shapes determine: all but the heads. None if they are not Wan's."""
     needed = {
         "patch": "patch_embedding.weight",
         "ffn": "blocks.0.ffn.net.0.proj.weight",
