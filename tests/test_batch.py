@@ -377,9 +377,7 @@ def test_a_full_pool_refuses_or_lets_wait_in_turn() -> None:
     model = pico.dense_model()
     batch = batch_of(model, 2)
     first = batch.join(prompt(0))
-    with pytest.raises(
-        UserError, match="the stream needs 2 of its 2 lanes, 1 are free; when_full='queue' lets it wait"
-    ):
+    with pytest.raises(UserError, match="the stream needs 2 of its 2 lanes, but 1 are free; set when_full='queue' to"):
         batch.join(prompt(1), guidance_scale=2.0)
     assert batch.active == [first] and batch.waiting == []
 
@@ -407,7 +405,10 @@ def test_a_full_pool_refuses_or_lets_wait_in_turn() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"encoder_hidden_states": torch.zeros(1, 3, 8)}, r"a prompt of a stream is \[L, 8\], got \[1, 3, 8\]"),
+        (
+            {"encoder_hidden_states": torch.zeros(1, 3, 8)},
+            r"a stream must have shape \[L, 8\], got \[1, 3, 8\]",
+        ),
         ({"num_frames": 0}, "num_frames must be at least 1, got 0"),
         ({"negative_hidden_states": torch.zeros(2, 8)}, "the negative prompt has 2 tokens, the prompt 3"),
         ({"guidance_scale": 2.0}, "a stream with guidance needs 2 lanes, the pool has 1"),
@@ -429,9 +430,9 @@ def test_unknown_streams_and_empty_pools() -> None:
     assert [chunk.last for chunk in batch.chunks()] == [True]
     with pytest.raises(UsageError, match=f"there is no stream {number} in the batch"):
         batch.leave(number)
-    with pytest.raises(UsageError, match="a pool needs lanes"):
+    with pytest.raises(UsageError, match="lanes and lanes_per_pass must be at least 1"):
         batch_of(model, 0)
-    with pytest.raises(UsageError, match="when_full is 'refuse' or 'queue', got 'wait'"):
+    with pytest.raises(UsageError, match="when_full must be 'refuse' or 'queue', got 'wait'"):
         batch_of(model, 1, when_full="wait")
 
 

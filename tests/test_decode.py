@@ -133,7 +133,7 @@ def test_a_start_of_pictures_goes_through_the_vae(tmp_path: Path) -> None:
 
     save_video(video[:4], tmp_path / "start.mp4", fps=16, min_pixels=1)
     with pytest.raises(
-        UsageError, match=r"start.mp4 has 4 frames; the VAE takes one and then 4 at a time: give 1 or 5"
+        UsageError, match=r"start.mp4 has 4 frames, but the VAE takes one and then 4 at a time; give 1 or 5"
     ):
         read_start(tmp_path / "start.mp4", 4, 2, 3, vae)
 
@@ -319,7 +319,7 @@ def test_offloading_changes_nothing_and_reaches_every_pass(offload: str) -> None
         for number, one in enumerate((*models, vae)):
             weights = one._hf_hook.weights
             weights.bring = lambda weights=weights, number=number: (
-                moved.append(number) if not weights.there else None,
+                moved.append(number) if not weights.on_device else None,
                 Weights.bring(weights),
             )
         made()

@@ -200,7 +200,7 @@ def test_parts_are_found_beside_the_model_by_name_and_in_the_source(checkpoint, 
     monkeypatch.setattr("mla_convert.run.parts.download", lambda *given: asked.append(given) or pipeline)
     assert find_parts(tmp_path / "named", PICTURES) == pipeline
     assert asked == [("owner/wan", "abc", ["model_index.json", "vae/*"])]
-    with pytest.raises(UserError, match=r"has no tokenizer; give the folder or Hub id of a whole pipeline"):
+    with pytest.raises(UserError, match=r"has no tokenizer; give the folder or Hub ID of a complete pipeline"):
         find_parts(tmp_path, TEXT, str(tmp_path))
     assert find_parts(tmp_path, TEXT) is None
     source = {"model": "owner/student", "revision": "abc", "components": str(pipeline)}
@@ -295,7 +295,7 @@ def test_offloading_makes_the_same_video(capsys, checkpoint, tmp_path, offload):
             "denoising_steps: the steps must fall from at most 1000 to at least 1",
         ),
         (["--prompt", "7", "--denoising-steps", "many"], 2, "'many' is not a list of denoising steps"),
-        (["--prompt", "7", "--size", "15x16"], 2, "a height of 16 does"),
+        (["--prompt", "7", "--size", "15x16"], 2, "use a height of 16"),
         (["--prompt", "7", "--size", "16x16", "--latent-size", "16x16"], 2, "give --size or --latent-size"),
         (["--prompt", "7", "--seconds", "1", "--endless"], 2, "give only one of --frames, --seconds and --endless"),
         (["--prompt", "7", "--prompt-at", "soon: 3"], 2, "'soon: 3' is not a prompt with a time"),
@@ -362,8 +362,8 @@ def test_what_a_wan_model_lacks_is_named(capsys, tmp_path):
     for options, message in (
         (["--prompt", "a"], "this checkpoint has no text encoder; give --components"),
         (["--prompt-embeds", tmp_path / "embeds.safetensors"], "has no VAE; give --components"),
-        (["--prompt", "a", "--size", "20x48"], "a height of 20 is not a multiple of 8, the VAE's; give 16"),
-        (["--prompt", "a", "--size", "24x48"], "a height of 4 (32 pixels) does"),
+        (["--prompt", "a", "--size", "20x48"], "a height of 20 is not a multiple of the VAE's 8; use 16"),
+        (["--prompt", "a", "--size", "24x48"], "use a height of 4 (32 pixels)"),
     ):
         code, _, err = call(capsys, "generate", tmp_path / "alone", *options, "--out", tmp_path / "x.mp4")
         assert code == 2 and message in error_line(err)

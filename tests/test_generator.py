@@ -181,15 +181,15 @@ def test_what_it_refuses() -> None:
     generator = SelfForcingGenerator(model, context_timestep=10.0)
     text = {"prompt_embeds": pico.inputs(1, 2, HEIGHT, WIDTH)[2]}
     x, clean = torch.zeros(1, CHUNK, 2, HEIGHT, WIDTH), torch.zeros(1, CHUNK)
-    with pytest.raises(ValueError, match="this generator streams"):
+    with pytest.raises(ValueError, match="this generator needs a kv_cache"):
         generator(x, text, clean)
-    with pytest.raises(ValueError, match="no multiple of the 6 tokens of a frame; set the pipeline's frame_seq_length"):
+    with pytest.raises(ValueError, match="a multiple of the 6 tokens per frame; set the pipeline's frame_seq_length"):
         generator(x, text, clean, kv_cache=[], current_start=7)
     caches: list[Any] = []
     generator(x, text, clean + 11, kv_cache=caches)
-    with pytest.raises(ValueError, match="at frame 2 follows one that was not kept, at frame 0; set context_timestep"):
+    with pytest.raises(ValueError, match="at frame 2 follows one that was not cached, at frame 0; set"):
         generator(x, text, clean, kv_cache=caches, current_start=CHUNK * TOKENS)
-    with pytest.raises(ValueError, match="a chunk of 1 frames is given at frame 0, where the model has 2"):
+    with pytest.raises(ValueError, match="got a chunk of 1 frames at frame 0, where the model expects 2"):
         generator(x[:, :1], text, clean[:, :1], kv_cache=caches)
     with pytest.raises(ValueError, match="the pipeline makes chunks of 3 frames, the model of 2"):
         Pipeline(generator, chunk=3)

@@ -163,10 +163,10 @@ def test_a_picture_conditions_the_pipeline(pipe: Any, source: Path) -> None:
     ("changes", "missing", "message"),
     [
         ({"image": None}, (), "the model is conditioned on an image; give image="),
-        ({"last_image": picture()}, (), "last_image ends a video that is made at once"),
-        ({"image": "none.png"}, (), "none.png does not exist; an image is a file"),
-        ({}, ("vae",), "this pipeline has no vae, which encodes the image"),
-        ({}, ("image_encoder",), "has no image_encoder and image_processor for the image; pass them"),
+        ({"last_image": picture()}, (), "last_image is not supported"),
+        ({"image": "none.png"}, (), "none.png does not exist; give an image file"),
+        ({}, ("vae",), "this pipeline has no vae to encode the image"),
+        ({}, ("image_encoder",), "has no image_encoder and image_processor for the image; pass both"),
     ],
 )
 def test_what_an_image_lacks_is_named(
@@ -184,13 +184,13 @@ def test_a_model_without_channels_for_an_image_takes_a_start(tmp_path: Path, sou
     model = pico.dense_model(in_channels=4, out_channels=4, text_dim=DIM, causal=CAUSAL)
     pipe = StreamingMLAPipeline(model, AutoencoderKLWan.from_pretrained(source / "vae"))
     asked = {"prompt_embeds": torch.zeros(1, 3, DIM), "height": 32, "width": 48, "num_frames": 5}
-    with pytest.raises(UsageError, match="has no channels for image=; start= continues an image with this model"):
+    with pytest.raises(UsageError, match="has no channels for image=; use start= to continue an image"):
         pipe(**asked, image=picture())
     flf2v = case.model("wan2.1", text_dim=DIM, pos_embed_seq_len=5)
-    with pytest.raises(UsageError, match="reads a first and a last image, and a stream does not know where it ends"):
+    with pytest.raises(UsageError, match="reads a first and a last image, which streaming does not support; use"):
         StreamingMLAPipeline(flf2v, pipe.vae)(**asked, image=picture())
     other = case.model("wan2.2", in_channels=13, text_dim=DIM, causal=CAUSAL)
-    with pytest.raises(UserError, match="reads 9 channels beside the latent, this VAE makes 8 of an image"):
+    with pytest.raises(UserError, match="reads 9 channels of an image, but this VAE makes 8"):
         StreamingMLAPipeline(other, pipe.vae)(**asked, image=picture())
 
 
@@ -261,10 +261,10 @@ def test_generate_takes_an_image(
     parts = ["--components", source]
     for given, expected, message in (
         ([checkpoint], 2, "the model is conditioned on an image; give --image"),
-        ([tmp_path / "t2v", *image], 2, "the model has no channels for --image; --start continues an image"),
-        ([checkpoint, "--image", tmp_path / "text.png"], 1, "text.png is no image that can be read"),
-        ([checkpoint, "--image", tmp_path / "a.mp4"], 1, "a.mp4 does not exist; an image is a file"),
-        ([checkpoint, "--image", out], 2, "out.safetensors is no single image; give a picture"),
+        ([tmp_path / "t2v", *image], 2, "the model has no channels for --image; use --start to continue an image"),
+        ([checkpoint, "--image", tmp_path / "text.png"], 1, "text.png cannot be read as an image"),
+        ([checkpoint, "--image", tmp_path / "a.mp4"], 1, "a.mp4 does not exist; give an image file"),
+        ([checkpoint, "--image", out], 2, "out.safetensors is not a single image; give a picture"),
     ):
         code, err = generated(capsys, *given, *common, *parts, "--out", tmp_path / "x.mp4")
         assert (code, message in err, err.count("\n")) == (expected, True, 0), err
@@ -335,5 +335,5 @@ def test_a_stream_of_a_batch_takes_what_is_made_of_an_image(pipe: Any) -> None:
     batch = StreamBatch(pipe.transformer, 1, 4, 6, num_inference_steps=1)
     batch.join(text[0], num_frames=3, conditions=told)
     assert torch.equal(torch.cat([c.latents for c in batch.chunks()], dim=1), torch.cat(list(chunks), dim=2)[0])
-    with pytest.raises(UserError, match="reads the image's CLIP tokens; give those that its image encoder makes"):
+    with pytest.raises(UserError, match="reads the image's CLIP tokens; encode them with its image encoder"):
         image_conditions(pipe.transformer.config, picture(), pipe.vae, 4, 6, None)

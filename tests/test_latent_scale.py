@@ -91,9 +91,9 @@ def test_a_size_in_pixels_is_that_of_the_video(folder: Path, tmp_path: Path, cap
     assert load_file(tmp_path / "l.safetensors")["latents"].shape == (48, 2, 4, 6)
     capsys.readouterr()
     assert generate(folder, tmp_path / "x.mp4", "--size", "72x96") == 2
-    assert "a height of 72 is not a multiple of 16, the VAE's; give 64" in capsys.readouterr().err
+    assert "a height of 72 is not a multiple of the VAE's 16; use 64" in capsys.readouterr().err
     assert generate(folder, tmp_path / "x.mp4", "--size", "48x96") == 2
-    assert "a height of 4 (64 pixels) does" in capsys.readouterr().err
+    assert "use a height of 4 (64 pixels)" in capsys.readouterr().err
 
 
 def test_without_a_size_it_is_the_models_own(folder: Path, tmp_path: Path) -> None:
@@ -108,10 +108,10 @@ def test_a_vae_of_another_scale_is_refused(folder: Path, tmp_path: Path, capsys:
     assert generate(folder, tmp_path / "x.mp4", "--frames", "1", "--components", str(folder / "other")) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line == (
-        f"error: a latent of the VAE in {folder / 'other'} is 4 frames of 8x8 pixels, one of a model of 48 channels "
-        "4 frames of 16x16; give --components"
+        f"error: a latent of the VAE in {folder / 'other'} covers 4 frames of 8x8 pixels, but one of a model of "
+        "48 channels covers 4 frames of 16x16; give --components"
     )
-    with pytest.raises(UserError, match="it has latents of 4 channels, the model makes 48; no"):
+    with pytest.raises(UserError, match="it has latents of 4 channels, but the model makes 48; no"):
         check_vae(tiny_vae(4, **WAN22), TI2V, "it", "no")
 
 
@@ -125,5 +125,5 @@ def test_the_pipeline_takes_the_same_scale(folder: Path) -> None:
     pipe.vae = tiny_vae(48, **WAN22)
     assert pipe(num_frames=5, height=64, width=96, **settings).frames.shape == (1, 5, 64, 96, 3)
     pipe.vae = tiny_vae(48, base_dim=3, dim_mult=[1, 1, 1, 1])
-    with pytest.raises(UserError, match=r"a latent of the pipeline's vae is 4 frames of 8x8 pixels, .* of 16x16"):
+    with pytest.raises(UserError, match=r"a latent of the pipeline's vae covers 4 frames of 8x8 pixels, .* of 16x16"):
         pipe.stream(**settings)

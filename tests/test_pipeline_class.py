@@ -109,7 +109,7 @@ def test_checkpoints_and_standalone_exports_load_too(exported: Path, tmp_path: P
         pipe = StreamingMLAPipeline.from_pretrained(folder)
         assert type(pipe.transformer) is type(load_checkpoint(checkpoint)) and pipe.digits
         assert (pipe.config.sampling or {}).get("fps") == (None if folder.name == "teacher" else 4)
-    with pytest.raises(UserError, match=r"read without diffusers' loader, which alone knows device_map"):
+    with pytest.raises(UserError, match=r"is not loaded by diffusers, so device_map is not supported"):
         StreamingMLAPipeline.from_pretrained(checkpoint, device_map="balanced")
     with pytest.raises(UserError, match="holds no checkpoint"):
         StreamingMLAPipeline.from_pretrained(tmp_path)
@@ -351,15 +351,15 @@ def test_parts_that_are_only_named_are_looked_for_there(
     ("settings", "message"),
     [
         ({"seconds": 0}, "a video of 0 seconds has no frames"),
-        ({"seconds": 1, "num_frames": 3}, "give num_frames or seconds"),
-        ({"num_frames": 0}, "a video has at least one frame"),
+        ({"seconds": 1, "num_frames": 3}, "give num_frames or seconds, not both"),
+        ({"num_frames": 0}, "num_frames must be at least 1"),
         ({"height": 15}, "a latent of 15x16 does not divide"),
         ({"height": -16}, "a height of -16"),
         ({"sampler": "unipc"}, "unknown sampler 'unipc'"),
         ({"denoising_steps": [250, 1000]}, "fall from at most 1000"),
-        ({"num_inference_steps": 0}, "num_inference_steps is more than 0"),
-        ({"output_type": "gif"}, "output_type is np, pt, pil or latent"),
-        ({"prompt": None}, "give prompt or prompt_embeds"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be more than 0"),
+        ({"output_type": "gif"}, "output_type must be np, pt, pil or latent"),
+        ({"prompt": None}, "give either prompt or prompt_embeds"),
         ({"prompt": "seven"}, "cannot read the digits prompt 'seven'"),
         ({"prompt": None, "prompt_embeds": torch.zeros(3, 7)}, r"\[B, L, 32\] is expected"),
     ],
@@ -375,7 +375,7 @@ def test_what_a_pipeline_lacks_is_named() -> None:
         pipe.stream("a", output_type="latent")
     with pytest.raises(UsageError, match="has no vae"):
         pipe.stream(prompt_embeds=torch.zeros(1, 3, DIM))
-    with pytest.raises(UsageError, match="a height of 20 is not a multiple of 8"):
+    with pytest.raises(UsageError, match="a height of 20 is not a multiple of the VAE's 8"):
         pipe.stream(prompt_embeds=torch.zeros(1, 3, DIM), output_type="latent", height=20)
     with pytest.raises(ValueError, match="does not stream"):
         StreamingMLAPipeline(torch.nn.Linear(2, 2))

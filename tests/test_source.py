@@ -191,10 +191,10 @@ REFUSED = [
     ({"source": clean(4)[0]}, r"the source has shape \[2, 4, 6, 4\]; \[1, 2, F, 6, 4\] is expected"),
     ({"source": clean(4, batch=3)}, r"the source has shape \[3, 2, 4, 6, 4\]"),
     ({"source": asked_for(torch.zeros(1, 3, 9, 6, 4))}, r"\[1, 2, F, 6, 4\] is expected"),
-    ({"source": lambda first, stop: clean(99)}, "the source gives 99 frames where . are asked for"),
+    ({"source": lambda first, stop: clean(99)}, "the source returned 99 frames; at most . were requested"),
     ({"source": clean(0)}, "the source has no frames"),
     ({"source": asked_for(clean(0))}, "the source has no frames"),
-    ({"source": clean(4), "start": clean(4)}, "and a start begins with others; give one"),
+    ({"source": clean(4), "start": clean(4)}, "a source already determines the first frames; give source or start"),
     ({"source": clean(4), "strength": 0.0}, "the strength must be above 0 and at most 1, not 0"),
     ({"source": clean(4), "strength": 1.1}, "not 1.1"),
 ]
@@ -290,7 +290,7 @@ def test_a_batch_refuses_what_a_rollout_does() -> None:
     batch = batch_of(pico.dense_model(), 2)
     for settings, message in (
         ({"source": clean(4)}, "is expected"),
-        ({"source": clean(4)[0], "start": clean(4)[0]}, "give one"),
+        ({"source": clean(4)[0], "start": clean(4)[0]}, "give source or start, not both"),
         ({"source": clean(4)[0], "strength": 2.0}, "at most 1, not 2"),
     ):
         with pytest.raises(UsageError, match=message):

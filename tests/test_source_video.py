@@ -155,10 +155,10 @@ def test_a_source_that_cannot_be_read_is_refused_at_once(tmp_path: Path) -> None
     save_file({"frames": torch.zeros(1)}, tmp_path / "b.safetensors")
     write_latents(tmp_path / "c.safetensors", 3, (4, 2, 4))
     for name, scale, message in (
-        ("none.mp4", SCALE, "none.mp4 does not exist; a source is a file"),
+        ("none.mp4", SCALE, "none.mp4 does not exist; give a source file"),
         ("a.mp4", SCALE, "a.mp4 cannot be used: it cannot be decoded"),
-        ("a.mp4", (1, 1), "is neither an image nor a video"),
-        ("b.safetensors", SCALE, r"a source is the tensor latents \[C, F, H, W\]"),
+        ("a.mp4", (1, 1), "cannot be read as an image or a video"),
+        ("b.safetensors", SCALE, r"a source must be the tensor latents \[C, F, H, W\]"),
         ("c.safetensors", SCALE, "has 4 channels of 2x4, the rollout 4 channels of 2x3"),
     ):
         with pytest.raises(UserError, match=message) as caught:
@@ -169,7 +169,7 @@ def test_a_source_that_cannot_be_read_is_refused_at_once(tmp_path: Path) -> None
     assert isinstance(still, SourceVideo)
     (frame,) = still._seen
     assert frame[..., 0].min() > 250 and list(still.frames) == []
-    with pytest.raises(UsageError, match="not of int"):
+    with pytest.raises(UsageError, match="not int"):
         open_source([3], LATENT, SCALE, 16)(0, 1)  # type: ignore[list-item, operator]
 
 
@@ -228,9 +228,9 @@ def test_a_wan_video_goes_through_the_encoder_and_the_decoder(
         (["--source", "SOURCE", "--start", "SOURCE"], "leave --start out"),
         (["--source", "SOURCE", "--image", "SOURCE"], "has no channels for --image"),
         (["--source", "SOURCE", "--endless"], "leave --endless out"),
-        (["--source", "none.mp4"], "none.mp4 does not exist; a source is a file"),
-        (["--source", "BROKEN"], "is neither an image nor a video that can be read"),
-        (["--source", "LATENTS"], "give the latent size of the source"),
+        (["--source", "none.mp4"], "none.mp4 does not exist; give a source file"),
+        (["--source", "BROKEN"], "cannot be read as an image or a video"),
+        (["--source", "LATENTS"], "roll out at the source's latent size"),
     ],
 )
 def test_wrong_inputs_are_refused_before_anything_is_loaded(
@@ -294,7 +294,7 @@ def test_the_pipeline_refuses_at_the_call(wan: Path, tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", 5, (32, 48))
     settings = {"height": 32, "width": 48, "guidance_scale": 1}
     for more, message in (
-        ({"strength": 0.5}, "give source=, or leave it out"),
+        ({"strength": 0.5}, "give source=, or leave strength out"),
         ({"source": path, "start": path}, "leave start= out"),
         ({"source": path, "strength": 0.0}, "above 0 and at most 1"),
         ({"source": "none.mp4"}, "does not exist"),
@@ -302,7 +302,7 @@ def test_the_pipeline_refuses_at_the_call(wan: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             pipe.stream("a", **more, **settings)
     pipe.vae = None
-    with pytest.raises(UsageError, match="no vae, which encodes the source"):
+    with pytest.raises(UsageError, match="no vae to encode the source"):
         pipe.stream("a", source=path, output_type="latent", **settings)
 
 
@@ -340,8 +340,8 @@ def test_a_recipe_restyles_what_it_says(digits: Path, tmp_path: Path) -> None:
     assert validate(GenerateConfig, config.model_dump(mode="json")) == config
     assert validate(GenerateConfig, {}).num_frames == 21
     for given, message in (
-        ({"strength": 0.4}, "give source, or leave it out"),
-        ({"source": "a", "start": "b"}, "give source or start, one of the two"),
+        ({"strength": 0.4}, "give source, or leave strength out"),
+        ({"source": "a", "start": "b"}, "give source or start, not both"),
         ({"source": "a", "strength": 0.0}, "strength"),
     ):
         with pytest.raises(UsageError, match=message) as caught:

@@ -68,8 +68,8 @@ def test_one_image_starts_every_item_of_a_batch() -> None:
 @pytest.mark.parametrize(
     ("window", "shape", "message"),
     [
-        (WINDOWS[1], (1, 2, 1, 6, 4), "a start of 1 frames does not end with a chunk; lengths that fit are 2, 4, 6, 8"),
-        (WINDOWS[0], (1, 2, 2, 6, 4), "lengths that fit are 1, 4, 7, 9"),
+        (WINDOWS[1], (1, 2, 1, 6, 4), "a start of 1 frames does not end with a chunk; use one of 2, 4, 6, 8"),
+        (WINDOWS[0], (1, 2, 2, 6, 4), "use one of 1, 4, 7, 9"),
         (WINDOWS[1], (1, 2, 10, 6, 4), "the start has 10 frames, more than the 9 of the rollout"),
         (WINDOWS[1], (1, 2, 2, 6, 6), "the start has 2 channels of 6x6, the rollout 2 channels of 6x4"),
     ],
@@ -108,9 +108,9 @@ def test_files_that_hold_no_start_are_refused_in_a_line(tmp_path: Path) -> None:
     save_file({"frames": torch.zeros(1, 4)}, wrong)
     for path, channels, message in (
         (picture, 16, "the model works on latents; encode the picture"),
-        (text, 1, "is neither an image nor a video"),
-        (tmp_path / "d.mp4", 1, "is neither an image nor a video"),
-        (wrong, 16, r"holds frames \[1, 4\]; a start is the tensor latents \[C, F, H, W\]"),
+        (text, 1, "cannot be read as an image or a video"),
+        (tmp_path / "d.mp4", 1, "cannot be read as an image or a video"),
+        (wrong, 16, r"holds frames \[1, 4\]; a start must be the tensor latents \[C, F, H, W\]"),
         (tmp_path / "none.png", 1, "does not exist"),
     ):
         with pytest.raises(UserError, match=message) as caught:

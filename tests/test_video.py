@@ -92,7 +92,7 @@ def test_wrong_targets_are_refused_before_anything_is_written(tmp_path: Path) ->
         save_video(moving_square(), tmp_path / "a.avi", fps=8)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
-    with pytest.raises(UsageError, match="holds more than video frames"):
+    with pytest.raises(UsageError, match="contains other files than video frames"):
         check_suffix(tmp_path / "mine")
     with pytest.raises(UserError, match="no frames"):
         save_video(iter([]), tmp_path / "a.mp4", fps=8)

@@ -23,9 +23,9 @@ from mla_convert.run.stream import stream_chunks
 
 POSITIONS = 11
 CAUSAL = {"num_frames_per_block": 2, "window_frames": 5, "sink_frames": 1, "sink_positions": "absolute"}
-REFUSED = "12 latent frames are more than the rotary table's 11 positions: make a shorter video, or set "
-REFUSED += "causal.sink_positions: window, which never leaves it"
-NOTICE = "ends after 10 latent frames, where the rotary table does: set causal.sink_positions: window"
+REFUSED = "12 latent frames are more than the rotary table's 11 positions; make a shorter video, or set "
+REFUSED += "causal.sink_positions: window for endless videos"
+NOTICE = "ends after 10 latent frames, with the rotary table; set causal.sink_positions: window"
 
 
 def short(causal: dict[str, Any] = CAUSAL, **changes: Any) -> Any:
@@ -53,9 +53,9 @@ def test_where_a_video_ends(causal: dict[str, Any], positions: int, num_frames: 
 
 @pytest.mark.parametrize("given", [{"num_frames": 21}, {"num_frames": None, "given": 21}])
 def test_what_does_not_fit_is_refused_with_its_own_remedy(given: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match=r"21 latent frames .* 20 positions: .*causal\.sink_positions: window"):
+    with pytest.raises(UsageError, match=r"21 latent frames .* 20 positions; .*causal\.sink_positions: window"):
         video_end(CausalConfig(sink_positions="absolute"), 20, **given)
-    with pytest.raises(UsageError, match=r"causal\.window_frames, which is 30, to no more than its positions"):
+    with pytest.raises(UsageError, match=r"causal\.window_frames, now 30, to at most the table's positions"):
         video_end(CausalConfig(window_frames=30), 20, **given)
 
 
@@ -112,7 +112,7 @@ def test_a_stream_without_an_end_leaves_at_the_table_and_the_others_go_on(caplog
     assert f"stream {late} {NOTICE}" in caplog.text and sorted(batch.pool.free) == [0, 1]
     for number in (early, late):
         assert pico.relative_error(torch.cat(made[number], dim=1), alone(model, prompt(number), 10, number + 1)) < 1e-5
-    with pytest.raises(UsageError, match="it may have come to its end"):
+    with pytest.raises(UsageError, match="it may have ended"):
         batch.leave(early)
 
 
@@ -171,7 +171,7 @@ def test_generate_refuses_before_it_loads(
 def test_an_endless_video_is_finished_at_the_table(teacher: Path, tmp_path: Path, capsys: Any) -> None:
     assert generate(teacher, tmp_path / "frames", "--endless") == 0
     told = capsys.readouterr()
-    assert "the video ends after 15 latent frames, where the rotary table does: set causal.sink_positions" in told.err
+    assert "the video ends after 15 latent frames, with the rotary table; set causal.sink_positions" in told.err
     assert len(list((tmp_path / "frames").iterdir())) == 15 and "15 latent frames" in " ".join(told.out.split())
 
 

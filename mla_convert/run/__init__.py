@@ -1,1 +1,1 @@
-"""Streaming generation with a converted or a dense model."""
+"""Generates video with a converted or a dense model, chunk by chunk."""

@@ -1,4 +1,4 @@
-"""`AnyFlowFARPipeline` without the dense cache that the stock one allocates."""
+"""Runs `AnyFlowFARPipeline` without the dense cache that the stock pipeline allocates."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from ..families.anyflow_far import PARTITION
 class StreamingAnyFlowFARPipeline(AnyFlowFARPipeline):
     """`AnyFlowFARPipeline` for a `CausalAnyFlowFARTransformer3DModel` or an `MLAAnyFlowFARTransformer3DModel`.
 
-    Arguments and results are the stock pipeline's. That one makes its dense key and value tensors
-    before it asks the transformer for anything, which then lets go of them at the first step; here
-    they are never made.
+    Arguments and results are the stock pipeline's. That pipeline allocates dense key and value tensors before it calls
+    the transformer, which drops them at the first step. Here they are never allocated.
     """
 
     def __call__(
@@ -24,7 +23,7 @@ class StreamingAnyFlowFARPipeline(AnyFlowFARPipeline):
     ) -> Any:
         """Generate as the stock pipeline does. Raises ValueError for `use_kv_cache=False`."""
         if not use_kv_cache:
-            raise ValueError("use_kv_cache=False is not supported: the transformer reads history from its cache alone")
+            raise ValueError("use_kv_cache=False is not supported, because history is only in the cache; leave it out")
         partition = kwargs.get("chunk_partition") or self.transformer.config.chunk_partition
         holder = {PARTITION: list(partition)}
         return super().__call__(

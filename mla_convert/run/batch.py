@@ -1,18 +1,18 @@
-"""Many independent rollouts in one process: streams join and leave, and share their passes.
+"""Runs many independent rollouts in one process: streams join and leave, and share passes.
 
-A `StreamBatch` works in rounds; `step` is one. A round makes the next chunk of every stream in the batch: the
-denoising steps, then the pass that writes the chunk to the cache. Rounds begin and end at chunk borders, so every
-stream is at the same denoising step as the others of its pass, however old it is, and that is where streams join,
-leave and change their prompt. A stream that arrives while a round runs waits for its end, at most one chunk.
+A `StreamBatch` works in rounds, one per call of `step`. A round generates the next chunk of every stream in the batch:
+the denoising steps, then the pass that writes the chunk to the cache. Rounds begin and end at chunk boundaries, where
+streams join, leave and change their prompt. So all streams of a pass are at the same denoising step, whatever their
+age. A stream that arrives during a round waits for its end, at most one chunk.
 
-Streams share a pass when their chunks have the same shape and begin at the same place in the window, see
-`mla/pool.py`. In the steady state all do: a round is then as many passes as one chunk of one stream needs,
-whatever the ages of the streams. What does not fit goes in a pass of its own, in the same round: streams whose
-windows are still filling up, by their age; a short last chunk; prompts of another length.
+Streams share a pass when their chunks have the same shape and begin at the same place in the window (`mla/pool.py`). In
+the steady state all do, and a round takes as many passes as one chunk of one stream, whatever the ages of the streams.
+Other streams have their own passes in the same round: those whose windows are still filling up, by age; those with a
+short last chunk; those with prompts of another length.
 
-Noise comes from each stream's own generator, and no operation mixes batch items. So a stream is the rollout that
-`stream_chunks` makes of its prompt and seed: to the bit where a stream has its passes to itself, otherwise up to
-the order in which a matrix product sums, which may depend on the size of the batch.
+Noise comes from each stream's own generator, and no operation mixes batch items. So a stream equals the rollout of
+`stream_chunks` with its prompt and seed. It is bit-identical where the stream shares no pass. Otherwise the summation
+order of matrix products may differ, because it may depend on the batch size.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ logger = logging.getLogger(__name__)
 
 
 class StreamChunk(NamedTuple):
-    """A finished chunk of a stream: `latents` `[C, F, H, W]`, float32, from its frame `first` on.
+    """A finished chunk of a stream: `latents` `[C, F, H, W]`, float32, starting at its frame `first`.
 
-    `last` says that the stream has come to its end and has left. It has no frames where only then a source has none.
+    `last` means that the stream has ended and left. The chunk has no frames if the source ended at the chunk before.
     """
 
     stream: int
@@ -55,12 +55,13 @@ class StreamChunk(NamedTuple):
 
 @dataclass
 class _Stream:
-    """A rollout under way; `drawn` and `clean` are noise and source of the chunk in work, left by a failed round.
+    """The state of a rollout.
 
-    `text` and `negative` `[L, D]` are what each expert reads, on its device and in its dtype. `cut` says that its
-    `num_frames` are the rotary table's, and not what was asked for. `recent` are the chunks `[1, C, F, H, W]` that its
-    ring holds, where they may have to be written again, and `stale` says that they have to. `written` is the end of
-    the last chunk that has taken slots of the ring, in a failed round too.
+    `text` and `negative` `[L, D]` hold one prompt per expert, on its device and in its dtype. `drawn` and `clean` are
+    noise and source of the current chunk, kept so that a failed round can be repeated. `cut` says that `num_frames` is
+    the limit of the rotary table, not the requested length. With `recache`, `recent` holds the chunks `[1, C, F, H, W]`
+    that are in the ring, and `stale` says that they have to be written again. `written` is the end of the last chunk
+    that has taken slots of the ring, also in a failed round.
     """
 
     text: list[Tensor]
@@ -86,7 +87,7 @@ class _Stream:
         return 1 if self.guidance_scale == 1 else 2
 
     def held(self, frames: int) -> Tensor | None:
-        """Those of the next `frames` frames `[C, F0, H, W]` that its start gives; None where there are none."""
+        """The part `[C, F0, H, W]` of the next `frames` frames that the start covers; None if there is none."""
         if self.start is None or self.start.shape[1] <= self.frames_seen:
             return None
         return self.start[:, self.frames_seen : self.frames_seen + frames]
@@ -95,18 +96,18 @@ class _Stream:
 class StreamBatch:
     """Continuous batching of rollouts of `model`, or of several experts that share the noise levels (Wan2.2).
 
-    The cache is a pool of `lanes`, allocated at once for latents of `height x width`, in `cache_dtype` where that
-    is given and else as `set_cache` says: a stream takes one lane, with classifier-free guidance two.
-    `num_inference_steps`, `shift`, `context_noise`, `sampler`, `denoising_steps` and `first_chunk_steps` are those of
-    `stream_chunks`, the same for all streams, since they belong to the model.
+    The cache is a pool of `lanes`, allocated once for latents of `height x width`, in `cache_dtype` or by default as
+    `set_cache` says. A stream takes one lane, with classifier-free guidance two. `num_inference_steps`, `shift`,
+    `context_noise`, `sampler`, `denoising_steps` and `first_chunk_steps` are those of `stream_chunks` and apply to all
+    streams, because they belong to the model.
 
-    When the lanes do not suffice for a stream, `when_full` says what becomes of it: `refuse` raises UserError,
-    `queue` lets it wait in the order of arrival. A pass takes at most `lanes_per_pass` lanes, all of them when
-    left out: its working memory grows with them, the cache does not. `device` is where the model computes, where
-    hooks move its weights there and back; the pool lies there. With `recache` a changed prompt has the stream's
-    window written again before its next chunk, as in `stream_chunks`.
+    When there are too few free lanes for a stream, `when_full="refuse"` raises UserError and `"queue"` lets the stream
+    wait in order of arrival. A pass takes at most `lanes_per_pass` lanes, by default all. Its working memory grows with
+    this number; the cache does not. `device` is where the model computes, for hooks that move its weights there and
+    back; the pool is allocated there. With `recache`, the window of a stream whose prompt has changed is written again
+    before its next chunk, as in `stream_chunks`.
 
-    Not for several threads at once. Raises UserError for a model whose cache is no ring of frames.
+    Not thread-safe. Raises UserError for a model whose cache is not a ring of frames.
     """
 
     def __init__(
@@ -128,9 +129,9 @@ class StreamBatch:
         recache: bool = False,
     ) -> None:
         if lanes < 1 or (lanes_per_pass is not None and lanes_per_pass < 1):
-            raise UsageError(f"a pool needs lanes: got lanes={lanes}, lanes_per_pass={lanes_per_pass}")
+            raise UsageError(f"lanes and lanes_per_pass must be at least 1, got {lanes} and {lanes_per_pass}")
         if when_full not in ("refuse", "queue"):
-            raise UsageError(f"when_full is 'refuse' or 'queue', got {when_full!r}")
+            raise UsageError(f"when_full must be 'refuse' or 'queue', got {when_full!r}")
         self.models = list(model) if isinstance(model, Sequence) else [model]
         self.devices = [torch.device(device or one.device) for one in self.models]
         places = zip(self.models, self.devices, strict=True)
@@ -152,7 +153,7 @@ class StreamBatch:
 
     @property
     def waiting(self) -> list[int]:
-        """Streams that wait for lanes, in the order of arrival."""
+        """Streams that wait for lanes, in order of arrival."""
         return list(self._waiting)
 
     def bytes(self) -> int:
@@ -172,16 +173,16 @@ class StreamBatch:
         source: Tensor | FramesAt | None = None,
         strength: float = STRENGTH,
     ) -> int:
-        """Add a stream from the next round on; its number.
+        """Add a stream that starts in the next round, and return its number.
 
-        `encoder_hidden_states` and `negative_hidden_states`, zeros by default, are `[L, D]`, `start` is
-        `[C, F0, H, W]`, `conditions` are those of a batch of one, as `image_conditions` makes them; the meaning is that
-        of `stream_chunks`. Without `num_frames` the stream goes on until
-        `leave`, or with absolute positions to the last whole chunk within the rotary table, which a logger then says.
+        `encoder_hidden_states` and `negative_hidden_states` (zeros by default) are `[L, D]`. `start` is
+        `[C, F0, H, W]`. `conditions` are for a batch of one, as from `image_conditions`. Their meaning is that in
+        `stream_chunks`. Without `num_frames`, the stream runs until `leave`; with absolute positions, it ends at the
+        last whole chunk within the rotary table, and a warning is logged.
 
-        `source` is `[C, F, H, W]`, or a function that gives `[1, C, F, H, W]`: a round asks it for one chunk before it
-        makes any, so that one that waits for pictures has all streams wait. The stream ends where it does. Streams
-        share the passes of those with the same `strength`.
+        `source` is `[C, F, H, W]`, or a function that returns `[1, C, F, H, W]`. A round calls it for one chunk before
+        generating anything, so a source that waits for frames delays all streams. The stream ends with its source.
+        Streams share passes only with those of the same `strength`.
 
         Raises UserError when the pool is full and `when_full` is `refuse`; UsageError for values that do not fit.
         """
@@ -189,10 +190,10 @@ class StreamBatch:
         negative = _zeros(text) if negative_hidden_states is None else self._read(negative_hidden_states)
         if len(negative[0]) != len(text[0]):
             raise UsageError(
-                f"the negative prompt has {len(negative[0])} tokens, the prompt {len(text[0])}; pad them to one length"
+                f"the negative prompt has {len(negative[0])} tokens, the prompt {len(text[0])}; pad both to one length"
             )
         if num_frames is not None and num_frames < 1:
-            raise UsageError(f"num_frames must be at least 1, got {num_frames}; leave it out for a stream without end")
+            raise UsageError(f"num_frames must be at least 1, got {num_frames}; leave it out for an endless stream")
         clean = None
         if source is not None:
             check_alone(start)
@@ -204,9 +205,9 @@ class StreamBatch:
         if start is not None:
             check_start(start.unsqueeze(0), self.causal, end, self.size, whole_chunks=not hold_start)
         generator = torch.Generator().manual_seed(seed)
-        told = Conditions(self.models, conditions, 1, end, self.size[1:])
+        supplied = Conditions(self.models, conditions, 1, end, self.size[1:])
         cut = end != num_frames
-        stream = _Stream(text, negative, guidance_scale, end, start, generator, told, schedule, clean, cut=cut)
+        stream = _Stream(text, negative, guidance_scale, end, start, generator, supplied, schedule, clean, cut=cut)
         self._check_room(stream)
         number = next(self._numbers)
         self._streams[number] = stream
@@ -215,22 +216,21 @@ class StreamBatch:
         return number
 
     def change_prompt(self, stream: int, encoder_hidden_states: Tensor) -> None:
-        """Give a stream another prompt `[L, D]` from its next chunk on; what it has made stays as it is.
+        """Give a stream another prompt `[L, D]`, starting with its next chunk; earlier chunks do not change.
 
-        With `recache` the next round begins by writing its window to the cache again.
-
-        A negative prompt other than zeros keeps its length, which the new one must have too. Raises UsageError.
+        With `recache`, the next round begins by writing its window to the cache again. Raises UsageError if the length
+        differs from that of a negative prompt other than zeros.
         """
         changed, text = self._found(stream), self._read(encoder_hidden_states)
         tokens, before = len(text[0]), len(changed.negative[0])
         if tokens != before:
             if changed.negative[0].any():
-                raise UsageError(f"the prompt has {tokens} tokens, the negative one {before}; pad it to that")
+                raise UsageError(f"the prompt has {tokens} tokens, the negative prompt {before}; pad it to that length")
             changed.negative = _zeros(text)
         changed.text, changed.stale = text, self.recache
 
     def leave(self, stream: int) -> None:
-        """Take a stream out of the batch or the queue; its lanes are free at once. Raises UsageError."""
+        """Remove a stream from the batch or the queue and free its lanes. Raises UsageError for an unknown stream."""
         self.pool.give_back(self._found(stream).lanes)
         del self._streams[stream]
         if stream in self._waiting:
@@ -239,9 +239,9 @@ class StreamBatch:
 
     @torch.no_grad()
     def step(self) -> list[StreamChunk]:
-        """One round: the next chunk of every active stream, in the order of their numbers.
+        """Run one round: return the next chunk of every active stream, in the order of their numbers.
 
-        A round that fails, for want of memory say, leaves every stream where it was and may be repeated.
+        A round that fails, such as by running out of memory, leaves every stream unchanged and can be repeated.
         """
         for number in self.active:
             self._rewrite(self._streams[number])
@@ -255,14 +255,14 @@ class StreamBatch:
             made.update(zip(numbers, self._chunks([self._streams[number] for number in numbers]), strict=True))
         chunks = []
         for number in sorted(made):
-            # A copy: a chunk that is kept must not keep those of its whole pass.
+            # A copy, so that a kept chunk does not hold the memory of the whole pass.
             stream, latents = self._streams[number], made[number][0].clone()
             first, stream.drawn, stream.clean = stream.frames_seen, [], None
             stream.frames_seen += latents.shape[1]
             if self.recache and latents.shape[1]:
                 written = made[number][1].clone().unsqueeze(0)
-                told = stream.conditions.at(first, stream.frames_seen)
-                stream.recent.add(first, written, self.causal.first_kept(stream.frames_seen), told)
+                conditions = stream.conditions.at(first, stream.frames_seen)
+                stream.recent.add(first, written, self.causal.first_kept(stream.frames_seen), conditions)
             last = stream.frames_seen == stream.num_frames
             chunks.append(StreamChunk(number, first, latents, last))
         for chunk in chunks:
@@ -274,37 +274,37 @@ class StreamBatch:
         return chunks
 
     def chunks(self) -> Iterator[StreamChunk]:
-        """Chunks round by round until no stream is left."""
+        """Run rounds and yield their chunks until no stream is left."""
         while self._streams:
             yield from self.step()
 
     def _read(self, text: Tensor) -> list[Tensor]:
-        """A prompt as each expert reads it, copied there once and not at every pass; alike for those that are alike."""
+        """A prompt per expert, on its device and in its dtype; experts with the same ones share a copy."""
         width = self.models[0].config.text_dim
         if text.ndim != 2 or text.shape[1] != width:
-            raise UsageError(f"a prompt of a stream is [L, {width}], got {list(text.shape)}")
+            raise UsageError(f"the prompt of a stream must have shape [L, {width}], got {list(text.shape)}")
         kinds = [(place, model.dtype) for model, place in zip(self.models, self.devices, strict=True)]
         copies = {kind: text.to(*kind) for kind in kinds}
         return [copies[kind] for kind in kinds]
 
     def _found(self, stream: int) -> _Stream:
         if stream not in self._streams:
-            raise UsageError(f"there is no stream {stream} in the batch; it may have come to its end")
+            raise UsageError(f"there is no stream {stream} in the batch; it may have ended")
         return self._streams[stream]
 
     def _check_room(self, stream: _Stream) -> None:
-        """Raise unless the stream may join or queue."""
+        """Raise UsageError or UserError unless the stream can join or queue."""
         needed, free = stream.lanes_needed, len(self.pool.free)
         if needed > self.pool.lanes:
             raise UsageError(f"a stream with guidance needs {needed} lanes, the pool has {self.pool.lanes}")
         if self.when_full == "refuse" and needed > free:
             raise UserError(
-                f"the pool is full: the stream needs {needed} of its {self.pool.lanes} lanes, {free} are free; "
-                "when_full='queue' lets it wait"
+                f"the pool is full: the stream needs {needed} of its {self.pool.lanes} lanes, but {free} are free; "
+                "set when_full='queue' to let it wait"
             )
 
     def _admit(self) -> None:
-        """Lanes for those that wait, strictly in their order, so that nobody waits for ever."""
+        """Give lanes to waiting streams, strictly in order, so that none waits forever."""
         while self._waiting and self._streams[self._waiting[0]].lanes_needed <= len(self.pool.free):
             stream = self._streams[self._waiting.popleft()]
             stream.lanes = self.pool.take(stream.lanes_needed)
@@ -315,7 +315,7 @@ class StreamBatch:
         return (stop if stream.num_frames is None else min(stop, stream.num_frames)) - stream.frames_seen
 
     def _fetch(self, stream: _Stream) -> None:
-        """Ask for the next chunk of a stream's source, unless a round that failed has; it may be the last."""
+        """Get the next chunk of a stream's source, which may be the last, unless a failed round already has."""
         if stream.source is None or stream.clean is not None:
             return
         first, frames = stream.frames_seen, self._frames(stream)
@@ -324,11 +324,11 @@ class StreamBatch:
             stream.num_frames, stream.cut = first + stream.clean.shape[2], False
 
     def _conditions(self, stream: _Stream, frames: int) -> dict[str, Tensor]:
-        """What the next chunk of a stream is conditioned on, `[1, ...]` each."""
+        """The conditions of a stream's next chunk, `[1, ...]` each."""
         return stream.conditions.at(stream.frames_seen, stream.frames_seen + frames)
 
     def _shared_passes(self) -> list[list[int]]:
-        """The active streams by the passes that they share."""
+        """The active streams, grouped by shared passes."""
         shared: dict[tuple[Any, ...], list[int]] = {}
         for number in self.active:
             stream = self._streams[number]
@@ -337,16 +337,15 @@ class StreamBatch:
                 continue
             place = place_in_window(self.causal, stream.frames_seen, frames)
             held = stream.held(frames)
-            given = 0 if held is None else held.shape[1]
-            told = self._conditions(stream, frames)
-            shapes = tuple(sorted((name, x.shape) for name, x in told.items()))
+            held_frames = 0 if held is None else held.shape[1]
+            shapes = tuple(sorted((name, x.shape) for name, x in self._conditions(stream, frames).items()))
             opens, times = stream.frames_seen == 0, tuple(stream.schedule.of_chunk(stream.frames_seen).tolist())
-            key = (frames, place, opens, times, len(stream.text[0]), given, shapes)
+            key = (frames, place, opens, times, len(stream.text[0]), held_frames, shapes)
             shared.setdefault(key, []).append(number)
         return [part for numbers in shared.values() for part in self._parts(numbers)]
 
     def _parts(self, numbers: list[int]) -> Iterator[list[int]]:
-        """Streams in runs of at most `lanes_per_pass` lanes, or of one stream."""
+        """Split streams into runs of at most `lanes_per_pass` lanes, but at least one stream."""
         part: list[int] = []
         lanes = 0
         for number in numbers:
@@ -359,21 +358,21 @@ class StreamBatch:
         yield part
 
     def _rewrite(self, stream: _Stream) -> None:
-        """Write the window of a stream whose prompt has changed again; a round that fails here does it once more."""
+        """Write a stream's window again if its prompt has changed; after a failure, the next round starts over."""
         if not stream.stale:
             return
         # As in `FrameCache.rewind`.
         oldest = self.causal.first_kept(max(stream.frames_seen, stream.written))
         oldest = min([oldest, *(first for first, _, _ in stream.recent)])
         for expert in range(len(self.models)):
-            for first, written, told in stream.recent:
-                frames = written.shape[2]
-                passes = _SharedPasses(self.models, self.pool, [stream], [told], frames, self.devices, first, oldest)
+            for first, written, conditions in stream.recent:
+                chunk = ([stream], [conditions], written.shape[2])
+                passes = _SharedPasses(self.models, self.pool, *chunk, self.devices, first, oldest)
                 passes.write_to(expert, written, self.schedule.context_noise)
         stream.stale = False
 
     def _chunks(self, streams: list[_Stream]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The next chunk `[C, F, H, W]` of each of the streams, which share their passes, and what is cached of it."""
+        """For each of the streams, which share their passes: the next chunk `[C, F, H, W]`, and its cached version."""
         first, frames = streams[0].frames_seen, self._frames(streams[0])
         channels, height, width = self.size
         schedule = streams[0].schedule
@@ -386,23 +385,23 @@ class StreamBatch:
         noises[0] = torch.cat([stream.schedule.begin(noise, first, stream.clean) for noise, stream in begun])
         starts = [held for held in (stream.held(frames) for stream in streams) if held is not None]
         held = torch.stack(starts).to(self.device, torch.float32) if starts else None
-        told = [self._conditions(stream, frames) for stream in streams]
-        passes = _SharedPasses(self.models, self.pool, streams, told, frames, self.devices)
+        conditions = [self._conditions(stream, frames) for stream in streams]
+        passes = _SharedPasses(self.models, self.pool, streams, conditions, frames, self.devices)
         for stream in streams:
             stream.written = first + frames
         return zip(*passes.chunk(noises, schedule, first, held), strict=True)
 
 
 def _zeros(text: list[Tensor]) -> list[Tensor]:
-    """Zeros in the shapes of `text`, which take the memory of one."""
+    """Zeros in the shapes of `text`, expanded from one scalar."""
     return [one.new_zeros(()).expand_as(one) for one in text]
 
 
 class _SharedPasses(Passes):
-    """The passes over one chunk of some streams: first a lane for each, then one for each that is guided.
+    """The passes over one chunk of some streams; the batch has a lane per stream, then a lane per guided stream.
 
-    It is their next chunk, or for one stream that which begins at frame `first`, to which `oldest` is the first
-    frame that is still there. `told` is what each stream is conditioned on there.
+    The chunk is the next one of each stream. For a single stream, `first` can name an earlier chunk by its first frame;
+    `oldest` is then the first visible frame. `of_streams` are the conditions of each stream for the chunk.
     """
 
     def __init__(
@@ -410,7 +409,7 @@ class _SharedPasses(Passes):
         models: list[Any],
         pool: CachePool,
         streams: list[_Stream],
-        told: Sequence[Mapping[str, Tensor]],
+        of_streams: Sequence[Mapping[str, Tensor]],
         frames: int,
         devices: list[torch.device],
         first: int | None = None,
@@ -425,7 +424,7 @@ class _SharedPasses(Passes):
         self.views = [pool.view(expert, lanes, seen, frames, oldest) for expert in range(len(models))]
         texts = [stream.text for stream in streams] + [streams[index].negative for index in doubled]
         self.texts = [torch.stack(of_expert) for of_expert in zip(*texts, strict=True)]
-        in_order = [told[index] for index in order]
+        in_order = [of_streams[index] for index in order]
         self.conditions = [placed(in_order, d, m.dtype) for d, m in zip(devices, models, strict=True)]
         device = devices[0]
         self.order = torch.tensor(order).to(device)
@@ -441,6 +440,6 @@ class _SharedPasses(Passes):
     def _run(self, expert: int, x: Tensor, levels: tuple[float, float], held: int, write: bool) -> Tensor:
         model = self.models[expert]
         x = x.index_select(0, self.order).to(self.devices[expert], model.dtype)
-        # By the call, not by `forward_chunk`: hooks that bring weights to the device see calls alone.
+        # Call the model, not `forward_chunk`: hooks that move weights to the device run only on calls.
         call = functools.partial(model, cache=self.views[expert], write=write)
         return run_pass(model, call, x, levels, held, self.texts[expert], self.conditions[expert])

@@ -1,4 +1,4 @@
-"""The `generate` section of a recipe: how samples are rolled out."""
+"""Defines the `generate` section of a recipe: how samples are rolled out."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class GenerateConfig(SamplingConfig):
     @model_validator(mode="after")
     def _source_alone(self) -> GenerateConfig:
         if self.source is None and self.strength != STRENGTH:
-            raise ValueError("strength says how much of a source is made anew; give source, or leave it out")
+            raise ValueError("strength says how much of a source is replaced; give source, or leave strength out")
         if self.source is not None and self.start is not None:
-            raise ValueError("a source is restyled from its first frame on; give source or start, one of the two")
+            raise ValueError("a source already determines the first frames; give source or start, not both")
         return self

@@ -1,10 +1,9 @@
-"""Latents into pixels chunk by chunk, with no seam between chunks: the VAE of Wan keeps its own past.
+"""Decodes latents to pixels chunk by chunk, without seams between chunks.
 
-The decoder of diffusers' `AutoencoderKLWan` is causal in time: its convolutions read features of the
-latent frames before, which `vae.decode` keeps for one call and then drops. Here a rollout keeps them
-from chunk to chunk, so that decoding in parts is decoding the whole, at memory that does not grow with its
-length: two frames of features a convolution and video, and the working memory of one latent frame. What that
-comes to `decode_memory.py` counts.
+The decoder of diffusers' `AutoencoderKLWan` is causal in time: its convolutions read features of earlier latent frames,
+which `vae.decode` keeps for one call only. Here a rollout keeps them from chunk to chunk, so decoding in parts equals
+decoding the whole video. Memory does not grow with the length: two frames of features per convolution and video, and
+the working memory of one latent frame. `decode_memory.py` computes the bytes.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ from .video import Frames, denormalised, to_frames
 
 
 class StreamingDecoder:
-    """Pixels `[B, 3, F', H, W]` in [-1, 1] of the next latent chunk `[B, C, F, h, w]` of one rollout.
+    """Decodes the next latent chunk `[B, C, F, h, w]` of a rollout to pixels `[B, 3, F', H, W]` in [-1, 1].
 
-    The first latent frame gives one frame, every other `scale_factor_temporal` of them. Items are decoded one after
-    another, each with features of its own, so that the working memory is that of one. The VAE itself is left as it
-    was, so that several rollouts may share it. Raises ValueError for a VAE that tiles.
+    The first latent frame becomes one video frame, every other `scale_factor_temporal` frames. Items are decoded one by
+    one, each with its own features, so the working memory is that of one item. The VAE itself is not changed, so
+    several rollouts can share it. Raises ValueError for a VAE with tiling.
     """
 
     def __init__(self, vae: Any) -> None:
         if vae.use_tiling:
-            raise ValueError("a tiled VAE cannot decode chunk by chunk; one latent frame at a time needs no tiles")
+            raise ValueError("a VAE with tiling cannot decode chunk by chunk; call vae.disable_tiling()")
         self.vae = vae
         self.convolutions = sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
         self.features: list[list[Any]] = []
@@ -47,9 +46,9 @@ class StreamingDecoder:
         return pixels.clamp(-1, 1)
 
     def _decoded(self, latents: Tensor, features: list[Any]) -> Tensor:
-        """One item `[1, C, F, h, w]`, whose `features` go on."""
+        """Decode one item `[1, C, F, h, w]` and update its `features`."""
         made = []
-        # Frame by frame, so that the chunks' borders do not even show in the rounding.
+        # Frame by frame, so that even the rounding does not depend on the chunks.
         for latent in latents.split(1, dim=2):
             first = {"first_chunk": True} if features[0] is None else {}
             latent = self.vae.post_quant_conv(latent)
@@ -62,30 +61,30 @@ class StreamingDecoder:
 
 
 def decode_chunks(chunks: Iterable[Tensor], vae: Any = None) -> Iterator[Tensor]:
-    """Pixels `[B, C, F', H, W]` of the chunks of a rollout; without a `vae` they are pixels already."""
+    """Yield pixels `[B, C, F', H, W]` of the chunks of a rollout; without a `vae` the chunks already are pixels."""
     decoder = None if vae is None else StreamingDecoder(vae)
     for chunk in chunks:
         yield chunk if decoder is None else decoder(chunk)
 
 
 def frame_chunks(chunks: Iterable[Tensor], vae: Any = None) -> Iterator[list[Frames]]:
-    """For every chunk of a rollout the frames `[F', H, W, 3]` of each item; raises what `to_frames` raises."""
+    """Yield the frames `[F', H, W, 3]` of each item for every chunk of a rollout; raises like `to_frames`."""
     for pixels in decode_chunks(chunks, vae):
         yield [to_frames(item) for item in pixels]
 
 
 def first_video_frame(latent_frame: int, temporal: int) -> int:
-    """Number of the first video frame of a latent one, for a VAE that takes one frame and then `temporal` at a time."""
+    """Index of a latent frame's first video frame, for a VAE that takes one frame and then `temporal` at a time."""
     return 0 if latent_frame == 0 else 1 + (latent_frame - 1) * temporal
 
 
 def video_frames(seconds: float, fps: float) -> int:
-    """The video frames of some seconds, at least one. Raises UsageError unless they are more than 0."""
+    """The number of video frames in `seconds`, at least 1. Raises UsageError unless `seconds` is more than 0."""
     if not (math.isfinite(seconds) and seconds > 0):
         raise UsageError(f"a video of {seconds:g} seconds has no frames; give more than 0")
     return max(1, round(seconds * fps))
 
 
 def latent_frames(video_frames: int, temporal: int) -> int:
-    """The fewest latent frames that make at least so many video frames."""
+    """The smallest number of latent frames that decode to at least `video_frames` video frames."""
     return 1 + -(-(video_frames - 1) // temporal)

@@ -1,4 +1,4 @@
-"""What decoding a rollout and encoding its source hold, counted before: on the meta device, without data."""
+"""Computes the memory for decoding a rollout and encoding its source, in advance on the meta device."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .decode import StreamingDecoder
 
 
 class DecodingBytes(NamedTuple):
-    """`kept`: bytes that a stream's features take between chunks; `working`: what the VAE takes while it runs.
+    """Bytes of decoding: `kept`, a stream's features between chunks; `working`, the VAE's memory while it runs.
 
-    Streams are decoded one after another, so `streams` of them take `total(streams)` at most, beside the VAE's weights
-    and what the libraries of a device ask for themselves. The same is said of encoding.
+    Streams are decoded one after another, so `streams` of them take at most `total(streams)`, plus the VAE's weights
+    and the overhead of the device's libraries. The same class describes encoding.
     """
 
     kept: int
@@ -32,15 +32,15 @@ _NOTHING = DecodingBytes(0, 0)
 
 
 def decoding_bytes(vae: Any, height: int, width: int) -> DecodingBytes:
-    """Of decoding latents of `height x width` chunk by chunk with `vae`, an `AutoencoderKLWan`, in its dtype."""
+    """Bytes of decoding latents of `height x width` chunk by chunk with `vae`, an `AutoencoderKLWan`, in its dtype."""
     decoder = StreamingDecoder(_twin(vae))
     latent = torch.empty(1, vae.config.z_dim, 1, height, width, device="meta")
-    # The second frame is the first of four video frames, the third finds all features at their full size.
+    # The second frame is the first with four video frames; the third is the first with all features at full size.
     return _counted(decoder, [latent, latent, latent])
 
 
 def encoding_bytes(vae: Any, height: int, width: int) -> DecodingBytes:
-    """Of encoding a video into such latents chunk by chunk, a latent frame at a time."""
+    """Bytes of encoding a video to latents of `height x width` chunk by chunk, one latent frame at a time."""
     encoder, spatial = StreamingEncoder(_twin(vae)), vae.config.scale_factor_spatial
     first, *more = (
         torch.empty(1, 3, frames, height * spatial, width * spatial, device="meta")
@@ -50,10 +50,10 @@ def encoding_bytes(vae: Any, height: int, width: int) -> DecodingBytes:
 
 
 def _twin(vae: Any) -> Any:
-    """The same VAE without data."""
+    """The same VAE on the meta device."""
     with torch.device("meta"):
         twin: Any = type(vae).from_config(vae.config).eval()
-    # By torch's own method: that of diffusers warns of parts that want float32, of which this VAE has none.
+    # torch's own method, because diffusers' one warns about modules to keep in float32, which this VAE lacks.
     return nn.Module.to(twin, vae.dtype)
 
 
@@ -68,13 +68,13 @@ def _counted(coder: StreamingDecoder | StreamingEncoder, chunks: Sequence[Tensor
 
 
 class _Live(TorchDispatchMode):
-    """Bytes of the storages that operations made and that are still there, with `known` ones; `peak` is their most."""
+    """Tracks the live storages of `existing` tensors and of operation results; `peak` is their largest total bytes."""
 
-    def __init__(self, known: list[Tensor]) -> None:
+    def __init__(self, existing: list[Tensor]) -> None:
         super().__init__()
         self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
         self.peak = 0
-        for tensor in known:
+        for tensor in existing:
             self._take(tensor)
 
     def _take(self, tensor: Tensor) -> None:
@@ -100,12 +100,12 @@ def reserve(
     device: torch.device,
     encoder: Any = None,
 ) -> None:
-    """Have `models` leave room for decoding on `device` when they decide how often histories are expanded.
+    """Make `models` leave memory free for decoding on `device` when they decide how often to expand histories.
 
-    They do so in the first pass of a rollout, before the VAE has taken anything. Without a `vae` nothing is decoded.
-    `encoder` is the VAE that encodes one source for all streams, before a chunk and not while another is decoded.
+    They decide in the first pass of a rollout, before the VAE has allocated anything. Without a `vae`, nothing is
+    decoded. `encoder` is the VAE that encodes one source for all streams; it never runs at the same time as decoding.
     """
-    # No other device says how much of its memory is free.
+    # Only CUDA devices report their free memory.
     counts = device.type == "cuda"
     decoding = decoding_bytes(vae, height, width) if counts and vae is not None else _NOTHING
     encoding = encoding_bytes(encoder, height, width) if counts and encoder is not None else _NOTHING

@@ -1,4 +1,4 @@
-"""How long a rollout is, and what it may begin with."""
+"""Determines the length of a rollout, and checks its start."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..mla.window import CausalConfig
 
 
 def chunk_ranges(causal: CausalConfig, num_frames: int | None) -> Iterator[tuple[int, int]]:
-    """Half-open frame ranges of the chunks of a rollout; None goes on for ever."""
+    """Half-open frame ranges of the chunks of a rollout; endless if `num_frames` is None."""
     if num_frames is not None:
         yield from causal.chunks(num_frames)
         return
@@ -22,10 +22,10 @@ def chunk_ranges(causal: CausalConfig, num_frames: int | None) -> Iterator[tuple
 
 
 def video_end(causal: CausalConfig, positions: int, num_frames: int | None, given: int = 0) -> int | None:
-    """The frames that a rollout has in the end, by a rotary table of `positions`; None where it goes on for ever.
+    """The final length of a rollout, given a rotary table of `positions`; None if it is endless.
 
-    With absolute positions one without `num_frames` ends at the last whole chunk that the table has positions for.
-    Raises UsageError where `num_frames`, or the `given` ones that it begins with, are more than those.
+    With absolute positions, a rollout without `num_frames` ends at the last whole chunk within the table. Raises
+    UsageError if `num_frames`, or the `given` frames that it starts with, exceed the table.
     """
     longest = causal.longest(positions)
     if longest is None:
@@ -34,21 +34,21 @@ def video_end(causal: CausalConfig, positions: int, num_frames: int | None, give
     asked = max(whole if num_frames is None else num_frames, given)
     if asked > longest:
         raise UsageError(
-            f"{asked} latent frames are more than the rotary table's {longest} positions: make a shorter video, or "
+            f"{asked} latent frames are more than the rotary table's {longest} positions; make a shorter video, or "
             f"{_remedy(causal)}"
         )
     return longest - (longest - whole) % causal.num_frames_per_block if num_frames is None else num_frames
 
 
 def end_notice(causal: CausalConfig, what: str, frames: int | None) -> str:
-    """That `what`, which was to go on for ever, ends after so many frames, and what would not."""
-    return f"{what} ends after {frames} latent frames, where the rotary table does: {_remedy(causal)}"
+    """The warning that `what`, meant to be endless, ends after `frames` frames, with the remedy."""
+    return f"{what} ends after {frames} latent frames, with the rotary table; {_remedy(causal)}"
 
 
 def _remedy(causal: CausalConfig) -> str:
     if causal.sink_positions == "absolute":
-        return "set causal.sink_positions: window, which never leaves it"
-    return f"set causal.window_frames, which is {causal.window_frames}, to no more than its positions"
+        return "set causal.sink_positions: window for endless videos"
+    return f"reduce causal.window_frames, now {causal.window_frames}, to at most the table's positions"
 
 
 def check_start(
@@ -62,10 +62,10 @@ def check_start(
     channels, frames, height, width = start.shape[1:]
     if (channels, height, width) != shape:
         given, wanted = (f"{c} channels of {h}x{w}" for c, h, w in ((channels, height, width), shape))
-        raise UsageError(f"the start has {given}, the rollout {wanted}; give the latent size of the start")
+        raise UsageError(f"the start has {given}, the rollout {wanted}; roll out at the latent size of the start")
     ends = [stop for _, stop in causal.chunks(num_frames or frames + 4 * causal.num_frames_per_block)]
     if num_frames is not None and frames > num_frames:
         raise UsageError(f"the start has {frames} frames, more than the {num_frames} of the rollout; raise num_frames")
     if whole_chunks and frames not in ends:
         shown = ", ".join(map(str, ends[:4])) + (", ..." if len(ends) > 4 else "")
-        raise UsageError(f"a start of {frames} frames does not end with a chunk; lengths that fit are {shown}")
+        raise UsageError(f"a start of {frames} frames does not end with a chunk; use one of {shown} frames")

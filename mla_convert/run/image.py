@@ -1,6 +1,6 @@
-"""The image that Wan's image-to-video models are conditioned on, as diffusers' `WanImageToVideoPipeline` makes it.
+"""Computes the image conditions of Wan's image-to-video models, as diffusers' `WanImageToVideoPipeline` does.
 
-Its latents are those of a video that begins with the image and is grey after it, under a mask of ones for the first
+The latents are those of a video that begins with the image and is gray after it, with a mask that is 1 for the first
 latent frame.
 """
 
@@ -24,44 +24,44 @@ VIDEOS = (".mp4", ".gif", ".safetensors")
 
 
 def check_image(config: Config, image: object, named: str, start: str) -> None:
-    """Raise UsageError for an image where a model reads none or two, and for none where it does.
+    """Raise UsageError for an image with a model that reads none or two, and for a missing image.
 
-    `named` and `start` are what the two options are called.
+    `named` and `start` are the names of the two options in messages.
     """
     refuse_last_image(config)
     if image is not None and not reads_image(config):
-        raise UsageError(f"the model has no channels for {named}; {start} continues an image with this model")
+        raise UsageError(f"the model has no channels for {named}; use {start} to continue an image")
     if image is None and reads_image(config):
         raise UsageError(f"the model is conditioned on an image; give {named}")
 
 
 def read_image(source: Path | Image.Image) -> Image.Image:
-    """A picture in RGB. Raises UserError for a file that is none."""
+    """The picture in RGB. Raises UserError for a file that is not an image."""
     if isinstance(source, Image.Image):
         return source.convert("RGB")
     if not source.is_file():
-        raise UserError(f"{source} does not exist; an image is a file")
+        raise UserError(f"{source} does not exist; give an image file")
     if source.suffix.lower() in VIDEOS:
-        raise UsageError(f"{source} is no single image; give a picture, such as a .png")
+        raise UsageError(f"{source} is not a single image; give a picture, such as a .png")
     try:
         with Image.open(source) as opened:
             return opened.convert("RGB")
     except (OSError, UnidentifiedImageError) as error:
         reason = (str(error).strip().splitlines() or ["unknown"])[0]
-        raise UserError(f"{source} is no image that can be read: {reason}") from None
+        raise UserError(f"{source} cannot be read as an image: {reason}") from None
 
 
 class ImageLatents:
-    """The condition `image_latents` of one image: called with (first, stop) it gives `[1, c, stop - first, h, w]`.
+    """The condition `image_latents` of one image: called with (first, stop), it returns `[1, c, stop - first, h, w]`.
 
-    c are the mask's channels, as many as video frames to a latent one, and those of the VAE. `frames` is the length
-    of the video in latent frames, None for one without end; no more of them are encoded, and kept, than differ.
-    `height` and `width` are the latent's; the image is resized until it covers them, then cut to its centre.
+    c is the sum of the mask's channels, one per video frame of a latent frame, and the VAE's. `frames` is the length of
+    the video in latent frames, None if endless; only the frames that differ are encoded and kept. `height` and `width`
+    are those of the latent; the image is resized to cover them and cropped to its center.
     """
 
     def __init__(self, vae: Any, image: Image.Image, height: int, width: int, frames: int | None) -> None:
         spatial = vae.config.scale_factor_spatial
-        # The resampling of diffusers' `VideoProcessor`; an image of the video's proportions is made the same.
+        # The same resampling as in diffusers' `VideoProcessor`, so images of the video's proportions come out equal.
         fitted = ImageOps.fit(image, (width * spatial, height * spatial), method=Image.Resampling.LANCZOS)
         pixels = to_pixels(torch.from_numpy(np.array(fitted)[None])).unsqueeze(0)
         latents = encode_begun(vae, pixels, frames)
@@ -81,19 +81,23 @@ def image_conditions(
     frames: int | None,
     tokens: Tensor | None = None,
 ) -> dict[str, Any]:
-    """The `conditions` of a rollout of `frames` latent frames of `height x width`, None for one without end.
+    """The `conditions` of a rollout of `frames` latent frames (None if endless) of `height x width`.
 
-    `tokens` `[1, L, D]` are the image's CLIP tokens where the model of `config` reads them, see `encode_image`.
-    Raises UserError for a VAE or tokens that are not the model's.
+    `tokens` `[1, L, D]` are the image's CLIP tokens (see `encode_image`), if the model of `config` reads them. Raises
+    UserError for a VAE or tokens that do not fit the model.
     """
-    taken = int(config["in_channels"]) - noise_channels(config)
-    made = vae.config.scale_factor_temporal + vae.config.z_dim
-    if taken != made:
-        raise UserError(f"the model reads {taken} channels beside the latent, this VAE makes {made} of an image")
-    width_of, wanted = None if tokens is None else tokens.shape[2], config.get("image_dim")
-    if tokens is None and wanted is not None:
-        raise UserError("the model reads the image's CLIP tokens; give those that its image encoder makes")
-    if width_of != wanted:
-        raise UserError(f"the image's tokens have {width_of} numbers, the model reads {wanted}; give its own encoder's")
+    wanted = int(config["in_channels"]) - noise_channels(config)
+    found = vae.config.scale_factor_temporal + vae.config.z_dim
+    if found != wanted:
+        raise UserError(
+            f"the model reads {wanted} channels of an image, but this VAE makes {found}; use the model's own VAE"
+        )
+    wide, wanted_wide = None if tokens is None else tokens.shape[2], config.get("image_dim")
+    if tokens is None and wanted_wide is not None:
+        raise UserError("the model reads the image's CLIP tokens; encode them with its image encoder")
+    if wide != wanted_wide:
+        raise UserError(
+            f"the image's tokens have {wide} numbers, but the model reads {wanted_wide}; use the model's own encoder"
+        )
     given: dict[str, Any] = {IMAGE: ImageLatents(vae, image, height, width, frames)}
     return given if tokens is None else {**given, TOKENS: tokens}

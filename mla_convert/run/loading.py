@@ -1,4 +1,4 @@
-"""What `StreamingMLAPipeline` is made of: the parts that a folder or repository has, or names."""
+"""Loads the components of a `StreamingMLAPipeline` that a folder or repository contains or references."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from ..files import MANIFEST
 from ..load import open_weights, read_json
 from ..load.hub import explain_hub_errors
 
-# Parts that have a dtype.
+# Components with a dtype.
 MODELS = ("vae", "text_encoder", "image_encoder")
-# Where and how to download; the rest are arguments of diffusers' own `from_pretrained`.
+# Arguments for the download; all others are arguments of diffusers' `from_pretrained`.
 HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 
 
 def load_arguments(name: str | Path, given: Mapping[str, Any]) -> tuple[Path | None, dict[str, Any]]:
-    """A folder and the arguments with which diffusers loads `name` as a pipeline; None and the constructor's own.
+    """Return a folder and arguments for diffusers to load `name` as a pipeline, or None and constructor arguments.
 
-    Parts that model_index.json only references are among the arguments, loaded. A folder without
-    model_index.json, or one that brings its class along, is read here: diffusers cannot, or would
-    import that copy of the class. Raises UserError in one line.
+    Components that model_index.json only references are loaded and included in the arguments. A folder without
+    model_index.json, or with its own copy of the model class, is loaded here, because diffusers cannot read the former
+    and would import that copy of the class for the latter. Raises UserError in one line.
     """
     arguments = {key: value for key, value in given.items() if key not in HUB}
     root, inner = _find(name, {key: given[key] for key in HUB if key in given}, arguments)
@@ -45,7 +45,7 @@ def load_arguments(name: str | Path, given: Mapping[str, Any]) -> tuple[Path | N
     arguments.pop("trust_remote_code", None)
     unknown = [key for key in arguments if key not in (TRANSFORMER, *PARTS, *SAMPLING)]
     if unknown:
-        raise UserError(f"{root} is read without diffusers' loader, which alone knows {unknown[0]}; leave it out")
+        raise UserError(f"{root} is not loaded by diffusers, so {unknown[0]} is not supported; leave it out")
     if TRANSFORMER not in arguments:
         arguments[TRANSFORMER] = load_checkpoint(inner, dtypes[TRANSFORMER])
     for part in PARTS:
@@ -57,10 +57,10 @@ def load_arguments(name: str | Path, given: Mapping[str, Any]) -> tuple[Path | N
 
 
 def _find(name: str | Path, hub: Mapping[str, Any], arguments: Mapping[str, Any]) -> tuple[Path, Path]:
-    """Checkpoint and transformer folder here, or of a repository; parts that are given are not downloaded."""
-    here = Path(name).expanduser()
-    if here.is_dir():
-        return find_checkpoint(here)
+    """Local checkpoint and transformer folders, or those of a repository, without components in `arguments`."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return find_checkpoint(folder)
     wanted = [part for part in (TRANSFORMER, *PARTS) if part not in arguments]
     patterns = [INDEX, MANIFEST, *(f"{part}/*" for part in wanted)]
     with explain_hub_errors(str(name), hub.get("revision")):
@@ -69,24 +69,24 @@ def _find(name: str | Path, hub: Mapping[str, Any], arguments: Mapping[str, Any]
 
 
 def _dtypes(inner: Path, arguments: dict[str, Any]) -> dict[str, torch.dtype]:
-    """dtype by part; takes what the caller said of it out of `arguments`."""
-    asked = arguments.pop("torch_dtype", None)  # what diffusers called it before
-    asked = arguments.pop("dtype", None) or asked
-    if isinstance(asked, torch.dtype):
-        return dict.fromkeys((TRANSFORMER, "vae", "text_encoder", "default"), asked)
+    """The dtype of each component; removes the caller's choice from `arguments`."""
+    requested = arguments.pop("torch_dtype", None)  # diffusers' earlier name for it
+    requested = arguments.pop("dtype", None) or requested
+    if isinstance(requested, torch.dtype):
+        return dict.fromkeys((TRANSFORMER, "vae", "text_encoder", "default"), requested)
     stored = torch.float32
     if arguments.get(TRANSFORMER) is None:
         tensors = open_weights(inner)
         ((stored, _),) = Counter(tensors.dtype(name) for name in tensors).most_common(1)
-    known = {TRANSFORMER: stored, "vae": torch.float32, "text_encoder": torch.bfloat16}
-    known |= {"image_encoder": torch.float32, "default": torch.float32}
-    return {**known, **(asked or {})}
+    defaults = {TRANSFORMER: stored, "vae": torch.float32, "text_encoder": torch.bfloat16}
+    defaults |= {"image_encoder": torch.float32, "default": torch.float32}
+    return {**defaults, **(requested or {})}
 
 
 def _load_part(
     part: str, library: str, class_name: str, dtypes: Mapping[str, torch.dtype], place: str, **where: Any
 ) -> Any:
-    """A part by its own class; `place` is a folder or a repository."""
+    """Load a component with its class from `place`, a folder or a repository."""
     loader: Any = getattr(importlib.import_module(library), class_name)
     dtype = {"dtype": dtypes.get(part, dtypes["default"])}
     try:
@@ -94,4 +94,4 @@ def _load_part(
             return loader.from_pretrained(place, **where, **(dtype if part in MODELS else {}))
     except OSError as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot load {part} from {place}: {reason}; pass {part}=None to do without") from None
+        raise UserError(f"cannot load {part} from {place}: {reason}; pass {part}=None to skip it") from None

@@ -1,4 +1,4 @@
-"""Models that do not fit a GPU together: brought there one at a time, or block by block."""
+"""Offloads models that do not fit on a GPU together: moves them there one at a time, or block by block."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ CPU = torch.device("cpu")
 
 
 PINNED_SHARE = 0.5
-"""Share of the memory that is available which pinned weights may take: nothing else can use it."""
+"""Share of the available memory that pinned weights may take, because nothing else can use that memory."""
 
 
 class Weights:
-    """Parameters and buffers of a model, which stay on the CPU; the model computes with a copy on `device`.
+    """Parameters and buffers of a model that stay on the CPU, while the model computes with a copy on `device`.
 
-    Nothing changes them, so a model that leaves the device takes up its tensors on the CPU again, without a copy.
-    With `pinned` they lie in pinned memory, which is copied from faster, where the system gives it.
+    Nothing changes the weights, so a model that leaves the device reuses its CPU tensors without a copy. With `pinned`,
+    these are in pinned memory, which copies faster, if the system grants it.
     """
 
     def __init__(self, model: Any, device: torch.device, pinned: bool) -> None:
-        self.device, self.there = device, False
+        self.device, self.on_device = device, False
         self.home: list[tuple[Tensor, Tensor]] = []
         for tensor in itertools.chain(model.parameters(), model.buffers()):
             if pinned:
@@ -36,20 +36,20 @@ class Weights:
             self.home.append((tensor, tensor.data))
 
     def bring(self) -> None:
-        if not self.there:
+        if not self.on_device:
             for tensor, kept in self.home:
                 tensor.data = kept.to(self.device, non_blocking=True)
-            self.there = True
+            self.on_device = True
 
     def leave(self) -> None:
-        if self.there:
+        if self.on_device:
             for tensor, kept in self.home:
                 tensor.data = kept
-            self.there = False
+            self.on_device = False
 
 
 class OnDemand(ModelHook):
-    """Brings a model to the device when it is called, and has the others of its `group` leave before."""
+    """Moves a model to the device when it is called, after moving the others of its `group` away."""
 
     def __init__(self, weights: Weights, group: Sequence[Weights]) -> None:
         self.weights, self.group = weights, group
@@ -63,11 +63,11 @@ class OnDemand(ModelHook):
 
 
 def place(models: Sequence[Any], vae: Any, device: torch.device, offload: Offload) -> None:
-    """Get transformers on the CPU, and a VAE or None, ready to compute on `device`.
+    """Prepare transformers that are on the CPU, and a VAE if any, to compute on `device`.
 
-    `model` keeps one of them there at a time and takes their weights to be fixed; `group` keeps one block of a
-    transformer, which is slower; its copies overlap with computing on CUDA. Caches and activations are on `device`
-    in any case.
+    `model` keeps one model on the device at a time and assumes that its weights do not change. `group` keeps one block
+    of a transformer there, which is slower; on CUDA its copies overlap with computation. Caches and activations are on
+    `device` in any case.
     """
     everyone = [*models, *([] if vae is None else [vae])]
     if offload == "model":
@@ -100,5 +100,5 @@ def _pinned(tensor: Tensor) -> Tensor:
     try:
         return tensor.pin_memory()
     except RuntimeError:
-        # The system locks no more pages for this process.
+        # The system cannot lock more pages for this process.
         return tensor

@@ -1,4 +1,4 @@
-"""What callers of `StreamingMLAPipeline` get: chunks, and whole videos, in the forms that diffusers' pipelines have."""
+"""Converts chunks and whole videos to the output types of diffusers' pipelines."""
 
 from __future__ import annotations
 
@@ -21,18 +21,20 @@ Frames = Any
 
 @dataclass
 class StreamingPipelineOutput(BaseOutput):
-    """`frames` of a batch: float32 `[B, F, H, W, 3]` for `np`, `[B, F, 3, H, W]` for `pt`, both in [0, 1]; for `pil`
-    a list of images an item; for `latent` `[B, C, F, h, w]`.
+    """The output of `StreamingMLAPipeline`.
+
+    `frames` of a batch are float32 `[B, F, H, W, 3]` for `np` and `[B, F, 3, H, W]` for `pt`, both in [0, 1]; for `pil`
+    a list of images per item; for `latent` `[B, C, F, h, w]`.
     """
 
     frames: Frames
 
 
 def to_output(pixels: Tensor, output_type: OutputType) -> Tensor:
-    """Pixels `[B, C, F, H, W]` in [-1, 1] as `handed_out` takes them. Raises UserError for NaN or Inf."""
+    """Pixels `[B, C, F, H, W]` in [-1, 1] in the form that `handed_out` takes. Raises UserError for NaN or Inf."""
     if not torch.isfinite(pixels).all():
-        raise UserError("the video holds NaN or Inf; the model diverged, or its dtype is too narrow (try float32)")
-    # All of it on the device, as the `VideoProcessor` of diffusers does on the CPU, to the bit.
+        raise UserError("the video contains NaN or Inf; the model diverged, or its dtype is too narrow (try float32)")
+    # Computed on the device, with the same bits as diffusers' `VideoProcessor` on the CPU.
     frames = (pixels.float() * 0.5 + 0.5).clamp(0, 1).expand(-1, 3, -1, -1, -1).transpose(1, 2)
     if output_type == "pil":
         frames = (frames * 255).round().to(torch.uint8)
@@ -40,7 +42,7 @@ def to_output(pixels: Tensor, output_type: OutputType) -> Tensor:
 
 
 def handed_out(chunks: Generator[Tensor], output_type: OutputType) -> Iterator[Frames]:
-    """Chunks as the caller gets them, made in the caller's thread."""
+    """Yield chunks in the output type, converted in the caller's thread."""
     with contextlib.closing(chunks):
         for chunk in chunks:
             if output_type == "np":
@@ -52,7 +54,7 @@ def handed_out(chunks: Generator[Tensor], output_type: OutputType) -> Iterator[F
 
 
 def joined(chunks: Sequence[Frames], output_type: OutputType) -> Frames:
-    """All chunks of a video as one."""
+    """All chunks of a video concatenated."""
     if output_type == "pil":
         return [[image for part in parts for image in part] for parts in zip(*chunks, strict=True)]
     if output_type == "np":

@@ -1,4 +1,4 @@
-"""The VAE, text encoder, tokenizer and image encoder of a checkpoint: beside it, where it names them, or elsewhere."""
+"""Finds the VAE, text encoder, tokenizer and image encoder of a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ TEXT, PICTURES, IMAGE_TOKENS = ("tokenizer", "text_encoder"), ("vae",), ("image_
 
 
 def find_parts(root: Path, wanted: Sequence[str], elsewhere: str | None = None) -> Path | None:
-    """The folder that has the `wanted` parts of the checkpoint in `root`, by their names in a diffusers pipeline.
+    """The folder with the `wanted` components of the checkpoint in `root`, by their names in a diffusers pipeline.
 
-    They are looked for in `elsewhere`, a folder or Hub id of a pipeline; without it beside the
-    transformer, then where `model_index.json` names them, then where the manifest says that the source has
-    them, then in the source itself.
-    Those on the Hub are downloaded. None if the checkpoint knows of none. Raises UserError in one line.
+    If `elsewhere` is given, a folder or Hub ID of a pipeline, only that is searched. Otherwise the search order is:
+    beside the transformer, the references in `model_index.json`, the source's components according to the manifest, the
+    source itself. Components on the Hub are downloaded. Returns None if there are none. Raises UserError in one line.
     """
     if elsewhere is not None:
         return _in_pipeline(elsewhere, wanted)
@@ -38,17 +37,17 @@ def find_parts(root: Path, wanted: Sequence[str], elsewhere: str | None = None) 
 
 
 def _in_pipeline(place: str, wanted: Sequence[str]) -> Path:
-    """The parts in a folder or Hub repository that is said to have them. Raises UserError."""
+    """The folder or downloaded repository `place`. Raises UserError if a wanted component is missing there."""
     folder = Path(place).expanduser()
     found = folder if folder.is_dir() else download(place, None, _patterns(wanted))
     missing = [name for name in wanted if not (found / name).is_dir()]
     if missing:
-        raise UserError(f"{place} has no {missing[0]}; give the folder or Hub id of a whole pipeline")
+        raise UserError(f"{place} has no {missing[0]}; give the folder or Hub ID of a complete pipeline")
     return found
 
 
 def _in_source(source: dict[str, Any], wanted: Sequence[str]) -> Path | None:
-    """The parts in what a checkpoint was made from, if that is a pipeline and still there."""
+    """The folder of the source that a checkpoint was converted from, if it still has the components."""
     origin, revision = source.get("model"), source.get("revision")
     if not origin or origin.startswith("zoo:"):
         return None
@@ -59,9 +58,9 @@ def _in_source(source: dict[str, Any], wanted: Sequence[str]) -> Path | None:
 
 
 def parts_here(origin: str, wanted: Sequence[str]) -> Path | None:
-    """The folder `origin`, a pipeline or its transformer, or the one that it lies in, if that has the parts."""
-    here = Path(origin).expanduser()
-    return next((folder for folder in (here, here.parent) if _has(folder, wanted)), None)
+    """The local folder `origin`, a pipeline or its transformer, or its parent: whichever has the components."""
+    path = Path(origin).expanduser()
+    return next((folder for folder in (path, path.parent) if _has(folder, wanted)), None)
 
 
 def _has(folder: Path, wanted: Sequence[str]) -> bool:

@@ -1,4 +1,4 @@
-"""The passes of a model, or of its experts, over a chunk of a rollout: of one stream, or of many that share them."""
+"""Runs the passes of a model, or of its experts, over a chunk of one stream or of several streams that share them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..flow import NUM_TRAIN_TIMESTEPS, add_noise, expert_at
 
 
 class Passes(ABC):
-    """Passes of `models`, experts that share the noise levels by their `noise_range` (Wan2.2), or a single one."""
+    """Passes of `models`: a single model, or experts that share the noise levels by `noise_range` (Wan2.2)."""
 
     def __init__(self, models: Sequence[Any]) -> None:
         self.models = list(models)
@@ -22,11 +22,11 @@ class Passes(ABC):
 
     @abstractmethod
     def _run(self, expert: int, x: Tensor, levels: tuple[float, float], held: int, write: bool) -> Tensor:
-        """What one expert gives for a chunk `x` `[B, C, F, H, W]` and those with negative prompts behind it."""
+        """An expert's output for a chunk `x` `[B, C, F, H, W]`, followed by its output for negative prompts."""
 
     @abstractmethod
     def _guided(self, v: Tensor, batch: int) -> Tensor:
-        """The velocities of `batch` items from what `_run` gave for them."""
+        """The guided velocities of `batch` items from the output of `_run`."""
 
     def chunk(
         self,
@@ -36,10 +36,10 @@ class Passes(ABC):
         held: Tensor | None = None,
         on_step: StepDone | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The chunk from frame `first` on, `[B, C, F, H, W]`, float32, and what is written to the cache of it.
+        """The chunk that begins at frame `first`, `[B, C, F, H, W]`, float32, and its version written to the cache.
 
-        `noises` are as many as `schedule.draws` says, the first as `schedule.begin` gives it. `held` `[B, C, F0, H, W]`
-        are its first frames, which are given; where they are all of it no step is taken.
+        `noises` holds `schedule.draws` tensors, the first from `schedule.begin`. `held` `[B, C, F0, H, W]` are given
+        first frames of the chunk; if they cover it, no step is taken.
         """
         if held is not None and held.shape[2] == noises[0].shape[2]:
             x = held
@@ -57,25 +57,25 @@ class Passes(ABC):
         return x, written
 
     def velocity(self, x: Tensor, t: float, r: float, held: int = 0) -> Tensor:
-        """Velocity `[B, C, F, H, W]`, float32, at noise level t; of a flow map the mean one down to r.
+        """Velocity `[B, C, F, H, W]`, float32, at noise level t; for a flow map the mean velocity from t to r.
 
-        The first `held` frames are clean, and told to be.
+        The first `held` frames are clean and have noise level 0.
         """
         self.used = expert_at([model.noise_range for model in self.models], t)
         return self._guided(self._run(self.used, x, (t, r), held, write=False).float().to(x.device), len(x))
 
     def write(self, x: Tensor, t: float) -> None:
-        """Keep a finished chunk at noise level t in the cache of every expert."""
+        """Write a finished chunk at noise level t to the cache of every expert."""
         for expert in self.writers():
             self.write_to(expert, x, t)
 
     def writers(self) -> list[int]:
         """All experts, in the order in which they write."""
-        # Weights may travel: the one that is on the device comes first.
+        # With offloading, the expert that is on the device comes first.
         return sorted(range(len(self.models)), key=lambda expert: expert != self.used)
 
     def write_to(self, expert: int, x: Tensor, t: float) -> None:
-        """Keep a finished chunk at noise level t in the cache of one expert."""
+        """Write a finished chunk at noise level t to the cache of one expert."""
         self._run(expert, x, (t, t), held=0, write=True)
         self.used = expert
 
@@ -89,9 +89,9 @@ def run_pass(
     text: Tensor,
     conditions: Mapping[str, Tensor],
 ) -> Tensor:
-    """What `call`, a pass of `model`, gives for a chunk `[B, C, F, H, W]` at the first of two noise `levels`.
+    """The output of `call`, a pass of `model`, for a chunk `[B, C, F, H, W]` at noise level `levels[0]`.
 
-    Flow maps are told both. The first `held` frames are clean, and told to be.
+    A flow map also gets `levels[1]`. The first `held` frames are clean and have noise level 0.
     """
     timestep, r_timestep = (_timestep(level, x, held) for level in levels)
     second = {"r_timestep": r_timestep} if model.flow_map else {}
@@ -102,7 +102,7 @@ def run_pass(
 
 
 def _timestep(level: float, x: Tensor, held: int) -> Tensor:
-    """A noise level as models read it, float32 `[B]`, or `[B, F]` where some frames are `held` at 0."""
+    """A noise level as a timestep, float32 `[B]`, or `[B, F]` if the first `held` frames are at 0."""
     if not held:
         return torch.full((len(x),), level * NUM_TRAIN_TIMESTEPS, device=x.device)
     timestep = torch.full((len(x), x.shape[2]), level * NUM_TRAIN_TIMESTEPS, device=x.device)

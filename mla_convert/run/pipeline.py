@@ -1,7 +1,7 @@
-"""`StreamingMLAPipeline`: a converted or dense causal model for users of diffusers.
+"""Defines `StreamingMLAPipeline`, a diffusers pipeline for a converted or dense causal model.
 
-Importing this module makes the class an attribute of `diffusers`, where a checkpoint's model_index.json
-looks for it; `from mla_convert import StreamingMLAPipeline` does.
+Importing this module makes the class an attribute of `diffusers`, where a checkpoint's model_index.json looks for it;
+`from mla_convert import StreamingMLAPipeline` imports it.
 """
 
 from __future__ import annotations
@@ -53,14 +53,13 @@ Source = Tensor | str | Path | Iterable[Image.Image]
 
 
 class StreamingMLAPipeline(DiffusionPipeline):
-    """Video of any length, chunk by chunk, from a transformer with `forward_chunk`.
+    """Generates video of any length, chunk by chunk, with a transformer that has `forward_chunk`.
 
-    `transformer` is a model of this package. `vae` (`AutoencoderKLWan`) decodes where it makes latents;
-    `text_encoder` (UMT5) and `tokenizer` read prompts where `prompt_format` is not `digits`, `image_encoder` (CLIP)
-    and `image_processor` an image for a model that is conditioned on its tokens. A
-    `scheduler` is kept but not used: chunks are denoised by `sampler`. `sampling` are keys of a recipe's
-    `generate` section that the model was trained for; they are the defaults of a call. `streaming` are keys of
-    its section of that name, for a transformer that was not told how to stream (`set_kernels`).
+    `transformer` is a model of this package. `vae` (`AutoencoderKLWan`) decodes its latents, if any. `text_encoder`
+    (UMT5) and `tokenizer` encode prompts, unless `prompt_format` is `digits`. `image_encoder` (CLIP) and
+    `image_processor` encode an image for a model that reads its tokens. `scheduler` is kept but not used: `sampler`
+    denoises chunks. `sampling` holds keys of a recipe's `generate` section that the model was trained for, the defaults
+    of a call. `streaming` holds keys of the section of that name, for a transformer without `set_kernels`.
     """
 
     model_cpu_offload_seq = "text_encoder->image_encoder->transformer->vae"
@@ -94,7 +93,7 @@ class StreamingMLAPipeline(DiffusionPipeline):
         )
         self.register_to_config(prompt_format=prompt_format, sampling=sampling, streaming=streaming)
         if transformer.kernels is None:
-            # What `set_cache` chose before stays where nothing else is recorded.
+            # An earlier choice of `set_cache` stays unless another is recorded.
             StreamingConfig(**{"cache": transformer.cache_bits, **(streaming or {})}).apply(transformer)
         self._interrupt = False
 
@@ -102,43 +101,42 @@ class StreamingMLAPipeline(DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
         """Load an export, checkpoint, run or transformer folder, or a repository on the Hub.
 
-        Arguments are those of diffusers. Without `dtype` the transformer keeps its stored dtype,
-        the VAE gets float32 and the text encoder bfloat16; `dtype={"vae": torch.bfloat16}` halves the
-        memory of decoding. Parts that the checkpoint only names are loaded from where it names them; pass None
-        for one to do without. Raises UserError in one line.
+        Arguments are those of diffusers. Without `dtype`, the transformer keeps its stored dtype, the VAE gets float32
+        and the text encoder bfloat16. `dtype={"vae": torch.bfloat16}` halves the memory of decoding. Components that
+        the checkpoint only references are loaded from the referenced place; pass None to skip one. Raises UserError in
+        one line.
         """
         folder, arguments = load_arguments(pretrained_model_name_or_path, kwargs)
         return cls(**arguments) if folder is None else super().from_pretrained(folder, **arguments)
 
     @property
     def digits(self) -> bool:
-        """Whether prompts are those of the embedded digits model, which need no text encoder."""
-        known = self.config.prompt_format or prompt_encoder(self.transformer.config)
-        return bool(known == DIGITS)
+        """Whether prompts are those of the embedded digits model, which needs no text encoder."""
+        return bool((self.config.prompt_format or prompt_encoder(self.transformer.config)) == DIGITS)
 
     @property
     def pixels(self) -> bool:
-        """Whether the transformer makes pixels, not latents."""
+        """Whether the transformer generates pixels instead of latents."""
         return self.vae_scale == (1, 1)
 
     @property
     def vae_scale(self) -> tuple[int, int]:
-        """Video frames a latent frame after the first, and pixels a latent pixel in height and width."""
+        """Video frames per latent frame after the first, and pixels per latent pixel in height and width."""
         return latent_scale(self.transformer.config)[:2]
 
     @property
     def guidance_scale(self) -> float:
-        """That of the last call."""
+        """Guidance scale of the last call."""
         return self._guidance_scale
 
     @property
     def num_timesteps(self) -> int:
-        """Denoising steps a chunk of the last call."""
+        """Denoising steps per chunk in the last call."""
         return self._num_timesteps
 
     @property
     def interrupt(self) -> bool:
-        """Set it, from a callback say, to end the video with the chunk that is being made."""
+        """Set this, for example from a callback, to end the video with the current chunk."""
         return self._interrupt
 
     @interrupt.setter
@@ -146,13 +144,13 @@ class StreamingMLAPipeline(DiffusionPipeline):
         self._interrupt = value
 
     def encode_prompt(self, prompt: str | Sequence[str], max_sequence_length: int = TEXT_TOKENS) -> Tensor:
-        """Embeddings `[B, L, D]`, made as `WanPipeline` makes them. Raises UsageError without a text encoder."""
+        """Embeddings `[B, L, D]`, computed as in `WanPipeline`. Raises UsageError without a text encoder."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if self.digits:
             return embed_prompts(prompts, DIGITS)
         if self.text_encoder is None or self.tokenizer is None:
             raise UsageError(
-                "this pipeline has no text encoder and tokenizer; pass them, or prompt_embeds, and with guidance "
+                "this pipeline has no text encoder and tokenizer; pass both, or prompt_embeds and, with guidance, "
                 "negative_prompt_embeds"
             )
         return encode_text(self.tokenizer, self.text_encoder, prompts, self._execution_device, max_sequence_length)
@@ -192,22 +190,21 @@ class StreamingMLAPipeline(DiffusionPipeline):
         max_sequence_length: int = TEXT_TOKENS,
         ahead: int = 1,
     ) -> Iterator[Frames]:
-        """Chunks of frames, in the form of `StreamingPipelineOutput.frames`, the next made while one is used.
+        """Yield chunks of frames, in the form of `StreamingPipelineOutput.frames`, computed ahead in a thread.
 
-        Without `num_frames` or `seconds` the video never ends, or, with absolute positions, where the rotary table
-        does; lengths and sizes are those of the video, in frames and pixels, and rounded up to whole latent frames.
-        `prompt_schedule` has prompts by the second from which on, at the next border of chunks, they are told to
-        every item; with `recache` the cached window is then computed again. `start` is a clean beginning: latents
-        `[C, F, h, w]`, pictures or a file of them, which with `hold_start` may end inside a chunk. `source` is a video
-        that is restyled and ends this one: latents `[C, F, h, w]`, a file, or pictures one by one, from a camera say,
-        which are read no further than chunks need. Each chunk begins as the source under noise of the level `strength`
-        in (0, 1], 0.5 by default. An `image` is what a model with channels for one is conditioned on, for every item;
-        `last_image` is refused. `generator` or `seed` for each item of a batch makes it the video that it is alone.
-        `ahead` chunks are made in advance by a thread, which then also calls
-        `callback_on_step_end(pipe, step, timestep, {"latents": ...})`; 0 for none. Everything that is left out is what
-        the model was trained for. Raises UserError in one line.
+        Without `num_frames` or `seconds`, the video never ends, or with absolute positions ends with the rotary table.
+        Lengths and sizes are in frames and pixels of the video; lengths are rounded up to whole latent frames.
+        `prompt_schedule` maps seconds to prompts. A prompt applies to every item from the next chunk boundary on; with
+        `recache`, the cached window is then computed again. `start` is a clean beginning: latents `[C, F, h, w]`,
+        pictures or a file of either. With `hold_start` it may end inside a chunk. `source` is a video to restyle, and
+        the video ends with it: latents `[C, F, h, w]`, a file, or an iterable of pictures, such as a camera, which is
+        read only as far as chunks need. Each chunk starts as the source with noise at level `strength` in (0, 1], by
+        default 0.5. `image` conditions every item of a model with channels for it; `last_image` is refused. With one
+        `generator` or `seed` per item of a batch, each item equals its video alone. A thread computes `ahead` chunks in
+        advance and calls `callback_on_step_end(pipe, step, timestep, {"latents": ...})`; with 0 there is no thread.
+        Defaults are those that the model was trained for. Raises UserError in one line.
         """
-        asked = {
+        requested = {
             "num_inference_steps": num_inference_steps,
             "denoising_steps": denoising_steps,
             "first_chunk_steps": first_chunk_steps,
@@ -221,19 +218,19 @@ class StreamingMLAPipeline(DiffusionPipeline):
             "hold_start": hold_start,
             "fps": fps,
         }
-        config = self._settings(asked)
+        config = self._settings(requested)
         if output_type not in ("np", "pt", "pil", "latent"):
-            raise UsageError(f"output_type is np, pt, pil or latent, not {output_type!r}")
+            raise UsageError(f"output_type must be np, pt, pil or latent, not {output_type!r}")
         if not self.pixels and self.vae is None and output_type != "latent":
-            raise UsageError("the model makes latents and this pipeline has no vae; pass one, or output_type='latent'")
+            raise UsageError("this pipeline has no vae to decode latents; pass one, or output_type='latent'")
         if not self.pixels and self.vae is not None:
             check_vae(self.vae, self.transformer.config, "the pipeline's vae", "pass the model's own")
         if last_image is not None:
-            raise UsageError("last_image ends a video that is made at once; one that is streamed goes on, leave it out")
+            raise UsageError("last_image is not supported, because a streamed video has no fixed end; leave it out")
         if source is None and strength is not None:
-            raise UsageError("strength says how much of a source is made anew; give source=, or leave it out")
+            raise UsageError("strength says how much of a source is replaced; give source=, or leave strength out")
         if source is not None and start is not None:
-            raise UsageError("source= is restyled from its first frame on; leave start= out")
+            raise UsageError("source= already determines the first frames; leave start= out")
         check_image(self.transformer.config, image, "image=", "start=")
         size = self._latent_size(height, width)
         given = self._source(source, size, config["fps"])
@@ -286,7 +283,7 @@ class StreamingMLAPipeline(DiffusionPipeline):
         return_dict: bool = True,
         **settings: Any,
     ) -> StreamingPipelineOutput | tuple[Frames]:
-        """A whole video at once: the arguments of `stream`; without a length 21 latent frames, or its source's."""
+        """Generate a whole video with the arguments of `stream`; by default 21 latent frames, or all of its source."""
         if num_frames is None and seconds is None and settings.get("source") is None:
             num_frames = 1 + (DEFAULT_LATENT_FRAMES - 1) * self.vae_scale[0]
         chunks = list(
@@ -340,7 +337,7 @@ class StreamingMLAPipeline(DiffusionPipeline):
             self.maybe_free_model_hooks()
 
     def _finished(self, chunk: Tensor, decoder: StreamingDecoder | None, output_type: OutputType) -> Tensor:
-        """A chunk `[B, C, F, h, w]` as `handed_out` takes it."""
+        """A chunk `[B, C, F, h, w]` in the form that `handed_out` takes."""
         if output_type == "latent":
             return chunk
         pixels = chunk if decoder is None else decoder(chunk)
@@ -349,20 +346,20 @@ class StreamingMLAPipeline(DiffusionPipeline):
         return to_output(pixels, output_type)
 
     def _send_back_vae(self) -> None:
-        """Model offloading sends a part back when the next one in its order is called; none comes after the VAE."""
+        """Offload the VAE: model offloading moves a component back only when the next one is called, and it is last."""
         for hook in getattr(self, "_all_hooks", []):
             if hook.model is self.vae:
                 hook.offload()
 
-    def _settings(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """Values for all keys of `asked`: as given, as trained for, or the default of a recipe."""
-        given = {key: value for key, value in asked.items() if value is not None}
+    def _settings(self, requested: Mapping[str, Any]) -> dict[str, Any]:
+        """Values for all keys of `requested`: as given, as the model was trained, or a recipe's default."""
+        given = {key: value for key, value in requested.items() if value is not None}
         if "num_inference_steps" in given and "denoising_steps" not in given:
             given = {"denoising_steps": None, "first_chunk_steps": None, **given}
-        known = {**trained_for(self.config.sampling or {}, self.digits), **given}
-        values: dict[str, Any] = {key: known.get(key, getattr(GenerateConfig(), key)) for key in asked}
+        chosen = {**trained_for(self.config.sampling or {}, self.digits), **given}
+        values: dict[str, Any] = {key: chosen.get(key, getattr(GenerateConfig(), key)) for key in requested}
         if values["sampler"] not in ("euler", "renoise"):
-            raise UsageError(f"unknown sampler {values['sampler']!r}; there are euler and renoise")
+            raise UsageError(f"unknown sampler {values['sampler']!r}; use euler or renoise")
         for key in ("denoising_steps", "first_chunk_steps"):
             try:
                 check_steps(None if values[key] is None else tuple(values[key]))
@@ -370,32 +367,32 @@ class StreamingMLAPipeline(DiffusionPipeline):
                 raise UsageError(f"{key}: {error}") from None
         for key in ("num_inference_steps", "shift", "fps"):
             if not values[key] > 0:
-                raise UsageError(f"{key} is more than 0, not {values[key]}")
+                raise UsageError(f"{key} must be more than 0, not {values[key]}")
         return values
 
     def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         spatial = self.vae_scale[1]
-        known = self.config.sampling or {}
+        recorded = self.config.sampling or {}
         default = (FRAME, FRAME) if self.digits else latent_scale(self.transformer.config).size
-        down = known.get("latent_height") or default[0] if height is None else to_latent("height", height, spatial)
-        across = known.get("latent_width") or default[1] if width is None else to_latent("width", width, spatial)
-        check_latent_size(self.transformer.config, down, across, spatial)
-        return down, across
+        rows = recorded.get("latent_height") or default[0] if height is None else to_latent("height", height, spatial)
+        columns = recorded.get("latent_width") or default[1] if width is None else to_latent("width", width, spatial)
+        check_latent_size(self.transformer.config, rows, columns, spatial)
+        return rows, columns
 
     def _latent_frames(self, num_frames: int | None, seconds: float | None, fps: float) -> int | None:
         if num_frames is not None and seconds is not None:
-            raise UsageError("give num_frames or seconds, one of the two")
+            raise UsageError("give num_frames or seconds, not both")
         if seconds is not None:
             num_frames = video_frames(seconds, fps)
         if num_frames is None:
             return None
         if num_frames < 1:
-            raise UsageError(f"a video has at least one frame, not {num_frames}")
+            raise UsageError(f"num_frames must be at least 1, not {num_frames}")
         return latent_frames(num_frames, self.vae_scale[0])
 
     def _texts(self, prompt: str | Sequence[str] | None, embeds: Tensor | None, length: int) -> Tensor:
         if (prompt is None) == (embeds is None):
-            raise UsageError("give prompt or prompt_embeds, one of the two")
+            raise UsageError("give either prompt or prompt_embeds")
         if embeds is None:
             assert prompt is not None
             return self.encode_prompt(prompt, length)
@@ -426,7 +423,7 @@ class StreamingMLAPipeline(DiffusionPipeline):
         opened = open_source([pictures] if isinstance(pictures, Image.Image) else pictures, shape, self.vae_scale, fps)
         if isinstance(opened, SourceVideo) and not self.pixels:
             if self.vae is None:
-                raise UsageError("this pipeline has no vae, which encodes the source; pass one, or latents")
+                raise UsageError("this pipeline has no vae to encode the source; pass one, or give latents")
             opened.encode_with(self.vae, self._send_back_vae)
         return opened
 
@@ -436,12 +433,12 @@ class StreamingMLAPipeline(DiffusionPipeline):
         if image is None:
             return None
         if self.vae is None:
-            raise UsageError("this pipeline has no vae, which encodes the image; pass one")
+            raise UsageError("this pipeline has no vae to encode the image; pass one")
         picture, config = read_image(Path(image) if isinstance(image, str) else image), self.transformer.config
         tokens = None
         if reads_tokens(config):
             if self.image_encoder is None or self.image_processor is None:
-                raise UsageError("this pipeline has no image_encoder and image_processor for the image; pass them")
+                raise UsageError("this pipeline has no image_encoder and image_processor for the image; pass both")
             tokens = encode_image(self.image_processor, self.image_encoder, picture)
         conditions = image_conditions(config, picture, self.vae, *size, frames, tokens)
         self._send_back_vae()

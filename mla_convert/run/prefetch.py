@@ -1,4 +1,4 @@
-"""Work in a thread beside the one that uses it: the next chunk is computed while the last is written."""
+"""Runs work in a background thread: the next chunk is computed while the last one is written."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _PATIENCE = 0.1
 
 
 class _End:
-    """The last thing in a queue, with what went wrong."""
+    """The last item of a queue, with the error that ended it, if any."""
 
     def __init__(self, error: BaseException | None = None) -> None:
         self.error = error
 
 
 class _Channel(Generic[Item]):
-    """A bounded queue from one thread to another that either may give up."""
+    """A bounded queue between two threads that either side can close."""
 
     def __init__(self, size: int) -> None:
         self._items: queue.Queue[Item | _End] = queue.Queue(size)
         self.closed = threading.Event()
 
     def put(self, item: Item | _End) -> bool:
-        """Whether the other side took it; False when that side has closed."""
+        """Put an item; False if the other side has closed."""
         while not self.closed.is_set():
             with contextlib.suppress(queue.Full):
                 self._items.put(item, timeout=_PATIENCE)
@@ -52,9 +52,9 @@ class _Channel(Generic[Item]):
 
 
 def prefetch(items: Iterable[Item], count: int = 1) -> Generator[Item]:
-    """The items in order, up to `count` of them computed ahead in a thread; 0 computes them when asked.
+    """Yield the items in order, with up to `count` computed ahead in a thread; with 0 there is no thread.
 
-    What computing raises is raised here. A caller that stops early stops the thread after its item.
+    Exceptions of the computation are raised here. A caller that stops early stops the thread after its current item.
     """
     if count == 0:
         yield from items
@@ -65,7 +65,7 @@ def prefetch(items: Iterable[Item], count: int = 1) -> Generator[Item]:
     def compute() -> None:
         error = None
         try:
-            # The current device belongs to a thread.
+            # The current CUDA device is a setting per thread.
             with contextlib.nullcontext() if device is None else torch.cuda.device(device):
                 for item in items:
                     if not channel.put(item):
@@ -84,10 +84,10 @@ def prefetch(items: Iterable[Item], count: int = 1) -> Generator[Item]:
 
 
 class FrameWriter:
-    """A video file that a thread writes, by `save_video`, while the next frames are computed.
+    """Writes a video file in a thread, with `save_video`, while the next frames are computed.
 
-    At most two chunks wait. The file appears when the writer is closed; `abort` leaves nothing. Both may
-    be called at any time, also after an error. What writing raises is raised by the next `put`, or by `close`.
+    At most two chunks wait. The file appears when the writer is closed; `abort` leaves no file. Both can be called at
+    any time, also after an error. Exceptions of the thread are raised by the next `put`, or by `close`.
     """
 
     def __init__(self, path: Path, fps: float, min_pixels: int = MIN_PIXELS) -> None:
@@ -108,7 +108,7 @@ class FrameWriter:
             self._channel.closed.set()
 
     def put(self, frames: Frames) -> None:
-        """Hand over frames `[F, H, W, 3]`; waits while two chunks are not written yet.
+        """Queue frames `[F, H, W, 3]`; blocks while two chunks wait.
 
         Raises ValueError after `end`, `close` or `abort`.
         """
@@ -118,18 +118,18 @@ class FrameWriter:
         self.frames += len(frames)
 
     def end(self) -> None:
-        """Say that no more frames come: the file appears by itself, and `abort` no longer stops it."""
+        """Signal the last frame: the thread finishes the file, and `abort` no longer stops it."""
         self._ended = True
         self._channel.put(_End())
 
     def close(self) -> None:
-        """Wait until everything is written and the file is there."""
+        """Wait until all frames are written and the file exists."""
         self.end()
         self._thread.join()
         self._raise()
 
     def abort(self) -> None:
-        """Give up what was written so far."""
+        """Discard the frames written so far."""
         self._ended = True
         self._channel.put(_End(_Aborted()))
         self._thread.join()

@@ -1,4 +1,4 @@
-"""Prompts that change while a video goes on."""
+"""Changes the prompt in the middle of a video."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .decode import first_video_frame
 
 
 class PromptChange(BaseModel):
-    """From `seconds` of the video on it is told `prompt`."""
+    """A prompt that applies from a time of the video on, in seconds."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -20,17 +20,17 @@ class PromptChange(BaseModel):
 
 
 class PromptSchedule:
-    """The text at every chunk border, as `stream_chunks` asks for it.
+    """The `prompt_at` of `stream_chunks`: the new text at a chunk boundary, if any.
 
-    `changes` are seconds and texts `[B or 1, L, D]` in the order of time; a change takes effect with the
-    first chunk that begins then or later. `temporal` is the number of video frames of a latent frame after the first.
+    `changes` are pairs of seconds and texts `[B or 1, L, D]`, ordered by time. A change takes effect with the first
+    chunk that begins at that time or later. `temporal` is the number of video frames per latent frame after the first.
     """
 
     def __init__(self, changes: Sequence[tuple[float, Tensor]], fps: float, temporal: int) -> None:
         self.changes, self.fps, self.temporal = list(changes), fps, temporal
 
     def __call__(self, frame: int) -> Tensor | None:
-        """The text of a chunk that begins with latent `frame`, None where it stays."""
+        """The new text of the chunk that begins at latent `frame`; None if it does not change."""
         now = first_video_frame(frame, self.temporal) / self.fps
         text = None
         while self.changes and self.changes[0][0] <= now:

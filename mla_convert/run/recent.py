@@ -1,4 +1,4 @@
-"""What a new prompt has written again: the chunks that a ring still holds (KV-recache, arXiv 2509.22622)."""
+"""Keeps the chunks that are in a ring, to write them again for a new prompt (KV-recache, arXiv 2509.22622)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..errors import UsageError
 
 
 class RecentChunks:
-    """The chunks that a ring still holds whole, as written: first frame, chunk `[B, C, F, H, W]`, conditions."""
+    """The chunks that a ring still holds whole, as written: first frame, chunk `[B, C, F, H, W]` and conditions."""
 
     def __init__(self) -> None:
         self._chunks: deque[tuple[int, Tensor, Mapping[str, Tensor]]] = deque()
@@ -21,17 +21,17 @@ class RecentChunks:
         return iter(self._chunks)
 
     def add(self, first: int, written: Tensor, first_kept: int, conditions: Mapping[str, Tensor]) -> None:
-        """Take a chunk that begins at frame `first`; let go of those that begin before `first_kept`."""
+        """Add the chunk that begins at frame `first`, and drop chunks that begin before `first_kept`."""
         self._chunks.append((first, written, conditions))
         while self._chunks and self._chunks[0][0] < first_kept:
             self._chunks.popleft()
 
 
 def check_rewinds(recache: bool, caches: Sequence[Any]) -> None:
-    """Raise UsageError where `recache` is asked of a cache that cannot be rewound."""
+    """Raise UsageError if `recache` is set and a cache cannot be rewound."""
     other = next((type(cache).__name__ for cache in caches if not cache.is_ring), None)
     if recache and other is not None:
         raise UsageError(
-            f"a {other} cannot be written again for a new prompt, and encodes its near history anew after every chunk "
+            f"a {other} cannot be written again for a new prompt, but encodes its near history again after every chunk "
             "anyway; leave recache out"
         )

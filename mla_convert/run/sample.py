@@ -1,4 +1,4 @@
-"""Prompts in, a rollout out: what both the `generate` command and a run's samples do."""
+"""Rolls out prompts, for the `generate` command and for the samples of a run."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ DIGITS_FPS = 8
 
 
 class LatentScale(NamedTuple):
-    """What latents are of a video.
+    """The scale of latents relative to a video.
 
-    `temporal` video frames make a latent frame after the first, `spatial` pixels down and across a latent pixel;
-    `size` is the height and width of the latent where nothing else says it.
+    `temporal` is the number of video frames per latent frame after the first, `spatial` the number of pixels per latent
+    pixel in height and width. `size` is the default height and width of the latent.
     """
 
     temporal: int
@@ -47,53 +47,53 @@ _BY_CHANNELS = {1: PIXELS, 3: PIXELS, 48: WAN22}
 
 
 def prompt_encoder(config: Any) -> str | None:
-    """`digits` for a model of the embedded teacher's shape, whose prompts need no text encoder."""
+    """`digits` for a model with the embedded teacher's shapes, which needs no text encoder; otherwise None."""
     return DIGITS if config.get("text_dim") == TEXT_DIM and config.get("in_channels") == 1 else None
 
 
 def latent_scale(config: Any) -> LatentScale:
-    """The scale of a transformer's latents, which its channels tell; pixels are latents of scale 1."""
+    """The scale of a transformer's latents, derived from its channels; pixels are latents of scale 1."""
     return _BY_CHANNELS.get(noise_channels(config), WAN21)
 
 
 def check_text_width(wide: int, config: Any, place: Path) -> None:
-    """Raise UserError unless the text encoder in `place`, which makes `wide` numbers a token, is the transformer's."""
+    """Raise UserError unless the text encoder in `place`, with `wide` numbers per token, fits the transformer."""
     wanted = config.get("text_dim")
     if wide != wanted:
-        raise UserError(f"the text encoder in {place} makes {wide} numbers a token, the model reads {wanted}")
+        raise UserError(f"the text encoder in {place} makes {wide} numbers per token, but the model reads {wanted}")
 
 
 def check_vae(vae: Any, config: Any, name: str, remedy: str) -> None:
-    """Raise UserError unless a VAE has the latents of a transformer; `name` and `remedy` are for the message."""
+    """Raise UserError unless a VAE's latents fit a transformer; `name` and `remedy` are for the message."""
     channels, wanted, found = noise_channels(config), latent_scale(config), vae.config
     if found.z_dim != channels:
-        raise UserError(f"{name} has latents of {found.z_dim} channels, the model makes {channels}; {remedy}")
+        raise UserError(f"{name} has latents of {found.z_dim} channels, but the model makes {channels}; {remedy}")
     temporal, spatial = found.scale_factor_temporal, found.scale_factor_spatial
     if (temporal, spatial) != (wanted.temporal, wanted.spatial):
         raise UserError(
-            f"a latent of {name} is {temporal} frames of {spatial}x{spatial} pixels, one of a model of {channels} "
-            f"channels {wanted.temporal} frames of {wanted.spatial}x{wanted.spatial}; {remedy}"
+            f"a latent of {name} covers {temporal} frames of {spatial}x{spatial} pixels, but one of a model of "
+            f"{channels} channels covers {wanted.temporal} frames of {wanted.spatial}x{wanted.spatial}; {remedy}"
         )
 
 
 def latent_size(config: Any, generate: GenerateConfig) -> tuple[int, int]:
-    """Height and width of the latent: as asked for, 16x16 for digits, that of the model's scale for others."""
+    """Height and width of the latent: as requested, or by default 16x16 for digits and the model's size for others."""
     height, width = (FRAME, FRAME) if prompt_encoder(config) == DIGITS else latent_scale(config).size
     return generate.latent_height or height, generate.latent_width or width
 
 
 def trained_for(recorded: Mapping[str, Any], digits: bool) -> dict[str, Any]:
-    """How a model is sampled, in keys of GenerateConfig: what a recipe's section says other than its defaults."""
+    """How a model is sampled, in keys of GenerateConfig: the keys of a recipe's section that differ from defaults."""
     default = GenerateConfig().model_dump(mode="json")
-    known: dict[str, Any] = {"shift": SHIFT, "guidance_scale": GUIDANCE, "fps": DIGITS_FPS} if digits else {}
-    return {**known, **{key: recorded[key] for key in TRAINED_FOR if key in recorded and recorded[key] != default[key]}}
+    own: dict[str, Any] = {"shift": SHIFT, "guidance_scale": GUIDANCE, "fps": DIGITS_FPS} if digits else {}
+    return {**own, **{key: recorded[key] for key in TRAINED_FOR if key in recorded and recorded[key] != default[key]}}
 
 
 def to_latent(name: str, pixels: int, spatial: int) -> int:
-    """A height or width, as `name` says, in latent pixels. Raises UsageError for what the VAE cannot divide."""
+    """A height or width (`name`) in latent pixels. Raises UsageError for one that the VAE cannot divide."""
     if pixels < 1 or pixels % spatial:
         near = max(spatial, round(pixels / spatial) * spatial)
-        raise UsageError(f"a {name} of {pixels} is not a multiple of {spatial}, the VAE's; give {near}")
+        raise UsageError(f"a {name} of {pixels} is not a multiple of the VAE's {spatial}; use {near}")
     return pixels // spatial
 
 
@@ -106,20 +106,20 @@ def check_latent_size(config: Any, height: int, width: int, spatial: int = 1) ->
             pixels = f" ({near * spatial} pixels)" if spatial > 1 else ""
             raise UsageError(
                 f"a latent of {height}x{width} does not divide into patches of {p_h}x{p_w}; "
-                f"a {name} of {near}{pixels} does"
+                f"use a {name} of {near}{pixels}"
             )
 
 
 def check_length(config: Any, num_frames: int | None) -> None:
-    """Raise UsageError where a rollout of a model's configuration ends before, see `video_end`."""
+    """Raise UsageError if the rotary table of a model's configuration ends before `num_frames` (see `video_end`)."""
     causal = CausalConfig(**(config.get("causal") or {}))
     video_end(causal, config.get("rope_max_seq_len") or 1024, num_frames)
 
 
 def embed_prompts(prompts: Sequence[str], encoder: str | None) -> Tensor:
-    """`encoder_hidden_states` `[B, L, D]` of text prompts. Raises UsageError where no encoder reads them."""
+    """`encoder_hidden_states` `[B, L, D]` of text prompts. Raises UsageError unless `encoder` is `digits`."""
     if encoder != DIGITS:
-        raise UsageError("this model has no text encoder here; give --prompt-embeds, a .safetensors file")
+        raise UsageError("no text encoder was found for this model; give --prompt-embeds, a .safetensors file")
     try:
         return torch.stack([parse_prompt(prompt).embedding() for prompt in prompts])
     except ValueError as error:
@@ -158,10 +158,10 @@ def rollout(
     seed: Seeds | None = None,
     **more: Any,
 ) -> Iterator[Tensor]:
-    """Latent chunks `[B, C, F, H, W]`, float32, for `embeds` `[B, L, D]`; progress counts frames.
+    """Yield latent chunks `[B, C, F, H, W]`, float32, for `embeds` `[B, L, D]`; `progress` gets done and total frames.
 
-    `model` may be the experts that `stream_chunks` takes, and `more` other arguments of it. `start`, `source` and
-    `seed` stand in for those of `config`. Raises UserError for a start or a source that does not fit.
+    `model` may be several experts, as in `stream_chunks`; `more` are other arguments of it. `start`, `source` and
+    `seed` override those of `config`. Raises UserError for a start or a source that does not fit.
     """
     shape = (model[0] if isinstance(model, Sequence) else model).config
     height, width = latent_size(shape, config)
@@ -199,21 +199,21 @@ def rollout(
 
 
 def read_source(config: GenerateConfig, shape: Any) -> Tensor | SourceVideo:
-    """The source of a rollout of a transformer's configuration `shape`, whose pictures are its pixels.
+    """The source of a rollout of a transformer with configuration `shape`; pictures only for a pixel-space model.
 
-    Raises UserError, for a model of latents also where the source is pictures.
+    Raises UserError for a source that cannot be read, and UsageError for pictures with a model of latents.
     """
     assert config.source is not None
     channels, (temporal, spatial, _) = noise_channels(shape), latent_scale(shape)
     path, size = Path(config.source), latent_size(shape, config)
     if spatial > 1 and path.is_file() and path.suffix != LATENTS:
         raise UsageError(
-            f"{path}: the model works on latents; give a {LATENTS} file of them, or use `generate --source`"
+            f"{path}: the model works on latents; give a {LATENTS} file with latents, or use `generate --source`"
         )
     return open_source(path, (channels, *size), (temporal, spatial), config.fps)
 
 
 def shortest(frames: int | None, source: object) -> int | None:
-    """The frames of a rollout of at most so many from a `source`, whose length latents `[B, C, F, H, W]` tell."""
-    known = [frames, source.shape[2] if isinstance(source, Tensor) else None]
-    return min((one for one in known if one is not None), default=None)
+    """The length of a rollout of at most `frames` frames with `source`, if latents `[B, C, F, H, W]` fix its length."""
+    lengths = [frames, source.shape[2] if isinstance(source, Tensor) else None]
+    return min((length for length in lengths if length is not None), default=None)

@@ -1,4 +1,4 @@
-"""What a rollout restyles: a clean video of any length, asked for chunk by chunk."""
+"""Supplies the clean video that a rollout restyles, of any length, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ NO_FRAMES = "the source has no frames"
 class Source:
     """The clean latents that a rollout of `shape` (C, H, W) restyles, for a batch of `batch` items.
 
-    `given` are those of the whole video, `[B or 1, C, F, H, W]`, or a function of (first, stop) that gives those of the
-    frames from `first` to before `stop`. It is asked once a chunk, in their order, and says by giving fewer that the
-    video ends there. `frames` is the length where it is known.
+    `given` is the whole video, `[B or 1, C, F, H, W]`, or a function of (first, stop) that returns the frames
+    `[first, stop)`. The function is called once per chunk, in order; the video ends where it returns fewer frames.
+    `frames` is the length if it is known.
 
     Raises UsageError for a tensor that does not fit or has no frames.
     """
@@ -33,14 +33,14 @@ class Source:
             raise UsageError(NO_FRAMES)
 
     def cut(self, num_frames: int | None) -> int | None:
-        """The frames of a rollout that is asked for so many, as far as they are known; None is for ever."""
-        known = [length for length in (num_frames, self.frames) if length is not None]
-        return min(known, default=None)
+        """The length of a rollout of `num_frames` frames with this source; None if it is unknown or endless."""
+        lengths = [length for length in (num_frames, self.frames) if length is not None]
+        return min(lengths, default=None)
 
     def at(self, first: int, stop: int, device: torch.device) -> Tensor:
-        """The frames from `first` to before `stop`, or those that are left: `[B, C, F, H, W]`, float32.
+        """The frames `[first, stop)`, or those that are left: `[B, C, F, H, W]`, float32.
 
-        Raises UsageError for an answer that does not fit.
+        Raises UsageError for latents that do not fit.
         """
         if isinstance(self.given, Tensor):
             found = self.given[:, :, first:stop]
@@ -48,7 +48,7 @@ class Source:
             found = self.given(first, stop)
             self._check(found)
         if found.shape[2] > stop - first:
-            raise UsageError(f"the source gives {found.shape[2]} frames where {stop - first} are asked for")
+            raise UsageError(f"the source returned {found.shape[2]} frames; at most {stop - first} were requested")
         return found.to(device, torch.float32).expand(self.batch, -1, -1, -1, -1)
 
     def _check(self, found: Tensor) -> None:
@@ -60,17 +60,17 @@ class Source:
 
 
 def check_alone(start: Tensor | None) -> None:
-    """Raise UsageError for a `start` beside a source."""
+    """Raise UsageError for a `start` together with a source."""
     if start is not None:
-        raise UsageError("a source is restyled from its first frame on, and a start begins with others; give one")
+        raise UsageError("a source already determines the first frames; give source or start, not both")
 
 
 def with_source(
     ranges: Iterable[tuple[int, int]], source: Source | None, device: torch.device
 ) -> Iterator[tuple[int, int, Tensor | None]]:
-    """The frame ranges of the chunks with the clean chunk `[B, C, F, H, W]` of each, until the source ends.
+    """Yield the frame range of each chunk and its clean source chunk `[B, C, F, H, W]`, until the source ends.
 
-    Without a source they are all of `ranges`, with None. Raises UsageError for a source that gives nothing at all.
+    Without a source, yields all `ranges` with None. Raises UsageError for a source without frames.
     """
     for first, stop in ranges:
         clean = None if source is None else source.at(first, stop, device)

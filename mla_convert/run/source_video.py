@@ -1,4 +1,4 @@
-"""The source of a rollout from a file or a camera: latents, or pictures that are read no further than they are used."""
+"""Opens the source of a rollout from a file or a camera: latents, or pictures that are read only as needed."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Pictures = Path | Iterable[Image.Image]
 
 
 class SourceVideo:
-    """The latents `[1, C, F, h, w]` of a video, as `stream_chunks` asks for a source; `shape` is their (C, h, w).
+    """A `source` for `stream_chunks`: the latents `[1, C, F, h, w]` of a video; `shape` is their (C, h, w).
 
-    `frames` are its pictures, uint8 `[H, W, c]` at the size of the video, taken as chunks need them: the first latent
-    frame is one of them, every other `temporal`. Those that are left over at the end, too few for a latent frame, are
-    dropped. `encode_with` says which VAE makes latents of them; for a model of pixels they are it.
+    `frames` yields its pictures, uint8 `[H, W, c]` at the size of the video, and is read as chunks need them. The first
+    latent frame is one picture, every other `temporal` pictures. Pictures left over at the end, too few for a latent
+    frame, are dropped. `encode_with` sets the VAE that encodes them; a pixel-space model needs none.
     """
 
     def __init__(self, frames: Generator[Tensor], shape: tuple[int, int, int], temporal: int) -> None:
@@ -35,17 +35,17 @@ class SourceVideo:
         self._seen: list[Tensor] = []
 
     def look(self) -> None:
-        """Read the first picture now. Raises UserError where there is none."""
+        """Read the first picture now. Raises UserError if there is none."""
         self._seen = list(itertools.islice(self.frames, 1))
         if not self._seen:
             raise UserError("the source has no pictures")
 
     def encode_with(self, vae: Any, done: Callable[[], None] | None = None) -> None:
-        """Have `vae` encode the pictures; `done` is called after every chunk."""
+        """Encode the pictures with `vae`; `done` is called after every chunk."""
         self.encoder, self._encoded = StreamingEncoder(vae), done
 
     def __call__(self, first: int, stop: int) -> Tensor:
-        """Latents of the frames from `first` to before `stop`, or those that are left.
+        """Latents of the frames `[first, stop)`, or those that are left.
 
         Raises UserError for pictures that cannot be read.
         """
@@ -65,26 +65,26 @@ class SourceVideo:
         return latents
 
     def close(self) -> None:
-        """Let go of the file; what was not read stays unread."""
+        """Close the file without reading the rest."""
         self.frames.close()
 
 
 def open_source(
     source: Pictures, shape: tuple[int, int, int], scale: tuple[int, int], fps: float
 ) -> Tensor | SourceVideo:
-    """The `source` of a rollout whose latents are of `shape` (C, h, w) and of `scale`, see `latent_scale`.
+    """The `source` of a rollout with latents of `shape` (C, h, w) and (temporal, spatial) `scale` (`latent_scale`).
 
-    A `.safetensors` file holds `latents` `[C, F, h, w]`, which are given as `[1, C, F, h, w]`, float32. Any other is a
-    video, or a picture: ffmpeg reads it at `fps` frames a second, resized until it covers the rollout and cut to its
-    centre. For a model of pixels, which have 1 or 3 channels, it is an image, a GIF or an mp4, whose every frame is
-    averaged down, or enlarged, to its size. Pictures that are handed over, from a camera say, are taken as they come.
+    A `.safetensors` file holds `latents` `[C, F, h, w]`, returned as `[1, C, F, h, w]`, float32. Any other file is a
+    video or a picture: ffmpeg reads it at `fps` frames per second, resized to cover the rollout and cropped to its
+    center. For a pixel-space model, with 1 or 3 channels, the file is an image, a GIF or an mp4, and every frame is
+    averaged down, or enlarged, to the size of the rollout. An iterable of pictures, such as a camera, is read as is.
 
-    Raises UserError for a file that cannot be read, before anything is computed; UsageError for latents that do not
+    Raises UserError for a file that cannot be read, before anything is computed, and UsageError for latents that do not
     fit.
     """
     if isinstance(source, Path):
         if not source.is_file():
-            raise UserError(f"{source} does not exist; a source is a file")
+            raise UserError(f"{source} does not exist; give a source file")
         if source.suffix == LATENTS:
             return _latents(source, shape)
     (channels, height, width), (temporal, spatial) = shape, scale
@@ -115,7 +115,7 @@ def _latents(path: Path, shape: tuple[int, int, int]) -> Tensor:
     latents = read_latents(path, "source")
     if (latents.shape[0], *latents.shape[2:]) != shape:
         found, wanted = (f"{c} channels of {h}x{w}" for c, h, w in ((latents.shape[0], *latents.shape[2:]), shape))
-        raise UsageError(f"the source {path} has {found}, the rollout {wanted}; give the latent size of the source")
+        raise UsageError(f"the source {path} has {found}, the rollout {wanted}; roll out at the source's latent size")
     return latents.unsqueeze(0)
 
 
@@ -138,5 +138,5 @@ def _fitted(source: Iterable[Image.Image], height: int, width: int) -> Generator
 
 def _checked(picture: Any) -> Image.Image:
     if not isinstance(picture, Image.Image):
-        raise UsageError(f"a source is latents, a file or PIL images, not of {type(picture).__name__}")
+        raise UsageError(f"a source must be latents, a file or PIL images, not {type(picture).__name__}")
     return picture

@@ -1,4 +1,4 @@
-"""The clean beginning of a rollout from a file: latents, or pictures for a model of pixels."""
+"""Reads the clean beginning of a rollout from a file: latents, or pictures."""
 
 from __future__ import annotations
 
@@ -22,18 +22,17 @@ LATENTS, LATENTS_KEY = ".safetensors", "latents"
 
 
 def read_start(path: Path | Sequence[Image.Image], channels: int, height: int, width: int, vae: Any = None) -> Tensor:
-    """Clean latents `[C, F0, H, W]`, float32, to begin a rollout with, from a file or from pictures.
+    """Clean latents `[C, F0, H, W]`, float32, that begin a rollout, from a file or from pictures.
 
-    A `.safetensors` file holds them under `latents`. For pixels, of 1 or 3 channels in [-1, 1], an
-    image, a GIF or an mp4 will do: its frames are averaged down, or enlarged, to `height x width`,
-    which undoes the enlargement of `save_video`. A GIF has lost the frames that repeat the one before.
-    Where the model works on latents, the `vae` encodes the pictures, resized until they cover the video
-    and cut to their centre. Raises UserError for a file that cannot be read, UsageError for pictures
-    without a VAE, and for a number of them that it does not take.
+    A `.safetensors` file holds them under `latents`. For a pixel-space model, with 1 or 3 channels in [-1, 1], the file
+    can be an image, a GIF or an mp4. Its frames are averaged down, or enlarged, to `height x width`, which reverses the
+    enlargement of `save_video`. A GIF lacks frames that repeat the one before. For a model of latents, the `vae`
+    encodes the pictures, resized to cover the video and cropped to their center. Raises UserError for a file that
+    cannot be read, and UsageError for pictures without a VAE, or of a number that the VAE does not accept.
     """
     if isinstance(path, Path):
         if not path.is_file():
-            raise UserError(f"{path} does not exist; a start is a file")
+            raise UserError(f"{path} does not exist; give a start file")
         if path.suffix == LATENTS:
             return read_latents(path, "start")
     if vae is not None:
@@ -51,12 +50,12 @@ def boxed(picture: Image.Image, channels: int, height: int, width: int) -> Tenso
 
 
 def boxed_pixels(frames: Tensor) -> Tensor:
-    """uint8 frames `[F, H, W, C]` as pixels `[C, F, H, W]` in [-1, 1] of a model that makes those."""
+    """uint8 frames `[F, H, W, C]` as pixels `[C, F, H, W]` in [-1, 1] for a pixel-space model."""
     return (2 * frames.float() / 255 - 1).permute(3, 0, 1, 2).contiguous()
 
 
 def fitted(picture: Image.Image, height: int, width: int) -> Tensor:
-    """A picture resized until it covers `height x width` and cut to its centre, uint8 `[height, width, 3]`."""
+    """A picture resized to cover `height x width` and cropped to its center, uint8 `[height, width, 3]`."""
     return torch.from_numpy(np.array(ImageOps.fit(picture.convert("RGB"), (width, height))))
 
 
@@ -70,26 +69,26 @@ def _encoded(path: Path | Sequence[Image.Image], height: int, width: int, vae: A
     if (len(frames) - 1) % temporal:
         below = len(frames) - (len(frames) - 1) % temporal
         raise UsageError(
-            f"{_named(path)} has {len(frames)} frames; the VAE takes one and then {temporal} at a time: "
+            f"{_named(path)} has {len(frames)} frames, but the VAE takes one and then {temporal} at a time; "
             f"give {below} or {below + temporal}"
         )
     return encode_pixels(vae, to_pixels(torch.stack(frames)).unsqueeze(0))[0].cpu()
 
 
 def read_latents(path: Path, what: str) -> Tensor:
-    """The tensor `latents` `[C, F, H, W]` of a file, float32. Raises UserError, which says `what` it should be."""
+    """The tensor `latents` `[C, F, H, W]` of a file, float32. Raises UserError; `what` is the file's role in it."""
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     if LATENTS_KEY not in tensors or tensors[LATENTS_KEY].ndim != 4:
         shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in sorted(tensors.items())) or "nothing"
-        raise UserError(f"{path} holds {shapes}; a {what} is the tensor {LATENTS_KEY} [C, F, H, W]")
+        raise UserError(f"{path} holds {shapes}; a {what} must be the tensor {LATENTS_KEY} [C, F, H, W]")
     return tensors[LATENTS_KEY].float()
 
 
 def read_pictures(path: Path | Sequence[Image.Image]) -> Iterator[Image.Image]:
-    """The frames of an image or a video, read one by one. Raises UserError."""
+    """Yield the frames of an image or a video. Raises UserError for a file that cannot be read."""
     if not isinstance(path, Path):
         yield from path
         return
@@ -103,4 +102,4 @@ def read_pictures(path: Path | Sequence[Image.Image]) -> Iterator[Image.Image]:
                 yield from ImageSequence.Iterator(image)
     except (OSError, RuntimeError, UnidentifiedImageError) as error:
         reason = (str(error).strip().splitlines() or ["unknown"])[0]
-        raise UserError(f"{path} is neither an image nor a video that can be read: {reason}") from None
+        raise UserError(f"{path} cannot be read as an image or a video: {reason}") from None

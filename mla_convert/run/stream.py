@@ -1,4 +1,4 @@
-"""Chunk-wise rollout of a causal video model, dense or latent, with constant memory."""
+"""Rolls out a causal video model, dense or latent, chunk by chunk with constant memory."""
 
 from __future__ import annotations
 
@@ -54,46 +54,43 @@ def stream_chunks(
 ) -> Iterator[Tensor]:
     """Yield latent chunks `[B, C, F, H, W]`, float32, of a rollout of `num_frames` frames; None never ends.
 
-    Where positions are absolute the rotary table ends it, see `video_end`, and a logger says so.
+    With absolute positions, the rollout ends with the rotary table (see `video_end`), and a warning is logged.
 
-    Every chunk is denoised in `num_inference_steps` steps and then written to the cache by one more pass
-    at noise level `context_noise` (Self-Forcing, arXiv 2506.08009, algorithm 1). `denoising_steps`, falling
-    noise levels out of 1000, stand in for evenly spaced ones, in the first chunk `first_chunk_steps`; the
-    `shift` warps them. `sampler` takes Euler steps, or with `renoise` adds new noise to the predicted clean
-    chunk, as few-step students of Self-Forcing, Causal-Forcing and LongLive are sampled. A flow map is asked
-    for the mean velocity of each step, which for new noise leads down to 0, and for r = t by the pass that writes.
+    Every chunk is denoised in `num_inference_steps` steps and then written to the cache by one more pass at noise level
+    `context_noise` (Self-Forcing, arXiv 2506.08009, algorithm 1). `denoising_steps`, decreasing noise levels out of
+    1000, replace evenly spaced steps; `first_chunk_steps` are those of the first chunk. `shift` warps all of them. The
+    `sampler` takes Euler steps, or with `renoise` adds new noise to the predicted clean chunk, as for few-step students
+    of Self-Forcing, Causal-Forcing and LongLive. A flow map predicts the mean velocity of each step (down to 0 with
+    `renoise`), and has r = t in the pass that writes.
 
-    `model` may be several experts, which share the work by their `noise_range` (Wan2.2): each step
-    is taken by the expert of its noise level, and a finished chunk is written to the cache of each.
+    `model` may be several experts that share the work by their `noise_range` (Wan2.2). Each step is taken by the expert
+    for its noise level, and a finished chunk is written to the cache of every expert.
 
-    With `guidance_scale` other than 1 every item is denoised a second time with
-    `negative_hidden_states` `[1, L, D]`, zeros by default, and its own half of the cache
-    (classifier-free guidance, arXiv 2207.12598).
+    With a `guidance_scale` other than 1, every item is denoised a second time with `negative_hidden_states`
+    `[1, L, D]`, zeros by default, and its own half of the cache (classifier-free guidance, arXiv 2207.12598).
 
-    `seed` draws the noise of the whole batch; a seed, or generator, for each item makes item i the rollout
-    that it is alone.
+    One `seed` draws the noise of the whole batch. With a seed or generator per item, item i equals its rollout alone.
 
-    `start` `[B or 1, C, F0, H, W]` is a clean beginning: its chunks are written to the cache and
-    yielded instead of being denoised. Their noise is drawn all the same, so that a rollout which
-    starts with the first chunks of another goes on like it. Raises UsageError where `start` does not
-    end with a chunk, unless with `hold_start`: its frames in that chunk are then held clean, at noise level 0, while
-    the others are denoised beside them, as models are trained whose image is a part of the first chunk.
+    `start` `[B or 1, C, F0, H, W]` is a clean beginning: its chunks are written to the cache and yielded instead of
+    being denoised. Their noise is drawn anyway, so a rollout that starts with the first chunks of another continues
+    like it. Raises UsageError if `start` does not end with a chunk, except with `hold_start`: then its frames in that
+    chunk are held clean, at noise level 0, while the others are denoised. This is for models that are trained with the
+    image as a part of the first chunk.
 
-    `source` is a clean video that is restyled: latents `[B or 1, C, F, H, W]`, or a function of (first, stop) that
-    gives those of the frames from `first` to before `stop`. It is asked once a chunk, in their order; with fewer
-    frames, or none, it says that the video ends there. A chunk begins as the source under noise of the level `strength`
-    in (0, 1], before the shift, and takes the steps from there on, see `from_strength`; at 1 it begins as noise, and
-    all but the length is as without a source. What is cached is the restyled chunk. Raises UsageError beside a `start`,
-    and for latents that do not fit.
+    `source` is a clean video to restyle: latents `[B or 1, C, F, H, W]`, or a function of (first, stop) that returns
+    the frames `[first, stop)`. The function is called once per chunk, in order; the video ends where it returns fewer
+    frames, or none. A chunk starts as the source with noise at level `strength` in (0, 1], before the shift, and takes
+    the steps from there on (see `from_strength`). At 1 it starts as noise, and only the length depends on the source.
+    The restyled chunk is cached. Raises UsageError together with `start`, and for latents that do not fit.
 
-    `conditions` are what the model is conditioned on beside text, by name, see `Conditions`: tensors for the whole
-    video, or for those by frames functions of (first, stop). Passes with the negative prompt are told them too. An
-    image-to-video model needs those of its image. Raises UsageError without, before anything is computed.
+    `conditions` are the model's conditions other than text, by name (see `Conditions`): tensors for the whole video, or
+    for kind `frames` functions of (first, stop). They also apply to the negative prompt. An image-to-video model
+    requires those of its image. Raises UsageError if one is missing, before anything is computed.
 
-    `prompt_at` is asked before every chunk, with the number of its first frame, for another text
-    `[B or 1, L, D]`; None keeps the one before. No text is cached, so what was made before is untouched.
-    `on_step` is told the chunk's first frame, the step, its time and the chunk after it, which what it
-    returns replaces. `device` is where the model computes, where hooks move its weights there and back.
+    `prompt_at` is called before every chunk with its first frame and returns a new text `[B or 1, L, D]`, or None to
+    keep the current one. No text is cached, so earlier chunks do not change. `on_step` is called with the chunk's first
+    frame, the step, its time and the chunk after the step; what it returns, if not None, replaces the chunk. `device`
+    is where the model computes, for hooks that move its weights there and back.
     """
     models = list(model) if isinstance(model, Sequence) else [model]
     batch, channels = encoder_hidden_states.shape[0], models[0].noise_channels
@@ -104,7 +101,7 @@ def stream_chunks(
         clean = Source(source, batch, (channels, height, width))
         num_frames = clean.cut(num_frames)
     end = video_end(causal, models[0].rotary_table().max_len, num_frames, 0 if start is None else start.shape[2])
-    told = Conditions(models, conditions, batch, end, (height, width))
+    supplied = Conditions(models, conditions, batch, end, (height, width))
     passes = _OwnPasses(models, encoder_hidden_states, negative_hidden_states, guidance_scale, (height, width), device)
     device = passes.devices[0]
     if start is not None:
@@ -121,31 +118,31 @@ def stream_chunks(
             passes.set_text(text)
             if recent is not None:
                 passes.rewrite(recent, context_noise)
-        now = told.at(first, stop)
-        passes.set_conditions(now)
+        of_chunk = supplied.at(first, stop)
+        passes.set_conditions(of_chunk)
         shape = (batch, channels, stop - first, height, width)
         noises = [_noise(shape, generators).to(device) for _ in range(schedule.draws(first))]
         noises[0] = schedule.begin(noises[0], first, given)
         held = None if start is None or start.shape[2] <= first else start[:, :, first:stop]
-        done = None if on_step is None else functools.partial(_tell, on_step, first)
+        done = None if on_step is None else functools.partial(_call_on_step, on_step, first)
         with torch.no_grad():
             x, written = passes.chunk(noises, schedule, first, held, done)
         if recent is not None:
-            recent.add(first, written, causal.first_kept(stop), now)
+            recent.add(first, written, causal.first_kept(stop), of_chunk)
         yield x
     if end != num_frames and stop == end:
         logger.warning("%s", end_notice(causal, "the video", end))
 
 
-def _tell(on_step: OnStep, first: int, index: int, t: Tensor, x: Tensor) -> Tensor | None:
+def _call_on_step(on_step: OnStep, first: int, index: int, t: Tensor, x: Tensor) -> Tensor | None:
     return on_step(first, index, float(t), x)
 
 
 def _generators(seed: Seeds, batch: int) -> list[torch.Generator]:
-    """One generator for the whole batch, or one an item. Raises ValueError for another number of them."""
+    """One generator for the whole batch, or one per item. Raises ValueError for any other number."""
     seeds: list[Any] = list(seed) if isinstance(seed, Sequence) else [seed]
     if isinstance(seed, Sequence) and len(seeds) != batch:
-        raise ValueError(f"{len(seeds)} seeds do not fit a batch of {batch}")
+        raise ValueError(f"{len(seeds)} seeds do not fit a batch of {batch}; give one, or one per item")
     return [one if isinstance(one, torch.Generator) else torch.Generator().manual_seed(one) for one in seeds]
 
 
@@ -156,9 +153,9 @@ def _noise(shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:
 
 
 class _OwnPasses(Passes):
-    """The passes of a rollout with caches of its own.
+    """The passes of a rollout with its own caches.
 
-    With guidance their batch has a second half for the negative prompt.
+    With guidance, the second half of the batch is for the negative prompt.
     """
 
     def __init__(
@@ -182,7 +179,7 @@ class _OwnPasses(Passes):
         self.set_text(text)
 
     def set_text(self, text: Tensor) -> None:
-        """The prompts `[B or 1, L, D]` of the passes to come."""
+        """Set the prompts `[B or 1, L, D]` of later passes."""
         self.texts = [
             self._with_negative(text.to(place, model.dtype).expand(self.batch, -1, -1))
             for model, place in zip(self.models, self.devices, strict=True)
@@ -195,7 +192,7 @@ class _OwnPasses(Passes):
         return torch.cat([text, negative.expand_as(text)])
 
     def set_conditions(self, conditions: Mapping[str, Tensor]) -> None:
-        """What the passes to come are conditioned on, `[B, ...]` each; those with the negative prompt, too."""
+        """Set the conditions of later passes, `[B, ...]` each, also for the negative prompt."""
         self.conditions = [
             placed([conditions] * self.copies, place, model.dtype)
             for model, place in zip(self.models, self.devices, strict=True)
@@ -203,7 +200,7 @@ class _OwnPasses(Passes):
 
     @torch.no_grad()
     def rewrite(self, recent: RecentChunks, t: float) -> None:
-        """Write the chunks that the ring holds again, at noise level t, for the text of now."""
+        """Write the chunks in the ring again, at noise level t, with the current text."""
         for expert in self.writers():
             for index, (first, written, conditions) in enumerate(recent):
                 if index == 0:
@@ -217,6 +214,6 @@ class _OwnPasses(Passes):
     def _run(self, expert: int, x: Tensor, levels: tuple[float, float], held: int, write: bool) -> Tensor:
         model = self.models[expert]
         x = x.to(self.devices[expert], model.dtype).repeat(self.copies, 1, 1, 1, 1)
-        # By the call, not by `forward_chunk`: hooks that bring weights to the device see calls alone.
+        # Call the model, not `forward_chunk`: hooks that move weights to the device run only on calls.
         call = functools.partial(model, cache=self.caches[expert], write=True) if write else self.denoisers[expert]
         return run_pass(model, call, x, levels, held, self.texts[expert], self.conditions[expert])

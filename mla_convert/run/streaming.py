@@ -1,4 +1,4 @@
-"""The `streaming` section of a recipe: who attends while a model streams, its passes and its cache."""
+"""Defines the `streaming` section of a recipe: kernels, CUDA graphs and the cache's bits while a model streams."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class StreamingConfig(BaseModel):
 
     @property
     def dense(self) -> StreamingConfig:
-        """The same for a dense model beside a converted one."""
+        """The same settings for a dense model, which has no latents to store in fewer bits."""
         return self.model_copy(update={"cache": "auto"})
 
     def apply(self, *models: Any) -> None:
-        """Have each of the causal `models` stream like this. Raises UserError for a `cache` that one cannot have."""
+        """Apply these settings to each of the causal `models`. Raises UserError if one does not support `cache`."""
         for model in models:
             model.set_cache(self.cache)
             model.set_kernels(self.kernels, self.expand_history, self.cuda_graph == "auto")

@@ -1,6 +1,6 @@
-"""Pictures out of a rollout: frames in [0, 1], written as mp4, gif, a folder of PNG files, or to a pipe.
+"""Writes the frames of a rollout as mp4, gif or a folder of PNG files, or to a pipe.
 
-Frames are float32 `[F, H, W, 3]`, F video frames of H x W pixels.
+Frames are float32 `[F, H, W, 3]` in [0, 1], F video frames of H x W pixels.
 """
 
 from __future__ import annotations
@@ -31,28 +31,27 @@ SUFFIXES = (".mp4", ".gif")
 STDOUT = Path("-")
 MIN_PIXELS = 256
 _MACROBLOCK = 16
-# A fragment begins with every key frame, and a key frame comes with every second.
+# A fragment begins at every key frame, and there is a key frame every second.
 _FRAGMENTED = "-movflags +frag_keyframe+empty_moov+default_base_moof -tune zerolatency -flush_packets 1"
 _GAP, _LABEL, _INK, _PAPER = 8, 24, 0.9, 0.2
 
 
 def to_frames(video: Tensor) -> Frames:
-    """Frames `[F, H, W, 3]` of one video `[C, F, H, W]` of pixels in [-1, 1].
+    """Frames `[F, H, W, 3]` of one video of pixels `[C, F, H, W]` in [-1, 1], C = 1 or 3.
 
-    Pixels have 1 or 3 channels. Raises UserError when the video holds NaN or Inf, UsageError for latents, which
-    `frame_chunks` decodes.
+    Raises UserError when the video contains NaN or Inf, and UsageError for latents, which `frame_chunks` decodes.
     """
     channels = video.shape[0]
     if channels not in (1, 3):
-        raise UsageError(f"latents of {channels} channels are not a picture; give the VAE that decodes them")
+        raise UsageError(f"latents of {channels} channels are not pixels; give the VAE that decodes them")
     if not torch.isfinite(video).all():
-        raise UserError("the video holds NaN or Inf; the model diverged, or its dtype is too narrow (try float32)")
+        raise UserError("the video contains NaN or Inf; the model diverged, or its dtype is too narrow (try float32)")
     pixels = ((video.float() + 1) / 2).clamp(0, 1).expand(3, -1, -1, -1)
     return pixels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
 
 
 def denormalised(vae: Any, latents: Tensor) -> Tensor:
-    """Latents `[B, C, F, H, W]` of a transformer as the `vae` decodes them, in its dtype and on its device."""
+    """Latents `[B, C, F, H, W]` of a transformer on the scale that `vae` decodes, in its dtype and on its device."""
     bring_weights(vae)
     mean, std = (
         torch.tensor(vae.config[key], device=vae.device, dtype=vae.dtype).view(1, -1, 1, 1, 1)
@@ -66,18 +65,17 @@ def check_suffix(path: Path) -> None:
     if path == STDOUT:
         return
     if path.suffix.lower() not in (*SUFFIXES, ""):
-        raise UsageError(f"cannot write {path}: use .mp4, .gif, or a name without suffix for a folder of PNG files")
+        raise UsageError(f"cannot write {path}; use .mp4, .gif, or a name without suffix for a folder of PNG files")
     if path.suffix == "" and path.is_dir() and any(not _is_frame(file) for file in path.iterdir()):
-        raise UsageError(f"{path} exists and holds more than video frames; choose another folder")
+        raise UsageError(f"{path} exists and contains other files than video frames; choose another folder")
 
 
 def save_video(frames: Frames | Iterable[Frames], path: Path, fps: float, min_pixels: int = MIN_PIXELS) -> None:
-    """Write frames, or an iterator over chunks of them, as `path`'s suffix says; equal input gives equal bytes.
+    """Write frames, or an iterable of chunks of frames, in the format of `path`'s suffix.
 
-    `-` is stdout, which gets a fragmented mp4 that can be played while it grows. Frames with a side below
-    `min_pixels` are enlarged by a whole factor, pixel by pixel. Raises UsageError for an unknown suffix,
-    UserError when the disk is full; nothing is left half-written.
-    Raises BrokenPipeError when nobody reads stdout any more.
+    Equal input gives equal bytes. `-` writes a fragmented mp4 to stdout, which can be played while it grows. Frames
+    with a side below `min_pixels` are enlarged by a whole factor, pixel by pixel. Nothing is left half-written. Raises
+    UsageError for an unknown suffix, UserError when the disk is full, and BrokenPipeError when stdout is closed.
     """
     check_suffix(path)
     chunks: Iterator[Frames] = iter([frames] if isinstance(frames, np.ndarray) else frames)
@@ -102,10 +100,9 @@ def save_video(frames: Frames | Iterable[Frames], path: Path, fps: float, min_pi
 
 
 def scale_factor(height: int, width: int, min_pixels: int = MIN_PIXELS) -> int:
-    """Smallest whole factor that brings both sides to `min_pixels`; 1 where they have it.
+    """Smallest whole factor that enlarges both sides to at least `min_pixels`, possibly 1.
 
-    Among the factors up to twice that one, the first that makes both sides divisible by 16, the
-    macroblock of H.264, is preferred.
+    A larger factor, up to twice as large, is preferred if it makes both sides divisible by 16, the macroblock of H.264.
     """
     least = math.ceil(min_pixels / min(height, width))
     if least <= 1:
@@ -116,11 +113,11 @@ def scale_factor(height: int, width: int, min_pixels: int = MIN_PIXELS) -> int:
 
 
 def side_by_side(teacher: Frames, student: Frames, labels: tuple[str, str] | None = ("teacher", "student")) -> Frames:
-    """Both videos in one, with a thin gap and a line of text above each; `None` leaves the text out.
+    """Both videos in one, with a thin gap between them and a line of text above each unless `labels` is None.
 
-    Two videos `[F, H, W, 3]` stand beside each other; two stacks of N videos `[N, F, H, W, 3]` make
-    N columns, the teacher's row above the student's. Sides below 256 pixels are enlarged for one
-    video, below 128 for a stack. Raises ValueError when the shapes differ.
+    Two videos `[F, H, W, 3]` are placed side by side. Two stacks of N videos `[N, F, H, W, 3]` become N columns, the
+    teacher's row above the student's. Sides below 256 pixels are enlarged for single videos, below 128 for stacks.
+    Raises ValueError when the shapes differ.
     """
     if teacher.shape != student.shape:
         raise ValueError(f"cannot compare videos of {teacher.shape} and {student.shape}")
@@ -166,10 +163,10 @@ def _to_uint8(frame: Frames, factor: int) -> NDArray[np.uint8]:
 def _write_mp4(
     images: Iterable[NDArray[np.uint8]], target: str, fps: float, container: str, shown: Path = STDOUT
 ) -> None:
-    """H.264 in yuv420p, which every browser and player shows; odd sides get one repeated line.
+    """Encode H.264 in yuv420p, which every browser and player supports; odd sides get one repeated line.
 
-    One encoder thread and no metadata, so that the bytes depend on the frames alone. `container` are
-    ffmpeg's arguments for the kind of mp4. Errors name the file `shown`.
+    One encoder thread and no metadata, so the bytes depend only on the frames. `container` holds ffmpeg's arguments for
+    the kind of mp4. Errors name the file `shown`.
     """
     images = iter(images)
     first = next(images)
@@ -183,14 +180,14 @@ def _write_mp4(
         {container} -f mp4
     """
     command = [imageio_ffmpeg.get_ffmpeg_exe(), *arguments.split(), target]
-    # In a session of its own, so that Ctrl-C in a terminal reaches this process alone.
+    # In its own session, so that Ctrl-C in a terminal reaches only this process.
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) as process:
         assert process.stdin is not None
         try:
             for image in itertools.chain([first], images):
                 process.stdin.write(np.pad(image, pad, mode="edge").tobytes())
         except BrokenPipeError:
-            pass  # ffmpeg stopped; its exit code and message tell why
+            pass  # ffmpeg stopped; its exit code and message say why
         except BaseException:
             process.kill()
             raise
@@ -207,7 +204,7 @@ def _write_mp4(
 
 
 def _write_gif(images: Iterable[NDArray[np.uint8]], path: Path, fps: float) -> None:
-    """A GIF that loops for ever; its clock counts hundredths of a second."""
+    """Write a GIF that loops forever; its durations are in hundredths of a second."""
     pictures = (Image.fromarray(image) for image in images)
     first = next(pictures)
     duration = max(10 * round(100 / fps), 20)
