@@ -225,11 +225,11 @@ def refusal(base: Path, config: AdapterConfig) -> str:
     [
         ({"blocks.9.attn1.to_q.lora_A.weight": (3, 24)}, "adapts blocks.9.attn1.to_q, which the model does not have"),
         ({"blocks.0.attn1.to_q.lora_A.weight": (3, 24)}, "without its other half"),
-        ({"blocks.0.attn1.to_q.hada_w1_a": (3, 24)}, "is no plain LoRA and cannot be added; merge it"),
-        ({"blocks.0.attn1.to_q.lora_magnitude_vector": (24,)}, "is no plain LoRA and cannot be added; merge it"),
+        ({"blocks.0.attn1.to_q.hada_w1_a": (3, 24)}, "is not a plain LoRA and cannot be added; merge it"),
+        ({"blocks.0.attn1.to_q.lora_magnitude_vector": (24,)}, "is not a plain LoRA and cannot be added; merge it"),
         (
             {"blocks.0.attn1.to_q.lora_A.weight": (3, 30), "blocks.0.attn1.to_q.lora_B.weight": (24, 3)},
-            "does not fit blocks.0.attn1.to_q.weight, of which the model has shape [24, 24]",
+            "does not fit blocks.0.attn1.to_q.weight, for which the model has shape [24, 24]",
         ),
         ({"blocks.0.norm1.diff": (24,)}, "adapts blocks.0.norm1, which the model does not have"),
     ],
@@ -244,13 +244,15 @@ def test_what_peft_does_otherwise_is_refused(tmp_path: Path, base: Path, matrice
     config, _ = write(tmp_path / "lora", "peft", matrices)
     told = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps({**told, key: {"a": 1}}))
-    assert f"asks for {key}, which cannot be added" in refusal(base, config)
+    assert f"sets {key}, which cannot be added" in refusal(base, config)
 
 
 @pytest.mark.parametrize("form", ["peft", "kohya"])
 def test_two_alphas_are_refused(tmp_path: Path, base: Path, matrices: Any, form: str) -> None:
     config, _ = write(tmp_path / "lora", form, matrices)
-    assert "says alpha 5, source.adapters 8; leave it out" in refusal(base, config.model_copy(update={"alpha": 8.0}))
+    assert "has alpha 5, but source.adapters has 8; leave it out" in refusal(
+        base, config.model_copy(update={"alpha": 8.0})
+    )
     assert load_source(str(base), adapters=[config.model_copy(update={"alpha": ALPHA})]).adapters
 
 
@@ -264,7 +266,7 @@ def test_files_that_are_not_there_or_hold_nothing(tmp_path: Path, base: Path) ->
     save_file(bad | {"blocks.0.attn1.to_q.lora_B.weight": torch.ones(24, 3)}, base / "nan.safetensors")
     with pytest.raises(UserError, match="NaN or infinite"):
         load_dense(load_source(str(base), adapters=[AdapterConfig(file="nan.safetensors")]))
-    with pytest.raises(ValueError, match="an adapter needs model, file or both"):
+    with pytest.raises(ValueError, match="an adapter needs model, file, or both"):
         AdapterConfig(scale=2.0)
 
 

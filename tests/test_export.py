@@ -272,7 +272,7 @@ def test_damaged_checkpoints_are_one_clear_line(saved):
     good, weights = config.read_text(), (saved / WEIGHTS).read_bytes()
 
     (saved / WEIGHTS).write_bytes(weights[:-1])
-    assert "is cut short or not a safetensors file" in refusal(load_checkpoint, saved)
+    assert "is truncated or not a safetensors file" in refusal(load_checkpoint, saved)
     tensors = safetensors.torch.load(weights)
     safetensors.torch.save_file({**tensors, "proj_out.bias": torch.zeros(3)}, saved / WEIGHTS)
     assert "tensor proj_out.bias has shape [3]" in refusal(load_checkpoint, saved)

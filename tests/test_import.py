@@ -162,7 +162,7 @@ def test_averaged_weights_that_are_not_there(tmp_path, model):
     path = tmp_path / "one.pt"
     torch.save(published(model.state_dict(), "causvid") | {"critic": {"a": torch.zeros(1)}}, path)
     assert refusal(path, use_ema=True) == (
-        f"{path} holds no averaged weights (generator_ema), only generator, critic; leave source.use_ema out"
+        f"{path} holds no averaged weights (generator_ema), but only generator, critic; leave source.use_ema out"
     )
     torch.save(published(model.state_dict(), "causal_forcing"), path)
     assert "holds only averaged weights (generator_ema)" in refusal(path, use_ema=False)
@@ -275,7 +275,7 @@ def test_configuration_of_a_file_in_a_folder(tmp_path, monkeypatch, model, besid
         ({"in_dim": 3}, "3 input and 1 output channels cannot be converted: its control latents"),
         ({"dim": None}, "dim is missing from the WanModel configuration"),
         ({"num_layers": 3}, "lacks tensors blocks.2."),
-        ({"ffn_dim": 48}, "tensor blocks.0.ffn.0.bias has shape [32], its configuration asks for [48] (and"),
+        ({"ffn_dim": 48}, "tensor blocks.0.ffn.0.bias has shape [32], but its configuration expects [48] (and"),
     ],
 )
 def test_configuration_that_is_refused(tmp_path, original, changes, reason):
@@ -338,11 +338,11 @@ def test_quantised_weights(tmp_path, original, dtype):
     state = original | {name: original[name].to(dtype), f"{name.removesuffix('weight')}scale_weight": torch.ones(1)}
     torch.save(state, tmp_path / "q.pt")
     stored = str(dtype).removeprefix("torch.")
-    assert f"tensor {name} is stored as {stored}; quantised weights" in refusal(tmp_path / "q.pt")
+    assert f"tensor {name} is stored as {stored}, and quantized weights" in refusal(tmp_path / "q.pt")
     save_file(state, tmp_path / "q.safetensors")
-    assert "quantised weights cannot be converted" in refusal(tmp_path / "q.safetensors")
+    assert "quantized weights cannot be converted" in refusal(tmp_path / "q.safetensors")
     (tmp_path / "q.gguf").touch()
-    assert "GGUF weights are quantised" in refusal(tmp_path / "q.gguf")
+    assert "GGUF weights are quantized" in refusal(tmp_path / "q.gguf")
 
 
 def test_tensors_that_do_not_fit_are_called_what_the_file_calls_them(tmp_path, original):
@@ -386,9 +386,9 @@ def test_files_that_cannot_be_read(tmp_path, original):
     torch.save(original, path)
     content = path.read_bytes()
     path.write_bytes(content[:-100])
-    assert refusal(path) == f"{path} is cut short; fetch it again"
+    assert refusal(path) == f"{path} is truncated; download it again"
     path.write_bytes(b"")
-    assert "is not a file of torch.save" in refusal(path)
+    assert "was not written by torch.save" in refusal(path)
     path.write_text("version https://git-lfs.github.com/spec/v1\n")
     assert "is a git-lfs pointer" in refusal(path)
     with zipfile.ZipFile(path, "w") as archive:

@@ -64,13 +64,16 @@ def test_sharded_folder(folder, tmp_path):
 
 def test_index_that_lists_more_than_there_is(folder):
     (folder / INDEX).write_text(json.dumps({"weight_map": {"absent.weight": WEIGHTS}}))
-    assert refusal(folder) == f"{folder / INDEX} lists absent.weight, which {WEIGHTS} does not hold"
+    assert (
+        refusal(folder)
+        == f"{folder / INDEX} lists absent.weight, but {WEIGHTS} does not contain it; download both again"
+    )
 
 
 @pytest.mark.parametrize("weight_map", [None, ["a"], {"a": "../other.safetensors"}, {"a": 3}])
 def test_index_without_a_usable_map(folder, weight_map):
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    assert refusal(folder) == f"{folder / INDEX} has no usable weight_map"
+    assert refusal(folder) == f"{folder / INDEX} has no valid weight_map"
 
 
 @pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
@@ -132,8 +135,8 @@ def test_several_indexes_are_named(folder):
 
 def test_what_is_no_index(folder):
     (folder / "other.index.json").write_text("{}")
-    assert refusal(folder, file="other.index.json") == f"{folder / 'other.index.json'} has no usable weight_map"
-    assert "is no weights file" in refusal(folder, file="config.json")
+    assert refusal(folder, file="other.index.json") == f"{folder / 'other.index.json'} has no valid weight_map"
+    assert "is not a weights file" in refusal(folder, file="config.json")
     assert "does not exist; give a folder" in refusal("runs/model.safetensors.index.json")
     shards = write_shards(folder, "m.safetensors.index.json", load_file(folder / WEIGHTS))
     (folder / shards[1]).unlink()
@@ -205,7 +208,7 @@ def test_tensors_are_read_when_they_are_asked_for(folder, monkeypatch):
 def test_nan_in_the_weights(folder, value):
     change_tensors(folder, lambda tensors: tensors["blocks.1.attn1.to_k.weight"].view(-1)[5:7].fill_(value))
     source = load_source(str(folder))
-    expected = "tensor blocks.1.attn1.to_k.weight has 2 NaN or infinite of 576 values"
+    expected = "tensor blocks.1.attn1.to_k.weight has 2 NaN or infinite values out of 576"
     with pytest.raises(UserError, match=expected):
         check_finite(source)
     with pytest.raises(UserError, match=expected):
@@ -214,9 +217,9 @@ def test_nan_in_the_weights(folder, value):
 
 def test_missing_weights(folder):
     (folder / WEIGHTS).unlink()
-    assert refusal(folder).startswith(f"{folder / WEIGHTS} is missing; name the weights with file")
+    assert refusal(folder).startswith(f"{folder / WEIGHTS} is missing; if the weights have another name")
     (folder / "model.Q8_0.gguf").touch()
-    assert "has only GGUF weights, which are quantised" in refusal(folder)
+    assert "has only GGUF weights, which are quantized" in refusal(folder)
 
 
 def test_several_weight_files(folder):
@@ -233,8 +236,8 @@ def test_truncated_safetensors(folder, keep):
     content = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(content[:keep])
     message = refusal(folder)
-    assert message.startswith(f"{folder / WEIGHTS} is cut short or not a safetensors file")
-    assert message.endswith("fetch it again")
+    assert message.startswith(f"{folder / WEIGHTS} is truncated or not a safetensors file")
+    assert message.endswith("download it again")
 
 
 def test_git_lfs_pointer(folder):
@@ -245,7 +248,7 @@ def test_git_lfs_pointer(folder):
 def test_tensor_of_the_wrong_shape(folder):
     change_tensors(folder, lambda tensors: tensors.update({"proj_out.bias": torch.zeros(3)}))
     message = refusal(folder)
-    assert message == f"{folder}: tensor proj_out.bias has shape [3], its configuration asks for [16]"
+    assert message == f"{folder}: tensor proj_out.bias has shape [3], but its configuration expects [16]"
 
 
 def test_missing_and_unknown_tensors(folder):
@@ -268,7 +271,7 @@ def test_tensors_that_the_stock_class_ignores(folder):
 def test_lora_weights(folder):
     name = "transformer.blocks.0.attn1.to_q.lora_A.weight"
     change_tensors(folder, lambda tensors: tensors.update({name: torch.zeros(1)}))
-    assert f"holds LoRA weights ({name}), which is half of a model; name the base model" in refusal(folder)
+    assert f"holds LoRA weights ({name}), which are half of a model; name the base model" in refusal(folder)
 
 
 def test_quantised_weights(folder):
@@ -276,9 +279,9 @@ def test_quantised_weights(folder):
         tensors["proj_out.weight"] = tensors["proj_out.weight"].to(torch.float8_e4m3fn)
 
     change_tensors(folder, quantise)
-    assert "tensor proj_out.weight is stored as F8_E4M3; quantised" in refusal(folder)
+    assert "tensor proj_out.weight is stored as F8_E4M3, and quantized" in refusal(folder)
     change_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
-    assert "the weights are quantised (bitsandbytes)" in refusal(folder)
+    assert "the weights are quantized (bitsandbytes)" in refusal(folder)
 
 
 @pytest.mark.parametrize(
@@ -339,17 +342,17 @@ def test_unknown_config_keys_are_named(folder, caplog):
     with caplog.at_level(logging.WARNING, "mla_convert"):
         assert "sparse_attention" not in load_source(str(folder)).config
     (record,) = caplog.records
-    assert record.getMessage().endswith("does not know the configuration keys sparse_attention")
+    assert record.getMessage().endswith("ignores the unknown configuration keys sparse_attention")
 
 
 def test_what_is_no_model(tmp_path):
     assert "neither config.json nor transformer/config.json" in refusal(tmp_path)
     assert "there is no model zoo:letters in this package" in refusal("zoo:letters")
-    hint = "give a folder, a weights file, a Hub id or zoo:NAME"
+    hint = "give a folder, a weights file, a Hub ID or zoo:NAME"
     for name in ("nothing", "/no/such/folder", str(tmp_path / "missing.safetensors"), "a/b/c", "runs/x.pt"):
         assert refusal(name) == f"{name} does not exist; {hint}"
     (tmp_path / "model.onnx").touch()
-    assert "is no weights file; those are .safetensors, .pt" in refusal(tmp_path / "model.onnx")
+    assert "is not a weights file; use one of .safetensors, .pt" in refusal(tmp_path / "model.onnx")
 
 
 @pytest.fixture

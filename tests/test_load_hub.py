@@ -105,7 +105,7 @@ def test_one_file_of_a_hub_repository(hub, folder, card):
     assert (source.revision, source.provenance()["file"]) == (COMMIT, "checkpoints/a+b/[1].safetensors")
     assert not any("other" in path for path in hub.requests)
     assert refusal("owner/model", file="x.pt") == "owner/model has no file x.pt on the Hub"
-    assert "does not lie in the model's folder" in refusal("owner/model", file="../x.pt")
+    assert "is not in the model's folder" in refusal("owner/model", file="../x.pt")
 
 
 @pytest.mark.parametrize("configured", [True, False])
@@ -194,8 +194,8 @@ def test_hub_source_is_refused_before_its_weights_come(hub, folder):
 @pytest.mark.parametrize(
     ("path", "status", "headers", "reason"),
     [
-        ("/api/models", 404, {"X_Error_Code": "RepoNotFound"}, "no such model on the Hub; if it is private, log in"),
-        ("/api/models", 401, {"X_Error_Code": "RepoNotFound"}, "no such model on the Hub; if it is private, log in"),
+        ("/api/models", 404, {"X_Error_Code": "RepoNotFound"}, "is neither a local folder nor a model on the Hub; if"),
+        ("/api/models", 401, {"X_Error_Code": "RepoNotFound"}, "is neither a local folder nor a model on the Hub; if"),
         (
             "/api/models",
             401,
@@ -203,8 +203,8 @@ def test_hub_source_is_refused_before_its_weights_come(hub, folder):
             "the Hub does not accept your token for owner/model; log in again",
         ),
         ("/api/models", 404, {"X_Error_Code": "RevisionNotFound"}, "owner/model has no revision 'v9' on the Hub"),
-        ("/owner", 403, {"X_Error_Code": "GatedRepo"}, "owner/model is gated: accept its terms"),
-        ("/owner", 403, {}, "your Hub account may not read owner/model"),
+        ("/owner", 403, {"X_Error_Code": "GatedRepo"}, "owner/model is gated; accept its terms"),
+        ("/owner", 403, {}, "your Hub account has no permission to read owner/model"),
         ("/api/models", 500, {}, "the Hub answered 500 for owner/model"),
     ],
 )

@@ -1,4 +1,4 @@
-"""From a folder, a Hub id or a single file to a checked source: configuration and lazy tensors."""
+"""Loads a checked source, its configuration and lazy tensors, from a folder, a Hub ID or a single file."""
 
 from .adapters import AdapterConfig
 from .build import accepted_config, build_model, check_tensors

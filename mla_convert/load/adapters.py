@@ -1,8 +1,8 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) that are added to the weights of a source as they are read.
+"""Adds low-rank adapters (LoRA, arXiv 2106.09685) to the weights of a source as they are read.
 
-What repositories publish beside a base model: `lora_A` and `lora_B` of peft and diffusers, `lora_down`, `lora_up` and
-`alpha` of kohya's scripts and ComfyUI, their `diff` and `diff_b`, and LongLive's `generator_lora`. A weight W
-becomes `W + scale (alpha / rank) up down`, in float32, in the dtype that it is stored in.
+Supported formats: `lora_A` and `lora_B` of peft and diffusers; `lora_down`, `lora_up` and `alpha` of kohya's scripts
+and ComfyUI, with their `diff` and `diff_b`; LongLive's `generator_lora`. A weight W becomes
+`W + scale (alpha / rank) up down`, computed in float32 and returned in the stored dtype.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .tensors import LazyTensors
 from .weights import read_json
 
 PEFT_CONFIG = "adapter_config.json"
-# Under this key of its header diffusers keeps peft's configuration.
+# The key of a file's header under which diffusers stores peft's configuration.
 _HEADER = "lora_adapter_metadata"
 _PREFIXES = {*WRAPPERS, "base_model", "transformer"}
 _FLAT_PREFIXES = ("lora_unet_", "lora_transformer_")
@@ -51,12 +51,12 @@ class AdapterConfig(BaseModel):
     @model_validator(mode="after")
     def _names_a_file(self) -> AdapterConfig:
         if self.model is None and self.file is None:
-            raise ValueError("an adapter needs model, file or both")
+            raise ValueError("an adapter needs model, file, or both")
         return self
 
 
 class Change(NamedTuple):
-    """What one weight gets: `factor * up @ down`, or `factor * up` without `down`; both are names in `tensors`."""
+    """The change of one weight: `factor * up @ down`, or `factor * up` without `down`; both name `tensors`."""
 
     tensors: LazyTensors
     factor: float
@@ -64,7 +64,7 @@ class Change(NamedTuple):
     down: str | None = None
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether it has as many numbers as a weight of `shape`, row by row."""
+        """Whether the change fits a weight of `shape`."""
         up = self.tensors.shape(self.up)
         if self.down is None:
             return up == shape
@@ -80,7 +80,7 @@ class Change(NamedTuple):
 
 
 class AdaptedTensors(LazyTensors):
-    """`tensors` with `changes` by name, added when a tensor is read."""
+    """Tensors whose `changes`, by name, are added when they are read."""
 
     def __init__(self, tensors: LazyTensors, changes: Mapping[str, list[Change]]) -> None:
         super().__init__(tensors.places)
@@ -108,25 +108,25 @@ class AdaptedTensors(LazyTensors):
 
 
 def adapted(
-    tensors: LazyTensors, known: Mapping[str, str], adapters: Collection[tuple[Path, AdapterConfig]]
+    tensors: LazyTensors, modules: Mapping[str, str], adapters: Collection[tuple[Path, AdapterConfig]]
 ) -> LazyTensors:
-    """`tensors` with what the files of `adapters` add to them; names and shapes are checked from the headers.
+    """`tensors` with the changes in the files of `adapters`; names and shapes are checked from the headers.
 
-    `known` has our names of modules by every name that files may call them by. Raises UserError for a file that holds
-    anything else than adapters of these modules.
+    `modules` maps every name that a file may use for a module to our name. Raises UserError for a file that holds
+    anything but adapters of these modules.
     """
     changes: dict[str, list[Change]] = {}
     for path, config in adapters:
-        for name, change in _read(path, config, known):
+        for name, change in _read(path, config, modules):
             if name not in tensors or not change.fits(tensors.shape(name)):
                 held = f"shape {list(tensors.shape(name))}" if name in tensors else "no such tensor"
-                raise UserError(f"{path}: {change.up} does not fit {name}, of which the model has {held}")
+                raise UserError(f"{path}: {change.up} does not fit {name}, for which the model has {held}")
             changes.setdefault(name, []).append(change)
     return AdaptedTensors(tensors, changes) if changes else tensors
 
 
 def module_names(names: Collection[str], others: Mapping[str, str]) -> dict[str, str]:
-    """Our modules by our name, by that of `others` (another layout's tensors to ours), and by both with underscores."""
+    """Map module names to ours: our own, those of `others` (another layout's tensors to ours), both also with `_`."""
     table = {_module(name): _module(name) for name in names}
     table |= {_module(theirs): _module(ours) for theirs, ours in others.items()}
     return {name.replace(".", "_"): ours for name, ours in table.items()} | table
@@ -136,8 +136,8 @@ def _module(name: str) -> str:
     return name.rpartition(".")[0] or name
 
 
-def _read(path: Path, config: AdapterConfig, known: Mapping[str, str]) -> list[tuple[str, Change]]:
-    """The changes in a file with our names of the weights. Raises UserError."""
+def _read(path: Path, config: AdapterConfig, modules: Mapping[str, str]) -> list[tuple[str, Change]]:
+    """The changes in a file, with our names of the weights. Raises UserError."""
     stored = LazyTensors.from_files([path])
     chosen = [name for name in stored if name.startswith(f"{LORA}.")] or list(stored)
     pairs: dict[str, dict[bool, str]] = {}
@@ -146,50 +146,54 @@ def _read(path: Path, config: AdapterConfig, known: Mapping[str, str]) -> list[t
     for name in chosen:
         matrix, (module, _, kind) = _MATRIX.fullmatch(name), name.rpartition(".")
         if matrix is not None:
-            pairs.setdefault(_ours(path, matrix[1], known), {})[_UP[matrix[2]]] = name
+            pairs.setdefault(_ours(path, matrix[1], modules), {})[_UP[matrix[2]]] = name
         elif kind == "alpha":
-            alphas[_ours(path, module, known)] = float(stored[name])
+            alphas[_ours(path, module, modules)] = float(stored[name])
         elif kind in _DIFFERENCES:
-            weight = f"{_ours(path, module, known)}.{_DIFFERENCES[kind]}"
+            weight = f"{_ours(path, module, modules)}.{_DIFFERENCES[kind]}"
             changes.append((weight, Change(stored, config.scale, name)))
         else:
-            raise UserError(f"{path} holds {name}, which is no plain LoRA and cannot be added; {_REMEDY}")
+            raise UserError(f"{path} holds {name}, which is not a plain LoRA and cannot be added; {_REMEDY}")
     if not pairs and not changes:
-        raise UserError(f"{path} holds no LoRA weights; give source.adapters the file that does")
-    told = _told(path, stored)
-    said = next(iter(alphas.values()), told.alpha)
-    if said is not None and config.alpha not in (None, said):
-        raise UserError(f"{path} says alpha {said:g}, source.adapters {config.alpha:g}; leave it out, or use scale")
+        raise UserError(f"{path} holds no LoRA weights; name another file in source.adapters")
+    settings = _peft_settings(path, stored)
+    in_file = next(iter(alphas.values()), settings.alpha)
+    if in_file is not None and config.alpha not in (None, in_file):
+        raise UserError(
+            f"{path} has alpha {in_file:g}, but source.adapters has {config.alpha:g}; leave it out, or use scale"
+        )
     for module, pair in pairs.items():
         if len(pair) < 2:
-            raise UserError(f"{path} has {next(iter(pair.values()))} without its other half; fetch it again")
+            raise UserError(f"{path} has {next(iter(pair.values()))} without its other half; download it again")
         rank = stored.shape(pair[False])[0]
-        alpha = alphas.get(module, told.alpha or config.alpha or rank)
-        factor = config.scale * alpha / (math.sqrt(rank) if told.root else rank)
+        alpha = alphas.get(module, settings.alpha or config.alpha or rank)
+        factor = config.scale * alpha / (math.sqrt(rank) if settings.root else rank)
         changes.append((f"{module}.weight", Change(stored, factor, pair[True], pair[False])))
     return changes
 
 
-def _ours(path: Path, module: str, known: Mapping[str, str]) -> str:
+def _ours(path: Path, module: str, modules: Mapping[str, str]) -> str:
     """Our name of a module. Raises UserError for one that the model does not have."""
     parts = module.removeprefix(f"{LORA}.").split(".")
     bare = ".".join(part for part in parts if part not in _PREFIXES)
     for prefix in _FLAT_PREFIXES:
         bare = bare.removeprefix(prefix)
-    if bare not in known:
-        raise UserError(f"{path} adapts {module}, which the model does not have; it belongs to another model")
-    return known[bare]
+    if bare not in modules:
+        raise UserError(
+            f"{path} adapts {module}, which the model does not have; give an adapter that was trained for this model"
+        )
+    return modules[bare]
 
 
-class _Told(NamedTuple):
-    """What peft's configuration says: alpha, and whether it is over the root of the rank (rsLoRA, arXiv 2312.03732)."""
+class _PeftSettings(NamedTuple):
+    """peft's settings: alpha, and whether it is divided by the root of the rank (rsLoRA, arXiv 2312.03732)."""
 
     alpha: float | None = None
     root: bool = False
 
 
-def _told(path: Path, stored: LazyTensors) -> _Told:
-    """The configuration beside a file or in its header. Raises UserError for what is no plain LoRA."""
+def _peft_settings(path: Path, stored: LazyTensors) -> _PeftSettings:
+    """The settings beside a file or in its header. Raises UserError for anything but a plain LoRA."""
     beside = path.with_name(PEFT_CONFIG)
     header = stored.metadata(path).get(_HEADER)
     if beside.is_file():
@@ -197,11 +201,11 @@ def _told(path: Path, stored: LazyTensors) -> _Told:
     elif header is not None:
         config, where = _from_header(path, header), str(path)
     else:
-        return _Told()
+        return _PeftSettings()
     odd = [key for key in ("use_dora", "fan_in_fan_out", "alpha_pattern", "lora_bias") if config.get(key)]
     if odd or config.get("peft_type", "LORA") != "LORA":
-        raise UserError(f"{where} asks for {', '.join(odd) or config['peft_type']}, which cannot be added; {_REMEDY}")
-    return _Told(config.get("lora_alpha"), bool(config.get("use_rslora")))
+        raise UserError(f"{where} sets {', '.join(odd) or config['peft_type']}, which cannot be added; {_REMEDY}")
+    return _PeftSettings(config.get("lora_alpha"), bool(config.get("use_rslora")))
 
 
 def _from_header(path: Path, header: str) -> dict[str, Any]:
@@ -210,5 +214,5 @@ def _from_header(path: Path, header: str) -> dict[str, Any]:
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise UserError(f"{path}: its header's {_HEADER} is no JSON object; fetch it again")
+        raise UserError(f"{path}: {_HEADER} in its header is not a JSON object; download it again")
     return {key.removeprefix("transformer."): value for key, value in found.items()}

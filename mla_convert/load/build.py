@@ -1,4 +1,4 @@
-"""A model of some class from a configuration and tensors, checked before anything is read."""
+"""Builds a model from a configuration and tensors, which are checked before any data is read."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from .tensors import LazyTensors
 
 logger = logging.getLogger(__name__)
 
-# Offending tensors that an error names.
+# Number of offending tensors that an error names.
 _NAMED = 3
 
 
 def accepted_config(model_class: type[Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of `config` that `model_class` takes; a warning names the others, private ones aside."""
-    known = inspect.signature(model_class.__init__).parameters
+    """The keys of `config` that `model_class` takes; a warning names the other keys, except private ones."""
+    parameters = inspect.signature(model_class.__init__).parameters
     public = {key: value for key, value in config.items() if not key.startswith("_")}
-    ignored = sorted(key for key, value in public.items() if key not in known and value is not None)
+    ignored = sorted(key for key, value in public.items() if key not in parameters and value is not None)
     if ignored:
-        logger.warning("%s does not know the configuration keys %s", model_class.__name__, ", ".join(ignored))
-    return {key: value for key, value in public.items() if key in known}
+        logger.warning("%s ignores the unknown configuration keys %s", model_class.__name__, ", ".join(ignored))
+    return {key: value for key, value in public.items() if key in parameters}
 
 
 def check_tensors(model_class: type[Any], config: Mapping[str, Any], tensors: LazyTensors, where: str) -> LazyTensors:
     """The tensors that `model_class` needs, with names, shapes and dtypes checked from the headers.
 
-    Raises UserError that names `where`, the first offenders and how many more there are.
+    Raises UserError with `where`, the first offending tensors and the number of others.
     """
     expected = expected_shapes(model_class, config, where)
     ignored = model_class._keys_to_ignore_on_load_unexpected or []
     names = [name for name in tensors if name in expected or not any(re.search(p, name) for p in ignored)]
-    # Quantised weights also bring tensors of their own, so this comes first.
+    # Check dtypes first, because quantized weights also come with additional tensors.
     for name in names:
         if name in expected:
             tensors.dtype(name)
@@ -55,8 +55,8 @@ def check_tensors(model_class: type[Any], config: Mapping[str, Any], tensors: La
         if tensors.shape(name) != expected[name]:
             others = sum(tensors.shape(other) != expected[other] for other in names) - 1
             raise UserError(
-                f"{where}: tensor {tensors.stored_name(name)} has shape {list(tensors.shape(name))}, its configuration "
-                f"asks for {list(expected[name])}" + (f" (and {others} more)" if others else "")
+                f"{where}: tensor {tensors.stored_name(name)} has shape {list(tensors.shape(name))}, but its "
+                f"configuration expects {list(expected[name])}" + (f" (and {others} more)" if others else "")
             )
     return tensors.select({name: name for name in names})
 
@@ -67,7 +67,7 @@ def _first(names: list[str]) -> str:
 
 
 def expected_shapes(model_class: type[Any], config: Mapping[str, Any], where: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the state of a model, which is built without memory. Raises UserError."""
+    """Names and shapes of a model's state dict, from a model on the meta device. Raises UserError."""
     try:
         with torch.device("meta"):
             model = model_class.from_config(dict(config))
@@ -91,23 +91,23 @@ def build_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> Any:
-    """A model in eval mode that owns its weights, one tensor in memory at a time beside it.
+    """A model in eval mode that owns its weights; building it takes the memory of one more tensor at a time.
 
-    `dtype` None keeps the dtypes of `tensors`; otherwise modules that the class keeps in float32 stay
-    there, as in `from_pretrained`. Raises UserError for a tensor with a NaN or an infinity.
+    With `dtype` None, the dtypes of `tensors` are kept. Otherwise modules that the class keeps in float32 stay in
+    float32, as in `from_pretrained`. Raises UserError for a tensor with NaN or infinite values.
     """
     with no_init_weights(), init_empty_weights():
         model = model_class.from_config(dict(config))
     state = {}
     for name in model.state_dict():
         target = storage_dtype(model_class, name, dtype)
-        # The copy lets go of the file, whose tensors need not be aligned.
+        # Copy, so that the file can be closed, and because its tensors may be unaligned.
         state[name] = tensors[name].to(device=device, dtype=target, copy=True)
     model.load_state_dict(state, assign=True)
     return model.to(device).eval()
 
 
 def storage_dtype(model_class: type[Any], name: str, dtype: torch.dtype | None) -> torch.dtype | None:
-    """Dtype of a tensor of a model that is used in `dtype`; None when it is kept as it is."""
+    """The dtype of a tensor in a model of `dtype`; None if the stored dtype is kept."""
     kept = set(model_class._keep_in_fp32_modules or ())
     return torch.float32 if dtype is not None and kept & set(name.split(".")) else dtype

@@ -1,4 +1,4 @@
-"""What a file of tensors offers, whatever its format, and safetensors, the format of choice."""
+"""Defines the interface of a file of tensors, and implements it for safetensors."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ class TensorFile(Protocol):
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def dtype(self, name: str) -> torch.dtype | str:
-        """The dtype if it is 16, 32 or 64 bit floating point, else what the file calls it."""
+        """The dtype if it is 16, 32 or 64-bit floating point, otherwise its name in the file."""
         ...
 
     def read(self, name: str) -> Tensor:
-        """The tensor as it is stored; it may be a view of the mapped file."""
+        """The stored tensor, possibly a view of the mapped file."""
         ...
 
     def metadata(self) -> dict[str, str]:
-        """Text in the header."""
+        """Text entries of the header."""
         ...
 
 
 class SafetensorsFile:
-    """A .safetensors file. Raises UserError when it is missing, cut short or something else."""
+    """A .safetensors file. Raises UserError when it is missing, truncated or in another format."""
 
     def __init__(self, path: Path) -> None:
         try:
-            # Opening checks that the file is as long as its header says.
+            # Opening checks that the length of the file matches its header.
             self._open: Any = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
             raise_if_unreadable(path, error)
-            raise UserError(f"{path} is cut short or not a safetensors file ({error}); fetch it again") from None
+            raise UserError(f"{path} is truncated or not a safetensors file ({error}); download it again") from None
 
     def names(self) -> list[str]:
         return list(self._open.keys())
@@ -65,7 +65,7 @@ class SafetensorsFile:
 
 
 def raise_if_unreadable(path: Path, error: Exception) -> None:
-    """Raise UserError if `path` is no weights file in any format, or the system does not let it be read."""
+    """Raise UserError if `path` is missing, cannot be read or is a git-lfs pointer."""
     if not path.is_file():
         raise UserError(f"{path} is missing") from None
     if isinstance(error, OSError):

@@ -1,4 +1,4 @@
-"""Downloads from the Hugging Face Hub whose failures are one clear line and never show a token."""
+"""Downloads from the Hugging Face Hub; failures are reported in one clear line and never show a token."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ from ..errors import UserError
 
 @contextlib.contextmanager
 def explain_hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
-    """Turn what the Hub client raises about `repo_id` into a UserError of one line."""
+    """Turn exceptions of the Hub client about `repo_id` into a UserError of one line."""
     try:
         yield
     except errors.GatedRepoError:
         raise UserError(
-            f"{repo_id} is gated: accept its terms on its Hub page, then log in with `hf auth login`"
+            f"{repo_id} is gated; accept its terms on its Hub page, then log in with `hf auth login`"
         ) from None
     except errors.RevisionNotFoundError:
         raise UserError(f"{repo_id} has no revision {revision!r} on the Hub") from None
     except errors.RepositoryNotFoundError:
         raise UserError(
-            f"there is no folder {repo_id} here and no such model on the Hub; if it is private, log in with "
-            "`hf auth login`"
+            f"{repo_id} is neither a local folder nor a model on the Hub; if it is private, log in with `hf auth login`"
         ) from None
     except errors.HFValidationError:
-        raise UserError(f"{repo_id!r} is neither a folder nor a valid Hub id (owner/name)") from None
+        raise UserError(f"{repo_id!r} is neither a folder nor a valid Hub ID (owner/name)") from None
     except errors.LocalEntryNotFoundError as error:
         raise UserError(_unreachable(repo_id, error)) from None
     except errors.HfHubHTTPError as error:
@@ -39,9 +38,9 @@ def explain_hub_errors(repo_id: str, revision: str | None = None) -> Iterator[No
 
 
 def download(repo_id: str, revision: str | None, patterns: list[str], ignored: list[str] | None = None) -> Path:
-    """Snapshot folder with the files of a model repository that match `patterns`, without those that match `ignored`.
+    """Download the files of a model repository that match `patterns`, but not `ignored`; returns the snapshot folder.
 
-    The folder is named by the commit. Raises UserError in one line.
+    The name of the folder is the commit. Raises UserError in one line.
     """
     with explain_hub_errors(repo_id, revision):
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns, ignore_patterns=ignored))
@@ -52,7 +51,7 @@ def _refused(repo_id: str, error: errors.HfHubHTTPError) -> str:
     if status == 401:
         return f"the Hub does not accept your token for {repo_id}; log in again with `hf auth login` or unset HF_TOKEN"
     if status == 403:
-        return f"your Hub account may not read {repo_id}"
+        return f"your Hub account has no permission to read {repo_id}"
     return f"the Hub answered {status} for {repo_id}; try again later"
 
 
@@ -62,12 +61,12 @@ def _unreachable(repo_id: str, error: Exception) -> str:
     if http is not None:
         return _refused(repo_id, http)
     if any(isinstance(cause, errors.OfflineModeIsEnabled) for cause in causes):
-        return f"there is no folder {repo_id} here, it is not in the Hub cache, and HF_HUB_OFFLINE forbids downloads"
-    return f"there is no folder {repo_id} here and the Hub cannot be reached; check the network connection"
+        return f"{repo_id} is neither a local folder nor in the Hub cache, and HF_HUB_OFFLINE forbids downloads"
+    return f"{repo_id} is not a local folder and the Hub cannot be reached; check the network connection"
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether `text` is written as the `owner/name` of a repository on the Hub."""
+    """Whether `text` has the form `owner/name` of a repository on the Hub."""
     try:
         validate_repo_id(text)
     except errors.HFValidationError:

@@ -1,4 +1,4 @@
-"""Where a model lies: in this package, in a folder, in a file or on the Hub."""
+"""Locates a model in this package, in a folder, in a file or on the Hub."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ADAPTER_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors"
 
 
 class Located(NamedTuple):
-    """A model's folder; `file` if one file in it is the weights or their index, `config` unless there is none."""
+    """A model's folder; `file` is a single file of weights or an index, `config` the path of config.json, if any."""
 
     folder: Path
     file: Path | None
@@ -28,9 +28,9 @@ class Located(NamedTuple):
 
 
 def locate(model: str, subfolder: str | None, revision: str | None, file: str | None) -> Located:
-    """Find a model and, on the Hub, download it. Raises UserError in one line.
+    """Find a model, and download it if it is on the Hub. Raises UserError in one line.
 
-    What cannot be converted is refused by its configuration before its weights are downloaded.
+    A model that cannot be converted is refused because of its configuration, before its weights are downloaded.
     """
     if file is not None:
         _check_inner(file, index=True)
@@ -38,8 +38,8 @@ def locate(model: str, subfolder: str | None, revision: str | None, file: str | 
     if model.startswith("zoo:"):
         folder = ZOO / model.removeprefix("zoo:") / "teacher"
         if not folder.is_dir():
-            known = sorted(f"zoo:{found.parent.name}" for found in ZOO.glob("*/teacher"))
-            raise UserError(f"there is no model {model} in this package; it has {', '.join(known) or 'none'}")
+            included = sorted(f"zoo:{found.parent.name}" for found in ZOO.glob("*/teacher"))
+            raise UserError(f"there is no model {model} in this package; it has {', '.join(included) or 'none'}")
         return _in_folder(folder, subfolder, file)
     if path.is_dir():
         return _in_folder(path, subfolder, file)
@@ -49,16 +49,16 @@ def locate(model: str, subfolder: str | None, revision: str | None, file: str | 
         _check_suffix(path, index=True)
         return Located(path.parent, path, _config_for(path, path.parent))
     if path.name.endswith((*WEIGHT_SUFFIXES, ".gguf", INDEX_SUFFIX)) or not is_hub_id(model):
-        raise UserError(f"{model} does not exist; give a folder, a weights file, a Hub id or zoo:NAME")
+        raise UserError(f"{model} does not exist; give a folder, a weights file, a Hub ID or zoo:NAME")
     if file is not None:
         return _file_on_hub(model, subfolder, revision, file)
     return _folder_on_hub(model, subfolder, revision)
 
 
 def locate_file(model: str, revision: str | None, file: str | None, beside: str) -> tuple[Path, str | None]:
-    """A weights file of a folder or a Hub repository, or `model` itself, and the commit on the Hub.
+    """Find a weights file in a folder or Hub repository, or `model` itself; returns it and the commit on the Hub.
 
-    Without `file` there must be one of `ADAPTER_FILES`. `beside` is fetched too where it lies in the same folder.
+    Without `file`, there must be one of `ADAPTER_FILES`. The file `beside`, in the same folder, is also downloaded.
     Raises UserError in one line.
     """
     path = Path(model).expanduser()
@@ -73,7 +73,7 @@ def locate_file(model: str, revision: str | None, file: str | None, beside: str)
     root, commit = path, None
     if not path.is_dir():
         if path.suffix in (*WEIGHT_SUFFIXES, ".gguf") or not is_hub_id(model):
-            raise UserError(f"{model} does not exist; give a folder, a weights file or a Hub id")
+            raise UserError(f"{model} does not exist; give a folder, a weights file or a Hub ID")
         wanted = [name for inner in names for name in (inner, (PurePosixPath(inner).parent / beside).as_posix())]
         root = download(model, revision, [glob.escape(name) for name in wanted])
         commit = root.name
@@ -93,7 +93,7 @@ def _in_folder(root: Path, subfolder: str | None, file: str | None) -> Located:
 
 
 def _transformer(root: Path, subfolder: str | None) -> Located:
-    """A model's transformer; the index of its shards is the file where there is no configuration. Raises UserError."""
+    """A model's transformer; without a configuration, `file` is the index of its shards. Raises UserError."""
     folder = _transformer_folder(root, subfolder)
     index = None if (folder / CONFIG).is_file() else find_index(folder)
     return Located(folder, index, folder / CONFIG if index is None else _config_for(index, root))
@@ -123,7 +123,7 @@ def _folder_on_hub(model: str, subfolder: str | None, revision: str | None) -> L
 
 
 def _download_beside(model: str, commit: str, place: str, names: list[str]) -> None:
-    """Fetch `names` and indexes of any name that lie in the folder `place`, not below it."""
+    """Download `names`, and indexes of any name, directly in the folder `place`."""
     folder = glob.escape(place)
     wanted = [*(glob.escape(name) for name in names), *(f"*{ending}" for ending in INDEX_ENDINGS)]
     # The Hub client's `*` also matches a slash.
@@ -148,7 +148,7 @@ def _file_on_hub(model: str, subfolder: str | None, revision: str | None, file: 
 
 
 def _config_for(file: Path, root: Path) -> Path | None:
-    """config.json beside a weights file or at the root of its model; None where neither names a class."""
+    """config.json beside a weights file or at the root of its model; None if neither names a class."""
     for folder in dict.fromkeys((file.parent, root)):
         if (folder / CONFIG).is_file() and "_class_name" in read_config(folder):
             return folder / CONFIG
@@ -158,16 +158,16 @@ def _config_for(file: Path, root: Path) -> Path | None:
 def _check_inner(file: str, index: bool = False) -> None:
     path = PurePosixPath(file)
     if path.is_absolute() or ".." in path.parts:
-        raise UserError(f"file {file} does not lie in the model's folder; give its path in there")
+        raise UserError(f"file {file} is not in the model's folder; give a path relative to it")
     _check_suffix(Path(file), index)
 
 
 def _check_suffix(file: Path, index: bool = False) -> None:
-    """Raise UserError for what is neither a weights file nor, with `index`, the index of shards."""
+    """Raise UserError unless `file` is a weights file or, with `index`, an index of shards."""
     if file.suffix == ".gguf":
-        raise UserError(f"{file}: GGUF weights are quantised; use the checkpoint they were made from")
+        raise UserError(f"{file}: GGUF weights are quantized; use the checkpoint they were made from")
     if file.suffix not in WEIGHT_SUFFIXES and not (index and file.name.endswith(INDEX_SUFFIX)):
-        raise UserError(f"{file} is no weights file; those are {', '.join(WEIGHT_SUFFIXES)}")
+        raise UserError(f"{file} is not a weights file; use one of {', '.join(WEIGHT_SUFFIXES)}")
 
 
 def _transformer_folder(folder: Path, subfolder: str | None) -> Path:

@@ -1,4 +1,4 @@
-"""Tensors of the files that `torch.save` writes, mapped and never executed."""
+"""Reads the tensors of files written by `torch.save`, by memory mapping and without executing code."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _REMEDY = "load it where it was made and write its tensors with safetensors.torch.save_file"
-# A checkpoint nests its weights two or three deep; a damaged one may contain itself.
+# Checkpoints nest their weights two or three levels deep; a damaged one may contain itself.
 _MAX_DEPTH = 4
 
 
 class PickleFile:
-    """A file of `torch.save` whose mappings of tensors are flattened: `generator.model.head.weight`.
+    """A file of `torch.save` with nested mappings flattened to names such as `generator.model.head.weight`.
 
-    Opening it reads the structure alone, in torch's `weights_only` mode; the data stay in the mapped
-    file until a tensor is used. Raises UserError for a file that would have to run code, that is of
-    the format before torch 1.6, which cannot be mapped, or that is no such file at all.
+    Opening it reads only the structure, in torch's `weights_only` mode; data stay in the mapped file until a tensor is
+    used. Raises UserError for a file that needs code to be run, for the format before torch 1.6, which cannot be
+    mapped, and for any other kind of file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,12 +38,12 @@ class PickleFile:
             value = torch.load(path, map_location="cpu", weights_only=True, mmap=True) if archive else None
         except pickle.UnpicklingError as error:
             raise UserError(f"{path} needs code to be run ({_culprit(error)}), which is refused; {_REMEDY}") from None
-        # What torch raises for a damaged or hostile archive is not documented.
+        # The exceptions of torch for a damaged or hostile archive are not documented.
         except Exception as error:
             raise_if_unreadable(path, error)
             if "TorchScript" in str(error):
                 raise UserError(f"{path} is a TorchScript program, not a file of weights; {_REMEDY}") from None
-            raise UserError(f"{path} cannot be read ({_first_line(error)}); fetch it again") from None
+            raise UserError(f"{path} cannot be read ({_first_line(error)}); download it again") from None
         if not archive:
             raise_if_unreadable(path, ValueError())
             raise UserError(_not_an_archive(path))
@@ -77,7 +77,7 @@ def _flatten(value: Mapping[Any, Any], prefix: str, depth: int) -> Iterator[tupl
 
 
 def _culprit(error: Exception) -> str:
-    """What the pickle wants to call, from torch's long message."""
+    """The name that the pickle would call, extracted from torch's long message."""
     found = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(r"WeightsUnpickler error: (.+)", str(error))
     return found[1] if found else _first_line(error)
 
@@ -86,11 +86,11 @@ def _not_an_archive(path: Path) -> str:
     with path.open("rb") as opened:
         start = opened.read(2)
     if start == b"PK":
-        return f"{path} is cut short; fetch it again"
+        return f"{path} is truncated; download it again"
     # Opcode and version of the pickle protocols 2 to 5.
     if len(start) == 2 and start[0] == 0x80 and start[1] in range(2, 6):
         return f"{path} is in the format before torch 1.6, which cannot be read tensor by tensor; {_REMEDY}"
-    return f"{path} is not a file of torch.save; fetch it again or name another file"
+    return f"{path} was not written by torch.save; download it again or name another file"
 
 
 def _first_line(error: Exception) -> str:

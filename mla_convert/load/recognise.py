@@ -1,4 +1,4 @@
-"""The family of a model, from its configuration or from its tensors, or the reason why it has none."""
+"""Recognizes the family of a model from its configuration or tensors, or says why it cannot be converted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def recognise(config: dict[str, Any], path: Path) -> Family:
     name = str(config.get("_class_name", "not given"))
     for family in _families():
         if name in (*family.source_classes, *family.foreign_classes):
-            # A configuration in another layout may be refused before any weights are there.
+            # Refuse a bad configuration in another layout before any weights are downloaded.
             in_our_layout(family, config, None, path)
             return family
         if name == family.mla_class.__name__:
@@ -30,7 +30,7 @@ def recognise(config: dict[str, Any], path: Path) -> Family:
 
 
 def known_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a transformer's `folder`, in the keys of our classes where it has those of another repository.
+    """The config.json of a transformer's `folder`, with the keys of another repository translated to our classes'.
 
     Raises UserError.
     """
@@ -53,7 +53,7 @@ def in_our_layout(family: Family, config: dict[str, Any], tensors: LazyTensors |
 def in_our_names(family: Family, tensors: LazyTensors, where: str) -> LazyTensors:
     """`tensors` under the names of the family's dense class.
 
-    Raises UserError for a near miss that only its tensors give away, and for two names of one tensor.
+    Raises UserError for a related model that only its tensors identify, and for one tensor under two names.
     """
     for part, reason in family.near_miss_tensors.items():
         telltale = next((name for name in tensors if part in name.split(".")), None)

@@ -1,4 +1,4 @@
-"""The model that a conversion starts from: located, recognised and checked, not yet read."""
+"""Locates, recognizes and checks the model that a conversion starts from, without reading its weights."""
 
 from __future__ import annotations
 
@@ -26,13 +26,12 @@ from .weights import open_file, open_weights, read_config
 class Source:
     """A dense model of a supported family.
 
-    `config` holds what `family.dense_class` takes, `causal` included where it is known. `tensors`
-    have the names and shapes of that class and are read when they are asked for. `origin` is what the
-    user called the model, `revision` the commit if it came from the Hub, `licence` the identifier in
-    its model card. `file` is the weights file that the user named in there, `state` the key of a
-    training checkpoint that the weights were under, `noise_range` the noise levels that the model is for.
-    `adapters` are those that are added to the tensors as they are read, as a manifest records them. `components` is
-    the folder or Hub id of the pipeline whose VAE and text encoder belong to the model, where it is another one.
+    `config` holds the arguments of `family.dense_class`, including `causal` if it is known. `tensors` have the names
+    and shapes of that class and are read on access. `origin` is the user's name for the model, `revision` the commit if
+    it came from the Hub, and `licence` the identifier in its model card. `file` is the weights file that the user named
+    in it, `state` the key of the weights in a training checkpoint, and `noise_range` the noise levels that the model
+    serves. `adapters` are those added to the tensors on access, as a manifest records them. `components` is the folder
+    or Hub ID of another pipeline whose VAE and text encoder belong to the model.
     """
 
     family: Family
@@ -53,11 +52,11 @@ class Source:
         return self.family.geometry(self.config)
 
     def provenance(self) -> dict[str, Any]:
-        """What a manifest records about the source."""
-        here = Path(self.origin).expanduser()
+        """The entries of a manifest about the source."""
+        path = Path(self.origin).expanduser()
         return {
-            # As others find it, from wherever they look.
-            "model": str(here.resolve()) if here.exists() else self.origin,
+            # An absolute path is valid from any working directory.
+            "model": str(path.resolve()) if path.exists() else self.origin,
             "revision": self.revision,
             "file": self.file,
             "state": self.state,
@@ -77,14 +76,14 @@ def load_source(
     use_ema: bool | None = None,
     adapters: Sequence[AdapterConfig] = (),
 ) -> Source:
-    """Find `model`, recognise its family, and check names, shapes and dtypes of all its tensors.
+    """Find `model`, recognize its family, and check names, shapes and dtypes of all its tensors.
 
-    `model` is `zoo:NAME`, a transformer's folder, a pipeline's folder, a weights file (.safetensors, .pt, .pth, .ckpt
-    or .bin, or the .index.json of its shards, with config.json beside it unless its shapes tell everything), or a Hub
-    id. `file` names the weights file in a folder or Hub repository. `causal` replaces the `causal` section of
-    config.json. `use_ema` chooses between the averaged and the trained weights of a training checkpoint; None takes
-    the averaged ones where there are some. `adapters` are added to the tensors when they are read. Raises UserError
-    in one line.
+    `model` is `zoo:NAME`, a transformer's folder, a pipeline's folder, a Hub ID or a weights file: .safetensors, .pt,
+    .pth, .ckpt or .bin, or the .index.json of its shards. A weights file needs config.json beside it unless its shapes
+    determine the configuration. `file` names the weights file in a folder or Hub repository. `causal` replaces the
+    `causal` section of config.json. `use_ema` chooses between the averaged and the trained weights of a training
+    checkpoint; None uses the averaged ones if there are any. `adapters` are added to the tensors as they are read.
+    Raises UserError in one line.
     """
     located = locate(model, subfolder, revision, file)
     where = str(located.file or located.folder)
@@ -124,11 +123,11 @@ def load_source(
 
 
 def _locate_adapter(adapter: AdapterConfig, model: str, located: Located) -> tuple[Path, str | None]:
-    """The file of an adapter and its commit on the Hub; the model's own folder and commit where it names none."""
+    """The file of an adapter and its commit on the Hub; by default in the model's own folder and commit."""
     if adapter.model is not None:
         return locate_file(adapter.model, adapter.revision, adapter.file, PEFT_CONFIG)
-    here = Path(model).expanduser()
-    own = str(here.parent) if here.is_file() else model
+    path = Path(model).expanduser()
+    own = str(path.parent) if path.is_file() else model
     if model.startswith("zoo:"):
         own = str(located.folder)
     return locate_file(own, adapter.revision or located.revision, adapter.file, PEFT_CONFIG)
@@ -137,7 +136,7 @@ def _locate_adapter(adapter: AdapterConfig, model: str, located: Located) -> tup
 def load_dense(source: Source, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Any:
     """The dense causal model of a source, in eval mode; `dtype` None keeps the stored dtypes.
 
-    Raises UserError for a tensor with a NaN or an infinity.
+    Raises UserError for a tensor with NaN or infinite values.
     """
     model = build_model(source.family.dense_class, source.config, source.tensors, dtype, device)
     model.noise_range = source.noise_range
@@ -145,13 +144,13 @@ def load_dense(source: Source, dtype: torch.dtype | None = None, device: torch.d
 
 
 def check_finite(source: Source) -> None:
-    """Read every tensor once; raises UserError that names the first with a NaN or an infinity."""
+    """Read every tensor once; raises UserError for the first tensor with NaN or infinite values."""
     for name in source.tensors:
         source.tensors[name]
 
 
 def _licence(folder: Path) -> str | None:
-    """Licence identifier in the model card of a transformer's folder or of its pipeline."""
+    """License identifier in the model card of a transformer's folder or of its pipeline."""
     for card in (folder / "README.md", folder.parent / "README.md"):
         if card.is_file():
             try:

@@ -1,9 +1,8 @@
-"""Which of the states in a training checkpoint is the model, and its names without what trainers wrap around.
+"""Finds the model's state in a training checkpoint, and removes trainer wrappers from its names.
 
-What the research repositories publish: `generator` and `critic`, `generator_ema` beside or instead of
-them (Self-Forcing, Causal-Forcing), `generator` alone (CausVid, LongLive), `generator_lora`
-(LongLive), `model`, or the bare state; the names in it begin with `model.` and carry the traces of
-FSDP, activation checkpointing and torch.compile.
+Research repositories publish `generator` and `critic`, with `generator_ema` in addition or instead (Self-Forcing,
+Causal-Forcing), only `generator` (CausVid, LongLive), `generator_lora` (LongLive), `model`, or the bare state. Names in
+it begin with `model.` and include prefixes of FSDP, activation checkpointing and torch.compile.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ WRAPPERS = {
 
 
 class State(NamedTuple):
-    """A model's state: its key at the top of the file, if any, and stored names by names without wrappers."""
+    """A model's state: its top-level key in the file, if any, and a map from names without wrappers to stored names."""
 
     key: str | None
     names: dict[str, str]
@@ -36,9 +35,9 @@ class State(NamedTuple):
 def find_state(names: Collection[str], use_ema: bool | None, where: str) -> State:
     """The model's state among the flattened names of a file.
 
-    `use_ema` None takes the averaged weights where there are some, as the commands in the README
-    files of Self-Forcing and of Causal-Forcing by frames do. Raises UserError if the file lacks what `use_ema` asks
-    for, or holds LoRA weights.
+    With `use_ema` None, averaged weights are used if there are any, as by the commands in the READMEs of Self-Forcing
+    and of framewise Causal-Forcing. Raises UserError if the file lacks the weights that `use_ema` requests, or holds
+    LoRA weights.
     """
     tops = list(dict.fromkeys(name.partition(".")[0] for name in names))
     adapter = next((name for name in names if name.startswith(f"{LORA}.")), None)
@@ -47,14 +46,14 @@ def find_state(names: Collection[str], use_ema: bool | None, where: str) -> Stat
     adapter = adapter or next((name for name in chosen if "lora_" in name), None)
     if adapter is not None:
         raise UserError(
-            f"{where} holds LoRA weights ({adapter}), which is half of a model; name the base model as the source and "
+            f"{where} holds LoRA weights ({adapter}), which are half of a model; name the base model as the source and "
             "this file under source.adapters"
         )
     stripped: dict[str, str] = {}
     for name in chosen:
         bare = ".".join(part for part in name.removeprefix(f"{key}.").split(".") if part not in WRAPPERS)
         if bare in stripped:
-            raise UserError(f"{where} holds the tensor {bare} twice, as {stripped[bare]} and as {name}")
+            raise UserError(f"{where} holds the tensor {bare} twice, as {stripped[bare]} and as {name}; remove one")
         stripped[bare] = name
     return State(key, stripped)
 
@@ -64,7 +63,7 @@ def _choose(tops: list[str], use_ema: bool | None, where: str) -> str | None:
     if EMA not in tops:
         if use_ema:
             held = f"only {', '.join(tops[:3])}" if state else "only one set of weights"
-            raise UserError(f"{where} holds no averaged weights ({EMA}), {held}; leave source.use_ema out")
+            raise UserError(f"{where} holds no averaged weights ({EMA}), but {held}; leave source.use_ema out")
         return state
     if use_ema is False:
         if state is None:

@@ -1,4 +1,4 @@
-"""Tensors of weight files that are read one at a time, when they are asked for."""
+"""Reads the tensors of weight files lazily, one at a time."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from .pickles import PICKLES, PickleFile
 
 
 class Place(NamedTuple):
-    """Where a tensor lies: the file and its name in there."""
+    """Where a tensor is stored: the file and the name in it."""
 
     file: Path
     name: str
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Named tensors in one or more files of safetensors or of `torch.save`.
+    """Named tensors in one or more files of safetensors or `torch.save`.
 
-    Looking one up reads it from its file, as it is stored, and raises UserError if it has a NaN or
-    an infinity; names, shapes and dtypes come from the headers alone.
+    Access by name reads the tensor from its file in its stored dtype, and raises UserError if it has NaN or infinite
+    values. Names, shapes and dtypes come from the headers.
     """
 
     def __init__(self, places: Mapping[str, Place]) -> None:
@@ -34,29 +34,29 @@ class LazyTensors(Mapping[str, Tensor]):
 
     @classmethod
     def from_files(cls, files: Collection[Path]) -> LazyTensors:
-        """Every tensor of every file. Raises UserError for a file that is missing, cut short or cannot be read."""
+        """Every tensor of every file. Raises UserError for a file that is missing, truncated or unreadable."""
         tensors = cls({})
         for file in files:
             tensors._places.update({name: Place(file, name) for name in tensors._handle(file).names()})
         return tensors
 
     def select(self, stored: Mapping[str, str]) -> LazyTensors:
-        """The tensors under the names `stored.values()`, called `stored.keys()`."""
+        """The tensors `stored.values()`, renamed to `stored.keys()`."""
         selected = LazyTensors({name: self._places[old] for name, old in stored.items()})
         selected._open = dict(self._open)
         return selected
 
     @property
     def places(self) -> Mapping[str, Place]:
-        """Where every tensor lies."""
+        """Where every tensor is stored."""
         return self._places
 
     def metadata(self, file: Path) -> dict[str, str]:
-        """What the header of one of the files says beside names and shapes."""
+        """The text entries in the header of one of the files."""
         return self._handle(file).metadata()
 
     def stored_name(self, name: str) -> str:
-        """What the file calls a tensor."""
+        """The name of a tensor in its file."""
         return self._places[name].name
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -69,13 +69,13 @@ class LazyTensors(Mapping[str, Tensor]):
         return {name: self.shape(name) for name in self}
 
     def dtype(self, name: str) -> torch.dtype:
-        """Dtype, from the header. Raises UserError for anything but 16, 32 and 64 bit floating point."""
+        """Dtype, from the header. Raises UserError for anything but 16, 32 and 64-bit floating point."""
         file, stored = self._places[name]
         dtype = self._handle(file).dtype(stored)
         if isinstance(dtype, str):
             raise UserError(
-                f"{file}: tensor {stored} is stored as {dtype}; "
-                "quantised weights cannot be converted, use the checkpoint they were made from"
+                f"{file}: tensor {stored} is stored as {dtype}, and quantized weights cannot be converted; use the "
+                "checkpoint they were made from"
             )
         return dtype
 
@@ -84,9 +84,9 @@ class LazyTensors(Mapping[str, Tensor]):
         return sorted({place.file for place in self._places.values()})
 
     def release(self) -> None:
-        """Close the files, which are opened again when they are needed.
+        """Close the files; they are reopened when needed.
 
-        What was read of a mapped file counts as resident memory until then.
+        Until then, the parts of a mapped file that were read count as resident memory.
         """
         self._open.clear()
 
@@ -95,11 +95,11 @@ class LazyTensors(Mapping[str, Tensor]):
         tensor = self._handle(file).read(stored)
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
-            raise UserError(f"{file}: tensor {name} has {bad} NaN or infinite of {tensor.numel()} values")
+            raise UserError(f"{file}: tensor {name} has {bad} NaN or infinite values out of {tensor.numel()}")
         return tensor
 
     def __contains__(self, name: object) -> bool:
-        # Mapping's own would read the tensor.
+        # Mapping's default would read the tensor.
         return name in self._places
 
     def __iter__(self) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The files of one model folder: its configuration and its weights."""
+"""Reads the files of a model folder: its configuration and its weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ INDEX_ENDINGS = (f".safetensors{INDEX_SUFFIX}", f".bin{INDEX_SUFFIX}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds one object. Raises UserError."""
+    """The content of a JSON file that holds one object. Raises UserError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -36,26 +36,27 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder. Raises UserError when it is missing, unreadable or of quantised weights."""
+    """config.json of a model folder. Raises UserError when it is missing, unreadable or for quantized weights."""
     config = read_json(folder / CONFIG)
-    quantised = config.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+    quantized = config.get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
         raise UserError(
-            f"{folder / CONFIG}: the weights are quantised ({method or 'quantization_config'}); "
+            f"{folder / CONFIG}: the weights are quantized ({method or 'quantization_config'}); "
             "use the checkpoint they were made from"
         )
     return config
 
 
 def find_index(folder: Path) -> Path | None:
-    """The index of a folder's shards, safetensors before pickles; None without one, or where a file has a known name.
+    """The index of a folder's shards, safetensors before pickles; None if there is none.
 
-    Raises UserError when several have other names.
+    An index of another name than `INDEXES` counts only if there is no weights file of a standard name. Raises UserError
+    when there are several of those.
     """
-    known = next((folder / name for name in INDEXES if (folder / name).is_file()), None)
-    if known is not None or any((folder / name).is_file() for name in (WEIGHTS, PICKLED_WEIGHTS)):
-        return known
+    standard = next((folder / name for name in INDEXES if (folder / name).is_file()), None)
+    if standard is not None or any((folder / name).is_file() for name in (WEIGHTS, PICKLED_WEIGHTS)):
+        return standard
     for ending in INDEX_ENDINGS:
         found = sorted(file for file in folder.glob(f"*{ending}") if file.is_file())
         if len(found) > 1:
@@ -67,12 +68,12 @@ def find_index(folder: Path) -> Path | None:
 
 
 def shard_names(index: Path) -> list[str]:
-    """Names of the shards that an index lists. Raises UserError."""
+    """Names of the shards in an index. Raises UserError."""
     return sorted(set(_weight_map(index).values()))
 
 
 def open_file(file: Path) -> LazyTensors:
-    """The tensors of a weights file, or of the shards that an index lists. Raises UserError."""
+    """The tensors of a weights file, or of the shards in an index. Raises UserError."""
     return _open_shards(file) if file.name.endswith(INDEX_SUFFIX) else LazyTensors.from_files([file])
 
 
@@ -92,8 +93,8 @@ def open_weights(folder: Path) -> LazyTensors:
                 f"{folder} has {len(others)} {suffixes[0]} files and no {name}; name the one to read with file"
             )
     if any(file.suffix == ".gguf" for file in folder.iterdir()):
-        raise UserError(f"{folder} has only GGUF weights, which are quantised; use the checkpoint they were made from")
-    raise UserError(f"{folder / WEIGHTS} is missing; name the weights with file if they are called otherwise")
+        raise UserError(f"{folder} has only GGUF weights, which are quantized; use the checkpoint they were made from")
+    raise UserError(f"{folder / WEIGHTS} is missing; if the weights have another name, give it with file")
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -101,7 +102,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not all(
         isinstance(file, str) and file == Path(file).name for file in weight_map.values()
     ):
-        raise UserError(f"{index} has no usable weight_map")
+        raise UserError(f"{index} has no valid weight_map")
     return weight_map
 
 
@@ -110,5 +111,5 @@ def _open_shards(index: Path) -> LazyTensors:
     shards = LazyTensors.from_files([index.with_name(file) for file in shard_names(index)])
     absent = next((name for name in weight_map if name not in shards), None)
     if absent is not None:
-        raise UserError(f"{index} lists {absent}, which {weight_map[absent]} does not hold")
+        raise UserError(f"{index} lists {absent}, but {weight_map[absent]} does not contain it; download both again")
     return LazyTensors({name: Place(index.with_name(file), name) for name, file in weight_map.items()})
