@@ -160,7 +160,7 @@ def test_weights_travel_to_the_gpu_and_are_not_copied_back(monkeypatch: pytest.M
     bring = Weights.bring
 
     def brought(self: Weights) -> None:
-        if not self.there:
+        if not self.on_device:
             came.append(self.number)
         bring(self)
 
