@@ -75,7 +75,7 @@ def open_source(
     """The `source` of a rollout with latents of `shape` (C, h, w) and (temporal, spatial) `scale` (`latent_scale`).
 
     A `.safetensors` file holds `latents` `[C, F, h, w]`, returned as `[1, C, F, h, w]`, float32. Any other file is a
-    video or a picture: ffmpeg reads it at `fps` frames per second, resized to cover the rollout and cropped to its
+    picture, or a video that ffmpeg reads at `fps` frames per second, resized to cover the rollout and cropped to its
     center. For a pixel-space model, with 1 or 3 channels, the file is an image, a GIF or an mp4, and every frame is
     averaged down, or enlarged, to the size of the rollout. An iterable of pictures, such as a camera, is read as is.
 
