@@ -26,7 +26,7 @@ from mla_convert.export.release import export
 from mla_convert.families.wan import FAMILY
 from mla_convert.mla import graph
 from mla_convert.mla import kernels as kernels_module
-from mla_convert.mla.bits import RowBits, check_bits, parse_bits, row_bits, row_bytes, told
+from mla_convert.mla.bits import RowBits, check_bits, format_bits, parse_bits, row_bits, row_bytes
 from mla_convert.mla.quantised import (
     GROUP_OF_FOUR,
     Int8LatentCache,
@@ -259,7 +259,7 @@ def test_bits_that_there_are_not(cache: Any, message: str) -> None:
 def test_how_bits_are_written() -> None:
     for text in ("auto", "int8", "24x8,64x4", "64x4"):
         streaming = validate(StreamingConfig, {"cache": parse_bits(text)})
-        assert told(streaming.cache) == text
+        assert format_bits(streaming.cache) == text
         assert validate(StreamingConfig, json.loads(streaming.model_dump_json())) == streaming
     with pytest.raises(ValueError, match="'24' is no cache format; write auto, int8 or LATENTSxBITS"):
         parse_bits("24")

@@ -41,9 +41,9 @@ def table(found: dict[str, Any]) -> str:
         f"| held-out loss | {teacher:.4f} | {converted:.4f} ({100 * (converted / teacher - 1):+.2f} %) "
         f"| {student:.4f} ({100 * (student / teacher - 1):+.2f} %) |",
     ]
-    names = {"1x": f"prompted digit recognised at the training length ({found['prompts']} prompts)"}
+    names = {"1x": f"prompted digit recognized at the training length ({found['prompts']} prompts)"}
     for length, share in found["accuracy"]["teacher"].items():
-        name = names.get(length, f"prompted digit recognised at {length} the training length")
+        name = names.get(length, f"prompted digit recognized at {length} the training length")
         lines.append(f"| {name} | {100 * share:.0f} % | | {100 * found['accuracy']['student'][length]:.0f} % |")
     return "\n".join(lines) + "\n"
 

@@ -19,7 +19,7 @@ def encode(
     out: Annotated[Path, typer.Option("--out", "-o", help="A new folder for the shards.")],
     model: Annotated[
         str,
-        typer.Option(metavar="PIPELINE", help="Folder or Hub id with VAE and text encoder, in diffusers layout."),
+        typer.Option(metavar="PIPELINE", help="Folder or Hub ID with VAE and text encoder, in diffusers layout."),
     ],
     videos: Annotated[
         Path | None,

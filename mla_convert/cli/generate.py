@@ -64,7 +64,7 @@ def generate(
     ] = None,
     components: Annotated[
         str | None,
-        typer.Option(metavar="SOURCE", help="Folder or Hub id of a pipeline with the VAE and text encoder to use."),
+        typer.Option(metavar="SOURCE", help="Folder or Hub ID of a pipeline with the VAE and text encoder to use."),
     ] = None,
     frames: Annotated[
         int | None,

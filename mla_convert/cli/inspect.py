@@ -18,7 +18,7 @@ _TOP_PAIRS = 4
 
 def inspect(
     source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="A dense model: zoo:digits, a folder, a file or a Hub id.")
+        str, typer.Argument(metavar="SOURCE", help="A dense model: zoo:digits, a folder, a file or a Hub ID.")
     ],
     subfolder: Annotated[str | None, typer.Option(help="Folder of the transformer in SOURCE.")] = None,
     file: Annotated[str | None, typer.Option(help="Weights file in SOURCE, such as checkpoints/model.pt.")] = None,

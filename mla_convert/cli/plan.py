@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def plan(
     source: Annotated[
-        str | None, typer.Argument(help="A dense or converted model: zoo:digits, a folder, a file or a Hub id.")
+        str | None, typer.Argument(help="A dense or converted model: zoo:digits, a folder, a file or a Hub ID.")
     ] = None,
     file: Annotated[str | None, typer.Option(help="Weights file in SOURCE, such as checkpoints/model.pt.")] = None,
     preset: Annotated[str | None, typer.Option(help="A known model, such as wan2.1-t2v-1.3b.")] = None,

@@ -28,7 +28,7 @@ def vbench(
         list[str] | None, typer.Option("--dimension", metavar="NAME", help="Repeatable; all 16 by default.")
     ] = None,
     pipeline: Annotated[
-        str | None, typer.Option(help="Folder or Hub id with text encoder and VAE, in diffusers layout.")
+        str | None, typer.Option(help="Folder or Hub ID with text encoder and VAE, in diffusers layout.")
     ] = None,
     prompt_embeds: Annotated[
         Path | None, typer.Option(help="Output of `encode --prompts` for --list-prompts, instead of a text encoder.")

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
 from ..errors import UsageError, nearest
-from ..mla.bits import CacheBits, row_bytes, told
+from ..mla.bits import CacheBits, format_bits, row_bytes
 from ..sizes import RESERVED_BYTES, format_bytes
 from .geometry import Geometry, gpu_memory
 
@@ -134,7 +134,7 @@ def plan(
     return Plan(
         model=geometry.name,
         dtype=dtype,
-        cache=told(cache),
+        cache=format_bits(cache),
         frames=frames,
         tokens_per_frame=geometry.tokens_per_frame,
         seconds_of_context=geometry.seconds(frames),

@@ -36,7 +36,7 @@ _REMEDY = "merge it where it was trained (merge_and_unload in peft, fuse_lora in
 class AdapterConfig(BaseModel):
     """Adapters (LoRA) that are added to the source's weights as they are read, multiplied by `scale`.
 
-    `model` is a folder, a weights file or a Hub id, by default the source's own; `file` names the weights file in it.
+    `model` is a folder, a weights file or a Hub ID, by default the source's own; `file` names the weights file in it.
     `alpha` is for files that do not give it. If it is not given anywhere, it equals the rank, so the factor is 1.
     """
 

@@ -89,6 +89,6 @@ def parse_bits(text: str) -> CacheBits:
     return check_bits(tuple((int(part[1]), int(part[2])) for part in parts if part is not None))
 
 
-def told(cache: CacheBits) -> str:
+def format_bits(cache: CacheBits) -> str:
     """The reverse of `parse_bits`."""
     return cache if isinstance(cache, str) else ",".join(f"{count}x{bits}" for count, bits in cache)

@@ -45,7 +45,7 @@ def check_recipe(recipe: Recipe) -> bool:
     if not recipe.source.model.startswith("zoo:") and not Path(recipe.source.model).exists():
         if is_hub_id(recipe.source.model):
             return False
-        raise UserError(f"source.model: {recipe.source.model} is neither an existing path nor a Hub id (owner/name)")
+        raise UserError(f"source.model: {recipe.source.model} is neither an existing path nor a Hub ID (owner/name)")
     for part in [recipe.expert(name) for name in recipe.experts or ()] or [recipe]:
         check_inputs(Context(part, Path(), lambda *args: None), steps_of(part))
     return True

@@ -21,7 +21,7 @@ from ..export.manifest import recorded_recipe
 from ..families.base import noise_channels
 from ..families.image import reads_tokens
 from ..files import atomic_file, check_place, save_tensors
-from ..mla.bits import told
+from ..mla.bits import format_bits
 from ..recipe.schema import validate
 from ..run.config import GenerateConfig
 from ..run.decode import first_video_frame, frame_chunks, latent_frames, video_frames
@@ -61,7 +61,7 @@ class Request:
     `prompts` are texts, one video each. Alternatively, `prompt_embeds` is a file with the embeddings of one
     prompt; `negative_embeds` is that of the negative prompt, by default `negative.safetensors` beside it.
     `changes` are later prompts with their times. `image` conditions an image-to-video model. `components` is a
-    folder or Hub id of a pipeline with VAE and encoders. `seconds` sets the length instead of `num_frames`; an
+    folder or Hub ID of a pipeline with VAE and encoders. `seconds` sets the length instead of `num_frames`; an
     `endless` video ends with Ctrl-C. `size` is height and width in pixels. `vae_dtype` is the dtype in which the
     VAE decodes, and encodes a source; an image and a start are encoded in float32. `streaming` has keys of
     StreamingConfig.
@@ -140,7 +140,7 @@ def generate_video(
         "seconds": round(seconds, 3),
         "frames_per_second": frames / seconds,
         "interrupted": interrupted,
-        "cache": told(task.streaming.cache),
+        "cache": format_bits(task.streaming.cache),
         "kernels": [model.kernels.report() for model in models],
     }
 
@@ -245,7 +245,7 @@ class _Task:
         parts = find_parts(self.root, TEXT, self.request.components)
         if parts is None:
             raise UsageError(
-                "this checkpoint has no text encoder; give --components, a folder or Hub id of its pipeline, "
+                "this checkpoint has no text encoder; give --components, a folder or Hub ID of its pipeline, "
                 "or --prompt-embeds and --negative-embeds, .safetensors files"
             )
         with text_encoder(parts, torch.bfloat16, self.device) as embed:
@@ -264,12 +264,12 @@ class _Task:
         encoded = "image" if self.image is not None else "source" if isinstance(self.source, SourceVideo) else None
         if parts is None and encoded is not None:
             raise UsageError(
-                f"this checkpoint has no VAE to encode the {encoded}; give --components, a folder or Hub id of "
+                f"this checkpoint has no VAE to encode the {encoded}; give --components, a folder or Hub ID of "
                 "its pipeline"
             )
         if parts is None:
             raise UsageError(
-                "the model makes latents and this checkpoint has no VAE; give --components, a folder or Hub id of "
+                "the model makes latents and this checkpoint has no VAE; give --components, a folder or Hub ID of "
                 f"its pipeline, or write {self.out.with_suffix(LATENTS).name if self.out != STDOUT else LATENTS}"
             )
         vae = load_vae(parts)
@@ -296,7 +296,7 @@ class _Task:
         if parts is None:
             raise UsageError(
                 "this checkpoint has no image encoder, which the model needs; give --components, a folder or "
-                "Hub id of its pipeline"
+                "Hub ID of its pipeline"
             )
         with image_encoder(parts, self.device) as embed:
             return embed(self.image)

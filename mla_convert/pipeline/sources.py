@@ -27,5 +27,5 @@ def source_of(section: SourceConfig, causal: CausalConfig | None) -> Source:
         section.adapters,
     )
     if section.components is not None and not (Path(section.components).is_dir() or is_hub_id(section.components)):
-        raise UserError(f"source.components: {section.components} is neither a folder nor a Hub id (owner/name)")
+        raise UserError(f"source.components: {section.components} is neither a folder nor a Hub ID (owner/name)")
     return dataclasses.replace(found, noise_range=section.noise_range, components=section.components)

@@ -63,7 +63,7 @@ class VBenchConfig:
     """Which videos are generated and how they are scored.
 
     `checkout` is the user's VBench repository and `python` the interpreter of its environment; without `python`
-    the videos are not scored. Models with a text encoder need `pipeline`, a folder or Hub id in diffusers
+    the videos are not scored. Models with a text encoder need `pipeline`, a folder or Hub ID in diffusers
     layout, or `prompt_embeds`, which `encode --prompts` wrote from the file of `list_prompts`. The VAE of
     `pipeline` decodes latents. `generate` has keys of GenerateConfig.
     """

@@ -51,7 +51,7 @@ Name = Annotated[str, AfterValidator(_check_name)]
 
 
 class SourceConfig(BaseModel):
-    """Where the dense model comes from; `model` is `zoo:digits`, a path or a Hub id.
+    """Where the dense model comes from; `model` is `zoo:digits`, a path or a Hub ID.
 
     - `file` names one weights file, or the index of its shards, in that folder or Hub repository (in `subfolder` if
       given).
@@ -61,7 +61,7 @@ class SourceConfig(BaseModel):
     - `noise_range` is the range of noise levels that the model is for; with several experts, each has its own.
       Calibration, training and measurement use only these levels.
     - `adapters` are LoRA files that belong to the model, such as the one that LongLive publishes beside its base.
-    - `components` is the folder or Hub id of a pipeline with the VAE and text encoder, for a model that is published
+    - `components` is the folder or Hub ID of a pipeline with the VAE and text encoder, for a model that is published
       without them (Self-Forcing, LongLive). `generate` and exports look for them there.
     """
 
