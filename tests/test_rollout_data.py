@@ -188,7 +188,10 @@ def test_what_cannot_be_rolled_out_is_refused_before_anything_is_written(teacher
     save_file({"prompt_embeds": torch.zeros(2, 3, 5)}, tmp_path / "narrow.safetensors")
     embeds = ["data.rollouts.prompts=[]", f"data.rollouts.prompt_embeds={tmp_path / 'narrow.safetensors'}"]
     for changes, message in (
-        ([f"source.model={tmp_path / 'other'}", "generate.prompts=[]"], r"data\.rollouts\.prompts: no text encoder was found"),
+        (
+            [f"source.model={tmp_path / 'other'}", "generate.prompts=[]"],
+            r"data\.rollouts\.prompts: no text encoder was found",
+        ),
         (["data.rollouts.prompts=[eleven]"], r"data\.rollouts\.prompts: cannot read the digits prompt 'eleven'"),
         (embeds, r"prompt_embeds in .*narrow\.safetensors has shape \[2, 3, 5\]; \[L, 32\] is expected"),
         (

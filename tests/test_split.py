@@ -108,4 +108,4 @@ def test_too_few_tokens_are_said_once(caplog):
         config = ConvertConfig(kv_lora_rank=4, calibration=pico.calibration(max_tokens=tokens))
         with caplog.at_level(logging.WARNING):
             convert_model(FAMILY, pico.dense_model(), config, pico.batches())
-        assert caplog.text.count(f"{tokens} tokens for the 48 numbers that a latent restores") == said
+        assert caplog.text.count(f"{tokens} tokens, fewer than the 48 numbers that a latent restores") == said
