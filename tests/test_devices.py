@@ -16,14 +16,14 @@ import pytest
 import torch
 from accelerate import cpu_offload_with_hook
 from device_case import CPU, FEW, Clips, model, same
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 from pretend_gpu import GPU, pretended
 from recipe_case import write_teacher
 from test_bench import SMALL
-from test_encode import DIM, tiny_tokenizer
+from test_encode import DIM
 from torch import Tensor, nn
-from transformers import UMT5Config, UMT5EncoderModel
+from wan_pipeline_case import write_wan_pipeline
 
 import mla_convert.run.offload
 from mla_convert import StreamingMLAPipeline
@@ -51,11 +51,7 @@ WAN = {"in_channels": 4, "out_channels": 4, "text_dim": DIM, "causal": {"num_fra
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Wan model whose source, a pipeline with a tiny text encoder and VAE, lies beside it in `pipeline`."""
     folder = tmp_path_factory.mktemp("wan")
-    torch.manual_seed(0)
-    encoder = UMT5EncoderModel(UMT5Config(vocab_size=25, d_model=DIM, d_kv=8, d_ff=64, num_layers=1, num_heads=4))
-    vae = AutoencoderKLWan(base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], latents_mean=[0.1] * 4, latents_std=[2.0] * 4)
-    WanPipeline(tiny_tokenizer(), encoder, vae, None).save_pretrained(folder / "pipeline")
-    source = {"source": {"model": str(folder / "pipeline")}}
+    source = {"source": {"model": str(write_wan_pipeline(folder / "pipeline"))}}
     save_checkpoint(pico.dense_model(layers=1, **WAN), folder / "checkpoint", source)
     Image.new("RGB", (96, 64), (200, 30, 30)).save(folder / "start.png")
     return folder / "checkpoint"

@@ -9,10 +9,9 @@ import numpy as np
 import pico
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, WanPipeline
 from safetensors.torch import load_file
-from test_encode import DIM, tiny_tokenizer
-from transformers import UMT5Config, UMT5EncoderModel
+from test_encode import DIM
+from wan_pipeline_case import write_wan_pipeline
 
 from mla_convert.distill.latents import Clip, write_latents
 from mla_convert.errors import UsageError
@@ -47,11 +46,7 @@ generate:
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    encoder = UMT5EncoderModel(UMT5Config(vocab_size=25, d_model=DIM, d_kv=8, d_ff=64, num_layers=1, num_heads=4))
-    vae = AutoencoderKLWan(base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], latents_mean=[0.1] * 4, latents_std=[2.0] * 4)
-    folder = tmp_path_factory.mktemp("pipeline")
-    WanPipeline(tiny_tokenizer(), encoder, vae, None).save_pretrained(folder)
+    folder = write_wan_pipeline(tmp_path_factory.mktemp("pipeline"))
     pico.dense_model(in_channels=4, out_channels=4, text_dim=DIM, causal=None).save_pretrained(folder / "transformer")
     return folder
 

@@ -14,15 +14,14 @@ import psutil
 import pytest
 import torch
 from accelerate import cpu_offload_with_hook
-from diffusers import AutoencoderKLWan, WanPipeline
+from diffusers import AutoencoderKLWan
 from PIL import Image
 from recipe_case import write_teacher
 from safetensors.torch import load_file, save_file
 from test_decode import tiny_vae
-from test_encode import DIM, tiny_tokenizer
 from test_generate_cli import WAN, call, error_line, frames_of, latents_of
 from torch import Tensor
-from transformers import UMT5Config, UMT5EncoderModel
+from wan_pipeline_case import write_wan_pipeline
 
 import mla_convert
 from mla_convert import StreamingMLAPipeline
@@ -50,11 +49,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export with a tiny text encoder and VAE beside it."""
     folder = tmp_path_factory.mktemp("wan")
-    torch.manual_seed(0)
-    encoder = UMT5EncoderModel(UMT5Config(vocab_size=25, d_model=DIM, d_kv=8, d_ff=64, num_layers=1, num_heads=4))
-    vae = AutoencoderKLWan(base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], latents_mean=[0.1] * 4, latents_std=[2.0] * 4)
-    WanPipeline(tiny_tokenizer(), encoder, vae, None).save_pretrained(folder / "pipeline")
-    source = {"source": {"model": str(folder / "pipeline")}}
+    source = {"source": {"model": str(write_wan_pipeline(folder / "pipeline"))}}
     save_checkpoint(pico.dense_model(layers=1, **WAN), folder / "checkpoint", source)
     export(folder / "checkpoint", folder / "out", ExportConfig(components="copy"))
     return folder / "out"
