@@ -54,7 +54,8 @@ def check_shapes(
             raise UserError(f"{place} has no {column}, but other clips have one; encode it again or remove it")
         if name == TOKENS and (len(shape) != 2 or list(shape) != list(first[name])):
             raise UserError(
-                f"{place} has a {column} of {_by(shape)}, the first clip has {_by(first[name])}; encode it again"
+                f"{place} has a {column} of {size_text(shape)}, the first clip has {size_text(first[name])}; encode it "
+                "again"
             )
         if name != IMAGE:
             continue
@@ -62,8 +63,8 @@ def check_shapes(
         fits = len(shape) == 4 and [shape[0], *shape[2:]] == [latent[0], *latent[2:]]
         if not fits or shape[1] > latent[1] or (shape[1] < latent[1] and not own):
             raise UserError(
-                f"{place} has a {column} of {_by(shape)}, which does not match its latents of {_by(latent)}; encode "
-                "the videos with `mla-convert encode --image-condition`"
+                f"{place} has a {column} of {size_text(shape)}, which does not match its latents of "
+                f"{size_text(latent)}; encode the videos with `mla-convert encode --image-condition`"
             )
 
 
@@ -90,5 +91,6 @@ def missing_columns(folder: object, missing: Iterable[str]) -> UserError:
     )
 
 
-def _by(shape: Sequence[int]) -> str:
+def size_text(shape: Sequence[int]) -> str:
+    """A shape for messages, such as `16x21x60x104`."""
     return "x".join(map(str, shape))

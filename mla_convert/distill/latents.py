@@ -28,7 +28,15 @@ from ..errors import UserError
 from ..families.image import IMAGE
 from ..files import atomic_file
 from .identity import Identity, identity_of
-from .image_columns import COLUMN_OF, check_first_frame, check_shapes, from_column, missing_columns, to_column
+from .image_columns import (
+    COLUMN_OF,
+    check_first_frame,
+    check_shapes,
+    from_column,
+    missing_columns,
+    size_text,
+    to_column,
+)
 from .normalisation import BY_CHANNELS, EVIDENCE, KIND_NOTE, Latents, Scale, evidence_of_raw, scale_of
 
 LATENT, TEXT = "vae_latent", "text_embedding"
@@ -333,13 +341,13 @@ class LatentShards:
             self._text_shape = self._text_shape or text
             if latent != self._latent_shape:
                 raise UserError(
-                    f"{place} has latents of {_by(latent)}, the first clip has {_by(self._latent_shape)}; "
+                    f"{place} has latents of {size_text(latent)}, the first clip has {size_text(self._latent_shape)}; "
                     "keep clips of different shapes in separate folders"
                 )
             if text != self._text_shape:
                 raise UserError(
-                    f"{place} has a text embedding of {_by(text)}, the first clip has {_by(self._text_shape)}; "
-                    "set text_tokens to pad them to one length"
+                    f"{place} has a text embedding of {size_text(text)}, the first clip has "
+                    f"{size_text(self._text_shape)}; set text_tokens to pad them to one length"
                 )
             images = {name: shapes[column][row] or () for name, column in held.items()}
             self._check_images(images, latent, place, own)
@@ -449,9 +457,5 @@ def _unpack(row: dict[str, Any], name: str, place: str, remedy: str) -> Tensor:
     if not isinstance(dtype, torch.dtype):
         raise UserError(f"{place}: {name}_dtype {row[f'{name}_dtype']!r} is not a torch dtype; {remedy}")
     if not raw or len(raw) != torch.Size(shape).numel() * dtype.itemsize:
-        raise UserError(f"{place}: {name}_bytes do not match the shape {_by(shape)} in {dtype}; {remedy}")
+        raise UserError(f"{place}: {name}_bytes do not match the shape {size_text(shape)} in {dtype}; {remedy}")
     return torch.frombuffer(bytearray(raw), dtype=dtype).view(shape).float()
-
-
-def _by(shape: list[int]) -> str:
-    return "x".join(map(str, shape))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -110,3 +110,18 @@ def _misfit(means: Tensor, logs: Tensor) -> float:
     share = _SHARED_SPREAD**2 / (_SPREAD**2 + len(logs) * _SHARED_SPREAD**2)
     distance = (logs.square().sum() - share * logs.sum().square()) / _SPREAD**2
     return float(distance + means.square().sum() / _MEAN_SPREAD**2)
+
+
+def vae_statistics(vae: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The mean and standard deviation of a VAE's latents by channel, `[1, C, 1, 1, 1]` each, on its device."""
+    mean, std = (
+        torch.tensor(vae.config[key], device=vae.device, dtype=dtype).view(1, -1, 1, 1, 1)
+        for key in ("latents_mean", "latents_std")
+    )
+    return mean, std
+
+
+def normalised(vae: Any, latents: Tensor) -> Tensor:
+    """Raw latents `[B, C, F, H, W]` of `vae`, float32 on its device, as a transformer takes them."""
+    mean, std = vae_statistics(vae, torch.float32)
+    return (latents - mean) * (1.0 / std)

@@ -142,6 +142,27 @@ def in_batches(clips: Mapping[str, Tensor], size: int) -> Iterator[dict[str, Ten
         yield {name: x[start : start + size] for name, x in clips.items()}
 
 
+def noised_batches(
+    model: Any, clips: Mapping[str, Tensor], batch_size: int, seed: int, levels: Sequence[float] | None = None
+) -> Iterator[NoisedClips]:
+    """Yield `noised_clips` of `batch_size` clips at a time, with one noise level per chunk, drawn from `seed`.
+
+    Noise levels are all of the model's, or `levels`. The draws depend on `batch_size` through their order.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for batch in in_batches(clips, batch_size):
+        latents, text = (batch[name] for name in CLIP)
+        yield noised_clips(
+            latents,
+            text,
+            model.causal,
+            generator,
+            noise_range=model.noise_range,
+            levels=levels,
+            conditions=conditions_of(batch),
+        )
+
+
 @torch.no_grad()
 def flow_loss(
     model: Any,
@@ -157,20 +178,9 @@ def flow_loss(
     The loss depends on `batch_size` through the order of the draws. Noise levels are all of the model's, or
     `levels`. A forward takes `forward_size` clips of a batch, by default all of them.
     """
-    generator = torch.Generator().manual_seed(seed)
     losses, sizes = [], []
-    for batch in in_batches(clips, batch_size):
-        latents, text = (batch[name] for name in CLIP)
-        noised = noised_clips(
-            latents,
-            text,
-            model.causal,
-            generator,
-            noise_range=model.noise_range,
-            levels=levels,
-            conditions=conditions_of(batch),
-        )
-        for part in noised.split(forward_size or len(latents)):
+    for noised in noised_batches(model, clips, batch_size, seed, levels):
+        for part in noised.split(forward_size or len(noised.x_t)):
             part = part.to(model.device)
             losses.append((predict_velocity(model, part) - part.target).square().mean().item())
             sizes.append(len(part.target))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,10 +11,9 @@ import torch
 from torch import Tensor
 
 from ..distill.data import Data, DigitClips
-from ..distill.objective import in_batches, noised_clips, predict_velocity
+from ..distill.objective import noised_batches, predict_velocity
 from ..distill.progress import Report
 from ..mla.attention import AttentionPass
-from ..mla.conditions import CLIP, conditions_of
 from .attention_maps import AttentionMaps
 from .beside import Beside
 from .config import EvaluateConfig
@@ -66,24 +66,14 @@ def fidelity(
     `attention_rel_error` of each layer's self-attention output on the teacher's inputs. `attention_maps` is the
     result of `AttentionMaps`, `by_clip` that of `ClipErrors` with the `prompts` of the clips.
     """
-    generator = torch.Generator().manual_seed(seed)
     squared = {"teacher": 0.0, "student": 0.0}
     count = 0
     error, energy = torch.zeros(TIME_BINS, dtype=torch.float64), torch.zeros(TIME_BINS, dtype=torch.float64)
     attention, maps = _AttentionError(student, teacher), AttentionMaps(student, teacher)
     by_clip = ClipErrors()
-    pieces = list(in_batches(clips, batch_size))
-    for done, batch in enumerate(pieces):
-        latents, text = (batch[name].to(teacher.device) for name in CLIP)
-        inputs = noised_clips(
-            latents,
-            text,
-            teacher.causal,
-            generator,
-            noise_range=teacher.noise_range,
-            levels=levels,
-            conditions=conditions_of(batch),
-        )
+    batches = math.ceil(len(clips["latents"]) / batch_size)
+    for done, noised in enumerate(noised_batches(teacher, clips, batch_size, seed, levels)):
+        inputs = noised.to(teacher.device)
         expected = predict_velocity(teacher, inputs)
         actual = predict_velocity(student, inputs)
         squared["teacher"] += float((expected - inputs.target).double().square().sum())
@@ -94,7 +84,7 @@ def fidelity(
         energy.index_put_((bins,), expected.double().square().sum((1, 3, 4)).cpu(), accumulate=True)
         by_clip.add(inputs, expected, actual)
         if progress is not None:
-            progress(done + 1, len(pieces))
+            progress(done + 1, batches)
     by_time = [
         [(index + 0.5) / TIME_BINS, float((e / n).sqrt())]
         for index, (e, n) in enumerate(zip(error, energy, strict=True))

@@ -109,10 +109,10 @@ def generate_video(
     task.streaming.apply(*models)
     place(models, vae, task.device, request.offload)
     config, count, source = task.config, len(embeds), task.source
-    encodes = isinstance(source, SourceVideo) and not task.pixels
-    if isinstance(source, SourceVideo) and encodes:
+    decoder, encoder = vae if task.pictures else None, None
+    if isinstance(source, SourceVideo) and not task.pixels:
         source.encode_with(vae)
-    decoder, encoder = vae if task.pictures else None, vae if encodes else None
+        encoder = vae
     reserve(models, decoder, task.height, task.width, count, task.device, encoder)
     chunks = rollout(
         models,

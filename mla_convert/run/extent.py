@@ -60,12 +60,17 @@ def check_start(
 ) -> None:
     """Raise UsageError unless a rollout of `shape` (C, H, W) can begin with `start` `[B, C, F0, H, W]`."""
     channels, frames, height, width = start.shape[1:]
-    if (channels, height, width) != shape:
-        given, wanted = (f"{c} channels of {h}x{w}" for c, h, w in ((channels, height, width), shape))
-        raise UsageError(f"the start has {given}, the rollout {wanted}; roll out at the latent size of the start")
+    check_size("the start", (channels, height, width), shape, "the latent size of the start")
     ends = [stop for _, stop in causal.chunks(num_frames or frames + 4 * causal.num_frames_per_block)]
     if num_frames is not None and frames > num_frames:
         raise UsageError(f"the start has {frames} frames, more than the {num_frames} of the rollout; raise num_frames")
     if whole_chunks and frames not in ends:
         shown = ", ".join(map(str, ends[:4])) + (", ..." if len(ends) > 4 else "")
         raise UsageError(f"a start of {frames} frames does not end with a chunk; use one of {shown} frames")
+
+
+def check_size(what: str, found: tuple[int, int, int], shape: tuple[int, int, int], own_size: str) -> None:
+    """Raise UsageError unless the (C, H, W) `found` of `what` is the `shape` of the rollout."""
+    if found != shape:
+        given, wanted = (f"{c} channels of {h}x{w}" for c, h, w in (found, shape))
+        raise UsageError(f"{what} has {given}, the rollout {wanted}; roll out at {own_size}")

@@ -15,6 +15,7 @@ from ..distill.encode.frames import UnusableVideo, stream_frames, to_pixels
 from ..distill.encode.streaming import StreamingEncoder
 from ..errors import UsageError, UserError
 from .decode import first_video_frame
+from .extent import check_size
 from .start import LATENTS, boxed, boxed_pixels, fitted, read_latents, read_pictures
 
 Pictures = Path | Iterable[Image.Image]
@@ -88,14 +89,13 @@ def open_source(
         if source.suffix == LATENTS:
             return _latents(source, shape)
     (channels, height, width), (temporal, spatial) = shape, scale
+    pictures = read_pictures(source) if isinstance(source, Path) else source
     if spatial == 1:
-        frames = _boxed(source, channels, height, width)
+        frames = _boxed(pictures, channels, height, width)
     elif isinstance(source, Path) and not _is_picture(source):
         frames = _decoded(source, height * spatial, width * spatial, fps)
     else:
-        frames = _fitted(
-            read_pictures(source) if isinstance(source, Path) else source, height * spatial, width * spatial
-        )
+        frames = _fitted(pictures, height * spatial, width * spatial)
     video = SourceVideo(frames, shape, temporal)
     if isinstance(source, Path):
         video.look()
@@ -113,9 +113,8 @@ def _is_picture(path: Path) -> bool:
 
 def _latents(path: Path, shape: tuple[int, int, int]) -> Tensor:
     latents = read_latents(path, "source")
-    if (latents.shape[0], *latents.shape[2:]) != shape:
-        found, wanted = (f"{c} channels of {h}x{w}" for c, h, w in ((latents.shape[0], *latents.shape[2:]), shape))
-        raise UsageError(f"the source {path} has {found}, the rollout {wanted}; roll out at the source's latent size")
+    channels, _, height, width = latents.shape
+    check_size(f"the source {path}", (channels, height, width), shape, "the source's latent size")
     return latents.unsqueeze(0)
 
 
@@ -126,13 +125,13 @@ def _decoded(path: Path, height: int, width: int, fps: float) -> Generator[Tenso
         raise UserError(f"the source {path} cannot be used: {error}") from None
 
 
-def _boxed(source: Pictures, channels: int, height: int, width: int) -> Generator[Tensor]:
-    for picture in read_pictures(source) if isinstance(source, Path) else source:
+def _boxed(pictures: Iterable[Image.Image], channels: int, height: int, width: int) -> Generator[Tensor]:
+    for picture in pictures:
         yield boxed(_checked(picture), channels, height, width)
 
 
-def _fitted(source: Iterable[Image.Image], height: int, width: int) -> Generator[Tensor]:
-    for picture in source:
+def _fitted(pictures: Iterable[Image.Image], height: int, width: int) -> Generator[Tensor]:
+    for picture in pictures:
         yield fitted(_checked(picture), height, width)
 
 

@@ -193,10 +193,10 @@ class _OwnPasses(Passes):
 
     def set_conditions(self, conditions: Mapping[str, Tensor]) -> None:
         """Set the conditions of later passes, `[B, ...]` each, also for the negative prompt."""
-        self.conditions = [
-            placed([conditions] * self.copies, place, model.dtype)
-            for model, place in zip(self.models, self.devices, strict=True)
-        ]
+        self.conditions = [self._placed(expert, conditions) for expert in range(len(self.models))]
+
+    def _placed(self, expert: int, conditions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return placed([conditions] * self.copies, self.devices[expert], self.models[expert].dtype)
 
     @torch.no_grad()
     def rewrite(self, recent: RecentChunks, t: float) -> None:
@@ -205,7 +205,7 @@ class _OwnPasses(Passes):
             for index, (first, written, conditions) in enumerate(recent):
                 if index == 0:
                     self.caches[expert].rewind(first)
-                self.set_conditions(conditions)
+                self.conditions[expert] = self._placed(expert, conditions)
                 self.write_to(expert, written, t)
 
     def _guided(self, v: Tensor, batch: int) -> Tensor:

@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..devices import bring_weights
+from ..distill.normalisation import vae_statistics
 from ..errors import UsageError, UserError
 from ..files import atomic_file, atomic_folder
 
@@ -53,10 +54,7 @@ def to_frames(video: Tensor) -> Frames:
 def denormalised(vae: Any, latents: Tensor) -> Tensor:
     """Latents `[B, C, F, H, W]` of a transformer on the scale that `vae` decodes, in its dtype and on its device."""
     bring_weights(vae)
-    mean, std = (
-        torch.tensor(vae.config[key], device=vae.device, dtype=vae.dtype).view(1, -1, 1, 1, 1)
-        for key in ("latents_mean", "latents_std")
-    )
+    mean, std = vae_statistics(vae, vae.dtype)
     return latents.to(vae.device, vae.dtype) * std + mean
 
 

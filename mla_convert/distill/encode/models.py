@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ...devices import bring_weights
 from ...errors import UsageError, UserError
 from ...load.hub import download
-from ..normalisation import Scale
+from ..normalisation import Scale, normalised
 
 TEXT_TOKENS = 512
 VAE, TEXT_ENCODER, TOKENIZER = "vae", "text_encoder", "tokenizer"
@@ -148,16 +148,10 @@ def encode_pixels(vae: Any, pixels: Tensor, raw: bool = False) -> Tensor:
     Latents are normalised for the transformer, or with `raw` left as the VAE returns them.
     """
     bring_weights(vae)
-    mean, std = (
-        torch.tensor(vae.config[key], device=vae.device).view(1, -1, 1, 1, 1) for key in ("latents_mean", "latents_std")
-    )
     # Always use the same algorithm, so that a resumed run writes the same bytes.
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
         mode: Tensor = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
-    if raw:
-        return mode
-    latents: Tensor = (mode - mean) * (1.0 / std)
-    return latents
+    return mode if raw else normalised(vae, mode)
 
 
 @contextlib.contextmanager

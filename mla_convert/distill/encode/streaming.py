@@ -14,6 +14,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, pa
 from torch import Tensor
 
 from ...devices import bring_weights
+from ..normalisation import normalised
 
 
 class StreamingEncoder:
@@ -38,15 +39,12 @@ class StreamingEncoder:
         bring_weights(self.vae)
         self.features = self.features or [[None] * self.convolutions for _ in pixels]
         items = zip(pixels.split(1), self.features, strict=True)
-        return torch.cat([self._encoded(item.split(sizes, dim=2), features) for item, features in items])
+        modes = [self._encoded(item.split(sizes, dim=2), features) for item, features in items]
+        return normalised(self.vae, torch.cat(modes))
 
     def _encoded(self, parts: tuple[Tensor, ...], features: list[Any]) -> Tensor:
-        """The latents of `parts` `[1, 3, 1 or temporal, H, W]` of one item, a latent frame each; updates `features`."""
-        vae, latents = self.vae, []
-        mean, std = (
-            torch.tensor(vae.config[key], device=vae.device).view(1, -1, 1, 1, 1)
-            for key in ("latents_mean", "latents_std")
-        )
+        """The modes of `parts` `[1, 3, 1 or temporal, H, W]` of one item, a latent frame each; updates `features`."""
+        vae, modes = self.vae, []
         # Always use the same algorithm, so that equal inputs give bitwise equal latents.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
             for part in parts:
@@ -54,9 +52,8 @@ class StreamingEncoder:
                 if vae.config.patch_size is not None:
                     pixels = patchify(pixels, patch_size=vae.config.patch_size)
                 encoded = vae.encoder(pixels, feat_cache=features, feat_idx=[0])
-                mode = vae.quant_conv(encoded).float().chunk(2, dim=1)[0]
-                latents.append((mode - mean) * (1.0 / std))
-        return torch.cat(latents, dim=2)
+                modes.append(vae.quant_conv(encoded).float().chunk(2, dim=1)[0])
+        return torch.cat(modes, dim=2)
 
     def kept(self) -> list[Tensor]:
         """The cached features that the next chunk will read."""
