@@ -34,7 +34,7 @@ from mla_convert.evaluate.bench import (
     bench_table,
     verdict,
 )
-from mla_convert.evaluate.geometry import Geometry
+from mla_convert.evaluate.geometry import StreamGeometry
 from mla_convert.export.checkpoint import save_checkpoint
 from mla_convert.mla import fused, kernels
 from mla_convert.mla.kernels import FLOAT32_DEFAULT, Kernels
@@ -43,7 +43,7 @@ from mla_convert.mla.rope import rotate
 CPU = {"device": "cpu", "dtype": "float32"}
 REFUSAL = mla_attention.why_not("cpu", torch.float32)
 
-SMALL = Geometry(
+SMALL = StreamGeometry(
     name="small",
     num_layers=2,
     num_attention_heads=2,

@@ -11,7 +11,7 @@ from .models import parse_cache
 from .output import Cache, Json, print_result
 
 if TYPE_CHECKING:
-    from ..evaluate.geometry import Geometry
+    from ..evaluate.geometry import StreamGeometry
 
 
 def plan(
@@ -71,7 +71,9 @@ def plan(
     print_result(as_json, result.model_dump(mode="json"), plan_table(result))
 
 
-def _read(source: str, file: str | None, latent_size: str | None) -> tuple[Geometry, list[tuple[int, int]] | None]:
+def _read(
+    source: str, file: str | None, latent_size: str | None
+) -> tuple[StreamGeometry, list[tuple[int, int]] | None]:
     """Geometry of a model, and for a converted one the sizes of latent and shared key that each layer caches."""
     from ..pipeline.planning import read_geometry
     from .models import parse_size

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..draws import Use, drawn
 from ..errors import UsageError, UserError
-from ..families.base import Geometry
+from ..families.base import AttentionGeometry
 from ..mla.config import latent_groups
 from .blocks import Blocks, give_back_memory
 from .budget import Curve, Trace, allot, measured_curve
@@ -76,9 +76,9 @@ def final_ranks(blocks: Blocks, config: ConvertConfig, plans: Iterable[LayerInit
     return config.for_layers(allot(measured, config.budget, latent_scalars(_geometry(blocks), config)))
 
 
-def _geometry(blocks: Blocks) -> Geometry:
+def _geometry(blocks: Blocks) -> AttentionGeometry:
     model = blocks.model.config
-    return Geometry(len(blocks), model.num_attention_heads, model.attention_head_dim)
+    return AttentionGeometry(len(blocks), model.num_attention_heads, model.attention_head_dim)
 
 
 def convert_layers(

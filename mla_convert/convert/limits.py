@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ..errors import UsageError
-from ..families.base import Geometry
+from ..families.base import AttentionGeometry
 from .budget import candidate_ranks
 from .config import ConvertConfig
 from .rope_key import check_rotary_key
@@ -18,7 +18,7 @@ class Ranks(NamedTuple):
     measured: list[int]
 
 
-def planned_ranks(geometry: Geometry, axes: tuple[int, ...], config: ConvertConfig) -> Ranks:
+def planned_ranks(geometry: AttentionGeometry, axes: tuple[int, ...], config: ConvertConfig) -> Ranks:
     """Return the rank at which each layer is fitted: its `kv_lora_rank`, or the largest that a budget may choose.
 
     `axes` is the axis of each rotary pair. Raises UsageError for a rank or group size that the model cannot have.
@@ -51,7 +51,7 @@ def planned_ranks(geometry: Geometry, axes: tuple[int, ...], config: ConvertConf
     return Ranks(ranks, [])
 
 
-def latent_scalars(geometry: Geometry, config: ConvertConfig) -> float | None:
+def latent_scalars(geometry: AttentionGeometry, config: ConvertConfig) -> float | None:
     """Mean rank of a latent under the budget, less the cached shared key; None for a `loss_increase`."""
     assert config.budget is not None
     scalars = config.budget.scalars(geometry.dense_scalars_per_token)

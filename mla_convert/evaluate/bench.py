@@ -29,7 +29,7 @@ from ..mla.kernels import Kernels, describe
 from ..mla.latent import LatentSelfAttention
 from ..mla.rope import RotaryTable, rotate, split_rotary_table
 from ..mla.window import CausalConfig
-from .geometry import Geometry
+from .geometry import StreamGeometry
 from .text import layout_parts
 
 BY_TORCH = (
@@ -75,7 +75,7 @@ class RotatedDenseAttention(DenseSelfAttention):
 
 
 def bench(
-    geometry: Geometry, config: BenchConfig, progress: Callable[[int, int], None] | None = None
+    geometry: StreamGeometry, config: BenchConfig, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, Any]:
     """Measure the time of one layer's passes and the bytes of its cache.
 
@@ -176,7 +176,7 @@ def bench_table(result: dict[str, Any]) -> Table:
     return table
 
 
-def _layers(geometry: Geometry, config: BenchConfig) -> dict[str, tuple[CausalSelfAttention, type[FrameCache]]]:
+def _layers(geometry: StreamGeometry, config: BenchConfig) -> dict[str, tuple[CausalSelfAttention, type[FrameCache]]]:
     heads, head_dim = geometry.num_attention_heads, geometry.attention_head_dim
     shape = (heads * head_dim, heads, head_dim, 1e-6, 0)
     shared = config.qk_rope_head_dim // 2
@@ -207,7 +207,7 @@ class _Passes:
         self,
         layer: CausalSelfAttention,
         cache_class: type[FrameCache],
-        geometry: Geometry,
+        geometry: StreamGeometry,
         config: BenchConfig,
         dtype: torch.dtype,
         device: torch.device,
@@ -249,7 +249,7 @@ class _Passes:
         return {FIRST: first, LATER: later, WRITE: write, STREAMED: (first + (steps - 1) * later + write) / (steps + 1)}
 
 
-def _table(geometry: Geometry, device: torch.device) -> RotaryTable:
+def _table(geometry: StreamGeometry, device: torch.device) -> RotaryTable:
     pairs = geometry.attention_head_dim // 2
     angles = torch.outer(torch.arange(geometry.rope_max_seq_len), 10000 ** -(torch.arange(pairs) / pairs))
     return split_rotary_table(torch.polar(torch.ones_like(angles), angles).to(device), geometry.attention_head_dim)

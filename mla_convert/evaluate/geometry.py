@@ -27,7 +27,7 @@ GPU_GIGABYTES = {
 """Nominal memory in decimal gigabytes; the real memory is at least as large."""
 
 
-class Geometry(BaseModel):
+class StreamGeometry(BaseModel):
     """Sizes that determine the cache of a streaming video transformer: layers, heads, tokens, frames.
 
     `window_frames` and `num_frames_per_block` count latent frames. The first latent frame holds one video frame, each
@@ -75,7 +75,7 @@ class Preset(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    geometry: Geometry
+    geometry: StreamGeometry
     kv_lora_rank: int
     qk_rope_head_dim: int
 
@@ -83,18 +83,22 @@ class Preset(BaseModel):
 def _wan_1_3b(name: str, **changes: Any) -> Preset:
     shape = {"num_layers": 30, "num_attention_heads": 12, "attention_head_dim": 128}
     video = {"tokens_per_frame": 1560, "window_frames": 21}
-    return Preset(geometry=Geometry(name=name, **(shape | video | changes)), kv_lora_rank=192, qk_rope_head_dim=32)
+    return Preset(
+        geometry=StreamGeometry(name=name, **(shape | video | changes)), kv_lora_rank=192, qk_rope_head_dim=32
+    )
 
 
 def _wan_14b(name: str, **changes: Any) -> Preset:
     shape = {"num_layers": 40, "num_attention_heads": 40, "attention_head_dim": 128}
     video = {"tokens_per_frame": 1560, "window_frames": 21}
     # The rank is the paper's share of the dense cache, rounded down to a multiple of 64.
-    return Preset(geometry=Geometry(name=name, **(shape | video | changes)), kv_lora_rank=704, qk_rope_head_dim=32)
+    return Preset(
+        geometry=StreamGeometry(name=name, **(shape | video | changes)), kv_lora_rank=704, qk_rope_head_dim=32
+    )
 
 
 _SKYREELS = {"tokens_per_frame": 2040, "window_frames": 25, "num_frames_per_block": 5, "fps": 24}
-_DIGITS = Geometry(
+_DIGITS = StreamGeometry(
     name="digits",
     num_layers=4,
     num_attention_heads=6,
@@ -151,7 +155,7 @@ def gpu_memory(text: str) -> tuple[str, int]:
 
 def from_model(
     model: Any, height: int, width: int, fps: float = 16, temporal_compression: int = 4
-) -> tuple[Geometry, list[int]]:
+) -> tuple[StreamGeometry, list[int]]:
     """Return the geometry of a causal model, dense or converted, and its cached scalars per token by layer.
 
     `height` and `width` are those of the latent. Pass the second value to `plan` as `kv_lora_rank`, with
@@ -160,7 +164,7 @@ def from_model(
     rows, columns = model.token_grid(height, width)
     if model.causal.window_frames is None:
         raise UsageError("the model has no finite window, so its cache has no fixed size; set causal.window_frames")
-    geometry = Geometry(
+    geometry = StreamGeometry(
         name=type(model).__name__,
         num_layers=model.config.num_layers,
         num_attention_heads=model.config.num_attention_heads,

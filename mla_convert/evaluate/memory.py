@@ -27,7 +27,7 @@ from rich.table import Table
 from ..errors import UsageError, nearest
 from ..mla.bits import CacheBits, format_bits, row_bytes
 from ..sizes import RESERVED_BYTES, format_bytes
-from .geometry import Geometry, gpu_memory
+from .geometry import StreamGeometry, gpu_memory
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -67,7 +67,7 @@ class Plan(BaseModel):
     assumptions: list[str]
 
 
-def activation_bytes(geometry: Geometry, frames: int, dtype_bytes: int) -> int:
+def activation_bytes(geometry: StreamGeometry, frames: int, dtype_bytes: int) -> int:
     """Return the working memory of one stream in a window of `frames`; the module docstring has the formula."""
     history = geometry.cached_tokens(max(frames - geometry.num_frames_per_block, 0))
     chunk = min(frames, geometry.num_frames_per_block) * geometry.tokens_per_frame
@@ -75,7 +75,7 @@ def activation_bytes(geometry: Geometry, frames: int, dtype_bytes: int) -> int:
 
 
 def plan(
-    geometry: Geometry,
+    geometry: StreamGeometry,
     kv_lora_rank: int | Sequence[int],
     qk_rope_head_dim: int | Sequence[int] = 0,
     *,
@@ -215,7 +215,7 @@ def _dtype(name: str) -> tuple[str, int]:
 
 
 def _rows(
-    geometry: Geometry, kv_lora_rank: int | Sequence[int], qk_rope_head_dim: int | Sequence[int]
+    geometry: StreamGeometry, kv_lora_rank: int | Sequence[int], qk_rope_head_dim: int | Sequence[int]
 ) -> list[tuple[int, int]]:
     """Return the cached scalars of latent and shared key by layer. Raises UsageError for impossible sizes."""
     ranks, ropes = (

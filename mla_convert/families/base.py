@@ -19,7 +19,7 @@ ConditionKind = Literal["frames", "fixed"]
 
 
 @dataclass(frozen=True)
-class Geometry:
+class AttentionGeometry:
     """Sizes of a dense model's self-attention."""
 
     num_layers: int
@@ -32,9 +32,9 @@ class Geometry:
         return 2 * self.num_heads * self.head_dim
 
 
-def stock_geometry(config: Config) -> Geometry:
+def stock_geometry(config: Config) -> AttentionGeometry:
     """The geometry from the configuration keys that diffusers' video transformers share."""
-    return Geometry(config["num_layers"], config["num_attention_heads"], config["attention_head_dim"])
+    return AttentionGeometry(config["num_layers"], config["num_attention_heads"], config["attention_head_dim"])
 
 
 def noise_channels(config: Config) -> int:
@@ -95,7 +95,7 @@ class Family:
     source_classes: tuple[str, ...]
     dense_class: type[Any]
     mla_class: type[Any]
-    geometry: Callable[[Config], Geometry] = stock_geometry
+    geometry: Callable[[Config], AttentionGeometry] = stock_geometry
     near_misses: Mapping[str, str] = field(default_factory=dict)
     stored_names: Callable[[Collection[str]], dict[str, str] | None] = lambda names: None
     original_names: Callable[[Collection[str]], dict[str, str]] = lambda names: {}

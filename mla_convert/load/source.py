@@ -11,7 +11,7 @@ import torch
 import yaml
 from huggingface_hub import metadata_load
 
-from ..families.base import Family, Geometry
+from ..families.base import AttentionGeometry, Family
 from ..flow import ALL_NOISE
 from .adapters import PEFT_CONFIG, AdapterConfig, adapted, module_names
 from .build import accepted_config, build_model, check_tensors
@@ -48,7 +48,7 @@ class Source:
     components: str | None = None
 
     @property
-    def geometry(self) -> Geometry:
+    def geometry(self) -> AttentionGeometry:
         return self.family.geometry(self.config)
 
     def provenance(self) -> dict[str, Any]:

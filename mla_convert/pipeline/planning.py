@@ -9,7 +9,7 @@ import torch
 
 from .. import registry
 from ..errors import UserError
-from ..evaluate.geometry import PAPER_SHARE, Geometry, from_model
+from ..evaluate.geometry import PAPER_SHARE, StreamGeometry, from_model
 from ..evaluate.geometry import preset as find_preset
 from ..export.checkpoint import find_checkpoint, load_shape
 from ..load import known_config, load_source
@@ -20,7 +20,7 @@ from .generation import recorded
 
 def read_geometry(
     source: str, size: tuple[int, int] | None, file: str | None = None
-) -> tuple[Geometry, list[tuple[int, int]] | None]:
+) -> tuple[StreamGeometry, list[tuple[int, int]] | None]:
     """Geometry of a model, and for a converted one each layer's cached scalars: latent and shared key.
 
     The second value is None for a dense model. `size` is the height and width of the latent, `file` a weights file
@@ -43,7 +43,7 @@ def read_geometry(
     return geometry.model_copy(update={"name": source}), rows
 
 
-def bench_settings(source: str | None, preset: str | None) -> tuple[Geometry, dict[str, Any]]:
+def bench_settings(source: str | None, preset: str | None) -> tuple[StreamGeometry, dict[str, Any]]:
     """Geometry and keys of a `BenchConfig` from a model or a preset; of a converted model, the layer of median rank.
 
     Raises UserError or UsageError in one line.
