@@ -18,6 +18,7 @@ from accelerate import init_empty_weights
 from diffusers.models.modeling_utils import no_init_weights
 from torch import Tensor, nn
 
+from ..families.causal import CausalTransformer
 from ..load import Source
 from ..load.build import storage_dtype
 
@@ -27,7 +28,7 @@ BLOCKS = "blocks."
 class Blocks(Protocol):
     """`model` has everything around the blocks (see `families.base.Family`); `open` gives access to one block."""
 
-    model: Any
+    model: CausalTransformer
 
     def __len__(self) -> int: ...
 
@@ -47,7 +48,7 @@ class Blocks(Protocol):
 class ModelBlocks:
     """The blocks of a dense model in memory, on its device."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: CausalTransformer) -> None:
         self._dense = model
         self._widened = runs_in(model.dtype, model.device) != model.dtype
         self.model = _widened_around(model) if self._widened else model

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..families.causal import LatentTransformer
 from ..load import LazyTensors, Source
 from .blocks import SourceBlocks
 from .clips import CalibrationBatch
@@ -27,7 +28,7 @@ class Converted:
     `model` is on the meta device; `tensors` holds the weights under the model's parameter names.
     """
 
-    model: Any
+    model: LatentTransformer
     tensors: LazyTensors
 
 

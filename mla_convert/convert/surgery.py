@@ -6,11 +6,12 @@ The dense model is not changed. The converted model shares the tensors that both
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
+from torch import nn
 
 from ..families.base import Family
+from ..families.causal import CausalTransformer, LatentTransformer
 from ..mla.config import MLAConfig
 from .blocks import ModelBlocks
 from .clips import CalibrationBatch
@@ -22,12 +23,12 @@ from .state import merge_state, mla_config
 @torch.no_grad()
 def convert_model(
     family: Family,
-    dense: Any,
+    dense: CausalTransformer,
     config: ConvertConfig,
     batches: Iterable[CalibrationBatch] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
-) -> Any:
+) -> LatentTransformer:
     """Return the latent form of `dense`, an instance of `family.dense_class`, in its dtype and on its device.
 
     `init: activation` needs `batches`. `progress` is called with (phase, done, total).
@@ -47,14 +48,14 @@ def convert_model(
     return model.to(dense.device).eval().requires_grad_(False)
 
 
-def empty_model(family: Family, dense: Any, mla: MLAConfig) -> Any:
+def empty_model(family: Family, dense: CausalTransformer, mla: MLAConfig) -> LatentTransformer:
     """Build the converted form of `dense` on the meta device."""
     settings = {name: value for name, value in dense.config.items() if not name.startswith("_")}
     with torch.device("meta"):
         return family.mla_class(**settings, mla=mla.model_dump(mode="json"))
 
 
-def copy_unsaved_buffers(dense: Any, model: Any) -> None:
+def copy_unsaved_buffers(dense: nn.Module, model: nn.Module) -> None:
     """Copy to `model` the buffers of `dense` that no state dict holds, such as rotary tables."""
     saved = dense.state_dict().keys()
     for name, buffer in dense.named_buffers():

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..families.causal import CausalTransformer
 from ..mla.attention import AttentionPass, CausalSelfAttention, padded
 from ..mla.core import KeyValue, Query
 from .beside import Beside
@@ -91,7 +92,7 @@ def divergence(teacher: Tensor, student: Tensor, history: int) -> Tensor:
 class AttentionMaps:
     """Collects the `divergence` of every head while the teacher runs; `close` ends it and returns the result."""
 
-    def __init__(self, student: Any, teacher: Any, queries: int = QUERIES) -> None:
+    def __init__(self, student: CausalTransformer, teacher: CausalTransformer, queries: int = QUERIES) -> None:
         self.student, self.teacher, self.queries = student, teacher, queries
         self.sums: list[Any] = [0.0] * len(teacher.blocks)
         self.counts = [0] * len(teacher.blocks)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..families.causal import CausalTransformer
 from ..mla.attention import AttentionPass
 from ..mla.latent import reading_together
 
@@ -22,7 +22,7 @@ class Beside:
     read the one that all of them encode from the teacher's inputs. `close` removes the hooks.
     """
 
-    def __init__(self, student: Any, teacher: Any, compare: Compare) -> None:
+    def __init__(self, student: CausalTransformer, teacher: CausalTransformer, compare: Compare) -> None:
         self.student, self.compare = student, compare
         self.groups = {layer: layers for layers in student.latent_groups for layer in layers}
         self.seen: dict[int, tuple[Tensor, AttentionPass, Tensor]] = {}

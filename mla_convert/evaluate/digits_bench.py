@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..mla.model import StreamingModel
 from ..zoo.digits.data import CLIP_FRAMES, Prompt, all_prompts, digit_images, render
 from .config import EvaluateConfig
 from .rollouts import chosen_prompts, digit_rollouts
@@ -29,7 +30,7 @@ def factors(config: EvaluateConfig) -> list[int]:
 
 
 def digits_bench(
-    models: Mapping[str, Any], config: EvaluateConfig, report: Callable[[str, int, int], None]
+    models: Mapping[str, StreamingModel], config: EvaluateConfig, report: Callable[[str, int, int], None]
 ) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
     """Return the metrics of the models and of real videos, and the accuracy at the last frame by model and length.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..distill.data import Data, DigitClips
 from ..distill.objective import noised_batches, predict_velocity
 from ..distill.progress import Report
+from ..families.causal import CausalTransformer, LatentTransformer
 from ..mla.attention import AttentionPass
 from .attention_maps import AttentionMaps
 from .beside import Beside
@@ -26,7 +27,7 @@ TIME_BINS = 10
 class _AttentionError:
     """Accumulates the student's self-attention error by layer, on the teacher's inputs."""
 
-    def __init__(self, student: Any, teacher: Any) -> None:
+    def __init__(self, student: LatentTransformer, teacher: CausalTransformer) -> None:
         layers = len(teacher.blocks)
         self.student = student
         self.error, self.energy = [0.0] * layers, [0.0] * layers
@@ -48,8 +49,8 @@ class _AttentionError:
 
 @torch.no_grad()
 def fidelity(
-    student: Any,
-    teacher: Any,
+    student: LatentTransformer,
+    teacher: CausalTransformer,
     clips: Mapping[str, Tensor],
     batch_size: int,
     seed: int,
@@ -102,7 +103,9 @@ def fidelity(
     }
 
 
-def evaluate(student: Any, teacher: Any, data: Data, config: EvaluateConfig, report: Report) -> dict[str, Any]:
+def evaluate(
+    student: LatentTransformer, teacher: CausalTransformer, data: Data, config: EvaluateConfig, report: Report
+) -> dict[str, Any]:
     """Measure everything that the report shows about a converted model and its dense teacher.
 
     Returns the keys of `fidelity` and `memory`. For digits it adds `digits_bench`; `kernels`, which attention ran in
@@ -121,7 +124,7 @@ def evaluate(student: Any, teacher: Any, data: Data, config: EvaluateConfig, rep
     return result
 
 
-def memory(student: Any, teacher: Any, height: int, width: int) -> dict[str, Any]:
+def memory(student: LatentTransformer, teacher: CausalTransformer, height: int, width: int) -> dict[str, Any]:
     """Return the cache sizes of one stream of latents of `height x width`, as allocated, and the `layout`.
 
     Keys: `dense_scalars_per_token`, `latent_scalars_per_token`, `reduction`, `dense_cache_bytes`,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
 from ..errors import UsageError, nearest
+
+if TYPE_CHECKING:
+    from ..families.causal import CausalTransformer
 
 PAPER_SCALARS = 3072
 """Scalars that dense Wan2.1-1.3B caches per token per layer."""
@@ -154,7 +157,7 @@ def gpu_memory(text: str) -> tuple[str, int]:
 
 
 def from_model(
-    model: Any, height: int, width: int, fps: float = 16, temporal_compression: int = 4
+    model: CausalTransformer, height: int, width: int, fps: float = 16, temporal_compression: int = 4
 ) -> tuple[StreamGeometry, list[int]]:
     """Return the geometry of a causal model, dense or converted, and its cached scalars per token by layer.
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..mla.model import StreamingModel
 from ..run.stream import stream_chunks
 from ..zoo.digits.classifier import classify
 from ..zoo.digits.data import FRAME, Prompt, all_prompts
@@ -32,7 +32,7 @@ def heldout_prompts(count: int) -> tuple[Tensor, Tensor]:
 
 
 def digit_rollouts(
-    model: Any,
+    model: StreamingModel,
     num_frames: int,
     config: EvaluateConfig,
     progress: Callable[[int, int], None] | None = None,

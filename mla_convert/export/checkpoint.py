@@ -13,6 +13,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 
 from .. import registry
 from ..errors import UserError
+from ..families.causal import CausalTransformer
 from ..files import MANIFEST, RUN_STATE, atomic_folder, claim_folder, save_tensors
 from ..load import (
     LazyTensors,
@@ -56,7 +57,7 @@ def save_checkpoint(
 
 def load_checkpoint(
     folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", verify: bool = False
-) -> Any:
+) -> CausalTransformer:
     """Load the dense or converted model from a run, checkpoint or transformer folder, in eval mode.
 
     `dtype` None keeps the stored dtypes. `verify` compares every file with its digest in the manifest. Raises
@@ -67,10 +68,11 @@ def load_checkpoint(
         verify_files(root, read_manifest(root))
     model_class, config = _described(inner)
     tensors = check_tensors(model_class, config, open_weights(inner), str(inner))
-    return build_model(model_class, config, tensors, dtype, device)
+    model: CausalTransformer = build_model(model_class, config, tensors, dtype, device)
+    return model
 
 
-def load_shape(folder: Path, dtypes: bool = True) -> Any:
+def load_shape(folder: Path, dtypes: bool = True) -> CausalTransformer:
     """Return the model of `load_checkpoint` on the meta device, in eval mode; only the weights' headers are read.
 
     Without `dtypes`, the stored dtypes are not read and the weights may be missing. Raises UserError in one line.
@@ -78,7 +80,7 @@ def load_shape(folder: Path, dtypes: bool = True) -> Any:
     _, inner = find_checkpoint(folder)
     model_class, config = _described(inner)
     with torch.device("meta"):
-        model = model_class.from_config(config)
+        model: CausalTransformer = model_class.from_config(config)
     if dtypes:
         tensors = check_tensors(model_class, config, open_weights(inner), str(inner))
         state = {name: tensor.to(tensors.dtype(name)) for name, tensor in model.state_dict().items()}

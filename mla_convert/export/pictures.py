@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import imageio_ffmpeg
 
 from ..errors import UserError
+from ..families.causal import CausalTransformer
 from .evidence import SAMPLES, Evidence
 
 # Drawing functions import Matplotlib: the import is slow, and warns if its cache folder is not writable.
@@ -53,7 +54,7 @@ class Picture(NamedTuple):
     caption: str
 
 
-def draw_pictures(folder: Path, model: Any, evidence: Evidence) -> list[Picture]:
+def draw_pictures(folder: Path, model: CausalTransformer, evidence: Evidence) -> list[Picture]:
     """Draw the pictures of a model and its report into `folder`; equal input gives equal bytes.
 
     Raises UserError if a sample cannot be read as a video.

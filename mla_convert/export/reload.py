@@ -15,6 +15,7 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from ..errors import UserError
+from ..families.causal import CausalTransformer
 from ..files import save_tensors
 
 _SCRIPT = Path(__file__).with_name("isolated.py")
@@ -64,14 +65,13 @@ def check_standalone(model: Any, folder: Path) -> None:
         raise UserError(f"the standalone form does not work without this package ({last}); nothing was written")
 
 
-def probe_chunks(model: Any) -> list[tuple[int, int]]:
+def probe_chunks(model: CausalTransformer) -> list[tuple[int, int]]:
     """Return the frame ranges of the first two chunks of a rollout."""
-    chunks: list[tuple[int, int]] = model.causal.chunks(2 * model.causal.num_frames_per_block)
-    return chunks[:2]
+    return model.causal.chunks(2 * model.causal.num_frames_per_block)[:2]
 
 
 @torch.no_grad()
-def probe_rollout(model: Any) -> dict[str, Tensor]:
+def probe_rollout(model: CausalTransformer) -> dict[str, Tensor]:
     """Return inputs and outputs of a rollout of two chunks on a small latent, for comparisons.
 
     Keys: `hidden_states` `[1, C, F, H, W]`, `timestep` `[1, F]`, `encoder_hidden_states` `[1, L, text_dim]`,

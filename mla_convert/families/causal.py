@@ -51,8 +51,9 @@ class CausalTransformer(nn.Module):
     cache_bits: CacheBits = "auto"
     config: Any
     causal: CausalConfig
-    dtype: Any
-    device: Any
+    dtype: torch.dtype
+    device: torch.device
+    blocks: Any
     rope: Any
     patch_embedding: Any
     condition_embedder: Any
@@ -179,8 +180,7 @@ class CausalTransformer(nn.Module):
     @property
     def row_widths(self) -> list[int]:
         """Cached scalars per token of each layer."""
-        blocks: Any = self.blocks
-        return [block.attn1.row_width for block in blocks]
+        return [block.attn1.row_width for block in self.blocks]
 
     def far_history(self, height: int, width: int) -> dict[str, int]:
         """`near_frames` and `far_tokens_per_frame` for latents of `height x width`; empty if all history is in full."""

@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub import metadata_load
 
 from ..families.base import AttentionGeometry, Family
+from ..families.causal import CausalTransformer
 from ..flow import ALL_NOISE
 from .adapters import PEFT_CONFIG, AdapterConfig, adapted, module_names
 from .build import accepted_config, build_model, check_tensors
@@ -133,12 +134,14 @@ def _locate_adapter(adapter: AdapterConfig, model: str, located: Located) -> tup
     return locate_file(own, adapter.revision or located.revision, adapter.file, PEFT_CONFIG)
 
 
-def load_dense(source: Source, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Any:
+def load_dense(
+    source: Source, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> CausalTransformer:
     """The dense causal model of a source, in eval mode; `dtype` None keeps the stored dtypes.
 
     Raises UserError for a tensor with NaN or infinite values.
     """
-    model = build_model(source.family.dense_class, source.config, source.tensors, dtype, device)
+    model: CausalTransformer = build_model(source.family.dense_class, source.config, source.tensors, dtype, device)
     model.noise_range = source.noise_range
     return model
 

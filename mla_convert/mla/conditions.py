@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from .model import StreamingModel
 
 FramesAt = Callable[[int, int], Tensor]
 Given = Mapping[str, Tensor | FramesAt]
@@ -33,7 +34,12 @@ class Conditions:
     """
 
     def __init__(
-        self, models: Sequence[Any], given: Given | None, batch: int, frames: int | None, size: tuple[int, int]
+        self,
+        models: Sequence[StreamingModel],
+        given: Given | None,
+        batch: int,
+        frames: int | None,
+        size: tuple[int, int],
     ) -> None:
         self.given, self.batch, self.size = dict(given or {}), batch, size
         # Channels that a model reads in addition to the noisy latent.
@@ -92,7 +98,7 @@ def conditions_of(clip: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in clip.items() if name not in CLIP}
 
 
-def first_frames(model: Any, conditions: Mapping[str, Tensor], frames: int) -> dict[str, Tensor]:
+def first_frames(model: StreamingModel, conditions: Mapping[str, Tensor], frames: int) -> dict[str, Tensor]:
     """`conditions` with those of kind `frames` cut to their first `frames` frames; the others are unchanged."""
     return {
         name: value[:, :, :frames] if model.condition_kinds[name] == "frames" else value
@@ -100,7 +106,7 @@ def first_frames(model: Any, conditions: Mapping[str, Tensor], frames: int) -> d
     }
 
 
-def check_conditions(models: Sequence[Any], given: Mapping[str, Any]) -> None:
+def check_conditions(models: Sequence[StreamingModel], given: Mapping[str, Any]) -> None:
     """Raise UsageError unless `given` has every condition that one of `models` requires."""
     missing = next((name for model in models for name in model.needed_conditions if name not in given), None)
     if missing is not None:

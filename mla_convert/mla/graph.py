@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .cache import FrameCache
+from .model import StreamingModel
 from .plain import is_plain
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ class Recorder(Protocol):
     def replay(self) -> None: ...
 
 
-def why_not_graph(model: Any, cache: Any) -> str | None:
+def why_not_graph(model: StreamingModel, cache: FrameCache) -> str | None:
     """Why the passes of `model` over `cache` cannot be captured, in one line; None when they can."""
     if model.device.type != "cuda":
         return f"CUDA graphs need a CUDA device, but the model is on {model.device.type}"
@@ -65,7 +66,7 @@ class GraphedChunk:
     """
 
     def __init__(
-        self, model: Any, cache: FrameCache, recorder: Callable[[Recorder | None], Recorder] | None = None
+        self, model: StreamingModel, cache: FrameCache, recorder: Callable[[Recorder | None], Recorder] | None = None
     ) -> None:
         reason = why_not_graph(model, cache) if recorder is None else None
         if reason is not None:
@@ -189,7 +190,7 @@ class CUDARecorder:
         self.graph.replay()
 
 
-def denoiser(model: Any, cache: Any) -> Callable[..., Tensor]:
+def denoiser(model: StreamingModel, cache: FrameCache) -> Callable[..., Tensor]:
     """`model.forward_chunk` over `cache` without `write`, replayed from a CUDA graph where possible."""
     if why_not_graph(model, cache) is None:
         return GraphedChunk(model, cache)

@@ -17,6 +17,7 @@ from ..distill.stages.base import REAL_SCORE, TEACHER, StageConfig
 from ..evaluate.samples import Comparison
 from ..export.checkpoint import load_checkpoint
 from ..export.manifest import read_manifest
+from ..families.causal import CausalTransformer, LatentTransformer
 from ..families.image import needed_conditions
 from ..files import MANIFEST
 from ..load import Source, load_dense
@@ -50,7 +51,7 @@ class Context:
     main: bool = True
     seconds: Mapping[str, float] = field(default_factory=dict)
     drawn: Sequence[Comparison] | None = field(default=None, repr=False)
-    _dense: Any = field(default=None, repr=False)
+    _dense: CausalTransformer | None = field(default=None, repr=False)
 
     @functools.cached_property
     def source(self) -> Source:
@@ -89,7 +90,7 @@ class Context:
         """The device on which models run outside of training."""
         return default_device()
 
-    def dense(self) -> Any:
+    def dense(self) -> CausalTransformer:
         """The teacher in the source's dtype, loaded on the first call."""
         if self._dense is None:
             self._dense = load_dense(self.source, self.dtype)
@@ -109,11 +110,12 @@ class Context:
         """Folder in which stage `index` stores its metrics and, while it trains, its checkpoints."""
         return self.path / TRAINING / stage_names(self.recipe)[index]
 
-    def load_stage(self, index: int, dtype: torch.dtype | None = None) -> Any:
+    def load_stage(self, index: int, dtype: torch.dtype | None = None) -> LatentTransformer:
         """Load the student after stage `index` from disk, so that a resumed run sees the same weights.
 
         Stages store it in float32; `dtype` None keeps that.
         """
         student = load_checkpoint(self.stage_folder(index), dtype)
+        assert isinstance(student, LatentTransformer)
         student.noise_range = self.recipe.source.noise_range
         return student

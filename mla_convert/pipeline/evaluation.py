@@ -18,6 +18,7 @@ from ..evaluate.fidelity import evaluate
 from ..evaluate.report import REPORT_HTML, finite, write_report
 from ..export.checkpoint import find_checkpoint, load_checkpoint
 from ..export.manifest import recorded_recipe
+from ..families.causal import CausalTransformer, LatentTransformer
 from ..files import MANIFEST, check_place
 from ..load import load_dense, load_source, read_config
 from ..mla.kernel_settings import Mode
@@ -59,6 +60,7 @@ def evaluate_checkpoint(
     started = time.monotonic()
     device = default_device()
     student = load_checkpoint(folder, device=device)
+    assert isinstance(student, LatentTransformer)
     dense = _load_teacher(student, teacher, recipe, folder).to(device)
     streaming = StreamingConfig() if recipe is None else recipe.streaming
     if kernels is not None:
@@ -101,7 +103,9 @@ def _made_by(root: Path) -> Recipe | None:
     return validate(Recipe, recorded) if recorded else None
 
 
-def _load_teacher(student: Any, teacher: str | None, recipe: Recipe | None, folder: Path) -> Any:
+def _load_teacher(
+    student: CausalTransformer, teacher: str | None, recipe: Recipe | None, folder: Path
+) -> CausalTransformer:
     """Load the dense model with the student's chunk size and window."""
     if teacher is not None:
         return load_dense(load_source(teacher, causal=student.causal.model_dump(mode="json")), student.dtype)

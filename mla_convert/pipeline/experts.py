@@ -13,6 +13,7 @@ from rich.console import Console
 from ..errors import UsageError
 from ..export.checkpoint import find_checkpoint, load_checkpoint
 from ..export.manifest import recorded_recipe
+from ..families.causal import CausalTransformer
 from ..files import claim_folder, write_text
 from ..flow import ALL_NOISE
 from ..load import known_config
@@ -69,7 +70,9 @@ def _prepare(recipe: Recipe, path: Path, parts: Mapping[str, Recipe], resume: bo
     write_text(path / RESOLVED, recipe.dump())
 
 
-def load_models(folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> list[Any]:
+def load_models(
+    folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> list[CausalTransformer]:
     """Load the model of a run, checkpoint or transformer folder, or all experts of a run folder, in eval mode.
 
     `dtype` None keeps the stored dtypes. Raises UserError in one line; also for the folder of a single expert,

@@ -106,7 +106,7 @@ def generate_video(
         # diffusers' own `to` warns about modules that must stay in float32; this VAE has none.
         nn.Module.to(vae, getattr(torch, request.vae_dtype))
     models = load_models(folder, None if request.dtype is None else getattr(torch, request.dtype))
-    task.streaming.apply(*models)
+    chosen = task.streaming.apply(*models)
     place(models, vae, task.device, request.offload)
     config, count, source = task.config, len(embeds), task.source
     decoder, encoder = vae if task.pictures else None, None
@@ -141,7 +141,7 @@ def generate_video(
         "frames_per_second": frames / seconds,
         "interrupted": interrupted,
         "cache": format_bits(task.streaming.cache),
-        "kernels": [model.kernels.report() for model in models],
+        "kernels": [kernels.report() for kernels in chosen],
     }
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -11,6 +9,7 @@ from torch import Tensor
 
 from ..distill.data import Batch
 from ..distill.keys import PreviewConfig
+from ..families.causal import CausalTransformer
 from ..mla.conditions import conditions_of
 from ..run.stream import stream_chunks
 from ..run.video import scale_factor, to_frames
@@ -20,7 +19,7 @@ _MIN_PIXELS, _GAP = 64, 2
 
 
 def preview_strip(
-    student: Any, config: PreviewConfig, heldout: Batch, negative: Tensor | None = None
+    student: CausalTransformer, config: PreviewConfig, heldout: Batch, negative: Tensor | None = None
 ) -> NDArray[np.uint8]:
     """Roll out `student` for the first held-out prompts; returns a uint8 picture `[H, W, 3]`.
 

@@ -58,14 +58,14 @@ def make_samples(context: Context) -> None:
     for name in ("teacher", "student"):
         model = context.dense() if name == "teacher" else context.load_stage(-1, context.dtype)
         streaming = context.recipe.streaming
-        (streaming.dense if name == "teacher" else streaming).apply(model)
+        (kernels,) = (streaming.dense if name == "teacher" else streaming).apply(model)
 
         def progress(done: int, total: int, name: str = name) -> None:
             context.report(f"sample {name}", done, total)
 
         chunks = rollout(model.to(context.device), embeds, generate, progress, negative_hidden_states=negative)
         videos[name] = torch.cat([chunk.cpu() for chunk in chunks], dim=2)
-        chosen[name] = model.kernels.report()
+        chosen[name] = kernels.report()
         model.to("cpu")
     # The report step shows the same frames without decoding them again.
     context.drawn = _decode(context, videos)

@@ -25,6 +25,7 @@ from ..evaluate.report import REPORT_JSON, write_report
 from ..evaluate.vbench_scores import Judge, read_published, totals, version
 from ..evaluate.vbench_suite import Draw, Prompt, check_dimensions, draw_videos, read_suite, wanted_videos
 from ..export.manifest import versions
+from ..families.causal import CausalTransformer
 from ..families.image import reads_image
 from ..files import MANIFEST, claim_folder, explain_os_errors, locked_folder, sha256, write_json, write_text
 from ..recipe.load import first_difference
@@ -216,7 +217,7 @@ class Drawing:
         }
 
     @functools.cached_property
-    def models(self) -> list[Any]:
+    def models(self) -> list[CausalTransformer]:
         dtype = None if self.vbench.dtype is None else getattr(torch, self.vbench.dtype)
         models = load_models(self.folder, dtype, self.device)
         validate(StreamingConfig, recorded(self.root, "streaming")).apply(*models)

@@ -32,6 +32,7 @@ from ..denoise import Schedule
 from ..errors import UsageError, UserError
 from ..flow import STRENGTH, Sampler, guided
 from ..mla.conditions import Conditions, FramesAt, Given, placed
+from ..mla.model import StreamingModel
 from ..mla.pool import CachePool, place_in_window
 from .extent import check_start, end_notice, video_end
 from .passes import Passes, run_pass
@@ -112,7 +113,7 @@ class StreamBatch:
 
     def __init__(
         self,
-        model: Any | Sequence[Any],
+        model: StreamingModel | Sequence[StreamingModel],
         lanes: int,
         height: int,
         width: int,
@@ -406,7 +407,7 @@ class _SharedPasses(Passes):
 
     def __init__(
         self,
-        models: list[Any],
+        models: list[StreamingModel],
         pool: CachePool,
         streams: list[_Stream],
         of_streams: Sequence[Mapping[str, Tensor]],

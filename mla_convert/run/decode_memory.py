@@ -11,6 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..distill.encode.streaming import StreamingEncoder
+from ..mla.model import StreamingModel
 from .decode import StreamingDecoder
 
 
@@ -92,7 +93,7 @@ class _Live(TorchDispatchMode):
 
 
 def reserve(
-    models: Sequence[Any],
+    models: Sequence[StreamingModel],
     vae: Any,
     height: int,
     width: int,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..families.causal import CausalTransformer
 from ..flow import NUM_TRAIN_TIMESTEPS, add_noise, shift_time, to_clean
 from ..mla.cache import FrameCache
 from ..mla.graph import denoiser
@@ -40,7 +41,7 @@ class SelfForcingGenerator(nn.Module):
     embeddings must stay float32.
     """
 
-    def __init__(self, model: Any, timestep_shift: float = 5.0, context_timestep: float = 0.0) -> None:
+    def __init__(self, model: CausalTransformer, timestep_shift: float = 5.0, context_timestep: float = 0.0) -> None:
         super().__init__()
         if model.kernels is None:
             model.set_kernels("auto")
@@ -162,7 +163,7 @@ class FlowScheduler:
 class _Stream:
     """A cache of the model and the passes over it, for latents of `size` (B, H, W)."""
 
-    model: Any
+    model: CausalTransformer
     size: tuple[int, ...]
 
     def __post_init__(self) -> None:

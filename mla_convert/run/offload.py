@@ -10,7 +10,7 @@ import psutil
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers.hooks import apply_group_offloading
-from torch import Tensor
+from torch import Tensor, nn
 
 Offload = Literal["none", "model", "group"]
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ class Weights:
     these are in pinned memory, which copies faster, if the system grants it.
     """
 
-    def __init__(self, model: Any, device: torch.device, pinned: bool) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, pinned: bool) -> None:
         self.device, self.on_device = device, False
         self.home: list[tuple[Tensor, Tensor]] = []
         for tensor in itertools.chain(model.parameters(), model.buffers()):
@@ -62,7 +62,7 @@ class OnDemand(ModelHook):
         return args, kwargs
 
 
-def place(models: Sequence[Any], vae: Any, device: torch.device, offload: Offload) -> None:
+def place(models: Sequence[nn.Module], vae: Any, device: torch.device, offload: Offload) -> None:
     """Prepare transformers that are on the CPU, and a VAE if any, to compute on `device`.
 
     `model` keeps one model on the device at a time and assumes that its weights do not change. `group` keeps one block
@@ -89,7 +89,7 @@ def place(models: Sequence[Any], vae: Any, device: torch.device, offload: Offloa
         )
 
 
-def _fits_pinned(models: Sequence[Any]) -> bool:
+def _fits_pinned(models: Sequence[nn.Module]) -> bool:
     tensors = itertools.chain(*((*model.parameters(), *model.buffers()) for model in models))
     # torch rounds a pinned tensor up to a power of two.
     needed = sum(1 << (tensor.nbytes - 1).bit_length() for tensor in tensors if tensor.nbytes)

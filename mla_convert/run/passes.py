@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..denoise import Schedule, StepDone, denoise
 from ..flow import NUM_TRAIN_TIMESTEPS, add_noise, expert_at
+from ..mla.model import StreamingModel
 
 
 class Passes(ABC):
     """Passes of `models`: a single model, or experts that share the noise levels by `noise_range` (Wan2.2)."""
 
-    def __init__(self, models: Sequence[Any]) -> None:
+    def __init__(self, models: Sequence[StreamingModel]) -> None:
         self.models = list(models)
         self.used = 0
 
@@ -81,7 +81,7 @@ class Passes(ABC):
 
 
 def run_pass(
-    model: Any,
+    model: StreamingModel,
     call: Callable[..., Tensor],
     x: Tensor,
     levels: tuple[float, float],

@@ -15,6 +15,7 @@ from ..distill.negative import EMBEDS_KEY, NEGATIVE
 from ..errors import UsageError, UserError
 from ..export.components import TRAINED_FOR
 from ..families.base import noise_channels
+from ..mla.model import StreamingModel
 from ..mla.window import CausalConfig
 from ..zoo.digits.data import FRAME, GUIDANCE, SHIFT, TEXT_DIM, parse_prompt
 from .config import GenerateConfig
@@ -147,7 +148,7 @@ def load_prompt_embeds(path: Path, text_dim: int) -> Tensor:
 
 
 def rollout(
-    model: Any | Sequence[Any],
+    model: StreamingModel | Sequence[StreamingModel],
     embeds: Tensor,
     config: GenerateConfig,
     progress: Callable[[int, int], None] | None = None,

@@ -14,6 +14,7 @@ from ..denoise import Schedule
 from ..flow import STRENGTH, Sampler, guided
 from ..mla.conditions import Conditions, FramesAt, Given, placed
 from ..mla.graph import denoiser
+from ..mla.model import StreamingModel
 from .extent import check_start, chunk_ranges, end_notice, video_end
 from .passes import Passes, run_pass
 from .recent import RecentChunks, check_rewinds
@@ -27,7 +28,7 @@ PromptAt = Callable[[int], Tensor | None]
 
 
 def stream_chunks(
-    model: Any | Sequence[Any],
+    model: StreamingModel | Sequence[StreamingModel],
     encoder_hidden_states: Tensor,
     num_frames: int | None,
     height: int,
@@ -160,7 +161,7 @@ class _OwnPasses(Passes):
 
     def __init__(
         self,
-        models: Sequence[Any],
+        models: Sequence[StreamingModel],
         text: Tensor,
         negative: Tensor | None,
         guidance_scale: float,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from ..mla.bits import CacheBits, check_bits
 from ..mla.kernel_settings import History, Mode
+
+if TYPE_CHECKING:
+    from ..mla.kernels import Kernels
+    from ..mla.model import StreamingModel
 
 
 class StreamingConfig(BaseModel):
@@ -41,8 +45,13 @@ class StreamingConfig(BaseModel):
         """The same settings for a dense model, which has no latents to store in fewer bits."""
         return self.model_copy(update={"cache": "auto"})
 
-    def apply(self, *models: Any) -> None:
-        """Apply these settings to each of the causal `models`. Raises UserError if one does not support `cache`."""
+    def apply(self, *models: StreamingModel) -> list[Kernels]:
+        """Apply these settings to each of the causal `models`; their kernels report what each of them chose.
+
+        Raises UserError if a model does not support `cache`.
+        """
+        chosen = []
         for model in models:
             model.set_cache(self.cache)
-            model.set_kernels(self.kernels, self.expand_history, self.cuda_graph == "auto")
+            chosen.append(model.set_kernels(self.kernels, self.expand_history, self.cuda_graph == "auto"))
+        return chosen
