@@ -234,3 +234,25 @@ def test_an_expert_writes_the_whole_window_before_the_next(monkeypatch: pytest.M
     passes.clear()
     batch.step()
     assert [index for index, _ in passes][:6] == [0, 0, 0, 1, 1, 1]
+
+
+def test_each_rewritten_chunk_is_prepared_for_the_expert_that_writes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    views: list[int] = []
+    view = CachePool.view
+
+    def noted(pool: CachePool, expert: int, *args: Any) -> Any:
+        views.append(expert)
+        return view(pool, expert, *args)
+
+    monkeypatch.setattr(CachePool, "view", noted)
+    high, low = (model_of(pico.LAYOUTS[3], SINKLESS, seed=seed) for seed in (0, 1))
+    high.noise_range, low.noise_range = (0.5, 1.0), (0.0, 0.5)
+    batch = batch_of([high, low], 1, recache=True)
+    stream = batch.join(OLD, num_frames=3 * CHUNK)
+    for _ in range(2):
+        batch.step()
+    batch.change_prompt(stream, NEW)
+    views.clear()
+    batch.step()
+    # Two chunks of the window by each expert in turn, then the next chunk by both.
+    assert views == [0, 0, 1, 1, 0, 1]

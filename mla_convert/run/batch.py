@@ -21,8 +21,7 @@ import functools
 import itertools
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -30,13 +29,12 @@ from torch import Tensor
 
 from ..denoise import Schedule
 from ..errors import UsageError, UserError
-from ..flow import STRENGTH, Sampler, guided
-from ..mla.conditions import Conditions, FramesAt, Given, placed
+from ..flow import STRENGTH, Sampler
+from ..mla.conditions import Conditions, FramesAt, Given
 from ..mla.model import StreamingModel
 from ..mla.pool import CachePool, place_in_window
 from .extent import check_start, end_notice, video_end
-from .passes import Passes, run_pass
-from .recent import RecentChunks
+from .shared import PooledStream, SharedPasses
 from .source import Source, check_alone
 
 logger = logging.getLogger(__name__)
@@ -52,46 +50,6 @@ class StreamChunk(NamedTuple):
     first: int
     latents: Tensor
     last: bool
-
-
-@dataclass
-class _Stream:
-    """The state of a rollout.
-
-    `text` and `negative` `[L, D]` hold one prompt per expert, on its device and in its dtype. `drawn` and `clean` are
-    noise and source of the current chunk, kept so that a failed round can be repeated. `cut` says that `num_frames` is
-    the limit of the rotary table, not the requested length. With `recache`, `recent` holds the chunks `[1, C, F, H, W]`
-    that are in the ring, and `stale` says that they have to be written again. `written` is the end of the last chunk
-    that has taken slots of the ring, also in a failed round.
-    """
-
-    text: list[Tensor]
-    negative: list[Tensor]
-    guidance_scale: float
-    num_frames: int | None
-    start: Tensor | None
-    generator: torch.Generator
-    conditions: Conditions
-    schedule: Schedule
-    source: Source | None = None
-    lanes: list[int] = field(default_factory=list)
-    frames_seen: int = 0
-    written: int = 0
-    drawn: list[Tensor] = field(default_factory=list)
-    clean: Tensor | None = None
-    recent: RecentChunks = field(default_factory=RecentChunks)
-    stale: bool = False
-    cut: bool = False
-
-    @property
-    def lanes_needed(self) -> int:
-        return 1 if self.guidance_scale == 1 else 2
-
-    def held(self, frames: int) -> Tensor | None:
-        """The part `[C, F0, H, W]` of the next `frames` frames that the start covers; None if there is none."""
-        if self.start is None or self.start.shape[1] <= self.frames_seen:
-            return None
-        return self.start[:, self.frames_seen : self.frames_seen + frames]
 
 
 class StreamBatch:
@@ -143,7 +101,7 @@ class StreamBatch:
         self._schedule_from = functools.partial(Schedule.of, *steps)
         self.schedule = self._schedule_from()
         self.recache, self.when_full, self.lanes_per_pass = recache, when_full, lanes_per_pass
-        self._streams: dict[int, _Stream] = {}
+        self._streams: dict[int, PooledStream] = {}
         self._waiting: deque[int] = deque()
         self._numbers = itertools.count()
 
@@ -208,7 +166,7 @@ class StreamBatch:
         generator = torch.Generator().manual_seed(seed)
         supplied = Conditions(self.models, conditions, 1, end, self.size[1:])
         cut = end != num_frames
-        stream = _Stream(text, negative, guidance_scale, end, start, generator, supplied, schedule, clean, cut=cut)
+        stream = PooledStream(text, negative, guidance_scale, end, start, generator, supplied, schedule, clean, cut=cut)
         self._check_room(stream)
         number = next(self._numbers)
         self._streams[number] = stream
@@ -288,12 +246,12 @@ class StreamBatch:
         copies = {kind: text.to(*kind) for kind in kinds}
         return [copies[kind] for kind in kinds]
 
-    def _found(self, stream: int) -> _Stream:
+    def _found(self, stream: int) -> PooledStream:
         if stream not in self._streams:
             raise UsageError(f"there is no stream {stream} in the batch; it may have ended")
         return self._streams[stream]
 
-    def _check_room(self, stream: _Stream) -> None:
+    def _check_room(self, stream: PooledStream) -> None:
         """Raise UsageError or UserError unless the stream can join or queue."""
         needed, free = stream.lanes_needed, len(self.pool.free)
         if needed > self.pool.lanes:
@@ -310,12 +268,12 @@ class StreamBatch:
             stream = self._streams[self._waiting.popleft()]
             stream.lanes = self.pool.take(stream.lanes_needed)
 
-    def _frames(self, stream: _Stream) -> int:
+    def _frames(self, stream: PooledStream) -> int:
         """Frames of a stream's next chunk."""
         stop = self.causal.chunk_end(stream.frames_seen)
         return (stop if stream.num_frames is None else min(stop, stream.num_frames)) - stream.frames_seen
 
-    def _fetch(self, stream: _Stream) -> None:
+    def _fetch(self, stream: PooledStream) -> None:
         """Get the next chunk of a stream's source, which may be the last, unless a failed round already has."""
         if stream.source is None or stream.clean is not None:
             return
@@ -324,7 +282,7 @@ class StreamBatch:
         if stream.clean.shape[2] < frames:
             stream.num_frames, stream.cut = first + stream.clean.shape[2], False
 
-    def _conditions(self, stream: _Stream, frames: int) -> dict[str, Tensor]:
+    def _conditions(self, stream: PooledStream, frames: int) -> dict[str, Tensor]:
         """The conditions of a stream's next chunk, `[1, ...]` each."""
         return stream.conditions.at(stream.frames_seen, stream.frames_seen + frames)
 
@@ -358,7 +316,7 @@ class StreamBatch:
             lanes += more
         yield part
 
-    def _rewrite(self, stream: _Stream) -> None:
+    def _rewrite(self, stream: PooledStream) -> None:
         """Write a stream's window again if its prompt has changed; after a failure, the next round starts over."""
         if not stream.stale:
             return
@@ -368,11 +326,11 @@ class StreamBatch:
         for expert in range(len(self.models)):
             for first, written, conditions in stream.recent:
                 chunk = ([stream], [conditions], written.shape[2])
-                passes = _SharedPasses(self.models, self.pool, *chunk, self.devices, first, oldest)
+                passes = SharedPasses(self.models, self.pool, *chunk, self.devices, first, oldest)
                 passes.write_to(expert, written, self.schedule.context_noise)
         stream.stale = False
 
-    def _chunks(self, streams: list[_Stream]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _chunks(self, streams: list[PooledStream]) -> Iterator[tuple[Tensor, Tensor]]:
         """For each of the streams, which share their passes: the next chunk `[C, F, H, W]`, and its cached version."""
         first, frames = streams[0].frames_seen, self._frames(streams[0])
         channels, height, width = self.size
@@ -387,7 +345,7 @@ class StreamBatch:
         starts = [held for held in (stream.held(frames) for stream in streams) if held is not None]
         held = torch.stack(starts).to(self.device, torch.float32) if starts else None
         conditions = [self._conditions(stream, frames) for stream in streams]
-        passes = _SharedPasses(self.models, self.pool, streams, conditions, frames, self.devices)
+        passes = SharedPasses(self.models, self.pool, streams, conditions, frames, self.devices)
         for stream in streams:
             stream.written = first + frames
         return zip(*passes.chunk(noises, schedule, first, held), strict=True)
@@ -396,51 +354,3 @@ class StreamBatch:
 def _zeros(text: list[Tensor]) -> list[Tensor]:
     """Zeros in the shapes of `text`, expanded from one scalar."""
     return [one.new_zeros(()).expand_as(one) for one in text]
-
-
-class _SharedPasses(Passes):
-    """The passes over one chunk of some streams; the batch has a lane per stream, then a lane per guided stream.
-
-    The chunk is the next one of each stream. For a single stream, `first` can name an earlier chunk by its first frame;
-    `oldest` is then the first visible frame. `of_streams` are the conditions of each stream for the chunk.
-    """
-
-    def __init__(
-        self,
-        models: list[StreamingModel],
-        pool: CachePool,
-        streams: list[_Stream],
-        of_streams: Sequence[Mapping[str, Tensor]],
-        frames: int,
-        devices: list[torch.device],
-        first: int | None = None,
-        oldest: int | None = None,
-    ) -> None:
-        super().__init__(models)
-        self.devices = devices
-        doubled = [index for index, stream in enumerate(streams) if stream.lanes_needed == 2]
-        order = [*range(len(streams)), *doubled]
-        lanes = [stream.lanes[0] for stream in streams] + [streams[index].lanes[1] for index in doubled]
-        seen = [streams[index].frames_seen if first is None else first for index in order]
-        self.views = [pool.view(expert, lanes, seen, frames, oldest) for expert in range(len(models))]
-        texts = [stream.text for stream in streams] + [streams[index].negative for index in doubled]
-        self.texts = [torch.stack(of_expert) for of_expert in zip(*texts, strict=True)]
-        in_order = [of_streams[index] for index in order]
-        self.conditions = [placed(in_order, d, m.dtype) for d, m in zip(devices, models, strict=True)]
-        device = devices[0]
-        self.order = torch.tensor(order).to(device)
-        self.guided = torch.tensor(doubled, dtype=torch.long).to(device)
-        self.scales = torch.tensor([streams[index].guidance_scale for index in doubled]).view(-1, 1, 1, 1, 1).to(device)
-
-    def _guided(self, v: Tensor, batch: int) -> Tensor:
-        v, unguided = v[:batch], v[batch:]
-        if not len(unguided):
-            return v
-        return v.index_copy(0, self.guided, guided(v[self.guided], unguided, self.scales))
-
-    def _run(self, expert: int, x: Tensor, levels: tuple[float, float], held: int, write: bool) -> Tensor:
-        model = self.models[expert]
-        x = x.index_select(0, self.order).to(self.devices[expert], model.dtype)
-        # Call the model, not `forward_chunk`: hooks that move weights to the device run only on calls.
-        call = functools.partial(model, cache=self.views[expert], write=write)
-        return run_pass(model, call, x, levels, held, self.texts[expert], self.conditions[expert])
