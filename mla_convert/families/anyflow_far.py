@@ -18,6 +18,7 @@ from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..mla.bits import CacheBits
 from ..mla.cache import FrameCache
 from ..mla.rope import RotaryTable, split_rotary_table
 from ..mla.window import CausalConfig
@@ -151,6 +152,7 @@ class CausalAnyFlowFARTransformer3DModel(CausalTransformer, AnyFlowFARTransforme
         width: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        bits: CacheBits = "auto",
     ) -> FrameCache:
         window = FarWindow(causal, self.config.full_chunk_limit)
         if causal.window_frames is None:

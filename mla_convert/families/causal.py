@@ -152,18 +152,12 @@ class CausalTransformer(nn.Module):
         changes = {"window_frames": window_frames, "sink_frames": sink_frames}
         settings = self.causal.model_dump() | {k: v for k, v in changes.items() if v is not None}
         causal, device = CausalConfig(**settings), device or self.device
-        if dtype is None and is_mixed(self.cache_bits):
-            return self.make_mixed_cache(causal, batch_size, height, width, device)
-        dtype = dtype or (self.dtype if self.cache_bits == "auto" else torch.int8)
-        if dtype == torch.int8 and not self.cache_class.fewer_bits:
-            raise ValueError(f"{type(self).__name__} has no cache in int8; leave dtype out")
-        return self.make_cache(causal, batch_size, height, width, dtype, device)
-
-    def make_mixed_cache(
-        self, causal: CausalConfig, batch_size: int, height: int, width: int, device: torch.device | str
-    ) -> FrameCache:
-        """A cache of latents in 8 and 4 bits, by `cache_bits`."""
-        raise NotImplementedError
+        bits: CacheBits = self.cache_bits if dtype is None else "auto"
+        if dtype == torch.int8:
+            if not self.cache_class.fewer_bits:
+                raise ValueError(f"{type(self).__name__} has no cache in int8; leave dtype out")
+            bits = "int8"
+        return self.make_cache(causal, batch_size, height, width, dtype or self.dtype, device, bits)
 
     def make_cache(
         self,
@@ -173,8 +167,12 @@ class CausalTransformer(nn.Module):
         width: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        bits: CacheBits = "auto",
     ) -> FrameCache:
-        """A cache with the arguments of `init_cache`. Raises ValueError for an unbounded window."""
+        """A cache with the arguments of `init_cache`, whose rows are in `dtype` where `bits` is `auto`.
+
+        Raises ValueError for an unbounded window.
+        """
         return self.cache_class(causal, self.row_widths, batch_size, *self.token_grid(height, width), dtype, device)
 
     @property
@@ -414,22 +412,20 @@ class LatentTransformer(CausalTransformer):
         width: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        bits: CacheBits = "auto",
     ) -> FrameCache:
-        if dtype == torch.int8:
-            grid = self.token_grid(height, width)
-            return Int8LatentCache(causal, self.row_widths, batch_size, *grid, dtype, device)
-        return super().make_cache(causal, batch_size, height, width, dtype, device)
+        if bits == "auto":
+            return super().make_cache(causal, batch_size, height, width, dtype, device)
+        grid = self.token_grid(height, width)
+        if is_mixed(bits):
+            rows = [row_bits(bits, *self.mla.row_parts(layer)) for layer in range(len(self.blocks))]
+            return MixedLatentCache(causal, rows, batch_size, *grid, device)
+        return Int8LatentCache(causal, self.row_widths, batch_size, *grid, dtype, device)
 
     def set_cache(self, cache: CacheBits) -> None:
         if not self.cache_class.fewer_bits:
             super().set_cache(cache)
         self.cache_bits = check_bits(cache)
-
-    def make_mixed_cache(
-        self, causal: CausalConfig, batch_size: int, height: int, width: int, device: torch.device | str
-    ) -> FrameCache:
-        bits = [row_bits(self.cache_bits, *self.mla.row_parts(layer)) for layer in range(len(self.blocks))]
-        return MixedLatentCache(causal, bits, batch_size, *self.token_grid(height, width), device)
 
     @property
     def latent_groups(self) -> list[range]:
