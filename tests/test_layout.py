@@ -22,6 +22,7 @@ PACKAGE = ROOT / "mla_convert"
 ORDER = ("mla", "families", "load", "convert", "distill", "export", "run", "evaluate", "recipe", "pipeline", "cli")
 # Anyone may import these; they import only each other.
 LEAVES = (
+    "charts",
     "denoise",
     "devices",
     "draws",

@@ -21,6 +21,7 @@ import torch
 from layouts import data_of
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from mla_convert.charts import MUTED, RUNS, Chart
 from mla_convert.convert import ConvertConfig, clip_batches
 from mla_convert.convert.blocks import ModelBlocks
 from mla_convert.convert.calibrate import sweep
@@ -32,7 +33,6 @@ from mla_convert.convert.surgery import copy_unsaved_buffers, empty_model
 from mla_convert.distill.data import Data
 from mla_convert.distill.objective import NoisedClips, noised_clips, predict_velocity
 from mla_convert.draws import Use, drawn
-from mla_convert.evaluate.figures import MUTED, RUNS, Chart
 from mla_convert.families.wan import FAMILY
 from mla_convert.load import load_dense, load_source
 

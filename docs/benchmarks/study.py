@@ -21,8 +21,8 @@ import plots
 import torch
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from mla_convert.charts import MUTED, RUNS, STUDENT, TEACHER, Chart
 from mla_convert.convert import ConvertConfig, convert_model
-from mla_convert.evaluate.figures import MUTED, RUNS, STUDENT, TEACHER, Chart
 from mla_convert.evaluate.geometry import preset
 from mla_convert.evaluate.memory import plan
 from mla_convert.evaluate.spectrum import gram_spectrum

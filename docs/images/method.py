@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
-from mla_convert.evaluate.figures import INK, MUTED, RULE, RUNS, STUDENT, TEACHER, Chart
+from mla_convert.charts import INK, MUTED, RULE, RUNS, STUDENT, TEACHER, Chart
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "benchmarks"))

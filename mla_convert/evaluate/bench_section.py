@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .figures import MUTED, STUDENT, TEACHER, Chart, percent_axis
+from ..charts import MUTED, STUDENT, TEACHER, Chart, percent_axis
 from .text import DASH, SPACE, digits_text, points_text, times_training
 
 METRICS = {

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from ..charts import RUNS
 from . import compare_figures as figures
 from . import compare_tables as tables
-from .figures import RUNS, teacher_level
+from .figures import teacher_level
 from .page import render_page
 from .samples import Comparison, embed_video, film_strips
 from .text import layout_parts, signed

@@ -7,7 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from .figures import MUTED, RUNS, TEACHER, Chart, curve_of, log_axis_where_wide, percent_axis, step_axis
+from ..charts import (
+    MUTED,
+    RUNS,
+    TEACHER,
+    Chart,
+    layer_axis,
+    log_axis_where_wide,
+    noise_axis,
+    percent_axis,
+    step_axis,
+)
+from .figures import curve_of
 
 Report = Mapping[str, Any]
 
@@ -52,15 +63,12 @@ def training_loss(reports: Sequence[Report]) -> str:
 
 def error_by_layer(reports: Sequence[Report]) -> str:
     """Plot the relative error of each layer's attention output, as SVG."""
-    from matplotlib.ticker import MaxNLocator
-
     with Chart("compared layers") as chart:
         ax = chart.axes
         for report, color in zip(reports, RUNS, strict=False):
             errors = [np.nan if e is None else 100 * e for e in report.get("attention_rel_error") or []]
             ax.plot(range(len(errors)), errors, color=color, marker="o", markersize=5, clip_on=False)
-        ax.set_xlabel("layer")
-        ax.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+        layer_axis(ax)
         percent_axis(ax)
     return chart.svg
 
@@ -73,8 +81,7 @@ def error_by_timestep(reports: Sequence[Report]) -> str:
             points = report.get("velocity_rel_error_by_timestep") or []
             known = sorted((float(t), 100 * float(error)) for t, error in points if error is not None)
             ax.plot([t for t, _ in known], [e for _, e in known], color=color, marker="o", markersize=4)
-        ax.set_xlim(0, 1)
-        ax.set_xlabel("t (0 clean, 1 pure noise)")
+        noise_axis(ax)
         percent_axis(ax)
     return chart.svg
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .figures import MUTED, STUDENT, Chart, percent_axis
+from ..charts import MUTED, STUDENT, Chart, layer_axis, percent_axis
 from .text import digits_text, percent, signed
 
 ARROW = "\N{RIGHTWARDS ARROW}"
@@ -17,8 +17,6 @@ HEADS = 5
 
 def map_chart(layers: Sequence[Mapping[str, Any]]) -> str:
     """Plot the total variation of every head as a dot and the mean of each layer as a line, as SVG."""
-    from matplotlib.ticker import MaxNLocator
-
     with Chart("attention maps") as chart:
         ax = chart.axes
         heads = [[100 * value for value in _known(layer["total_variation"])] for layer in layers]
@@ -28,8 +26,7 @@ def map_chart(layers: Sequence[Mapping[str, Any]]) -> str:
             range(len(heads)), [float(np.mean(values)) if values else float("nan") for values in heads], color=STUDENT
         )
         ax.set_xlim(-0.5, len(heads) - 0.5)
-        ax.set_xlabel("layer (dots: heads, line: mean over heads)")
-        ax.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+        layer_axis(ax, "layer (dots: heads, line: mean over heads)")
         percent_axis(ax)
     return chart.svg
 

@@ -2,55 +2,30 @@
 
 from __future__ import annotations
 
-import io
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..charts import (
+    MUTED,
+    RULE,
+    STEPS,
+    STUDENT,
+    TEACHER,
+    Chart,
+    layer_bars,
+    log_axis_where_wide,
+    noise_axis,
+    percent_axis,
+    step_axis,
+)
 from ..sizes import format_bytes
 
 # Drawing functions import Matplotlib: the import is slow, and warns if its cache folder is not writable.
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-
-# Matplotlib needs colors that it can parse; `_themed` replaces each of these by a CSS variable.
-INK, MUTED, RULE, TEACHER, STUDENT = "#010101", "#020202", "#030303", "#040404", "#050505"
-RUNS = ("#060606", "#070707", "#080808", "#090909", "#0a0a0a", "#0b0b0b")
-_VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", TEACHER: "--teacher", STUDENT: "--student"} | {
-    color: f"--run-{number}" for number, color in enumerate(RUNS, start=1)
-}
-
-_SIZE = (5.4, 3.3)
-STEPS = [1, 2, 2.5, 5, 10]
-STYLE: dict[str, Any] = {
-    "svg.fonttype": "none",
-    "font.size": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": MUTED,
-    "axes.linewidth": 0.8,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": RULE,
-    "grid.linewidth": 0.8,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "xtick.major.pad": 6,
-    "ytick.major.pad": 6,
-    "text.color": INK,
-    "lines.linewidth": 2,
-    "lines.solid_capstyle": "round",
-    "lines.solid_joinstyle": "round",
-}
 
 
 def teacher_level(curves: Sequence[Mapping[str, Any]]) -> float | None:
@@ -137,17 +112,9 @@ def memory_by_streams(plan: Mapping[str, Any]) -> str:
 
 def error_by_layer(errors: Sequence[float]) -> str:
     """Plot the relative error of each layer's attention output as bars, as SVG; NaN gets no bar."""
-    from matplotlib.ticker import MaxNLocator
-
     with Chart("layers") as chart:
-        ax = chart.axes
-        ax.bar(
-            range(len(errors)), [100 * error for error in errors], width=min(0.72, 0.12 * len(errors)), color=STUDENT
-        )
-        ax.set_xlim(-0.6, len(errors) - 0.4)
-        ax.set_xlabel("layer")
-        ax.xaxis.set_major_locator(MaxNLocator(10, integer=True))
-        percent_axis(ax)
+        layer_bars(chart.axes, [100 * error for error in errors], STUDENT)
+        percent_axis(chart.axes)
     return chart.svg
 
 
@@ -157,50 +124,9 @@ def error_by_timestep(points: Sequence[Sequence[float]]) -> str:
     with Chart("timesteps") as chart:
         ax = chart.axes
         ax.plot([t for t, _ in ordered], [100 * e for _, e in ordered], color=STUDENT, marker="o", markersize=4)
-        ax.set_xlim(0, 1)
-        ax.set_xlabel("t (0 clean, 1 pure noise)")
+        noise_axis(ax)
         percent_axis(ax)
     return chart.svg
-
-
-class Chart:
-    """One figure as a context manager: draw into `axes` or the row of `panels`; `svg` is set when the block ends."""
-
-    def __init__(self, name: str, size: tuple[float, float] = _SIZE, panels: int = 1) -> None:
-        self.name, self.size, self.count = name, size, panels
-        self.svg = ""
-
-    def __enter__(self) -> Chart:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-
-        # A separate salt keeps element ids unique among the figures of a page, and the bytes stable.
-        self._context = rc_context(STYLE | {"svg.hashsalt": self.name})
-        self._context.__enter__()
-        self.figure = Figure(figsize=self.size, layout="constrained")
-        self.panels: list[Axes] = [self.figure.add_subplot(1, self.count, n + 1) for n in range(self.count)]
-        self.axes = self.panels[0]
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if error[0] is None:
-            buffer = io.StringIO()
-            self.figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-            self.svg = _themed(buffer.getvalue())
-        self._context.__exit__(*error)
-
-
-def _themed(svg: str) -> str:
-    """Return only the `<svg>` element, scalable, with CSS variables as colors and the page's typeface."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"|(<svg[^>]*?) height="[^"]*" width="[^"]*"', r"\1\2", svg)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    svg = re.sub(r"font-family: [^;\"]*; ?", "", svg)
-    svg = re.sub(r'<defs>\s*<style.*?</style>\s*</defs>| transform="rotate\(-0 [^"]*"', "", svg, flags=re.DOTALL)
-    for color, variable in _VARIABLES.items():
-        svg = svg.replace(color, f"var({variable})")
-    return svg
 
 
 def curve_of(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float], list[tuple[str, float]]]:
@@ -260,28 +186,6 @@ def _end_label(ax: Axes, x: float, y: float, text: str, color: str, above: bool)
     _text(ax, x, y, text, color, "right", "bottom" if above else "top", (0, 7 if above else -6))
 
 
-def log_axis_where_wide(ax: Axes, values: Sequence[float]) -> None:
-    """Use a logarithmic axis for positive values that span more than a factor of eight."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    if min(values) > 0 and max(values) > 8 * min(values):
-        ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_minor_locator(NullLocator())
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
-def step_axis(ax: Axes, steps: Sequence[float]) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    ax.set_xlabel("step")
-    ax.set_xlim(0, max(steps) * 1.02 or 1)
-    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=STEPS))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    if ax.get_yscale() == "linear":
-        ax.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
-
-
 def _memory_axes(ax: Axes, streams: int, top: float) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -292,14 +196,6 @@ def _memory_axes(ax: Axes, streams: int, top: float) -> None:
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     ax.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short_bytes(value, top)))
-
-
-def percent_axis(ax: Axes) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    ax.set_ylim(bottom=0)
-    ax.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
 
 
 def _short_bytes(value: float, like: float) -> str:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .figures import INK, MUTED, RULE, STEPS, STUDENT, STYLE, TEACHER, percent_axis
+from ..charts import INK, LIGHT, MUTED, RULE, STEPS, STUDENT, STYLE, TEACHER, layer_axis, percent_axis, png
 from .prediction import Prediction
 from .spectrum import AXES, LEVEL, LayerSpectra, Spectrum
 
@@ -21,16 +20,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-_COLORS = {INK: "#1a1e23", MUTED: "#68727d", RULE: "#e3e7eb", TEACHER: "#a4adb7", STUDENT: "#14708a"}
-_LAYOUT_COLORS = ("#9a4b00", "#7a5aa8", "#c28a1f", _COLORS[STUDENT], "#2f6b3a")
+_LAYOUT_COLORS = ("#9a4b00", "#7a5aa8", "#c28a1f", LIGHT[STUDENT], "#2f6b3a")
 _SOURCES = {"weights": "weights", "activations": "keys and values", "output": "keys and values as the output sees them"}
 _TITLES = {
     "weights": "energy of the weights [W_K; W_V]",
     "activations": "energy of the keys and values",
     "output": "energy of the keys and values as the output sees it",
 }
-_SOURCE_COLORS = {"weights": _COLORS[TEACHER], "activations": "#7a5aa8", "output": _COLORS[STUDENT]}
-_PANEL = (5.4, 3.6)
+_SOURCE_COLORS = {"weights": LIGHT[TEACHER], "activations": "#7a5aa8", "output": LIGHT[STUDENT]}
+_PANEL, _DPI = (5.4, 3.6), 150
+_STYLE = STYLE | {"axes.titlesize": 11, "axes.titlecolor": INK}
 
 
 def write_figures(
@@ -57,7 +56,7 @@ def _energy(path: Path, spectra: Mapping[str, Sequence[Spectrum]], names: Sequen
     """Plot the share of energy kept by number of directions, one line per layer."""
     from matplotlib import colormaps
 
-    with _png(path, len(names)) as panels:
+    with png(path, _STYLE, _DPI, _PANEL, len(names)) as panels:
         for ax, name in zip(panels, names, strict=True):
             layers = spectra[name]
             shades = colormaps["viridis"](np.linspace(0.05, 0.85, len(layers)))
@@ -65,9 +64,9 @@ def _energy(path: Path, spectra: Mapping[str, Sequence[Spectrum]], names: Sequen
                 kept = 100 * spectrum.energy.cumsum(0) / spectrum.energy.sum().clamp_min(1e-300)
                 label = f"layer {layer}" if layer in (0, len(layers) - 1) else None
                 ax.plot(range(1, len(kept) + 1), kept, color=shade, linewidth=1.5, label=label)
-            ax.axhline(100 * LEVEL, color=_COLORS[MUTED], linewidth=1, dashes=(5, 3))
+            ax.axhline(100 * LEVEL, color=LIGHT[MUTED], linewidth=1, dashes=(5, 3))
             for rank in ranks:
-                ax.axvline(rank, color=_COLORS[RULE], linewidth=1, zorder=0.5)
+                ax.axvline(rank, color=LIGHT[RULE], linewidth=1, zorder=0.5)
             ax.set_title(_TITLES[name])
             ax.set_xlabel("directions")
             ax.set_xscale("log")
@@ -82,14 +81,13 @@ def _rank99(path: Path, spectra: Mapping[str, Sequence[Spectrum]]) -> None:
     """Plot the number of directions that hold 99 % of the energy, by layer."""
     from matplotlib.ticker import MaxNLocator
 
-    with _png(path) as (ax,):
+    with png(path, _STYLE, _DPI, _PANEL) as (ax,):
         for name, layers in spectra.items():
             if layers:
                 color = _SOURCE_COLORS[name]
                 ax.plot([s.rank() for s in layers], color=color, marker="o", markersize=4, label=_SOURCES[name])
         ax.set_title(f"directions that hold {100 * LEVEL:g} % of the energy")
-        ax.set_xlabel("layer")
-        ax.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+        layer_axis(ax)
         ax.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
         ax.set_ylim(0, 1.05 * len(spectra["weights"][0].energy))
         ax.legend(frameon=False)
@@ -101,7 +99,7 @@ def _rope_pairs(path: Path, unrotated: Sequence[Tensor], axes: Sequence[int]) ->
     from matplotlib.ticker import MaxNLocator
 
     shares = torch.stack([lost / lost.sum().clamp_min(1e-300) for lost in unrotated]).numpy()
-    with _png(path) as (ax,):
+    with png(path, _STYLE, _DPI, _PANEL) as (ax,):
         image = ax.imshow(100 * shares, aspect="auto", cmap="viridis", norm=PowerNorm(0.5, vmin=0))
         ax.grid(False)
         bounds = [0, *(p for p in range(1, len(axes)) if axes[p] != axes[p - 1]), len(axes)]
@@ -109,7 +107,7 @@ def _rope_pairs(path: Path, unrotated: Sequence[Tensor], axes: Sequence[int]) ->
             ax.axvline(start - 0.5, color="white", linewidth=1.5)
             ax.annotate(
                 AXES[axes[start]], ((start + stop - 1) / 2, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
-                textcoords="offset points", ha="center", va="bottom", color=_COLORS[MUTED],
+                textcoords="offset points", ha="center", va="bottom", color=LIGHT[MUTED],
             )  # fmt: skip
         ax.set_title("loss if a pair is not rotated, as a share of the layer's", pad=20)
         ax.set_xlabel("rotary pair")
@@ -123,14 +121,14 @@ def _predicted_error(path: Path, predictions: Mapping[str, Prediction], ranks: S
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     last = 2 * max(ranks)
-    with _png(path) as (ax,):
+    with png(path, _STYLE, _DPI, _PANEL) as (ax,):
         for (layout, prediction), color in zip(predictions.items(), _LAYOUT_COLORS, strict=False):
             points = [(scalars, prediction.relative(scalars)) for scalars in range(1, last + 1)]
             shown = [(scalars, 100 * error) for scalars, error in points if error is not None]
             if shown:
                 ax.plot(*zip(*shown, strict=True), color=color, label=layout)
         for rank in ranks:
-            ax.axvline(rank, color=_COLORS[RULE], linewidth=1, zorder=0.5)
+            ax.axvline(rank, color=LIGHT[RULE], linewidth=1, zorder=0.5)
         ax.set_title("predicted velocity error before training")
         ax.set_xlabel("cached scalars per token per layer")
         ax.set_xlim(0, last)
@@ -148,18 +146,3 @@ def _plain_log(ax: Axes) -> None:
     ax.xaxis.set_major_locator(FixedLocator([float(2**power) for power in range(0, 20, 2)]))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     ax.xaxis.set_minor_locator(NullLocator())
-
-
-@contextmanager
-def _png(path: Path, panels: int = 1) -> Iterator[list[Axes]]:
-    """Yield axes side by side, and write them to `path` when the block ends; equal data gives equal bytes."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    style: dict[str, Any] = {
-        key: _COLORS.get(value, value) if isinstance(value, str) else value for key, value in STYLE.items()
-    }
-    with rc_context(style | {"axes.titlesize": 11, "axes.titlecolor": _COLORS[INK]}):
-        figure = Figure(figsize=(_PANEL[0] * panels, _PANEL[1]), layout="constrained")
-        yield [figure.add_subplot(1, panels, index + 1) for index in range(panels)]
-        figure.savefig(path, dpi=150, metadata={"Software": None})

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import subprocess
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import imageio_ffmpeg
 
+from ..charts import INK, LIGHT, PLAIN, STUDENT, layer_bars, noise_axis, png
 from ..errors import UserError
 from ..families.causal import CausalTransformer
 from .evidence import SAMPLES, Evidence
@@ -23,27 +23,13 @@ if TYPE_CHECKING:
 FIGURES = "figures"
 ANIMATION = f"{SAMPLES}/sample.gif"
 ANIMATION_SECONDS, ANIMATION_WIDTH, ANIMATION_FPS = 8, 512, 12
-_INK, _MUTED, _RULE, _LATENT = "#1a1e23", "#68727d", "#e3e7eb", "#14708a"
-_STYLE: dict[str, Any] = {
-    "font.size": 11,
+_DPI = 144
+_STYLE = PLAIN | {
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.edgecolor": _MUTED,
-    "axes.labelcolor": _MUTED,
-    "axes.titlecolor": _INK,
+    "axes.titlecolor": INK,
     "axes.titlelocation": "left",
     "axes.titlesize": 12,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": _RULE,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
 }
 
 
@@ -64,7 +50,7 @@ def draw_pictures(folder: Path, model: CausalTransformer, evidence: Evidence) ->
 
     def add(name: str, caption: str, draw: Any, *data: Any) -> None:
         (folder / FIGURES).mkdir(exist_ok=True)
-        with _png(folder / FIGURES / name) as axes:
+        with png(folder / FIGURES / name, _STYLE, _DPI) as (axes,):
             draw(axes, *data)
             axes.set_title(caption)
         pictures.append(Picture(f"{FIGURES}/{name}", caption))
@@ -90,20 +76,14 @@ def draw_pictures(folder: Path, model: CausalTransformer, evidence: Evidence) ->
 
 
 def _bars(ax: Axes, values: Sequence[float], unit: str = "") -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    ax.bar(range(len(values)), values, width=min(0.72, 0.12 * len(values)), color=_LATENT)
-    ax.set_xlim(-0.6, len(values) - 0.4)
-    ax.set_xlabel("layer")
-    ax.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+    layer_bars(ax, values, LIGHT[STUDENT])
     _value_axis(ax, unit)
 
 
 def _error_by_noise(ax: Axes, points: Sequence[tuple[float, float]]) -> None:
     ordered = sorted(points)
-    ax.plot([t for t, _ in ordered], [100 * e for _, e in ordered], color=_LATENT, marker="o", markersize=4)
-    ax.set_xlim(0, 1)
-    ax.set_xlabel("t (0 clean, 1 pure noise)")
+    ax.plot([t for t, _ in ordered], [100 * e for _, e in ordered], color=LIGHT[STUDENT], marker="o", markersize=4)
+    noise_axis(ax)
     _value_axis(ax, "%")
 
 
@@ -114,7 +94,7 @@ def _heldout(ax: Axes, rows: Sequence[dict[str, Any]]) -> None:
     ax.plot(
         [row["step"] for row in rows],
         [row["heldout_loss"] for row in rows],
-        color=_LATENT,
+        color=LIGHT[STUDENT],
         marker="o",
         markersize=4,
     )
@@ -129,18 +109,6 @@ def _value_axis(ax: Axes, unit: str) -> None:
     ax.set_ylim(bottom=0)
     ax.yaxis.set_major_locator(MaxNLocator(5))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} {unit}".strip()))
-
-
-@contextmanager
-def _png(path: Path) -> Iterator[Axes]:
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(5.4, 3.3), layout="constrained")
-        yield figure.add_subplot()
-        # Leave out the version of Matplotlib so that equal data gives equal bytes.
-        figure.savefig(path, dpi=144, metadata={"Software": None})
 
 
 def _animate(video: Path, gif: Path) -> None:
