@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pico
 import torch
-from diffusers import AutoencoderKLWan, WanImageToVideoPipeline
+from diffusers import WanImageToVideoPipeline
 from PIL import Image
-from test_encode import DIM, tiny_tokenizer
 from torch import Tensor
-from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
+from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from wan_pipeline_case import wan_parts
 
 from mla_convert.convert import ConvertConfig, convert_model
 from mla_convert.export.manifest import family_of
@@ -65,11 +65,9 @@ def picture(size: tuple[int, int] = (48, 32), seed: int = 0) -> Image.Image:
 
 def write_pipeline(folder: Path) -> Path:
     """A pipeline as Wan2.1's image-to-video models are published, of tiny random parts but its transformer."""
-    torch.manual_seed(0)
-    text = UMT5EncoderModel(UMT5Config(vocab_size=25, d_model=DIM, d_kv=8, d_ff=64, num_layers=1, num_heads=4))
+    parts = wan_parts()
     vision = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
     clip = CLIPVisionModel(CLIPVisionConfig(**vision, image_size=28, patch_size=14))
     processor = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=28)
-    vae = AutoencoderKLWan(base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], latents_mean=[0.1] * 4, latents_std=[2.0] * 4)
-    WanImageToVideoPipeline(tiny_tokenizer(), text, vae, None, processor, clip).save_pretrained(folder)
+    WanImageToVideoPipeline(*parts, None, processor, clip).save_pretrained(folder)
     return folder

@@ -18,6 +18,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from PIL import Image
 from torch import Tensor
+from wan_pipeline_case import STATISTICS
 
 from mla_convert.distill.encode.models import encode_pixels
 from mla_convert.errors import UsageError, UserError
@@ -29,7 +30,6 @@ from mla_convert.run.start import read_start
 from mla_convert.run.stream import stream_chunks
 from mla_convert.run.video import STDOUT, denormalised, save_video
 
-STATISTICS = {"latents_mean": [0.1, 0.2, -0.3, 0.4], "latents_std": [1.0, 2.0, 0.5, 1.5]}
 # That of Wan2.1, and the residual one with patches of Wan2.2-TI2V-5B.
 VAES = {
     "wan2.1": {"base_dim": 3, "dim_mult": [1, 1, 1, 1]},

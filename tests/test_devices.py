@@ -21,9 +21,8 @@ from PIL import Image
 from pretend_gpu import GPU, pretended
 from recipe_case import write_teacher
 from test_bench import SMALL
-from test_encode import DIM
 from torch import Tensor, nn
-from wan_pipeline_case import write_wan_pipeline
+from wan_pipeline_case import DIM, write_wan_pipeline
 
 import mla_convert.run.offload
 from mla_convert import StreamingMLAPipeline

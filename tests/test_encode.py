@@ -15,8 +15,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 from recipe_case import RECIPE, digests
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from wan_pipeline_case import DIM, write_wan_pipeline
 
 from mla_convert.cli import main
 from mla_convert.distill.data import DataConfig, open_data
@@ -32,7 +31,7 @@ from mla_convert.recipe.load import parse_recipe
 from mla_convert.run.sample import load_prompt_embeds, prompt_files
 from mla_convert.run.video import save_video
 
-FRAMES, HEIGHT, WIDTH, DIM = 9, 48, 64, 32
+FRAMES, HEIGHT, WIDTH = 9, 48, 64
 CAPTIONS = [
     "a red square",
     "a red  square moves &amp; moves over the dark",
@@ -45,25 +44,9 @@ CAPTIONS = [
 SIZE = ["--frames", str(FRAMES), "--height", str(HEIGHT), "--width", str(WIDTH)]
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    words = [f"▁{word}" for word in ("a", "red", "square", "moves", "over", "the", "dark")]
-    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), *((word, -2.0) for word in words)]
-    tokenizer = Tokenizer(models.Unigram([*vocabulary, *((c, -5.0) for c in "▁&abdehmoqrstuv")], unk_id=2))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-
-
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory) -> Path:
-    """A folder as WanPipeline saves it, without a transformer."""
-    torch.manual_seed(0)
-    encoder = UMT5EncoderModel(UMT5Config(vocab_size=25, d_model=DIM, d_kv=8, d_ff=64, num_layers=2, num_heads=4))
-    statistics = {"latents_mean": [0.1, 0.2, -0.3, 0.4], "latents_std": [1.0, 2.0, 0.5, 1.5]}
-    vae = AutoencoderKLWan(base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], **statistics)
-    folder = tmp_path_factory.mktemp("pipeline")
-    WanPipeline(tiny_tokenizer(), encoder, vae, None).save_pretrained(folder)
-    return folder
+    return write_wan_pipeline(tmp_path_factory.mktemp("pipeline"))
 
 
 def stock_pipeline(folder: Path, dtype: torch.dtype) -> WanPipeline:

@@ -16,13 +16,11 @@ import numpy as np
 import pico
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, WanPipeline
 from PIL import Image
 from recipe_case import write_teacher
 from safetensors.torch import load_file, save_file
-from test_encode import DIM, tiny_tokenizer
 from torch import Tensor
-from transformers import UMT5Config, UMT5EncoderModel
+from wan_pipeline_case import DIM, write_wan_pipeline
 
 from mla_convert import StreamingMLAPipeline
 from mla_convert.cli import main
@@ -39,7 +37,6 @@ from mla_convert.run.sample import trained_for
 from mla_convert.run.stream import stream_chunks
 from mla_convert.run.video import save_video
 
-STATISTICS = {"latents_mean": [0.1, 0.2, -0.3, 0.4], "latents_std": [1.0, 2.0, 0.5, 1.5]}
 WAN = {"in_channels": 4, "out_channels": 4, "text_dim": DIM, "causal": {"num_frames_per_block": 1, "window_frames": 4}}
 SIZE = ["--size", "32x48", "--steps", "1", "--fps", "8"]
 
@@ -52,11 +49,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline as Wan publishes it, with a dense transformer of four latent channels."""
-    torch.manual_seed(0)
-    encoder = UMT5EncoderModel(UMT5Config(vocab_size=25, d_model=DIM, d_kv=8, d_ff=64, num_layers=2, num_heads=4))
-    vae = AutoencoderKLWan(base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], **STATISTICS)
-    folder = tmp_path_factory.mktemp("pipeline")
-    WanPipeline(tiny_tokenizer(), encoder, vae, None).save_pretrained(folder)
+    folder = write_wan_pipeline(tmp_path_factory.mktemp("pipeline"))
     pico.dense_model(**WAN).save_pretrained(folder / "transformer")
     return folder
 

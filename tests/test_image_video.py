@@ -17,8 +17,8 @@ from image_case import picture
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_decode import VAES, tiny_vae
-from test_encode import DIM
 from torch import Tensor
+from wan_pipeline_case import DIM
 
 from mla_convert import StreamingMLAPipeline
 from mla_convert.cli import main

@@ -19,9 +19,8 @@ from diffusers import AutoencoderKLWan, DiffusionPipeline, WanPipeline
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from recipe_case import write_teacher
-from test_encode import DIM, tiny_tokenizer
 from torch import Tensor
-from transformers import UMT5Config, UMT5EncoderModel
+from wan_pipeline_case import DIM, write_wan_pipeline
 
 from mla_convert import StreamingMLAPipeline
 from mla_convert.errors import UsageError, UserError
@@ -64,11 +63,7 @@ def digits(exported: Path) -> Any:
 def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export with the parts of a tiny Wan pipeline beside it."""
     folder = tmp_path_factory.mktemp("wan")
-    torch.manual_seed(0)
-    encoder = UMT5EncoderModel(UMT5Config(vocab_size=25, d_model=DIM, d_kv=8, d_ff=64, num_layers=2, num_heads=4))
-    statistics = {"latents_mean": [0.1, 0.2, -0.3, 0.4], "latents_std": [1.0, 2.0, 0.5, 1.5]}
-    vae = AutoencoderKLWan(base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], **statistics)
-    WanPipeline(tiny_tokenizer(), encoder, vae, None).save_pretrained(folder / "source")
+    write_wan_pipeline(folder / "source")
     model = pico.dense_model(**WAN)
     save_checkpoint(model, folder / "checkpoint", {"source": {"model": str(folder / "source")}})
     export(folder / "checkpoint", folder / "out", ExportConfig(components="copy"))

@@ -10,8 +10,7 @@ import pico
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_encode import DIM
-from wan_pipeline_case import write_wan_pipeline
+from wan_pipeline_case import DIM, write_wan_pipeline
 
 from mla_convert.distill.latents import Clip, write_latents
 from mla_convert.errors import UsageError

@@ -14,10 +14,8 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_case import CAUSAL, PAIRS, STOCK
-from diffusers import AutoencoderKLWan, WanPipeline
-from test_encode import tiny_tokenizer
-from transformers import UMT5Config, UMT5EncoderModel
 from vbench_case import PROMPTS, write_checkout
+from wan_pipeline_case import write_wan_pipeline
 
 from mla_convert.cli import main
 from mla_convert.distill.negative import WAN_NEGATIVE_PROMPT
@@ -316,13 +314,7 @@ def test_rewritten_prompts_are_told_and_the_short_ones_name_the_videos(checkout,
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory) -> Path:
-    """A tiny text encoder and VAE as WanPipeline saves them."""
-    torch.manual_seed(0)
-    encoder = UMT5EncoderModel(UMT5Config(vocab_size=25, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4))
-    vae = AutoencoderKLWan(base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
-    folder = tmp_path_factory.mktemp("pipeline")
-    WanPipeline(tiny_tokenizer(), encoder, vae, None).save_pretrained(folder)
-    return folder
+    return write_wan_pipeline(tmp_path_factory.mktemp("pipeline"))
 
 
 def test_latents_with_a_text_encoder_and_a_vae(capfd, checkout, pipeline, tmp_path) -> None:
