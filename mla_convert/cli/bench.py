@@ -8,12 +8,13 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..errors import UsageError
-from .output import Json, print_result, stderr
+from .options import Json, Preset
+from .output import print_result, stderr
 
 
 def bench(
     source: Annotated[str | None, typer.Argument(metavar="[DIR]", help="A converted or dense model.")] = None,
-    preset: Annotated[str | None, typer.Option(help="A known model, such as wan2.1-t2v-1.3b.")] = None,
+    preset: Preset = None,
     kv_lora_rank: Annotated[int | None, typer.Option(min=1, help="Latent scalars per token.")] = None,
     layers_per_latent: Annotated[int | None, typer.Option(min=1, help="Layers that share the latent.")] = None,
     qk_rope_head_dim: Annotated[int | None, typer.Option(min=0, help="Channels of the shared rotary key.")] = None,

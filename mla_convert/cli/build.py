@@ -11,7 +11,8 @@ import typer
 from ..errors import UsageError
 from ..recipe.shipped import find_recipe
 from .dry_run import print_needs
-from .output import Expert, Json, Kernels, Overrides, RecipeName, RunFolder, print_result, stderr
+from .options import Expert, Json, Kernels, Overrides, RecipeName, RunFolder
+from .output import print_result, stderr
 
 if TYPE_CHECKING:
     from ..pipeline import RunResult

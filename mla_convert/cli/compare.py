@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .output import Json, print_result, stderr
+from .options import Json
+from .output import print_result, stderr
 
 
 def compare(

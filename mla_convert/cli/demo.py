@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from .build import start
-from .output import Json, Overrides, print_result
+from .options import Json, Overrides
+from .output import print_result
 
 
 def demo(

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..errors import UsageError
-from .output import Json, print_result, stderr
+from .options import Json
+from .output import print_result, stderr
 
 _LISTED = 10
 _IMAGES = ("image_latents", "encoder_hidden_states_image")

@@ -9,8 +9,26 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..errors import UsageError
-from .models import Model, parse_cache, parse_size, sampling
-from .output import Cache, Json, Kernels, print_result, stderr
+from .options import (
+    Cache,
+    ContextNoise,
+    DenoisingSteps,
+    DType,
+    FirstChunkSteps,
+    GuidanceScale,
+    Json,
+    Kernels,
+    LatentSize,
+    Model,
+    NegativePrompt,
+    SamplerName,
+    Shift,
+    Steps,
+    parse_cache,
+    parse_size,
+    sampling,
+)
+from .output import print_result, stderr
 
 INTERRUPTED = 130
 
@@ -54,10 +72,7 @@ def generate(
             show_default=False,
         ),
     ] = None,
-    negative_prompt: Annotated[
-        str | None,
-        typer.Option(help="Negative prompt for guidance; by default the recipe's, else the empty prompt."),
-    ] = None,
+    negative_prompt: NegativePrompt = None,
     negative_embeds: Annotated[
         Path | None,
         typer.Option(help="Embedding of the negative prompt; by default negative.safetensors beside --prompt-embeds."),
@@ -72,20 +87,12 @@ def generate(
     ] = None,
     seconds: Annotated[float | None, typer.Option(help="Length in seconds, instead of --frames.")] = None,
     endless: Annotated[bool, typer.Option("--endless", help="Continue until Ctrl-C.")] = False,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps per chunk.")] = None,
-    sampler: Annotated[
-        Literal["euler", "renoise"] | None,
-        typer.Option(help="Euler steps, or new noise between steps for few-step students."),
-    ] = None,
-    denoising_steps: Annotated[
-        str | None,
-        typer.Option(metavar="T,T,...", help="Noise levels out of 1000 instead of --steps, such as 1000,750,500,250."),
-    ] = None,
-    first_chunk_steps: Annotated[
-        str | None, typer.Option(metavar="T,T,...", help="Denoising steps of the first chunk, if they differ.")
-    ] = None,
-    shift: Annotated[float | None, typer.Option(min=0, help="Timestep shift; Wan was trained with 5.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(min=0, help="Classifier-free guidance, 1 for none.")] = None,
+    steps: Steps = None,
+    sampler: SamplerName = None,
+    denoising_steps: DenoisingSteps = None,
+    first_chunk_steps: FirstChunkSteps = None,
+    shift: Shift = None,
+    guidance_scale: GuidanceScale = None,
     start: Annotated[
         Path | None,
         typer.Option(help="Start from an image, a video, or a .safetensors file with latents [C, F, H, W]."),
@@ -102,14 +109,12 @@ def generate(
         Path | None,
         typer.Option(help="Conditioning image of an image-to-video model; use --start for other models."),
     ] = None,
-    context_noise: Annotated[float | None, typer.Option(min=0, max=1, help="Noise level of cached chunks.")] = None,
+    context_noise: ContextNoise = None,
     size: Annotated[str | None, typer.Option(metavar="HxW", help="Height and width in pixels.")] = None,
-    latent_size: Annotated[str | None, typer.Option(metavar="HxW", help="Height and width of the latent.")] = None,
+    latent_size: LatentSize = None,
     fps: Annotated[int | None, typer.Option(min=1, help="Frames per second; 8 for digits, 16 for others.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise; each further prompt uses the next one.")] = 0,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Data type; by default that of DIR.")
-    ] = None,
+    dtype: DType = None,
     vae_dtype: Annotated[
         Literal["float32", "bfloat16"] | None,
         typer.Option(help="Data type in which the VAE decodes, float32 by default; bfloat16 halves its memory."),

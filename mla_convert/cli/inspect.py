@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import UsageError
-from .output import Json, print_result, stderr
+from .options import Json
+from .output import print_result, stderr
 
 _TOP_PAIRS = 4
 

@@ -1,27 +1,20 @@
-"""`export` and `evaluate`, and the parsers of sizes, cache bits and sampling options that commands share."""
+"""`mla-convert export` and `mla-convert evaluate`: release a converted model, and measure it against its teacher."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from ..errors import UsageError
-from .output import Json, Kernels, print_result, stderr
-
-if TYPE_CHECKING:
-    from ..mla.bits import CacheBits
-
-Model = Annotated[Path, typer.Argument(metavar="DIR", help="A run folder, a checkpoint or a transformer folder.")]
+from .options import DType, Json, Kernels, Model
+from .output import print_result, stderr
 
 
 def export(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder for the checkpoint.")],
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Data type; by default that of DIR.")
-    ] = None,
+    dtype: DType = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weights file, such as 5GB.")] = "5GB",
     standalone: Annotated[
         bool, typer.Option("--standalone", help="Include the model's class, for use without mla-convert.")
@@ -79,42 +72,3 @@ def evaluate(
             model, teacher, out, {key: value for key, value in changes.items() if value is not None}, report, kernels
         )
     print_result(as_json, {**result, "report": str(page)}, lambda: evaluation_table(result), f"report: {page}")
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """Parse a size such as `60x104` into height and width. Raises UsageError."""
-    height, cross, width = text.lower().partition("x")
-    if not (cross and height.isdecimal() and width.isdecimal() and int(height) and int(width)):
-        raise UsageError(f"{text!r} is not a size; write HEIGHTxWIDTH, such as 60x104")
-    return int(height), int(width)
-
-
-def parse_steps(text: str) -> list[int]:
-    """Parse noise levels such as `1000,750,500,250`. Raises UsageError."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise UsageError(
-            f"{text!r} is not a list of denoising steps; write decreasing whole numbers such as 1000,750,500,250"
-        )
-    return [int(part) for part in parts]
-
-
-def parse_cache(text: str) -> CacheBits:
-    """Parse `--cache` into a value of `streaming.cache`. Raises UsageError."""
-    from ..mla.bits import parse_bits
-
-    try:
-        return parse_bits(text)
-    except ValueError as error:
-        raise UsageError(f"--cache: {error}") from None
-
-
-def sampling(denoising_steps: str | None, first_chunk_steps: str | None = None, **options: Any) -> dict[str, Any]:
-    """Turn sampling options into keys of a GenerateConfig; options that are None are left out. Raises UsageError."""
-    levels = {"denoising_steps": denoising_steps, "first_chunk_steps": first_chunk_steps}
-    options |= {key: None if text is None else parse_steps(text) for key, text in levels.items()}
-    chosen = {key: value for key, value in options.items() if value is not None}
-    if "num_inference_steps" in chosen and denoising_steps is None:
-        # --steps replaces the recipe's denoising_steps.
-        chosen = {**dict.fromkeys(levels), **chosen}
-    return chosen

@@ -1,4 +1,4 @@
-"""Prints results to stdout and everything else to stderr; also holds the options that commands share."""
+"""Prints results to stdout and everything else to stderr."""
 
 from __future__ import annotations
 
@@ -6,35 +6,11 @@ import json
 import logging
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import typer
 from rich.console import Console, RenderableType
 
 DEBUG = "MLA_CONVERT_DEBUG"
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a key of the recipe; repeatable.")
-]
-RunFolder = Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; by default runs/NAME of the recipe.")]
-Kernels = Annotated[
-    Literal["auto", "triton", "torch"] | None,
-    typer.Option(help="What computes streaming attention; by default the recipe's streaming.kernels, else auto."),
-]
-Cache = Annotated[
-    str | None,
-    typer.Option(
-        "--cache",
-        metavar="auto|int8|LATENTSxBITS,...",
-        help="Bits per cached latent number: int8, or pairs such as 24x8,64x4; the last pair covers the rest.",
-    ),
-]
-Expert = Annotated[
-    str | None, typer.Option("--expert", metavar="NAME", help="Run only this expert of the recipe, in its own folder.")
-]
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")]
 
 
 class _Notes(logging.Handler):

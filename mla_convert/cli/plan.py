@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UsageError
-from .models import parse_cache
-from .output import Cache, Json, print_result
+from .options import Cache, Json, Preset, parse_cache, parse_size
+from .output import print_result
 
 if TYPE_CHECKING:
     from ..evaluate.geometry import StreamGeometry
@@ -19,7 +19,7 @@ def plan(
         str | None, typer.Argument(help="A dense or converted model: zoo:digits, a folder, a file or a Hub ID.")
     ] = None,
     file: Annotated[str | None, typer.Option(help="Weights file in SOURCE, such as checkpoints/model.pt.")] = None,
-    preset: Annotated[str | None, typer.Option(help="A known model, such as wan2.1-t2v-1.3b.")] = None,
+    preset: Preset = None,
     kv_lora_rank: Annotated[
         int | None, typer.Option(help="Latent scalars per token; by default the paper's share of the dense cache.")
     ] = None,
@@ -76,6 +76,5 @@ def _read(
 ) -> tuple[StreamGeometry, list[tuple[int, int]] | None]:
     """Geometry of a model, and for a converted one the sizes of latent and shared key that each layer caches."""
     from ..pipeline.planning import read_geometry
-    from .models import parse_size
 
     return read_geometry(source, None if latent_size is None else parse_size(latent_size), file)

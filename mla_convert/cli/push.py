@@ -16,7 +16,8 @@ from rich.text import Text
 
 from ..distill.progress import Report, reporting
 from ..errors import UsageError
-from .output import Json, print_result, stderr
+from .options import Json
+from .output import print_result, stderr
 
 
 def push(

@@ -12,7 +12,8 @@ from rich.table import Table
 from ..errors import UserError
 from ..files import write_text
 from ..recipe.shipped import describe_recipe, find_recipe, shipped_recipes
-from .output import Json, Overrides, RecipeName, print_result, stderr
+from .options import Json, Overrides, RecipeName
+from .output import print_result, stderr
 
 app = typer.Typer(help="List, show, copy and check recipes.", no_args_is_help=True)
 

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from .models import Model, parse_size, sampling
-from .output import Json, print_result, stderr
+from .options import (
+    ContextNoise,
+    DenoisingSteps,
+    DType,
+    FirstChunkSteps,
+    GuidanceScale,
+    Json,
+    LatentSize,
+    Model,
+    NegativePrompt,
+    SamplerName,
+    Shift,
+    Steps,
+    parse_size,
+    sampling,
+)
+from .output import print_result, stderr
 
 
 def vbench(
@@ -42,24 +57,18 @@ def vbench(
     list_prompts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Only write the prompts, one per line, for `encode --prompts`.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps per chunk.")] = None,
-    sampler: Annotated[Literal["euler", "renoise"] | None, typer.Option(help="As in `generate`.")] = None,
-    denoising_steps: Annotated[
-        str | None, typer.Option(metavar="T,T,...", help="Noise levels out of 1000 instead of --steps.")
-    ] = None,
-    first_chunk_steps: Annotated[
-        str | None, typer.Option(metavar="T,T,...", help="Denoising steps of the first chunk, as in `generate`.")
-    ] = None,
-    shift: Annotated[float | None, typer.Option(min=0, help="Timestep shift, as in `generate`.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(min=0, help="As in `generate`.")] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="As in `generate`.")] = None,
-    context_noise: Annotated[float | None, typer.Option(min=0, max=1, help="Noise level of cached chunks.")] = None,
-    latent_size: Annotated[str | None, typer.Option(metavar="HxW", help="Latent height and width.")] = None,
+    steps: Steps = None,
+    sampler: SamplerName = None,
+    denoising_steps: DenoisingSteps = None,
+    first_chunk_steps: FirstChunkSteps = None,
+    shift: Shift = None,
+    guidance_scale: GuidanceScale = None,
+    negative_prompt: NegativePrompt = None,
+    context_noise: ContextNoise = None,
+    latent_size: LatentSize = None,
     fps: Annotated[int | None, typer.Option(min=1, help="Frames per second; 16 for latents, 8 for pixels.")] = None,
     seed: Annotated[int, typer.Option(help="Each video gets its own seed, derived from this one.")] = 0,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Data type; by default that of DIR.")
-    ] = None,
+    dtype: DType = None,
     as_json: Json = False,
 ) -> None:
     """Generate videos for VBench's standard prompts, score them with your own VBench, and report the scores.
