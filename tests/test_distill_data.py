@@ -7,8 +7,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from mla_convert.distill.clip_shards import SCHEMA, Clip, write_latents
 from mla_convert.distill.data import DataConfig, DigitClips, open_data
-from mla_convert.distill.latents import SCHEMA, Clip, LatentShards, write_latents
+from mla_convert.distill.latents import LatentShards
 from mla_convert.distill.order import DataOrder, MicroBatches
 from mla_convert.errors import UserError
 

@@ -27,7 +27,7 @@ from toy_family import FAMILY, CausalToyTransformer3DModel, MLAToyTransformer3DM
 from mla_convert import registry
 from mla_convert.cli import main
 from mla_convert.convert import ConvertConfig, convert_model
-from mla_convert.distill.latents import Clip, write_latents
+from mla_convert.distill.clip_shards import Clip, write_latents
 from mla_convert.errors import UserError
 from mla_convert.load import load_dense, load_source
 from mla_convert.load.weights import CONFIG, WEIGHTS

@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from mla_convert.distill.clip_shards import Clip, write_latents
 from mla_convert.distill.data import DataConfig, DigitClips, LatentClips, open_data
-from mla_convert.distill.latents import Clip, LatentShards, write_latents
+from mla_convert.distill.latents import LatentShards
 from mla_convert.distill.objective import noised_clips
 from mla_convert.evaluate.attention_maps import AttentionMaps, divergence, head_logits
 from mla_convert.evaluate.fidelity import fidelity

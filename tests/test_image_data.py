@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import image_case as case
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -16,11 +17,11 @@ from PIL import Image
 from test_encode import clips, encode
 from test_encode import pipeline as text_pipeline
 
-from mla_convert.distill import latents as shards
+from mla_convert.distill.clip_shards import Clip, write_latents, write_shard
 from mla_convert.distill.data import DataConfig, open_data
 from mla_convert.distill.encode.frames import read_frames
 from mla_convert.distill.encode.models import image_encoder, load_vae
-from mla_convert.distill.latents import Clip, LatentShards, write_latents, write_shard
+from mla_convert.distill.latents import LatentShards
 from mla_convert.distill.normalisation import WAN21, notes_of
 from mla_convert.errors import UserError
 from mla_convert.run.image import ImageLatents
@@ -154,7 +155,7 @@ def theirs(raw: bool = True, normalised: bool = True, **changes: Any) -> list[di
 def written(folder: Path, rows: list[dict[str, Any]]) -> Path:
     """FastVideo puts many clips into a row group."""
     folder.mkdir()
-    pq.write_table(shards.pa.Table.from_pylist(rows), folder / "data.parquet")
+    pq.write_table(pa.Table.from_pylist(rows), folder / "data.parquet")
     return folder
 
 

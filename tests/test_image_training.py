@@ -18,8 +18,9 @@ from torch import Tensor
 
 from mla_convert.cli import main
 from mla_convert.convert import ConvertConfig, clip_batches, convert_model
+from mla_convert.distill.clip_shards import Clip, write_latents
 from mla_convert.distill.data import DataConfig, open_data
-from mla_convert.distill.latents import Clip, LatentShards, write_latents
+from mla_convert.distill.latents import LatentShards
 from mla_convert.distill.objective import NoisedClips, flow_loss, noised_clips, predict_velocity
 from mla_convert.distill.rollout import self_rollout
 from mla_convert.distill.trainer import run_stage

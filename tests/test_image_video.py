@@ -22,9 +22,9 @@ from wan_pipeline_case import DIM
 
 from mla_convert import StreamingMLAPipeline
 from mla_convert.cli import main
+from mla_convert.distill.clip_shards import Clip, write_shard
 from mla_convert.distill.encode.begun import encode_begun
 from mla_convert.distill.encode.models import encode_image, image_encoder
-from mla_convert.distill.latents import Clip, write_shard
 from mla_convert.errors import UsageError, UserError
 from mla_convert.export.checkpoint import save_checkpoint
 from mla_convert.export.config import ExportConfig

@@ -17,7 +17,7 @@ from mla_convert.convert.factorize import low_rank_code
 from mla_convert.convert.initialise import initialise_layer
 from mla_convert.convert.probe import LayerSample
 from mla_convert.convert.target import as_read, layout_target, moments
-from mla_convert.distill.latents import Clip, write_latents
+from mla_convert.distill.clip_shards import Clip, write_latents
 from mla_convert.evaluate.prediction import (
     Prediction,
     default_ranks,

@@ -7,9 +7,10 @@ from collections import Counter
 import pytest
 from test_skipped_clips import clips
 
-from mla_convert.distill import latents, waiting
+from mla_convert.distill import clip_shards, waiting
+from mla_convert.distill.clip_shards import OPEN_FILES, clips_in, write_latents, write_shard
 from mla_convert.distill.data import DataConfig, open_data
-from mla_convert.distill.latents import OPEN_FILES, clips_in, write_latents, write_shard
+from mla_convert.distill.latents import LatentShards
 
 SHARDS = OPEN_FILES + 2
 
@@ -17,13 +18,13 @@ SHARDS = OPEN_FILES + 2
 @pytest.fixture
 def opened(monkeypatch):
     """How often a file was opened, by its name."""
-    counted, own = Counter(), latents.pq.ParquetFile
+    counted, own = Counter(), clip_shards.pq.ParquetFile
 
     def opening(path, **settings):
         counted[path.name] += 1
         return own(path, **settings)
 
-    monkeypatch.setattr(latents.pq, "ParquetFile", opening)
+    monkeypatch.setattr(clip_shards.pq, "ParquetFile", opening)
     return counted
 
 
@@ -35,11 +36,11 @@ def test_a_folder_is_opened_shard_by_shard_once(tmp_path, opened):
 
 def test_a_shard_alone_is_read_as_a_folder_is(tmp_path, opened):
     (first, second) = write_latents(tmp_path, clips(4), clips_per_shard=2)
-    expected = latents.LatentShards(tmp_path).read(2)["latents"]
+    expected = LatentShards(tmp_path).read(2)["latents"]
     opened.clear()
-    latents._open.cache_clear()
-    assert latents.LatentShards(second).read(0)["latents"].equal(expected)
-    assert opened == {second.name: 1} and len(latents.LatentShards(second)) == clips_in(first) == 2
+    clip_shards._open.cache_clear()
+    assert LatentShards(second).read(0)["latents"].equal(expected)
+    assert opened == {second.name: 1} and len(LatentShards(second)) == clips_in(first) == 2
     write_shard(tmp_path / "empty.parquet", [])
     assert clips_in(tmp_path / "empty.parquet") == 0
 

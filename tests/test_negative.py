@@ -12,8 +12,9 @@ from recipe_case import RECIPE, write_teacher
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mla_convert.distill.clip_shards import Clip, write_latents
 from mla_convert.distill.data import DataConfig, open_data
-from mla_convert.distill.latents import Clip, LatentShards, write_latents
+from mla_convert.distill.latents import LatentShards
 from mla_convert.distill.negative import NEGATIVE, read_negative
 from mla_convert.distill.stages import consistency, noised
 from mla_convert.distill.stages.consistency import Consistency

@@ -13,8 +13,9 @@ from diffusers import AutoencoderKLWan
 from pydantic import ValidationError
 
 from mla_convert.distill import latents as latents_module
+from mla_convert.distill.clip_shards import Clip, read_notes, write_shard
 from mla_convert.distill.data import DataConfig, open_data
-from mla_convert.distill.latents import Clip, LatentShards, read_notes, write_shard
+from mla_convert.distill.latents import LatentShards
 from mla_convert.distill.normalisation import EVIDENCE, WAN21, WAN22, Scale, evidence_of_raw, notes_of
 from mla_convert.errors import UserError
 

@@ -13,8 +13,9 @@ import torch
 from recipe_case import RECIPE, digests, write_teacher
 from safetensors.torch import save_file
 
+from mla_convert.distill.clip_shards import Clip, write_shard
 from mla_convert.distill.data import DataConfig, drawn_rows, open_data
-from mla_convert.distill.latents import Clip, LatentShards, write_shard
+from mla_convert.distill.latents import LatentShards
 from mla_convert.distill.rollouts import RolloutsConfig, open_folder, write_rollouts
 from mla_convert.draws import Use, drawn_seed
 from mla_convert.errors import UsageError, UserError

@@ -11,8 +11,8 @@ from recipe_case import digests
 from test_skipped_clips import TEXT, clips, recipe
 
 from mla_convert.distill import trainer
+from mla_convert.distill.clip_shards import write_latents
 from mla_convert.distill.data import DataConfig, DigitClips, open_data
-from mla_convert.distill.latents import write_latents
 from mla_convert.distill.trainer import run_stage
 from mla_convert.errors import UserError
 from mla_convert.pipeline import run

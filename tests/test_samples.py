@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from wan_pipeline_case import DIM, write_wan_pipeline
 
-from mla_convert.distill.latents import Clip, write_latents
+from mla_convert.distill.clip_shards import Clip, write_latents
 from mla_convert.errors import UsageError
 from mla_convert.pipeline import run
 from mla_convert.recipe.load import parse_recipe

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from recipe_case import RECIPE, digests
 from torch.utils.data import DataLoader, Dataset
 
+from mla_convert.distill.clip_shards import Clip, write_latents
 from mla_convert.distill.data import DataConfig, open_data, without_worker_traceback
-from mla_convert.distill.latents import Clip, write_latents
 from mla_convert.errors import UsageError, UserError
 from mla_convert.pipeline import run
 from mla_convert.recipe.load import parse_recipe

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mla_convert.cli import main
-from mla_convert.distill.latents import Clip, write_latents
+from mla_convert.distill.clip_shards import Clip, write_latents
 from mla_convert.errors import UserError
 from mla_convert.families import wan_files
 from mla_convert.families.skyreels_v2 import CausalSkyReelsV2Transformer3DModel

@@ -11,8 +11,8 @@ import torch
 from pydantic import ValidationError
 
 from mla_convert.convert import ConvertConfig, convert_model, initialise
+from mla_convert.distill.clip_shards import Clip, write_latents
 from mla_convert.distill.data import DataConfig, drawn_rows, open_data
-from mla_convert.distill.latents import Clip, write_latents
 from mla_convert.evaluate.config import EvaluateConfig
 from mla_convert.evaluate.fidelity import evaluate
 from mla_convert.export.manifest import FORMAT

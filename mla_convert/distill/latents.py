@@ -1,9 +1,4 @@
-"""Reads and writes parquet shards of VAE latents and text embeddings in FastVideo's text-to-video schema.
-
-A tensor takes three columns: raw bytes, shape and dtype. With row groups of one clip, any clip is read
-without its neighbors. Image conditions have their own columns, see `image_columns.py`.
-Source of the schema: FastVideo, `fastvideo/dataset/dataloader/schema.py`.
-"""
+"""Reads the clips of parquet shards of latents and text embeddings, checked, normalized and in any order."""
 
 from __future__ import annotations
 
@@ -13,187 +8,32 @@ import functools
 import itertools
 import logging
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError
 from ..families.image import IMAGE
-from ..files import atomic_file
+from .clip_shards import COLUMNS, LATENT, NAMES, TEXT, clips_in, open_shard, read_notes, tensor_columns
 from .identity import Identity, identity_of
-from .image_columns import (
-    COLUMN_OF,
-    check_first_frame,
-    check_shapes,
-    from_column,
-    missing_columns,
-    size_text,
-    to_column,
-)
+from .image_columns import COLUMN_OF, check_first_frame, check_shapes, from_column, missing_columns, size_text
 from .normalisation import BY_CHANNELS, EVIDENCE, KIND_NOTE, Latents, Scale, evidence_of_raw, scale_of
 
-LATENT, TEXT = "vae_latent", "text_embedding"
-OPEN_FILES = 32
 SAMPLED_CLIPS = 16
 """Clips whose statistics are measured to classify latents that no note describes."""
 
 logger = logging.getLogger(__name__)
 
 
-def _tensor_fields(name: str) -> list[pa.Field]:
-    return [
-        pa.field(f"{name}_bytes", pa.binary()),
-        pa.field(f"{name}_shape", pa.list_(pa.int64())),
-        pa.field(f"{name}_dtype", pa.string()),
-    ]
-
-
-SCHEMA = pa.schema(
-    [
-        pa.field("id", pa.string()),
-        *_tensor_fields(LATENT),
-        *_tensor_fields(TEXT),
-        pa.field("file_name", pa.string()),
-        pa.field("caption", pa.string()),
-        pa.field("media_type", pa.string()),
-        pa.field("width", pa.int64()),
-        pa.field("height", pa.int64()),
-        pa.field("num_frames", pa.int64()),
-        pa.field("duration_sec", pa.float64()),
-        pa.field("fps", pa.float64()),
-    ]
-)
-NAMES = ["file_name", "id"]
-COLUMNS = tuple(each.name for name in (LATENT, TEXT) for each in _tensor_fields(name))
-
-
-def _schema(conditions: Iterable[str]) -> pa.Schema:
-    """The schema of clips with `conditions`; FastVideo puts their columns after those of the text."""
-    schema, place = SCHEMA, 1 + len(COLUMNS)
-    for column in (column for name, column in COLUMN_OF.items() if name in conditions):
-        for each in _tensor_fields(column):
-            schema = schema.insert(place, each)
-            place += 1
-    return schema
-
-
-@dataclass(frozen=True)
-class Clip:
-    """A clip to write: `latents` `[C, F, H, W]` and `encoder_hidden_states` `[L, D]`, of any float dtype.
-
-    `width`, `height`, `fps` and `duration_sec` describe the source video. `conditions` are the model's image
-    conditions: `image_latents` `[4 + C, f, H, W]`, which may end at the first frame that all later frames
-    equal, and `encoder_hidden_states_image` `[L, D]`.
-    """
-
-    latents: Tensor
-    encoder_hidden_states: Tensor
-    name: str = ""
-    caption: str = ""
-    width: int = 0
-    height: int = 0
-    fps: float = 0.0
-    duration_sec: float = 0.0
-    conditions: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-def _pack(name: str, tensor: Tensor) -> dict[str, Any]:
-    raw = tensor.detach().cpu().contiguous()
-    return {
-        f"{name}_bytes": raw.view(torch.uint8).numpy().tobytes(),
-        f"{name}_shape": list(raw.shape),
-        f"{name}_dtype": str(raw.dtype).removeprefix("torch."),
-    }
-
-
-def _pack_condition(name: str, condition: Tensor) -> dict[str, Any]:
-    return _pack(COLUMN_OF[name], to_column(name, condition))
-
-
-def _row(clip: Clip, number: int) -> dict[str, Any]:
-    name = clip.name or f"clip-{number:08d}"
-    return {
-        "id": name,
-        **_pack(LATENT, clip.latents),
-        **_pack(TEXT, clip.encoder_hidden_states),
-        **{key: x for name, given in clip.conditions.items() for key, x in _pack_condition(name, given).items()},
-        "file_name": name,
-        "caption": clip.caption,
-        "media_type": "video",
-        "width": clip.width,
-        "height": clip.height,
-        "num_frames": clip.latents.shape[1],
-        "duration_sec": clip.duration_sec,
-        "fps": clip.fps,
-    }
-
-
-def write_shard(path: Path, clips: Iterable[Clip], first: int = 0, notes: Mapping[str, str] | None = None) -> None:
-    """Write one shard atomically. It takes `clips` one at a time and numbers clips without a name from `first`.
-
-    All clips must have the conditions of the first. `notes` are written as metadata after the last clip.
-    """
-    remaining = iter(clips)
-    head = list(itertools.islice(remaining, 1))
-    schema = _schema(head[0].conditions) if head else SCHEMA
-    with atomic_file(path) as temporary, pq.ParquetWriter(temporary, schema, use_dictionary=False) as writer:
-        for number, clip in enumerate(itertools.chain(head, remaining), first):
-            writer.write_table(pa.Table.from_pylist([_row(clip, number)], schema), row_group_size=1)
-        if notes:
-            writer.add_key_value_metadata(dict(notes))
-
-
-def clips_in(path: Path) -> int:
-    """The number of clips in a shard. Raises UserError if it cannot be read."""
-    return int(_open(path, os.getpid()).metadata.num_rows)
-
-
-def read_notes(path: Path) -> dict[str, str]:
-    """The `notes` that `write_shard` wrote to a shard's metadata. Raises UserError if it cannot be read."""
-    metadata = _open(path, os.getpid()).metadata.metadata or {}
-    return {key.decode(errors="replace"): value.decode(errors="replace") for key, value in metadata.items()}
-
-
-def write_latents(
-    folder: Path | str, clips: Iterable[Clip], clips_per_shard: int = 64, first_shard: int = 0
-) -> list[Path]:
-    """Write `clips` as `shard-00000.parquet` and so on, each atomically; returns the paths."""
-    remaining = iter(clips)
-    shards: list[Path] = []
-    for shard in itertools.count(first_shard):
-        in_shard = list(itertools.islice(remaining, clips_per_shard))
-        if not in_shard:
-            return shards
-        shards.append(Path(folder) / shard_name(shard))
-        write_shard(shards[-1], in_shard, shard * clips_per_shard)
-    raise AssertionError("unreachable")
-
-
-def shard_name(number: int) -> str:
-    return f"shard-{number:05d}.parquet"
-
-
-@functools.lru_cache(maxsize=OPEN_FILES)
-def _open(path: Path, process: int) -> pq.ParquetFile:
-    """An open shard. The `process` ID is part of the cache key: a forked loader must not share its parent's handle."""
-    try:
-        return pq.ParquetFile(path, memory_map=True)
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise UserError(f"cannot read {path}: {reason}; if it is truncated, write it again") from None
-
-
 @functools.lru_cache(maxsize=1)
 def _row_group(path: Path, process: int, group: int, columns: tuple[str, ...]) -> pa.Table:
     """A row group of several clips, decoded whole; the last one is cached because the next clip may be in it."""
-    return _open(path, process).read_row_group(group, columns=list(columns), use_threads=False)
+    return open_shard(path).read_row_group(group, columns=list(columns), use_threads=False)
 
 
 @functools.cache
@@ -231,9 +71,7 @@ class LatentShards:
     ) -> None:
         self.folder, self.text_tokens = Path(folder), text_tokens
         self.conditions = tuple(name for name in COLUMN_OF if name in conditions)
-        self._columns = COLUMNS + tuple(
-            each.name for name in self.conditions for each in _tensor_fields(COLUMN_OF[name])
-        )
+        self._columns = COLUMNS + tensor_columns(*(COLUMN_OF[name] for name in self.conditions))
         self._condition_shapes: dict[str, Sequence[int]] = {}
         self.paths = [self.folder] if self.folder.is_file() else sorted(self.folder.rglob("*.parquet"))
         if not self.paths:
@@ -319,7 +157,7 @@ class LatentShards:
 
     def _check(self, path: Path) -> int:
         """The number of clips in a shard, after comparing every shape in it with the first clip's."""
-        shard = _open(path, os.getpid())
+        shard = open_shard(path)
         missing = [name for name in COLUMNS if name not in shard.schema_arrow.names]
         if missing:
             raise UserError(f"{path} has no column {', '.join(missing)}; write shards in FastVideo's t2v schema")
@@ -403,7 +241,7 @@ class LatentShards:
         """The numbers of the clips with each of `names` as `id` or `file_name`."""
         found: dict[str, list[int]] = {name: [] for name in names}
         for path, start in zip(self.paths, self._starts, strict=False):
-            shard = _open(path, os.getpid())
+            shard = open_shard(path)
             columns = [column for column in NAMES if column in shard.schema_arrow.names]
             for row, values in enumerate(shard.read(columns=columns).to_pylist() if columns else []):
                 for name in found.keys() & set(values.values()):
@@ -420,7 +258,7 @@ class LatentShards:
         number = self._shard(index)
         row = index - self._starts[number]
         path = self.paths[number]
-        shard = _open(path, os.getpid())
+        shard = open_shard(path)
         group = 0
         while row >= shard.metadata.row_group(group).num_rows:
             row -= shard.metadata.row_group(group).num_rows

@@ -22,7 +22,7 @@ from ..draws import Use, drawn_seed
 from ..errors import UserError
 from ..files import write_json
 from ..sampling import SamplingConfig
-from .latents import Clip, shard_name, write_shard
+from .clip_shards import Clip, shard_name, write_shard
 from .normalisation import KIND_NOTE
 from .progress import Report
 

@@ -15,7 +15,8 @@ from ...errors import UserError
 from ...families.image import IMAGE, TOKENS
 from ...files import write_text
 from ...mla.conditions import conditions_of
-from ..latents import LatentShards, clips_in, shard_name
+from ..clip_shards import clips_in, shard_name
+from ..latents import LatentShards
 from ..negative import NEGATIVE
 from ..progress import Report
 from ..waiting import wait_for_files

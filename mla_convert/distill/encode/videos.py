@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...families.image import IMAGE, TOKENS, with_mask
-from ..latents import Clip, read_notes, write_shard
+from ..clip_shards import Clip, read_notes, write_shard
 from ..normalisation import notes_of
 from ..progress import Report
 from .begun import encode_begun

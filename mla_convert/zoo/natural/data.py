@@ -11,18 +11,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...cli.output import print_error
-from ...distill import latents
+from ...distill import clip_shards
 from ...errors import UserError
 from .clips import CLIP_FRAMES, FRAME, Shot, sample_clip, shots
 
 CLIPS_PER_SHARD = 128
 
 
-def _clips(split: str, pool: tuple[Shot, ...], count: int, seed: int) -> Iterator[latents.Clip]:
+def _clips(split: str, pool: tuple[Shot, ...], count: int, seed: int) -> Iterator[clip_shards.Clip]:
     for index in range(count):
         clip = sample_clip(pool, seed, index)
         prompt = "" if clip.shot.identity is None else f"{clip.shot.video}, shot {clip.shot.identity}"
-        yield latents.Clip(clip.video, clip.text, f"{split}-{index:06d}", prompt, width=FRAME, height=FRAME)
+        yield clip_shards.Clip(clip.video, clip.text, f"{split}-{index:06d}", prompt, width=FRAME, height=FRAME)
 
 
 def write_latents(folder: Path, split: str, count: int, seed: int, first_shard: int = 0) -> list[Path]:
@@ -32,7 +32,7 @@ def write_latents(folder: Path, split: str, count: int, seed: int, first_shard: 
     downloaded.
     """
     clips = _clips(split, shots(split), count, seed)
-    return latents.write_latents(folder, clips, CLIPS_PER_SHARD, first_shard)
+    return clip_shards.write_latents(folder, clips, CLIPS_PER_SHARD, first_shard)
 
 
 def write_folder(folder: Path, train: int, heldout: int, seed: int) -> list[Path]:
