@@ -1,6 +1,6 @@
-"""What somebody without this package does with standalone checkpoints: `python -I alone.py FOLDER...`.
+"""Uses standalone checkpoints as someone without this package would: `python -I alone.py FOLDER...`.
 
-Every folder has a checkpoint `out` and `inputs.safetensors`; what came of them goes to `outputs.safetensors`.
+Every folder has a checkpoint `out` and `inputs.safetensors`; the results go to `outputs.safetensors`.
 The Hub has the same checkpoint as `owner/FOLDER`.
 """
 
@@ -15,7 +15,7 @@ ABSENT = ("mla_convert", "mla_attention", "pydantic")
 
 
 class Absent:
-    """An import hook for packages that are to be absent."""
+    """An import hook that makes packages appear absent."""
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: object = None) -> None:
         if name.partition(".")[0] in ABSENT:

@@ -1,4 +1,4 @@
-"""Models of two layers and two heads of twelve channels, for tests that go through the real files."""
+"""Models with two layers and two heads of twelve channels, for tests that use real files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every test starts from: one thread a worker, no network, no display, the same seeds."""
+"""The starting point of every test: one thread per worker, no network, no display, the same seeds."""
 
 from __future__ import annotations
 

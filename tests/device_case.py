@@ -1,4 +1,4 @@
-"""What the tests on a pretended GPU share: tiny models, clips, and that a GPU gives what the CPU does."""
+"""Shared by the tests on a simulated GPU: tiny models, clips, and a check that the GPU's results equal the CPU's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FEW = {"num_inference_steps": 1}
 
 
 def same(made: Callable[[torch.device], Any]) -> None:
-    """What `made` gives, tensors or arrays, on the pretended GPU as on the CPU."""
+    """Assert that `made` returns the same tensors or arrays on the simulated GPU and on the CPU."""
     expected = made(CPU)
     with pretended():
         actual = made(GPU)
@@ -29,13 +29,13 @@ def same(made: Callable[[torch.device], Any]) -> None:
 
 @functools.cache
 def model(variant: int | None = 0, family: str = "wan", **changes: Any) -> Any:
-    """A dense model, or one that is converted in a layout of `pico.VARIANTS`."""
+    """A dense model, or one converted to a layout of `pico.VARIANTS`."""
     dense = pico.dense_model(family=family, **(FAR if family == "anyflow_far" else {}))
     return dense if variant is None else pico.convert(dense, **pico.VARIANTS[variant], **changes)
 
 
 class Clips:
-    """Random clips of six frames; `stop` ends the run at that one."""
+    """Random clips of six frames; reading clip `stop` ends the run."""
 
     size = identity = None
 

@@ -48,7 +48,7 @@ def tiny_model(seed: int = 0) -> CausalWanTransformer3DModel:
 
 
 def perturbed(teacher: CausalWanTransformer3DModel, scale: float = 0.1) -> CausalWanTransformer3DModel:
-    """A second dense model whose self-attention has drifted away from the teacher's."""
+    """A second dense model whose self-attention differs slightly from the teacher's."""
     student = tiny_model()
     student.load_state_dict(teacher.state_dict())
     generator = torch.Generator().manual_seed(1)
@@ -76,11 +76,11 @@ def make_config(stage: str = "match_velocity", **changes) -> StageConfig:
 
 
 class Killed(Exception):
-    """Stands in for SIGKILL where a process of its own would be too slow."""
+    """Stands in for SIGKILL where a separate process would be too slow."""
 
 
 class Clips(DigitClips):
-    """Digits that end the run at the clip after `last`."""
+    """Digits whose clip after `last` ends the run."""
 
     def __init__(self, last: float = float("inf")) -> None:
         super().__init__(seed=0, heldout=HELDOUT_CLIPS)
@@ -104,7 +104,7 @@ def train(folder: Path, last_clip: float = float("inf"), **changes) -> tuple[Sta
 
 
 def whole_and_resumed(root: Path, last_clip: float, **changes) -> dict[str, torch.Tensor]:
-    """The weights of the stage in `root/whole`, which one in `root/resumed` that was interrupted ends with, too."""
+    """Weights of the stage in `root/whole`; an interrupted stage in `root/resumed` must end with the same ones."""
     _, whole = train(root / "whole", **changes)
     with contextlib.suppress(Killed):
         train(root / "resumed", last_clip, **changes)
@@ -118,14 +118,14 @@ def whole_and_resumed(root: Path, last_clip: float, **changes) -> dict[str, torc
 
 
 def trained_by_two(folder: Path, script: str, settings: dict[str, dict]) -> Path:
-    """Every stage of `settings` whole and resumed, by `main` of a script in two processes that are started once."""
+    """Run every stage of `settings` whole and resumed, by a script's `main` in two processes that are started once."""
     launched = two_processes(folder, 15, script=script, **settings)
     assert launched.returncode == 0
     return folder
 
 
 def equal_checkpoints(root: Path) -> list[Path]:
-    """The newest checkpoints of `whole` and `resumed` in `root`, behind metrics that are the same."""
+    """The newest checkpoints of `whole` and `resumed` in `root`, after checking that their metrics are the same."""
     whole, resumed = (root / folder for folder in ("whole", "resumed"))
     assert (whole / "metrics.jsonl").read_bytes() == (resumed / "metrics.jsonl").read_bytes()
     newest = max((whole / "checkpoints").iterdir())
@@ -133,7 +133,7 @@ def equal_checkpoints(root: Path) -> list[Path]:
 
 
 def assert_as_one_process(root: Path, folder: Path, tolerance: float, **changes) -> None:
-    """The `whole_and_resumed` stage of two processes in `root` is that of one process, trained in `folder`."""
+    """Assert that the `whole_and_resumed` stage in `root` (two processes) equals one of one process in `folder`."""
     _, expected = train(folder, **{**changes, "grad_accumulation": 2 * changes.get("grad_accumulation", 1)})
     weights = torch.load(root / "weights.pt")
     assert list(weights) == list(expected)
@@ -151,7 +151,7 @@ def outputs(folder: Path) -> dict[str, bytes]:
 
 
 def environment() -> dict[str, str]:
-    """The environment of a process of its own."""
+    """The environment of a separate process."""
     root = Path(__file__).parents[1]
     return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(root)}
 
@@ -159,7 +159,7 @@ def environment() -> dict[str, str]:
 def two_processes(
     folder: Path, last_clip: float, script: str = __file__, **changes
 ) -> subprocess.CompletedProcess[str]:
-    """`main` of this file or another in two processes that train together; what they print comes back."""
+    """Run `main` of this file or another in two processes that train together; returns their output."""
     with _launched([script, str(folder), str(last_clip), json.dumps(changes)]) as launcher:
         try:
             stdout, _ = launcher.communicate(timeout=300)
@@ -177,7 +177,7 @@ def _launched(arguments: list[str]) -> subprocess.Popen[str]:
 
 
 def stop_two_processes(folder: Path, step: int, **changes) -> int:
-    """`main` in two processes, the second of which gets SIGUSR1 after a row of `step`; the launcher's exit code."""
+    """Run `main` in two processes; the second gets SIGUSR1 after a row of `step`. Returns the launcher's exit code."""
     with _launched([__file__, str(folder), "inf", json.dumps(changes)]) as launcher:
         try:
             _wait_for_row(launcher, folder, step)
@@ -190,7 +190,7 @@ def stop_two_processes(folder: Path, step: int, **changes) -> int:
 
 
 def _wait_for_row(launcher: subprocess.Popen[str], folder: Path, step: int) -> None:
-    """Until `folder/whole` has a row of `step`."""
+    """Wait until `folder/whole` has a row of `step`."""
     metrics, deadline = folder / "whole" / "metrics.jsonl", time.monotonic() + 300
     while not metrics.exists() or metrics.read_bytes().count(b"\n") <= step:
         assert launcher.poll() is None
@@ -199,7 +199,7 @@ def _wait_for_row(launcher: subprocess.Popen[str], folder: Path, step: int) -> N
 
 
 def kill_two_processes(folder: Path, step: int, **changes) -> None:
-    """`main` in two processes, both ended by SIGKILL as soon as `folder/whole` has a row of `step`."""
+    """Run `main` in two processes and kill both with SIGKILL as soon as `folder/whole` has a row of `step`."""
     with _launched([__file__, str(folder), "inf", json.dumps(changes)]) as launcher:
         try:
             _wait_for_row(launcher, folder, step)

@@ -1,4 +1,4 @@
-"""Commands of `mla-convert` in children of one process that has a test Hub's address since its start."""
+"""Runs `mla-convert` commands in children of one process that was started with a test Hub's address."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ PRELOAD = ["mla_convert.cli", "mla_convert.export.hub", "mla_convert.families"]
 
 
 def stop_forkserver() -> None:
-    """End the one fork server of this process, which keeps the environment that it was started with."""
+    """Stop this process's only fork server, because it keeps the environment it was started with."""
     multiprocessing.forkserver._forkserver._stop()
 
 
 class Result(NamedTuple):
-    """What a command did."""
+    """The result of a command."""
 
     code: int | None
     out: str
@@ -66,7 +66,7 @@ def command_line(arguments: list[str]) -> int:
 
 
 class Client:
-    """Runs commands in children of one process that has the server's address since its start."""
+    """Runs commands in children of one process that was started with the server's address."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.count = folder, 0

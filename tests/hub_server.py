@@ -1,6 +1,6 @@
-"""A model Hub on loopback, as far as the client needs one, which can be told to fail.
+"""A model Hub on loopback that implements what the client needs and can be told to fail.
 
-It speaks the endpoints that `HfApi` uses to create, read and write model repositories, LFS included, without
+It serves the endpoints that `HfApi` uses to create, read and write model repositories, with LFS but without
 xet. Start the client in a fresh process with `HubServer.environment`.
 """
 
@@ -80,13 +80,13 @@ class Repo:
         return sha
 
     def files(self, revision: str = "main") -> dict[str, bytes]:
-        """Contents by name, without what the Hub itself adds."""
+        """Contents by name, without the files that the Hub itself adds."""
         tree = self.commits[self.tip(revision)]
         return {name: blob.data for name, blob in tree.items() if name != ".gitattributes"}
 
 
 class Request(NamedTuple):
-    """What the client asked for; `body` is empty before it was read."""
+    """A request of the client; `body` is empty until it is read."""
 
     method: str
     path: str
@@ -100,7 +100,7 @@ class Request(NamedTuple):
 
 
 class HubServer(ThreadingHTTPServer):
-    """Starts on a free port; `requests` is the log, `repos` and `objects` what is stored.
+    """Listens on a free port; `requests` is the log, `repos` and `objects` hold what is stored.
 
     `fail(method, pattern, action, times)` hands requests that match to `action(request)` first: it may
     raise Answer, return the word "drop" to have the connection cut, wait, or change what is stored.
@@ -126,15 +126,15 @@ class HubServer(ThreadingHTTPServer):
         self.failures.append([method, re.compile(pattern), action, times])
 
     def environment(self, home: str) -> dict[str, str]:
-        """Variables that a client must have before it imports huggingface_hub; `home` is its HF_HOME."""
+        """Variables that must be set before a client imports huggingface_hub; `home` is its HF_HOME."""
         return {"HF_ENDPOINT": self.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_HOME": home}
 
     def sent(self, method: str, pattern: str = "") -> list[Request]:
-        """Requests of the log that match."""
+        """The matching requests in the log."""
         return [request for request in self.requests if request.method == method and re.search(pattern, request.path)]
 
     def create(self, name: str, private: bool = False, files: Mapping[str, bytes] | None = None) -> Repo:
-        """A repository as the Hub makes it, with `files` in a second commit."""
+        """A repository as the Hub creates it, with `files` in a second commit."""
         repo = self.repos[name] = Repo(private)
         tree = {".gitattributes": Blob(b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n", False)}
         repo.commit("main", tree)
@@ -294,7 +294,7 @@ class HubServer(ThreadingHTTPServer):
         raise Answer(200, blob.data, headers)
 
     def readable(self, request: Request, name: str) -> Repo:
-        """The repository, if the account may know of it. Raises Answer."""
+        """The repository, if the account is allowed to see it. Raises Answer."""
         if request.token is not None and request.account is None:
             raise Answer(401, {"error": "Invalid username or password."}, WRONG_TOKEN)
         repo = self.repos.get(name)
@@ -334,7 +334,7 @@ def _is_lfs(path: str, size: int) -> bool:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Finds the route, holds the lock while it runs, and writes the answer."""
+    """Find the route, run it under the lock, and write the answer."""
 
     server: HubServer
     protocol_version = "HTTP/1.1"
@@ -396,4 +396,4 @@ class _Handler(BaseHTTPRequestHandler):
         return body
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Tests look at `requests` instead."""
+        """Print nothing: tests look at `requests` instead."""

@@ -1,4 +1,4 @@
-"""Tiny image-to-video models, what they are conditioned on, and converted ones."""
+"""Tiny image-to-video models, dense and converted, and their conditions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def model(kind: str = "wan2.1", **changes: Any) -> Any:
 
 
 def converted(dense: Any, **changes: Any) -> Any:
-    """From its weights alone, as image-to-video models are."""
+    """Convert from the weights alone, as image-to-video models are converted."""
     settings = {"position": "rotate_on_read", "kv_lora_rank": 20, "init": "svd", **changes}
     return convert_model(family_of(type(dense)), dense, ConvertConfig(**settings))
 
@@ -43,7 +43,7 @@ def text(kind: str = "wan2.1", batch: int = 1, seed: int = 1) -> Tensor:
 
 
 def conditions(kind: str = "wan2.1", frames: int = 8, batch: int = 1, seed: int = 2) -> dict[str, Tensor]:
-    """All that a model of the kind is conditioned on."""
+    """All conditions of a model of this kind."""
     generator = torch.Generator().manual_seed(seed)
     image = torch.randn(batch, 8, frames, HEIGHT, WIDTH, generator=generator)
     tokens = torch.randn(batch, 5, 8, generator=generator)
@@ -58,13 +58,13 @@ def latents(frames: int = 8, batch: int = 1, seed: int = 3) -> tuple[Tensor, Ten
 
 
 def picture(size: tuple[int, int] = (48, 32), seed: int = 0) -> Image.Image:
-    """Noise of a width and height."""
+    """A picture of noise; `size` is width and height."""
     noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(noise)
 
 
 def write_pipeline(folder: Path) -> Path:
-    """A pipeline as Wan2.1's image-to-video models are published, of tiny random parts but its transformer."""
+    """A pipeline as published with Wan2.1's image-to-video models, with tiny random parts and no transformer."""
     parts = wan_parts()
     vision = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
     clip = CLIPVisionModel(CLIPVisionConfig(**vision, image_size=28, patch_size=14))

@@ -1,6 +1,6 @@
-"""Export over an older export and be killed before every step on the file system, one step after the other.
+"""Export over an older export, killed before every file system operation in turn.
 
-`python killed_export.py OLD NEW OUT EXCHANGE` prints what OUT was after each kill, as JSON: `old`, `new`,
+`python killed_export.py OLD NEW OUT EXCHANGE` prints the state of OUT after each kill, as JSON: `old`, `new`,
 or `missing` where the next export restores it.
 """
 
@@ -29,7 +29,7 @@ def contents() -> dict[str, bytes] | None:
 
 
 def kill_before(step: int) -> bool:
-    """Export in a child that is killed before so many steps; whether there were that many."""
+    """Export in a child that is killed before operation `step`; returns whether there was one."""
     child = os.fork()
     if child == 0:
         seen = 0

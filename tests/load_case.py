@@ -1,4 +1,4 @@
-"""A stock transformer on disk, what may be wrong with it, and how it is refused."""
+"""A stock transformer on disk, ways to damage it, and the errors that refuse it."""
 
 from __future__ import annotations
 

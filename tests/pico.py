@@ -1,4 +1,4 @@
-"""Random tiny models, small enough that a test may build dozens of them."""
+"""Tiny random models, small enough that a test can build dozens of them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def dense_model(
 
     `causal` None leaves the window to the family.
 
-    Biases and QK-norm gains are random too, so that nothing about them goes untested.
+    Biases and QK-norm gains are random too, so that mistakes with them show up.
     """
     torch.manual_seed(seed)
     model = BUILDERS[family](
@@ -110,7 +110,7 @@ def convert(dense: Any, **settings: Any) -> Any:
 
 
 def stream(model: Any, latents: Tensor, timestep: Tensor, text: Tensor, **conditions: Tensor) -> tuple[Tensor, Any]:
-    """The clip chunk by chunk through a cache, every chunk written; the velocity and the cache."""
+    """Stream the clip chunk by chunk and write every chunk to the cache; returns the velocity and the cache."""
     cache = model.init_cache(len(latents), *latents.shape[3:])
     chunks = [
         model.forward_chunk(latents[:, :, a:b], timestep[:, a:b], text, cache, write=True, **conditions)
@@ -120,5 +120,5 @@ def stream(model: Any, latents: Tensor, timestep: Tensor, text: Tensor, **condit
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference over the largest magnitude."""
+    """Largest difference, relative to the largest magnitude."""
     return float((actual - expected).abs().max() / expected.abs().max())

@@ -1,8 +1,8 @@
-"""A GPU that is none: tensors that say they are on `cuda` and compute on the CPU.
+"""A simulated GPU: tensors that claim to be on `cuda` but compute on the CPU.
 
 Inside `pretended()` factories take `device="cuda"`, `.to("cuda")` moves, and what a GPU refuses is refused: an
 operation on tensors of both devices, a CPU generator for a draw on the device, `.numpy()`. So a test sees a tensor
-that was left on the wrong device without a GPU. Kernels, streams and speed it knows nothing of.
+that was left on the wrong device without a GPU. Kernels, streams and speed are not simulated.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MOVES = {aten._to_copy.default, aten.copy_.default, aten.copy.default}
 
 
 class GpuTensor(torch.Tensor):
-    """A tensor that says it is on the GPU; `value` is what it holds, on the CPU."""
+    """A tensor that claims to be on the GPU; `value` is its content, on the CPU."""
 
     value: Tensor
 
@@ -84,7 +84,7 @@ class GpuTensor(torch.Tensor):
 
 
 def leaves(tree: Any) -> list[Any]:
-    """What lies in nested tuples, lists and dicts; torch's own function is made for more and takes longer."""
+    """The leaves of nested tuples, lists and dicts; torch's own function is more general and slower."""
     if isinstance(tree, dict):
         tree = tree.values()
     elif not isinstance(tree, tuple | list):
@@ -105,7 +105,7 @@ def on_gpu(device: Any) -> bool:
 
 
 def dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """An operation on the inner values, its result on the device that a GPU's would be on."""
+    """Run an operation on the inner values; the result claims the device that it would have on a GPU."""
     tensors = [x for x in leaves((args, kwargs)) if isinstance(x, Tensor)]
     inside = [x for x in tensors if isinstance(x, GpuTensor)]
     asked = kwargs.get("device")
@@ -152,7 +152,7 @@ class _Dispatch(TorchDispatchMode):
 
 
 class _Functions(TorchFunctionMode):
-    """What would ask a driver below Python, or reads a device there, where a `GpuTensor` is none."""
+    """Replaces functions that query a driver, or read a device below Python, where a `GpuTensor` is on the CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -175,7 +175,7 @@ class _Functions(TorchFunctionMode):
 
 
 def _index(index: Any) -> Any:
-    """An index with tensors in place of lists, which C++ would make where it believes the indexed tensor to be."""
+    """An index with tensors in place of lists; C++ would create them on the device that the indexed tensor claims."""
     if isinstance(index, tuple):
         return tuple(_index(part) for part in index)
     return torch.tensor(index) if isinstance(index, list) else index
@@ -194,7 +194,7 @@ def _moved(x: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
 
 
 def _backward(*args: Any, **kwargs: Any) -> Any:
-    """A backward pass; the function that asked for it has left `_Functions`, and checkpoints compute again inside."""
+    """A backward pass, in which checkpoints recompute; the function that called it has left `_Functions`."""
     with _Functions():
         return ENGINE(*args, **kwargs)
 
@@ -214,7 +214,7 @@ def _started(self: threading.Thread) -> None:
 
 @contextlib.contextmanager
 def pretended() -> Iterator[None]:
-    """There is a GPU as far as tensors go."""
+    """Simulate a GPU, for tensors only."""
     PartialState._reset_state()
     with (
         patch("threading.Thread.run", _started),

@@ -1,4 +1,4 @@
-"""A digits recipe that runs in seconds on a random model, and a way to run it in a process of its own."""
+"""A digits recipe that runs in seconds on a random model, and a way to run it in a separate process."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ export:
 
 
 def write_teacher(folder: Path, seed: int = 0) -> Path:
-    """A random dense model of digits: two layers of two heads of twelve channels."""
+    """A random dense digits model: two layers with two heads of twelve channels."""
     torch.manual_seed(seed)
     model = CausalWanTransformer3DModel(
         patch_size=(1, 4, 4),

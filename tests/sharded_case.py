@@ -51,7 +51,7 @@ class Watched(assembly.Assembly):
 
 
 def counted(relative_distance: Any, weights: Any, others: Any) -> float:
-    """The distance of the average, which takes one collective however many tensors are in shards."""
+    """The distance of the average, which takes one collective for any number of sharded tensors."""
     with CommDebugMode() as communication:
         found: float = relative_distance(weights, others)
     assert communication.get_total_counts() == isinstance(next(iter(weights.values())), DTensor)

@@ -1,4 +1,4 @@
-"""The launcher configurations that ship: Accelerate reads them, and stages say what they cannot do."""
+"""The shipped launcher configurations: Accelerate reads them, and stages refuse what they cannot do."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_every_file_is_tested():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_accelerate_reads_it(path):
-    """With its own loader, and as `accelerate launch` merges it with a command line."""
+    """Read by its own loader, and merged with a command line as `accelerate launch` does."""
     config = load_config_from_file(str(path))
     assert config.distributed_type == DistributedType(KINDS[path.stem])
     assert config.mixed_precision == "no"

@@ -1,4 +1,4 @@
-"""Adapters of a source: in every form that is published, added as peft adds them, and refused by name."""
+"""Adapters of a source: read in every published form, added as peft adds them, or refused by name."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def base(tmp_path: Path, dense: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def matrices(dense: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Up `[out, r]` and down `[r, in]` of every module that is adapted, by our name."""
+    """Up `[out, r]` and down `[r, in]` of every adapted module, by our name."""
     generator = torch.Generator().manual_seed(3)
     modules = {name: module for name, module in dense.named_modules() if name.endswith(tuple(TARGETS))}
     assert len(modules) == 2 * 10
@@ -62,7 +62,7 @@ def expected(dense: Any, matrices: Any, factor: float) -> dict[str, torch.Tensor
 
 
 def distance(source: Source, wanted: dict[str, torch.Tensor]) -> float:
-    """Largest difference of a tensor, over its largest value."""
+    """Largest difference in a tensor, relative to its largest value."""
     assert sorted(source.tensors) == sorted(wanted)
     pairs = [(source.tensors[name].double(), tensor) for name, tensor in wanted.items()]
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
@@ -82,7 +82,7 @@ def peft_names(matrices: Any, prefix: str, names: Any = lambda module: module) -
 
 
 def kohya_names(matrices: Any) -> dict[str, torch.Tensor]:
-    """One flat name a module, as kohya's scripts and musubi-tuner write them, alpha beside it."""
+    """One flat name per module with alpha beside it, as kohya's scripts and musubi-tuner write them."""
     state = {}
     for module, (up, down) in matrices.items():
         flat = f"lora_unet_{their_name(module).replace('.', '_')}"
@@ -91,7 +91,7 @@ def kohya_names(matrices: Any) -> dict[str, torch.Tensor]:
 
 
 def write(folder: Path, form: str, matrices: Any) -> tuple[AdapterConfig, float]:
-    """An adapter file of one of the published forms, how a recipe names it, and its factor."""
+    """An adapter file in one of the published forms, its name in a recipe, and its factor."""
     folder.mkdir(exist_ok=True)
     path = folder / "adapter_model.safetensors"
     if form in ("peft", "rslora"):
@@ -124,7 +124,7 @@ def test_published_adapter_is_added(tmp_path: Path, base: Path, dense: Any, matr
 
 
 def test_peft_and_diffusers_add_the_same(tmp_path: Path, base: Path, dense: Any) -> None:
-    """Files that the libraries write themselves, against what they make of them."""
+    """Files that the libraries write themselves, compared with the weights that the libraries compute from them."""
     torch.manual_seed(4)
     lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, init_lora_weights=False)
     wrapped = get_peft_model(copy.deepcopy(dense), lora)
@@ -154,7 +154,7 @@ def test_differences_and_several_adapters_add_up(tmp_path: Path, base: Path, den
 
 
 def test_weights_keep_their_dtype(tmp_path: Path, dense: Any, matrices: Any) -> None:
-    """One rounding, of the sum."""
+    """Only the sum is rounded, once."""
     half = copy.deepcopy(dense).to(torch.bfloat16)
     half.save_pretrained(tmp_path / "half")
     config, factor = write(tmp_path / "lora", "peft", matrices)
@@ -179,7 +179,7 @@ def test_conversion_reads_what_a_merged_checkpoint_holds(tmp_path: Path, base: P
 
 
 def test_run_and_evaluation_have_the_adapted_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A run with an adapter is that of the merged checkpoint but for the source's name, its teacher's loss included."""
+    """A run with an adapter equals that of the merged checkpoint, teacher's loss included, except for its source."""
     teacher = write_teacher(tmp_path / "teacher")
     matrices = {"blocks.0.attn1.to_v": (torch.randn(24, RANK), torch.randn(RANK, 24))}
     save_file(peft_names(matrices, ""), teacher / "lora.safetensors")
@@ -284,7 +284,7 @@ def test_a_file_below_the_home_folder_has_its_adapter_beside_it(
 
 
 def test_another_scale_is_another_conversion(tmp_path: Path, base: Path, matrices: Any) -> None:
-    """Parts of a conversion with one scale are not taken for another."""
+    """Part files of a conversion with one scale are not reused for another."""
     config, _ = write(tmp_path / "lora", "peft", matrices)
     settings = ConvertConfig(kv_lora_rank=10, init="svd")
     written = []

@@ -1,4 +1,4 @@
-"""AnyFlow-FAR: our forms against diffusers' model and pipeline, and against each other."""
+"""AnyFlow-FAR: our forms compared with diffusers' model and pipeline, and with each other."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def pair(request: pytest.FixtureRequest) -> tuple[Any, Any, tuple[int, ...]]:
 
 
 def test_the_dense_form_gives_what_the_stock_pipeline_gives(pair: Any) -> None:
-    """Without conditioning, from an image, from a video, without guidance, and stepping by velocities alone."""
+    """Without a condition, from an image, from a video, without guidance, and with steps by velocity alone."""
     stock, dense, partition = pair
     cases: list[dict[str, Any]] = [{}, {"video_latents": torch.randn(1, 1, 2, HEIGHT, WIDTH)}]
     if partition == PARTITIONS[0]["chunk_partition"]:
@@ -116,7 +116,7 @@ def test_full_rank_gives_what_the_stock_pipeline_gives(pair: Any, case: int, own
 
 
 def test_the_zero_keys_of_stock_inference_matter(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take most of the attention of so few tokens: without them the result is another one."""
+    """With so few tokens they get most of the attention, so the result differs without them."""
     _, dense, partition = pair
     expected = generate(pipeline(dense), partition)
     monkeypatch.setattr(FarGrid, "zero_keys", lambda self, frames: 0)
@@ -131,7 +131,7 @@ def convert(dense: Any, frames: int = 9, **settings: Any) -> Any:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Counts the elements of the largest tensor that any operation gave."""
+    """Records the number of elements of the largest tensor that any operation returned."""
 
     elements = 0
 
@@ -172,7 +172,7 @@ def test_the_stock_pipeline_loses_its_dense_cache_at_the_first_step() -> None:
 
 
 def rollout(model: Any, clip: tuple[Tensor, ...], context: Tensor, r_timestep: Tensor) -> tuple[Tensor, FarCache]:
-    """Velocity chunk by chunk, each against the clean history."""
+    """Velocity chunk by chunk, each with clean history."""
     latents, timestep, text = clip
     cache, velocities = model.init_cache(len(latents), HEIGHT, WIDTH), []
     for a, b in model.causal.chunks(latents.shape[2]):
@@ -302,7 +302,7 @@ ORIGINAL = {
 
 
 def original_folder(path: Path, **changes: Any) -> Path:
-    """A folder as the authors' conversion script writes it; None takes a key out."""
+    """A folder as the authors' conversion script writes it; a value of None removes a key."""
     dense = dense_model(None, **PARTITIONS[1])
     known = {k: v for k, v in dense.config.items() if not k.startswith("_") and k != "causal"}
     AnyFlowFARTransformer3DModel(**known).save_pretrained(path)
@@ -395,7 +395,7 @@ def test_plan_counts_compressed_history_as_the_cache_does() -> None:
 
 @pytest.mark.parametrize("variant", [None, *pico.VARIANTS], ids=lambda v: v and f"{v['position']}-{v['own_chunk']}")
 def test_a_constant_shift_in_time_changes_nothing(variant: dict[str, Any] | None) -> None:
-    """Without sinks a window that is indexed from 0 again differs from absolute indices by a shift alone."""
+    """Without sinks, indexing the window from 0 only shifts the absolute indices."""
     window, clip = WINDOWS[2], pico.inputs(1, 9, HEIGHT, WIDTH)
     found = []
     for positions in ("window", "absolute"):

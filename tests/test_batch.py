@@ -1,4 +1,4 @@
-"""Streams that join and leave at different times and share their passes are the rollouts that they are alone."""
+"""Streams that join and leave at different times and share passes equal their rollouts alone."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ WINDOWS = [
 
 
 def poison(batch: StreamBatch) -> None:
-    """NaN wherever no stream has a lane."""
+    """Write NaN to every lane that no stream has."""
     for cache in batch.pool.caches:
         for kept in cache.scales if isinstance(cache, Int8LatentCache) else cache.rows:
             kept[batch.pool.free] = torch.nan
 
 
 def collect(made: dict[int, list[Tensor]], batch: StreamBatch, rounds: int | None = None) -> None:
-    """Some rounds, or all that are left; free lanes hold NaN throughout."""
+    """Run some rounds, or all that are left; free lanes hold NaN throughout."""
     while batch.active and rounds != 0:
         poison(batch)
         for chunk in batch.step():
@@ -61,7 +61,7 @@ def check(made: dict[int, list[Tensor]], expected: dict[int, Tensor], bitwise: b
 
 
 def eventful(model: Any, bitwise: bool = False, **settings: Any) -> None:
-    """Five streams in five lanes: joins at four times, guidance, a leaver, a short last chunk, lanes taken over."""
+    """Five streams in five lanes: joins at four times, guidance, one that leaves, a short last chunk, reused lanes."""
     batch, made = batch_of(model, 5, **settings), {}
     first = batch.join(prompt(0), seed=10)
     second = batch.join(prompt(1), seed=11, num_frames=9, guidance_scale=3.0)
@@ -98,7 +98,7 @@ def test_streams_of_any_age_are_what_they_are_alone(variant: dict[str, Any] | No
 
 
 def test_a_stream_with_passes_of_its_own_is_the_single_run_to_the_bit() -> None:
-    """So neither the pool nor the age of a stream adds anything; what is left is the order of sums in a batch."""
+    """So neither the pool nor a stream's age causes a difference; only the summation order in a batch does."""
     eventful(pico.dense_model(), bitwise=True, lanes_per_pass=1)
     eventful(pico.convert(pico.dense_model(), **pico.VARIANTS[0]), bitwise=True, lanes_per_pass=1)
 
@@ -114,7 +114,7 @@ def test_another_family_and_sampler_noisy_context_and_small_passes() -> None:
 
 
 def test_int8_and_experts() -> None:
-    """Two experts, each with its cache, quantised: what is rounded differs where the last bit before it does."""
+    """Two experts, each with a quantized cache; a difference in the last bit may round to another integer."""
     experts = [
         pico.convert(pico.dense_model(seed=seed), position="derived", kv_lora_rank=20, qk_rope_head_dim=8)
         for seed in (0, 1)
@@ -148,7 +148,7 @@ KERNEL_CASES = [
 
 
 def of_two_ages(model: Any, mode: str, history: str, dtype: torch.dtype | None) -> tuple[list[Tensor], Kernels]:
-    """Two streams that share the passes of the last chunk of the younger one, whose lane is the lower one."""
+    """Two streams that share the passes of the younger one's last chunk; the younger one has the lower lane."""
     chosen = model.set_kernels(mode, history)
     batch, made = batch_of(model, 3, num_inference_steps=steps_for(history), cache_dtype=dtype), {}
     gone = batch.join(prompt(9))
@@ -161,7 +161,7 @@ def of_two_ages(model: Any, mode: str, history: str, dtype: torch.dtype | None) 
 
 
 def steps_for(history: str) -> int:
-    """A history that is kept takes a second pass to be found."""
+    """The number of steps; a kept history is reused from the second pass on."""
     return 2 if history == "chunk" else 1
 
 
@@ -174,7 +174,7 @@ def steps_for(history: str) -> int:
 def test_streams_of_any_age_by_kernels(
     variant: dict[str, Any] | None, path: str, history: str, dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A table of slots for each lane, in the interpreter where there is no GPU."""
+    """With a table of slots for each lane; in the interpreter if there is no GPU."""
     monkeypatch.setattr(fused, "PATHS", (path,))
     causal = {"num_frames_per_block": 1, "window_frames": 3, "sink_frames": 1}
     dense = pico.dense_model(heads=1, layers=(variant or {}).get("layers_per_latent", 1), causal=causal)
@@ -195,7 +195,7 @@ def test_streams_of_any_age_by_kernels(
 
 @needs_kernels
 def test_auto_compares_views_with_torch_on_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rollout of the same shape says nothing about how a pool is addressed."""
+    """A rollout of the same shape does not verify how a pool is addressed."""
     monkeypatch.setattr(kernels, "interpreted_by_default", lambda: True)
     model = pico.dense_model(layers=1).to(DEVICE)
     chosen = model.set_kernels("auto")
@@ -211,7 +211,7 @@ def test_auto_compares_views_with_torch_on_their_own(monkeypatch: pytest.MonkeyP
 
 
 class HalfCache(LatentCache):
-    """A family's own ring of latents, in which they lie halved."""
+    """A family's own ring of latents, which stores them halved."""
 
     why_no_kernels = "its latents are halved"
 
@@ -223,7 +223,7 @@ class HalfCache(LatentCache):
 
 
 def test_a_familys_own_ring_is_a_ring_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Streams share it, as it reads and writes, and it may be kept in fewer bits; kernels leave it to torch."""
+    """Streams share it through its own reads and writes, and it can have fewer bits; kernels leave it to torch."""
     monkeypatch.setattr(kernels, "interpreted_by_default", lambda: True)
     model = pico.convert(pico.dense_model(), **pico.VARIANTS[0])
     expected = alone(model, prompt(0), 9, 1)
@@ -289,7 +289,7 @@ def test_a_prompt_changes_what_comes_after_it_and_no_other_stream() -> None:
 
 
 def test_a_prompt_is_moved_when_it_joins_and_zeros_take_no_memory() -> None:
-    """Experts that read alike share it."""
+    """Experts on the same device and in the same dtype share one copy."""
     models = [pico.dense_model(seed=seed).to(torch.bfloat16) for seed in (0, 1)]
     models[0].noise_range, models[1].noise_range = (0.5, 1.0), (0.0, 0.5)
     batch, text = batch_of(models, 2), prompt(0)
@@ -316,7 +316,7 @@ def test_a_start_is_continued() -> None:
 
 
 def test_starts_held_inside_a_chunk_beside_streams_without() -> None:
-    """A chunk that is given in part has passes of its own: its frames have noise levels of their own."""
+    """A partly given chunk has its own passes, because its frames have different noise levels."""
     model = pico.convert(pico.dense_model(), **pico.VARIANTS[0])
     start = pico.inputs(1, 3, HEIGHT, WIDTH)[0][0]
     settings = {"sampler": "renoise", "denoising_steps": (1000, 500)}
@@ -468,7 +468,7 @@ def test_a_view_names_frames_by_their_place_in_the_window() -> None:
 
 
 def test_digits_streams_are_what_they_are_alone() -> None:
-    """Six streams of the embedded teacher in lanes for eight, joining at three times; 64 are in docs/benchmarks."""
+    """Six streams of the embedded teacher in eight lanes, joining at three times; docs/benchmarks has 64."""
     model = load_dense(load_source("zoo:digits"))
     text, _ = heldout_prompts(6)
     settings = {"num_inference_steps": 2, "shift": SHIFT}

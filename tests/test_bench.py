@@ -110,7 +110,7 @@ def test_a_pass_sees_the_whole_window_and_rotated_keys_give_the_same_attention()
 def test_a_chunk_is_a_first_pass_later_ones_and_one_that_writes(
     steps: int, kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The mean pass of a chunk, by a clock that counts."""
+    """The mean pass of a chunk, with a clock that only counts its calls."""
     clock = itertools.count(1)
     monkeypatch.setattr(bench_module, "_timed", lambda run, device: run() is not None and float(next(clock)))
     monkeypatch.setattr(_Passes, "keeps", kept)

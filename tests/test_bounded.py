@@ -1,4 +1,4 @@
-"""Conversion block by block: the same as the whole model, on disk and in memory, resumed or not."""
+"""Conversion block by block equals conversion of the whole model, on disk and in memory, resumed or not."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class Killed(Exception):
 
 @pytest.fixture
 def fitted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The layers that were fitted, in order."""
+    """The layers that are fitted, in order."""
     seen: list[int] = []
     original = layers_module.read_layer
 
@@ -230,7 +230,7 @@ def test_layers_without_keys_convert(method: str) -> None:
 
 @pytest.fixture
 def digits(tmp_path: Path) -> Any:
-    """A recipe of digits that calibrates on rollouts."""
+    """A digits recipe that calibrates on rollouts."""
     teacher = write_teacher(tmp_path / "teacher")
     return parse_recipe(RECIPE.format(teacher=teacher), ["convert.calibration.source=rollouts"])
 

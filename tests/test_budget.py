@@ -1,4 +1,4 @@
-"""Ranks by layer: allotted from the curves as they should be, measured truly, and resumable."""
+"""Ranks by layer: allotted correctly from the curves, measured correctly, and resumable."""
 
 from __future__ import annotations
 

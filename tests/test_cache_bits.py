@@ -1,4 +1,4 @@
-"""Latents in 8 and 4 bits: how they are packed, what they cost, who streams with them and who refuses."""
+"""Latents in 8 and 4 bits: how they are packed, what they cost, what streams with them and what refuses them."""
 
 from __future__ import annotations
 

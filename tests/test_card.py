@@ -64,7 +64,7 @@ BENCH = {
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run folder with a converted checkpoint, a report, a measured speed and two samples."""
+    """A run folder with a converted checkpoint, a report, a speed measurement and two samples."""
     folder = tmp_path / "run"
     save_checkpoint(pico_mla(position="decoupled"), folder / "checkpoint", {"recipe": RECIPE, "source": SOURCE})
     (folder / "state.json").write_text("{}")
@@ -128,7 +128,7 @@ def test_what_was_measured_is_there(released):
 
 
 def test_it_renders(released):
-    """Tables, pictures and folded parts are what Markdown makes of it."""
+    """Tables, pictures and folded parts, as rendered from the Markdown."""
     content = ModelCard.load(released / "README.md").content.partition("\n---\n")[2]
     assert not re.search(r"\n{4,}|[ \t]\n|\{%|\{\{ |None\b", content)
     html = MarkdownIt("commonmark", {"html": True}).enable("table").render(content)
@@ -315,7 +315,7 @@ def test_standalone_code_runs(run, tmp_path, monkeypatch):
 
 
 def test_equal_evidence_is_equal_bytes(run, tmp_path):
-    """Pictures, animation and card included."""
+    """Including pictures, animation and card."""
     written = []
     for out in (tmp_path / "one", tmp_path / "two"):
         export(run, out, ExportConfig())
@@ -326,7 +326,7 @@ def test_equal_evidence_is_equal_bytes(run, tmp_path):
 
 
 def test_report_with_gaps_still_makes_a_card(run, tmp_path):
-    """Numbers that were not finite are null in a report."""
+    """A report has null for numbers that are not finite."""
     gaps = REPORT | {"attention_rel_error": [None, 0.03], "velocity_rel_error": None, "plan": None}
     (run / "report.json").write_text(json.dumps(gaps))
     shutil.rmtree(run / "samples")

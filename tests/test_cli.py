@@ -1,4 +1,4 @@
-"""What the commands print, where they print it, and with which exit code they end."""
+"""What the commands print, where they print it, and their exit codes."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def test_what_runs_out_is_explained():
 )
 def test_what_takes_less_memory_is_an_option_of_the_command(capsys, monkeypatch, tmp_path, arguments, remedy):
     class OutOfMemoryError(RuntimeError):
-        """As torch names it."""
+        """Has the name of torch's class."""
 
     def full(*_, **__):
         raise OutOfMemoryError("CUDA out of memory. Tried to allocate 3.52 GiB.")

@@ -1,4 +1,4 @@
-"""Finished runs beside each other: what the page says, what it refuses, and that equal runs give equal bytes."""
+"""Comparison of finished runs: what the page shows, what it refuses, and equal bytes for equal runs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def bench(student: float) -> dict[str, Any]:
 
 
 def report(name: str, rank: int, loss: float, student: float) -> dict[str, Any]:
-    """What `run` writes, as far as a comparison reads it."""
+    """The parts of a run folder that a comparison reads."""
     return {
         "name": name,
         "source": "zoo:digits",
@@ -68,7 +68,7 @@ def report(name: str, rank: int, loss: float, student: float) -> dict[str, Any]:
 
 @pytest.fixture
 def runs(tmp_path: Path) -> list[Path]:
-    """Two run folders whose students drew the same prompts from the same teacher."""
+    """Two run folders whose students have the same teacher and drew the same prompts."""
     generator = torch.Generator().manual_seed(0)
     teacher = torch.rand(2, 1, 12, 16, 16, generator=generator)
     folders = []

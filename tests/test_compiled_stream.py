@@ -1,4 +1,4 @@
-"""torch.compile while a model streams: every call of a block is compiled, and nothing is compiled for ever."""
+"""torch.compile while a model streams: every call of a block is compiled, and recompilation stops."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CASES: dict[str, dict[str, Any] | None] = {
 
 
 class Counting:
-    """A backend that counts the graphs it compiled and their calls."""
+    """A backend that counts the graphs it compiles and their calls."""
 
     def __init__(self) -> None:
         self.compiled = self.calls = 0
@@ -69,7 +69,7 @@ def model_of(case: str, layers: int = LAYERS) -> Any:
 def streamed(
     model: Any, counts: Counting | None = None, cache_dtype: Any = None
 ) -> tuple[Tensor, list[tuple[int, int]]]:
-    """Velocities of a rollout with two passes a chunk and one that writes; by chunk, graphs called and compiled."""
+    """Velocities of a rollout with two passes per chunk and one that writes; per chunk, graphs called and compiled."""
     latents, timestep, text = pico.inputs(1, FRAMES, HEIGHT, WIDTH)
     cache, found, log = model.init_cache(1, HEIGHT, WIDTH, dtype=cache_dtype), [], []
     with torch.no_grad():
@@ -113,7 +113,7 @@ def test_a_compiled_model_streams_in_two_graphs_a_pass(backend: Counting) -> Non
 
 
 def test_streams_that_share_passes_are_compiled(backend: Counting) -> None:
-    """Their view of the pool is another object in every chunk."""
+    """Their view of the pool is a new object in every chunk."""
     model, text = model_of("exact", layers=3), pico.inputs(1, 1, HEIGHT, WIDTH)[2]
     expected = torch.cat(list(stream_chunks(model, text, FRAMES, HEIGHT, WIDTH, num_inference_steps=2)), dim=2)
     model.compile_repeated_blocks(backend=backend, fullgraph=True)

@@ -1,4 +1,4 @@
-"""`consistency` against a teacher whose ODE is solved, against streaming, and as a stage that is run."""
+"""`consistency` compared with a teacher whose ODE has a known solution, with streaming, and run as a stage."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SPREAD = 0.5
 
 
 class Solved:
-    """Data is Gaussian around the mean of the text, so that the ODE of its flow is known."""
+    """The velocity of Gaussian data around the mean of the text; the solution of its ODE is known."""
 
     dtype, device, flow_map = torch.float32, torch.device("cpu"), False
     causal = CausalConfig(**case.CAUSAL)
@@ -40,7 +40,7 @@ class Solved:
 
 
 class SolvedMap(Solved):
-    """Points from anywhere on a path of that ODE to its end: `x_t - (1 - t) mean` grows like sigma."""
+    """The end of the path through any point of that ODE: `x_t - (1 - t) mean` grows like sigma."""
 
     def velocity(self, x, t, mean, sigma):
         end = mean + SPREAD / sigma * (x - (1 - t) * mean)
@@ -76,7 +76,7 @@ def test_the_solution_of_the_ode_is_a_fixed_point():
 
 @torch.no_grad()
 def streamed_loss(stage, student, average, teacher, batch, seed):
-    """Chunk by chunk, each history read from a cache that clean chunks were written to."""
+    """Chunk by chunk, with histories from a cache of clean chunks."""
     generator = torch.Generator().manual_seed(seed)
     latents, text = batch["latents"], batch["encoder_hidden_states"]
     empty = torch.zeros_like(text)
@@ -160,7 +160,7 @@ def test_a_view_has_the_weights_in_the_same_memory():
 
 @torch.no_grad()
 def solve(model, x, text, steps):
-    """Euler steps of the ODE of a whole clip, the history all zeros."""
+    """Euler steps of the ODE of a whole clip, with a history of zeros."""
     context = {"context": torch.zeros_like(x), "context_timestep": torch.zeros(len(x))}
     times = sampling_times(steps, 5.0)
     for t, t_next in itertools.pairwise(times):

@@ -1,4 +1,4 @@
-"""The fit is the best there is in its metric, every init works in every layout, and bad input is named."""
+"""The fit is optimal in its metric, every init works in every layout, and errors name bad input."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_layouts_that_cannot_be_are_refused(settings: dict[str, Any], message: s
 
 
 def test_degenerate_calibration_still_converts() -> None:
-    """Fewer tokens than the rank, and a layer whose keys and values are all the same."""
+    """Fewer tokens than the rank, and a layer in which all keys and all values are equal."""
     dense = pico.dense_model()
     dense.blocks[0].attn1.to_k.weight.zero_()
     dense.blocks[0].attn1.to_v.weight.zero_()

@@ -1,4 +1,4 @@
-"""Where a conversion computes: on a GPU in the stored dtype, on a CPU in float32."""
+"""A conversion computes in the stored dtype on a GPU, and in float32 on a CPU."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
 
 
 def converted(source: Source, folder: Path, device: torch.device | str, **settings: Any) -> dict[str, Tensor]:
-    """The state of a conversion, from its files."""
+    """The state of a conversion, read from its files."""
     config = ConvertConfig(**{"calibration": CALIBRATION, **settings})
     found = convert_source(source, config, folder / "parts", pico.batches(), device=device)
     save_checkpoint(found.model, folder / "checkpoint", {}, tensors=found.tensors)
@@ -48,7 +48,7 @@ def converted(source: Source, folder: Path, device: torch.device | str, **settin
 
 
 def velocity_error(folder: Path) -> float:
-    """Relative difference of the velocities of what `folder` has of the `gpu` and of the `cpu`."""
+    """Relative difference between the velocities of the models in `folder` from `gpu` and `cpu`."""
     clip = pico.inputs(2, 7, 6, 4)
     actual, expected = (load_checkpoint(folder / name / "checkpoint")(*clip).sample for name in ("gpu", "cpu"))
     return pico.relative_error(actual, expected)

@@ -1,4 +1,4 @@
-"""Decoding a rollout chunk by chunk, and what runs beside it: threads, files, offloading."""
+"""Decoding a rollout chunk by chunk, together with threads, files and offloading."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_a_start_of_pictures_goes_through_the_vae(tmp_path: Path) -> None:
 
 
 def test_a_start_that_was_decoded_joins_without_a_seam() -> None:
-    """What is yielded for a start is decoded too, so the frames after it have their past."""
+    """The chunks of a start are decoded too, so later frames have their past."""
     vae, model = (
         tiny_vae(),
         pico.dense_model(in_channels=4, out_channels=4, causal={"num_frames_per_block": 2, "window_frames": 4}),
@@ -300,7 +300,7 @@ def test_weights_are_pinned_where_they_fit(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("offload", ["none", "model", "group"])
 def test_offloading_changes_nothing_and_reaches_every_pass(offload: str) -> None:
-    """The CPU is the device: which weights are where cannot be seen here, that the hooks run can."""
+    """The device is the CPU, so this tests that the hooks run, not where the weights are."""
     vae = tiny_vae()
     models = [pico.dense_model(in_channels=4, out_channels=4, seed=seed) for seed in (0, 1)]
     models[0].noise_range, models[1].noise_range = (0.5, 1.0), (0.0, 0.5)

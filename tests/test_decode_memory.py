@@ -1,4 +1,4 @@
-"""What decoding takes, counted before it runs."""
+"""The memory of decoding, counted before it runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RESULTS = Path(__file__).parents[1] / "docs" / "benchmarks"
 
 
 def held(vae: Any, items: int) -> DecodingBytes:
-    """The same by decoding `items` videos on the CPU."""
+    """The same, measured by decoding `items` videos on the CPU."""
     decoder, (*chunks, last) = StreamingDecoder(vae), latents(4, items).split(1, dim=2)
     for chunk in chunks:
         decoder(chunk)

@@ -1,4 +1,4 @@
-"""Where tensors lie, by a GPU that is pretended."""
+"""Devices of tensors, tested on a simulated GPU."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ WAN = {"in_channels": 4, "out_channels": 4, "text_dim": DIM, "causal": {"num_fra
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Wan model whose source, a pipeline with a tiny text encoder and VAE, lies beside it in `pipeline`."""
+    """A Wan model with its source, a pipeline with a tiny text encoder and VAE, beside it in `pipeline`."""
     folder = tmp_path_factory.mktemp("wan")
     source = {"source": {"model": str(write_wan_pipeline(folder / "pipeline"))}}
     save_checkpoint(pico.dense_model(layers=1, **WAN), folder / "checkpoint", source)
@@ -58,7 +58,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def unstreamed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Group offloading without the streams that overlap its copies."""
+    """Group offloading without the CUDA streams that overlap its copies."""
     known = mla_convert.run.offload.apply_group_offloading
     monkeypatch.setattr(
         mla_convert.run.offload, "apply_group_offloading", lambda *a, **k: known(*a, **{**k, "use_stream": False})
@@ -188,7 +188,7 @@ def test_weights_travel_to_the_gpu_and_are_not_copied_back(monkeypatch: pytest.M
 
 
 def test_a_step_copies_no_times_to_the_gpu() -> None:
-    """A number on the CPU goes along with the launch, and gives the same bits as one on the device."""
+    """A number on the CPU is passed with the launch, and gives the same bits as one on the device."""
     generator = torch.Generator().manual_seed(0)
     x, v, noise = torch.randn(3, 1, 2, 2, 3, 3, generator=generator)
     for t, t_next in itertools.pairwise(sampling_times(7, 5.0)):
@@ -251,7 +251,7 @@ def test_streams_share_passes(offload: Literal["model"] | None) -> None:
 
 
 class Counted:
-    """A recorder that runs what it is given, where a copy from the CPU is an error, as while a graph is captured."""
+    """A recorder that runs its function and refuses copies from the CPU, as the capture of a graph does."""
 
     def capture(self, run: Callable[[], Tensor]) -> Tensor:
         run()
@@ -367,7 +367,7 @@ def test_conditions_on_the_cpu_reach_a_gpu(offload: Literal["model"] | None) -> 
 
 @pytest.fixture
 def available(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.device], None]:
-    """Says whether torch sees a GPU."""
+    """Sets whether torch sees a GPU."""
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "pretended")

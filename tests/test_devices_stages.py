@@ -1,4 +1,4 @@
-"""Every stage trains on a GPU that is pretended, and goes on from a checkpoint, as on the CPU."""
+"""Every stage trains and resumes on a simulated GPU as on the CPU."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TRAINED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_stages_train_and_go_on_from_a_checkpoint(name: str, tmp_path: Path) -> None:
-    """By two steps, the second after an interruption; the stage of shared latents is `match_attention`."""
+    """Two steps, the second after an interruption; `match_attention` has shared latents."""
     stage = stages()[name].config_class
     settings = {"steps": 2, "learning_rate": 1e-3, "batch_size": 1, "checkpoint_every": 1, "tracker": None}
     # A large epsilon, so that Adam does not make rounding as large as a gradient.
@@ -62,7 +62,7 @@ def test_stages_train_and_go_on_from_a_checkpoint(name: str, tmp_path: Path) -> 
 
 
 class ImageClips(Clips):
-    """Clips with what Wan2.1's image-to-video models read."""
+    """Clips with the inputs of Wan2.1's image-to-video models."""
 
     def heldout(self, count: int, seed: int = 99) -> Batch:
         latents, _ = image_case.latents(6, count, seed)
@@ -79,7 +79,7 @@ class ImageClips(Clips):
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_stages_train_on_images(name: str, tmp_path: Path) -> None:
-    """Before them the model is calibrated on images, behind them it is measured."""
+    """The model is calibrated on images before training and measured after it."""
     stage = stages()[name].config_class
     settings = {"steps": 1, "learning_rate": 1e-3, "batch_size": 1, "checkpoint_every": None, "tracker": None}
     config = stage(stage=name, **settings, epsilon=1e-2, trainable="attention", **TRAINED[name])

@@ -1,4 +1,4 @@
-"""What people do with a diffusers model works with a converted one."""
+"""Common features of diffusers models work with a converted model."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_lora_of_kept_projections_works(converted):
 
 @pytest.mark.parametrize("own_forward", [False, True])
 def test_a_lora_has_the_scale_that_it_is_asked_for(converted, own_forward):
-    """As with stock models."""
+    """As in stock models."""
     model = copy.deepcopy(converted)
     model.add_adapter(LoraConfig(r=2, target_modules=["attn1.to_q", "ffn.net.0.proj"], init_lora_weights=False))
 

@@ -1,4 +1,4 @@
-"""The embedded teacher: its data, its judge, and what it was trained to do."""
+"""The embedded teacher: its data, its classifier, and its quality."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_the_judge_reads_real_heldout_digits() -> None:
 
 
 def test_the_teacher_draws_what_heldout_prompts_ask_for() -> None:
-    """A third of the held-out prompts; the figures of the card come from all, with three seeds."""
+    """Uses a third of the held-out prompts; the card's figures come from all of them, with three seeds."""
     teacher = load_dense(load_source("zoo:digits"))
     config = EvaluateConfig(rollout_prompts=24, shift=3.0, guidance_scale=3.0)
     _, right = digit_rollouts(teacher, 16, config)

@@ -19,7 +19,7 @@ CONFIG = EvaluateConfig(rollout_prompts=20, rollout_seeds=2, long_factor=3, fact
 
 @pytest.fixture(scope="module")
 def bench():
-    """A teacher that draws real videos, and a student that draws nothing after the training length."""
+    """A teacher that draws real videos, and a student whose frames are empty after the training length."""
 
     def drawn(model, num_frames, config, progress):
         assert config.sampler == ("euler" if model == "real" else "renoise")
@@ -79,7 +79,7 @@ def test_report_shows_every_metric(bench) -> None:
 
 
 def test_lengths_are_shown_from_short_to_long(bench) -> None:
-    """Also where JSON has put 16x before 3x."""
+    """Even if JSON puts 16x before 3x."""
     lengths = bench[0]["lengths"]
     longer = {"16x": lengths["3x"], **lengths}
     titles = [table["title"] for table in tables({**bench[0], "lengths": longer})]

@@ -1,4 +1,4 @@
-"""fp16 on the CPU: Accelerate wants a GPU for it, so it is handed torch's own loss scaler, which does not."""
+"""fp16 on the CPU: Accelerate requires a GPU for it, so it gets torch's own loss scaler, which does not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mla_convert.distill.metrics import Metrics
 
 
 class Half(Accelerator):
-    """What an Accelerator with mixed_precision fp16 is on a GPU."""
+    """An Accelerator as it is with mixed_precision fp16 on a GPU."""
 
     # Scaled by so much, gradients overflow fp16's largest number until the scale has been lowered.
     first_scale = 2.0**30

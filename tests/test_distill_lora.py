@@ -1,4 +1,4 @@
-"""Adapters on what a stage leaves frozen, and blocks that are recomputed or compiled."""
+"""Adapters on layers that a stage leaves frozen, and blocks that are recomputed or compiled."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_adapters_go_where_nothing_is_trained():
 
 
 def test_adapters_are_trained_saved_and_merged(tmp_path):
-    """The student ends plain: its weights are those before plus the adapters that were saved."""
+    """The student ends without adapters: its weights are those from before plus the saved adapters."""
     teacher = case.tiny_model()
     student = case.perturbed(teacher)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}

@@ -105,7 +105,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
 
 
 def test_sigkill_at_any_moment(tmp_path):
-    """Killed by the system without a chance to tidy up, after a step that a seed chooses."""
+    """Killed by the system without cleanup, after a step chosen by a seed."""
     step = random.Random(5).randrange(1, 12)
     changes = {"steps": 5000, "checkpoint_every": 1, "eval_every": None}
     arguments = [sys.executable, case.__file__, str(tmp_path), "inf", json.dumps(changes)]
@@ -133,7 +133,7 @@ def test_sigkill_at_any_moment(tmp_path):
 def test_two_processes(tmp_path):
     """Two processes resume bit for bit, and equal one process that accumulates twice as long.
 
-    `whole` was killed by the system after a step that a seed chooses, `resumed` stopped in another one.
+    `whole` was killed by the system after a step chosen by a seed; `resumed` stopped in another step.
     """
     case.kill_two_processes(tmp_path, step=random.Random(7).randrange(4, 8))
     launched = case.two_processes(tmp_path, last_clip=15)

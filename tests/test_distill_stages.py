@@ -1,4 +1,4 @@
-"""Losses: the packed forward against chunk-by-chunk streaming, and what each stage asks for."""
+"""Losses: the packed forward compared with chunk-by-chunk streaming, and what each stage requires."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def draw(clips, causal, **settings):
 
 @torch.no_grad()
 def stream_velocity(model, noised):
-    """Chunk by chunk with a cache that clean (or `context`) chunks are written to."""
+    """Chunk by chunk, with a cache of clean (or `context`) chunks."""
     batch, _, frames, height, width = noised.x_t.shape
     cache = model.init_cache(batch, height, width)
     copies = batch // len(noised.context)
@@ -64,7 +64,7 @@ def test_flow_loss_is_the_error_of_the_streamed_velocity(clips):
 
 
 def test_flow_loss_in_smaller_forwards_is_the_same(clips):
-    """The noise does not depend on how many clips a forward takes; the largest one is what was asked for."""
+    """The noise does not depend on the number of clips per forward; the largest forward has the requested size."""
     model, seen = case.tiny_model().eval(), []
     model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     whole, in_ones = flow_loss(model, clips), flow_loss(model, clips, forward_size=1)

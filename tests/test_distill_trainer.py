@@ -93,7 +93,7 @@ def test_it_ends_with_the_average(tmp_path):
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_nothing_of_a_stage_stays_in_memory(tmp_path, precision, monkeypatch):
-    """Its optimizer's state and what wraps the student would lie beside those of the next stage."""
+    """Otherwise its optimizer's state and its wrapped student would coexist with the next stage's."""
     learners = []
     built = Learner.__init__
 
@@ -246,7 +246,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, error):
 
 
 def test_a_full_disk_is_one_line_for_shards_too(tmp_path, monkeypatch):
-    """torch wraps what goes wrong in any of the processes in an exception that `except Exception` does not catch."""
+    """torch wraps the error of any process in an exception that `except Exception` does not catch."""
     model = case.tiny_model()
     optimizer = torch.optim.AdamW(model.parameters())
     checkpoints = state.Checkpoints(tmp_path / "checkpoints", {}, keep=1)

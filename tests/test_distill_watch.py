@@ -1,4 +1,4 @@
-"""What a stage notices on its way: spikes, plateaus, distances, the teacher's loss, previews, trackers."""
+"""What a stage monitors: spikes, plateaus, distances, the teacher's loss, previews, trackers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LOUD = 7  # the step whose clips are far too loud
 
 
 class LoudClips(case.Clips):
-    """Digits of which those of step `LOUD` are ten times as bright."""
+    """Digits that are ten times as bright in step `LOUD`."""
 
     def example(self, index):
         clip = super().example(index)
@@ -81,7 +81,7 @@ def test_a_spike_is_logged(tmp_path, caplog):
 
 
 def test_a_spike_is_skipped(tmp_path):
-    """The step changes neither weights nor average nor the optimizer, on the way and after a resume."""
+    """The step changes neither weights nor average nor optimizer, also after a resume."""
     changes = {
         "teacher_weight": 0.0,
         "spike": {**SPIKE, "action": "skip"},
@@ -117,7 +117,7 @@ def test_a_spike_ends_the_run(tmp_path):
 
 
 def test_a_plateau_ends_the_stage(tmp_path):
-    """It ends with a checkpoint, and run again it trains no further; a kill in between changes nothing."""
+    """It ends with a checkpoint and trains no further when it is run again; a kill in between changes nothing."""
     changes = {"steps": 40, "eval_every": 2, "stop": {"patience": 2, "min_delta": 0.5}, "schedule": "constant"}
     result, student, rows = run(tmp_path / "whole", **changes)
     assert 4 <= result.steps < 40
@@ -218,7 +218,7 @@ for resumed_from in (3, 8):
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_trackers_by_name_go_on_with_a_run(tmp_path, name):
-    """Killed, gone on with, and once more with nothing left to do. The packages are not dependencies."""
+    """Killed, resumed, and run once more with nothing left to do. The packages are not dependencies."""
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"needs the package {name}, which is not a dependency")
     folder = tmp_path / "run"
@@ -272,7 +272,7 @@ def test_keys_that_do_not_fit(changes, message):
 
 
 def test_adafactor(tmp_path):
-    """Another optimizer trains, keeps a state without a second copy of the weights, and resumes."""
+    """A different optimizer trains, saves its state without a second copy of the weights, and resumes."""
     changes = {"optimizer": "adafactor", "learning_rate": 1e-2}
     _, _, rows = run(tmp_path / "whole", **changes)
     assert rows[-1]["teacher_loss"] < rows[1]["teacher_loss"]

@@ -1,4 +1,4 @@
-"""`dmd` against the scores of two Gaussians, against plain forwards, and as a stage that is run."""
+"""`dmd` compared with the scores of two Gaussians and with plain forwards, and run as a stage."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TEXT = torch.zeros(64, 1, 1)
 
 
 class Gaussian:
-    """The velocity of elements that are normal around `mean` with deviation `spread`."""
+    """The velocity of elements with a normal distribution of mean `mean` and standard deviation `spread`."""
 
     dtype, device, flow_map = torch.float32, torch.device("cpu"), False
 
@@ -51,7 +51,7 @@ class Gaussian:
 
 
 def stage_on(videos, **changes):
-    """The stage with `videos` in the place of a rollout."""
+    """The stage with `videos` in place of a rollout."""
     stage = DMD(case.make_config("dmd", guidance_scale=1.0, **changes))
     stage._rollout = lambda student, batch, generator: videos
     return stage
@@ -100,7 +100,7 @@ def test_it_moves_a_gaussian_onto_another():
 
 
 def test_the_fake_score_learns_a_gaussian():
-    """Its loss is least for the Gaussian that the rollouts come from."""
+    """Its loss is lowest for the Gaussian that the rollouts come from."""
     videos = -0.5 + 1.2 * torch.randn(64, 1, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     stage = stage_on(videos)
     batch = stage.second_batch({"student": None}, {"encoder_hidden_states": TEXT}, torch.Generator())
@@ -115,7 +115,7 @@ def test_the_fake_score_learns_a_gaussian():
 
 @pytest.mark.parametrize("score_attention", ["causal", "bidirectional"])
 def test_scores_of_a_model_are_those_of_plain_forwards(score_attention):
-    """Guided real score with its own prompts, fake score without; chunk by chunk, or all at once."""
+    """The real score is guided, with its own prompts, and the fake score is not; chunk by chunk, or all at once."""
     real, batch = case.tiny_model().eval(), case.Clips().heldout()
     fake, text = case.perturbed(real, 0.3).eval(), batch["encoder_hidden_states"]
     videos = batch["latents"].clone().requires_grad_()

@@ -1,4 +1,4 @@
-"""What README and docs show works: Python blocks run, commands parse, links lead somewhere."""
+"""README and docs are correct: Python blocks run, commands parse, links lead somewhere."""
 
 from __future__ import annotations
 
@@ -77,14 +77,14 @@ def python_blocks(page: Path) -> list[Block]:
 
 
 def spans(page: Path) -> Iterator[tuple[int, Token]]:
-    """Line and token of what stands in running text: code, links and images."""
+    """Line and token of everything in running text: code, links and images."""
     for token in tokens(page):
         for child in token.children or []:
             yield (token.map or [0])[0] + 1, child
 
 
 def commands(text: str) -> list[list[str]]:
-    """The words of every command in a shell block; comments, pipes and the brackets of a synopsis fall away."""
+    """The words of every command in a shell block, without comments, pipes and the brackets of a synopsis."""
     found: list[list[str]] = []
     for line in re.sub(r"\\\n\s*", " ", text).splitlines():
         lexer = shlex.shlex(
@@ -102,7 +102,7 @@ def commands(text: str) -> list[list[str]]:
 
 
 def arguments(words: list[str]) -> list[str] | None:
-    """What `mla-convert` gets of a command line that starts it in one way or another; None for other commands."""
+    """The arguments that `mla-convert` gets from a command line that starts it; None for other commands."""
     if words[0] == "mla-convert":
         return words[1:]
     if words[0] in ("python", "accelerate", "torchrun") and "mla_convert" in words:
@@ -115,7 +115,7 @@ def options(command: Any) -> set[str]:
 
 
 def check_command(words: list[str], whole: bool = True) -> None:
-    """Parse a command line without running it; of one that is not `whole`, its command and options only.
+    """Parse a command line without running it; unless it is `whole`, only its command and options.
 
     Raises ValueError.
     """
@@ -246,7 +246,7 @@ def test_links_resolve(page):
 
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory):
-    """A folder with a converted digits checkpoint wherever the pages have one."""
+    """A folder with a converted digits checkpoint at every path that the pages use."""
     folder = tmp_path_factory.mktemp("docs")
     (folder / "docs.yaml").write_text(RECIPE)
     assert main(["convert", str(folder / "docs.yaml"), "--out", str(folder / "built")]) == 0
@@ -258,7 +258,7 @@ def workspace(tmp_path_factory):
 
 
 def needs_more(code: str, folder: Path) -> bool:
-    """Whether a block loads something that is neither in `folder` nor made by the block."""
+    """Whether a block loads something that is neither in `folder` nor created by the block."""
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Call) and getattr(node.func, "attr", None) == "from_pretrained" and node.args:
             first = node.args[0]
@@ -282,7 +282,7 @@ def check_imports(code: str) -> None:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=name)
 def test_python_runs(page, workspace, monkeypatch):
-    """The blocks of a page run in its order; from the first that needs the network on, their imports are checked."""
+    """The blocks of a page run in order; from the first that needs the network on, only imports are checked."""
     monkeypatch.chdir(workspace)
     scope: dict[str, Any] = {"__name__": "__main__"}
     offline = name(page) not in FRAGMENTS

@@ -1,4 +1,4 @@
-"""A figure in the documentation is one that a committed result holds: tables row by row, percentages one by one."""
+"""Every figure in the documentation is in a committed result: tables row by row, percentages one by one."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def without_output(page: Path) -> str:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_rows_are_those_of_a_result(page: Path, results: dict[str, set[str]]) -> None:
-    """A table with a column of numbers is a table of a result file, or its numbers are those of tests."""
+    """A table with a column of numbers is a table of a result file, or its numbers are in tests."""
     text = page.read_text(encoding="utf-8")
     for header, rows in tables(text).items():
         if header in results:
@@ -94,7 +94,7 @@ def test_rows_are_those_of_a_result(page: Path, results: dict[str, set[str]]) ->
     "page", [p for p in PAGES if p.name != "recipes.md"], ids=lambda p: p.relative_to(ROOT).as_posix()
 )
 def test_figures_stand_in_a_result(page: Path, committed: str) -> None:
-    """Percentages and bytes in running text stand in a result file, with or without their sign."""
+    """Percentages and bytes in running text are in a result file, with or without their sign."""
     known = {figure.lstrip("+-") for figure in FIGURE.findall(committed)} | {name.lstrip("-") for name in STATED}
     found = FIGURE.findall(re.sub(r"`[^`]*`", "", without_output(page)))
     unknown = [figure for figure in found if figure.lstrip("+-") not in known]
@@ -103,7 +103,7 @@ def test_figures_stand_in_a_result(page: Path, committed: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_observed_errors_stand_in_a_test(page: Path) -> None:
-    """An error such as 1.8e-7 is one that a test has beside its tolerance."""
+    """An error such as 1.8e-7 is noted in a test beside its tolerance."""
     folders = (ROOT / "tests", ROOT / "kernels" / "mla-attention", ROOT / "mla_convert", RESULTS)
     sources = [path for folder in folders for path in folder.rglob("*.py")]
     sources += [path for path in RESULTS.iterdir() if path.suffix in (".json", ".md") and path.name != "README.md"]
@@ -144,7 +144,7 @@ def test_the_table_of_cache_bits_is_its_result(name: str, monkeypatch: pytest.Mo
 
 
 def test_the_study_says_of_the_stages_what_their_table_says() -> None:
-    """The two starts of a layer's own latent: how far apart they are, and how much of their rank they use."""
+    """Two initializations of a layer's own latent: how far apart they are, and how much of their rank they use."""
     (rows,) = tables((RESULTS / "stages-steps.md").read_text(encoding="utf-8")).values()
     cells = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:-1]] for row in rows}
     svd, random = cells["`decoupled`, `svd`"], cells["`decoupled`, `random`"]

@@ -1,4 +1,4 @@
-"""Every use of a seed has draws of its own, and the documentation's figures keep theirs."""
+"""Every use of a seed has its own draws, and those behind the documentation's figures stay the same."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mla_convert.draws import Use, drawn, drawn_seed
 
 
 def test_the_figures_of_the_documentation_keep_their_draws() -> None:
-    """Numbers that may not change: `docs/study.md` and the demo were drawn with them."""
+    """Numbers that must not change: `docs/study.md` and the demo were made with them."""
     kept = {"CALIBRATION_NOISE": 1, "SAMPLE": 2, "PROJECTION": 3, "INIT": 4, "ORDER": 1, "NOISE": 2, "SHARED": 3}
     assert {name: Use[name].value for name in kept} == kept
     assert drawn(Use.INIT, 0, 1).initial_seed() == 15467886198378882463

@@ -1,4 +1,4 @@
-"""`distill --dry-run`: the counts against real models, the formulas against what autograd keeps."""
+"""`distill --dry-run`: counts compared with real models, formulas with what autograd saves."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FRAMES, HEADS, HEAD_DIM, FFN, RANK = 8, 4, 12, 96, 16
 
 
 class Fused(torch.autograd.Function):
-    """What a fused attention keeps: its inputs and its output."""
+    """Saves what a fused attention saves: its inputs and its output."""
 
     @staticmethod
     def forward(ctx, query, key, value):
@@ -65,7 +65,7 @@ def model(layers, block, position, **changes):
 
 
 def kept(one, precise, monkeypatch, text=4, **conditions):
-    """Bytes that autograd keeps of a forward with clean history, parameters and their casts left out."""
+    """Bytes that autograd saves in a forward with clean history, without parameters and their casts."""
     latents, words = torch.randn(1, 4, FRAMES, 8, 8), torch.randn(1, text, 8)
     clips = noised_clips(latents, words, one.causal, torch.Generator(), conditions=conditions)
     own = {parameter.untyped_storage().data_ptr() for parameter in one.parameters()}
@@ -105,7 +105,7 @@ def test_activations_are_what_autograd_keeps(monkeypatch, position, precise, blo
 
 @pytest.mark.parametrize("precise", [True, False])
 def test_an_image_keeps_an_answer_more(monkeypatch, precise):
-    """The text behind an image's tokens is copied twice, which is of no account beside the tokens of a real clip."""
+    """The text after an image's tokens is copied twice, which is negligible beside the tokens of a real clip."""
     inner, counted, predicted = HEADS * HEAD_DIM, [], []
     reads = {"in_channels": 12, "image_dim": 8, "added_kv_proj_dim": inner}
     image = {"image_latents": torch.zeros(1, 8, FRAMES, 8, 8), "encoder_hidden_states_image": torch.randn(1, 2, 8)}
@@ -126,7 +126,7 @@ def needs(capsys, *arguments):
 
 
 def test_the_paper_on_eight_cards(capsys):
-    """Without the weights; the published model has 1,418,996,800 parameters, its teacher lies in bf16."""
+    """Without the weights; the published model has 1,418,996,800 parameters, and its teacher is in bf16."""
     plain = needs(capsys, "wan2.1-1.3b-paper", "--processes", "8")
     assert plain["launch"] == {"processes": 8, "sharded": False, "zero": False}
     assert "its weights are not on this machine" in plain["assumptions"][0]

@@ -1,4 +1,4 @@
-"""`encode` against the models it wraps: a tiny Wan pipeline in a folder, and videos of a moving square."""
+"""`encode` compared with the models it wraps: a tiny Wan pipeline in a folder, and videos of a moving square."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def encode(source: Path | None, out: Path, pipeline: Path, *options: str) -> int
 
 @pytest.fixture(scope="module")
 def encoded(clips, pipeline, tmp_path_factory) -> Path:
-    """What an unbroken run writes: three shards."""
+    """The output of an uninterrupted run: three shards."""
     out = tmp_path_factory.mktemp("encoded") / "data"
     assert encode(clips, out, pipeline, "--shard-size", "3") == 0
     return out
@@ -235,7 +235,7 @@ def test_two_processes_write_what_one_does(clips, pipeline, encoded, tmp_path):
 
 
 def break_videos(folder: Path) -> dict[str, str]:
-    """Videos that cannot be used, and a pattern of the reason."""
+    """Videos that cannot be used, each with a pattern that its reason matches."""
     write_video(folder / "short.mp4", FRAMES - 1)
     whole = write_video(folder / "whole.mp4").read_bytes()
     (folder / "whole.mp4").unlink()

@@ -1,4 +1,4 @@
-"""Encoding a video chunk by chunk with Wan's VAEs, and what it holds."""
+"""Encoding a video chunk by chunk with Wan's VAEs, and the memory it keeps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints are the same bytes for the same weights, load everywhere they should, and nowhere else."""
+"""Checkpoints have equal bytes for equal weights, and load where they should and nowhere else."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_stock_class_refuses_a_converted_checkpoint(tmp_path, position, own_chun
 
 
 def test_stock_class_refuses_where_this_package_is_unknown(saved):
-    """Once the class is an attribute of diffusers, diffusers warns less; so try without it too."""
+    """diffusers warns less if the class is its attribute, so this is tested without that as well."""
     code = f"import diffusers; diffusers.WanTransformer3DModel.from_pretrained({str(saved / 'transformer')!r})"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode != 0
@@ -116,7 +116,7 @@ def test_model_that_the_stock_class_would_load_is_not_written(tmp_path, monkeypa
 
 
 def test_pipeline_finds_the_class_in_diffusers(saved, tmp_path):
-    """As `["diffusers", cls]` in model_index.json, and as a pipeline that was saved names it."""
+    """As `["diffusers", cls]` in model_index.json, and as a saved pipeline names it."""
     index = {
         "_class_name": "WanPipeline",
         "transformer": ["diffusers", "MLAWanTransformer3DModel"],

@@ -55,7 +55,7 @@ def blocks(language: str) -> list[str]:
 
 
 def install(folder: Path, entry_points: str) -> Path:
-    """What pip would write for a package with these entry points, in a folder for the path."""
+    """A folder for `sys.path` with what pip would write for a package with these entry points."""
     info = folder / "toy-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
@@ -65,7 +65,7 @@ def install(folder: Path, entry_points: str) -> Path:
 
 @pytest.fixture(scope="module")
 def entry_points() -> str:
-    """The entry points in the pyproject.toml of the page, as pip writes them."""
+    """The entry points of the page's pyproject.toml, as pip writes them."""
     (project,) = blocks("toml")
     parser = configparser.ConfigParser()
     parser.read_string(project)
@@ -90,7 +90,7 @@ def installed(entry_points: str, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 def test_the_page_shows_the_family_but_for_its_stock_model() -> None:
-    """Every block is in the file, in its order; what no block shows are other libraries and the stock model."""
+    """Every block is in the file, in order; only other libraries and the stock model are not shown."""
     text = (TESTS / "toy_family.py").read_text(encoding="utf-8")
     shown, rest = [block for block in blocks("python") if block in text], text
     assert len(shown) > 1
@@ -123,7 +123,7 @@ def test_the_installed_family_and_stage_are_found() -> None:
 
 
 def test_the_family_may_be_imported_first(installed: Path) -> None:
-    """In a fresh process, where importing it imports `mla_convert.families` halfway."""
+    """In a fresh process, where importing it starts the import of `mla_convert.families`."""
     code = (
         "import toy_family, diffusers\n"
         "from mla_convert import registry\n"
@@ -184,7 +184,7 @@ def stock_copy(dense: Any) -> ToyTransformer3DModel:
 
 
 def lossless(own_chunk: str) -> list[dict[str, Any]]:
-    """`pico.lossless` with the toy's rotary pairs: a third of them turn with time."""
+    """`pico.lossless` with the toy's rotary pairs, of which a third rotate with time."""
     *others, baked = pico.lossless(HEADS, 12, own_chunk)
     temporal = HEADS * 12 // 3
     return [*others, baked | {"kv_lora_rank": 2 * HEADS * 12 - temporal, "qk_rope_head_dim": temporal}]

@@ -1,4 +1,4 @@
-"""Models of few steps are calibrated, repaired and measured at the noise levels that they know, and at no others."""
+"""Few-step models are calibrated, repaired and measured at the noise levels they know, and at no others."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CHUNKS = [(0, 2), (2, 4), (4, 6)]
 
 
 def only(t):
-    """Whether all of the noise levels are the four, and all four come up."""
+    """Whether the noise levels are exactly the four."""
     found = sorted({round(float(value), 6) for value in t.flatten()}, reverse=True)
     return found == pytest.approx(LEVELS, abs=1e-6)
 

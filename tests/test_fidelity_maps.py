@@ -1,4 +1,4 @@
-"""Attention maps and worst clips of constructed pairs of models, whose figures are known."""
+"""Attention maps and worst clips of constructed pairs of models with known figures."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_lossless_conversion_looks_where_its_teacher_looks(settings) -> None:
 
 
 def test_swapped_heads_differ_as_the_teachers_heads_do() -> None:
-    """Heads of layer 1 changed places, the output's columns too: the same model, but each map is the other head's."""
+    """The heads of layer 1 are swapped, and the output's columns too: the same model, but the maps are swapped."""
     teacher = pico.dense_model()
     student = copy.deepcopy(teacher)
     attention = student.blocks[1].attn1
@@ -119,7 +119,7 @@ def test_one_perturbed_head_is_found_and_named() -> None:
 @pytest.mark.parametrize("family", sorted(pico.BUILDERS))
 @pytest.mark.parametrize("settings", [None, *pico.VARIANTS], ids=str)
 def test_the_logits_are_those_that_attention_uses(family, settings, monkeypatch) -> None:
-    """Softmax over `head_logits` equals that over what the layer itself hands to `attend`."""
+    """The softmax of `head_logits` equals that of the queries and keys that the layer passes to `attend`."""
     from mla_convert.mla import attention
 
     model = pico.dense_model(family=family, causal=None if family == "anyflow_far" else pico.WINDOW)

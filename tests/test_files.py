@@ -1,4 +1,4 @@
-"""Where files cannot be written is said in one line, before long work, and nothing is left behind."""
+"""A place that cannot be written to is named in one line, before long work, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_what_blocks_in_a_locked_folder_is_not_taken_for_the_lock(tmp_path):
 
 
 def test_a_lock_that_its_holder_removed_is_not_one(tmp_path, monkeypatch):
-    """Opened before the holder removed it, locked after: a third process may hold a new file of that name."""
+    """The file is opened before its holder removes it and locked after; a third process may hold a new file by then."""
     opened, lockf = [], fcntl.lockf
 
     def removed(handle, *rest):

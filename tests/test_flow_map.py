@@ -1,4 +1,4 @@
-"""Flow maps: the second time r goes with t through rollouts, training data, calibration and losses."""
+"""Flow maps: the second time r is passed along with t in rollouts, training data, calibration and losses."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CAUSAL = CausalConfig(num_frames_per_block=2, window_frames=5, sink_frames=1)
 
 
 class FlowMapWan(CausalWanTransformer3DModel):
-    """Wan with a second time that changes the modulation, and that has to be given."""
+    """Wan with a required second time, which changes the modulation."""
 
     flow_map = True
 
@@ -116,7 +116,7 @@ def test_rollout_asks_for_every_step_and_writes_the_velocity() -> None:
 @pytest.mark.parametrize("converted", [False, True])
 @pytest.mark.parametrize("flow_map", [False, True], ids=["instantaneous", "drawn"])
 def test_packed_forward_equals_streaming(converted: bool, flow_map: bool) -> None:
-    """The context of the packed forward has r = t, as the pass that writes a cache has."""
+    """The context of the packed forward has r = t, as in the pass that writes to a cache."""
     dense = flow_map_model()
     model = convert(dense, kv_lora_rank=16, position="rotate_on_read") if converted else dense
     batch = noised(model, context_noise=0.5, flow_map=flow_map)

@@ -1,4 +1,4 @@
-"""Streaming generation: samplers, seeds, prompts that change, lengths without an end."""
+"""Streaming generation: samplers, seeds, changing prompts, endless videos."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def video(*arguments: Any, **settings: Any) -> Tensor:
 
 @torch.no_grad()
 def few_step_loop(model: Any, prompts: Tensor, frames: int, shift: float, opening: Any, steps: Any) -> Tensor:
-    """Sampling as Self-Forcing publishes it: the clean chunk is predicted, and new noise added at the next level.
+    """Sampling as published with Self-Forcing: predict the clean chunk, then add new noise at the next level.
 
-    The first chunk takes the steps `opening`, as Causal-Forcing's students of few steps do.
+    The first chunk takes the steps `opening`, as Causal-Forcing's few-step students do.
     """
     generator, made = torch.Generator().manual_seed(0), []
     cache = model.init_cache(len(prompts), *SIZE)
@@ -118,7 +118,7 @@ def test_a_flow_map_is_asked_down_to_0_before_new_noise(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("settings", [{}, {"guidance_scale": 3.0, "sampler": "renoise", "context_noise": 0.1}])
 def test_an_item_of_a_batch_is_its_single_rollout(settings: dict[str, Any]) -> None:
-    """Matrix products of another shape round differently: the largest difference seen is 7e-7, of values up to 3.4."""
+    """Matrix products of a different shape round differently: observed at most 7e-7, for values up to 3.4."""
     model, prompts, seeds = pico.convert(pico.dense_model(), **pico.VARIANTS[6]), text(3), [3, 1, 4]
     batch = video(model, prompts, seed=seeds, **settings)
     for item, seed in enumerate(seeds):
@@ -149,7 +149,7 @@ def test_another_prompt_changes_what_comes_after_it_alone(family: str, guidance_
 
 
 def test_text_that_is_not_there_from_the_start_is_not_needed() -> None:
-    """The cache holds no text: a rollout whose prompts all change at once goes on as if made with the new ones."""
+    """The cache holds no text, so after all prompts change, a rollout continues as if made with the new ones."""
     model = pico.dense_model()
     changed = video(model, text(), prompt_at=lambda frame: text(seed=9) if frame == 0 else None)
     assert torch.equal(changed, video(model, text(seed=9)))
@@ -166,7 +166,7 @@ def test_a_rollout_without_an_end_begins_like_one_with_an_end(first: bool) -> No
 
 
 def test_two_thousand_chunks_take_no_more_memory_than_ten() -> None:
-    """The cache is the one of the first chunk, and no temporal index leaves the window."""
+    """The cache stays the first chunk's, and no temporal index leaves the window."""
     model = pico.dense_model(layers=1, causal={"num_frames_per_block": 1, "window_frames": 3, "sink_frames": 1})
     caches, indices, make, rotations = [], set(), model.init_cache, type(model.rotary_table()).rotations
 

@@ -70,7 +70,7 @@ def call(capsys: Any, *arguments: Any) -> tuple[int, str, str]:
 
 
 def error_line(err: str) -> str:
-    """The one line of an error; the empty lines are those of the progress bars."""
+    """The only line of an error; empty lines come from the progress bars."""
     (line,) = err.strip().splitlines()
     assert line.startswith("error: ")
     return line
@@ -156,7 +156,7 @@ def test_the_negative_prompt_of_the_recipe_is_the_default(capsys, pipeline, tmp_
 
 
 def test_guidance_of_embeddings_needs_a_negative_prompt(capsys, checkpoint, pipeline, tmp_path):
-    """Zeros are the empty prompt of digits alone."""
+    """Only for digits are zeros the empty prompt."""
     embeds = {"prompt_embeds": embedding(pipeline, "a red  square")}
     save_file(embeds, tmp_path / "prompt.safetensors")
     settings = [checkpoint, "--prompt-embeds", tmp_path / "prompt.safetensors", "--frames", "1", *SIZE]
@@ -223,7 +223,7 @@ def test_a_change_of_prompt_leaves_what_came_before(capsys, checkpoint, pipeline
 
 
 def test_recache_writes_the_window_again_for_the_new_prompt(capsys, checkpoint, tmp_path):
-    """A window of four frames that is filling: what comes after is the continuation of a start with the new prompt."""
+    """In a window of four frames that is still filling, the rest continues a start with the new prompt."""
     common = ["generate", checkpoint, "--frames", "4", *SIZE]
     changed = [*common, "--prompt", "a red square", "--prompt-at", "1:the dark"]
     kept = latents_of(capsys, tmp_path / "kept.safetensors", *changed, "--no-recache")
@@ -377,7 +377,7 @@ def start(folder: Path, *arguments: Any, **settings: Any) -> subprocess.Popen[by
 
 
 def interrupted(process: subprocess.Popen[bytes], ready: Any, number: int = signal.SIGINT) -> str:
-    """Ctrl-C in a terminal, which sends the signal to the whole group, as soon as `ready()`; what it says."""
+    """Press Ctrl-C, which signals the whole process group, as soon as `ready()`; returns the output."""
     for _ in range(1200):
         if ready() or process.poll() is not None:
             break
@@ -405,7 +405,7 @@ def test_sigterm_finishes_the_video_too(digits, tmp_path):
 
 
 def test_a_pipe_gets_the_video_while_it_is_made(digits, tmp_path):
-    """The reader has the first fragments of a video without an end, and ends it."""
+    """The reader gets the first fragments of an endless video and then stops it."""
     process = start(digits, "--endless", "--steps", "1", "--out", "-", stdout=subprocess.PIPE)
     assert process.stdout is not None
     (tmp_path / "cut.mp4").write_bytes(process.stdout.read(1 << 16))

@@ -1,4 +1,4 @@
-"""A model in the place of the generator of Self-Forcing's inference code makes the videos that ours makes."""
+"""A model in place of the generator in Self-Forcing's inference code makes the same videos as our code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LAYOUT = {"position": "rotate_on_read", "kv_lora_rank": 20, "own_chunk": "exact"
 
 
 class Pipeline(nn.Module):
-    """The loop of Self-Forcing's `CausalInferencePipeline`, with the calls, shapes and caches that it has."""
+    """The loop of Self-Forcing's `CausalInferencePipeline`, with its calls, shapes and caches."""
 
     def __init__(self, generator: Any, chunk: int = CHUNK) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ def model_of(layout: dict[str, Any] | None, **causal: Any) -> Any:
 
 
 def drawn(seed: int, batch: int, chunks: int) -> tuple[Tensor, list[Tensor]]:
-    """The noise of a rollout in the order of `stream_chunks`: chunks' own `[B, F, C, H, W]`, and what steps add."""
+    """The noise of a rollout in the order of `stream_chunks`: for chunks, `[B, F, C, H, W]`, and for steps."""
     generator = torch.Generator().manual_seed(seed)
     own, more = [], []
     for _ in range(chunks):
@@ -112,7 +112,7 @@ def expected(model: Any, text: Tensor, frames: int, seed: int, start: Tensor | N
 @pytest.mark.parametrize("layout", [None, LAYOUT, LAYOUT | {"own_chunk": "latent"}])
 @pytest.mark.parametrize("positions", ["window", "absolute"])
 def test_their_loop_makes_our_video(layout: dict[str, Any] | None, positions: str) -> None:
-    """Two videos one after the other, twice as long as the window; observed 1.8e-7."""
+    """Two videos in succession, twice as long as the window; observed 1.8e-7."""
     model = model_of(layout, sink_positions=positions)
     pipeline = attached(model)
     for seed in (7, 8):
@@ -145,7 +145,7 @@ def test_a_given_beginning_and_another_size() -> None:
 
 
 def test_two_caches_are_two_streams() -> None:
-    """Classifier-free guidance calls in turn with a cache for each prompt."""
+    """Classifier-free guidance calls the generator in turn with a cache for each prompt."""
     model = model_of(LAYOUT)
     generator = SelfForcingGenerator(model)
     texts, caches = pico.inputs(2, 2, HEIGHT, WIDTH)[2].split(1), ([], [])

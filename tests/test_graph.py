@@ -1,7 +1,7 @@
-"""Rollouts whose passes are recorded once and replayed: what a CUDA graph does, on the CPU.
+"""Rollouts whose passes are recorded once and replayed, as in a CUDA graph but on the CPU.
 
-A tape of the operations that torch dispatched stands in for the graph. As there, nothing of Python is run again,
-and what was computed from numbers that Python knew stays as it was.
+A tape of dispatched torch operations stands in for the graph. As in a graph, no Python is run again,
+and values that were computed from Python numbers do not change.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ needs_interpreter = pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL))
 
 
 class Tape(TorchDispatchMode):
-    """A `Recorder` of dispatched operations; replaying does them again on the same memory."""
+    """A `Recorder` of dispatched operations; a replay runs them again on the same memory."""
 
     captures = 0
 
@@ -76,7 +76,7 @@ def taped(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_replayed_passes_are_those_that_are_run(
     variant: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ring, sinks and positions move on between replays; with guidance, too. Shapes that come once are run."""
+    """Ring, sinks and positions advance between replays, also with guidance. Shapes that occur once are run eagerly."""
     model = pico.dense_model() if variant is None else pico.convert(pico.dense_model(), **variant)
     actual = rolled_out(model, guidance_scale=2.0)
     captures = Tape.captures
@@ -88,7 +88,7 @@ def test_replayed_passes_are_those_that_are_run(
 
 @pytest.mark.usefixtures("taped")
 def test_a_video_of_five_seconds_replays_nothing() -> None:
-    """Wan's 21 latent frames are 7 chunks, the last of which is the first to see a whole window of 21 frames."""
+    """Wan's 21 latent frames are 7 chunks, and only the last one sees a whole window of 21 frames."""
     model = pico.dense_model(layers=1, causal={"num_frames_per_block": 3, "window_frames": 21})
     text, captures = pico.inputs(1, 1, 4, 4)[2], []
     for frames in (21, 24):
@@ -99,7 +99,7 @@ def test_a_video_of_five_seconds_replays_nothing() -> None:
 
 @pytest.mark.usefixtures("taped")
 def test_a_window_that_is_written_again_is_captured_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rewinding moves the places in memory."""
+    """Rewinding allocates new memory for the places."""
     model = pico.convert(pico.dense_model(), position="rotate_on_read", kv_lora_rank=20)
     settings = {"prompt_at": {8: torch.ones(1, 3, 8)}.get, "recache": True}
     actual = rolled_out(model, **settings)
@@ -127,7 +127,7 @@ def test_a_compiled_model_is_captured_compiled(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.usefixtures("taped")
 @pytest.mark.parametrize("history", ["chunk", "pass"])
 def test_kernels_are_replayed(history: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kept histories take two graphs: one pass expands them, the others find them."""
+    """Kept histories need two graphs: one pass expands them, the others reuse them."""
     model = pico.convert(pico.dense_model(layers=1), position="rotate_on_read", kv_lora_rank=14)
     model.set_kernels("triton", history)
     actual = rolled_out(model)
@@ -142,7 +142,7 @@ def test_kernels_are_replayed(history: Any, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_capture_that_fails_leaves_passes_to_the_model(
     failing: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The first or the second of two graphs, after it has said that histories are expanded: a warning, and no more."""
+    """The first or the second of two graphs fails after histories were marked as expanded: only a warning results."""
     tapes: list[Tape] = []
 
     class Failing(Tape):
@@ -206,7 +206,7 @@ def test_what_cannot_be_captured_says_why() -> None:
 
 
 class NoHost(TorchDispatchMode):
-    """Refuses what makes the host wait for a device, or what copies between them; `meta` stands for a device."""
+    """Refuses operations that make the host wait for a device or copy between the two; `meta` stands for a device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.__name__.partition(".")[0]
@@ -220,7 +220,7 @@ class NoHost(TorchDispatchMode):
 @pytest.mark.parametrize("mode", ["torch", *PATHS])
 @pytest.mark.parametrize("position", ["decoupled", "derived", "rotate_on_read"])
 def test_a_pass_neither_waits_nor_copies(position: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pass of the steady state on a device without numbers, by torch and by each way of the kernels."""
+    """A steady-state pass on the meta device, with torch and with each path of the kernels."""
     if (mode, position) in (("absorbed", "derived"), ("absorbed", "rotate_on_read")):
         pytest.skip("not absorbable")
     variant = next(v for v in pico.VARIANTS if v["position"] == position)
@@ -240,7 +240,7 @@ def test_a_pass_neither_waits_nor_copies(position: str, mode: str, monkeypatch: 
 
 @pytest.mark.usefixtures("taped")
 def test_conditions_are_copied_into_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those by frames are others in every chunk; another shape takes another graph."""
+    """Conditions of kind `frames` differ in every chunk; a different shape needs a different graph."""
     model, text = image_case.model("wan2.1"), image_case.text("wan2.1")
     given = image_case.conditions("wan2.1", FRAMES)
     size = (image_case.HEIGHT, image_case.WIDTH)

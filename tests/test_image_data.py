@@ -1,4 +1,4 @@
-"""Clips with images: `encode` stores what generation makes of a first frame, and readers give models what they need."""
+"""Clips with images: `encode` stores the same condition as in generation; readers return what models need."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FLOAT32 = 1e-5
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline with an image encoder, as Wan2.1's."""
+    """A pipeline with an image encoder, like Wan2.1's."""
     return case.write_pipeline(tmp_path_factory.mktemp("pipeline"))
 
 
@@ -82,7 +82,7 @@ def test_a_pipeline_without_an_image_encoder_gives_latents_alone(
 
 
 def made(count: int = 4, frames: int = 8, stored: int | None = None, seed: int = 0) -> Iterator[Clip]:
-    """Random clips whose images begin as they do; of the images `stored` latent frames are kept."""
+    """Random clips whose images begin as they do; `stored` latent frames of the images are kept."""
     for number in range(seed, seed + count):
         latents = case.latents(frames, seed=number)[0][0]
         given = {name: x[0] for name, x in case.conditions("wan2.1", frames, seed=100 + number).items()}
@@ -126,7 +126,7 @@ def test_a_text_to_video_model_leaves_images_out_and_says_so_once(tmp_path: Path
 
 
 def theirs(raw: bool = True, normalised: bool = True, **changes: Any) -> list[dict[str, Any]]:
-    """Rows as FastVideo writes them: latents as the VAE gives them, those of the first frame normalised."""
+    """Rows as FastVideo writes them: raw latents from the VAE, but normalized ones of the first frame."""
     mean, std = (torch.tensor(part).view(-1, 1, 1, 1) for part in WAN21)
     found = []
     for number in range(4):

@@ -1,4 +1,4 @@
-"""Conditions reach a rollout: tensors or functions, with guidance, recaching and experts, alone or in a batch."""
+"""Conditions of a rollout: tensors or functions, with guidance, recaching and experts, alone or in a batch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def rolled_out(model: Any, kind: str, frames: int = 9, batch: int = 1, **setting
 
 
 def by_hand(model: Any, kind: str, frames: int, guidance_scale: float) -> Tensor:
-    """The rollout in the stock interface: channels beside the noise, the two prompts in passes of their own."""
+    """The rollout through the stock interface: channels beside the noise, and a separate pass for each prompt."""
     text, given = case.text(kind), case.conditions(kind, frames)
     image = given.pop("image_latents")
     generator, made = torch.Generator().manual_seed(0), []
@@ -95,7 +95,7 @@ def test_given_frames_are_written_with_their_conditions(kind: str) -> None:
 
 
 def test_a_window_is_written_again_with_the_conditions_of_its_frames() -> None:
-    """While the window fills, a change with `recache` is the continuation of a start with the new prompt."""
+    """While the window fills, a change with `recache` equals continuing a start with the new prompt."""
     model = case.model("wan2.2", causal={"num_frames_per_block": 2, "window_frames": 8})
     new = case.text("wan2.2", seed=9)
     changed = rolled_out(model, "wan2.2", 8, prompt_at={6: new}.get, recache=True)

@@ -1,4 +1,4 @@
-"""Image-to-video models are calibrated, trained and measured on the conditions that generation gives them."""
+"""Image-to-video models are calibrated, trained and measured on the same conditions as in generation."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ STAGES: dict[str, dict[str, Any]] = {
 
 
 def batch(kind: str, count: int = 2) -> dict[str, Tensor]:
-    """Clips with what a model of the kind reads."""
+    """Clips with the inputs of a model of this kind."""
     clips = list(made(count, FRAMES))
     found = {
         "latents": torch.stack([clip.latents for clip in clips]),
@@ -68,7 +68,7 @@ def noised(kind: str, model: Any, **settings: Any) -> NoisedClips:
 
 @torch.no_grad()
 def streamed(model: Any, clips: NoisedClips, item: int) -> Tensor:
-    """The velocity of one item chunk by chunk, over a cache of clean chunks, with the conditions of each."""
+    """The velocity of one item chunk by chunk, with a cache of clean chunks and the conditions of each chunk."""
     assert clips.context is not None and clips.t_context is not None
     own = {name: x[item : item + 1] for name, x in clips.conditions.items()}
     source = item % len(clips.context)
@@ -190,7 +190,7 @@ def test_a_stage_is_refused_data_without_them(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models in `wan2.1` and `wan2.2`, and clips with what the first reads in `data`."""
+    """Models in `wan2.1` and `wan2.2`, and clips with the first one's inputs in `data`."""
     folder = tmp_path_factory.mktemp("run")
     for kind in case.KINDS:
         case.model(kind).save_pretrained(folder / kind)

@@ -1,4 +1,4 @@
-"""A picture in, a video out: the condition is what diffusers makes of it, for the pipeline and for `generate`."""
+"""From a picture to a video: the condition equals diffusers', in the pipeline and in `generate`."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ TOKENS = 1e-6  # 0
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline as Wan2.1's image-to-video models are published, of tiny random parts."""
+    """A pipeline as published with Wan2.1's image-to-video models, with tiny random parts."""
     return case.write_pipeline(tmp_path_factory.mktemp("source"))
 
 
 @pytest.fixture(scope="module")
 def checkpoint(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that was converted from its weights alone, which remembers its source."""
+    """A model converted from its weights alone, with its source in the manifest."""
     folder = tmp_path_factory.mktemp("converted") / "checkpoint"
     dense = case.model("wan2.1", text_dim=DIM, causal=CAUSAL)
     recipe = {"generate": {"num_inference_steps": 2, "shift": 3.0}}
@@ -59,7 +59,7 @@ def checkpoint(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pipe(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The export of it with the parts of its source."""
+    """Its export with the components of the source."""
     folder = tmp_path_factory.mktemp("exported") / "out"
     export(checkpoint, folder, ExportConfig(components="copy"))
     found = StreamingMLAPipeline.from_pretrained(folder, dtype={"text_encoder": torch.float32})
@@ -68,14 +68,14 @@ def pipe(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def stock_pipeline(folder: Path) -> Any:
-    """The pipeline that the parts were saved from."""
+    """diffusers' pipeline of the saved components."""
     return WanImageToVideoPipeline.from_pretrained(
         folder, transformer=None, scheduler=FlowMatchEulerDiscreteScheduler()
     )
 
 
 def stock(vae: Any, pixels: Tensor, frames: int) -> Tensor:
-    """The encoding of a whole clip, an image and zeros, as a transformer takes it."""
+    """The encoding of a whole clip, an image followed by zeros, as a transformer takes it."""
     clip = torch.cat([pixels, pixels.new_zeros(1, 3, 4 * (frames - 1), *pixels.shape[3:])], dim=2)
     mean, std = (torch.tensor(vae.config[key]).view(1, -1, 1, 1, 1) for key in ("latents_mean", "latents_std"))
     with torch.no_grad():
@@ -290,7 +290,7 @@ def test_pictures_in_other_modes_are_read(tmp_path: Path) -> None:
 def test_clips_without_images_refuse_the_model(
     capsys: Any, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`convert` takes it, from its weights alone, and what that gives generates."""
+    """`convert` takes it, from its weights alone, and the result generates."""
     case.model("wan2.1", text_dim=DIM).save_pretrained(tmp_path / "i2v")
     picture().save(tmp_path / "image.png")
     recipe = {

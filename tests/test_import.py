@@ -1,4 +1,4 @@
-"""Checkpoints as the Wan repository and what is built on it publish them: read exactly, or refused by name."""
+"""Checkpoints as published by the Wan repository and its descendants: read exactly, or refused by name."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ ORIGINAL = {
 
 @pytest.fixture(autouse=True)
 def known_size(monkeypatch):
-    """The tiny models' hidden size is one whose heads are known."""
+    """Treat the tiny models' hidden size as one whose number of heads is known."""
     monkeypatch.setitem(wan_files.PUBLISHED_HEADS, 24, 2)
 
 
@@ -98,7 +98,7 @@ def test_names_are_those_that_diffusers_knows():
 
 
 def published(state: dict[str, torch.Tensor], form: str) -> dict[str, Any]:
-    """The checkpoint of one of the forms that the research repositories publish."""
+    """A checkpoint in one of the forms that research repositories publish."""
     bare = in_wan_names(state)
     other = {f"model.{name}": tensor + 1 for name, tensor in bare.items()}
     blocks = [re.sub(r"^(blocks\.\d+)\.", r"\1._checkpoint_wrapped_module.", name) for name in bare]
@@ -224,7 +224,7 @@ def test_chunks_and_window_of_the_configuration(tmp_path, original):
     ],
 )
 def test_chunks_and_window_of_fastvideo(tmp_path, model, caplog, theirs, ours):
-    """Its causal model has diffusers' layout and the name of our class."""
+    """FastVideo's causal model has diffusers' layout and our class's name."""
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["_class_name"] == "CausalWanTransformer3DModel"
@@ -304,7 +304,7 @@ def test_near_misses_are_known_by_their_tensors(tmp_path, original, name, reason
 
 
 def test_longlive_is_its_base_and_its_lora(tmp_path, model, original):
-    """As the repository lays them out; a LoRA of one module of each kind, in peft's names."""
+    """Laid out as in the repository; a LoRA of one module of each kind, with peft's names."""
     modules = [
         name.removesuffix(".weight") for name in original if name.startswith("blocks.1.") and original[name].ndim == 2
     ]
@@ -361,7 +361,7 @@ def test_tensors_that_do_not_fit_are_called_what_the_file_calls_them(tmp_path, o
 
 
 class Runs:
-    """A pickle that makes a folder when it is opened with all of pickle's powers."""
+    """A pickle that creates a folder if it is loaded without restrictions."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -403,7 +403,7 @@ def test_files_that_cannot_be_read(tmp_path, original):
 
 
 def resident(path: Path) -> int:
-    """Bytes of the mapped file that are in this process's memory."""
+    """Bytes of the mapped file that are resident in this process."""
     total, counts = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
@@ -449,7 +449,7 @@ def test_the_table_of_published_checkpoints_has_rows():
 
 @pytest.mark.parametrize("row", PUBLISHED)
 def test_sources_of_published_checkpoints_are_asked_of_the_hub(monkeypatch, row):
-    """What the table says is a source in a recipe, and nothing in it is refused before the Hub is asked."""
+    """Every entry of the table is a valid source in a recipe, and none is refused before the Hub is asked."""
 
     def download(model, *arguments):
         raise UserError(f"asked for {model}")

@@ -1,4 +1,4 @@
-"""`inspect`: spectra against an SVD, rotary pairs and predictions against conversions, and what it refuses."""
+"""`inspect`: spectra compared with an SVD, rotary pairs and predictions with conversions, and what it refuses."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ PLOTS = ["predicted_error.png", "rank99.png", "rope_pairs.png", "spectrum_activa
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A dense model of latents with 2 channels: 48 scalars a token, 24 directions of the weights."""
+    """A dense model of latents with 2 channels: 48 scalars per token, 24 directions of the weights."""
     folder = tmp_path_factory.mktemp("model")
     pico.dense_model().save_pretrained(folder)
     return folder
@@ -93,7 +93,7 @@ def test_ranks_and_shares_of_known_spectra():
 
 
 def sample_of(key: torch.Tensor, value: torch.Tensor, rotations: torch.Tensor) -> LayerSample:
-    """A sample with unit gradients that see the key at the complex `rotations` `[T, P]`."""
+    """A sample with unit gradients, with the key at the complex `rotations` `[T, P]`."""
     fixed = torch.zeros(key.shape)
     fixed[..., 0::2] = 1
     rotated = torch.view_as_real(rotations.unsqueeze(1).expand(-1, key.shape[1], -1)).flatten(-2)
@@ -111,7 +111,7 @@ def test_activation_spectrum_is_the_covariance_of_keys_and_values():
 
 
 def test_a_pair_matters_as_much_as_it_turns():
-    """Pair 0 turns all the way round, pair 1 a little, pair 2 not at all, and pair 3 has constant keys."""
+    """Pair 0 makes a full turn, pair 1 turns a little, pair 2 not at all, and pair 3 has constant keys."""
     angles = torch.linspace(0, 2 * torch.pi, 257)[:-1]
     rotations = torch.stack([torch.polar(torch.ones(256), rate * angles) for rate in (1.0, 0.1, 0.0, 1.0)], dim=1)
     key = torch.randn(256, 2, 8)
@@ -218,7 +218,7 @@ def test_error_of_layers_that_share_a_latent_is_that_of_its_code(model, clips):
 
 @pytest.mark.parametrize("layout", ["decoupled", "derived", "baked", "rotate_on_read"])
 def test_predictions_are_near_what_a_conversion_does(model, clips, layout):
-    """The scale is one trial's; observed 0.71 to 1.44 times the error over layouts and ranks."""
+    """The scale comes from one trial; observed 0.71 to 1.44 times the error over layouts and ranks."""
     source = load_source(str(model))
     run = ClipRun(source, open_clips(source, clips, None, None))
     config = layout_config(layout, 12)

@@ -76,7 +76,7 @@ def test_one_chunk_equals_the_stock_forward(heads: int, head_dim: int) -> None:
 
 @pytest.mark.parametrize("window", [w for w in WINDOWS if w["sink_frames"] == 0 or "sink_positions" in w], ids=str)
 def test_streaming_equals_the_stock_forward_under_the_mask(window: dict[str, Any]) -> None:
-    """Absolute positions throughout, which is what a mask on the stock model means."""
+    """Absolute positions throughout, as in the stock model with a mask."""
     dense = pico.dense_model(causal=window)
     latents, timestep, text = pico.inputs(2, 12, 6, 4)
     stock = stock_copy(dense)
@@ -115,8 +115,8 @@ def attend_absorbed(
 
     `query` `[B, Q, H, N + R]` is ready for the dot product, `latent` is `[B, K, r]` and `shared_key`
     `[B, K, R]` is rotated; with `mean_key` `[K, H, M]`, the rotated constant key, queries have M more
-    channels. The weights that restore keys move into the queries, those that restore
-    values behind the softmax (DeepSeek-V2, arXiv 2405.04434, section 2.1.2).
+    channels. The weights that restore keys are absorbed into the queries, those that restore
+    values are applied after the softmax (DeepSeek-V2, arXiv 2405.04434, section 2.1.2).
     """
     nope, rope, mean = query.tensor_split([nope_channels, nope_channels + shared_key.shape[-1]], dim=-1)
     absorbed = torch.einsum("bqhn,hnr->bqhr", nope, weights.w_uk)
@@ -182,7 +182,7 @@ def test_streaming_equals_the_whole_clip_in_bfloat16(variant: dict[str, Any]) ->
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("variant", [None, *pico.VARIANTS], ids=lambda v: v and f"{v['position']}-{v['own_chunk']}")
 def test_teacher_forcing_equals_chunk_by_chunk(variant: dict[str, Any] | None, family: str) -> None:
-    """The packed forward with a clean context is a rollout whose cache holds the clean chunks."""
+    """The packed forward with a clean context equals a rollout whose cache holds the clean chunks."""
     dense = pico.dense_model(family=family)
     model = dense if variant is None else pico.convert(dense, **variant)
     clean, _, text = pico.inputs(2, 9, 6, 4)
@@ -242,7 +242,7 @@ def test_the_cache_holds_exactly_the_advertised_scalars(variant: dict[str, Any] 
 
 
 def test_a_long_rollout_stays_in_the_table_and_in_its_memory() -> None:
-    """Ten times the window: the same buffers, and no rotary index beyond the window."""
+    """Ten times the window: the buffers stay the same, and no rotary index exceeds the window."""
     dense = pico.dense_model()
     table = dense.rotary_table()
     seen: list[int] = []

@@ -1,4 +1,4 @@
-"""What kernels read of a model and leave in its cache: adapters, hooks, failures, slots of chunks that are not kept."""
+"""What kernels read from a model and write to its cache: adapters, hooks, failures, slots of chunks not kept."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HEIGHT, WIDTH, CHUNK = 6, 4, 2
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`auto` takes kernels on a CPU, too."""
+    """Let `auto` use kernels on a CPU, too."""
     monkeypatch.setattr(kernels, "interpreted_by_default", lambda: True)
 
 
@@ -34,7 +34,7 @@ def converted(window: int = 6, **variant: Any) -> Any:
 
 
 def chunk(model: Any, cache: FrameCache, index: int, write: bool = False) -> Tensor:
-    """A pass over what video `index` has in the place of the next chunk."""
+    """A pass over the next chunk of video `index`."""
     latents, timestep, text = pico.inputs(1, CHUNK, HEIGHT, WIDTH, seed=index)
     with torch.no_grad():
         out: Tensor = model.forward_chunk(latents, timestep, text, cache, write=write)
@@ -42,7 +42,7 @@ def chunk(model: Any, cache: FrameCache, index: int, write: bool = False) -> Ten
 
 
 def after(model: Any, mode: str, chunks: int = 2, history: Any = "auto") -> FrameCache:
-    """A cache in which some chunks have been kept; the model goes on in `mode`."""
+    """A cache to which some chunks were written; the model continues in `mode`."""
     model.set_kernels(mode, history)
     cache: FrameCache = model.init_cache(1, HEIGHT, WIDTH)
     for index in range(chunks):
@@ -52,7 +52,7 @@ def after(model: Any, mode: str, chunks: int = 2, history: Any = "auto") -> Fram
 
 @pytest.mark.parametrize("variant", [pico.VARIANTS[0], {"position": "rotate_on_read", "kv_lora_rank": 20}])
 def test_a_lora_on_what_kernels_read_is_left_to_torch(variant: dict[str, Any]) -> None:
-    """From the pass on for which it is loaded, and no longer than it is there."""
+    """Starting with the first pass after it is loaded, and only while it is loaded."""
     model = converted(**variant)
     cache = after(model, "auto")
     plain = chunk(model, cache, 5)
@@ -100,7 +100,7 @@ def test_a_history_that_was_not_expanded_is_expanded_by_the_next_try(monkeypatch
 
 @pytest.mark.parametrize("own_chunk", ["latent", "exact"])
 def test_going_back_over_a_chunk_that_was_only_denoised(own_chunk: str) -> None:
-    """Where kernels read the own chunk from the cache, it has taken the slots of the window's oldest frames."""
+    """Where kernels read the own chunk from the cache, it occupies the slots of the window's oldest frames."""
     model = converted(position="rotate_on_read", kv_lora_rank=20, own_chunk=own_chunk)
     cache = after(model, "triton", chunks=3)
     chunk(model, cache, 5)

@@ -1,4 +1,4 @@
-"""Streaming attention by kernels, in Triton's interpreter where there is no GPU, against plain torch."""
+"""Streaming attention with kernels, in Triton's interpreter if there is no GPU, compared with plain torch."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ needs_kernels = pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL))
 
 
 def pair(variant: dict[str, Any] | None, layers: int = 1, **settings: Any) -> Any:
-    """A dense tiny model, or a conversion of it, on the device of the kernels."""
+    """A tiny dense model, or its conversion, on the kernels' device."""
     dense = pico.dense_model(heads=3, layers=layers)
     model = dense if variant is None else pico.convert(dense, **variant, **settings)
     return model.to(DEVICE)
 
 
 def rollout(model: Any, mode: str, history: str = "pass", passes: int = 1) -> tuple[torch.Tensor, Any, Kernels]:
-    """Velocities of a rollout whose chunks take several passes and are then written; its cache and choices."""
+    """Velocities of a rollout in which each chunk takes several passes and is then written; its cache and choices."""
     latents, timestep, text = (x.to(DEVICE) for x in pico.inputs(1, FRAMES, HEIGHT, WIDTH))
     chosen = model.set_kernels(mode, history)
     cache, found = model.init_cache(1, HEIGHT, WIDTH), []
@@ -57,7 +57,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def same(model: Any, history: str = "pass", passes: int = 1) -> Kernels:
-    """A rollout by kernels gives torch's velocities and rows; what was chosen."""
+    """Check that a rollout with kernels gives torch's velocities and rows; returns what was chosen."""
     expected, rows, _ = rollout(model, "torch", passes=passes)
     actual, kernel_rows, chosen = rollout(model, "triton", history, passes)
     assert pico.relative_error(actual, expected) < FLOAT32
@@ -71,7 +71,7 @@ def same(model: Any, history: str = "pass", passes: int = 1) -> Kernels:
     ("variant", "mean"), CASES, ids=lambda v: v if not isinstance(v, dict) else f"{v['position']}-{v['own_chunk']}"
 )
 def test_kernels_equal_torch(variant: dict[str, Any] | None, mean: bool) -> None:
-    """A cached shared key without a mean is absorbed, all else expanded."""
+    """A cached shared key without a mean is absorbed; everything else is expanded."""
     (path,) = same(pair(variant, key_mean=mean)).report()["paths"]
     absorbed = variant is not None and variant["position"] in ("decoupled", "baked") and not mean
     assert path.partition(",")[0] == ("absorbed" if absorbed else "expand")
@@ -146,7 +146,7 @@ def test_more_items_are_not_compared_again(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_float32_on_a_gpu_is_left_to_torch() -> None:
-    """Without tensor cores in 16 bits the kernels would be slower than what they replace."""
+    """Without tensor cores for 16 bits, the kernels would be slower than torch."""
     shape = Shape(1, 4680, 32760, torch.float32, "cuda", "LatentCache")
     unasked: Any = None
     choice = kernels.choose(unasked, shape, unasked, "auto", unasked)
@@ -176,7 +176,7 @@ def test_gradients_go_through_torch() -> None:
 
 
 class WanLayer:
-    """What the rule asks of a layer of Wan2.1-1.3B."""
+    """The rule's inputs for a layer of Wan2.1-1.3B."""
 
     heads, rank, expansion = 12, 192, Expansion(96, 32, 0, 128, one_query=False)
 
@@ -220,7 +220,7 @@ def test_every_entry_of_the_committed_table_is_whole(tmp_path: Path, monkeypatch
 
 
 def test_on_a_cpu_torch_is_the_default() -> None:
-    """`auto` takes no kernel there, not even in the interpreter, and says so once."""
+    """`auto` uses no kernel there, not even in the interpreter, and says so once."""
     model = pair(pico.VARIANTS[0])
     if DEVICE != "cpu":
         pytest.skip("a GPU is here")
@@ -287,7 +287,7 @@ def test_a_kernel_that_finds_no_memory_is_not_left_for_good(monkeypatch: pytest.
 
 @needs_kernels
 def test_stock_attention_where_one_softmax_is_all() -> None:
-    """What torch's attention can do it does, at equal price; ours attends where parts are merged."""
+    """torch's attention is used where it suffices, at equal cost; our own attends where parts are merged."""
     assert rollout(pair(None), "triton")[2].report()["paths"] == {"expand, sdpa": 1}
     assert rollout(pair(pico.VARIANTS[2]), "triton")[2].report()["paths"] == {"expand, attend": 1}
 

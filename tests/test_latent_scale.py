@@ -1,4 +1,4 @@
-"""What a latent is of a video follows from the transformer's channels, in every place that asks."""
+"""The scale of latents is derived from the transformer's channels wherever it is needed."""
 
 from __future__ import annotations
 

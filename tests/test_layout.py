@@ -1,4 +1,4 @@
-"""The house holds: imports go one way, files stay small, and the wheel has what users need."""
+"""The layout of the repository: imports go one way, files stay small, and the wheel has what users need."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def is_module(name: str, package: Path) -> bool:
 
 
 def from_targets(node: ast.ImportFrom, folder: list[str], package: Path) -> Iterator[str]:
-    """What `from x import y` in a module of `folder` imports of the package: y where it is a module, else x."""
+    """What `from x import y` in a module of `folder` imports from the package: y if it is a module, else x."""
     base = node.module.split(".") if node.module else []
     if node.level:
         base = folder[: len(folder) - node.level + 1] + base
@@ -133,7 +133,7 @@ def test_every_module_has_a_place_in_the_order():
 
 
 def locale_dependent(source: str) -> list[int]:
-    """Lines that read or write text in the encoding of the locale."""
+    """Lines that read or write text in the locale's encoding."""
     lines = []
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call) or any(keyword.arg == "encoding" for keyword in node.keywords):
@@ -233,7 +233,7 @@ def test_files_are_short():
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The wheel as pip would build it, open for reading."""
+    """The wheel as pip would build it, opened for reading."""
     folder = tmp_path_factory.mktemp("wheel")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
@@ -310,7 +310,7 @@ def third_party(path: Path) -> set[str]:
 
 
 def test_every_library_is_a_declared_dependency(wheel):
-    """A library that only comes along with another one is gone as soon as that one drops it."""
+    """A library that is only installed as another one's dependency disappears when that one drops it."""
     (metadata,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
     required = [Requirement(line) for line in message_from_bytes(wheel.read(metadata)).get_all("Requires-Dist", [])]
     declared = {canonicalize_name(r.name) for r in required if "extra" not in str(r.marker)}
@@ -320,7 +320,7 @@ def test_every_library_is_a_declared_dependency(wheel):
 
 
 def test_matplotlib_waits_until_something_is_drawn() -> None:
-    """It is slow to import, and where its cache cannot be written it says so on stderr, even of `generate`."""
+    """It is slow to import, and if its cache is not writable it warns on stderr, even in `generate`."""
     code = "import sys, mla_convert.pipeline.generation, mla_convert.pipeline.run, mla_convert.evaluate.report; "
     code += "print('matplotlib' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""Sources are found, recognised and checked from their headers, and every bad one is one clear line."""
+"""Sources are found, recognized and checked from their headers, and every bad one gives one clear line."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_index_without_a_usable_map(folder, weight_map):
 @pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
 @pytest.mark.parametrize("configured", [True, False])
 def test_shards_under_other_names(folder, monkeypatch, index, configured):
-    """By folder, by the index's path and by file; without a configuration the shapes tell the architecture."""
+    """By folder, by the path of the index and by file; without a configuration, shapes determine the architecture."""
     whole = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
     write_shards(folder, index, whole)
@@ -107,7 +107,7 @@ def test_an_index_without_a_configuration_needs_a_published_size(folder):
 
 
 def test_shards_of_a_training_checkpoint(folder):
-    """States and wrappers are found in shards as in a single file."""
+    """States and wrappers are found in shards as well as in a single file."""
     whole = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
     wrapped = {f"generator_ema.model.{name}": tensor for name, tensor in whole.items()}

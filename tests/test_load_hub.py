@@ -1,4 +1,4 @@
-"""Sources on the Hub, which a server on loopback plays: what is fetched, what is not, and refusals in one line."""
+"""Sources on the Hub, with a stand-in on loopback: what is fetched, what is not, and refusals in one line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A Hub on loopback with the files of `hub.files`; `hub.errors` maps a path's beginning to a refusal."""
+    """A Hub on loopback with the files in `hub.files`; `hub.errors` maps path prefixes to refusals."""
     state = SimpleNamespace(files={}, errors={}, requests=[])
 
     class Handler(BaseHTTPRequestHandler):
@@ -111,7 +111,7 @@ def test_one_file_of_a_hub_repository(hub, folder, card):
 @pytest.mark.parametrize("configured", [True, False])
 @pytest.mark.parametrize("place", ["", "transformer/", "checkpoints/14B [a]/"])
 def test_shards_under_other_names(hub, folder, tmp_path, monkeypatch, place, configured):
-    """The index of any name in the folder is fetched, then the shards it names, and nothing beside or below."""
+    """The folder's index is fetched whatever its name, then the shards it names, and nothing beside or below."""
     index = "model.safetensors.index.json"
     whole = load_file(folder / WEIGHTS)
     shards = write_shards(tmp_path / "shards", index, whole)

@@ -1,4 +1,4 @@
-"""2,000 chunks on, a rollout is where it was: the same memory, the same places, the same answer."""
+"""After 2,000 chunks, a rollout has the same memory, the same places and the same answer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHUNKS, MADE = 2000, 24
 
 
 def probe(model: Any, cache: Any, text: Tensor) -> Tensor:
-    """Velocity of a fixed noisy chunk behind what the cache holds."""
+    """Velocity of a fixed noisy chunk that follows the cached frames."""
     noise = torch.randn(1, 2, 2, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(5))
     out: Tensor = model.forward_chunk(noise, torch.tensor([500.0]), text, cache)
     return out
@@ -24,9 +24,9 @@ def probe(model: Any, cache: Any, text: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("position", [None, "decoupled", "rotate_on_read"])
 def test_the_same_window_gives_the_same_velocity_after_2000_chunks(position: str | None) -> None:
-    """To the bit, wherever in the ring the window lies by then. Only the first and last chunks are really made here;
+    """Bit by bit, wherever the window is in the ring by then. Only the first and last chunks are computed here;
 
-    `docs/benchmarks/long_rollout.py` makes all of them.
+    `docs/benchmarks/long_rollout.py` computes all of them.
     """
     model = pico.dense_model(layers=1)
     if position is not None:
@@ -58,6 +58,6 @@ def test_the_same_window_gives_the_same_velocity_after_2000_chunks(position: str
 
 
 def history(model: Any, cache: Any) -> list[int]:
-    """The frames that the next chunk looks back on."""
+    """The frames that the next chunk sees."""
     frames: list[int] = model.causal.history(cache.frames_seen, cache.frames_seen + 2)
     return frames

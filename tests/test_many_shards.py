@@ -1,4 +1,4 @@
-"""What is asked of every shard of a large folder is asked once."""
+"""Each shard of a large folder is opened, or waited for, only once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHARDS = OPEN_FILES + 2
 
 @pytest.fixture
 def opened(monkeypatch):
-    """How often a file was opened, by its name."""
+    """How often each file was opened, by name."""
     counted, own = Counter(), clip_shards.pq.ParquetFile
 
     def opening(path, **settings):
@@ -49,7 +49,7 @@ def test_a_file_that_is_there_is_not_looked_at_again(tmp_path, monkeypatch):
     looked, told = Counter(), []
 
     class Appearing(type(tmp_path)):
-        """The first is there, the others from the third look on."""
+        """The first exists; the others exist from the third look on."""
 
         def exists(self):
             looked[self.name] += 1

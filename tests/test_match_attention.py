@@ -1,4 +1,4 @@
-"""Layer-local regression: what the loss is, what it trains, and that it runs like every other stage."""
+"""Layer-local regression: its loss, what it trains, and that it runs like any other stage."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def digit_like(batch_of):
 
 @torch.no_grad()
 def layer_inputs(model, noised):
-    """Inputs of every self-attention of `model`, seen from outside."""
+    """Inputs of every self-attention of `model`, recorded by hooks."""
     seen = []
     hooks = [
         block.attn1.register_forward_pre_hook(lambda _, args: seen.append((args[0], args[3]))) for block in model.blocks
@@ -92,7 +92,7 @@ def test_the_teacher_itself_has_no_error(clips, metric, hidden_states, context):
 
 
 def last_token_drift(teacher, scale):
-    """A student whose last layer's answers are off by a constant vector."""
+    """A student whose last layer's outputs are off by a constant vector."""
     student = case.tiny_model()
     student.load_state_dict(teacher.state_dict())
     drift = torch.randn(24, generator=torch.Generator().manual_seed(5))
@@ -101,7 +101,7 @@ def last_token_drift(teacher, scale):
 
 
 def test_the_velocity_metric_is_what_an_error_does_to_the_velocity(clips):
-    """In the last layer nothing mixes tokens any more: the mean over projections is the squared error."""
+    """After the last layer nothing mixes tokens, so the mean over projections is the squared error."""
     teacher = case.tiny_model().eval()
     student = last_token_drift(teacher, 1e-2)
     stage = MatchAttention(MatchAttentionConfig(steps=1, learning_rate=1e-3))
@@ -153,7 +153,7 @@ def test_layers_do_not_see_each_other(clips, metric):
 
 
 def test_one_layers_graph_is_alive_at_a_time(clips):
-    """What autograd keeps between forward and backward is a few scalars, not the inside of a layer."""
+    """Between forward and backward, autograd keeps a few scalars, not a layer's activations."""
     teacher = case.tiny_model()
     student = case.perturbed(teacher)
     kept = []
@@ -168,7 +168,7 @@ def test_one_layers_graph_is_alive_at_a_time(clips):
 @pytest.mark.parametrize("trainable", ["latent", "attention"])
 @pytest.mark.parametrize("settings", pico.VARIANTS, ids=lambda s: f"{s['position']}-{s['own_chunk']}")
 def test_every_trained_parameter_of_every_layout_gets_a_gradient(settings, trainable):
-    """Distributed training waits for each of them."""
+    """Distributed training waits for a gradient of each of them."""
     dense = pico.dense_model()
     student = pico.convert(dense, **settings)
     trained = freeze_all_but(student, trainable_names(student, trainable))

@@ -1,4 +1,4 @@
-"""Natural video: clips from a made-up film, the folder that recipes read, and the shipped teacher. No network."""
+"""Natural video: clips from an artificial film, the folder that recipes read, and the shipped teacher. No network."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FLOAT32 = 2e-6
 
 
 def write_film(path: Path, lengths: list[int], first_level: int) -> None:
-    """A film of 160x192 with a cut between shots: a bright square that moves over grounds 60 levels apart."""
+    """A film of 160x192 with a cut between shots: a bright square moves over backgrounds 60 levels apart."""
     frames = np.full((sum(lengths), 160, 192, 3), first_level, dtype=np.uint8)
     for number, start in enumerate(np.cumsum([0, *lengths[:-1]])):
         frames[start:] += np.uint8(60 * (number > 0))
@@ -37,7 +37,7 @@ def write_film(path: Path, lengths: list[int], first_level: int) -> None:
 
 @pytest.fixture(scope="module")
 def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Dark films to train on and a bright one to hold out, under the names of the real ones."""
+    """Dark films for training and a bright held-out one, with the names of the real ones."""
     folder = tmp_path_factory.mktemp("films")
     write_film(folder / "bikes.mp4", [18, 7, 40], 10)
     write_film(folder / "bigbuckbunny.mp4", [20], 40)
@@ -47,7 +47,7 @@ def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def made_up(films: Path) -> Iterator[None]:
-    """The made-up films in place of the real ones, decoded once."""
+    """The artificial films in place of the real ones, decoded once."""
     clips.shots.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(clips, "video_folder", lambda: films)
@@ -86,7 +86,7 @@ def test_a_clip_depends_on_seed_and_index_alone() -> None:
 
 @pytest.mark.usefixtures("made_up")
 def test_no_clip_crosses_a_cut_and_splits_share_nothing() -> None:
-    """The green channel is the ground's level alone, so that every clip tells the shot that it came from."""
+    """The green channel holds only the background's level, so every clip shows which shot it came from."""
     levels = {0: 10, 1: 130, 2: 40, None: 190}
     for split in ("train", "heldout"):
         pool = clips.shots(split)

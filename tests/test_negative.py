@@ -118,7 +118,7 @@ class Clips(case.Clips):
     ],
 )
 def test_stages_put_it_where_a_prompt_is_not_told(tmp_path, monkeypatch, stage, settings):
-    """The texts that the models are asked with, besides the clips' own."""
+    """The texts that the models get, other than those of the clips."""
     seen: list[Tensor] = []
 
     def dropped(text: Tensor, rate: float, generator: torch.Generator, negative: Tensor | None) -> Tensor:
@@ -204,7 +204,7 @@ def test_a_teacher_rolls_out_away_from_it(teacher, tmp_path):
 
 @pytest.fixture
 def told(monkeypatch) -> list[Tensor | None]:
-    """The negative prompts that `generate` rolls out with."""
+    """The negative prompts in the rollouts of `generate`."""
     seen: list[Tensor | None] = []
     rollout = generation.rollout
 

@@ -1,4 +1,4 @@
-"""Shards hold normalised latents or raw ones: their metadata says it, or the recipe, or the statistics do."""
+"""Whether shards hold normalized or raw latents is known from their metadata, the recipe or the statistics."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SCALES = {16: WAN21, 48: WAN22}
 
 
 def normalised(count, channels=16, seed=0, contrast=0.0, level=0.0):
-    """Clips with a mean and a contrast of their own in every channel."""
+    """Clips with their own mean and contrast in every channel."""
     generator = torch.Generator().manual_seed(seed)
     factors = (contrast * torch.randn(channels, 1, 1, 1, generator=generator)).exp()
     shifts = level * torch.randn(channels, 1, 1, 1, generator=generator)
@@ -32,7 +32,7 @@ def normalised(count, channels=16, seed=0, contrast=0.0, level=0.0):
 
 
 def raw(clips):
-    """The same as a VAE gives them."""
+    """The same clips as the VAE returns them."""
     scale = SCALES[len(clips[0])]
     mean, std = (torch.tensor(part).view(-1, 1, 1, 1) for part in scale)
     return [clip * std + mean for clip in clips]

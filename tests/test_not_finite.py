@@ -1,4 +1,4 @@
-"""A measurement that is not a number is null in the report and named there; it ends neither a run nor `evaluate`."""
+"""A measurement that is not finite is null in the report and named there; it ends neither a run nor `evaluate`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mla_convert.pipeline import evaluation, steps
 
 
 def poisoned(evaluate):
-    """`evaluate` of a student one of whose weights is NaN."""
+    """`evaluate` with a student that has a NaN weight."""
 
     def measured(student, *inputs):
         with torch.no_grad():
@@ -33,7 +33,7 @@ def recipe(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(recipe, tmp_path_factory):
-    """A run whose students are poisoned while they are measured."""
+    """A run whose students get a NaN weight while they are measured."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(steps, "evaluate", poisoned(steps.evaluate))

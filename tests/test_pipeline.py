@@ -68,7 +68,7 @@ def recipe(teacher: Path, *overrides: str):
 
 @pytest.fixture(scope="module")
 def finished(teacher, tmp_path_factory):
-    """A run that nothing interrupted."""
+    """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     run(recipe(teacher), folder)
     return folder
@@ -76,7 +76,7 @@ def finished(teacher, tmp_path_factory):
 
 @pytest.fixture
 def copied(finished, tmp_path):
-    """A copy of the finished run that a test may change."""
+    """A copy of the finished run that a test can change."""
     shutil.copytree(finished, tmp_path / "run")
     return tmp_path / "run"
 
@@ -173,7 +173,7 @@ def test_another_recipe_is_refused_by_the_key_that_differs(teacher, copied):
 
 @pytest.mark.parametrize("gone", [True, False])
 def test_a_recipe_of_another_version_is_named_as_that(teacher, copied, gone):
-    """It has not the keys of this one; a recipe is recorded with all of its version."""
+    """Its keys differ from this version's; a recorded recipe has all keys of its version."""
     content = state(copied)
     stage = content["recipe"]["distill"][0]
     if gone:
@@ -189,7 +189,7 @@ def test_a_recipe_of_another_version_is_named_as_that(teacher, copied, gone):
 
 
 def stopped(finished: Path, folder: Path, steps: list[str]) -> Path:
-    """A copy of a run as it was when only `steps` were done."""
+    """A copy of a run as it was after only `steps`."""
     shutil.copytree(finished, folder)
     content = state(folder)
     content["steps"] = {name: content["steps"][name] for name in steps}
@@ -198,7 +198,7 @@ def stopped(finished: Path, folder: Path, steps: list[str]) -> Path:
 
 
 def test_what_no_step_has_read_may_change(teacher, finished, tmp_path):
-    """Bookkeeping at any time, a late section until its step is done, in the checkpoint too."""
+    """Bookkeeping can change at any time, a late section until its step is done; the checkpoint has the change too."""
     folder, said = stopped(finished, tmp_path / "run", STEPS[:4]), io.StringIO()
     changed = recipe(teacher, "generate.fps=8", "distill.0.checkpoint_every=3", "distill.0.tracker=[tensorboard]")
     run(changed, folder, resume=True, console=Console(file=said))
@@ -243,7 +243,7 @@ def test_what_a_step_has_read_may_not_change(teacher, finished, tmp_path, done, 
 
 
 def test_clips_that_were_calibrated_on_were_made_by_generate(teacher, finished, tmp_path):
-    """With `convert.calibration.source: rollouts`, which the recorded recipe says."""
+    """With `convert.calibration.source: rollouts` in the recorded recipe."""
     folder = stopped(finished, tmp_path / "run", STEPS[:1])
     content = state(folder)
     content["recipe"]["convert"]["calibration"]["source"] = "rollouts"
@@ -279,7 +279,7 @@ def test_changed_output_is_made_again(teacher, finished, copied, damaged, redone
 
 
 def test_a_file_that_no_step_wrote_is_left_alone(teacher, copied):
-    """It is no reason to train again, and does not go with a spoilt one beside it."""
+    """It is no reason to train again, and is not removed with a damaged file beside it."""
     notes = [copied / "stages" / "00-convert" / "transformer" / name for name in ("notes.txt", ".nfs0001")]
     notes.append(copied / "samples" / "mine.txt")
     for note in notes:
@@ -322,7 +322,7 @@ def test_parts_of_a_run_make_the_whole(teacher, finished, tmp_path):
 
 @pytest.mark.parametrize("data", ["data.kind=digits", ROLLOUTS])
 def test_without_stages_the_conversion_is_what_is_distilled(teacher, data):
-    """`distill` makes it, behind the clips that a run makes itself."""
+    """`distill` creates it, after the clips that a run generates itself."""
     steps = [step.name for step in run_module.steps_until(recipe(teacher, data, "distill=[]"), "distill")]
     assert steps == (["data", "convert"] if data == ROLLOUTS else ["convert"])
 
@@ -374,7 +374,7 @@ IMPOSSIBLE = [
 @pytest.mark.parametrize(("override", "message"), IMPOSSIBLE)
 @pytest.mark.parametrize("data", ["data.kind=digits", ROLLOUTS])
 def test_impossible_numbers_are_refused_before_anything_is_made(teacher, tmp_path, override, message, data):
-    """By what `recipes check` checks, too."""
+    """By the same checks as in `recipes check`."""
     changes = [override, data]
     if "convert=" in override:
         changes.append("convert.kv_lora_rank=8")
@@ -418,7 +418,7 @@ def test_two_processes_do_not_share_a_folder(teacher, tmp_path):
 
 
 def test_a_state_that_cannot_be_read_for_a_moment_is_waited_for(copied, monkeypatch):
-    """As over NFS, where a file that was just replaced may be stale."""
+    """As on NFS, where a file that was just replaced may be stale."""
     monkeypatch.setattr(rundir_module, "_RETRY_SECONDS", 0.01)
     moved, read, failures = copied / "moved.json", Path.read_text, [OSError(errno.ESTALE, "Stale file handle")] * 3
 
@@ -444,7 +444,7 @@ def test_a_state_that_cannot_be_read_for_a_moment_is_waited_for(copied, monkeypa
 
 @pytest.fixture(scope="module")
 def server():
-    """Starts processes that have imported everything already."""
+    """Starts processes that have already imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mla_convert.pipeline", "sklearn.datasets"])
     return context

@@ -1,4 +1,4 @@
-"""`StreamingMLAPipeline`: loading in one line, streaming, what diffusers users expect of a pipeline."""
+"""`StreamingMLAPipeline`: loading in one line, streaming, and what diffusers users expect from a pipeline."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def quiet(pipe: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An export in the installed form of a digits model in bfloat16."""
+    """An export of a digits model in bfloat16, in the form `installed`."""
     folder = tmp_path_factory.mktemp("digits")
     model = load_checkpoint(write_teacher(folder / "teacher"))
     save_checkpoint(model, folder / "checkpoint", {"source": {"model": "zoo:digits"}, "recipe": RECIPE})
@@ -113,7 +113,7 @@ def test_checkpoints_and_standalone_exports_load_too(exported: Path, tmp_path: P
 
 
 def test_importing_the_package_is_cheap() -> None:
-    """Commands ask it for its version, and must not wait for PyTorch."""
+    """Commands read its version, and must not wait for PyTorch."""
     loaded = "print('torch' in sys.modules)"
     code = f"import mla_convert, sys; {loaded}; mla_convert.StreamingMLAPipeline; {loaded}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -152,7 +152,7 @@ def test_every_form_of_output_is_the_same_video(digits: Any) -> None:
 def test_frames_are_those_of_the_video_processor_of_diffusers(
     digits: Any, output_type: str, dtype: torch.dtype
 ) -> None:
-    """What it does on the CPU is done where the pixels are, to the bit."""
+    """Its work on the CPU is done on the pixels' device here, with equal bits."""
     pixels = 1.5 * torch.randn(2, 1, 3, 6, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
     whole = pixels.float().expand(-1, 3, -1, -1, -1)
     wanted = VideoProcessor(vae_scale_factor=1).postprocess_video(whole, output_type=output_type)
@@ -180,7 +180,7 @@ def test_a_stream_that_is_left_ends_its_thread(digits: Any) -> None:
 
 
 def test_prompts_change_at_the_next_border(digits: Any) -> None:
-    """Four frames a second, chunks of three: they begin at 0, 0.75, 1.5 and 2.25 seconds."""
+    """Four frames per second in chunks of three, which begin at 0, 0.75, 1.5 and 2.25 seconds."""
     before = digits("7", num_frames=12).frames
     after = digits("7", num_frames=12, prompt_schedule={1.2: "3 moving up"}).frames
     np.testing.assert_array_equal(after[:, :6], before[:, :6])
@@ -294,7 +294,7 @@ def test_a_wan_export_reads_text_and_makes_pictures(wan: Path) -> None:
 
 
 def test_offloading_of_diffusers_reaches_every_part(wan: Path) -> None:
-    """`enable_model_cpu_offload` refuses to work on a CPU alone: its hooks are put on by hand."""
+    """`enable_model_cpu_offload` does not work without a GPU, so its hooks are added by hand."""
     pipe = quiet(StreamingMLAPipeline.from_pretrained(wan))
     settings = {"height": 32, "width": 48, "num_inference_steps": 1, "num_frames": 5}
     made = pipe("a red square", **settings).frames

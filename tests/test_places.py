@@ -1,4 +1,4 @@
-"""The places of a chunk: computed once, shared by its passes, and where a graph needs it, never moved in memory."""
+"""The places of a chunk: computed once, shared by its passes, and at a fixed address where a graph needs that."""
 
 from __future__ import annotations
 

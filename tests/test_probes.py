@@ -1,4 +1,4 @@
-"""Several probes of the velocity and a ridge of its metric: what is averaged, what is added, what stays the same."""
+"""Several probes of the velocity, and a ridge in its metric: what is averaged, added and unchanged."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def collect(dense: Any, store: TensorStore | None = None, rotated_only: bool = F
 
 
 def only(sample: LayerSample, probe: int) -> LayerSample:
-    """A sample with one of its probes."""
+    """The sample with only one of its probes."""
     return replace(sample, **{name: getattr(sample, name)[probe :: sample.probes].contiguous() for name in GRADS})
 
 
@@ -73,7 +73,7 @@ def test_the_first_of_several_probes_is_the_only_one_of_today(dense: Any, metric
 
 
 def test_every_probe_is_a_projection_of_its_own(dense: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second probe against a run whose only one is drawn like it."""
+    """The second probe equals that of a run whose only probe is drawn like it."""
     several = collect(dense, probes=PROBES)
     from mla_convert.convert import calibrate
 

@@ -1,4 +1,4 @@
-"""`mla-convert push` against a Hub on loopback: what arrives, what does not go twice, and what a failure leaves."""
+"""`mla-convert push` to a Hub on loopback: what arrives, what is not sent twice, and what a failure leaves behind."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CARD = "---\nlibrary_name: diffusers\n---\n# A model\n"
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory):
-    """The server, and a client whose processes know its address from before their first import."""
+    """The server, and a client whose processes have its address before their first import."""
     server = HubServer()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in server.environment(str(tmp_path_factory.mktemp("home"))).items():
@@ -56,7 +56,7 @@ def client(running):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A converted checkpoint of several shards with a card."""
+    """A converted checkpoint with several shards and a card."""
     folder = tmp_path_factory.mktemp("saved") / "out"
     save_checkpoint(pico_mla(), folder, {}, max_shard_size="15KB")
     (folder / "README.md").write_text(CARD)
@@ -69,12 +69,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def shards(folder: Path) -> dict[str, Path]:
-    """The weight files by their digest."""
+    """The weight files by digest."""
     return {sha256(path): path for path in folder.rglob("*.safetensors")}
 
 
 def another(saved: Path, folder: Path, seed: int = 1, shard_size: str = "15KB") -> Path:
-    """A checkpoint of other weights."""
+    """A checkpoint with different weights."""
     save_checkpoint(pico_mla(seed), folder, {}, max_shard_size=shard_size)
     shutil.copy(saved / "README.md", folder)
     return folder
@@ -298,7 +298,7 @@ def test_bad_command_lines(capsys, saved, arguments, message):
 
 
 def test_name_taken_while_we_look(server, client, saved):
-    """The repository appears between the look and the creation, or was hidden from us."""
+    """The repository appears between our check and its creation, or was hidden from us."""
     server.fail("POST", "/api/repos/create", lambda request: server.create(NAME) and None)
     assert client.push(saved, NAME, "--create").error.startswith("owner/model already exists on the Hub")
 
@@ -403,7 +403,7 @@ def test_folders_that_are_not_ours_or_not_whole(server, client, saved, tmp_path)
 
 
 def test_no_network(client, saved, monkeypatch):
-    """Without the server's address this process has no way out either; nothing listens on port 9."""
+    """This process does not have the server's address and cannot reach a network; nothing listens on port 9."""
     monkeypatch.setattr(hub.HfApi, "__init__", _nowhere)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", OWNER)
@@ -413,7 +413,7 @@ def test_no_network(client, saved, monkeypatch):
 
 
 def load_from_hub(arguments: list[str]) -> int:
-    """Load with our class by repository id, and print a digest of every tensor."""
+    """Load with our class by repository ID, and print a digest of every tensor."""
     import hashlib
 
     import diffusers
@@ -446,7 +446,7 @@ def test_pushed_weights_load_by_repository_id(server, client, saved):
 
 
 def test_pushed_dense_model_is_a_source(server, client, saved, tmp_path):
-    """The other commands read by repository id what push wrote."""
+    """The other commands read what push wrote, by repository ID."""
     save_checkpoint(pico_dense(), tmp_path / "dense", {})
     client.json(tmp_path / "dense", NAME, "--create")
 

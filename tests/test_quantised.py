@@ -1,4 +1,4 @@
-"""Latents in int8: what they cost in precision and what they save."""
+"""Latents in int8: lost precision and saved memory."""
 
 from __future__ import annotations
 

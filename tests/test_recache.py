@@ -1,4 +1,4 @@
-"""A new prompt that has the cached window written again: what is cached then, and what comes of it."""
+"""A new prompt that rewrites the cached window: what is cached afterwards, and the videos that follow."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def switched(model: Any, frames: int, at: int, recache: bool = True, **settings:
 def test_while_the_window_fills_it_is_a_video_that_began_with_the_new_prompt(
     variant: dict[str, Any] | None, settings: dict[str, Any]
 ) -> None:
-    """To the bit: what came before is a given start, written with the new prompt."""
+    """Bit by bit: the earlier chunks act as a given start, written with the new prompt."""
     model = model_of(variant, SINKLESS)
     found = switched(model, 10, at=4, **settings)
     assert torch.equal(found[:, :4], alone(model, OLD, 4, **settings))
@@ -84,7 +84,7 @@ def test_sinks_stay_and_the_rest_is_new(variant: dict[str, Any] | None, monkeypa
 
 
 def test_chunks_of_sinks_are_not_written_again() -> None:
-    """Of the first chunk one frame is a sink: it stays whole, and the next one is written."""
+    """The first chunk contains a sink, so none of it is rewritten; the next chunk is."""
     model, passes = model_of(None, {**SINKLESS, "sink_frames": 1}), []
     forward = model.forward_chunk
 
@@ -156,7 +156,7 @@ def test_kernels_expand_what_was_written_anew(history: str) -> None:
 def test_slots_that_a_failed_round_has_overwritten_are_not_read(
     window: dict[str, int], kept: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One stream has written its chunk when another runs out of memory, and its prompt changes before the next try."""
+    """One stream has written its chunk when another runs out of memory; its prompt changes before the next try."""
     oldest: list[int | None] = []
     view = CachePool.view
 
@@ -207,7 +207,7 @@ def test_a_cache_that_is_no_ring_is_refused_at_once() -> None:
 
 
 def test_an_expert_writes_the_whole_window_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights that travel to the device travel once, not with every chunk."""
+    """Offloaded weights are moved to the device once, not for every chunk."""
     experts = [pico.dense_model(causal=SINKLESS, seed=seed) for seed in (0, 1)]
     experts[0].noise_range, experts[1].noise_range = (0.7, 1.0), (0.0, 0.7)
     passes: list[tuple[int, int]] = []

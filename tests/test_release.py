@@ -1,4 +1,4 @@
-"""What leaves with a checkpoint: the pipeline it is, its source's parts, its evidence; whole or not at all."""
+"""The contents of an export: the pipeline, the source's components, the evidence; complete or not written at all."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def refusal(call, *arguments, **keywords) -> str:
 
 
 class Bare(diffusers.DiffusionPipeline):
-    """The least that diffusers calls a pipeline."""
+    """The smallest folder that diffusers accepts as a pipeline."""
 
     _optional_components = ["scheduler"]
 
@@ -68,7 +68,7 @@ class Bare(diffusers.DiffusionPipeline):
 
 @pytest.fixture
 def source(tmp_path):
-    """A pipeline's folder that a model was made from: a scheduler, and a VAE that is not used here."""
+    """The folder of a pipeline that a model was made from: a scheduler, and a VAE that is not used here."""
     folder = tmp_path / "source"
     diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0).save_pretrained(folder / "scheduler")
     index = {"_class_name": "WanPipeline", "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
@@ -120,7 +120,7 @@ def test_components_are_copied(source, tmp_path):
     ],
 )
 def test_a_copy_that_fails_says_why(source, tmp_path, monkeypatch, number, message):
-    """`shutil.copytree` collects errors, of which it keeps texts."""
+    """`shutil.copytree` collects errors and keeps only their texts."""
     checkpoint = made_from(source / "transformer", tmp_path / "saved")
 
     def failing(old, new, **settings):
@@ -190,7 +190,7 @@ def test_components_that_cannot_be_reached_stop_a_copy_alone(tmp_path, monkeypat
 
 
 def test_a_local_source_is_not_referenced(source, tmp_path):
-    """Its path means nothing to others."""
+    """Its path is meaningless to others."""
     export(made_from(source, tmp_path / "saved"), tmp_path / "out", ExportConfig())
     assert str(source) not in (tmp_path / "out" / "model_index.json").read_text()
 
@@ -241,10 +241,10 @@ def test_sample_that_is_no_video_is_one_clear_line(saved, tmp_path):
 
 @pytest.mark.parametrize("exchange", [True, False])
 def test_killed_export_leaves_the_old_state_or_the_new(saved, tmp_path, exchange):
-    """Killed before every step on the file system in turn: what is there is whole, old first, then new.
+    """Killed before every file system operation in turn: the folder is complete, first the old one, then the new one.
 
-    Where folders cannot be exchanged in one step there is a moment without either; the next export finds
-    the old one again.
+    Where folders cannot be exchanged in one step, neither exists for a moment; the next export restores
+    the old one.
     """
     if exchange and sys.platform != "linux":
         pytest.skip("exchanging two folders in one step is Linux's")

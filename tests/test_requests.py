@@ -1,4 +1,4 @@
-"""A stage that is asked to stop writes a checkpoint first; one whose global batch is set may change its processes."""
+"""A stage that is asked to stop writes a checkpoint first; with `global_batch`, its processes may change in number."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_signal_ends_a_stage_after_its_step_with_a_checkpoint(tmp_path, monkey
 
 
 def test_a_signal_in_the_last_step_ends_the_stage_too(tmp_path, monkeypatch):
-    """What comes after it may take hours; the stage itself has nothing left to do."""
+    """The steps after it may take hours, although the stage itself has nothing left to do."""
     example = case.Clips.example
 
     def asked(self, index):
@@ -75,7 +75,7 @@ def test_the_clock_asks_for_checkpoints(tmp_path):
 
 
 def test_a_global_batch_goes_on_with_other_processes(tmp_path):
-    """Two processes go on where one stopped, and end where it would have ended."""
+    """Two processes continue where one stopped, and end as it would have ended."""
     changes = {"batch_size": 1, "global_batch": 4}
     _, expected = case.train(tmp_path / "one", **changes)
     _, spelt = case.train(tmp_path / "spelt", batch_size=1, grad_accumulation=4)

@@ -1,4 +1,4 @@
-"""The data-free mode: clips that the dense teacher rolled out itself, made once and read like any others."""
+"""The data-free mode: clips that the dense teacher generated, made once and read like any others."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def finished(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def drawn(text: torch.Tensor, seed: int, conditions: object = None) -> torch.Tensor:
-    """Latents that depend on the seed and the prompts alone, in place of a rollout."""
+    """Latents that depend only on the seed and the prompts, in place of a rollout."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(len(text), 1, 2, 3, 4, generator=generator) + text.sum((1, 2)).view(-1, 1, 1, 1, 1)
 
 
 def written(folder: Path, processes: int = 1, **settings: Any) -> dict[str, str]:
-    """Digests of the folder that `processes` processes write, one after the other."""
+    """Digests of a folder written by `processes` processes, one after the other."""
     config = RolloutsConfig(**{"clips": 5, "batch_size": 2, "prompts": PROMPTS, **settings})
     text = torch.stack([parse_prompt(prompt).embedding() for prompt in PROMPTS])
     open_folder(folder, "same")
@@ -220,7 +220,7 @@ def test_prompts_may_be_embeddings(teacher: Path, tmp_path: Path) -> None:
 
 
 def test_captions_of_clips_of_several_lengths_are_padded(teacher: Path, tmp_path: Path) -> None:
-    """Their latents are not read, so it does not matter whether they are raw."""
+    """Only captions and embeddings are read, so it does not matter whether the latents are raw."""
     width = parse_prompt(PROMPTS[0]).embedding().shape[1]
     clips = [Clip(20 + torch.randn(1, 2, 4, 4), torch.ones(tokens, width), caption=f"{tokens}") for tokens in (2, 3)]
     write_shard(tmp_path / "clips" / "a.parquet", clips)

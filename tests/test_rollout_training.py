@@ -1,4 +1,4 @@
-"""The rollout of training: that of inference, with a gradient where it belongs."""
+"""Rollouts in training equal those of inference, with gradients only where they belong."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_with_the_last_exit_step_it_is_the_rollout_of_inference(layout, context_
 
 
 def gradients(model, video, first=0, stop=None):
-    """Of the mean square of some frames, by parameter."""
+    """Gradients of the mean square of some frames, by parameter."""
     parameters = dict(model.named_parameters())
     found = torch.autograd.grad(video[:, :, first:stop].square().mean(), list(parameters.values()), allow_unused=True)
     return {name: grad for name, grad in zip(parameters, found, strict=True) if grad is not None}
@@ -53,7 +53,7 @@ def gradients(model, video, first=0, stop=None):
 
 @pytest.mark.parametrize("exit_step", [0, 2])
 def test_a_chunk_has_the_gradient_of_its_exit_step_alone(exit_step):
-    """Against the last chunk denoised once more by hand, with a cache that was filled without gradients."""
+    """Compared with denoising the last chunk again by hand, with a cache that was filled without gradients."""
     model = model_of(pico.LAYOUTS[0] | {"own_chunk": "latent"})
     video = roll(model, exit_step)
     generator = torch.Generator().manual_seed(7)
@@ -94,7 +94,7 @@ def test_there_is_no_graph_through_the_cache(monkeypatch):
 
 @pytest.mark.parametrize("layout", [None, pico.LAYOUTS[0] | {"own_chunk": "latent"}])
 def test_gradient_checkpointing_changes_nothing(layout):
-    """The cache wraps between a chunk and its recomputation."""
+    """The cache wraps around between a chunk and its recomputation."""
     plain = model_of(layout)
     checkpointed = copy.deepcopy(plain)
     checkpointed.enable_gradient_checkpointing()

@@ -1,4 +1,4 @@
-"""A run of several processes: where they meet, how they end, and what a later one reads."""
+"""A run with several processes: where they synchronize, how they end, and what a later run reads."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def teacher(tmp_path_factory):
 
 
 class Meetings:
-    """A process that is not the first one, or is; counts how often it waits for all."""
+    """A process, the first or another; counts how often it waits for all."""
 
     def __init__(self, is_main_process: bool) -> None:
         self.is_main_process, self.count = is_main_process, 0
@@ -68,7 +68,7 @@ def test_processes_meet_only_where_all_take_part(teacher, tmp_path, monkeypatch)
 
 
 def test_a_process_that_waits_ends_when_the_first_one_fails(teacher, tmp_path, monkeypatch):
-    """Until the next run of the folder begins."""
+    """It is told of the failure until the next run in the folder begins."""
     first, other = Meetings(True), Meetings(False)
     first.num_processes = 2
     monkeypatch.setattr(run_module, "this_process", lambda: first)
@@ -102,7 +102,7 @@ def test_what_follows_a_conversion_reads_the_commit_that_was_converted(teacher, 
 
 
 def test_a_stage_that_is_done_is_not_asked_of_the_launch(teacher, tmp_path, monkeypatch):
-    """It was trained by another one, such as eight processes where now there are three."""
+    """It was trained by another launch, such as eight processes where now there are three."""
     two = recipe(teacher, "distill.0.global_batch=2", "distill.0.steps=1", "generate.prompts=[]", "data.heldout=2")
     asked = []
 

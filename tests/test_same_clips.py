@@ -1,4 +1,4 @@
-"""A run goes on with the clips that it began with: more of them would be split and drawn in another way."""
+"""A run continues with the clips that it began with, because more clips would be split and drawn differently."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_run_is_refused_more_clips_until_they_are_gone(teacher, tmp_path):
 
 
 def test_a_conversion_that_was_killed_begins_anew_with_more_clips(teacher, tmp_path, monkeypatch):
-    """No step is done yet, so nothing is mixed: its layers are fitted again."""
+    """No step is done yet, so nothing is mixed, and its layers are fitted again."""
     write_latents(tmp_path / "data", clips(), clips_per_shard=4)
     own = recipe(teacher, tmp_path / "data", "convert.init=activation")
     converted = []
@@ -108,7 +108,7 @@ def test_a_stage_is_refused_more_clips(tmp_path):
 
 
 def test_processes_that_see_other_clips_do_not_train(tmp_path, monkeypatch):
-    """On NFS, or while shards are still being written."""
+    """As on NFS, or while shards are still being written."""
     write_latents(tmp_path / "data", clips(8, shape=(1, 9, 16, 16)), clips_per_shard=4)
     data = open_data(DataConfig(kind="latents", folder=str(tmp_path / "data"), heldout=2), seed=0)
     monkeypatch.setattr(trainer, "from_main", lambda value: {**value, "clips": 12})
@@ -119,7 +119,7 @@ def test_processes_that_see_other_clips_do_not_train(tmp_path, monkeypatch):
 
 
 def test_an_evaluation_is_refused_more_clips(teacher, tmp_path):
-    """Some of those that it would hold out were trained on."""
+    """Some of its held-out clips were used for training."""
     write_latents(tmp_path / "data", clips(), clips_per_shard=4)
     run(recipe(teacher, tmp_path / "data", "distill=[]"), tmp_path / "run", until="export")
     more = grow(tmp_path / "data")

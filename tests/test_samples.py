@@ -1,4 +1,4 @@
-"""A run of a latent model draws its prompts: text encoder, teacher and student side by side, VAE, report."""
+"""A run of a latent-space model generates its prompts: text encoder, teacher and student side by side, VAE, report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sections that sample a model have one set of keys, with the same checks and the same meaning."""
+"""All sections that sample a model have the same keys, with the same checks and the same meaning."""
 
 from __future__ import annotations
 

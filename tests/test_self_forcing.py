@@ -2,7 +2,7 @@
 
 The reference is written from the paper in plain torch: a chunk attends, without a mask, to the cached
 keys and values of the frames in its window and to its own; keys are rotated by the absolute index of
-their frame. The window rolls, and the first frames may be pinned in it as sinks.
+their frame. The window moves along, and the first frames may be pinned in it as sinks.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def rope(x: Tensor, first_frame: int) -> Tensor:
 
 
 class SelfForcing:
-    """Self-attention of one layer with its rolling cache, one entry a frame; a processor of stock Wan."""
+    """Self-attention of one layer with its rolling cache, one entry per frame; a processor of stock Wan."""
 
     def __init__(self, window: int, sinks: int) -> None:
         self.window, self.sinks, self.write = window, sinks, False
@@ -76,7 +76,7 @@ class SelfForcing:
 
 
 def reference_model(dense: Any) -> tuple[Any, Callable[[bool], None]]:
-    """Stock Wan with the reference attention in every layer, and what turns writing on and off."""
+    """Stock Wan with the reference attention in every layer, and the processors that turn writing on and off."""
     stock, causal = stock_copy(dense), dense.causal
     layers = [SelfForcing(causal.window_frames, causal.sink_frames) for _ in stock.blocks]
     for block, layer in zip(stock.blocks, layers, strict=True):
@@ -147,7 +147,7 @@ def test_a_rollout(
 
 
 def test_sinks_within_the_window_are_elsewhere_in_time() -> None:
-    """Re-indexing by the window is another model as soon as there are sinks, hence `sink_positions`."""
+    """With sinks, re-indexing by the window gives a different model, hence `sink_positions`."""
     window = {"num_frames_per_block": 1, "window_frames": 4, "sink_frames": 1}
     dense = pico.dense_model(causal=window)
     _, _, text = pico.inputs(2, 1, HEIGHT, WIDTH)

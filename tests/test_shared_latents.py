@@ -1,4 +1,4 @@
-"""Layers that share a latent: exact at full rank, the same in a clip, a rollout and by kernels, cached once."""
+"""Layers that share a latent: exact at full rank, equal in a clip, a rollout and with kernels, cached once."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def load_like(model: Any) -> Any:
 
 
 def test_teacher_forcing_equals_a_rollout_over_the_clean_clip(student: Any) -> None:
-    """Two noisy copies of each clip against its clean history, packed and one chunk after the other."""
+    """Two noisy copies of each clip with its clean history, packed and chunk by chunk."""
     clean, timestep, text = pico.inputs(2, 9, 6, 4)
     noisy, _, _ = pico.inputs(4, 9, 6, 4, seed=5)
     times = torch.cat([timestep, timestep.flip(0)])
@@ -186,7 +186,7 @@ def test_kernels_equal_torch(layout: dict[str, Any], cache_dtype: torch.dtype | 
 def test_a_kernel_that_is_compared_while_it_writes_leaves_the_latent_as_it_is(
     student: Any, monkeypatch: pytest.MonkeyPatch, agrees: bool
 ) -> None:
-    """`auto` runs a layer twice in its first pass, which a start that is given makes one that writes."""
+    """`auto` runs a layer twice in its first pass, and with a given start the first pass writes."""
     monkeypatch.setattr(kernels, "interpreted_by_default", lambda: True)
     if not agrees:
         whole = fused.attention
@@ -245,7 +245,7 @@ def test_compiled_blocks_give_the_same(student: Any) -> None:
 
 
 def test_what_two_layers_have_in_common_is_stored_once() -> None:
-    """Two layers that see the same keys and values need together the rank of one."""
+    """Two layers with the same keys and values together need the rank of one."""
     dense = pico.dense_model()
     generator = torch.Generator().manual_seed(0)
 
@@ -292,7 +292,7 @@ def test_a_budget_counts_what_is_cached() -> None:
 def test_a_killed_conversion_ends_with_the_same_bytes(
     tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed between the two files of a latent: both are fitted again."""
+    """Killed between the two files of a latent, so both layers are fitted again."""
     dense_model().to(torch.bfloat16).save_pretrained(tmp_path / "dense")
     source = load_source(str(tmp_path / "dense"))
     calibration = {"clips": 8, "batch_size": 4, "queries_per_chunk": 4}
@@ -342,7 +342,7 @@ def test_fidelity_of_a_conversion_that_loses_nothing() -> None:
 
 
 def test_fidelity_is_what_the_layers_do_with_what_all_of_them_make(student: Any) -> None:
-    """The figure against the definition: restore every layer's keys and values from the sum of the parts."""
+    """The figure equals its definition: restore every layer's keys and values from the sum of the parts."""
     dense = dense_model()
     latents, _, text = pico.inputs(4, 8, 6, 4)
     clips = {"latents": latents, "encoder_hidden_states": text}

@@ -1,4 +1,4 @@
-"""A damaged clip is named and ends the run; `data.skip` lets it go on, in the same order."""
+"""A damaged clip is named and ends the run; `data.skip` lets it continue, in the same order."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def opened(folder, heldout=3, **settings):
 
 
 def number_of(example, made):
-    """Which of the clips an example is."""
+    """The number of the clip that an example is."""
     (found,) = [n for n, clip in enumerate(made) if torch.equal(clip.latents, example["latents"])]
     return found
 

@@ -1,4 +1,4 @@
-"""SkyReels-V2: our forms against diffusers' model and pipeline under the same mask, and a run from load to rollout."""
+"""SkyReels-V2: our forms compared with diffusers' model and pipeline under the same mask, and a run to its rollout."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ export:
 
 
 def dense_model(heads: int = 2, head_dim: int = 12, block: int = 5, **changes: Any) -> Any:
-    """Dense, with absolute positions, that is with a window longer than any clip here."""
+    """Dense, with absolute positions and a window longer than any clip here."""
     causal = {"num_frames_per_block": block, "window_frames": 40}
     return pico.dense_model(heads, head_dim, causal=causal, family="skyreels_v2", **changes)
 
@@ -85,7 +85,7 @@ def stock_copy(dense: Any, block: int = 1) -> SkyReelsV2Transformer3DModel:
 
 
 def stock_forcing(stock: Any, latents: Tensor, timestep: Tensor, text: Tensor, fps: list[int]) -> Tensor:
-    """Diffusion forcing item by item: with a frame rate the stock code takes batches of one only."""
+    """Diffusion forcing item by item, because with a frame rate the stock code only takes batches of one."""
     items = zip(latents.split(1), timestep.split(1), text.split(1), fps, strict=True)
     return torch.cat([stock(x, t, y, enable_diffusion_forcing=True, fps=[rate]).sample for x, t, y, rate in items])
 
@@ -145,7 +145,7 @@ def test_the_frame_rate_matters_and_is_24_by_default() -> None:
 
 
 def test_the_frame_rate_reaches_the_context_of_teacher_forcing() -> None:
-    """Packed with its clean context, item by item what a cache of clean chunks gives."""
+    """Packed with its clean context, each item equals its result with a cache of clean chunks."""
     dense, fps = dense_model(block=2), torch.tensor([0, 1])
     clean, _, text = pico.inputs(2, 4, 6, 4)
     noisy, timestep, _ = pico.inputs(2, 4, 6, 4, seed=3)
@@ -157,7 +157,7 @@ def test_the_frame_rate_reaches_the_context_of_teacher_forcing() -> None:
 
 
 def test_stock_quirks() -> None:
-    """What diffusers' model refuses and ours does: batches with a frame rate, and a short last chunk."""
+    """What diffusers' model refuses and ours supports: batches with a frame rate, and a short last chunk."""
     dense = dense_model(block=2)
     stock = stock_copy(dense, 2)
     latents, timestep, text = pico.inputs(2, 4, 6, 4)
@@ -190,7 +190,7 @@ def test_the_pipeline_may_set_the_chunks() -> None:
 
 
 def write_stock(folder: Path, shard_size: str = "5GB", **changes: Any) -> SkyReelsV2Transformer3DModel:
-    """A stock model as diffusers writes it, patches of 2x2, 2 latent channels, text of 8 channels."""
+    """A stock model as diffusers writes it, with patches of 2x2, 2 latent channels and text of 8 channels."""
     stock = stock_copy(dense_model(**changes))
     stock.save_pretrained(folder, max_shard_size=shard_size)
     return stock
@@ -230,7 +230,7 @@ def test_image_to_video_models_are_refused_by_name(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def pipeline() -> SkyReelsV2DiffusionForcingPipeline:
-    """Stock, with a VAE of 2 latent channels; prompts come as embeddings."""
+    """The stock pipeline, with a VAE of 2 latent channels; prompts are given as embeddings."""
     torch.manual_seed(0)
     vae = AutoencoderKLWan(
         base_dim=3, dim_mult=[1, 1, 1, 1], z_dim=2, num_res_blocks=1, latents_mean=[0.0, 0.0], latents_std=[1.0, 1.0]
@@ -247,7 +247,7 @@ STEPS, PROMPT = 4, torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(
 
 
 def video(pipeline: SkyReelsV2DiffusionForcingPipeline, transformer: Any, **changes: Any) -> Tensor:
-    """Latents of one call with guidance: 13 frames, 4 latent ones, of 32x32."""
+    """Latents of one call with guidance: 13 frames of 32x32, which are 4 latent frames."""
     call = {"num_frames": 13, "num_inference_steps": STEPS, "ar_step": 1, "causal_block_size": 2}
     call |= {"height": 32, "width": 32, "output_type": "latent"}
     embeds = {"prompt_embeds": PROMPT, "negative_prompt_embeds": torch.zeros(1, 3, 8)}
@@ -275,7 +275,7 @@ def test_the_stock_pipeline_gives_the_stock_video_with_our_models(
 
 
 def test_blocks_one_after_the_other_are_a_rollout_from_our_cache(pipeline: SkyReelsV2DiffusionForcingPipeline) -> None:
-    """With `ar_step` of all its steps the pipeline begins a block when the one before it is done."""
+    """With `ar_step` equal to all steps, the pipeline begins a block when the one before it is done."""
     dense = dense_model(block=2)
     one_by_one = {"num_frames": 21, "ar_step": STEPS, "guidance_scale": 1.0}
     expected = video(pipeline, stock_copy(dense), **one_by_one)

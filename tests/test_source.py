@@ -1,4 +1,4 @@
-"""Rollouts that restyle a video: how much noise it gets, where it ends, alone and in a batch."""
+"""Rollouts that restyle a video: the amount of noise and the length, alone and in a batch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def clean(frames: int, seed: int = 5, batch: int = 1) -> Tensor:
 
 
 def asked_for(video: Tensor, asked: list[tuple[int, int]] | None = None) -> FramesAt:
-    """A source that is a function, and what it was asked for."""
+    """A source that is a function, and the frames it was asked for."""
 
     def frames_at(first: int, stop: int) -> Tensor:
         if asked is not None:
@@ -59,7 +59,7 @@ def test_levels_begin_at_the_strength_and_fall_whatever_it_is(steps: Any, shift:
 
 @pytest.mark.parametrize("steps", [4, 5, 10, 50])
 def test_where_the_strength_is_a_step_it_is_the_one_of_diffusers(steps: int) -> None:
-    """`WanVideoToVideoPipeline` leaves the first steps out, and noises to the level of the next."""
+    """`WanVideoToVideoPipeline` skips the first steps and adds noise at the level of the next one."""
     for kept in range(1, steps + 1):
         expected = sampling_times(steps, 5.0)[steps - kept :]
         torch.testing.assert_close(sampling_times(steps, 5.0, strength=kept / steps), expected, rtol=0, atol=1e-6)
@@ -87,7 +87,7 @@ def test_at_1_nothing_of_the_source_is_seen(converted: bool, settings: dict[str,
 
 @torch.no_grad()
 def restyled(model: Any, source: Tensor, strength: float, steps: int) -> Tensor:
-    """One prompt over a source of whole chunks, by Euler steps of the shift 3."""
+    """One prompt with a source of whole chunks, in Euler steps with shift 3."""
     levels = [strength, *[i / steps for i in range(steps, 0, -1) if i / steps < strength], 0.0]
     times = [3 * level / (1 + 2 * level) for level in levels]
     generator, cache, made = torch.Generator().manual_seed(0), model.init_cache(1, HEIGHT, WIDTH), []

@@ -1,4 +1,4 @@
-"""Restyled videos from files and cameras: read as far as chunks need, encoded, generated from end to end."""
+"""Restyled videos from files and cameras: read only as far as needed, encoded, and generated end to end."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_video(path: Path, frames: int, size: tuple[int, int] = (16, 24)) -> Path:
-    """Colours that change from frame to frame."""
+    """Pictures whose color changes from frame to frame."""
     levels = np.linspace(0, 1, frames, dtype=np.float32).reshape(-1, 1, 1, 1)
     ramp = np.linspace(0, 1, size[1], dtype=np.float32).reshape(1, 1, -1, 1)
     video = (levels + np.array([0.0, 0.3, 0.6], dtype=np.float32) + ramp) % 1
@@ -169,7 +169,7 @@ def test_a_source_that_cannot_be_read_is_refused_at_once(tmp_path: Path) -> None
 
 
 def test_a_digits_video_is_restyled_from_end_to_end(capsys: Any, tmp_path: Path) -> None:
-    """All of it without a length, less with one, and at 1 the video without a source."""
+    """The whole source without a length, less with one; at strength 1, the video without a source."""
     command = ["generate", ZOO, *PROMPT, "--steps", "4"]
     other = ["generate", ZOO, "--prompt", "3 at 1,0 moving right", "--steps", "4", "--frames", "26", "--seed", "9"]
     made = latents_of(capsys, tmp_path / "made.safetensors", *other)
@@ -302,7 +302,7 @@ def test_the_pipeline_refuses_at_the_call(wan: Path, tmp_path: Path) -> None:
 
 
 def test_offloading_of_diffusers_brings_the_vae_to_encode_and_takes_it_away(wan: Path, tmp_path: Path) -> None:
-    """`enable_model_cpu_offload` refuses to work on a CPU alone: its hooks are put on by hand."""
+    """`enable_model_cpu_offload` does not work without a GPU, so its hooks are added by hand."""
     pipe = quiet(StreamingMLAPipeline.from_pretrained(wan))
     settings = {"height": 32, "width": 48, "num_inference_steps": 2, "guidance_scale": 1, "fps": 16}
     settings["source"] = write_video(tmp_path / "a.mp4", 13, (32, 48))

@@ -1,4 +1,4 @@
-"""Held-out and calibration clips of a folder are drawn by the seed; neighbours by name are cuts of one film."""
+"""Held-out and calibration clips are drawn by the seed, because neighbors by name may be cuts of one film."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COUNT, HELDOUT = 40, 8
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Clips whose first number is their place by name."""
+    """Clips whose first number is their place in the order of names."""
     made = [Clip(torch.full((2, 4, 4, 4), float(n)) + torch.rand(4, 4) / 9, torch.ones(3, 8)) for n in range(COUNT)]
     shards = tmp_path_factory.mktemp("clips")
     write_latents(shards, made, clips_per_shard=16)
@@ -78,7 +78,7 @@ def test_digits_have_no_split():
 
 
 def test_an_evaluation_holds_out_what_the_run_held_out(folder):
-    """The section has a seed of its own, of noises; the clips are those of the recipe's seed."""
+    """The section's own seed is for noise; the clips are those of the recipe's seed."""
     dense = pico.dense_model(in_channels=2, out_channels=2, text_dim=8)
     student = pico.convert(dense, kv_lora_rank=8)
     config = EvaluateConfig(clips=HELDOUT, batch_size=4, rollout_prompts=0, seed=5)

@@ -1,4 +1,4 @@
-"""A standalone checkpoint brings its class along in one file, which works where this package is absent."""
+"""A standalone checkpoint includes its class in one file, which works without this package."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def alone(written: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
-    """What an environment of its own, with the libraries and without this package, made of them."""
+    """Their results in a separate environment with the libraries but without this package."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     script = Path(__file__).with_name("alone.py")
     python = environment(elsewhere / "venv")
@@ -119,7 +119,7 @@ def alone(written: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 def environment(folder: Path) -> Path:
     """The interpreter of a new virtual environment that has the libraries of this one.
 
-    What is installed here as an editable package is a .pth file, which is not followed from there.
+    An editable package is installed as a .pth file, which the new environment does not follow.
     """
     builder = venv.EnvBuilder(symlinks=os.name != "nt")
     builder.create(folder)
@@ -132,7 +132,7 @@ def environment(folder: Path) -> Path:
 
 
 def imported(source: str, name: str) -> ModuleType:
-    """A module of its own from a source."""
+    """A separate module made from `source`."""
     spec = importlib.util.spec_from_loader(name, loader=None)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
@@ -144,7 +144,7 @@ def imported(source: str, name: str) -> ModuleType:
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_it_equals_the_installed_class(family, written, alone):
-    """Bit by bit: forward, streaming, after saving and loading, in a pipeline, and from the Hub."""
+    """Bit by bit: forward, streaming, after saving and reloading, in a pipeline, and from the Hub."""
     folder, outputs = written[family], alone[family]
     model = load_checkpoint(folder / "out", verify=True)
     assert type(model).__name__ == registry.families()[family].mla_class.__name__
@@ -271,7 +271,7 @@ def test_configurations_accept_and_refuse_the_same_without_pydantic(config, valu
 
 
 def test_export_compares_the_standalone_form(tmp_path, monkeypatch):
-    """A file that computes something else is caught, and nothing appears."""
+    """A file that computes something else is detected, and nothing is written."""
     save_checkpoint(converted("wan"), tmp_path / "saved", {})
     source = bundle(registry.families()["wan"].mla_class)
     wrong = source.replace("self.scale = head_dim**-0.5", "self.scale = 1.0")

@@ -83,7 +83,7 @@ def test_start_that_does_not_fit_is_refused(window: dict[str, Any], shape: tuple
 @pytest.mark.parametrize(("suffix", "tolerance"), [(".png", 1e-6), (".gif", 1e-6), (".mp4", 0.04)])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_pictures_come_back_as_they_were_saved(tmp_path: Path, suffix: str, tolerance: float, channels: int) -> None:
-    """The levels are whole bytes: the largest error seen is 1.0e-7 and, in mp4, 0.024."""
+    """The levels are whole bytes: the largest error observed is 1.0e-7 and, in mp4, 0.024."""
     frames = 1 if suffix == ".png" else 3
     levels = torch.linspace(-1, 1, 16).view(1, 1, 1, 16).expand(channels, frames, 16, 16).contiguous()
     levels[:, 1::2] *= -1
@@ -146,7 +146,7 @@ def test_recipe_can_name_a_start(teacher: Path, tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("converted", [False, True])
 def test_a_start_may_be_held_inside_a_chunk(converted: bool, settings: dict[str, Any]) -> None:
-    """As Wan2.2's pipeline does it: the given frame is put back after every step, and its timestep is 0."""
+    """As in Wan2.2's pipeline, the given frame is restored after every step, and its timestep is 0."""
     model = pico.dense_model(causal=WINDOWS[1] | {"num_frames_per_block": 3, "window_frames": 6})
     if converted:
         model = pico.convert(model, **pico.VARIANTS[6])

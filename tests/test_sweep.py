@@ -1,4 +1,4 @@
-"""A sweep over the blocks: what it samples, what it pulls back, what it keeps where."""
+"""A sweep over the blocks: its samples, the gradients it propagates back, and where it stores tensors."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_hidden_states_that_fit_nowhere_are_refused_before_they_are_computed(tmp
 
 
 class Watched(TensorStore):
-    """Everything in files; `most` is the most bytes of hidden states that were there at once."""
+    """Stores everything in files; `most` is the peak number of bytes of hidden states."""
 
     most = 0
 
@@ -91,7 +91,7 @@ class Watched(TensorStore):
 def test_a_small_disk_runs_blocks_twice_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, budget: int, every: int
 ) -> None:
-    """What is kept of the upper twelve of thirteen blocks, where the disk holds `budget` times a block's input."""
+    """Inputs of the upper twelve of thirteen blocks are kept as far as the disk holds `budget` of them."""
     dense, wanted = pico.dense_model(layers=13), {1, 2, 4, 7, 12}
     held = collect(dense, wanted)
     settings = CalibrationConfig(**pico.calibration())
@@ -112,7 +112,7 @@ def test_a_disk_that_is_too_small_for_any_way_is_refused(tmp_path: Path, monkeyp
 
 
 def test_gradient_of_the_velocity_is_that_of_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Block by block with weights that would want gradients, against autograd through the model."""
+    """Block by block, with weights that require gradients, compared with autograd through the model."""
     dense = pico.dense_model(layers=LAYERS).requires_grad_()
     chosen = CalibrationConfig(**pico.calibration())
     grads: dict[tuple[int, int], torch.Tensor] = {}
@@ -145,7 +145,7 @@ def test_gradient_of_the_velocity_is_that_of_the_whole_model(monkeypatch: pytest
 
 
 def test_expected_square_of_a_probe_is_the_mean_squared_velocity_error() -> None:
-    """A random error of the attention output, weighed by many gradients, against what it does to the velocity."""
+    """A random error of the attention output, weighted by many gradients, compared with its effect on the velocity."""
     dense = pico.dense_model()
     blocks, chosen = ModelBlocks(dense), CalibrationConfig(**pico.calibration())
     inputs = enter_clips(blocks, pico.batches()[:1], chosen, store := TensorStore()).inputs[0]
@@ -189,7 +189,7 @@ def test_layers_see_what_the_converted_ones_below_made() -> None:
 
 
 def test_converted_hidden_states_are_those_of_the_converted_model() -> None:
-    """What enters layer 2 is what the converted model's layers 0 and 1 make of the same clips."""
+    """The inputs of layer 2 are the outputs of the converted model's layers 0 and 1 for the same clips."""
     dense = pico.dense_model(layers=LAYERS)
     settings = ConvertConfig(kv_lora_rank=4, calibration=pico.calibration(**CONVERTED))
     model = convert_model(FAMILY, dense, settings, pico.batches())

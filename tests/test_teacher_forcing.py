@@ -1,4 +1,4 @@
-"""`teacher_forcing` against denoising chunk by chunk with a cache."""
+"""`teacher_forcing` compared with denoising chunk by chunk with a cache."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHIFT = 5.0
 
 
 def naive_weight(t: float) -> float:
-    """The bell over 1000 shifted training steps, written out."""
+    """The bell-shaped weights over 1000 shifted training steps, written out."""
     steps = [SHIFT * k / 1000 / (1 + (SHIFT - 1) * k / 1000) for k in range(1, 1001)]
     bells = [math.exp(-2 * (step - 0.5) ** 2) for step in steps]
     scale = 1000 / sum(bell - min(bells) for bell in bells)
@@ -28,7 +28,7 @@ def naive_weight(t: float) -> float:
 
 @torch.no_grad()
 def streamed_loss(model, clips, weighting, context_noise):
-    """The mean over chunks of each chunk's weighted error, its history read from a cache."""
+    """The mean of the weighted errors of the chunks, with histories from a cache."""
     generator = torch.Generator().manual_seed(3)
     latents, text = clips["latents"], clips["encoder_hidden_states"]
     noised = noised_clips(latents, text, model.causal, generator, shift=SHIFT, context_noise=context_noise)
@@ -95,7 +95,7 @@ def test_a_flow_map_is_trained_where_both_times_are_the_same(weighting):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
-    """The weights of the last good checkpoint stay."""
+    """The last good checkpoint keeps its weights."""
 
     class Poisoned(case.Clips):
         def example(self, index):

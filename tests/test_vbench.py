@@ -56,7 +56,7 @@ def checkout(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """A model of digits, whose prompts need no text encoder."""
+    """A digits model, whose prompts need no text encoder."""
     return save_model(tmp_path_factory.mktemp("model") / "checkpoint")
 
 
@@ -137,7 +137,7 @@ def three_videos() -> list[Video]:
 
 
 def test_videos_are_encoded_while_others_are_drawn(tmp_path, monkeypatch) -> None:
-    """The file of a video is the one that `save_video` writes, from a thread, which may still write it then."""
+    """The video's file equals that of `save_video`; a thread writes it and may not have finished yet."""
     drawn, whole, threads = [], prefetch.save_video, set()
     begun, free = threading.Event(), threading.Event()
 

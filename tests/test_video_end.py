@@ -1,4 +1,4 @@
-"""Absolute positions end where the rotary table does: too long a video is refused, one without an end is finished."""
+"""Absolute positions end with the rotary table: a video that is too long is refused, an endless one ends there."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_the_pipeline_refuses_at_the_call_and_ends_a_stream(caplog: Any) -> None
 
 @pytest.fixture
 def teacher(tmp_path: Path) -> Path:
-    """A digits model of chunks of three frames with absolute positions and a table of 16."""
+    """A digits model with chunks of three frames, absolute positions and a table of 16."""
     folder = write_teacher(tmp_path / "teacher")
     change(folder, rope_max_seq_len=16, sink_positions="absolute")
     return folder

@@ -58,14 +58,14 @@ def recipe(teacher: Path) -> Recipe:
 
 @pytest.fixture(scope="module")
 def finished(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of both experts that nothing interrupted."""
+    """An uninterrupted run of both experts."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     run_experts(recipe, folder)
     return folder
 
 
 def two_experts() -> list[Any]:
-    """Two different models of one shape with the ranges of Wan2.2-T2V-A14B."""
+    """Two different models of the same shape with the noise ranges of Wan2.2-T2V-A14B."""
     causal = {"num_frames_per_block": 2, "window_frames": 4, "sink_frames": 1}
     models = [pico.dense_model(causal=causal, seed=seed) for seed in (0, 1)]
     for model, noise_range in zip(models, EXPERTS.values(), strict=True):
@@ -268,7 +268,7 @@ def test_run_prints_all_experts(
 
 @pytest.mark.parametrize("name", ["wan2.1-14b", "wan2.2-t2v-a14b"])
 def test_recipes_of_14b_have_the_papers_share(name: str) -> None:
-    """The largest multiple of 16 a layer within it."""
+    """The largest multiple of 16 per layer that does not exceed it."""
     loaded = load_recipe(find_recipe(name))
     share = 2 * 40 * 128 * 224 // 3072 // 16 * 16
     assert loaded.convert.kv_lora_rank == loaded.convert.layers_per_latent * share
@@ -276,7 +276,7 @@ def test_recipes_of_14b_have_the_papers_share(name: str) -> None:
 
 
 def ti2v_model(frames_per_block: int, independent: bool = False) -> Any:
-    """The channels of Wan2.2-TI2V-5B with fewer and smaller layers."""
+    """A model with the channels of Wan2.2-TI2V-5B but fewer and smaller layers."""
     causal = {"num_frames_per_block": frames_per_block, "window_frames": 6, "independent_first_frame": independent}
     return pico.dense_model(causal=causal, in_channels=48, out_channels=48)
 

@@ -1,4 +1,4 @@
-"""Rollouts in every window that source models use agree with the forward over the whole clip."""
+"""Rollouts with every window that source models use equal the forward of the whole clip."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WINDOWS = [
 def test_rollout_equals_the_whole_clip_given_its_context(
     variant: dict[str, Any] | None, window: dict[str, Any], context_noise: float
 ) -> None:
-    """The steps of all chunks at one noise level are one forward over the clip, given what was written as context."""
+    """All chunks' steps at one noise level equal one forward of the clip with the written chunks as context."""
     dense = pico.dense_model(causal=window)
     model = dense if variant is None else pico.convert(dense, **variant)
     seen: dict[float, list[tuple[Tensor, Tensor]]] = {}

@@ -1,4 +1,4 @@
-"""A checkout that looks like VBench's, with programs that look for videos as VBench does and write its results."""
+"""A folder like a checkout of VBench, with programs that look for videos and write results as VBench does."""
 
 from __future__ import annotations
 

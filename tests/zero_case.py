@@ -1,6 +1,6 @@
 """One process of a stage under DeepSpeed on the CPU.
 
-Accelerate takes DeepSpeed to several processes on GPUs only. Here it is told its process after it has found none;
+Accelerate supports DeepSpeed with several processes only on GPUs. Here it is told about its process afterwards;
 everything else, DeepSpeed itself included, is as it is.
 """
 

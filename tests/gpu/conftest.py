@@ -1,4 +1,4 @@
-"""Tests of what only a GPU can show. They need torch, Triton and pytest; those of whole models this package, too."""
+"""Tests that need a real GPU. They need torch, Triton and pytest; tests of whole models also need this package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kernels on a GPU at the geometry of Wan2.1-1.3B, against float64 and against what torch loses."""
+"""The kernels on a GPU at the sizes of Wan2.1-1.3B, compared with float64 and with torch's own error."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_attend(splits: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("splits", [0, 1])
 def test_described_attend(splits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles copied by the tensor memory accelerator, of the histories of two items in a workspace with NaN behind."""
+    """Tiles copied by the tensor memory accelerator: histories of two items, with NaN past their end in a workspace."""
     family = tile_family(capability(torch.device("cuda")))
     if torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("no tensor memory accelerator")
@@ -89,7 +89,7 @@ def test_described_attend(splits: int, dtype: torch.dtype, monkeypatch: pytest.M
 
 
 def ring(rank: int, shared: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of a full ring with one stale slot of NaN, its slots in reading order, and the number of keys."""
+    """Rows of a full ring in which one stale slot is NaN, the slots in reading order, and the number of keys."""
     rows = randn(1, WINDOW + 1, TOKENS, rank + shared, dtype=dtype, seed=1)
     rows[:, 5] = float("nan")
     slots = torch.tensor([0, *range(6, WINDOW + 1), *range(1, 5)], dtype=torch.int32, device="cuda")
@@ -100,7 +100,7 @@ def ring(rank: int, shared: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Te
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("queries", [16, 128])
 def test_latent_attention(queries: int, rank: int, dtype: torch.dtype) -> None:
-    """To gathered rows and to packed ones."""
+    """With gathered rows and with packed rows."""
     rows, slots, count = ring(rank, SHARED, dtype)
     turn = rotations(len(slots) * TOKENS, SHARED // 2)
     latent, pe = (randn(1, queries, HEADS, n, dtype=dtype, seed=n) for n in (rank, SHARED))
@@ -207,7 +207,7 @@ def test_lengths_do_not_recompile() -> None:
 
 
 def test_launches_do_not_wait() -> None:
-    """torch raises where an op would make the host wait for the device."""
+    """In this mode, torch raises if an op makes the host wait for the device."""
     query, key = (randn(1, n, 2, 64, dtype=torch.bfloat16) for n in (300, 500))
     count = torch.tensor([400], dtype=torch.int32, device="cuda")
     ops.attend(query, key, key, count, 0.1, 0)

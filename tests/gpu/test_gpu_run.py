@@ -1,4 +1,4 @@
-"""A whole run on a GPU: the conversion is that of a CPU, and every step after it ends."""
+"""A whole run on a GPU: the conversion equals the CPU's, and every later step finishes."""
 
 from __future__ import annotations
 

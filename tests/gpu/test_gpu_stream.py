@@ -1,4 +1,4 @@
-"""Whole models on a GPU: kernels against torch, and CUDA graphs against launches."""
+"""Whole models on a GPU: kernels compared with torch, and CUDA graphs with eager launches."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_kernels_equal_torch(variant: dict[str, Any] | None, dtype: torch.dtype)
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_auto_finds_that_the_kernels_agree(variant: dict[str, Any] | None) -> None:
-    """Only then it takes them: a reason that says otherwise is an error of a kernel."""
+    """`auto` uses kernels only if they agree; a refusal because they differ or failed is a bug in a kernel."""
     streaming = model(variant, torch.bfloat16)
     expected, actual = rolled_out(streaming, "torch"), rolled_out(streaming, "auto")
     assert pico.relative_error(actual, expected) < TOLERANCE[torch.bfloat16]
@@ -146,7 +146,7 @@ def test_graphs_equal_launches(
 
 
 def test_a_capture_that_fails_leaves_torch_as_it_was() -> None:
-    """The allocator, the generator and the current stream go on, and so do later captures."""
+    """The allocator, the generator and the current stream keep working, and so do later captures."""
     device = torch.device("cuda", torch.cuda.current_device())
     stream, some = torch.cuda.current_stream(), torch.ones(2, device="cuda")
     recorder = graph.CUDARecorder(device)

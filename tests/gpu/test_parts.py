@@ -1,4 +1,4 @@
-"""FSDP2 and DeepSpeed through Accelerate, which needs GPUs: such stages equal whole ones, resume and end plain.
+"""FSDP2 and DeepSpeed through Accelerate, which needs GPUs: stages equal unsharded ones, resume and end unsharded.
 
 `python -m pytest tests/gpu/test_parts.py` on a machine with two GPUs or more. It has not been run yet.
 """

@@ -181,7 +181,7 @@ def test_an_op_that_does_not_run_fails_its_check(bench, monkeypatch):
 
 
 def test_all_ops_that_are_checked_are_known(bench, monkeypatch):
-    """By the op names in the failures of a check in which nothing runs."""
+    """Found from the op names in the failures of a check in which nothing runs."""
     checks = importlib.import_module("checks")
 
     def broken(*_):
@@ -251,7 +251,7 @@ def test_a_variant_that_does_not_run_is_named(bench):
 
 
 def test_the_share_of_attention_is_that_of_dense_operations(bench):
-    """It is that of the fastest path, and of ours; neither expansion nor the savings of a low rank raise it."""
+    """It is the rate of the fastest path and of ours; neither expansion nor the savings of a low rank raise it."""
     report = importlib.import_module("report")
     medians = {"cuDNN, 1 split": 2.0, "attend, 2 splits": 4.0, "absorbed, rank 192": 6.0, "absorbed, rank 64": 0.5}
     medians["expand, rank 64"] = 0.1

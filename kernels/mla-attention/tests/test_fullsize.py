@@ -1,4 +1,4 @@
-"""Timed work is compared at its full size; what is wrong there, or differs between runs, is not timed."""
+"""Timed work is compared at its full size; results that are wrong there, or differ between runs, are not timed."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_the_queries_of_a_sample_hold_as_many_logits_as_fit():
     ],
 )
 def test_every_way_agrees_with_plain_torch(options, monkeypatch):
-    """A way whose kernel is wrong does not agree."""
+    """A path with a wrong kernel does not agree."""
     fullsize, wan = importlib.import_module("fullsize"), importlib.import_module("wan")
     shape = wan.Shape(layers=2, heads=1, head_dim=32, ffn=32, tokens=4, window=4, chunk=1, text=4)
     way = wan.Latent(shape, CPU, torch.float32, **options)

@@ -1,4 +1,4 @@
-"""The search for the number of streams that fit, which tries the wanted number of latent streams first; its goal."""
+"""The search for the number of streams that fit, which first tries the goal for latent streams; and that goal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def search():
-    """Search with ways that fit up to `limits` streams, ended after some probes; also the batches that were tried."""
+    """A search with paths that fit up to `limits` streams, ended after some probes; returns also the batches tried."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
     streams, timing, wan = (importlib.import_module(name) for name in ("streams", "timing", "wan"))
 
