@@ -50,13 +50,13 @@ def test_a_finished_stage_trains_no_further(whole, tmp_path):
 
 
 def test_stopped_while_a_checkpoint_is_written(whole, tmp_path, monkeypatch):
-    def half_written(self, state):
-        if state.step == 6:
+    def half_written(self, state, write):
+        if state.row["step"] == 6:
             with atomic_folder(self.folder / "step-00000006") as folder:
                 (folder / "student.safetensors").write_bytes(b"half")
                 folder.rename(folder.with_name(".step-00000006.1.tmp"))
                 raise case.Killed
-        save(self, state)
+        save(self, state, write)
 
     save = Checkpoints.save
     with monkeypatch.context() as patch:

@@ -25,7 +25,7 @@ from mla_convert.distill.learner import Learner
 from mla_convert.distill.metrics import Metrics
 from mla_convert.distill.objective import flow_loss
 from mla_convert.distill.progress import progress_bars
-from mla_convert.distill.sharding import SHARDS, load_shards, save_shards
+from mla_convert.distill.sharding import load_shards, save_shards
 from mla_convert.distill.trainable import trainable_names
 from mla_convert.distill.trainer import run_stage
 from mla_convert.distill.views import require_apart
@@ -255,8 +255,8 @@ def test_a_full_disk_is_one_line_for_shards_too(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     def save():
-        reached = state.TrainingState(1, {}, None, {}, {"step": 1})
-        checkpoints.save(reached, lambda folder: save_shards(folder / SHARDS, model, optimizer, None))
+        reached = state.TrainingState({"step": 1}, {})
+        checkpoints.save(reached, lambda folder: save_shards(folder / "shards", model, optimizer, None))
 
     with monkeypatch.context() as patch:
         patch.setattr(FileSystem, "create_stream", full)

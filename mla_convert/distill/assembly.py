@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,25 +10,25 @@ from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 
 from ..draws import Use, drawn
 from .adapters import ADAPTER, adapted_modules, add_adapters, merge_adapters, save_adapters
 from .average import Average
 from .learner import Learner, OptimizerSettings
 from .runtime import StageModule, autocast, splits_optimizer
-from .sharding import frozen_shards, gather, is_sharded, shards_weights, trainable_shards
+from .sharded import ShardedLearner
+from .sharding import frozen_shards, shards_weights
 from .stages.base import AVERAGE, START, SecondNetwork, Stage, StageConfig
+from .state import SECOND, STUDENT
 from .trainable import freeze_all_but, trainable_names
-from .views import apart, start_of, trainable_copy, with_weights
 from .zero import ZeroLearner
 
 
 class Assembly:
-    """The learners of a stage and its average.
+    """The networks of a stage: `learner` trains the student in float32, `second` the second network if there is one.
 
-    `learner` trains the student in place, in float32. A sharded student is trained as a copy: `student`
-    stays a plain model and receives the result. `second` trains the stage's second network.
+    The student is trained in place, or as a copy whose result `finish` puts there.
     """
 
     def __init__(
@@ -47,27 +48,27 @@ class Assembly:
             modules = adapted_modules(student, config.lora, names, config.adapted_part)
             names |= add_adapters(student, config.lora, modules, drawn(Use.ADAPTERS, seed, stage_index))
         trained = freeze_all_but(student, names)
-        second, sharded = stage.second, shards_weights(accelerator)
+        sharded = shards_weights(accelerator)
         in_shards = (sharded or config.shard_frozen) and accelerator.num_processes > 1
         others = {name: self._frozen(networks[name], in_shards) for name in stage.networks if name in networks}
         self._precision = functools.partial(autocast, accelerator.device, config.mixed_precision, sharded)
-        network = apart(student) if sharded else student
-        module = StageModule("student", network, others, self._precision)
-        learner = ZeroLearner if splits_optimizer(accelerator) else Learner
-        self.learner = learner(accelerator, module, trained, _settings(accelerator, config))
-        self.second = None if second is None else self._second(second, networks[second.source], others)
-        if self.second is not None:
+        kind = ShardedLearner if sharded else ZeroLearner if splits_optimizer(accelerator) else Learner
+        module = StageModule("student", kind.network_of(student), others, self._precision)
+        settings = _settings(accelerator, config)
+        self.learner = kind(accelerator, module, trained, settings, STUDENT)
+        self.second = None
+        if stage.second is not None:
+            network = self.learner.copy_to_train(networks[stage.second.source])
+            self.second = self._second(stage.second, network, others, settings)
             module.others[self.second.name] = self.second.network
         if START in stage.networks:
-            module.others[START] = self._in_shards(student) if sharded else start_of(student, trained)
-        self.average = None
+            module.others[START] = self.learner.start_of(student)
         if config.ema_decay is not None:
-            self.average = Average(self.learner.trained, config.ema_decay, config.ema_warmup)
+            self.learner.average = Average(self.learner.trained, config.ema_decay, config.ema_warmup)
             if AVERAGE in stage.networks:
-                if sharded:
-                    self.average.replica = self._in_shards(student)
-                module.others[AVERAGE] = self.average.replica or with_weights(student, self.average.weights)
-        self.under_training = [module.network, *([] if self.second is None else [self.second.network])]
+                module.others[AVERAGE] = self.learner.average_of(student)
+        self.learners = [self.learner, *([] if self.second is None else [self.second])]
+        self.under_training = [learner.network for learner in self.learners]
         self.frozen = [network for network in module.others.values() if network not in self.under_training]
 
     def _frozen(self, network: Any, in_shards: bool) -> Any:
@@ -78,49 +79,23 @@ class Assembly:
         mesh = init_device_mesh(self.accelerator.device.type, (self.accelerator.num_processes,))
         return frozen_shards(network, mesh)
 
-    def _second(self, second: SecondNetwork, source: Any, others: Mapping[str, nn.Module]) -> Learner:
-        """The learner of the stage's second network: a copy of `source`, sharded if the student is."""
-        if shards_weights(self.accelerator):
-            network = trainable_shards(source, self._mesh)
-        else:
-            network = trainable_copy(source).to(self.accelerator.device)
+    def _second(
+        self, second: SecondNetwork, network: Any, others: Mapping[str, nn.Module], settings: OptimizerSettings
+    ) -> Learner:
+        """The learner of the stage's second `network`, of the kind and with the `settings` of the student's."""
         trained = freeze_all_but(network, trainable_names(network, second.trainable))
-        config = self.config
-        settings = OptimizerSettings(
-            config.optimizer,
-            second.learning_rate,
-            second.betas,
-            config.epsilon,
-            second.weight_decay,
-            _fuses(self.accelerator, config),
+        own = dataclasses.replace(
+            settings, learning_rate=second.learning_rate, betas=second.betas, weight_decay=second.weight_decay
         )
         module = StageModule(second.name, network, others, self._precision)
-        return Learner(self.accelerator, module, trained, settings)
-
-    def _in_shards(self, network: Any) -> Any:
-        """A frozen copy of the student's `network` as it is now, sharded as the student is."""
-        return frozen_shards(network, self._mesh)
-
-    @property
-    def _mesh(self) -> DeviceMesh:
-        """The mesh of processes over which the student is sharded."""
-        trained: Any = next(iter(self.learner.trained.values()))
-        return trained.device_mesh
-
-    @property
-    def sharded(self) -> bool:
-        return is_sharded(self.learner.module)
+        return type(self.learner)(self.accelerator, module, trained, own, SECOND)
 
     def finish(self, work_dir: Path) -> None:
         """Leave `student` as a plain model in evaluation mode, with the averaged weights if there is an average.
 
         Adapters are saved to `work_dir` and merged.
         """
-        if self.average is not None:
-            self.average.copy_to_trained()
-        self.learner.finish()
-        if self.sharded:
-            gather(self.learner.weights(), self.student)
+        self.learner.finish(self.student)
         if self.config.lora is not None:
             if self.accelerator.is_main_process:
                 save_adapters(self.student, work_dir / ADAPTER)
@@ -129,13 +104,9 @@ class Assembly:
 
 
 def _settings(accelerator: Accelerator, config: StageConfig) -> OptimizerSettings:
-    fused = _fuses(accelerator, config)
+    """The settings of the student's optimizer; AdamW is fused on a GPU, unless a loss scaler or DeepSpeed steps."""
+    on_gpu = accelerator.device.type == "cuda"
+    fused = on_gpu and config.mixed_precision != "fp16" and not splits_optimizer(accelerator)
     return OptimizerSettings(
         config.optimizer, config.learning_rate, config.betas, config.epsilon, config.weight_decay, fused
     )
-
-
-def _fuses(accelerator: Accelerator, config: StageConfig) -> bool:
-    """Whether to use fused AdamW: on a GPU, unless a loss scaler or DeepSpeed takes the step."""
-    on_gpu = accelerator.device.type == "cuda"
-    return on_gpu and config.mixed_precision != "fp16" and not splits_optimizer(accelerator)

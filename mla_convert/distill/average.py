@@ -49,13 +49,6 @@ class Average:
         finally:
             self._model.restore(self.trained.values())
 
-    @torch.no_grad()
-    def load(self, weights: dict[str, Tensor], steps: int) -> None:
-        """Restore a checkpoint's average, after `steps` updates."""
-        for name, average in self.weights.items():
-            average.copy_(weights[name])
-        self.loaded(steps)
-
     def loaded(self, steps: int) -> None:
         """Set the number of updates, after a checkpoint was read into `weights` in place."""
         self._model.optimization_step = steps

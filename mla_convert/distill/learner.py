@@ -1,19 +1,26 @@
-"""Trains one network: calls its loss, owns its optimizer, and takes an optimizer step over several micro-batches."""
+"""Trains one network: owns its optimizer and its average, takes optimizer steps, and saves and restores itself."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from .average import Average
 from .data import Batch
 from .runtime import StageModule
-from .sharding import forget_gathered, is_sharded, whole
+from .sharding import whole
+from .state import Place, read_weights, write_weights
+from .views import start_of, trainable_copy, with_weights
+
+EMA, AVERAGE_STEPS = "ema.safetensors", "average_steps"
 
 
 @dataclass(frozen=True)
@@ -49,27 +56,58 @@ class Judge(Protocol):
 
 
 class Learner:
-    """The `trained` parameters, by name, of the network in `module`, with an optimizer of their own."""
+    """The `trained` parameters, by name, of the network in `module`, with an optimizer of their own.
 
-    partitioned = False
-    """Whether `own_optimizer` holds only this process's partition of the optimizer."""
+    Every process has all of them, and of the optimizer; subclasses have parts. `average` follows the parameters if it
+    is set. `place` is theirs in a checkpoint.
+    """
+
+    parts: ClassVar[bool | Literal["optimizer"]] = False
+    """What is divided over the processes, as a checkpoint records it: everything (True), the optimizer or nothing."""
+    any_processes: ClassVar[bool] = True
+    """Whether another number of processes can continue from a checkpoint."""
 
     def __init__(
-        self, accelerator: Accelerator, module: StageModule, trained: Iterable[str], settings: OptimizerSettings
+        self,
+        accelerator: Accelerator,
+        module: StageModule,
+        trained: Iterable[str],
+        settings: OptimizerSettings,
+        place: Place,
     ) -> None:
-        self.accelerator, self.name, self.network = accelerator, module.name, module.network
+        self.accelerator, self.name, self.network, self.place = accelerator, module.name, module.network, place
         self.learning_rate = settings.learning_rate
         names = list(trained)
         optimizer = settings.build(module.network.get_parameter(name) for name in names)
         self.module: Any
         self.optimizer: Any
-        if is_sharded(module.network):
-            # The network is its own FSDP root; if Accelerate sharded the wrapper, only the wrapper could be called.
-            self.module, self.optimizer = module, accelerator.prepare_optimizer(optimizer)
-        else:
-            self.module, self.optimizer = accelerator.prepare(module, optimizer)
-        # Sharding replaces the parameters, so they are looked up again.
+        self.module, self.optimizer = self._prepared(module, optimizer)
+        # Preparing may replace the parameters, so they are looked up again.
         self.trained: dict[str, nn.Parameter] = {name: module.network.get_parameter(name) for name in names}
+        self.average: Average | None = None
+
+    def _prepared(self, module: StageModule, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+        """The module and the optimizer as Accelerate wraps them."""
+        prepared: tuple[Any, Any] = self.accelerator.prepare(module, optimizer)
+        return prepared
+
+    @staticmethod
+    def network_of(student: Any) -> Any:
+        """The network to train for `student`, whose weights `finish` leaves there: here the student itself."""
+        return student
+
+    def copy_to_train(self, source: Any) -> Any:
+        """A float32 copy of the frozen model `source`, to be trained on its own beside this network."""
+        return trainable_copy(source).to(self.accelerator.device)
+
+    def start_of(self, student: Any) -> Any:
+        """A frozen model of the weights of `student` as they are now."""
+        return start_of(student, self.trained)
+
+    def average_of(self, student: Any) -> Any:
+        """A frozen model like `student` that always has the weights of `average`."""
+        assert self.average is not None
+        return with_weights(student, self.average.weights)
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Return `function(models, *arguments)`, run as losses are: in the wrapped module, under its autocast."""
@@ -78,10 +116,12 @@ class Learner:
     @torch.no_grad()
     def measure(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Return `call` without gradients; every process must take part."""
-        try:
-            return self.call(function, *arguments)
-        finally:
-            forget_gathered(self.module)
+        return self.call(function, *arguments)
+
+    def measure_final(self, function: Callable[[Any], Any]) -> Any:
+        """Return `function(network)`, as `measure` does, with the weights that `finish` would leave."""
+        with contextlib.nullcontext() if self.average is None else self.average.in_place():
+            return self.measure(lambda models: function(models[self.name]))
 
     def update(
         self,
@@ -144,17 +184,37 @@ class Learner:
         """The trained tensors by name."""
         return {name: parameter.data for name, parameter in self.trained.items()}
 
-    @torch.no_grad()
-    def load(self, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
-        """Restore a checkpoint's weights and the state of `own_optimizer`."""
-        for name, parameter in self.trained.items():
-            parameter.copy_(weights[name])
-        self.own_optimizer.load_state_dict(optimizer)
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Write this network's files of a checkpoint to `folder`; every process calls this.
 
-    @property
-    def own_optimizer(self) -> Any:
-        """The object that holds this process's optimizer state."""
-        return self.optimizer
+        Returns its entries of the checkpoint's file of optimizers, which the first process writes.
+        """
+        if self.accelerator.is_main_process:
+            write_weights(folder / self.place.weights, self.weights())
+            if self.average is not None:
+                write_weights(folder / EMA, self.average.weights)
+        return self._save_optimizer(folder) | self._average_steps()
 
-    def finish(self) -> None:
-        """Restore plain parameters at the end of training; a subclass with an engine overrides this."""
+    def load(self, folder: Path, kept: Mapping[str, Any]) -> None:
+        """Restore what `save` wrote; `kept` is the checkpoint's file of optimizers. Every process calls this."""
+        read_weights(folder / self.place.weights, self.weights())
+        self._load_optimizer(folder, kept)
+        if self.average is not None:
+            read_weights(folder / EMA, self.average.weights)
+            self.average.loaded(kept[AVERAGE_STEPS])
+
+    def _save_optimizer(self, folder: Path) -> dict[str, Any]:
+        """The optimizer's share of what `save` does."""
+        return {self.place.optimizer: self.optimizer.state_dict()}
+
+    def _load_optimizer(self, folder: Path, kept: Mapping[str, Any]) -> None:
+        """The optimizer's share of what `load` does, after the weights."""
+        self.optimizer.load_state_dict(kept[self.place.optimizer])
+
+    def _average_steps(self) -> dict[str, Any]:
+        return {} if self.average is None else {AVERAGE_STEPS: self.average.steps}
+
+    def finish(self, student: Any) -> None:
+        """End training with the trained weights, or their average if there is one, in the plain model `student`."""
+        if self.average is not None:
+            self.average.copy_to_trained()

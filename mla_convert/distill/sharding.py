@@ -1,4 +1,4 @@
-"""Trains a stage under FSDP2: shards weights over the processes, shards checkpoints, and gathers plain weights.
+"""The parts of FSDP2 that `ShardedLearner` is made of: sharded networks, sharded checkpoints, gathered weights.
 
 Trained and frozen networks are sharded block by block (`fully_shard`). These functions check the
 network itself, so they work however it was sharded. A checkpoint is one folder of
@@ -32,7 +32,6 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from .views import apart
 
-SHARDS, SECOND_SHARDS = "shards", "second-shards"
 _TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True)
 
 

@@ -1,4 +1,4 @@
-"""Writes and reads the checkpoints of a running stage: atomically, and so that it resumes bit for bit."""
+"""Writes and finds the checkpoints of a running stage, atomically; what they hold of a network is the learner's."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import contextlib
 import errno
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +21,32 @@ from ..files import atomic_folder, write_json
 from .identity import other_clips
 from .metrics import Row
 
-WEIGHTS, EMA, SECOND = "student.safetensors", "ema.safetensors", "second.safetensors"
 OPTIMIZER, STATE = "optimizer.pt", "state.json"
 FULL_BELOW = 1 << 20
 
 
 @dataclass(frozen=True)
-class TrainingState:
-    """The content of a checkpoint: the trained weights, their average, the optimizer states, the last row.
+class Place:
+    """Where a checkpoint has a trained network: the file of its weights, or the folder of its shards.
 
-    `weights`, `ema` and the weights of a `second` network are tensors by parameter name. `optimizer` is a
-    nested dict of tensors and plain values; `watch` has plain values. The tensors of a sharded network are stored
-    in shards instead.
+    `optimizer` is the optimizer's key in the file `OPTIMIZER`.
     """
 
-    step: int
-    weights: dict[str, Tensor]
-    ema: dict[str, Tensor] | None
-    optimizer: dict[str, Any]
+    weights: str
+    shards: str
+    optimizer: str
+
+
+STUDENT = Place("student.safetensors", "shards", "optimizer")
+SECOND = Place("second.safetensors", "second-shards", "second")
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What a checkpoint has in `STATE`: the last row of the metrics, and the plain values of the stage's `Watch`."""
+
     row: Row
-    second: dict[str, Tensor] | None = None
-    watch: dict[str, Any] = field(default_factory=dict)
+    watch: dict[str, Any]
 
 
 class Checkpoints:
@@ -89,42 +94,46 @@ class Checkpoints:
             if _read_state(path) is None:
                 shutil.rmtree(path)
 
-    def save(self, state: TrainingState, write_shards: Callable[[Path], None] | None = None) -> None:
+    def save(self, state: TrainingState, write: Callable[[Path], None]) -> None:
         """Write one checkpoint, then remove all but the newest `keep`. Raises UserError if the disk is full.
 
-        `write_shards` is called with the temporary folder of the checkpoint.
+        `write` puts everything but `state` into the temporary folder that it is called with.
         """
-        with atomic_folder(self.folder / f"step-{state.step:08d}") as folder:
+        step = state.row["step"]
+        with atomic_folder(self.folder / f"step-{step:08d}") as folder:
             with _full_disk_as_os_error(folder):
-                save_file(_on_cpu(state.weights), folder / WEIGHTS)
-                if state.ema is not None:
-                    save_file(_on_cpu(state.ema), folder / EMA)
-                if state.second is not None:
-                    save_file(_on_cpu(state.second), folder / SECOND)
-                torch.save(state.optimizer, folder / OPTIMIZER)
-                if write_shards is not None:
-                    write_shards(folder)
+                write(folder)
             files = sorted(path for path in folder.rglob("*") if path.is_file())
             sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-            value = {"step": state.step, "row": state.row, "identity": self.identity, "watch": state.watch}
+            value = {"step": step, "row": state.row, "identity": self.identity, "watch": state.watch}
             write_json(folder / STATE, {**value, "sizes": sizes})
         for path in self._all()[: -self.keep]:
             shutil.rmtree(path)
 
 
 def read_checkpoint(path: Path) -> TrainingState:
-    """Read a complete checkpoint to the CPU."""
+    """Read the `TrainingState` of a complete checkpoint."""
     state = json.loads((path / STATE).read_text(encoding="utf-8"))
-    ema, second = (load_file(path / name) if (path / name).exists() else None for name in (EMA, SECOND))
-    optimizer = read_optimizer(path / OPTIMIZER)
-    weights = load_file(path / WEIGHTS)
-    return TrainingState(state["step"], weights, ema, optimizer, state["row"], second, state["watch"])
+    return TrainingState(state["row"], state["watch"])
 
 
 def read_optimizer(path: Path) -> dict[str, Any]:
     """Read an optimizer state to the CPU."""
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return state
+
+
+def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors on any device to `path`, by name."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+
+@torch.no_grad()
+def read_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Read in place what `write_weights` wrote of `tensors`."""
+    stored = load_file(path)
+    for name, tensor in tensors.items():
+        tensor.copy_(stored[name])
 
 
 def _read_state(path: Path) -> dict[str, Any] | None:
@@ -146,7 +155,3 @@ def _full_disk_as_os_error(folder: Path) -> Iterator[None]:
         if shutil.disk_usage(folder).free < FULL_BELOW or "No space left" in str(error):
             raise OSError(errno.ENOSPC, "No space left on device", str(folder)) from error
         raise
-
-
-def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

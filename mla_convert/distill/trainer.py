@@ -7,12 +7,11 @@ are written atomically (`state.py`).
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,20 +170,20 @@ class _Training:
         self.assembly = Assembly(self.accelerator, stage, student, networks, seed, stage_index)
         self.watch = Watch(config.spike, config.stop)
         self.metrics = Metrics(work_dir / "metrics.jsonl")
-        partitioned = self.assembly.learner.partitioned
-        # With global_batch the clips of a step do not depend on the number of processes, but ZeRO-2's partitions do.
-        any_processes = config.global_batch is not None and not partitioned
+        learner = self.assembly.learner
+        # With global_batch the clips of a step do not depend on the number of processes.
+        any_processes = config.global_batch is not None and learner.any_processes
         identity = {
             **config.model_dump(mode="json", exclude=BOOKKEEPING | ({"grad_accumulation"} if any_processes else set())),
             "seed": seed,
             "stage_index": stage_index,
             "data": data.identity,
             "processes": None if any_processes else processes,
-            "sharded": "optimizer" if partitioned else self.assembly.sharded,
-            "parameters": sum(parameter.numel() for parameter in self.assembly.learner.trained.values()),
+            "sharded": learner.parts,
+            "parameters": sum(parameter.numel() for parameter in learner.trained.values()),
         }
         self.checkpoints = Checkpoints(work_dir / "checkpoints", identity, config.keep_checkpoints)
-        self.snapshots = Snapshots(self.accelerator, self.assembly, self.watch, self.checkpoints, self.metrics)
+        self.snapshots = Snapshots(self.accelerator, self.assembly.learners, self.watch, self.checkpoints, self.metrics)
         self.teacher_loss: float | None = None
 
     def run(self, progress: Report | None) -> StageResult:
@@ -288,7 +287,7 @@ class _Training:
         """Take the optimizer steps of the second network, then one of the student."""
         row: Row = {"step": step + 1, "stage": self.config.stage}
         first, second_row = step * self._updates, {}
-        second, average = self.assembly.second, self.assembly.average
+        second, average = self.assembly.second, self.assembly.learner.average
         if second is not None:
             for update in range(first, first + self._updates - 1):
                 second_row = self._update(second, step, update, batches)
@@ -353,24 +352,19 @@ class _Training:
         heldout = self.heldout
         if heldout is None:
             return {}
-        loss = self._with_final_weights(lambda student: self._heldout_loss(student, heldout))
+        loss = self.assembly.learner.measure_final(lambda student: self._heldout_loss(student, heldout))
         self._require_finite(step, "held-out loss", loss)
         if step > 0:
             # Different GPUs may round differently, and all processes must stop at the same step.
             self.watch.heldout(from_main(loss))
         return {"heldout_loss": loss} | ({"heldout_ratio": loss / self.teacher_loss} if self.teacher_loss else {})
 
-    def _with_final_weights(self, function: Callable[[Any], Any]) -> Any:
-        """Call `function` on the student with the weights that the stage would end with: the average if it has one."""
-        average = self.assembly.average
-        with contextlib.nullcontext() if average is None else average.in_place():
-            return self.assembly.learner.measure(lambda models: function(models["student"]))
-
     def _preview(self, step: int) -> None:
         config, heldout, picture = self.config.preview, self.heldout, self.picture
         if config is None or heldout is None or picture is None:
             return
-        strip = self._with_final_weights(lambda student: picture(student, config, heldout, self.stage.negative))
+        negative = self.stage.negative
+        strip = self.assembly.learner.measure_final(lambda student: picture(student, config, heldout, negative))
         show_preview(self.accelerator, self.work_dir, strip, step)
 
     def _require_finite(self, step: int, what: str, value: float) -> None:

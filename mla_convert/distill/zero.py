@@ -7,18 +7,24 @@ keeps good weights. Each process has its partition in a plain optimizer, whose s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .learner import Learner
+from .state import read_optimizer
+
+PARTS = "optimizer"
 
 
 class ZeroLearner(Learner):
     """A learner whose module is a DeepSpeed engine."""
 
-    partitioned = True
+    parts = "optimizer"
+    any_processes = False
 
     def _backward(self, loss: Tensor) -> None:
         self.module.set_gradient_accumulation_boundary(self.accelerator.sync_gradients)
@@ -34,19 +40,28 @@ class ZeroLearner(Learner):
         if self.accelerator.sync_gradients:
             self.module.step()
 
-    @torch.no_grad()
-    def load(self, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
-        """Restore a checkpoint's weights and this process's partition of its optimizer."""
-        super().load(weights, optimizer)
+    def _save_optimizer(self, folder: Path) -> dict[str, Any]:
+        path = self._part(folder)
+        path.parent.mkdir(exist_ok=True)
+        torch.save(self._partition.state_dict(), path)
+        return {}
+
+    def _load_optimizer(self, folder: Path, kept: Mapping[str, Any]) -> None:
+        self._partition.load_state_dict(read_optimizer(self._part(folder)))
         self.module.optimizer.refresh_fp32_params()
 
-    def finish(self) -> None:
-        """Release the engine, which references the parameters and stores their values in one flat tensor."""
+    def _part(self, folder: Path) -> Path:
+        """The file of this process's partition of the optimizer in a checkpoint."""
+        return folder / PARTS / f"part-{self.accelerator.process_index:05d}.pt"
+
+    @property
+    def _partition(self) -> Any:
+        """The plain optimizer of this process's partition."""
+        return self.module.optimizer.optimizer
+
+    def finish(self, student: Any) -> None:
+        """Also release the engine, which references the parameters and stores their values in one flat tensor."""
+        super().finish(student)
         self.module.optimizer.destroy()
         for parameter in self.trained.values():
             parameter.data = parameter.data.clone()
-
-    @property
-    def own_optimizer(self) -> Any:
-        """The plain optimizer of this process's partition."""
-        return self.module.optimizer.optimizer
