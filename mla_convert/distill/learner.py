@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .average import Average
 from .data import Batch
+from .feed import MicroBatch
 from .runtime import StageModule
 from .sharding import whole
 from .state import Place, read_weights, write_weights
@@ -45,7 +46,11 @@ class OptimizerSettings:
         return torch.optim.AdamW(parameters, lr=rate, betas=self.betas, eps=self.epsilon, weight_decay=decay, **more)
 
 
-class Judge(Protocol):
+LossOf = Callable[[Mapping[str, Any], Batch, torch.Generator], tuple[Tensor, dict[str, Tensor]]]
+"""The loss of a stage's student or second network, see `Stage.loss`."""
+
+
+class Verdict(Protocol):
     """Called before an optimizer step, with its loss and gradient norm; the norm is None after an fp16 overflow.
 
     The returned entries go into the step's row; with `skipped` set, the step is not taken. Raises if
@@ -125,30 +130,28 @@ class Learner:
 
     def update(
         self,
-        loss_of: Callable[..., tuple[Tensor, dict[str, Tensor]]],
-        draw: Callable[[torch.Generator], Batch],
-        generators: Iterable[torch.Generator],
+        loss_of: LossOf,
+        batches: Iterable[MicroBatch],
         rate: float,
         max_grad_norm: float | None,
-        judge: Judge,
+        judge: Verdict,
     ) -> dict[str, Any]:
-        """Take one optimizer step at learning rate `rate`; `draw` makes one micro-batch for each of `generators`.
+        """Take one optimizer step at learning rate `rate`, over as many `batches` as gradients are accumulated.
 
         Returns the loss and its logged scalars (means over micro-batches and processes), `grad_norm`, and the
         entries from `judge`.
         """
-        generators = list(generators)
+        micro_steps = self.accelerator.gradient_accumulation_steps
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         sums: dict[str, Tensor] = {}
         row: dict[str, Any] = {}
-        for generator in generators:
-            batch = draw(generator)
+        for clips, generator in batches:
             with self.accelerator.accumulate(self.module):
-                loss, logs = self.call(loss_of, batch, generator)
+                loss, logs = self.call(loss_of, clips, generator)
                 self._backward(loss)
                 for name, value in {"loss": loss.detach(), **logs}.items():
-                    sums[name] = sums.get(name, torch.zeros_like(value)) + value / len(generators)
+                    sums[name] = sums.get(name, torch.zeros_like(value)) + value / micro_steps
                 if self.accelerator.sync_gradients:
                     means = self._mean(sums)
                     if not math.isfinite(means["loss"]):

@@ -7,9 +7,9 @@ are written atomically (`state.py`).
 
 from __future__ import annotations
 
+import functools
 import gc
-import logging
-import math
+import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,23 +18,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
 
-from ..draws import Use, drawn
 from ..errors import UserError
 from ..registry import stages
 from .assembly import Assembly
-from .data import Batch, Data, without_worker_traceback
+from .data import Batch, Data
 from .execution import execution
+from .feed import MicroBatch, Update, feed
+from .heldout import HeldOut
+from .judge import Judge
 from .launch import check_launch, world_size
-from .learner import Learner
+from .learner import Learner, LossOf
 from .metrics import Metrics, Row
-from .objective import flow_loss
-from .order import DataOrder, MicroBatches
 from .preview import Picture, show_preview
 from .progress import Report
 from .requests import Requests, Stopped
-from .runtime import autocast, fast_attention, open_accelerator
+from .runtime import fast_attention, open_accelerator
 from .schedule import learning_rate
 from .sharding import from_main
 from .snapshots import Snapshots
@@ -55,8 +54,6 @@ BOOKKEEPING = {
     "preview",
     "shard_frozen",
 }
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -136,14 +133,6 @@ def _check_identity(data: Data) -> None:
         )
 
 
-class _Examples(Dataset[Batch]):
-    def __init__(self, data: Data) -> None:
-        self.data = data
-
-    def __getitem__(self, index: int) -> Batch:
-        return self.data.example(index)
-
-
 class _Training:
     def __init__(
         self,
@@ -159,16 +148,14 @@ class _Training:
     ) -> None:
         self.stage = stage
         self.config: StageConfig = stage.config
-        self.data, self.heldout, self.picture = data, heldout, picture
-        self.seed, self.stage_index, self.work_dir = seed, stage_index, work_dir
+        self.data, self.seed, self.stage_index = data, seed, stage_index
+        self.heldout_clips, self.picture, self.work_dir = heldout, picture, work_dir
         config = self.config
         self.accelerator = open_accelerator(config, work_dir)
         processes = self.accelerator.num_processes
         if data.size is not None and data.size < processes:
             raise UserError(f"{processes} processes share {data.size} clips; use fewer processes or more data")
-        self.teacher = networks.get(TEACHER)
         self.assembly = Assembly(self.accelerator, stage, student, networks, seed, stage_index)
-        self.watch = Watch(config.spike, config.stop)
         self.metrics = Metrics(work_dir / "metrics.jsonl")
         learner = self.assembly.learner
         # With global_batch the clips of a step do not depend on the number of processes.
@@ -183,8 +170,10 @@ class _Training:
             "parameters": sum(parameter.numel() for parameter in learner.trained.values()),
         }
         self.checkpoints = Checkpoints(work_dir / "checkpoints", identity, config.keep_checkpoints)
+        self.watch = Watch(config.spike, config.stop)
+        self.judge = Judge(config, self.watch, self.checkpoints, self.accelerator.is_main_process)
+        self.heldout = HeldOut(heldout, config, learner, networks.get(TEACHER), TEACHER in stage.networks)
         self.snapshots = Snapshots(self.accelerator, self.assembly.learners, self.watch, self.checkpoints, self.metrics)
-        self.teacher_loss: float | None = None
 
     def run(self, progress: Report | None) -> StageResult:
         config, main = self.config, self.accelerator.is_main_process
@@ -198,12 +187,14 @@ class _Training:
             Requests(self.accelerator, config.checkpoint_minutes) as requests,
         ):
             self._begin(row)
-            batches = self._batches(first)
+            updates = feed(
+                self.accelerator, config, self.data, self.seed, self.stage_index, self._updates_a_step, first
+            )
             for step in range(first, config.steps):
                 if self.watch.plateau:
                     break
                 started = time.monotonic()
-                row = self._step(step, batches)
+                row = self._step(step, updates)
                 done, last = step + 1, step + 1 == config.steps
                 if last or _due(config.eval_every, done):
                     row.update(self._evaluate(done))
@@ -228,156 +219,61 @@ class _Training:
 
     def _begin(self, row: Row | None) -> None:
         """Measure the held-out losses of teacher and student before the first step; a resumed run reads them back."""
-        if row is not None:
-            rows = self.metrics.rows() if self.accelerator.is_main_process else []
-            self.teacher_loss = rows[0].get("teacher_heldout_loss") if rows else None
-            return
-        start: Row = {"step": 0, "stage": self.config.stage}
-        if self.heldout is not None and self.teacher is not None:
-            self.teacher_loss = self._teacher_heldout_loss(self.teacher, self.heldout)
-            if self.teacher_loss is not None:
-                start["teacher_heldout_loss"] = self.teacher_loss
-        self._record(start | self._evaluate(0))
+        if row is None:
+            start: Row = {"step": 0, "stage": self.config.stage}
+            self._record(start | self.heldout.begin() | self._evaluate(0))
+        else:
+            self.heldout.resume(self.metrics.rows() if self.accelerator.is_main_process else [])
 
-    def _teacher_heldout_loss(self, teacher: Any, heldout: Batch) -> float | None:
-        """The dense teacher's held-out loss; only in the first process if the stage itself needs no teacher."""
-        if TEACHER in self.stage.networks:
-            # It may be sharded, and then every process must take part.
-            return self.assembly.learner.measure(lambda models: self._heldout_loss(models[TEACHER], heldout))
-        if not self.accelerator.is_main_process:
-            return None
-        device_before = teacher.device
-        with autocast(self.accelerator.device, self.config.mixed_precision):
-            loss = self._heldout_loss(teacher.to(self.accelerator.device), heldout)
-        teacher.to(device_before)
-        return loss
-
-    def _heldout_loss(self, model: Any, heldout: Batch) -> float:
-        """The held-out loss of `model`, `batch_size` clips per forward, as many as fit in training."""
-        return flow_loss(model, heldout, forward_size=self.config.batch_size, levels=self.config.noise_levels)
-
-    def _batches(self, first: int) -> Iterator[Batch]:
-        """This process's micro-batches from step `first` onward, on its device."""
-        accelerator, config = self.accelerator, self.config
-        sampler = MicroBatches(
-            DataOrder(self.data.size, self.seed, self.stage_index),
-            config.batch_size,
-            config.grad_accumulation * self._updates,
-            accelerator.num_processes,
-            accelerator.process_index,
-            first,
-            config.steps,
-        )
-        loader = DataLoader(
-            _Examples(self.data),
-            batch_sampler=sampler,
-            num_workers=config.data_workers,
-            pin_memory=accelerator.device.type == "cuda",
-            generator=torch.Generator(),
-        )
-        for batch in without_worker_traceback(loader):
-            yield {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+    def _evaluate(self, step: int) -> Row:
+        """The held-out loss, if there is one."""
+        losses = self.heldout.measure()
+        if losses:
+            self.judge.heldout(step, losses["heldout_loss"])
+        return losses
 
     @property
-    def _updates(self) -> int:
+    def _updates_a_step(self) -> int:
         """Optimizer steps per step of the stage: those of the second network, then the student's."""
         return 1 if self.stage.second is None else self.stage.second.updates + 1
 
-    def _step(self, step: int, batches: Iterator[Batch]) -> Row:
+    def _step(self, step: int, updates: Iterator[Update]) -> Row:
         """Take the optimizer steps of the second network, then one of the student."""
-        row: Row = {"step": step + 1, "stage": self.config.stage}
-        first, second_row = step * self._updates, {}
-        second, average = self.assembly.second, self.assembly.learner.average
+        stage, student, second = self.stage, self.assembly.learner, self.assembly.second
+        second_row: Row = {}
         if second is not None:
-            for update in range(first, first + self._updates - 1):
-                second_row = self._update(second, step, update, batches)
-        row |= self._update(self.assembly.learner, step, first + self._updates - 1, batches)
+            for update in itertools.islice(updates, self._updates_a_step - 1):
+                made = update._replace(batches=self._made_by_student(update.batches))
+                second_row = self._update(second, stage.second_loss, step, made)
+        row = {"step": step + 1, "stage": self.config.stage}
+        row |= self._update(student, stage.loss, step, next(updates))
         if second is not None:
             row |= {f"{second.name}_{name}": value for name, value in second_row.items()}
-        if average is not None:
+        if student.average is not None:
             if not row.get("skipped"):
-                average.step()
-            row["ema_distance"] = relative_distance(self.assembly.learner.weights(), average.weights)
+                student.average.step()
+            row["ema_distance"] = relative_distance(student.weights(), student.average.weights)
         return {**row, "lr": learning_rate(self.config, step)}
 
-    def _update(self, learner: Learner, step: int, update: int, batches: Iterator[Batch]) -> Row:
-        """Take optimizer step number `update` of the stage, counted over both networks."""
-        config, accelerator = self.config, self.accelerator
-        numbers = [
-            micro * accelerator.num_processes + accelerator.process_index
-            for micro in range(update * config.grad_accumulation, (update + 1) * config.grad_accumulation)
-        ]
-        generators = (drawn(Use.NOISE, self.seed, self.stage_index, number) for number in numbers)
-        self.stage.begin_update(drawn(Use.SHARED, self.seed, self.stage_index, update))
-        student = learner is self.assembly.learner
+    def _made_by_student(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+        """The batches that the second network learns from, which the student makes of `batches`."""
+        for clips, generator in batches:
+            yield MicroBatch(self.assembly.learner.measure(self.stage.second_batch, clips, generator), generator)
 
-        def data_batch(generator: torch.Generator) -> Batch:
-            return next(batches)
-
-        def student_batch(generator: torch.Generator) -> Batch:
-            batch: Batch = self.assembly.learner.measure(self.stage.second_batch, next(batches), generator)
-            return batch
-
-        def judge(loss: float, grad_norm: float | None) -> Row:
-            return self._judge(step + 1, learner.name, "" if student else f"{learner.name} ", loss, grad_norm)
-
-        rate = learning_rate(config, step)
-        if not student:
-            rate *= learner.learning_rate / config.learning_rate
-        loss_of, draw = (self.stage.loss, data_batch) if student else (self.stage.second_loss, student_batch)
-        return learner.update(loss_of, draw, generators, rate, config.max_grad_norm, judge)
-
-    def _judge(self, step: int, network: str, label: str, loss: float, grad_norm: float | None) -> Row:
-        """Entries of the step's row about a spike; `skipped` is set if the step must not be taken.
-
-        Raises UserError if training has diverged.
-        """
-        self._require_finite(step, f"{label}loss", loss)
-        if grad_norm is not None:
-            self._require_finite(step, f"{label}gradient norm", grad_norm)
-        times = self.watch.spike_of(network, loss)
-        if times is None or self.config.spike is None:
-            return {}
-        what = f"{label}loss is {loss:.4g}, {times:.1f} times the median of the last {self.config.spike.window} losses,"
-        if self.config.spike.action == "stop":
-            raise self._diverged(step, what)
-        skipped = self.config.spike.action == "skip"
-        if self.accelerator.is_main_process:
-            then = "; the optimizer step is skipped" if skipped else ""
-            logger.warning(f"stage {self.config.stage}: {what} at step {step}{then}")
-        return {"spike": times, "skipped": True} if skipped else {"spike": times}
-
-    def _evaluate(self, step: int) -> Row:
-        """The held-out loss of the weights that the stage would end with. Every process computes all of it."""
-        heldout = self.heldout
-        if heldout is None:
-            return {}
-        loss = self.assembly.learner.measure_final(lambda student: self._heldout_loss(student, heldout))
-        self._require_finite(step, "held-out loss", loss)
-        if step > 0:
-            # Different GPUs may round differently, and all processes must stop at the same step.
-            self.watch.heldout(from_main(loss))
-        return {"heldout_loss": loss} | ({"heldout_ratio": loss / self.teacher_loss} if self.teacher_loss else {})
+    def _update(self, learner: Learner, loss_of: LossOf, step: int, update: Update) -> Row:
+        """Take one optimizer step of `learner`, in step number `step` of the stage."""
+        self.stage.begin_update(update.shared)
+        config, judge = self.config, functools.partial(self.judge.training, step + 1, learner.name)
+        rate = learning_rate(config, step) * (learner.learning_rate / config.learning_rate)
+        return learner.update(loss_of, update.batches, rate, config.max_grad_norm, judge)
 
     def _preview(self, step: int) -> None:
-        config, heldout, picture = self.config.preview, self.heldout, self.picture
+        config, heldout, picture = self.config.preview, self.heldout_clips, self.picture
         if config is None or heldout is None or picture is None:
             return
         negative = self.stage.negative
         strip = self.assembly.learner.measure_final(lambda student: picture(student, config, heldout, negative))
         show_preview(self.accelerator, self.work_dir, strip, step)
-
-    def _require_finite(self, step: int, what: str, value: float) -> None:
-        if not math.isfinite(value):
-            raise self._diverged(step, f"{what} is {value}")
-
-    def _diverged(self, step: int, what: str) -> UserError:
-        kept = self.checkpoints.newest()
-        where = f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"
-        return UserError(
-            f"stage {self.config.stage} diverged: {what} at step {step}; {where}; "
-            "lower learning_rate, lengthen warmup_steps or set max_grad_norm"
-        )
 
     def _record(self, row: Row, seconds: float | None = None) -> None:
         if not self.accelerator.is_main_process:

@@ -1,0 +1,85 @@
+"""Feeds a stage: a process's micro-batches of every optimizer step, each with its own generator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, Dataset
+
+from ..draws import Use, drawn
+from .data import Batch, Data, without_worker_traceback
+from .order import DataOrder, MicroBatches
+from .stages.base import StageConfig
+
+
+class MicroBatch(NamedTuple):
+    """Clips on the device, and the CPU generator of everything that is drawn for them."""
+
+    clips: Batch
+    generator: torch.Generator
+
+
+class Update(NamedTuple):
+    """One optimizer step: the generator that all processes share, and this process's micro-batches, read when due."""
+
+    shared: torch.Generator
+    batches: Iterator[MicroBatch]
+
+
+def feed(
+    accelerator: Accelerator,
+    config: StageConfig,
+    data: Data,
+    seed: int,
+    stage_index: int,
+    updates_a_step: int,
+    first: int,
+) -> Iterator[Update]:
+    """Yield the optimizer steps of a stage from step `first` onward, `updates_a_step` for each of its steps.
+
+    The micro-batches of one must be consumed before the next one is requested.
+    """
+    clips = _clips(accelerator, config, data, DataOrder(data.size, seed, stage_index), updates_a_step, first)
+    processes, rank = accelerator.num_processes, accelerator.process_index
+
+    def micro_batches(update: int) -> Iterator[MicroBatch]:
+        for micro in range(update * config.grad_accumulation, (update + 1) * config.grad_accumulation):
+            yield MicroBatch(next(clips), drawn(Use.NOISE, seed, stage_index, micro * processes + rank))
+
+    for update in range(first * updates_a_step, config.steps * updates_a_step):
+        yield Update(drawn(Use.SHARED, seed, stage_index, update), micro_batches(update))
+
+
+def _clips(
+    accelerator: Accelerator, config: StageConfig, data: Data, order: DataOrder, updates_a_step: int, first: int
+) -> Iterator[Batch]:
+    """This process's batches of clips from step `first` onward, on its device."""
+    sampler = MicroBatches(
+        order,
+        config.batch_size,
+        config.grad_accumulation * updates_a_step,
+        accelerator.num_processes,
+        accelerator.process_index,
+        first,
+        config.steps,
+    )
+    loader = DataLoader(
+        _Examples(data),
+        batch_sampler=sampler,
+        num_workers=config.data_workers,
+        pin_memory=accelerator.device.type == "cuda",
+        generator=torch.Generator(),
+    )
+    for batch in without_worker_traceback(loader):
+        yield {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+
+
+class _Examples(Dataset[Batch]):
+    def __init__(self, data: Data) -> None:
+        self.data = data
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.data.example(index)
