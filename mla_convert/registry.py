@@ -49,6 +49,11 @@ def stages() -> Mapping[str, Any]:
     return collect(f"{__package__}.distill.stages", "STAGE", STAGES)
 
 
+def stage_of(config: Any) -> Any:
+    """Return the `Stage` of a `StageConfig`."""
+    return stages()[config.stage](config)
+
+
 def own(package: str, constant: str) -> list[tuple[str, Any]]:
     """Return (module name, value) for every module of `package` that defines `constant`."""
     names = [info.name for info in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}.")]

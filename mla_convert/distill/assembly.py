@@ -50,7 +50,7 @@ class Assembly:
         trained = freeze_all_but(student, names)
         sharded = shards_weights(accelerator)
         in_shards = (sharded or config.shard_frozen) and accelerator.num_processes > 1
-        others = {name: self._frozen(networks[name], in_shards) for name in stage.networks if name in networks}
+        others = {name: self._frozen(networks[name], in_shards) for name in stage.frozen}
         self._precision = functools.partial(autocast, accelerator.device, config.mixed_precision, sharded)
         kind = ShardedLearner if sharded else ZeroLearner if splits_optimizer(accelerator) else Learner
         module = StageModule("student", kind.network_of(student), others, self._precision)

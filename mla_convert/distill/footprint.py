@@ -219,12 +219,12 @@ def _second_bytes(stage: Stage[Any], networks: Mapping[str, Any], config: StageC
 
 def _host_bytes(stage: Stage[Any], networks: Mapping[str, Any], weights: int, launch: Launch) -> int:
     in_shards = launch.sharded or (stage.config.shard_frozen and launch.processes > 1)
-    frozen = sum(_bytes(networks[name]) for name in stage.networks if name in networks)
+    frozen = sum(_bytes(networks[name]) for name in stage.frozen)
     return (4 * weights if launch.sharded else 0) + (frozen if in_shards else 0)
 
 
 def _frozen_bytes(stage: Stage[Any], networks: Mapping[str, Any], weights: int, trained: int, launch: Launch) -> int:
-    named = [networks[name] for name in stage.networks if name in networks]
+    named = [networks[name] for name in stage.frozen]
     held, gathered = sum(map(_bytes, named)), 0
     start = 4 * (weights if launch.sharded else trained) if START in stage.networks else 0
     if launch.sharded:

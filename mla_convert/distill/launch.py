@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import parse_flag_from_env
 
 from ..errors import UserError
-from ..registry import stages
+from ..registry import stage_of
 from .stages.base import Stage, StageConfig
 from .trackers import check_trackers
 
@@ -30,7 +30,7 @@ def check_launch(config: StageConfig) -> None:
     if config.compile and config.compile_backend not in torch.compiler.list_backends(exclude_tags=()):
         known = ", ".join(torch.compiler.list_backends())
         raise UserError(f"compile_backend: torch has no {config.compile_backend!r}; choose one of {known}")
-    stage = stages()[config.stage](config)
+    stage: Stage[Any] = stage_of(config)
     what = f"stage {config.stage}"
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         if os.environ.get("FSDP_VERSION", "1") != "2":

@@ -11,7 +11,7 @@ import functools
 import gc
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from ..registry import stages
+from ..registry import stage_of
 from .assembly import Assembly
 from .data import Batch, Data
 from .execution import execution
@@ -30,6 +30,7 @@ from .judge import Judge
 from .launch import check_launch, world_size
 from .learner import Learner, LossOf
 from .metrics import Metrics, Row
+from .needs import check_needs
 from .preview import Picture, show_preview
 from .progress import Report
 from .requests import Requests, Stopped
@@ -37,7 +38,7 @@ from .runtime import fast_attention, open_accelerator
 from .schedule import learning_rate
 from .sharding import from_main
 from .snapshots import Snapshots
-from .stages.base import AVERAGE, START, TEACHER, Stage, StageConfig
+from .stages.base import TEACHER, Stage, StageConfig
 from .state import Checkpoints
 from .trackers import tracking
 from .trainable import trainable_names
@@ -88,20 +89,13 @@ def run_stage(
     """
     check_launch(config)
     config = config.over(world_size())
-    stage = stages()[config.stage](config)
-    wanted = [*stage.networks, *([] if stage.second is None else [stage.second.source])]
-    missing = [name for name in wanted if name not in {AVERAGE, START, *networks}]
-    if missing:
-        raise UserError(f"stage {config.stage} needs the network {', '.join(missing)}, which this run does not have")
+    stage: Stage[Any] = stage_of(config)
     if config.stop is not None and heldout is None:
         raise UserError(f"stage {config.stage}: stop needs held-out clips, which this run does not have")
-    if config.preview is not None and getattr(student, "causal", None) and student.causal.window_frames is None:
-        raise UserError(f"stage {config.stage}: preview needs a finite window; set causal.window_frames")
+    check_needs(stage, student, networks, data)
+    _check_identity(data)
     if config.needs_negative:
         stage.negative = data.negative
-    _check_conditions([student, *networks.values()], data)
-    _check_identity(data)
-    stage.check(student, networks, data)
     require_apart(student, trainable_names(student, config.trainable), networks)
     try:
         return _Training(stage, student, networks, data, heldout, work_dir, seed, stage_index, picture).run(progress)
@@ -110,17 +104,6 @@ def run_stage(
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def _check_conditions(models: Sequence[Any], data: Data) -> None:
-    """Raise UserError if the clips lack a condition that one of the models needs."""
-    needed = {name for model in models for name in getattr(model, "needed_conditions", ())}
-    missing = sorted(needed - data.example(0).keys()) if needed else []
-    if missing:
-        raise UserError(
-            f"the models are conditioned on {' and '.join(missing)}, which the clips do not hold; pass these "
-            "conditions to open_data"
-        )
 
 
 def _check_identity(data: Data) -> None:
@@ -152,9 +135,6 @@ class _Training:
         self.heldout_clips, self.picture, self.work_dir = heldout, picture, work_dir
         config = self.config
         self.accelerator = open_accelerator(config, work_dir)
-        processes = self.accelerator.num_processes
-        if data.size is not None and data.size < processes:
-            raise UserError(f"{processes} processes share {data.size} clips; use fewer processes or more data")
         self.assembly = Assembly(self.accelerator, stage, student, networks, seed, stage_index)
         self.metrics = Metrics(work_dir / "metrics.jsonl")
         learner = self.assembly.learner
@@ -165,7 +145,7 @@ class _Training:
             "seed": seed,
             "stage_index": stage_index,
             "data": data.identity,
-            "processes": None if any_processes else processes,
+            "processes": None if any_processes else self.accelerator.num_processes,
             "sharded": learner.parts,
             "parameters": sum(parameter.numel() for parameter in learner.trained.values()),
         }

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..convert.limits import planned_ranks
 from ..distill.adapters import adapted_modules
+from ..distill.data import Data
+from ..distill.footprint import ClipShape
 from ..distill.launch import check_launch
-from ..distill.stages.base import REAL_SCORE, StageConfig
+from ..distill.needs import check_needs
+from ..distill.stages.base import REAL_SCORE, TEACHER, StageConfig
 from ..distill.trainable import trainable_names
 from ..errors import UsageError, UserError
 from ..families.base import noise_channels
 from ..families.image import needed_conditions, refuse_last_image
 from ..flow import levels_inside
-from ..load import Source
 from ..load.hub import is_hub_id
 from ..mla.bits import is_mixed
 from ..mla.window import CausalConfig
 from ..recipe.schema import Recipe
-from ..registry import stages
+from ..registry import stage_of
 from ..run.extent import check_start
 from ..run.sample import check_latent_size, check_length, latent_size, read_source, shortest
 from ..run.source_video import SourceVideo
@@ -34,6 +34,7 @@ from .channels import check_alike, check_channels
 from .context import Context
 from .rollouts import check_rollouts, read_negative_prompt
 from .samples import check_samples
+from .shapes import NoiseClips, dense_of, student_of
 from .steps import Step, steps_of
 
 
@@ -56,7 +57,7 @@ def check_inputs(context: Context, pending: Iterable[Step]) -> None:
     pending = list(pending)
     names = {step.name for step in pending}
     if "convert" in names:
-        dense = _without_weights(context.source)
+        dense = dense_of(context.source.family, context.source.config)
         geometry = context.source.family.geometry(dense.config)
         planned_ranks(geometry, dense.rotary_table().axes, context.recipe.convert)
     if "export" in names:
@@ -69,7 +70,9 @@ def check_inputs(context: Context, pending: Iterable[Step]) -> None:
     _check_levels(context.recipe)
     negative = any(stage.needs_negative for stage in trained.values())
     negative = negative or ("convert" in names and calibration_reads_negative(context.recipe))
-    _check_data(context, "data" in names, any(step.reads_clips for step in pending), negative)
+    data = _check_data(context, "data" in names, any(step.reads_clips for step in pending), negative)
+    if data is not None:
+        _check_needs(context, list(trained.values()), data)
 
 
 def _check_streaming(context: Context, makes_samples: bool) -> None:
@@ -117,15 +120,27 @@ def _check_samples(context: Context) -> None:
 
 
 def _check_stages(context: Context, pending: Mapping[int, StageConfig]) -> None:
-    """Check the launch, the adapters and the real score of the `pending` stages, given by index."""
+    """Check the launch and the adapters of the `pending` stages, given by index."""
     for index, stage in pending.items():
         check_launch(stage)
         if stage.lora is not None:
             with _named(f"distill.{index}"):
-                _check_adapters(stage, _without_weights(context.source))
-    needs_real_score = any(REAL_SCORE in stages()[stage.stage](stage).networks for stage in pending.values())
-    if needs_real_score and context.real_score is not None:
-        check_alike(context.real_score, context.source)
+                _check_adapters(stage, dense_of(context.source.family, context.source.config))
+
+
+def _check_needs(context: Context, stages: Sequence[StageConfig], data: Data) -> None:
+    """Check that `stages` have what they need, with models of the right shapes in place of the run's own."""
+    if not stages:
+        return
+    source = context.source
+    networks = {TEACHER: dense_of(source.family, source.config)}
+    student = student_of(source.family, source.config, networks[TEACHER], context.recipe.convert)
+    student.noise_range = context.recipe.source.noise_range
+    for stage in map(stage_of, stages):
+        if REAL_SCORE in stage.frozen and context.real_score is not None:
+            check_alike(context.real_score, source)
+            networks[REAL_SCORE] = dense_of(context.real_score.family, context.real_score.config)
+        check_needs(stage, student, networks, data)
 
 
 def _check_levels(recipe: Recipe) -> None:
@@ -138,12 +153,6 @@ def _check_levels(recipe: Recipe) -> None:
                 levels_inside(section.noise_levels, recipe.source.noise_range)
 
 
-def _without_weights(source: Source) -> Any:
-    """Build the dense model on the meta device."""
-    with torch.device("meta"):
-        return source.family.dense_class.from_config(source.config)
-
-
 def _check_adapters(stage: StageConfig, model: Any) -> None:
     """Check a stage's LoRA adapters on the dense `model`, which shares all layers that conversion does not add."""
     assert stage.lora is not None
@@ -151,8 +160,11 @@ def _check_adapters(stage: StageConfig, model: Any) -> None:
     adapted_modules(model, stage.lora, trained, stage.adapted_part)
 
 
-def _check_data(context: Context, generates_clips: bool, reads_clips: bool, reads_negative: bool) -> None:
-    """Check the training clips, which a data-free run still has to generate, and the negative prompt."""
+def _check_data(context: Context, generates_clips: bool, reads_clips: bool, reads_negative: bool) -> Data | None:
+    """Check the training clips, which a data-free run still has to generate, and the negative prompt.
+
+    Returns the clips, or noise in the shape of those to be generated; None if none are read.
+    """
     recipe, source = context.recipe, context.source
     if generates_clips:
         assert recipe.data.rollouts is not None
@@ -162,6 +174,8 @@ def _check_data(context: Context, generates_clips: bool, reads_clips: bool, read
         negative = read_negative_prompt(context, clip["encoder_hidden_states"].unsqueeze(0))
         if negative is None and reads_negative:
             raise UserError("guidance and empty_prompt_rate need a negative prompt; give data.negative_embeds")
+        shape = ClipShape(*clip["latents"].shape, *clip["encoder_hidden_states"].shape)
+        return NoiseClips(shape, source.config, recipe.data.rollouts.clips - recipe.data.heldout)
     elif reads_clips:
         refuse_last_image(source.config)
         example = context.data.example(0)
@@ -170,6 +184,8 @@ def _check_data(context: Context, generates_clips: bool, reads_clips: bool, read
         if reads_negative:
             # Reading it raises UserError if there is none.
             _ = context.data.negative
+        return context.data
+    return None
 
 
 def _check_previews(context: Context, frames: int) -> None:

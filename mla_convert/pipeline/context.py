@@ -22,7 +22,7 @@ from ..families.image import needed_conditions
 from ..files import MANIFEST
 from ..load import Source, load_dense
 from ..recipe.schema import Recipe
-from ..registry import stages
+from ..registry import stage_of
 from .sources import source_of
 
 STAGES, TRAINING = "stages", "training"
@@ -71,7 +71,7 @@ class Context:
     def networks(self, stage: StageConfig) -> dict[str, Any]:
         """Load the frozen networks of a stage: the teacher, and the real score if the stage uses one."""
         networks = {TEACHER: self.dense()}
-        if self.real_score is not None and REAL_SCORE in stages()[stage.stage](stage).networks:
+        if self.real_score is not None and REAL_SCORE in stage_of(stage).frozen:
             assert self.recipe.real_score is not None
             networks[REAL_SCORE] = load_dense(self.real_score, getattr(torch, self.recipe.real_score.dtype))
         return networks

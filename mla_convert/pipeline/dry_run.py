@@ -11,26 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .. import registry
-from ..convert.config import ConvertConfig
-from ..convert.limits import planned_ranks
-from ..distill.data import Batch, open_data
+from ..distill.data import open_data
 from ..distill.footprint import ClipShape, Footprint, Launch, footprint
-from ..distill.identity import Identity
 from ..distill.stages.base import REAL_SCORE, TEACHER
 from ..distill.trainer import run_stage
 from ..errors import UsageError, UserError
-from ..evaluate.geometry import PAPER_SHARE
 from ..families.base import Family, noise_channels
-from ..families.image import IMAGE, TOKENS, needed_conditions, refuse_last_image
+from ..families.image import needed_conditions, refuse_last_image
 from ..load import accepted_config, known_config
-from ..mla.config import MLAConfig
 from ..recipe.schema import Recipe, SourceConfig
-from ..registry import stages
+from ..registry import stage_of
 from ..run.config import GenerateConfig
 from ..run.sample import DIGITS, latent_size, prompt_encoder
+from .shapes import NoiseClips, dense_of, student_of
 from .sources import source_of
 
 WAN_1_3B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
@@ -42,7 +37,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "causal-forcing": WAN_1_3B,
     "longlive-1.3b": WAN_1_3B,
 }
-DIGITS_TEXT, WAN_TEXT, WAN_FRAMES, CLIP_TOKENS = 3, 512, 21, 257
+DIGITS_TEXT, WAN_TEXT, WAN_FRAMES = 3, 512, 21
 
 
 class DryRun:
@@ -105,30 +100,6 @@ class DryRun:
         example = open_data(data, self.recipe.seed, needed_conditions(self.config)).example(0)
         return ClipShape(*example["latents"].shape, *example["encoder_hidden_states"].shape)
 
-    def _mla(self, dense: Any) -> dict[str, Any]:
-        """The `mla` section of the model converted from `dense`; with a budget, every layer gets the mean rank."""
-        convert: ConvertConfig = self.recipe.convert
-        layers, head_dim = dense.config.num_layers, dense.config.attention_head_dim
-        scalars = 2 * dense.config.num_attention_heads * head_dim
-        ranks = planned_ranks(self.family.geometry(dense.config), dense.rotary_table().axes, convert).fitted
-        if convert.budget is not None:
-            mean = convert.budget.scalars(scalars) or scalars * PAPER_SHARE
-            ranks = [max(1, convert.layers_per_latent * (round(mean) - convert.cached_key))] * layers
-        shared = tuple(range(convert.qk_rope_head_dim // 2))
-        every = tuple(range(head_dim // 2))
-        mla = MLAConfig(
-            position=convert.position,
-            own_chunk=convert.own_chunk,
-            kv_lora_rank=tuple(ranks),
-            q_lora_rank=convert.q_lora_rank,
-            v_head_dim=head_dim,
-            rope_pairs=(shared,) * layers,
-            nope_pairs=(every[len(shared) :],) * layers,
-            key_mean=convert.keeps_key_mean,
-            layers_per_latent=convert.layers_per_latent,
-        )
-        return mla.model_dump(mode="json")
-
     def models(self, device: str = "meta") -> tuple[Any, dict[str, Any]]:
         """The student and, by name, the frozen networks, with random weights; the latter in the recipe's dtypes."""
         frozen = {TEACHER: (self.recipe.source, self.family, self.config)}
@@ -136,20 +107,17 @@ class DryRun:
             frozen[REAL_SCORE] = (self.recipe.real_score, *self._shapes(self.recipe.real_score))
         networks = {}
         for name, (section, family, config) in frozen.items():
-            with torch.device(device):
-                networks[name] = family.dense_class.from_config(config)
+            networks[name] = dense_of(family, config, device)
             for parameter in networks[name].parameters():
                 parameter.data = parameter.data.to(getattr(torch, section.dtype))
-        with torch.device(device):
-            student = self.family.mla_class.from_config({**self.config, "mla": self._mla(networks[TEACHER])})
+        student = student_of(self.family, self.config, networks[TEACHER], self.recipe.convert, device)
         return student, networks
 
     def needs(self) -> list[Footprint]:
         """Memory, steps and tokens of each stage."""
         student, networks = self.models()
-        kinds = stages()
         configs = [config.over(self.launch.processes) for config in self.recipe.distill]
-        return [footprint(kinds[config.stage](config), student, networks, self.launch, self.clip) for config in configs]
+        return [footprint(stage_of(config), student, networks, self.launch, self.clip) for config in configs]
 
     def measure(self, steps: int) -> list[float]:
         """Seconds per step of each stage in this process, the median of `steps`, with random weights and clips."""
@@ -167,42 +135,11 @@ class DryRun:
             def progress(what: str, done: int, total: int, detail: str = "", moments: list[float] = moments) -> None:
                 moments.append(time.monotonic())
 
-            data = _Noise(self.clip, self.config)
+            data = NoiseClips(self.clip, self.config)
             with tempfile.TemporaryDirectory() as folder:
                 run_stage(short, student, networks, data, None, Path(folder), 0, index + 1, progress)
             seconds.append(statistics.median(b - a for a, b in itertools.pairwise(moments[:-1])))
         return seconds
-
-
-class _Noise:
-    """Data whose clips are noise in the shape `clip`, with the image conditions that a model of `config` reads."""
-
-    size: int | None = None
-    identity: Identity | None = None
-
-    def __init__(self, clip: ClipShape, config: Mapping[str, Any]) -> None:
-        self.clip, needed = clip, needed_conditions(config)
-        image_channels = int(config.get("in_channels") or clip.channels) - clip.channels
-        shapes = {
-            IMAGE: (image_channels, clip.frames, clip.height, clip.width),
-            TOKENS: (CLIP_TOKENS, config.get("image_dim") or 0),
-        }
-        self.images = {name: shapes[name] for name in needed}
-
-    @property
-    def negative(self) -> Tensor:
-        return torch.zeros(self.clip.text_tokens, self.clip.text_dim)
-
-    def example(self, index: int) -> Batch:
-        generator, clip = torch.Generator().manual_seed(index), self.clip
-        text: Tensor = torch.randn(clip.text_tokens, clip.text_dim, generator=generator)
-        shape = (clip.channels, clip.frames, clip.height, clip.width)
-        latents = torch.randn(shape, generator=generator)
-        images = {name: torch.randn(image, generator=generator) for name, image in self.images.items()}
-        return {"latents": latents, "encoder_hidden_states": text, **images}
-
-    def heldout(self, count: int | None = None) -> Batch:
-        raise NotImplementedError("clips of noise have no held-out part")
 
 
 def read_launch(config_file: Path | None, processes: int) -> Launch:

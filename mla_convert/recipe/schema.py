@@ -28,7 +28,7 @@ from ..export.config import ExportConfig
 from ..flow import ALL_NOISE
 from ..load import AdapterConfig
 from ..mla.window import CausalConfig
-from ..registry import stages
+from ..registry import stage_of, stages
 from ..run.config import GenerateConfig
 from ..run.streaming import StreamingConfig
 from .explain import describe, explain
@@ -153,7 +153,7 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _real_score_goes_with_a_stage(self) -> Recipe:
-        used = any(REAL_SCORE in stages()[config.stage](config).networks for config in self.distill)
+        used = any(REAL_SCORE in stage_of(config).frozen for config in self.distill)
         if used and self.real_score is None:
             raise ValueError("a stage has real_score: real_score, but the recipe has no section real_score; add one")
         if self.real_score is not None and not used:

@@ -193,12 +193,27 @@ class Stage(ABC, Generic[Config]):
     def networks(self) -> tuple[str, ...]: ...
 
     @property
+    def frozen(self) -> tuple[str, ...]:
+        """Those of `networks` that a run loads; the trainer derives the others from the student."""
+        return tuple(name for name in self.networks if name not in (AVERAGE, START))
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """What a run has to load: the `frozen` networks, and the source of the second one."""
+        sources = () if self.second is None else (self.second.source,)
+        return tuple(dict.fromkeys((*self.frozen, *sources)))
+
+    @property
     def second(self) -> SecondNetwork | None:
         """The network that the stage trains beside the student, if any."""
         return None
 
     def check(self, student: Any, networks: Models, data: Data) -> None:
-        """Raise UserError, in one line, if `loss` cannot work on these inputs; called before anything is written."""
+        """Raise UserError, in one line, if `loss` cannot work on these inputs; called before anything is written.
+
+        Decide by configurations and shapes alone: when a run starts, the models are on the meta device, and clips that
+        it still has to generate are noise.
+        """
 
     def begin_update(self, generator: torch.Generator) -> None:
         """Draw what all micro-batches and processes share in the next optimizer step.

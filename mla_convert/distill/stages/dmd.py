@@ -121,8 +121,6 @@ class DMD(Stage[DMDConfig]):
         check_few_step(self.name, student)
         real = networks[self.config.real_score]
         check_few_step(self.name, real)
-        if student.causal.window_frames is None:
-            raise UserError("stage dmd rolls out with a cache and needs a finite window; set causal.window_frames")
         if real.config.in_channels != student.config.in_channels:
             raise UserError(
                 f"{self.config.real_score} takes latents of {real.config.in_channels} channels, the student makes "
