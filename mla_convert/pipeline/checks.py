@@ -6,6 +6,7 @@ import contextlib
 import importlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ..convert.limits import planned_ranks
@@ -33,6 +34,7 @@ from .calibration import calibration_reads_negative
 from .channels import check_alike, check_channels
 from .context import Context
 from .rollouts import check_rollouts, read_negative_prompt
+from .rundir import require_clips
 from .samples import check_samples
 from .shapes import NoiseClips, dense_of, student_of
 from .steps import Step, steps_of
@@ -52,8 +54,11 @@ def check_recipe(recipe: Recipe) -> bool:
     return True
 
 
-def check_inputs(context: Context, pending: Iterable[Step]) -> None:
-    """Check everything that could fail late in the `pending` steps of a run. Raises UserError in one line."""
+def check_inputs(context: Context, pending: Iterable[Step], finished: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Check everything that could fail late in the `pending` steps of a run. Raises UserError in one line.
+
+    `finished` is what the run has recorded of its finished steps.
+    """
     pending = list(pending)
     names = {step.name for step in pending}
     if "convert" in names:
@@ -71,8 +76,11 @@ def check_inputs(context: Context, pending: Iterable[Step]) -> None:
     negative = any(stage.needs_negative for stage in trained.values())
     negative = negative or ("convert" in names and calibration_reads_negative(context.recipe))
     data = _check_data(context, "data" in names, any(step.reads_clips for step in pending), negative)
-    if data is not None:
-        _check_needs(context, list(trained.values()), data)
+    if data is None:
+        return
+    if "data" not in names:
+        require_clips(context.path, finished, data.identity)
+    _check_needs(context, list(trained.values()), data)
 
 
 def _check_streaming(context: Context, makes_samples: bool) -> None:

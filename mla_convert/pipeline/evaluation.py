@@ -27,7 +27,7 @@ from ..run.config import GenerateConfig
 from ..run.sample import DIGITS, prompt_encoder
 from ..run.streaming import StreamingConfig
 from .context import DATA
-from .rundir import STATE, require_clips_of
+from .rundir import STATE, read_state, require_clips
 from .sources import source_of
 from .summary import describe
 
@@ -72,10 +72,12 @@ def evaluate_checkpoint(
     digits = prompt_encoder(student.config) == DIGITS
     if recipe is None and not digits:
         raise UsageError(f"{folder} has no {MANIFEST} that names its held-out data; evaluate a checkpoint of a run")
-    data = DataConfig(kind="digits") if recipe is None else recipe.data.made_in(_run_of(root) / DATA)
+    run = _run_of(root)
+    data = DataConfig(kind="digits") if recipe is None else recipe.data.made_in(run / DATA)
     clips = open_data(data, 0 if recipe is None else recipe.seed, dense.needed_conditions)
     # Held-out clips of a larger folder are others, and some of them were trained on.
-    require_clips_of(_run_of(root), clips.identity)
+    if (run / STATE).exists():
+        require_clips(run, read_state(run)["steps"], clips.identity)
     config = EvaluateConfig() if recipe is None else recipe.evaluate
     config = config.model_copy(update=dict(changes))
     measured = {

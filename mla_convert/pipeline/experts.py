@@ -21,7 +21,7 @@ from ..recipe.reader import read_yaml
 from ..recipe.schema import Recipe
 from .checks import check_inputs
 from .context import Context
-from .run import RunResult, require_clips, run, steps_until, this_process
+from .run import RunResult, run, steps_until, this_process
 from .rundir import RESOLVED, STATE, RunDir
 
 
@@ -58,8 +58,7 @@ def _prepare(recipe: Recipe, path: Path, parts: Mapping[str, Recipe], resume: bo
                 pending = [step for step in steps_until(part, until) if not folder.is_done(step.name)]
                 if pending:
                     context = Context(part, path / name, lambda *args: None)
-                    check_inputs(context, pending)
-                    require_clips(folder, context, pending)
+                    check_inputs(context, pending, folder.finished)
             finally:
                 folder.close()
     except BaseException:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -105,8 +104,7 @@ def _lead(recipe: Recipe, folder: RunDir, steps: list[Step], processes: PartialS
         return
     with progress_bars(console) as report:
         context = Context(recipe, folder.path, report)
-        check_inputs(context, pending)
-        require_clips(folder, context, pending)
+        check_inputs(context, pending, folder.finished)
         stages = tuple(recipe.distill[step.stage] for step in pending if step.stage is not None)
         if stages:
             warn_of_memory(recipe.model_copy(update={"distill": stages}), context.device)
@@ -121,13 +119,6 @@ def _lead(recipe: Recipe, folder: RunDir, steps: list[Step], processes: PartialS
             clips = context.data.identity if step.reads_clips else None
             folder.mark_done(step.name, step.paths, time.monotonic() - started, clips)
             _discard_scratch(folder, step)
-
-
-def require_clips(folder: RunDir, context: Context, pending: Sequence[Step]) -> None:
-    """Raise UserError if the `pending` steps would read other clips than the finished ones did."""
-    # Clips that a pending "data" step generates do not exist yet.
-    if any(step.reads_clips for step in pending) and not any(step.name == "data" for step in pending):
-        folder.require_clips(context.data.identity)
 
 
 def _say(console: Console, line: str) -> None:

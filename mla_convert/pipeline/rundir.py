@@ -85,9 +85,15 @@ class RunDir:
         self._lock.close()
 
     @property
+    def finished(self) -> Mapping[str, Any]:
+        """What is recorded of each finished step, by name."""
+        steps: Mapping[str, Any] = self._state["steps"]
+        return steps
+
+    @property
     def seconds(self) -> dict[str, float]:
         """Wall-clock seconds of each finished step."""
-        return {name: step["seconds"] for name, step in self._state["steps"].items()}
+        return {name: step["seconds"] for name, step in self.finished.items()}
 
     def is_done(self, step: str) -> bool:
         return step in self._state["steps"]
@@ -112,10 +118,6 @@ class RunDir:
             self._state["finished"] = False
             return name
         return None
-
-    def require_clips(self, found: Identity | None) -> None:
-        """Raise UserError if a finished step recorded other clips than `found`."""
-        _require_clips(self.path, self._state, found)
 
     def mark_done(self, step: str, paths: Iterable[str], seconds: float, clips: Identity | None = None) -> None:
         """Record that `step` wrote `paths`, files or folders relative to the run folder, and which clips it read."""
@@ -179,14 +181,9 @@ def has_failed(path: Path) -> bool:
         return False
 
 
-def require_clips_of(path: Path, found: Identity | None) -> None:
-    """Raise UserError if the steps of the run in `path`, if there is one, recorded other clips than `found`."""
-    if (path / STATE).exists():
-        _require_clips(path, read_state(path), found)
-
-
-def _require_clips(path: Path, state: Mapping[str, Any], found: Identity | None) -> None:
-    for step in state.get("steps", {}).values():
+def require_clips(path: Path, finished: Mapping[str, Any], found: Identity | None) -> None:
+    """Raise UserError if one of the `finished` steps of the run in `path` recorded other clips than `found`."""
+    for step in finished.values():
         recorded = step.get("clips") or found
         if recorded != found:
             raise UserError(f"the run in {path} was begun with other clips: {other_clips(recorded, found)}")
