@@ -10,7 +10,7 @@ import pico
 import pytest
 import torch
 from recipe_case import digests
-from test_sweep import Watched
+from test_sweep import Samples, Watched
 
 from mla_convert.convert import ConvertConfig, convert_model, convert_source
 from mla_convert.convert.blocks import ModelBlocks
@@ -35,16 +35,11 @@ IMPROVED = pico.calibration(probes=PROBES, ridge=0.05)
 
 def collect(dense: Any, store: TensorStore | None = None, rotated_only: bool = False, **settings: Any) -> Any:
     """Samples of all layers of a dense model, by layer."""
-    samples: dict[int, LayerSample] = {}
+    samples = Samples()
     blocks, chosen = ModelBlocks(dense), CalibrationConfig(**pico.calibration(**settings))
     clips = enter_clips(blocks, pico.batches(), chosen, store or TensorStore())
-
-    def keep(layer: int, block: Any, sample: LayerSample | None) -> None:
-        assert sample is not None
-        samples[layer] = sample
-
-    sweep(blocks, clips, chosen, True, range(LAYERS), keep, rotated_only=rotated_only)
-    return samples
+    sweep(blocks, clips, chosen, True, range(LAYERS), samples, rotated_only=rotated_only)
+    return samples.found
 
 
 def only(sample: LayerSample, probe: int) -> LayerSample:

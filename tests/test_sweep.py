@@ -14,7 +14,7 @@ import torch
 from mla_convert.convert import ConvertConfig, convert_model
 from mla_convert.convert import calibrate as calibrate_module
 from mla_convert.convert.blocks import ModelBlocks
-from mla_convert.convert.calibrate import sweep
+from mla_convert.convert.calibrate import Visitor, sweep
 from mla_convert.convert.clips import enter_clips
 from mla_convert.convert.config import CalibrationConfig
 from mla_convert.convert.probe import LayerSample
@@ -27,18 +27,24 @@ LAYERS = 3
 CONVERTED = {"metric": "output", "hidden_states": "converted"}
 
 
+class Samples(Visitor):
+    """The samples of a sweep, by layer."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, LayerSample] = {}
+
+    def visit(self, layer: int, block: Any, sample: LayerSample | None) -> None:
+        assert sample is not None
+        self.found[layer] = sample
+
+
 def collect(dense: Any, layers: set[int], store: TensorStore | None = None, **settings: Any) -> dict[int, LayerSample]:
     """Samples of some layers of a dense model, by layer."""
-    samples: dict[int, LayerSample] = {}
-
-    def keep(layer: int, block: Any, sample: LayerSample | None) -> None:
-        assert sample is not None
-        samples[layer] = sample
-
+    samples = Samples()
     blocks, chosen = ModelBlocks(dense), CalibrationConfig(**pico.calibration(**settings))
     clips = enter_clips(blocks, pico.batches(), chosen, store or TensorStore())
-    sweep(blocks, clips, chosen, True, layers, keep)
-    return samples
+    sweep(blocks, clips, chosen, True, layers, samples)
+    return samples.found
 
 
 def equal(first: LayerSample, second: LayerSample) -> bool:
@@ -196,14 +202,15 @@ def test_converted_hidden_states_are_those_of_the_converted_model() -> None:
     blocks = ModelBlocks(dense)
     entered: dict[int, torch.Tensor] = {}
 
-    def visit(layer: int, block: Any, sample: LayerSample | None) -> Any:
-        if layer == LAYERS - 1:
-            entered[layer] = clips.store[clips.key(layer, 0)]
-        return model.blocks[layer].attn1
+    class Entered(Visitor):
+        def visit(self, layer: int, block: Any, sample: LayerSample | None) -> Any:
+            if layer == LAYERS - 1:
+                entered[layer] = clips.store[clips.key(layer, 0)]
+            return model.blocks[layer].attn1
 
     clips = enter_clips(blocks, pico.batches(), settings.calibration, TensorStore())
     tokens, inputs = clips.store[clips.key(0, 0)], clips.inputs[0]
-    sweep(blocks, clips, settings.calibration, True, {LAYERS - 1}, visit)
+    sweep(blocks, clips, settings.calibration, True, {LAYERS - 1}, Entered())
     with torch.no_grad():
         for block in model.blocks[: LAYERS - 1]:
             tokens = block(tokens, *inputs.shared)

@@ -24,7 +24,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from mla_convert.charts import MUTED, RUNS, Chart
 from mla_convert.convert import ConvertConfig, clip_batches
 from mla_convert.convert.blocks import ModelBlocks
-from mla_convert.convert.calibrate import sweep
+from mla_convert.convert.calibrate import Visitor, sweep
 from mla_convert.convert.clips import enter_clips
 from mla_convert.convert.initialise import LayerInit, LayerReading, initialise_layers, read_layer
 from mla_convert.convert.state import merge_state, mla_config
@@ -165,21 +165,22 @@ def fits(teacher: Any, data: Data, clips: int) -> Iterator[tuple[str, ConvertCon
     plans: dict[tuple[str, int], dict[int, LayerInit]] = {key: {} for key in configs}
     readings: dict[tuple[str, int], dict[int, LayerReading]] = {key: {} for key in configs}
 
-    def visit(layer: int, block: Any, sample: Any) -> None:
-        for (name, size), config in configs.items():
-            largest, nested = plans[name, max(SIZES)], not config.cached_key and size < max(SIZES)
-            if not nested:
-                seen, generator = sample if config.init == "activation" else None, drawn(Use.INIT, 0, layer)
-                readings[name, size][layer] = read_layer(block.attn1, seen, axes, config, generator)
-            # What layers share is fitted when all of them were seen; they come from the last to the first.
-            if layer % config.layers_per_latent:
-                continue
-            rank, layers = config.ranks(len(blocks))[layer], range(layer, layer + config.layers_per_latent)
-            if nested:
-                fitted = [largest[other].truncated(rank) for other in layers]
-            else:
-                fitted = initialise_layers([readings[name, size].pop(other) for other in layers], config, rank)
-            plans[name, size] |= dict(zip(layers, fitted, strict=True))
+    class Fitting(Visitor):
+        def visit(self, layer: int, block: Any, sample: Any) -> None:
+            for (name, size), config in configs.items():
+                largest, nested = plans[name, max(SIZES)], not config.cached_key and size < max(SIZES)
+                if not nested:
+                    seen, generator = sample if config.init == "activation" else None, drawn(Use.INIT, 0, layer)
+                    readings[name, size][layer] = read_layer(block.attn1, seen, axes, config, generator)
+                # What layers share is fitted when all of them were seen; they come from the last to the first.
+                if layer % config.layers_per_latent:
+                    continue
+                rank, layers = config.ranks(len(blocks))[layer], range(layer, layer + config.layers_per_latent)
+                if nested:
+                    fitted = [largest[other].truncated(rank) for other in layers]
+                else:
+                    fitted = initialise_layers([readings[name, size].pop(other) for other in layers], config, rank)
+                plans[name, size] |= dict(zip(layers, fitted, strict=True))
 
     calibration = next(config for config in configs.values() if config.init == "activation").calibration
     batches = clip_batches(data.example, range(clips), calibration.batch_size)
@@ -191,7 +192,7 @@ def fits(teacher: Any, data: Data, clips: int) -> Iterator[tuple[str, ConvertCon
         calibration,
         history_only=True,
         wanted=range(len(blocks)),
-        visit=visit,
+        visitor=Fitting(),
         layers_per_latent=most,
     )
     for (name, size), config in sorted(configs.items(), key=lambda item: (names.index(item[0][0]), item[0][1])):

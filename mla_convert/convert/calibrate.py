@@ -29,7 +29,32 @@ from .probe import FIELDS, LayerSample, require_finite, sample_layer
 
 logger = logging.getLogger(__name__)
 
-Visit = Callable[[int, Any, LayerSample | None], nn.Module | None]
+
+class Visitor:
+    """What a sweep shows the layers to; a subclass overrides what it looks at."""
+
+    wants_traces = False
+    """Whether to `trace` each layer on one batch in four, at least one, instead of sampling it (`metric: velocity`)."""
+
+    def visit(self, layer: int, block: Any, sample: LayerSample | None) -> nn.Module | None:
+        """Look at a layer while its block is open.
+
+        With `hidden_states: converted`, every layer is visited, unwanted ones with sample None. The returned converted
+        attention is then what the next blocks run on.
+        """
+        raise NotImplementedError
+
+    def visited(self, layer: int) -> None:
+        """Called for each wanted layer after its block was freed."""
+
+    def passed(self, done: int, total: int) -> None:
+        """Called after each block of the forward pass that precedes the visits of `metric: velocity`."""
+
+    def loss(self, loss: float) -> None:
+        """Take note of the model's flow-matching loss on a batch (`metric: velocity`)."""
+
+    def trace(self, trace: Trace) -> None:
+        """Take note of a layer on a batch, before the layer is visited; a batch that is the only one is sampled, too."""
 
 
 @torch.no_grad()
@@ -39,34 +64,20 @@ def sweep(
     config: CalibrationConfig,
     history_only: bool,
     wanted: Collection[int],
-    visit: Visit,
-    progress: Callable[[int, int], None] | None = None,
-    velocity: Callable[[int, Tensor], None] | None = None,
-    trace: Callable[[Trace], None] | None = None,
+    visitor: Visitor,
     layers_per_latent: int = 1,
-    visited: Callable[[int], None] | None = None,
     rotated_only: bool = False,
 ) -> None:
-    """Sample the `wanted` layers and call `visit(layer, block, sample)` for each while its block is open.
+    """Sample the `wanted` layers, from the first to the last or back (`metric: velocity`), and show them to `visitor`.
 
-    - `visited(layer)` is called for each of them after its block was freed.
-    - `history_only` restricts the probes to tokens of earlier chunks, all that is cached under an exact own chunk.
-    - `rotated_only` leaves out the gradients of keys that are read without their rotation.
-    - `progress(done, total)` counts the blocks of the forward pass that precedes the visits of `metric: velocity`.
-    - `velocity(number, v)` gets the velocity `[B, C, F, H, W]` of every batch (`metric: velocity`).
-    - `trace` gets a `Trace` of each layer on one batch in four, at least one (`metric: velocity`). These batches are
-      not sampled if there are others.
-
-    With `hidden_states: converted`, every layer is visited, unwanted ones with sample None, and `visit` returns the
-    converted attention that the next blocks run on. Layers that share a latent are sampled at the same tokens.
-    The sweep consumes `clips`. Raises UserError for NaN or infinite activations, and if the activations that the
-    sweep stores do not fit on the disk.
+    `history_only` restricts the probes to tokens of earlier chunks, all that is cached under an exact own chunk.
+    `rotated_only` leaves out the gradients of keys that are read without their rotation. Layers that share a latent
+    are sampled at the same tokens. The sweep consumes `clips`. Raises UserError for NaN or infinite activations, and
+    if the activations that the sweep stores do not fit on the disk.
     """
-    chosen = frozenset(wanted)
-    callbacks = (visit, velocity, trace, layers_per_latent, visited, rotated_only)
-    run = _Sweep(blocks, clips, config, history_only, chosen, *callbacks)
+    run = _Sweep(blocks, clips, config, history_only, frozenset(wanted), visitor, layers_per_latent, rotated_only)
     if config.metric == "velocity":
-        run.backward(progress)
+        run.backward()
     else:
         run.forward()
 
@@ -77,11 +88,8 @@ class _Sweep(NamedTuple):
     config: CalibrationConfig
     history_only: bool
     wanted: frozenset[int]
-    visit: Visit
-    velocity: Callable[[int, Tensor], None] | None
-    trace: Callable[[Trace], None] | None
+    visitor: Visitor
     layers_per_latent: int
-    visited: Callable[[int], None] | None
     rotated_only: bool
 
     def forward(self) -> None:
@@ -100,7 +108,7 @@ class _Sweep(NamedTuple):
                             clips.advance(layer, number, seen.tokens)
                 sample = self._sampled(layer) if sampled else None
                 give_back_memory()
-                attention = self.visit(layer, block, sample) if sampled or converted else None
+                attention = self.visitor.visit(layer, block, sample) if sampled or converted else None
                 del sample
                 if converted:
                     assert attention is not None
@@ -109,10 +117,10 @@ class _Sweep(NamedTuple):
                         tokens = clips.store[clips.key(layer, number)]
                         clips.advance(layer, number, _run(changed, tokens, inputs, layer).tokens)
                     del attention, changed
-            if self.visited is not None and sampled:
-                self.visited(layer)
+            if sampled:
+                self.visitor.visited(layer)
 
-    def backward(self, progress: Callable[[int, int], None] | None) -> None:
+    def backward(self) -> None:
         """Run forward through all blocks, storing their inputs, then pull gradients back to the first wanted block.
 
         If the inputs do not fit in the store, only the input of one block in n is stored, with n as small as possible.
@@ -120,7 +128,7 @@ class _Sweep(NamedTuple):
         """
         first, count = min(self.wanted, default=len(self.blocks)), len(self.blocks)
         every = self._spacing(count - first)
-        self._ascend(range(count), range(first, count, every), progress)
+        self._ascend(range(count), range(first, count, every), self.visitor.passed)
         scales = self._pull_back_velocity()
         for start in reversed(range(first, count, every)):
             segment = range(start, min(start + every, count))
@@ -145,7 +153,9 @@ class _Sweep(NamedTuple):
             logger.warning("calibration stores the input of one block in %d, %s, and runs blocks twice", every, sizes)
         return every
 
-    def _ascend(self, layers: range, kept: Collection[int], progress: Callable[[int, int], None] | None = None) -> None:
+    def _ascend(
+        self, layers: range, kept: Collection[int], passed: Callable[[int, int], None] = lambda done, total: None
+    ) -> None:
         """Run the blocks of `layers` in order; their inputs are dropped, except those of `kept`."""
         clips = self.clips
         for layer in layers:
@@ -153,8 +163,7 @@ class _Sweep(NamedTuple):
                 for number, inputs in enumerate(clips.inputs):
                     seen = _run(block, clips.store[clips.key(layer, number)], inputs, layer)
                     clips.advance(layer, number, seen.tokens, keep=layer in kept)
-            if progress is not None:
-                progress(layer + 1, len(self.blocks))
+            passed(layer + 1, len(self.blocks))
 
     def _visit_above(self, layer: int, scales: list[float]) -> None:
         """Pull the gradients back through a block, then visit the layer if it is wanted."""
@@ -164,10 +173,10 @@ class _Sweep(NamedTuple):
             if layer in self.wanted:
                 sample = self._sampled(layer)
                 give_back_memory()
-                self.visit(layer, block, sample)
+                self.visitor.visit(layer, block, sample)
                 del sample
-        if self.visited is not None and layer in self.wanted:
-            self.visited(layer)
+        if layer in self.wanted:
+            self.visitor.visited(layer)
 
     def _pull_back_velocity(self) -> list[float]:
         """Replace the last block's output by the gradients of `z^T v` with respect to it; return z's scale by batch.
@@ -180,8 +189,7 @@ class _Sweep(NamedTuple):
             tokens = clips.store[key].requires_grad_()
             with torch.enable_grad():
                 v = model.leave(tokens, inputs)
-            if self.velocity is not None:
-                self.velocity(number, v.detach())
+            self.visitor.loss(clips.loss(number, v.detach()))
             for probe in range(self.config.probes):
                 z = torch.randn(v.shape, generator=drawn(Use.PROJECTION, self.config.seed, number, probe)).to(v)
                 (grad,) = torch.autograd.grad(v, tokens, z, retain_graph=probe + 1 < self.config.probes)
@@ -209,11 +217,11 @@ class _Sweep(NamedTuple):
         give_back_memory()
         if layer not in self.wanted:
             return
-        if self.trace is not None:
+        if self.visitor.wants_traces:
             # Errors measured on the fitted batches would be too small, so a quarter of the batches is held out.
             count = len(clips)
             if number % 4 == min(4, count) - 1:
-                self.trace(Trace(hidden, inputs.step, output_grads))
+                self.visitor.trace(Trace(hidden, inputs.step, output_grads))
                 if count > 1:
                     return
         self._sample(layer, number, block, hidden, output_grads)

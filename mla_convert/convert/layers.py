@@ -17,8 +17,8 @@ from ..families.base import AttentionGeometry
 from ..mla.config import latent_groups
 from .blocks import Blocks, give_back_memory
 from .budget import Curve, Trace, allot, measured_curve
-from .calibrate import sweep
-from .clips import CalibrationBatch, Clips, enter_clips
+from .calibrate import Visitor, sweep
+from .clips import CalibrationBatch, enter_clips
 from .config import ConvertConfig
 from .initialise import LayerInit, LayerReading, initialise_layers, read_layer
 from .limits import Ranks, latent_scalars, planned_ranks
@@ -118,27 +118,22 @@ def convert_layers(
     try:
         clips = enter_clips(blocks, batches, config.calibration, store)
         blocks.entered()
-        velocity, trace = run.watch(clips)
         sweep(
             blocks,
             clips,
             config.calibration,
             config.own_chunk == "exact",
             wanted,
-            run.visit,
-            progress=run.swept,
-            velocity=velocity,
-            trace=trace,
+            run,
             layers_per_latent=config.layers_per_latent,
-            visited=run.visited,
             rotated_only=config.position == "rotate_on_read",
         )
     finally:
         store.clear()
 
 
-class _Layers:
-    """The callbacks of a sweep; `group_of` maps each layer to be fitted to all layers that share its latent."""
+class _Layers(Visitor):
+    """Fits what a sweep shows; `group_of` maps each layer to be fitted to all layers that share its latent."""
 
     def __init__(
         self,
@@ -155,20 +150,10 @@ class _Layers:
         self.ranks, self.candidates = ranks
         self.readings: dict[int, LayerReading] = {}
         self.converted = config.init == "activation" and config.calibration.hidden_states == "converted"
-        self.warned = False
+        self.warned, self.wants_traces = False, config.budget is not None
         self.traces: dict[int, list[Trace]] = {}
         self.new_traces: list[Trace] = []
         self.teacher_losses: list[float] = []
-
-    def watch(self, clips: Clips) -> tuple[Callable[[int, Tensor], None], Callable[[Trace], None]] | tuple[None, None]:
-        """Return the callbacks that collect the teacher's velocity and the layers' traces; without a budget, None."""
-        if self.config.budget is None:
-            return None, None
-
-        def velocity(number: int, v: Tensor) -> None:
-            self.teacher_losses.append(clips.loss(number, v))
-
-        return velocity, self.new_traces.append
 
     def visit(self, layer: int, block: Any, sample: LayerSample | None) -> nn.Module | None:
         """Read a layer's fitting targets; return its converted attention if the layers above run on that."""
@@ -185,8 +170,14 @@ class _Layers:
         if layers and all(other in self.readings for other in layers):
             self._fit(layers)
 
-    def swept(self, done: int, total: int) -> None:
+    def passed(self, done: int, total: int) -> None:
         self._report("calibrate", done, total)
+
+    def loss(self, loss: float) -> None:
+        self.teacher_losses.append(loss)
+
+    def trace(self, trace: Trace) -> None:
+        self.new_traces.append(trace)
 
     def _read(self, layer: int, block: Any, sample: LayerSample | None) -> None:
         rank = self.ranks[layer]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..convert.blocks import SourceBlocks, with_attention
-from ..convert.calibrate import sweep
+from ..convert.calibrate import Visitor, sweep
 from ..convert.clips import CalibrationBatch, clip_batches, enter_clips
 from ..convert.config import CalibrationConfig, ConvertConfig
 from ..convert.initialise import LayerInit
@@ -102,11 +102,6 @@ class ClipRun:
 
         Raises UserError for clips of only one chunk.
         """
-
-        def visit_block(layer: int, block: Any, sample: LayerSample | None) -> None:
-            assert sample is not None
-            visit(layer, block.attn1, sample)
-
         with tempfile.TemporaryDirectory() as scratch:
             sweep(
                 self.blocks,
@@ -119,8 +114,7 @@ class ClipRun:
                 self.config,
                 history_only=True,
                 wanted=range(len(self.blocks)),
-                visit=visit_block,
-                progress=lambda done, total: report("calibrate", done, total),
+                visitor=_Sampled(visit, report),
                 layers_per_latent=layers_per_latent,
             )
 
@@ -152,6 +146,20 @@ class ClipRun:
 
     def _batches(self, read: Callable[[int], dict[str, Tensor]], count: int) -> Iterator[CalibrationBatch]:
         return clip_batches(read, range(count), self.config.batch_size)
+
+
+class _Sampled(Visitor):
+    """Passes the attention and the sample of every layer on to `look`."""
+
+    def __init__(self, look: Callable[[int, Any, LayerSample], None], report: Report) -> None:
+        self.look, self.report = look, report
+
+    def visit(self, layer: int, block: Any, sample: LayerSample | None) -> None:
+        assert sample is not None
+        self.look(layer, block.attn1, sample)
+
+    def passed(self, done: int, total: int) -> None:
+        self.report("calibrate", done, total)
 
 
 def _converted(number: int) -> str:
