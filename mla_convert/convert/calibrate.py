@@ -54,7 +54,7 @@ class Visitor:
         """Take note of the model's flow-matching loss on a batch (`metric: velocity`)."""
 
     def trace(self, trace: Trace) -> None:
-        """Take note of a layer on a batch, before the layer is visited; a batch that is the only one is sampled, too."""
+        """Take note of a layer on a batch, before the layer is visited; an only batch is sampled, too."""
 
 
 @torch.no_grad()

@@ -63,8 +63,8 @@ class Verdict(Protocol):
 class Learner:
     """The `trained` parameters, by name, of the network in `module`, with an optimizer of their own.
 
-    Every process has all of them, and of the optimizer; subclasses have parts. `average` follows the parameters if it
-    is set. `place` is theirs in a checkpoint.
+    Here every process has all of the parameters and of the optimizer; in a subclass it has parts. `average`, if set,
+    follows the parameters. `place` says where a checkpoint has them.
     """
 
     parts: ClassVar[bool | Literal["optimizer"]] = False
