@@ -9,9 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, errors, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, errors, get_token
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    get_session,
+    hf_raise_for_status,
+    logging,
+)
 from huggingface_hub.utils.sha import git_hash
 
 from .. import __version__
@@ -142,13 +149,15 @@ def list_files(root: Path, manifest: Mapping[str, Any]) -> dict[str, LocalFile]:
 
 def check_card(path: Path) -> None:
     """Let the Hub validate the card's front matter before large files are sent. Raises UserError."""
-    try:
-        ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).validate()
-    except ValueError as error:
-        reason = str(error)
+    # ModelCard.validate of some releases asks huggingface.co whatever HF_ENDPOINT says.
+    body = {"repoType": "model", "content": path.read_text(encoding="utf-8")}
+    response = get_session().post(f"{constants.ENDPOINT}/api/validate-yaml", json=body)
+    if response.status_code == 400:
+        reason = response.text
         with contextlib.suppress(ValueError, KeyError, TypeError):
             reason = "; ".join(found["message"] for found in json.loads(reason)["errors"])
-        raise UserError(f"the Hub refuses the front matter of {path}: {reason}") from None
+        raise UserError(f"the Hub refuses the front matter of {path}: {reason}")
+    hf_raise_for_status(response)
 
 
 def _find_target(api: HfApi, config: PushConfig, message: str) -> Target:

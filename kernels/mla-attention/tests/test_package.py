@@ -148,6 +148,8 @@ def test_build_file():
     assert build["general"]["name"].replace("-", "_") == PACKAGE.name
     assert set(build["general"]) == {"name", "version", "edition", "license", "backends"}
     assert (build["general"]["edition"], build["general"]["backends"]) == (5, ["cuda", "cpu"])
+    # kernel-builder builds no project without it.
+    assert "genKernelFlakeOutputs" in (PACKAGE.parents[1] / "flake.nix").read_text(encoding="utf-8")
 
 
 def test_lengths_do_not_recompile(tmp_path):
