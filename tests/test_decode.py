@@ -1,4 +1,4 @@
-"""Decoding a rollout chunk by chunk, together with threads, files and offloading."""
+"""Decoding a rollout chunk by chunk, together with threads and files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import imageio_ffmpeg
@@ -23,7 +22,6 @@ from wan_pipeline_case import STATISTICS
 from mla_convert.distill.encode.models import encode_pixels
 from mla_convert.errors import UsageError, UserError
 from mla_convert.run.decode import StreamingDecoder, decode_chunks, first_video_frame, frame_chunks, latent_frames
-from mla_convert.run.offload import Weights, _fits_pinned, place
 from mla_convert.run.prefetch import FrameWriter, prefetch
 from mla_convert.run.prompts import PromptSchedule
 from mla_convert.run.start import read_start
@@ -272,56 +270,3 @@ def test_stdout_gets_an_mp4_in_fragments(capfdbinary: Any, tmp_path: Path) -> No
         reader = imageio_ffmpeg.read_frames(str(tmp_path / name))
         assert next(reader)["size"] == (256, 256)
         assert sum(1 for _ in reader) == frames
-
-
-def test_weights_are_pinned_where_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    models = [torch.nn.Linear(5, 3), torch.nn.BatchNorm1d(3)]
-    # Weights and biases of 60, 12, 12 and 12 bytes; averages of 12 and 12 and a counter of 8.
-    needed = 64 + 5 * 16 + 8
-    for available, fits in ((2 * needed, True), (2 * needed - 1, False)):
-        monkeypatch.setattr("psutil.virtual_memory", lambda available=available: SimpleNamespace(available=available))
-        assert _fits_pinned(models) == fits
-    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self.clone())
-    before = models[0].weight.data_ptr()
-    weights = Weights(models[0], torch.device("cpu"), pinned=True)
-    assert models[0].weight.data_ptr() != before
-    pinned = models[0].weight.data_ptr()
-    weights.bring()
-    weights.leave()
-    assert models[0].weight.data_ptr() == pinned
-
-    def refused(self: Tensor) -> Tensor:
-        raise RuntimeError("cudaHostAlloc failed")
-
-    monkeypatch.setattr(Tensor, "pin_memory", refused)
-    Weights(models[0], torch.device("cpu"), pinned=True)
-    assert models[0].weight.data_ptr() == pinned
-
-
-@pytest.mark.parametrize("offload", ["none", "model", "group"])
-def test_offloading_changes_nothing_and_reaches_every_pass(offload: str) -> None:
-    """The device is the CPU, so this tests that the hooks run, not where the weights are."""
-    vae = tiny_vae()
-    models = [pico.dense_model(in_channels=4, out_channels=4, seed=seed) for seed in (0, 1)]
-    models[0].noise_range, models[1].noise_range = (0.5, 1.0), (0.0, 0.5)
-    prompts = pico.inputs(1, 1, 4, 4)[2]
-
-    def made() -> Tensor:
-        chunks = stream_chunks(models, prompts, 4, 4, 4, num_inference_steps=3, device=torch.device("cpu"))
-        return torch.cat(list(decode_chunks(chunks, vae)), dim=2)
-
-    expected = made()
-    place(models, vae, torch.device("cpu"), offload)  # type: ignore[arg-type]
-    assert torch.equal(made(), expected)
-    if offload == "model":
-        assert torch.equal(made(), expected)
-        moved: list[int] = []
-        for number, one in enumerate((*models, vae)):
-            weights = one._hf_hook.weights
-            weights.bring = lambda weights=weights, number=number: (
-                moved.append(number) if not weights.on_device else None,
-                Weights.bring(weights),
-            )
-        made()
-        # The last expert to step is the first to write; the VAE is there since the chunk before.
-        assert moved == [0, 1, 0, 2] * 2

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import psutil
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 Offload = Literal["none", "model", "group"]
 CPU = torch.device("cpu")
 
+logger = logging.getLogger(__name__)
 
 PINNED_SHARE = 0.5
 """Share of the available memory that pinned weights may take, because nothing else can use that memory."""
@@ -30,9 +32,9 @@ class Weights:
     def __init__(self, model: nn.Module, device: torch.device, pinned: bool) -> None:
         self.device, self.on_device = device, False
         self.home: list[tuple[Tensor, Tensor]] = []
-        for tensor in itertools.chain(model.parameters(), model.buffers()):
+        for tensor in _tensors(model):
             if pinned:
-                tensor.data = _pinned(tensor.data)
+                _pin(tensor)
             self.home.append((tensor, tensor.data))
 
     def bring(self) -> None:
@@ -66,8 +68,8 @@ def place(models: Sequence[nn.Module], vae: Any, device: torch.device, offload: 
     """Prepare transformers that are on the CPU, and a VAE if any, to compute on `device`.
 
     `model` keeps one model on the device at a time and assumes that its weights do not change. `group` keeps one block
-    of a transformer there, which is slower; on CUDA its copies overlap with computation. Caches and activations are on
-    `device` in any case.
+    of a transformer there, which is slower; on CUDA its copies overlap with computation where memory can be pinned.
+    Caches and activations are on `device` in any case.
     """
     everyone = [*models, *([] if vae is None else [vae])]
     if offload == "model":
@@ -78,27 +80,71 @@ def place(models: Sequence[nn.Module], vae: Any, device: torch.device, offload: 
         return
     for one in everyone if offload == "none" else everyone[len(models) :]:
         one.to(device)
-    for model in models if offload == "group" else ():
+    if offload == "group":
+        _place_by_block(models, device)
+
+
+def _place_by_block(models: Sequence[Any], device: torch.device) -> None:
+    """Offload `models` block by block. Copies overlap with computation where all blocks, or one at a time, are pinned.
+
+    diffusers pins whatever is not pinned yet, without asking whether it fits, and fails where the system refuses.
+    """
+    streamed = device.type == "cuda"
+    all_fit = streamed and _fits_pinned(models)
+    if streamed and not (_pin_all(models) if all_fit else _can_pin_a_block(models)):
+        streamed = False
+        logger.warning(
+            "the system does not let this process pin memory, so copies of weights do not overlap with computation "
+            "and every pass is slower"
+        )
+    for model in models:
         apply_group_offloading(
             model,
             onload_device=device,
             offload_device=CPU,
             offload_type="block_level",
             num_blocks_per_group=1,
-            use_stream=device.type == "cuda",
+            use_stream=streamed,
+            low_cpu_mem_usage=not all_fit,
         )
 
 
-def _fits_pinned(models: Sequence[nn.Module]) -> bool:
-    tensors = itertools.chain(*((*model.parameters(), *model.buffers()) for model in models))
+def _pin_all(models: Sequence[Any]) -> bool:
+    """Move all weights to pinned memory; returns False at the first that the system refuses."""
+    return all(_pin(tensor) for model in models for tensor in _tensors(model))
+
+
+def _can_pin_a_block(models: Sequence[Any]) -> bool:
+    """Whether the system lets this process pin the largest block, as diffusers will do for every pass."""
+    blocks = [block for model in models for block in model.blocks]
+    largest = max(blocks, key=lambda block: sum(tensor.nbytes for tensor in _tensors(block)))
+    pinned = [_pinned(tensor.data) for tensor in _tensors(largest)]
+    return all(tensor is not None for tensor in pinned)
+
+
+def _tensors(model: Any) -> Iterator[Tensor]:
+    return itertools.chain(model.parameters(), model.buffers())
+
+
+def _fits_pinned(models: Sequence[Any]) -> bool:
     # torch rounds a pinned tensor up to a power of two.
-    needed = sum(1 << (tensor.nbytes - 1).bit_length() for tensor in tensors if tensor.nbytes)
+    sizes = (tensor.nbytes for model in models for tensor in _tensors(model))
+    needed = sum(1 << (size - 1).bit_length() for size in sizes if size)
     return needed <= PINNED_SHARE * psutil.virtual_memory().available
 
 
-def _pinned(tensor: Tensor) -> Tensor:
+def _pin(tensor: Tensor) -> bool:
+    """Move a tensor's data to pinned memory; returns False, and leaves them, if the system refuses."""
+    pinned = _pinned(tensor.data)
+    if pinned is None:
+        return False
+    tensor.data = pinned
+    return True
+
+
+def _pinned(tensor: Tensor) -> Tensor | None:
     try:
         return tensor.pin_memory()
     except RuntimeError:
         # The system cannot lock more pages for this process.
-        return tensor
+        return None

@@ -1,0 +1,112 @@
+"""Offloading models that do not fit on a GPU: which weights are pinned, and that nothing else changes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pico
+import pytest
+import torch
+from test_decode import tiny_vae
+from torch import Tensor
+
+import mla_convert.run.offload
+from mla_convert.run.decode import decode_chunks
+from mla_convert.run.offload import Weights, _fits_pinned, place
+from mla_convert.run.stream import stream_chunks
+
+
+def test_weights_are_pinned_where_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = [torch.nn.Linear(5, 3), torch.nn.BatchNorm1d(3)]
+    # Weights and biases of 60, 12, 12 and 12 bytes; averages of 12 and 12 and a counter of 8.
+    needed = 64 + 5 * 16 + 8
+    for available, fits in ((2 * needed, True), (2 * needed - 1, False)):
+        monkeypatch.setattr("psutil.virtual_memory", lambda available=available: SimpleNamespace(available=available))
+        assert _fits_pinned(models) == fits
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self.clone())
+    before = models[0].weight.data_ptr()
+    weights = Weights(models[0], torch.device("cpu"), pinned=True)
+    assert models[0].weight.data_ptr() != before
+    pinned = models[0].weight.data_ptr()
+    weights.bring()
+    weights.leave()
+    assert models[0].weight.data_ptr() == pinned
+
+    def refused(self: Tensor) -> Tensor:
+        raise RuntimeError("cudaHostAlloc failed")
+
+    monkeypatch.setattr(Tensor, "pin_memory", refused)
+    Weights(models[0], torch.device("cpu"), pinned=True)
+    assert models[0].weight.data_ptr() == pinned
+
+
+@pytest.mark.parametrize(
+    ("fits", "refused_from", "expected"),
+    [
+        (True, None, (True, False)),
+        (False, None, (True, True)),
+        (True, 5, (False, False)),
+        (False, 0, (False, True)),
+    ],
+)
+def test_blocks_are_pinned_for_good_or_one_at_a_time_or_not_at_all(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fits: bool,
+    refused_from: int | None,
+    expected: tuple[bool, bool],
+) -> None:
+    """By whether all weights fit, and from which tensor on the system refuses; what diffusers is then asked for."""
+    models = [pico.dense_model(layers=2), pico.dense_model(layers=1)]
+    blocks = [sum(x.nbytes for x in block.parameters()) for model in models for block in model.blocks]
+    pinned: list[int] = []
+
+    def pin(self: Tensor) -> Tensor:
+        if refused_from is not None and len(pinned) >= refused_from:
+            raise RuntimeError("cudaHostAlloc failed")
+        pinned.append(self.nbytes)
+        return self.clone()
+
+    asked: list[tuple[bool, bool]] = []
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    monkeypatch.setattr(mla_convert.run.offload, "_fits_pinned", lambda _: fits)
+    monkeypatch.setattr(
+        mla_convert.run.offload,
+        "apply_group_offloading",
+        lambda model, use_stream, low_cpu_mem_usage, **_: asked.append((use_stream, low_cpu_mem_usage)),
+    )
+    place(models, None, torch.device("cuda"), "group")
+    assert asked == [expected] * 2
+    if refused_from is None:
+        everything = sum(x.nbytes for model in models for x in (*model.parameters(), *model.buffers()))
+        assert sum(pinned) == (everything if fits else max(blocks))
+    assert caplog.text.count("does not let this process pin memory") == (refused_from is not None)
+
+
+@pytest.mark.parametrize("offload", ["none", "model", "group"])
+def test_offloading_changes_nothing_and_reaches_every_pass(offload: str) -> None:
+    """The device is the CPU, so this tests that the hooks run, not where the weights are."""
+    vae = tiny_vae()
+    models = [pico.dense_model(in_channels=4, out_channels=4, seed=seed) for seed in (0, 1)]
+    models[0].noise_range, models[1].noise_range = (0.5, 1.0), (0.0, 0.5)
+    prompts = pico.inputs(1, 1, 4, 4)[2]
+
+    def made() -> Tensor:
+        chunks = stream_chunks(models, prompts, 4, 4, 4, num_inference_steps=3, device=torch.device("cpu"))
+        return torch.cat(list(decode_chunks(chunks, vae)), dim=2)
+
+    expected = made()
+    place(models, vae, torch.device("cpu"), offload)  # type: ignore[arg-type]
+    assert torch.equal(made(), expected)
+    if offload == "model":
+        assert torch.equal(made(), expected)
+        moved: list[int] = []
+        for number, one in enumerate((*models, vae)):
+            weights = one._hf_hook.weights
+            weights.bring = lambda weights=weights, number=number: (
+                moved.append(number) if not weights.on_device else None,
+                Weights.bring(weights),
+            )
+        made()
+        # The last expert to step is the first to write; the VAE is there since the chunk before.
+        assert moved == [0, 1, 0, 2] * 2
