@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mla_attention
@@ -110,6 +111,63 @@ def test_auto_leaves_a_kernel_that_fails_and_triton_does_not(monkeypatch: pytest
         rollout(model, "triton")
     actual, _, chosen = rollout(model, "auto")
     assert torch.equal(actual, expected) and "out of registers" in str(chosen.report()["refused"])
+
+
+@needs_kernels
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("lacking", [None, "Triton cannot compile its launchers: no C compiler; install gcc"])
+def test_what_does_not_compile_is_tried_once_and_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, lacking: str | None
+) -> None:
+    """One layer fails, the others of its shape are not tried; without a compiler nothing of any shape is."""
+    tried: list[int] = []
+
+    def broken(layer: Any, *_: Any) -> Any:
+        tried.append(layer.layer)
+        raise RuntimeError("out of registers")
+
+    model = pair({**pico.VARIANTS[0], "kv_lora_rank": [6, 6, 7, 6]}, layers=4)
+    expected, _, _ = rollout(model, "torch")
+    monkeypatch.setattr(fused, "attention", broken)
+    monkeypatch.setattr(mla_attention, "lacking", lambda: lacking)
+    actual, _, chosen = rollout(model, "auto")
+    # Another rank is another kernel.
+    assert tried == ([0, 2] if lacking is None else [0])
+    assert torch.equal(actual, expected) and chosen.report()["paths"] == {"torch": 4}
+    messages = [message for message in caplog.messages if "torch attends in" in message]
+    assert len(messages) == len(tried)
+    assert messages[0] == (
+        "kernels: torch attends in layer 0 and others of its shape from now on: "
+        "expand failed: RuntimeError: out of registers"
+        if lacking is None
+        else f"kernels: torch attends in every layer from now on: {lacking}"
+    )
+    if lacking is not None:
+        with pytest.raises(UserError, match="install gcc, or set kernels: auto"):
+            rollout(model, "triton")
+
+
+@needs_kernels
+@pytest.mark.usefixtures("interpreted")
+def test_every_device_is_asked_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two GPUs one is too old; what was chosen on the other does not hold for it."""
+    asked: list[str] = []
+
+    def why_not(device: str, _: torch.dtype) -> str | None:
+        asked.append(device)
+        return "too old" if device == "cuda:1" else None
+
+    monkeypatch.setattr(mla_attention, "why_not", why_not)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    layer = pair(pico.VARIANTS[0]).blocks[0].attn1
+    cache = pico.convert(pico.dense_model(), **pico.VARIANTS[0]).init_cache(1, HEIGHT, WIDTH, dtype=torch.bfloat16)
+    chosen, step = Kernels("auto"), SimpleNamespace(cache=cache, views=[])
+    paths = []
+    for device in (0, 1, 0):
+        tokens: Any = SimpleNamespace(shape=(1, 48, 36), dtype=torch.bfloat16, device=torch.device("cuda", device))
+        paths.append(chosen.found.choices[chosen._choose(layer, tokens, step)].path)
+    assert paths[0] == paths[2] != "torch" and paths[1] == "torch"
+    assert set(asked) == {"cuda:0", "cuda:1"}
 
 
 @needs_kernels

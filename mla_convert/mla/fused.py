@@ -66,6 +66,11 @@ def why_not(layer: CausalSelfAttention, dtype: torch.dtype, device: str, step: A
     return cast("str | None", reason)
 
 
+def lacking() -> str | None:
+    """What this machine lacks to compile kernels, in one line; None if nothing is missing."""
+    return cast("str | None", importlib.import_module("mla_attention").lacking())
+
+
 def backends(layer: CausalSelfAttention, path: Path) -> tuple[Backend, ...]:
     """The backends for `path`; `sdpa` is one of them where one softmax over the workspace is enough."""
     return ("sdpa", "attend") if path == "expand" and _one_workspace(layer) else ("attend",)

@@ -7,6 +7,7 @@ are kept as text, to be printed and recorded. The kernels are in the package `ml
 from __future__ import annotations
 
 import logging
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -35,6 +36,7 @@ FLOAT32_DEFAULT = "in float32 torch is the default: the kernels are written for 
 class Shape(NamedTuple):
     """The inputs of a choice: `queries` of a chunk and `keys` of the whole window, in tokens; the kind of cache.
 
+    `device` has its number, as in cuda:1, because the GPUs of a machine may differ.
     `changed` names a module that does more than its weights say, while kernels read only these; empty if there is none.
     """
 
@@ -60,11 +62,13 @@ class Findings:
     """What was chosen while a model streamed.
 
     `choices` are keyed by layer and shape. `checked` holds the layers and shapes, with or without history, whose output
-    agreed with torch's. `kept` is the decision about histories and its reason. `announced`: the choices were logged.
+    agreed with torch's. `failed` has, by kind, the reason why kernels failed, which are not tried again; the kind None
+    is all of them. `kept` is the decision about histories and its reason. `announced`: the choices were logged.
     """
 
     choices: dict[tuple[int, Shape], Choice] = field(default_factory=dict)
     checked: set[tuple[int, Shape, bool]] = field(default_factory=set)
+    failed: dict[Hashable, str] = field(default_factory=dict)
     kept: tuple[str, str] | None = None
     announced: bool = False
 
@@ -105,12 +109,14 @@ class Kernels:
         keys = rows.shape[1:-1].numel()
         # Adapters and hooks come and go while a model streams.
         changed = changed_module(layer) or ""
-        shape = Shape(batch, queries, keys, hidden_states.dtype, hidden_states.device.type, kind, changed)
+        shape = Shape(batch, queries, keys, hidden_states.dtype, str(hidden_states.device), kind, changed)
         key = (layer.layer, shape)
         if key not in self.found.choices:
-            self.found.choices[key] = choose(
-                layer, shape, step, self.settings.mode, costs.for_device(hidden_states.device)
-            )
+            choice = choose(layer, shape, step, self.settings.mode, costs.for_device(hidden_states.device))
+            failed = self.found.failed.get(None) or self.found.failed.get(_kind(layer, shape, choice))
+            if choice.path != "torch" and failed is not None:
+                choice = _by_torch(choice, failed)
+            self.found.choices[key] = choice
         return key
 
     @torch.compiler.disable
@@ -126,7 +132,14 @@ class Kernels:
             step.cache.expanded.keep = self._keeps(layer, shape, step.cache)
         # Other kernels run without history than with it; the batch size changes nothing.
         check = (layer.layer, shape._replace(batch=1), step.views[0].has_history)
-        if self.settings.mode == "triton" or check in self.found.checked:
+        if self.settings.mode == "triton":
+            try:
+                return fused.attention(layer, hidden_states, step, choice.path, choice.backend)
+            except Exception:
+                if lacking := fused.lacking():
+                    raise UserError(f"{lacking}, or set kernels: auto to let torch attend") from None
+                raise
+        if check in self.found.checked:
             return fused.attention(layer, hidden_states, step, choice.path, choice.backend)
         out = self._compared(key, layer, hidden_states, step)
         if out is not None:
@@ -137,15 +150,20 @@ class Kernels:
         self, key: tuple[int, Shape], layer: CausalSelfAttention, hidden_states: Tensor, step: AttentionPass
     ) -> Tensor | None:
         """A kernel's output if it agrees with torch's; if it fails or differs, None, and torch attends from now on."""
-        path, refused, backend = self.found.choices[key]
+        choice = self.found.choices[key]
+        path = choice.path
         assert path != "torch"
         try:
-            out = fused.attention(layer, hidden_states, step, path, backend)
+            out = fused.attention(layer, hidden_states, step, path, choice.backend)
         except torch.OutOfMemoryError:
             # This is no fault of the kernel, which may fit when less is in memory.
             raise
         except Exception as error:
-            reason = f"{path} failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            lacking = fused.lacking()
+            reason = lacking or f"{path} failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            # What does not compile for one layer does not for the others.
+            self.found.failed[None if lacking else _kind(layer, key[1], choice)] = reason
+            where = "every layer" if lacking else f"layer {layer.layer} and others of its shape"
         else:
             try:
                 expected = layer.eager_attention(hidden_states, step).float()
@@ -159,8 +177,9 @@ class Kernels:
             if difference <= CHECK[key[1].dtype]:
                 return out
             reason = f"{path} differs from torch by {difference:.1e} of the largest output"
-        self.found.choices[key] = Choice("torch", {**refused, path: reason})
-        logger.warning("kernels: torch attends in layer %d from now on: %s", layer.layer, reason)
+            where = f"layer {layer.layer}"
+        self.found.choices[key] = _by_torch(choice, reason)
+        logger.warning("kernels: torch attends in %s from now on: %s", where, reason)
         return None
 
     def _keeps(self, layer: CausalSelfAttention, shape: Shape, cache: FrameCache) -> bool:
@@ -208,6 +227,17 @@ class Kernels:
         logger.info("%s", describe(self.report()))
 
 
+def _kind(layer: CausalSelfAttention, shape: Shape, choice: Choice) -> Hashable:
+    """What the kernels of a choice are compiled for, apart from the number of tokens."""
+    compiled = (layer.rank, layer.expansion, shape.dtype, shape.device, shape.cache)
+    return (choice.path, choice.backend, type(layer), *compiled)
+
+
+def _by_torch(choice: Choice, reason: str) -> Choice:
+    """Torch instead of `choice`, for that `reason`."""
+    return Choice("torch", {**choice.refused, choice.path: reason})
+
+
 def describe(report: dict[str, Any]) -> str:
     """`Kernels.report` in one line."""
     if report["mode"] == "torch":
@@ -225,9 +255,10 @@ def choose(
     layer: CausalSelfAttention, shape: Shape, step: AttentionPass, mode: Mode, device_costs: costs.Costs
 ) -> Choice:
     """The cheapest path that the kernels support; torch when there is none."""
-    if mode == "auto" and shape.device == "cpu" and not interpreted_by_default():
+    device = torch.device(shape.device).type
+    if mode == "auto" and device == "cpu" and not interpreted_by_default():
         return Choice("torch", dict.fromkeys(fused.PATHS, CPU_DEFAULT))
-    if mode == "auto" and shape.device == "cuda" and shape.dtype == torch.float32:
+    if mode == "auto" and device == "cuda" and shape.dtype == torch.float32:
         return Choice("torch", dict.fromkeys(fused.PATHS, FLOAT32_DEFAULT))
     if shape.changed:
         changed = f"{shape.changed} has an adapter, a hook or a wrapped forward; merge or remove it"

@@ -1,7 +1,7 @@
 """Benchmark attention, a model step and a chunk at the Wan2.1-1.3B geometry, dense against latent.
 
 Run `python run.py --out results`. It needs only torch, triton, numpy and one GPU, and imports `mla_attention` from the
-neighboring folder. Triton compiles a launcher in C on the first launch, so it needs gcc (or cc) and Python.h for this
+neighboring folder. Triton compiles a launcher in C on the first launch, so it needs gcc or clang and Python.h of this
 Python. Work that uses no kernel of ours is measured first. Then every kernel is checked against float64, and candidate
 tiles are measured by `tune.py`, both in other processes. No time is reported for anything that uses a kernel whose
 check failed. Variants are timed in turn, round by round; ratios are of medians of one run. `--budget` counts seconds
@@ -19,9 +19,7 @@ import functools
 import json
 import os
 import platform
-import shutil
 import sys
-import sysconfig
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -44,6 +42,7 @@ import tune  # noqa: E402
 import watch  # noqa: E402
 from checks import CHECKS, check_all, isolated, red  # noqa: E402
 from dense import TORCH, Stock  # noqa: E402
+from mla_attention import lacking  # noqa: E402
 from record import Record  # noqa: E402
 from report import table  # noqa: E402
 from timing import Budget, ceilings, told  # noqa: E402
@@ -97,17 +96,6 @@ def parse(arguments):
     if torch.device(chosen.device).type == "cuda" and not torch.cuda.is_available():
         parser.exit(1, "error: no CUDA device; run a toy size in the interpreter with --tiny --device cpu\n")
     return chosen
-
-
-def lacking(environment=os.environ):
-    """What Triton lacks to compile its launchers, in one line; None if nothing is missing."""
-    missing = []
-    if not environment.get("CC") and shutil.which("gcc") is None and shutil.which("cc") is None:
-        missing.append("no C compiler (gcc or cc)")
-    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    if not header.exists():
-        missing.append(f"no {header}")
-    return f"Triton cannot compile its launchers: {', '.join(missing)}" if missing else None
 
 
 def describe(device, dtype, shape, chosen):

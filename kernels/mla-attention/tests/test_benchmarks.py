@@ -344,15 +344,6 @@ def test_graphs_are_timed_with_launches_beside(bench, monkeypatch):
     assert found["two"]["by"] == "launch" and found["two"]["not_captured"] == "it waits"
 
 
-def test_what_triton_needs_is_named_where_it_lacks(bench, monkeypatch):
-    monkeypatch.setattr(bench.shutil, "which", lambda name: None)
-    assert "no C compiler (gcc or cc)" in bench.lacking({})
-    assert "no C compiler" not in (bench.lacking({"CC": "gcc"}) or "")
-    monkeypatch.setattr(bench.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(bench.sysconfig, "get_paths", lambda: {"include": "/nowhere"})
-    assert bench.lacking({}) == "Triton cannot compile its launchers: no /nowhere/Python.h"
-
-
 def test_what_time_does_not_allow_is_named(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "check_all", lambda *_: [])
     bench.main(["--tiny", "--device", "cpu", "--out", str(tmp_path), "--budget", "0", "--parts", "attention"])

@@ -186,3 +186,13 @@ def test_needs_only_torch_and_triton():
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 names.add(node.module.partition(".")[0])
     assert names - set(sys.stdlib_module_names) == {"torch", "triton"}
+
+
+def test_what_triton_needs_is_named_where_it_lacks(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert "no C compiler (gcc or clang)" in mla_attention.lacking({})
+    assert "no C compiler" not in (mla_attention.lacking({"CC": "gcc"}) or "")
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": "/nowhere"})
+    line = "Triton cannot compile its launchers: no /nowhere/Python.h; install gcc and python3-dev"
+    assert mla_attention.lacking({}) == line

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._runtime import why_not
+from ._runtime import lacking, why_not
 from .attend import attend, attend_reference, why_not_attend
 from .expand_kv import expand_kv_, expand_kv_reference, why_not_expand_kv
 from .latent_attention import latent_attention, latent_attention_reference, why_not_latent_attention
@@ -20,6 +20,7 @@ __all__ = [
     "dequantise_rows",
     "expand_kv_",
     "expand_kv_reference",
+    "lacking",
     "latent_attention",
     "latent_attention_reference",
     "latent_write_",

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+import shutil
+import sysconfig
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -87,6 +90,22 @@ def why_not(device: str | torch.device, dtype: torch.dtype) -> str | None:
     if found < MIN_CAPABILITY:
         return f"compute capability {found / 10:.1f} is not supported; kernels need 8.0 or newer"
     return None
+
+
+def lacking(environment: Mapping[str, str] = os.environ) -> str | None:
+    """What Triton lacks to compile the launchers of its kernels, in C, in one line; None if nothing is missing.
+
+    Launchers that it has compiled before are in its cache and need neither.
+    """
+    missing = []
+    if not environment.get("CC") and shutil.which("gcc") is None and shutil.which("clang") is None:
+        missing.append("no C compiler (gcc or clang)")
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not header.exists():
+        missing.append(f"no {header}")
+    if not missing:
+        return None
+    return f"Triton cannot compile its launchers: {', '.join(missing)}; install gcc and python3-dev"
 
 
 def capability(device: torch.device) -> int:
