@@ -172,7 +172,7 @@ def test_bug_is_one_line_with_a_hint_and_a_traceback_on_request(capsys, monkeypa
 def test_what_runs_out_is_explained():
     assert "out of memory; lower the batch sizes" in mla_convert.cli.unexpected(MemoryError())
     cpu = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: ...")
-    assert mla_convert.cli.unexpected(cpu, "generate").startswith("out of memory; give fewer prompts")
+    assert mla_convert.cli.unexpected(cpu, "generate").startswith("out of memory; give --offload model")
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x")
     assert "the disk is full: cannot write runs/x" in mla_convert.cli.unexpected(full)
 
@@ -182,10 +182,14 @@ def test_what_runs_out_is_explained():
     [
         (
             ["generate", "{tmp}", "--prompt", "7", "-o", "{tmp}/x.mp4"],
-            "give fewer prompts, a smaller --size, --vae-dtype",
+            "give --offload model, or --offload group where one transformer alone",
         ),
         (["vbench", "{tmp}", "--vbench", "{tmp}"], "give a smaller --latent-size or --dtype bfloat16"),
-        (["evaluate", "{tmp}"], "lower the batch sizes of the recipe"),
+        (["evaluate", "{tmp}"], "give a smaller --batch-size"),
+        (["inspect", "zoo:digits"], "give --clips 0"),
+        (["encode", "{tmp}", "--model", "{tmp}", "-o", "{tmp}/x"], "give a smaller --batch-size, --height and"),
+        (["bench", "zoo:digits"], "give a smaller --batch-size, --frames"),
+        (["run", "demo", "-o", "{tmp}/x"], "lower the batch sizes of the recipe"),
     ],
 )
 def test_what_takes_less_memory_is_an_option_of_the_command(capsys, monkeypatch, tmp_path, arguments, remedy):
@@ -195,15 +199,29 @@ def test_what_takes_less_memory_is_an_option_of_the_command(capsys, monkeypatch,
     def full(*_, **__):
         raise OutOfMemoryError("CUDA out of memory. Tried to allocate 3.52 GiB.")
 
-    for place in ("generation.generate_video", "vbench.run_vbench", "evaluation.evaluate_checkpoint"):
-        module, name = place.split(".")
-        monkeypatch.setattr(importlib.import_module(f"mla_convert.pipeline.{module}"), name, full)
+    for module, name in (
+        ("pipeline.generation", "generate_video"),
+        ("pipeline.vbench", "run_vbench"),
+        ("pipeline.evaluation", "evaluate_checkpoint"),
+        ("pipeline.inspection", "inspect_source"),
+        ("distill.encode", "encode_videos"),
+        ("evaluate.bench", "bench"),
+        ("pipeline", "run"),
+    ):
+        monkeypatch.setattr(importlib.import_module(f"mla_convert.{module}"), name, full)
     code, _, err = call(capsys, *(argument.replace("{tmp}", str(tmp_path)) for argument in arguments))
     assert code == 1 and error_line(err).startswith(f"out of memory; {remedy}")
     command = typer.main.get_command(mla_convert.cli.app).commands[arguments[0]]
     options = {option for parameter in command.params for option in parameter.opts}
     named = mla_convert.cli.LESS_MEMORY.get(arguments[0], "").replace(",", "").split()
     assert {word for word in named if word.startswith("--")} <= options
+
+
+def test_windows_is_told_where_the_command_runs(capsys, monkeypatch):
+    monkeypatch.setattr("sys.platform", "win32")
+    code, out, err = call(capsys, "recipes", "list")
+    assert (code, out) == (1, "")
+    assert error_line(err) == "mla-convert runs on Linux and macOS; on Windows use WSL2"
 
 
 def test_interrupt_is_exit_130(capsys, monkeypatch):

@@ -16,9 +16,15 @@ from .output import DEBUG, print_error, show_notes
 from .signals import orderly_end
 
 LESS_MEMORY = {
-    "generate": "give fewer prompts, a smaller --size, --vae-dtype bfloat16, --expand-history pass or --offload model",
+    "generate": "give --offload model, or --offload group where one transformer alone does not fit, fewer prompts, a "
+    "smaller --size, --vae-dtype bfloat16 or --expand-history pass",
     "vbench": "give a smaller --latent-size or --dtype bfloat16, or draw on a machine with more memory",
+    "bench": "give a smaller --batch-size, --frames or --tokens-per-frame",
+    "evaluate": "give a smaller --batch-size",
+    "encode": "give a smaller --batch-size, --height and --width, or fewer --frames",
+    "inspect": "give --clips 0, which inspects the weights alone, or --data with shorter clips",
 }
+"""What takes less memory, by command; the commands that run a recipe have its batch sizes."""
 
 app = typer.Typer(
     name="mla-convert",
@@ -69,6 +75,9 @@ def main(args: list[str] | None = None) -> int:
     0: success. 1: failure. 2: bad usage or recipe. 130: interrupted by Ctrl-C. 143: ended by SIGTERM. Both
     interruptions still finish a video file.
     """
+    if sys.platform == "win32":
+        print_error("mla-convert runs on Linux and macOS; on Windows use WSL2")
+        return 1
     show_notes()
     with orderly_end() as signals:
         return _run(args, signals)

@@ -51,6 +51,9 @@ def evaluate(
         typer.Option("--out", "-o", help="Folder for report.json and report.html; by default evaluation/ in DIR."),
     ] = None,
     clips: Annotated[int | None, typer.Option(min=1, help="Held-out clips.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Clips measured at once; another number draws other noise.")
+    ] = None,
     rollout_prompts: Annotated[
         int | None, typer.Option(min=0, help="Number of prompts to generate, for digits.")
     ] = None,
@@ -61,7 +64,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure a converted model against its teacher."""
-    changes = {"clips": clips, "rollout_prompts": rollout_prompts, "long_factor": long_factor}
+    changes = {"clips": clips, "batch_size": batch_size, "rollout_prompts": rollout_prompts, "long_factor": long_factor}
     with stderr().status("loading PyTorch"):
         from ..distill.progress import progress_bars
         from ..pipeline.evaluation import evaluate_checkpoint
