@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.table import Table
 from torch import Tensor
 
-from ..devices import default_device
+from ..devices import default_device, has_gpu, lacks_bfloat16
 from ..errors import UsageError
 from ..mla.attention import AttentionPass, CausalSelfAttention, DenseSelfAttention, stream_pass
 from ..mla.cache import DenseCache, FrameCache, LatentCache
@@ -284,12 +284,25 @@ def _summary(times: list[float]) -> dict[str, float]:
 
 def _place(config: BenchConfig) -> tuple[torch.device, torch.dtype]:
     """Return the device and dtype to compute in. Raises UsageError for a missing device."""
-    try:
-        device = default_device() if config.device is None else torch.device(config.device)
-    except RuntimeError:
-        raise UsageError(f"unknown device {config.device!r}; use cpu, cuda or cuda:1") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError("no CUDA device found; omit --device to measure the CPU")
+    device = default_device() if config.device is None else _device(config.device)
     # Streamed models compute in 16 bits on a GPU; in float32 no kernel would run.
-    usual = "float32" if device.type == "cpu" else "bfloat16"
+    usual = "float32" if device.type == "cpu" else "float16" if lacks_bfloat16(device) else "bfloat16"
     return device, cast(torch.dtype, getattr(torch, config.dtype or usual))
+
+
+def _device(name: str) -> torch.device:
+    """Return the device called `name`, the CPU or a GPU of this machine. Raises UsageError."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"unknown device {name!r}; use cpu, cuda or cuda:1")
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if not has_gpu():
+        raise UsageError("no CUDA device found; omit --device to measure the CPU")
+    count = torch.cuda.device_count()
+    if device.index is not None and device.index >= count:
+        raise UsageError(f"there is no {name}; this machine has {count} GPU{'' if count == 1 else 's'}, from cuda:0 on")
+    return device

@@ -51,7 +51,7 @@ from ..run.source_video import SourceVideo, open_source
 from ..run.start import LATENTS, read_start
 from ..run.streaming import StreamingConfig
 from ..run.video import STDOUT, check_suffix
-from .experts import load_models, read_model_config
+from .experts import load_models, read_model_config, warn_of_bfloat16
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,7 @@ class _Task:
         self.request, self.out, self.settings = request, out, settings
         self.root, self.model = read_model_config(folder)
         self.device = default_device()
+        warn_of_bfloat16(self.root, request.dtype, self.device)
         self.digits = prompt_encoder(self.model) == DIGITS
         self.temporal, self.spatial, _ = latent_scale(self.model)
         self.pixels = self.spatial == 1

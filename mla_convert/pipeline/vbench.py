@@ -48,7 +48,7 @@ from ..run.streaming import StreamingConfig
 from ..run.video import Frames
 from .comparison import read_samples
 from .embeds import StoredEmbeds
-from .experts import load_models, read_model_config
+from .experts import load_models, read_model_config, warn_of_bfloat16
 from .generation import recorded
 from .run import this_process
 from .rundir import STATE
@@ -180,6 +180,7 @@ class Drawing:
         self.root, stored = read_model_config(folder)
         if reads_image(stored):
             raise UsageError(f"{folder} is an image-to-video model, and VBench's standard prompts have no images")
+        warn_of_bfloat16(self.root, config.dtype, self.device)
         model = self.models[0]
         self.digits = prompt_encoder(model.config) == DIGITS
         scale = latent_scale(model.config)

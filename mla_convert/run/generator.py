@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..devices import widest
 from ..families.causal import CausalTransformer
 from ..flow import NUM_TRAIN_TIMESTEPS, add_noise, shift_time, to_clean
 from ..mla.cache import FrameCache
@@ -102,7 +103,8 @@ class SelfForcingGenerator(nn.Module):
         else:
             # The next replay overwrites the result of this one.
             v = stream.denoise(hidden_states, timestep, text).clone()
-        clean = to_clean(x.double(), v.double(), timestep.double() / NUM_TRAIN_TIMESTEPS)
+        wide = widest(x.device)
+        clean = to_clean(x.to(wide), v.to(wide), timestep.to(wide) / NUM_TRAIN_TIMESTEPS)
         return v.transpose(1, 2).to(x.dtype), clean.transpose(1, 2).to(x.dtype)
 
     def _stream(self, kv_cache: Any, x: Tensor) -> _Stream:
