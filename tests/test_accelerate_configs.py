@@ -61,7 +61,7 @@ def test_what_cannot_be_is_said(monkeypatch, variables, stage, message):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    monkeypatch.setattr("mla_convert.distill.launch.has_gpu", lambda: False)
     with pytest.raises(UserError, match=message) as error:
         check_launch(case.make_config(stage))
     assert "\n" not in str(error.value)
@@ -70,7 +70,7 @@ def test_what_cannot_be_is_said(monkeypatch, variables, stage, message):
 def test_what_cannot_be_sharded_is_said(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("mla_convert.distill.launch.has_gpu", lambda: True)
     with pytest.raises(UserError, match="hooks into the blocks, which FSDP2 does not allow"):
         check_launch(case.make_config("match_attention"))
     for stage in ("match_velocity", "dmd"):
@@ -95,7 +95,7 @@ def test_what_cannot_be_sharded_is_said(monkeypatch):
 )
 def test_what_deepspeed_cannot_do_is_said(monkeypatch, variables, settings, message):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("mla_convert.distill.launch.has_gpu", lambda: True)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     check_launch(case.make_config())
     for name, value in variables.items():

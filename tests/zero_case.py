@@ -34,7 +34,7 @@ def main(folder: str, last_clip: str, changes: str) -> None:
     """Train in `folder/whole`, and in `folder/resumed` with an interruption after clip `last_clip`."""
     torch.set_num_threads(1)
     os.environ |= {"ACCELERATE_USE_CPU": "false", "ACCELERATE_USE_DEEPSPEED": "true"}
-    launch.torch.accelerator.is_available = lambda: True
+    launch.has_gpu = lambda: True
     runtime.Accelerator = Launched
     for name, settings in json.loads(changes).items():
         weights = case.whole_and_resumed(Path(folder, name), float(last_clip), **settings)

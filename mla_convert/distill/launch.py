@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import parse_flag_from_env
 
+from ..devices import has_gpu
 from ..errors import UserError
 from ..registry import stage_of
 from .stages.base import Stage, StageConfig
@@ -24,7 +25,7 @@ def check_launch(config: StageConfig) -> None:
     """Raise UserError, in one line, if the launcher's settings or this machine cannot run a stage."""
     check_trackers(config)
     config.over(world_size())
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not has_gpu()
     if config.mixed_precision == "fp16" and on_cpu:
         raise UserError("mixed_precision: fp16 needs a GPU; use bf16 or no on the CPU")
     if config.compile and config.compile_backend not in torch.compiler.list_backends(exclude_tags=()):
@@ -35,7 +36,7 @@ def check_launch(config: StageConfig) -> None:
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         if os.environ.get("FSDP_VERSION", "1") != "2":
             raise UserError(f"{what}: FSDP1 is not supported; set fsdp_version: 2 (recipes/accelerate/fsdp2.yaml)")
-        if not torch.accelerator.is_available():
+        if not has_gpu():
             raise UserError(f"{what}: FSDP2 needs a GPU, on the CPU Accelerate uses DDP; launch without FSDP")
         if stage.calls_parts:
             raise UserError(f"{what} hooks into the blocks, which FSDP2 does not allow; launch it with DDP")
@@ -54,7 +55,7 @@ def _check_deepspeed(config: StageConfig, stage: Stage[Any], what: str) -> None:
     for kind in ("OPTIMIZER", "PARAM"):
         if os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{kind}_DEVICE", "none") != "none":
             raise UserError(f"{what}: DeepSpeed's offloading is not supported; set offload_{kind.lower()}_device: none")
-    if not torch.accelerator.is_available():
+    if not has_gpu():
         raise UserError(f"{what}: DeepSpeed needs a GPU, on the CPU Accelerate uses DDP; launch without DeepSpeed")
     if stage.second is not None:
         raise UserError(f"{what} trains two networks, DeepSpeed's engine only one; launch it with DDP or FSDP2")

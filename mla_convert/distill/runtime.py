@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..devices import has_gpu
 from .stages.base import StageConfig
 from .trackers import tracker_names
 
@@ -81,6 +82,8 @@ def open_accelerator(config: StageConfig, work_dir: Path) -> Accelerator:
     # With a precision set, DeepSpeed would store the weights in it.
     zero = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
     accelerator = Accelerator(
+        # Accelerate would train on MPS, where nothing else runs.
+        cpu=torch.accelerator.is_available() and not has_gpu(),
         mixed_precision="no" if zero else config.mixed_precision,
         gradient_accumulation_plugin=_accumulation(config),
         log_with=tracker_names(config) or None,

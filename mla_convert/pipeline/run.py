@@ -14,6 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from rich.console import Console
 
+from ..devices import has_gpu
 from ..distill.launch import world_size
 from ..distill.progress import progress_bars
 from ..distill.waiting import wait_until
@@ -77,13 +78,14 @@ def run(
 
 
 def this_process() -> PartialState:
-    """Accelerate's state of this process, on the CPU where there is no accelerator.
+    """Accelerate's state of this process, on the CPU where there is no GPU.
 
     Collectives time out after an hour instead of NCCL's ten minutes, because the first process also computes
     held-out losses, generates previews and writes checkpoints while the others wait.
     """
-    # Accelerate runs several processes on CPUs only if it is asked to.
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or (world_size() > 1 and not torch.accelerator.is_available())
+    # Unless it is told, Accelerate runs several processes on no CPU, and takes Apple's MPS.
+    must_be_told = world_size() > 1 or torch.accelerator.is_available()
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or (must_be_told and not has_gpu())
     return PartialState(cpu=on_cpu, timeout=_TIMEOUT)
 
 
