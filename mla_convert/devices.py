@@ -52,7 +52,7 @@ def all_threads() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def bring_weights(vae: Any) -> None:
-    """Run a VAE's offloading hook now; `encode` and `decode` run it only after their caller has read `vae.device`."""
-    if hasattr(getattr(vae, "_hf_hook", None), "pre_forward"):
-        vae._hf_hook.pre_forward(vae)
+def bring_weights(module: Any) -> None:
+    """Run a module's offloading hook now; a VAE's `encode` and `decode` run it only after `vae.device` was read."""
+    if hasattr(getattr(module, "_hf_hook", None), "pre_forward"):
+        module._hf_hook.pre_forward(module)

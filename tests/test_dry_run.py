@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from mla_convert.cli import main
-from mla_convert.distill.footprint import block_bytes
+from mla_convert.distill.footprint import Launch, block_bytes
 from mla_convert.distill.objective import noised_clips, predict_velocity
 from mla_convert.families.wan import CausalWanTransformer3DModel, MLAWanTransformer3DModel
 from mla_convert.mla.config import MLAConfig
-from mla_convert.pipeline.fits import warn_of_memory
+from mla_convert.pipeline.dry_run import DryRun
+from mla_convert.pipeline.fits import warn_of_memory, warn_of_samples
 from mla_convert.recipe.load import load_recipe
 from mla_convert.recipe.shipped import find_recipe
 
@@ -190,6 +191,24 @@ def test_a_run_says_what_its_card_does_not_hold(monkeypatch, caplog):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     warn_of_memory(recipe, torch.device("cuda"))
     assert len(caplog.messages) == 1
+
+
+def test_a_run_says_that_its_samples_do_not_fit(monkeypatch, caplog):
+    """Two prompts with guidance are four streams of the dense 14B teacher, whose caches take 26.8 GB each."""
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 10**9))
+    recipe = load_recipe(find_recipe("wan2.1-14b"))
+    planned = DryRun(recipe, Launch())
+    source = SimpleNamespace(family=planned.family, config=planned.config)
+
+    def said(device="cuda", **changes):
+        changed = recipe.model_copy(update={"generate": recipe.generate.model_copy(update=changes)})
+        device = torch.device(device)
+        warn_of_samples(SimpleNamespace(recipe=changed, source=source, device=device, dtype=torch.bfloat16))
+        return caplog.messages[-1:]
+
+    assert said("cpu") == said(prompts=()) == said(prompts=("a",), guidance_scale=1.0) == []
+    pattern = r"sampling the 2 prompts of the recipe needs about 1\d\d\.\d GB, 107\.3 GB of it .* has 80\.0 GB; give"
+    assert re.match(pattern, said()[0])
 
 
 def test_bad_input_is_one_line(capsys, tmp_path):

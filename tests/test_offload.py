@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import pico
 import pytest
 import torch
+from device_case import Clips, model, same
+from pretend_gpu import GPU
 from test_decode import tiny_vae
 from torch import Tensor
 
 import mla_convert.run.offload
+from mla_convert.evaluate.fidelity import fidelity
+from mla_convert.mla.plain import is_plain
 from mla_convert.run.decode import decode_chunks
-from mla_convert.run.offload import Weights, _fits_pinned, place
+from mla_convert.run.offload import WEIGHTS_SHARE, Weights, _fits_pinned, place, together
 from mla_convert.run.stream import stream_chunks
 
 
@@ -110,3 +115,41 @@ def test_offloading_changes_nothing_and_reaches_every_pass(offload: str) -> None
         made()
         # The last expert to step is the first to write; the VAE is there since the chunk before.
         assert moved == [0, 1, 0, 2] * 2
+
+
+@pytest.mark.parametrize(("stay", "shared"), [(0, 2), (1, 1), (2, 1)])
+def test_models_that_do_not_fit_together_are_compared_layer_by_layer(
+    monkeypatch: pytest.MonkeyPatch, stay: int, shared: int
+) -> None:
+    """A teacher and its student, whose layers share latents or do not, on a pretended GPU for none, one or both."""
+    teacher = model(None)
+    student = model(6, layers_per_latent=shared)
+    weights = sum(x.nbytes for one in (teacher, student)[:stay] for x in (*one.parameters(), *one.buffers()))
+    free = weights / WEIGHTS_SHARE + 1
+    monkeypatch.setattr(mla_convert.run.offload, "free_memory", lambda device: free if device == GPU else None)
+    most = [0, 0]
+    bring = Weights.bring
+
+    def measured(device: torch.device) -> Tensor:
+        models = [copy.deepcopy(one) for one in (teacher, student)]
+
+        def counted(weights: Weights) -> None:
+            bring(weights)
+            for index, one in enumerate(models):
+                most[index] = max(most[index], sum(next(b.parameters()).device == GPU for b in one.blocks))
+
+        monkeypatch.setattr(Weights, "bring", counted)
+        with together(models, device):
+            assert {one.device for one in models} == {device}
+            found = fidelity(models[1], models[0], Clips(None).heldout(2), batch_size=1, seed=0)
+        for one in models:
+            assert {x.device.type for x in (*one.parameters(), *one.buffers())} == {"cpu"}
+            assert all(is_plain(module) for module in one.modules())
+        errors = [found[key] for key in ("teacher_loss", "student_loss", "velocity_rel_error")]
+        maps = [layer["logit_error"] for layer in found["attention_maps"]]
+        return torch.tensor([*errors, *found["attention_rel_error"], *maps[0], *maps[-1]])
+
+    same(measured)
+    layers = len(teacher.blocks)
+    # Weights that stay are not brought.
+    assert most == [[shared, shared], [layers, shared], [0, 0]][stay]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..devices import bring_weights
 from ..families.causal import CausalTransformer
 from ..mla.attention import AttentionPass
 from ..mla.latent import reading_together
@@ -41,6 +42,9 @@ class Beside:
 
     def _compare(self, layers: range) -> None:
         calls = [self.seen.pop(layer) for layer in layers]
+        for layer in layers:
+            # Its attention alone is called here, but weights travel with the whole block.
+            bring_weights(self.student.blocks[layer])
         attentions = [self.student.blocks[layer].attn1 for layer in layers]
         dtype = next(attentions[0].parameters()).dtype
         with torch.no_grad():

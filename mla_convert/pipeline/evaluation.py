@@ -24,6 +24,7 @@ from ..load import load_dense, load_source, read_config
 from ..mla.kernel_settings import Mode
 from ..recipe.schema import Recipe, validate
 from ..run.config import GenerateConfig
+from ..run.offload import together
 from ..run.sample import DIGITS, prompt_encoder
 from ..run.streaming import StreamingConfig
 from .context import DATA
@@ -59,9 +60,9 @@ def evaluate_checkpoint(
     recipe = _made_by(root)
     started = time.monotonic()
     device = default_device()
-    student = load_checkpoint(folder, device=device)
+    student = load_checkpoint(folder)
     assert isinstance(student, LatentTransformer)
-    dense = _load_teacher(student, teacher, recipe, folder).to(device)
+    dense = _load_teacher(student, teacher, recipe, folder)
     streaming = StreamingConfig() if recipe is None else recipe.streaming
     if kernels is not None:
         streaming = streaming.model_copy(update={"kernels": kernels})
@@ -80,9 +81,11 @@ def evaluate_checkpoint(
         require_clips(run, read_state(run)["steps"], clips.identity)
     config = EvaluateConfig() if recipe is None else recipe.evaluate
     config = config.model_copy(update=dict(changes))
+    with together([dense, student], device):
+        found = evaluate(student, dense, clips, config, report)
     measured = {
         "source": teacher or (recipe.source.model if recipe else None),
-        **evaluate(student, dense, clips, config, report),
+        **found,
         **describe(student, recipe.generate if recipe else GenerateConfig(), streaming.cache),
         "recipe": recipe.dump() if recipe else None,
         "seconds": {"evaluate": round(time.monotonic() - started, 3)},

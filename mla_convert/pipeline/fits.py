@@ -1,4 +1,4 @@
-"""Warns before a run starts if its training stages may not fit the GPU."""
+"""Warns before a run starts if its training stages or its samples may not fit the GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from accelerate.utils import parse_flag_from_env
 from ..distill.footprint import Launch
 from ..distill.launch import world_size
 from ..errors import UserError
+from ..evaluate.geometry import from_model
+from ..evaluate.memory import activation_bytes
 from ..recipe.schema import Recipe
+from ..run.sample import latent_size
+from .context import Context
 from .dry_run import DryRun
 
 ROOM = 0.95
@@ -43,6 +47,33 @@ def warn_of_memory(recipe: Recipe, device: torch.device) -> None:
                 f"the GPU has {available / 1e9:.1f} GB; `mla-convert distill --dry-run` lists what takes memory, and "
                 "FSDP2 (recipes/accelerate/fsdp2.yaml) or shard_frozen reduce it"
             )
+
+
+def warn_of_samples(context: Context) -> None:
+    """Log a warning if the teacher's samples need more memory than the GPU has, even with its weights on the CPU.
+
+    All prompts are sampled together. Counted are the caches, the working memory of eager attention and two blocks.
+    """
+    generate, source = context.recipe.generate, context.source
+    if context.device.type != "cuda" or not generate.prompts:
+        return
+    with torch.device("meta"):
+        teacher = source.family.dense_class.from_config(source.config)
+    height, width = latent_size(source.config, generate)
+    streams = len(generate.prompts) * (1 if generate.guidance_scale == 1 else 2)
+    geometry, _ = from_model(teacher, height, width)
+    item = context.dtype.itemsize
+    block = max(sum(parameter.numel() for parameter in block.parameters()) for block in teacher.blocks)
+    caches = teacher.init_cache(streams, height, width, dtype=context.dtype, device="meta").bytes()
+    needed = caches + streams * activation_bytes(geometry, geometry.window_frames, item) + 2 * block * item
+    available = torch.cuda.get_device_properties(context.device).total_memory
+    if needed > ROOM * available:
+        logger.warning(
+            f"sampling the {len(generate.prompts)} prompts of the recipe needs about {needed / 1e9:.1f} GB, "
+            f"{caches / 1e9:.1f} GB of it for the teacher's cache, but the GPU has {available / 1e9:.1f} GB; give "
+            "fewer generate.prompts, generate.guidance_scale 1 or a smaller generate.latent_height and latent_width, "
+            "or leave the prompts out and use `generate --offload`"
+        )
 
 
 def least_memory(device: torch.device) -> int:

@@ -22,8 +22,9 @@ from ..errors import UsageError, UserError
 from ..recipe.schema import Recipe
 from .checks import check_inputs
 from .context import STAGES, Context, stage_names
-from .fits import warn_of_memory
+from .fits import warn_of_memory, warn_of_samples
 from .rundir import RunDir, has_failed, read_state
+from .samples import make_samples
 from .steps import Step, steps_of
 
 _TIMEOUT = timedelta(hours=1)
@@ -110,6 +111,8 @@ def _lead(recipe: Recipe, folder: RunDir, steps: list[Step], processes: PartialS
         stages = tuple(recipe.distill[step.stage] for step in pending if step.stage is not None)
         if stages:
             warn_of_memory(recipe.model_copy(update={"distill": stages}), context.device)
+        if any(step.action is make_samples for step in pending):
+            warn_of_samples(context)
         folder.begin()
         processes.wait_for_everyone()
         for step in pending:

@@ -21,6 +21,7 @@ from ..files import atomic_folder, save_tensors
 from ..load import Source, read_json
 from ..load.hub import is_hub_id
 from ..run.decode import frame_chunks
+from ..run.offload import Offload, place, travelling
 from ..run.parts import PICTURES, TEXT, find_parts, parts_here
 from ..run.sample import DIGITS, check_text_width, check_vae, embed_prompts, latent_scale, prompt_encoder, rollout
 from ..run.video import Frames, save_video, side_by_side
@@ -63,10 +64,14 @@ def make_samples(context: Context) -> None:
         def progress(done: int, total: int, name: str = name) -> None:
             context.report(f"sample {name}", done, total)
 
-        chunks = rollout(model.to(context.device), embeds, generate, progress, negative_hidden_states=negative)
+        offload: Offload = "group" if travelling([model], context.device) else "none"
+        place([model], None, context.device, offload)
+        given = {"negative_hidden_states": negative, "device": context.device}
+        chunks = rollout(model, embeds, generate, progress, **given)
         videos[name] = torch.cat([chunk.cpu() for chunk in chunks], dim=2)
         chosen[name] = kernels.report()
-        model.to("cpu")
+        if offload == "none":
+            model.to("cpu")
     # The report step shows the same frames without decoding them again.
     context.drawn = _decode(context, videos)
     with atomic_folder(context.path / SAMPLES) as folder:

@@ -17,6 +17,7 @@ from ..export.checkpoint import save_checkpoint
 from ..export.release import export
 from ..files import MANIFEST, write_json, write_text
 from ..recipe.schema import Recipe
+from ..run.offload import together
 from ..run.sample import prompt_encoder
 from .calibration import calibration_batches
 from .context import CHECKPOINT, DATA, METRICS, SAMPLES, STAGES, TRAINING, Context, stage_names
@@ -149,15 +150,16 @@ def _distill(context: Context, index: int) -> None:
 
 def _evaluate(context: Context) -> None:
     recipe = context.recipe
-    teacher = context.dense().to(context.device)
+    teacher = context.dense()
     for index in _measured(recipe):
         config = recipe.evaluate
         if index != len(recipe.distill):
             config = config.model_copy(update={"rollout_prompts": 0})
-        student = context.load_stage(index, context.dtype).to(context.device)
+        student = context.load_stage(index, context.dtype)
         recipe.streaming.dense.apply(teacher)
         recipe.streaming.apply(student)
-        result = evaluate(student, teacher, context.data, config, context.report)
+        with together([teacher, student], context.device):
+            result = evaluate(student, teacher, context.data, config, context.report)
         # Free it before the next student is loaded.
         del student
         write_json(context.stage_folder(index) / REPORT_JSON, finite(result))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
@@ -9,9 +10,11 @@ from typing import Any, Literal
 
 import psutil
 import torch
-from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers.hooks import apply_group_offloading
 from torch import Tensor, nn
+
+from ..mla.kernels import free_memory
 
 Offload = Literal["none", "model", "group"]
 CPU = torch.device("cpu")
@@ -20,6 +23,9 @@ logger = logging.getLogger(__name__)
 
 PINNED_SHARE = 0.5
 """Share of the available memory that pinned weights may take, because nothing else can use that memory."""
+
+WEIGHTS_SHARE = 0.75
+"""Share of a GPU's free memory that weights may take to stay there; activations and caches need the rest."""
 
 
 class Weights:
@@ -84,6 +90,69 @@ def place(models: Sequence[nn.Module], vae: Any, device: torch.device, offload: 
         _place_by_block(models, device)
 
 
+def travelling(models: Sequence[Any], device: torch.device) -> int:
+    """How many of `models`, the last ones, cannot stay on `device` with the others while they compute there."""
+    free, count = free_memory(device), len(models)
+    while free is not None and count and sum(_size(model) for model in models[:count]) > WEIGHTS_SHARE * free:
+        count -= 1
+    return len(models) - count
+
+
+@contextlib.contextmanager
+def together(models: Sequence[Any], device: torch.device) -> Iterator[None]:
+    """Inside the context, transformers from the CPU compute on `device` in any order; afterwards they are back.
+
+    Where their weights do not fit together, the last of them, or all, keep only the layers of one latent there at a
+    time, those of the largest latent of any model, so every pass reads their weights over the bus. A layer that is not
+    called through its block needs `devices.bring_weights(block)` first.
+    """
+    there = len(models) - travelling(models, device)
+    if there < len(models):
+        logger.info(
+            "%d of %d models are copied to %s layer by layer, which is slower: their weights do not fit together",
+            len(models) - there,
+            len(models),
+            device,
+        )
+    groups: list[Weights] = []
+    latents = max((model.latent_groups for model in models), key=lambda latents: max(map(len, latents)))
+    try:
+        for model in models[:there]:
+            model.to(device)
+        for model in models[there:]:
+            groups += _by_layer(model, latents, device)
+        yield
+    finally:
+        for weights in groups:
+            weights.leave()
+        for model in models:
+            for block in model.blocks if groups else ():
+                remove_hook_from_module(block)
+                # What Accelerate leaves here looks like a forward that is still wrapped.
+                vars(block).pop("forward", None)
+            model.to(CPU)
+
+
+def _by_layer(model: Any, latents: Sequence[range], device: torch.device) -> list[Weights]:
+    """Hook the blocks of a model so that those of one of `latents` are on `device` at a time; all else moves there."""
+    pinned = device.type == "cuda" and _fits_pinned([model])
+    blocks = [nn.ModuleList(model.blocks[layer] for layer in layers) for layers in latents]
+    groups = [Weights(part, device, pinned) for part in blocks]
+    for weights, layers in zip(groups, latents, strict=True):
+        for layer in layers:
+            add_hook_to_module(model.blocks[layer], OnDemand(weights, groups))
+    for name, child in model.named_children():
+        if name != "blocks":
+            child.to(device)
+    for tensor in (*model.parameters(recurse=False), *model.buffers(recurse=False)):
+        tensor.data = tensor.data.to(device)
+    return groups
+
+
+def _size(model: Any) -> int:
+    return sum(tensor.nbytes for tensor in _tensors(model))
+
+
 def _place_by_block(models: Sequence[Any], device: torch.device) -> None:
     """Offload `models` block by block. Copies overlap with computation where all blocks, or one at a time, are pinned.
 
@@ -117,7 +186,7 @@ def _pin_all(models: Sequence[Any]) -> bool:
 def _can_pin_a_block(models: Sequence[Any]) -> bool:
     """Whether the system lets this process pin the largest block, as diffusers will do for every pass."""
     blocks = [block for model in models for block in model.blocks]
-    largest = max(blocks, key=lambda block: sum(tensor.nbytes for tensor in _tensors(block)))
+    largest = max(blocks, key=_size)
     pinned = [_pinned(tensor.data) for tensor in _tensors(largest)]
     return all(tensor is not None for tensor in pinned)
 
