@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pico
 import pytest
@@ -12,8 +14,11 @@ from device_case import Clips, model, same
 from pretend_gpu import GPU
 from test_decode import tiny_vae
 from torch import Tensor
+from transformers import UMT5EncoderModel
+from wan_pipeline_case import write_wan_pipeline
 
 import mla_convert.run.offload
+from mla_convert.distill.encode.models import text_encoder
 from mla_convert.evaluate.fidelity import fidelity
 from mla_convert.mla.plain import is_plain
 from mla_convert.run.decode import decode_chunks
@@ -153,3 +158,21 @@ def test_models_that_do_not_fit_together_are_compared_layer_by_layer(
     layers = len(teacher.blocks)
     # Weights that stay are not brought.
     assert most == [[shared, shared], [layers, shared], [0, 0]][stay]
+
+
+def test_a_text_encoder_that_does_not_fit_runs_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    folder, known = write_wan_pipeline(tmp_path / "pipeline"), UMT5EncoderModel.to
+    with text_encoder(folder, torch.float32, torch.device("cpu")) as embed:
+        expected = embed(["red"])
+
+    def full(self: Any, device: Any) -> Any:
+        if torch.device(device).type == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return known(self, device)
+
+    monkeypatch.setattr(UMT5EncoderModel, "to", full)
+    with text_encoder(folder, torch.float32, torch.device("cuda")) as embed:
+        assert torch.equal(embed(["red"]), expected)
+    assert caplog.messages[-1] == "the text encoder does not fit on cuda; it runs on the CPU, which takes longer"

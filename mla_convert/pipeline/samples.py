@@ -66,8 +66,7 @@ def make_samples(context: Context) -> None:
 
         offload: Offload = "group" if travelling([model], context.device) else "none"
         place([model], None, context.device, offload)
-        given = {"negative_hidden_states": negative, "device": context.device}
-        chunks = rollout(model, embeds, generate, progress, **given)
+        chunks = rollout(model, embeds, generate, progress, negative_hidden_states=negative, device=context.device)
         videos[name] = torch.cat([chunk.cpu() for chunk in chunks], dim=2)
         chosen[name] = kernels.report()
         if offload == "none":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from ...devices import bring_weights
 from ...errors import UsageError, UserError
 from ...load.hub import download
 from ..normalisation import Scale, normalised
+
+logger = logging.getLogger(__name__)
 
 TEXT_TOKENS = 512
 VAE, TEXT_ENCODER, TOKENIZER = "vae", "text_encoder", "tokenizer"
@@ -97,12 +100,22 @@ def encode_text(
 
 @contextlib.contextmanager
 def text_encoder(folder: Path, dtype: torch.dtype, device: torch.device) -> Iterator[Callable[[list[str]], Tensor]]:
-    """A function from B prompts to zero-padded embeddings `[B, 512, D]` in `dtype`. The model is freed at the end."""
+    """A function from B prompts to zero-padded embeddings `[B, 512, D]` in `dtype`. The model is freed at the end.
+
+    It runs on the CPU, with a warning, if it does not fit on `device`.
+    """
     from transformers import AutoTokenizer, UMT5EncoderModel
 
     with _explained(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER)
-        encoder = UMT5EncoderModel.from_pretrained(folder / TEXT_ENCODER, dtype=dtype).to(device).eval()
+        encoder = UMT5EncoderModel.from_pretrained(folder / TEXT_ENCODER, dtype=dtype).eval()
+    try:
+        encoder.to(device)
+    except torch.OutOfMemoryError:
+        logger.warning("the text encoder does not fit on %s; it runs on the CPU, which takes longer", device)
+        device = torch.device("cpu")
+        encoder.to(device)
+        torch.cuda.empty_cache()
     try:
         yield lambda prompts: encode_text(tokenizer, encoder, prompts, device).to("cpu", dtype)
     finally:
