@@ -122,3 +122,10 @@ def test_the_smallest_gpu_of_a_launch_decides(gpus: Any, monkeypatch: pytest.Mon
     # The third takes no part.
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert fits.least_memory(GPU) == 24
+
+
+def test_triton_is_no_dependency() -> None:
+    """A ROCm build of torch brings that module under another name, which ours would overwrite."""
+    text = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    needed, _, developers = text.partition("[project.optional-dependencies]")
+    assert '"triton' not in needed and '"triton' in developers

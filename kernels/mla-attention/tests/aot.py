@@ -23,8 +23,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Bytes of shared memory available to a thread block (CUDA C++ Programming Guide, technical specifications)."""
+
+TESTED = (80, 90, 100)
+"""Capabilities at which no variant may spill. At 8.6, 8.9 and 12.0 some tiles of 8.0 spill a few registers; tiles that
+do not spill there need many more instructions for a key."""
 
 TMEM_COLUMNS = 512
 """Columns of tensor memory per multiprocessor at compute capability 10.0 (PTX ISA, section on tcgen05)."""
@@ -34,7 +38,7 @@ WARP_SIZE = 32
 UNEVEN = ("heads", "tokens", "scales_t")
 """Integers not divisible by 16 in Wan2.1-1.3B: 12 heads, 1,560 tokens per frame, 4 scales per row."""
 
-TENSOR_CORES = {80: "mma", 90: "wgmma", 100: "tcgen05"}
+TENSOR_CORES = {80: "mma", 86: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
 PACKAGE = Path(importlib.util.find_spec("mla_attention").origin).parent
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if "def aot_variants(" in path.read_text(encoding="utf-8"))
 

@@ -11,7 +11,7 @@ import aot
 import pytest
 
 
-@pytest.mark.parametrize("capability", sorted(aot.SHARED_LIMIT))
+@pytest.mark.parametrize("capability", aot.TESTED)
 def test_what_wan_runs_compiles_within_the_limits(capability):
     """One variant per op, in a process without the interpreter; `aot.py` without `--first` compiles all of them."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -42,3 +42,5 @@ def test_violations_are_told():
         "tensor cores by mma, expected wgmma",
     ]
     assert aot.violations(found | {"spilled": 0, "shared": 1000, "tensor_cores": "wgmma"}) == []
+    consumer = found | {"capability": 89, "spilled": 0, "shared": (99 << 10) + 1}
+    assert aot.violations(consumer) == ["shared is 101377, at most 101376"]
