@@ -217,13 +217,6 @@ def test_what_takes_less_memory_is_an_option_of_the_command(capsys, monkeypatch,
     assert {word for word in named if word.startswith("--")} <= options
 
 
-def test_windows_is_told_where_the_command_runs(capsys, monkeypatch):
-    monkeypatch.setattr("sys.platform", "win32")
-    code, out, err = call(capsys, "recipes", "list")
-    assert (code, out) == (1, "")
-    assert error_line(err) == "mla-convert runs on Linux and macOS; on Windows use WSL2"
-
-
 def test_interrupt_is_exit_130(capsys, monkeypatch):
     def interrupted(_):
         raise KeyboardInterrupt

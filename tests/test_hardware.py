@@ -13,6 +13,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 
 from mla_convert import devices
+from mla_convert.cli import main
 from mla_convert.errors import UsageError
 from mla_convert.evaluate.bench import BenchConfig, _place
 from mla_convert.export.checkpoint import save_checkpoint
@@ -129,3 +130,12 @@ def test_triton_is_no_dependency() -> None:
     text = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
     needed, _, developers = text.partition("[project.optional-dependencies]")
     assert '"triton' not in needed and '"triton' in developers
+
+
+def test_windows_is_told_where_the_command_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.platform", "win32")
+    assert main(["recipes", "list"]) == 1
+    line = "error: mla-convert runs on Linux and macOS; on Windows use WSL2\n"
+    assert capsys.readouterr() == ("", line)
