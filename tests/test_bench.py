@@ -153,6 +153,7 @@ def test_the_first_pass_of_every_chunk_expands_and_later_ones_where_nothing_is_k
 
 def test_a_gpu_is_taken_in_16_bits_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     gpu = torch.device("cuda")
     assert _place(BenchConfig()) == (gpu, torch.bfloat16)
     assert _place(BenchConfig(dtype="float32")) == (gpu, torch.float32)

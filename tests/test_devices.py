@@ -371,6 +371,8 @@ def available(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.device], None]
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "pretended")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     return lambda device: monkeypatch.setattr(torch.cuda, "is_available", lambda: device == GPU)
 
 
