@@ -42,7 +42,17 @@ SCRIPTS = ("__main__", "zoo.digits.train", "zoo.natural.data", "zoo.natural.trai
 # Docstrings only.
 EMPTY = ("zoo", "zoo.digits", "zoo.natural")
 # Rollouts take their models as arguments; of `run` they import only each other.
-NARROW = ("run.batch", "run.extent", "run.passes", "run.recent", "run.shared", "run.source", "run.stream")
+NARROW = (
+    "run.batch",
+    "run.extent",
+    "run.failures",
+    "run.passes",
+    "run.recent",
+    "run.rounds",
+    "run.shared",
+    "run.source",
+    "run.stream",
+)
 
 MAX_LINES = 500
 MAX_WEIGHTS_BYTES = 10_000_000

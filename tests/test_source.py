@@ -16,6 +16,7 @@ from mla_convert.denoise import Schedule
 from mla_convert.errors import UsageError
 from mla_convert.flow import add_noise, sampling_times, shift_time
 from mla_convert.mla.conditions import FramesAt
+from mla_convert.run.rounds import Rounds
 from mla_convert.run.stream import stream_chunks
 
 FEW = (1000, 750, 500, 250)
@@ -264,17 +265,17 @@ def test_a_stream_ends_with_its_source_and_a_failed_round_asks_no_more(monkeypat
     batch = batch_of(model, 2)
     number = batch.join(prompt(0), source=asked_for(source, asked), strength=0.5)
     expected = alone(model, prompt(0), None, source=source, strength=0.5)
-    passes = type(batch)._chunks
+    passes = Rounds._chunks
 
     def fails(self: Any, streams: Any) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr(type(batch), "_chunks", fails)
+    monkeypatch.setattr(Rounds, "_chunks", fails)
     for _ in range(2):
         with pytest.raises(MemoryError):
             batch.step()
     assert len(asked) == 1
-    monkeypatch.setattr(type(batch), "_chunks", passes)
+    monkeypatch.setattr(Rounds, "_chunks", passes)
     chunks = list(batch.chunks())
     assert torch.equal(torch.cat([x.latents for x in chunks], dim=1), expected)
     # The source ends with a chunk: that is known when the next one is asked for.

@@ -20,9 +20,10 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Collection, Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,10 +33,14 @@ from ..errors import UsageError, UserError
 from ..flow import STRENGTH, Sampler
 from ..mla.conditions import Conditions, FramesAt, Given
 from ..mla.model import StreamingModel
-from ..mla.pool import CachePool, place_in_window
+from ..mla.pool import CachePool
 from .extent import check_start, end_notice, video_end
-from .shared import PooledStream, SharedPasses
+from .failures import RoundError, StreamError
+from .rounds import Rounds
+from .shared import PooledStream
 from .source import Source, check_alone
+
+__all__ = ["RoundError", "StreamBatch", "StreamChunk", "StreamError"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +48,15 @@ logger = logging.getLogger(__name__)
 class StreamChunk(NamedTuple):
     """A finished chunk of a stream: `latents` `[C, F, H, W]`, float32, starting at its frame `first`.
 
-    `last` means that the stream has ended and left. The chunk has no frames if the source ended at the chunk before.
+    `last` means that the stream has ended and left. The chunk has no frames if the source ended at the chunk before, or
+    if the stream ended with an `error`: its source or condition raised something, or its chunk was not finite.
     """
 
     stream: int
     first: int
     latents: Tensor
     last: bool
+    error: StreamError | None = None
 
 
 class StreamBatch:
@@ -66,7 +73,10 @@ class StreamBatch:
     back; the pool is allocated there. With `recache`, the window of a stream whose prompt has changed is written again
     before its next chunk, as in `stream_chunks`.
 
-    Not thread-safe. Raises UserError for a model whose cache is not a ring of frames.
+    `step` runs in one thread at a time; all other methods can be called from any thread at any time, and take effect
+    with the next round. `lanes_per_pass` can be set between rounds.
+
+    Raises UserError for a model whose cache is not a ring of frames.
     """
 
     def __init__(
@@ -101,6 +111,10 @@ class StreamBatch:
         self._schedule_from = functools.partial(Schedule.of, *steps)
         self.schedule = self._schedule_from()
         self.recache, self.when_full, self.lanes_per_pass = recache, when_full, lanes_per_pass
+        context = (self.size, self.schedule.context_noise, recache)
+        self._rounds = Rounds(self.models, self.devices, self.pool, *context)
+        # Of the streams, the queue and the free lanes; a round holds it only to begin and to end.
+        self._lock, self._stepping = threading.Lock(), threading.Lock()
         self._streams: dict[int, PooledStream] = {}
         self._waiting: deque[int] = deque()
         self._numbers = itertools.count()
@@ -108,12 +122,14 @@ class StreamBatch:
     @property
     def active(self) -> list[int]:
         """Streams that have lanes."""
-        return [number for number, stream in self._streams.items() if stream.lanes]
+        with self._lock:
+            return [number for number, stream in self._streams.items() if stream.lanes]
 
     @property
     def waiting(self) -> list[int]:
         """Streams that wait for lanes, in order of arrival."""
-        return list(self._waiting)
+        with self._lock:
+            return list(self._waiting)
 
     def bytes(self) -> int:
         """Bytes of the pool."""
@@ -167,11 +183,12 @@ class StreamBatch:
         supplied = Conditions(self.models, conditions, 1, end, self.size[1:])
         cut = end != num_frames
         stream = PooledStream(text, negative, guidance_scale, end, start, generator, supplied, schedule, clean, cut=cut)
-        self._check_room(stream)
-        number = next(self._numbers)
-        self._streams[number] = stream
-        self._waiting.append(number)
-        self._admit()
+        with self._lock:
+            self._check_room(stream)
+            number = next(self._numbers)
+            self._streams[number] = stream
+            self._waiting.append(number)
+            self._admit()
         return number
 
     def change_prompt(self, stream: int, encoder_hidden_states: Tensor) -> None:
@@ -180,56 +197,74 @@ class StreamBatch:
         With `recache`, the next round begins by writing its window to the cache again. Raises UsageError if the length
         differs from that of a negative prompt other than zeros.
         """
-        changed, text = self._found(stream), self._read(encoder_hidden_states)
-        tokens, before = len(text[0]), len(changed.negative[0])
-        if tokens != before:
-            if changed.negative[0].any():
-                raise UsageError(f"the prompt has {tokens} tokens, the negative prompt {before}; pad it to that length")
-            changed.negative = _zeros(text)
-        changed.text, changed.stale = text, self.recache
+        text = self._read(encoder_hidden_states)
+        with self._lock:
+            found = self._found(stream)
+            negative = found.negative if found.changed is None else found.changed[1]
+            tokens, before = len(text[0]), len(negative[0])
+            if tokens != before:
+                if negative[0].any():
+                    raise UsageError(
+                        f"the prompt has {tokens} tokens, the negative prompt {before}; pad it to that length"
+                    )
+                negative = _zeros(text)
+            found.changed = text, negative
 
     def leave(self, stream: int) -> None:
-        """Remove a stream from the batch or the queue and free its lanes. Raises UsageError for an unknown stream."""
-        self.pool.give_back(self._found(stream).lanes)
-        del self._streams[stream]
-        if stream in self._waiting:
-            self._waiting.remove(stream)
-        self._admit()
+        """Remove a stream from the batch or the queue and free its lanes. Raises UsageError for an unknown stream.
+
+        A chunk of it that a running round makes is dropped.
+        """
+        with self._lock:
+            self._found(stream)
+            self._remove(stream)
 
     @torch.no_grad()
-    def step(self) -> list[StreamChunk]:
+    def step(self, streams: Collection[int] | None = None) -> list[StreamChunk]:
         """Run one round: return the next chunk of every active stream, in the order of their numbers.
 
-        A round that fails, such as by running out of memory, leaves every stream unchanged and can be repeated.
+        With `streams`, only those of them that are active take part; the others keep their lanes and wait. So a stream
+        whose reader is slow, or whose source has no frames yet, holds up nobody.
+
+        A stream whose source, condition or chunk fails ends with an `error` in its chunk, and the others go on. A round
+        that fails leaves every stream unchanged and can be repeated: lack of memory raises torch's or Python's own
+        error, any other failure of a pass RoundError. Raises UsageError while another thread runs a round.
         """
-        for number in self.active:
-            self._rewrite(self._streams[number])
-            self._fetch(self._streams[number])
-        made: dict[int, tuple[Tensor, Tensor]] = {}
-        for number in self.active:
-            if self._frames(self._streams[number]) == 0:
-                nothing = torch.empty(self.size[0], 0, *self.size[1:], device=self.device)
-                made[number] = nothing, nothing
-        for numbers in self._shared_passes():
-            made.update(zip(numbers, self._chunks([self._streams[number] for number in numbers]), strict=True))
-        chunks = []
-        for number in sorted(made):
-            # A copy, so that a kept chunk does not hold the memory of the whole pass.
-            stream, latents = self._streams[number], made[number][0].clone()
-            first, stream.drawn, stream.clean = stream.frames_seen, [], None
-            stream.frames_seen += latents.shape[1]
-            if self.recache and latents.shape[1]:
-                written = made[number][1].clone().unsqueeze(0)
-                conditions = stream.conditions.at(first, stream.frames_seen)
-                stream.recent.add(first, written, self.causal.first_kept(stream.frames_seen), conditions)
-            last = stream.frames_seen == stream.num_frames
-            chunks.append(StreamChunk(number, first, latents, last))
-        for chunk in chunks:
-            if chunk.last:
-                ended = self._streams[chunk.stream]
-                if ended.cut:
-                    logger.warning("%s", end_notice(self.causal, f"stream {chunk.stream}", ended.num_frames))
-                self.leave(chunk.stream)
+        if not self._stepping.acquire(blocking=False):
+            raise UsageError("another thread is running a round of this batch; call step in one thread")
+        try:
+            return self._round(streams)
+        finally:
+            self._stepping.release()
+
+    def _round(self, streams: Collection[int] | None) -> list[StreamChunk]:
+        with self._lock:
+            taking_part = {
+                number: stream
+                for number, stream in sorted(self._streams.items())
+                if stream.lanes and (streams is None or number in streams)
+            }
+            for stream in taking_part.values():
+                stream.change(self.recache)
+        made = self._rounds.chunks(taking_part, self.lanes_per_pass)
+        chunks, notices = [], []
+        with self._lock:
+            for number, (latents, written, error) in sorted(made.items()):
+                stream, frames = taking_part[number], latents.shape[1]
+                if number not in self._streams:
+                    continue
+                first, seen = stream.frames_seen, stream.frames_seen + frames
+                last = error is not None or seen == stream.num_frames
+                chunks.append(StreamChunk(number, first, latents, last, error))
+                stream.advance(frames, written, self.causal.first_kept(seen))
+                if last:
+                    self._remove(number)
+                if error is not None:
+                    notices.append(str(error))
+                elif last and stream.cut:
+                    notices.append(end_notice(self.causal, f"stream {number}", stream.num_frames))
+        for notice in notices:
+            logger.warning("%s", notice)
         return chunks
 
     def chunks(self) -> Iterator[StreamChunk]:
@@ -242,6 +277,8 @@ class StreamBatch:
         width = self.models[0].config.text_dim
         if text.ndim != 2 or text.shape[1] != width:
             raise UsageError(f"the prompt of a stream must have shape [L, {width}], got {list(text.shape)}")
+        if not text.isfinite().all():
+            raise UsageError("the prompt of a stream contains NaN or Inf; check the text encoder and its dtype")
         kinds = [(place, model.dtype) for model, place in zip(self.models, self.devices, strict=True)]
         copies = {kind: text.to(*kind) for kind in kinds}
         return [copies[kind] for kind in kinds]
@@ -250,6 +287,13 @@ class StreamBatch:
         if stream not in self._streams:
             raise UsageError(f"there is no stream {stream} in the batch; it may have ended")
         return self._streams[stream]
+
+    def _remove(self, number: int) -> None:
+        # A running round may still write to these lanes, but others that get them begin with the next round.
+        self.pool.give_back(self._streams.pop(number).lanes)
+        if number in self._waiting:
+            self._waiting.remove(number)
+        self._admit()
 
     def _check_room(self, stream: PooledStream) -> None:
         """Raise UsageError or UserError unless the stream can join or queue."""
@@ -267,88 +311,6 @@ class StreamBatch:
         while self._waiting and self._streams[self._waiting[0]].lanes_needed <= len(self.pool.free):
             stream = self._streams[self._waiting.popleft()]
             stream.lanes = self.pool.take(stream.lanes_needed)
-
-    def _frames(self, stream: PooledStream) -> int:
-        """Frames of a stream's next chunk."""
-        stop = self.causal.chunk_end(stream.frames_seen)
-        return (stop if stream.num_frames is None else min(stop, stream.num_frames)) - stream.frames_seen
-
-    def _fetch(self, stream: PooledStream) -> None:
-        """Get the next chunk of a stream's source, which may be the last, unless a failed round already has."""
-        if stream.source is None or stream.clean is not None:
-            return
-        first, frames = stream.frames_seen, self._frames(stream)
-        stream.clean = stream.source.at(first, first + frames, self.device)
-        if stream.clean.shape[2] < frames:
-            stream.num_frames, stream.cut = first + stream.clean.shape[2], False
-
-    def _conditions(self, stream: PooledStream, frames: int) -> dict[str, Tensor]:
-        """The conditions of a stream's next chunk, `[1, ...]` each."""
-        return stream.conditions.at(stream.frames_seen, stream.frames_seen + frames)
-
-    def _shared_passes(self) -> list[list[int]]:
-        """The active streams, grouped by shared passes."""
-        shared: dict[tuple[Any, ...], list[int]] = {}
-        for number in self.active:
-            stream = self._streams[number]
-            frames = self._frames(stream)
-            if frames == 0:
-                continue
-            place = place_in_window(self.causal, stream.frames_seen, frames)
-            held = stream.held(frames)
-            held_frames = 0 if held is None else held.shape[1]
-            shapes = tuple(sorted((name, x.shape) for name, x in self._conditions(stream, frames).items()))
-            opens, times = stream.frames_seen == 0, tuple(stream.schedule.of_chunk(stream.frames_seen).tolist())
-            key = (frames, place, opens, times, len(stream.text[0]), held_frames, shapes)
-            shared.setdefault(key, []).append(number)
-        return [part for numbers in shared.values() for part in self._parts(numbers)]
-
-    def _parts(self, numbers: list[int]) -> Iterator[list[int]]:
-        """Split streams into runs of at most `lanes_per_pass` lanes, but at least one stream."""
-        part: list[int] = []
-        lanes = 0
-        for number in numbers:
-            more = len(self._streams[number].lanes)
-            if part and self.lanes_per_pass is not None and lanes + more > self.lanes_per_pass:
-                yield part
-                part, lanes = [], 0
-            part.append(number)
-            lanes += more
-        yield part
-
-    def _rewrite(self, stream: PooledStream) -> None:
-        """Write a stream's window again if its prompt has changed; after a failure, the next round starts over."""
-        if not stream.stale:
-            return
-        # As in `FrameCache.rewind`.
-        oldest = self.causal.first_kept(max(stream.frames_seen, stream.written))
-        oldest = min([oldest, *(first for first, _, _ in stream.recent)])
-        for expert in range(len(self.models)):
-            for first, written, conditions in stream.recent:
-                chunk = ([stream], [conditions], written.shape[2])
-                passes = SharedPasses(self.models, self.pool, *chunk, self.devices, first, oldest)
-                passes.write_to(expert, written, self.schedule.context_noise)
-        stream.stale = False
-
-    def _chunks(self, streams: list[PooledStream]) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each of the streams, which share their passes: the next chunk `[C, F, H, W]`, and its cached version."""
-        first, frames = streams[0].frames_seen, self._frames(streams[0])
-        channels, height, width = self.size
-        schedule = streams[0].schedule
-        draws = schedule.draws(first)
-        for stream in streams:
-            while len(stream.drawn) < draws:
-                stream.drawn.append(torch.randn((1, channels, frames, height, width), generator=stream.generator))
-        noises = [torch.cat(drawn).to(self.device) for drawn in zip(*(stream.drawn for stream in streams), strict=True)]
-        begun = zip(noises[0].split(1), streams, strict=True)
-        noises[0] = torch.cat([stream.schedule.begin(noise, first, stream.clean) for noise, stream in begun])
-        starts = [held for held in (stream.held(frames) for stream in streams) if held is not None]
-        held = torch.stack(starts).to(self.device, torch.float32) if starts else None
-        conditions = [self._conditions(stream, frames) for stream in streams]
-        passes = SharedPasses(self.models, self.pool, streams, conditions, frames, self.devices)
-        for stream in streams:
-            stream.written = first + frames
-        return zip(*passes.chunk(noises, schedule, first, held), strict=True)
 
 
 def _zeros(text: list[Tensor]) -> list[Tensor]:

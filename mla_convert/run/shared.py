@@ -15,6 +15,7 @@ from ..flow import guided
 from ..mla.conditions import Conditions, placed
 from ..mla.model import StreamingModel
 from ..mla.pool import CachePool, LaneView
+from .failures import StreamError
 from .passes import Passes, run_pass
 from .recent import RecentChunks
 from .source import Source
@@ -24,11 +25,12 @@ from .source import Source
 class PooledStream:
     """The state of a rollout in a pool.
 
-    `text` and `negative` `[L, D]` hold one prompt per expert, on its device and in its dtype. `drawn` and `clean` are
-    noise and source of the current chunk, kept so that a failed round can be repeated. `cut` says that `num_frames` is
-    the limit of the rotary table, not the requested length. With `recache`, `recent` holds the chunks `[1, C, F, H, W]`
-    that are in the ring, and `stale` says that they have to be written again. `written` is the end of the last chunk
-    that has taken slots of the ring, also in a failed round.
+    `text` and `negative` `[L, D]` hold one prompt per expert, on its device and in its dtype; `changed` is the next
+    pair of them. `drawn`, `clean` and `error` are noise and source of the current chunk and what ends the stream at it,
+    kept so that a failed round can be repeated. `cut` says that `num_frames` is the limit of the rotary table, not the
+    requested length. With `recache`, `recent` holds the chunks `[1, C, F, H, W]` that are in the ring, and `stale` says
+    that they have to be written again. `written` is the end of the last chunk that has taken slots of the ring, also in
+    a failed round.
     """
 
     text: list[Tensor]
@@ -48,10 +50,29 @@ class PooledStream:
     recent: RecentChunks = field(default_factory=RecentChunks)
     stale: bool = False
     cut: bool = False
+    changed: tuple[list[Tensor], list[Tensor]] | None = None
+    error: StreamError | None = None
 
     @property
     def lanes_needed(self) -> int:
         return 1 if self.guidance_scale == 1 else 2
+
+    def change(self, recache: bool) -> None:
+        """Read the prompts of `changed` from now on; with `recache`, the window is stale."""
+        if self.changed is not None:
+            (self.text, self.negative), self.changed, self.stale = self.changed, None, recache
+
+    def advance(self, frames: int, written: Tensor | None, first_kept: int) -> None:
+        """Move on by a chunk of `frames` frames, `written` `[1, C, F, H, W]` as it is cached, if that is to be kept.
+
+        Allocates nothing on a device, so it cannot fail halfway. `first_kept` is the first frame left in the ring.
+        """
+        first, self.drawn, self.clean = self.frames_seen, [], None
+        self.frames_seen += frames
+        if written is not None:
+            self.recent.add(first, written, first_kept, self.conditions.at(first, self.frames_seen))
+        if self.start is not None and self.start.shape[1] <= self.frames_seen:
+            self.start = None
 
     def held(self, frames: int) -> Tensor | None:
         """The part `[C, F0, H, W]` of the next `frames` frames that the start covers; None if there is none."""

@@ -37,8 +37,8 @@ class Source:
         lengths = [length for length in (num_frames, self.frames) if length is not None]
         return min(lengths, default=None)
 
-    def at(self, first: int, stop: int, device: torch.device) -> Tensor:
-        """The frames `[first, stop)`, or those that are left: `[B, C, F, H, W]`, float32.
+    def at(self, first: int, stop: int, device: torch.device | None = None) -> Tensor:
+        """The frames `[first, stop)`, or those that are left: `[B, C, F, H, W]`, float32, where given or on `device`.
 
         Raises UsageError for latents that do not fit.
         """
@@ -49,7 +49,7 @@ class Source:
             self._check(found)
         if found.shape[2] > stop - first:
             raise UsageError(f"the source returned {found.shape[2]} frames; at most {stop - first} were requested")
-        return found.to(device, torch.float32).expand(self.batch, -1, -1, -1, -1)
+        return found.to(device=device, dtype=torch.float32).expand(self.batch, -1, -1, -1, -1)
 
     def _check(self, found: Tensor) -> None:
         shape = list(found.shape)
