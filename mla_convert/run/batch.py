@@ -150,14 +150,15 @@ class StreamBatch:
     ) -> int:
         """Add a stream that starts in the next round, and return its number.
 
-        `encoder_hidden_states` and `negative_hidden_states` (zeros by default) are `[L, D]`. `start` is
-        `[C, F0, H, W]`. `conditions` are for a batch of one, as from `image_conditions`. Their meaning is that in
-        `stream_chunks`. Without `num_frames`, the stream runs until `leave`; with absolute positions, it ends at the
-        last whole chunk within the rotary table, and a warning is logged.
+        `encoder_hidden_states` and `negative_hidden_states` (zeros by default) are `[L, D]`; they are moved to the
+        device here, unless they are there already in the model's dtype. `start` is `[C, F0, H, W]`. `conditions` are
+        for a batch of one, as from `image_conditions`. Their meaning is that in `stream_chunks`. Without `num_frames`,
+        the stream runs until `leave`; with absolute positions, it ends at the last whole chunk within the rotary table,
+        and a warning is logged.
 
         `source` is `[C, F, H, W]`, or a function that returns `[1, C, F, H, W]`. A round calls it for one chunk before
-        generating anything, so a source that waits for frames delays all streams. The stream ends with its source.
-        Streams share passes only with those of the same `strength`.
+        generating anything, so a source that waits for frames delays the round; leave its stream out of `step` until
+        they are there. The stream ends with its source. Streams share passes only with those of the same `strength`.
 
         Raises UserError when the pool is full and `when_full` is `refuse`; UsageError for values that do not fit.
         """
@@ -277,7 +278,8 @@ class StreamBatch:
         width = self.models[0].config.text_dim
         if text.ndim != 2 or text.shape[1] != width:
             raise UsageError(f"the prompt of a stream must have shape [L, {width}], got {list(text.shape)}")
-        if not text.isfinite().all():
+        # On a device this would wait for the kernels of a running round; a chunk that is not finite is noticed anyway.
+        if text.device.type == "cpu" and not text.isfinite().all():
             raise UsageError("the prompt of a stream contains NaN or Inf; check the text encoder and its dtype")
         kinds = [(place, model.dtype) for model, place in zip(self.models, self.devices, strict=True)]
         copies = {kind: text.to(*kind) for kind in kinds}
