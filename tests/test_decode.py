@@ -179,6 +179,34 @@ def test_a_consumer_that_stops_ends_the_thread() -> None:
     assert threading.active_count() == before and len(made) <= 6
 
 
+def test_closing_waits_only_so_long_for_a_camera_that_never_returns(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("mla_convert.run.prefetch.LONGEST_CLOSE", 0.2)
+    frame, ended = threading.Event(), threading.Event()
+
+    def camera() -> Iterator[int]:
+        try:
+            yield 1
+            frame.wait(60)
+            yield 2
+        finally:
+            ended.set()
+
+    closed = threading.Event()
+    ahead = prefetch(camera(), closed=closed)
+    assert next(ahead) == 1
+    (thread,) = (one for one in threading.enumerate() if one.name == "prefetch")
+    begun = time.monotonic()
+    ahead.close()
+    assert time.monotonic() - begun < 30 and closed.is_set() and not ended.is_set()
+    # So the process can exit.
+    assert thread.daemon and "its next chunk is not finished" in caplog.text
+    frame.set()
+    thread.join(10)
+    assert ended.is_set() and not thread.is_alive()
+
+
 @pytest.mark.parametrize("count", [0, 1])
 def test_what_computing_raises_is_raised_in_its_place(count: int) -> None:
     def items() -> Iterator[int]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import threading
 from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -15,8 +16,13 @@ from .video import MIN_PIXELS, Frames, save_video
 
 Item = TypeVar("Item")
 
+logger = logging.getLogger(__name__)
+
 WAITING = 2
 _PATIENCE = 0.1
+
+LONGEST_CLOSE = 10.0
+"""Seconds for which closing `prefetch` waits for its thread."""
 
 
 class _End:
@@ -29,9 +35,9 @@ class _End:
 class _Channel(Generic[Item]):
     """A bounded queue between two threads that either side can close."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, closed: threading.Event | None = None) -> None:
         self._items: queue.Queue[Item | _End] = queue.Queue(size)
-        self.closed = threading.Event()
+        self.closed = closed or threading.Event()
 
     def put(self, item: Item | _End) -> bool:
         """Put an item; False if the other side has closed."""
@@ -51,22 +57,28 @@ class _Channel(Generic[Item]):
             yield item
 
 
-def prefetch(items: Iterable[Item], count: int = 1) -> Generator[Item]:
+def prefetch(items: Iterable[Item], count: int = 1, closed: threading.Event | None = None) -> Generator[Item]:
     """Yield the items in order, with up to `count` computed ahead in a thread; with 0 there is no thread.
 
-    Exceptions of the computation are raised here. A caller that stops early stops the thread after its current item.
+    Exceptions of the computation are raised here. A caller that stops early sets `closed`, for a computation that can
+    stop inside an item, and waits until the current item ends, but at most `LONGEST_CLOSE` seconds: a camera may never
+    return. Then a warning is logged; the thread ends with its item, or with the process, and closes the items itself.
     """
+    closed = closed or threading.Event()
     if count == 0:
-        yield from items
+        try:
+            yield from items
+        finally:
+            closed.set()
         return
-    channel: _Channel[Item] = _Channel(count)
+    channel: _Channel[Item] = _Channel(count, closed)
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
     def compute() -> None:
         error = None
         try:
             # The current CUDA device is a setting per thread.
-            with contextlib.nullcontext() if device is None else torch.cuda.device(device):
+            with contextlib.nullcontext() if device is None else torch.cuda.device(device), _closing(items):
                 for item in items:
                     if not channel.put(item):
                         return
@@ -79,8 +91,15 @@ def prefetch(items: Iterable[Item], count: int = 1) -> Generator[Item]:
     try:
         yield from channel
     finally:
-        channel.closed.set()
-        thread.join()
+        closed.set()
+        thread.join(LONGEST_CLOSE)
+        if thread.is_alive():
+            logger.warning("a video was closed, but its next chunk is not finished; it ends in the background")
+
+
+def _closing(items: Iterable[Item]) -> contextlib.AbstractContextManager[Any]:
+    """Close a generator at the end, in the thread that runs it: another thread cannot while it runs."""
+    return contextlib.closing(items) if isinstance(items, Generator) else contextlib.nullcontext()
 
 
 class FrameWriter:
