@@ -23,6 +23,7 @@ from ..errors import UsageError
 from ..families.image import reads_tokens
 from ..flow import Sampler, check_steps
 from ..zoo.digits.data import FRAME
+from .calls import Call, Calls, Closed
 from .config import DEFAULT_LATENT_FRAMES, GenerateConfig
 from .decode import StreamingDecoder, latent_frames, video_frames
 from .decode_memory import reserve
@@ -95,7 +96,7 @@ class StreamingMLAPipeline(DiffusionPipeline):
         if transformer.kernels is None:
             # An earlier choice of `set_cache` stays unless another is recorded.
             StreamingConfig(**{"cache": transformer.cache_bits, **(streaming or {})}).apply(transformer)
-        self._interrupt = False
+        self._calls = Calls()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
@@ -136,12 +137,13 @@ class StreamingMLAPipeline(DiffusionPipeline):
 
     @property
     def interrupt(self) -> bool:
-        """Set this, for example from a callback, to end the video with the current chunk."""
-        return self._interrupt
+        """Set this in a callback to end its video with the current chunk; elsewhere it ends all that are running."""
+        return any(call.interrupt for call in self._calls.addressed())
 
     @interrupt.setter
     def interrupt(self, value: bool) -> None:
-        self._interrupt = value
+        for call in self._calls.addressed():
+            call.interrupt = value
 
     def encode_prompt(self, prompt: str | Sequence[str], max_sequence_length: int = TEXT_TOKENS) -> Tensor:
         """Embeddings `[B, L, D]`, computed as in `WanPipeline`. Raises UsageError without a text encoder."""
@@ -153,7 +155,8 @@ class StreamingMLAPipeline(DiffusionPipeline):
                 "this pipeline has no text encoder and tokenizer; pass both, or prompt_embeds and, with guidance, "
                 "negative_prompt_embeds"
             )
-        return encode_text(self.tokenizer, self.text_encoder, prompts, self._execution_device, max_sequence_length)
+        with self._calls.turn():
+            return encode_text(self.tokenizer, self.text_encoder, prompts, self._execution_device, max_sequence_length)
 
     def stream(
         self,
@@ -202,7 +205,8 @@ class StreamingMLAPipeline(DiffusionPipeline):
         default 0.5. `image` conditions every item of a model with channels for it; `last_image` is refused. With one
         `generator` or `seed` per item of a batch, each item equals its video alone. A thread computes `ahead` chunks in
         advance and calls `callback_on_step_end(pipe, step, timestep, {"latents": ...})`; with 0 there is no thread.
-        Defaults are those that the model was trained for. Raises UserError in one line.
+        Defaults are those that the model was trained for. Streams of one pipeline may run in different threads: they
+        take turns, chunk by chunk. Closing the iterator ends its stream only. Raises UserError in one line.
         """
         requested = {
             "num_inference_steps": num_inference_steps,
@@ -239,15 +243,15 @@ class StreamingMLAPipeline(DiffusionPipeline):
         texts = self._texts(prompt, prompt_embeds, max_sequence_length)
         changes = sorted(prompt_schedule.items() if isinstance(prompt_schedule, Mapping) else prompt_schedule)
         embedded = [(at, self.encode_prompt(text, max_sequence_length)) for at, text in changes]
-        self._guidance_scale, self._interrupt = config["guidance_scale"], False
-        self._schedule = Schedule.of(
+        self._guidance_scale = config["guidance_scale"]
+        schedule = Schedule.of(
             config["num_inference_steps"],
             config["shift"],
             config["denoising_steps"],
             config["first_chunk_steps"],
             strength=1.0 if source is None else config["strength"],
         )
-        self._num_timesteps = len(self._schedule.times) - 1
+        self._num_timesteps = len(schedule.times) - 1
         negative, away = negative_prompt_embeds, config.pop("negative_prompt")
         if negative is None and config["guidance_scale"] != 1 and (away or self._reads_empty_prompts()):
             negative = self.encode_prompt(away or "", max_sequence_length)
@@ -270,8 +274,9 @@ class StreamingMLAPipeline(DiffusionPipeline):
             if unknown:
                 raise UsageError(f"callbacks get {', '.join(self._callback_tensor_inputs)}, not {', '.join(unknown)}")
             callback = callback_on_step_end
-        made = self._chunks(texts, frames, size, settings, output_type, callback)
-        return handed_out(prefetch(made, ahead), output_type)
+        call = Call()
+        made = self._chunks(call, schedule, texts, frames, size, settings, output_type, callback)
+        return handed_out(prefetch(made, ahead, call.closed), output_type)
 
     def __call__(
         self,
@@ -296,6 +301,8 @@ class StreamingMLAPipeline(DiffusionPipeline):
 
     def _chunks(
         self,
+        call: Call,
+        schedule: Schedule,
         texts: Tensor,
         num_frames: int | None,
         size: tuple[int, int],
@@ -308,13 +315,14 @@ class StreamingMLAPipeline(DiffusionPipeline):
         total = None
         if num_frames is not None:
             ranges = chunk_ranges(self.transformer.causal, num_frames)
-            total = sum(len(self._schedule.of_chunk(first)) - 1 for first, stop in ranges if stop > given)
+            total = sum(len(schedule.of_chunk(first)) - 1 for first, stop in ranges if stop > given)
         decodes = not self.pixels and output_type != "latent"
         decoder = StreamingDecoder(self.vae) if decodes else None
         source = settings["source"]
         encodes = self.vae if isinstance(source, SourceVideo) and not self.pixels else None
         reserve([self.transformer], self.vae if decodes else None, *size, len(texts), settings["device"], encodes)
         done = 0
+        self._calls.running.append(call)
         try:
             with self.progress_bar(itertools.count() if total is None else None, total) as bar:
 
@@ -322,19 +330,31 @@ class StreamingMLAPipeline(DiffusionPipeline):
                     nonlocal done
                     bar.update()
                     done += 1
+                    if call.closed.is_set():
+                        raise Closed
                     if callback is None:
                         return None
-                    changed = callback(self, done - 1, torch.tensor(1000 * t), {"latents": x})
+                    with call.callback():
+                        changed = callback(self, done - 1, torch.tensor(1000 * t), {"latents": x})
                     return None if changed is None else changed.get("latents")
 
-                for chunk in stream_chunks(self.transformer, texts, num_frames, *size, on_step=on_step, **settings):
-                    yield self._finished(chunk, decoder, output_type)
-                    if self._interrupt:
-                        return
+                chunks = stream_chunks(self.transformer, texts, num_frames, *size, on_step=on_step, **settings)
+                while not call.interrupt:
+                    with self._calls.turn():
+                        chunk = next(chunks, None)
+                        if chunk is None:
+                            return
+                        finished = self._finished(chunk, decoder, output_type)
+                    yield finished
+        except Closed:
+            return
         finally:
             if isinstance(source, SourceVideo):
                 source.close()
-            self.maybe_free_model_hooks()
+            with self._calls.turn():
+                self._calls.running.remove(call)
+                if not self._calls.running:
+                    self.maybe_free_model_hooks()
 
     def _finished(self, chunk: Tensor, decoder: StreamingDecoder | None, output_type: OutputType) -> Tensor:
         """A chunk `[B, C, F, h, w]` in the form that `handed_out` takes."""
@@ -411,14 +431,17 @@ class StreamingMLAPipeline(DiffusionPipeline):
         pictures = [start] if isinstance(start, Image.Image) else start
         source = Path(pictures) if isinstance(pictures, str) else pictures
         device = self._execution_device
-        latents = read_start(source, self.transformer.noise_channels, *size, None if self.pixels else self.vae)
-        self._send_back_vae()
+        with self._calls.turn():
+            latents = read_start(source, self.transformer.noise_channels, *size, None if self.pixels else self.vae)
+            self._send_back_vae()
         return latents.unsqueeze(0).to(device)
 
     def _source(self, source: Source | None, size: tuple[int, int], fps: float) -> Tensor | SourceVideo | None:
         if source is None or isinstance(source, Tensor):
             return source.unsqueeze(0) if isinstance(source, Tensor) and source.ndim == 4 else source
         pictures = Path(source) if isinstance(source, str) else source
+        if not isinstance(pictures, Path | Image.Image):
+            pictures = self._calls.between_turns(pictures)
         shape = (self.transformer.noise_channels, *size)
         opened = open_source([pictures] if isinstance(pictures, Image.Image) else pictures, shape, self.vae_scale, fps)
         if isinstance(opened, SourceVideo) and not self.pixels:
@@ -436,12 +459,13 @@ class StreamingMLAPipeline(DiffusionPipeline):
             raise UsageError("this pipeline has no vae to encode the image; pass one")
         picture, config = read_image(Path(image) if isinstance(image, str) else image), self.transformer.config
         tokens = None
-        if reads_tokens(config):
-            if self.image_encoder is None or self.image_processor is None:
-                raise UsageError("this pipeline has no image_encoder and image_processor for the image; pass both")
-            tokens = encode_image(self.image_processor, self.image_encoder, picture)
-        conditions = image_conditions(config, picture, self.vae, *size, frames, tokens)
-        self._send_back_vae()
+        with self._calls.turn():
+            if reads_tokens(config):
+                if self.image_encoder is None or self.image_processor is None:
+                    raise UsageError("this pipeline has no image_encoder and image_processor for the image; pass both")
+                tokens = encode_image(self.image_processor, self.image_encoder, picture)
+            conditions = image_conditions(config, picture, self.vae, *size, frames, tokens)
+            self._send_back_vae()
         return conditions
 
 
