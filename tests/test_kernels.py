@@ -190,6 +190,27 @@ def test_auto_goes_on_where_torch_has_no_memory_to_compare(
 
 @needs_kernels
 @pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 0.0])
+def test_an_output_that_proves_nothing_does_not_decide(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pair(pico.VARIANTS[0])
+    layer, chosen = model.blocks[0].attn1, model.set_kernels("auto")
+    latents, timestep, text = (x.to(DEVICE) for x in pico.inputs(1, 2, HEIGHT, WIDTH))
+    eager = layer.eager_attention
+
+    def attends() -> None:
+        with torch.no_grad():
+            model.forward_chunk(latents, timestep, text, model.init_cache(1, HEIGHT, WIDTH))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layer, "eager_attention", lambda x, step: torch.full_like(eager(x, step), value))
+        attends()
+    assert not chosen.found.checked and "torch" not in chosen.report()["paths"]
+    attends()
+    assert len(chosen.found.checked) == 1 and "torch" not in chosen.report()["paths"]
+
+
+@needs_kernels
+@pytest.mark.usefixtures("interpreted")
 def test_more_items_are_not_compared_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model = pair(pico.VARIANTS[6])
     layer = model.blocks[0].attn1

@@ -7,6 +7,7 @@ are kept as text, to be printed and recorded. The kernels are in the package `ml
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -149,7 +150,10 @@ class Kernels:
     def _compared(
         self, key: tuple[int, Shape], layer: CausalSelfAttention, hidden_states: Tensor, step: AttentionPass
     ) -> Tensor | None:
-        """A kernel's output if it agrees with torch's; if it fails or differs, None, and torch attends from now on."""
+        """A kernel's output if it agrees with torch's; if it fails or differs, None, and torch attends from now on.
+
+        If torch's is all zeros or not finite, as for NaN input, None for this pass, and the next one compares again.
+        """
         choice = self.found.choices[key]
         path = choice.path
         assert path != "torch"
@@ -173,7 +177,10 @@ class Kernels:
                     "kernels: torch's attention of layer %d does not fit in memory, so nothing is compared", layer.layer
                 )
                 return out
-            difference = float((out.float() - expected).abs().max() / expected.abs().max())
+            largest = float(expected.abs().max())
+            if largest == 0 or not math.isfinite(largest):
+                return None
+            difference = float((out.float() - expected).abs().max()) / largest
             if difference <= CHECK[key[1].dtype]:
                 return out
             reason = f"{path} differs from torch by {difference:.1e} of the largest output"
