@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -192,6 +193,26 @@ def test_a_source_that_failed_is_not_asked_again_when_the_round_is_repeated(monk
     assert batch.active == [failing, other]
     ended, made = batch.step()
     assert asked == [0] and ended.error is not None and made.latents.shape[1] == 2
+
+
+def test_streams_that_have_gone_leave_no_tensors_behind() -> None:
+    """Whether they end, leave, fail or change their prompt."""
+    batch = batch_of(pico.dense_model(layers=1), 3, recache=True, num_inference_steps=1)
+
+    def come_and_go() -> int:
+        batch.join(prompt(0), num_frames=4, start=torch.zeros(2, 2, HEIGHT, WIDTH))
+        batch.join(prompt(1), source=broken)
+        leaves = batch.join(prompt(2))
+        batch.step()
+        batch.change_prompt(leaves, prompt(3))
+        batch.step()
+        batch.leave(leaves)
+        assert not batch.active
+        # An exception that was caught refers to itself through the frames of its traceback.
+        gc.collect()
+        return sum(issubclass(type(one), Tensor) for one in gc.get_objects())
+
+    assert len({come_and_go() for _ in range(5)}) == 1
 
 
 def test_a_prompt_that_is_not_finite_is_refused() -> None:

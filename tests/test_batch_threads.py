@@ -104,3 +104,21 @@ def test_a_round_leaves_streams_out() -> None:
     assert not batch.active
     for number in numbers:
         is_alone(made[number], alone(model, prompt(number), 8, number))
+
+
+def test_two_batches_run_in_two_threads() -> None:
+    model, made = pico.dense_model(), {}
+
+    def run(seed: int) -> None:
+        batch = batch_of(model, 1)
+        batch.join(prompt(seed), seed=seed, num_frames=8)
+        made[seed] = list(batch.chunks())
+
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for seed, chunks in made.items():
+        is_alone(chunks, alone(model, prompt(seed), 8, seed))
+    assert len(made) == 2
