@@ -69,11 +69,12 @@ def test_streams_in_threads_are_what_they_are_alone(digits: Any) -> None:
         np.testing.assert_array_equal(made[index], frames)
 
 
-def test_an_interrupt_in_a_callback_ends_its_own_video(digits: Any) -> None:
+@pytest.mark.parametrize("name", ["interrupt", "_interrupt"])
+def test_an_interrupt_in_a_callback_ends_its_own_video(name: str, digits: Any) -> None:
     def callback(pipe: Any, step: int, *rest: Any) -> None:
         assert not pipe.interrupt
         if step == 3:
-            pipe.interrupt = True
+            setattr(pipe, name, True)
 
     other = digits.stream("3", num_frames=9, ahead=0)
     frames = [next(other)]

@@ -145,6 +145,9 @@ class StreamingMLAPipeline(DiffusionPipeline):
         for call in self._calls.addressed():
             call.interrupt = value
 
+    # The name that callbacks for other pipelines of diffusers set.
+    _interrupt = interrupt
+
     def encode_prompt(self, prompt: str | Sequence[str], max_sequence_length: int = TEXT_TOKENS) -> Tensor:
         """Embeddings `[B, L, D]`, computed as in `WanPipeline`. Raises UsageError without a text encoder."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
