@@ -51,7 +51,7 @@ def compiled(variant, capability, count=False):
         name = parameter.name
         signature[name] = "constexpr" if name in variant.plan.constants else variant.types.get(name, "i32")
         pointer_or_int = signature[name][0] in "*i"
-        if pointer_or_int and not parameter.do_not_specialize and name not in UNEVEN:
+        if pointer_or_int and not parameter.do_not_specialize and name not in (*UNEVEN, *variant.uneven):
             divisible.append(index)
     unknown = [name for name in (*variant.types, *variant.plan.constants) if name not in signature]
     if unknown:

@@ -60,8 +60,8 @@ class Variant(NamedTuple):
 
     `types` maps arguments to Triton type names (`*bf16`, `*i32`, `fp32`). An argument that is neither in `types` nor a
     constant of `plan` is an i32. An absent tensor is a constant None. Pointers and integers are assumed to be multiples
-    of 16, except those that the kernel lists in `do_not_specialize` and those in `UNEVEN` of `aot.py`. `dot` says
-    whether the kernel should use the tensor core instruction of its generation.
+    of 16, except those that the kernel lists in `do_not_specialize`, those in UNEVEN of `aot.py` and those in `uneven`.
+    `dot` says whether the kernel should use the tensor core instruction of its generation.
     """
 
     name: str
@@ -69,6 +69,7 @@ class Variant(NamedTuple):
     types: dict[str, str]
     plan: Plan
     dot: bool = True
+    uneven: tuple[str, ...] = ()
 
 
 def why_not(device: str | torch.device, dtype: torch.dtype) -> str | None:

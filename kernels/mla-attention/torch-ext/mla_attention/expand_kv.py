@@ -9,6 +9,8 @@ channels, V value channels, r `kv_lora_rank`, R shared rotary channels, W row wi
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,22 +33,52 @@ from ._runtime import (
     tl,
 )
 from .expand_tiles import TILES, Tiles
-from .pack import copy_rows
-from .quantise import GROUP, dequantise_rows
-from .ring import check_ring, ring_index, ring_strides
+from .pack import copy_rows, nibbles
+from .quantise import GROUP, GROUP_OF_FOUR, dequantise_rows, row_parts, row_width
+from .ring import UNEVEN_ROWS, check_ring, ring_index, ring_strides
 
 MAX_RANK = 2048
 MAX_CHANNELS = 256
+
+
+@jit
+def _add_latents(
+    acc, source, steps, weights, COUNT: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add the product of COUNT latents of some rows with their weights; in groups of 32, two latents share a byte."""
+    PER_BYTE: tl.constexpr = 64 // GROUP
+    for start in range(0, COUNT, BLOCK_R):
+        i = start + tl.arange(0, BLOCK_R)
+        stored = start // PER_BYTE + tl.arange(0, BLOCK_R // PER_BYTE)
+        if COUNT % BLOCK_R == 0:
+            tile = tl.load(source[:, None] + stored[None, :])
+            w = tl.load(weights[:, None] + i[None, :])
+        else:
+            tile = tl.load(source[:, None] + stored[None, :], mask=(stored < COUNT // PER_BYTE)[None, :], other=0)
+            w = tl.load(weights[:, None] + i[None, :], mask=(i < COUNT)[None, :], other=0.0)
+        if PER_BYTE == 2:
+            tile = nibbles(tile, BLOCK_M, BLOCK_R)
+        if steps is not None:
+            # A block lies within one group.
+            step = tl.load(steps + start // GROUP).to(tl.float32)
+            tile = (tile.to(tl.float32) * step[:, None]).to(w.dtype)
+        acc = tl.dot(tile, w.T, acc, input_precision=PRECISION)
+    return acc
 
 
 @jit(do_not_specialize=["keys", "slots_b"])
 def _expand_kernel(
     out, rows, scales, slots, num_keys, weight, bias, rotations, tokens, keys, heads, copies,
     out_b, out_k, out_h, rows_b, rows_s, rows_t, scales_b, scales_s, scales_t, slots_b, head_rows, rotations_k,
-    RANK: tl.constexpr, CHANNELS: tl.constexpr, TILES: tl.constexpr, HEADS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+    RANK: tl.constexpr, EIGHT: tl.constexpr, CHANNELS: tl.constexpr, TILES: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_FOUR: tl.constexpr, ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One product: BLOCK_N of the CHANNELS of HEADS heads for a tile of keys; each is stored for `copies` heads."""
+    """One product: BLOCK_N of the CHANNELS of HEADS heads for a tile of keys; each is stored for `copies` heads.
+
+    The first EIGHT latents have 8 bits and the others 4, or all have the same number. Rows begin at multiples of ALIGN.
+    """
     first = tl.program_id(0) % TILES * BLOCK_N
     n = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     b = tl.program_id(2).to(tl.int64)
@@ -57,7 +89,9 @@ def _expand_kernel(
     # Rows past the end repeat the last valid key, so no load of the product needs a mask.
     n = tl.minimum(n, valid - 1)
     slot = tl.load(slots + b * slots_b + n // tokens).to(tl.int64)
-    source = rows + b * rows_b + slot * rows_s + n % tokens * rows_t
+    # Strides that 16 does not divide, as of 24 + 32 bytes, would otherwise be unknown and every load a byte.
+    source = rows + tl.multiple_of(b * rows_b + slot * rows_s + n % tokens * rows_t, ALIGN)
+    steps = scales
     if scales is not None:
         steps = scales + b * scales_b + slot * scales_s + n % tokens * scales_t
     j = tl.arange(0, HEADS * BLOCK_N)
@@ -70,19 +104,14 @@ def _expand_kernel(
     # Adding the bias after the product would need more registers, beside the sums and the rotations.
     if bias is not None:
         acc += tl.load(bias + row).to(tl.float32)[None, :]
-    for start in range(0, RANK, BLOCK_R):
-        i = start + tl.arange(0, BLOCK_R)
-        if RANK % BLOCK_R == 0:
-            tile = tl.load(source[:, None] + i[None, :])
-            w = tl.load(weights[:, None] + i[None, :])
-        else:
-            tile = tl.load(source[:, None] + i[None, :], mask=(i < RANK)[None, :], other=0)
-            w = tl.load(weights[:, None] + i[None, :], mask=(i < RANK)[None, :], other=0.0)
-        if scales is not None:
-            # A block of the rank lies within one group.
-            step = tl.load(steps + start // 64).to(tl.float32)
-            tile = (tile.to(tl.float32) * step[:, None]).to(weight.dtype.element_ty)
-        acc = tl.dot(tile, w.T, acc, input_precision=PRECISION)
+    if EIGHT is None:
+        acc = _add_latents(acc, source, steps, weights, RANK, 64, BLOCK_M, BLOCK_R, PRECISION)
+    else:
+        acc = _add_latents(acc, source, steps, weights, EIGHT, 64, BLOCK_M, BLOCK_R, PRECISION)
+        steps += (EIGHT + 63) // 64
+        acc = _add_latents(
+            acc, source + EIGHT, steps, weights + EIGHT, RANK - EIGHT, 32, BLOCK_M, BLOCK_FOUR, PRECISION
+        )
     if rotations is not None:
         # cos and sin are interleaved like the pairs, and the same for all heads.
         place = first + tl.arange(0, BLOCK_N)
@@ -101,7 +130,7 @@ def _expand_kernel(
 def expand_kv_(
     key_out: Tensor, value_out: Tensor, rows: Tensor, scales: Tensor | None, slots: Tensor, num_keys: Tensor,
     w_kvb: Tensor, b_kvb: Tensor, w_pe: Tensor | None, b_pe: Tensor | None, rotations: Tensor | None,
-    rotate_heads: bool,
+    rotate_heads: bool, eight: int | None = None,
 ) -> None:  # fmt: skip
     """Write the valid keys and values to `key_out` `[B, K, H, D]` and `value_out` `[B, K, H, V]`, in place.
 
@@ -115,19 +144,22 @@ def expand_kv_(
     `[nope | k_pe]` with D = N + R, and `rotations` `[F T, R / 2, 2]` rotate the shared `k_pe`. It is read from the
     channels of the row from r on or, if `w_pe` `[R, r]` is given, computed as `w_pe c + b_pe`. N or R may be 0.
 
+    With `eight`, the first `eight` latents of int8 rows have 8 bits, the others 4, and the shared key 8: the format of
+    `quantise_rows`, which also says how many scalars and scales a row has.
+
     Outputs, rows (unless int8) and weights share a dtype; sums and rotations are float32. Raises ValueError for
     arguments that do not fit, NotImplementedError for what `why_not_expand_kv` rejects.
     """
-    _check(key_out, value_out, rows, scales, slots, num_keys, w_kvb, b_kvb, w_pe, b_pe, rotations, rotate_heads)
+    _check(key_out, value_out, rows, scales, slots, num_keys, w_kvb, b_kvb, w_pe, b_pe, rotations, rotate_heads, eight)
     ops.expand_kv_(
-        key_out, value_out, rows, scales, slots, num_keys, w_kvb, b_kvb, w_pe, b_pe, rotations, rotate_heads
+        key_out, value_out, rows, scales, slots, num_keys, w_kvb, b_kvb, w_pe, b_pe, rotations, rotate_heads, eight
     )  # fmt: skip
 
 
 def expand_kv_reference(
     key_out: Tensor, value_out: Tensor, rows: Tensor, scales: Tensor | None, slots: Tensor, num_keys: Tensor,
     w_kvb: Tensor, b_kvb: Tensor, w_pe: Tensor | None, b_pe: Tensor | None, rotations: Tensor | None,
-    rotate_heads: bool,
+    rotate_heads: bool, eight: int | None = None,
 ) -> None:  # fmt: skip
     """`expand_kv_` in plain torch, computed in float64 for float64 weights, else in float32."""
     wide = torch.promote_types(w_kvb.dtype, torch.float32)
@@ -136,7 +168,7 @@ def expand_kv_reference(
     place = ring_index(rows, slots, len(key_out))
     found = rows[place].flatten(1, 2)
     if scales is not None:
-        found = dequantise_rows(found, scales[place].flatten(1, 2), wide)
+        found = dequantise_rows(found, scales[place].flatten(1, 2), wide, eight, rank)
     count = min(found.shape[1], key_out.shape[1])
     found = found[:, :count].to(wide)
     latent = found[..., :rank]
@@ -175,8 +207,13 @@ def why_not_expand_kv(
     return None
 
 
-def expand_plan(rank: int, channels: int, heads: int, dtype: torch.dtype, capability: int) -> Plan:
-    """Tiles of keys by channels of several heads: the widest that compile without spilled registers."""
+def expand_plan(
+    rank: int, channels: int, heads: int, dtype: torch.dtype, capability: int, eight: int | None = None, align: int = 16
+) -> Plan:
+    """Tiles of keys by channels of several heads: the widest that compile without spilled registers.
+
+    The first `eight` latents have 8 bits, if not all have the same number; rows begin at multiples of `align` scalars.
+    """
     exact = dtype == torch.float32
     chosen = Tiles(32, 32, GROUP, 4, 1) if exact else TILES[tile_family(capability)]
     width = chosen.width
@@ -185,19 +222,22 @@ def expand_plan(rank: int, channels: int, heads: int, dtype: torch.dtype, capabi
     together = min(width // block_n, power_of_two(heads))
     constants = {
         "RANK": rank,
+        "EIGHT": eight,
         "CHANNELS": channels,
         "TILES": ceil_div(channels, block_n),
         "HEADS": together,
         "BLOCK_M": chosen.block_m,
         "BLOCK_N": block_n,
-        "BLOCK_R": min(GROUP, chosen.block_r, max(16, power_of_two(rank))),
+        "BLOCK_R": min(GROUP, chosen.block_r, max(16, power_of_two(rank if eight is None else eight))),
+        "BLOCK_FOUR": 0 if eight is None else min(GROUP_OF_FOUR, chosen.block_r, max(16, power_of_two(rank - eight))),
+        "ALIGN": align,
         "PRECISION": "ieee" if exact else "tf32",
     }
     return Plan(constants, 4 if together * block_n < 128 else chosen.warps, chosen.stages)
 
 
 def aot_variants(capability: int) -> list[Variant]:
-    """Ahead-of-time compilations: Wan's heads, rotated and not, by rank; shared keys; int8 rows.
+    """Ahead-of-time compilations: Wan's heads, rotated and not, by rank; shared keys; rows in int8, in 8 and 4 bits.
 
     The recipes that share a latent between two layers use ranks 448 and 1472.
     """
@@ -205,12 +245,19 @@ def aot_variants(capability: int) -> list[Variant]:
     cases = [(rank, *case, False) for rank in (448, 192, 64, 128, 200, 256, 1472) for case in whole]
     cases += [(192, *case, False) for case in parts + shared]
     cases += [(rank, *case, True) for rank in (192, 448) for case in whole + shared]
-    return [aot_variant(*case, capability) for case in cases]
+    found = [aot_variant(*case, capability) for case in cases]
+    # Rows of 56, 224 and 81 bytes.
+    mixed = [(88, 24, 8), (384, 64, 16), (121, 41, 1)]
+    rows = [(rank, *case, True, capability, eight, align) for rank, eight, align in mixed for case in whole + shared]
+    return found + [aot_variant(*case) for case in rows]
 
 
-def aot_variant(rank: int, channels: int, heads: int, rotated: bool, quantised: bool, capability: int) -> Variant:
-    """One ahead-of-time compilation with bfloat16 weights and rows in bfloat16 or int8."""
-    plan = expand_plan(rank, channels, heads, torch.bfloat16, capability)
+def aot_variant(
+    rank: int, channels: int, heads: int, rotated: bool, quantised: bool, capability: int, eight: int | None = None,
+    align: int = 16,
+) -> Variant:  # fmt: skip
+    """One ahead-of-time compilation with bfloat16 weights and rows in bfloat16, int8 or 8 and 4 bits."""
+    plan = expand_plan(rank, channels, heads, torch.bfloat16, capability, eight, align)
     types = {"out": "*bf16", "rows": "*i8" if quantised else "*bf16", "slots": "*i32", "num_keys": "*i32"}
     types |= dict.fromkeys(("weight", "bias"), "*bf16")
     optional = {"scales": ("*fp16", quantised), "rotations": ("*fp32", rotated)}
@@ -218,9 +265,10 @@ def aot_variant(rank: int, channels: int, heads: int, rotated: bool, quantised: 
     fixed = {name: None for name, (_, there) in optional.items() if not there}
     # Triton specializes on arguments that are 1.
     fixed |= {"heads": 1} if heads == 1 else {"copies": 1}
-    name = f"expand_kv r={rank}, {heads} x {channels} channels" + ", rotated" * rotated + ", int8" * quantised
+    name = f"expand_kv r={rank}, {heads} x {channels} channels" + ", rotated" * rotated
+    name += ", int8" * quantised if eight is None else f", {eight} in 8 bits, the others in 4"
     plan = plan._replace(constants={**plan.constants, **fixed})
-    return Variant(name, _expand_kernel, types, plan)
+    return Variant(name, _expand_kernel, types, plan, uneven=UNEVEN_ROWS if align < 16 else ())
 
 
 def _rotate(x: Tensor, rotations: Tensor) -> Tensor:
@@ -233,16 +281,16 @@ def _rotate(x: Tensor, rotations: Tensor) -> Tensor:
 def _check(
     key_out: Tensor, value_out: Tensor, rows: Tensor, scales: Tensor | None, slots: Tensor, num_keys: Tensor,
     w_kvb: Tensor, b_kvb: Tensor, w_pe: Tensor | None, b_pe: Tensor | None, rotations: Tensor | None,
-    rotate_heads: bool,
+    rotate_heads: bool, eight: int | None = None,
 ) -> None:  # fmt: skip
     dtype = w_kvb.dtype
     check_tensor("key_out", key_out, (None,) * 4, dtype)
     batch, capacity, heads, key_width = key_out.shape
     check_tensor("value_out", value_out, (batch, capacity, heads, None), dtype, like=key_out)
-    check_ring(rows, scales, slots, batch, dtype, key_out)
-    check_tensor("num_keys", num_keys, (1,), torch.int32, like=rows)
-    check_tensor("w_kvb", w_kvb, (None, None), dtype, like=rows)
+    check_tensor("w_kvb", w_kvb, (None, None), dtype, like=key_out)
     weight_rows, rank = w_kvb.shape
+    check_ring(rows, scales, slots, batch, dtype, key_out, rank, eight)
+    check_tensor("num_keys", num_keys, (1,), torch.int32, like=rows)
     check_tensor("b_kvb", b_kvb, (weight_rows,), dtype, like=rows)
     value_channels, width = value_out.shape[3], rows.shape[3]
     nope = weight_rows // heads - value_channels
@@ -260,7 +308,7 @@ def _check(
         require(w_pe.stride(0) == rank, "w_pe must be contiguous")
         if b_pe is not None:
             check_tensor("b_pe", b_pe, (shared,), dtype, like=rows)
-    expected = rank + (shared if w_pe is None else 0)
+    expected = row_width(rank, shared if w_pe is None else 0, eight)
     require(width >= expected, "rows are {} wide, expected at least {}", width, expected)
     if rotate_heads or shared:
         require(rotations is not None, "rotations are missing")
@@ -270,26 +318,27 @@ def _check(
 
 
 def _launch(
-    key_out, value_out, rows, scales, slots, num_keys, w_kvb, b_kvb, w_pe, b_pe, rotations, rotate_heads
+    key_out, value_out, rows, scales, slots, num_keys, w_kvb, b_kvb, w_pe, b_pe, rotations, rotate_heads, eight=None
 ):  # fmt: skip
     heads, value_channels = key_out.shape[2], value_out.shape[3]
     nope = w_kvb.shape[0] // heads - value_channels
     shared = key_out.shape[3] - nope
     source, both = (rows, scales, slots, num_keys), nope + value_channels
     if nope:
-        _product(key_out, nope, heads, *source, w_kvb, b_kvb, both, rotations if rotate_heads else None)
-    _product(value_out, value_channels, heads, *source, w_kvb[nope:], b_kvb[nope:], both, None)
+        _product(key_out, nope, heads, *source, w_kvb, b_kvb, both, rotations if rotate_heads else None, eight)
+    _product(value_out, value_channels, heads, *source, w_kvb[nope:], b_kvb[nope:], both, None, eight)
     if shared and w_pe is None:
-        copy_rows(key_out[..., nope:], *source, w_kvb.shape[1], shared, rotations)
+        copy_rows(key_out[..., nope:], *source, row_parts(w_kvb.shape[1], shared, eight)[2], rotations)
     elif shared:
-        _product(key_out[..., nope:], shared, 1, *source, w_pe, b_pe, 0, rotations)
+        _product(key_out[..., nope:], shared, 1, *source, w_pe, b_pe, 0, rotations, eight)
 
 
-def _product(out, channels, heads, rows, scales, slots, num_keys, weight, bias, head_rows, rotations):
+def _product(out, channels, heads, rows, scales, slots, num_keys, weight, bias, head_rows, rotations, eight=None):
     """Launch one product: for every head, with weights `head_rows` rows apart, or one that all heads of `out` share."""
     rank, tokens = weight.shape[1], rows.shape[2]
     keys = min(slots.shape[-1] * tokens, out.shape[1])
-    plan = expand_plan(rank, channels, heads, out.dtype, capability(rows.device))
+    align = math.gcd(16, *rows.stride()[:3])
+    plan = expand_plan(rank, channels, heads, out.dtype, capability(rows.device), eight, align)
     groups = ceil_div(heads, plan.constants["HEADS"]) * plan.constants["TILES"]
     launch(
         _expand_kernel, (groups, ceil_div(keys, plan.constants["BLOCK_M"]), out.shape[0]), plan, out,
@@ -305,7 +354,8 @@ def _product(out, channels, heads, rows, scales, slots, num_keys, weight, bias, 
     device_types="cuda",
     schema=(
         "(Tensor(a!) key_out, Tensor(b!) value_out, Tensor rows, Tensor? scales, Tensor slots, Tensor num_keys, "
-        "Tensor w_kvb, Tensor b_kvb, Tensor? w_pe, Tensor? b_pe, Tensor? rotations, bool rotate_heads) -> ()"
+        "Tensor w_kvb, Tensor b_kvb, Tensor? w_pe, Tensor? b_pe, Tensor? rotations, bool rotate_heads, "
+        "int? eight=None) -> ()"
     ),
 )
 def _expand_kv(*arguments):

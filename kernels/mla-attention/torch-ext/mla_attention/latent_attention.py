@@ -31,7 +31,7 @@ from .descriptors import describable, describe
 from .latent_tiles import MAX_RANK, latent_plan, row_widths
 from .merge import launch_merge
 from .pack import packed_rows
-from .quantise import dequantise_rows
+from .quantise import dequantise_rows, row_width
 from .ring import check_ring, ring_index, ring_strides
 from .splits import programs, split_count
 
@@ -298,7 +298,7 @@ def _latent_kernel(
 
 def latent_attention(
     query_latent: Tensor, query_pe: Tensor | None, rows: Tensor, scales: Tensor | None, slots: Tensor,
-    num_keys: Tensor, rotations: Tensor | None, scale: float, splits: int = 1,
+    num_keys: Tensor, rotations: Tensor | None, scale: float, splits: int = 1, eight: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Absorbed attention to cached rows: `(out [B, Q, H, r], lse [B, H, Q])`.
 
@@ -312,17 +312,18 @@ def latent_attention(
     `j % T` of slot `slots[j // T]`; `slots` is int32 `[F]` for all items, or `[B, F]`. Keys from `num_keys` (int32
     `[1]`, on the device) on are not read. `rotations`, float32 `[K, R / 2, 2]` (cos, sin), rotate `k_pe`, in reading
     order. `scale` > 0 multiplies the logits; softmax and sums are float32. `splits` programs share the keys of a tile;
-    0 lets `split_count` choose.
+    0 lets `split_count` choose. With `eight`, the first `eight` latents of int8 rows have 8 bits, the others 4 and the
+    shared key 8, as in `quantise_rows`; such rows are packed for few queries, too.
 
     Raises ValueError for arguments that do not fit, NotImplementedError for what `why_not_latent_attention` rejects.
     """
-    _check(query_latent, query_pe, rows, scales, slots, num_keys, rotations, scale, splits)
-    return ops.latent_attention(query_latent, query_pe, rows, scales, slots, num_keys, rotations, scale, splits)
+    _check(query_latent, query_pe, rows, scales, slots, num_keys, rotations, scale, splits, eight)
+    return ops.latent_attention(query_latent, query_pe, rows, scales, slots, num_keys, rotations, scale, splits, eight)
 
 
 def latent_attention_reference(
     query_latent: Tensor, query_pe: Tensor | None, rows: Tensor, scales: Tensor | None, slots: Tensor,
-    num_keys: Tensor, rotations: Tensor | None, scale: float, splits: int = 1,
+    num_keys: Tensor, rotations: Tensor | None, scale: float, splits: int = 1, eight: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`latent_attention` in plain torch, in float64 for float64 inputs, else in float32; lse has the computed dtype.
 
@@ -333,7 +334,7 @@ def latent_attention_reference(
     place = ring_index(rows, slots, len(query_latent))
     found = rows[place].flatten(1, 2)
     if scales is not None:
-        found = dequantise_rows(found, scales[place].flatten(1, 2), wide)
+        found = dequantise_rows(found, scales[place].flatten(1, 2), wide, eight, rank)
     valid = torch.arange(found.shape[1], device=rows.device) < num_keys
     # Invalid rows may be NaN, which a weight of 0 would not cancel.
     found = found.to(wide).masked_fill(~valid.unsqueeze(-1), 0)
@@ -364,17 +365,21 @@ def why_not_latent_attention(rank: int, shared_channels: int, dtype: torch.dtype
 
 
 def aot_variants(capability: int) -> list[Variant]:
-    """Ahead-of-time compilations: many queries, by rank and shared channels, and few, also to int8 and large rings."""
+    """Ahead-of-time compilations: many queries, by rank and shared channels; few, also to int8, far or packed rows."""
     cases = [(rank, 32, 4680, False, False) for rank in (192, 64, 96, 128, 256, 448, 512)]
     cases += [(rank, shared, 4680, False, False) for rank in (64, 192, 512) for shared in (0, 64)]
     kinds = [(False, False), (True, False), (True, True)]
     cases += [(rank, 64, queries, *kind) for rank in (192, 512) for queries in (1, 64) for kind in kinds]
-    return [aot_variant(*case, capability) for case in cases]
+    found = [aot_variant(*case, capability) for case in cases]
+    packed = [(rank, shared, queries) for rank, shared in ((88, 32), (192, 64), (512, 0)) for queries in (1, 64)]
+    return found + [aot_variant(*case, False, False, capability, True) for case in packed]
 
 
-def aot_variant(rank: int, shared: int, queries: int, quantised: bool, far: bool, capability: int) -> Variant:
+def aot_variant(
+    rank: int, shared: int, queries: int, quantised: bool, far: bool, capability: int, pack: bool = False
+) -> Variant:
     """One ahead-of-time compilation in bfloat16 with 12 heads."""
-    plan = latent_plan(rank, shared, queries * 12, torch.bfloat16, quantised, far, capability)
+    plan = latent_plan(rank, shared, queries * 12, torch.bfloat16, quantised, far, capability, pack=pack)
     gathered = not plan.constants["PACKED"]
     types = dict.fromkeys(("query", "query_pe", "out"), "*bf16") | {
         "rows": "*i8" if quantised else "*bf16",
@@ -395,14 +400,16 @@ def aot_variant(rank: int, shared: int, queries: int, quantised: bool, far: bool
     absent = {name: None for name, wanted in there.items() if not wanted}
     types = {name: kind for name, kind in types.items() if name not in absent}
     plan = plan._replace(constants={**plan.constants, **absent})
-    name = f"latent_attention r={rank} R={shared} Q={queries}" + ", int8" * quantised + ", far" * far
+    name = (
+        f"latent_attention r={rank} R={shared} Q={queries}" + ", int8" * quantised + ", far" * far + ", packed" * pack
+    )
     # Tensor cores of 9.0 and newer need tiles of at least 64 rows.
     return Variant(name, _latent_kernel, types, plan, dot=plan.constants["BLOCK_M"] >= 64)
 
 
 def _check(
     query: Tensor, query_pe: Tensor | None, rows: Tensor, scales: Tensor | None, slots: Tensor, num_keys: Tensor,
-    rotations: Tensor | None, scale: float, splits: int,
+    rotations: Tensor | None, scale: float, splits: int, eight: int | None,
 ) -> None:  # fmt: skip
     check_tensor("query_latent", query, (None,) * 4)
     batch, queries, heads, rank = query.shape
@@ -410,9 +417,9 @@ def _check(
     require(0 <= splits <= MAX_SPLITS, "latent_attention: {} splits; supported: 0 to {}", splits, MAX_SPLITS)
     require(scale > 0, "latent_attention: scale {} is not positive", scale)
     refuse(why_not_latent_attention(rank, shared, query.dtype))
-    check_ring(rows, scales, slots, batch, query.dtype, query)
-    tokens, width = rows.shape[2:]
-    require(width >= rank + shared, "rows are {} wide, expected at least {}", width, rank + shared)
+    check_ring(rows, scales, slots, batch, query.dtype, query, rank, eight)
+    (tokens, width), least = rows.shape[2:], row_width(rank, shared, eight)
+    require(width >= least, "rows are {} wide, expected at least {}", width, least)
     check_tensor("num_keys", num_keys, (1,), torch.int32, like=query)
     if query_pe is not None:
         check_tensor("query_pe", query_pe, (batch, queries, heads, shared), query.dtype, like=query)
@@ -426,21 +433,22 @@ def _described(x: Tensor) -> Tensor:
     return x.view(1, -1, 1, x.shape[-1])
 
 
-def _launch(query, query_pe, rows, scales, slots, num_keys, rotations, scale, splits):
+def _launch(query, query_pe, rows, scales, slots, num_keys, rotations, scale, splits, eight=None):
     batch, queries, heads, rank = query.shape
     tokens, shared = rows.shape[2], 0 if query_pe is None else query_pe.shape[-1]
     keys, strides = slots.shape[-1] * tokens, ring_strides(rows, scales, slots)
     far = rows.shape[1] * rows.stride(1) >= NEAR
     known = (rank, shared, queries * heads, query.dtype, scales is not None, far, capability(query.device))
-    plan = latent_plan(*known)
+    plan = latent_plan(*known, pack=eight is not None)
     if plan.described:
         query, query_pe = query.contiguous(), None if query_pe is None else query_pe.contiguous()
-        plan = latent_plan(*known, all(describable(_described(x)) for x in (query, query_pe) if x is not None))
+        aligned = all(describable(_described(x)) for x in (query, query_pe) if x is not None)
+        plan = latent_plan(*known, aligned, eight is not None)
     if not shared:
         rotations = None
     if plan.constants["PACKED"]:
         widths = row_widths(plan)
-        rows = packed_rows(rows, scales, slots, num_keys, rotations, batch, rank, *widths, query.dtype)
+        rows = packed_rows(rows, scales, slots, num_keys, rotations, batch, rank, *widths, query.dtype, eight)
         scales = slots = rotations = None
         strides = (rows.stride(0), *(0,) * 6)
     descriptors = dict.fromkeys(TILES)
@@ -472,7 +480,7 @@ def _launch(query, query_pe, rows, scales, slots, num_keys, rotations, scale, sp
     device_types="cuda",
     schema=(
         "(Tensor query_latent, Tensor? query_pe, Tensor rows, Tensor? scales, Tensor slots, Tensor num_keys, "
-        "Tensor? rotations, float scale, int splits) -> (Tensor, Tensor)"
+        "Tensor? rotations, float scale, int splits, int? eight=None) -> (Tensor, Tensor)"
     ),
 )
 def _latent_attention(*arguments):
@@ -485,7 +493,7 @@ def _latent_attention_cpu(*arguments):
 
 
 @_latent_attention.register_fake
-def _latent_attention_fake(query_latent, query_pe, rows, scales, slots, num_keys, rotations, scale, splits):
+def _latent_attention_fake(query_latent, query_pe, rows, scales, slots, num_keys, rotations, scale, splits, eight=None):
     batch, queries, heads, rank = query_latent.shape
     out = query_latent.new_empty(batch, queries, heads, rank)
     return out, query_latent.new_empty(batch, heads, queries, dtype=torch.float32)

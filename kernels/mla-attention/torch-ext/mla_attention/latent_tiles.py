@@ -98,22 +98,24 @@ CANDIDATES = {
 
 def latent_plan(
     rank: int, shared: int, rows: int, dtype: torch.dtype, quantised: bool, far: bool, capability: int,
-    describable: bool = True,
+    describable: bool = True, pack: bool = False,
 ) -> Plan:  # fmt: skip
     """Tiles by rank, dtype, compute capability and `rows`, which counts queries times heads per item.
 
     `quantised` says that the ring is int8, `far` that its offsets need 64 bits; neither matters for packed rows.
-    `describable` says that descriptors of the queries can be created.
+    `describable` says that descriptors of the queries can be created. `pack` says that rows are packed for few queries,
+    too.
     """
-    packed, few = rows >= PACKED_FROM, min(32 if rank <= 256 else 16, max(16, power_of_two(rows)))
+    many, few = rows >= PACKED_FROM, min(32 if rank <= 256 else 16, max(16, power_of_two(rows)))
     if dtype == torch.float32:
-        tiles = Tiles(64, few, 16, packed, 4, 1)
-    elif packed:
+        tiles = Tiles(64, few, 16, many, 4, 1)
+    elif many:
         tiles = next(tiles for limit, tiles in TILES[tile_family(capability)] if rank <= limit)
         if tiles.described and not (describable and max(16, power_of_two(rank)) <= tiles.widest):
             tiles = tiles._replace(block_k=min(64, tiles.block_k), described=False)
     else:
-        tiles = Tiles(128, few, 32 if rank <= 256 else 16, False, 8 if quantised or rank > 256 else 4, 3)
+        slow = rank > 256 or (quantised and not pack)
+        tiles = Tiles(128, few, 32 if rank <= 256 else 16, False, 8 if slow else 4, 3)
     wide, count, rest = (max(16, power_of_two(rank)), 1, 0) if tiles.described else _blocks(rank, tiles.widest)
     constants = {
         "RANK": rank,
@@ -125,9 +127,9 @@ def latent_plan(
         "PE": max(32, power_of_two(shared)) if shared else 0,
         "BLOCK_M": tiles.block_m,
         "BLOCK_K": tiles.block_k,
-        "PACKED": packed,
+        "PACKED": many or pack,
         "PEELED": tiles.peeled,
-        "FAR": far and not packed,
+        "FAR": far and not (many or pack),
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
     }
     return Plan(constants, tiles.warps, tiles.stages, tiles.max_registers, tiles.described)

@@ -28,8 +28,8 @@ from ._runtime import (
     tile_family,
     tl,
 )
-from .quantise import GROUP, LEVELS, MAX_SCALE, quantise_rows
-from .ring import check_ring, ring_index, ring_strides
+from .quantise import GROUP, LEVELS, LEVELS_OF_FOUR, MAX_SCALE, quantise_rows, row_width
+from .ring import UNEVEN_ROWS, check_ring, ring_index, ring_strides
 
 MAX_RANK = 2048
 MAX_SHARED = 128
@@ -95,17 +95,45 @@ def _add_keys(
     return acc, squares
 
 
+@jit
+def _quantised(x, LEVELS: tl.constexpr, MAX_SCALE: tl.constexpr):
+    """Steps, in float32, and float16 scales of groups along the last axis, as in quantise_rows."""
+    axis: tl.constexpr = len(x.shape) - 1
+    # Round the scale before dividing, then round half to even.
+    scale = tl.minimum(tl.max(tl.abs(x), axis) / LEVELS, MAX_SCALE).to(tl.float16)
+    step = tl.expand_dims(scale.to(tl.float32), axis)
+    x = tl.where(step > 0, tl.div_rn(x, tl.where(step > 0, step, 1.0)), 0.0)
+    x = (x + 12582912.0) - 12582912.0
+    return tl.minimum(tl.maximum(x, -LEVELS), LEVELS), scale
+
+
 @jit(do_not_specialize=["length", "slots_b"])
 def _write_kernel(
     rows, scales, slots, key, value, gain, mean, w_kv, b_kv, w_pe, b_pe, grid, eps, tokens, length,
     rows_b, rows_s, rows_t, scales_b, scales_s, scales_t, slots_b,
     key_b, key_n, value_b, value_n, grid_n,
     RANK: tl.constexpr, SHARED: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, D: tl.constexpr,
-    NORM_FIRST: tl.constexpr, QUANTISED: tl.constexpr, LEVELS: tl.constexpr, MAX_SCALE: tl.constexpr,
+    NORM_FIRST: tl.constexpr, QUANTISED: tl.constexpr, EIGHT: tl.constexpr, LEVELS: tl.constexpr,
+    LEVELS_OF_FOUR: tl.constexpr, MAX_SCALE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute BLOCK_W channels of the rows of BLOCK_N tokens; if QUANTISED, these channels are one group."""
-    first = tl.program_id(0) * BLOCK_W
+    """Compute BLOCK_W channels of the rows of BLOCK_N tokens; if QUANTISED, these channels are one group.
+
+    Where only the first EIGHT latents have 8 bits, every part of a row begins a block, and a block of the latents in 4
+    bits is two groups.
+    """
+    block = tl.program_id(0)
+    first, end = block * BLOCK_W, RANK + SHARED
+    if EIGHT is not None:
+        IN_FOUR: tl.constexpr = (EIGHT + BLOCK_W - 1) // BLOCK_W
+        IN_KEY: tl.constexpr = IN_FOUR + (RANK - EIGHT + BLOCK_W - 1) // BLOCK_W
+        in_four = (block >= IN_FOUR) & (block < IN_KEY)
+        if block >= IN_KEY:
+            first = RANK + (block - IN_KEY) * BLOCK_W
+        elif block >= IN_FOUR:
+            first, end = EIGHT + (block - IN_FOUR) * BLOCK_W, RANK
+        else:
+            end = EIGHT
     w = first + tl.arange(0, BLOCK_W)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     b = tl.program_id(2).to(tl.int64)
@@ -119,7 +147,7 @@ def _write_kernel(
     if NORM_FIRST:
         norm = tl.rsqrt(_squares(keys, inside, KEYS, BLOCK_N, BLOCK_C) / KEYS + eps)
     acc = tl.zeros([BLOCK_N, BLOCK_W], tl.float32)
-    latent = w < RANK
+    latent = w < tl.minimum(RANK, end)
     weights = w_kv + w.to(tl.int64) * (KEYS + VALUES)
     acc, squares = _add_keys(
         acc, keys, inside, norm, gain, mean, places, weights, latent, tl.where(first < RANK, KEYS, 0),
@@ -127,10 +155,10 @@ def _write_kernel(
     )  # fmt: skip
     bias = tl.load(b_kv + w, mask=latent, other=0.0).to(tl.float32)
     if SHARED > 0:
-        shared = (w >= RANK) & (w < RANK + SHARED)
+        shared = (w >= RANK) & (w < end)
         acc, again = _add_keys(
             acc, keys, inside, norm, gain, mean, places, w_pe + (w - RANK).to(tl.int64) * KEYS, shared,
-            tl.where(first + BLOCK_W > RANK, KEYS, 0),
+            tl.where(tl.minimum(first + BLOCK_W, end) > RANK, KEYS, 0),
             KEYS, D, False, NORM_FIRST, BLOCK_N, BLOCK_C, PRECISION,
         )  # fmt: skip
         # A block with both kinds of channels has read the keys twice.
@@ -149,29 +177,41 @@ def _write_kernel(
 
     slot = tl.load(slots + b * slots_b + n // tokens, mask=inside, other=0).to(tl.int64)
     token = n % tokens
-    if QUANTISED:
-        # As in quantise_rows: round the scale before dividing, then round half to even.
-        found = tl.minimum(tl.max(tl.abs(acc), 1) / LEVELS, MAX_SCALE).to(tl.float16)
-        target = scales + b * scales_b + slot * scales_s + token * scales_t + first // BLOCK_W
-        tl.store(target, found, mask=inside)
-        step = found.to(tl.float32)
-        acc = tl.where((step > 0)[:, None], acc / tl.where(step > 0, step, 1.0)[:, None], 0.0)
-        acc = (acc + 12582912.0) - 12582912.0
-        acc = tl.minimum(tl.maximum(acc, -LEVELS), LEVELS)
     target = rows + b * rows_b + slot * rows_s + token * rows_t
-    mask = inside[:, None] & (w < RANK + SHARED)[None, :]
-    tl.store(target[:, None] + w[None, :], acc.to(rows.dtype.element_ty), mask=mask)
+    place = w
+    if QUANTISED:
+        steps = scales + b * scales_b + slot * scales_s + token * scales_t
+        if EIGHT is not None:
+            SCALES_OF_FOUR: tl.constexpr = (RANK - EIGHT + 31) // 32
+            if in_four:
+                of_four, found = _quantised(tl.reshape(acc, [BLOCK_N, 2, BLOCK_W // 2]), LEVELS_OF_FOUR, MAX_SCALE)
+                low, high = tl.split(tl.reshape(of_four.to(tl.int32), [BLOCK_N, BLOCK_W // 2, 2]))
+                byte = (first - EIGHT) // 2 + tl.arange(0, BLOCK_W // 2)
+                mask = inside[:, None] & (byte < (RANK - EIGHT) // 2)[None, :]
+                tl.store(target[:, None] + (EIGHT + byte)[None, :], (high * 16 | low & 15).to(tl.int8), mask=mask)
+                group = (block - IN_FOUR) * 2 + tl.arange(0, 2)
+                mask = inside[:, None] & (group < SCALES_OF_FOUR)[None, :]
+                tl.store(steps[:, None] + (IN_FOUR + group)[None, :], found, mask=mask)
+                return
+            if block >= IN_KEY:
+                block += SCALES_OF_FOUR - (IN_KEY - IN_FOUR)
+                place = w - (RANK - EIGHT) // 2
+        acc, found = _quantised(acc, LEVELS, MAX_SCALE)
+        tl.store(steps + block, found, mask=inside)
+    mask = inside[:, None] & (w < end)[None, :]
+    tl.store(target[:, None] + place[None, :], acc.to(rows.dtype.element_ty), mask=mask)
 
 
 def latent_write_(
     rows: Tensor, scales: Tensor | None, slots: Tensor, key: Tensor, value: Tensor, norm_weight: Tensor, eps: float,
     key_mean: Tensor | None, w_kv: Tensor, b_kv: Tensor, w_pe: Tensor | None, b_pe: Tensor | None,
-    grid: Tensor | None, heads: int,
+    grid: Tensor | None, heads: int, eight: int | None = None,
 ) -> None:  # fmt: skip
     """Write `[c | k_pe]` of the tokens of F frames to `rows` at `slots`, in place.
 
     `rows` are `[B, S, T, W]`, or `[1, S, T, W]` if all items share a ring, in the dtype of the keys, or int8 with
-    float16 `scales` `[B or 1, S, T, ceil(W / 64)]` in the format of `quantise_rows`. `slots` is int32 `[F]` for all
+    float16 `scales` `[B or 1, S, T, ceil(W / 64)]` in the format of `quantise_rows`. With `eight`, this is the format
+    with the first `eight` latents in 8 bits, the others in 4 and the shared key in 8. `slots` is int32 `[F]` for all
     items, or `[B, F]`. No two frames may be written to the same slot of a ring.
 
     `key` `[B, N, H D]` is the key before QK-norm and `value` `[B, N, H V]` the value, N = F T, frame by frame. With
@@ -183,16 +223,16 @@ def latent_write_(
     Keys, values and weights share a dtype; norm, sums and rotations are float32. Raises ValueError for arguments that
     do not fit, NotImplementedError for what `why_not_latent_write` rejects.
     """
-    _check(rows, scales, slots, key, value, norm_weight, key_mean, w_kv, b_kv, w_pe, b_pe, grid, heads)
+    _check(rows, scales, slots, key, value, norm_weight, key_mean, w_kv, b_kv, w_pe, b_pe, grid, heads, eight)
     ops.latent_write_(
-        rows, scales, slots, key, value, norm_weight, eps, key_mean, w_kv, b_kv, w_pe, b_pe, grid, heads
+        rows, scales, slots, key, value, norm_weight, eps, key_mean, w_kv, b_kv, w_pe, b_pe, grid, heads, eight
     )  # fmt: skip
 
 
 def latent_write_reference(
     rows: Tensor, scales: Tensor | None, slots: Tensor, key: Tensor, value: Tensor, norm_weight: Tensor, eps: float,
     key_mean: Tensor | None, w_kv: Tensor, b_kv: Tensor, w_pe: Tensor | None, b_pe: Tensor | None,
-    grid: Tensor | None, heads: int,
+    grid: Tensor | None, heads: int, eight: int | None = None,
 ) -> None:  # fmt: skip
     """`latent_write_` in plain torch, computed in float64 for float64 keys, else in float32."""
     wide = torch.promote_types(key.dtype, torch.float32)
@@ -213,7 +253,7 @@ def latent_write_reference(
     if scales is None:
         rows[place] = found.to(rows.dtype)
     else:
-        rows[place], scales[place] = quantise_rows(found)
+        rows[place], scales[place] = quantise_rows(found, eight, len(w_kv))
 
 
 def why_not_latent_write(
@@ -233,9 +273,12 @@ def why_not_latent_write(
 
 def write_plan(
     rank: int, shared: int, keys: int, values: int, head_dim: int, mean: bool, quantised: bool, dtype: torch.dtype,
-    capability: int,
+    capability: int, eight: int | None = None,
 ) -> Plan:  # fmt: skip
-    """Tiles of tokens by one group of channels; `keys` and `values` count the channels of all heads."""
+    """Tiles of tokens by one group of channels; `keys` and `values` count the channels of all heads.
+
+    With `eight`, the first `eight` latents have 8 bits and the others 4, two groups to a tile.
+    """
     exact = dtype == torch.float32
     constants = {
         "RANK": rank,
@@ -246,7 +289,9 @@ def write_plan(
         # A mean is subtracted from normalized keys, and unnormalized keys may overflow float16: norm first, two reads.
         "NORM_FIRST": mean or dtype == torch.float16,
         "QUANTISED": quantised,
+        "EIGHT": eight,
         "LEVELS": LEVELS,
+        "LEVELS_OF_FOUR": LEVELS_OF_FOUR,
         "MAX_SCALE": MAX_SCALE,
         "BLOCK_N": 32 if exact else 64,
         "BLOCK_W": GROUP,
@@ -259,14 +304,17 @@ def write_plan(
 
 
 def aot_variants(capability: int) -> list[Variant]:
-    """Ahead-of-time compilations at Wan's geometry: plain and baked, int8, a mean key, no shared key."""
+    """Ahead-of-time compilations at Wan's geometry: plain and baked, int8, 8 and 4 bits, a mean key, no shared key."""
     channels, head_dim = 1536, 128
-    cases = [(rank, 32, True, False, False) for rank in (192, 64, 96, 128, 256, 1024)]
-    cases += [(192, 32, False, False, False), (192, 0, False, False, False), (192, 32, True, False, True)]
-    cases += [(192, 32, True, True, False), (192, 0, False, True, True)]
+    cases = [(rank, 32, True, False, False, None) for rank in (192, 64, 96, 128, 256, 1024)]
+    cases += [(192, 32, False, False, False, None), (192, 0, False, False, False, None)]
+    cases += [(192, 32, True, False, True, None), (192, 32, True, True, False, None), (192, 0, False, True, True, None)]
+    cases += [(88, 0, False, False, True, 24), (192, 32, True, False, True, 64), (121, 32, False, True, True, 41)]
     found = []
-    for rank, shared, baked, mean, quantised in cases:
-        plan = write_plan(rank, shared, channels, channels, head_dim, mean, quantised, torch.bfloat16, capability)
+    for rank, shared, baked, mean, quantised, eight in cases:
+        plan = write_plan(
+            rank, shared, channels, channels, head_dim, mean, quantised, torch.bfloat16, capability, eight
+        )
         types = dict.fromkeys(("key", "value", "gain", "mean", "w_kv", "b_kv", "w_pe", "b_pe"), "*bf16") | {
             "rows": "*i8" if quantised else "*bf16",
             "scales": "*fp16",
@@ -278,20 +326,24 @@ def aot_variants(capability: int) -> list[Variant]:
         absent = {name: None for name, wanted in there.items() if not wanted}
         types = {name: kind for name, kind in types.items() if name not in absent}
         plan = plan._replace(constants={**plan.constants, **absent})
-        name = f"latent_write r={rank} R={shared}" + ", baked" * baked + ", mean" * mean + ", int8" * quantised
-        found.append(Variant(name, _write_kernel, types, plan))
+        name = f"latent_write r={rank} R={shared}" + ", baked" * baked + ", mean" * mean
+        name += ", int8" * quantised if eight is None else f", {eight} in 8 bits, the others in 4"
+        uneven = UNEVEN_ROWS if row_width(rank, shared, eight) % 16 else ()
+        found.append(Variant(name, _write_kernel, types, plan, uneven=uneven))
     return found
 
 
 def _check(
     rows: Tensor, scales: Tensor | None, slots: Tensor, key: Tensor, value: Tensor, norm_weight: Tensor,
     key_mean: Tensor | None, w_kv: Tensor, b_kv: Tensor, w_pe: Tensor | None, b_pe: Tensor | None,
-    grid: Tensor | None, heads: int,
+    grid: Tensor | None, heads: int, eight: int | None = None,
 ) -> None:  # fmt: skip
     dtype = key.dtype
     check_tensor("key", key, (None,) * 3, dtype)
     batch = key.shape[0]
-    check_ring(rows, scales, slots, batch, dtype, key)
+    check_tensor("w_kv", w_kv, (None, None), dtype, like=key)
+    rank, shared = len(w_kv), 0 if w_pe is None else len(w_pe)
+    check_ring(rows, scales, slots, batch, dtype, key, rank, eight)
     tokens, width = rows.shape[2:]
     alone = batch == 1 or rows.shape[0] == batch or slots.dim() == 2
     require(alone, "items that share a ring cannot write to the same slots: give each a table of its own")
@@ -300,11 +352,10 @@ def _check(
     check_tensor("value", value, (batch, length, None), dtype, like=rows)
     keys, values = key.shape[2], value.shape[2]
     require(heads >= 1 and keys % heads == 0, "{} key channels are not divisible by {} heads", keys, heads)
-    shared = 0 if w_pe is None else w_pe.shape[0]
     check_tensor("w_kv", w_kv, (None, keys + values), dtype, like=rows)
-    rank = w_kv.shape[0]
     refuse(why_not_latent_write(rank, shared, keys // heads, dtype))
-    require(width == rank + shared, "rows are {} wide, expected {}", width, rank + shared)
+    expected = row_width(rank, shared, eight)
+    require(width == expected, "rows are {} wide, expected {}", width, expected)
     check_tensor("b_kv", b_kv, (rank,), dtype, like=rows)
     check_tensor("norm_weight", norm_weight, (keys,), dtype, like=rows)
     require(w_kv.stride(0) == keys + values or rank == 1, "w_kv must be contiguous")
@@ -322,18 +373,18 @@ def _check(
 
 
 def _launch(
-    rows, scales, slots, key, value, norm_weight, eps, key_mean, w_kv, b_kv, w_pe, b_pe, grid, heads
+    rows, scales, slots, key, value, norm_weight, eps, key_mean, w_kv, b_kv, w_pe, b_pe, grid, heads, eight=None
 ):  # fmt: skip
     batch, length, keys = key.shape
     rank, shared, values = w_kv.shape[0], 0 if w_pe is None else w_pe.shape[0], value.shape[2]
     plan = write_plan(
         rank, shared, keys, values, keys // heads, key_mean is not None, scales is not None, key.dtype,
-        capability(rows.device),
+        capability(rows.device), eight,
     )  # fmt: skip
+    parts = [rank + shared] if eight is None else [eight, rank - eight, shared]
+    blocks = sum(ceil_div(part, plan.constants["BLOCK_W"]) for part in parts)
     launch(
-        _write_kernel,
-        (ceil_div(rank + shared, plan.constants["BLOCK_W"]), ceil_div(length, plan.constants["BLOCK_N"]), batch),
-        plan, rows,
+        _write_kernel, (blocks, ceil_div(length, plan.constants["BLOCK_N"]), batch), plan, rows,
         rows, scales, slots, key, value, norm_weight, key_mean, w_kv, b_kv, w_pe, None if w_pe is None else b_pe,
         grid, eps, rows.shape[2], length,
         *ring_strides(rows, scales, slots), *key.stride()[:2], *value.stride()[:2],
@@ -347,7 +398,8 @@ def _launch(
     device_types="cuda",
     schema=(
         "(Tensor(a!) rows, Tensor(b!)? scales, Tensor slots, Tensor key, Tensor value, Tensor norm_weight, float eps, "
-        "Tensor? key_mean, Tensor w_kv, Tensor b_kv, Tensor? w_pe, Tensor? b_pe, Tensor? grid, int heads) -> ()"
+        "Tensor? key_mean, Tensor w_kv, Tensor b_kv, Tensor? w_pe, Tensor? b_pe, Tensor? grid, int heads, "
+        "int? eight=None) -> ()"
     ),
 )
 def _latent_write(*arguments):

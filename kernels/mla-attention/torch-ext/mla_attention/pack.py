@@ -11,16 +11,24 @@ import torch
 from torch import Tensor
 
 from ._runtime import Plan, Variant, ceil_div, jit, launch, power_of_two, tl
+from .quantise import Part, row_parts
 from .ring import ring_strides
+
+
+@jit
+def nibbles(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Unpack int8 `[ROWS, COLUMNS / 2]` to signed 4-bit numbers `[ROWS, COLUMNS]`, the low half of a byte first."""
+    return tl.reshape(tl.join((x << 4) >> 4, x >> 4), [ROWS, COLUMNS])
 
 
 @jit(do_not_specialize=["keys", "slots_b"])
 def _copy_kernel(
     out, rows, scales, slots, num_keys, rotations, tokens, keys, copies,
     out_b, out_k, out_h, rows_b, rows_s, rows_t, scales_b, scales_s, scales_t, slots_b, rotations_k,
-    FIRST: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FIRST: tl.constexpr, CHANNELS: tl.constexpr, PHASE: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Copy CHANNELS channels from FIRST on, zero-padded to PADDED, of BLOCK_N rows to `copies` heads."""
+    """Copy CHANNELS channels of a `Part`, zero-padded to PADDED, of BLOCK_M rows to `copies` heads."""
     c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     n = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     b = tl.program_id(2).to(tl.int64)
@@ -31,10 +39,17 @@ def _copy_kernel(
     mask = live[:, None] & (c < CHANNELS)[None, :]
     slot = tl.load(slots + b * slots_b + n // tokens, mask=live, other=0).to(tl.int64)
     source = rows + b * rows_b + slot * rows_s + n % tokens * rows_t
-    x = tl.load(source[:, None] + (FIRST + c)[None, :], mask=mask, other=0).to(tl.float32)
+    if GROUP == 32:
+        two = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        x = tl.load(
+            source[:, None] + (FIRST + two)[None, :], mask=live[:, None] & (two < CHANNELS // 2)[None, :], other=0
+        )
+        x = nibbles(x, BLOCK_M, BLOCK_N).to(tl.float32)
+    else:
+        x = tl.load(source[:, None] + (FIRST + c)[None, :], mask=mask, other=0).to(tl.float32)
     if scales is not None:
         steps = scales + b * scales_b + slot * scales_s + n % tokens * scales_t
-        x *= tl.load(steps[:, None] + ((FIRST + c) // 64)[None, :], mask=mask, other=0.0).to(tl.float32)
+        x *= tl.load(steps[:, None] + ((PHASE + c) // GROUP)[None, :], mask=mask, other=0.0).to(tl.float32)
     if rotations is not None:
         # cos and sin are interleaved like the pairs.
         turn = tl.load(rotations + n.to(tl.int64)[:, None] * rotations_k + c[None, :], mask=mask, other=0.0)
@@ -48,19 +63,19 @@ def _copy_kernel(
 
 
 def copy_rows(
-    out: Tensor, rows: Tensor, scales: Tensor | None, slots: Tensor, num_keys: Tensor, first: int, channels: int,
+    out: Tensor, rows: Tensor, scales: Tensor | None, slots: Tensor, num_keys: Tensor, part: Part,
     rotations: Tensor | None,
 ) -> None:  # fmt: skip
-    """Write some channels of the valid rows, from `first` on, to every head of `out` `[B, K, H, C]` in reading order.
+    """Write a part of the valid rows to every head of `out` `[B, K, H, C]` in reading order.
 
     The remaining channels of `out` are set to 0. Rows, scales, slots and `num_keys` are as in `expand_kv_`; rows from
-    `num_keys` on are neither read nor written. `rotations`, float32 `[F T, channels / 2, 2]`, rotate channel pairs in
+    `num_keys` on are neither read nor written. `rotations`, float32 `[F T, part.count / 2, 2]`, rotate channel pairs in
     float32; the result is rounded once.
     """
     batch, capacity, heads, padded = out.shape
     tokens = rows.shape[2]
     keys = min(slots.shape[-1] * tokens, capacity)
-    plan = copy_plan(first, channels, padded)
+    plan = copy_plan(part, padded)
     tiles = ceil_div(padded, plan.constants["BLOCK_N"]), ceil_div(keys, plan.constants["BLOCK_M"])
     launch(
         _copy_kernel, (*tiles, batch), plan, out,
@@ -71,40 +86,58 @@ def copy_rows(
 
 def packed_rows(
     rows: Tensor, scales: Tensor | None, slots: Tensor, num_keys: Tensor, rotations: Tensor | None, batch: int,
-    rank: int, width: int, shared_width: int, dtype: torch.dtype,
+    rank: int, width: int, shared_width: int, dtype: torch.dtype, eight: int | None = None,
 ) -> Tensor:  # fmt: skip
     """The valid rows of a ring in reading order, `[B, K, width + shared_width]` in `dtype`.
 
     A packed row is the latent, zeros up to `width`, the shared key rotated by `rotations` `[K, R / 2, 2]`, and zeros.
-    Without rotations, `shared_width` is 0. Rows from `num_keys` on are undefined.
+    Without rotations, `shared_width` is 0. Rows from `num_keys` on are undefined. With `eight`, the rows of the ring
+    are mixed, as `quantise_rows` returns them.
     """
     keys = slots.shape[-1] * rows.shape[2]
     packed = torch.empty(batch, keys, 1, width + shared_width, dtype=dtype, device=rows.device)
-    copy_rows(packed[..., :width], rows, scales, slots, num_keys, 0, rank, None)
-    if rotations is not None:
-        copy_rows(packed[..., width:], rows, scales, slots, num_keys, rank, 2 * rotations.shape[1], rotations)
+    source, shared = (rows, scales, slots, num_keys), 0 if rotations is None else 2 * rotations.shape[1]
+    first, four, key = row_parts(rank, shared, eight)
+    # The last part of the latent also writes the zeros behind it.
+    if four.count:
+        copy_rows(packed[..., first.count : width], *source, four, None)
+        width = first.count
+    if first.count:
+        copy_rows(packed[..., :width], *source, first, None)
+    if shared:
+        copy_rows(packed[..., -shared_width:], *source, key, rotations)
     return packed.squeeze(2)
 
 
-def copy_plan(first: int, channels: int, padded: int) -> Plan:
+def copy_plan(part: Part, padded: int) -> Plan:
     """Tiles of rows, sized by the number of channels."""
-    block_n = min(64, max(2, power_of_two(padded)))
-    constants = {"FIRST": first, "CHANNELS": channels, "PADDED": padded, "BLOCK_M": 128, "BLOCK_N": block_n}
+    constants = {
+        "FIRST": part.first,
+        "CHANNELS": part.count,
+        "PHASE": part.phase,
+        "GROUP": part.group,
+        "PADDED": padded,
+        "BLOCK_M": 128,
+        "BLOCK_N": min(64, max(2, power_of_two(padded))),
+    }
     return Plan(constants, 4, 1)
 
 
 def aot_variants(capability: int) -> list[Variant]:
-    """Ahead-of-time compilations: packed latents, and shared keys for one head or for all, also from int8."""
+    """Ahead-of-time compilations: packed latents, and shared keys for one head or for all, also from 8 and 4 bits."""
     found = []
-    for channels, first, copies in ((192, 0, 1), (32, 192, 1), (32, 192, 12)):
-        for quantised in (False, True):
-            types = {"out": "*bf16", "rows": "*i8" if quantised else "*bf16", "slots": "*i32", "num_keys": "*i32"}
-            optional = {"scales": ("*fp16", quantised), "rotations": ("*fp32", first > 0)}
+    for kind, eight in (("", None), (", int8", None), (", 8 and 4 bits", 64)):
+        first, four, key = row_parts(192, 32, eight)
+        for part, copies in ((first, 1), (four, 1), (key, 1), (key, 12)):
+            if not part.count:
+                continue
+            types = {"out": "*bf16", "rows": "*i8" if kind else "*bf16", "slots": "*i32", "num_keys": "*i32"}
+            optional = {"scales": ("*fp16", bool(kind)), "rotations": ("*fp32", part is key)}
             types |= {name: kind for name, (kind, there) in optional.items() if there}
             fixed = {name: None for name, (_, there) in optional.items() if not there}
             fixed |= {"copies": 1} if copies == 1 else {}
-            plan = copy_plan(first, channels, channels)
+            plan = copy_plan(part, part.count)
             plan = plan._replace(constants={**plan.constants, **fixed})
-            name = f"pack {channels} channels from {first}, {copies} heads" + ", int8" * quantised
+            name = f"pack {part.count} channels from {part.first}, {copies} heads{kind}"
             found.append(Variant(name, _copy_kernel, types, plan, dot=False))
     return found

@@ -10,21 +10,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._runtime import ceil_div, check_tensor, require
-from .quantise import GROUP
+from ._runtime import check_tensor, require
+from .quantise import row_scales, row_width
 
 
 def check_ring(
-    rows: Tensor, scales: Tensor | None, slots: Tensor, batch: int, dtype: torch.dtype, like: Tensor
-) -> None:
-    """Raise ValueError unless rows (int8 if there are scales, else `dtype`) and slots fit `batch` items."""
+    rows: Tensor, scales: Tensor | None, slots: Tensor, batch: int, dtype: torch.dtype, like: Tensor,
+    rank: int, eight: int | None,
+) -> None:  # fmt: skip
+    """Raise ValueError unless rows (int8 if there are scales, else `dtype`) and slots fit `batch` items.
+
+    Rows hold `rank` latents, the first `eight` of which have 8 bits and the others 4 if the rows are mixed.
+    """
     check_tensor("rows", rows, (None,) * 4, dtype if scales is None else torch.int8, like=like)
     rings = rows.shape[0]
     require(rings == 1 or rings == batch, "rows hold {} rings, expected 1 or {}", rings, batch)
     check_tensor("slots", slots, (None,) if slots.dim() == 1 else (batch, None), torch.int32, like=rows)
+    if eight is not None:
+        require(scales is not None, "rows in 8 and 4 bits need scales")
+        require(0 <= eight <= rank, "{} of {} latents have 8 bits", eight, rank)
+        require((rank - eight) % 2 == 0, "{} latents in 4 bits do not fill bytes; use an even number", rank - eight)
     if scales is not None:
-        groups = ceil_div(rows.shape[3], GROUP)
+        least = row_width(rank, 0, eight)
+        require(rows.shape[3] >= least, "rows are {} wide, expected at least {}", rows.shape[3], least)
+        groups = row_scales(rank, rows.shape[3] - least, eight)
         check_tensor("scales", scales, (*rows.shape[:3], groups), torch.float16, like=rows)
+
+
+UNEVEN_ROWS = ("rows_b", "rows_s", "rows_t")
+"""Strides of rows that are not multiples of 16 scalars, for ahead-of-time compilation."""
 
 
 def ring_index(kept: Tensor, slots: Tensor, batch: int) -> tuple[Tensor, Tensor]:
