@@ -79,17 +79,21 @@ def ring(
     quantised: bool = False,
     seed: int = 0,
     scale: float = 1.0,
+    mixed: tuple[int, int] | None = None,
 ) -> Ring:
-    """A ring of `window` slots that has wrapped: a sink in slot 0, a stale slot 2, the last `tail` keys invalid."""
+    """A ring of `window` slots that has wrapped: a sink in slot 0, a stale slot 2, the last `tail` keys invalid.
+
+    `mixed` is the number of latents in 8 bits, if the others have 4, and their total number.
+    """
     keys = len(slots) * tokens - tail
     values = randn(batch, len(slots) * tokens, width, dtype=dtype, seed=seed, scale=scale)
     scales = None
     place = torch.tensor(slots, device=DEVICE)
-    if quantised:
-        steps, found = quantise_rows(values)
-        valid = dequantise_rows(steps, found, torch.float64)
+    if quantised or mixed:
+        steps, found = quantise_rows(values, *(mixed or ()))
+        valid = dequantise_rows(steps, found, torch.float64, *(mixed or ()))
         found[:, keys:] = float("nan")
-        rows = torch.full((batch, window, tokens, width), -128, dtype=torch.int8, device=DEVICE)
+        rows = torch.full((batch, window, tokens, steps.shape[-1]), -128, dtype=torch.int8, device=DEVICE)
         rows[:, place] = steps.unflatten(1, (len(slots), tokens))
         scales = found.new_full((batch, window, tokens, found.shape[-1]), float("nan"))
         scales[:, place] = found.unflatten(1, (len(slots), tokens))

@@ -15,16 +15,17 @@ WINDOW = 5
 
 def case(
     rank=64, shared=8, heads=3, channels=24, values=16, dtype=torch.float32, batch=2, tokens=7, slots=(3, 0),
-    baked=True, mean=False, quantised=False, scale=1.0,
+    baked=True, mean=False, quantised=False, scale=1.0, eight=None,
 ):  # fmt: skip
     """Arguments of `latent_write_` with a ring of NaN, int8: of -128 with scales of NaN."""
-    width, length, keys = rank + shared, len(slots) * tokens, heads * channels
-    ring = (batch, WINDOW, tokens, width)
-    if quantised:
-        rows = torch.full(ring, -128, dtype=torch.int8, device=DEVICE)
-        scales = torch.full((*ring[:3], -(-width // 64)), float("nan"), dtype=torch.float16, device=DEVICE)
+    length, keys = len(slots) * tokens, heads * channels
+    ring = (batch, WINDOW, tokens)
+    if quantised or eight is not None:
+        steps, found = quantise_rows(torch.zeros(rank + shared), eight, rank)
+        rows = torch.full((*ring, len(steps)), -128, dtype=torch.int8, device=DEVICE)
+        scales = torch.full((*ring, len(found)), float("nan"), dtype=torch.float16, device=DEVICE)
     else:
-        rows, scales = torch.full(ring, float("nan"), dtype=dtype, device=DEVICE), None
+        rows, scales = torch.full((*ring, rank + shared), float("nan"), dtype=dtype, device=DEVICE), None
     inner = keys + heads * values
     return [
         rows, scales, int32(slots),
@@ -59,7 +60,7 @@ def by_torch(arguments, dtype):
     return found.unflatten(1, (len(slots), -1))
 
 
-def written(arguments):
+def written(arguments, *eight_and_rank):
     """The rows of the written slots, in float64; all others must be unchanged."""
     rows, scales, slots = arguments[:3]
     others = torch.ones(WINDOW, dtype=torch.bool, device=rows.device).index_fill(0, slots.long(), False)
@@ -67,7 +68,7 @@ def written(arguments):
         assert bool(rows[:, others].isnan().all())
         return rows[:, slots].double()
     assert bool((rows[:, others] == -128).all()) and bool(scales[:, others].isnan().all())
-    return dequantise_rows(rows[:, slots], scales[:, slots], torch.float64)
+    return dequantise_rows(rows[:, slots], scales[:, slots], torch.float64, *eight_and_rank)
 
 
 def check(arguments):
