@@ -24,7 +24,7 @@ from mla_convert.export.checkpoint import load_checkpoint, save_checkpoint
 from mla_convert.export.config import ExportConfig
 from mla_convert.export.release import export
 from mla_convert.families.wan import FAMILY
-from mla_convert.mla import graph
+from mla_convert.mla import fused, graph
 from mla_convert.mla import kernels as kernels_module
 from mla_convert.mla.bits import RowBits, check_bits, format_bits, parse_bits, row_bits, row_bytes
 from mla_convert.mla.quantised import (
@@ -203,22 +203,60 @@ def test_replayed_passes_are_those_that_are_run(monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(actual, test_graph.rolled_out(model))
 
 
-def test_kernels_leave_four_bits_to_torch_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = student()
-    expected = streamed(model, MIXED)
-    # As on a device that has the kernels.
+needs_kernels = pytest.mark.skipif(reason := mla_attention.why_not("cpu", torch.float32), reason=str(reason))
+
+
+@needs_kernels
+@pytest.mark.parametrize("cache", [MIXED, ((5, 8), (14, 4)), ((14, 4),), ((20, 8), (1, 4))], ids=str)
+@pytest.mark.parametrize(
+    ("variant", "path"),
+    [(pico.VARIANTS[0], "absorbed"), *((variant, "expand") for variant in pico.VARIANTS[::2])],
+    ids=lambda v: v if isinstance(v, str) else layout_of(v),
+)
+def test_kernels_equal_torch(variant: dict[str, Any], path: str, cache: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "PATHS", (path,))
+    model = student(variant, key_mean=path == "expand")
+    expected = streamed(model, cache)
+    report = model.set_kernels("triton").report
+    # Observed X to Y; where a value rounds to the next step of 4 bits it would be a hundredth.
+    assert pico.relative_error(streamed(model, cache), expected) < 2e-4
+    assert {name.partition(",")[0] for name in report()["paths"]} == {path}
+
+
+@needs_kernels
+def test_auto_compares_every_layout_of_bits_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are compiled for the bits of a row, so what one layout shows says nothing about another."""
     monkeypatch.setattr(kernels_module, "interpreted_by_default", lambda: True)
-    monkeypatch.setattr(mla_attention, "why_not", lambda device, dtype: None)
+    model = student()
     kernels = model.set_kernels("auto")
-    assert torch.equal(streamed(model, MIXED), expected)
-    report, reason = kernels.report(), "kernels do not support latents in 4 bits, only int8 and the model's dtype"
-    assert (report["paths"], report["refused"]) == ({"torch": 2}, {"absorbed": [reason], "expand": [reason]})
+    for cache in (MIXED, ((8, 8), (14, 4))):
+        streamed(model, cache)
+    assert {shape.cache for _, shape, _ in kernels.found.checked} == {
+        f"MixedLatentCache, torch.int8, {RowBits(eight, 14 - eight, 0)}" for eight in (6, 8)
+    }
+    assert not any("torch" in name for name in kernels.report()["paths"])
+
+
+@needs_kernels
+def test_kernels_do_not_read_the_own_chunk_in_four_bits() -> None:
+    model = student(own_chunk="latent")
     model.set_kernels("triton")
-    with pytest.raises(
-        UserError,
-        match=r"layer 0 \(kernels do not support latents in 4 bits.*\); set kernels: auto",
-    ):
+    with pytest.raises(UserError, match="would read the own chunk quantized, from a cache in fewer bits"):
         streamed(model, MIXED)
+
+
+@pytest.mark.parametrize("bits", [RowBits(24, 64, 0), RowBits(1, 14, 6), RowBits(0, 40, 0), RowBits(70, 38, 66)])
+def test_the_format_of_the_kernels(bits: RowBits) -> None:
+    """To the bit, so torch may write what kernels read, as it does for a latent that layers share."""
+    ring = MixedLatentCache(pico.dense_model().causal, [bits], 2, 2, 3, "cpu")
+    rows = torch.randn(2, 6, bits.scalars) * torch.logspace(-9, 8, 6).view(-1, 1)
+    rows[0, 2] = 0
+    ring.write(0, [1], rows)
+    latents = bits.eight + bits.four
+    steps, scales = mla_attention.quantise_rows(rows, bits.eight, latents)
+    assert torch.equal(ring.rows[0][:, 1], steps) and torch.equal(ring.scales[0][:, 1], scales)
+    back = mla_attention.dequantise_rows(steps, scales, torch.float32, bits.eight, latents)
+    assert torch.equal(ring.read(0, [1]), back)
 
 
 def test_models_without_latents_in_a_ring_refuse() -> None:

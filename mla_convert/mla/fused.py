@@ -19,6 +19,7 @@ from .attention import AttentionPass, CausalSelfAttention
 from .core import Query, of_pairs
 from .latent import LatentSelfAttention
 from .plain import is_plain_linear
+from .quantised import MixedRows
 from .rope import rotate
 
 Path = Literal["absorbed", "expand"]
@@ -49,7 +50,7 @@ def why_not(layer: CausalSelfAttention, dtype: torch.dtype, device: str, step: A
     if kept not in (dtype, torch.int8):
         return f"the cache is {kept}, but the model computes in {dtype}"
     if kept == torch.int8 and not layer.own_chunk_exact:
-        return "kernels would read the own chunk quantized, from the int8 cache"
+        return "kernels would read the own chunk quantized, from a cache in fewer bits"
     if any(view.zero_keys for view in step.views):
         return "the model attends to keys of zeros"
     if isinstance(layer, LatentSelfAttention) and layer.mla.layers_per_latent == 1:
@@ -112,8 +113,10 @@ class _FusedPass:
         self.layer = layer
         self.step, self.cache, self.backend = step, step.cache, backend
         self.chunk, self.places = step.chunk, step.places
-        self.rows, *scales = (self.cache.ring(one) for one in step.kept)
+        self.rows, *scales = (self.cache.ring(one) for one in step.kept[:2])
         self.scales = scales[0] if scales else None
+        # How many latents have 8 bits, if the others have 4.
+        self.eight = step.kept.bits.eight if isinstance(step.kept, MixedRows) else None
         self.dtype = hidden_states.dtype
         self.hidden_states = hidden_states
         self.query, self.key = layer.project_query(hidden_states), layer.to_k(hidden_states)
@@ -263,6 +266,7 @@ class _LatentPass(_FusedPass):
                 _cos_sin(of_pairs(rotations, layer.rope_index)) if layer.expansion.shared else None,
                 layer.scale,
                 BY_RULE,
+                self.eight,
             )
             # The bias of the keys shifts all logits of a query by the same amount.
             lse = lse + layer.scale * torch.einsum("bqhn,hn->bhq", nope.float(), weights.b_uk.float())
@@ -310,6 +314,7 @@ class _LatentPass(_FusedPass):
             None if shared is None else shared.bias,
             _cos_sin(self.step.grid_rotations) if layer.bakes else None,
             layer.heads,
+            self.eight,
         )
 
     def _expand_rows(self, key: Tensor, value: Tensor, slots: Tensor, rotations: Tensor) -> None:
@@ -331,6 +336,7 @@ class _LatentPass(_FusedPass):
             layer.k_pe_proj.bias if derived else None,
             None if turning is None else _cos_sin(turning),
             every_head,
+            self.eight,
         )
         if layer.k_mean is not None:
             mean = layer.k_mean.expand(1, len(rotations), -1, -1)

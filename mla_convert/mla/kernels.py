@@ -105,8 +105,8 @@ class Kernels:
         """The key of a layer's choice; makes the choice if there is none yet."""
         assert step.cache is not None
         batch, queries = hidden_states.shape[:2]
-        rows = step.cache.rows[layer.layer]
-        kind = f"{type(step.cache).__name__}, {rows.dtype}"
+        rows, *_ = kept = step.cache.kept(layer.row_layer)
+        kind = ", ".join(map(str, (type(step.cache).__name__, rows.dtype, *kept[2:])))
         keys = rows.shape[1:-1].numel()
         # Adapters and hooks come and go while a model streams.
         changed = changed_module(layer) or ""

@@ -93,10 +93,8 @@ class MixedLatentCache(LatentCache):
     """`LatentCache` that stores the first numbers of a latent in 8 bits and the others in 4, as `bits` says per layer.
 
     A row `[c | k_pe]` starts with the latent, first in 8 bits, then in 4 bits, two per byte. The shared key has 8 bits.
-    `scales` holds one tensor per layer, in the same order.
+    `scales` holds one tensor per layer, in the same order. Kernels read and write this layout.
     """
-
-    why_no_kernels = "kernels do not support latents in 4 bits, only int8 and the model's dtype"
 
     def __init__(
         self,

@@ -22,7 +22,6 @@ from ..families.base import noise_channels
 from ..families.image import needed_conditions, refuse_last_image
 from ..flow import levels_inside
 from ..load.hub import is_hub_id
-from ..mla.bits import is_mixed
 from ..mla.window import CausalConfig
 from ..recipe.schema import Recipe
 from ..registry import stage_of
@@ -91,8 +90,6 @@ def _check_streaming(context: Context, makes_samples: bool) -> None:
     converted = context.source.family.mla_class
     if streaming.cache != "auto" and not converted.cache_class.fewer_bits:
         raise UsageError(f"streaming.cache: {converted.__name__} stores latents only in its own dtype; set auto")
-    if streaming.kernels == "triton" and is_mixed(streaming.cache):
-        raise UsageError("streaming.kernels: triton cannot read 4-bit latents (streaming.cache); set auto")
     if streaming.kernels == "triton" and streaming.cache != "auto" and context.recipe.convert.own_chunk != "exact":
         raise UsageError(
             "streaming.kernels: with own_chunk: latent, triton would read its own chunk quantized (streaming.cache); "

@@ -29,8 +29,7 @@ class StreamingConfig(BaseModel):
     `cache`: the number of bits for a converted model's cached latents. `auto` keeps the model's dtype. `int8` uses 8
     bits, with one scale for each 64 latents. Pairs [latents, bits] with 8 and 4 bits, such as `[[24, 8], [64, 4]]`,
     give the first latents more, because they matter most. The last pair covers the rest of a latent, and a shared
-    rotary key beside it has 8 bits. Kernels read the first two forms; torch attends to latents in 4 bits. Dense models
-    and AnyFlow-FAR accept only `auto`.
+    rotary key beside it has 8 bits. Dense models and AnyFlow-FAR accept only `auto`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
