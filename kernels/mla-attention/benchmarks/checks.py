@@ -107,6 +107,18 @@ class Case:
         slots = torch.tensor([2, 0, 3], dtype=torch.int32, device=self.device)
         return rows, slots, torch.full((1,), self.keys, dtype=torch.int32, device=self.device)
 
+    @property
+    def bits(self):
+        """Numbers of latents in 8 bits to check: rows in the model's dtype, and rows whose other latents have 4."""
+        return None, self.rank // 4
+
+    def stored(self, rows, eight):
+        """Rows and scales as the ops read them; what is NaN in the rows is NaN in the scales."""
+        if eight is None:
+            return rows, None
+        steps, scales = ops.quantise_rows(rows.float().nan_to_num(), eight, self.rank)
+        return steps, scales.masked_fill(rows[..., :1].isnan(), float("nan"))
+
     def compare(self, names, run, exact, plain):
         where = f"{self.keys} keys, rank {self.rank}"
         try:
@@ -138,14 +150,21 @@ def _latent_attention(case):
     rows, slots, count = case.ring()
     turn = case.rotations(case.keys, case.shared // 2)
     latent, pe = (case.random(case.batch, case.queries, case.heads, width) for width in (case.rank, case.shared))
-    wide = latent.double(), pe.double(), rows.double(), None, slots, count, turn.double(), case.scale
-    exact, _ = ops.latent_attention_reference(*wide)
-    rest = rows, None, slots, count, turn, case.scale
-    plain, _ = ops.latent_attention_reference(latent, pe, *rest)
-    for splits in (1, 3):
-        run = functools.partial(ops.latent_attention, latent, pe, *rest, splits)
-        case.compare([f"latent_attention, {splits} splits"], lambda run=run: run()[0], exact, plain)
+    for eight in case.bits:
+        kept, scales = case.stored(rows, eight)
+        rest = kept, scales, slots, count, turn, case.scale
+        wide = kept.double() if eight is None else kept, scales, slots, count, turn.double(), case.scale
+        exact, _ = ops.latent_attention_reference(latent.double(), pe.double(), *wide, eight=eight)
+        plain, _ = ops.latent_attention_reference(latent, pe, *rest, eight=eight)
+        for splits in (1, 3):
+            run = functools.partial(ops.latent_attention, latent, pe, *rest, splits, eight)
+            name = f"latent_attention, {splits} splits{_mixed(eight)}"
+            case.compare([name], lambda run=run: run()[0], exact, plain)
     return case.failures
+
+
+def _mixed(eight):
+    return "" if eight is None else ", 8 and 4 bits"
 
 
 def _expand(case):
@@ -161,20 +180,25 @@ def _expand(case):
         # Without a shared key, a row is only the latent, and all channels of a head are rotated.
         cached, turned = (rows[..., : case.rank].contiguous(), every) if rotate_heads else (rows, turn)
 
-        def expanded(kind, function, weights=(up, bias), cached=cached, turned=turned, rotate_heads=rotate_heads):
-            out = [torch.zeros(shape, device=case.device, dtype=kind) for _ in range(2)]
-            weights = [x.to(kind) for x in weights]
-            turned = turned.to(torch.float64 if kind == torch.float64 else torch.float32)
-            function(*out, cached.to(kind), None, slots, count, *weights, None, None, turned, rotate_heads)
-            return out
+        for eight in case.bits:
+            kept, scales = case.stored(cached, eight)
+            rest = kept, scales, up, bias, turned, rotate_heads, eight
 
-        how = ", heads rotated" * rotate_heads
-        case.compare(
-            [f"expand_kv_, keys{how}", f"expand_kv_, values{how}"],
-            functools.partial(expanded, case.dtype, ops.expand_kv_),
-            expanded(torch.float64, ops.expand_kv_reference),
-            expanded(case.dtype, ops.expand_kv_reference),
-        )
+            def expanded(kind, function, kept, scales, up, bias, turned, rotate_heads, eight):
+                out = [torch.zeros(shape, device=case.device, dtype=kind) for _ in range(2)]
+                kept = kept.to(kind) if eight is None else kept
+                turned = turned.to(torch.float64 if kind == torch.float64 else torch.float32)
+                weights = up.to(kind), bias.to(kind), None, None, turned
+                function(*out, kept, scales, slots, count, *weights, rotate_heads, eight)
+                return out
+
+            how = ", heads rotated" * rotate_heads + _mixed(eight)
+            case.compare(
+                [f"expand_kv_, keys{how}", f"expand_kv_, values{how}"],
+                functools.partial(expanded, case.dtype, ops.expand_kv_, *rest),
+                expanded(torch.float64, ops.expand_kv_reference, *rest),
+                expanded(case.dtype, ops.expand_kv_reference, *rest),
+            )
     return case.failures
 
 
@@ -218,20 +242,28 @@ def _write(case):
     new_key, new_value = (case.random(case.batch, 2 * case.tokens, width) for _ in range(2))
     gain = case.random(width)
 
-    def written(kind, function):
+    def written(kind, function, eight):
         size = case.batch, case.frames + 1, case.tokens, case.rank + case.shared
-        target = torch.zeros(size, device=case.device, dtype=kind)
+        target, scales = case.stored(torch.zeros(size, device=case.device, dtype=kind), eight)
         given = [x.to(kind) for x in (new_key, new_value, gain)]
         weights = [x.to(kind) for x in (down, down_bias, project, project_bias)]
-        function(target, None, own, *given, 1e-6, None, *weights, None, case.heads)
-        return target
+        function(target, scales, own, *given, 1e-6, None, *weights, None, case.heads, eight)
+        return target if eight is None else ops.dequantise_rows(target, scales, torch.float64, eight, case.rank)
 
-    case.compare(
-        ["latent_write_"],
-        functools.partial(written, case.dtype, ops.latent_write_),
-        written(torch.float64, ops.latent_write_reference),
-        written(case.dtype, ops.latent_write_reference),
-    )
+    whole = written(torch.float64, ops.latent_write_reference, None)
+
+    def found(kind, function, eight):
+        """The rows, or in fewer bits the error of every channel: a value at a border may round to the other step."""
+        rows = written(kind, function, eight)
+        return rows if eight is None else (rows - whole).square().mean((0, 1, 2)).sqrt()
+
+    for eight in case.bits:
+        case.compare(
+            [f"latent_write_{_mixed(eight)}"],
+            functools.partial(found, case.dtype, ops.latent_write_, eight),
+            found(torch.float64, ops.latent_write_reference, eight),
+            found(case.dtype, ops.latent_write_reference, eight),
+        )
     return case.failures
 
 

@@ -19,6 +19,8 @@ from watch import mark, require_answer
 RANKS = (64, 96, 128, 192, 256)
 ROTATED_RANKS = (64, 192, 256)
 """Ranks that are also expanded with all heads rotated, like the layout `rotate_on_read`."""
+MIXED = (624, 64)
+"""A rank, and how many of its latents have 8 bits if the others have 4: the bytes of rank 192 in 16 bits."""
 BY_PRODUCT = 192
 """The rank whose values are also expanded by a torch matrix product."""
 SPLITS = (1, 2, 5)
@@ -206,12 +208,13 @@ def _ours(case, ranks):
     # Expand to separate memory, shared by all ranks, not to what the attention timed beside it reads.
     spaces = [torch.empty_like(x) for x in (case.key, case.value)]
 
-    def expand(name, rank, rotated):
+    def expand(name, rank, rotated, eight=None):
         shared = 0 if rotated else SHARED
         rows = torch.randn(batch, case.window, shape.tokens, rank + shared, device=device, dtype=dtype)
+        rows, scales = (rows, None) if eight is None else ops.quantise_rows(rows, eight, rank)
         up = torch.randn(heads * (2 * depth - shared), rank, device=device, dtype=dtype) * rank**-0.5
         bias = torch.zeros(len(up), device=device, dtype=dtype)
-        rest = rows, None, slots, count, up, bias, None, None, turn if rotated else shared_turn, rotated
+        rest = rows, scales, slots, count, up, bias, None, None, turn if rotated else shared_turn, rotated, eight
 
         def expected():
             plain = [torch.zeros_like(x) for x in spaces]
@@ -254,4 +257,7 @@ def _ours(case, ranks):
             expand(f"expand, rank {rank}", rank, False)
             if rank in ROTATED_RANKS:
                 expand(f"expand with heads rotated, rank {rank}", rank, True)
+    if ranks:
+        rank, eight = MIXED
+        expand(f"expand with heads rotated, rank {rank}, {eight} in 8 bits, the others in 4", rank, True, eight)
     return found

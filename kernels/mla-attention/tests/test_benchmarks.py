@@ -63,7 +63,8 @@ def test_attention_has_its_baselines_splits_and_ranks(result):
     names = set(row["times"])
     assert {"flash, 1 split", "flash, 2 splits", "attend, splits by rule", "attend, 5 splits"} <= names
     assert {f"{way}, rank {rank}" for way in ("absorbed", "expand") for rank in (64, 96, 128, 192, 256)} <= names
-    assert {"torch", "expand with heads rotated, rank 192"} <= names and row["torch_runs"]
+    mixed = "expand with heads rotated, rank 624, 64 in 8 bits, the others in 4"
+    assert {"torch", "expand with heads rotated, rank 192", mixed} <= names and row["torch_runs"]
     assert row["refused"]["flash, 5 splits"] == "8 keys are not divisible by 5"
     assert "cuDNN, 1 split" in row["refused"]
     assert all(

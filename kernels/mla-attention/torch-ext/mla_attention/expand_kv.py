@@ -216,6 +216,9 @@ def expand_plan(
     """
     exact = dtype == torch.float32
     chosen = Tiles(32, 32, GROUP, 4, 1) if exact else TILES[tile_family(capability)]
+    if math.gcd(rank, eight or 0) % 4:
+        # Weights that begin anywhere are loaded one by one, in registers that the sums also need.
+        chosen = chosen._replace(width=min(128, chosen.width), block_m=min(64, chosen.block_m))
     width = chosen.width
     # Least padding first, then the widest block.
     block_n = min((n for n in (64, 32, 16) if n <= width), key=lambda n: (ceil_div(channels, n) * n, -n))
@@ -248,6 +251,7 @@ def aot_variants(capability: int) -> list[Variant]:
     found = [aot_variant(*case, capability) for case in cases]
     # Rows of 56, 224 and 81 bytes.
     mixed = [(88, 24, 8), (384, 64, 16), (121, 41, 1)]
+    found += [aot_variant(121, *case, quantised, capability, None, 1) for quantised in (False, True) for case in whole]
     rows = [(rank, *case, True, capability, eight, align) for rank, eight, align in mixed for case in whole + shared]
     return found + [aot_variant(*case) for case in rows]
 
