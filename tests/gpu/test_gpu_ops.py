@@ -155,6 +155,79 @@ def test_expand(rank: int, rotate_heads: bool, dtype: torch.dtype) -> None:
         assert bool(actual[:, valid:].isnan().all())
 
 
+MIXED = [(88, 24), (192, 64), (624, 64), (121, 41)]
+"""Ranks, and how many of the latents have 8 bits if the others have 4."""
+
+
+@pytest.mark.parametrize("rotate_heads", [True, False])
+@pytest.mark.parametrize(("rank", "eight"), MIXED)
+def test_expand_from_8_and_4_bits(rank: int, eight: int, rotate_heads: bool) -> None:
+    shared = 0 if rotate_heads else SHARED
+    nope, keys = DEPTH - shared, WINDOW * TOKENS
+    rows, slots, count = ring(rank, shared, torch.float32)
+    steps, scales = ops.quantise_rows(rows.nan_to_num(), eight, rank)
+    scales[:, 5] = float("nan")
+    weight = randn(HEADS * (nope + DEPTH), rank, dtype=torch.bfloat16, seed=4, scale=rank**-0.5)
+    bias = randn(len(weight), dtype=torch.bfloat16, seed=5)
+    turn = rotations(keys, (DEPTH if rotate_heads else shared) // 2)
+    rest = (steps, scales, slots, count, weight, bias, None, None, turn, rotate_heads)
+    found = [torch.full((1, keys, HEADS, DEPTH), float("nan"), dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+    ops.expand_kv_(*found, *rest, eight)
+    expected = [x.double() for x in found]
+    ops.expand_kv_reference(*expected, *(wide(x) for x in rest), eight)
+    valid = int(count)
+    for actual, exact in zip(found, expected, strict=True):
+        # Rows are rounded to bfloat16 before the product, and its result is.
+        assert error(actual[:, :valid], exact[:, :valid]) < 2 * torch.finfo(torch.bfloat16).eps / 2
+        assert bool(actual[:, valid:].isnan().all())
+
+
+@pytest.mark.parametrize("queries", [16, 128])
+@pytest.mark.parametrize(("rank", "eight"), [(88, 24), (192, 64), (121, 41), (512, 128)])
+def test_latent_attention_to_8_and_4_bits(rank: int, eight: int, queries: int) -> None:
+    rows, slots, count = ring(rank, SHARED, torch.float32)
+    steps, scales = ops.quantise_rows(rows.nan_to_num(), eight, rank)
+    turn = rotations(len(slots) * TOKENS, SHARED // 2)
+    latent, pe = (randn(1, queries, HEADS, n, dtype=torch.bfloat16, seed=n) for n in (rank, SHARED))
+    rest = (slots, count, turn.double(), SCALE)
+    expected, _ = ops.latent_attention_reference(latent.double(), pe.double(), steps, scales, *rest, eight=eight)
+    scales[:, 5] = float("nan")
+    out, _ = ops.latent_attention(latent, pe, steps, scales, slots, count, turn, SCALE, 0, eight)
+    assert error(out, expected) < 1e-2
+
+
+@pytest.mark.parametrize("shared", [0, SHARED])
+@pytest.mark.parametrize(("rank", "eight"), MIXED)
+def test_write_in_8_and_4_bits(rank: int, eight: int, shared: int) -> None:
+    """As far from the rows in float64 as their best rounding, and to the bit where the input is equal."""
+    channels, dtype = HEADS * DEPTH, torch.bfloat16
+    slots = torch.tensor([3, 0], dtype=torch.int32, device="cuda")
+    width = rank + shared
+    arguments = [
+        randn(1, 2 * TOKENS, channels, dtype=dtype, seed=1), randn(1, 2 * TOKENS, channels, dtype=dtype, seed=2),
+        1 + randn(channels, dtype=dtype, seed=3, scale=0.1), 1e-6, None,
+        randn(rank, 2 * channels, dtype=dtype, seed=4, scale=(2 * channels) ** -0.5), randn(rank, dtype=dtype, seed=5),
+        randn(shared, channels, dtype=dtype, seed=6, scale=channels**-0.5) if shared else None,
+        randn(shared, dtype=dtype, seed=7) if shared else None, None, HEADS,
+    ]  # fmt: skip
+    exact = torch.zeros(1, 5, TOKENS, width, dtype=torch.float64, device="cuda")
+    ops.latent_write_reference(exact, None, slots, *(wide(x) for x in arguments))
+    best = ops.dequantise_rows(*ops.quantise_rows(exact, eight, rank), torch.float64, eight, rank)[:, slots]
+    empty, of_empty = ops.quantise_rows(exact, eight, rank)
+    rows, scales = torch.full_like(empty, -128), torch.full_like(of_empty, float("nan"))
+    ops.latent_write_(rows, scales, slots, *arguments, eight)
+    found = ops.dequantise_rows(rows[:, slots], scales[:, slots], torch.float64, eight, rank)
+    assert error(found, exact[:, slots]) < 1.05 * error(best, exact[:, slots])
+    assert bool((rows[:, [1, 4]] == -128).all()) and bool(scales[:, [1, 4]].isnan().all())
+    # The product with zeros leaves the biases, which are exact.
+    for weight in (arguments[5], *([arguments[7]] if shared else [])):
+        weight.zero_()
+    ops.latent_write_(rows, scales, slots, *arguments, eight)
+    bias = torch.cat([x.float() for x in (arguments[6], arguments[8]) if x is not None])
+    steps, expected = ops.quantise_rows(bias, eight, rank)
+    assert bool((rows[:, slots] == steps).all()) and bool((scales[:, slots] == expected).all())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("baked", [True, False])
 def test_write(baked: bool, dtype: torch.dtype) -> None:

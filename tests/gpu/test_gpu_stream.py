@@ -75,18 +75,20 @@ def test_auto_finds_that_the_kernels_agree(variant: dict[str, Any] | None) -> No
 
 
 @pytest.mark.parametrize("dtype", list(INT8_TOLERANCE))
-@pytest.mark.parametrize("variant", [ABSORBED[0], *pico.VARIANTS[::2]], ids=str)
-def test_kernels_read_and_write_int8(variant: dict[str, Any], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("variant", [ABSORBED[0], *pico.VARIANTS[::2], PAIRED], ids=str)
+@pytest.mark.parametrize("cache", ["int8", ((6, 8), (8, 4))], ids=str)
+def test_kernels_read_and_write_fewer_bits(cache: Any, variant: dict[str, Any], dtype: torch.dtype) -> None:
     streaming = model(variant, dtype)
+    streaming.set_cache(cache)
     latents, timestep, text = (x.to("cuda", dtype) for x in pico.inputs(2, FRAMES, HEIGHT, WIDTH))
 
     def streamed(mode: str) -> Tensor:
         streaming.set_kernels(mode)
-        cache = streaming.init_cache(2, HEIGHT, WIDTH, dtype=torch.int8)
+        ring = streaming.init_cache(2, HEIGHT, WIDTH)
         with torch.no_grad():
             return torch.cat(
                 [
-                    streaming.forward_chunk(latents[:, :, a:b], timestep[:, a:b], text, cache, write=True)
+                    streaming.forward_chunk(latents[:, :, a:b], timestep[:, a:b], text, ring, write=True)
                     for a, b in streaming.causal.chunks(FRAMES)
                 ],
                 dim=2,
