@@ -2,9 +2,10 @@
 
 This needs a separate process, because Triton compiles nothing once its interpreter is chosen. Every op module provides
 `aot_variants(capability)`, whose first variant is what Wan2.1-1.3B runs. Properties of the arguments that the launcher
-would detect are assumed here. Without names, all ops are compiled; with `--first`, only the first variant of each. The
-exit code is 1 if a variant spills registers, exceeds a limit of the device or does not use the expected tensor cores.
-`--loops` adds the number of instructions of a variant and of its largest loop.
+would detect are assumed here. Without names, all ops are compiled; with `--first`, only the first variant of each; with
+`--matching`, those whose name contains a text. The exit code is 1 if a variant spills registers, exceeds a limit of the
+device or does not use the expected tensor cores. `--loops` adds the number of instructions of a variant and of its
+largest loop.
 """
 
 from __future__ import annotations
@@ -136,10 +137,12 @@ def main():
     parser.add_argument("capability", type=int, choices=sorted(SHARED_LIMIT))
     parser.add_argument("modules", nargs="*", default=MODULES)
     parser.add_argument("--first", action="store_true", help="only what Wan2.1-1.3B runs")
+    parser.add_argument("--matching", default="", help="only variants whose name contains this")
     parser.add_argument("--loops", action="store_true", help="count instructions, also of the largest loop")
     chosen, failed = parser.parse_args(), False
     for module in chosen.modules or MODULES:
         variants = importlib.import_module(f"mla_attention.{module}").aot_variants(chosen.capability)
+        variants = [variant for variant in variants if chosen.matching in variant.name]
         for variant in variants[:1] if chosen.first else variants:
             found = compiled(variant, chosen.capability, chosen.loops)
             found["wrong"] = violations(found)

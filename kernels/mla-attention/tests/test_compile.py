@@ -11,22 +11,35 @@ import aot
 import pytest
 
 
-@pytest.mark.parametrize("capability", aot.TESTED)
-def test_what_wan_runs_compiles_within_the_limits(capability):
-    """One variant per op, in a process without the interpreter; `aot.py` without `--first` compiles all of them."""
+def compiled(capability, *options):
+    """What `aot.py` prints in a process without the interpreter; nothing may exceed the limits."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join([str(aot.PACKAGE.parent), env.get("PYTHONPATH", "")])
-    command = [sys.executable, aot.__file__, str(capability), "--first"]
+    command = [sys.executable, aot.__file__, str(capability), *options]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode in (0, 1) and done.stdout, done.stderr[-3000:]
     everything = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {found["name"].partition(" ")[0] for found in everything} == set(aot.MODULES)
     assert [found for found in everything if found["wrong"]] == []
     assert done.returncode == 0, done.stderr[-3000:]
+    return everything
+
+
+@pytest.mark.parametrize("capability", aot.TESTED)
+def test_what_wan_runs_compiles_within_the_limits(capability):
+    """One variant per op; `aot.py` without options compiles all of them."""
+    everything = compiled(capability, "--first")
+    assert {found["name"].partition(" ")[0] for found in everything} == set(aot.MODULES)
     # `aot.violations` checks spills, shared memory and tensor memory in this output.
     assert all(found["spilled"] == 0 for found in everything)
     by_tensor_cores = {found["tensor_cores"] for found in everything if found["dot"]}
     assert by_tensor_cores == {aot.TENSOR_CORES[capability]}
+
+
+@pytest.mark.parametrize("capability", aot.TESTED)
+def test_88_latents_in_8_and_4_bits_compile_within_the_limits(capability):
+    everything = compiled(capability, "expand_kv", "latent_write", "latent_attention", "--matching", "r=88")
+    assert len(everything) == 3 + 1 + 2 and all(found["spilled"] == 0 for found in everything)
+    assert {found["tensor_cores"] for found in everything if found["dot"]} == {aot.TENSOR_CORES[capability]}
 
 
 def test_every_op_with_a_kernel_is_compiled():
