@@ -210,7 +210,9 @@ def test_a_finished_run_is_left_as_it_is(clips, pipeline, encoded, capsys):
 
 def test_one_shard_tells_the_shape_of_all(clips, pipeline, encoded, capsys, monkeypatch):
     read, check = [], LatentShards._check
-    monkeypatch.setattr(LatentShards, "_check", lambda self, path: read.append(path.name) or check(self, path))
+    monkeypatch.setattr(
+        LatentShards, "_check", lambda self, path, shard: read.append(path.name) or check(self, path, shard)
+    )
     assert encode(clips, encoded, pipeline, "--shard-size", "3", "--resume", "--json") == 0
     assert json.loads(capsys.readouterr().out)["latents"] == [4, 3, 6, 8]
     assert read == ["shard-00000.parquet"]

@@ -7,10 +7,11 @@ from collections import Counter
 import pytest
 from test_skipped_clips import clips
 
-from mla_convert.distill import clip_shards, waiting
-from mla_convert.distill.clip_shards import OPEN_FILES, clips_in, write_latents, write_shard
+from mla_convert.distill import shard_files, waiting
+from mla_convert.distill.clip_shards import write_latents, write_shard
 from mla_convert.distill.data import DataConfig, open_data
 from mla_convert.distill.latents import LatentShards
+from mla_convert.distill.shard_files import OPEN_FILES, clips_in
 
 SHARDS = OPEN_FILES + 2
 
@@ -18,13 +19,13 @@ SHARDS = OPEN_FILES + 2
 @pytest.fixture
 def opened(monkeypatch):
     """How often each file was opened, by name."""
-    counted, own = Counter(), clip_shards.pq.ParquetFile
+    counted, own = Counter(), shard_files.pq.ParquetFile
 
     def opening(path, **settings):
         counted[path.name] += 1
         return own(path, **settings)
 
-    monkeypatch.setattr(clip_shards.pq, "ParquetFile", opening)
+    monkeypatch.setattr(shard_files.pq, "ParquetFile", opening)
     return counted
 
 
@@ -38,9 +39,10 @@ def test_a_shard_alone_is_read_as_a_folder_is(tmp_path, opened):
     (first, second) = write_latents(tmp_path, clips(4), clips_per_shard=2)
     expected = LatentShards(tmp_path).read(2)["latents"]
     opened.clear()
-    clip_shards._open.cache_clear()
+    shard_files._open.cache_clear()
     assert LatentShards(second).read(0)["latents"].equal(expected)
-    assert opened == {second.name: 1} and len(LatentShards(second)) == clips_in(first) == 2
+    # For the index, and for the clip.
+    assert opened == {second.name: 2} and len(LatentShards(second)) == clips_in(first) == 2
     write_shard(tmp_path / "empty.parquet", [])
     assert clips_in(tmp_path / "empty.parquet") == 0
 

@@ -12,11 +12,12 @@ import torch
 from diffusers import AutoencoderKLWan
 from pydantic import ValidationError
 
-from mla_convert.distill import latents as latents_module
-from mla_convert.distill.clip_shards import Clip, read_notes, write_shard
+from mla_convert.distill import shard_files
+from mla_convert.distill.clip_shards import Clip, write_shard
 from mla_convert.distill.data import DataConfig, open_data
 from mla_convert.distill.latents import LatentShards
 from mla_convert.distill.normalisation import EVIDENCE, WAN21, WAN22, Scale, evidence_of_raw, notes_of
+from mla_convert.distill.shard_files import read_notes
 from mla_convert.errors import UserError
 
 SHAPE, TEXT = (3, 8, 8), torch.ones(2, 4)
@@ -131,10 +132,10 @@ def test_a_row_group_of_many_clips_is_decoded_once_for_clips_in_turn(tmp_path, m
     with caplog.at_level(logging.WARNING):
         shards, again = LatentShards(tmp_path / "theirs"), LatentShards(tmp_path / "theirs")
     assert caplog.text.count("row groups of 4 clips") == 1 and len(again) == 6
-    latents_module._row_group.cache_clear()
+    shard_files.row_group.cache_clear()
     for index, clip in enumerate(clips):
         assert torch.equal(shards.read(index)["latents"], clip)
-    assert latents_module._row_group.cache_info().misses == 2
+    assert shard_files.row_group.cache_info().misses == 2
     with caplog.at_level(logging.WARNING):
         LatentShards(tmp_path / "ours")
     assert "ours" not in caplog.text

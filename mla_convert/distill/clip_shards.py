@@ -1,4 +1,4 @@
-"""Writes and opens parquet shards of VAE latents and text embeddings in FastVideo's text-to-video schema.
+"""Writes parquet shards of VAE latents and text embeddings in FastVideo's text-to-video schema.
 
 A tensor takes three columns: raw bytes, shape and dtype. With row groups of one clip, any clip is read
 without its neighbors. Image conditions have their own columns, see `image_columns.py`.
@@ -7,9 +7,7 @@ Source of the schema: FastVideo, `fastvideo/dataset/dataloader/schema.py`.
 
 from __future__ import annotations
 
-import functools
 import itertools
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +18,10 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from ..errors import UserError
 from ..files import atomic_file
 from .image_columns import COLUMN_OF, to_column
 
 LATENT, TEXT = "vae_latent", "text_embedding"
-OPEN_FILES = 32
 
 
 def _tensor_fields(name: str) -> list[pa.Field]:
@@ -138,17 +134,6 @@ def write_shard(path: Path, clips: Iterable[Clip], first: int = 0, notes: Mappin
             writer.add_key_value_metadata(dict(notes))
 
 
-def clips_in(path: Path) -> int:
-    """The number of clips in a shard. Raises UserError if it cannot be read."""
-    return int(open_shard(path).metadata.num_rows)
-
-
-def read_notes(path: Path) -> dict[str, str]:
-    """The `notes` that `write_shard` wrote to a shard's metadata. Raises UserError if it cannot be read."""
-    metadata = open_shard(path).metadata.metadata or {}
-    return {key.decode(errors="replace"): value.decode(errors="replace") for key, value in metadata.items()}
-
-
 def write_latents(
     folder: Path | str, clips: Iterable[Clip], clips_per_shard: int = 64, first_shard: int = 0
 ) -> list[Path]:
@@ -166,18 +151,3 @@ def write_latents(
 
 def shard_name(number: int) -> str:
     return f"shard-{number:05d}.parquet"
-
-
-@functools.lru_cache(maxsize=OPEN_FILES)
-def _open(path: Path, process: int) -> pq.ParquetFile:
-    """An open shard. The `process` ID is part of the cache key: a forked loader must not share its parent's handle."""
-    try:
-        return pq.ParquetFile(path, memory_map=True)
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise UserError(f"cannot read {path}: {reason}; if it is truncated, write it again") from None
-
-
-def open_shard(path: Path) -> pq.ParquetFile:
-    """An open shard; up to `OPEN_FILES` of them stay open. Raises UserError if it cannot be read."""
-    return _open(path, os.getpid())

@@ -22,6 +22,7 @@ from .latents import LatentShards
 from .negative import NEGATIVE, find_negative, read_negative
 from .normalisation import Latents
 from .rollouts import RolloutsConfig
+from .shard_index import ShardIndex, index_shards
 
 Batch = dict[str, Tensor]
 Split = Literal["drawn", "last"]
@@ -42,9 +43,9 @@ class DataConfig(BaseModel):
       FastVideo's preprocessing stores the VAE's output. Raw latents are normalized with the statistics of the VAE,
       taken from a shard's metadata or, for Wan's VAEs, from the number of channels. `auto` uses the shards' metadata,
       which `mla-convert encode` writes; without metadata it refuses latents whose statistics look raw.
-    - `skip` names clips of a folder that are not read: by number (in the order of names, from 0), `file_name` or `id`.
-      In training, the next clip that is not skipped replaces each of them. So a run that a damaged clip has ended can
-      continue with `--resume` in the same order.
+    - `skip` names clips of a folder that are not read: by number (in the order of names, from 0), `file_name` or `id`,
+      or all of a shard by its path in the folder. In training, the next clip that is not skipped replaces each of
+      them. So a run that a damaged clip has ended can continue with `--resume` in the same order.
     - `negative_embeds` is a .safetensors file with the negative prompt, `prompt_embeds` `[L, D]`: guidance steers away
       from it, and clips that lose their own prompt get it. The default is `negative.safetensors` beside the clips or
       the prompts, which `mla-convert encode` writes. For digits it is zeros.
@@ -150,7 +151,7 @@ class LatentClips:
     """The clips of a folder of shards; the last `heldout` of their `rows` are set aside.
 
     `rows` are the numbers of all clips in some order, by default that of the shards. Clips in `skip`, by
-    number or name, are not read. Held-out ones are dropped; in training, the next clip replaces each of them,
+    number, name or shard, are not read. Held-out ones are dropped; in training, the next clip replaces each of them,
     so that every other example stays the same. The negative prompt comes from `negative_embeds`, or from the file
     beside the shards. Raises UserError if nothing is left.
     """
@@ -170,7 +171,7 @@ class LatentClips:
         skipped = _skipped(shards, skip)
         rows = range(len(shards)) if rows is None else rows
         self._heldout = [row for row in rows[size:] if row not in skipped]
-        kept = [place for place in range(size) if rows[place] not in skipped]
+        kept = [place for place in range(size) if rows[place] not in skipped] if skipped else range(size)
         if not kept or not self._heldout:
             raise UserError(f"data.skip leaves no clips to {'hold out' if kept else 'train on'}; skip fewer")
         # The next clip that is kept; after the last one, the first.
@@ -208,9 +209,10 @@ def _skipped(shards: LatentShards, skip: Sequence[int | str]) -> set[int]:
     """The numbers of the clips that `skip` names. Raises UserError for one that does not exist."""
     if not skip:
         return set()
-    by_name = shards.named({name for name in skip if isinstance(name, str)})
+    by_name = shards.numbers({name for name in skip if isinstance(name, str)})
+    unread = {shard.name for shard in shards.index.shards if not shard.clips}
     for entry in skip:
-        if entry not in range(len(shards)) and not by_name.get(str(entry)):
+        if entry not in range(len(shards)) and not by_name.get(str(entry)) and entry not in unread:
             raise UserError(f"data.skip: {shards.folder} has no clip {entry!r}; it has {len(shards)}, counted from 0")
     return {entry for entry in skip if isinstance(entry, int)}.union(*by_name.values())
 
@@ -224,10 +226,17 @@ def without_worker_traceback(batches: Iterable[Batch]) -> Iterator[Batch]:
         raise type(error)(last.partition(": ")[2] if traceback else last) from None
 
 
-def open_data(config: DataConfig, seed: int, conditions: Collection[str] = ()) -> Data:
+def open_data(
+    config: DataConfig,
+    seed: int,
+    conditions: Collection[str] = (),
+    known: ShardIndex | None = None,
+    checked: bool = False,
+) -> Data:
     """Open the clips that `config` names; `seed` is the recipe's. Raises UserError if they cannot be trained on.
 
-    `conditions` names the model's conditions other than text, which every clip must hold.
+    `conditions` names the model's conditions other than text, which every clip must hold. `known` is an older index
+    of the folder, of which only what has changed is read; one that is `checked` is used as it is.
     """
     if config.kind == "digits":
         if conditions:
@@ -235,6 +244,9 @@ def open_data(config: DataConfig, seed: int, conditions: Collection[str] = ()) -
         return DigitClips(seed, config.heldout)
     if config.folder is None:
         raise UserError("kind rollouts: its clips are written by a run; use kind: latents with that folder instead")
-    shards = LatentShards(config.folder, config.text_tokens, config.latents, conditions)
+    index = known
+    if index is None or not checked:
+        index = index_shards(Path(config.folder), known, {name for name in config.skip if isinstance(name, str)})
+    shards = LatentShards(config.folder, config.text_tokens, config.latents, conditions, index, checked)
     rows = drawn_rows(len(shards), seed) if config.split == "drawn" else None
     return LatentClips(shards, config.heldout, config.negative_embeds, config.skip, rows)

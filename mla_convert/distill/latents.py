@@ -1,4 +1,4 @@
-"""Reads the clips of parquet shards of latents and text embeddings, checked, normalized and in any order."""
+"""Reads the clips of parquet shards (`clip_shards.py`) by number, as a model takes them."""
 
 from __future__ import annotations
 
@@ -12,28 +12,31 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError
 from ..families.image import IMAGE
-from .clip_shards import COLUMNS, LATENT, NAMES, TEXT, clips_in, open_shard, read_notes, tensor_columns
+from .clip_shards import COLUMNS, LATENT, NAMES, TEXT, tensor_columns
 from .identity import Identity, identity_of
-from .image_columns import COLUMN_OF, check_first_frame, check_shapes, from_column, missing_columns, size_text
+from .image_columns import (
+    COLUMN_OF,
+    check_first_frame,
+    check_shapes,
+    from_column,
+    missing_columns,
+    size_text,
+)
 from .normalisation import BY_CHANNELS, EVIDENCE, KIND_NOTE, Latents, Scale, evidence_of_raw, scale_of
+from .shard_files import Unreadable, of_all, read_from, read_once, reason_of, row_group
+from .shard_index import Shard, ShardIndex, index_shards
 
 SAMPLED_CLIPS = 16
 """Clips whose statistics are measured to classify latents that no note describes."""
 
 logger = logging.getLogger(__name__)
-
-
-@functools.lru_cache(maxsize=1)
-def _row_group(path: Path, process: int, group: int, columns: tuple[str, ...]) -> pa.Table:
-    """A row group of several clips, decoded whole; the last one is cached because the next clip may be in it."""
-    return open_shard(path).read_row_group(group, columns=list(columns), use_threads=False)
 
 
 @functools.cache
@@ -52,14 +55,16 @@ def _warn_of_images(folder: Path) -> None:
 
 
 class LatentShards:
-    """Random access to the clips of a folder or of a single shard; opening it reads only shapes.
+    """Random access to the clips of a folder or of a single shard; opening it reads only its `ShardIndex`.
 
     `latents` says whether the latents are normalised, or `raw` as a VAE's encoder returns them. `auto` follows the
     note in a shard; without one, it checks the statistics of a few clips. `conditions` names the image conditions to
-    read; others are ignored.
+    read; others are ignored. `index` is read from the folder by default; an index that is `checked`, because another
+    process has opened the clips with it, is taken as it is.
 
     Raises UserError for an empty folder, missing columns, a row without a tensor, mixed shapes, latents that
-    look raw but are not declared raw, or conditions that are missing or that a model cannot take.
+    look raw but are not declared raw, or conditions that are missing or that a model cannot take. The shapes of a
+    clip that the index leaves out are checked when it is read.
     """
 
     def __init__(
@@ -68,29 +73,29 @@ class LatentShards:
         text_tokens: int | None = None,
         latents: Latents = "auto",
         conditions: Collection[str] = (),
+        index: ShardIndex | None = None,
+        checked: bool = False,
     ) -> None:
         self.folder, self.text_tokens = Path(folder), text_tokens
         self.conditions = tuple(name for name in COLUMN_OF if name in conditions)
         self._columns = COLUMNS + tensor_columns(*(COLUMN_OF[name] for name in self.conditions))
         self._condition_shapes: dict[str, Sequence[int]] = {}
-        self.paths = [self.folder] if self.folder.is_file() else sorted(self.folder.rglob("*.parquet"))
-        if not self.paths:
-            raise UserError(f"no .parquet shards in {self.folder}; write them with `mla-convert encode`")
-        self._starts = [0]
+        self.index = index_shards(self.folder) if index is None else index
+        self.paths = self.index.paths
+        self._starts = [0, *itertools.accumulate(shard.clips for shard in self.index.shards)]
         self._latent_shape: list[int] | None = None
         self._text_shape: list[int] | None = None
-        # Few of thousands of shards stay open, so each one is read completely in turn.
-        notes = []
-        for path in self.paths:
-            self._starts.append(self._starts[-1] + self._check(path))
-            notes.append(read_notes(path))
         if len(self) == 0:
             raise UserError(f"the shards in {self.folder} hold no clips")
+        for path, shard in zip(self.paths, self.index.shards, strict=True):
+            self._check(path, shard)
+            if checked and shard.shapes:
+                break
         # The statistics that normalize each shard's latents; None if they are normalized already.
         self._scales: list[Scale | None] = [None] * len(self.paths)
-        self._normalise(latents, notes)
-        if IMAGE in self.conditions:
-            self._compare_first_frame(notes)
+        self._normalise(latents, checked)
+        if IMAGE in self.conditions and not checked:
+            self._compare_first_frame()
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -108,19 +113,19 @@ class LatentShards:
             )
         return len(self) - heldout
 
-    def _normalise(self, latents: Latents, notes: Sequence[Mapping[str, str]]) -> None:
+    def _normalise(self, latents: Latents, checked: bool) -> None:
         assert self._latent_shape is not None
         channels = self._latent_shape[0]
         unknown: list[int] = []
-        for number, (path, noted) in enumerate(zip(self.paths, notes, strict=True)):
-            kind = noted.get(KIND_NOTE, latents)
+        for number, (path, shard) in enumerate(zip(self.paths, self.index.shards, strict=True)):
+            kind = shard.notes.get(KIND_NOTE, latents)
             if latents not in ("auto", kind):
                 raise UserError(f"data.latents is {latents}, but the metadata of {path} says {kind}; set it to auto")
             if kind == "raw":
-                self._scales[number] = scale_of(noted, channels, str(path))
+                self._scales[number] = scale_of(shard.notes, channels, str(path))
             elif kind == "auto":
                 unknown += range(self._starts[number], self._starts[number + 1])
-        if unknown and channels in BY_CHANNELS:
+        if unknown and channels in BY_CHANNELS and not checked:
             self._refuse_raw(unknown, BY_CHANNELS[channels])
 
     def _refuse_raw(self, rows: list[int], scale: Scale) -> None:
@@ -138,10 +143,10 @@ class LatentShards:
             what = "cannot tell whether the latents in %s are normalised, and uses them unchanged; %s"
             logger.warning(what, self.folder, remedy)
 
-    def _compare_first_frame(self, notes: Sequence[Mapping[str, str]]) -> None:
+    def _compare_first_frame(self) -> None:
         """Check, on the first clip of a shard that another tool wrote, that its image is encoded as this tool does."""
-        for noted, start in zip(notes, self._starts, strict=False):
-            if KIND_NOTE not in noted and start < len(self):
+        for shard, start in zip(self.index.shards, self._starts, strict=False):
+            if KIND_NOTE not in shard.notes and start < len(self):
                 with contextlib.suppress(UserError):
                     clip = self.read(start)
                     break
@@ -155,58 +160,53 @@ class LatentShards:
             with contextlib.suppress(UserError):
                 yield self.read(row)["latents"]
 
-    def _check(self, path: Path) -> int:
-        """The number of clips in a shard, after comparing every shape in it with the first clip's."""
-        shard = open_shard(path)
-        missing = [name for name in COLUMNS if name not in shard.schema_arrow.names]
-        if missing:
-            raise UserError(f"{path} has no column {', '.join(missing)}; write shards in FastVideo's t2v schema")
-        held = {name: f"{column}_shape" for name, column in COLUMN_OF.items()}
-        held = {name: column for name, column in held.items() if column in shard.schema_arrow.names}
-        shapes = shard.read(columns=[f"{LATENT}_shape", f"{TEXT}_shape", *held.values()]).to_pydict()
-        own = KIND_NOTE in read_notes(path)
-        for row, (latent, text) in enumerate(zip(shapes[f"{LATENT}_shape"], shapes[f"{TEXT}_shape"], strict=True)):
+    def _check(self, path: Path, shard: Shard) -> None:
+        """Compare the shapes that the index has of a shard with the first clip's."""
+        for row, shapes in shard.shapes:
             place = f"clip {row} of {path}"
-            if not latent or len(latent) != 4:
-                raise UserError(f"{place} has no latents of shape [C, F, H, W]; encode it again or remove it")
-            if not text or len(text) != 2:
-                raise UserError(f"{place} has no text embedding of shape [L, D]; encode its caption or remove it")
-            if self.text_tokens is not None:
-                if text[0] > self.text_tokens:
-                    raise UserError(f"{place} has {text[0]} text tokens; raise text_tokens: {self.text_tokens}")
-                text = [self.text_tokens, text[1]]
-            self._latent_shape = self._latent_shape or latent
-            self._text_shape = self._text_shape or text
-            if latent != self._latent_shape:
-                raise UserError(
-                    f"{place} has latents of {size_text(latent)}, the first clip has {size_text(self._latent_shape)}; "
-                    "keep clips of different shapes in separate folders"
-                )
-            if text != self._text_shape:
-                raise UserError(
-                    f"{place} has a text embedding of {size_text(text)}, the first clip has "
-                    f"{size_text(self._text_shape)}; set text_tokens to pad them to one length"
-                )
-            images = {name: shapes[column][row] or () for name, column in held.items()}
-            self._check_images(images, latent, place, own)
-        largest = max((shard.metadata.row_group(i).num_rows for i in range(shard.num_row_groups)), default=0)
-        if largest > 1:
-            _warn_of_groups(self.folder, largest)
-        return clips_in(path)
+            self._check_clip(shapes, place)
+            self._check_images(shapes, place, shard)
+        if shard.largest > 1:
+            _warn_of_groups(self.folder, shard.largest)
 
-    def _check_images(self, images: Mapping[str, Sequence[int]], latent: Sequence[int], place: str, own: bool) -> None:
-        """Check the shapes in a clip's image columns, () where it has none, before any is read."""
+    def _check_clip(self, shapes: Mapping[str, Any], place: str) -> None:
+        """Check the shapes of latents and text, by column; those of the first clip are kept."""
+        latent, text = shapes[f"{LATENT}_shape"], shapes[f"{TEXT}_shape"]
+        if not latent or len(latent) != 4:
+            raise UserError(f"{place} has no latents of shape [C, F, H, W]; encode it again or remove it")
+        if not text or len(text) != 2:
+            raise UserError(f"{place} has no text embedding of shape [L, D]; encode its caption or remove it")
+        if self.text_tokens is not None:
+            if text[0] > self.text_tokens:
+                raise UserError(f"{place} has {text[0]} text tokens; raise text_tokens: {self.text_tokens}")
+            text = [self.text_tokens, text[1]]
+        self._latent_shape = self._latent_shape or latent
+        self._text_shape = self._text_shape or text
+        if latent != self._latent_shape:
+            raise UserError(
+                f"{place} has latents of {size_text(latent)}, the first clip has {size_text(self._latent_shape)}; "
+                "keep clips of different shapes in separate folders"
+            )
+        if text != self._text_shape:
+            raise UserError(
+                f"{place} has a text embedding of {size_text(text)}, the first clip has "
+                f"{size_text(self._text_shape)}; set text_tokens to pad them to one length"
+            )
+
+    def _check_images(self, shapes: Mapping[str, Any], place: str, shard: Shard) -> None:
+        """Check the shapes of a clip's image columns, before any is read."""
+        images = {name: shapes.get(f"{column}_shape") or () for name, column in COLUMN_OF.items()}
         if not self.conditions:
             if any(images.values()):
                 _warn_of_images(self.folder)
             return
-        wanted = {name: images.get(name, ()) for name in self.conditions}
+        wanted = {name: images[name] for name in self.conditions}
         if not self._condition_shapes:
             missing = [name for name, shape in wanted.items() if not shape]
             if missing:
                 raise missing_columns(self.folder, missing)
             self._condition_shapes = wanted
-        check_shapes(wanted, latent, self._condition_shapes, place, own)
+        check_shapes(wanted, shapes[f"{LATENT}_shape"], self._condition_shapes, place, KIND_NOTE in shard.notes)
 
     def read(self, index: int) -> dict[str, Tensor]:
         """Return clip `index`: normalised `latents` `[C, F, H, W]`, `encoder_hidden_states` `[L, D]` and conditions.
@@ -214,10 +214,16 @@ class LatentShards:
         All tensors are float32. Conditions are keyed by the model's argument names: `image_latents`
         `[4 + C, F, H, W]` with the mask, and `encoder_hidden_states_image` `[L, D]`.
 
-        Raises UserError for a clip that cannot be unpacked, or that has NaN or infinite values.
+        Raises UserError for a clip that cannot be unpacked, that has NaN or infinite values, or that has other shapes
+        than the first.
         """
         values = self._row(index, self._columns)
         place, remedy = self._place(index), _remedy(index)
+        try:
+            self._check_clip(values, place)
+            self._check_images(values, place, self.index.shards[self._shard(index)])
+        except UserError as error:
+            raise UserError(f"{error}; or continue without it: data.skip: [{index}]") from None
         text = _unpack(values, TEXT, place, remedy)
         if self.text_tokens is not None:
             text = F.pad(text, (0, 0, 0, self.text_tokens - len(text)))
@@ -237,15 +243,34 @@ class LatentShards:
         """The caption of clip `index`; "" if the shards have none."""
         return str(self._row(index, ["caption"]).get("caption") or "")
 
-    def named(self, names: Collection[str]) -> dict[str, list[int]]:
-        """The numbers of the clips with each of `names` as `id` or `file_name`."""
-        found: dict[str, list[int]] = {name: [] for name in names}
-        for path, start in zip(self.paths, self._starts, strict=False):
-            shard = open_shard(path)
-            columns = [column for column in NAMES if column in shard.schema_arrow.names]
-            for row, values in enumerate(shard.read(columns=columns).to_pylist() if columns else []):
-                for name in found.keys() & set(values.values()):
-                    found[name].append(start + row)
+    def numbers(self, names: Collection[str]) -> dict[str, list[int]]:
+        """The numbers of the clips that each of `names` stands for: a shard, or the `id` or `file_name` of a clip."""
+        unknown = set(names) - self.index.named.keys()
+        if unknown:
+            self.index.named.update(self._searched(unknown))
+        return {name: self.index.named[name] for name in names}
+
+    def _searched(self, names: Collection[str]) -> dict[str, list[int]]:
+        shards = {shard.name: number for number, shard in enumerate(self.index.shards)}
+        found = {name: list(range(*self._starts[shards[name] :][:2])) for name in names if name in shards}
+        found.update({name: [] for name in names if name not in shards})
+        searched = {name for name in names if name not in shards}
+
+        def matching(number: int) -> list[tuple[str, int]]:
+            def rows(file: pq.ParquetFile) -> list[tuple[str, int]]:
+                columns = [column for column in NAMES if column in file.schema_arrow.names]
+                each = file.read(columns=columns, use_threads=False).to_pylist() if columns else []
+                first = self._starts[number]
+                return [(name, first + row) for row, own in enumerate(each) for name in searched & set(own.values())]
+
+            # A shard that cannot be read is named, or its clips are refused when they are read.
+            with contextlib.suppress(*Unreadable):
+                return read_once(self.paths[number], rows)
+            return []
+
+        for matches in of_all(matching, range(len(self.paths)) if searched else ()):
+            for name, row in matches:
+                found[name].append(row)
         return found
 
     def _name(self, index: int) -> str:
@@ -256,23 +281,22 @@ class LatentShards:
         if not 0 <= index < len(self):
             raise IndexError(f"clip {index} of {len(self)}")
         number = self._shard(index)
-        row = index - self._starts[number]
-        path = self.paths[number]
-        shard = open_shard(path)
-        group = 0
-        while row >= shard.metadata.row_group(group).num_rows:
-            row -= shard.metadata.row_group(group).num_rows
-            group += 1
-        try:
-            if columns is self._columns and shard.metadata.row_group(group).num_rows > 1:
-                table = _row_group(path, os.getpid(), group, self._columns)
+        row, path = index - self._starts[number], self.paths[number]
+
+        def read(shard: pq.ParquetFile) -> dict[str, Any]:
+            group, left = 0, row
+            while left >= (size := shard.metadata.row_group(group).num_rows):
+                group, left = group + 1, left - size
+            if columns is self._columns and size > 1:
+                table = row_group(path, os.getpid(), group, self._columns)
             else:
                 table = shard.read_row_group(group, columns=list(columns), use_threads=False)
-            values = table.slice(row, 1).to_pylist()[0]
-        except (pa.ArrowException, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"cannot read {self._place(index)}: {reason}; {_remedy(index)}") from None
-        return dict(values)
+            return dict(table.slice(left, 1).to_pylist()[0])
+
+        try:
+            return read_from(path, read)
+        except (*Unreadable, IndexError) as error:
+            raise UserError(f"cannot read {self._place(index)}: {reason_of(error)}; {_remedy(index)}") from None
 
     def _shard(self, index: int) -> int:
         """The number of the shard that holds clip `index`."""

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from ..devices import default_device
-from ..distill.data import Data, DataConfig, open_data
+from ..distill.data import Data, DataConfig, LatentClips, open_data
 from ..distill.progress import Report
+from ..distill.shard_index import ShardIndex, read_index, write_index
+from ..distill.sharding import from_main
 from ..distill.stages.base import REAL_SCORE, TEACHER, StageConfig
 from ..evaluate.samples import Comparison
 from ..export.checkpoint import load_checkpoint
@@ -27,7 +29,7 @@ from .sources import source_of
 
 STAGES, TRAINING = "stages", "training"
 CHECKPOINT, SAMPLES, METRICS = "checkpoint", "samples", "metrics.jsonl"
-DATA = "data"
+DATA, CLIPS = "data", ".clips.json"
 ROLLOUTS, KERNELS = "rollouts.safetensors", "kernels"
 
 
@@ -51,7 +53,8 @@ class Context:
     main: bool = True
     seconds: Mapping[str, float] = field(default_factory=dict)
     drawn: Sequence[Comparison] | None = field(default=None, repr=False)
-    _dense: CausalTransformer | None = field(default=None, repr=False)
+    _clips: ShardIndex | None = field(default=None, repr=False)
+    _dense: Any = field(default=None, repr=False)
 
     @functools.cached_property
     def source(self) -> Source:
@@ -83,7 +86,28 @@ class Context:
 
     @functools.cached_property
     def data(self) -> Data:
-        return open_data(self.data_config, self.recipe.seed, needed_conditions(self.source.config))
+        """The training clips. The index of a folder is that of the first process, or what this run wrote before."""
+        config = self.data_config
+        known = self._clips
+        if known is None and config.folder is not None:
+            known = read_index(self.path / CLIPS, Path(config.folder))
+        needed = needed_conditions(self.source.config)
+        return open_data(config, self.recipe.seed, needed, known, checked=self._clips is not None)
+
+    def keep_index(self) -> None:
+        """Write the index of the clips, if they have been opened, for a resumed run."""
+        data = vars(self).get("data")
+        if isinstance(data, LatentClips) and self.recipe.data.kind == "latents":
+            write_index(self.path / CLIPS, data.shards.index)
+
+    def share_clips(self) -> None:
+        """Open the clips in the first process alone and pass their index on; every process calls this."""
+        data = self.data if self.main else None
+        index: ShardIndex | None = from_main(data.shards.index if isinstance(data, LatentClips) else None)
+        if self.main:
+            self.keep_index()
+        else:
+            self._clips = index
 
     @property
     def device(self) -> torch.device:

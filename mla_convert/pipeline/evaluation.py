@@ -12,6 +12,7 @@ import torch
 from ..devices import default_device
 from ..distill.data import DataConfig, open_data
 from ..distill.progress import Report
+from ..distill.shard_index import read_index
 from ..errors import UsageError
 from ..evaluate.config import EvaluateConfig
 from ..evaluate.fidelity import evaluate
@@ -27,7 +28,7 @@ from ..run.config import GenerateConfig
 from ..run.offload import together
 from ..run.sample import DIGITS, prompt_encoder
 from ..run.streaming import StreamingConfig
-from .context import DATA
+from .context import CLIPS, DATA
 from .rundir import STATE, read_state, require_clips
 from .sources import source_of
 from .summary import describe
@@ -75,7 +76,8 @@ def evaluate_checkpoint(
         raise UsageError(f"{folder} has no {MANIFEST} that names its held-out data; evaluate a checkpoint of a run")
     run = _run_of(root)
     data = DataConfig(kind="digits") if recipe is None else recipe.data.made_in(run / DATA)
-    clips = open_data(data, 0 if recipe is None else recipe.seed, dense.needed_conditions)
+    known = None if data.folder is None else read_index(run / CLIPS, Path(data.folder))
+    clips = open_data(data, 0 if recipe is None else recipe.seed, dense.needed_conditions, known)
     # Held-out clips of a larger folder are others, and some of them were trained on.
     if (run / STATE).exists():
         require_clips(run, read_state(run)["steps"], clips.identity)

@@ -114,6 +114,7 @@ def _lead(recipe: Recipe, folder: RunDir, steps: list[Step], processes: PartialS
         if any(step.action is make_samples for step in pending):
             warn_of_samples(context)
         folder.begin()
+        context.keep_index()
         processes.wait_for_everyone()
         for step in pending:
             context.seconds = folder.seconds

@@ -129,6 +129,7 @@ def _parts_of(recipe: Recipe) -> str:
 
 def _distill(context: Context, index: int) -> None:
     recipe = context.recipe
+    context.share_clips()
     student, stage = context.load_stage(index - 1), recipe.distill[index - 1]
     run_stage(
         stage,

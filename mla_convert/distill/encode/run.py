@@ -15,10 +15,11 @@ from ...errors import UserError
 from ...families.image import IMAGE, TOKENS
 from ...files import write_text
 from ...mla.conditions import conditions_of
-from ..clip_shards import clips_in, shard_name
+from ..clip_shards import shard_name
 from ..latents import LatentShards
 from ..negative import NEGATIVE
 from ..progress import Report
+from ..shard_files import clips_in
 from ..waiting import wait_for_files
 from .config import EncodeConfig
 from .models import TEXT_TOKENS, check_model, check_size, find_pipeline, has_image_encoder

@@ -14,9 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from ...families.image import IMAGE, TOKENS, with_mask
-from ..clip_shards import Clip, read_notes, write_shard
+from ..clip_shards import Clip, write_shard
 from ..normalisation import notes_of
 from ..progress import Report
+from ..shard_files import read_notes
 from .begun import encode_begun
 from .config import EncodeConfig
 from .frames import UnusableVideo, ahead, read_frames, to_pixels
