@@ -99,7 +99,7 @@ def test_latents_are_those_of_the_vae(clips, pipeline, tmp_path):
     vae = AutoencoderKLWan.from_pretrained(pipeline / "vae").eval()
     mean, std = (torch.tensor(vae.config[key]).view(-1, 1, 1, 1) for key in ("latents_mean", "latents_std"))
     data = open_data(DataConfig(kind="latents", folder=str(tmp_path / "data"), heldout=1, split="last"), seed=0)
-    entries, _ = find_videos(clips)
+    entries = find_videos(clips)
     for index, entry in enumerate(entries[:-1]):
         pixels = to_pixels(read_frames(entry.path, FRAMES, HEIGHT, WIDTH, 16))
         with torch.no_grad():
@@ -415,9 +415,10 @@ def test_tables_name_videos_and_captions(tmp_path, name, text, whole):
     for video in "ab":
         (tmp_path / f"{video}.mp4").touch()
     (tmp_path / name).write_text(text)
-    entries, skipped = find_videos(tmp_path if whole else tmp_path / name)
-    assert [entry[:2] for entry in entries] == [("a.mp4", "a red square"), ("b.mp4", "the dark, over")]
-    assert skipped == [("c.mp4", "there is no such file")]
+    entries = find_videos(tmp_path if whole else tmp_path / name)
+    captions = [("a.mp4", "a red square"), ("b.mp4", "the dark, over"), ("c.mp4", "gone")]
+    assert [entry[:2] for entry in entries] == captions
+    assert [entry.problem for entry in entries] == ["", "", "there is no such file"]
 
 
 @pytest.mark.parametrize(

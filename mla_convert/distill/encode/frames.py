@@ -17,32 +17,63 @@ import imageio_ffmpeg
 import torch
 from torch import Tensor
 
+from ...errors import UserError
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+DECODE_SECONDS = 600.0
+"""How long ffmpeg may take for the frames of one clip."""
+NO_FILE = "there is no such file"
 
 _ADDRESS = re.compile(r"\[[^\]]* @ 0x[0-9a-f]+\] ")
 
 
 class UnusableVideo(Exception):
-    """Raised for a video that is broken or too short; the message is the reason."""
+    """Raised for a video that is missing, broken or too short; the message is the reason."""
+
+
+class ShortVideo(UnusableVideo):
+    """Raised for a whole video that is too short."""
 
 
 def read_frames(path: Path, frames: int, height: int, width: int, fps: float) -> Tensor:
     """Return the first `frames` frames at `fps` frames per second, uint8 `[F, H, W, 3]`.
 
     Frames are resized to cover height x width pixels, then cropped at the center. Raises
-    UnusableVideo if the file ends too early or if any of these frames is damaged.
+    UnusableVideo if there is no such file, if it ends too early, if any of these frames is damaged, or if decoding
+    takes longer than `DECODE_SECONDS`; UserError if the file cannot be opened.
     """
+    _require_readable(path)
     # Limit the input time: `-frames` would race with errors in later frames.
     command = _command(path, height, width, fps, f"-t {(frames + 1) / fps:.6f}")
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=DECODE_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise UnusableVideo(f"it takes longer than {DECODE_SECONDS:g} seconds to decode") from None
     if done.returncode:
         raise UnusableVideo(f"it cannot be decoded: {_reason(done.stderr, path)}")
     decoded = torch.frombuffer(bytearray(done.stdout) or bytearray(1), dtype=torch.uint8)
     found = len(decoded) // (height * width * 3)
     if found < frames:
-        raise UnusableVideo(f"it is too short: {found} of {frames} frames at {fps:g} per second")
+        raise ShortVideo(f"it is too short: {found} of {frames} frames at {fps:g} per second")
     return decoded.view(found, height, width, 3)[:frames]
+
+
+def _require_readable(path: Path) -> None:
+    """Raise UserError if the first byte of a file cannot be read: its disk is away, and the video may be good."""
+    try:
+        with path.open("rb") as file:
+            file.read(1)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UnusableVideo(NO_FILE) from None
+    except OSError as error:
+        raise UserError(
+            f"cannot open {path}: {error.strerror or error}; bring its disk back or take the file away, and continue "
+            "with --resume"
+        ) from None
 
 
 def stream_frames(path: Path, height: int, width: int, fps: float) -> Generator[Tensor]:

@@ -37,7 +37,7 @@ def claimed(out: Path, plan: dict[str, Any], resume: bool) -> Iterator[None]:
         if not resume:
             raise UserError(f"{out} already holds an encoding; continue it with --resume or give another --out")
     with locked_folder(out):
-        for leftover in (*out.glob(".*.tmp"), *out.glob(f"{WORK}/.*.tmp")):
+        for leftover in (*out.glob(".*.tmp"), *out.glob(f"{WORK}/.*.tmp"), *out.glob(f"{WORK}/share-*")):
             leftover.unlink()
         write_json(out / PLAN, plan)
         yield

@@ -19,14 +19,17 @@ from ..clip_shards import shard_name
 from ..latents import LatentShards
 from ..negative import NEGATIVE
 from ..progress import Report
-from ..shard_files import clips_in
+from ..shard_files import clips_in, of_all
+from ..sharding import from_main
+from ..shards import shard_name
 from ..waiting import wait_for_files
 from .config import EncodeConfig
 from .models import TEXT_TOKENS, check_model, check_size, find_pipeline, has_image_encoder
 from .plan import claimed, make_plan
+from .shares import read_share, share_file, write_share
 from .sources import find_videos, read_prompts
 from .text import Embeddings, write_embeddings
-from .videos import Shard, skipped_in, write_video_shards
+from .videos import Shard, came_back, skipped_in, write_video_shards
 
 SKIPPED = "skipped.jsonl"
 
@@ -38,15 +41,16 @@ def encode_videos(
 
     The negative prompt's embedding is written to `negative.safetensors` beside them.
 
-    Every process of a distributed run calls this and takes every n-th shard. The clips of a shard
-    depend only on the names, so a resumed run writes the same bytes as an uninterrupted one. Returns a summary
+    Every process of a distributed run calls this and takes every n-th of the missing shards; the first one lists the
+    source for all. The clips of a shard depend only on the names, so a resumed run writes the same bytes as an
+    uninterrupted one. Shards that lack a video whose file has come back are written again. Returns a summary
     in the first process, None in the others. Raises UserError, in one line, also
     if no video could be encoded; UsageError for sizes that the VAE does not take, or for settings that differ from
     those of the encoding to resume.
     """
     started = time.monotonic()
-    entries, without = find_videos(source)
-    images = config.image_condition
+    images, main = config.image_condition, processes.is_main_process
+    entries = find_videos(source) if main else []
     folder, commit = find_pipeline(config.model, config.revision, config_only=True, images=images)
     check_model(folder, videos=True)
     check_size(folder, config.frames, config.height, config.width)
@@ -56,7 +60,7 @@ def encode_videos(
         del settings["latents"]
     if not images:
         del settings["image_condition"]
-    plan = make_plan("videos", settings, [*(e[:2] for e in entries), *without])
+    plan = make_plan("videos", settings, [entry[:2] for entry in entries])
     size = config.shard_size
     shards = [
         Shard(out / shard_name(number), entries[first : first + size], first)
@@ -64,16 +68,26 @@ def encode_videos(
     ]
     paths = [shard.path for shard in shards]
 
-    def work(mine: Sequence[int], texts: Sequence[Embeddings]) -> None:
-        find_pipeline(config.model, commit, config_only=False, images=images)
-        write_video_shards([shards[number] for number in mine], texts, folder, config, processes.device, report)
+    def deal(missing: Sequence[int], launch: int) -> None:
+        for process in range(1, processes.num_processes):
+            share = missing[process :: processes.num_processes]
+            write_share(share_file(out, launch, process), [shards[number] for number in share])
 
-    if not _share(out, plan, resume, processes, paths, _negative(out, config), work, report):
+    def work(mine: Sequence[int], texts: Sequence[Embeddings], launch: int) -> None:
+        find_pipeline(config.model, commit, config_only=False, images=images)
+        own = [shards[n] for n in mine] if main else read_share(share_file(out, launch, processes.process_index))
+        write_video_shards(own, texts, folder, config, processes.device, report)
+
+    def again() -> list[Path]:
+        written = [shard for shard in shards if shard.path.exists()]
+        return [shard.path for shard, back in zip(written, of_all(came_back, written), strict=True) if back]
+
+    if not _share(out, plan, resume, processes, paths, _negative(out, config), work, report, deal, again):
         return None
-    skipped = sorted([*without, *(row for path in paths for row in skipped_in(path))])
+    skipped = sorted(row for found in of_all(skipped_in, paths) for row in found)
     rows = [{"file_name": name, "reason": reason} for name, reason in skipped]
     write_text(out / SKIPPED, "".join(json.dumps(row) + "\n" for row in rows))
-    encoded = len(entries) + len(without) - len(skipped)
+    encoded = len(entries) - len(skipped)
     if encoded == 0:
         name, reason = skipped[0]
         raise UserError(f"none of the {len(skipped)} videos could be encoded; see {out / SKIPPED}; {name}: {reason}")
@@ -111,7 +125,7 @@ def encode_prompts(
     shards = [prompts[first : first + size] for first in range(0, len(prompts), size)]
     paths = [out / f"prompts-{number:05d}.safetensors" for number in range(len(shards))]
 
-    def work(mine: Sequence[int], texts: Sequence[Embeddings]) -> None:
+    def work(mine: Sequence[int], texts: Sequence[Embeddings], launch: int) -> None:
         find_pipeline(config.model, commit, config_only=False)
         files = [*texts, *(Embeddings(paths[number], shards[number]) for number in mine)]
         write_embeddings(files, folder, config, processes.device, report)
@@ -140,28 +154,36 @@ def _share(
     processes: PartialState,
     paths: Sequence[Path],
     text: Embeddings,
-    work: Callable[[Sequence[int], Sequence[Embeddings]], None],
+    work: Callable[[Sequence[int], Sequence[Embeddings], int], None],
     report: Report,
+    deal: Callable[[Sequence[int], int], None] = lambda missing, launch: None,
+    again: Callable[[], Sequence[Path]] = lambda: (),
 ) -> bool:
-    """Call `work` for this process's share of the missing `paths`, every n-th of all.
+    """Call `work` for this process's share of the missing `paths`, every n-th of them, with the number of the launch.
 
-    The first process also writes `text`, waits until all files exist, and returns True; others return False.
+    Only the first process has to know `paths`. It deletes those of `again` first, calls `deal` with the missing numbers
+    and the launch, writes `text`, waits until all files exist, and returns True; others return False.
     """
 
-    def begin() -> None:
-        processes.wait_for_everyone()
-        mine = range(processes.process_index, len(paths), processes.num_processes)
-        missing = [number for number in mine if not paths[number].exists()]
+    def begin(missing: Sequence[int], launch: int) -> None:
+        missing, launch = from_main((missing, launch))
+        mine = missing[processes.process_index :: processes.num_processes]
         texts = [text] if processes.is_main_process and not text.path.exists() else []
-        if missing or texts:
-            work(missing, texts)
+        if mine or texts:
+            work(mine, texts, launch)
 
     if not processes.is_main_process:
-        begin()
+        begin((), 0)
         return False
 
     with claimed(out, plan, resume):
-        begin()
+        if resume:
+            for path in again():
+                path.unlink()
+        there = {path.name for path in out.iterdir()}
+        missing, launch = [number for number, path in enumerate(paths) if path.name not in there], time.time_ns()
+        deal(missing, launch)
+        begin(missing, launch)
         # A barrier would time out if other processes need long for their last shards.
-        wait_for_files(paths, lambda missing: report("shards of other processes", len(paths) - missing, len(paths)))
+        wait_for_files(paths, lambda left: report("shards of other processes", len(paths) - left, len(paths)))
     return True

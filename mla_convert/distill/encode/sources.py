@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from ...errors import UserError
+from ..shard_files import of_all
+from .frames import NO_FILE
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 TABLES = ("metadata.csv", "metadata.jsonl", "metadata.json", "videos.csv", "videos.jsonl", "captions.json")
@@ -16,12 +19,19 @@ FILE_COLUMNS = ("file_name", "path", "video")
 TEXT_COLUMNS = ("text", "caption", "prompt", "cap")
 
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_AT_ONCE = 512
+
+
 class Entry(NamedTuple):
-    """A video to encode; `name` is its path as the source gives it."""
+    """A video of the source; `name` is its path as the source gives it, `problem` why it cannot be encoded, or ""."""
 
     name: str
     caption: str
     path: Path
+    problem: str = ""
 
 
 class Skipped(NamedTuple):
@@ -31,8 +41,8 @@ class Skipped(NamedTuple):
     reason: str
 
 
-def find_videos(source: Path) -> tuple[list[Entry], list[Skipped]]:
-    """Return the videos of a folder or a table, sorted by name, and those without a caption or a file.
+def find_videos(source: Path) -> list[Entry]:
+    """Return all videos of a folder or a table, sorted by name, also those without a caption or a file.
 
     A folder holds one of TABLES, or `name.txt` beside each `name.mp4`, also in subfolders. A table
     (`.csv`, `.jsonl`, `.json`) has the columns `file_name`, relative to the table, and `text`; JSON
@@ -48,20 +58,39 @@ def find_videos(source: Path) -> tuple[list[Entry], list[Skipped]]:
         rows = _table(source)
     else:
         raise UserError(f"{source} does not exist; give a folder of videos or a table of them")
-    entries, skipped = [], []
-    for entry, problem in sorted(rows, key=lambda row: row[0][:2]):
-        if problem or not entry.caption:
-            skipped.append(Skipped(entry.name, problem or "its caption is empty"))
-        elif not entry.path.is_file():
-            skipped.append(Skipped(entry.name, "there is no such file"))
-        else:
-            entries.append(entry)
+    entries = _of_many(_checked, sorted(rows, key=lambda entry: entry[:2]))
     if not entries:
-        if not skipped:
-            raise UserError(f"{source} holds no videos; supported files are {', '.join(SUFFIXES)}")
-        first = skipped[0]
-        raise UserError(f"none of the {len(skipped)} videos of {source} can be used; {first.name}: {first.reason}")
-    return entries, skipped
+        raise UserError(f"{source} holds no videos; supported files are {', '.join(SUFFIXES)}")
+    if all(entry.problem for entry in entries):
+        first = entries[0]
+        raise UserError(f"none of the {len(entries)} videos of {source} can be used; {first.name}: {first.problem}")
+    return entries
+
+
+def _checked(entry: Entry) -> Entry:
+    """`entry` with its problem, if there is one."""
+    if entry.problem:
+        return entry
+    if not entry.caption:
+        return entry._replace(problem="its caption is empty")
+    try:
+        entry.path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return entry._replace(problem=NO_FILE)
+    except OSError as error:
+        raise UserError(f"cannot open {entry.path}: {_reason(error)}; bring its disk back or take it away") from None
+    return entry
+
+
+def _of_many(ask: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """`ask(item)` of every item, in order; on a network file system most of the time is waiting."""
+    rest = iter(items)
+    parts = iter(lambda: list(islice(rest, _AT_ONCE)), [])
+
+    def asked(part: Sequence[Item]) -> list[Result]:
+        return [ask(item) for item in part]
+
+    return [result for results in of_all(asked, parts) for result in results]
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -72,25 +101,27 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def _pairs(folder: Path) -> list[tuple[Entry, str]]:
-    """The videos of a folder with the captions beside them, and the problem with each caption, "" if none."""
-    rows = []
-    for path in folder.rglob("*"):
-        if path.suffix.lower() not in SUFFIXES or path.name.startswith("."):
-            continue
-        beside = path.with_suffix(".txt")
-        caption, problem = "", ""
+def _pairs(folder: Path) -> list[Entry]:
+    """The videos of a folder with the captions beside them."""
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
+
+    def captioned(path: Path) -> Entry:
+        name, beside = path.relative_to(folder).as_posix(), path.with_suffix(".txt")
         try:
-            caption = beside.read_text(encoding="utf-8-sig").strip()
+            return Entry(name, beside.read_text(encoding="utf-8-sig").strip(), path)
         except FileNotFoundError:
-            problem = f"its caption file {beside.name} does not exist"
-        except (OSError, UnicodeDecodeError) as error:
-            problem = f"{beside.name} cannot be read: {_reason(error)}"
-        rows.append((Entry(path.relative_to(folder).as_posix(), caption, path), problem))
-    return rows
+            return Entry(name, "", path, f"its caption file {beside.name} does not exist")
+        except UnicodeDecodeError as error:
+            return Entry(name, "", path, f"{beside.name} cannot be read: {_reason(error)}")
+        except OSError as error:
+            raise UserError(
+                f"cannot read {beside}: {_reason(error)}; bring its disk back or take the file away"
+            ) from None
+
+    return _of_many(captioned, found)
 
 
-def _table(path: Path) -> list[tuple[Entry, str]]:
+def _table(path: Path) -> list[Entry]:
     text = _read(path)
     try:
         match path.suffix.lower():
@@ -111,7 +142,7 @@ def _table(path: Path) -> list[tuple[Entry, str]]:
     entries = []
     for number, row in enumerate(rows, 1):
         name, caption = (_cell(path, number, row, columns) for columns in (FILE_COLUMNS, TEXT_COLUMNS))
-        entries.append((Entry(name, caption, path.parent / name), ""))
+        entries.append(Entry(name, caption, path.parent / name))
     return entries
 
 

@@ -1,4 +1,4 @@
-"""Writes shards of videos: first all captions, then all frames, so that the text encoder is alone in memory."""
+"""Writes shards of videos, block by block: first the captions, then the frames, so that one encoder is in memory."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ...errors import UserError
 from ...families.image import IMAGE, TOKENS, with_mask
 from ..clip_shards import Clip, write_shard
 from ..normalisation import notes_of
@@ -20,13 +21,18 @@ from ..progress import Report
 from ..shard_files import read_notes
 from .begun import encode_begun
 from .config import EncodeConfig
-from .frames import UnusableVideo, ahead, read_frames, to_pixels
+from .frames import NO_FILE, ShortVideo, UnusableVideo, ahead, read_frames, to_pixels
 from .models import encode_pixels, has_image_encoder, image_encoder, latents_scale, video_vae
 from .plan import WORK
 from .sources import Entry, Skipped
 from .text import Embeddings, read_ragged, write_embeddings
 
 DECODERS = 4
+BLOCK = 1024
+"""Videos whose captions are embedded before their frames are encoded; the embeddings wait on disk."""
+IN_A_ROW = 50
+"""Videos in a row that are missing or cannot be decoded, after which their disk is more likely at fault than they."""
+
 _NOTE = "mla_convert.skipped"
 
 
@@ -76,33 +82,86 @@ def write_video_shards(
     device: torch.device,
     report: Report,
 ) -> None:
-    """Encode `texts` and `shards` with the models of the pipeline in `folder`.
+    """Encode `texts` and `shards` with the models of the pipeline in `folder`, loaded once for every `BLOCK` videos.
 
-    Unusable videos are skipped and recorded in the shard's metadata, see `skipped_in`.
+    Unusable videos are skipped and recorded in the shard's metadata, see `skipped_in`. Raises UserError for a video
+    that cannot be opened and after `IN_A_ROW` unusable ones in a row; the shard that they are in is not written.
     """
-    waiting = [s for s in shards if not s.captions.exists()]
-    captions = [Embeddings(s.captions, [entry.caption for entry in s.entries], ragged=True) for s in waiting]
-    write_embeddings([*texts, *captions], folder, config, device, report)
-    if not shards:
-        return
-    total, done = sum(len(shard.entries) for shard in shards), 0
-    raw = config.latents == "raw"
-    tokens = config.image_condition and has_image_encoder(folder)
-    with (
-        video_vae(folder, device) as vae,
-        image_encoder(folder, device) if tokens else contextlib.nullcontext() as embed,
-    ):
-        encode = _Encoder(vae, raw, config.image_condition, embed)
-        for shard in shards:
-            notes = notes_of(latents_scale(folder) if raw else None)
+    writing = _Writing(folder, config, device, report, sum(len(shard.entries) for shard in shards))
+    size = max(1, BLOCK // config.shard_size)
+    for start in range(0, max(1, len(shards)), size):
+        block = shards[start : start + size]
+        waiting = [s for s in block if not s.captions.exists()]
+        captions = [Embeddings(s.captions, [entry.caption for entry in s.entries], ragged=True) for s in waiting]
+        write_embeddings([*([] if start else texts), *captions], folder, config, device, report)
+        if block:
+            writing.write(block)
 
-            def advance(count: int) -> None:
-                nonlocal done
-                done += count
-                report("videos", done, total)
 
-            write_shard(shard.path, _clips(shard, encode, config, notes, advance), shard.first, notes)
-            shard.captions.unlink(missing_ok=True)
+class _Writing:
+    """Encodes the frames of shards whose captions are embedded, and counts what is done of `total` videos."""
+
+    def __init__(self, folder: Path, config: EncodeConfig, device: torch.device, report: Report, total: int) -> None:
+        self.folder, self.config, self.device, self.report = folder, config, device, report
+        self.total, self.done, self.in_a_row = total, 0, 0
+
+    def write(self, shards: Sequence[Shard]) -> None:
+        """Load the VAE and, if it is needed, the image encoder, and write `shards`."""
+        raw, images = self.config.latents == "raw", self.config.image_condition
+        with (
+            video_vae(self.folder, self.device) as vae,
+            image_encoder(self.folder, self.device)
+            if images and has_image_encoder(self.folder)
+            else contextlib.nullcontext() as embed,
+        ):
+            encode = _Encoder(vae, raw, images, embed)
+            for shard in shards:
+                notes = notes_of(latents_scale(self.folder) if raw else None)
+                write_shard(shard.path, self._clips(shard, encode, notes), shard.first, notes)
+                shard.captions.unlink(missing_ok=True)
+
+    def _clips(self, shard: Shard, encode: _Encoder, notes: dict[str, str]) -> Iterator[Clip]:
+        """Yield the clips of a shard; at the end, `notes` lists the skipped videos."""
+        size = self.config.frames, self.config.height, self.config.width, self.config.fps
+
+        def read(number: int) -> tuple[int, Tensor | UnusableVideo]:
+            try:
+                return number, read_frames(shard.entries[number].path, *size)
+            except UnusableVideo as error:
+                return number, error
+
+        planned = [number for number, entry in enumerate(shard.entries) if not entry.problem]
+        skipped = [Skipped(entry.name, entry.problem) for entry in shard.entries if entry.problem]
+        self._advance(len(skipped))
+        texts, decoded = read_ragged(shard.captions), ahead(read, planned, DECODERS)
+        while batch := list(islice(decoded, self.config.batch_size)):
+            usable = [(number, found) for number, found in batch if isinstance(found, Tensor)]
+            for number, found in batch:
+                self._count(shard.entries[number], found)
+                if isinstance(found, UnusableVideo):
+                    skipped.append(Skipped(shard.entries[number].name, str(found)))
+            if usable:
+                encoded = encode([frames for _, frames in usable])
+                for (number, _), (latents, conditions) in zip(usable, encoded, strict=True):
+                    yield _clip(shard.entries[number], latents, conditions, texts[number], self.config)
+            self._advance(len(batch))
+        if skipped:
+            notes[_NOTE] = json.dumps(sorted(skipped))
+
+    def _count(self, entry: Entry, found: Tensor | UnusableVideo) -> None:
+        """Raise UserError at the last of `IN_A_ROW` videos that are missing or broken."""
+        broken = isinstance(found, UnusableVideo) and not isinstance(found, ShortVideo)
+        self.in_a_row = self.in_a_row + 1 if broken else 0
+        if self.in_a_row >= IN_A_ROW:
+            raise UserError(
+                f"{IN_A_ROW} videos in a row cannot be used, the last is {entry.name}: {found}; bring their disk back "
+                "or take them away, and continue with --resume"
+            )
+
+    def _advance(self, count: int) -> None:
+        self.done += count
+        if count:
+            self.report("videos", self.done, self.total)
 
 
 def skipped_in(path: Path) -> list[Skipped]:
@@ -110,34 +169,10 @@ def skipped_in(path: Path) -> list[Skipped]:
     return [Skipped(*row) for row in json.loads(read_notes(path).get(_NOTE, "[]"))]
 
 
-def _clips(
-    shard: Shard,
-    encode: _Encoder,
-    config: EncodeConfig,
-    notes: dict[str, str],
-    advance: Callable[[int], None],
-) -> Iterator[Clip]:
-    """Yield the clips of a shard; at the end, `notes` lists the skipped videos."""
-
-    def read(number: int) -> tuple[int, Tensor | str]:
-        try:
-            size = config.frames, config.height, config.width, config.fps
-            return number, read_frames(shard.entries[number].path, *size)
-        except UnusableVideo as error:
-            return number, str(error)
-
-    texts, skipped = read_ragged(shard.captions), []
-    decoded = ahead(read, range(len(shard.entries)), DECODERS)
-    while batch := list(islice(decoded, config.batch_size)):
-        usable = [(number, found) for number, found in batch if isinstance(found, Tensor)]
-        skipped += [(shard.entries[n].name, found) for n, found in batch if isinstance(found, str)]
-        if usable:
-            encoded = encode([frames for _, frames in usable])
-            for (number, _), (latents, conditions) in zip(usable, encoded, strict=True):
-                yield _clip(shard.entries[number], latents, conditions, texts[number], config)
-        advance(len(batch))
-    if skipped:
-        notes[_NOTE] = json.dumps(skipped)
+def came_back(shard: Shard) -> bool:
+    """Whether a written shard lacks a video whose file was not there and is now."""
+    missing = {name for name, reason in skipped_in(shard.path) if reason == NO_FILE}
+    return any(entry.name in missing and not entry.problem for entry in shard.entries)
 
 
 def _clip(entry: Entry, latents: Tensor, conditions: Mapping[str, Tensor], text: Tensor, config: EncodeConfig) -> Clip:
