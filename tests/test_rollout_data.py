@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ import pico
 import pytest
 import torch
 from recipe_case import RECIPE, digests, write_teacher
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from mla_convert.distill.clip_shards import Clip, write_shard
 from mla_convert.distill.data import DataConfig, drawn_rows, open_data
@@ -23,6 +24,7 @@ from mla_convert.load import load_dense, load_source
 from mla_convert.pipeline import evaluation, run
 from mla_convert.pipeline import rollouts as pipeline_module
 from mla_convert.pipeline.evaluation import evaluate_checkpoint
+from mla_convert.pipeline.rollout_texts import TextFiles, digest_of
 from mla_convert.recipe.load import parse_recipe
 from mla_convert.run.stream import stream_chunks
 from mla_convert.zoo.digits.data import parse_prompt
@@ -214,9 +216,8 @@ def test_prompts_may_be_embeddings(teacher: Path, tmp_path: Path) -> None:
     config = RolloutsConfig(clips=4, prompt_embeds=str(tmp_path / "embeds"))
     data = DataConfig(kind="rollouts", rollouts=config, heldout=1)
     prompts = pipeline_module.read_prompts(data, load_source(str(teacher)))
-    found, captions = prompts.text, prompts.captions
-    assert torch.equal(found, text)
-    assert captions == ["", "", ""]
+    assert prompts.text.shape == text.shape and torch.equal(prompts.text[[0, 1, 2]], text)
+    assert torch.equal(prompts.text[[2, 0]], text[[2, 0]]) and prompts.captions[2] == ""
 
 
 def test_captions_of_clips_of_several_lengths_are_padded(teacher: Path, tmp_path: Path) -> None:
@@ -227,6 +228,38 @@ def test_captions_of_clips_of_several_lengths_are_padded(teacher: Path, tmp_path
     config = RolloutsConfig(clips=4, prompt_embeds=str(tmp_path / "clips"))
     data = DataConfig(kind="rollouts", rollouts=config, heldout=1, text_tokens=3)
     prompts = pipeline_module.read_prompts(data, load_source(str(teacher)))
-    assert (
-        prompts.text.shape == (2, 3, width) and prompts.text[0, 2].abs().max() == 0 and prompts.captions == ["2", "3"]
-    )
+    assert prompts.text.shape == (2, 3, width) and prompts.text[[0]][0, 2].abs().max() == 0
+    assert [prompts.captions[row] for row in range(2)] == ["2", "3"]
+    assert prompts.conditions([0], 2) == prompts.digests() == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("negative", [None, torch.randn(4, 6)])
+def test_texts_are_hashed_as_the_file_that_would_hold_them(
+    tmp_path: Path, dtype: torch.dtype, negative: torch.Tensor | None
+) -> None:
+    """So rollouts that an older version began go on."""
+    text = torch.randn(130, 4, 6).to(dtype)
+    for number, part in enumerate(text.split(50)):
+        save_file({"prompt_embeds": part.contiguous()}, tmp_path / f"prompts-{number}.safetensors")
+    files = TextFiles(sorted(tmp_path.iterdir()), 6)
+    whole = {"text": text} if negative is None else {"text": text, "negative": negative}
+    expected = hashlib.sha256(save(whole)).hexdigest()
+    assert digest_of(files, negative) == digest_of(text, negative) == expected
+    assert files.dtype == dtype and len(files) == 130
+
+
+def test_no_process_holds_the_embeddings_of_all_prompts(tmp_path: Path) -> None:
+    asked = []
+
+    class Rows:
+        def __len__(self) -> int:
+            return 5
+
+        def __getitem__(self, rows: list[int]) -> torch.Tensor:
+            asked.append(rows)
+            return torch.ones(len(rows), 3, 32)
+
+    config = RolloutsConfig(clips=7, batch_size=2, prompts=PROMPTS)
+    write_rollouts(tmp_path, config, 0, Rows(), [""] * 5, drawn, silent, 1, 2)
+    assert asked == [[2, 3], [1]]

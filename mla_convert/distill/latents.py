@@ -239,6 +239,29 @@ class LatentShards:
             **{name: from_column(name, tensor, latents.shape[1]) for name, tensor in images.items()},
         }
 
+    def text(self, index: int) -> Tensor:
+        """`encoder_hidden_states` `[L, D]` of clip `index`, float32, without reading its latents. Raises UserError."""
+        columns = tensor_columns(TEXT)
+        place, remedy = self._place(index), _remedy(index)
+        text = _unpack(self._row(index, columns), TEXT, place, remedy)
+        assert self._text_shape is not None
+        if self.text_tokens is not None and len(text) <= self.text_tokens:
+            text = F.pad(text, (0, 0, 0, self.text_tokens - len(text)))
+        if list(text.shape) != self._text_shape:
+            raise UserError(f"{place} has a text embedding of another size than the first clip; {remedy}")
+        if not text.isfinite().all():
+            raise UserError(
+                f"{place}, {self._name(index)!r}, has NaN or infinite values in its text embedding; {remedy}"
+            )
+        return text
+
+    @property
+    def text_shape(self) -> tuple[int, int]:
+        """The shape (L, D) of every text embedding."""
+        assert self._text_shape is not None
+        tokens, width = self._text_shape
+        return tokens, width
+
     def caption(self, index: int) -> str:
         """The caption of clip `index`; "" if the shards have none."""
         return str(self._row(index, ["caption"]).get("caption") or "")

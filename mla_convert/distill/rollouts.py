@@ -12,7 +12,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from pydantic import Field, model_validator
@@ -27,6 +27,21 @@ from .normalisation import KIND_NOTE
 from .progress import Report
 
 PLAN = "rollouts.json"
+
+
+class Texts(Protocol):
+    """The embeddings of N prompts, such as a tensor `[N, L, D]`; `texts[rows]` are those of some, `[n, L, D]`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: list[int], /) -> Tensor: ...
+
+
+class Captions(Protocol):
+    """The captions of prompts by number."""
+
+    def __getitem__(self, row: int, /) -> str: ...
+
 
 RollOut = Callable[[Tensor, int, Mapping[str, Tensor]], Tensor]
 
@@ -87,8 +102,8 @@ def write_rollouts(
     folder: Path,
     config: RolloutsConfig,
     seed: int,
-    text: Tensor,
-    captions: Sequence[str],
+    text: Texts,
+    captions: Captions,
     roll_out: RollOut,
     report: Report,
     process: int = 0,
@@ -97,8 +112,8 @@ def write_rollouts(
 ) -> None:
     """Write the missing shards of `folder`: every `processes`-th, starting at number `process`.
 
-    Clip i takes prompt i modulo N of `text` `[N, L, D]` and `captions`. `conditions` returns the image conditions
-    `[B, ...]` of prompts by number; they are written beside the latents. `roll_out` returns latents
+    Clip i takes prompt i modulo N of `text` and `captions`, which are read shard by shard. `conditions` returns the
+    image conditions `[B, ...]` of prompts by number; they are written beside the latents. `roll_out` returns latents
     `[B, C, F, H, W]` for texts `[B, L, D]`, a seed and these conditions. The seed depends only on `seed` and the
     shard's number, so an interrupted folder ends with the same bytes, with any number of processes.
     Raises UserError for latents that are not finite.
@@ -111,7 +126,8 @@ def write_rollouts(
             rows = range(starts[number], min(starts[number] + config.batch_size, config.clips))
             chosen = [row % len(text) for row in rows]
             chosen_conditions, dtype = conditions(chosen), getattr(torch, config.dtype)
-            latents = roll_out(text[chosen], drawn_seed(Use.ROLLOUT, seed, number), chosen_conditions).to(dtype)
+            embeds = text[chosen]
+            latents = roll_out(embeds, drawn_seed(Use.ROLLOUT, seed, number), chosen_conditions).to(dtype)
             if not latents.isfinite().all():
                 raise UserError(
                     f"the teacher's rollout for {path.name} has NaN or infinite values; check the source and the "
@@ -120,6 +136,6 @@ def write_rollouts(
             clips = []
             for i, row in enumerate(chosen):
                 own = {name: x[i].to(dtype) for name, x in chosen_conditions.items()}
-                clips.append(Clip(latents[i], text[row], caption=captions[row], conditions=own))
+                clips.append(Clip(latents[i], embeds[i], caption=captions[row], conditions=own))
             write_shard(path, clips, starts[number], {KIND_NOTE: "normalised"})
         report("roll out clips", done + 1, len(mine))

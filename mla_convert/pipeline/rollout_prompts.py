@@ -6,53 +6,64 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
 from ..distill.data import DataConfig
 from ..distill.latents import LatentShards
-from ..distill.rollouts import RolloutsConfig
+from ..distill.rollouts import Captions, RolloutsConfig
+from ..distill.shard_files import of_all
+from ..distill.shard_index import ShardIndex
 from ..errors import UsageError, UserError
 from ..families.image import IMAGE, needed_conditions
 from ..files import sha256
 from ..load import Source
 from ..mla.conditions import conditions_of
-from ..run.sample import embed_prompts, load_prompt_embeds, prompt_encoder, prompt_files
+from ..run.sample import embed_prompts, prompt_encoder, prompt_files
+from .rollout_texts import ClipCaptions, ClipTexts, NoCaptions, TextFiles
 
 
 @dataclass(frozen=True)
 class Prompts:
     """Embeddings `text` `[N, L, D]` with their `captions`, which are "" if only embeddings are stored.
 
-    For a model that is conditioned on images, `clips` are the clips that the captions and images come from.
+    Embeddings on disk are read row by row. `clips` are the clips that captions come from, if any. For a model that is
+    conditioned on images (`images`), these come from the clips as well.
     """
 
-    text: Tensor
-    captions: Sequence[str]
+    text: Tensor | TextFiles | ClipTexts
+    captions: Captions
     clips: LatentShards | None = None
+    images: bool = False
 
     def conditions(self, chosen: Sequence[int], frames: int) -> dict[str, Tensor]:
         """Image conditions `[n, ...]` by name for the prompts with the indices `chosen`, cut to `frames` frames."""
-        if self.clips is None:
+        if self.clips is None or not self.images:
             return {}
         stacked: dict[str, Tensor] = default_collate([conditions_of(self.clips.read(number)) for number in chosen])
         return {name: x[:, :, :frames] if name == IMAGE else x for name, x in stacked.items()}
 
     def digests(self) -> Mapping[str, list[str]]:
         """SHA-256 digests of the files that hold the images, if any."""
-        return {} if self.clips is None else {"images": [sha256(path) for path in self.clips.paths]}
+        if self.clips is None or not self.images:
+            return {}
+        return {"images": of_all(sha256, self.clips.paths)}
+
+    @property
+    def index(self) -> ShardIndex | None:
+        """The index of the clips, which other processes pass to `read_prompts`."""
+        return None if self.clips is None else self.clips.index
 
 
-def read_prompts(data: DataConfig, source: Source) -> Prompts:
-    """Read or embed the prompts of `data.rollouts`.
+def read_prompts(data: DataConfig, source: Source, index: ShardIndex | None = None) -> Prompts:
+    """Open or embed the prompts of `data.rollouts`; `index` is that of their clips, if another process has it.
 
     Raises UsageError for prompts that do not fit the model, UserError for files that cannot be read.
     """
     config = data.rollouts
     assert config is not None
     if config.prompt_embeds is not None and any(Path(config.prompt_embeds).rglob("*.parquet")):
-        return _of_clips(Path(config.prompt_embeds), data, config, source)
+        return _of_clips(Path(config.prompt_embeds), data, config, source, index)
     if needed_conditions(source.config):
         raise UsageError(
             "data.rollouts: the model is conditioned on an image, and prompts alone have none; set prompt_embeds to a "
@@ -69,24 +80,22 @@ def read_prompts(data: DataConfig, source: Source) -> Prompts:
     files = prompt_files(path)
     if not files:
         raise UserError(f"no .safetensors files in {path}; write them with `mla-convert encode --prompts`")
-    parts = [load_prompt_embeds(file, source.config["text_dim"]) for file in files]
-    if len({part.shape[1] for part in parts}) > 1:
-        raise UserError(f"the files in {path} have embeddings of different lengths; encode the prompts together")
-    text = torch.cat(parts)
-    return Prompts(text, [""] * len(text))
+    return Prompts(TextFiles(files, source.config["text_dim"]), NoCaptions())
 
 
-def _of_clips(path: Path, data: DataConfig, config: RolloutsConfig, source: Source) -> Prompts:
+def _of_clips(
+    path: Path, data: DataConfig, config: RolloutsConfig, source: Source, index: ShardIndex | None
+) -> Prompts:
     """The captions of a folder of clips, with their images if the model reads them."""
     needed = needed_conditions(source.config)
     # Without images no latent is read, whatever it was normalized with.
-    clips = LatentShards(path, data.text_tokens, data.latents if needed else "normalised", needed)
-    chosen = range(min(len(clips), config.clips))
-    text = torch.stack([clips.read(number)["encoder_hidden_states"] for number in chosen])
+    latents = data.latents if needed else "normalised"
+    clips = LatentShards(path, data.text_tokens, latents, needed, index, checked=index is not None)
     encoded_frames = clips.read(0)["latents"].shape[1]
     if needed and config.num_frames > encoded_frames:
         raise UserError(
             f"data.rollouts.num_frames: the images in {path} are encoded for {encoded_frames} latent frames; lower "
             f"{config.num_frames} to that or encode longer clips"
         )
-    return Prompts(text, [clips.caption(number) for number in chosen], clips if needed else None)
+    text = ClipTexts(clips, min(len(clips), config.clips))
+    return Prompts(text, ClipCaptions(clips), clips, images=bool(needed))

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from safetensors.torch import save
 from torch import Tensor
 
 from ..distill.data import DataConfig
 from ..distill.negative import EMBEDS_KEY, NEGATIVE, find_negative, read_negative
 from ..distill.rollouts import RolloutsConfig, open_folder, shards_of, write_rollouts
+from ..distill.sharding import from_main
 from ..distill.waiting import wait_for_files
 from ..errors import UsageError, UserError
 from ..families.base import noise_channels
@@ -26,14 +26,18 @@ from ..run.config import GenerateConfig
 from ..run.sample import check_length, latent_size, rollout
 from .context import DATA, Context
 from .rollout_prompts import Prompts, read_prompts
+from .rollout_texts import digest_of
 
 
 def roll_out_data(context: Context) -> None:
     """Write the run's clips, except those already stored; every process of a distributed run makes its share."""
     config = context.recipe.data.rollouts
     assert config is not None
-    prompts = read_prompts(context.recipe.data, context.source)
-    negative = read_negative_prompt(context, prompts.text)
+    prompts = read_prompts(context.recipe.data, context.source) if context.main else None
+    # The other processes do not open the clips of the prompts again.
+    index = from_main(None if prompts is None else prompts.index)
+    prompts = prompts or read_prompts(context.recipe.data, context.source, index)
+    negative = read_negative_prompt(context, prompts.text[[0]])
     folder, processes = context.path / DATA, PartialState()
     if context.main:
         open_folder(folder, _identity(context, prompts, negative))
@@ -68,7 +72,7 @@ def roll_out_data(context: Context) -> None:
 
 
 def read_negative_prompt(context: Context, text: Tensor) -> Tensor | None:
-    """The negative prompt `[L, D]` of rollouts, in the shape of one of `text` `[N, L, D]`; None if there is none.
+    """The negative prompt `[L, D]` of rollouts, in the shape of the prompts `text` `[N, L, D]`; None if there is none.
 
     For prompts of the digits teacher it is zeros. Raises UserError if guidance needs one and there is none, or if a
     file does not fit.
@@ -106,7 +110,8 @@ def check_rollouts(data: DataConfig, source: Source) -> dict[str, Tensor]:
                 f"data.rollouts: the images in {config.prompt_embeds} are {size[0]}x{size[1]} latent pixels, the clips "
                 f"would be {height}x{width}; set latent_height: {size[0]} and latent_width: {size[1]}"
             )
-    return {"latents": torch.empty(shape, device="meta"), "encoder_hidden_states": prompts.text[0], **conditions}
+    text = prompts.text[[0]][0]
+    return {"latents": torch.empty(shape, device="meta"), "encoder_hidden_states": text, **conditions}
 
 
 def _sampling(config: RolloutsConfig, seed: int) -> GenerateConfig:
@@ -120,7 +125,6 @@ def _identity(context: Context, prompts: Prompts, negative: Tensor | None) -> st
     parts: dict[str, Any] = context.recipe.model_dump(mode="json", include={"seed", "source", "causal", "data"})
     for key in ("heldout", "split"):
         parts["data"].pop(key)
-    tensors = {"text": prompts.text.contiguous()} | ({} if negative is None else {"negative": negative})
-    parts["text"] = hashlib.sha256(save(tensors)).hexdigest()
+    parts["text"] = digest_of(prompts.text, negative)
     parts |= prompts.digests()
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

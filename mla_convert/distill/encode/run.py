@@ -21,7 +21,6 @@ from ..negative import NEGATIVE
 from ..progress import Report
 from ..shard_files import clips_in, of_all
 from ..sharding import from_main
-from ..shards import shard_name
 from ..waiting import wait_for_files
 from .config import EncodeConfig
 from .models import TEXT_TOKENS, check_model, check_size, find_pipeline, has_image_encoder
