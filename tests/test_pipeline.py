@@ -428,14 +428,16 @@ def test_a_state_that_cannot_be_read_for_a_moment_is_waited_for(copied, monkeypa
         return read(path, *args, **kwargs)
 
     monkeypatch.setattr(Path, "read_text", stale)
-    assert run_module._is_done(copied, "report") and not failures
+    run_module._wait_until_seen(copied, "report")
+    assert not failures
     failures.append(OSError(errno.ESTALE, "Stale file handle"))
     with pytest.raises(UserError, match=r"state\.json cannot be read"):
         read_state(copied)
     (copied / "state.json").rename(moved)
     timer = threading.Timer(0.2, moved.rename, [copied / "state.json"])
     timer.start()
-    assert run_module._is_done(copied, "report")
+    run_module._wait_until_seen(copied, "report")
+    assert (copied / "state.json").exists()
     timer.join()
     moved = (copied / "state.json").rename(moved)
     with pytest.raises(UserError, match=r"is not a run folder: it has no state\.json"):

@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import os
 import threading
 import time
 
 import pytest
+import torch.distributed as dist
 from recipe_case import write_teacher
 from test_pipeline import recipe
 
+from mla_convert.distill import waiting
+from mla_convert.distill.waiting import Notices
 from mla_convert.errors import UserError
 from mla_convert.files import write_json
-from mla_convert.pipeline import checks, run, sources
+from mla_convert.pipeline import checks, run, rundir, sources
 from mla_convert.pipeline.context import Context
 from mla_convert.pipeline.steps import Step, steps_of
 
@@ -36,42 +40,61 @@ class Meetings:
         self.count += 1
 
 
-def test_processes_meet_only_where_all_take_part(teacher, tmp_path, monkeypatch):
+@pytest.fixture
+def store(monkeypatch):
+    """The store of a launch, for a first process and another one in two threads."""
+    shared = dist.HashStore()
+    monkeypatch.setattr(waiting, "_store", lambda: shared)
+    monkeypatch.setattr(waiting, "_get_default_store", lambda: shared)
+    monkeypatch.setattr(waiting, "_POLL_SECONDS", 0.01)
+    return shared
+
+
+def followed(folder, steps, other, recipe, run):
+    return threading.Thread(target=run_module._follow, args=(recipe, folder, steps, other, Notices(run)))
+
+
+def test_processes_meet_only_where_all_take_part(teacher, tmp_path, monkeypatch, store):
     first, other = Meetings(True), Meetings(False)
     monkeypatch.setattr(run_module, "this_process", lambda: first)
     run(recipe(teacher), tmp_path / "run")
-    # At the start and behind the stage: a conversion may take longer than a barrier waits.
+    # Behind the stage and at the end: a conversion may take longer than a barrier waits.
     assert first.count == 2
 
-    acted = []
+    acted, read, own = [], [], run_module.read_state
     stage = Step("stage", (), lambda context: acted.append(context.main), everywhere=True)
     steps = [Step("convert", (), lambda context: acted.append("wrong")), stage]
     (tmp_path / "shared").mkdir()
+    first = Notices(7)
 
     def done(*names: str) -> None:
         content = json.loads((tmp_path / "run" / "state.json").read_text()) | {"steps": dict.fromkeys(names)}
         write_json(tmp_path / "shared" / "state.json", content)
+        first.tell(names[-1] if names else "begun", "[]")
 
-    done()
-    helper = threading.Thread(target=run_module._follow, args=(recipe(teacher), tmp_path / "shared", steps, other))
+    monkeypatch.setattr(run_module, "read_state", lambda *given: read.append(given) or own(*given))
+    helper = followed(tmp_path / "shared", steps, other, recipe(teacher), 7)
     helper.start()
-    time.sleep(1)
-    assert helper.is_alive() and not acted and other.count == 1
+    done()
+    time.sleep(0.5)
+    assert helper.is_alive() and not acted and other.count == 0 and read == []
     done("convert")
     while not acted:
         time.sleep(0.01)
-    time.sleep(1)
-    assert helper.is_alive() and acted == [False] and other.count == 2
+    time.sleep(0.5)
+    assert helper.is_alive() and acted == [False] and other.count == 1
     done("convert", "stage")
     helper.join(timeout=60)
-    assert not helper.is_alive() and other.count == 2
+    # The state is read when a step is done, not while the others wait.
+    assert not helper.is_alive() and other.count == 1 and len(read) == 2
 
 
-def test_a_process_that_waits_ends_when_the_first_one_fails(teacher, tmp_path, monkeypatch):
-    """It is told of the failure until the next run in the folder begins."""
+def test_a_process_that_waits_ends_when_the_first_one_fails(teacher, tmp_path, monkeypatch, store):
+    """Whether it fails in a step or before; nothing is left for the next run in the folder."""
     first, other = Meetings(True), Meetings(False)
-    first.num_processes = 2
     monkeypatch.setattr(run_module, "this_process", lambda: first)
+    runs = iter(range(9))
+    monkeypatch.setattr(run_module, "from_main", lambda value: next(runs))
 
     def failing(context):
         raise UserError("no space")
@@ -79,11 +102,58 @@ def test_a_process_that_waits_ends_when_the_first_one_fails(teacher, tmp_path, m
     monkeypatch.setattr(run_module, "steps_of", lambda recipe: [Step("convert", (), failing)])
     with pytest.raises(UserError, match="no space"):
         run(recipe(teacher), tmp_path / "run")
-    with pytest.raises(UserError, match="the first process of the run failed"):
-        run_module._follow(recipe(teacher), tmp_path / "run", [Step("convert", (), failing)], other)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").touch()
+    with pytest.raises(UserError, match="is not a run folder"):
+        run(recipe(teacher), tmp_path / "thesis")
+    for number in (0, 1):
+        with pytest.raises(UserError, match="the first process of the run failed"):
+            run_module._follow(
+                recipe(teacher), tmp_path / "run", [Step("convert", (), failing)], other, Notices(number)
+            )
     monkeypatch.setattr(run_module, "steps_of", lambda recipe: [Step("convert", (), lambda context: None)])
     run(recipe(teacher), tmp_path / "run", until="convert")
-    run_module._follow(recipe(teacher), tmp_path / "run", [Step("convert", (), failing)], other)
+    run_module._follow(recipe(teacher), tmp_path / "run", [Step("convert", (), failing)], other, Notices(2))
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["recipe.resolved.yaml", "state.json"]
+
+
+def test_a_step_that_is_done_is_waited_for_until_this_machine_sees_it(teacher, tmp_path, monkeypatch):
+    seen = iter(({}, {}, {"convert": {}}))
+    monkeypatch.setattr(run_module, "read_state", lambda *given: {"steps": next(seen)})
+    monkeypatch.setattr(run_module.time, "sleep", lambda seconds: None)
+    run_module._wait_until_seen(tmp_path, "convert")
+    assert next(seen, None) is None
+
+
+def test_outputs_are_hashed_again_only_if_they_look_changed(teacher, tmp_path, monkeypatch):
+    own = recipe(teacher)
+    run(own, tmp_path / "run", until="convert")
+    hashed, digest = [], rundir.sha256
+    monkeypatch.setattr(rundir, "sha256", lambda path: hashed.append(path.name) or digest(path))
+
+    def stale():
+        folder = rundir.RunDir(tmp_path / "run", own, resume=True)
+        try:
+            found = folder.verify(["convert"])
+            folder.begin()
+            return found
+        finally:
+            folder.close()
+
+    assert stale() is None and hashed == []
+    weights = next((tmp_path / "run" / "stages" / "00-convert").rglob("*.safetensors"))
+    os.utime(weights, ns=(1, 1))
+    assert stale() is None and hashed == [weights.name]
+    assert stale() is None and hashed == [weights.name]
+    # As an older version recorded it.
+    state = json.loads((tmp_path / "run" / "state.json").read_text())
+    count = len(state["steps"]["convert"].pop("files"))
+    write_json(tmp_path / "run" / "state.json", state)
+    assert stale() is None and len(hashed) == 1 + count
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert stale() == "convert" and not weights.exists()
 
 
 def test_what_follows_a_conversion_reads_the_commit_that_was_converted(teacher, tmp_path, monkeypatch):

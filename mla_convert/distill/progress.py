@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -58,3 +59,15 @@ def reporting(bars: Progress) -> Iterator[Report]:
         # Stopping prints an empty line without a terminal.
         if tasks:
             bars.live.stop() if bars.live.transient else bars.stop()
+
+
+def leave_to_the_first() -> None:
+    """Silence the bars of libraries and all notes but errors in this process, since the first one shows the same."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("mla_convert").setLevel(logging.ERROR)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import json
 import shutil
 import time
 from dataclasses import dataclass
@@ -16,20 +16,22 @@ from rich.console import Console
 
 from ..devices import has_gpu
 from ..distill.launch import world_size
-from ..distill.progress import progress_bars
-from ..distill.waiting import wait_until
-from ..errors import UsageError, UserError
+from ..distill.progress import leave_to_the_first, progress_bars
+from ..distill.sharding import from_main
+from ..distill.waiting import Notices
+from ..errors import UsageError
 from ..recipe.schema import Recipe
 from .checks import check_inputs
 from .context import STAGES, Context, stage_names
 from .fits import warn_of_memory, warn_of_samples
-from .rundir import RunDir, has_failed, read_state
+from .rundir import RunDir, read_state
 from .samples import make_samples
 from .steps import Step, steps_of
 
 _TIMEOUT = timedelta(hours=1)
 # Seconds until every machine sees what the first process wrote to a shared file system.
 _SEEN_WITHIN = 60.0
+_BEGUN = "begun"
 
 
 @dataclass(frozen=True)
@@ -61,25 +63,29 @@ def run(
     processes = this_process()
     steps = steps_until(recipe, until)
     model = path / STAGES / stage_names(recipe)[sum(step.trains for step in steps)]
+    notices = Notices(from_main(time.time_ns()))
     if not processes.is_main_process:
-        _follow(recipe, path, steps, processes)
+        _follow(recipe, path, steps, processes, notices)
+        processes.wait_for_everyone()
         return RunResult(path, model, {}, main=False)
-    folder = RunDir(path, recipe, resume)
     try:
-        _lead(recipe, folder, steps, processes, console or Console(stderr=True))
-        if until is None:
-            folder.mark_finished()
-        return RunResult(path, model, folder.seconds, main=True)
+        folder = RunDir(path, recipe, resume)
+        try:
+            _lead(recipe, folder, steps, processes, console or Console(stderr=True), notices)
+            if until is None:
+                folder.mark_finished()
+            # The last notice is read while its store exists, which may end with this process.
+            processes.wait_for_everyone()
+            return RunResult(path, model, folder.seconds, main=True)
+        finally:
+            folder.close()
     except BaseException:
-        if processes.num_processes > 1:
-            folder.mark_failed()
+        notices.fail()
         raise
-    finally:
-        folder.close()
 
 
 def this_process() -> PartialState:
-    """Accelerate's state of this process, on the CPU where there is no GPU.
+    """Accelerate's state of this process, on the CPU where there is no GPU. Only the first shows notes and bars.
 
     Collectives time out after an hour instead of NCCL's ten minutes, because the first process also computes
     held-out losses, generates previews and writes checkpoints while the others wait.
@@ -87,10 +93,15 @@ def this_process() -> PartialState:
     # Unless it is told, Accelerate runs several processes on no CPU, and takes Apple's MPS.
     must_be_told = world_size() > 1 or torch.accelerator.is_available()
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or (must_be_told and not has_gpu())
-    return PartialState(cpu=on_cpu, timeout=_TIMEOUT)
+    processes = PartialState(cpu=on_cpu, timeout=_TIMEOUT)
+    if not processes.is_main_process:
+        leave_to_the_first()
+    return processes
 
 
-def _lead(recipe: Recipe, folder: RunDir, steps: list[Step], processes: PartialState, console: Console) -> None:
+def _lead(
+    recipe: Recipe, folder: RunDir, steps: list[Step], processes: PartialState, console: Console, notices: Notices
+) -> None:
     """In the first process: check the inputs, run every step that is not done, and record it."""
     if folder.changed:
         _say(console, f"the recipe has changed since the run began: {'; '.join(map(str, folder.changed))}")
@@ -102,8 +113,7 @@ def _lead(recipe: Recipe, folder: RunDir, steps: list[Step], processes: PartialS
         if step not in pending:
             _discard_scratch(folder, step)
     if not pending:
-        folder.begin()
-        processes.wait_for_everyone()
+        _begin(folder, notices)
         return
     with progress_bars(console) as report:
         context = Context(recipe, folder.path, report)
@@ -113,9 +123,8 @@ def _lead(recipe: Recipe, folder: RunDir, steps: list[Step], processes: PartialS
             warn_of_memory(recipe.model_copy(update={"distill": stages}), context.device)
         if any(step.action is make_samples for step in pending):
             warn_of_samples(context)
-        folder.begin()
+        _begin(folder, notices)
         context.keep_index()
-        processes.wait_for_everyone()
         for step in pending:
             context.seconds = folder.seconds
             started = time.monotonic()
@@ -124,7 +133,14 @@ def _lead(recipe: Recipe, folder: RunDir, steps: list[Step], processes: PartialS
                 processes.wait_for_everyone()
             clips = context.data.identity if step.reads_clips else None
             folder.mark_done(step.name, step.paths, time.monotonic() - started, clips)
+            notices.tell(step.name)
             _discard_scratch(folder, step)
+
+
+def _begin(folder: RunDir, notices: Notices) -> None:
+    """Record that the run goes on, and tell the other processes which steps are done."""
+    folder.begin()
+    notices.tell(_BEGUN, json.dumps(list(folder.seconds)))
 
 
 def _say(console: Console, line: str) -> None:
@@ -136,27 +152,27 @@ def _discard_scratch(folder: RunDir, step: Step) -> None:
         shutil.rmtree(folder.path / step.scratch, ignore_errors=True)
 
 
-def _follow(recipe: Recipe, path: Path, steps: list[Step], processes: PartialState) -> None:
+def _follow(recipe: Recipe, path: Path, steps: list[Step], processes: PartialState, notices: Notices) -> None:
     """In the other processes: take part in steps that run everywhere, and wait for the rest.
 
-    They poll the run's state, because what the first process does alone may outlast the timeout of a barrier.
+    They poll for notices, because what the first process does alone may outlast the timeout of a barrier.
     """
-    processes.wait_for_everyone()
-    done = read_state(path, _SEEN_WITHIN)["steps"]
+    done = json.loads(notices.wait(_BEGUN))
     context = Context(recipe, path, lambda *args: None, main=False)
     for step in steps:
         if step.name not in done:
             if step.everywhere:
                 step.action(context)
                 processes.wait_for_everyone()
-            wait_until(functools.partial(_is_done, path, step.name))
+            notices.wait(step.name)
+            _wait_until_seen(path, step.name)
 
 
-def _is_done(path: Path, step: str) -> bool:
-    """Whether the first process has finished a step. Raises UserError if that process failed."""
-    if has_failed(path):
-        raise UserError("the first process of the run failed; see its error message")
-    return step in read_state(path, _SEEN_WITHIN)["steps"]
+def _wait_until_seen(path: Path, step: str) -> None:
+    """Return when a step that is done is so in this machine's view of the run folder, after a minute at the latest."""
+    end = time.monotonic() + _SEEN_WITHIN
+    while step not in read_state(path, _SEEN_WITHIN)["steps"] and time.monotonic() < end:
+        time.sleep(1)
 
 
 def steps_until(recipe: Recipe, until: str | None) -> list[Step]:

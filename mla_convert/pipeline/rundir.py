@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Collection, Iterable, Mapping
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..distill.identity import Identity, other_clips
+from ..distill.shard_files import of_all
 from ..errors import UsageError, UserError
 from ..export.evidence import RECIPE
 from ..files import RUN_STATE, claim_folder, locked_folder, sha256, write_json, write_text
@@ -24,7 +24,7 @@ from ..recipe.load import has_key
 from ..recipe.schema import Recipe
 from .corrections import LATE, Change, changes
 
-STATE, RESOLVED, FAILED = RUN_STATE, RECIPE, ".failed"
+STATE, RESOLVED = RUN_STATE, RECIPE
 FORMAT = 1
 _RETRY_SECONDS = 0.5
 
@@ -76,7 +76,6 @@ class RunDir:
             # A step may reuse existing files.
             file.unlink(missing_ok=True)
         self._corrupt = []
-        (self.path / FAILED).unlink(missing_ok=True)
         self._save()
         write_text(self.path / RESOLVED, self.recipe.dump())
 
@@ -101,7 +100,8 @@ class RunDir:
     def verify(self, order: Iterable[str]) -> str | None:
         """Mark the first step whose output is missing or changed, and all later ones, as not done; returns its name.
 
-        `begin` then deletes that step's changed files. Files that it did not write are the user's and stay.
+        Only files whose size or time differs from what was recorded are hashed. `begin` then deletes that step's
+        changed files. Files that it did not write are the user's and stay.
         """
         names = list(order)
         for position, name in enumerate(names):
@@ -109,8 +109,9 @@ class RunDir:
             if recorded is None:
                 continue
             written = recorded["outputs"]
-            found = {file: digest for file, digest in self._digests(written).items() if file in written}
+            found = self._found(recorded)
             if found == written:
+                recorded["files"] = self._stats(written)
                 continue
             self._corrupt = [self.path / file for file in found if found[file] != written[file]]
             for later in names[position:]:
@@ -122,9 +123,11 @@ class RunDir:
     def mark_done(self, step: str, paths: Iterable[str], seconds: float, clips: Identity | None = None) -> None:
         """Record that `step` wrote `paths`, files or folders relative to the run folder, and which clips it read."""
         written = sorted(paths)
+        files = self._files(written)
         self._state["steps"][step] = {
             "paths": written,
-            "outputs": self._digests(written),
+            "files": self._stats(files),
+            "outputs": dict(zip(files, of_all(sha256, (self.path / file for file in files)), strict=True)),
             "seconds": round(seconds, 3),
             **({} if clips is None else {"clips": clips}),
             "ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -135,22 +138,33 @@ class RunDir:
         self._state["finished"] = True
         self._save()
 
-    def mark_failed(self) -> None:
-        """Tell the processes that wait for this one that it failed; the next `begin` removes the mark."""
-        # Before `begin` no process polls the folder, and a file in it would make it look like someone else's.
-        if (self.path / STATE).exists():
-            with contextlib.suppress(OSError):
-                (self.path / FAILED).touch()
-
     def _save(self) -> None:
         write_json(self.path / STATE, self._state)
 
-    def _digests(self, paths: Iterable[str]) -> dict[str, str]:
+    def _files(self, paths: Iterable[str]) -> list[str]:
+        """The files in `paths`, relative to the run folder."""
         files = []
         for name in paths:
             path = self.path / name
             files += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        return {file.relative_to(self.path).as_posix(): sha256(file) for file in files if file.is_file()}
+        return [file.relative_to(self.path).as_posix() for file in files if file.is_file()]
+
+    def _stats(self, files: Iterable[str]) -> dict[str, list[int]]:
+        """Size in bytes and time in ns of the `files` that exist."""
+        stats = {}
+        for name in files:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                found = (self.path / name).stat()
+                stats[name] = [found.st_size, found.st_mtime_ns]
+        return stats
+
+    def _found(self, recorded: Mapping[str, Any]) -> dict[str, str]:
+        """The digests of a step's output as it is now: the recorded ones where size and time are as recorded."""
+        outputs, before = recorded["outputs"], recorded.get("files", {})
+        stats = self._stats(outputs)
+        changed = [name for name in stats if stats[name] != before.get(name)]
+        hashed = dict(zip(changed, of_all(sha256, (self.path / name for name in changed)), strict=True))
+        return {name: hashed.get(name, outputs[name]) for name in stats}
 
     def _allowed_changes(
         self, recorded: Mapping[str, Any], resolved: Mapping[str, Any], done: Collection[str]
@@ -171,14 +185,6 @@ class RunDir:
                 f"give another --out{late}"
             )
         return allowed
-
-
-def has_failed(path: Path) -> bool:
-    """Whether the first process of the run in `path` has failed."""
-    try:
-        return FAILED in os.listdir(path)
-    except OSError:
-        return False
 
 
 def require_clips(path: Path, finished: Mapping[str, Any], found: Identity | None) -> None:
