@@ -98,7 +98,8 @@ def sample_of(key: torch.Tensor, value: torch.Tensor, rotations: torch.Tensor) -
     fixed[..., 0::2] = 1
     rotated = torch.view_as_real(rotations.unsqueeze(1).expand(-1, key.shape[1], -1)).flatten(-2)
     place = torch.ones_like(rotations)
-    return LayerSample(torch.zeros(len(key), 4), key, value, place, torch.zeros(key.shape), rotated, fixed, fixed)
+    hidden = torch.zeros(len(key), 4)
+    return LayerSample(hidden, key, value, place, torch.zeros(key.shape), rotated, fixed, fixed, hidden[:0])
 
 
 def test_activation_spectrum_is_the_covariance_of_keys_and_values():

@@ -124,9 +124,9 @@ def test_gradient_of_the_velocity_is_that_of_the_whole_model(monkeypatch: pytest
     grads: dict[tuple[int, int], torch.Tensor] = {}
     numbers = itertools.count()
 
-    def record(layer: Any, hidden: torch.Tensor, *rest: Any) -> Any:
+    def record(layer: Any, hidden: torch.Tensor, *rest: Any, **more: Any) -> Any:
         (grads[layer.layer, next(numbers) % 2],) = rest[-2]
-        return original(layer, hidden, *rest)
+        return original(layer, hidden, *rest, **more)
 
     original = calibrate_module.sample_layer
     monkeypatch.setattr(calibrate_module, "sample_layer", record)

@@ -67,15 +67,18 @@ def sweep(
     visitor: Visitor,
     layers_per_latent: int = 1,
     rotated_only: bool = False,
+    queries: bool = False,
 ) -> None:
     """Sample the `wanted` layers, from the first to the last or back (`metric: velocity`), and show them to `visitor`.
 
     `history_only` restricts the probes to tokens of earlier chunks, all that is cached under an exact own chunk.
     `rotated_only` leaves out the gradients of keys that are read without their rotation. Layers that share a latent
-    are sampled at the same tokens. The sweep consumes `clips`. Raises UserError for NaN or infinite activations, and
+    are sampled at the same tokens. `queries` samples the inputs of queries, too. The sweep consumes `clips`. Raises UserError for NaN or infinite activations, and
     if the activations that the sweep stores do not fit on the disk.
     """
-    run = _Sweep(blocks, clips, config, history_only, frozenset(wanted), visitor, layers_per_latent, rotated_only)
+    run = _Sweep(
+        blocks, clips, config, history_only, frozenset(wanted), visitor, layers_per_latent, rotated_only, queries
+    )
     if config.metric == "velocity":
         run.backward()
     else:
@@ -91,6 +94,7 @@ class _Sweep(NamedTuple):
     visitor: Visitor
     layers_per_latent: int
     rotated_only: bool
+    queries: bool
 
     def forward(self) -> None:
         """Run from the first block to the last wanted one; each layer is sampled with a z of its own."""
@@ -240,6 +244,7 @@ class _Sweep(NamedTuple):
             drawn(Use.SAMPLE, self.config.seed, layer - layer % self.layers_per_latent, number),
             output_grads,
             self.rotated_only,
+            queries=self.queries,
         )
         for name in FIELDS:
             self.clips.store[_sample_key(number, name)] = getattr(sample, name)

@@ -261,7 +261,10 @@ def _random(reading: LayerReading, rank: int, layers: int) -> dict[str, Tensor]:
 def _factorized_query(
     layer: DenseSelfAttention, config: ConvertConfig, sample: LayerSample | None, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Factorize the queries as `q_b_proj @ q_a_proj` of rank `q_lora_rank`, the best fit on the calibration inputs."""
+    """Factorize the queries as `q_b_proj @ q_a_proj` of rank `q_lora_rank`, the best fit on the calibration inputs.
+
+    The inputs are those of every token that makes a query. Most are noisy, also where only clean tokens are cached.
+    """
     rank = config.q_lora_rank
     assert rank is not None
     weight, bias = layer.to_q.weight.double().cpu(), layer.to_q.bias.double().cpu()
@@ -272,7 +275,7 @@ def _factorized_query(
     moment, mean = torch.eye(weight.shape[1], dtype=torch.float64), torch.zeros(weight.shape[1], dtype=torch.float64)
     if config.init == "activation":
         assert sample is not None
-        hidden = sample.hidden.double()
+        hidden = sample.queried.double()
         mean, moment = hidden.mean(0), torch.cov(hidden.T, correction=0)
     basis = torch.linalg.eigh(weight @ moment @ weight.T).eigenvectors.flip(1)[:, :rank]
     q_a = basis.T @ weight

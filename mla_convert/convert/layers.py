@@ -127,6 +127,7 @@ def convert_layers(
             run,
             layers_per_latent=config.layers_per_latent,
             rotated_only=config.position == "rotate_on_read",
+            queries=config.q_lora_rank is not None,
         )
     finally:
         store.clear()

@@ -29,6 +29,8 @@ LOGITS_AT_ONCE = 1 << 25
 class LayerSample:
     """One layer's activations and gradients at T cached tokens; float32 on the CPU.
 
+    `queried` `[Q, C]` is the layer's input at Q tokens of all that make queries, clean and noisy; empty unless asked for.
+
     `hidden` `[T, C]` is the layer's input. `key` and `value` `[T, H, D]` are what it would cache, with keys normalized
     and unrotated. `place`, complex `[T, P]`, is the token's spatial rotation.
 
@@ -46,6 +48,7 @@ class LayerSample:
     rotated_grad: Tensor
     placed_grad: Tensor
     fixed_grad: Tensor
+    queried: Tensor
 
     @property
     def probes(self) -> int:
@@ -67,14 +70,15 @@ def sample_layer(
     generator: torch.Generator,
     output_grads: Sequence[Tensor] | None = None,
     rotated_only: bool = False,
+    queries: bool = False,
 ) -> LayerSample:
     """Sample one forward pass of a layer on `hidden_states` `[B, S, C]`, at up to `max_tokens` tokens.
 
     `output_grads` `[B, S, C]` are the gradients of random projections of the model's velocity with respect to the
     layer's output. Without them, z is drawn for every query, `config.probes` times. With `history_only`, only queries
     of later chunks count, because with an exact own chunk only they read a token from the cache. With `rotated_only`,
-    the gradients for unrotated keys are left out. Draws come from `generator`, on the CPU. Raises UserError if nothing
-    is ever read from the cache.
+    the gradients for unrotated keys are left out. With `queries`, up to `max_tokens` tokens of the whole pass become
+    `queried`. Draws come from `generator`, on the CPU. Raises UserError if nothing is ever read from the cache.
     """
     if history_only and not any(view.has_history for view in step.views):
         raise UserError("calibration clips are one chunk long: nothing is ever read from the cache; use longer clips")
@@ -105,7 +109,10 @@ def sample_layer(
 
     computed = [by_token(kind) for kind in grads]
     left_out = [computed[0][..., :0]] * (4 - len(computed))
-    return LayerSample(flat(hidden_states), flat(key), flat(value), place.cpu(), *computed, *left_out)
+    inputs = hidden_states.flatten(0, 1)
+    queried = torch.randperm(len(inputs), generator=generator)[:max_tokens] if queries else chosen[:0]
+    of_queries = inputs[queried].float().cpu()
+    return LayerSample(flat(hidden_states), flat(key), flat(value), place.cpu(), *computed, *left_out, of_queries)
 
 
 def _add_grads(

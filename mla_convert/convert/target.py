@@ -212,9 +212,10 @@ def _pieces(layers: Read, tokens: int = TOKENS_AT_ONCE) -> list[Read]:
     """Split the samples into pieces of at most `tokens` tokens, because they are processed in float64."""
 
     def pieces(sample: LayerSample) -> Iterator[LayerSample]:
-        parts = (getattr(sample, name) for name in FIELDS)
+        names = [name for name in FIELDS if name != "queried"]
+        parts = (getattr(sample, name) for name in names)
         for piece in zip(*(x.split(tokens * (len(x) // len(sample.hidden))) for x in parts), strict=True):
-            yield replace(sample, **dict(zip(FIELDS, piece, strict=True)))
+            yield replace(sample, **dict(zip(names, piece, strict=True)))
 
     targets, samples = zip(*layers, strict=True)
     return [list(zip(targets, piece, strict=True)) for piece in zip(*map(pieces, samples), strict=True)]
