@@ -73,8 +73,9 @@ def sweep(
 
     `history_only` restricts the probes to tokens of earlier chunks, all that is cached under an exact own chunk.
     `rotated_only` leaves out the gradients of keys that are read without their rotation. Layers that share a latent
-    are sampled at the same tokens. `queries` samples the inputs of queries, too. The sweep consumes `clips`. Raises UserError for NaN or infinite activations, and
-    if the activations that the sweep stores do not fit on the disk.
+    are sampled at the same tokens. With `queries`, the inputs of all tokens are sampled, too. The sweep consumes
+    `clips`. Raises UserError for NaN or infinite activations, and if the activations that the sweep stores do not fit
+    on the disk.
     """
     run = _Sweep(
         blocks, clips, config, history_only, frozenset(wanted), visitor, layers_per_latent, rotated_only, queries

@@ -100,8 +100,8 @@ class ConvertConfig(BaseModel):
       latent. It is null with a `budget`, which chooses the ranks. A latent of 448 for two layers takes as much cache as
       224 for each.
     - `qk_rope_head_dim` is the number of channels of the shared rotary key (even); `rotate_on_read` has none.
-    - `q_lora_rank: null` keeps full-rank queries. A number factorizes them; an `activation` fit sees the queries of clean
-      and of noisy tokens.
+    - `q_lora_rank: null` keeps full-rank queries. A number factorizes them; an `activation` fit takes the queries of
+      clean and of noisy tokens.
     - `init: random` draws the latent projections. `svd` factorizes the weights and shares the mean key over the heads
       (VideoMLA, arXiv 2605.30351, section 3.2). `activation` fits the output of the attention on calibration data.
     - `key_mean` and `keep_residual` are for an `activation` fit with a shared rotary key. With `key_mean`, the mean key

@@ -29,7 +29,8 @@ LOGITS_AT_ONCE = 1 << 25
 class LayerSample:
     """One layer's activations and gradients at T cached tokens; float32 on the CPU.
 
-    `queried` `[Q, C]` is the layer's input at Q tokens of all that make queries, clean and noisy; empty unless asked for.
+    `queried` `[Q, C]` is the layer's input at Q of all tokens, clean and noisy, for fits of the queries; empty unless
+    asked for.
 
     `hidden` `[T, C]` is the layer's input. `key` and `value` `[T, H, D]` are what it would cache, with keys normalized
     and unrotated. `place`, complex `[T, P]`, is the token's spatial rotation.
