@@ -50,10 +50,10 @@ class Gaussian:
         return -(x - (1 - t) * self.mean) / self.variance(t)
 
 
-def stage_on(videos, **changes):
-    """The stage with `videos` in place of a rollout."""
+def stage_on(videos, unscored=0, **changes):
+    """The stage with `videos` in place of a rollout, whose first `unscored` frames get no gradient."""
     stage = DMD(case.make_config("dmd", guidance_scale=1.0, **changes))
-    stage._rollout = lambda student, batch, generator: videos
+    stage._rollout = lambda student, batch, generator: (videos, unscored)
     return stage
 
 
@@ -173,16 +173,47 @@ def test_the_window_is_what_is_scored():
     def rollout(seed, **more):
         stage = DMD(case.make_config("dmd", **changes, **more))
         stage.begin_update(torch.Generator().manual_seed(seed))
-        return stage, stage._rollout(student, batch, torch.Generator().manual_seed(0)).detach()
+        videos, unscored = stage._rollout(student, batch, torch.Generator().manual_seed(0))
+        assert unscored == (0 if stage._window_draw < 0.2 and stage.config.score_window == "random" else 3)
+        return stage, videos.detach()
 
     _, last = rollout(0)
     assert last.shape[2] == 6
     whole, _ = rollout(0, score_window="last")
     whole.config = whole.config.model_copy(update={"score_frames": None})
-    assert torch.equal(whole._rollout(student, batch, torch.Generator().manual_seed(0))[:, :, 12:].detach(), last)
+    videos, unscored = whole._rollout(student, batch, torch.Generator().manual_seed(0))
+    assert torch.equal(videos[:, :, 12:].detach(), last) and unscored == 0
     drawn = {rollout(seed, score_window="random")[0]._window_draw for seed in range(4)}
     steps = {rollout(seed)[0]._exit_step for seed in range(12)}
     assert len(drawn) == 4 and steps == {0, 1, 2, 3}
+
+
+def test_the_first_chunk_of_a_moved_window_gets_no_gradient():
+    """The loss is the mean over the other frames, and the scores see all of them."""
+    real, fake = Gaussian(1.0, 0.7), Gaussian(-0.5, 1.2)
+    videos = torch.randn(4, 1, 6, 2, 2, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    dmd_gradient(stage_on(videos), videos, real, fake)
+    everywhere = videos.grad
+    dmd_gradient(stage_on(videos, unscored=3), videos, real, fake)
+    assert not videos.grad[:, :, :3].any()
+    assert torch.allclose(videos.grad[:, :, 3:], 2 * everywhere[:, :, 3:], rtol=FLOAT32)
+
+
+@pytest.mark.parametrize("score_window", ["last", "random"])
+def test_a_moved_window_is_trained_after_its_first_chunk(score_window):
+    """Chunks before the second of the window carry no graph; the video's own first chunk does."""
+    student, batch = case.tiny_model(), case.Clips().heldout()
+    stage = DMD(case.make_config("dmd", rollout_frames=9, score_frames=6, score_window=score_window))
+    for seed in range(6):
+        stage.begin_update(torch.Generator().manual_seed(seed))
+        videos, unscored = stage._rollout(student, batch, torch.Generator().manual_seed(0))
+        moved = score_window == "last" or stage._window_draw >= 0.5
+        assert unscored == (3 if moved else 0)
+        (first,) = torch.autograd.grad(
+            videos[:, :, :3].sum(), [student.proj_out.bias], allow_unused=True, retain_graph=True
+        )
+        (second,) = torch.autograd.grad(videos[:, :, 3:].sum(), [student.proj_out.bias])
+        assert second.any() and (first is None or not first.any()) == moved
 
 
 def test_both_networks_train(tmp_path):
@@ -306,6 +337,7 @@ def test_what_it_refuses(tmp_path):
     absolute.causal = CausalConfig(**case.CAUSAL, sink_positions="absolute")
     refused("1500 latent frames are more than the rotary table's 1024 positions", absolute, rollout_frames=1500)
     refused("score_frames: 4 does not fit whole chunks in a rollout of 18 frames", rollout_frames=18, score_frames=4)
+    refused("score_frames: 3 is one chunk, and the first chunk of a window that has moved", score_frames=3)
     assert not list(tmp_path.iterdir())
 
 

@@ -35,7 +35,8 @@ class DMDConfig(GuidedStageConfig):
     The student rolls out `rollout_frames` frames (null: as many as a clip), which may exceed its window, and caches
     finished chunks at noise level `context_noise`. `sampler` moves from one of `denoising_steps` to the next, by Euler
     steps or new noise; it must be the one that `generate` uses. Scores see `score_frames` of the frames (null: all):
-    the `last`, or a `random` window.
+    the `last`, or a `random` window. A window that starts later than the video gives its first chunk no gradient: to
+    the scores it is the start of a video, whose first latent Wan's VAE makes of a single frame.
 
     `real_score` names the frozen network of the real score: the run's dense `teacher`, or the recipe's `real_score`,
     which may be a larger model. The fake score begins as a copy of the teacher. With `score_attention: bidirectional`
@@ -139,15 +140,21 @@ class DMD(Stage[DMDConfig]):
                 f"stage dmd: images are encoded for the {clip_frames} latent frames of a clip, rollout_frames is "
                 f"{frames}; lower it or encode longer clips"
             )
-        if student.needed_conditions and self._windows(student.causal, frames) not in ([], [(0, frames)]):
+        windows = self._windows(student.causal, frames)
+        if student.needed_conditions and windows not in ([], [(0, frames)]):
             raise UserError(
                 "stage dmd: if a model is conditioned on an image, its scores need the whole rollout; leave "
                 "score_frames out"
             )
-        if not self._windows(student.causal, frames):
+        if not windows:
             raise UserError(
                 f"score_frames: {self.config.score_frames} does not fit whole chunks in a rollout of {frames} frames; "
                 "raise rollout_frames or change score_frames"
+            )
+        if any(self._unscored(student.causal, *window) == window[1] - window[0] for window in windows):
+            raise UserError(
+                f"score_frames: {self.config.score_frames} is one chunk, and the first chunk of a window that has moved "
+                "gets no gradient; raise score_frames"
             )
 
     def begin_update(self, generator: torch.Generator) -> None:
@@ -160,12 +167,18 @@ class DMD(Stage[DMDConfig]):
         stops = {stop for _, stop in chunks}
         return [(start, start + length) for start, _ in chunks if start + length in stops]
 
-    def _rollout(self, student: Any, batch: Batch, generator: torch.Generator) -> Tensor:
-        """The scored frames `[B, C, F', H, W]` of a rollout for the prompts of `batch`."""
+    @staticmethod
+    def _unscored(causal: CausalConfig, start: int, stop: int) -> int:
+        """How many first frames of a window get no gradient: those of its first chunk, unless it is the video's."""
+        return 0 if start == 0 else next(end - first for first, end in causal.chunks(stop) if first == start)
+
+    def _rollout(self, student: Any, batch: Batch, generator: torch.Generator) -> tuple[Tensor, int]:
+        """What scores see of a rollout for the prompts of `batch`, `[B, C, F', H, W]`, and its `_unscored` frames."""
         config, (frames, height, width) = self.config, batch["latents"].shape[2:]
         windows = self._windows(student.causal, config.rollout_frames or frames)
         chosen = int(self._window_draw * len(windows)) if config.score_window == "random" else -1
         start, stop = windows[chosen]
+        unscored = self._unscored(student.causal, start, stop)
         videos = self_rollout(
             student,
             batch["encoder_hidden_states"],
@@ -175,10 +188,10 @@ class DMD(Stage[DMDConfig]):
             generator,
             context_noise=config.context_noise,
             sampler=config.sampler,
-            gradient_from=start,
+            gradient_from=start + unscored,
             conditions=conditions_of(batch),
         )
-        return videos[:, :, start:]
+        return videos[:, :, start:], unscored
 
     def _noised(self, model: Any, videos: Tensor, batch: Batch, generator: torch.Generator) -> NoisedClips:
         """`videos` with one noise level per clip, as inputs of a score `model`."""
@@ -203,7 +216,7 @@ class DMD(Stage[DMDConfig]):
 
     def loss(self, models: Models, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         config, text = self.config, batch["encoder_hidden_states"]
-        videos = self._rollout(models["student"], batch, generator)
+        videos, unscored = self._rollout(models["student"], batch, generator)
         frames = videos.shape[2]
         with torch.no_grad():
             clips = self._noised(models[FAKE_SCORE], videos.detach(), batch, generator)
@@ -215,12 +228,14 @@ class DMD(Stage[DMDConfig]):
             real, fake = (to_clean(clips.x_t, v, clips.t) for v in (v_real, v_fake))
             distance = (videos - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
             gradient = (fake - real) / distance.clamp_min(1e-8)
-        # The gradient of 0.5 |videos - (videos.detach() - gradient)|^2 is `gradient`, up to the mean's 1 / numel.
-        loss = 0.5 * F.mse_loss(videos, videos.detach() - gradient)
+        # The gradient of 0.5 |scored - (scored.detach() - gradient)|^2 is `gradient`, up to the mean's 1 / numel.
+        scored = videos[:, :, unscored:]
+        loss = 0.5 * F.mse_loss(scored, scored.detach() - gradient[:, :, unscored:])
         return loss, {"score_difference": (fake - real).abs().mean(), "real_distance": distance.mean()}
 
     def second_batch(self, models: Models, batch: Batch, generator: torch.Generator) -> Batch:
-        return {**batch, "latents": self._rollout(models["student"], batch, generator)}
+        videos, _ = self._rollout(models["student"], batch, generator)
+        return {**batch, "latents": videos}
 
     def second_loss(self, models: Models, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         videos = batch["latents"]
