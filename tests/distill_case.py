@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import signal
@@ -10,16 +11,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from mla_convert.cli import leave_processes
+from mla_convert.convert import ConvertConfig, convert_model
 from mla_convert.distill.data import Batch, DigitClips
 from mla_convert.distill.metrics import Metrics
 from mla_convert.distill.stages.base import StageConfig
 from mla_convert.distill.trainer import StageResult, run_stage
-from mla_convert.families.wan import CausalWanTransformer3DModel
+from mla_convert.families.wan import FAMILY, CausalWanTransformer3DModel
 from mla_convert.registry import stages
 
 CAUSAL = {"num_frames_per_block": 3, "window_frames": 12, "sink_frames": 3}
@@ -31,7 +34,7 @@ IN_PARTS = {
 """Stages that are trained with weights or optimizer in parts."""
 
 
-def tiny_model(seed: int = 0) -> CausalWanTransformer3DModel:
+def tiny_model(seed: int = 0, layers: int = 2) -> CausalWanTransformer3DModel:
     torch.manual_seed(seed)
     return CausalWanTransformer3DModel(
         patch_size=(1, 8, 8),
@@ -42,7 +45,7 @@ def tiny_model(seed: int = 0) -> CausalWanTransformer3DModel:
         text_dim=32,
         freq_dim=16,
         ffn_dim=32,
-        num_layers=2,
+        num_layers=layers,
         causal=CAUSAL,
     )
 
@@ -57,6 +60,12 @@ def perturbed(teacher: CausalWanTransformer3DModel, scale: float = 0.1) -> Causa
             if "attn1" in name:
                 parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
     return student
+
+
+def shared_latents(teacher: CausalWanTransformer3DModel, layers_per_latent: int) -> Any:
+    """A converted model of random latents that `layers_per_latent` layers share; it shares no memory with `teacher`."""
+    config = ConvertConfig(layers_per_latent=layers_per_latent, kv_lora_rank=24, init="random")
+    return copy.deepcopy(convert_model(FAMILY, teacher, config, []))
 
 
 def make_config(stage: str = "match_velocity", **changes) -> StageConfig:
@@ -93,12 +102,25 @@ class Clips(DigitClips):
 
 
 def train(folder: Path, last_clip: float = float("inf"), **changes) -> tuple[StageResult, dict[str, torch.Tensor]]:
-    """Run the stage; returns its result and the student's weights."""
-    teacher = tiny_model()
-    student = perturbed(teacher)
+    """Run the stage; returns its result and the student's weights.
+
+    With `layers_per_latent`, the student is a converted model of two latents, else a dense one. `second_start` is the
+    path of the second network's first weights.
+    """
+    shared, second_start = changes.pop("layers_per_latent", None), changes.pop("second_start", None)
+    teacher = tiny_model(layers=2 if shared is None else 2 * shared)
+    student = perturbed(teacher) if shared is None else shared_latents(teacher, shared)
     data = Clips(last_clip)
     result = run_stage(
-        make_config(**changes), student, {"teacher": teacher}, data, data.heldout(), folder, seed=0, stage_index=0
+        make_config(**changes),
+        student,
+        {"teacher": teacher},
+        data,
+        data.heldout(),
+        folder,
+        seed=0,
+        stage_index=0,
+        second_start=None if second_start is None else Path(second_start),
     )
     return result, student.state_dict()
 
@@ -132,8 +154,11 @@ def equal_checkpoints(root: Path) -> list[Path]:
     return [newest, resumed / newest.relative_to(whole)]
 
 
-def assert_as_one_process(root: Path, folder: Path, tolerance: float, **changes) -> None:
-    """Assert that the `whole_and_resumed` stage in `root` (two processes) equals one of one process in `folder`."""
+def assert_as_one_process(root: Path, folder: Path, tolerance: float, rel: float = 1e-3, **changes) -> None:
+    """Assert that the `whole_and_resumed` stage in `root` (two processes) equals one of one process in `folder`.
+
+    Weights differ by less than `tolerance`, metrics by the share `rel`.
+    """
     _, expected = train(folder, **{**changes, "grad_accumulation": 2 * changes.get("grad_accumulation", 1)})
     weights = torch.load(root / "weights.pt")
     assert list(weights) == list(expected)
@@ -141,7 +166,7 @@ def assert_as_one_process(root: Path, folder: Path, tolerance: float, **changes)
     one, two = (Metrics(path / "metrics.jsonl").rows() for path in (folder, root / "whole"))
     for key in ("loss", "grad_norm", "ema_distance", "heldout_loss", "heldout_ratio"):
         values = [[row[key] for row in rows if key in row] for rows in (one, two)]
-        assert values[1] == pytest.approx(values[0], rel=1e-3, abs=1e-6)
+        assert values[1] == pytest.approx(values[0], rel=rel, abs=1e-6)
 
 
 def outputs(folder: Path) -> dict[str, bytes]:

@@ -24,6 +24,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 from mla_convert.cli import leave_processes
 from mla_convert.distill import assembly, trainer
 
+DMD = {"stage": "dmd", "denoising_steps": [1000, 500], "critic_updates": 1, "score_attention": "bidirectional"}
+
 
 def prepare(accelerator: Accelerator, module: Any, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
     """Shard `module` block by block and give the optimizer its new parameters."""
@@ -67,6 +69,8 @@ def main(folder: str, last_clip: str, changes: str) -> None:
         sharded = not settings.get("shard_frozen", False)
         assembly.shards_weights = lambda accelerator, sharded=sharded: sharded
         Accelerator.prepare = prepare if sharded else own
+        if "second_start" in settings:
+            settings |= {"second_start": str(Path(folder, settings["second_start"]))}
         case.whole_and_resumed(Path(folder, name), float(last_clip), **settings)
 
 

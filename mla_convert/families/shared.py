@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..mla.attention import AttentionPass, ChunkView
+from ..mla.attention import AttentionPass, ChunkView, Part
 from ..mla.latent import whole_latent
 from .base import BlockInputs
 
@@ -34,10 +34,10 @@ def chunk_by_chunk(blocks: Sequence[nn.Module], tokens: Tensor, inputs: BlockInp
         local.context_batch = step.context_batch
         parts: list[Tensor] = []
         for block in blocks:
-            alone = replace(local)
+            alone = replace(local, part=Part())
             own = block(own, inputs.text, modulation, alone)
-            assert alone.part is not None
-            parts.append(alone.part)
+            assert alone.part.rows is not None
+            parts.append(alone.part.rows)
         return own, whole_latent(parts)
 
     done: list[Tensor] = []

@@ -6,7 +6,7 @@ masked work and runs the same code as the streaming forward.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -44,6 +44,15 @@ class ChunkView(NamedTuple):
         return len(self.history_rotations) > 0
 
 
+class Part:
+    """Where a layer that shares its latent leaves its summand of it, `[B', S, r]` in `rows`.
+
+    It is no dataclass, because FSDP2 calls a block with a copy of every dataclass that holds tensors with a gradient.
+    """
+
+    rows: Tensor | None = None
+
+
 @dataclass
 class AttentionPass:
     """The state that all self-attention layers of one forward share; `of` adds the state of one layer.
@@ -55,8 +64,8 @@ class AttentionPass:
     is read and written at `places`; `kernels` may compute a layer's attention.
 
     For one layer, `kept` are its tensors in the cache. If `write` is set, a layer that shares its latent leaves its
-    summand `[B', S, r]` in `part`. In a pass over a clip, such layers read history from `latents` `[B', K, r]`, the
-    complete latents of the clip's tokens.
+    summand in `part`. In a pass over a clip, such layers read history from `latents` `[B', K, r]`, the complete latents
+    of the clip's tokens. Blocks only read the fields: what they assigned to one could be lost (see `Part`).
     """
 
     views: list[ChunkView]
@@ -70,7 +79,7 @@ class AttentionPass:
     kernels: Kernels | None = None
     latents: Tensor | None = None
     kept: tuple[Any, ...] = ()
-    part: Tensor | None = None
+    part: Part = field(default_factory=Part)
 
     def of(self, layer: CausalSelfAttention, tokens: Tensor) -> AttentionPass:
         """This pass for one layer of a model, given the model's `tokens` `[B, S, C]`.
@@ -79,9 +88,10 @@ class AttentionPass:
         recompile a block for every integer attribute that it reads.
         """
         if self.cache is None:
-            return replace(self)
+            return replace(self, part=Part())
         taken = self.kernels is not None and self.kernels.takes(layer, tokens, self)
-        return replace(self, kept=self.cache.kept(layer.row_layer), kernels=self.kernels if taken else None)
+        kept, kernels = self.cache.kept(layer.row_layer), self.kernels if taken else None
+        return replace(self, kept=kept, kernels=kernels, part=Part())
 
     def keep(self, rows: Tensor) -> None:
         """Write a layer's rows `[B, S, row]` to the cache; only for a streaming pass with `write`."""

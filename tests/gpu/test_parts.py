@@ -39,9 +39,13 @@ if os.environ["RANK"] == "0":
 
 PLAIN = {"trainable": "all", "mixed_precision": "bf16"}
 DMD = {**PLAIN, "stage": "dmd", "denoising_steps": [1000, 500], "critic_updates": 1, "batch_size": 1}
+SHARED = {**PLAIN, "layers_per_latent": 2}
 LAUNCHES = [
     ("fsdp2", PLAIN, ["shards"]),
+    ("fsdp2", SHARED, ["shards"]),
+    ("fsdp2", {**SHARED, "gradient_checkpointing": True}, ["shards"]),
     ("fsdp2", DMD, ["shards", "second-shards"]),
+    ("fsdp2", {**DMD, "layers_per_latent": 2, "gradient_checkpointing": True}, ["shards", "second-shards"]),
     ("deepspeed-zero2", PLAIN, ["optimizer"]),
 ]
 """A configuration, a stage, and the folders of a checkpoint that processes write together."""
