@@ -33,6 +33,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from .views import apart
 
 _TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True)
+_SOME = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 def shards_weights(accelerator: Accelerator) -> bool:
@@ -106,9 +107,20 @@ def load_shards(folder: Path, module: nn.Module, optimizer: Any, average: dict[s
     """Read back in place what `save_shards` wrote; every process calls this."""
     state = _state(module, optimizer, average)
     with _own_errors():
+        # A parameter that never had a gradient has no state in the checkpoint, and must not get one here.
+        stepped = {
+            key.split(".", 2)[2].rpartition(".")[0] for key in _keys(folder) if key.startswith("optimizer.state.")
+        }
+        states = state["optimizer"]["state"]
+        state["optimizer"]["state"] = {name: states[name] for name in states if name in stepped}
         dcp.load(state, checkpoint_id=folder)
-    set_model_state_dict(module, state["weights"], options=StateDictOptions(ignore_frozen_params=True, strict=False))
-    set_optimizer_state_dict(module, optimizer, state["optimizer"], options=_TRAINED_ONLY)
+    set_model_state_dict(module, state["weights"], options=_SOME)
+    set_optimizer_state_dict(module, optimizer, state["optimizer"], options=_SOME)
+
+
+def _keys(folder: Path) -> list[str]:
+    """The keys of a checkpoint, `weights.<name>`, `optimizer.state.<name>.exp_avg` and so on."""
+    return list(dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
 
 
 @contextlib.contextmanager
