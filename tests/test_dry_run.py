@@ -151,6 +151,11 @@ def test_the_paper_on_eight_cards(capsys):
     # What is scored of a longer rollout is as long.
     assert longer["memory"] == dmd["memory"]
     assert plain["seconds"] is None
+    # Three checkpoints with both networks' weights and moments and an average, then both networks in float32.
+    score = 1_418_996_800
+    disk = {"checkpoints": 3 * (16 * weights + 12 * score), "student": 4 * weights, "second_network": 4 * score}
+    assert (dmd["disk"], dmd["disk_bytes"]) == (disk, sum(disk.values()))
+    assert forcing["disk"] == {"checkpoints": 3 * 12 * weights, "student": 4 * weights, "second_network": 0}
 
     sharded = needs(capsys, "wan2.1-1.3b-paper", "--launch", "recipes/accelerate/fsdp2.yaml")
     assert sharded["launch"] == {"processes": 8, "sharded": True, "zero": False}

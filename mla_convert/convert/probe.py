@@ -58,6 +58,7 @@ class LayerSample:
 
 
 FIELDS = tuple(f.name for f in fields(LayerSample))
+GRADIENTS = tuple(name for name in FIELDS if name.endswith("_grad"))
 
 
 @torch.no_grad()
@@ -112,8 +113,9 @@ def sample_layer(
     left_out = [computed[0][..., :0]] * (4 - len(computed))
     inputs = hidden_states.flatten(0, 1)
     queried = torch.randperm(len(inputs), generator=generator)[:max_tokens] if queries else chosen[:0]
-    of_queries = inputs[queried].float().cpu()
-    return LayerSample(flat(hidden_states), flat(key), flat(value), place.cpu(), *computed, *left_out, of_queries)
+    gradients = dict(zip(GRADIENTS, (*computed, *left_out), strict=True))
+    asked = inputs[queried].float().cpu()
+    return LayerSample(flat(hidden_states), flat(key), flat(value), place.cpu(), **gradients, queried=asked)
 
 
 def _add_grads(

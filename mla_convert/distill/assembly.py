@@ -18,7 +18,7 @@ from .average import Average
 from .learner import Learner, OptimizerSettings
 from .runtime import StageModule, autocast, splits_optimizer
 from .sharded import ShardedLearner
-from .sharding import frozen_shards, shards_weights
+from .sharding import frozen_shards, read_whole, shards_weights, write_whole
 from .stages.base import AVERAGE, START, SecondNetwork, Stage, StageConfig
 from .state import SECOND, STUDENT
 from .trainable import freeze_all_but, trainable_names
@@ -28,7 +28,8 @@ from .zero import ZeroLearner
 class Assembly:
     """The networks of a stage: `learner` trains the student in float32, `second` the second network if there is one.
 
-    The student is trained in place, or as a copy whose result `finish` puts there.
+    The student is trained in place, or as a copy whose result `finish` puts there. A second network that `continues`
+    begins with the weights in `second_start`.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Assembly:
         networks: Mapping[str, Any],
         seed: int,
         stage_index: int,
+        second_start: Path | None = None,
     ) -> None:
         self.accelerator, self.config, self.student = accelerator, stage.config, student
         config: StageConfig = stage.config
@@ -59,7 +61,10 @@ class Assembly:
         self.second = None
         if stage.second is not None:
             network = self.learner.copy_to_train(networks[stage.second.source])
-            self.second = self._second(stage.second, network, others, settings)
+            if stage.second.continues:
+                assert second_start is not None
+                read_whole(second_start, network)
+            self.second, self.second_file = self._second(stage.second, network, others, settings), stage.second.file
             module.others[self.second.name] = self.second.network
         if START in stage.networks:
             module.others[START] = self.learner.start_of(student)
@@ -93,8 +98,10 @@ class Assembly:
     def finish(self, work_dir: Path) -> None:
         """Leave `student` as a plain model in evaluation mode, with the averaged weights if there is an average.
 
-        Adapters are saved to `work_dir` and merged.
+        Adapters are saved to `work_dir` and merged. The second network goes to its file there.
         """
+        if self.second is not None:
+            write_whole(work_dir / self.second_file, self.second.network, self.accelerator.is_main_process)
         self.learner.finish(self.student)
         if self.config.lora is not None:
             if self.accelerator.is_main_process:

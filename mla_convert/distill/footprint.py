@@ -26,6 +26,9 @@ recomputed at a time; they store the input of the first layer and the latents th
 reads, `d e + r e C / 2`. `match_attention` stores the input, output and gradient of every layer,
 `3 d e`. `tests/test_dry_run.py` compares this with what autograd stored for real blocks.
 
+On disk, a stage has `keep_checkpoints` checkpoints and the one that it is writing, each with the 12 T bytes of weights
+and moments, the average and the second network's 12 T', and at its end the student and the second network in float32.
+
 In host memory, a process holds 4 N of a sharded student, and whole copies of frozen networks that are sharded.
 
 Not counted: memory that is freed within a layer, kernel workspaces, fragmentation, and the clips themselves; the
@@ -73,7 +76,8 @@ class ClipShape:
 class Footprint(BaseModel):
     """What one stage needs. `memory` has bytes per GPU by cause; `memory_bytes` is their sum plus `RESERVED_BYTES`.
 
-    `host_bytes` are the bytes of host memory per process.
+    `host_bytes` are the bytes of host memory per process. `disk` has the most bytes on disk by cause, for all processes
+    together; `disk_bytes` is their sum.
 
     `clips` and `tokens` count what the student is trained on over all steps and processes.
     """
@@ -89,6 +93,8 @@ class Footprint(BaseModel):
     memory: dict[str, int]
     memory_bytes: int
     host_bytes: int
+    disk: dict[str, int]
+    disk_bytes: int
 
 
 def footprint(
@@ -118,6 +124,7 @@ def footprint(
         "activations": activation_bytes(stage, student, clip.frames, rows * columns),
         "caches": _cache_bytes(config, student, clip.frames, rows * columns),
     }
+    disk = _disk(stage, networks, weights - adapters, shapes, adapters)
     clips = config.steps * config.batch_size * config.grad_accumulation * launch.processes
     return Footprint(
         stage=config.stage,
@@ -129,6 +136,8 @@ def footprint(
         memory=memory,
         memory_bytes=sum(memory.values()) + RESERVED_BYTES,
         host_bytes=_host_bytes(stage, networks, weights, launch),
+        disk=disk,
+        disk_bytes=sum(disk.values()),
     )
 
 
@@ -215,6 +224,21 @@ def _second_bytes(stage: Stage[Any], networks: Mapping[str, Any], config: StageC
     gradients = 4 * sum(shape.numel() for shape in shapes)
     held = 4 * count(network) + gradients + _optimizer_bytes(config, shapes, 0)
     return held // launch.processes + 8 * max(map(count, network.blocks)) if launch.sharded else held
+
+
+def _disk(
+    stage: Stage[Any], networks: Mapping[str, Any], weights: int, shapes: list[torch.Size], adapters: int
+) -> dict[str, int]:
+    """The bytes on disk by cause; `shapes` and `adapters` are trained."""
+    config: StageConfig = stage.config
+    trained = 4 * (sum(shape.numel() for shape in shapes) + adapters)
+    checkpoint = trained + _optimizer_bytes(config, shapes, adapters) + (0 if config.ema_decay is None else trained)
+    second = 0
+    if stage.second is not None:
+        of_second = _second_shapes(stage, networks)
+        checkpoint += 4 * sum(shape.numel() for shape in of_second) + _optimizer_bytes(config, of_second, 0)
+        second = 4 * count(networks[stage.second.source])
+    return {"checkpoints": (config.keep_checkpoints + 1) * checkpoint, "student": 4 * weights, "second_network": second}
 
 
 def _host_bytes(stage: Stage[Any], networks: Mapping[str, Any], weights: int, launch: Launch) -> int:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
@@ -28,8 +29,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 
+from ..errors import UserError
+from ..files import atomic_file, save_tensors
 from .views import apart
 
 _TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True)
@@ -95,6 +98,35 @@ def gather(weights: dict[str, Tensor], model: nn.Module) -> None:
     """Copy `weights` by name, sharded or not, into the plain `model`, one tensor at a time."""
     for name, weight in weights.items():
         model.get_parameter(name).copy_(whole(weight))
+
+
+@torch.no_grad()
+def write_whole(path: Path, model: nn.Module, main: bool) -> None:
+    """Write all weights of `model`, sharded or not, to `path`, atomically; every process calls this, `main` writes."""
+    gathered = ((name, whole(weight)) for name, weight in model.named_parameters())
+    weights = {name: weight.detach().cpu().contiguous() for name, weight in gathered if main}
+    if main:
+        with atomic_file(path) as temporary:
+            save_tensors(weights, temporary)
+
+
+@torch.no_grad()
+def read_whole(path: Path, model: nn.Module) -> None:
+    """Read in place what `write_whole` wrote of a model of these shapes, sharded or not; every process calls this.
+
+    Raises UserError if the file does not fit.
+    """
+    with safe_open(path, "pt") as file:
+        names = {name for name, _ in model.named_parameters()}
+        if names != set(file.keys()):
+            raise UserError(
+                f"{path} holds another network's weights; remove it and train the stage that wrote it again"
+            )
+        for name, weight in model.named_parameters():
+            full = file.get_tensor(name).to(weight.device)
+            if isinstance(weight, DTensor):
+                full = distribute_tensor(full, weight.device_mesh, weight.placements)
+            weight.copy_(full)
 
 
 def save_shards(folder: Path, module: nn.Module, optimizer: Any, average: dict[str, Tensor] | None) -> None:

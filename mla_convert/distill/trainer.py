@@ -78,10 +78,12 @@ def run_stage(
     stage_index: int,
     progress: Report | None = None,
     picture: Picture | None = None,
+    second_start: Path | None = None,
 ) -> StageResult:
     """Train `student` in place, in float32, and leave it in evaluation mode.
 
-    With `ema_decay`, the student ends with the averaged weights. Adapters are merged.
+    With `ema_decay`, the student ends with the averaged weights. Adapters are merged. A second network that continues
+    begins with the weights in `second_start`, the file that an earlier stage left (`SecondNetwork.file`).
     Checkpoints, `metrics.jsonl`, previews made by `picture`, and the tracker's files go to `work_dir`. If it holds a
     checkpoint of the same stage, training continues from there. Every process of a distributed
     run calls this. Raises UserError if training diverges (the last good checkpoint is kept) and if the
@@ -93,12 +95,20 @@ def run_stage(
     if config.stop is not None and heldout is None:
         raise UserError(f"stage {config.stage}: stop needs held-out clips, which this run does not have")
     check_needs(stage, student, networks, data)
+    if stage.second is not None and stage.second.continues and not (second_start and second_start.is_file()):
+        raise UserError(
+            f"stage {config.stage}: {second_start or 'no earlier stage'} has no {stage.second.name} to continue from; "
+            "train the stage before it again, or start it as a copy of the teacher"
+        )
     _check_identity(data)
     if config.needs_negative:
         stage.negative = data.negative
     require_apart(student, trainable_names(student, config.trainable), networks)
     try:
-        return _Training(stage, student, networks, data, heldout, work_dir, seed, stage_index, picture).run(progress)
+        training = _Training(
+            stage, student, networks, data, heldout, work_dir, seed, stage_index, picture, second_start
+        )
+        return training.run(progress)
     finally:
         # Wrapped networks and optimizers form reference cycles, which would stay in memory during the next stage.
         gc.collect()
@@ -128,6 +138,7 @@ class _Training:
         seed: int,
         stage_index: int,
         picture: Picture | None,
+        second_start: Path | None,
     ) -> None:
         self.stage = stage
         self.config: StageConfig = stage.config
@@ -135,7 +146,7 @@ class _Training:
         self.heldout_clips, self.picture, self.work_dir = heldout, picture, work_dir
         config = self.config
         self.accelerator = open_accelerator(config, work_dir)
-        self.assembly = Assembly(self.accelerator, stage, student, networks, seed, stage_index)
+        self.assembly = Assembly(self.accelerator, stage, student, networks, seed, stage_index, second_start)
         self.metrics = Metrics(work_dir / "metrics.jsonl")
         learner = self.assembly.learner
         # With global_batch the clips of a step do not depend on the number of processes.

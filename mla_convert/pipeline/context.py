@@ -23,7 +23,7 @@ from ..families.causal import CausalTransformer, LatentTransformer
 from ..families.image import needed_conditions
 from ..files import MANIFEST
 from ..load import Source, load_dense
-from ..recipe.schema import Recipe
+from ..recipe.schema import Recipe, continued
 from ..registry import stage_of
 from .sources import source_of
 
@@ -133,6 +133,14 @@ class Context:
     def training_folder(self, index: int) -> Path:
         """Folder in which stage `index` stores its metrics and, while it trains, its checkpoints."""
         return self.path / TRAINING / stage_names(self.recipe)[index]
+
+    def second_start(self, index: int) -> Path | None:
+        """The second network that an earlier stage left for stage `index`, which continues it; else None."""
+        second = stage_of(self.recipe.distill[index - 1]).second
+        left_by = continued(self.recipe, index)
+        if second is None or left_by is None:
+            return None
+        return self.training_folder(left_by) / second.file
 
     def load_stage(self, index: int, dtype: torch.dtype | None = None) -> LatentTransformer:
         """Load the student after stage `index` from disk, so that a resumed run sees the same weights.

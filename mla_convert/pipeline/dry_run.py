@@ -128,6 +128,9 @@ class DryRun:
             # Two extra steps: the first includes setup, the last is followed by a checkpoint.
             changes = {"steps": steps + 2, "warmup_steps": 0, "stop": None, "preview": None, "tracker": None}
             changes |= {"checkpoint_every": None, "checkpoint_minutes": None, "eval_every": None}
+            second = stage_of(config).second
+            if second is not None and second.continues:
+                config = config.model_copy(update={second.name: TEACHER})
             # Accumulate gradients as often as one process of the launch does.
             short = config.over(self.launch.processes).model_copy(update=changes | {"global_batch": None})
             moments: list[float] = []

@@ -16,7 +16,8 @@ from ..evaluate.report import REPORT_HTML, REPORT_JSON, finite, write_report
 from ..export.checkpoint import save_checkpoint
 from ..export.release import export
 from ..files import MANIFEST, write_json, write_text
-from ..recipe.schema import Recipe
+from ..recipe.schema import Recipe, continued
+from ..registry import stage_of
 from ..run.offload import together
 from ..run.sample import prompt_encoder
 from .calibration import calibration_batches
@@ -65,7 +66,7 @@ def steps_of(recipe: Recipe) -> list[Step]:
         steps.append(
             Step(
                 f"distill {stages[index]}",
-                models[index],
+                (*models[index], *_left_for_later(recipe, index)),
                 functools.partial(_distill, index=index),
                 scratch=f"{TRAINING}/{stages[index]}/checkpoints",
                 reads_clips=True,
@@ -80,6 +81,14 @@ def steps_of(recipe: Recipe) -> list[Step]:
         steps.append(Step("samples", (SAMPLES,), make_samples))
     steps.append(Step("report", (METRICS, REPORT_JSON, REPORT_HTML), _report))
     return steps
+
+
+def _left_for_later(recipe: Recipe, index: int) -> list[str]:
+    """The file of the second network of stage `index`, if a later stage continues it."""
+    second = stage_of(recipe.distill[index - 1]).second
+    if second is None or all(continued(recipe, later) != index for later in range(index + 1, len(recipe.distill) + 1)):
+        return []
+    return [f"{TRAINING}/{stage_names(recipe)[index]}/{second.file}"]
 
 
 def _measured(recipe: Recipe) -> list[int]:
@@ -142,6 +151,7 @@ def _distill(context: Context, index: int) -> None:
         index,
         context.report,
         preview_strip,
+        context.second_start(index),
     )
     # Free the device's memory: the next stage may not use the teacher.
     context.dense().to("cpu")

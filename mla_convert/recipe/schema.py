@@ -162,6 +162,16 @@ class Recipe(BaseModel):
             raise ValueError("the real score is evaluated at all noise levels; leave out real_score.noise_range")
         return self
 
+    @model_validator(mode="after")
+    def _what_continues_has_begun(self) -> Recipe:
+        for index, config in enumerate(self.distill, start=1):
+            second = stage_of(config).second
+            if second is not None and second.continues and continued(self, index) is None:
+                raise ValueError(
+                    f"distill.{index - 1}.{second.name}: previous needs a stage {config.stage} before it; set teacher"
+                )
+        return self
+
     def expert(self, name: str) -> Recipe:
         """Return the recipe of one expert. Raises UsageError if the recipe has no expert of this name."""
         if not self.experts:
@@ -178,6 +188,15 @@ class Recipe(BaseModel):
     def sha256(self) -> str:
         """Return the SHA-256 hex digest of the resolved recipe."""
         return hashlib.sha256(self.dump().encode()).hexdigest()
+
+
+def continued(recipe: Recipe, index: int) -> int | None:
+    """The stage whose second network stage `index` continues, both counted from 1; None if it begins anew."""
+    second = stage_of(recipe.distill[index - 1]).second
+    if second is None or not second.continues:
+        return None
+    others = [(other, stage_of(recipe.distill[other - 1]).second) for other in range(index - 1, 0, -1)]
+    return next((other for other, its in others if its is not None and its.name == second.name), None)
 
 
 def _resolve_stage(entry: Any, path: str) -> StageConfig:

@@ -36,10 +36,12 @@ class StageConfig(BaseModel):
     self-attention) or `all`. `lora` adds adapters to linear layers of the rest.
 
     **Optimizer.** `adamw`, in float32, with `betas` in [0, 1), `epsilon` and decoupled `weight_decay` on everything
-    that is trained, or `adafactor`, whose state is about a thousandth of that. The learning rate rises linearly over
-    `warmup_steps` and then follows `schedule`, which falls to `min_learning_rate` at `steps`. With `max_grad_norm:
-    null`, nothing is clipped. With `ema_decay`, the stage ends with the averaged weights. `ema_warmup` lets the decay
-    rise to that value, `(1 + n) / (10 + n)` after n steps, so that a short stage forgets its start.
+    that is trained, or `adafactor`, whose state is about a thousandth of that. Adafactor's learning rate is relative: a
+    step moves a tensor by about that share of the root mean square of its weights, so it has to be far larger than
+    AdamW's. The learning rate rises linearly over `warmup_steps` and then follows `schedule`, which falls to
+    `min_learning_rate` at `steps`. With `max_grad_norm: null`, nothing is clipped. With `ema_decay`, the stage ends
+    with the averaged weights. `ema_warmup` lets the decay rise to that value, `(1 + n) / (10 + n)` after n steps, so
+    that a short stage forgets its start.
 
     **How it is computed.** `mixed_precision` is autocast over float32 weights; fp16 needs a GPU.
     `gradient_checkpointing` recomputes blocks in the backward pass instead of storing their activations. `shard_frozen`
@@ -154,7 +156,8 @@ class SecondNetwork:
 
     The source need not be one of the stage's `networks`. The copy has its own optimizer, which takes `updates` steps
     before each student step and trains the `trainable` part of its parameters. Its `learning_rate` follows the
-    stage's warm-up and schedule.
+    stage's warm-up and schedule. With `continues`, it begins with the weights that one of this name ended with in the
+    last stage that trained one; its key in the configuration, of that name too, is then `previous`.
     """
 
     name: str
@@ -164,6 +167,12 @@ class SecondNetwork:
     learning_rate: float
     betas: tuple[float, float]
     weight_decay: float = 0.0
+    continues: bool = False
+
+    @property
+    def file(self) -> str:
+        """The file, in the stage's training folder, that it ends in: all of its weights, float32."""
+        return f"{self.name}.safetensors"
 
 
 Config = TypeVar("Config", bound=StageConfig)

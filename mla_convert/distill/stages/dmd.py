@@ -39,9 +39,10 @@ class DMDConfig(GuidedStageConfig):
     the scores it is the start of a video, whose first latent Wan's VAE makes of a single frame.
 
     `real_score` names the frozen network of the real score: the run's dense `teacher`, or the recipe's `real_score`,
-    which may be a larger model. The fake score begins as a copy of the teacher. With `score_attention: bidirectional`
-    all frames of the scored window see each other; with `causal` every chunk sees the clean chunks before it.
-    `score_range` clamps the scores' noise levels after the shift.
+    which may be a larger model. The fake score begins as a copy of the teacher, or with `fake_score: previous` as the
+    last stage `dmd` before this one left it, in its training folder. With `score_attention: bidirectional` all frames
+    of the scored window see each other; with `causal` every chunk sees the clean chunks before it. `score_range` clamps
+    the scores' noise levels after the shift.
 
     The real score's velocity is `v_neg + guidance_scale (v_text - v_neg)`. Public code of DMD adds its guidance times
     the difference to `v_text`, so its 3 are 4 here.
@@ -61,6 +62,7 @@ class DMDConfig(GuidedStageConfig):
     rollout_frames: int | None = Field(None, ge=1)
     context_noise: float = Field(0.0, ge=0, le=1)
     real_score: Literal["teacher", "real_score"] = "teacher"
+    fake_score: Literal["teacher", "previous"] = "teacher"
     score_attention: Literal["causal", "bidirectional"] = "causal"
     score_frames: int | None = Field(None, ge=1)
     score_window: Literal["last", "random"] = "last"
@@ -116,6 +118,7 @@ class DMD(Stage[DMDConfig]):
             config.critic_learning_rate,
             config.critic_betas,
             config.weight_decay,
+            continues=config.fake_score == "previous",
         )
 
     def check(self, student: Any, networks: Models, data: Data) -> None:
@@ -153,8 +156,8 @@ class DMD(Stage[DMDConfig]):
             )
         if any(self._unscored(student.causal, *window) == window[1] - window[0] for window in windows):
             raise UserError(
-                f"score_frames: {self.config.score_frames} is one chunk, and the first chunk of a window that has moved "
-                "gets no gradient; raise score_frames"
+                f"score_frames: {self.config.score_frames} is one chunk, and the first chunk of a window that has "
+                "moved gets no gradient; raise score_frames"
             )
 
     def begin_update(self, generator: torch.Generator) -> None:
