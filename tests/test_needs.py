@@ -9,7 +9,7 @@ import pytest
 from recipe_case import RECIPE, write_teacher
 
 from mla_convert.errors import UserError
-from mla_convert.pipeline import run
+from mla_convert.pipeline import checks, run
 from mla_convert.pipeline.checks import check_recipe
 from mla_convert.recipe.load import parse_recipe
 from mla_convert.registry import stage_of
@@ -86,3 +86,20 @@ def test_what_a_run_has_to_load(changes: dict[str, object], frozen: tuple[str, .
     )
     stage = stage_of(recipe.distill[0])
     assert (stage.frozen, stage.needed) == (frozen, needed)
+
+
+def test_a_rate_that_is_small_for_adafactor_is_named(teacher: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Once, and also for a source on the Hub, of which nothing else can be checked."""
+    checks._warn_of_rate.cache_clear()
+    stages = [
+        {**DMD, "optimizer": name, "learning_rate": rate} for name, rate in [("adamw", 1e-6), ("adafactor", 1e-3)]
+    ]
+    recipe = parse_recipe(RECIPE.format(teacher=teacher), [f"distill={json.dumps(stages)}", "evaluate.clips=2"])
+    for _ in range(2):
+        assert check_recipe(recipe)
+    assert not check_recipe(parse_recipe(RECIPE.format(teacher="owner/name"), [f"distill={json.dumps(stages[1:])}"]))
+    # The critic's rate is the default.
+    (record,) = caplog.records
+    assert record.getMessage().startswith(
+        "stage dmd: Adafactor's learning rate is a share of each tensor's size, so 4e-07"
+    )

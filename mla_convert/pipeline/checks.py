@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -38,12 +40,18 @@ from .samples import check_samples
 from .shapes import NoiseClips, dense_of, student_of
 from .steps import Step, steps_of
 
+logger = logging.getLogger(__name__)
+
+SMALL_FOR_ADAFACTOR = 1e-4
+"""Learning rates below this hardly move a model with Adafactor, whose rates are relative to the weights."""
+
 
 def check_recipe(recipe: Recipe) -> bool:
     """Run the checks of a whole run; returns False, without checking, if the source is on the Hub.
 
     Raises UserError in one line.
     """
+    _warn_of_rates(recipe.distill)
     if not recipe.source.model.startswith("zoo:") and not Path(recipe.source.model).exists():
         if is_hub_id(recipe.source.model):
             return False
@@ -126,11 +134,33 @@ def _check_samples(context: Context) -> None:
 
 def _check_stages(context: Context, pending: Mapping[int, StageConfig]) -> None:
     """Check the launch and the adapters of the `pending` stages, given by index."""
+    _warn_of_rates(pending.values())
     for index, stage in pending.items():
         check_launch(stage)
         if stage.lora is not None:
             with _named(f"distill.{index}"):
                 _check_adapters(stage, dense_of(context.source.family, context.source.config))
+
+
+def _warn_of_rates(stages: Iterable[StageConfig]) -> None:
+    """Warn of learning rates that are AdamW's and not Adafactor's."""
+    for config in stages:
+        if config.optimizer == "adafactor":
+            second = stage_of(config).second
+            for rate in (config.learning_rate, *(() if second is None else (second.learning_rate,))):
+                if rate < SMALL_FOR_ADAFACTOR:
+                    _warn_of_rate(config.stage, rate)
+
+
+@functools.cache
+def _warn_of_rate(stage: str, rate: float) -> None:
+    logger.warning(
+        "stage %s: Adafactor's learning rate is a share of each tensor's size, so %g hardly moves the model; raise it "
+        "above %g or set optimizer: adamw",
+        stage,
+        rate,
+        SMALL_FOR_ADAFACTOR,
+    )
 
 
 def _check_needs(context: Context, stages: Sequence[StageConfig], data: Data) -> None:
