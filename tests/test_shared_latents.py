@@ -255,7 +255,8 @@ def test_what_two_layers_have_in_common_is_stored_once() -> None:
 
     shape = (400, 2, 12)
     place = torch.polar(torch.ones(400, 6), drawn(400, 6))
-    sample = LayerSample(drawn(400, 24), drawn(*shape), drawn(*shape), place, *(drawn(*shape) for _ in range(4)))
+    hidden, activations = drawn(400, 24), [drawn(*shape) for _ in range(6)]
+    sample = LayerSample(hidden, *activations[:2], place, *activations[2:], queried=hidden[:0])
     config = ConvertConfig(layers_per_latent=2, kv_lora_rank=8)
     axes = dense.rotary_table().axes
     readings = [read_layer(dense.blocks[i].attn1, sample, axes, config, torch.Generator()) for i in range(2)]
