@@ -159,6 +159,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_left_behind(path: Path) -> None:
+    """Remove what killed processes left of their `atomic_file` at `path`, which no other process may be writing."""
+    for stale in _left_behind(path, ".tmp") if path.parent.is_dir() else ():
+        stale.unlink()
+
+
 def _left_behind(path: Path, ending: str) -> list[Path]:
     """List what killed processes left of their work on `path`, named `.NAME.PID` with `ending`."""
     # Not a glob: it would match `wan.bf16` for `wan`, and a name may contain glob characters.

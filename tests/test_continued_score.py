@@ -9,6 +9,7 @@ from recipe_case import RECIPE, write_teacher
 from safetensors.torch import load_file
 
 from mla_convert.distill.metrics import Metrics
+from mla_convert.distill.sharding import write_whole
 from mla_convert.distill.stages.dmd import DMD
 from mla_convert.errors import UsageError, UserError
 from mla_convert.pipeline import run
@@ -36,6 +37,19 @@ def test_a_stage_leaves_all_weights_of_its_fake_score(left):
     for name, tensor in weights.items():
         assert torch.equal(tensor, checkpoint.get(name, teacher.get_parameter(name)))
         assert torch.equal(tensor, teacher.get_parameter(name)) == (name not in checkpoint)
+
+
+def test_what_a_killed_process_left_of_it_is_removed(left):
+    killed = left.with_name(f".{left.name}.1.tmp")
+    killed.write_bytes(b"half")
+    write_whole(left.with_name("other.safetensors"), case.tiny_model(), main=True)
+    assert killed.exists()
+    write_whole(left, case.tiny_model(), main=False)
+    assert killed.exists()
+    before = left.read_bytes()
+    write_whole(left, case.tiny_model(), main=True)
+    assert not killed.exists()
+    left.write_bytes(before)
 
 
 def test_the_next_stage_begins_with_it(left, tmp_path, monkeypatch):

@@ -148,12 +148,12 @@ def test_the_paper_on_eight_cards(capsys):
     assert dmd["memory"]["casts"] == 2 * weights + 2 * 1_418_996_800
     # Recomputed blocks keep the cache as each of the seven chunks found it.
     assert dmd["memory"]["caches"] == 8 * 4 * 21 * 1560 * 30 * 224
-    # What is scored of a longer rollout is as long.
-    assert longer["memory"] == dmd["memory"]
+    # What is scored of a longer rollout is as long; only the last stage averages.
+    assert longer["memory"] == {**dmd["memory"], "average": 4 * weights}
     assert plain["seconds"] is None
-    # Three checkpoints with both networks' weights and moments and an average, then both networks in float32.
+    # Three checkpoints with both networks' weights and moments, then both networks in float32.
     score = 1_418_996_800
-    disk = {"checkpoints": 3 * (16 * weights + 12 * score), "student": 4 * weights, "second_network": 4 * score}
+    disk = {"checkpoints": 3 * 12 * (weights + score), "student": 4 * weights, "second_network": 4 * score}
     assert (dmd["disk"], dmd["disk_bytes"]) == (disk, sum(disk.values()))
     assert forcing["disk"] == {"checkpoints": 3 * 12 * weights, "student": 4 * weights, "second_network": 0}
 
@@ -161,9 +161,10 @@ def test_the_paper_on_eight_cards(capsys):
     assert sharded["launch"] == {"processes": 8, "sharded": True, "zero": False}
     memory = sharded["stages"][0]["memory"]
     assert (memory["gradients"], memory["optimizer"]) == (weights // 2, weights)
-    # In the host's memory a process keeps the student in float32, and the 14B real score in bf16.
-    assert [stage["host_bytes"] for stage in plain["stages"]] == [0, 0, 2 * 14_288_491_584, 2 * 14_288_491_584]
-    assert sharded["stages"][2]["host_bytes"] == 4 * weights + 2 * 14_288_491_584
+    # In the host's memory the first process keeps the student and the fake score in float32, the real score in bf16.
+    scores = 2 * 14_288_491_584 + 4 * score
+    assert [stage["host_bytes"] for stage in plain["stages"]] == [0, 0, scores, scores]
+    assert sharded["stages"][2]["host_bytes"] == 4 * weights + scores
     memory = sharded["stages"][1]["memory"]
     assert (memory["average"], memory["frozen_networks"]) == (weights, weights // 2)
     block = 46_440_704

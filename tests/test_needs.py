@@ -101,5 +101,5 @@ def test_a_rate_that_is_small_for_adafactor_is_named(teacher: Path, caplog: pyte
     # The critic's rate is the default.
     (record,) = caplog.records
     assert record.getMessage().startswith(
-        "stage dmd: Adafactor's learning rate is a share of each tensor's size, so 4e-07"
+        "stage dmd: Adafactor's learning rate is a share of each tensor's size, so the rate of the fake_score, 4e-07,"
     )

@@ -18,7 +18,7 @@ from ..load import LazyTensors
 from .initialise import LayerInit
 from .state import ATTENTION, block_state
 
-FORMAT = 1
+FORMAT = 2
 IDENTITY = "identity.json"
 _PLAN, _TENSORS = "plan", "tensors"
 

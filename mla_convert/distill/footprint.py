@@ -76,8 +76,8 @@ class ClipShape:
 class Footprint(BaseModel):
     """What one stage needs. `memory` has bytes per GPU by cause; `memory_bytes` is their sum plus `RESERVED_BYTES`.
 
-    `host_bytes` are the bytes of host memory per process. `disk` has the most bytes on disk by cause, for all processes
-    together; `disk_bytes` is their sum.
+    `host_bytes` are the bytes of host memory of the first process, which also writes a second network. `disk` has the
+    most bytes on disk by cause, for all processes together; `disk_bytes` is their sum.
 
     `clips` and `tokens` count what the student is trained on over all steps and processes.
     """
@@ -244,7 +244,9 @@ def _disk(
 def _host_bytes(stage: Stage[Any], networks: Mapping[str, Any], weights: int, launch: Launch) -> int:
     in_shards = launch.sharded or (stage.config.shard_frozen and launch.processes > 1)
     frozen = sum(_bytes(networks[name]) for name in stage.frozen)
-    return (4 * weights if launch.sharded else 0) + (frozen if in_shards else 0)
+    # Networks are built on the host before they are sharded; the second one is gathered there when the stage ends.
+    second = 0 if stage.second is None else 4 * count(networks[stage.second.source])
+    return (4 * weights if launch.sharded else 0) + (frozen if in_shards else 0) + second
 
 
 def _frozen_bytes(stage: Stage[Any], networks: Mapping[str, Any], weights: int, trained: int, launch: Launch) -> int:

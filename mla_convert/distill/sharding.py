@@ -32,7 +32,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 
 from ..errors import UserError
-from ..files import atomic_file, save_tensors
+from ..files import atomic_file, remove_left_behind, save_tensors
 from .views import apart
 
 _TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True)
@@ -102,10 +102,14 @@ def gather(weights: dict[str, Tensor], model: nn.Module) -> None:
 
 @torch.no_grad()
 def write_whole(path: Path, model: nn.Module, main: bool) -> None:
-    """Write all weights of `model`, sharded or not, to `path`, atomically; every process calls this, `main` writes."""
+    """Write all weights of `model`, sharded or not, to `path`, atomically; every process calls this, `main` writes.
+
+    It holds them all in its host memory. What earlier processes that were killed left of such a file is removed.
+    """
     gathered = ((name, whole(weight)) for name, weight in model.named_parameters())
     weights = {name: weight.detach().cpu().contiguous() for name, weight in gathered if main}
     if main:
+        remove_left_behind(path)
         with atomic_file(path) as temporary:
             save_tensors(weights, temporary)
 

@@ -147,17 +147,21 @@ def _warn_of_rates(stages: Iterable[StageConfig]) -> None:
     for config in stages:
         if config.optimizer == "adafactor":
             second = stage_of(config).second
-            for rate in (config.learning_rate, *(() if second is None else (second.learning_rate,))):
+            rates = {"": config.learning_rate}
+            if second is not None:
+                rates[f" of the {second.name}"] = second.learning_rate
+            for name, rate in rates.items():
                 if rate < SMALL_FOR_ADAFACTOR:
-                    _warn_of_rate(config.stage, rate)
+                    _warn_of_rate(config.stage, name, rate)
 
 
 @functools.cache
-def _warn_of_rate(stage: str, rate: float) -> None:
+def _warn_of_rate(stage: str, name: str, rate: float) -> None:
     logger.warning(
-        "stage %s: Adafactor's learning rate is a share of each tensor's size, so %g hardly moves the model; raise it "
-        "above %g or set optimizer: adamw",
+        "stage %s: Adafactor's learning rate is a share of each tensor's size, so the rate%s, %g, hardly moves the "
+        "model; raise it above %g or set optimizer: adamw",
         stage,
+        name,
         rate,
         SMALL_FOR_ADAFACTOR,
     )
