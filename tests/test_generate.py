@@ -12,7 +12,6 @@ from torch import Tensor
 
 from mla_convert.distill.rollout import self_rollout
 from mla_convert.flow import denoising_times, sampling_times
-from mla_convert.run.extent import chunk_ranges
 from mla_convert.run.stream import stream_chunks
 
 STEPS = (1000, 750, 500, 250)
@@ -161,7 +160,7 @@ def test_a_rollout_without_an_end_begins_like_one_with_an_end(first: bool) -> No
     ended = list(stream(model, text(), 9 if first else 8))
     endless = list(itertools.islice(stream(model, text(), None), len(ended)))
     assert all(torch.equal(a, b) for a, b in zip(endless, ended, strict=True))
-    ranges = list(itertools.islice(chunk_ranges(model.causal, None), 40))
+    ranges = list(itertools.islice(model.causal.chunk_ranges(None), 40))
     assert ranges == model.causal.chunks(ranges[-1][1])
 
 

@@ -6,7 +6,7 @@ cannot disagree.
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -43,10 +43,16 @@ class CausalConfig(BaseModel):
 
     def chunks(self, num_frames: int) -> list[tuple[int, int]]:
         """Half-open frame ranges of the chunks of a clip; the last one may be short."""
-        bounds = [0]
-        while bounds[-1] < num_frames:
-            bounds.append(min(self.chunk_end(bounds[-1]), num_frames))
-        return list(itertools.pairwise(bounds))
+        return list(self.chunk_ranges(num_frames))
+
+    def chunk_ranges(self, num_frames: int | None) -> Iterator[tuple[int, int]]:
+        """The same ranges one by one, for rollouts of any length; endless if `num_frames` is None."""
+        stop = 0
+        while num_frames is None or stop < num_frames:
+            start, stop = stop, self.chunk_end(stop)
+            if num_frames is not None:
+                stop = min(stop, num_frames)
+            yield start, stop
 
     def chunk_end(self, start: int) -> int:
         """The end of the chunk that begins at frame `start`, unless the clip ends earlier."""

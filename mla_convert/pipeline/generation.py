@@ -27,6 +27,7 @@ from ..run.config import GenerateConfig
 from ..run.decode import first_video_frame, frame_chunks, latent_frames, video_frames
 from ..run.decode_memory import reserve
 from ..run.image import check_image, image_conditions, read_image
+from ..run.kept_whole import KEPT_WHOLE, check_fits
 from ..run.offload import Offload, place
 from ..run.parts import IMAGE_TOKENS, PICTURES, TEXT, find_parts
 from ..run.prefetch import FrameWriter
@@ -177,6 +178,7 @@ class _Task:
         if self.frames is not None:
             check_length(self.model, self.frames)
             self._check_changes(self.frames)
+            self._check_fits(self.frames)
 
     def _source(self) -> Tensor | SourceVideo | None:
         """The source to restyle: latents `[1, C, F, H, W]`, or a video that is not encoded yet."""
@@ -202,8 +204,13 @@ class _Task:
             check_place(out, folder=out.suffix == "")
         if out == STDOUT and len(request.prompts) > 1:
             raise UsageError("stdout takes one video; give one prompt, or write a file")
-        if request.endless and out.suffix.lower() in (LATENTS, ".gif"):
+        if request.endless and out.suffix.lower() in KEPT_WHOLE:
             raise UsageError(f"a {out.suffix} file is kept in memory until its end; write .mp4, a folder or -")
+
+    def _check_fits(self, frames: int) -> None:
+        latents = (noise_channels(self.model), frames, self.height, self.width)
+        pixels = (first_video_frame(frames, self.temporal), self.height * self.spatial, self.width * self.spatial)
+        check_fits(self.out, max(1, len(self.request.prompts)), latents, pixels, "write .mp4, a folder or -")
 
     def texts(self) -> tuple[Tensor, PromptSchedule | None, Tensor | None]:
         """Embeddings `[B, L, D]` of the prompts, and the later prompts and the negative prompt `[1, L, D]`, if any."""

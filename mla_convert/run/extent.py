@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import Tensor
 
 from ..errors import UsageError
 from ..mla.window import CausalConfig
-
-
-def chunk_ranges(causal: CausalConfig, num_frames: int | None) -> Iterator[tuple[int, int]]:
-    """Half-open frame ranges of the chunks of a rollout; endless if `num_frames` is None."""
-    if num_frames is not None:
-        yield from causal.chunks(num_frames)
-        return
-    stop = 0
-    while True:
-        first, stop = stop, causal.chunk_end(stop)
-        yield first, stop
 
 
 def video_end(causal: CausalConfig, positions: int, num_frames: int | None, given: int = 0) -> int | None:
@@ -61,7 +48,9 @@ def check_start(
     """Raise UsageError unless a rollout of `shape` (C, H, W) can begin with `start` `[B, C, F0, H, W]`."""
     channels, frames, height, width = start.shape[1:]
     check_size("the start", (channels, height, width), shape, "the latent size of the start")
-    ends = [stop for _, stop in causal.chunks(num_frames or frames + 4 * causal.num_frames_per_block)]
+    # Only the chunks up to the start's end, and a few to name: the rollout may be of any length.
+    few = frames + 4 * causal.num_frames_per_block
+    ends = [stop for _, stop in causal.chunks(few if num_frames is None else min(num_frames, few))]
     if num_frames is not None and frames > num_frames:
         raise UsageError(f"the start has {frames} frames, more than the {num_frames} of the rollout; raise num_frames")
     if whole_chunks and frames not in ends:

@@ -27,7 +27,7 @@ from .calls import Call, Calls, Closed
 from .config import DEFAULT_LATENT_FRAMES, GenerateConfig
 from .decode import StreamingDecoder, latent_frames, video_frames
 from .decode_memory import reserve
-from .extent import chunk_ranges, video_end
+from .extent import video_end
 from .image import check_image, image_conditions, read_image
 from .loading import load_arguments
 from .output import Frames, OutputType, StreamingPipelineOutput, handed_out, joined, to_output
@@ -317,7 +317,7 @@ class StreamingMLAPipeline(DiffusionPipeline):
         given = 0 if start is None else start.shape[2]
         total = None
         if num_frames is not None:
-            ranges = chunk_ranges(self.transformer.causal, num_frames)
+            ranges = self.transformer.causal.chunk_ranges(num_frames)
             total = sum(len(schedule.of_chunk(first)) - 1 for first, stop in ranges if stop > given)
         decodes = not self.pixels and output_type != "latent"
         decoder = StreamingDecoder(self.vae) if decodes else None

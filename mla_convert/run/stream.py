@@ -15,7 +15,7 @@ from ..flow import STRENGTH, Sampler, guided
 from ..mla.conditions import Conditions, FramesAt, Given, placed
 from ..mla.graph import denoiser
 from ..mla.model import StreamingModel
-from .extent import check_start, chunk_ranges, end_notice, video_end
+from .extent import check_start, end_notice, video_end
 from .passes import Passes, run_pass
 from .recent import RecentChunks, check_rewinds
 from .source import Source, check_alone, with_source
@@ -113,7 +113,7 @@ def stream_chunks(
     schedule = Schedule.of(*steps, 1.0 if source is None else strength)
     recent = RecentChunks() if recache and prompt_at is not None else None
     check_rewinds(recache, passes.caches)
-    for first, stop, given in with_source(chunk_ranges(causal, end), clean, device):
+    for first, stop, given in with_source(causal.chunk_ranges(end), clean, device):
         text = None if prompt_at is None else prompt_at(first)
         if text is not None:
             passes.set_text(text)
