@@ -17,6 +17,10 @@ def _as_tuple(value: Any) -> Any:
 DenoisingSteps = Annotated[tuple[int, ...], BeforeValidator(_as_tuple), AfterValidator(check_steps)]
 """Noise levels out of 1000, before any shift, that fall inside [1, 1000]."""
 
+# torch takes seeds below 2^64, so there is room to count up from the largest: one per prompt, repetition or batch.
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+"""A seed of a recipe or an option."""
+
 
 class SamplingConfig(BaseModel):
     """How a chunk is denoised and cached.

@@ -113,7 +113,7 @@ def generate(
     size: Annotated[str | None, typer.Option(metavar="HxW", help="Height and width in pixels.")] = None,
     latent_size: LatentSize = None,
     fps: Annotated[int | None, typer.Option(min=1, help="Frames per second; 8 for digits, 16 for others.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the noise; each further prompt uses the next one.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise; each further prompt uses the next one.")] = 0,
     dtype: DType = None,
     vae_dtype: Annotated[
         Literal["float32", "bfloat16"] | None,

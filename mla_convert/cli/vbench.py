@@ -67,7 +67,7 @@ def vbench(
     context_noise: ContextNoise = None,
     latent_size: LatentSize = None,
     fps: Annotated[int | None, typer.Option(min=1, help="Frames per second; 16 for latents, 8 for pixels.")] = None,
-    seed: Annotated[int, typer.Option(help="Each video gets its own seed, derived from this one.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Each video gets its own seed, derived from this one.")] = 0,
     dtype: DType = None,
     as_json: Json = False,
 ) -> None:

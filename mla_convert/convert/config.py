@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..flow import noise_levels
 from ..mla.config import OwnChunk, Position, check_shared_latent
-from ..sampling import DenoisingSteps
+from ..sampling import DenoisingSteps, Seed
 from .factorize import RIDGE
 
 Init = Literal["random", "svd", "activation"]
@@ -46,7 +46,7 @@ class CalibrationConfig(BaseModel):
     empty_prompt_rate: float = Field(0.0, ge=0, le=1)
     timestep_shift: float = Field(1.0, gt=0)
     denoising_steps: DenoisingSteps | None = None
-    seed: int = 0
+    seed: Seed = 0
 
     @property
     def noise_levels(self) -> tuple[float, ...] | None:

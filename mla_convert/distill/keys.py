@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..sampling import SamplingConfig
+from ..sampling import SamplingConfig, Seed
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 
@@ -64,4 +64,4 @@ class PreviewConfig(SamplingConfig):
     clips: int = Field(4, ge=1)
     num_frames: int | None = Field(None, ge=1)
     num_inference_steps: int = Field(4, ge=1)
-    seed: int = 0
+    seed: Seed = 0

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from ..flow import noise_levels
-from ..sampling import SamplingConfig
+from ..sampling import SamplingConfig, Seed
 
 
 class EvaluateConfig(SamplingConfig):
@@ -28,7 +28,7 @@ class EvaluateConfig(SamplingConfig):
     rollout_seeds: int = Field(1, ge=1)
     long_factor: int = Field(8, ge=0)
     factors: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    seed: int = 0
+    seed: Seed = 0
 
     @property
     def noise_levels(self) -> tuple[float, ...] | None:

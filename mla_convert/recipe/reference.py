@@ -78,8 +78,12 @@ def _type(field: FieldInfo) -> str:
     """Describe the type of a key in words, with its bounds."""
     shown = _name(field.annotation)
     rules = [(type(rule).__name__, rule) for rule in field.metadata]
-    bounds = [f"{_BOUNDS[name]} {getattr(rule, name.lower()):g}" for name, rule in rules if name in _BOUNDS]
+    bounds = [f"{_BOUNDS[name]} {_bound(getattr(rule, name.lower()))}" for name, rule in rules if name in _BOUNDS]
     return ", ".join([shown, *bounds])
+
+
+def _bound(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def _name(annotation: Any) -> str:

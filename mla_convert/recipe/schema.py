@@ -31,6 +31,7 @@ from ..mla.window import CausalConfig
 from ..registry import stage_of, stages
 from ..run.config import GenerateConfig
 from ..run.streaming import StreamingConfig
+from ..sampling import Seed
 from .explain import describe, explain
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -98,7 +99,7 @@ class Recipe(BaseModel):
 
     version: Literal[1]
     name: Name
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     source: SourceConfig
     real_score: SourceConfig | None = None
     experts: dict[Name, NoiseRange] | None = None

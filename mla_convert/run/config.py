@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ..flow import STRENGTH
-from ..sampling import SamplingConfig
+from ..sampling import SamplingConfig, Seed
 
 DEFAULT_LATENT_FRAMES = 21
 
@@ -42,7 +42,7 @@ class GenerateConfig(SamplingConfig):
     latent_height: int | None = Field(None, ge=1)
     latent_width: int | None = Field(None, ge=1)
     fps: int = Field(16, ge=1)
-    seed: int = 0
+    seed: Seed = 0
     start: str | None = None
     recache: bool = False
     hold_start: bool = False
