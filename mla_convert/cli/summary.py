@@ -30,6 +30,7 @@ def result_of(path: Path) -> dict[str, Any]:
             "reduction",
             "dense_cache_bytes",
             "latent_cache_bytes",
+            "clips",
             "teacher_loss",
             "converted_loss",
             "student_loss",
@@ -66,7 +67,7 @@ def run_table(path: Path) -> Table:
     window = f"{report['plan']['frames']} frames"
     table.add_row(f"cache of one stream ({window})", format_bytes(report["dense_cache_bytes"]), cache, cache)
     losses = [report["teacher_loss"], report["converted_loss"], report["student_loss"]]
-    table.add_row("held-out loss", *(_format(loss, ".4f") for loss in losses))
+    table.add_row(_loss_of(report), *(_format(loss, ".4f") for loss in losses))
     increases = [_format(_increase(loss, losses[0]), "+.2%") for loss in losses[1:]]
     table.add_row("  against the teacher", "", *increases)
     for length, (teacher, student) in _accuracies(report):
@@ -84,7 +85,7 @@ def evaluation_table(report: Mapping[str, Any]) -> Table:
     scalars = [f"{report[f'{name}_scalars_per_token']:,g}" for name in ("dense", "latent")]
     table.add_row("cached scalars per token per layer", *scalars)
     table.add_row("cache of one stream", *(format_bytes(report[f"{name}_cache_bytes"]) for name in ("dense", "latent")))
-    table.add_row("held-out loss", *(_format(report[f"{name}_loss"], ".4f") for name in ("teacher", "student")))
+    table.add_row(_loss_of(report), *(_format(report[f"{name}_loss"], ".4f") for name in ("teacher", "student")))
     table.add_row("  against the teacher", "", _format(report["loss_increase"], "+.2%"))
     table.add_row("velocity error", "", _format(report["velocity_rel_error"], ".2%"))
     for length, pair in _accuracies(report):
@@ -95,6 +96,12 @@ def evaluation_table(report: Mapping[str, Any]) -> Table:
 def _format(value: float | None, spec: str) -> str:
     """Format a number; None becomes "not finite", because reports store numbers that are not finite as null."""
     return "not finite" if value is None else format(value, spec).replace("%", " %")
+
+
+def _loss_of(report: Mapping[str, Any]) -> str:
+    """Name the row of held-out losses, with the number of clips; reports of earlier versions do not have it."""
+    clips = report.get("clips")
+    return "held-out loss" if clips is None else f"held-out loss ({clips:,} clip{'' if clips == 1 else 's'})"
 
 
 def _increase(loss: float | None, teacher: float | None) -> float | None:

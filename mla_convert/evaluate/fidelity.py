@@ -108,14 +108,15 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure everything that the report shows about a converted model and its dense teacher.
 
-    Returns the keys of `fidelity` and `memory`. For digits it adds `digits_bench`; `kernels`, which attention ran in
-    the rollouts of each model; and `accuracy`, the share of rollouts whose last frame shows the prompted class, by
-    model and length.
+    Returns the keys of `fidelity` and `memory`, and `clips`, how many were measured. For digits it adds
+    `digits_bench`; `kernels`, which attention ran in the rollouts of each model; and `accuracy`, the share of
+    rollouts whose last frame shows the prompted class, by model and length.
     """
     clips = data.heldout(config.clips)
     prompts = heldout_prompts(data, clips["encoder_hidden_states"])
     progress = functools.partial(report, "evaluate")
     result = fidelity(student, teacher, clips, config.batch_size, config.seed, progress, prompts, config.noise_levels)
+    result["clips"] = len(clips["latents"])
     result |= memory(student, teacher, *clips["latents"].shape[-2:])
     if isinstance(data, DigitClips) and config.rollout_prompts:
         models = {"teacher": teacher, "student": student}

@@ -4,7 +4,7 @@ A section of the page appears when the report has its data. The page reads these
 
     name, source, layout {position, own_chunk, kv_lora_rank, ...}, recipe (YAML text), versions {...}
     dense_scalars_per_token, latent_scalars_per_token, reduction, dense_cache_bytes, latent_cache_bytes
-    teacher_loss, student_loss, converted_loss (before distillation), loss_increase
+    clips (how many were measured), teacher_loss, student_loss, converted_loss (before distillation), loss_increase
     velocity_rel_error, velocity_rel_error_by_timestep [[t, error], ...] with t in [0, 1]
     attention_rel_error [one per layer], attention_maps (see `attention_maps.py`), by_clip (see `worst_clips.py`)
     accuracy {teacher: {"1x": ...}, student: {...}}, digits_bench (see `digits_bench.py`)

@@ -1,8 +1,10 @@
-"""Checks whether training clips, or a real score, fit the source model."""
+"""Checks whether training clips, a real score or a teacher fit a model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -10,6 +12,14 @@ from ..errors import UsageError
 from ..families.base import noise_channels
 from ..families.image import IMAGE, TOKENS, needed_conditions, refuse_last_image
 from ..load import Source
+
+_SHAPE = {
+    "in_channels": "input channels",
+    "text_dim": "channels of text",
+    "num_layers": "layers",
+    "num_attention_heads": "heads",
+    "attention_head_dim": "channels per head",
+}
 
 
 def check_alike(real_score: Source, source: Source) -> None:
@@ -23,6 +33,23 @@ def check_alike(real_score: Source, source: Source) -> None:
     ours, theirs = (" and ".join(needed_conditions(one.config)) or "no image" for one in (source, real_score))
     if ours != theirs:
         raise UsageError(f"real_score: {real_score.origin} reads {theirs}, {source.origin} {ours}")
+
+
+def check_teacher(teacher: Source, student: Mapping[str, Any], folder: Path) -> None:
+    """Raise UsageError unless `teacher` has the shape of the converted model in `folder`, whose configuration is given.
+
+    Reads no weights.
+    """
+    wrong = [
+        f"{teacher.config[name]} {what} and not {student[name]}"
+        for name, what in _SHAPE.items()
+        if name in student and teacher.config[name] != student[name]
+    ]
+    if wrong:
+        raise UsageError(
+            f"the teacher {teacher.origin} has {', '.join(wrong)}; give --teacher the dense model that {folder} was "
+            "converted from"
+        )
 
 
 def check_channels(example: Mapping[str, Tensor], source: Source, where: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,19 +20,23 @@ from ..evaluate.fidelity import evaluate
 from ..evaluate.report import REPORT_HTML, finite, write_report
 from ..export.checkpoint import find_checkpoint, load_checkpoint
 from ..export.manifest import recorded_recipe
-from ..families.causal import CausalTransformer, LatentTransformer
+from ..families.causal import LatentTransformer
 from ..files import MANIFEST, check_place
-from ..load import load_dense, load_source, read_config
+from ..load import Source, load_dense, load_source, read_config
 from ..mla.kernel_settings import Mode
+from ..mla.window import CausalConfig
 from ..recipe.schema import Recipe, validate
 from ..run.config import GenerateConfig
 from ..run.offload import together
 from ..run.sample import DIGITS, prompt_encoder
 from ..run.streaming import StreamingConfig
+from .channels import check_teacher
 from .context import CLIPS, DATA
 from .rundir import STATE, read_state, require_clips
 from .sources import source_of
 from .summary import describe
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate_checkpoint(
@@ -53,17 +58,21 @@ def evaluate_checkpoint(
     if out is None:
         out = root.parent / "evaluation" if (root.parent / STATE).exists() else root
     check_place(out / REPORT_HTML)
-    if not read_config(inner).get("mla"):
+    config = read_config(inner)
+    if not config.get("mla"):
         raise UsageError(
             f"{folder} is a dense model, and evaluate compares a converted one with its teacher; give a checkpoint "
             "that `mla-convert run` or `convert` wrote"
         )
     recipe = _made_by(root)
+    source = _teacher_of(CausalConfig(**(config.get("causal") or {})), teacher, recipe, folder)
+    check_teacher(source, config, folder)
     started = time.monotonic()
     device = default_device()
     student = load_checkpoint(folder)
     assert isinstance(student, LatentTransformer)
-    dense = _load_teacher(student, teacher, recipe, folder)
+    dtype = student.dtype if teacher is not None or recipe is None else getattr(torch, recipe.source.dtype)
+    dense = load_dense(source, dtype)
     streaming = StreamingConfig() if recipe is None else recipe.streaming
     if kernels is not None:
         streaming = streaming.model_copy(update={"kernels": kernels})
@@ -81,10 +90,9 @@ def evaluate_checkpoint(
     # Held-out clips of a larger folder are others, and some of them were trained on.
     if (run / STATE).exists():
         require_clips(run, read_state(run)["steps"], clips.identity)
-    config = EvaluateConfig() if recipe is None else recipe.evaluate
-    config = config.model_copy(update=dict(changes))
+    settings = (EvaluateConfig() if recipe is None else recipe.evaluate).model_copy(update=dict(changes))
     with together([dense, student], device):
-        found = evaluate(student, dense, clips, config, report)
+        found = evaluate(student, dense, clips, settings, report)
     measured = {
         "source": teacher or (recipe.source.model if recipe else None),
         **found,
@@ -92,6 +100,8 @@ def evaluate_checkpoint(
         "recipe": recipe.dump() if recipe else None,
         "seconds": {"evaluate": round(time.monotonic() - started, 3)},
     }
+    if measured["clips"] < settings.clips:
+        logger.warning("measured on all %d held-out clips, fewer than %d", measured["clips"], settings.clips)
     result = finite(measured)
     return write_report(out, result), result
 
@@ -110,13 +120,10 @@ def _made_by(root: Path) -> Recipe | None:
     return validate(Recipe, recorded) if recorded else None
 
 
-def _load_teacher(
-    student: CausalTransformer, teacher: str | None, recipe: Recipe | None, folder: Path
-) -> CausalTransformer:
-    """Load the dense model with the student's chunk size and window."""
+def _teacher_of(causal: CausalConfig, teacher: str | None, recipe: Recipe | None, folder: Path) -> Source:
+    """Locate the dense model, with the student's chunk size and window."""
     if teacher is not None:
-        return load_dense(load_source(teacher, causal=student.causal.model_dump(mode="json")), student.dtype)
+        return load_source(teacher, causal=causal.model_dump(mode="json"))
     if recipe is None:
         raise UsageError(f"{folder} has no {MANIFEST} that names its source; give it with --teacher")
-    source = recipe.source
-    return load_dense(source_of(source, student.causal), getattr(torch, source.dtype))
+    return source_of(recipe.source, causal)

@@ -1,0 +1,79 @@
+"""`mla-convert evaluate` on the command line: which teacher and how many clips."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from recipe_case import write_recipe, write_teacher
+
+from mla_convert.cli import main
+from mla_convert.families.wan import CausalWanTransformer3DModel
+from mla_convert.pipeline import evaluation
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="module")
+def finished(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    recipe = write_recipe(folder / "pico.yaml", teacher)
+    assert main(["run", str(recipe), "--out", str(folder / "run"), "--set", "distill.0.steps=1"]) == 0
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"num_layers": 3}, "3 layers and not 2"),
+        ({"num_attention_heads": 3, "text_dim": 16}, "16 channels of text and not 32, 3 heads and not 2"),
+        ({"attention_head_dim": 24}, "24 channels per head and not 12"),
+    ],
+)
+def test_a_teacher_of_another_shape_is_refused_before_any_weights_are_read(
+    capsys: Any,
+    finished: Path,
+    teacher: Path,
+    tmp_path: Path,
+    monkeypatch: Any,
+    changes: dict[str, int],
+    difference: str,
+) -> None:
+    config = CausalWanTransformer3DModel.load_config(teacher)
+    CausalWanTransformer3DModel.from_config({**config, **changes}).save_pretrained(tmp_path)
+    monkeypatch.setattr(evaluation, "load_checkpoint", lambda *_, **__: pytest.fail("weights were read"))
+    capsys.readouterr()
+    assert main(["evaluate", str(finished), "--teacher", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert f"has {difference}; give --teacher the dense model" in err and err.count("\n") == 1
+
+
+def test_the_natural_teacher_is_no_teacher_of_digits(capsys: Any, finished: Path) -> None:
+    capsys.readouterr()
+    assert main(["evaluate", str(finished), "--teacher", "zoo:natural"]) == 2
+    assert "the teacher zoo:natural has " in capsys.readouterr().err
+
+
+def test_fewer_clips_than_asked_for_are_said_and_counted(capsys: Any, finished: Path, tmp_path: Path) -> None:
+    arguments = ["evaluate", str(finished), "--out", str(tmp_path), "--rollout-prompts", "0", "--clips"]
+    assert main([*arguments, "3", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["clips"] == 3 and "held-out clips" not in err
+
+    assert main([*arguments, "99"]) == 0
+    out, err = capsys.readouterr()
+    assert "held-out loss (4 clips)" in out
+    assert err.splitlines().count("measured on all 4 held-out clips, fewer than 99") == 1
+    assert json.loads((tmp_path / "report.json").read_text())["clips"] == 4
+
+
+def test_the_table_of_a_run_counts_its_clips(capsys: Any, finished: Path) -> None:
+    capsys.readouterr()
+    recipe = finished.parent / "pico.yaml"
+    assert main(["run", str(recipe), "--out", str(finished), "--resume", "--set", "distill.0.steps=1"]) == 0
+    assert "held-out loss (4 clips)" in capsys.readouterr().out
