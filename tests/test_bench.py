@@ -11,6 +11,7 @@ import mla_attention
 import pytest
 import torch
 from checkpoint_case import pico_mla
+from rich.console import Console
 
 from mla_convert.cli import main
 from mla_convert.errors import UsageError
@@ -31,9 +32,8 @@ from mla_convert.evaluate.bench import (
     _place,
     _table,
     bench,
-    bench_table,
-    verdict,
 )
+from mla_convert.evaluate.bench_table import bench_table, verdict
 from mla_convert.evaluate.geometry import StreamGeometry
 from mla_convert.export.checkpoint import save_checkpoint
 from mla_convert.mla import fused, kernels
@@ -169,6 +169,22 @@ def test_the_table_says_that_float32_takes_no_kernel_on_a_gpu() -> None:
     assert result["note"] is None and BY_TORCH not in str(bench_table(result).caption)
 
 
+@pytest.mark.parametrize(("repeats", "spread"), [(1, False), (2, True)])
+def test_the_table_fits_80_columns(capsys: pytest.CaptureFixture[str], repeats: int, spread: bool) -> None:
+    result = bench(SMALL, BenchConfig(kv_lora_rank=8, layers_per_latent=2, kernels="torch", repeats=repeats, **CPU))
+    for one in result["attention_streamed"].values():
+        one["median_ms"] *= 1e4
+    Console(width=80).print(bench_table(result))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and any("  range" in line for line in lines) is spread
+    cells = [line.split("│") for line in lines if line.startswith("│")]
+    rows = {first.strip(): [cell.strip() for cell in rest] for _, first, *rest, _ in cells}
+    # Every time has the same number of decimals, on one line.
+    assert len({cell.partition(".")[2] for cell in rows["streamed"] + rows["first pass"]}) > 1
+    assert len({len(cell.partition(".")[2]) for cell in rows["streamed"] + rows["first pass"]}) == 1
+    assert {"pass that writes", "cache per layer"} <= rows.keys()
+
+
 def test_command(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
     out = tmp_path / "bench.json"
     assert main(["bench", "zoo:digits", "--repeats", "1", "--kernels", "torch", "--json", "--out", str(out)]) == 0
@@ -201,12 +217,17 @@ def test_steps_are_those_of_the_recipe(generate: Any, given: Any, steps: int, ca
         (["zoo:digits", "--position", "decoupled", "--qk-rope-head-dim", "3"], "must be even"),
         (["zoo:digits", "--device", "quantum"], "unknown device 'quantum'"),
         (["--preset", "wan9"], "unknown preset 'wan9'"),
+        (["zoo:digits", "--frames", "1"], "a window holds at least a chunk of 3 frames, got 1; raise"),
+        (["zoo:digits", "--layers-per-latent", "3"], "4 layers cannot share latents 3 at a time; one of 1, 2, 4"),
+        (["zoo:digits", "--kv-lora-rank", "385"], "kv_lora_rank 385 is out of range; keys and values of a layer have"),
+        (["zoo:digits", "--kv-lora-rank", "769", "--layers-per-latent", "2"], "of 2 layers have 768 directions"),
     ],
 )
 def test_refusals(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.strip().splitlines()[-1].startswith("error: ")
+    assert "ValidationError" not in error and "unexpected" not in error
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")

@@ -49,8 +49,9 @@ def bench(
         raise UsageError("give exactly one of DIR and --preset")
     with stderr().status("loading PyTorch"):
         from ..distill.progress import progress_bars
-        from ..evaluate.bench import BenchConfig, bench_table
+        from ..evaluate.bench import BenchConfig
         from ..evaluate.bench import bench as bench_attention
+        from ..evaluate.bench_table import bench_table
         from ..files import check_place, write_json
         from ..pipeline.planning import bench_settings
         from ..recipe.schema import validate

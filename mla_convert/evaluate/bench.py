@@ -15,7 +15,6 @@ from typing import Any, Literal, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from rich.table import Table
 from torch import Tensor
 
 from ..devices import default_device, has_gpu, lacks_bfloat16
@@ -25,12 +24,11 @@ from ..mla.cache import DenseCache, FrameCache, LatentCache
 from ..mla.config import MLAConfig, OwnChunk, Position
 from ..mla.core import KeyValue
 from ..mla.kernel_settings import Mode
-from ..mla.kernels import Kernels, describe
+from ..mla.kernels import Kernels
 from ..mla.latent import LatentSelfAttention
 from ..mla.rope import RotaryTable, rotate, split_rotary_table
 from ..mla.window import CausalConfig
 from .geometry import StreamGeometry
-from .text import layout_parts
 
 BY_TORCH = (
     "kernels attend to latents, but plain torch gathers and rotates dense histories; "
@@ -85,6 +83,7 @@ def bench(
     and one that writes. Times are medians in milliseconds with the range of the repeats. `note` explains the ratios
     when kernels run. Raises UsageError for a missing device or impossible sizes.
     """
+    _check_sizes(geometry, config)
     device, dtype = _place(config)
     kernels = Kernels(config.kernels)
     passes = {
@@ -136,54 +135,33 @@ def bench(
     }
 
 
-def verdict(result: dict[str, Any]) -> str:
-    """Return one line on the cost of latent attention relative to dense attention while streaming."""
-    time, memory = 1 / result[f"ratio_{STREAMED}"], result["ratio_cache"]
-    speed = f"{time:.2f}x the time of dense attention" if time >= 1 else f"{1 / time:.2f}x as fast as dense attention"
-    return f"latent: {speed}, {memory:.1f}x less cache"
-
-
-def bench_table(result: dict[str, Any]) -> Table:
-    """Return the result as a table for a terminal."""
-    table = Table(
-        title=f"{result['model']}: one layer, {result['queries']:,} queries, {result['keys']:,} keys in the window, "
-        f"{result['dtype']}, {result['device']}",
-        caption=f"{verdict(result)}\nmedians of {result['repeats']} interleaved rounds; streamed: mean over one "
-        f"first pass, {result['num_inference_steps'] - 1} later ones and one that writes; {describe(result['kernels'])}"
-        + (f"\n{result['note']}" if result.get("note") else ""),
-        title_justify="left",
-        caption_justify="left",
-    )
-    shown = {FIRST: "first", LATER: "later", WRITE: "writing", STREAMED: "streamed"}
-    if not any(result["history_kept"].values()):
-        del shown[LATER]
-    for heading in ("ms per pass", *shown.values(), "range", "vs. latent", "cache per layer"):
-        table.add_column(heading, justify="left" if heading == "ms per pass" else "right", overflow="fold")
-    labels = {
-        DENSE: "dense, rotated on read",
-        ROTATED: "dense, rotated keys cached",
-        LATENT: ", ".join(["latent", *layout_parts({**result, "kv_lora_rank": None})]),
-    }
-    latent = result[STREAMED][LATENT]["median_ms"]
-    for name, summary in result[STREAMED].items():
-        table.add_row(
-            labels[name],
-            *(f"{result[part][name]['median_ms']:.3g}" for part in shown),
-            f"{summary['min_ms']:.3g} to {summary['max_ms']:.3g}",
-            f"{summary['median_ms'] / latent:.2f}x",
-            f"{result['cache_bytes_per_layer'][name] / 1e6:,.2f} MB",
+def _check_sizes(geometry: StreamGeometry, config: BenchConfig) -> None:
+    """Raise UsageError for a window or a latent that the model cannot have."""
+    chunk, layers, shared = geometry.num_frames_per_block, geometry.num_layers, config.layers_per_latent
+    if geometry.window_frames < chunk:
+        raise UsageError(
+            f"a window holds at least a chunk of {chunk} frames, got {geometry.window_frames}; raise --frames"
         )
-    return table
+    if layers % shared:
+        possible = ", ".join(str(count) for count in range(1, layers + 1) if layers % count == 0)
+        raise UsageError(f"{layers} layers cannot share latents {shared} at a time; one of {possible}")
+    limit = 2 * geometry.inner_dim * shared
+    if config.kv_lora_rank > limit:
+        of_all = "a layer" if shared == 1 else f"{shared} layers"
+        raise UsageError(
+            f"kv_lora_rank {config.kv_lora_rank} is out of range; keys and values of {of_all} have {limit} directions"
+        )
+    head_dim = geometry.attention_head_dim
+    if config.qk_rope_head_dim % 2 or config.qk_rope_head_dim > head_dim:
+        raise UsageError(f"qk_rope_head_dim {config.qk_rope_head_dim} must be even and at most {head_dim}")
+    if config.position != "rotate_on_read" and not config.qk_rope_head_dim:
+        raise UsageError(f"position {config.position} needs qk_rope_head_dim above 0")
 
 
 def _layers(geometry: StreamGeometry, config: BenchConfig) -> dict[str, tuple[CausalSelfAttention, type[FrameCache]]]:
     heads, head_dim = geometry.num_attention_heads, geometry.attention_head_dim
     shape = (heads * head_dim, heads, head_dim, 1e-6, 0)
     shared = config.qk_rope_head_dim // 2
-    if config.qk_rope_head_dim % 2 or shared > head_dim // 2:
-        raise UsageError(f"qk_rope_head_dim {config.qk_rope_head_dim} must be even and at most {head_dim}")
-    if config.position != "rotate_on_read" and not shared:
-        raise UsageError(f"position {config.position} needs qk_rope_head_dim above 0")
     carried = range(shared) if config.position != "rotate_on_read" else range(0)
     mla = MLAConfig(
         position=config.position,
