@@ -1,9 +1,12 @@
-"""Errors that a user can act on: one line that names the problem, then the remedy."""
+"""Errors that a user can act on: one short line that names the problem, then the remedy."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
+
+_NAMED, _QUOTED = 3, 60
 
 
 class UserError(Exception):
@@ -23,3 +26,17 @@ def nearest(word: str, valid: Iterable[str]) -> str:
     words = list(valid)
     matches = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
     return f"did you mean {matches[0]}?" if matches else f"valid here: {', '.join(words)}"
+
+
+def few(names: Iterable[str]) -> str:
+    """Return the first names and how many more there are, for a line that must stay short; `none` without any."""
+    listed = list(names)
+    more = f" and {len(listed) - _NAMED:,} more" if len(listed) > _NAMED else ""
+    return f"{', '.join(listed[:_NAMED])}{more}" if listed else "none"
+
+
+def quoted(value: Any) -> str:
+    """Return the `repr` of what a user gave, cut in its middle if it is long."""
+    shown = repr(value)
+    half = (_QUOTED - 5) // 2
+    return shown if len(shown) <= _QUOTED else f"{shown[:half]} ... {shown[-half:]}"

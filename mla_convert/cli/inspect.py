@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import UsageError
+from ..errors import UsageError, quoted
 from .options import Json
 from .output import print_result, stderr
 
@@ -74,7 +74,7 @@ def parse_ranks(text: str) -> list[int]:
     """Parse ranks such as `64,128`. Raises UsageError."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) for part in parts):
-        raise UsageError(f"--ranks: {text!r} is not a list of ranks; write them such as 64,128,192,256")
+        raise UsageError(f"--ranks: {quoted(text)} is not a list of ranks; write them such as 64,128,192,256")
     return [int(part) for part in parts]
 
 

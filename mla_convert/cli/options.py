@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..errors import UsageError
+from ..errors import UsageError, quoted
 
 if TYPE_CHECKING:
     from ..mla.bits import CacheBits
@@ -64,7 +64,7 @@ def parse_size(text: str) -> tuple[int, int]:
     """Parse a size such as `60x104` into height and width. Raises UsageError."""
     height, cross, width = text.lower().partition("x")
     if not (cross and height.isdecimal() and width.isdecimal() and int(height) and int(width)):
-        raise UsageError(f"{text!r} is not a size; write HEIGHTxWIDTH, such as 60x104")
+        raise UsageError(f"{quoted(text)} is not a size; write HEIGHTxWIDTH, such as 60x104")
     return int(height), int(width)
 
 
@@ -73,7 +73,7 @@ def parse_steps(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):
         raise UsageError(
-            f"{text!r} is not a list of denoising steps; write decreasing whole numbers such as 1000,750,500,250"
+            f"{quoted(text)} is not a list of denoising steps; write decreasing whole numbers such as 1000,750,500,250"
         )
     return [int(part) for part in parts]
 

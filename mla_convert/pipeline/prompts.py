@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError, UserError
+from ..errors import UsageError, UserError, quoted
 from ..files import unreadable
 from ..recipe.reader import read_yaml
 from ..recipe.schema import validate
@@ -44,7 +44,7 @@ def in_order(changes: Sequence[PromptChange]) -> list[PromptChange]:
 
 def _change(where: str, entry: Any) -> PromptChange:
     if not isinstance(entry, dict):
-        raise UsageError(f"{where}: {entry!r} is not a mapping with {KEYS}")
+        raise UsageError(f"{where}: {quoted(entry)} is not a mapping with {KEYS}")
     try:
         return validate(PromptChange, entry)
     except UserError as error:
@@ -80,5 +80,5 @@ def parse_change(text: str) -> PromptChange:
     except ValueError:
         colon = ""
     if not (colon and prompt.strip()):
-        raise UsageError(f"{text!r} is not a prompt with a time; write SECONDS:TEXT, such as '5:a cat sits'")
-    return _change(f"--prompt-at {text!r}", {"seconds": at, "prompt": prompt.strip()})
+        raise UsageError(f"{quoted(text)} is not a prompt with a time; write SECONDS:TEXT, such as '5:a cat sits'")
+    return _change(f"--prompt-at {quoted(text)}", {"seconds": at, "prompt": prompt.strip()})

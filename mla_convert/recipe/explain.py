@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
-from ..errors import nearest
+from ..errors import nearest, quoted
 
 EXPECTED = {
     "int_type": "an integer",
@@ -43,7 +43,7 @@ def describe(value: Any) -> str:
     if isinstance(value, list):
         return textwrap.shorten(json.dumps(value, ensure_ascii=False), 80, placeholder=" ...") + " (a list)"
     kind = {int: "an integer", float: "a number", str: "a string"}.get(type(value), type(value).__name__)
-    return f"{value!r} ({kind})"
+    return f"{quoted(value)} ({kind})"
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

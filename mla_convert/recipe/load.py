@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import UsageError, quoted
 from ..files import unreadable
 from .reader import read_yaml
 from .schema import Recipe, validate
@@ -39,7 +39,7 @@ def apply_override(recipe: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
-        raise UsageError(f"--set {override!r} is not of the form key.path=value")
+        raise UsageError(f"--set {quoted(override)} is not of the form key.path=value")
     try:
         value = read_yaml(text)
     except UsageError as error:

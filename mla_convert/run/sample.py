@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..distill.negative import EMBEDS_KEY, NEGATIVE
-from ..errors import UsageError, UserError
+from ..errors import UsageError, UserError, few
 from ..export.components import TRAINED_FOR
 from ..families.base import noise_channels
 from ..mla.model import StreamingModel
@@ -139,7 +139,7 @@ def load_prompt_embeds(path: Path, text_dim: int) -> Tensor:
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read prompt embeddings from {path}: {error}") from None
     if EMBEDS_KEY not in tensors:
-        raise UserError(f"{path} has no tensor {EMBEDS_KEY}; it has {', '.join(sorted(tensors)) or 'none'}")
+        raise UserError(f"{path} has no tensor {EMBEDS_KEY}; it has {few(sorted(tensors))}")
     embeds = tensors[EMBEDS_KEY]
     embeds = embeds.unsqueeze(0) if embeds.ndim == 2 else embeds
     if embeds.ndim != 3 or embeds.shape[2] != text_dim:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..distill.encode.frames import to_pixels
 from ..distill.encode.models import encode_pixels
-from ..errors import UsageError, UserError
+from ..errors import UsageError, UserError, few
 
 LATENTS, LATENTS_KEY = ".safetensors", "latents"
 
@@ -82,7 +82,9 @@ def read_latents(path: Path, what: str) -> Tensor:
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     if LATENTS_KEY not in tensors or tensors[LATENTS_KEY].ndim != 4:
-        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in sorted(tensors.items())) or "nothing"
+        shapes = (
+            few(f"{name} {list(tensor.shape)}" for name, tensor in sorted(tensors.items())) if tensors else "nothing"
+        )
         raise UserError(f"{path} holds {shapes}; a {what} must be the tensor {LATENTS_KEY} [C, F, H, W]")
     return tensors[LATENTS_KEY].float()
 

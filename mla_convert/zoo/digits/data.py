@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...errors import quoted
+
 FRAME, DIGIT, STEP = 16, 8, 4
 CELLS = (FRAME - DIGIT) // STEP + 1
 TEXT_DIM, TEXT_TOKENS = 32, 3
@@ -62,11 +64,11 @@ def parse_prompt(text: str) -> Prompt:
     """Parse a prompt such as `7`, `7 moving up-left` or `7 at 2,1 moving up-left`. Raises ValueError."""
     match = _PROMPT.match(text.lower())
     if not match:
-        raise ValueError(f"cannot read the digits prompt {text!r}; write for example '7 at 2,1 moving up-left'")
+        raise ValueError(f"cannot read the digits prompt {quoted(text)}; write for example '7 at 2,1 moving up-left'")
     digit, row, column, direction = match.groups()
     direction = direction or "down-right"
     if direction not in DIRECTIONS:
-        raise ValueError(f"unknown direction {direction!r}; one of {', '.join(DIRECTIONS)}")
+        raise ValueError(f"unknown direction {quoted(direction)}; one of {', '.join(DIRECTIONS)}")
     cell = (int(row or 0), int(column or 0))
     if max(cell) >= CELLS:
         last = CELLS - 1
