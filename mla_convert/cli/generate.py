@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -38,7 +39,10 @@ def generate(
     out: Annotated[
         Path,
         typer.Option(
-            "--out", "-o", help="An .mp4 or .gif, .safetensors for latents, a folder, or - for an mp4 on stdout."
+            "--out",
+            "-o",
+            help="An .mp4 or .gif, .safetensors for latents, a folder, or - for an mp4 on stdout; an existing file "
+            "or folder of frames is replaced.",
         ),
     ],
     prompt: Annotated[
@@ -155,6 +159,10 @@ def generate(
         raise UsageError("--source is restyled from its first frame on; leave --start out")
     if source is not None and endless:
         raise UsageError("the video ends where --source ends; leave --endless out")
+    if seconds is not None and math.isinf(seconds) and seconds > 0:
+        raise UsageError("--seconds needs a number; give --endless for a video without an end")
+    if hold_start and start is None:
+        raise UsageError("--hold-start holds the frames of --start; give --start, or leave --hold-start out")
     if size is not None and latent_size is not None:
         raise UsageError("give --size or --latent-size, not both")
     if str(out) == "-":
@@ -196,6 +204,8 @@ def generate(
         if changes[0].seconds > 0:
             raise UsageError(f"{prompts} has no prompt at 0 seconds; give --prompt for the beginning")
         first, changes = (changes[0].prompt,), changes[1:]
+    if recache and not changes:
+        raise UsageError("--recache acts where the prompt changes; give --prompt-at or --prompts, or leave it out")
     request = Request(
         prompts=first,
         prompt_embeds=prompt_embeds,
@@ -213,7 +223,9 @@ def generate(
     )
     with progress_bars(stderr()) as report:
         result = generate_video(model, out, request, settings, report)
-    speed = f"{result['frames']} latent frames, {result['frames_per_second']:.1f} per second"
+    unit = "frame" if result["pixels"] else "latent frame"
+    speed = f"{result['frames']:,} {unit}{'' if result['frames'] == 1 else 's'}, "
+    speed += f"{result['frames_per_second']:.1f} per second"
     if str(out) == "-":
         stderr().print(f"wrote stdout: {speed}", soft_wrap=True, markup=False, highlight=False)
     else:

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import UsageError, quoted
+from ..errors import UsageError, UserError, quoted
 from .options import Json
 from .output import print_result, stderr
 
@@ -58,7 +58,8 @@ def inspect(
         from ..load import AdapterConfig
         from ..pipeline.inspection import inspect_source
 
-    adapters = [AdapterConfig(model=one) if Path(one).is_file() else AdapterConfig(file=one) for one in adapter or []]
+    named = [(one, _is_own(one, source)) for one in adapter or []]
+    adapters = [AdapterConfig(model=one) if own else AdapterConfig(file=one) for one, own in named]
     with progress_bars(stderr()) as report:
         result = inspect_source(
             source, subfolder, data, clips, text_tokens, chosen, out, report, file, use_ema, adapters, latents
@@ -68,6 +69,16 @@ def inspect(
         tables.append(prediction_table(result))
     recommendation = Text(result["recommendation"], no_wrap=True, overflow="ignore")
     print_result(as_json, result, *tables, recommendation, *([] if out is None else [f"plots: {out}"]))
+
+
+def _is_own(adapter: str, source: str) -> bool:
+    """Whether an adapter is a file or folder of its own; otherwise it is a file in `source`. Raises UserError."""
+    if Path(adapter).expanduser().exists():
+        return True
+    root = Path(source).expanduser()
+    if source.startswith("zoo:") or (root.exists() and not (root / adapter).is_file()):
+        raise UserError(f"--adapter {quoted(adapter)} does not exist, neither by itself nor in {source}")
+    return False
 
 
 def parse_ranks(text: str) -> list[int]:

@@ -93,6 +93,8 @@ def sampling(denoising_steps: str | None, first_chunk_steps: str | None = None, 
     levels = {"denoising_steps": denoising_steps, "first_chunk_steps": first_chunk_steps}
     options |= {key: None if text is None else parse_steps(text) for key, text in levels.items()}
     chosen = {key: value for key, value in options.items() if value is not None}
+    if "num_inference_steps" in chosen and denoising_steps is not None:
+        raise UsageError("--denoising-steps already says how many steps there are; leave --steps out")
     if "num_inference_steps" in chosen and denoising_steps is None:
         # --steps replaces the recipe's denoising_steps.
         chosen = {**dict.fromkeys(levels), **chosen}

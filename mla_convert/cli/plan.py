@@ -45,6 +45,9 @@ def plan(
     rows: int | list[int] | None = kv_lora_rank
     keys: list[int] | None = None
     if preset is not None:
+        for option, value in (("--latent-size", latent_size), ("--file", file)):
+            if value is not None:
+                raise UsageError(f"{option} is for SOURCE; a preset takes --tokens-per-frame and --frames")
         found = find_preset(preset)
         geometry = found.geometry
         rows = found.kv_lora_rank if rows is None else rows

@@ -142,6 +142,8 @@ def gpu_memory(text: str) -> tuple[str, int]:
     """
     size = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(gi?b?)?\s*", text.lower())
     if size and (size[2] or float(size[1]) < 1000):
+        if not float(size[1]):
+            raise UsageError(f"a GPU of {text.strip()} has no memory; give a size above 0, such as 80GB")
         unit = 2**30 if (size[2] or "").startswith("gi") else 10**9
         return f"{size[1]} {'GiB' if unit == 2**30 else 'GB'}", round(float(size[1]) * unit)
     known = {_squeezed(name): name for name in GPU_GIGABYTES}

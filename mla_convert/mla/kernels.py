@@ -95,7 +95,7 @@ class Kernels:
             return False
         choice = self.found.choices[self._choose(layer, tokens, step)]
         if choice.path == "torch" and self.settings.mode == "triton":
-            reasons = "; ".join(choice.refused.values())
+            reasons = "; ".join(dict.fromkeys(choice.refused.values()))
             raise UserError(
                 f"no kernel for the attention of layer {layer.layer} ({reasons}); set kernels: auto to let torch attend"
             )

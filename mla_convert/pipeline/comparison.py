@@ -15,7 +15,7 @@ from ..errors import UsageError, UserError
 from ..evaluate.compare import MAX_RUNS, Run, render_comparison
 from ..evaluate.report import REPORT_JSON
 from ..evaluate.samples import Comparison
-from ..files import write_text
+from ..files import check_place, write_text
 from ..run.video import to_frames
 from .context import ROLLOUTS, SAMPLES
 
@@ -30,6 +30,7 @@ def compare_runs(folders: Sequence[Path], out: Path) -> list[Run]:
         raise UsageError(f"compare takes 2 to {MAX_RUNS} runs, not {len(folders)}")
     if out.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"cannot write {out}; give a name that ends in .html")
+    check_place(out)
     reports = [_read_report(folder) for folder in folders]
     names = _names(folders, reports)
     runs = [

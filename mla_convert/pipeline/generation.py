@@ -27,7 +27,7 @@ from ..run.config import GenerateConfig
 from ..run.decode import first_video_frame, frame_chunks, latent_frames, video_frames
 from ..run.decode_memory import reserve
 from ..run.image import check_image, image_conditions, read_image
-from ..run.kept_whole import KEPT_WHOLE, check_fits
+from ..run.kept_whole import GIF, KEPT_WHOLE, check_fits
 from ..run.offload import Offload, place
 from ..run.parts import IMAGE_TOKENS, PICTURES, TEXT, find_parts
 from ..run.prefetch import FrameWriter
@@ -51,7 +51,7 @@ from ..run.sample import (
 from ..run.source_video import SourceVideo, open_source
 from ..run.start import LATENTS, read_start
 from ..run.streaming import StreamingConfig
-from ..run.video import STDOUT, check_suffix
+from ..run.video import MAX_GIF_FPS, STDOUT, check_suffix
 from .experts import load_models, read_model_config, warn_of_bfloat16
 
 
@@ -94,7 +94,8 @@ def generate_video(
     large model is in memory at a time: first the text encoder, then the transformer with its VAE.
 
     An interrupt ends the videos where they are: their files are finished, and `interrupted` in the result is
-    True. Raises KeyboardInterrupt if it comes before the first frame, UserError in one line.
+    True. `frames` counts latent frames, which are those of the video if `pixels` is True. Raises
+    KeyboardInterrupt if it comes before the first frame, UserError in one line.
     """
     validate(GenerateConfig, dict(settings))
     task = _Task(folder, out, request, settings)
@@ -138,6 +139,7 @@ def generate_video(
         "path": str(out),
         "paths": [str(path) for path in paths],
         "frames": frames,
+        "pixels": task.pixels,
         "seconds": round(seconds, 3),
         "frames_per_second": frames / seconds,
         "interrupted": interrupted,
@@ -161,6 +163,8 @@ class _Task:
         check_image(self.model, request.image, "--image", "--start")
         self.image = None if request.image is None else read_image(request.image)
         self._check_out()
+        if request.components is not None and self.pixels and (self.digits or not request.prompts):
+            raise UsageError("this model makes pixels and reads no VAE or text encoder; leave --components out")
         self.streaming = validate(StreamingConfig, {**recorded(self.root, "streaming"), **request.streaming})
         keys = {**trained_for(recorded(self.root, "generate"), self.digits), **settings}
         if request.size is not None:
@@ -170,6 +174,11 @@ class _Task:
             fps = validate(GenerateConfig, keys).fps
             keys["num_frames"] = latent_frames(video_frames(request.seconds, fps), self.temporal)
         self.config = validate(GenerateConfig, keys)
+        if out.suffix.lower() == GIF and self.config.fps > MAX_GIF_FPS:
+            raise UsageError(
+                f"a .gif plays at most {MAX_GIF_FPS} frames per second, not {self.config.fps}; give a lower --fps or "
+                "write .mp4"
+            )
         self.height, self.width = latent_size(self.model, self.config)
         check_latent_size(self.model, self.height, self.width, self.spatial)
         self.source = self._source()

@@ -39,6 +39,8 @@ def read_image(source: Path | Image.Image) -> Image.Image:
     """The picture in RGB. Raises UserError for a file that is not an image."""
     if isinstance(source, Image.Image):
         return source.convert("RGB")
+    if source.is_dir():
+        raise UserError(f"{source} is a folder; give an image file")
     if not source.is_file():
         raise UserError(f"{source} does not exist; give an image file")
     if source.suffix.lower() in VIDEOS:

@@ -85,7 +85,7 @@ def open_source(
     """
     if isinstance(source, Path):
         if not source.is_file():
-            raise UserError(f"{source} does not exist; give a source file")
+            raise UserError(f"{source} {'is a folder' if source.is_dir() else 'does not exist'}; give a source file")
         if source.suffix == LATENTS:
             return _latents(source, shape)
     (channels, height, width), (temporal, spatial) = shape, scale

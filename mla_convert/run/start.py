@@ -31,6 +31,8 @@ def read_start(path: Path | Sequence[Image.Image], channels: int, height: int, w
     cannot be read, and UsageError for pictures without a VAE, or of a number that the VAE does not accept.
     """
     if isinstance(path, Path):
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; give a start file")
         if not path.is_file():
             raise UserError(f"{path} does not exist; give a start file")
         if path.suffix == LATENTS:

@@ -31,6 +31,8 @@ Frames = NDArray[np.float32]
 SUFFIXES = (".mp4", ".gif")
 STDOUT = Path("-")
 MIN_PIXELS = 256
+MAX_GIF_FPS = 50
+"""Browsers show frames of less than 20 ms more slowly."""
 _MACROBLOCK = 16
 # A fragment begins at every key frame, and there is a key frame every second.
 _FRAGMENTED = "-movflags +frag_keyframe+empty_moov+default_base_moof -tune zerolatency -flush_packets 1"
@@ -205,7 +207,7 @@ def _write_gif(images: Iterable[NDArray[np.uint8]], path: Path, fps: float) -> N
     """Write a GIF that loops forever; its durations are in hundredths of a second."""
     pictures = (Image.fromarray(image) for image in images)
     first = next(pictures)
-    duration = max(10 * round(100 / fps), 20)
+    duration = max(10 * round(100 / fps), 1000 // MAX_GIF_FPS)
     first.save(path, "GIF", save_all=True, append_images=pictures, duration=duration, loop=0)
 
 
