@@ -75,8 +75,14 @@ def main(args: list[str] | None = None) -> int:
     0: success. 1: failure. 2: bad usage or recipe. 130: interrupted by Ctrl-C. 143: ended by SIGTERM. Both
     interruptions still finish a video file.
     """
+    if sys.stderr is None:
+        # What a closed stderr would have shown is dropped, as rich does.
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if sys.platform == "win32":
         print_error("mla-convert runs on Linux and macOS; on Windows use WSL2")
+        return 1
+    if sys.stdout is None:
+        print_error("stdout is closed, and the result is printed there; redirect it to /dev/null if it is not needed")
         return 1
     show_notes()
     with orderly_end() as signals:

@@ -13,7 +13,12 @@ from .output import print_result, stderr
 
 def export(
     model: Model,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder for the checkpoint.")],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT", help="A folder for the checkpoint; an earlier export of the same run is replaced."
+        ),
+    ],
     dtype: DType = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weights file, such as 5GB.")] = "5GB",
     standalone: Annotated[
@@ -23,6 +28,7 @@ def export(
         Literal["reference", "copy", "none"],
         typer.Option(help="What to do with the source's scheduler, tokenizer, text encoder and VAE."),
     ] = "reference",
+    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint of another run in OUT.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write a diffusers checkpoint for release, with its evidence and a model card."""
@@ -33,7 +39,7 @@ def export(
 
     form = "standalone" if standalone else "installed"
     settings = {"dtype": dtype, "max_shard_size": max_shard_size, "form": form, "components": components}
-    result = export_checkpoint(model, out, validate(ExportConfig, settings))
+    result = export_checkpoint(model, out, validate(ExportConfig, settings), replace=force)
     print_result(
         as_json,
         result,

@@ -24,6 +24,8 @@ from ..load import (
     open_weights,
     read_json,
 )
+from ..load.hub import is_hub_id
+from ..load.locate import zoo_folder
 from ..load.weights import CONFIG, INDEX, WEIGHTS
 from .config import DEFAULT_SHARD_SIZE
 from .manifest import build_manifest, family_of, read_manifest, verify_files
@@ -98,12 +100,22 @@ def _described(inner: Path) -> tuple[type[Any], dict[str, Any]]:
 
 
 def find_checkpoint(folder: Path) -> tuple[Path, Path]:
-    """Return the checkpoint folder and its transformer folder, given either of them or a run. Raises UserError."""
+    """Return the checkpoint folder and its transformer folder, given either of them, a run or `zoo:NAME`.
+
+    Raises UserError.
+    """
+    if str(folder).startswith("zoo:"):
+        folder = zoo_folder(str(folder))
     for root in (folder, folder / "checkpoint"):
         if (root / TRANSFORMER / CONFIG).is_file():
             return root, root / TRANSFORMER
     if (folder / CONFIG).is_file():
         return (folder.parent if (folder.parent / MANIFEST).is_file() else folder), folder
+    if not folder.exists() and is_hub_id(str(folder)):
+        raise UserError(
+            f"{folder} does not exist; a model on the Hub must be downloaded first: "
+            f"hf download {folder} --local-dir DIR"
+        )
     if not folder.exists():
         raise UserError(f"{folder} does not exist")
     if (folder / RUN_STATE).is_file():

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import atomic_folder
-from ..load import read_config
+from ..files import MANIFEST, atomic_folder
+from ..load import read_config, read_json
 from .card import write_card
 from .checkpoint import TRANSFORMER, claim_checkpoint, find_checkpoint, load_checkpoint, write_manifest, write_model
 from .components import AUTO_CLASS, find_components, write_components
@@ -21,7 +21,11 @@ from .standalone import bundle
 
 
 def export(
-    checkpoint: Path, out: Path, config: ExportConfig, recipe: Mapping[str, Any] | None = None
+    checkpoint: Path,
+    out: Path,
+    config: ExportConfig,
+    recipe: Mapping[str, Any] | None = None,
+    replace: bool = False,
 ) -> dict[str, Any]:
     """Write a verified checkpoint to `out` in its final form, with its evidence and a model card.
 
@@ -29,13 +33,21 @@ def export(
     appears: tensor by tensor and, for the standalone form, also with a short rollout in a process without this
     package.
 
+    A checkpoint of the same run in `out` is replaced, one of another run or source only with `replace`.
+
     Returns path, class, form, dtype and bytes. Raises UserError in one line; an existing `out` then stays unchanged.
     """
     root, inner = find_checkpoint(checkpoint)
     claim_checkpoint(out)
+    if not (root / MANIFEST).is_file():
+        raise UserError(
+            f"{checkpoint} has no {MANIFEST}; export a checkpoint that `mla-convert run` or `convert` wrote"
+        )
     source_folder, target = root.resolve(), out.resolve()
     if source_folder.is_relative_to(target) or target.is_relative_to(source_folder):
         raise UserError(f"{out} overlaps the checkpoint {root}; choose another output folder")
+    if not replace:
+        _check_same_run(root, out)
     recorded = read_manifest(root) | ({} if recipe is None else {"recipe": dict(recipe)})
     evidence = find_evidence(root)
     reads_images = read_config(inner).get("image_dim") is not None
@@ -64,6 +76,15 @@ def export(
         "dtype": str(model.dtype).removeprefix("torch."),
         "bytes": written,
     }
+
+
+def _check_same_run(root: Path, out: Path) -> None:
+    """Raise UserError if `out` holds a checkpoint of another run, source or layout than the one in `root`."""
+    if not (out / MANIFEST).is_file():
+        return
+    ours, theirs = read_manifest(root), read_json(out / MANIFEST)
+    if any(ours.get(key) != theirs.get(key) for key in ("source", "recipe", "model")):
+        raise UserError(f"{out} holds a checkpoint of another run; choose another folder, or --force to replace it")
 
 
 def _standalone_source(model: Any) -> str:

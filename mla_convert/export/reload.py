@@ -23,13 +23,16 @@ _SCRIPT = Path(__file__).with_name("isolated.py")
 
 def check_tensors_on_disk(model: Any, transformer: Path) -> None:
     """Load the transformer folder with the class of `model`. Raises UserError if a tensor differs."""
-    verbosity = logging.get_verbosity()
-    # diffusers warns about the key `auto_map`, which AutoModel needs.
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    # diffusers warns about the key `auto_map`, which AutoModel needs, and shows a bar of its own.
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         reloaded = type(model).from_pretrained(transformer, dtype=model.dtype).state_dict()
     finally:
         logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
     for name, tensor in model.state_dict().items():
         other = reloaded.get(name)
         if other is None or not torch.equal(other.to(tensor.dtype), tensor.cpu()):

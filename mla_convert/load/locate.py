@@ -36,11 +36,7 @@ def locate(model: str, subfolder: str | None, revision: str | None, file: str | 
         _check_inner(file, index=True)
     path = Path(model).expanduser()
     if model.startswith("zoo:"):
-        folder = ZOO / model.removeprefix("zoo:") / "teacher"
-        if not folder.is_dir():
-            included = sorted(f"zoo:{found.parent.name}" for found in ZOO.glob("*/teacher"))
-            raise UserError(f"there is no model {model} in this package; it has {', '.join(included) or 'none'}")
-        return _in_folder(folder, subfolder, file)
+        return _in_folder(zoo_folder(model), subfolder, file)
     if path.is_dir():
         return _in_folder(path, subfolder, file)
     if path.is_file():
@@ -53,6 +49,15 @@ def locate(model: str, subfolder: str | None, revision: str | None, file: str | 
     if file is not None:
         return _file_on_hub(model, subfolder, revision, file)
     return _folder_on_hub(model, subfolder, revision)
+
+
+def zoo_folder(model: str) -> Path:
+    """The folder of a model in this package, by a name such as `zoo:digits`. Raises UserError."""
+    folder = ZOO / model.removeprefix("zoo:") / "teacher"
+    if not folder.is_dir():
+        included = sorted(f"zoo:{found.parent.name}" for found in ZOO.glob("*/teacher"))
+        raise UserError(f"there is no model {model} in this package; it has {', '.join(included) or 'none'}")
+    return folder
 
 
 def locate_file(model: str, revision: str | None, file: str | None, beside: str) -> tuple[Path, str | None]:

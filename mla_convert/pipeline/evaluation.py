@@ -55,15 +55,15 @@ def evaluate_checkpoint(
     with None for numbers that are not finite. Raises UserError in one line.
     """
     root, inner = find_checkpoint(folder)
-    if out is None:
-        out = root.parent / "evaluation" if (root.parent / STATE).exists() else root
-    check_place(out / REPORT_HTML)
     config = read_config(inner)
     if not config.get("mla"):
         raise UsageError(
             f"{folder} is a dense model, and evaluate compares a converted one with its teacher; give a checkpoint "
             "that `mla-convert run` or `convert` wrote"
         )
+    if out is None:
+        out = root.parent / "evaluation" if (root.parent / STATE).exists() else root
+    check_place(out / REPORT_HTML)
     recipe = _made_by(root)
     source = _teacher_of(CausalConfig(**(config.get("causal") or {})), teacher, recipe, folder)
     check_teacher(source, config, folder)

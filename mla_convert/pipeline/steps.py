@@ -179,7 +179,8 @@ def _evaluate(context: Context) -> None:
 def _export(context: Context) -> None:
     recipe = context.recipe
     # Sections such as `export` or `generate` may have changed since the model was written.
-    export(context.stage_folder(-1), context.path / CHECKPOINT, recipe.export, recipe.model_dump(mode="json"))
+    resolved = recipe.model_dump(mode="json")
+    export(context.stage_folder(-1), context.path / CHECKPOINT, recipe.export, resolved, replace=True)
 
 
 def _report(context: Context) -> None:
