@@ -119,7 +119,8 @@ def _read(recipe: str, out: Path | None, overrides: list[str] | None) -> tuple[R
     """Load the recipe; returns it with the run folder, by default `runs/NAME`."""
     from ..recipe.load import load_recipe
 
-    loaded = load_recipe(find_recipe(recipe), overrides or ())
+    with stderr().status("loading PyTorch"):
+        loaded = load_recipe(find_recipe(recipe), overrides or ())
     return loaded, out or Path("runs") / loaded.name
 
 

@@ -65,12 +65,13 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Check a recipe without running it; if its source is on this machine, also check that the two fit together."""
-    with stderr().status("loading PyTorch"):
-        from ..pipeline.checks import check_recipe
-        from ..recipe.load import load_recipe
+    from ..recipe.load import load_recipe
 
     path = find_recipe(recipe)
-    loaded = load_recipe(path, overrides or ())
+    with stderr().status("loading PyTorch"):
+        loaded = load_recipe(path, overrides or ())
+        # The models are only needed for a recipe whose keys are right.
+        from ..pipeline.checks import check_recipe
     checked = check_recipe(loaded)
     value = {"valid": True, "source_checked": checked, "path": str(path), "recipe": loaded.model_dump(mode="json")}
     if resolved and not as_json:

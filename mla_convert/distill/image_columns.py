@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor
 
 from ..errors import UserError
-from ..families.image import IMAGE, MASK_CHANNELS, TOKENS, with_mask
+from ..mla.image import IMAGE, MASK_CHANNELS, TOKENS, with_mask
 
 COLUMN_OF = {IMAGE: "first_frame_latent", TOKENS: "clip_feature"}
 UNLIKE = 0.3

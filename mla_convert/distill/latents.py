@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError
-from ..families.image import IMAGE
+from ..mla.image import IMAGE
 from .clip_shards import COLUMNS, LATENT, NAMES, TEXT, tensor_columns
 from .identity import Identity, identity_of
 from .image_columns import (

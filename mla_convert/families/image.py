@@ -1,20 +1,10 @@
-"""Determines from a configuration which image conditions an image-to-video model reads.
-
-`image_latents` are a mask, 1 for the first latent frame, and the encoding of a video that begins with the image and is
-gray after it. `encoder_hidden_states_image` are the image's CLIP tokens.
-"""
+"""Determines from a configuration which image conditions an image-to-video model reads (see `mla/image.py`)."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from ..errors import UsageError
+from ..mla.image import IMAGE, TOKENS
 from .base import Config, noise_channels
-
-IMAGE, TOKENS = "image_latents", "encoder_hidden_states_image"
-MASK_CHANNELS = 4
-"""One channel per video frame of a latent frame: 4 for every VAE of Wan."""
 
 
 def reads_image(config: Config) -> bool:
@@ -39,10 +29,3 @@ def refuse_last_image(config: Config) -> None:
             "the model reads a first and a last image, which streaming does not support; use an image-to-video model "
             "that reads only the first"
         )
-
-
-def with_mask(latents: Tensor, channels: int = MASK_CHANNELS) -> Tensor:
-    """`image_latents` `[..., channels + C, F, h, w]` for the encoded image `[..., C, F, h, w]`."""
-    mask = latents.new_zeros(*latents.shape[:-4], channels, *latents.shape[-3:])
-    mask[..., 0, :, :] = 1
-    return torch.cat([mask, latents], dim=-4)

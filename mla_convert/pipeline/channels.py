@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..families.base import noise_channels
-from ..families.image import IMAGE, TOKENS, needed_conditions, refuse_last_image
+from ..families.image import needed_conditions, refuse_last_image
 from ..load import Source
+from ..mla.image import IMAGE, TOKENS
 
 _SHAPE = {
     "in_channels": "input channels",

@@ -15,10 +15,11 @@ from ..distill.rollouts import Captions, RolloutsConfig
 from ..distill.shard_files import of_all
 from ..distill.shard_index import ShardIndex
 from ..errors import UsageError, UserError
-from ..families.image import IMAGE, needed_conditions
+from ..families.image import needed_conditions
 from ..files import sha256
 from ..load import Source
 from ..mla.conditions import conditions_of
+from ..mla.image import IMAGE
 from ..run.sample import embed_prompts, prompt_encoder, prompt_files
 from .rollout_texts import ClipCaptions, ClipTexts, NoCaptions, TextFiles
 

@@ -19,9 +19,9 @@ from ..distill.sharding import from_main
 from ..distill.waiting import wait_for_files
 from ..errors import UsageError, UserError
 from ..families.base import noise_channels
-from ..families.image import IMAGE
 from ..files import atomic_file, save_tensors
 from ..load import Source
+from ..mla.image import IMAGE
 from ..run.config import GenerateConfig
 from ..run.sample import check_length, latent_size, rollout
 from .context import DATA, Context

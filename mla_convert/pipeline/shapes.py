@@ -15,8 +15,9 @@ from ..distill.footprint import ClipShape
 from ..distill.identity import Identity
 from ..evaluate.geometry import PAPER_SHARE
 from ..families.base import Family
-from ..families.image import IMAGE, TOKENS, needed_conditions
+from ..families.image import needed_conditions
 from ..mla.config import MLAConfig
+from ..mla.image import IMAGE, TOKENS
 
 CLIP_TOKENS = 257
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError, quoted
 from ..files import unreadable
 from .reader import read_yaml
-from .schema import Recipe, validate
+
+if TYPE_CHECKING:
+    from .schema import Recipe
 
 
 def load_recipe(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -31,6 +33,9 @@ def parse_recipe(text: str, overrides: list[str] | tuple[str, ...] = ()) -> Reci
         raise UsageError("this is not a recipe (a mapping of sections); start from one with mla-convert recipes copy")
     for override in overrides:
         apply_override(value, override)
+    # The classes of sections and stages import PyTorch; what is wrong so far is said without that.
+    from .schema import Recipe, validate
+
     return validate(Recipe, value)
 
 

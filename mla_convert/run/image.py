@@ -18,7 +18,8 @@ from ..distill.encode.begun import encode_begun
 from ..distill.encode.frames import to_pixels
 from ..errors import UsageError, UserError
 from ..families.base import Config, noise_channels
-from ..families.image import IMAGE, TOKENS, reads_image, refuse_last_image, with_mask
+from ..families.image import reads_image, refuse_last_image
+from ..mla.image import IMAGE, TOKENS, with_mask
 
 VIDEOS = (".mp4", ".gif", ".safetensors")
 

@@ -12,9 +12,9 @@ from typing import Any
 from accelerate import PartialState
 
 from ...errors import UserError
-from ...families.image import IMAGE, TOKENS
 from ...files import write_text
 from ...mla.conditions import conditions_of
+from ...mla.image import IMAGE, TOKENS
 from ..clip_shards import shard_name
 from ..latents import LatentShards
 from ..negative import NEGATIVE

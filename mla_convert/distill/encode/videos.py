@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...errors import UserError
-from ...families.image import IMAGE, TOKENS, with_mask
+from ...mla.image import IMAGE, TOKENS, with_mask
 from ..clip_shards import Clip, write_shard
 from ..normalisation import notes_of
 from ..progress import Report
