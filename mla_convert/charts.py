@@ -27,6 +27,8 @@ LIGHT = {INK: "#1a1e23", MUTED: "#68727d", RULE: "#e3e7eb", TEACHER: "#a4adb7", 
 SIZE = (5.4, 3.3)
 """Inches of a chart."""
 STEPS = [1, 2, 2.5, 5, 10]
+# Height of a line of text and width of a digit, as shares of the axes of a chart of SIZE.
+_LINE, _DIGIT = 0.075, 0.02
 PLAIN: dict[str, Any] = {
     "font.size": 11,
     "axes.spines.top": False,
@@ -117,6 +119,48 @@ def png(
         yield [figure.add_subplot(1, panels, index + 1) for index in range(panels)]
         # Leave out the version of Matplotlib so that equal data gives equal bytes.
         figure.savefig(path, dpi=dpi, metadata={"Software": None})
+
+
+def label_ends(ax: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Write a label, given as (y, text, color), right of the axes at the end of each line, apart from each other.
+
+    Call it when scale and limits of the axes are set.
+    """
+    places = ax.transAxes.inverted().transform([ax.transData.transform((ax.get_xlim()[1], y)) for y, _, _ in ends])
+    order = sorted(range(len(ends)), key=lambda index: float(places[index][1]))
+    heights = [_LINE * (1 + ends[index][1].count("\n")) for index in order]
+    bottom, tops = 0.0, []
+    for index, height in zip(order, heights, strict=True):
+        bottom = max(bottom, float(places[index][1]) - height / 2) + height
+        tops.append(bottom)
+    # Those that were pushed above the axes move down, and push down what is below them.
+    limit = 1 + _LINE / 2
+    for place in reversed(range(len(tops))):
+        tops[place] = min(tops[place], limit)
+        limit = tops[place] - heights[place]
+    for index, height, top in zip(order, heights, tops, strict=True):
+        _, text, color = ends[index]
+        ax.annotate(
+            text, (1, top - height / 2), xycoords="axes fraction", xytext=(6, 0), textcoords="offset points",
+            color=color, va="center", linespacing=1.1,
+        )  # fmt: skip
+
+
+def ticks_at(ax: Axes, values: Sequence[float]) -> None:
+    """Set the ticks of the x axis at `values`, as far as their labels do not touch; call it when its limits are set."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    shown: list[float] = []
+    end = -1.0
+    for value in sorted(set(values)):
+        place = float(ax.transAxes.inverted().transform(ax.transData.transform((value, 1)))[0])
+        half = _DIGIT * len(f"{value:,.0f}") / 2
+        if place - half > end:
+            shown.append(value)
+            end = place + half + _DIGIT
+    ax.xaxis.set_major_locator(FixedLocator(shown))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    ax.xaxis.set_minor_locator(NullLocator())
 
 
 def layer_bars(ax: Axes, values: Sequence[float], color: str) -> None:

@@ -1,4 +1,4 @@
-"""Format byte counts, and define how much GPU memory estimates leave free."""
+"""Format byte counts, and name the memory of GPUs and how much of it estimates leave free."""
 
 from __future__ import annotations
 
@@ -6,6 +6,17 @@ import math
 
 RESERVED_BYTES = 10**9
 """GPU memory reserved for what is not counted: the CUDA context, workspaces, fragmentation."""
+
+GPU_GIGABYTES = {
+    "RTX 4090": 24,
+    "A100 40": 40,
+    "L40S": 48,
+    "A100 80": 80,
+    "H100": 80,
+    "H200": 141,
+    "B200": 180,
+}
+"""Nominal memory in decimal gigabytes; the real memory is at least as large."""
 
 
 def format_bytes(count: float, like: float | None = None) -> str:

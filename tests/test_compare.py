@@ -123,6 +123,14 @@ def test_the_best_is_marked_and_a_tie_is_not() -> None:
     assert rows["Cached scalars per token per layer"][0]["change"] == ""
 
 
+def test_no_loss_is_the_best_where_the_teachers_differ() -> None:
+    reports = [report("a", 28, 0.202, 0.9), report("b", 14, 0.21, 0.95)]
+    reports[1]["teacher_loss"] = 0.3
+    rows = {row["name"]: any(cell["best"] for cell in row["cells"]) for row in tables.scalars(reports)}
+    assert [name for name in rows if "oss" in name and rows[name]] == [] and len(rows) > 4
+    assert rows["Cached scalars per token per layer"] and rows["Digits recognized at 8× length"]
+
+
 def test_an_interval_is_apart_only_where_nothing_is_shared() -> None:
     (table,) = tables.bench_tables([bench(0.96), bench(0.93), bench(0.7), None])
     [row] = [row for row in table["rows"] if row["name"] == "Frames that show the prompted digit"]

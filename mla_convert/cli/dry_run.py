@@ -44,8 +44,12 @@ def needs_table(result: dict[str, Any]) -> Table:
         table.add_column(stage["stage"], justify="right")
     for key in ("parameters", "trained", "steps", "clips", "tokens"):
         table.add_row(key, *(f"{stage[key]:,}" for stage in stages))
+    table.add_section()
     for cause in stages[0]["memory"]:
-        table.add_row(cause.replace("_", " "), *(format_bytes(stage["memory"][cause]) for stage in stages))
+        sizes = [stage["memory"][cause] for stage in stages]
+        if any(sizes):
+            label = {"parameters": "weights"}.get(cause, cause.replace("_", " "))
+            table.add_row(label, *(format_bytes(size) if size else "-" for size in sizes))
     table.add_row("memory per GPU", *(format_bytes(stage["memory_bytes"]) for stage in stages))
     if any(stage["host_bytes"] for stage in stages):
         table.add_row("host memory per process", *(format_bytes(stage["host_bytes"]) for stage in stages))

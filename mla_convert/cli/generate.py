@@ -30,10 +30,38 @@ from .options import (
     sampling,
 )
 from .output import print_result, stderr
+from .panels import in_panels
 
 INTERRUPTED = 130
+PANELS = {
+    "Output": ("out", "fps"),
+    "Prompt": (
+        "prompt",
+        "prompt_embeds",
+        "prompt_at",
+        "prompts",
+        "recache",
+        "negative_prompt",
+        "negative_embeds",
+        "components",
+    ),
+    "Length and size": ("frames", "seconds", "endless", "size", "latent_size"),
+    "Sampling": (
+        "steps",
+        "sampler",
+        "denoising_steps",
+        "first_chunk_steps",
+        "shift",
+        "guidance_scale",
+        "context_noise",
+        "seed",
+    ),
+    "Input": ("start", "hold_start", "source", "strength", "image"),
+    "Memory and speed": ("dtype", "vae_dtype", "offload", "kernels", "expand_history", "cuda_graph", "cache"),
+}
 
 
+@in_panels(PANELS)
 def generate(
     model: Model,
     out: Annotated[
@@ -68,14 +96,6 @@ def generate(
             show_default=False,
         ),
     ] = None,
-    hold_start: Annotated[
-        bool | None,
-        typer.Option(
-            "--hold-start/--no-hold-start",
-            help="Let --start end inside a chunk and denoise that chunk's other frames beside it, as TI2V-5B does.",
-            show_default=False,
-        ),
-    ] = None,
     negative_prompt: NegativePrompt = None,
     negative_embeds: Annotated[
         Path | None,
@@ -100,6 +120,14 @@ def generate(
     start: Annotated[
         Path | None,
         typer.Option(help="Start from an image, a video, or a .safetensors file with latents [C, F, H, W]."),
+    ] = None,
+    hold_start: Annotated[
+        bool | None,
+        typer.Option(
+            "--hold-start/--no-hold-start",
+            help="Let --start end inside a chunk and denoise that chunk's other frames beside it, as TI2V-5B does.",
+            show_default=False,
+        ),
     ] = None,
     source: Annotated[
         Path | None,

@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.table import Table
-from rich.text import Text
 
 from ..errors import UsageError, UserError, quoted
 from .options import Json
@@ -67,8 +66,7 @@ def inspect(
     tables = [rank_table(result), energy_table(result)]
     if result["predicted"] is not None:
         tables.append(prediction_table(result))
-    recommendation = Text(result["recommendation"], no_wrap=True, overflow="ignore")
-    print_result(as_json, result, *tables, recommendation, *([] if out is None else [f"plots: {out}"]))
+    print_result(as_json, result, *tables, result["recommendation"], *([] if out is None else [f"plots: {out}"]))
 
 
 def _is_own(adapter: str, source: str) -> bool:
@@ -114,29 +112,38 @@ def energy_table(result: Mapping[str, Any]) -> Table:
     table = Table(title=f"energy kept {what}, in %", title_justify="left")
     table.add_column("layer", justify="right")
     for rank in result["ranks"]:
-        table.add_column(f"rank {rank:,}", justify="right")
+        table.add_column(f"rank {rank:,}", justify="right", no_wrap=True)
     for row in result["layers"]:
         kept = [row["energy_at"], *([row["energy_at_output"]] if has_clips else [])]
-        cells = (" / ".join(f"{100 * energy[str(rank)]:.1f}" for energy in kept) for rank in result["ranks"])
+        cells = (" / ".join(_share(energy[str(rank)]) for energy in kept) for rank in result["ranks"])
         table.add_row(str(row["layer"]), *cells)
     return table
 
 
 def prediction_table(result: Mapping[str, Any]) -> Table:
     """Tabulate the predicted velocity error of every layout by cached scalars."""
-    table = Table("position", title="predicted velocity error before training", title_justify="left")
+    from ..evaluate.text import rough_percent
+
+    table = Table(title="predicted velocity error before training, by cached scalars", title_justify="left")
+    # The longest word, so that only "2 layers a latent" goes to a second line.
+    table.add_column("position", min_width=len("rotate_on_read,"), max_width=len("rotate_on_read, 2"))
     for rank in result["ranks"]:
-        table.add_column(f"{rank:,} scalars", justify="right")
+        table.add_column(f"{rank:,}", justify="right", no_wrap=True)
     for layout, errors in result["predicted"].items():
-        table.add_row(layout, *("-" if error is None else f"{100 * error:.2g} %" for error in errors.values()))
+        table.add_row(layout, *("-" if error is None else rough_percent(error) for error in errors.values()))
     data, trial = result["data"], result["measured"]
     table.caption = (
         f"own chunk exact, the same rank in every layer; {data['clips']} clips, {data['tokens']:,} tokens\n"
         f"scaled by a trial: {trial['scalars']:,} scalars, {trial['position']}, "
-        f"{100 * trial['velocity_rel_error']:.2g} % measured on other clips"
+        f"{rough_percent(trial['velocity_rel_error'])} measured on other clips"
     )
     table.caption_justify = "left"
     return table
+
+
+def _share(energy: float) -> str:
+    """A share in per cent, without the decimals of 100."""
+    return "100" if energy > 0.9995 else f"{100 * energy:.1f}"
 
 
 def _pairs(pairs: list[dict[str, Any]]) -> str:

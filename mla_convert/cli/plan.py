@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UsageError
+from ..sizes import GPU_GIGABYTES
 from .options import Cache, Json, Preset, parse_cache, parse_size
 from .output import print_result
 
@@ -30,7 +31,9 @@ def plan(
         str | None, typer.Option(metavar="HxW", help="Latent height and width of SOURCE; 60x104 (480p) for Wan.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="Data type of the cache and the weights.")] = "bfloat16",
-    gpu: Annotated[str, typer.Option(help="A GPU, or its memory, such as 80GB.")] = "H100",
+    gpu: Annotated[
+        str, typer.Option(help=f"A GPU ({', '.join(GPU_GIGABYTES)}), or its memory, such as 80GB.")
+    ] = "H100",
     cache: Cache = None,
     as_json: Json = False,
 ) -> None:

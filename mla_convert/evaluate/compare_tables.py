@@ -14,6 +14,8 @@ from .text import DASH, bytes_text, duration, length_text, percent, plain, point
 from .vbench_section import TOTALS
 from .vbench_suite import DIMENSIONS
 
+_LOSSES = _BEFORE, _AFTER, _INCREASE = "Loss before distillation", "Held-out loss", "Held-out loss increase"
+
 Report = Mapping[str, Any]
 Cell = dict[str, Any]
 
@@ -36,9 +38,11 @@ class Row(NamedTuple):
 def scalars(reports: Sequence[Report]) -> list[dict[str, Any]]:
     """Return rows with `name`, `teacher` and one cell per run: `value`, `change` from the first run, `best`.
 
-    The teacher's value is that of the first run that has one. A row without any value is left out.
+    The teacher's value is that of the first run that has one. A row without any value is left out. No held-out loss is
+    best where the teacher's differs.
     """
     found = []
+    same = _same_teacher_loss(reports)
     for row in _rows(reports):
         values = [_try(row.student, report) for report in reports]
         if all(value is None for value in values):
@@ -48,7 +52,7 @@ def scalars(reports: Sequence[Report]) -> list[dict[str, Any]]:
             teacher = next((v for report in reports if (v := _try(row.teacher, report)) is not None), None)
         known = [value for value in values if value is not None]
         best = None
-        if row.better and len(known) > 1 and min(known) != max(known):
+        if row.better and (same or row.name not in _LOSSES) and len(known) > 1 and min(known) != max(known):
             best = max(known) if row.better > 0 else min(known)
         cells = [
             {
@@ -88,11 +92,9 @@ def _rows(reports: Sequence[Report]) -> Iterator[Row]:
         relative,
         -1,
     )
-    yield Row(
-        "Loss before distillation", loss, lambda r: r["converted_loss"], lambda r: r["teacher_loss"], relative, -1
-    )
-    yield Row("Held-out loss", loss, lambda r: r["student_loss"], lambda r: r["teacher_loss"], relative, -1)
-    yield Row("Held-out loss increase", signed, lambda r: r["loss_increase"], None, _points, -1)
+    yield Row(_BEFORE, loss, lambda r: r["converted_loss"], lambda r: r["teacher_loss"], relative, -1)
+    yield Row(_AFTER, loss, lambda r: r["student_loss"], lambda r: r["teacher_loss"], relative, -1)
+    yield Row(_INCREASE, signed, lambda r: r["loss_increase"], None, _points, -1)
     yield Row("Velocity error", percent, lambda r: r["velocity_rel_error"], None, relative, -1)
     yield Row("Attention error, worst layer", percent, lambda r: max(r["attention_rel_error"]), None, relative, -1)
     yield Row(
@@ -217,14 +219,18 @@ def _written(value: Any) -> str:
     return plain(value) if isinstance(value, list) else DASH if value is None else json.dumps(value).strip('"')
 
 
+def _same_teacher_loss(reports: Sequence[Report]) -> bool:
+    losses = [report["teacher_loss"] for report in reports if report.get("teacher_loss") is not None]
+    return not losses or max(losses) <= min(losses) * (1 + 1e-6)
+
+
 def warnings(reports: Sequence[Report]) -> list[str]:
     """Return the reasons why some numbers are not comparable, one sentence each."""
     found = []
     sources = [report.get("source") for report in reports]
     if len(set(map(str, sources))) > 1:
         found.append(f"The runs have different teachers: {', '.join(map(str, sources))}.")
-    losses = [report["teacher_loss"] for report in reports if report.get("teacher_loss") is not None]
-    if losses and max(losses) > min(losses) * (1 + 1e-6):
+    if not _same_teacher_loss(reports):
         found.append(
             "The teacher's held-out loss is not the same in all runs: the clips, the noise or the device differ."
         )

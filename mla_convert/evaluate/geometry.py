@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from ..errors import UsageError, nearest
+from ..sizes import GPU_GIGABYTES
 
 if TYPE_CHECKING:
     from ..families.causal import CausalTransformer
@@ -17,17 +18,6 @@ PAPER_SCALARS = 3072
 """Scalars that dense Wan2.1-1.3B caches per token per layer."""
 PAPER_SHARE = 224 / PAPER_SCALARS
 """Ratio of latent to dense scalars in VideoMLA (arXiv 2605.30351)."""
-
-GPU_GIGABYTES = {
-    "RTX 4090": 24,
-    "A100 40": 40,
-    "L40S": 48,
-    "A100 80": 80,
-    "H100": 80,
-    "H200": 141,
-    "B200": 180,
-}
-"""Nominal memory in decimal gigabytes; the real memory is at least as large."""
 
 
 class StreamGeometry(BaseModel):

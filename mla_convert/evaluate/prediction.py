@@ -99,7 +99,7 @@ def recommend_by_weights(spectra: Sequence[Spectrum], ranks: Sequence[int]) -> s
 
 
 def _percent(share: float) -> str:
-    return f"+{100 * share:.2g} %" if share < 0.1 else f"+{100 * share:.0f} %"
+    return f"+{100 * share:.2g} %" if share < 0.1 else f"+{100 * share:,.0f} %"
 
 
 def error_curve(layers: Read, most: int | None = None) -> Tensor:

@@ -5,30 +5,39 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..charts import INK, LIGHT, MUTED, RULE, STEPS, STUDENT, STYLE, TEACHER, layer_axis, percent_axis, png
+from ..charts import (
+    INK,
+    LIGHT,
+    MUTED,
+    RULE,
+    STEPS,
+    STUDENT,
+    STYLE,
+    TEACHER,
+    label_ends,
+    layer_axis,
+    percent_axis,
+    png,
+    ticks_at,
+)
 from .prediction import Prediction
 from .spectrum import AXES, LEVEL, LayerSpectra, Spectrum
 
 # Drawing functions import Matplotlib: the import is slow, and warns if its cache folder is not writable.
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-
 _LAYOUT_COLORS = ("#9a4b00", "#7a5aa8", "#c28a1f", LIGHT[STUDENT], "#2f6b3a")
-_SOURCES = {"weights": "weights", "activations": "keys and values", "output": "keys and values as the output sees them"}
+_SOURCES = {"weights": "weights", "activations": "keys, values", "output": "output"}
 _TITLES = {
     "weights": "energy of the weights [W_K; W_V]",
     "activations": "energy of the keys and values",
     "output": "energy of the keys and values as the output sees it",
 }
 _SOURCE_COLORS = {"weights": LIGHT[TEACHER], "activations": "#7a5aa8", "output": LIGHT[STUDENT]}
-_PANEL, _DPI = (5.4, 3.6), 150
+_PANEL, _WIDE, _DPI = (5.4, 3.6), (6.8, 3.6), 150
 _STYLE = STYLE | {"axes.titlesize": 11, "axes.titlecolor": INK}
 
 
@@ -70,8 +79,9 @@ def _energy(path: Path, spectra: Mapping[str, Sequence[Spectrum]], names: Sequen
             ax.set_title(_TITLES[name])
             ax.set_xlabel("directions")
             ax.set_xscale("log")
-            ax.set_xlim(1, max(len(spectrum.energy) for spectrum in layers))
-            _plain_log(ax)
+            last = max(len(spectrum.energy) for spectrum in layers)
+            ax.set_xlim(1, last)
+            ticks_at(ax, [1, *ranks, last])
             percent_axis(ax)
             ax.set_ylim(0, 100)
             ax.legend(frameon=False, loc="lower right")
@@ -81,16 +91,18 @@ def _rank99(path: Path, spectra: Mapping[str, Sequence[Spectrum]]) -> None:
     """Plot the number of directions that hold 99 % of the energy, by layer."""
     from matplotlib.ticker import MaxNLocator
 
+    ends = []
     with png(path, _STYLE, _DPI, _PANEL) as (ax,):
         for name, layers in spectra.items():
             if layers:
-                color = _SOURCE_COLORS[name]
-                ax.plot([s.rank() for s in layers], color=color, marker="o", markersize=4, label=_SOURCES[name])
+                color, counts = _SOURCE_COLORS[name], [spectrum.rank() for spectrum in layers]
+                ax.plot(counts, color=color, marker="o", markersize=4)
+                ends.append((counts[-1], _SOURCES[name], color))
         ax.set_title(f"directions that hold {100 * LEVEL:g} % of the energy")
         layer_axis(ax)
         ax.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
         ax.set_ylim(0, 1.05 * len(spectra["weights"][0].energy))
-        ax.legend(frameon=False)
+        label_ends(ax, ends)
 
 
 def _rope_pairs(path: Path, unrotated: Sequence[Tensor], axes: Sequence[int]) -> None:
@@ -121,12 +133,14 @@ def _predicted_error(path: Path, predictions: Mapping[str, Prediction], ranks: S
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     last = 2 * max(ranks)
-    with png(path, _STYLE, _DPI, _PANEL) as (ax,):
+    ends = []
+    with png(path, _STYLE, _DPI, _WIDE) as (ax,):
         for (layout, prediction), color in zip(predictions.items(), _LAYOUT_COLORS, strict=False):
             points = [(scalars, prediction.relative(scalars)) for scalars in range(1, last + 1)]
             shown = [(scalars, 100 * error) for scalars, error in points if error is not None]
             if shown:
-                ax.plot(*zip(*shown, strict=True), color=color, label=layout)
+                ax.plot(*zip(*shown, strict=True), color=color)
+                ends.append((shown[-1][1], layout.replace(", ", ",\n"), color))
         for rank in ranks:
             ax.axvline(rank, color=LIGHT[RULE], linewidth=1, zorder=0.5)
         ax.set_title("predicted velocity error before training")
@@ -136,13 +150,5 @@ def _predicted_error(path: Path, predictions: Mapping[str, Prediction], ranks: S
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
         ax.yaxis.set_minor_locator(NullLocator())
-        ax.legend(frameon=False)
-
-
-def _plain_log(ax: Axes) -> None:
-    """Label a logarithmic axis with powers of two."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-    ax.xaxis.set_major_locator(FixedLocator([float(2**power) for power in range(0, 20, 2)]))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    ax.xaxis.set_minor_locator(NullLocator())
+        ticks_at(ax, [0, *ranks, last])
+        label_ends(ax, ends)

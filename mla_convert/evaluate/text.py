@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,6 +57,16 @@ def percent(share: float) -> str:
     return (
         f"{digits_text(hundred, 2)}{SPACE}%" if 0 < abs(hundred) < 1 else f"{hundred:.1f}{SPACE}%".replace("-", MINUS)
     )
+
+
+def rough_percent(share: float) -> str:
+    """Format a share from 0 with two significant digits and plain zeros for a terminal: `0.35 %`, `38 %`, `3,700 %`."""
+    rounded = float(f"{100 * share:.2g}")
+    if not math.isfinite(rounded):
+        return "not finite"
+    if 0 < rounded < 0.01:
+        return "below 0.01 %"
+    return f"{rounded:,.0f} %" if rounded >= 100 else f"{rounded:g} %"
 
 
 def digits_text(value: float, digits: int) -> str:
