@@ -213,7 +213,7 @@ def test_what_ffmpeg_cannot_write_is_named(tmp_path, monkeypatch):
     ("command", "work"),
     [
         (
-            ["evaluate", "{model}", "--out", "{}"],
+            ["evaluate", "{model}", "--teacher", "zoo:digits", "--out", "{}"],
             "mla_convert.pipeline.evaluation.load_checkpoint",
         ),
         (["inspect", "zoo:digits", "--out", "{}"], "mla_convert.pipeline.inspection.load_source"),
