@@ -96,7 +96,7 @@ def test_the_tables_of_inspect_have_one_line_a_row(capsys: Any) -> None:
 def test_a_dry_run_names_every_row_once_and_leaves_zeros_out(capsys: Any) -> None:
     memory = {"parameters": 4000, "gradients": 2000, "average": 0, "caches": 0}
     stage = {"stage": "match_velocity", "parameters": 1000, "trained": 500, "steps": 1, "clips": 2, "tokens": 3}
-    stage |= {"memory": memory, "memory_bytes": 10**9, "host_bytes": 0}
+    stage |= {"memory": memory, "memory_bytes": 10**9, "host_bytes": 0, "disk_bytes": 0}
     other = stage | {"stage": "dmd", "memory": memory | {"caches": 7000}}
     result = {"recipe": "x", "launch": {"processes": 1, "sharded": False, "zero": False}, "assumptions": []}
     result |= {"stages": [stage, other], "seconds": None}

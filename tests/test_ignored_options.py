@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from mla_convert.cli import main
 from mla_convert.errors import UserError
+from mla_convert.mla import fused, kernels
 from mla_convert.run.image import read_image
 
 
@@ -105,3 +106,14 @@ def test_compare_checks_its_place_first(capsys: Any, tmp_path: Path) -> None:
     (tmp_path / "afile").write_text("")
     err = refused(capsys, "compare", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "afile" / "x.html", code=1)
     assert "afile is a file" in err
+
+
+def test_a_reason_of_all_kernels_is_said_once(
+    capsys: Any, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = kernels.Choice("torch", dict.fromkeys(fused.PATHS, "kernels run elsewhere"))
+    monkeypatch.setattr(kernels, "choose", lambda *_: refused)
+    given = ["generate", teacher, "--prompt", "7", "--steps", "1", "--kernels", "triton", "-o", tmp_path / "x.mp4"]
+    capsys.readouterr()
+    assert main([str(argument) for argument in given]) == 1
+    assert capsys.readouterr().err.count("kernels run elsewhere") == 1 < len(refused.refused)
