@@ -197,10 +197,10 @@ def test_failed_expert_goes_on_and_ends_with_the_same_bytes(
 ) -> None:
     folder, export = tmp_path / "run", steps_module.export
 
-    def failing(checkpoint: Path, out: Path, config: Any, recipe: Any) -> None:
+    def failing(checkpoint: Path, out: Path, *more: Any, **options: Any) -> None:
         if "transformer_2" in out.parts:
             raise UserError("the disk is full")
-        export(checkpoint, out, config, recipe)
+        export(checkpoint, out, *more, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(steps_module, "export", failing)
