@@ -1,18 +1,16 @@
-"""Convert causal video diffusion transformers to multi-head latent attention."""
+"""Convert causal video diffusion transformers to multi-head latent attention.
 
-from typing import Any
+The public classes are imported on first access, because commands must not wait for PyTorch.
+"""
+
+from typing import TYPE_CHECKING
+
+from .lazy import on_access
+
+if TYPE_CHECKING:
+    from .run.generator import SelfForcingGenerator as SelfForcingGenerator
+    from .run.pipeline import StreamingMLAPipeline as StreamingMLAPipeline
 
 __version__ = "0.1.0"
 
-
-def __getattr__(name: str) -> Any:
-    """Import the public classes on first access, because commands must not wait for PyTorch."""
-    if name == "StreamingMLAPipeline":
-        from .run.pipeline import StreamingMLAPipeline
-
-        return StreamingMLAPipeline
-    if name == "SelfForcingGenerator":
-        from .run.generator import SelfForcingGenerator
-
-        return SelfForcingGenerator
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = on_access(__name__, {"SelfForcingGenerator": "run.generator", "StreamingMLAPipeline": "run.pipeline"})

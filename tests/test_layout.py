@@ -29,6 +29,7 @@ LEAVES = (
     "errors",
     "files",
     "flow",
+    "lazy",
     "registry",
     "sampling",
     "sizes",

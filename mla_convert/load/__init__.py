@@ -5,51 +5,40 @@ Names are imported on first access, because the keys of a recipe are checked wit
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..lazy import on_access
 
 if TYPE_CHECKING:
-    from .adapters import AdapterConfig
-    from .build import accepted_config, build_model, check_tensors
-    from .recognise import known_config
-    from .source import Source, check_finite, load_dense, load_source
-    from .tensors import LazyTensors
-    from .weights import open_weights, read_config, read_json
+    from .adapters import AdapterConfig as AdapterConfig
+    from .build import accepted_config as accepted_config
+    from .build import build_model as build_model
+    from .build import check_tensors as check_tensors
+    from .recognise import known_config as known_config
+    from .source import Source as Source
+    from .source import check_finite as check_finite
+    from .source import load_dense as load_dense
+    from .source import load_source as load_source
+    from .tensors import LazyTensors as LazyTensors
+    from .weights import open_weights as open_weights
+    from .weights import read_config as read_config
+    from .weights import read_json as read_json
 
-_PLACES = {
-    "AdapterConfig": "adapters",
-    "LazyTensors": "tensors",
-    "Source": "source",
-    "accepted_config": "build",
-    "build_model": "build",
-    "check_finite": "source",
-    "check_tensors": "build",
-    "known_config": "recognise",
-    "load_dense": "source",
-    "load_source": "source",
-    "open_weights": "weights",
-    "read_config": "weights",
-    "read_json": "weights",
-}
-
-__all__ = [
-    "AdapterConfig",
-    "LazyTensors",
-    "Source",
-    "accepted_config",
-    "build_model",
-    "check_finite",
-    "check_tensors",
-    "known_config",
-    "load_dense",
-    "load_source",
-    "open_weights",
-    "read_config",
-    "read_json",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+__getattr__ = on_access(
+    __name__,
+    {
+        "AdapterConfig": "adapters",
+        "LazyTensors": "tensors",
+        "Source": "source",
+        "accepted_config": "build",
+        "build_model": "build",
+        "check_finite": "source",
+        "check_tensors": "build",
+        "known_config": "recognise",
+        "load_dense": "source",
+        "load_source": "source",
+        "open_weights": "weights",
+        "read_config": "weights",
+        "read_json": "weights",
+    },
+)
