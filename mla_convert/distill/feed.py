@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..draws import Use, drawn
 from .data import Batch, Data, without_worker_traceback
 from .order import DataOrder, MicroBatches
+from .requests import leave_signals_to_parent
 from .stages.base import StageConfig
 
 
@@ -72,6 +73,7 @@ def _clips(
         num_workers=config.data_workers,
         pin_memory=accelerator.device.type == "cuda",
         generator=torch.Generator(),
+        worker_init_fn=leave_signals_to_parent,
     )
     for batch in without_worker_traceback(loader):
         yield {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}

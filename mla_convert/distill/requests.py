@@ -17,6 +17,15 @@ from ..errors import UserError
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
+def leave_signals_to_parent(worker: int) -> None:
+    """Ignore in a data worker what asks its parent to stop; torch ends the workers of a parent that is done or gone.
+
+    A launcher or a terminal signals the whole process group, and torch fails the step of a parent whose worker dies.
+    """
+    for number in (*SIGNALS, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Stopped(UserError):
     """Raised when a signal has ended a stage early, after its checkpoint was written."""
 
@@ -61,9 +70,6 @@ class Requests:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        # A forked data worker inherits this handler and must not die of it.
         if os.getpid() == self._owner:
             self.stop = True
-        elif number == signal.SIGTERM:
-            # A forked data worker inherits this handler; SIGTERM must still end it.
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
