@@ -7,6 +7,7 @@ import ctypes
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -20,6 +21,8 @@ from .errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "mla_convert.json"
 RUN_STATE, LOCK = "state.json", ".lock"
@@ -152,7 +155,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                     old = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
                     path.rename(old)
                     temporary.rename(path)
-                shutil.rmtree(old)
+                discard_folder(old)
             else:
                 temporary.rename(path)
     finally:
@@ -163,6 +166,21 @@ def remove_left_behind(path: Path) -> None:
     """Remove what killed processes left of their `atomic_file` at `path`, which no other process may be writing."""
     for stale in _left_behind(path, ".tmp") if path.parent.is_dir() else ():
         stale.unlink()
+
+
+def discard_folder(path: Path) -> bool:
+    """Delete a folder that is no longer needed; if something in it stays, log a warning and return False.
+
+    On NFS, a file that another process has open stays as `.nfsXXXX` until it is closed, and so does its folder.
+    """
+    shutil.rmtree(path, ignore_errors=True)
+    try:
+        if path.exists():
+            shutil.rmtree(path)
+    except OSError as error:
+        logger.warning("cannot remove all of %s: %s", path, error)
+        return False
+    return True
 
 
 def _left_behind(path: Path, ending: str) -> list[Path]:

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import atomic_folder, write_json
+from ..files import atomic_folder, discard_folder, write_json
 from .identity import other_clips
 from .metrics import Row
 
@@ -52,11 +52,13 @@ class TrainingState:
 class Checkpoints:
     """The newest `keep` checkpoints of one stage in `folder`, named `step-00000100` and so on.
 
-    `identity` has everything that the result depends on; a checkpoint with another identity is refused.
+    `identity` has everything that the result depends on; a checkpoint with another identity is refused. What cannot be
+    deleted at once is tried again after the next checkpoint.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any], keep: int) -> None:
         self.folder, self.keep = folder, keep
+        self._unwanted: set[Path] = set()
         self.identity = json.loads(json.dumps(identity))
 
     def _all(self) -> list[Path]:
@@ -88,11 +90,12 @@ class Checkpoints:
 
     def discard_broken(self) -> None:
         """Remove incomplete checkpoints that a killed run left."""
-        for path in self.folder.glob(".*.tmp"):
-            shutil.rmtree(path)
-        for path in self._all():
-            if _read_state(path) is None:
-                shutil.rmtree(path)
+        self._discard(path for path in self._all() if _read_state(path) is None)
+
+    def _discard(self, paths: Iterable[Path]) -> None:
+        """Delete `paths`, earlier ones of which something is left, and what killed runs left half-written."""
+        unwanted = self._unwanted | {*paths, *self.folder.glob(".*.tmp")}
+        self._unwanted = {path for path in sorted(unwanted) if not discard_folder(path)}
 
     def save(self, state: TrainingState, write: Callable[[Path], None]) -> None:
         """Write one checkpoint, then remove all but the newest `keep`. Raises UserError if the disk is full.
@@ -100,15 +103,18 @@ class Checkpoints:
         `write` puts everything but `state` into the temporary folder that it is called with.
         """
         step = state.row["step"]
-        with atomic_folder(self.folder / f"step-{step:08d}") as folder:
+        place = self.folder / f"step-{step:08d}"
+        with atomic_folder(place) as folder:
             with _full_disk_as_os_error(folder):
                 write(folder)
             files = sorted(path for path in folder.rglob("*") if path.is_file())
             sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
             value = {"step": step, "row": state.row, "identity": self.identity, "watch": state.watch}
             write_json(folder / STATE, {**value, "sizes": sizes})
-        for path in self._all()[: -self.keep]:
-            shutil.rmtree(path)
+        self._unwanted.discard(place)
+        # A broken checkpoint that cannot be deleted must not take the place of a good one.
+        kept = [path for path in self._all() if path not in self._unwanted]
+        self._discard(kept[: -self.keep])
 
 
 def read_checkpoint(path: Path) -> TrainingState:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import time
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from ..distill.identity import Identity, other_clips
 from ..distill.shard_files import of_all
 from ..errors import UsageError, UserError
 from ..export.evidence import RECIPE
-from ..files import RUN_STATE, claim_folder, locked_folder, sha256, write_json, write_text
+from ..files import RUN_STATE, claim_folder, discard_folder, locked_folder, sha256, write_json, write_text
 from ..recipe.explain import describe
 from ..recipe.load import has_key
 from ..recipe.schema import Recipe
@@ -71,7 +70,7 @@ class RunDir:
     def begin(self) -> None:
         """Record the recipe and the state, and delete files that are corrupt or left half-written."""
         for leftover in self.path.glob(".*.tmp"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            discard_folder(leftover) if leftover.is_dir() else leftover.unlink()
         for file in self._corrupt:
             # A step may reuse existing files.
             file.unlink(missing_ok=True)
