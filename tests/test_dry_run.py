@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from types import SimpleNamespace
@@ -165,6 +166,8 @@ def test_the_paper_on_eight_cards(capsys):
     scores = 2 * 14_288_491_584 + 4 * score
     assert [stage["host_bytes"] for stage in plain["stages"]] == [0, 0, scores, scores]
     assert sharded["stages"][2]["host_bytes"] == 4 * weights + scores
+    # Beside it the first process loads the teacher once, for the held-out loss of a stage that uses none.
+    assert sharded["stages"][0]["host_bytes"] == 4 * weights + 2 * 1_418_996_800
     memory = sharded["stages"][1]["memory"]
     assert (memory["average"], memory["frozen_networks"]) == (weights, weights // 2)
     block = 46_440_704
@@ -176,6 +179,20 @@ def test_the_paper_on_eight_cards(capsys):
     assert memory["gradients"] == weights // 2 + 400_000_000
     more = needs(capsys, "wan2.1-1.3b-paper", "--set", "distill.0.gradient_checkpointing=false")["stages"][0]
     assert forcing["memory"]["activations"] < more["memory"]["activations"] / 10
+
+
+def test_a_teacher_for_the_held_out_loss_alone_counts_where_it_exceeds_the_first_step():
+    """Short clips on many cards, where a step takes less than the teacher, and the recipe's own clips."""
+    run = DryRun(load_recipe(find_recipe("wan2.1-14b")), Launch(64, sharded=True))
+    (full,) = run.needs()
+    run.clip = dataclasses.replace(run.clip, frames=3, height=16, width=16)
+    (short,) = run.needs()
+    for need in (full, short):
+        later = sum(need.memory[cause] for cause in ("optimizer", "casts", "activations", "caches"))
+        assert need.stage == "teacher_forcing" and need.memory["frozen_networks"] == 0
+        assert need.memory["heldout_teacher"] == max(0, 2 * 14_288_491_584 - later)
+        assert need.memory_bytes == sum(need.memory.values()) + 10**9
+    assert full.memory["heldout_teacher"] == 0 < short.memory["heldout_teacher"]
 
 
 @pytest.mark.parametrize("recipe", ["self-forcing-1.3b", "causal-forcing-1.3b", "longlive-1.3b"])

@@ -52,7 +52,7 @@ def needs_table(result: dict[str, Any]) -> Table:
             table.add_row(label, *(format_bytes(size) if size else "-" for size in sizes))
     table.add_row("memory per GPU", *(format_bytes(stage["memory_bytes"]) for stage in stages))
     if any(stage["host_bytes"] for stage in stages):
-        table.add_row("host memory per process", *(format_bytes(stage["host_bytes"]) for stage in stages))
+        table.add_row("host memory, first process", *(format_bytes(stage["host_bytes"]) for stage in stages))
     table.add_row("disk", *(format_bytes(stage["disk_bytes"]) for stage in stages))
     if result["seconds"] is not None:
         table.add_row("seconds per step, here", *(f"{stage['seconds_per_step']:.3g}" for stage in stages))

@@ -14,6 +14,9 @@ The bytes are
                                                 sharded: + 8 b'
     frozen networks their parameters in their dtype / n; / W with `shard_frozen`, which gathers two blocks at a time;
                     `start` 4 T (4 N / n beside a sharded student)
+    held-out teacher the teacher's parameters in their dtype, if the stage uses none: the first process measures it
+                    before the first step, where gradients exist, but not yet what is listed as optimizer, casts,
+                    activations and caches; counted is what exceeds these
     casts           2 (T + T')                  autocast's copies of the weights; under FSDP2 of one block only
     activations     tokens A                    stored by autograd for a micro-batch, see below
     caches          4 row S_w                   of a rollout in training, for a window of S_w tokens
@@ -29,7 +32,8 @@ reads, `d e + r e C / 2`. `match_attention` stores the input, output and gradien
 On disk, a stage has `keep_checkpoints` checkpoints and the one that it is writing, each with the 12 T bytes of weights
 and moments, the average and the second network's 12 T', and at its end the student and the second network in float32.
 
-In host memory, a process holds 4 N of a sharded student, and whole copies of frozen networks that are sharded.
+In host memory, a process holds 4 N of a sharded student, and whole copies of frozen networks that are sharded; beside
+a sharded student, the first process also loads the held-out teacher.
 
 Not counted: memory that is freed within a layer, kernel workspaces, fragmentation, and the clips themselves; the
 images of a clip of 81 frames of 480x832 pixels add another 10 MB. `RESERVED_BYTES` is meant to cover these.
@@ -48,7 +52,7 @@ from torch import nn
 from ..sizes import RESERVED_BYTES
 from .adapters import adapted_modules
 from .runtime import BUCKET
-from .stages.base import AVERAGE, START, Stage, StageConfig
+from .stages.base import AVERAGE, START, TEACHER, Stage, StageConfig
 from .trainable import trainable_names
 
 
@@ -76,8 +80,8 @@ class ClipShape:
 class Footprint(BaseModel):
     """What one stage needs. `memory` has bytes per GPU by cause; `memory_bytes` is their sum plus `RESERVED_BYTES`.
 
-    `host_bytes` are the bytes of host memory of the first process, which also writes a second network. `disk` has the
-    most bytes on disk by cause, for all processes together; `disk_bytes` is their sum.
+    `host_bytes` are the bytes of host memory of the first process, which needs the most. `disk` has the most bytes on
+    disk by cause, for all processes together; `disk_bytes` is their sum.
 
     `clips` and `tokens` count what the student is trained on over all steps and processes.
     """
@@ -125,6 +129,7 @@ def footprint(
         "caches": _cache_bytes(config, student, clip.frames, rows * columns),
     }
     disk = _disk(stage, networks, weights - adapters, shapes, adapters)
+    memory["heldout_teacher"] = _heldout_teacher_bytes(stage, networks, memory)
     clips = config.steps * config.batch_size * config.grad_accumulation * launch.processes
     return Footprint(
         stage=config.stage,
@@ -241,12 +246,24 @@ def _disk(
     return {"checkpoints": (config.keep_checkpoints + 1) * checkpoint, "student": 4 * weights, "second_network": second}
 
 
+def _unused_teacher(stage: Stage[Any], networks: Mapping[str, Any]) -> int:
+    """The bytes of a teacher that the stage does not use, and of which the first process measures the held-out loss."""
+    return 0 if TEACHER in stage.needed or TEACHER not in networks else _bytes(networks[TEACHER])
+
+
+def _heldout_teacher_bytes(stage: Stage[Any], networks: Mapping[str, Any], memory: Mapping[str, int]) -> int:
+    """What the held-out teacher takes beyond the `memory` that only the first step occupies."""
+    later = sum(memory[cause] for cause in ("optimizer", "casts", "activations", "caches"))
+    return max(0, _unused_teacher(stage, networks) - later)
+
+
 def _host_bytes(stage: Stage[Any], networks: Mapping[str, Any], weights: int, launch: Launch) -> int:
     in_shards = launch.sharded or (stage.config.shard_frozen and launch.processes > 1)
     frozen = sum(_bytes(networks[name]) for name in stage.frozen)
     # Networks are built on the host before they are sharded; the second one is gathered there when the stage ends.
     second = 0 if stage.second is None else 4 * count(networks[stage.second.source])
-    return (4 * weights if launch.sharded else 0) + (frozen if in_shards else 0) + second
+    student = 4 * weights + _unused_teacher(stage, networks) if launch.sharded else 0
+    return student + (frozen if in_shards else 0) + second
 
 
 def _frozen_bytes(stage: Stage[Any], networks: Mapping[str, Any], weights: int, trained: int, launch: Launch) -> int:

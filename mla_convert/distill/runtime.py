@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,13 @@ def _accumulation(config: StageConfig) -> GradientAccumulationPlugin:
 def splits_optimizer(accelerator: Accelerator) -> bool:
     """Whether `accelerator` partitions the optimizer over the processes (DeepSpeed's ZeRO-2)."""
     return bool(accelerator.distributed_type == DistributedType.DEEPSPEED)
+
+
+def free_memory() -> None:
+    """Free what models that are no longer needed occupy: reference cycles, and torch's cache of GPU memory."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def fast_attention(device: torch.device) -> contextlib.AbstractContextManager[None]:

@@ -8,15 +8,13 @@ are written atomically (`state.py`).
 from __future__ import annotations
 
 import functools
-import gc
 import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..errors import UserError
@@ -34,7 +32,7 @@ from .needs import check_needs
 from .preview import Picture, show_preview
 from .progress import Report
 from .requests import Requests, Stopped
-from .runtime import fast_attention, open_accelerator
+from .runtime import fast_attention, free_memory, open_accelerator
 from .schedule import learning_rate
 from .sharding import from_main
 from .snapshots import Snapshots
@@ -79,15 +77,18 @@ def run_stage(
     progress: Report | None = None,
     picture: Picture | None = None,
     second_start: Path | None = None,
+    load_teacher: Callable[[], nn.Module] | None = None,
 ) -> StageResult:
     """Train `student` in place, in float32, and leave it in evaluation mode.
 
     With `ema_decay`, the student ends with the averaged weights. Adapters are merged. A second network that continues
     begins with the weights in `second_start`, the file that an earlier stage left (`SecondNetwork.file`).
     Checkpoints, `metrics.jsonl`, previews made by `picture`, and the tracker's files go to `work_dir`. If it holds a
-    checkpoint of the same stage, training continues from there. Every process of a distributed
-    run calls this. Raises UserError if training diverges (the last good checkpoint is kept) and if the
-    inputs do not fit.
+    checkpoint of the same stage, training continues from there. Every process of a distributed run calls this.
+
+    The held-out loss of the dense model is measured once: of the teacher in `networks`, or without one, in the first
+    process alone, of what `load_teacher` returns, which is dropped. Raises UserError if training diverges (the last
+    good checkpoint is kept) and if the inputs do not fit.
     """
     check_launch(config)
     config = config.over(world_size())
@@ -106,14 +107,22 @@ def run_stage(
     require_apart(student, trainable_names(student, config.trainable), networks)
     try:
         training = _Training(
-            stage, student, networks, data, heldout, work_dir, seed, stage_index, picture, second_start
+            stage,
+            student,
+            networks,
+            data,
+            heldout,
+            work_dir,
+            seed,
+            stage_index,
+            picture,
+            second_start,
+            load_teacher,
         )
         return training.run(progress)
     finally:
         # Wrapped networks and optimizers form reference cycles, which would stay in memory during the next stage.
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
 
 
 def _check_identity(data: Data) -> None:
@@ -139,6 +148,7 @@ class _Training:
         stage_index: int,
         picture: Picture | None,
         second_start: Path | None,
+        load_teacher: Callable[[], nn.Module] | None,
     ) -> None:
         self.stage = stage
         self.config: StageConfig = stage.config
@@ -163,7 +173,8 @@ class _Training:
         self.checkpoints = Checkpoints(work_dir / "checkpoints", identity, config.keep_checkpoints)
         self.watch = Watch(config.spike, config.stop)
         self.judge = Judge(config, self.watch, self.checkpoints, self.accelerator.is_main_process)
-        self.heldout = HeldOut(heldout, config, learner, networks.get(TEACHER), TEACHER in stage.networks)
+        teacher = networks.get(TEACHER)
+        self.heldout = HeldOut(heldout, config, learner, teacher, load_teacher, TEACHER in stage.networks)
         self.snapshots = Snapshots(self.accelerator, self.assembly.learners, self.watch, self.checkpoints, self.metrics)
 
     def run(self, progress: Report | None) -> StageResult:

@@ -72,8 +72,13 @@ class Context:
         return None if section is None else source_of(section, self.recipe.causal)
 
     def networks(self, stage: StageConfig) -> dict[str, Any]:
-        """Load the frozen networks of a stage: the teacher, and the real score if the stage uses one."""
-        networks = {TEACHER: self.dense()}
+        """Load those of the teacher and the real score that a stage uses; a teacher that it does not use is dropped."""
+        networks: dict[str, Any] = {}
+        if TEACHER in stage_of(stage).needed:
+            networks[TEACHER] = self.dense()
+        else:
+            # Every process of a launch would keep it in memory.
+            self._dense = None
         if self.real_score is not None and REAL_SCORE in stage_of(stage).frozen:
             assert self.recipe.real_score is not None
             networks[REAL_SCORE] = load_dense(self.real_score, getattr(torch, self.recipe.real_score.dtype))
@@ -117,8 +122,17 @@ class Context:
     def dense(self) -> CausalTransformer:
         """The teacher in the source's dtype, loaded on the first call."""
         if self._dense is None:
-            self._dense = load_dense(self.source, self.dtype)
+            self._dense = self.load_dense()
         return self._dense
+
+    def load_dense(self) -> CausalTransformer:
+        """Load the teacher anew, without keeping it."""
+        return load_dense(self.source, self.dtype)
+
+    def unload_dense(self) -> None:
+        """Move the teacher, if it is loaded, to host memory."""
+        if self._dense is not None:
+            self._dense.to("cpu")
 
     @property
     def dtype(self) -> torch.dtype:

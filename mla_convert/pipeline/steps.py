@@ -152,9 +152,10 @@ def _distill(context: Context, index: int) -> None:
         context.report,
         preview_strip,
         context.second_start(index),
+        context.load_dense,
     )
     # Free the device's memory: the next stage may not use the teacher.
-    context.dense().to("cpu")
+    context.unload_dense()
     if context.main:
         save_checkpoint(student, context.stage_folder(index), recorded(context))
 
