@@ -57,6 +57,10 @@ class Requests:
         stop, save = (self.accelerator.reduce(own, "sum") > 0).tolist()
         return stop, save
 
+    def stopping(self) -> bool:
+        """Whether any process should stop; the same answer in every process."""
+        return self.agreed()[0]
+
     def __enter__(self) -> Requests:
         # Python allows signal handlers only in its main thread.
         if threading.current_thread() is threading.main_thread():

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from .learner import Learner
 from .metrics import Metrics, Row
 from .sharding import from_main
-from .state import OPTIMIZER, Checkpoints, TrainingState, read_checkpoint, read_optimizer
+from .state import OPTIMIZER, Checkpoints, Owed, TrainingState, read_checkpoint, read_optimizer
 from .watch import Watch
 
 
@@ -30,10 +30,10 @@ class Snapshots:
         self.accelerator, self.learners, self.watch = accelerator, learners, watch
         self.checkpoints, self.metrics = checkpoints, metrics
 
-    def save(self, row: Row) -> None:
-        """Write a checkpoint after the step that `row` describes."""
+    def save(self, row: Row, owed: Owed | None = None) -> None:
+        """Write a checkpoint after the step that `row` describes, of which a resumed stage still has to do `owed`."""
         if self.accelerator.is_main_process:
-            self.checkpoints.save(TrainingState(row, self.watch.state()), self._write)
+            self.checkpoints.save(TrainingState(row, self.watch.state(), owed), self._write)
         else:
             self._write(None)
         self.accelerator.wait_for_everyone()
@@ -51,22 +51,26 @@ class Snapshots:
         # The first process records all files, so it must wait until they exist.
         self.accelerator.wait_for_everyone()
 
-    def resume(self) -> Row | None:
-        """Load the newest checkpoint and drop later metrics; return its last row, or None without a checkpoint."""
+    def resume(self) -> tuple[Row | None, Owed | None]:
+        """Load the newest checkpoint and drop later metrics.
+
+        Returns the row of its step, or None without a checkpoint, and what of this step is still to be done.
+        """
         # Machines may see different states of a shared folder, so the first process decides.
         newest = from_main(self.checkpoints.newest())
-        row = None if newest is None else self._load(newest)
+        row, owed = (None, None) if newest is None else self._load(newest)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self.checkpoints.discard_broken()
-            self.metrics.rewind(-1 if row is None else row["step"])
-        return row
+            # The row of a step whose held-out loss is owed is recorded with it.
+            self.metrics.rewind(-1 if row is None else row["step"] - (owed == "heldout"))
+        return row, owed
 
-    def _load(self, path: Path) -> Row:
+    def _load(self, path: Path) -> tuple[Row, Owed | None]:
         state, kept = read_checkpoint(path), read_optimizer(path / OPTIMIZER)
         for learner in self.learners:
             learner.load(path, kept)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(kept["scaler"])
         self.watch.load(state.watch)
-        return state.row
+        return state.row, state.owed

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -41,12 +41,20 @@ STUDENT = Place("student.safetensors", "shards", "optimizer")
 SECOND = Place("second.safetensors", "second-shards", "second")
 
 
+Owed = Literal["heldout", "preview"]
+"""What a stopped stage left out after its last step: the held-out loss and all that follows, or the preview alone."""
+
+
 @dataclass(frozen=True)
 class TrainingState:
-    """What a checkpoint has in `STATE`: the last row of the metrics, and the plain values of the stage's `Watch`."""
+    """What a checkpoint has in `STATE`: the row of the last step, the plain values of the stage's `Watch`, and `owed`.
+
+    With `owed: heldout`, the row has no held-out loss yet and is not in the metrics.
+    """
 
     row: Row
     watch: dict[str, Any]
+    owed: Owed | None = None
 
 
 class Checkpoints:
@@ -110,7 +118,8 @@ class Checkpoints:
             files = sorted(path for path in folder.rglob("*") if path.is_file())
             sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
             value = {"step": step, "row": state.row, "identity": self.identity, "watch": state.watch}
-            write_json(folder / STATE, {**value, "sizes": sizes})
+            owed = {} if state.owed is None else {"owed": state.owed}
+            write_json(folder / STATE, {**value, **owed, "sizes": sizes})
         self._unwanted.discard(place)
         # A broken checkpoint that cannot be deleted must not take the place of a good one.
         kept = [path for path in self._all() if path not in self._unwanted]
@@ -120,7 +129,7 @@ class Checkpoints:
 def read_checkpoint(path: Path) -> TrainingState:
     """Read the `TrainingState` of a complete checkpoint."""
     state = json.loads((path / STATE).read_text(encoding="utf-8"))
-    return TrainingState(state["row"], state["watch"])
+    return TrainingState(state["row"], state["watch"], state.get("owed"))
 
 
 def read_optimizer(path: Path) -> dict[str, Any]:

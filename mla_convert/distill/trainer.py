@@ -37,7 +37,7 @@ from .schedule import learning_rate
 from .sharding import from_main
 from .snapshots import Snapshots
 from .stages.base import TEACHER, Stage, StageConfig
-from .state import Checkpoints
+from .state import Checkpoints, Owed
 from .trackers import tracking
 from .trainable import trainable_names
 from .views import require_apart
@@ -179,7 +179,7 @@ class _Training:
 
     def run(self, progress: Report | None) -> StageResult:
         config, main = self.config, self.accelerator.is_main_process
-        row = self.snapshots.resume()
+        row, owed = self.snapshots.resume()
         resumed_from = None if row is None else row["step"]
         first = resumed_from or 0
         with (
@@ -192,21 +192,18 @@ class _Training:
             updates = feed(
                 self.accelerator, config, self.data, self.seed, self.stage_index, self._updates_a_step, first
             )
-            for step in range(first, config.steps):
-                if self.watch.plateau:
-                    break
+            for step in range(first - (owed is not None), config.steps):
                 started = time.monotonic()
-                row = self._step(step, updates)
-                done, last = step + 1, step + 1 == config.steps
-                if last or _due(config.eval_every, done):
-                    row.update(self._evaluate(done))
-                last = last or self.watch.plateau
-                self._record(row, seconds=time.monotonic() - started)
-                if config.preview is not None and (last or _due(config.preview.every, done)):
-                    self._preview(done)
+                if owed is None:
+                    if self.watch.plateau:
+                        break
+                    row = self._step(step, updates)
+                assert row is not None
+                owed = self._conclude(row, started, requests, owed)
+                done, last = step + 1, step + 1 == config.steps or self.watch.plateau
                 stop, save = requests.agreed()
                 if last or stop or save or _due(config.checkpoint_every, done):
-                    self.snapshots.save(row)
+                    self.snapshots.save(row, owed)
                     requests.saved()
                 if stop:
                     raise Stopped(
@@ -226,6 +223,25 @@ class _Training:
             self._record(start | self.heldout.begin() | self._evaluate(0))
         else:
             self.heldout.resume(self.metrics.rows() if self.accelerator.is_main_process else [])
+
+    def _conclude(self, row: Row, started: float, requests: Requests, owed: Owed | None) -> Owed | None:
+        """Measure, record and show what is due after the step that `row` describes; of an `owed` step, what is left.
+
+        Returns what is left out because the stage is to stop: the time until the kill may not be enough for it.
+        """
+        config, done = self.config, row["step"]
+        last = done == config.steps
+        if owed != "preview":
+            if self.heldout_clips is not None and (last or _due(config.eval_every, done)):
+                if requests.stopping():
+                    return "heldout"
+                row.update(self._evaluate(done))
+            self._record(row, seconds=time.monotonic() - started)
+        if self._preview_due(done, last or self.watch.plateau):
+            if requests.stopping():
+                return "preview"
+            self._preview(done)
+        return None
 
     def _evaluate(self, step: int) -> Row:
         """The held-out loss, if there is one."""
@@ -268,6 +284,12 @@ class _Training:
         config, judge = self.config, functools.partial(self.judge.training, step + 1, learner.name)
         rate = learning_rate(config, step) * (learner.learning_rate / config.learning_rate)
         return learner.update(loss_of, update.batches, rate, config.max_grad_norm, judge)
+
+    def _preview_due(self, step: int, last: bool) -> bool:
+        config = self.config.preview
+        if config is None or self.heldout_clips is None or self.picture is None:
+            return False
+        return last or _due(config.every, step)
 
     def _preview(self, step: int) -> None:
         config, heldout, picture = self.config.preview, self.heldout_clips, self.picture
