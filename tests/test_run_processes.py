@@ -15,11 +15,13 @@ from recipe_case import write_teacher
 from test_pipeline import recipe
 
 from mla_convert.distill import waiting
+from mla_convert.distill.requests import Stopped
 from mla_convert.distill.waiting import Notices
 from mla_convert.errors import UserError
 from mla_convert.files import write_json
 from mla_convert.pipeline import checks, run, rundir, sources
 from mla_convert.pipeline.context import Context
+from mla_convert.pipeline.rundir import STOPPED
 from mla_convert.pipeline.steps import Step, steps_of
 
 run_module = importlib.import_module("mla_convert.pipeline.run")
@@ -154,6 +156,31 @@ def test_outputs_are_hashed_again_only_if_they_look_changed(teacher, tmp_path, m
     content[-1] ^= 1
     weights.write_bytes(content)
     assert stale() == "convert" and not weights.exists()
+
+
+def test_a_stopped_run_is_marked_before_any_process_ends(teacher, tmp_path, monkeypatch):
+    """A launcher ends the first process with the others."""
+    marked = []
+
+    class Marked(Meetings):
+        def wait_for_everyone(self):
+            super().wait_for_everyone()
+            marked.append((tmp_path / "run" / STOPPED).exists())
+
+    def stopped(*given):
+        raise Stopped("stage match_velocity was stopped by a signal after step 3")
+
+    monkeypatch.setattr(run_module, "steps_of", lambda recipe: [Step("distill", (), stopped, everywhere=True)])
+    monkeypatch.setattr(run_module, "_follow", stopped)
+    for number, main in enumerate((True, False), 1):
+        monkeypatch.setattr(run_module, "this_process", lambda main=main: Marked(main))
+        with pytest.raises(Stopped, match="after step 3"):
+            run(recipe(teacher), tmp_path / "run")
+        assert marked == [True] * number
+    monkeypatch.setattr(run_module, "this_process", lambda: Meetings(True))
+    monkeypatch.setattr(run_module, "steps_of", lambda recipe: [Step("distill", (), lambda context: None)])
+    run(recipe(teacher), tmp_path / "run", until="distill")
+    assert not (tmp_path / "run" / STOPPED).exists()
 
 
 def test_what_follows_a_conversion_reads_the_commit_that_was_converted(teacher, tmp_path, monkeypatch):

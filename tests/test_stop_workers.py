@@ -52,11 +52,13 @@ def test_a_signal_to_the_group_of_a_run_with_workers_writes_a_checkpoint(tmp_pat
     assert "was stopped by a signal after step" in said
     (checkpoint,) = (stopped / "training" / STAGE / "checkpoints").iterdir()
     done = metrics.read_bytes().count(b"\n") - 1
+    assert (stopped / ".stopped").exists()
     assert checkpoint.name == f"step-{done:08d}" and done < 80
 
     for out in (stopped, whole):
         subprocess.run(command(recipe, out), env=case.environment(), check=True, timeout=300)
     assert trained(stopped) == trained(whole)
+    assert not (stopped / ".stopped").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

@@ -17,6 +17,7 @@ from rich.console import Console
 from ..devices import has_gpu
 from ..distill.launch import world_size
 from ..distill.progress import leave_to_the_first, progress_bars
+from ..distill.requests import Stopped
 from ..distill.sharding import from_main
 from ..distill.waiting import Notices
 from ..errors import UsageError
@@ -65,7 +66,12 @@ def run(
     model = path / STAGES / stage_names(recipe)[sum(step.trains for step in steps)]
     notices = Notices(from_main(time.time_ns()))
     if not processes.is_main_process:
-        _follow(recipe, path, steps, processes, notices)
+        try:
+            _follow(recipe, path, steps, processes, notices)
+        except Stopped:
+            # A launcher ends all processes as soon as one has ended, and the first one still has to mark the folder.
+            processes.wait_for_everyone()
+            raise
         processes.wait_for_everyone()
         return RunResult(path, model, {}, main=False)
     try:
@@ -77,6 +83,10 @@ def run(
             # The last notice is read while its store exists, which may end with this process.
             processes.wait_for_everyone()
             return RunResult(path, model, folder.seconds, main=True)
+        except Stopped:
+            folder.mark_stopped()
+            processes.wait_for_everyone()
+            raise
         finally:
             folder.close()
     except BaseException:

@@ -23,7 +23,7 @@ from ..recipe.load import has_key
 from ..recipe.schema import Recipe
 from .corrections import LATE, Change, changes
 
-STATE, RESOLVED = RUN_STATE, RECIPE
+STATE, RESOLVED, STOPPED = RUN_STATE, RECIPE, ".stopped"
 FORMAT = 1
 _RETRY_SECONDS = 0.5
 
@@ -75,6 +75,7 @@ class RunDir:
             # A step may reuse existing files.
             file.unlink(missing_ok=True)
         self._corrupt = []
+        (self.path / STOPPED).unlink(missing_ok=True)
         self._save()
         write_text(self.path / RESOLVED, self.recipe.dump())
 
@@ -136,6 +137,14 @@ class RunDir:
     def mark_finished(self) -> None:
         self._state["finished"] = True
         self._save()
+
+    def mark_stopped(self) -> None:
+        """Tell whoever started the run that a signal ended it after a checkpoint; the next `begin` removes the mark.
+
+        The exit code does not tell: launchers have their own.
+        """
+        with contextlib.suppress(OSError):
+            (self.path / STOPPED).touch()
 
     def _save(self) -> None:
         write_json(self.path / STATE, self._state)
