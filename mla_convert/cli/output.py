@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import socket
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -14,10 +16,11 @@ DEBUG = "MLA_CONVERT_DEBUG"
 
 
 class _Notes(logging.Handler):
-    """Writes the package's log messages to stderr as plain lines."""
+    """Writes the package's log messages to stderr as plain lines, signed with the host in a launch's others."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        sys.stderr.write(f"{record.getMessage()}\n")
+        origin = f"{socket.gethostname()}: " if int(os.environ.get("RANK") or 0) else ""
+        sys.stderr.write(f"{origin}{record.getMessage()}\n")
 
 
 def show_notes() -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import sys
+import warnings
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -17,6 +20,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+# Kernels and CUDA graphs.
+_DEVICE_LOGGER = "mla_convert.mla"
 
 
 class Report(Protocol):
@@ -62,7 +68,11 @@ def reporting(bars: Progress) -> Iterator[Report]:
 
 
 def leave_to_the_first() -> None:
-    """Silence the bars of libraries and all notes but errors in this process, since the first one shows the same."""
+    """Silence in this process what the first one says too: libraries' bars and warnings, and all notes but errors.
+
+    On another machine, its first process still warns of what its own devices cannot do. What a user has set of the
+    libraries' verbosity stays.
+    """
     import diffusers.utils.logging
     import transformers.utils.logging
     from huggingface_hub.utils import disable_progress_bars
@@ -70,4 +80,12 @@ def leave_to_the_first() -> None:
     disable_progress_bars()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+    if "DIFFUSERS_VERBOSITY" not in os.environ:
+        diffusers.utils.logging.set_verbosity_error()
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        transformers.utils.logging.set_verbosity_error()
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
     logging.getLogger("mla_convert").setLevel(logging.ERROR)
+    if not int(os.environ.get("LOCAL_RANK") or 0):
+        logging.getLogger(_DEVICE_LOGGER).setLevel(logging.WARNING)
