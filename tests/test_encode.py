@@ -413,7 +413,7 @@ def test_ahead_keeps_the_order():
 @pytest.mark.parametrize("whole", [True, False])
 def test_tables_name_videos_and_captions(tmp_path, name, text, whole):
     for video in "ab":
-        (tmp_path / f"{video}.mp4").touch()
+        (tmp_path / f"{video}.mp4").write_bytes(b"video")
     (tmp_path / name).write_text(text)
     entries = find_videos(tmp_path if whole else tmp_path / name)
     captions = [("a.mp4", "a red square"), ("b.mp4", "the dark, over"), ("c.mp4", "gone")]

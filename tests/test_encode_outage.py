@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from mla_convert.distill.encode import videos as video_shards
 from mla_convert.distill.encode.frames import UnusableVideo, read_frames
 from mla_convert.distill.encode.sources import Entry
 from mla_convert.distill.encode.videos import Shard
+from mla_convert.errors import UserError
 
 __all__ = ["clips", "encoded", "pipeline"]
 IN_SHARDS = ("--shard-size", "3")
@@ -38,18 +40,127 @@ def skipped(out: Path) -> list[tuple[str, str]]:
     return [tuple(json.loads(line).values()) for line in (out / "skipped.jsonl").read_text().splitlines()]
 
 
-def test_a_video_that_cannot_be_opened_ends_the_encoding_and_its_shard(table, pipeline, encoded, tmp_path, capsys):
-    out, away = tmp_path / "data", tmp_path / "away"
-    (table / "v2.mp4").rename(away)
-    # It is there, and opening it fails.
-    (table / "v2.mp4").mkdir()
+@pytest.fixture
+def away(monkeypatch):
+    """Names of files whose disk is away."""
+    names, own = set(), Path.open
+
+    def opening(path, *given, **settings):
+        if path.name in names:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return own(path, *given, **settings)
+
+    monkeypatch.setattr(Path, "open", opening)
+    return names
+
+
+def same(out: Path, encoded: Path) -> bool:
+    """Whether a table's videos were encoded as those of the folder were, whose names have another digest."""
+    return digests(out) == digests(encoded) | {"encode.json": digests(out)["encode.json"]}
+
+
+def test_a_disk_that_fails_ends_the_encoding_and_its_shard(table, pipeline, encoded, tmp_path, capsys, away):
+    out = tmp_path / "data"
+    away.add("v2.mp4")
     assert encode(table, out, pipeline, *IN_SHARDS) == 1
-    assert "v2.mp4: Is a directory; bring its disk back" in capsys.readouterr().err
+    assert "v2.mp4: Input/output error; bring its disk back or put an empty file" in capsys.readouterr().err
     assert [path.name for path in out.glob("*.parquet")] == ["shard-00000.parquet"]
-    (table / "v2.mp4").rmdir()
-    away.rename(table / "v2.mp4")
+    away.clear()
     assert encode(table, out, pipeline, *IN_SHARDS, "--resume") == 0
-    assert digests(out) == digests(encoded) | {"encode.json": digests(out)["encode.json"]}
+    assert same(out, encoded)
+
+
+@pytest.mark.parametrize("ends", ["count", "disk", "interrupt"])
+def test_shards_since_an_outage_began_are_written_again(
+    table, pipeline, encoded, tmp_path, monkeypatch, capsys, away, ends
+):
+    """It began in the first shard of three and lasted through the second."""
+    out, good = tmp_path / "data", {}
+    monkeypatch.setattr(video_shards, "IN_A_ROW", 5 if ends == "count" else 50)
+    for name in ("v0.mp4", "v1.mp4", "v2.mp4", "v3.mp4", "v4.mp4")[: 5 if ends == "count" else 4]:
+        good[name] = (table / name).read_bytes()
+        (table / name).write_bytes(b"no video" * 99)
+    own = video_shards.read_frames
+    with monkeypatch.context() as patch:
+        if ends == "disk":
+            away.add("v4.mp4")
+        if ends == "interrupt":
+            patch.setattr(video_shards, "read_frames", lambda path, *size: read_or_end(own, path, *size))
+        assert encode(table, out, pipeline, *IN_SHARDS) != 0
+    assert list(out.glob("*.parquet")) == []
+    away.clear()
+    for name, content in good.items():
+        (table / name).write_bytes(content)
+    assert encode(table, out, pipeline, *IN_SHARDS, "--resume") == 0
+    assert same(out, encoded) and skipped(out) == []
+
+
+def read_or_end(read, path, *size):
+    if path.name == "v4.mp4":
+        raise KeyboardInterrupt
+    return read(path, *size)
+
+
+def test_a_good_video_ends_an_outage(table, pipeline, tmp_path, away):
+    """Shards from before it stay."""
+    (table / "v0.mp4").write_bytes(b"no video" * 99)
+    away.add("v4.mp4")
+    assert encode(table, tmp_path / "data", pipeline, *IN_SHARDS) == 1
+    assert len(list((tmp_path / "data").glob("*.parquet"))) == 2
+
+
+def test_a_disk_that_fails_under_ffmpeg_is_no_broken_video(tmp_path, away, monkeypatch):
+    video = tmp_path / "v.mp4"
+    video.write_bytes(b"no video" * 99)
+    own = frames.subprocess.run
+    monkeypatch.setattr(frames.subprocess, "run", lambda *given, **set: (away.add("v.mp4"), own(*given, **set))[1])
+    with pytest.raises(UserError, match=r"cannot open .*v\.mp4: Input/output error"):
+        read_frames(video, FRAMES, 48, 64, 16)
+
+
+def test_a_bad_row_is_skipped(table, pipeline, tmp_path, monkeypatch):
+    """It is not taken for an outage, and looked at again if it is only that the file may not be opened."""
+    rows = json.loads((table / "captions.json").read_text())
+    bad = {
+        "": "it cannot be opened: it is a folder",
+        "a\0b.mp4": "it cannot be opened: it is no file name",
+        "loop.mp4": "it cannot be opened: Too many levels of symbolic links",
+        "v2.mp4": "it cannot be opened: Permission denied",
+        "v3.mp4": "the file is empty",
+        "x" * 300 + ".mp4": "it cannot be opened: File name too long",
+    }
+    (table / "captions.json").write_text(json.dumps(dict.fromkeys(bad, "lost") | rows))
+    (table / "loop.mp4").symlink_to("loop.mp4")
+    content = (table / "v3.mp4").read_bytes()
+    (table / "v3.mp4").write_bytes(b"")
+    own, closed = Path.open, {"v2.mp4"}
+
+    def opening(path, *given, **settings):
+        if path.name in closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return own(path, *given, **settings)
+
+    monkeypatch.setattr(Path, "open", opening)
+    out = tmp_path / "data"
+    assert encode(table, out, pipeline, *IN_SHARDS) == 0
+    assert dict(skipped(out)) == bad
+    closed.clear()
+    (table / "v3.mp4").write_bytes(content)
+    assert encode(table, out, pipeline, *IN_SHARDS, "--resume") == 0
+    assert dict(skipped(out)) == {name: bad[name] for name in bad if name not in ("v2.mp4", "v3.mp4")}
+
+
+def test_an_empty_file_takes_the_place_of_a_video_in_a_folder(clips, pipeline, tmp_path, capsys, away):
+    """Taken away, it would be missing in the digest of names. Empty ones count as no outage."""
+    shutil.copytree(clips, tmp_path / "videos")
+    out, video = tmp_path / "data", tmp_path / "videos" / "v2.mp4"
+    away.add("v2.mp4")
+    assert encode(tmp_path / "videos", out, pipeline, *IN_SHARDS) == 1
+    capsys.readouterr()
+    away.clear()
+    video.write_bytes(b"")
+    assert encode(tmp_path / "videos", out, pipeline, *IN_SHARDS, "--resume") == 0
+    assert skipped(out) == [("v2.mp4", "the file is empty")]
 
 
 def test_a_video_that_was_away_is_encoded_when_it_is_back(table, pipeline, encoded, tmp_path):
@@ -61,7 +172,7 @@ def test_a_video_that_was_away_is_encoded_when_it_is_back(table, pipeline, encod
     away.rename(table / "v2.mp4")
     assert encode(table, out, pipeline, *IN_SHARDS, "--resume") == 0
     assert skipped(out) == [] and (out / "shard-00000.parquet").stat().st_mtime_ns == kept
-    assert digests(out) == digests(encoded) | {"encode.json": digests(out)["encode.json"]}
+    assert same(out, encoded)
 
 
 def test_a_video_may_be_taken_away_before_resuming(table, pipeline, encoded, tmp_path, monkeypatch, capsys):
@@ -94,7 +205,7 @@ def test_broken_videos_in_a_row_end_the_encoding(table, pipeline, encoded, tmp_p
     for name, content in good.items():
         (table / name).write_bytes(content)
     assert encode(table, out, pipeline, *IN_SHARDS, "--resume") == 0
-    assert digests(out) == digests(encoded) | {"encode.json": digests(out)["encode.json"]}
+    assert same(out, encoded)
 
 
 def test_short_videos_in_a_row_do_not(table, pipeline, tmp_path, monkeypatch):

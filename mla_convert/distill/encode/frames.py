@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import re
+import stat
 import subprocess
 import tempfile
 from collections import deque
@@ -24,13 +26,20 @@ Result = TypeVar("Result")
 
 DECODE_SECONDS = 600.0
 """How long ffmpeg may take for the frames of one clip."""
-NO_FILE = "there is no such file"
+NO_FILE, EMPTY, NOT_OPENED = "there is no such file", "the file is empty", "it cannot be opened: "
+"""Reasons for which a file is looked at again when an encoding is resumed; others are final."""
+PLACEHOLDER = "bring {disk} back or put an empty file in {place}"
+"""What to do when a disk fails; a video that is taken out of a folder would be missing in the digest of its names."""
+
+# What a disk or a server answers that is away; anything else concerns a file alone.
+_OUTAGE = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENODEV}
+_BLOCK = 1 << 20
 
 _ADDRESS = re.compile(r"\[[^\]]* @ 0x[0-9a-f]+\] ")
 
 
 class UnusableVideo(Exception):
-    """Raised for a video that is missing, broken or too short; the message is the reason."""
+    """Raised for a video that is missing, not readable, broken or too short; the message is the reason."""
 
 
 class ShortVideo(UnusableVideo):
@@ -41,10 +50,10 @@ def read_frames(path: Path, frames: int, height: int, width: int, fps: float) ->
     """Return the first `frames` frames at `fps` frames per second, uint8 `[F, H, W, 3]`.
 
     Frames are resized to cover height x width pixels, then cropped at the center. Raises
-    UnusableVideo if there is no such file, if it ends too early, if any of these frames is damaged, or if decoding
-    takes longer than `DECODE_SECONDS`; UserError if the file cannot be opened.
+    UnusableVideo if the file is not there or cannot be opened, if it ends too early, if any of these frames is damaged,
+    or if decoding takes longer than `DECODE_SECONDS`; UserError if its disk fails.
     """
-    _require_readable(path)
+    require_readable(path)
     # Limit the input time: `-frames` would race with errors in later frames.
     command = _command(path, height, width, fps, f"-t {(frames + 1) / fps:.6f}")
     try:
@@ -52,8 +61,11 @@ def read_frames(path: Path, frames: int, height: int, width: int, fps: float) ->
             command, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=DECODE_SECONDS
         )
     except subprocess.TimeoutExpired:
+        require_readable(path)
         raise UnusableVideo(f"it takes longer than {DECODE_SECONDS:g} seconds to decode") from None
     if done.returncode:
+        # The disk may have gone away under ffmpeg.
+        require_readable(path, whole=True)
         raise UnusableVideo(f"it cannot be decoded: {_reason(done.stderr, path)}")
     decoded = torch.frombuffer(bytearray(done.stdout) or bytearray(1), dtype=torch.uint8)
     found = len(decoded) // (height * width * 3)
@@ -62,17 +74,51 @@ def read_frames(path: Path, frames: int, height: int, width: int, fps: float) ->
     return decoded.view(found, height, width, 3)[:frames]
 
 
-def _require_readable(path: Path) -> None:
-    """Raise UserError if the first byte of a file cannot be read: its disk is away, and the video may be good."""
+def problem_of(path: Path) -> str:
+    """Why `path` is no video, as its entry in the file system tells; "" if it may be one. Raises UserError."""
     try:
+        found = _explained(path, path.stat)
+    except UnusableVideo as error:
+        return str(error)
+    if not stat.S_ISREG(found.st_mode):
+        return f"{NOT_OPENED}it is {'a folder' if stat.S_ISDIR(found.st_mode) else 'not a file'}"
+    return "" if found.st_size else EMPTY
+
+
+def require_readable(path: Path, whole: bool = False) -> None:
+    """Read the first byte of a file, or with `whole` all of it.
+
+    Raises UserError if its disk is away, where the video may be good, and UnusableVideo for other reasons.
+    """
+
+    def read() -> None:
         with path.open("rb") as file:
-            file.read(1)
+            while file.read(_BLOCK if whole else 1) and whole:
+                pass
+
+    _explained(path, read)
+
+
+def is_outage(error: OSError) -> bool:
+    """Whether `error` is that of a disk or server that is away, and not of one file."""
+    return error.errno in _OUTAGE
+
+
+def _explained(path: Path, ask: Callable[[], Result]) -> Result:
+    """`ask()`, with UserError for a disk that is away and UnusableVideo for other errors of the file at `path`."""
+    try:
+        return ask()
     except (FileNotFoundError, NotADirectoryError):
         raise UnusableVideo(NO_FILE) from None
+    except ValueError:
+        raise UnusableVideo(f"{NOT_OPENED}it is no file name") from None
     except OSError as error:
+        reason = error.strerror or str(error)
+        if not is_outage(error):
+            raise UnusableVideo(f"{NOT_OPENED}{reason}") from None
+        remedy = PLACEHOLDER.format(disk="its disk", place="its place")
         raise UserError(
-            f"cannot open {path}: {error.strerror or error}; bring its disk back or take the file away, and continue "
-            "with --resume"
+            f"cannot open {path}: {reason}; {remedy}, and run again, with --resume if it had begun"
         ) from None
 
 

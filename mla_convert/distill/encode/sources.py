@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from ...errors import UserError
 from ..shard_files import of_all
-from .frames import NO_FILE
+from .frames import is_outage, problem_of
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 TABLES = ("metadata.csv", "metadata.jsonl", "metadata.json", "videos.csv", "videos.jsonl", "captions.json")
@@ -73,13 +73,7 @@ def _checked(entry: Entry) -> Entry:
         return entry
     if not entry.caption:
         return entry._replace(problem="its caption is empty")
-    try:
-        entry.path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return entry._replace(problem=NO_FILE)
-    except OSError as error:
-        raise UserError(f"cannot open {entry.path}: {_reason(error)}; bring its disk back or take it away") from None
-    return entry
+    return entry._replace(problem=problem_of(entry.path))
 
 
 def _of_many(ask: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
@@ -111,12 +105,12 @@ def _pairs(folder: Path) -> list[Entry]:
             return Entry(name, beside.read_text(encoding="utf-8-sig").strip(), path)
         except FileNotFoundError:
             return Entry(name, "", path, f"its caption file {beside.name} does not exist")
-        except UnicodeDecodeError as error:
+        except (OSError, UnicodeDecodeError) as error:
+            if isinstance(error, OSError) and is_outage(error):
+                raise UserError(
+                    f"cannot read {beside}: {_reason(error)}; bring its disk back or write the caption again"
+                ) from None
             return Entry(name, "", path, f"{beside.name} cannot be read: {_reason(error)}")
-        except OSError as error:
-            raise UserError(
-                f"cannot read {beside}: {_reason(error)}; bring its disk back or take the file away"
-            ) from None
 
     return _of_many(captioned, found)
 

@@ -21,7 +21,18 @@ from ..progress import Report
 from ..shard_files import read_notes
 from .begun import encode_begun
 from .config import EncodeConfig
-from .frames import NO_FILE, ShortVideo, UnusableVideo, ahead, read_frames, to_pixels
+from .frames import (
+    EMPTY,
+    NO_FILE,
+    NOT_OPENED,
+    PLACEHOLDER,
+    ShortVideo,
+    UnusableVideo,
+    ahead,
+    read_frames,
+    require_readable,
+    to_pixels,
+)
 from .models import encode_pixels, has_image_encoder, image_encoder, latents_scale, video_vae
 from .plan import WORK
 from .sources import Entry, Skipped
@@ -84,8 +95,8 @@ def write_video_shards(
 ) -> None:
     """Encode `texts` and `shards` with the models of the pipeline in `folder`, loaded once for every `BLOCK` videos.
 
-    Unusable videos are skipped and recorded in the shard's metadata, see `skipped_in`. Raises UserError for a video
-    that cannot be opened and after `IN_A_ROW` unusable ones in a row; the shard that they are in is not written.
+    Unusable videos are skipped and recorded in the shard's metadata, see `skipped_in`. Raises UserError for a disk that
+    fails and after `IN_A_ROW` unusable videos in a row; the shards that these are in are not written, or deleted.
     """
     writing = _Writing(folder, config, device, report, sum(len(shard.entries) for shard in shards))
     size = max(1, BLOCK // config.shard_size)
@@ -103,7 +114,9 @@ class _Writing:
 
     def __init__(self, folder: Path, config: EncodeConfig, device: torch.device, report: Report, total: int) -> None:
         self.folder, self.config, self.device, self.report = folder, config, device, report
-        self.total, self.done, self.in_a_row = total, 0, 0
+        self.total, self.done = total, 0
+        # Broken videos up to now in a row, and the shards written since the first of them.
+        self.in_a_row, self.doubtful = 0, list[Path]()
 
     def write(self, shards: Sequence[Shard]) -> None:
         """Load the VAE and, if it is needed, the image encoder, and write `shards`."""
@@ -117,17 +130,30 @@ class _Writing:
             encode = _Encoder(vae, raw, images, embed)
             for shard in shards:
                 notes = notes_of(latents_scale(self.folder) if raw else None)
-                write_shard(shard.path, self._clips(shard, encode, notes), shard.first, notes)
+                with self._undoing():
+                    write_shard(shard.path, self._clips(shard, encode, notes), shard.first, notes)
+                if self.in_a_row:
+                    self.doubtful.append(shard.path)
                 shard.captions.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _undoing(self) -> Iterator[None]:
+        """Delete the doubtful shards if the block fails: their videos may be good, and the disk away since then."""
+        try:
+            yield
+        except BaseException:
+            for path in self.doubtful:
+                path.unlink(missing_ok=True)
+            raise
 
     def _clips(self, shard: Shard, encode: _Encoder, notes: dict[str, str]) -> Iterator[Clip]:
         """Yield the clips of a shard; at the end, `notes` lists the skipped videos."""
         size = self.config.frames, self.config.height, self.config.width, self.config.fps
 
-        def read(number: int) -> tuple[int, Tensor | UnusableVideo]:
+        def read(number: int) -> tuple[int, Tensor | UnusableVideo | UserError]:
             try:
                 return number, read_frames(shard.entries[number].path, *size)
-            except UnusableVideo as error:
+            except (UnusableVideo, UserError) as error:
                 return number, error
 
         planned = [number for number, entry in enumerate(shard.entries) if not entry.problem]
@@ -148,14 +174,19 @@ class _Writing:
         if skipped:
             notes[_NOTE] = json.dumps(sorted(skipped))
 
-    def _count(self, entry: Entry, found: Tensor | UnusableVideo) -> None:
-        """Raise UserError at the last of `IN_A_ROW` videos that are missing or broken."""
-        broken = isinstance(found, UnusableVideo) and not isinstance(found, ShortVideo)
-        self.in_a_row = self.in_a_row + 1 if broken else 0
+    def _count(self, entry: Entry, found: Tensor | UnusableVideo | UserError) -> None:
+        """Raise UserError for a disk that fails, and at the last of `IN_A_ROW` videos that are missing or broken."""
+        if isinstance(found, UserError):
+            raise found
+        if not isinstance(found, UnusableVideo) or isinstance(found, ShortVideo):
+            self.in_a_row, self.doubtful = 0, []
+            return
+        self.in_a_row += 1
         if self.in_a_row >= IN_A_ROW:
+            remedy = PLACEHOLDER.format(disk="their disk", place="the place of each")
             raise UserError(
-                f"{IN_A_ROW} videos in a row cannot be used, the last is {entry.name}: {found}; bring their disk back "
-                "or take them away, and continue with --resume"
+                f"{IN_A_ROW} videos in a row cannot be used, the last is {entry.name}: {found}; {remedy}, and continue "
+                "with --resume"
             )
 
     def _advance(self, count: int) -> None:
@@ -170,9 +201,17 @@ def skipped_in(path: Path) -> list[Skipped]:
 
 
 def came_back(shard: Shard) -> bool:
-    """Whether a written shard lacks a video whose file was not there and is now."""
-    missing = {name for name, reason in skipped_in(shard.path) if reason == NO_FILE}
-    return any(entry.name in missing and not entry.problem for entry in shard.entries)
+    """Whether a written shard lacks a video whose file could not be read and can be now. Raises UserError."""
+    missing = {name for name, reason in skipped_in(shard.path) if reason.startswith((NO_FILE, EMPTY, NOT_OPENED))}
+    return any(entry.name in missing and not entry.problem and _opens(entry.path) for entry in shard.entries)
+
+
+def _opens(path: Path) -> bool:
+    try:
+        require_readable(path)
+    except UnusableVideo:
+        return False
+    return True
 
 
 def _clip(entry: Entry, latents: Tensor, conditions: Mapping[str, Tensor], text: Tensor, config: EncodeConfig) -> Clip:
