@@ -17,6 +17,7 @@ from mla_convert.distill.encode import videos as video_shards
 from mla_convert.distill.encode.frames import UnusableVideo, read_frames
 from mla_convert.distill.encode.sources import Entry
 from mla_convert.distill.encode.videos import Shard
+from mla_convert.distill.waiting import Notices
 from mla_convert.errors import UserError
 
 __all__ = ["clips", "encoded", "pipeline"]
@@ -247,4 +248,4 @@ def test_a_share_comes_back_as_it_was_dealt(tmp_path):
     dealt = [Shard(tmp_path / "shard-00002.parquet", entries, 128), Shard(tmp_path / "shard-00005.parquet", [], 320)]
     path = shares.share_file(tmp_path, 7, 1)
     shares.write_share(path, dealt)
-    assert shares.read_share(path) == dealt
+    assert shares.read_share(path, Notices("a launch")) == dealt

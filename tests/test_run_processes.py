@@ -6,13 +6,20 @@ import dataclasses
 import importlib
 import json
 import os
+import re
+import socket
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from recipe_case import write_teacher
+from recipe_case import RECIPE, write_teacher
+from test_encode import SIZE, write_video
 from test_pipeline import recipe
+from wan_pipeline_case import write_wan_pipeline
 
 from mla_convert.distill import waiting
 from mla_convert.distill.requests import Stopped
@@ -50,6 +57,101 @@ def store(monkeypatch):
     monkeypatch.setattr(waiting, "_get_default_store", lambda: shared)
     monkeypatch.setattr(waiting, "_POLL_SECONDS", 0.01)
     return shared
+
+
+def ended(tmp_path, arguments, failing, patched):
+    """The error lines of two processes of which `failing` raises in `patched`; no launcher ends the other.
+
+    As where they are on two machines, or started by srun.
+    """
+    script = tmp_path / "launched.py"
+    script.write_text(
+        "import importlib, os, sys\n"
+        "from mla_convert.errors import UserError\n"
+        "from mla_convert.cli import main\n"
+        f"module, name = {patched!r}\n"
+        "def broken(*given, **settings):\n"
+        "    raise UserError('no space left')\n"
+        f"if os.environ['RANK'] == '{failing}':\n"
+        "    setattr(importlib.import_module(module), name, broken)\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    root = str(Path(__file__).parents[1])
+    launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(script), *arguments],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **launch, "RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": root},
+        )
+        for rank in "01"
+    ]
+    try:
+        # Far less than a collective waits.
+        errors = [process.communicate(timeout=240)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [1, 1], errors
+    lines = [[line for line in error.splitlines() if "rror" in line or "rocess" in line] for error in errors]
+    return ["\n".join(found) for found in lines]
+
+
+FIRST = r"the first process of the run (has ended|failed); see its error message"
+
+
+@pytest.mark.parametrize(("prompts", "failing"), [(False, 0), (False, 1), (True, 1)])
+def test_a_process_that_fails_ends_an_encoding_in_all(tmp_path, tmp_path_factory, prompts, failing):
+    pipeline = write_wan_pipeline(tmp_path_factory.mktemp("pipeline"))
+    for number in range(3):
+        write_video(tmp_path / f"v{number}.mp4").with_suffix(".txt").write_text("a")
+    (tmp_path / "lines.txt").write_text("a\nb\nc\n")
+    source = ["--prompts", str(tmp_path / "lines.txt")] if prompts else [str(tmp_path), *SIZE]
+    arguments = ["encode", *source, "--out", str(tmp_path / "out"), "--model", str(pipeline), "--shard-size", "1"]
+    module, name = "mla_convert.distill.encode.", "make_plan" if failing == 0 else "write_embeddings"
+    module += "run" if failing == 0 or prompts else "videos"
+    first, other = ended(tmp_path, arguments, failing, (module, name))
+    assert "no space left" in (other if failing else first)
+    assert re.search(r"process 1 of the run failed" if failing else FIRST, first if failing else other)
+    assert "Traceback" not in first + other
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_process_that_fails_before_rollouts_ends_all(teacher, tmp_path, failing):
+    data = (
+        "data:\n  kind: rollouts\n  heldout: 2\n"
+        "  rollouts: {clips: 4, num_frames: 3, batch_size: 2, guidance_scale: 1, prompts: [7 moving up]}\n"
+    )
+    text = RECIPE.format(teacher=teacher).replace("data:\n  kind: digits\n  heldout: 4\n", data)
+    assert data in text
+    (tmp_path / "recipe.yaml").write_text(text)
+    name = "open_folder" if failing == 0 else "write_rollouts"
+    arguments = ["run", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run")]
+    first, other = ended(tmp_path, arguments, failing, ("mla_convert.pipeline.rollouts", name))
+    assert "no space left" in (other if failing else first)
+    assert re.search(r"process 1 of the run failed" if failing else FIRST, first if failing else other)
+    assert "Traceback" not in first + other
+
+
+def test_what_the_first_process_does_ahead_of_a_collective_ends_the_others(store):
+    first, other = Notices(3), Notices(3)
+    assert first.led("clips", True, lambda: 7) == 7 and other.led("clips", False, pytest.fail) is None
+
+    def broken():
+        raise UserError("no space")
+
+    # The second time is another one.
+    with pytest.raises(UserError, match="no space"), first.failing():
+        first.led("clips", True, broken)
+    with pytest.raises(UserError, match="the first process of the run failed"), other.failing():
+        other.led("clips", False, pytest.fail)
+    with pytest.raises(UserError, match="the first process of the run failed"):
+        waiting.wait_for_files([Path("nowhere")], other)
+    Notices(4).check()
 
 
 def followed(folder, steps, other, recipe, run):

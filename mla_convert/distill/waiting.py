@@ -1,13 +1,17 @@
-"""Waits for work of other processes by polling, and passes notices of the first process to the others.
+"""Waits for work of other processes by polling, and passes notices between the processes of a launch.
 
-A barrier would time out on long work. Polling therefore also checks that the first process is still alive.
+A barrier would time out on long work. Polling therefore also checks that no process has failed, which a launcher may
+not tell the other machines, and that the first one is still alive.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
@@ -19,9 +23,11 @@ _LONGEST = 10
 """How many times longer the pause between two looks at files becomes."""
 _FAILED = "failed"
 
+Result = TypeVar("Result")
+
 
 class Notices:
-    """What the first process of a launch has told the others about one run, in the launch's own store.
+    """What the processes of a launch have told each other about one run, in the launch's own store.
 
     A later launch has another store, and `run` tells one run of a launch from another. Without other processes nobody
     is told.
@@ -29,6 +35,7 @@ class Notices:
 
     def __init__(self, run: object) -> None:
         self.run = run
+        self._led: Counter[str] = Counter()
 
     def tell(self, what: str, content: str = "") -> None:
         """Make `what` known, with `content`."""
@@ -36,18 +43,40 @@ class Notices:
         if store is not None:
             store.set(self._key(what), content)
 
-    def fail(self) -> None:
-        """Make known that the first process has failed."""
-        self.tell(_FAILED)
+    @contextlib.contextmanager
+    def failing(self) -> Iterator[None]:
+        """Make known which process has failed if the block raises; the first that failed is kept."""
+        try:
+            yield
+        except BaseException:
+            # The store may be gone with the process that has it.
+            with contextlib.suppress(RuntimeError, dist.DistError):
+                store = _store()
+                if store is not None and not store.check([self._key(_FAILED)]):
+                    rank = dist.get_rank() if dist.is_initialized() else 0
+                    self.tell(_FAILED, f"process {rank}" if rank else "the first process")
+            raise
+
+    def check(self) -> None:
+        """Raise UserError if a process has failed, or the store's is gone."""
+        store = _store()
+        if store is None:
+            return
+        try:
+            failed = store.check([self._key(_FAILED)])
+            who = bytes(store.get(self._key(_FAILED))).decode() if failed else ""
+        except (RuntimeError, dist.DistError):
+            raise _ended() from None
+        if failed:
+            raise UserError(f"{who} of the run failed; see its error message")
 
     def wait(self, what: str) -> str:
-        """Return the content of `what` once it is told. Raises UserError if the first process failed or is gone."""
+        """Return the content of `what` once it is told. Raises UserError if a process failed or the first is gone."""
         store = _store()
         assert store is not None
 
         def told() -> bool:
-            if store.check([self._key(_FAILED)]):
-                raise UserError("the first process of the run failed; see its error message")
+            self.check()
             return bool(store.check([self._key(what)]))
 
         try:
@@ -55,6 +84,22 @@ class Notices:
             return bytes(store.get(self._key(what))).decode()
         except (RuntimeError, dist.DistError):
             raise _ended() from None
+
+    def led(self, what: str, main: bool, action: Callable[[], Result]) -> Result | None:
+        """Return `action()` in the first process, `main`; the others return None once it is through.
+
+        What may fail in the first process alone is done so ahead of a collective, in which the others would wait for
+        an hour. All processes call this in the same order. Raises UserError as `wait` does.
+        """
+        self._led[what] += 1
+        through = f"{what}/{self._led[what]}"
+        if main:
+            result = action()
+            self.tell(through)
+            return result
+        if _store() is not None:
+            self.wait(through)
+        return None
 
     def _key(self, what: str) -> str:
         return f"mla_convert/{self.run}/{what}"
@@ -65,17 +110,21 @@ def _store() -> dist.Store | None:
     return _get_default_store() if dist.is_initialized() else None
 
 
-def wait_for_files(paths: Iterable[Path], on_missing: Callable[[int], None] = lambda count: None) -> None:
+def wait_for_files(
+    paths: Iterable[Path], notices: Notices | None = None, on_missing: Callable[[int], None] = lambda count: None
+) -> None:
     """Return when all `paths` exist. After each check, `on_missing` is called with the number of missing files.
 
     Files that were found are not checked again, and the longer it takes, the rarer the checks become. Raises UserError
-    if the rendezvous process is gone.
+    if the rendezvous process is gone, or if the `notices` say that a process has failed.
     """
     missing = list(paths)
 
     def all_exist() -> bool:
         missing[:] = [path for path in missing if not path.exists()]
         if missing:
+            if notices is not None:
+                notices.check()
             on_missing(len(missing))
         return not missing
 

@@ -16,6 +16,7 @@ from ..distill.progress import Report
 from ..distill.shard_index import ShardIndex, read_index, write_index
 from ..distill.sharding import from_main
 from ..distill.stages.base import REAL_SCORE, TEACHER, StageConfig
+from ..distill.waiting import Notices
 from ..evaluate.samples import Comparison
 from ..export.checkpoint import load_checkpoint
 from ..export.manifest import read_manifest
@@ -43,14 +44,15 @@ class Context:
     """The state of a run in progress.
 
     `report` receives the progress of a step. `main` is False in every process of a distributed run but the first.
-    `seconds` is the wall-clock time of each finished step. `drawn` holds the sample videos once this process has
-    made them.
+    `notices` are those of the run's processes. `seconds` is the wall-clock time of each finished step. `drawn` holds
+    the sample videos once this process has made them.
     """
 
     recipe: Recipe
     path: Path
     report: Report
     main: bool = True
+    notices: Notices = field(default_factory=lambda: Notices("alone"), repr=False)
     seconds: Mapping[str, float] = field(default_factory=dict)
     drawn: Sequence[Comparison] | None = field(default=None, repr=False)
     _clips: ShardIndex | None = field(default=None, repr=False)
@@ -107,7 +109,7 @@ class Context:
 
     def share_clips(self) -> None:
         """Open the clips in the first process alone and pass their index on; every process calls this."""
-        data = self.data if self.main else None
+        data = self.notices.led("clips", self.main, lambda: self.data)
         index: ShardIndex | None = from_main(data.shards.index if isinstance(data, LatentClips) else None)
         if self.main:
             self.keep_index()

@@ -33,22 +33,27 @@ def roll_out_data(context: Context) -> None:
     """Write the run's clips, except those already stored; every process of a distributed run makes its share."""
     config = context.recipe.data.rollouts
     assert config is not None
-    prompts = read_prompts(context.recipe.data, context.source) if context.main else None
-    # The other processes do not open the clips of the prompts again.
-    index = from_main(None if prompts is None else prompts.index)
-    prompts = prompts or read_prompts(context.recipe.data, context.source, index)
-    negative = read_negative_prompt(context, prompts.text[[0]])
-    folder, processes = context.path / DATA, PartialState()
-    if context.main:
+    folder, processes, notices = context.path / DATA, PartialState(), context.notices
+
+    def prepare() -> Prompts:
+        prompts = read_prompts(context.recipe.data, context.source)
+        negative = read_negative_prompt(context, prompts.text[[0]])
         open_folder(folder, _identity(context, prompts, negative))
         if negative is not None:
             with atomic_file(folder / NEGATIVE) as temporary:
                 save_tensors({EMBEDS_KEY: negative}, temporary)
-    processes.wait_for_everyone()
+        return prompts
+
+    prepared = notices.led("rollouts", context.main, prepare)
+    # The other processes do not open the clips of the prompts again.
+    index = from_main(None if prepared is None else prepared.index)
+    prompts = prepared or read_prompts(context.recipe.data, context.source, index)
+    negative = read_negative_prompt(context, prompts.text[[0]])
     teacher = context.dense().to(processes.device)
     context.recipe.streaming.dense.apply(teacher)
 
     def roll_out(embeds: Tensor, seed: int, conditions: Mapping[str, Tensor]) -> Tensor:
+        notices.check()
         negatives = None if negative is None else negative.unsqueeze(0)
         sampling = _sampling(config, seed)
         chunks = rollout(teacher, embeds, sampling, negative_hidden_states=negatives, conditions=conditions)
@@ -68,7 +73,7 @@ def roll_out_data(context: Context) -> None:
         lambda chosen: prompts.conditions(chosen, config.num_frames),
     )
     # Another process may have one shard more and still be writing it.
-    wait_for_files(shards_of(folder, config))
+    wait_for_files(shards_of(folder, config), notices)
 
 
 def read_negative_prompt(context: Context, text: Tensor) -> Tensor | None:

@@ -65,16 +65,16 @@ def run(
     steps = steps_until(recipe, until)
     model = path / STAGES / stage_names(recipe)[sum(step.trains for step in steps)]
     notices = Notices(from_main(time.time_ns()))
-    if not processes.is_main_process:
-        try:
-            _follow(recipe, path, steps, processes, notices)
-        except Stopped:
-            # A launcher ends all processes as soon as one has ended, and the first one still has to mark the folder.
+    with notices.failing():
+        if not processes.is_main_process:
+            try:
+                _follow(recipe, path, steps, processes, notices)
+            except Stopped:
+                # A launcher ends all processes as soon as one has ended, and the first one has still to mark the folder.
+                processes.wait_for_everyone()
+                raise
             processes.wait_for_everyone()
-            raise
-        processes.wait_for_everyone()
-        return RunResult(path, model, {}, main=False)
-    try:
+            return RunResult(path, model, {}, main=False)
         folder = RunDir(path, recipe, resume)
         try:
             _lead(recipe, folder, steps, processes, console or Console(stderr=True), notices)
@@ -89,9 +89,6 @@ def run(
             raise
         finally:
             folder.close()
-    except BaseException:
-        notices.fail()
-        raise
 
 
 def this_process() -> PartialState:
@@ -126,7 +123,7 @@ def _lead(
         _begin(folder, notices)
         return
     with progress_bars(console) as report:
-        context = Context(recipe, folder.path, report)
+        context = Context(recipe, folder.path, report, notices=notices)
         check_inputs(context, pending, folder.finished)
         stages = tuple(recipe.distill[step.stage] for step in pending if step.stage is not None)
         if stages:
@@ -168,7 +165,7 @@ def _follow(recipe: Recipe, path: Path, steps: list[Step], processes: PartialSta
     They poll for notices, because what the first process does alone may outlast the timeout of a barrier.
     """
     done = json.loads(notices.wait(_BEGUN))
-    context = Context(recipe, path, lambda *args: None, main=False)
+    context = Context(recipe, path, lambda *args: None, main=False, notices=notices)
     for step in steps:
         if step.name not in done:
             if step.everywhere:

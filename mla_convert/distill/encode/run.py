@@ -21,7 +21,7 @@ from ..negative import NEGATIVE
 from ..progress import Report
 from ..shard_files import clips_in, of_all
 from ..sharding import from_main
-from ..waiting import wait_for_files
+from ..waiting import Notices, wait_for_files
 from .config import EncodeConfig
 from .models import TEXT_TOKENS, check_model, check_size, find_pipeline, has_image_encoder
 from .plan import claimed, make_plan
@@ -31,6 +31,7 @@ from .text import Embeddings, write_embeddings
 from .videos import Shard, came_back, skipped_in, write_video_shards
 
 SKIPPED = "skipped.jsonl"
+_DEALT = "dealt"
 
 
 def encode_videos(
@@ -47,6 +48,20 @@ def encode_videos(
     if no video could be encoded; UsageError for sizes that the VAE does not take, or for settings that differ from
     those of the encoding to resume.
     """
+    notices = Notices(from_main(time.time_ns()))
+    with notices.failing():
+        return _encode_videos(source, out, config, processes, report, resume, notices)
+
+
+def _encode_videos(
+    source: Path,
+    out: Path,
+    config: EncodeConfig,
+    processes: PartialState,
+    report: Report,
+    resume: bool,
+    notices: Notices,
+) -> dict[str, Any] | None:
     started = time.monotonic()
     images, main = config.image_condition, processes.is_main_process
     entries = find_videos(source) if main else []
@@ -74,14 +89,16 @@ def encode_videos(
 
     def work(mine: Sequence[int], texts: Sequence[Embeddings], launch: int) -> None:
         find_pipeline(config.model, commit, config_only=False, images=images)
-        own = [shards[n] for n in mine] if main else read_share(share_file(out, launch, processes.process_index))
-        write_video_shards(own, texts, folder, config, processes.device, report)
+        own = (
+            [shards[n] for n in mine] if main else read_share(share_file(out, launch, processes.process_index), notices)
+        )
+        write_video_shards(own, texts, folder, config, processes.device, report, notices.check)
 
     def again() -> list[Path]:
         written = [shard for shard in shards if shard.path.exists()]
         return [shard.path for shard, back in zip(written, of_all(came_back, written), strict=True) if back]
 
-    if not _share(out, plan, resume, processes, paths, _negative(out, config), work, report, deal, again):
+    if not _share(out, plan, resume, processes, paths, _negative(out, config), work, report, notices, deal, again):
         return None
     skipped = sorted(row for found in of_all(skipped_in, paths) for row in found)
     rows = [{"file_name": name, "reason": reason} for name, reason in skipped]
@@ -114,6 +131,20 @@ def encode_prompts(
 
     The negative prompt, shards, processes, resume and errors are as in `encode_videos`.
     """
+    notices = Notices(from_main(time.time_ns()))
+    with notices.failing():
+        return _encode_prompts(source, out, config, processes, report, resume, notices)
+
+
+def _encode_prompts(
+    source: Path,
+    out: Path,
+    config: EncodeConfig,
+    processes: PartialState,
+    report: Report,
+    resume: bool,
+    notices: Notices,
+) -> dict[str, Any] | None:
     started = time.monotonic()
     prompts = read_prompts(source)
     folder, commit = find_pipeline(config.model, config.revision, config_only=True)
@@ -127,9 +158,9 @@ def encode_prompts(
     def work(mine: Sequence[int], texts: Sequence[Embeddings], launch: int) -> None:
         find_pipeline(config.model, commit, config_only=False)
         files = [*texts, *(Embeddings(paths[number], shards[number]) for number in mine)]
-        write_embeddings(files, folder, config, processes.device, report)
+        write_embeddings(files, folder, config, processes.device, report, notices.check)
 
-    if not _share(out, plan, resume, processes, paths, _negative(out, config), work, report):
+    if not _share(out, plan, resume, processes, paths, _negative(out, config), work, report, notices):
         return None
     return {
         "out": str(out),
@@ -155,6 +186,7 @@ def _share(
     text: Embeddings,
     work: Callable[[Sequence[int], Sequence[Embeddings], int], None],
     report: Report,
+    notices: Notices,
     deal: Callable[[Sequence[int], int], None] = lambda missing, launch: None,
     again: Callable[[], Sequence[Path]] = lambda: (),
 ) -> bool:
@@ -165,14 +197,13 @@ def _share(
     """
 
     def begin(missing: Sequence[int], launch: int) -> None:
-        missing, launch = from_main((missing, launch))
         mine = missing[processes.process_index :: processes.num_processes]
         texts = [text] if processes.is_main_process and not text.path.exists() else []
         if mine or texts:
             work(mine, texts, launch)
 
     if not processes.is_main_process:
-        begin((), 0)
+        begin(*json.loads(notices.wait(_DEALT)))
         return False
 
     with claimed(out, plan, resume):
@@ -182,7 +213,9 @@ def _share(
         there = {path.name for path in out.iterdir()}
         missing, launch = [number for number, path in enumerate(paths) if path.name not in there], time.time_ns()
         deal(missing, launch)
+        # Not a collective: the others would be left in it if this process failed before.
+        notices.tell(_DEALT, json.dumps([missing, launch]))
         begin(missing, launch)
         # A barrier would time out if other processes need long for their last shards.
-        wait_for_files(paths, lambda left: report("shards of other processes", len(paths) - left, len(paths)))
+        wait_for_files(paths, notices, lambda left: report("shards of other processes", len(paths) - left, len(paths)))
     return True

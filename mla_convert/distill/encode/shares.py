@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...files import atomic_file
-from ..waiting import wait_for_files
+from ..waiting import Notices, wait_for_files
 from .plan import WORK
 from .sources import Entry
 from .videos import Shard
@@ -29,9 +29,9 @@ def write_share(path: Path, shards: Sequence[Shard]) -> None:
             file.write(json.dumps([shard.path.name, shard.first, entries]) + "\n")
 
 
-def read_share(path: Path) -> list[Shard]:
+def read_share(path: Path, notices: Notices) -> list[Shard]:
     """Read the shards of this process, which may take a moment to appear on a shared file system."""
-    wait_for_files([path])
+    wait_for_files([path], notices)
     shards = []
     with path.open(encoding="utf-8") as file:
         for line in file:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,17 +27,23 @@ class Embeddings(NamedTuple):
 
 
 def write_embeddings(
-    files: Sequence[Embeddings], folder: Path, config: EncodeConfig, device: torch.device, report: Report
+    files: Sequence[Embeddings],
+    folder: Path,
+    config: EncodeConfig,
+    device: torch.device,
+    report: Report,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Embed the prompts of each file with the text encoder of the pipeline in `folder`.
 
-    Loads no model if there are no prompts.
+    Loads no model if there are no prompts. `check` is called before each file.
     """
     total, done = sum(len(file.prompts) for file in files), 0
     if not total:
         return
     with text_encoder(folder, config.torch_dtype, device) as embed:
         for path, prompts, ragged in files:
+            check()
             rows: list[Tensor] = []
             for start in range(0, len(prompts), config.batch_size):
                 batch = embed(list(prompts[start : start + config.batch_size]))

@@ -92,19 +92,21 @@ def write_video_shards(
     config: EncodeConfig,
     device: torch.device,
     report: Report,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Encode `texts` and `shards` with the models of the pipeline in `folder`, loaded once for every `BLOCK` videos.
 
+    `check` is called before each shard and raises UserError if another process has failed.
     Unusable videos are skipped and recorded in the shard's metadata, see `skipped_in`. Raises UserError for a disk that
     fails and after `IN_A_ROW` unusable videos in a row; the shards that these are in are not written, or deleted.
     """
-    writing = _Writing(folder, config, device, report, sum(len(shard.entries) for shard in shards))
+    writing = _Writing(folder, config, device, report, sum(len(shard.entries) for shard in shards), check)
     size = max(1, BLOCK // config.shard_size)
     for start in range(0, max(1, len(shards)), size):
         block = shards[start : start + size]
         waiting = [s for s in block if not s.captions.exists()]
         captions = [Embeddings(s.captions, [entry.caption for entry in s.entries], ragged=True) for s in waiting]
-        write_embeddings([*([] if start else texts), *captions], folder, config, device, report)
+        write_embeddings([*([] if start else texts), *captions], folder, config, device, report, check)
         if block:
             writing.write(block)
 
@@ -112,8 +114,16 @@ def write_video_shards(
 class _Writing:
     """Encodes the frames of shards whose captions are embedded, and counts what is done of `total` videos."""
 
-    def __init__(self, folder: Path, config: EncodeConfig, device: torch.device, report: Report, total: int) -> None:
-        self.folder, self.config, self.device, self.report = folder, config, device, report
+    def __init__(
+        self,
+        folder: Path,
+        config: EncodeConfig,
+        device: torch.device,
+        report: Report,
+        total: int,
+        check: Callable[[], None],
+    ) -> None:
+        self.folder, self.config, self.device, self.report, self.check = folder, config, device, report, check
         self.total, self.done = total, 0
         # Broken videos up to now in a row, and the shards written since the first of them.
         self.in_a_row, self.doubtful = 0, list[Path]()
@@ -131,6 +141,7 @@ class _Writing:
             for shard in shards:
                 notes = notes_of(latents_scale(self.folder) if raw else None)
                 with self._undoing():
+                    self.check()
                     write_shard(shard.path, self._clips(shard, encode, notes), shard.first, notes)
                 if self.in_a_row:
                     self.doubtful.append(shard.path)
