@@ -92,11 +92,16 @@ def atomic_file(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
-            with temporary.open("rb") as written:
-                os.fsync(written.fileno())
+            _flush(temporary)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Have a file on the disk before it is renamed, so that after a power cut no name leads to half of it."""
+    with path.open("rb") as written:
+        os.fsync(written.fileno())
 
 
 def check_place(path: Path, folder: bool = False) -> None:
@@ -149,6 +154,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         with explain_os_errors(path):
             temporary.mkdir()
             yield temporary
+            for written in temporary.rglob("*"):
+                if written.is_file():
+                    _flush(written)
             if path.exists():
                 old = temporary
                 if not _exchange(temporary, path):

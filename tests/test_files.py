@@ -48,6 +48,19 @@ def test_a_place_where_nothing_can_be_is_named(tmp_path, write):
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
+def test_what_is_renamed_is_on_the_disk(tmp_path, monkeypatch):
+    """After a power cut a name must not lead to an empty file."""
+    flushed, own = set(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: flushed.add(os.fstat(handle).st_ino) or own(handle))
+    write_text(tmp_path / "file", "a")
+    with atomic_folder(tmp_path / "folder") as folder:
+        (folder / "part").mkdir()
+        for name in ("a", "part/b"):
+            (folder / name).write_text(name)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) == 3 and flushed == {path.stat().st_ino for path in written}
+
+
 def test_a_place_is_tried_and_left_as_it_was(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     check_place(Path("a/b/c.mp4"))

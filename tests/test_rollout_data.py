@@ -220,6 +220,19 @@ def test_prompts_may_be_embeddings(teacher: Path, tmp_path: Path) -> None:
     assert torch.equal(prompts.text[[2, 0]], text[[2, 0]]) and prompts.captions[2] == ""
 
 
+@pytest.mark.parametrize(
+    ("embeds", "message"),
+    [
+        (torch.zeros(2, 3, 32).to(torch.float8_e4m3fn), r"prompt_embeds in .*a\.safetensors is float8_e4m3fn; give fl"),
+        (torch.zeros(0, 3, 32), r"a\.safetensors holds no prompts: prompt_embeds has no rows"),
+    ],
+)
+def test_embeddings_that_cannot_be_used_are_one_line(tmp_path: Path, embeds: torch.Tensor, message: str) -> None:
+    save_file({"prompt_embeds": embeds}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=message):
+        TextFiles([tmp_path / "a.safetensors"], 32)
+
+
 def test_captions_of_clips_of_several_lengths_are_padded(teacher: Path, tmp_path: Path) -> None:
     """Only captions and embeddings are read, so it does not matter whether the latents are raw."""
     width = parse_prompt(PROMPTS[0]).embedding().shape[1]

@@ -18,6 +18,7 @@ from mla_convert.distill import latents, shard_files
 from mla_convert.distill.clip_shards import Clip, write_latents, write_shard
 from mla_convert.distill.data import DataConfig, open_data
 from mla_convert.distill.latents import LatentShards
+from mla_convert.distill.normalisation import KIND_NOTE
 from mla_convert.distill.shard_index import index_shards, read_index, write_index
 from mla_convert.errors import UserError
 from mla_convert.pipeline import run
@@ -90,12 +91,32 @@ def test_other_shapes_are_found_in_the_footers_or_when_a_clip_is_read(tmp_path):
         LatentShards(tmp_path / "sizes")
     # As many bytes, so that a footer does not tell.
     made[3] = Clip(torch.zeros(1, 8, 8, 6), made[3].encoder_hidden_states)
-    write_latents(tmp_path / "bytes", made)
+    (tmp_path / "bytes").mkdir()
+    write_shard(tmp_path / "bytes" / "a.parquet", made)
+    with pytest.raises(UserError, match=r"clip 3 of .*a\.parquet has latents of 1x8x8x6, the first clip has 1x6x8x8"):
+        LatentShards(tmp_path / "bytes")
+    # It says that this package has written it, so that one shape is taken for all.
+    write_shard(tmp_path / "bytes" / "a.parquet", made, notes={KIND_NOTE: "normalised"})
     shards = LatentShards(tmp_path / "bytes")
     assert [len(shard.shapes) for shard in shards.index.shards] == [1]
     with pytest.raises(UserError, match=r"clip 3 of .* has latents of 1x8x8x6, .*continue without it: data\.skip: \[3"):
         shards.read(3)
     assert opened_data(tmp_path / "bytes", skip=(3,)).size == 2
+
+
+@pytest.mark.parametrize(("notes", "count"), [({KIND_NOTE: "normalised"}, 1), (None, 8)])
+def test_one_read_a_clip_tells_its_shape(tmp_path, monkeypatch, notes, count):
+    """And none where this package has written the shard."""
+    write_shard(tmp_path / "a.parquet", clips(8), notes=notes)
+    read, own = [], shard_files.pq.ParquetFile.read_row_group
+
+    def reading(self, number, columns, **settings):
+        read.append(columns)
+        return own(self, number, columns=columns, **settings)
+
+    monkeypatch.setattr(shard_files.pq.ParquetFile, "read_row_group", reading)
+    index_shards(tmp_path)
+    assert len(read[0]) == 2 and read[1:] == [["vae_latent_shape"]] * (count - 1)
 
 
 def test_a_shard_that_is_truncated_while_it_is_open_is_one_line(tmp_path):
@@ -168,6 +189,69 @@ def test_a_shard_of_a_known_index_keeps_its_clips(tmp_path, damage, caplog):
     # The next clip that is kept stands in; the held-out one of the shard is dropped.
     assert [number_of(less.example(i), made) for i in range(7)] == [0, 1, 2, 3, 0, 0, 0]
     assert [number_of({"latents": latents}, made) for latents in less.heldout()["latents"]] == [8, 9]
+
+
+def test_a_shard_that_was_never_read_stays_left_out_when_it_is_written_again(tmp_path):
+    """A run that began without it goes on without it."""
+    made, skip = clips(), ("shard-00001.parquet",)
+    paths = write_latents(tmp_path / "data", made, clips_per_shard=4)
+    whole = paths[1].read_bytes()
+    cut(paths[1])
+    begun = opened_data(tmp_path / "data", skip=skip)
+    paths[1].write_bytes(whole)
+    again = opened_data(tmp_path / "data", begun.shards.index, skip=(*skip, "v9.mp4", "v3.mp4"))
+    assert again.identity == begun.identity and again.size == 3
+    # Clip 9 is number 5 of those that are counted.
+    assert again.shards.index.named["v9.mp4"] == [5]
+    assert opened_data(tmp_path / "data", begun.shards.index).identity != begun.identity
+
+
+def test_only_clips_of_a_recipe_are_skipped_by_it(tmp_path):
+    paths = write_latents(tmp_path, clips(), clips_per_shard=4)
+    shards = LatentShards(tmp_path, skippable=False)
+    cut(paths[0])
+    shard_files._open.cache_clear()
+    for reading in (lambda: shards.read(0), lambda: LatentShards(tmp_path, skippable=False)):
+        with pytest.raises(UserError, match=r"cannot read .*shard-00000") as error:
+            reading()
+        assert "data.skip" not in str(error.value)
+
+
+def test_a_search_without_a_shard_is_not_remembered(tmp_path, monkeypatch):
+    write_latents(tmp_path, clips(), clips_per_shard=4)
+    shards, own = LatentShards(tmp_path), latents.read_once
+
+    def failing(path, read):
+        if path.name == "shard-00001.parquet":
+            raise OSError(errno.ETIMEDOUT, "timed out")
+        return own(path, read)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(latents, "read_once", failing)
+        assert shards.numbers({"v5.mp4", "v8.mp4"}) == {"v5.mp4": [], "v8.mp4": [8]}
+    assert shards.index.named == {}
+    assert shards.numbers({"v5.mp4", "v8.mp4"}) == {"v5.mp4": [5], "v8.mp4": [8]} == shards.index.named
+
+
+def test_the_time_of_a_shard_is_asked_for_again_and_any_file_is_overwritten(tmp_path, monkeypatch):
+    write_latents(tmp_path / "data", clips(), clips_per_shard=4)
+    own, failed = Path.stat, []
+
+    def stale(self, **settings):
+        if self.name == "shard-00001.parquet" and not failed:
+            failed.append(self)
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return own(self, **settings)
+
+    monkeypatch.setattr(shard_files, "_RETRY_AFTER", (0.0, 0.0))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", stale)
+        index = index_shards(tmp_path / "data")
+    assert len(failed) == 1
+    (tmp_path / "index.json").write_bytes(b"\xff\xfe\x00")
+    assert read_index(tmp_path / "index.json", tmp_path / "data") is None
+    write_index(tmp_path / "index.json", index)
+    assert read_index(tmp_path / "index.json", tmp_path / "data") == index
 
 
 def test_names_are_searched_for_once(tmp_path, opened):

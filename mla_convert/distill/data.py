@@ -232,11 +232,13 @@ def open_data(
     conditions: Collection[str] = (),
     known: ShardIndex | None = None,
     checked: bool = False,
+    skippable: bool = True,
 ) -> Data:
     """Open the clips that `config` names; `seed` is the recipe's. Raises UserError if they cannot be trained on.
 
     `conditions` names the model's conditions other than text, which every clip must hold. `known` is an older index
     of the folder, of which only what has changed is read; one that is `checked` is used as it is.
+    Messages name data.skip as a remedy only if clips are `skippable`.
     """
     if config.kind == "digits":
         if conditions:
@@ -246,7 +248,8 @@ def open_data(
         raise UserError("kind rollouts: its clips are written by a run; use kind: latents with that folder instead")
     index = known
     if index is None or not checked:
-        index = index_shards(Path(config.folder), known, {name for name in config.skip if isinstance(name, str)})
-    shards = LatentShards(config.folder, config.text_tokens, config.latents, conditions, index, checked)
+        skipped = {name for name in config.skip if isinstance(name, str)}
+        index = index_shards(Path(config.folder), known, skipped, skippable)
+    shards = LatentShards(config.folder, config.text_tokens, config.latents, conditions, index, checked, skippable)
     rows = drawn_rows(len(shards), seed) if config.split == "drawn" else None
     return LatentClips(shards, config.heldout, config.negative_embeds, config.skip, rows)

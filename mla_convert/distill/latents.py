@@ -60,7 +60,7 @@ class LatentShards:
     `latents` says whether the latents are normalised, or `raw` as a VAE's encoder returns them. `auto` follows the
     note in a shard; without one, it checks the statistics of a few clips. `conditions` names the image conditions to
     read; others are ignored. `index` is read from the folder by default; an index that is `checked`, because another
-    process has opened the clips with it, is taken as it is.
+    process has opened the clips with it, is taken as it is. Only for clips that are `skippable` is data.skip a remedy.
 
     Raises UserError for an empty folder, missing columns, a row without a tensor, mixed shapes, latents that
     look raw but are not declared raw, or conditions that are missing or that a model cannot take. The shapes of a
@@ -75,12 +75,13 @@ class LatentShards:
         conditions: Collection[str] = (),
         index: ShardIndex | None = None,
         checked: bool = False,
+        skippable: bool = True,
     ) -> None:
-        self.folder, self.text_tokens = Path(folder), text_tokens
+        self.folder, self.text_tokens, self.skippable = Path(folder), text_tokens, skippable
         self.conditions = tuple(name for name in COLUMN_OF if name in conditions)
         self._columns = COLUMNS + tensor_columns(*(COLUMN_OF[name] for name in self.conditions))
         self._condition_shapes: dict[str, Sequence[int]] = {}
-        self.index = index_shards(self.folder) if index is None else index
+        self.index = index_shards(self.folder, skippable=skippable) if index is None else index
         self.paths = self.index.paths
         self._starts = [0, *itertools.accumulate(shard.clips for shard in self.index.shards)]
         self._latent_shape: list[int] | None = None
@@ -218,11 +219,13 @@ class LatentShards:
         than the first.
         """
         values = self._row(index, self._columns)
-        place, remedy = self._place(index), _remedy(index)
+        place, remedy = self._place(index), self._remedy(index)
         try:
             self._check_clip(values, place)
             self._check_images(values, place, self.index.shards[self._shard(index)])
         except UserError as error:
+            if not self.skippable:
+                raise
             raise UserError(f"{error}; or continue without it: data.skip: [{index}]") from None
         text = _unpack(values, TEXT, place, remedy)
         if self.text_tokens is not None:
@@ -242,7 +245,7 @@ class LatentShards:
     def text(self, index: int) -> Tensor:
         """`encoder_hidden_states` `[L, D]` of clip `index`, float32, without reading its latents. Raises UserError."""
         columns = tensor_columns(TEXT)
-        place, remedy = self._place(index), _remedy(index)
+        place, remedy = self._place(index), self._remedy(index)
         text = _unpack(self._row(index, columns), TEXT, place, remedy)
         assert self._text_shape is not None
         if self.text_tokens is not None and len(text) <= self.text_tokens:
@@ -269,32 +272,44 @@ class LatentShards:
     def numbers(self, names: Collection[str]) -> dict[str, list[int]]:
         """The numbers of the clips that each of `names` stands for: a shard, or the `id` or `file_name` of a clip."""
         unknown = set(names) - self.index.named.keys()
+        found = self.index.named
         if unknown:
-            self.index.named.update(self._searched(unknown))
-        return {name: self.index.named[name] for name in names}
+            searched, whole = self._searched(unknown)
+            found = found | searched
+            # The next search may find more in a shard that could not be read.
+            if whole:
+                self.index.named.update(searched)
+        return {name: found[name] for name in names}
 
-    def _searched(self, names: Collection[str]) -> dict[str, list[int]]:
+    def _searched(self, names: Collection[str]) -> tuple[dict[str, list[int]], bool]:
+        """The numbers of the clips of each name, and whether all shards could be searched."""
         shards = {shard.name: number for number, shard in enumerate(self.index.shards)}
         found = {name: list(range(*self._starts[shards[name] :][:2])) for name in names if name in shards}
         found.update({name: [] for name in names if name not in shards})
         searched = {name for name in names if name not in shards}
 
-        def matching(number: int) -> list[tuple[str, int]]:
+        def matching(number: int) -> list[tuple[str, int]] | None:
+            first, end = self._starts[number : number + 2]
+
             def rows(file: pq.ParquetFile) -> list[tuple[str, int]]:
                 columns = [column for column in NAMES if column in file.schema_arrow.names]
                 each = file.read(columns=columns, use_threads=False).to_pylist() if columns else []
-                first = self._starts[number]
-                return [(name, first + row) for row, own in enumerate(each) for name in searched & set(own.values())]
+                return [
+                    (name, row)
+                    for row, own in zip(range(first, end), each, strict=False)
+                    for name in searched & set(own.values())
+                ]
 
             # A shard that cannot be read is named, or its clips are refused when they are read.
             with contextlib.suppress(*Unreadable):
                 return read_once(self.paths[number], rows)
-            return []
+            return None
 
-        for matches in of_all(matching, range(len(self.paths)) if searched else ()):
-            for name, row in matches:
-                found[name].append(row)
-        return found
+        filled = [number for number, shard in enumerate(self.index.shards) if shard.clips and searched]
+        matches = of_all(matching, filled)
+        for name, row in itertools.chain.from_iterable(rows or () for rows in matches):
+            found[name].append(row)
+        return found, None not in matches
 
     def _name(self, index: int) -> str:
         return next((str(name) for name in self._row(index, NAMES).values() if name), "")
@@ -319,7 +334,7 @@ class LatentShards:
         try:
             return read_from(path, read)
         except (*Unreadable, IndexError) as error:
-            raise UserError(f"cannot read {self._place(index)}: {reason_of(error)}; {_remedy(index)}") from None
+            raise UserError(f"cannot read {self._place(index)}: {reason_of(error)}; {self._remedy(index)}") from None
 
     def _shard(self, index: int) -> int:
         """The number of the shard that holds clip `index`."""
@@ -329,10 +344,9 @@ class LatentShards:
         number = self._shard(index)
         return f"clip {index - self._starts[number]} of {self.paths[number]}"
 
-
-def _remedy(index: int) -> str:
-    """What to do about a damaged clip."""
-    return f"encode it again, or continue without it: data.skip: [{index}]"
+    def _remedy(self, index: int) -> str:
+        """What to do about a damaged clip."""
+        return "encode it again" + (f", or continue without it: data.skip: [{index}]" if self.skippable else "")
 
 
 def _unpack(row: dict[str, Any], name: str, place: str, remedy: str) -> Tensor:

@@ -36,7 +36,7 @@ def read_from(path: Path, read: Callable[[pq.ParquetFile], Result]) -> Result:
 
     EIO and ESTALE are tried again twice, with the file opened anew. Other errors, of `Unreadable`, propagate.
     """
-    return _patiently(lambda: read(_open(path, os.getpid())), _open.cache_clear)
+    return patiently(lambda: read(_open(path, os.getpid())), _open.cache_clear)
 
 
 def read_once(path: Path, read: Callable[[pq.ParquetFile], Result]) -> Result:
@@ -46,10 +46,11 @@ def read_once(path: Path, read: Callable[[pq.ParquetFile], Result]) -> Result:
         with pq.ParquetFile(path) as shard:
             return read(shard)
 
-    return _patiently(opened, lambda: None)
+    return patiently(opened)
 
 
-def _patiently(attempt: Callable[[], Result], forget: Callable[[], None]) -> Result:
+def patiently(attempt: Callable[[], Result], forget: Callable[[], None] = lambda: None) -> Result:
+    """Return `attempt()`; EIO and ESTALE are tried again twice, each time after `forget()`."""
     for seconds in _RETRY_AFTER:
         try:
             return attempt()

@@ -21,7 +21,7 @@ from ..files import write_text
 from .clip_shards import COLUMNS, LATENT, TEXT
 from .image_columns import COLUMN_OF
 from .normalisation import KIND_NOTE, SCALE_NOTE
-from .shard_files import Unreadable, notes_in, of_all, read_once, reason_of
+from .shard_files import Unreadable, notes_in, of_all, patiently, read_once, reason_of
 
 _FORMAT = 1
 _KEPT_NOTES = (KIND_NOTE, SCALE_NOTE)
@@ -62,12 +62,15 @@ class ShardIndex:
         return [_path(self.folder, shard.name) for shard in self.shards]
 
 
-def index_shards(folder: Path, known: ShardIndex | None = None, skipped: Collection[str] = ()) -> ShardIndex:
+def index_shards(
+    folder: Path, known: ShardIndex | None = None, skipped: Collection[str] = (), skippable: bool = True
+) -> ShardIndex:
     """Read the index of `folder`; shards of `known` are read again only if their size or time differs.
 
     A shard of `known` that can no longer be read stays as it was. One that is also named in `skipped` may be gone; one
-    that is named there and was never read counts no clips. Raises UserError for a folder without shards, for any other
-    shard that cannot be read, and for one without the columns of a clip.
+    that is named there and was never read counts no clips, also if it can be read by now. Raises UserError for a folder
+    without shards, for any other shard that cannot be read, with the remedy to skip it if it is `skippable`, and for
+    one without the columns of a clip.
     """
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*.parquet")}
     if folder.is_file():
@@ -81,16 +84,18 @@ def index_shards(folder: Path, known: ShardIndex | None = None, skipped: Collect
     def indexed(path: Path) -> Shard:
         name = path.relative_to(folder).as_posix()
         old = before.get(name)
+        if old is not None and not old.clips and name in skipped:
+            return old
         try:
-            found = path.stat()
+            found = patiently(path.stat)
             if old is not None and (old.size, old.modified) == (found.st_size, found.st_mtime_ns):
                 return old
             return _read(path, Shard(name, found.st_size, found.st_mtime_ns, 0))
         except Unreadable as error:
             if old is None and name not in skipped:
+                leave_out = f", or leave it out: data.skip: [{name}]" if skippable else ""
                 raise UserError(
-                    f"cannot read {path}: {reason_of(error)}; if it is truncated, write it again, or leave it out: "
-                    f"data.skip: [{name}]"
+                    f"cannot read {path}: {reason_of(error)}; if it is truncated, write it again{leave_out}"
                 ) from None
             damaged[name] = reason_of(error)
             return old or Shard(name, 0, 0, 0)
@@ -132,24 +137,34 @@ def _read(path: Path, shard: Shard) -> Shard:
 def _shapes(file: pq.ParquetFile) -> tuple[int, list[tuple[int, dict[str, list[int] | None]]]]:
     """The number of clips in the largest row group, and the `Shard.shapes` of an open shard.
 
-    The shapes of a clip with a row group of its own are read only if its tensors take other bytes than those of clips
-    before it: the footer has these sizes.
+    All shapes of a clip with a row group of its own are read only if its tensors take other bytes than those of clips
+    before it: the footer has these sizes. Upright and wide clips may take the same, so the latents' shape alone is read
+    otherwise, unless this package has written the shard: then all its clips have one shape.
     """
     leaves = [file.metadata.schema.column(i).path for i in range(file.metadata.num_columns)]
     tensors = [name for name in (LATENT, TEXT, *COLUMN_OF.values()) if f"{name}_bytes" in leaves]
     places = [leaves.index(f"{name}_bytes") for name in tensors]
-    columns = [f"{name}_shape" for name in tensors]
+    columns, latent = [f"{name}_shape" for name in tensors], f"{LATENT}_shape"
+    alike = KIND_NOTE in notes_in(file)
     first = largest = 0
-    seen: set[tuple[int, ...]] = set()
+    seen: dict[tuple[int, ...], list[Sequence[int] | None]] = {}
     found: dict[str, tuple[int, dict[str, list[int] | None]]] = {}
+
+    def read(number: int, chosen: list[str]) -> list[dict[str, list[int] | None]]:
+        rows: list[dict[str, list[int] | None]] = file.read_row_group(
+            number, columns=chosen, use_threads=False
+        ).to_pylist()
+        return rows
+
     for number in range(file.num_row_groups):
         group = file.metadata.row_group(number)
         sizes = tuple(group.column(place).total_uncompressed_size for place in places)
-        if group.num_rows > 1 or sizes not in seen:
-            read = file.read_row_group(number, columns=columns, use_threads=False).to_pylist()
-            for row, shapes in enumerate(read, first):
+        known = seen.setdefault(sizes, [])
+        single = group.num_rows == 1 and known
+        if not single or not (alike or read(number, [latent])[0][latent] in known):
+            for row, shapes in enumerate(read(number, columns), first):
                 found.setdefault(json.dumps(shapes), (row, shapes))
-            seen.add(sizes)
+                known.append(shapes[latent])
         first, largest = first + group.num_rows, max(largest, group.num_rows)
     return largest, list(found.values())
 
@@ -163,7 +178,7 @@ def write_index(path: Path, index: ShardIndex) -> None:
         "named": index.named,
     }
     text = json.dumps(content) + "\n"
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+    if not path.is_file() or path.read_bytes() != text.encode():
         write_text(path, text)
 
 

@@ -99,7 +99,8 @@ class Context:
         if known is None and config.folder is not None:
             known = read_index(self.path / CLIPS, Path(config.folder))
         needed = needed_conditions(self.source.config)
-        return open_data(config, self.recipe.seed, needed, known, checked=self._clips is not None)
+        checked, skippable = self._clips is not None, self.recipe.data.kind == "latents"
+        return open_data(config, self.recipe.seed, needed, known, checked, skippable)
 
     def keep_index(self) -> None:
         """Write the index of the clips, if they have been opened, for a resumed run."""

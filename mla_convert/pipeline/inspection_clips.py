@@ -62,7 +62,7 @@ def open_clips(
         return Clips(
             DIGITS, count, digits_data.example, _TRIAL_CLIPS, lambda index: {k: v[index] for k, v in held.items()}
         )
-    shards = LatentShards(data, text_tokens, latents, needed_conditions(source.config))
+    shards = LatentShards(data, text_tokens, latents, needed_conditions(source.config), skippable=False)
     # Measured on its own calibration clips a fit looks too good, so the trial has other clips if there are two or more.
     trial_count = min(_TRIAL_CLIPS, max(1, len(shards) // 2))
     first = len(shards) - trial_count

@@ -46,8 +46,13 @@ class TextFiles:
                 raise UserError(f"cannot read prompt embeddings from {file}: {error}") from None
             if len(shape) not in (2, 3) or shape[-1] != text_dim:
                 raise UserError(f"{EMBEDS_KEY} in {file} has shape {shape}; [L, {text_dim}] is expected")
+            if dtypes[-1] not in _DTYPES:
+                kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+                raise UserError(f"{EMBEDS_KEY} in {file} is {str(dtypes[-1]).removeprefix('torch.')}; give {kinds}")
             lengths.add(shape[-2])
             self._starts.append(self._starts[-1] + (shape[0] if len(shape) == 3 else 1))
+        if len(self) == 0:
+            raise UserError(f"{files[0]} holds no prompts: {EMBEDS_KEY} has no rows; encode them again")
         if len(lengths) > 1:
             raise UserError("the files of prompts have embeddings of different lengths; encode the prompts together")
         for dtype in dtypes[:1]:
