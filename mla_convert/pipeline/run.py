@@ -70,7 +70,7 @@ def run(
             try:
                 _follow(recipe, path, steps, processes, notices)
             except Stopped:
-                # A launcher ends all processes as soon as one has ended, and the first one has still to mark the folder.
+                # A launcher ends all processes once one has ended, and the first one has still to mark the folder.
                 processes.wait_for_everyone()
                 raise
             processes.wait_for_everyone()
