@@ -209,7 +209,7 @@ def test_auto_compares_views_with_torch_on_their_own(monkeypatch: pytest.MonkeyP
     batch = batch_of(model, 2, num_inference_steps=1)
     batch.join(prompt(0), num_frames=2)
     collect({}, batch)
-    assert {shape.cache.partition(",")[0] for _, shape, _ in chosen.found.checked} == {
+    assert {shape.cache.partition(",")[0] for _, shape, *_ in chosen.found.checked} == {
         "DenseCache",
         "DenseCacheLaneView",
     }

@@ -102,6 +102,10 @@ class FrameCache:
         """The reverse of `take`, in place."""
         self._put(kept[0], slots, rows.detach().to(kept[0].dtype))
 
+    def steps(self, kept: tuple[Any, ...], slots: Tensor) -> Tensor | float:
+        """The quantization step of each scalar of `take`, float32 of that shape; 0 for rows that are not quantized."""
+        return 0.0
+
     def read(self, layer: int, frames: list[int]) -> Tensor:
         """Rows of absolute `frames`, `[B, len(frames) * tokens_per_frame, row]`."""
         return self.take(self.kept(layer), self.slots(frames))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +53,7 @@ def why_not(layer: CausalSelfAttention, dtype: torch.dtype, device: str, step: A
         return "kernels would read the own chunk quantized, from a cache in fewer bits"
     if any(view.zero_keys for view in step.views):
         return "the model attends to keys of zeros"
-    if isinstance(layer, LatentSelfAttention) and layer.mla.layers_per_latent == 1:
+    if _writes(layer):
         reason = ops.why_not_latent_write(layer.rank, layer.row_width - layer.rank, layer.head_dim, dtype)
         if reason is not None:
             return cast(str, reason)
@@ -75,6 +75,11 @@ def lacking() -> str | None:
 def backends(layer: CausalSelfAttention, path: Path) -> tuple[Backend, ...]:
     """The backends for `path`; `sdpa` is one of them where one softmax over the workspace is enough."""
     return ("sdpa", "attend") if path == "expand" and _one_workspace(layer) else ("attend",)
+
+
+def writes_unread(layer: CausalSelfAttention, step: AttentionPass) -> bool:
+    """Whether a kernel writes rows in this pass that its output does not depend on."""
+    return step.write and layer.own_chunk_exact and _writes(layer)
 
 
 def attention(
@@ -364,6 +369,11 @@ def _project_into(out: Tensor, linear: nn.Module, x: Tensor) -> Tensor:
 def _cos_sin(rotations: Tensor) -> Tensor:
     """Complex64 rotations `[S, P]` as float32 `[S, P, 2]`."""
     return torch.view_as_real(rotations.contiguous())
+
+
+def _writes(layer: CausalSelfAttention) -> TypeGuard[LatentSelfAttention]:
+    """Whether a kernel writes the layer's rows; torch writes dense ones and latents that layers share."""
+    return isinstance(layer, LatentSelfAttention) and layer.mla.layers_per_latent == 1
 
 
 def _one_workspace(layer: CausalSelfAttention) -> bool:

@@ -63,12 +63,13 @@ class Findings:
     """What was chosen while a model streamed.
 
     `choices` are keyed by layer and shape. `checked` holds the layers and shapes, with or without history, whose output
-    agreed with torch's. `failed` has, by kind, the reason why kernels failed, which are not tried again; the kind None
-    is all of them. `kept` is the decision about histories and its reason. `announced`: the choices were logged.
+    agreed with torch's; a last True: so did rows written that the output does not depend on. `failed` has, by kind, the
+    reason why kernels failed, which are not tried again; the kind None is all of them. `kept` is the decision about
+    histories and its reason. `announced`: the choices were logged.
     """
 
     choices: dict[tuple[int, Shape], Choice] = field(default_factory=dict)
-    checked: set[tuple[int, Shape, bool]] = field(default_factory=set)
+    checked: set[tuple[int, Shape, bool, bool]] = field(default_factory=set)
     failed: dict[Hashable, str] = field(default_factory=dict)
     kept: tuple[str, str] | None = None
     announced: bool = False
@@ -132,7 +133,8 @@ class Kernels:
         if choice.path == "expand" and step.cache.expanded.keep is None:
             step.cache.expanded.keep = self._keeps(layer, shape, step.cache)
         # Other kernels run without history than with it; the batch size changes nothing.
-        check = (layer.layer, shape._replace(batch=1), step.views[0].has_history)
+        unread = fused.writes_unread(layer, step)
+        check = (layer.layer, shape._replace(batch=1), step.views[0].has_history, unread)
         if self.settings.mode == "triton":
             try:
                 return fused.attention(layer, hidden_states, step, choice.path, choice.backend)
@@ -152,13 +154,17 @@ class Kernels:
     ) -> Tensor | None:
         """A kernel's output if it agrees with torch's; if it fails or differs, None, and torch attends from now on.
 
-        If torch's is all zeros or not finite, as for NaN input, None for this pass, and the next one compares again.
+        Rows written are compared where the output does not depend on them, and torch's stay in the cache. If torch's
+        output is all zeros or not finite, as for NaN input, None for this pass, and the next one compares again.
         """
         choice = self.found.choices[key]
         path = choice.path
         assert path != "torch"
+        written = None
         try:
             out = fused.attention(layer, hidden_states, step, path, choice.backend)
+            if fused.writes_unread(layer, step):
+                written = _own_rows(step)
         except torch.OutOfMemoryError:
             # This is no fault of the kernel, which may fit when less is in memory.
             raise
@@ -181,9 +187,12 @@ class Kernels:
             if largest == 0 or not math.isfinite(largest):
                 return None
             difference = float((out.float() - expected).abs().max()) / largest
-            if difference <= CHECK[key[1].dtype]:
+            apart = 0.0 if written is None else _rows_apart(written, step)
+            if difference <= CHECK[key[1].dtype] and apart <= CHECK[key[1].dtype]:
                 return out
             reason = f"{path} differs from torch by {difference:.1e} of the largest output"
+            if difference <= CHECK[key[1].dtype]:
+                reason = f"the rows written differ from torch's by {apart:.1e} of the largest number"
             where = f"layer {layer.layer}"
         self.found.choices[key] = _by_torch(choice, reason)
         logger.warning("kernels: torch attends in %s from now on: %s", where, reason)
@@ -232,6 +241,24 @@ class Kernels:
             return
         self.found.announced = True
         logger.info("%s", describe(self.report()))
+
+
+def _own_rows(step: AttentionPass) -> Tensor:
+    """The chunk's rows in the cache, float32 `[B, S, row]`; a copy."""
+    assert step.cache is not None and step.places is not None
+    return step.cache.take(step.kept, step.places.own_slots).float()
+
+
+def _rows_apart(written: Tensor, step: AttentionPass) -> float:
+    """How far rows `[B, S, row]` are from those that torch has written since, relative to the largest number.
+
+    Quantized numbers may be a step apart, because a kernel rounds what it quantizes less often than torch.
+    """
+    assert step.cache is not None and step.places is not None
+    expected = _own_rows(step)
+    apart = (written - expected).abs() - step.cache.steps(step.kept, step.places.own_slots)
+    # Rows of zeros must be zeros; NaN is passed on.
+    return float(apart.max().clamp(min=0) / expected.abs().max().clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def _kind(layer: CausalSelfAttention, shape: Shape, choice: Choice) -> Hashable:

@@ -32,7 +32,12 @@ def quantise(rows: Tensor, group: int = GROUP, largest: int = 127) -> tuple[Tens
 
 def dequantise(rows: Tensor, scales: Tensor, group: int = GROUP) -> Tensor:
     """Float32 rows `[..., W]` from the int8 rows and scales of `quantise`."""
-    return rows.float() * scales.float().repeat_interleave(group, dim=-1)[..., : rows.shape[-1]]
+    return rows.float() * steps(scales, rows.shape[-1], group)
+
+
+def steps(scales: Tensor, width: int, group: int = GROUP) -> Tensor:
+    """The scale of each scalar, float32 `[..., width]`, from the scales of groups `[..., ceil(width / group)]`."""
+    return scales.float().repeat_interleave(group, dim=-1)[..., :width]
 
 
 def pack(values: Tensor) -> Tensor:
@@ -72,6 +77,9 @@ class Int8LatentCache(LatentCache):
     def take(self, kept: tuple[Any, ...], slots: Tensor) -> Tensor:
         rows, scales = (self._take(one, slots) for one in kept)
         return dequantise(rows, scales)
+
+    def steps(self, kept: tuple[Any, ...], slots: Tensor) -> Tensor | float:
+        return steps(self._take(kept[1], slots), kept[0].shape[-1])
 
     def put(self, kept: tuple[Any, ...], slots: Tensor, rows: Tensor) -> None:
         for one, new in zip(kept, quantise(rows.detach()), strict=True):
@@ -121,6 +129,12 @@ class MixedLatentCache(LatentCache):
         of_eight, of_four, of_key = self._take(scales, slots).split(bits.scales, dim=-1)
         eight, key = dequantise(values[0], of_eight), dequantise(values[2], of_key)
         return torch.cat([eight, dequantise(unpack(values[1]), of_four, GROUP_OF_FOUR), key], dim=-1)
+
+    def steps(self, kept: tuple[Any, ...], slots: Tensor) -> Tensor | float:
+        bits: RowBits = kept[2]
+        of_eight, of_four, of_key = self._take(kept[1], slots).split(bits.scales, dim=-1)
+        parts = steps(of_eight, bits.eight), steps(of_four, bits.four, GROUP_OF_FOUR), steps(of_key, bits.key)
+        return torch.cat(parts, dim=-1)
 
     def put(self, kept: tuple[Any, ...], slots: Tensor, rows: Tensor) -> None:
         bits: RowBits = kept[2]
