@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from mla_attention import attend_tiles, latent_tiles
+import torch
+from mla_attention import attend_tiles, expand_tiles, latent_tiles
+from mla_attention.expand_kv import expand_plan
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -143,3 +145,30 @@ def test_no_two_candidates_of_a_rank_are_the_same_plan(tune):
                 with tune.table(f"latent_attention, rank {rank}", tiles, family):
                     plans.append(latent_tiles.latent_plan(rank, 32, 4680, tune.torch.bfloat16, False, False, family))
             assert not [plan for place, plan in enumerate(plans) if plan in plans[:place]], (family, rank)
+
+
+def test_rows_that_were_not_measured_keep_their_tiles(tune):
+    """Mixed rows, and ranks that 4 does not divide, need more registers than what is measured."""
+    heads = (128, 12, torch.bfloat16, 90)
+    kept = [
+        ((90, *heads), 128),
+        ((192, *heads, 64), 128),
+        ((121, *heads), 64),
+        ((121, *heads, 41, 1), 64),
+        ((192, *heads, 64, 1), 64),
+    ]
+    for tiles in (expand_tiles.TILES[90], expand_tiles.Tiles(256, 256, 64, 4, 2)):
+        with tune.table("expand_kv", tiles, 90):
+            assert expand_plan(192, *heads).constants["BLOCK_M"] == tiles.block_m
+            for given, rows in kept:
+                plan = expand_plan(*given)
+                assert (plan.constants["BLOCK_M"], plan.num_warps, plan.num_stages) == (rows, 8, 3)
+
+
+def test_only_odd_sizes_narrow_the_tiles():
+    wide = [(90, None, 2), (90, 26, 2), (250, 22, 2), (448, 64, 16)]
+    narrow = [(121, None, 1), (90, 25, 1), (121, 41, 1), (448, 62, 1)]
+    for cases, rows in ((wide, 128), (narrow, 64)):
+        for rank, eight, align in cases:
+            plan = expand_plan(rank, 128, 12, torch.bfloat16, 90, eight, align)
+            assert plan.constants["BLOCK_M"] == rows, (rank, eight, align)

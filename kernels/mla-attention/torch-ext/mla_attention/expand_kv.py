@@ -32,10 +32,10 @@ from ._runtime import (
     tile_family,
     tl,
 )
-from .expand_tiles import TILES, Tiles
+from .expand_tiles import TILES, UNTUNED, Tiles
 from .pack import copy_rows, nibbles
 from .quantise import GROUP, GROUP_OF_FOUR, dequantise_rows, row_parts, row_width
-from .ring import UNEVEN_ROWS, check_ring, ring_index, ring_strides
+from .ring import UNEVEN_ROWS, check_ring, ring_index, ring_strides, row_align
 
 MAX_RANK = 2048
 MAX_CHANNELS = 256
@@ -214,10 +214,12 @@ def expand_plan(
 
     The first `eight` latents have 8 bits, if not all have the same number; rows begin at multiples of `align` scalars.
     """
-    exact = dtype == torch.float32
-    chosen = Tiles(32, 32, GROUP, 4, 1) if exact else TILES[tile_family(capability)]
-    if math.gcd(rank, eight or 0) % 4:
-        # Weights that begin anywhere are loaded one by one, in registers that the sums also need.
+    exact, common = dtype == torch.float32, math.gcd(rank, eight or 0)
+    # Weights or mixed rows that begin anywhere are loaded one by one, in registers that the sums also need.
+    anywhere = common % 2 or (eight is not None and align == 1) or (heads == 1 and common % 4)
+    tiles = TILES if eight is None and common % 4 == 0 else UNTUNED
+    chosen = Tiles(32, 32, GROUP, 4, 1) if exact else tiles[tile_family(capability)]
+    if anywhere:
         chosen = chosen._replace(width=min(128, chosen.width), block_m=min(64, chosen.block_m))
     width = chosen.width
     # Least padding first, then the widest block.
@@ -249,9 +251,13 @@ def aot_variants(capability: int) -> list[Variant]:
     cases += [(192, *case, False) for case in parts + shared]
     cases += [(rank, *case, True) for rank in (192, 448) for case in whole + shared]
     found = [aot_variant(*case, capability) for case in cases]
-    # Rows of 56, 224 and 81 bytes.
-    mixed = [(88, 24, 8), (384, 64, 16), (121, 41, 1)]
-    found += [aot_variant(121, *case, quantised, capability, None, 1) for quantised in (False, True) for case in whole]
+    # Rows of 56, 224, 81, 58 and 255 bytes.
+    mixed = [(88, 24, 8), (384, 64, 16), (121, 41, 1), (90, 26, 2), (448, 62, 1)]
+    uneven = [(121, 1, whole), (90, 2, whole + shared)]
+    found += [
+        aot_variant(rank, *case, quantised, capability, None, align)
+        for rank, align, some in uneven for quantised in (False, True) for case in some
+    ]  # fmt: skip
     rows = [(rank, *case, True, capability, eight, align) for rank, eight, align in mixed for case in whole + shared]
     return found + [aot_variant(*case) for case in rows]
 
@@ -341,8 +347,7 @@ def _product(out, channels, heads, rows, scales, slots, num_keys, weight, bias, 
     """Launch one product: for every head, with weights `head_rows` rows apart, or one that all heads of `out` share."""
     rank, tokens = weight.shape[1], rows.shape[2]
     keys = min(slots.shape[-1] * tokens, out.shape[1])
-    align = math.gcd(16, *rows.stride()[:3])
-    plan = expand_plan(rank, channels, heads, out.dtype, capability(rows.device), eight, align)
+    plan = expand_plan(rank, channels, heads, out.dtype, capability(rows.device), eight, row_align(rows))
     groups = ceil_div(heads, plan.constants["HEADS"]) * plan.constants["TILES"]
     launch(
         _expand_kernel, (groups, ceil_div(keys, plan.constants["BLOCK_M"]), out.shape[0]), plan, out,

@@ -8,6 +8,8 @@ and V value channels, r `kv_lora_rank`, R shared rotary channels, W = r + R.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,7 +31,7 @@ from ._runtime import (
     tl,
 )
 from .quantise import GROUP, LEVELS, LEVELS_OF_FOUR, MAX_SCALE, quantise_rows, row_width
-from .ring import UNEVEN_ROWS, check_ring, ring_index, ring_strides
+from .ring import UNEVEN_ROWS, check_ring, ring_index, ring_strides, row_align
 
 MAX_RANK = 2048
 MAX_SHARED = 128
@@ -114,13 +116,13 @@ def _write_kernel(
     key_b, key_n, value_b, value_n, grid_n,
     RANK: tl.constexpr, SHARED: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, D: tl.constexpr,
     NORM_FIRST: tl.constexpr, QUANTISED: tl.constexpr, EIGHT: tl.constexpr, LEVELS: tl.constexpr,
-    LEVELS_OF_FOUR: tl.constexpr, MAX_SCALE: tl.constexpr,
+    LEVELS_OF_FOUR: tl.constexpr, MAX_SCALE: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute BLOCK_W channels of the rows of BLOCK_N tokens; if QUANTISED, these channels are one group.
 
     Where only the first EIGHT latents have 8 bits, every part of a row begins a block, and a block of the latents in 4
-    bits is two groups.
+    bits is two groups. Rows begin at multiples of ALIGN.
     """
     block = tl.program_id(0)
     first, end = block * BLOCK_W, RANK + SHARED
@@ -177,7 +179,8 @@ def _write_kernel(
 
     slot = tl.load(slots + b * slots_b + n // tokens, mask=inside, other=0).to(tl.int64)
     token = n % tokens
-    target = rows + b * rows_b + slot * rows_s + token * rows_t
+    # Strides that 16 does not divide, as of 24 + 32 bytes, would otherwise be unknown and every store a byte.
+    target = rows + tl.multiple_of(b * rows_b + slot * rows_s + token * rows_t, ALIGN)
     place = w
     if QUANTISED:
         steps = scales + b * scales_b + slot * scales_s + token * scales_t
@@ -273,11 +276,12 @@ def why_not_latent_write(
 
 def write_plan(
     rank: int, shared: int, keys: int, values: int, head_dim: int, mean: bool, quantised: bool, dtype: torch.dtype,
-    capability: int, eight: int | None = None,
+    capability: int, eight: int | None = None, align: int = 16,
 ) -> Plan:  # fmt: skip
     """Tiles of tokens by one group of channels; `keys` and `values` count the channels of all heads.
 
-    With `eight`, the first `eight` latents have 8 bits and the others 4, two groups to a tile.
+    With `eight`, the first `eight` latents have 8 bits and the others 4, two groups to a tile. Rows begin at multiples
+    of `align` scalars.
     """
     exact = dtype == torch.float32
     constants = {
@@ -293,6 +297,7 @@ def write_plan(
         "LEVELS": LEVELS,
         "LEVELS_OF_FOUR": LEVELS_OF_FOUR,
         "MAX_SCALE": MAX_SCALE,
+        "ALIGN": align,
         "BLOCK_N": 32 if exact else 64,
         "BLOCK_W": GROUP,
         "BLOCK_C": 32 if exact else 64,
@@ -312,8 +317,9 @@ def aot_variants(capability: int) -> list[Variant]:
     cases += [(88, 0, False, False, True, 24), (192, 32, True, False, True, 64), (121, 32, False, True, True, 41)]
     found = []
     for rank, shared, baked, mean, quantised, eight in cases:
+        align = math.gcd(16, row_width(rank, shared, eight))
         plan = write_plan(
-            rank, shared, channels, channels, head_dim, mean, quantised, torch.bfloat16, capability, eight
+            rank, shared, channels, channels, head_dim, mean, quantised, torch.bfloat16, capability, eight, align
         )
         types = dict.fromkeys(("key", "value", "gain", "mean", "w_kv", "b_kv", "w_pe", "b_pe"), "*bf16") | {
             "rows": "*i8" if quantised else "*bf16",
@@ -328,7 +334,7 @@ def aot_variants(capability: int) -> list[Variant]:
         plan = plan._replace(constants={**plan.constants, **absent})
         name = f"latent_write r={rank} R={shared}" + ", baked" * baked + ", mean" * mean
         name += ", int8" * quantised if eight is None else f", {eight} in 8 bits, the others in 4"
-        uneven = UNEVEN_ROWS if row_width(rank, shared, eight) % 16 else ()
+        uneven = UNEVEN_ROWS if align < 16 else ()
         found.append(Variant(name, _write_kernel, types, plan, uneven=uneven))
     return found
 
@@ -379,7 +385,7 @@ def _launch(
     rank, shared, values = w_kv.shape[0], 0 if w_pe is None else w_pe.shape[0], value.shape[2]
     plan = write_plan(
         rank, shared, keys, values, keys // heads, key_mean is not None, scales is not None, key.dtype,
-        capability(rows.device), eight,
+        capability(rows.device), eight, row_align(rows),
     )  # fmt: skip
     parts = [rank + shared] if eight is None else [eight, rank - eight, shared]
     blocks = sum(ceil_div(part, plan.constants["BLOCK_W"]) for part in parts)

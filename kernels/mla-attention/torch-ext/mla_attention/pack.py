@@ -7,12 +7,14 @@ F frames read, K = F T keys, H heads, C channels, r `kv_lora_rank`, R shared rot
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ._runtime import Plan, Variant, ceil_div, jit, launch, power_of_two, tl
-from .quantise import Part, row_parts
-from .ring import ring_strides
+from .quantise import Part, row_parts, row_width
+from .ring import UNEVEN_ROWS, ring_strides, row_align
 
 
 @jit
@@ -26,9 +28,12 @@ def _copy_kernel(
     out, rows, scales, slots, num_keys, rotations, tokens, keys, copies,
     out_b, out_k, out_h, rows_b, rows_s, rows_t, scales_b, scales_s, scales_t, slots_b, rotations_k,
     FIRST: tl.constexpr, CHANNELS: tl.constexpr, PHASE: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Copy CHANNELS channels of a `Part`, zero-padded to PADDED, of BLOCK_M rows to `copies` heads."""
+    """Copy CHANNELS channels of a `Part`, zero-padded to PADDED, of BLOCK_M rows to `copies` heads.
+
+    Rows begin at multiples of ALIGN.
+    """
     c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     n = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     b = tl.program_id(2).to(tl.int64)
@@ -38,7 +43,7 @@ def _copy_kernel(
     live = n < valid
     mask = live[:, None] & (c < CHANNELS)[None, :]
     slot = tl.load(slots + b * slots_b + n // tokens, mask=live, other=0).to(tl.int64)
-    source = rows + b * rows_b + slot * rows_s + n % tokens * rows_t
+    source = rows + tl.multiple_of(b * rows_b + slot * rows_s + n % tokens * rows_t, ALIGN)
     if GROUP == 32:
         two = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
         x = tl.load(
@@ -75,7 +80,7 @@ def copy_rows(
     batch, capacity, heads, padded = out.shape
     tokens = rows.shape[2]
     keys = min(slots.shape[-1] * tokens, capacity)
-    plan = copy_plan(part, padded)
+    plan = copy_plan(part, padded, row_align(rows))
     tiles = ceil_div(padded, plan.constants["BLOCK_N"]), ceil_div(keys, plan.constants["BLOCK_M"])
     launch(
         _copy_kernel, (*tiles, batch), plan, out,
@@ -109,8 +114,8 @@ def packed_rows(
     return packed.squeeze(2)
 
 
-def copy_plan(part: Part, padded: int) -> Plan:
-    """Tiles of rows, sized by the number of channels."""
+def copy_plan(part: Part, padded: int, align: int = 16) -> Plan:
+    """Tiles of rows, which begin at multiples of `align` scalars, sized by the number of channels."""
     constants = {
         "FIRST": part.first,
         "CHANNELS": part.count,
@@ -119,6 +124,7 @@ def copy_plan(part: Part, padded: int) -> Plan:
         "PADDED": padded,
         "BLOCK_M": 128,
         "BLOCK_N": min(64, max(2, power_of_two(padded))),
+        "ALIGN": align,
     }
     return Plan(constants, 4, 1)
 
@@ -126,8 +132,12 @@ def copy_plan(part: Part, padded: int) -> Plan:
 def aot_variants(capability: int) -> list[Variant]:
     """Ahead-of-time compilations: packed latents, and shared keys for one head or for all, also from 8 and 4 bits."""
     found = []
-    for kind, eight in (("", None), (", int8", None), (", 8 and 4 bits", 64)):
-        first, four, key = row_parts(192, 32, eight)
+    # The mixed rows have 160, 56 and 113 bytes.
+    mixed = ", 8 and 4 bits"
+    rows = [(192, 32, None, ""), (192, 32, None, ", int8"), (192, 32, 64, mixed), (88, 0, 24, mixed)]
+    for rank, shared, eight, kind in [*rows, (121, 32, 41, mixed)]:
+        align = math.gcd(16, row_width(rank, shared, eight))
+        first, four, key = row_parts(rank, shared, eight)
         for part, copies in ((first, 1), (four, 1), (key, 1), (key, 12)):
             if not part.count:
                 continue
@@ -136,8 +146,9 @@ def aot_variants(capability: int) -> list[Variant]:
             types |= {name: kind for name, (kind, there) in optional.items() if there}
             fixed = {name: None for name, (_, there) in optional.items() if not there}
             fixed |= {"copies": 1} if copies == 1 else {}
-            plan = copy_plan(part, part.count)
+            plan = copy_plan(part, part.count, align)
             plan = plan._replace(constants={**plan.constants, **fixed})
             name = f"pack {part.count} channels from {part.first}, {copies} heads{kind}"
-            found.append(Variant(name, _copy_kernel, types, plan, dot=False))
+            uneven = UNEVEN_ROWS if align < 16 else ()
+            found.append(Variant(name, _copy_kernel, types, plan, dot=False, uneven=uneven))
     return found

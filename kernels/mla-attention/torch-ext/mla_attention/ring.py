@@ -7,6 +7,8 @@ and write it as one ring `[1, lanes * S, T, W]`, with a table for each stream th
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -53,3 +55,11 @@ def ring_strides(rows: Tensor, scales: Tensor | None, slots: Tensor) -> tuple[in
     if scales is None:
         strides.append((0, 0, 0))
     return (*strides[0], *strides[1], 0 if slots.dim() == 1 else slots.stride(0))
+
+
+def row_align(rows: Tensor) -> int:
+    """The power of two, at most 16, at multiples of which the rows of a ring begin, in scalars from the first one.
+
+    Kernels take it as a constant, because Triton knows of a stride only whether 16 divides it.
+    """
+    return math.gcd(16, *rows.stride()[:3])
