@@ -16,7 +16,6 @@ from torch import Tensor
 
 from mla_convert import StreamingMLAPipeline
 from mla_convert.export.checkpoint import load_checkpoint
-from mla_convert.run.calls import Calls
 
 
 @pytest.fixture(scope="module")
@@ -134,33 +133,101 @@ def test_a_camera_that_waits_holds_up_no_other_stream(digits: Any) -> None:
     assert sum(x.shape[1] for x in [*made, *live]) == 4
 
 
-def test_hooks_are_freed_when_the_last_stream_ends(digits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hooks_are_freed_when_a_stream_ends_and_no_other_computes(digits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A paused stream keeps no weights on the device; inside a callback of another, nothing is moved."""
     freed = []
     monkeypatch.setattr(digits, "maybe_free_model_hooks", lambda: freed.append(1))
-    first, second = (digits.stream(prompt, num_frames=6, ahead=0) for prompt in ("3", "7"))
-    next(first), next(second)
-    first.close()
-    assert freed == []
-    assert len(list(second)) == 1 and freed == [1]
+    paused = digits.stream("3", num_frames=6, ahead=0)
+    next(paused)
+    for count in (1, 2):
+        drawn(digits, "7", num_frames=3)
+        assert len(freed) == count
+
+    def callback(pipe: Any, *rest: Any) -> None:
+        drawn(pipe, "7", num_frames=3, num_inference_steps=1, ahead=0)
+        assert len(freed) == 2
+
+    drawn(digits, "7", num_frames=3, num_inference_steps=2, callback_on_step_end=callback)
+    assert len(freed) == 3
+    paused.close()
+    assert len(freed) == 4
 
 
-def test_turns_go_in_order_of_arrival_and_a_thread_may_nest_them() -> None:
-    calls, order = Calls(), []
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_callback_can_start_a_stream_of_its_pipeline(ahead: int, digits: Any) -> None:
+    """Also where that stream is not read to its end, and where its own callback starts another."""
+    settings: dict[str, Any] = {"num_frames": 9, "num_inference_steps": 2}
+    expected, inner = drawn(digits, "7", **settings), drawn(digits, "3", **settings)
+    made: list[Any] = []
+    kept: list[Any] = []
 
-    def work(index: int) -> None:
-        with calls.turn(), calls.turn():
-            order.append(index)
+    def innermost(pipe: Any, step: int, *rest: Any) -> None:
+        if step == 1:
+            made.append(drawn(pipe, "3", ahead=ahead, **settings))
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
-    with calls.turn():
-        for count, thread in enumerate(threads, start=2):
-            thread.start()
-            while len(calls._line) < count:
-                time.sleep(0.001)
-        assert order == []
-    for thread in threads:
-        thread.join(10)
-    assert order == [0, 1, 2, 3]
+    def callback(pipe: Any, step: int, *rest: Any) -> None:
+        if step == 1:
+            made.append(drawn(pipe, "3", ahead=ahead, callback_on_step_end=innermost, **settings))
+            kept.append(pipe.stream("3", ahead=ahead, **settings))
+            made.append(next(kept[0]))
+
+    def run() -> None:
+        made.append(drawn(digits, "7", callback_on_step_end=callback, ahead=ahead, **settings))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    made[2] = np.concatenate([made[2], *kept[0]], axis=1)
+    for frames, wanted in zip(made, [inner, inner, inner, expected], strict=True):
+        np.testing.assert_array_equal(frames, wanted)
+    assert not digits._calls.running and not digits._turns._held
+
+
+def test_closing_a_stream_that_waits_for_its_turn_is_quick(digits: Any) -> None:
+    waiting = digits.stream("7", num_inference_steps=1)
+    next(waiting)
+    with digits._turns.turn():
+        next(waiting)
+        while not digits._turns._line:
+            time.sleep(0.001)
+        start = time.monotonic()
+        waiting.close()
+        assert time.monotonic() - start < 5
+        assert not digits._turns._line and not digits._calls.running
+
+
+def test_an_interrupt_while_a_stream_waits_leaves_the_line(digits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(digits._turns.changed, "wait_for", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            drawn(digits, "7", num_frames=6, ahead=0)
+    assert not digits._calls.running and not digits._turns._line
+    assert drawn(digits, "7", num_frames=6).shape[1] == 6
+
+
+def test_an_interrupt_before_the_first_chunk_ends_a_stream(digits: Any) -> None:
+    streams = [digits.stream("7", num_frames=6, ahead=ahead) for ahead in (0, 1)]
+    digits.interrupt = True
+    assert [list(stream) for stream in streams] == [[], []]
+    assert not digits.interrupt
+    forgotten = digits.stream("7", num_frames=6)
+    assert len(digits._calls.running) == 1
+    del forgotten
+    assert not digits._calls.running
+
+
+def test_pipelines_of_one_transformer_share_its_turns(digits: Any) -> None:
+    twin = StreamingMLAPipeline(digits.transformer)
+    assert twin._turns is digits._turns
+    stream = digits.stream("7", ahead=0)
+    next(stream)
+    twin.interrupt = True
+    assert next(stream).shape[1]
+    assert copy.deepcopy(twin)._turns is not twin._turns
 
 
 def test_a_pipeline_can_be_copied(digits: Any) -> None:

@@ -23,7 +23,7 @@ from ..errors import UsageError
 from ..families.image import reads_tokens
 from ..flow import Sampler, check_steps
 from ..zoo.digits.data import FRAME
-from .calls import Call, Calls, Closed
+from .calls import Calls
 from .config import DEFAULT_LATENT_FRAMES, GenerateConfig
 from .decode import StreamingDecoder, latent_frames, video_frames
 from .decode_memory import reserve
@@ -48,6 +48,7 @@ from .source_video import SourceVideo, open_source
 from .start import read_start
 from .stream import stream_chunks
 from .streaming import StreamingConfig
+from .turns import Call, Closed, Turns, turns_of
 
 Start = Tensor | str | Path | Image.Image | Sequence[Image.Image]
 Source = Tensor | str | Path | Iterable[Image.Image]
@@ -136,8 +137,12 @@ class StreamingMLAPipeline(DiffusionPipeline):
         return self._num_timesteps
 
     @property
+    def _turns(self) -> Turns:
+        return turns_of(self.transformer)
+
+    @property
     def interrupt(self) -> bool:
-        """Set this in a callback to end its video with the current chunk; elsewhere it ends all that are running."""
+        """Set this in a callback to end its video with the current chunk; elsewhere it ends all that have not ended."""
         return any(call.interrupt for call in self._calls.addressed())
 
     @interrupt.setter
@@ -158,7 +163,7 @@ class StreamingMLAPipeline(DiffusionPipeline):
                 "this pipeline has no text encoder and tokenizer; pass both, or prompt_embeds and, with guidance, "
                 "negative_prompt_embeds"
             )
-        with self._calls.turn():
+        with self._turns.turn():
             return encode_text(self.tokenizer, self.text_encoder, prompts, self._execution_device, max_sequence_length)
 
     def stream(
@@ -277,7 +282,7 @@ class StreamingMLAPipeline(DiffusionPipeline):
             if unknown:
                 raise UsageError(f"callbacks get {', '.join(self._callback_tensor_inputs)}, not {', '.join(unknown)}")
             callback = callback_on_step_end
-        call = Call()
+        call = self._calls.begin(self._turns)
         made = self._chunks(call, schedule, texts, frames, size, settings, output_type, callback)
         return handed_out(prefetch(made, ahead, call.closed), output_type)
 
@@ -325,7 +330,6 @@ class StreamingMLAPipeline(DiffusionPipeline):
         encodes = self.vae if isinstance(source, SourceVideo) and not self.pixels else None
         reserve([self.transformer], self.vae if decodes else None, *size, len(texts), settings["device"], encodes)
         done = 0
-        self._calls.running.append(call)
         try:
             with self.progress_bar(itertools.count() if total is None else None, total) as bar:
 
@@ -343,7 +347,7 @@ class StreamingMLAPipeline(DiffusionPipeline):
 
                 chunks = stream_chunks(self.transformer, texts, num_frames, *size, on_step=on_step, **settings)
                 while not call.interrupt:
-                    with self._calls.turn():
+                    with call.turns.turn(call):
                         chunk = next(chunks, None)
                         if chunk is None:
                             return
@@ -354,10 +358,9 @@ class StreamingMLAPipeline(DiffusionPipeline):
         finally:
             if isinstance(source, SourceVideo):
                 source.close()
-            with self._calls.turn():
-                self._calls.running.remove(call)
-                if not self._calls.running:
-                    self.maybe_free_model_hooks()
+            self._calls.end(call)
+            # A call that computes meanwhile frees them at its end.
+            call.turns.when_idle(self.maybe_free_model_hooks)
 
     def _finished(self, chunk: Tensor, decoder: StreamingDecoder | None, output_type: OutputType) -> Tensor:
         """A chunk `[B, C, F, h, w]` in the form that `handed_out` takes."""
@@ -434,7 +437,7 @@ class StreamingMLAPipeline(DiffusionPipeline):
         pictures = [start] if isinstance(start, Image.Image) else start
         source = Path(pictures) if isinstance(pictures, str) else pictures
         device = self._execution_device
-        with self._calls.turn():
+        with self._turns.turn():
             latents = read_start(source, self.transformer.noise_channels, *size, None if self.pixels else self.vae)
             self._send_back_vae()
         return latents.unsqueeze(0).to(device)
@@ -444,7 +447,7 @@ class StreamingMLAPipeline(DiffusionPipeline):
             return source.unsqueeze(0) if isinstance(source, Tensor) and source.ndim == 4 else source
         pictures = Path(source) if isinstance(source, str) else source
         if not isinstance(pictures, Path | Image.Image):
-            pictures = self._calls.between_turns(pictures)
+            pictures = self._turns.between_turns(pictures)
         shape = (self.transformer.noise_channels, *size)
         opened = open_source([pictures] if isinstance(pictures, Image.Image) else pictures, shape, self.vae_scale, fps)
         if isinstance(opened, SourceVideo) and not self.pixels:
@@ -462,7 +465,7 @@ class StreamingMLAPipeline(DiffusionPipeline):
             raise UsageError("this pipeline has no vae to encode the image; pass one")
         picture, config = read_image(Path(image) if isinstance(image, str) else image), self.transformer.config
         tokens = None
-        with self._calls.turn():
+        with self._turns.turn():
             if reads_tokens(config):
                 if self.image_encoder is None or self.image_processor is None:
                     raise UsageError("this pipeline has no image_encoder and image_processor for the image; pass both")
