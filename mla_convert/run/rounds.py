@@ -147,7 +147,7 @@ class Rounds:
         conditions = [self._conditions(stream) for stream in streams]
         passes = SharedPasses(self.models, self.pool, streams, conditions, frames, self.devices)
         for stream in streams:
-            stream.written = first + frames
+            stream.written = stream.frames_seen + frames
         latents, cached = passes.chunk(noises, schedule, first, held)
         finite = latents.isfinite().flatten(1).all(1).tolist()
         made = {}
