@@ -21,6 +21,17 @@ class UsageError(UserError):
     exit_code = 2
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an exception means lack of memory, which torch on a CPU and Triton raise as a plain RuntimeError."""
+    # torch's class by its name, so that a command need not import torch to ask.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _FULL)
+
+
+_FULL = ("can't allocate memory", "out of memory")
+
+
 def nearest(word: str, valid: Iterable[str]) -> str:
     """Return `did you mean X?` for the closest valid word, or a list of all valid words if none is close."""
     words = list(valid)

@@ -90,6 +90,18 @@ def test_no_stream_moves_on_when_memory_ends_while_chunks_are_copied(
         is_alone(made[number], expected[number])
 
 
+def test_a_cpu_without_memory_is_no_fault_of_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pico.dense_model()
+    batch = batch_of(model, 1)
+    batch.join(prompt(0), num_frames=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "forward_chunk", lambda *_, **__: torch.empty(1 << 50))
+        with pytest.raises(MemoryError, match="allocate") as raised:
+            batch.step()
+    assert isinstance(raised.value.__cause__, RuntimeError)
+    is_alone(list(batch.chunks()), alone(model, prompt(0), 4))
+
+
 def test_a_batch_that_ran_out_of_memory_goes_on_in_smaller_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     model = pico.dense_model()
     forward = model.forward_chunk

@@ -124,7 +124,7 @@ def test_what_does_not_compile_is_tried_once_and_said_once(
 
     def broken(layer: Any, *_: Any) -> Any:
         tried.append(layer.layer)
-        raise RuntimeError("out of registers")
+        raise RuntimeError("out of registers" if lacking is None else "Failed to find C compiler.")
 
     model = pair({**pico.VARIANTS[0], "kv_lora_rank": [6, 6, 7, 6]}, layers=4)
     expected, _, _ = rollout(model, "torch")
@@ -207,6 +207,48 @@ def test_an_output_that_proves_nothing_does_not_decide(value: float, monkeypatch
     assert not chosen.found.checked and "torch" not in chosen.report()["paths"]
     attends()
     assert len(chosen.found.checked) == 1 and "torch" not in chosen.report()["paths"]
+
+
+@needs_kernels
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("value", [0.0, torch.nan])
+def test_a_layer_whose_output_is_always_zero_is_left_to_torch(
+    value: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """NaN ends with its input, so it is waited out."""
+    monkeypatch.setattr(kernels, "TRIES", 3)
+    model, attended = pair(pico.VARIANTS[0]), []
+    attention = fused.attention
+    monkeypatch.setattr(fused, "attention", lambda *given: attended.append(1) or attention(*given))
+    eager = model.blocks[0].attn1.eager_attention
+    monkeypatch.setattr(model.blocks[0].attn1, "eager_attention", lambda x, step: torch.full_like(eager(x, step), value))
+    model.set_kernels("auto")
+    latents, timestep, text = (x.to(DEVICE) for x in pico.inputs(1, 2, HEIGHT, WIDTH))
+    with torch.no_grad():
+        for _ in range(5):
+            model.forward_chunk(latents, timestep, text, model.init_cache(1, HEIGHT, WIDTH))
+    zero = value == 0
+    assert len(attended) == (3 if zero else 5) and (model.kernels.report()["paths"] == {"torch": 1}) == zero
+    assert ("all zeros in 3 passes" in caplog.text) == zero
+
+
+@needs_kernels
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(("error", "named"), [("Failed to find C compiler.", True), ("out of registers", False)])
+def test_a_missing_compiler_is_named_only_where_it_was_asked_for(
+    error: str, named: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Launchers compiled before need none, so other errors are those of a kernel."""
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(mla_attention, "lacking", lambda: "no C compiler; install gcc")
+    monkeypatch.setattr(fused, "attention", broken)
+    chosen = rollout(pair(pico.VARIANTS[0]), "auto")[2]
+    assert (None in chosen.found.failed) == named and len(chosen.found.failed) == 1
+    with pytest.raises(UserError if named else RuntimeError, match="install gcc" if named else error):
+        rollout(pair(pico.VARIANTS[0]), "triton")
 
 
 @needs_kernels
@@ -350,17 +392,22 @@ def test_what_others_will_take_is_not_free(reserved: int, taken: str, monkeypatc
 
 @needs_kernels
 @pytest.mark.usefixtures("interpreted")
-def test_a_kernel_that_finds_no_memory_is_not_left_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("Triton Error [CUDA]: out of memory")]
+)
+def test_a_kernel_that_finds_no_memory_is_not_left_for_good(
+    error: RuntimeError, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def too_large(*_: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     model = pair(pico.VARIANTS[0])
     with monkeypatch.context() as patch:
         patch.setattr(fused, "attention", too_large)
-        with pytest.raises(torch.OutOfMemoryError):
+        with pytest.raises(type(error)):
             rollout(model, "auto")
         chosen = model.kernels
-    assert "torch" not in chosen.report()["paths"] and not chosen.found.checked
+    assert "torch" not in chosen.report()["paths"] and not chosen.found.checked and not chosen.found.failed
     assert "torch" not in rollout(model, "auto")[2].report()["paths"]
 
 

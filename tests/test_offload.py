@@ -122,6 +122,26 @@ def test_offloading_changes_nothing_and_reaches_every_pass(offload: str) -> None
         assert moved == [0, 1, 0, 2] * 2
 
 
+def test_weights_that_find_no_memory_on_the_way_go_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = torch.nn.Linear(5, 3)
+    weights = Weights(linear, torch.device("cpu"), pinned=False)
+    home = [x.data_ptr() for x in linear.parameters()]
+
+    def scarce(self: Tensor, *_: Any, **__: Any) -> Tensor:
+        if self.ndim == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.clone()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "to", scarce)
+        with pytest.raises(torch.OutOfMemoryError):
+            weights.bring()
+    assert not weights.on_device and [x.data_ptr() for x in linear.parameters()] == home
+    monkeypatch.setattr(Tensor, "to", lambda self, *_, **__: self.clone())
+    weights.bring()
+    assert all(x.data_ptr() != old for x, old in zip(linear.parameters(), home, strict=True))
+
+
 @pytest.mark.parametrize(("stay", "shared"), [(0, 2), (1, 1), (2, 1)])
 def test_models_that_do_not_fit_together_are_compared_layer_by_layer(
     monkeypatch: pytest.MonkeyPatch, stay: int, shared: int

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from ..errors import UserError
+from ..errors import UserError, lacks_memory
 from . import bench, build, compare, demo, encode, generate, inspect, models, plan, push, recipes, vbench
 from .output import DEBUG, print_error, show_notes
 from .signals import orderly_end
@@ -136,7 +136,7 @@ def _command(args: list[str] | None) -> str | None:
 def unexpected(error: Exception, command: str | None = None) -> str:
     """Describe an unexpected error of `command` in one line; running out of memory or disk space has its own text."""
     name = type(error).__name__
-    if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in str(error):
+    if lacks_memory(error):
         remedy = "lower the batch sizes of the recipe or use a machine with more memory"
         return f"out of memory; {LESS_MEMORY.get(command or '', remedy)}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:

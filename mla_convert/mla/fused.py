@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import subprocess
 from typing import Any, Literal, TypeGuard, cast
 
 import torch
@@ -67,8 +68,11 @@ def why_not(layer: CausalSelfAttention, dtype: torch.dtype, device: str, step: A
     return cast("str | None", reason)
 
 
-def lacking() -> str | None:
-    """What this machine lacks to compile kernels, in one line; None if nothing is missing."""
+def lacking(error: Exception) -> str | None:
+    """What this machine lacks to compile kernels, in one line; None if `error` is not due to that."""
+    # Triton's own error where it finds no C compiler, and that of the compiler's process.
+    if not isinstance(error, subprocess.CalledProcessError) and "C compiler" not in str(error):
+        return None
     return cast("str | None", importlib.import_module("mla_attention").lacking())
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, lacks_memory
 from . import costs, fused
 from .attention import AttentionPass, CausalSelfAttention
 from .cache import FrameCache
@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 CHECK = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest allowed difference from torch at the first use of a kernel, relative to the largest output."""
+
+TRIES = 16
+"""Passes with an output of zeros after which torch attends in a layer; NaN input says nothing about later passes."""
 
 FREE_SHARE = 0.5
 """Share of the device's free memory that expanded histories may take with `history` auto."""
@@ -73,6 +76,8 @@ class Findings:
     failed: dict[Hashable, str] = field(default_factory=dict)
     kept: tuple[str, str] | None = None
     announced: bool = False
+    zeros: dict[tuple[int, Shape], int] = field(default_factory=dict)
+    """Passes of a layer and shape whose output was all zeros, so kernels could not be compared with torch."""
 
 
 class Kernels:
@@ -138,8 +143,8 @@ class Kernels:
         if self.settings.mode == "triton":
             try:
                 return fused.attention(layer, hidden_states, step, choice.path, choice.backend)
-            except Exception:
-                if lacking := fused.lacking():
+            except Exception as error:
+                if lacking := fused.lacking(error):
                     raise UserError(f"{lacking}, or set kernels: auto to let torch attend") from None
                 raise
         if check in self.found.checked:
@@ -169,7 +174,9 @@ class Kernels:
             # This is no fault of the kernel, which may fit when less is in memory.
             raise
         except Exception as error:
-            lacking = fused.lacking()
+            if lacks_memory(error):
+                raise
+            lacking = fused.lacking(error)
             reason = lacking or f"{path} failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
             # What does not compile for one layer does not for the others.
             self.found.failed[None if lacking else _kind(layer, key[1], choice)] = reason
@@ -177,7 +184,9 @@ class Kernels:
         else:
             try:
                 expected = layer.eager_attention(hidden_states, step).float()
-            except torch.OutOfMemoryError:
+            except Exception as error:
+                if not lacks_memory(error):
+                    raise
                 # Torch's attention takes more memory than the kernel's.
                 logger.warning(
                     "kernels: torch's attention of layer %d does not fit in memory, so nothing is compared", layer.layer
@@ -185,6 +194,8 @@ class Kernels:
                 return out
             largest = float(expected.abs().max())
             if largest == 0 or not math.isfinite(largest):
+                if largest == 0:
+                    self._was_zero(key)
                 return None
             difference = float((out.float() - expected).abs().max()) / largest
             apart = 0.0 if written is None else _rows_apart(written, step)
@@ -197,6 +208,14 @@ class Kernels:
         self.found.choices[key] = _by_torch(choice, reason)
         logger.warning("kernels: torch attends in %s from now on: %s", where, reason)
         return None
+
+    def _was_zero(self, key: tuple[int, Shape]) -> None:
+        """Count a pass whose output is all zeros; after `TRIES`, leave the layer to torch, which is always right."""
+        passes = self.found.zeros[key] = self.found.zeros.get(key, 0) + 1
+        if passes == TRIES:
+            reason = f"the output was all zeros in {TRIES} passes, so nothing could be compared"
+            self.found.choices[key] = _by_torch(self.found.choices[key], reason)
+            logger.warning("kernels: torch attends in layer %d from now on: %s", key[0], reason)
 
     def _keeps(self, layer: CausalSelfAttention, shape: Shape, cache: FrameCache) -> bool:
         """Whether every layer keeps its expanded history for the passes of a chunk, by the setting `history`."""

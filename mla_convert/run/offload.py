@@ -45,9 +45,14 @@ class Weights:
 
     def bring(self) -> None:
         if not self.on_device:
-            for tensor, kept in self.home:
-                tensor.data = kept.to(self.device, non_blocking=True)
             self.on_device = True
+            try:
+                for tensor, kept in self.home:
+                    tensor.data = kept.to(self.device, non_blocking=True)
+            except BaseException:
+                # Half a model is of no use, and takes the memory that was not enough.
+                self.leave()
+                raise
 
     def leave(self) -> None:
         if self.on_device:

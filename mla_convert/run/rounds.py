@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import lacks_memory
 from ..mla.model import StreamingModel
 from ..mla.pool import CachePool, place_in_window
 from .failures import NOT_FINITE, RoundError, StreamError
 from .shared import PooledStream, SharedPasses
 
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
-"""These are the fault of no stream, and a server has to know them by their own type."""
+"""What lack of memory raises: it is the fault of no stream, and a server has to know it by its type."""
 
 
 class Made(NamedTuple):
@@ -52,8 +53,8 @@ class Rounds:
         """The next chunks of `streams`, by number; `PooledStream.advance` has still to be called with them.
 
         Until then no stream has moved on, so after an exception the round can be repeated. An exception of a stream's
-        source or condition ends that stream only. Raises RoundError if a pass fails, but what is raised for lack of
-        memory as it is.
+        source or condition ends that stream only. Raises RoundError if a pass fails, but MemoryError or
+        torch's own error for lack of memory.
         """
         made: dict[int, Made] = {}
         for number, stream in streams.items():
@@ -173,6 +174,8 @@ def _named(numbers: list[int]) -> Iterator[None]:
     except OUT_OF_MEMORY:
         raise
     except Exception as error:
+        if lacks_memory(error):
+            raise MemoryError(" ".join(str(error).split())) from error
         raise RoundError(numbers, error) from error
 
 
