@@ -220,8 +220,8 @@ def test_a_layer_whose_output_is_always_zero_is_left_to_torch(
     model, attended = pair(pico.VARIANTS[0]), []
     attention = fused.attention
     monkeypatch.setattr(fused, "attention", lambda *given: attended.append(1) or attention(*given))
-    eager = model.blocks[0].attn1.eager_attention
-    monkeypatch.setattr(model.blocks[0].attn1, "eager_attention", lambda x, step: torch.full_like(eager(x, step), value))
+    layer, eager = model.blocks[0].attn1, model.blocks[0].attn1.eager_attention
+    monkeypatch.setattr(layer, "eager_attention", lambda x, step: torch.full_like(eager(x, step), value))
     model.set_kernels("auto")
     latents, timestep, text = (x.to(DEVICE) for x in pico.inputs(1, 2, HEIGHT, WIDTH))
     with torch.no_grad():
