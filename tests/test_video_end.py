@@ -172,7 +172,7 @@ def test_an_endless_video_is_finished_at_the_table(teacher: Path, tmp_path: Path
     assert generate(teacher, tmp_path / "frames", "--endless") == 0
     told = capsys.readouterr()
     assert "the video ends after 15 latent frames, with the rotary table; set causal.sink_positions" in told.err
-    assert len(list((tmp_path / "frames").iterdir())) == 15 and "15 latent frames" in " ".join(told.out.split())
+    assert len(list((tmp_path / "frames").iterdir())) == 15 and "15 frames" in " ".join(told.out.split())
 
 
 def test_the_remedy_helps_a_checkpoint_that_is_there(teacher: Path, tmp_path: Path) -> None:
