@@ -13,4 +13,6 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__getattr__ = on_access(__name__, {"SelfForcingGenerator": "run.generator", "StreamingMLAPipeline": "run.pipeline"})
+__getattr__, __dir__ = on_access(
+    __name__, {"SelfForcingGenerator": "run.generator", "StreamingMLAPipeline": "run.pipeline"}
+)

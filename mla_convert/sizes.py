@@ -20,8 +20,14 @@ GPU_GIGABYTES = {
 
 
 def format_bytes(count: float, like: float | None = None) -> str:
-    """Format bytes in decimal units with up to three digits, `6.04 GB`; in the unit of `like` if given."""
+    """Format bytes in decimal units with about three digits, `6.04 GB`; in the unit of `like` if given."""
     power = min(int(math.log10(max(count if like is None else like, 1)) // 3), 4)
     value = count / 1000**power
     digits = 0 if power == 0 or value >= 99.95 else 1 if value >= 9.995 else 2
-    return f"{value:.{digits}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+    text = f"{value:.{digits}f}" if value < 1e6 else f"{value:.3g}"
+    return f"{text} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def format_count(count: int) -> str:
+    """Format a number of things, `1,560`; in powers of ten from a million millions on."""
+    return f"{count:,}" if count < 10**12 else f"{count:.3g}"

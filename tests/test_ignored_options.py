@@ -13,6 +13,7 @@ from recipe_case import write_teacher
 from safetensors.torch import save_file
 
 from mla_convert.cli import main
+from mla_convert.cli.inspect import _is_own
 from mla_convert.errors import UserError
 from mla_convert.mla import fused, kernels
 from mla_convert.run.image import read_image
@@ -58,6 +59,18 @@ def test_a_folder_is_no_file(capsys: Any, teacher: Path, tmp_path: Path, option:
     assert f"{tmp_path} is a folder; give a {option[2:]} file" in refused(capsys, *given, code=1)
 
 
+def test_components_are_read_for_later_and_negative_prompts(capsys: Any, tmp_path: Path) -> None:
+    """Those of a pixel model whose first prompt is an embedding; here the components are nowhere."""
+    model = pico.dense_model(in_channels=3, out_channels=3)
+    model.save_pretrained(tmp_path / "model")
+    save_file({"prompt_embeds": torch.zeros(3, model.config.text_dim)}, tmp_path / "embeds.safetensors")
+    given = ["generate", tmp_path / "model", "--prompt-embeds", tmp_path / "embeds.safetensors", "--latent-size", "4x4"]
+    given += ["--frames", "8", "-o", tmp_path / "x.mp4", "--components", tmp_path / "nothere"]
+    assert "leave --components out" in refused(capsys, *given, "--guidance-scale", "1")
+    for more in (["--prompt-at", "0.2:cat"], ["--guidance-scale", "2", "--negative-prompt", "bad"]):
+        assert "leave --components out" not in refused(capsys, *given, *more, code=1)
+
+
 def test_the_same_options_with_an_effect_are_taken(capsys: Any, teacher: Path, tmp_path: Path) -> None:
     given = ["generate", str(teacher), "--prompt", "7", "--frames", "4", "--recache", "--prompt-at", "0.06:8"]
     given += ["--denoising-steps", "1000", "--fps", "50", "-o", str(tmp_path / "x.gif")]
@@ -100,6 +113,16 @@ def test_an_adapter_that_is_nowhere_is_said_to_be_nowhere(capsys: Any, teacher: 
     for source in ("zoo:digits", teacher):
         err = refused(capsys, "inspect", source, "--adapter", "nothere", code=1)
         assert f"--adapter 'nothere' does not exist, neither by itself nor in {source}" in err
+
+
+def test_an_adapter_beside_a_file_is_found(teacher: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model.safetensors"
+    for path in (model, tmp_path / "lora.safetensors"):
+        path.touch()
+    assert _is_own("lora.safetensors", str(model)) is False
+    assert _is_own(str(tmp_path / "lora.safetensors"), str(model)) is True
+    with pytest.raises(UserError, match="neither by itself"):
+        _is_own("other.safetensors", str(model))
 
 
 def test_compare_checks_its_place_first(capsys: Any, tmp_path: Path) -> None:

@@ -52,6 +52,12 @@ def test_a_model_on_the_hub_has_to_be_downloaded(capsys: Any, command: list[str]
     )
 
 
+def test_a_folder_beside_others_is_no_model_on_the_hub(capsys: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    assert call(capsys, "generate", "runs/smal", *GENERATE) == (1, "error: runs/smal does not exist\n")
+
+
 def test_the_teachers_of_this_package_are_no_conversions(capsys: Any, tmp_path: Path) -> None:
     assert "zoo:digits is a dense model, and evaluate compares" in call(capsys, "evaluate", "zoo:digits")[1]
     code, err = call(capsys, "export", "zoo:digits", tmp_path / "out")
@@ -64,6 +70,12 @@ def test_export_replaces_its_own_and_no_other(capsys: Any, runs: Path, tmp_path:
     assert call(capsys, "export", runs / "one-model", out, "--dtype", "float32")[0] == 0
     assert json.loads((out / "transformer" / "config.json").read_text())["_class_name"] == "MLAWanTransformer3DModel"
     before = digests(out)
+
+    # As after a resume with other samples and another pace of checkpoints.
+    manifest = json.loads((out / "mla_convert.json").read_text())
+    manifest["recipe"] = {**(manifest["recipe"] or {}), "generate": {"num_frames": 6}}
+    (out / "mla_convert.json").write_text(json.dumps(manifest))
+    assert call(capsys, "export", runs / "one-model", out, "--dtype", "float32")[0] == 0
 
     code, err = call(capsys, "export", runs / "two-model", out)
     assert code == 1 and f"{out} holds a checkpoint of another run; choose another folder, or --force" in err

@@ -232,7 +232,7 @@ def generate(
         if changes[0].seconds > 0:
             raise UsageError(f"{prompts} has no prompt at 0 seconds; give --prompt for the beginning")
         first, changes = (changes[0].prompt,), changes[1:]
-    if recache and not changes:
+    if recache and not changes and prompts is None:
         raise UsageError("--recache acts where the prompt changes; give --prompt-at or --prompts, or leave it out")
     request = Request(
         prompts=first,

@@ -74,6 +74,8 @@ def _is_own(adapter: str, source: str) -> bool:
     if Path(adapter).expanduser().exists():
         return True
     root = Path(source).expanduser()
+    # A file's adapters are beside it.
+    root = root.parent if root.is_file() else root
     if source.startswith("zoo:") or (root.exists() and not (root / adapter).is_file()):
         raise UserError(f"--adapter {quoted(adapter)} does not exist, neither by itself nor in {source}")
     return False

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .streaming import convert_source as convert_source
     from .surgery import convert_model as convert_model
 
-__getattr__ = on_access(
+__getattr__, __dir__ = on_access(
     __name__,
     {
         "CalibrationBatch": "clips",

@@ -111,7 +111,8 @@ def find_checkpoint(folder: Path) -> tuple[Path, Path]:
             return root, root / TRANSFORMER
     if (folder / CONFIG).is_file():
         return (folder.parent if (folder.parent / MANIFEST).is_file() else folder), folder
-    if not folder.exists() and is_hub_id(str(folder)):
+    # `runs/smal` has the form of a Hub ID, but beside other runs it is a typing error.
+    if not folder.exists() and is_hub_id(str(folder)) and not folder.parent.is_dir():
         raise UserError(
             f"{folder} does not exist; a model on the Hub must be downloaded first: "
             f"hf download {folder} --local-dir DIR"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .weights import read_config as read_config
     from .weights import read_json as read_json
 
-__getattr__ = on_access(
+__getattr__, __dir__ = on_access(
     __name__,
     {
         "AdapterConfig": "adapters",

@@ -163,7 +163,8 @@ class _Task:
         check_image(self.model, request.image, "--image", "--start")
         self.image = None if request.image is None else read_image(request.image)
         self._check_out()
-        if request.components is not None and self.pixels and (self.digits or not request.prompts):
+        reads_text = request.prompts or request.changes or "negative_prompt" in settings
+        if request.components is not None and self.pixels and (self.digits or not reads_text):
             raise UsageError("this model makes pixels and reads no VAE or text encoder; leave --components out")
         self.streaming = validate(StreamingConfig, {**recorded(self.root, "streaming"), **request.streaming})
         keys = {**trained_for(recorded(self.root, "generate"), self.digits), **settings}

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 
 from ..errors import UsageError
-from ..sizes import format_bytes
+from ..sizes import format_bytes, format_count
 from .start import LATENTS
 from .video import scale_factor
 
@@ -37,6 +37,6 @@ def check_fits(
     free = psutil.virtual_memory().available
     if needed > free:
         raise UsageError(
-            f"a {suffix} file is kept in memory until its end, and {frames:,} frames take {format_bytes(needed)} of "
-            f"the {format_bytes(free)} free here; {remedy}"
+            f"a {suffix} file is kept in memory until its end, and {format_count(frames)} frames take "
+            f"{format_bytes(needed)} of the {format_bytes(free)} free here; {remedy}"
         )
