@@ -231,7 +231,7 @@ def test_auto_compares_every_layout_of_bits_with_torch(monkeypatch: pytest.Monke
     kernels = model.set_kernels("auto")
     for cache in (MIXED, ((8, 8), (14, 4))):
         streamed(model, cache)
-    assert {shape.cache for _, shape, _ in kernels.found.checked} == {
+    assert {shape.cache for _, shape, *_ in kernels.found.checked} == {
         f"MixedLatentCache, torch.int8, {RowBits(eight, 14 - eight, 0)}" for eight in (6, 8)
     }
     assert not any("torch" in name for name in kernels.report()["paths"])

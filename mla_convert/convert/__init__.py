@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from .streaming import convert_source as convert_source
     from .surgery import convert_model as convert_model
 
-__getattr__, __dir__ = on_access(
-    __name__,
-    {
-        "CalibrationBatch": "clips",
-        "ConvertConfig": "config",
-        "Converted": "streaming",
-        "clip_batches": "clips",
-        "convert_model": "surgery",
-        "convert_source": "streaming",
-    },
-)
+_PLACES = {
+    "CalibrationBatch": "clips",
+    "ConvertConfig": "config",
+    "Converted": "streaming",
+    "clip_batches": "clips",
+    "convert_model": "surgery",
+    "convert_source": "streaming",
+}
+
+__all__ = sorted(_PLACES)
+__getattr__, __dir__ = on_access(__name__, _PLACES)

@@ -106,7 +106,8 @@ def run_stage(
         stage.negative = data.negative
     require_apart(student, trainable_names(student, config.trainable), networks)
     try:
-        training = _Training(
+        # Not in a variable, which would keep it from being freed below.
+        return _Training(
             stage,
             student,
             networks,
@@ -118,8 +119,7 @@ def run_stage(
             picture,
             second_start,
             load_teacher,
-        )
-        return training.run(progress)
+        ).run(progress)
     finally:
         # Wrapped networks and optimizers form reference cycles, which would stay in memory during the next stage.
         free_memory()

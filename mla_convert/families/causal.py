@@ -343,7 +343,7 @@ class CausalTransformer(nn.Module):
             for block in blocks:
                 step = inputs.step.of(block.attn1, tokens)
                 tokens = self._run_part(block, tokens, inputs.text, inputs.modulation, step)
-                if step.part.rows is not None:
+                if step.part is not None and step.part.rows is not None:
                     parts.append(step.part.rows)
             if parts:
                 # The sum is in float32 and is rounded or quantized once.

@@ -34,10 +34,10 @@ def chunk_by_chunk(blocks: Sequence[nn.Module], tokens: Tensor, inputs: BlockInp
         local.context_batch = step.context_batch
         parts: list[Tensor] = []
         for block in blocks:
-            alone = replace(local, part=Part())
-            own = block(own, inputs.text, modulation, alone)
-            assert alone.part.rows is not None
-            parts.append(alone.part.rows)
+            part = Part()
+            own = block(own, inputs.text, modulation, replace(local, part=part))
+            assert part.rows is not None
+            parts.append(part.rows)
         return own, whole_latent(parts)
 
     done: list[Tensor] = []

@@ -24,21 +24,21 @@ if TYPE_CHECKING:
     from .weights import read_config as read_config
     from .weights import read_json as read_json
 
-__getattr__, __dir__ = on_access(
-    __name__,
-    {
-        "AdapterConfig": "adapters",
-        "LazyTensors": "tensors",
-        "Source": "source",
-        "accepted_config": "build",
-        "build_model": "build",
-        "check_finite": "source",
-        "check_tensors": "build",
-        "known_config": "recognise",
-        "load_dense": "source",
-        "load_source": "source",
-        "open_weights": "weights",
-        "read_config": "weights",
-        "read_json": "weights",
-    },
-)
+_PLACES = {
+    "AdapterConfig": "adapters",
+    "LazyTensors": "tensors",
+    "Source": "source",
+    "accepted_config": "build",
+    "build_model": "build",
+    "check_finite": "source",
+    "check_tensors": "build",
+    "known_config": "recognise",
+    "load_dense": "source",
+    "load_source": "source",
+    "open_weights": "weights",
+    "read_config": "weights",
+    "read_json": "weights",
+}
+
+__all__ = sorted(_PLACES)
+__getattr__, __dir__ = on_access(__name__, _PLACES)

@@ -6,7 +6,7 @@ masked work and runs the same code as the streaming forward.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -50,7 +50,8 @@ class Part:
     It is no dataclass, because FSDP2 calls a block with a copy of every dataclass that holds tensors with a gradient.
     """
 
-    rows: Tensor | None = None
+    def __init__(self) -> None:
+        self.rows: Tensor | None = None
 
 
 @dataclass
@@ -79,7 +80,7 @@ class AttentionPass:
     kernels: Kernels | None = None
     latents: Tensor | None = None
     kept: tuple[Any, ...] = ()
-    part: Part = field(default_factory=Part)
+    part: Part | None = None
 
     def of(self, layer: CausalSelfAttention, tokens: Tensor) -> AttentionPass:
         """This pass for one layer of a model, given the model's `tokens` `[B, S, C]`.

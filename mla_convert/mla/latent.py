@@ -124,6 +124,7 @@ class LatentSelfAttention(CausalSelfAttention):
             super().keep(key, value, step)
             return
         # The caller writes the sum, which is complete only after the last of the layers.
+        assert step.part is not None
         step.part.rows = self.encode(key[: step.context_batch], value[: step.context_batch], step).float()
 
     def restore(self, key: Tensor, value: Tensor, step: AttentionPass) -> KeyValue:
