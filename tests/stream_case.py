@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pico
+import pytest
 import torch
 from torch import Tensor
 
@@ -33,3 +36,19 @@ def alone(model: Any, text: Tensor, num_frames: int, seed: int = 0, **settings: 
 
 def batch_of(model: Any, lanes: int, **settings: Any) -> StreamBatch:
     return StreamBatch(model, lanes, HEIGHT, WIDTH, **{**STEPS, **settings})
+
+
+@contextlib.contextmanager
+def no_memory_for(model: Any, tokens: int) -> Iterator[None]:
+    """Inside the context, passes of prompts with `tokens` tokens run out of memory."""
+    forward = model.forward_chunk
+
+    def failing(x: Tensor, t: Tensor, text: Tensor, *rest: Any, **more: Any) -> Tensor:
+        if text.shape[1] == tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        out: Tensor = forward(x, t, text, *rest, **more)
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "forward_chunk", failing)
+        yield

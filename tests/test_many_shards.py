@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+from shard_case import count_openings
 from test_skipped_clips import clips
 
 from mla_convert.distill import shard_files, waiting
@@ -18,15 +19,7 @@ SHARDS = OPEN_FILES + 2
 
 @pytest.fixture
 def opened(monkeypatch):
-    """How often each file was opened, by name."""
-    counted, own = Counter(), shard_files.pq.ParquetFile
-
-    def opening(path, **settings):
-        counted[path.name] += 1
-        return own(path, **settings)
-
-    monkeypatch.setattr(shard_files.pq, "ParquetFile", opening)
-    return counted
+    return count_openings(monkeypatch)
 
 
 def test_a_folder_is_opened_shard_by_shard_once(tmp_path, opened):

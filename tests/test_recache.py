@@ -8,7 +8,7 @@ import mla_attention
 import pico
 import pytest
 import torch
-from stream_case import FLOAT32, HEIGHT, STEPS, VARIANTS, WIDTH, alone, batch_of, prompt
+from stream_case import FLOAT32, HEIGHT, STEPS, VARIANTS, WIDTH, alone, batch_of, no_memory_for, prompt
 from torch import Tensor
 
 from mla_convert.errors import UsageError
@@ -173,18 +173,8 @@ def test_slots_that_a_failed_round_has_overwritten_are_not_read(
             batch.step()
         batch.join(prompt(3, tokens=4), seed=2, num_frames=14)
         if fails:
-            forward = model.forward_chunk
-
-            def failing(x: Tensor, t: Tensor, text: Tensor, *rest: Any, forward: Any = forward, **more: Any) -> Tensor:
-                if text.shape[1] == 4:
-                    raise torch.OutOfMemoryError("CUDA out of memory")
-                out: Tensor = forward(x, t, text, *rest, **more)
-                return out
-
-            with monkeypatch.context() as patch:
-                patch.setattr(model, "forward_chunk", failing)
-                with pytest.raises(torch.OutOfMemoryError):
-                    batch.step()
+            with no_memory_for(model, tokens=4), pytest.raises(torch.OutOfMemoryError):
+                batch.step()
         batch.change_prompt(first, NEW)
         oldest.clear()
         batch.step()

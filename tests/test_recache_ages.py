@@ -7,7 +7,7 @@ from typing import Any
 import pico
 import pytest
 import torch
-from stream_case import FLOAT32, alone, batch_of, prompt
+from stream_case import FLOAT32, alone, batch_of, no_memory_for, prompt
 from torch import Tensor
 
 CHUNK = 2
@@ -38,7 +38,7 @@ def test_a_younger_stream_writes_its_own_window(window: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-def test_an_older_stream_does_so_after_a_failed_round(window: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_stream_does_so_after_a_failed_round(window: dict[str, int]) -> None:
     """The failed round has taken the slots of its next chunk; a stream alone is what it should be like."""
     made = []
     for shared in (False, True):
@@ -52,18 +52,8 @@ def test_an_older_stream_does_so_after_a_failed_round(window: dict[str, int], mo
         for _ in range(6):
             batch.step([old])
         other = batch.join(prompt(3, tokens=4), seed=2, num_frames=40)
-        forward = model.forward_chunk
-
-        def failing(x: Tensor, t: Tensor, text: Tensor, *rest: Any, forward: Any = forward, **more: Any) -> Tensor:
-            if text.shape[1] == 4:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            out: Tensor = forward(x, t, text, *rest, **more)
-            return out
-
-        with monkeypatch.context() as patch:
-            patch.setattr(model, "forward_chunk", failing)
-            with pytest.raises(torch.OutOfMemoryError):
-                batch.step()
+        with no_memory_for(model, tokens=4), pytest.raises(torch.OutOfMemoryError):
+            batch.step()
         batch.leave(other)
         batch.change_prompt(old, NEW)
         made += [chunk.latents for chunk in batch.step([old])]

@@ -198,7 +198,7 @@ def test_a_process_that_waits_ends_when_the_first_one_fails(teacher, tmp_path, m
     first, other = Meetings(True), Meetings(False)
     monkeypatch.setattr(run_module, "this_process", lambda: first)
     runs = iter(range(9))
-    monkeypatch.setattr(run_module, "from_main", lambda value: next(runs))
+    monkeypatch.setattr(waiting, "from_main", lambda value: next(runs))
 
     def failing(context):
         raise UserError("no space")

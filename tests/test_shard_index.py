@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import logging
-from collections import Counter
 from pathlib import Path
 
 import pico
 import pytest
 import torch
 from recipe_case import digests
+from shard_case import count_openings
 from test_skipped_clips import TEXT, clips, number_of, recipe
 
 from mla_convert.distill import latents, shard_files
@@ -27,16 +27,7 @@ from mla_convert.pipeline.context import CLIPS, Context
 
 @pytest.fixture
 def opened(monkeypatch):
-    """How often a file was opened, by its name."""
-    counted, own = Counter(), shard_files.pq.ParquetFile
-
-    def opening(path, **settings):
-        counted[path.name] += 1
-        return own(path, **settings)
-
-    shard_files._open.cache_clear()
-    monkeypatch.setattr(shard_files.pq, "ParquetFile", opening)
-    return counted
+    return count_openings(monkeypatch)
 
 
 def opened_data(folder, known=None, checked=False, **settings):

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from ..errors import UserError
+from .sharding import from_main
 
 _POLL_SECONDS = 0.5
 _LONGEST = 10
@@ -42,6 +43,11 @@ class Notices:
         store = _store()
         if store is not None:
             store.set(self._key(what), content)
+
+    @classmethod
+    def of_run(cls) -> Notices:
+        """Those of a run that begins now; every process of the launch calls this."""
+        return cls(from_main(time.time_ns()))
 
     @contextlib.contextmanager
     def failing(self) -> Iterator[None]:

@@ -199,11 +199,14 @@ class Kernels:
                 return None
             difference = float((out.float() - expected).abs().max()) / largest
             apart = 0.0 if written is None else _rows_apart(written, step)
-            if difference <= CHECK[key[1].dtype] and apart <= CHECK[key[1].dtype]:
-                return out
-            reason = f"{path} differs from torch by {difference:.1e} of the largest output"
-            if difference <= CHECK[key[1].dtype]:
+            # NaN is not below the limit either.
+            limit = CHECK[key[1].dtype]
+            if not difference <= limit:
+                reason = f"{path} differs from torch by {difference:.1e} of the largest output"
+            elif not apart <= limit:
                 reason = f"the rows written differ from torch's by {apart:.1e} of the largest number"
+            else:
+                return out
             where = f"layer {layer.layer}"
         self.found.choices[key] = _by_torch(choice, reason)
         logger.warning("kernels: torch attends in %s from now on: %s", where, reason)

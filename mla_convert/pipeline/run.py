@@ -18,7 +18,6 @@ from ..devices import has_gpu
 from ..distill.launch import world_size
 from ..distill.progress import leave_to_the_first, progress_bars
 from ..distill.requests import Stopped
-from ..distill.sharding import from_main
 from ..distill.waiting import Notices
 from ..errors import UsageError
 from ..recipe.schema import Recipe
@@ -64,7 +63,7 @@ def run(
     processes = this_process()
     steps = steps_until(recipe, until)
     model = path / STAGES / stage_names(recipe)[sum(step.trains for step in steps)]
-    notices = Notices(from_main(time.time_ns()))
+    notices = Notices.of_run()
     with notices.failing():
         if not processes.is_main_process:
             try:

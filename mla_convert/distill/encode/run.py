@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate import PartialState
 
@@ -20,7 +20,6 @@ from ..latents import LatentShards
 from ..negative import NEGATIVE
 from ..progress import Report
 from ..shard_files import clips_in, of_all
-from ..sharding import from_main
 from ..waiting import Notices, wait_for_files
 from .config import EncodeConfig
 from .models import TEXT_TOKENS, check_model, check_size, find_pipeline, has_image_encoder
@@ -32,6 +31,15 @@ from .videos import Shard, came_back, skipped_in, write_video_shards
 
 SKIPPED = "skipped.jsonl"
 _DEALT = "dealt"
+
+Result = TypeVar("Result")
+
+
+def _announced(encode: Callable[..., Result], *arguments: Any) -> Result:
+    """Return `encode(*arguments, notices)`; the other processes of the launch learn of a failure by the notices."""
+    notices = Notices.of_run()
+    with notices.failing():
+        return encode(*arguments, notices)
 
 
 def encode_videos(
@@ -48,9 +56,7 @@ def encode_videos(
     if no video could be encoded; UsageError for sizes that the VAE does not take, or for settings that differ from
     those of the encoding to resume.
     """
-    notices = Notices(from_main(time.time_ns()))
-    with notices.failing():
-        return _encode_videos(source, out, config, processes, report, resume, notices)
+    return _announced(_encode_videos, source, out, config, processes, report, resume)
 
 
 def _encode_videos(
@@ -131,9 +137,7 @@ def encode_prompts(
 
     The negative prompt, shards, processes, resume and errors are as in `encode_videos`.
     """
-    notices = Notices(from_main(time.time_ns()))
-    with notices.failing():
-        return _encode_prompts(source, out, config, processes, report, resume, notices)
+    return _announced(_encode_prompts, source, out, config, processes, report, resume)
 
 
 def _encode_prompts(
