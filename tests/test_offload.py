@@ -180,6 +180,24 @@ def test_models_that_do_not_fit_together_are_compared_layer_by_layer(
     assert most == [[shared, shared], [layers, shared], [0, 0]][stay]
 
 
+@pytest.mark.parametrize("failing", [0, 1])
+def test_no_hook_stays_where_memory_ends_on_the_way(monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
+    """The blocks of the first or the second model have hooks already, while its other weights move."""
+    models = [model(None), model(6)]
+    monkeypatch.setattr(mla_convert.run.offload, "free_memory", lambda device: 1)
+    last = list(models[failing].children())[-1]
+
+    def full(*given: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(last, "to", full)
+        with pytest.raises(torch.OutOfMemoryError), together(models, torch.device("cpu")):
+            pytest.fail("nothing may run")
+    for one in models:
+        assert all(is_plain(module) and not hasattr(module, "_hf_hook") for module in one.modules())
+
+
 def test_a_text_encoder_that_does_not_fit_runs_on_the_cpu(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:

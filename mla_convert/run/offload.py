@@ -119,39 +119,43 @@ def together(models: Sequence[Any], device: torch.device) -> Iterator[None]:
             len(models),
             device,
         )
-    groups: list[Weights] = []
     latents = max((model.latent_groups for model in models), key=lambda latents: max(map(len, latents)))
+    with contextlib.ExitStack() as placed:
+        for index, model in enumerate(models):
+            placed.callback(model.to, CPU)
+            if index < there:
+                model.to(device)
+            else:
+                placed.enter_context(_by_layer(model, latents, device))
+        yield
+
+
+@contextlib.contextmanager
+def _by_layer(model: Any, latents: Sequence[range], device: torch.device) -> Iterator[None]:
+    """Inside the context, the blocks of one of `latents` are on `device` at a time, and all else of a model is there.
+
+    Afterwards, also after lack of memory halfway, the blocks are on the CPU without hooks.
+    """
+    pinned = device.type == "cuda" and _fits_pinned([model])
+    blocks = [nn.ModuleList(model.blocks[layer] for layer in layers) for layers in latents]
+    groups = [Weights(part, device, pinned) for part in blocks]
     try:
-        for model in models[:there]:
-            model.to(device)
-        for model in models[there:]:
-            groups += _by_layer(model, latents, device)
+        for weights, layers in zip(groups, latents, strict=True):
+            for layer in layers:
+                add_hook_to_module(model.blocks[layer], OnDemand(weights, groups))
+        for name, child in model.named_children():
+            if name != "blocks":
+                child.to(device)
+        for tensor in (*model.parameters(recurse=False), *model.buffers(recurse=False)):
+            tensor.data = tensor.data.to(device)
         yield
     finally:
         for weights in groups:
             weights.leave()
-        for model in models:
-            for block in model.blocks if groups else ():
-                remove_hook_from_module(block)
-                # What Accelerate leaves here looks like a forward that is still wrapped.
-                vars(block).pop("forward", None)
-            model.to(CPU)
-
-
-def _by_layer(model: Any, latents: Sequence[range], device: torch.device) -> list[Weights]:
-    """Hook the blocks of a model so that those of one of `latents` are on `device` at a time; all else moves there."""
-    pinned = device.type == "cuda" and _fits_pinned([model])
-    blocks = [nn.ModuleList(model.blocks[layer] for layer in layers) for layers in latents]
-    groups = [Weights(part, device, pinned) for part in blocks]
-    for weights, layers in zip(groups, latents, strict=True):
-        for layer in layers:
-            add_hook_to_module(model.blocks[layer], OnDemand(weights, groups))
-    for name, child in model.named_children():
-        if name != "blocks":
-            child.to(device)
-    for tensor in (*model.parameters(recurse=False), *model.buffers(recurse=False)):
-        tensor.data = tensor.data.to(device)
-    return groups
+        for block in model.blocks:
+            remove_hook_from_module(block)
+            # What Accelerate leaves here looks like a forward that is still wrapped.
+            vars(block).pop("forward", None)
 
 
 def _size(model: Any) -> int:
