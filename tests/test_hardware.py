@@ -18,7 +18,6 @@ from mla_convert.errors import UsageError
 from mla_convert.evaluate.bench import BenchConfig, _place
 from mla_convert.export.checkpoint import save_checkpoint
 from mla_convert.pipeline import fits
-from mla_convert.pipeline.experts import warn_of_bfloat16
 from mla_convert.pipeline.run import this_process
 
 GPU = torch.device("cuda")
@@ -109,7 +108,7 @@ def test_bfloat16_on_an_older_gpu_is_said_before_anything_is_loaded(
     ):
         gpus((card, 16))
         caplog.clear()
-        warn_of_bfloat16(tmp_path / folder, asked, GPU)
+        fits.warn_of_bfloat16(tmp_path / folder, asked, GPU)
         assert [message for message in caplog.messages if "GPU 0 has no fused attention in bfloat16" in message] == (
             caplog.messages if said else []
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ..devices import lacks_bfloat16
 from ..errors import UsageError
-from ..export.checkpoint import find_checkpoint, load_checkpoint, load_shape
+from ..export.checkpoint import find_checkpoint, load_checkpoint
 from ..export.manifest import recorded_recipe
 from ..families.causal import CausalTransformer
 from ..files import claim_folder, write_text
@@ -25,8 +23,6 @@ from .checks import check_inputs
 from .context import Context
 from .run import RunResult, run, steps_until, this_process
 from .rundir import RESOLVED, STATE, RunDir
-
-logger = logging.getLogger(__name__)
 
 
 def run_experts(
@@ -107,22 +103,6 @@ def read_model_config(folder: Path) -> tuple[Path, dict[str, Any]]:
     names = list(_experts_of(folder))
     root, inner = find_checkpoint(folder / names[0] if names else folder)
     return root, known_config(inner)
-
-
-def warn_of_bfloat16(root: Path, dtype: str | None, device: torch.device) -> None:
-    """Log a warning, before anything is loaded, if the checkpoint in `root` would stream in bfloat16 on an older GPU.
-
-    `dtype` None is the stored one. No other dtype is taken unasked: float16 ends at 65,504, which weights trained in
-    bfloat16 may exceed.
-    """
-    if lacks_bfloat16(device) and dtype in (None, "bfloat16"):
-        if dtype is None and load_shape(root).dtype != torch.bfloat16:
-            return
-        logger.warning(
-            "%s has no fused attention in bfloat16, so torch computes all logits, gigabytes of them; --dtype float16 "
-            "avoids that",
-            torch.cuda.get_device_name(device),
-        )
 
 
 def _experts_of(folder: Path) -> dict[str, tuple[float, float]]:

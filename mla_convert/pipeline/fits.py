@@ -1,18 +1,21 @@
-"""Warns before a run starts if its training stages or its samples may not fit the GPU."""
+"""Warns before anything is loaded if training, samples or a model's dtype may need more memory than the GPU has."""
 
 from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 
 import torch
 from accelerate.utils import parse_flag_from_env
 
+from ..devices import lacks_bfloat16
 from ..distill.footprint import Launch
 from ..distill.launch import world_size
 from ..errors import UserError
 from ..evaluate.geometry import from_model
 from ..evaluate.memory import activation_bytes
+from ..export.checkpoint import load_shape
 from ..recipe.schema import Recipe
 from ..run.sample import latent_size
 from .context import Context
@@ -73,6 +76,22 @@ def warn_of_samples(context: Context) -> None:
             f"{caches / 1e9:.1f} GB of it for the teacher's cache, but the GPU has {available / 1e9:.1f} GB; give "
             "fewer generate.prompts, generate.guidance_scale 1 or a smaller generate.latent_height and latent_width, "
             "or leave the prompts out and use `generate --offload`"
+        )
+
+
+def warn_of_bfloat16(root: Path, dtype: str | None, device: torch.device) -> None:
+    """Log a warning if the checkpoint in `root` would stream in bfloat16 on an older GPU.
+
+    `dtype` None is the stored one. No other dtype is taken unasked: float16 ends at 65,504, which weights trained in
+    bfloat16 may exceed.
+    """
+    if lacks_bfloat16(device) and dtype in (None, "bfloat16"):
+        if dtype is None and load_shape(root).dtype != torch.bfloat16:
+            return
+        logger.warning(
+            "%s has no fused attention in bfloat16, so torch computes all logits, gigabytes of them; --dtype float16 "
+            "avoids that",
+            torch.cuda.get_device_name(device),
         )
 
 

@@ -52,7 +52,8 @@ from ..run.source_video import SourceVideo, open_source
 from ..run.start import LATENTS, read_start
 from ..run.streaming import StreamingConfig
 from ..run.video import MAX_GIF_FPS, STDOUT, check_suffix
-from .experts import load_models, read_model_config, warn_of_bfloat16
+from .experts import load_models, read_model_config
+from .fits import warn_of_bfloat16
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,8 @@ from ..run.streaming import StreamingConfig
 from ..run.video import Frames
 from .comparison import read_samples
 from .embeds import StoredEmbeds
-from .experts import load_models, read_model_config, warn_of_bfloat16
+from .experts import load_models, read_model_config
+from .fits import warn_of_bfloat16
 from .generation import recorded
 from .run import this_process
 from .rundir import STATE
