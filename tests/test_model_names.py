@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import sys
@@ -12,6 +13,8 @@ import pytest
 from recipe_case import digests, write_recipe, write_teacher
 
 from mla_convert.cli import main
+from mla_convert.export.same_run import of_same_run
+from mla_convert.recipe.load import apply_override
 
 GENERATE = ["--prompt", "7", "--frames", "4", "--steps", "1", "-o", "x.mp4"]
 
@@ -111,3 +114,22 @@ def test_a_closed_stderr_ends_nothing(monkeypatch: Any) -> None:
     assert main(["recipes", "list", "--json"]) == 0
     assert "demo" in out.getvalue()
     assert main(["recipes", "show", "nothing-like-it"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "same"),
+    [
+        ("data.folder", "b", False),
+        ("data.skip", {"a.safetensors": [1]}, True),
+        ("real_score", {"model": "b"}, False),
+        ("distill.0.steps", 2, False),
+        ("distill.0.checkpoint_every", 2, True),
+        ("generate.fps", 8, True),
+    ],
+)
+def test_what_decides_the_weights_makes_another_run(key: str, value: Any, same: bool) -> None:
+    stage = {"stage": "match_velocity", "steps": 1, "checkpoint_every": 1}
+    recipe = {"data": {"folder": "a", "skip": {}}, "distill": [stage], "generate": {"fps": 16}}
+    changed = copy.deepcopy(recipe)
+    apply_override(changed, f"{key}={json.dumps(value)}")
+    assert changed != recipe and of_same_run({"recipe": recipe}, {"recipe": changed}) == same

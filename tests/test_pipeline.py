@@ -26,6 +26,7 @@ from mla_convert.distill.trainer import BOOKKEEPING
 from mla_convert.errors import UsageError, UserError
 from mla_convert.export.checkpoint import load_checkpoint
 from mla_convert.export.manifest import read_manifest, verify_files
+from mla_convert.export.same_run import LATE
 from mla_convert.files import write_json
 from mla_convert.load import LazyTensors
 from mla_convert.pipeline import run
@@ -33,7 +34,6 @@ from mla_convert.pipeline import rundir as rundir_module
 from mla_convert.pipeline import steps as steps_module
 from mla_convert.pipeline.checks import check_recipe
 from mla_convert.pipeline.context import Context
-from mla_convert.pipeline.corrections import LATE
 from mla_convert.pipeline.dry_run import dry_run
 from mla_convert.pipeline.rundir import RunDir, read_state
 from mla_convert.pipeline.summary import build_report

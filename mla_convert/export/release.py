@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..distill.trainer import BOOKKEEPING
 from ..errors import UserError
 from ..files import MANIFEST, atomic_folder
 from ..load import read_config, read_json
@@ -18,6 +17,7 @@ from .evidence import find_evidence, write_evidence
 from .manifest import family_of, read_manifest
 from .pictures import draw_pictures
 from .reload import check_standalone, check_tensors_on_disk
+from .same_run import of_same_run
 from .standalone import bundle
 
 
@@ -81,22 +81,8 @@ def export(
 
 def _check_same_run(root: Path, out: Path) -> None:
     """Raise UserError if `out` holds a checkpoint of another run, source or layout than the one in `root`."""
-    if (out / MANIFEST).is_file() and _weights_of(read_manifest(root)) != _weights_of(read_json(out / MANIFEST)):
+    if (out / MANIFEST).is_file() and not of_same_run(read_manifest(root), read_json(out / MANIFEST)):
         raise UserError(f"{out} holds a checkpoint of another run; choose another folder, or --force to replace it")
-
-
-def _weights_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a manifest decides the weights; a run that is resumed may change the rest of its recipe."""
-    recipe, model = manifest.get("recipe") or {}, manifest.get("model") or {}
-    stages = [
-        {key: value for key, value in stage.items() if key not in BOOKKEEPING} for stage in recipe.get("distill") or ()
-    ]
-    return {
-        "source": manifest.get("source"),
-        "model": [model.get(key) for key in ("class", "causal", "mla")],
-        "recipe": [recipe.get(key) for key in ("name", "seed", "source", "causal", "convert")],
-        "stages": stages,
-    }
 
 
 def _standalone_source(model: Any) -> str:

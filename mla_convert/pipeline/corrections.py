@@ -1,21 +1,21 @@
-"""Decides which keys of a recipe may change after a run has begun: bookkeeping, and keys no finished step has read."""
+"""Tells which keys of a recipe may change in a run that has begun: those no finished step and no weight depends on."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-from ..distill.trainer import BOOKKEEPING
+from ..export.same_run import LATE, decisive
 from ..recipe.explain import describe
 from ..recipe.load import differences
 
-LATE = {
+READERS = {
     "evaluate": ("evaluate",),
     "generate": ("samples", "report"),
     "streaming": ("evaluate", "samples"),
     "export": ("export",),
 }
-"""Sections that training does not depend on, with the steps that read them. Each has a command of its own."""
+"""The steps that read the sections which training does not depend on."""
 
 
 class Change(NamedTuple):
@@ -39,25 +39,19 @@ def changes(
     """Compare two dumped recipes: returns the changes that a run with the steps `done` allows, and the others."""
     allowed: list[Change] = []
     refused: list[Change] = []
+    fixed = {key for key, _, _ in differences(decisive(recorded), decisive(resolved))}
     for difference in differences(recorded, resolved):
         change = Change(*difference)
-        (allowed if _can_change(change, recorded, done) else refused).append(change)
+        (refused if change.key in fixed or _was_read(change, recorded, done) else allowed).append(change)
     return allowed, refused
 
 
-def _can_change(change: Change, recorded: Mapping[str, Any], done: Collection[str]) -> bool:
-    section, *keys = change.key.split(".")
-    if section == "data":
-        # Skipping a damaged clip keeps the order of the others.
-        return keys[0] == "skip"
-    if section == "distill":
-        return len(keys) > 1 and keys[1] in BOOKKEEPING
-    if section not in LATE:
-        return False
-    readers = {*LATE[section]}
+def _was_read(change: Change, recorded: Mapping[str, Any], done: Collection[str]) -> bool:
+    """Whether one of the steps `done` has read a key that does not decide the weights."""
+    readers = {*READERS[change.section]} if change.section in LATE else set()
     # A stage that is already training may compute its held-out loss on these clips.
     if change.key == "evaluate.clips" and recorded["distill"]:
         readers.add("convert")
-    if section == "generate" and recorded["convert"]["calibration"]["source"] == "rollouts":
+    if change.section == "generate" and recorded["convert"]["calibration"]["source"] == "rollouts":
         readers.add("convert")
-    return readers.isdisjoint(done)
+    return not readers.isdisjoint(done)

@@ -17,11 +17,12 @@ from ..distill.identity import Identity, other_clips
 from ..distill.shard_files import of_all
 from ..errors import UsageError, UserError
 from ..export.evidence import RECIPE
+from ..export.same_run import LATE
 from ..files import RUN_STATE, claim_folder, discard_folder, locked_folder, sha256, write_json, write_text
 from ..recipe.explain import describe
 from ..recipe.load import has_key
 from ..recipe.schema import Recipe
-from .corrections import LATE, Change, changes
+from .corrections import Change, changes
 
 STATE, RESOLVED, STOPPED = RUN_STATE, RECIPE, ".stopped"
 FORMAT = 1
