@@ -184,7 +184,7 @@ def test_what_runs_out_is_explained():
             ["generate", "{tmp}", "--prompt", "7", "-o", "{tmp}/x.mp4"],
             "give --offload model, or --offload group where one transformer alone",
         ),
-        (["vbench", "{tmp}", "--vbench", "{tmp}"], "give a smaller --latent-size or --dtype bfloat16"),
+        (["vbench", "{tmp}", "--vbench", "{tmp}"], "give --offload model, or --offload group"),
         (["evaluate", "{tmp}"], "give a smaller --batch-size"),
         (["inspect", "zoo:digits"], "give --clips 0"),
         (["encode", "{tmp}", "--model", "{tmp}", "-o", "{tmp}/x"], "give a smaller --batch-size, --height and"),

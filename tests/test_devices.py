@@ -406,18 +406,20 @@ def test_generate_writes_the_same_pictures(
     same(made)
 
 
-def test_vbench_draws_and_encoders_encode(checkpoint: Path, tmp_path: Path, available: Any) -> None:
+@pytest.mark.parametrize("offload", ["none", "model", "group"])
+def test_vbench_draws_and_encoders_encode(checkpoint: Path, tmp_path: Path, available: Any, offload: Any) -> None:
     pipeline = checkpoint.parent / "pipeline"
 
     def made(device: torch.device) -> Any:
         available(device)
         settings = {**FEW, "latent_height": 4, "latent_width": 6, "fps": 2}
-        config = VBenchConfig(tmp_path, seconds=1, pipeline=str(pipeline), generate=settings)
+        config = VBenchConfig(tmp_path, seconds=1, pipeline=str(pipeline), generate=settings, offload=offload)
         out = tmp_path / device.type
         drawing = Drawing(checkpoint, config, [Prompt("a", (), "a square")], out, lambda *_: None)
         chunks = list(drawing.draw("a square", 0))
         assert len(chunks) == 2
         video = np.concatenate(chunks)
+        assert np.array_equal(np.concatenate(list(drawing.draw("a square", 0))), video)
         room = decoding_bytes(drawing.vae, 4, 6).total(1) if device == GPU else 0
         assert [one.kernels.left_free for one in drawing.models] == [room]
         with text_encoder(pipeline, torch.float32, device) as embed, video_vae(pipeline, device) as vae:

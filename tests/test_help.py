@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
 from rich.console import Console
+from typer.main import get_command
 
-from mla_convert.cli import main
+from mla_convert.cli import app, generate, main, vbench
 from mla_convert.cli.dry_run import needs_table
-from mla_convert.cli.generate import PANELS
 from mla_convert.cli.inspect import energy_table, prediction_table
 from mla_convert.cli.panels import in_panels
 from mla_convert.evaluate.text import rough_percent
@@ -25,22 +27,54 @@ def lines(capsys: Any, table: Any) -> list[str]:
     return printed
 
 
-def test_generate_groups_its_options_and_cuts_no_name(capsys: Any, monkeypatch: Any) -> None:
+@pytest.fixture
+def shown(capsys: Any, monkeypatch: Any) -> Callable[[str], str]:
+    """The help of a command in 80 columns."""
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERMINAL_WIDTH", "80")
-    assert main(["generate", "--help"]) == 0
-    out = capsys.readouterr().out
-    for title, names in PANELS.items():
+
+    def shown(command: str) -> str:
+        assert main([*command.split(), "--help"]) == 0
+        text: str = capsys.readouterr().out
+        return text
+
+    return shown
+
+
+@pytest.mark.parametrize(("command", "panels"), [("generate", generate.PANELS), ("vbench", vbench.PANELS)])
+def test_options_are_grouped_and_the_rest_comes_last(
+    shown: Callable[[str], str], command: str, panels: Mapping[str, Sequence[str]]
+) -> None:
+    out = shown(command)
+    titles = re.findall("╭─ (.+?) ─", out)
+    assert titles[0] == "Arguments" and titles[-1] == "Other" and sorted(titles[1:-1]) == sorted(panels)
+    renamed = {"checkout": "vbench", "dimensions": "dimension"}
+    for title, names in panels.items():
         start = out.index(f"─ {title} ")
         panel = out[start : out.index("╰", start)]
-        assert all(f"--{name.replace('_', '-')} " in panel for name in names)
-    assert "an existing" in out and "--dtype" not in out[out.index("─ Options ") : out.index("─ Output ")]
+        assert all(f"--{renamed.get(name, name).replace('_', '-')} " in panel for name in names)
+    assert "--json" in out[out.index("─ Other ") :]
 
 
-def test_the_options_of_other_commands_stay_where_they_were(capsys: Any) -> None:
-    assert main(["evaluate", "--help"]) == 0
-    out = capsys.readouterr().out
-    assert "─ Options " in out and "Memory and speed" not in out
+GROUP: Any = get_command(app)
+COMMANDS = {name: one for name, one in GROUP.commands.items() if name != "recipes"}
+COMMANDS |= {f"recipes {name}": one for name, one in GROUP.commands["recipes"].commands.items()}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_help_cuts_a_word(shown: Callable[[str], str], command: str) -> None:
+    """Neither a value, such as <auto|int8> or T,T,..., nor a long word of a description."""
+    out = shown(command)
+    for line in out.splitlines():
+        values = re.sub(r"\[[^]]*\]", "", line)
+        assert "…" not in line and values.count("<") == values.count(">"), line
+    named = [param.metavar for param in COMMANDS[command].params if param.metavar]
+    assert all(metavar in out for metavar in named)
+
+
+def test_the_options_of_other_commands_stay_where_they_were(shown: Callable[[str], str]) -> None:
+    out = shown("evaluate")
+    assert "─ Options " in out and "Memory and speed" not in out and "─ Other " not in out
 
 
 def test_a_panel_of_an_unknown_option_is_an_error() -> None:

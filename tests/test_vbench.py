@@ -33,7 +33,7 @@ from mla_convert.evaluate.vbench_suite import (
 )
 from mla_convert.export.checkpoint import save_checkpoint
 from mla_convert.families.wan import MLAWanTransformer3DModel
-from mla_convert.files import locked_folder
+from mla_convert.files import locked_folder, write_json
 from mla_convert.pipeline.embeds import StoredEmbeds
 from mla_convert.run import prefetch
 
@@ -334,6 +334,8 @@ def test_latents_with_a_text_encoder_and_a_vae(capfd, checkout, pipeline, tmp_pa
     assert code == 0
     one, other = (next((tmp_path / name / "videos").iterdir()).read_bytes() for name in ("a", "b"))
     assert one == other
+    assert vbench(capfd, model, checkout, tmp_path / "g", *some, "--vae-dtype", "bfloat16")[0] == 0
+    assert one != next((tmp_path / "g" / "videos").iterdir()).read_bytes()
     guided = [*some, "--guidance-scale", "3"]
     for name, more in (("d", ["--prompt-embeds", str(embeds)]), ("e", ["--negative-prompt", WAN_NEGATIVE_PROMPT])):
         assert vbench(capfd, model, checkout, tmp_path / name, *guided, *more)[0] == 0
@@ -370,8 +372,14 @@ def test_a_second_process_is_kept_out(capfd, checkout, model, tmp_path) -> None:
     assert code == 1 and "another process is working in" in error
 
 
-def test_it_keeps_latents_in_the_bits_that_the_recipe_says(checkout, tmp_path, monkeypatch) -> None:
-    folder = save_model(tmp_path / "model", {"streaming": {"cache": [[4, 8], [6, 4]]}})
+@pytest.mark.parametrize(
+    ("recipe", "options", "expected"),
+    [({"cache": [[4, 8], [6, 4]]}, [], (4, 6)), ({"cache": "int8"}, ["--cache", "6x8,2x4"], (6, 4))],
+)
+def test_latents_are_kept_in_the_bits_of_the_recipe_or_of_the_option(
+    checkout, tmp_path, monkeypatch, recipe, options, expected
+) -> None:
+    folder = save_model(tmp_path / "model", {"streaming": recipe})
     make, caches = MLAWanTransformer3DModel.init_cache, []
 
     def kept(*given: Any, **more: Any) -> Any:
@@ -380,6 +388,25 @@ def test_it_keeps_latents_in_the_bits_that_the_recipe_says(checkout, tmp_path, m
 
     monkeypatch.setattr(MLAWanTransformer3DModel, "init_cache", kept)
     some = ["--vbench", str(checkout), "--dimension", "dynamic_degree", "--samples", "1", "--out", str(tmp_path / "a")]
-    assert main(["vbench", str(folder), *some]) == 0
-    # Ranks 10 and 8, with a shared key.
-    assert [(one.eight, one.four) for one in caches[0].bits] == [(4, 6), (4, 4)]
+    assert main(["vbench", str(folder), *some, *options]) == 0
+    # The first of the ranks, which is 10, with a shared key.
+    assert (caches[0].bits[0].eight, caches[0].bits[0].four) == expected
+
+
+def test_what_changes_the_videos_may_not_change_between_them(capfd, checkout, model, tmp_path) -> None:
+    """Bits of the cache and the data type of the VAE do; what only decides memory and speed does not."""
+    out, some = tmp_path / "out", ["--dimension", "dynamic_degree", "--samples", "1"]
+    assert vbench(capfd, model, checkout, out, *some, "--cache", "int8")[0] == 0
+    record = json.loads((out / "vbench.json").read_text())
+    assert record["cache"] == "int8" and not {"offload", "streaming", "kernels"} & record.keys()
+    executed = ["--offload", "group", "--kernels", "torch", "--expand-history", "pass", "--cuda-graph", "off"]
+    code, again, _ = vbench(capfd, model, checkout, out, *some, "--cache", "int8", *executed)
+    assert code == 0 and again["drawn"] == 0
+    for options, message in (([], 'cache "int8", not null'), (["--cache", "4x8,2x4"], 'cache "int8", not "4x8,2x4"')):
+        code, _, error = vbench(capfd, model, checkout, out, *some, *options)
+        assert code == 2 and f"were generated with {message}; give another --out" in error
+    # As an older version recorded it, of videos without these options.
+    write_json(out / "vbench.json", {key: value for key, value in record.items() if key not in ("cache", "vae_dtype")})
+    assert vbench(capfd, model, checkout, out, *some)[0] == 0
+    code, _, error = vbench(capfd, model, checkout, out, *some, "--vae-dtype", "bfloat16")
+    assert code == 2 and 'vae_dtype null, not "bfloat16"' in error

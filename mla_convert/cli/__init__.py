@@ -13,12 +13,14 @@ from .. import __version__
 from ..errors import UserError, lacks_memory
 from . import bench, build, compare, demo, encode, generate, inspect, models, plan, push, recipes, vbench
 from .output import DEBUG, print_error, show_notes
+from .panels import Command
 from .signals import orderly_end
 
 LESS_MEMORY = {
     "generate": "give --offload model, or --offload group where one transformer alone does not fit, fewer prompts, a "
     "smaller --size, --vae-dtype bfloat16 or --expand-history pass",
-    "vbench": "give a smaller --latent-size or --dtype bfloat16, or draw on a machine with more memory",
+    "vbench": "give --offload model, or --offload group where one transformer alone does not fit, a smaller "
+    "--latent-size, --vae-dtype bfloat16 or --expand-history pass",
     "bench": "give a smaller --batch-size, --frames or --tokens-per-frame",
     "evaluate": "give a smaller --batch-size",
     "encode": "give a smaller --batch-size, --height and --width, or fewer --frames",
@@ -60,10 +62,10 @@ app.command("distill")(build.distill)
 app.command("run")(build.run)
 app.command("export")(models.export)
 app.command("evaluate")(models.evaluate)
-app.command("vbench")(vbench.vbench)
+app.command("vbench", cls=Command)(vbench.vbench)
 app.command("compare")(compare.compare)
 app.command("bench")(bench.bench)
-app.command("generate")(generate.generate)
+app.command("generate", cls=Command)(generate.generate)
 app.command("push")(push.push)
 app.command("demo")(demo.demo)
 app.add_typer(recipes.app, name="recipes")

@@ -20,7 +20,7 @@ def bench(
     qk_rope_head_dim: Annotated[int | None, typer.Option(min=0, help="Channels of the shared rotary key.")] = None,
     position: Annotated[
         Literal["decoupled", "derived", "baked", "rotate_on_read"] | None,
-        typer.Option(help="Layout; rotate_on_read by default."),
+        typer.Option(metavar="LAYOUT", help="decoupled, derived, baked or rotate_on_read, the default."),
     ] = None,
     own_chunk: Annotated[
         Literal["exact", "latent"] | None, typer.Option(help="How a chunk attends to itself; exact by default.")
@@ -34,7 +34,10 @@ def bench(
     ] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="Default: bfloat16 on a GPU (float32 uses no kernels there), float32 on a CPU."),
+        typer.Option(
+            metavar="DTYPE",
+            help="float32 (on a GPU without kernels), bfloat16 or float16; by default bfloat16 on a GPU, else float32.",
+        ),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; by default the GPU if there is one.")] = None,
     kernels: Annotated[Literal["auto", "triton", "torch"], typer.Option(help="What computes attention.")] = "auto",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import typer
 
@@ -13,8 +13,10 @@ from ..errors import UsageError
 from .options import (
     Cache,
     ContextNoise,
+    CudaGraph,
     DenoisingSteps,
     DType,
+    ExpandHistory,
     FirstChunkSteps,
     GuidanceScale,
     Json,
@@ -22,15 +24,17 @@ from .options import (
     LatentSize,
     Model,
     NegativePrompt,
+    OffloadTo,
     SamplerName,
     Shift,
     Steps,
-    parse_cache,
+    VaeDType,
+    execution,
     parse_size,
     sampling,
 )
 from .output import print_result, stderr
-from .panels import in_panels
+from .panels import EXECUTION, SAMPLING, in_panels
 
 INTERRUPTED = 130
 PANELS = {
@@ -46,18 +50,9 @@ PANELS = {
         "components",
     ),
     "Length and size": ("frames", "seconds", "endless", "size", "latent_size"),
-    "Sampling": (
-        "steps",
-        "sampler",
-        "denoising_steps",
-        "first_chunk_steps",
-        "shift",
-        "guidance_scale",
-        "context_noise",
-        "seed",
-    ),
+    "Sampling": SAMPLING,
     "Input": ("start", "hold_start", "source", "strength", "image"),
-    "Memory and speed": ("dtype", "vae_dtype", "offload", "kernels", "expand_history", "cuda_graph", "cache"),
+    "Memory and speed": EXECUTION,
 }
 
 
@@ -147,23 +142,11 @@ def generate(
     fps: Annotated[int | None, typer.Option(min=1, help="Frames per second; 8 for digits, 16 for others.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise; each further prompt uses the next one.")] = 0,
     dtype: DType = None,
-    vae_dtype: Annotated[
-        Literal["float32", "bfloat16"] | None,
-        typer.Option(help="Data type in which the VAE decodes, float32 by default; bfloat16 halves its memory."),
-    ] = None,
-    offload: Annotated[
-        Literal["none", "model", "group"],
-        typer.Option(help="For small GPUs: keep only one model, or one transformer block, on the GPU at a time."),
-    ] = "none",
+    vae_dtype: VaeDType = None,
+    offload: OffloadTo = "none",
     kernels: Kernels = None,
-    expand_history: Annotated[
-        Literal["auto", "chunk", "pass"] | None,
-        typer.Option(help="How often kernels expand the history; auto is once per chunk if memory allows."),
-    ] = None,
-    cuda_graph: Annotated[
-        Literal["auto", "off"] | None,
-        typer.Option(help="Replay a chunk's passes as a CUDA graph; auto by default."),
-    ] = None,
+    expand_history: ExpandHistory = None,
+    cuda_graph: CudaGraph = None,
     cache: Cache = None,
     as_json: Json = False,
 ) -> None:
@@ -218,9 +201,7 @@ def generate(
     )
     if latent_size is not None:
         settings["latent_height"], settings["latent_width"] = parse_size(latent_size)
-    streaming: dict[str, Any] = {"kernels": kernels, "expand_history": expand_history, "cuda_graph": cuda_graph}
-    if cache is not None:
-        streaming["cache"] = parse_cache(cache)
+    executed = execution(dtype, vae_dtype, offload, kernels, expand_history, cuda_graph, cache)
     with stderr().status("loading PyTorch"):
         from ..distill.progress import progress_bars
         from ..pipeline.generation import Request, generate_video
@@ -244,10 +225,7 @@ def generate(
         seconds=seconds,
         endless=endless,
         size=None if size is None else parse_size(size),
-        dtype=dtype,
-        vae_dtype=vae_dtype,
-        offload=offload,
-        streaming={key: value for key, value in streaming.items() if value is not None},
+        **executed,
     )
     with progress_bars(stderr()) as report:
         result = generate_video(model, out, request, settings, report)

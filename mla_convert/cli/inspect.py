@@ -41,7 +41,10 @@ def inspect(
     ] = None,
     latents: Annotated[
         Literal["auto", "normalised", "raw"],
-        typer.Option(help="What the shards store, if they do not record it; raw is FastVideo's format."),
+        typer.Option(
+            metavar="FORM",
+            help="normalised or raw (FastVideo's), where the shards do not record it; auto looks there.",
+        ),
     ] = "auto",
     ranks: Annotated[
         str | None,

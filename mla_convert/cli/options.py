@@ -21,12 +21,18 @@ Kernels = Annotated[
     Literal["auto", "triton", "torch"] | None,
     typer.Option(help="What computes streaming attention; by default the recipe's streaming.kernels, else auto."),
 ]
+ExpandHistory = Annotated[
+    Literal["auto", "chunk", "pass"] | None,
+    typer.Option(help="How often kernels expand the history; auto is once per chunk if memory allows."),
+]
+CudaGraph = Annotated[
+    Literal["auto", "off"] | None, typer.Option(help="Replay a chunk's passes as a CUDA graph; auto by default.")
+]
 Cache = Annotated[
     str | None,
     typer.Option(
-        "--cache",
-        metavar="auto|int8|LATENTSxBITS,...",
-        help="Bits per cached latent number: int8, or pairs such as 24x8,64x4; the last pair covers the rest.",
+        metavar="BITS",
+        help="Bits per cached latent number: auto, int8, or pairs such as 24x8,64x4; the last pair covers the rest.",
     ),
 ]
 Expert = Annotated[
@@ -35,7 +41,16 @@ Expert = Annotated[
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")]
 Model = Annotated[Path, typer.Argument(metavar="DIR", help="A run folder, a checkpoint or a transformer folder.")]
 DType = Annotated[
-    Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Data type; by default that of DIR.")
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option(metavar="DTYPE", help="float32, bfloat16 or float16; by default that of DIR."),
+]
+VaeDType = Annotated[
+    Literal["float32", "bfloat16"] | None,
+    typer.Option(help="Data type in which the VAE decodes, float32 by default; bfloat16 halves its memory."),
+]
+OffloadTo = Annotated[
+    Literal["none", "model", "group"],
+    typer.Option(help="For small GPUs: keep only one model, or one transformer block, on the GPU at a time."),
 ]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps per chunk.")]
 SamplerName = Annotated[
@@ -86,6 +101,23 @@ def parse_cache(text: str) -> CacheBits:
         return parse_bits(text)
     except ValueError as error:
         raise UsageError(f"--cache: {error}") from None
+
+
+def execution(
+    dtype: str | None,
+    vae_dtype: str | None,
+    offload: str,
+    kernels: str | None,
+    expand_history: str | None,
+    cuda_graph: str | None,
+    cache: str | None,
+) -> dict[str, Any]:
+    """Turn options of memory and speed into fields of an Execution. Raises UsageError."""
+    streaming = {"kernels": kernels, "expand_history": expand_history, "cuda_graph": cuda_graph}
+    given: dict[str, Any] = {key: value for key, value in streaming.items() if value is not None}
+    if cache is not None:
+        given["cache"] = parse_cache(cache)
+    return {"dtype": dtype, "vae_dtype": vae_dtype, "offload": offload, "streaming": given}
 
 
 def sampling(denoising_steps: str | None, first_chunk_steps: str | None = None, **options: Any) -> dict[str, Any]:

@@ -8,24 +8,41 @@ from typing import Annotated
 import typer
 
 from .options import (
+    Cache,
     ContextNoise,
+    CudaGraph,
     DenoisingSteps,
     DType,
+    ExpandHistory,
     FirstChunkSteps,
     GuidanceScale,
     Json,
+    Kernels,
     LatentSize,
     Model,
     NegativePrompt,
+    OffloadTo,
     SamplerName,
     Shift,
     Steps,
+    VaeDType,
+    execution,
     parse_size,
     sampling,
 )
 from .output import print_result, stderr
+from .panels import EXECUTION, SAMPLING, in_panels
+
+PANELS = {
+    "Scores": ("checkout", "python", "dimensions", "samples", "published"),
+    "Output": ("out", "seconds", "latent_size", "fps"),
+    "Prompts": ("prompt_embeds", "longer_prompts", "list_prompts", "negative_prompt", "pipeline"),
+    "Sampling": SAMPLING,
+    "Memory and speed": EXECUTION,
+}
 
 
+@in_panels(PANELS)
 def vbench(
     model: Model,
     checkout: Annotated[Path, typer.Option("--vbench", metavar="FOLDER", help="A checkout of VBench's repository.")],
@@ -69,12 +86,21 @@ def vbench(
     fps: Annotated[int | None, typer.Option(min=1, help="Frames per second; 16 for latents, 8 for pixels.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Each video gets its own seed, derived from this one.")] = 0,
     dtype: DType = None,
+    vae_dtype: VaeDType = None,
+    offload: OffloadTo = "none",
+    kernels: Kernels = None,
+    expand_history: ExpandHistory = None,
+    cuda_graph: CudaGraph = None,
+    cache: Cache = None,
     as_json: Json = False,
 ) -> None:
     """Generate videos for VBench's standard prompts, score them with your own VBench, and report the scores.
 
-    Run it again to continue where it stopped, video by video and dimension by dimension. Steps, sampler, shift and
-    guidance default to those of the recipe that made the model.
+    Run it again to continue where it stopped, video by video, then dimension by
+    dimension.
+
+    Steps, sampler, shift and guidance default to those of the recipe that made
+    the model.
     """
     generate = sampling(
         denoising_steps,
@@ -105,8 +131,8 @@ def vbench(
         prompt_embeds,
         pipeline,
         published,
-        dtype,
         generate,
+        **execution(dtype, vae_dtype, offload, kernels, expand_history, cuda_graph, cache),
     )
     if list_prompts is not None:
         count = write_prompt_list(config, list_prompts)

@@ -5,19 +5,18 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..devices import default_device
 from ..distill.encode.models import image_encoder, load_vae, text_encoder
 from ..distill.negative import find_negative, read_negative
 from ..distill.progress import Report
 from ..errors import UsageError
-from ..export.manifest import recorded_recipe
 from ..families.base import noise_channels
 from ..families.image import reads_tokens
 from ..files import atomic_file, check_place, save_tensors
@@ -28,7 +27,7 @@ from ..run.decode import first_video_frame, frame_chunks, latent_frames, video_f
 from ..run.decode_memory import reserve
 from ..run.image import check_image, image_conditions, read_image
 from ..run.kept_whole import GIF, KEPT_WHOLE, check_fits
-from ..run.offload import Offload, place
+from ..run.offload import place
 from ..run.parts import IMAGE_TOKENS, PICTURES, TEXT, find_parts
 from ..run.prefetch import FrameWriter
 from ..run.prompts import PromptChange, PromptSchedule
@@ -50,23 +49,21 @@ from ..run.sample import (
 )
 from ..run.source_video import SourceVideo, open_source
 from ..run.start import LATENTS, read_start
-from ..run.streaming import StreamingConfig
 from ..run.video import MAX_GIF_FPS, STDOUT, check_suffix
-from .experts import load_models, read_model_config
+from .execution import Execution, recorded
+from .experts import read_model_config
 from .fits import warn_of_bfloat16
 
 
 @dataclass(frozen=True)
-class Request:
+class Request(Execution):
     """Options of a generation that are not keys of GenerateConfig.
 
     `prompts` are texts, one video each. Alternatively, `prompt_embeds` is a file with the embeddings of one
     prompt; `negative_embeds` is that of the negative prompt, by default `negative.safetensors` beside it.
     `changes` are later prompts with their times. `image` conditions an image-to-video model. `components` is a
     folder or Hub ID of a pipeline with VAE and encoders. `seconds` sets the length instead of `num_frames`; an
-    `endless` video ends with Ctrl-C. `size` is height and width in pixels. `vae_dtype` is the dtype in which the
-    VAE decodes, and encodes a source; an image and a start are encoded in float32. `streaming` has keys of
-    StreamingConfig.
+    `endless` video ends with Ctrl-C. `size` is height and width in pixels. An image and a start are encoded in float32.
     """
 
     prompts: tuple[str, ...] = ()
@@ -78,10 +75,6 @@ class Request:
     seconds: float | None = None
     endless: bool = False
     size: tuple[int, int] | None = None
-    dtype: str | None = None
-    vae_dtype: str | None = None
-    offload: Offload = "none"
-    streaming: Mapping[str, Any] = field(default_factory=dict)
 
 
 def generate_video(
@@ -105,10 +98,8 @@ def generate_video(
     vae = task.vae()
     start = task.start(vae)
     conditions = task.conditions(vae, tokens)
-    if vae is not None and request.vae_dtype is not None:
-        # diffusers' own `to` warns about modules that must stay in float32; this VAE has none.
-        nn.Module.to(vae, getattr(torch, request.vae_dtype))
-    models = load_models(folder, None if request.dtype is None else getattr(torch, request.dtype))
+    request.cast(vae)
+    models = request.load(folder)
     chosen = task.streaming.apply(*models)
     place(models, vae, task.device, request.offload)
     config, count, source = task.config, len(embeds), task.source
@@ -167,7 +158,7 @@ class _Task:
         reads_text = request.prompts or request.changes or "negative_prompt" in settings
         if request.components is not None and self.pixels and (self.digits or not reads_text):
             raise UsageError("this model makes pixels and reads no VAE or text encoder; leave --components out")
-        self.streaming = validate(StreamingConfig, {**recorded(self.root, "streaming"), **request.streaming})
+        self.streaming = request.streaming_of(self.root)
         keys = {**trained_for(recorded(self.root, "generate"), self.digits), **settings}
         if request.size is not None:
             keys["latent_height"] = to_latent("height", request.size[0], self.spatial)
@@ -328,11 +319,6 @@ class _Task:
         conditions = image_conditions(self.model, self.image, vae, self.height, self.width, self.frames, tokens)
         vae.to("cpu")
         return conditions
-
-
-def recorded(root: Path, section: str) -> dict[str, Any]:
-    """A section of the recipe recorded in a checkpoint; empty if there is none."""
-    return recorded_recipe(root).get(section) or {}
 
 
 def _write_latents(chunks: Iterable[Tensor], paths: Sequence[Path]) -> tuple[int, bool]:

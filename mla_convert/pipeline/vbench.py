@@ -28,11 +28,13 @@ from ..export.manifest import versions
 from ..families.causal import CausalTransformer
 from ..families.image import reads_image
 from ..files import MANIFEST, claim_folder, explain_os_errors, locked_folder, sha256, write_json, write_text
+from ..mla.bits import format_bits
 from ..recipe.load import first_difference
 from ..recipe.schema import validate
 from ..run.config import GenerateConfig
 from ..run.decode import frame_chunks, latent_frames
 from ..run.decode_memory import reserve
+from ..run.offload import place
 from ..run.sample import (
     DIGITS,
     check_length,
@@ -44,13 +46,12 @@ from ..run.sample import (
     rollout,
     trained_for,
 )
-from ..run.streaming import StreamingConfig
 from ..run.video import Frames
 from .comparison import read_samples
 from .embeds import StoredEmbeds
-from .experts import load_models, read_model_config
+from .execution import Execution, recorded
+from .experts import read_model_config
 from .fits import warn_of_bfloat16
-from .generation import recorded
 from .run import this_process
 from .rundir import STATE
 
@@ -61,7 +62,7 @@ PIXEL_FPS, LATENT_FPS = 8, 16
 
 
 @dataclass(frozen=True)
-class VBenchConfig:
+class VBenchConfig(Execution):
     """Which videos are generated and how they are scored.
 
     `checkout` is the user's VBench repository and `python` the interpreter of its environment; without `python`
@@ -79,7 +80,6 @@ class VBenchConfig:
     prompt_embeds: Path | None = None
     pipeline: str | None = None
     published: Path | None = None
-    dtype: str | None = None
     generate: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -171,8 +171,8 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
 class Drawing:
     """Turns prompts into videos; the model is loaded to check it, text encoder and VAE with the first video.
 
-    `settings` holds, as JSON values, everything that the videos depend on. Raises UserError if the model, its
-    prompts and its VAE do not fit together.
+    `settings` holds, as JSON values, everything that the videos depend on beyond rounding. Raises UserError if the
+    model, its prompts and its VAE do not fit together.
     """
 
     def __init__(self, folder: Path, config: VBenchConfig, suite: Sequence[Prompt], out: Path, report: Report) -> None:
@@ -182,6 +182,7 @@ class Drawing:
         if reads_image(stored):
             raise UsageError(f"{folder} is an image-to-video model, and VBench's standard prompts have no images")
         warn_of_bfloat16(self.root, config.dtype, self.device)
+        self.streaming = config.streaming_of(self.root)
         model = self.models[0]
         self.digits = prompt_encoder(model.config) == DIGITS
         scale = latent_scale(model.config)
@@ -213,6 +214,9 @@ class Drawing:
             "manifest_sha256": manifest,
             "generate": self.config.model_dump(mode="json"),
             "dtype": config.dtype,
+            "vae_dtype": config.vae_dtype,
+            # None for the recipe's, which the digest stands for.
+            "cache": format_bits(self.streaming.cache) if "cache" in config.streaming else None,
             "prompts": str(config.longer_prompts or "standard"),
             "prompt_embeds": None if config.prompt_embeds is None else str(config.prompt_embeds),
             "pipeline": config.pipeline,
@@ -220,9 +224,8 @@ class Drawing:
 
     @functools.cached_property
     def models(self) -> list[CausalTransformer]:
-        dtype = None if self.vbench.dtype is None else getattr(torch, self.vbench.dtype)
-        models = load_models(self.folder, dtype, self.device)
-        validate(StreamingConfig, recorded(self.root, "streaming")).apply(*models)
+        models = self.vbench.load(self.folder)
+        self.streaming.apply(*models)
         return models
 
     def free(self) -> None:
@@ -238,8 +241,10 @@ class Drawing:
 
         def draw(prompt: str, seed: int) -> Iterator[Frames]:
             config = self.config.model_copy(update={"seed": seed})
+            # The text encoder has the device to itself.
             embeds, vae = self.embed(prompt), self.vae
-            chunks = rollout(self.models, embeds, config, negative_hidden_states=self.negative(embeds.shape))
+            negative = self.negative(embeds.shape)
+            chunks = rollout(self.models, embeds, config, negative_hidden_states=negative, device=self.device)
             yield from (frames for (frames,) in frame_chunks(chunks, vae))
 
         return draw
@@ -275,14 +280,18 @@ class Drawing:
 
     @functools.cached_property
     def vae(self) -> Any:
-        """The VAE that decodes the model's latents, with device memory reserved for it; None for a pixel model."""
-        if self.pixels:
-            return None
+        """The VAE that decodes the model's latents, None for a pixel model; prepares both for the device."""
+        vae = None if self.pixels else self._load_vae()
+        place(self.models, vae, self.device, self.vbench.offload)
+        reserve(self.models, vae, *latent_size(self.models[0].config, self.config), 1, self.device)
+        return vae
+
+    def _load_vae(self) -> Any:
         assert self.vbench.pipeline is not None
         folder, _ = find_pipeline(self.vbench.pipeline, None, config_only=False)
-        vae = load_vae(folder, self.device)
+        vae = load_vae(folder)
         check_vae(vae, self.models[0].config, f"the VAE of {folder}", "give the --pipeline of the model")
-        reserve(self.models, vae, *latent_size(self.models[0].config, self.config), 1, self.device)
+        self.vbench.cast(vae)
         return vae
 
 
