@@ -59,19 +59,21 @@ def store(monkeypatch):
     return shared
 
 
-def ended(tmp_path, arguments, failing, patched):
-    """The error lines of two processes of which `failing` raises in `patched`; no launcher ends the other.
+def ended(tmp_path, arguments, failing, patched, action="raise UserError('no space left')", code=1):
+    """The error lines of two processes, of which `failing` does `action` in `patched`; no launcher ends the other.
 
     As where they are on two machines, or started by srun.
     """
     script = tmp_path / "launched.py"
     script.write_text(
-        "import importlib, os, sys\n"
+        "import importlib, os, signal, sys\n"
         "from mla_convert.errors import UserError\n"
         "from mla_convert.cli import main\n"
         f"module, name = {patched!r}\n"
         "def broken(*given, **settings):\n"
-        "    raise UserError('no space left')\n"
+        f"    {action}\n"
+        "    return known(*given, **settings)\n"
+        "known = getattr(importlib.import_module(module), name)\n"
         f"if os.environ['RANK'] == '{failing}':\n"
         "    setattr(importlib.import_module(module), name, broken)\n"
         "sys.exit(main(sys.argv[1:]))\n"
@@ -96,7 +98,7 @@ def ended(tmp_path, arguments, failing, patched):
     finally:
         for process in started:
             process.kill()
-    assert [process.returncode for process in started] == [1, 1], errors
+    assert [process.returncode for process in started] == [code, code], errors
     lines = [[line for line in error.splitlines() if "rror" in line or "rocess" in line] for error in errors]
     return ["\n".join(found) for found in lines]
 
@@ -135,6 +137,20 @@ def test_a_process_that_fails_before_rollouts_ends_all(teacher, tmp_path, failin
     assert "no space left" in (other if failing else first)
     assert re.search(r"process 1 of the run failed" if failing else FIRST, first if failing else other)
     assert "Traceback" not in first + other
+
+
+@pytest.mark.parametrize(
+    ("signalled", "patched"),
+    [(0, ("mla_convert.pipeline.steps", "convert_source")), (1, ("mla_convert.distill.trainer", "learning_rate"))],
+)
+def test_a_signal_ends_all_processes_and_one_says_so(teacher, tmp_path, signalled, patched):
+    """Which comes to the first one while it converts, or to another in a stage."""
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(teacher=teacher))
+    arguments = ["run", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run")]
+    errors = ended(tmp_path, arguments, signalled, patched, "os.kill(os.getpid(), signal.SIGUSR1)", code=143)
+    said = "after step 1, with checkpoint" if signalled else "a signal stopped the run; continue with the same command"
+    assert errors[0].count("error:") == 1 and said in errors[0] and errors[1] == ""
+    assert (tmp_path / "run" / STOPPED).exists()
 
 
 def test_what_the_first_process_does_ahead_of_a_collective_ends_the_others(store):
@@ -260,26 +276,39 @@ def test_outputs_are_hashed_again_only_if_they_look_changed(teacher, tmp_path, m
     assert stale() == "convert" and not weights.exists()
 
 
-def test_a_stopped_run_is_marked_before_any_process_ends(teacher, tmp_path, monkeypatch):
-    """A launcher ends the first process with the others."""
-    marked = []
-
-    class Marked(Meetings):
-        def wait_for_everyone(self):
-            super().wait_for_everyone()
-            marked.append((tmp_path / "run" / STOPPED).exists())
+def test_a_stopped_run_is_marked_before_any_process_ends(teacher, tmp_path, monkeypatch, store):
+    """A launcher ends the first process with the others; what all of them would say is said by the first one alone."""
 
     def stopped(*given):
         raise Stopped("stage match_velocity was stopped by a signal after step 3")
 
+    marked, messages, tell = [], [], Notices.tell
+    monkeypatch.setattr(waiting, "from_main", lambda value: 7)
+    monkeypatch.setattr(
+        Notices, "tell", lambda *given: marked.append((tmp_path / "run" / STOPPED).exists()) or tell(*given)
+    )
     monkeypatch.setattr(run_module, "steps_of", lambda recipe: [Step("distill", (), stopped, everywhere=True)])
     monkeypatch.setattr(run_module, "_follow", stopped)
-    for number, main in enumerate((True, False), 1):
-        monkeypatch.setattr(run_module, "this_process", lambda main=main: Marked(main))
-        with pytest.raises(Stopped, match="after step 3"):
+    process = threading.local()
+    monkeypatch.setattr(run_module, "this_process", lambda: Meetings(not hasattr(process, "other")))
+
+    def other():
+        process.other = True
+        with pytest.raises(Stopped) as error:
             run(recipe(teacher), tmp_path / "run")
-        assert marked == [True] * number
-    monkeypatch.setattr(run_module, "this_process", lambda: Meetings(True))
+        messages.append(str(error.value))
+
+    follower = threading.Thread(target=other)
+    follower.start()
+    time.sleep(0.2)
+    assert follower.is_alive() and not messages
+    with pytest.raises(Stopped, match="after step 3"):
+        run(recipe(teacher), tmp_path / "run")
+    # The run that began, and the run that stopped.
+    assert marked == [False, True]
+    follower.join(timeout=60)
+    assert messages == [""]
+    monkeypatch.setattr(waiting, "from_main", lambda value: 8)
     monkeypatch.setattr(run_module, "steps_of", lambda recipe: [Step("distill", (), lambda context: None)])
     run(recipe(teacher), tmp_path / "run", until="distill")
     assert not (tmp_path / "run" / STOPPED).exists()

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-HEAVY = {"torch", "diffusers", "transformers", "accelerate", "peft", "matplotlib"}
+HEAVY = {"torch", "torch._dynamo", "diffusers", "transformers", "accelerate", "peft", "matplotlib"}
 
 
 @pytest.mark.parametrize(

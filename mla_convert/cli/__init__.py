@@ -96,7 +96,9 @@ def _run(args: list[str] | None, signals: list[int]) -> int:
         code = app(args=args, prog_name="mla-convert", standalone_mode=False)
         leave_processes()
     except UserError as error:
-        print_error(str(error))
+        # In a launch, the first process alone says what all of them have to say.
+        if str(error):
+            print_error(str(error))
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         code = 130

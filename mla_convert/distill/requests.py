@@ -1,11 +1,13 @@
-"""Handles requests during training: signals that stop a stage, and checkpoints that are due by the clock."""
+"""Handles requests during a run: signals that stop it, in a stage or outside, and checkpoints due by the clock."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from ..errors import UserError
+from .launch import world_size
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -27,9 +30,54 @@ def leave_signals_to_parent(worker: int) -> None:
 
 
 class Stopped(UserError):
-    """Raised when a signal has ended a stage early, after its checkpoint was written."""
+    """Raised when a signal has ended a stage early, after its checkpoint was written, or a run outside of its stages.
+
+    It has no message in the other processes of a launch, since the first one says it.
+    """
 
     exit_code = 128 + signal.SIGTERM
+
+
+@contextlib.contextmanager
+def stopping_at_once(main: bool) -> Iterator[None]:
+    """Inside the context, a signal ends the work of the first process, `main`, unless `Requests` waits for it.
+
+    Raises Stopped. The other processes of a launch leave SIGUSR1 to the first one: a launcher ends all of them once one
+    has ended. It does so by SIGTERM, which may therefore mean that a process has failed and keeps its action in a
+    launch.
+    """
+    received: list[int] = []
+    before: dict[int, Any] = {}
+    owner = os.getpid()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif main and not received:
+            received.append(number)
+            if callable(before[number]):
+                # The command has to know of it, because a second one may come while it ends.
+                before[number](number, frame)
+            raise KeyboardInterrupt
+
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS if world_size() == 1 else (signal.SIGUSR1,):
+                before[number] = signal.getsignal(number)
+                signal.signal(number, handle)
+        yield
+    except KeyboardInterrupt:
+        if received:
+            raise Stopped("a signal stopped the run; continue with the same command and --resume") from None
+        raise
+    finally:
+        _restore(before)
+
+
+def _restore(handlers: dict[int, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 class Requests:
@@ -70,8 +118,7 @@ class Requests:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        _restore(self._before)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # A forked data worker inherits this handler and must not die of it.

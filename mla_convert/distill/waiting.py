@@ -1,7 +1,8 @@
 """Waits for work of other processes by polling, and passes notices between the processes of a launch.
 
 A barrier would time out on long work. Polling therefore also checks that no process has failed, which a launcher may
-not tell the other machines, and that the first one is still alive.
+not tell the other machines, and that the first one is still alive. A process that dies of SIGKILL leaves no notice: its
+launcher ends the others of its machine, within half a minute, and `srun --kill-on-bad-exit` those of other machines.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from ..errors import UserError
+from .requests import Stopped
 from .sharding import from_main
 
 _POLL_SECONDS = 0.5
@@ -54,17 +56,18 @@ class Notices:
         """Make known which process has failed if the block raises; the first that failed is kept."""
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             # The store may be gone with the process that has it.
             with contextlib.suppress(RuntimeError, dist.DistError):
                 store = _store()
                 if store is not None and not store.check([self._key(_FAILED)]):
                     rank = dist.get_rank() if dist.is_initialized() else 0
-                    self.tell(_FAILED, f"process {rank}" if rank else "the first process")
+                    who = f"process {rank}" if rank else "the first process"
+                    self.tell(_FAILED, "" if isinstance(error, Stopped) else who)
             raise
 
     def check(self) -> None:
-        """Raise UserError if a process has failed, or the store's is gone."""
+        """Raise UserError if a process has failed or the store's is gone, Stopped if the first one has stopped."""
         store = _store()
         if store is None:
             return
@@ -74,7 +77,17 @@ class Notices:
         except (RuntimeError, dist.DistError):
             raise _ended() from None
         if failed:
-            raise UserError(f"{who} of the run failed; see its error message")
+            raise UserError(f"{who} of the run failed; see its error message") if who else Stopped
+
+    def wait_for_end(self) -> None:
+        """Return once a process has failed or stopped, or the first one is gone."""
+
+        def ended() -> bool:
+            self.check()
+            return _store() is None
+
+        with contextlib.suppress(UserError):
+            wait_until(ended)
 
     def wait(self, what: str) -> str:
         """Return the content of `what` once it is told. Raises UserError if a process failed or the first is gone."""

@@ -142,8 +142,9 @@ def clip_pass(
     return AttentionPass(views, grid, context_batch=context_batch)
 
 
-# A compiled graph would be valid for the frames of one chunk only.
-@torch.compiler.disable
+# A compiled graph would be valid for the frames of one chunk only. `torch.compiler.disable` would import the compiler
+# with this module, which takes as long as torch itself.
+@torch._disable_dynamo
 def stream_pass(table: RotaryTable, cache: FrameCache, num_frames: int, write: bool) -> AttentionPass:
     """Pass over the next `num_frames` frames of a rollout, with history from `cache`."""
     chunk = (cache.frames_seen, num_frames)

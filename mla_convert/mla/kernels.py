@@ -126,7 +126,7 @@ class Kernels:
             self.found.choices[key] = choice
         return key
 
-    @torch.compiler.disable
+    @torch._disable_dynamo
     def attention(self, layer: CausalSelfAttention, hidden_states: Tensor, step: AttentionPass) -> Tensor | None:
         """`layer.attention` computed by kernels, `[B, S, H * V]`; None where torch has to compute it.
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from ..devices import has_gpu
 from ..distill.launch import world_size
 from ..distill.progress import leave_to_the_first, progress_bars
-from ..distill.requests import Stopped
+from ..distill.requests import Stopped, stopping_at_once
 from ..distill.waiting import Notices
 from ..errors import UsageError
 from ..recipe.schema import Recipe
@@ -56,7 +56,8 @@ def run(
     `until` is the first word of the last step to run, such as `convert` or `distill`. In a distributed
     run every process calls this; the first one alone does everything but training and rollouts for data.
     Raises UserError in one line, which leaves finished steps in place; UsageError for a recipe with
-    several experts (use `run_experts`).
+    several experts (use `run_experts`). A signal raises Stopped, which leaves a mark in the folder: at the end of a
+    step of training, or at once where no stage trains.
     """
     if recipe.experts is not None:
         raise UsageError(f"recipe {recipe.name} converts several models; choose --expert {' or '.join(recipe.experts)}")
@@ -67,24 +68,25 @@ def run(
     with notices.failing():
         if not processes.is_main_process:
             try:
-                _follow(recipe, path, steps, processes, notices)
+                with stopping_at_once(main=False):
+                    _follow(recipe, path, steps, processes, notices)
+                    processes.wait_for_everyone()
             except Stopped:
                 # A launcher ends all processes once one has ended, and the first one has still to mark the folder.
-                processes.wait_for_everyone()
-                raise
-            processes.wait_for_everyone()
+                notices.wait_for_end()
+                raise Stopped from None
             return RunResult(path, model, {}, main=False)
         folder = RunDir(path, recipe, resume)
         try:
-            _lead(recipe, folder, steps, processes, console or Console(stderr=True), notices)
-            if until is None:
-                folder.mark_finished()
-            # The last notice is read while its store exists, which may end with this process.
-            processes.wait_for_everyone()
+            with stopping_at_once(main=True):
+                _lead(recipe, folder, steps, processes, console or Console(stderr=True), notices)
+                if until is None:
+                    folder.mark_finished()
+                # The last notice is read while its store exists, which may end with this process.
+                processes.wait_for_everyone()
             return RunResult(path, model, folder.seconds, main=True)
         except Stopped:
             folder.mark_stopped()
-            processes.wait_for_everyone()
             raise
         finally:
             folder.close()

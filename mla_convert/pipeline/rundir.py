@@ -18,7 +18,7 @@ from ..distill.shard_files import of_all
 from ..errors import UsageError, UserError
 from ..export.evidence import RECIPE
 from ..export.same_run import LATE
-from ..files import RUN_STATE, claim_folder, discard_folder, locked_folder, sha256, write_json, write_text
+from ..files import MANIFEST, RUN_STATE, claim_folder, discard_folder, locked_folder, sha256, write_json, write_text
 from ..recipe.explain import describe
 from ..recipe.load import has_key
 from ..recipe.schema import Recipe
@@ -34,7 +34,7 @@ class RunDir:
 
     `resume` continues a run of the same recipe; a folder with no finished step needs no `resume`. `changed` lists
     the keys that differ from the recorded recipe and are allowed to (see `corrections`); `begin` records the new
-    values. Nothing is written before `begin`. Raises UserError if the folder is not a run folder, if another
+    values. Nothing but a mark is written before `begin`. Raises UserError if the folder is not a run folder, if another
     process works in it, or if it has finished steps and `resume` is False; UsageError, naming the key, if the
     recipe differs where it must not.
     """
@@ -43,7 +43,7 @@ class RunDir:
         self.path, self.recipe = path, recipe
         self.changed: list[Change] = []
         self._corrupt: list[Path] = []
-        claim_folder(path, "run folder")
+        claim_folder(path, "run folder", (MANIFEST, RUN_STATE, STOPPED))
         self._lock = contextlib.ExitStack()
         self._lock.enter_context(locked_folder(path))
         try:
@@ -140,7 +140,7 @@ class RunDir:
         self._save()
 
     def mark_stopped(self) -> None:
-        """Tell whoever started the run that a signal ended it after a checkpoint; the next `begin` removes the mark.
+        """Tell whoever started the run that a signal ended it and that it can go on; the next `begin` removes the mark.
 
         The exit code does not tell: launchers have their own.
         """
