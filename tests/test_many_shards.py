@@ -51,7 +51,6 @@ def test_a_file_that_is_there_is_not_looked_at_again(tmp_path, monkeypatch):
             return self.name == "first" or looked[self.name] == 3
 
     monkeypatch.setattr(waiting, "_POLL_SECONDS", 0)
-    waiting.wait_for_files(
-        [Appearing(tmp_path / name) for name in ("first", "second", "third")], on_missing=told.append
-    )
+    paths = [Appearing(tmp_path / name) for name in ("first", "second", "third")]
+    waiting.wait_for_files(paths, waiting.Notices.of_run(), told.append)
     assert looked == {"first": 1, "second": 3, "third": 3} and told == [2, 2]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 
 import pico
@@ -15,12 +14,7 @@ from mla_convert.distill.clip_shards import Clip, write_latents
 from mla_convert.distill.data import DataConfig, drawn_rows, open_data
 from mla_convert.evaluate.config import EvaluateConfig
 from mla_convert.evaluate.fidelity import evaluate
-from mla_convert.export.manifest import FORMAT
 from mla_convert.families.wan import FAMILY
-from mla_convert.files import MANIFEST
-from mla_convert.pipeline.evaluation import _made_by
-from mla_convert.recipe.load import parse_recipe
-from mla_convert.recipe.shipped import shipped_recipes
 
 COUNT, HELDOUT = 40, 8
 
@@ -88,16 +82,6 @@ def test_an_evaluation_holds_out_what_the_run_held_out(folder):
         return evaluate(student, dense, open_data(data, seed), config, lambda *_: None)["teacher_loss"]
 
     assert losses(1) == losses(1) != losses(0)
-
-
-def test_a_checkpoint_from_before_held_out_the_last_clips(tmp_path):
-    recipe = parse_recipe(shipped_recipes()["wan2.1-1.3b"].read_text()).model_dump(mode="json")
-    for split, expected in (("drawn", "drawn"), (None, "last")):
-        recorded = json.loads(json.dumps(recipe))
-        if split is None:
-            del recorded["data"]["split"]
-        (tmp_path / MANIFEST).write_text(json.dumps({"format": FORMAT, "recipe": recorded}))
-        assert _made_by(tmp_path).data.split == expected
 
 
 def test_too_few_tokens_are_said_once(caplog):

@@ -203,7 +203,7 @@ def build(teacher: Any, config: ConvertConfig, plans: list[LayerInit]) -> Any:
     """The converted model of the fits."""
     mla = mla_config(config, config.ranks(len(plans)), plans, teacher.config.attention_head_dim)
     model = empty_model(FAMILY, teacher, mla)
-    model.load_state_dict(merge_state(teacher.state_dict(), plans, model.state_dict(), False), assign=True)
+    model.load_state_dict(merge_state(teacher.state_dict(), plans, model.state_dict()), assign=True)
     copy_unsaved_buffers(teacher, model)
     return model.eval().requires_grad_(False)
 

@@ -99,9 +99,9 @@ def _format(value: float | None, spec: str) -> str:
 
 
 def _loss_of(report: Mapping[str, Any]) -> str:
-    """Name the row of held-out losses, with the number of clips; reports of earlier versions do not have it."""
-    clips = report.get("clips")
-    return "held-out loss" if clips is None else f"held-out loss ({clips:,} clip{'' if clips == 1 else 's'})"
+    """Name the row of held-out losses, with the number of clips."""
+    clips = report["clips"]
+    return f"held-out loss ({clips:,} clip{'' if clips == 1 else 's'})"
 
 
 def _increase(loss: float | None, teacher: float | None) -> float | None:

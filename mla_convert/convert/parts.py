@@ -31,8 +31,8 @@ class PartFiles:
     the other fields of the `LayerInit`. Files are written atomically. Raises UserError for a full disk.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], heads: int, query_factorised: bool) -> None:
-        self.folder, self.heads, self.query_factorised = folder, heads, query_factorised
+    def __init__(self, folder: Path, identity: Mapping[str, Any], heads: int) -> None:
+        self.folder, self.heads = folder, heads
         stated = {"format": FORMAT, "sha256": _digest(identity)}
         try:
             same = json.loads((folder / IDENTITY).read_text(encoding="utf-8")) == stated
@@ -61,7 +61,7 @@ class PartFiles:
         """Write the converted form of a block whose dense state is `dense`."""
         outline = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name != "tensors"}
         header = {_PLAN: json.dumps(outline), _TENSORS: json.dumps(sorted(plan.tensors))}
-        state = block_state(dense, plan, self.heads, self.query_factorised)
+        state = block_state(dense, plan, self.heads)
         named = {f"blocks.{layer}.{name}": tensor for name, tensor in state.items()}
         self._write(layer, named, header)
 

@@ -35,26 +35,29 @@ def mla_config(config: ConvertConfig, ranks: Sequence[int], plans: Iterable[Laye
     )
 
 
-def attention_state(
-    source: Mapping[str, Tensor], plan: LayerInit, heads: int, query_factorised: bool
-) -> dict[str, Tensor]:
+def attention_state(source: Mapping[str, Tensor], plan: LayerInit, heads: int) -> dict[str, Tensor]:
     """Build the state of a latent self-attention from that of the dense one, in its dtype and on its device.
 
     Kept tensors are shared, not copied.
     """
     like = source["to_k.weight"]
-    kept = {name: tensor for name, tensor in source.items() if not (query_factorised and name in _QUERY)}
+    kept = {name: tensor for name, tensor in source.items() if name not in _dropped(plan)}
     # The gains of QK-norm are stored per head, a shape that the stock class refuses to load.
     kept |= {name: kept[name].view(heads, -1) for name in _BY_HEAD}
     return kept | {name: tensor.to(like) for name, tensor in plan.tensors.items()}
 
 
-def block_state(source: Mapping[str, Tensor], plan: LayerInit, heads: int, query_factorised: bool) -> dict[str, Tensor]:
+def _dropped(plan: LayerInit) -> tuple[str, ...]:
+    """The tensors of a dense self-attention that a factorized query replaces."""
+    return _QUERY if "q_a_proj.weight" in plan.tensors else ()
+
+
+def block_state(source: Mapping[str, Tensor], plan: LayerInit, heads: int) -> dict[str, Tensor]:
     """Build the state of a converted block from that of the dense one."""
     prefix = f"{ATTENTION}."
     dense = {name.removeprefix(prefix): tensor for name, tensor in source.items() if name.startswith(prefix)}
     rest = {name: tensor for name, tensor in source.items() if not name.startswith(prefix)}
-    latent = attention_state(dense, plan, heads, query_factorised)
+    latent = attention_state(dense, plan, heads)
     return rest | {prefix + name: tensor for name, tensor in latent.items()}
 
 
@@ -70,13 +73,13 @@ def latent_attention(
     assert eps is not None
     with torch.device("meta"):
         attention = LatentSelfAttention(dense.to_k.in_features, dense.heads, dense.head_dim, eps, 0, mla)
-    state = attention_state(dense.state_dict(), plan, dense.heads, config.q_lora_rank is not None)
+    state = attention_state(dense.state_dict(), plan, dense.heads)
     attention.load_state_dict(state, assign=True)
     return attention.to(dense.to_k.weight.device).eval().requires_grad_(False)
 
 
 def merge_state(
-    source: Mapping[str, Tensor], planned: Sequence[LayerInit], wanted: Mapping[str, Tensor], query_factorised: bool
+    source: Mapping[str, Tensor], planned: Sequence[LayerInit], wanted: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Build the state of the converted model; `wanted` gives its names and shapes.
 
@@ -89,13 +92,13 @@ def merge_state(
         names = [name for name in source if name.startswith(prefix)]
         block = {name.removeprefix(prefix): state.pop(name) for name in names}
         heads = wanted[f"{prefix}{ATTENTION}.norm_k.weight"].shape[0]
-        converted = block_state(block, plan, heads, query_factorised)
+        converted = block_state(block, plan, heads)
         state |= {prefix + name: tensor for name, tensor in converted.items()}
     check_account(
         source,
         {name: tuple(tensor.shape) for name, tensor in state.items()},
         {name: tuple(tensor.shape) for name, tensor in wanted.items()},
-        len(planned) if query_factorised else 0,
+        sum(bool(_dropped(plan)) for plan in planned),
     )
     return state
 

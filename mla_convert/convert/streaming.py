@@ -64,7 +64,7 @@ def convert_source(
     blocks = SourceBlocks(source, dtype, device, run=config.init == "activation")
     ranks_of(blocks, config)
     heads = blocks.model.config.num_attention_heads
-    parts = PartFiles(work, depends_on, heads, config.q_lora_rank is not None)
+    parts = PartFiles(work, depends_on, heads)
     if not parts.has_surroundings():
         parts.put_surroundings(blocks.around())
     convert_layers(blocks, config, batches, seed, parts, progress, work)

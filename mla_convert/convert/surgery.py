@@ -41,7 +41,7 @@ def convert_model(
     planned = [plan.truncated(rank) for plan, rank in zip(planned, ranks, strict=True)]
     mla = mla_config(config, ranks, planned, dense.config.attention_head_dim)
     model = empty_model(family, dense, mla)
-    state = merge_state(dense.state_dict(), planned, model.state_dict(), mla.q_lora_rank is not None)
+    state = merge_state(dense.state_dict(), planned, model.state_dict())
     model.load_state_dict(state, strict=True, assign=True)
     copy_unsaved_buffers(dense, model)
     # Moves the index buffers that only the converted model has.

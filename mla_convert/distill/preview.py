@@ -37,4 +37,4 @@ def show_preview(accelerator: Accelerator, work_dir: Path, strip: NDArray[np.uin
         return
     with atomic_file(work_dir / PREVIEWS / f"step-{step:08d}.png") as temporary:
         Image.fromarray(strip).save(temporary, format="PNG")
-    log_picture(accelerator, "preview", strip, step)
+    log_picture(accelerator, strip, step)

@@ -85,8 +85,7 @@ class Checkpoints:
     def _require_own(self, path: Path, recorded: dict[str, Any]) -> None:
         """Raise UserError if the identity `recorded` in a checkpoint is not `self.identity`."""
         for key, value in self.identity.items():
-            # Old checkpoints do not record which clips they were trained on.
-            before = recorded.get(key, value if key == "data" else None)
+            before = recorded.get(key)
             if before == value:
                 continue
             if key == "data":

@@ -82,11 +82,9 @@ def _run_id(work_dir: Path) -> str:
     return path.read_text(encoding="utf-8").strip()
 
 
-def log_picture(accelerator: Accelerator, name: str, picture: NDArray[np.uint8], step: int) -> None:
+def log_picture(accelerator: Accelerator, picture: NDArray[np.uint8], step: int) -> None:
     """Log a picture `[H, W, 3]` to the trackers that take pictures: tensorboard and wandb."""
-    if not accelerator.is_main_process:
-        return
     for tracker in accelerator.trackers:
         if hasattr(tracker, "log_images"):
             options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({name: picture[None]}, step=step, **options)
+            tracker.log_images({"preview": picture[None]}, step=step, **options)

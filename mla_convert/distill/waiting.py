@@ -130,7 +130,7 @@ def _store() -> dist.Store | None:
 
 
 def wait_for_files(
-    paths: Iterable[Path], notices: Notices | None = None, on_missing: Callable[[int], None] = lambda count: None
+    paths: Iterable[Path], notices: Notices, on_missing: Callable[[int], None] = lambda count: None
 ) -> None:
     """Return when all `paths` exist. After each check, `on_missing` is called with the number of missing files.
 
@@ -142,8 +142,7 @@ def wait_for_files(
     def all_exist() -> bool:
         missing[:] = [path for path in missing if not path.exists()]
         if missing:
-            if notices is not None:
-                notices.check()
+            notices.check()
             on_missing(len(missing))
         return not missing
 
@@ -151,17 +150,12 @@ def wait_for_files(
 
 
 def wait_until(done: Callable[[], bool], longest: int = 1) -> None:
-    """Return when `done()` is true. Raises UserError if the rendezvous process is gone.
+    """Return when `done()` is true.
 
     The pauses between two calls grow from half a second to `longest` times that.
     """
     pauses = 1
     while not done():
-        if dist.is_initialized():
-            try:
-                _get_default_store().check(["any"])
-            except (RuntimeError, dist.DistError):
-                raise _ended() from None
         time.sleep(_POLL_SECONDS * pauses)
         pauses = min(pauses + 1, longest)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..charts import MUTED, STUDENT, TEACHER, Chart, percent_axis
+from ..charts import MUTED, STUDENT, TEACHER, Chart, label_ends, percent_axis
 from .text import DASH, SPACE, digits_text, points_text, times_training
 
 METRICS = {
@@ -22,8 +22,6 @@ METRICS = {
     "frechet_distance": ("Fréchet distance to real videos", "number"),
 }
 SOURCES = ("real", "teacher", "student")
-LINE = 7
-"""Height of a line of text in the chart, in percentage points."""
 ROUNDING = 1e-9
 """Magnitudes up to this are rounding errors and are shown as 0."""
 
@@ -53,24 +51,20 @@ def recognition_by_frame(bench: Mapping[str, Any]) -> str:
     by_frame: Mapping[str, Sequence[float]] = bench["digit_accuracy_by_frame"]
     with Chart("recognition") as chart:
         ax = chart.axes
-        ends: list[tuple[float, float, str, str]] = []
+        ends: list[tuple[float, str, str]] = []
         for source, color, ink in (("teacher", TEACHER, MUTED), ("student", STUDENT, STUDENT)):
             values = 100 * np.asarray(by_frame[source])
             width = max(1, len(values) // 64)
             smooth = np.convolve(values, np.ones(width) / width, mode="valid")
             steps = np.arange(len(smooth)) + (width + 1) / 2
             ax.plot(steps, smooth, color=color, label=source)
-            ends.append((float(steps[-1]), float(smooth[-1]), source, ink))
-        # Labels of lines that end close together are stacked.
-        apart = abs(ends[0][1] - ends[1][1]) >= LINE
-        for x, y, source, ink in sorted(ends, key=lambda end: end[1]):
-            place = y if apart else min(ends[0][1], ends[1][1]) + (LINE if source == "teacher" else 0) - LINE / 2
-            ax.annotate(source, (x, place), (4, 0), textcoords="offset points", color=ink, va="center")
+            ends.append((float(smooth[-1]), source, ink))
         ax.axvline(bench["clip_frames"], color=MUTED, linewidth=1, dashes=(2, 3))
-        ax.set_xlim(1, 1.15 * len(by_frame["teacher"]))
+        ax.set_xlim(1, len(by_frame["teacher"]))
         ax.set_ylim(0, 105)
         ax.set_xlabel("frame (dashed: the training length)")
         percent_axis(ax)
+        label_ends(ax, ends)
     return chart.svg
 
 

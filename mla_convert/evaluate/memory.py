@@ -81,27 +81,22 @@ def plan(
     *,
     frames: int | None = None,
     tokens_per_frame: int | None = None,
-    fps: float | None = None,
     dtype: str = "bfloat16",
     gpu: str = "H100",
-    gpu_memory_bytes: int | None = None,
-    weights_bytes: int | None = None,
-    activation_bytes_per_stream: int | None = None,
     cache: CacheBits = "auto",
 ) -> Plan:
     """Compute the memory of `geometry` with a dense and with a latent cache.
 
     `kv_lora_rank` and `qk_rope_head_dim` are one value for all layers or one per layer; `qk_rope_head_dim` counts
-    only cached channels. `frames` is the window in latent frames. `weights_bytes` is all resident memory that streams
-    share; it defaults to the transformer in `dtype`. `gpu_memory_bytes` overrides `gpu`. `cache` is the number of
-    bits of the latent cache.
+    only cached channels. `frames` is the window in latent frames. `cache` is the number of bits of the latent
+    cache.
 
     Raises UsageError for an impossible size.
     """
-    changes = {"window_frames": frames, "tokens_per_frame": tokens_per_frame, "fps": fps}
+    changes = {"window_frames": frames, "tokens_per_frame": tokens_per_frame}
     geometry = geometry.model_copy(update={k: v for k, v in changes.items() if v is not None})
     frames = geometry.window_frames
-    for name, value in (("frames", frames), ("tokens_per_frame", geometry.tokens_per_frame), ("fps", geometry.fps)):
+    for name, value in (("frames", frames), ("tokens_per_frame", geometry.tokens_per_frame)):
         if value <= 0:
             raise UsageError(f"{name} must be above 0, got {value}")
     dtype, size = _dtype(dtype)
@@ -112,25 +107,18 @@ def plan(
     latent_token = sum(row_bytes(cache, *part, size) for part in parts)
 
     label, total = gpu_memory(gpu)
-    if gpu_memory_bytes is not None:
-        label, total = f"{gpu_memory_bytes / 1e9:g} GB", gpu_memory_bytes
-    weights = geometry.parameters * size if weights_bytes is None else weights_bytes
+    weights = geometry.parameters * size
     free = total - RESERVED_BYTES - weights
-
-    def working(window: int) -> int:
-        if activation_bytes_per_stream is not None:
-            return activation_bytes_per_stream
-        return activation_bytes(geometry, window, size)
 
     def longest_window(token_bytes: int) -> int:
         def needed(window: int) -> int:
-            return geometry.cached_tokens(window) * token_bytes + working(window)
+            return geometry.cached_tokens(window) * token_bytes + activation_bytes(geometry, window, size)
 
         return max(bisect.bisect_right(range(geometry.rope_max_seq_len + 1), free, key=needed) - 1, 0)
 
     tokens = geometry.cached_tokens(frames)
     mean_row = statistics.fmean(rows)
-    source = "as given" if activation_bytes_per_stream is not None else "computed for eager attention"
+    working = activation_bytes(geometry, frames, size)
     return Plan(
         model=geometry.name,
         dtype=dtype,
@@ -144,18 +132,18 @@ def plan(
         reduction=1 - mean_row / dense_row,
         dense_cache_bytes=tokens * dense_token,
         latent_cache_bytes=tokens * latent_token,
-        activation_bytes=working(frames),
+        activation_bytes=working,
         gpu=label,
         gpu_memory_bytes=total,
         reserved_bytes=RESERVED_BYTES,
         weights_bytes=weights,
-        max_streams_dense=max(free // (tokens * dense_token + working(frames)), 0),
-        max_streams_latent=max(free // (tokens * latent_token + working(frames)), 0),
+        max_streams_dense=max(free // (tokens * dense_token + working), 0),
+        max_streams_latent=max(free // (tokens * latent_token + working), 0),
         max_seconds_dense=geometry.seconds(longest_window(dense_token)),
         max_seconds_latent=geometry.seconds(longest_window(latent_token)),
         assumptions=[
             f"{format_bytes(weights)} of weights shared by all streams; text encoder and VAE not included",
-            f"{format_bytes(working(frames))} of working memory per stream ({source})",
+            f"{format_bytes(working)} of working memory per stream (computed for eager attention)",
             f"{format_bytes(RESERVED_BYTES)} reserved on the GPU; 1 GB = 10^9 bytes",
             f"the longest context is limited to {geometry.rope_max_seq_len} latent frames by the rotary table",
         ],

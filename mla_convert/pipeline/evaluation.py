@@ -114,9 +114,6 @@ def _run_of(root: Path) -> Path:
 def _made_by(root: Path) -> Recipe | None:
     """The recipe in a checkpoint's manifest; None without one."""
     recorded = recorded_recipe(root)
-    if recorded and recorded["data"]["kind"] != "digits":
-        # Recipes that predate the key held out the last clips.
-        recorded["data"].setdefault("split", "last")
     return validate(Recipe, recorded) if recorded else None
 
 

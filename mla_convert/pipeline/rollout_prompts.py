@@ -77,11 +77,7 @@ def read_prompts(data: DataConfig, source: Source, index: ShardIndex | None = No
             raise UsageError(
                 f"data.rollouts.prompts: {str(error).replace('--prompt-embeds', 'prompt_embeds')}"
             ) from None
-    path = Path(config.prompt_embeds)
-    files = prompt_files(path)
-    if not files:
-        raise UserError(f"no .safetensors files in {path}; write them with `mla-convert encode --prompts`")
-    return Prompts(TextFiles(files, source.config["text_dim"]), NoCaptions())
+    return Prompts(TextFiles(prompt_files(Path(config.prompt_embeds)), source.config["text_dim"]), NoCaptions())
 
 
 def _of_clips(

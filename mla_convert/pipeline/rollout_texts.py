@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -108,21 +106,10 @@ class NoCaptions:
 
 
 def digest_of(text: Tensor | TextFiles | ClipTexts, negative: Tensor | None) -> str:
-    """SHA-256 of `text` `[N, L, D]` and `negative` `[L, D]`, as a safetensors file would hold both, read in parts."""
-    parts = {"text": text} if negative is None else {"negative": negative, "text": text}
-    # The order of the format: larger types first, then names.
-    names = sorted(parts, key=lambda name: (-parts[name].dtype.itemsize, name))
-    sizes = [torch.Size(parts[name].shape).numel() * parts[name].dtype.itemsize for name in names]
-    ends = list(itertools.accumulate(sizes, initial=0))
-    header = {
-        name: {"dtype": _DTYPES[parts[name].dtype], "shape": list(parts[name].shape), "data_offsets": list(offsets)}
-        for name, offsets in zip(names, itertools.pairwise(ends), strict=True)
-    }
-    written = json.dumps(header, separators=(",", ":")).encode()
-    written += b" " * (-len(written) % 8)
-    digest = hashlib.sha256(len(written).to_bytes(8, "little") + written)
-    for name in names:
-        part = parts[name]
+    """SHA-256 of the types, shapes and bytes of `text` `[N, L, D]` and `negative` `[L, D]`, read in parts."""
+    digest = hashlib.sha256()
+    for part in (text,) if negative is None else (text, negative):
+        digest.update(f"{part.dtype} {list(part.shape)} ".encode())
         for start in range(0, len(part), _ROWS):
             rows = part[list(range(start, min(start + _ROWS, len(part))))]
             digest.update(rows.contiguous().view(torch.uint8).numpy().data)

@@ -169,7 +169,7 @@ class RunDir:
 
     def _found(self, recorded: Mapping[str, Any]) -> dict[str, str]:
         """The digests of a step's output as it is now: the recorded ones where size and time are as recorded."""
-        outputs, before = recorded["outputs"], recorded.get("files", {})
+        outputs, before = recorded["outputs"], recorded["files"]
         stats = self._stats(outputs)
         changed = [name for name in stats if stats[name] != before.get(name)]
         hashed = dict(zip(changed, of_all(sha256, (self.path / name for name in changed)), strict=True))

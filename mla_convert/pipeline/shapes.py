@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from ..convert.config import ConvertConfig
+from ..convert.initialise import LayerInit
 from ..convert.limits import planned_ranks
+from ..convert.state import mla_config
 from ..distill.data import Batch
 from ..distill.footprint import ClipShape
 from ..distill.identity import Identity
 from ..evaluate.geometry import PAPER_SHARE
 from ..families.base import Family
 from ..families.image import needed_conditions
-from ..mla.config import MLAConfig
 from ..mla.image import IMAGE, TOKENS
 
 CLIP_TOKENS = 257
@@ -45,20 +46,9 @@ def _mla(family: Family, dense: Any, convert: ConvertConfig) -> dict[str, Any]:
     if convert.budget is not None:
         mean = convert.budget.scalars(scalars) or scalars * PAPER_SHARE
         ranks = [max(1, convert.layers_per_latent * (round(mean) - convert.cached_key))] * layers
-    shared = tuple(range(convert.qk_rope_head_dim // 2))
-    every = tuple(range(head_dim // 2))
-    mla = MLAConfig(
-        position=convert.position,
-        own_chunk=convert.own_chunk,
-        kv_lora_rank=tuple(ranks),
-        q_lora_rank=convert.q_lora_rank,
-        v_head_dim=head_dim,
-        rope_pairs=(shared,) * layers,
-        nope_pairs=(every[len(shared) :],) * layers,
-        key_mean=convert.keeps_key_mean,
-        layers_per_latent=convert.layers_per_latent,
-    )
-    return mla.model_dump(mode="json")
+    shared = convert.qk_rope_head_dim // 2
+    plan = LayerInit(list(range(shared)), list(range(shared, head_dim // 2)), {})
+    return mla_config(convert, ranks, [plan] * layers, head_dim).model_dump(mode="json")
 
 
 class NoiseClips:

@@ -23,7 +23,7 @@ from ..distill.progress import Report
 from ..errors import UsageError
 from ..evaluate.report import REPORT_JSON, write_report
 from ..evaluate.vbench_scores import Judge, read_published, totals, version
-from ..evaluate.vbench_suite import Draw, Prompt, check_dimensions, draw_videos, read_suite, wanted_videos
+from ..evaluate.vbench_suite import Prompt, check_dimensions, draw_videos, read_suite, wanted_videos
 from ..export.manifest import versions
 from ..families.causal import CausalTransformer
 from ..families.image import reads_image
@@ -235,19 +235,14 @@ class Drawing:
         gc.collect()
         torch.cuda.empty_cache()
 
-    @property
-    def draw(self) -> Draw:
-        """A function from prompt and seed to the frames of a video; only it runs the model."""
-
-        def draw(prompt: str, seed: int) -> Iterator[Frames]:
-            config = self.config.model_copy(update={"seed": seed})
-            # The text encoder has the device to itself.
-            embeds, vae = self.embed(prompt), self.vae
-            negative = self.negative(embeds.shape)
-            chunks = rollout(self.models, embeds, config, negative_hidden_states=negative, device=self.device)
-            yield from (frames for (frames,) in frame_chunks(chunks, vae))
-
-        return draw
+    def draw(self, prompt: str, seed: int) -> Iterator[Frames]:
+        """Yield the frames of a video, chunk by chunk; only this runs the model."""
+        config = self.config.model_copy(update={"seed": seed})
+        # The text encoder has the device to itself.
+        embeds, vae = self.embed(prompt), self.vae
+        negative = self.negative(embeds.shape)
+        chunks = rollout(self.models, embeds, config, negative_hidden_states=negative, device=self.device)
+        yield from (frames for (frames,) in frame_chunks(chunks, vae))
 
     @functools.cached_property
     def embed(self) -> Callable[[str], Tensor]:

@@ -46,11 +46,11 @@ def describe(value: Any) -> str:
     return f"{quoted(value)} ({kind})"
 
 
-def _models(annotation: Any) -> list[type[BaseModel]]:
+def models_in(annotation: Any) -> list[type[BaseModel]]:
     """Return the models that an annotation such as `list[X] | None` can hold."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [model for argument in typing.get_args(annotation) for model in _models(argument)]
+    return [model for argument in typing.get_args(annotation) for model in models_in(argument)]
 
 
 class _Problem(NamedTuple):
@@ -78,7 +78,7 @@ def _locate(root: type[BaseModel], detail: Any) -> _Problem:
         path.append(str(entry))
         owner = current
         if field is not None:
-            found = _models(field.annotation)
+            found = models_in(field.annotation)
             current = found[0] if found else None
     return _Problem(tuple(path), owner, kind, detail["msg"], detail["input"], detail.get("ctx", {}))
 

@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from ..distill.stages.base import StageConfig
 from ..registry import stages
+from .explain import models_in
 from .schema import Recipe
 
 # Keys are class names of annotated-types, pydantic's dependency for constraints.
@@ -50,7 +51,7 @@ def _section(
         rows = [f"| `{key}` | {_type(field)} | {_shown(field)} |" for key, field in fields.items()]
         yield "\n".join(["| key | type | default |", "| --- | --- | --- |", *rows]) + "\n"
     for key, field in fields.items():
-        inner = _model(field.annotation)
+        inner = next(iter(models_in(field.annotation)), None)
         if inner is not None and not issubclass(inner, StageConfig):
             where = f"{path}.{key}" if path else key
             yield from _section(where, inner, where, level=min(level + bool(path), 4))
@@ -64,14 +65,6 @@ def _words(model: type[BaseModel]) -> str:
 
 def _is_list(block: str) -> bool:
     return block.lstrip().startswith("- ")
-
-
-def _model(annotation: Any) -> type[BaseModel] | None:
-    """Return the class of the section that a key holds, or None."""
-    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
-        return annotation
-    found = [_model(argument) for argument in get_args(annotation)]
-    return next((model for model in found if model is not None), None)
 
 
 def _type(field: FieldInfo) -> str:

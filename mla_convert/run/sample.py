@@ -128,8 +128,13 @@ def embed_prompts(prompts: Sequence[str], encoder: str | None) -> Tensor:
 
 
 def prompt_files(path: Path) -> list[Path]:
-    """The files with `prompt_embeds` that `encode --prompts` wrote in the folder `path`, or `path` itself."""
-    return sorted(file for file in path.glob("*.safetensors") if file.name != NEGATIVE) if path.is_dir() else [path]
+    """The files that `encode --prompts` wrote in the folder `path`, or `path` itself. Raises UserError for none."""
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.glob("*.safetensors") if file.name != NEGATIVE)
+    if not files:
+        raise UserError(f"no .safetensors files in {path}; write them with `mla-convert encode --prompts`")
+    return files
 
 
 def load_prompt_embeds(path: Path, text_dim: int) -> Tensor:

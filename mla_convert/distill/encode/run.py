@@ -75,11 +75,6 @@ def _encode_videos(
     check_model(folder, videos=True)
     check_size(folder, config.frames, config.height, config.width)
     settings = {**asdict(config), "revision": commit}
-    if config.latents == "normalised":
-        # Plans of older versions lack this key, and such folders can still be resumed.
-        del settings["latents"]
-    if not images:
-        del settings["image_condition"]
     plan = make_plan("videos", settings, [entry[:2] for entry in entries])
     size = config.shard_size
     shards = [
