@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -119,6 +122,14 @@ def png(
         yield [figure.add_subplot(1, panels, index + 1) for index in range(panels)]
         # Leave out the version of Matplotlib so that equal data gives equal bytes.
         figure.savefig(path, dpi=dpi, metadata={"Software": None})
+
+
+def moving_average(
+    steps: Sequence[float], values: Sequence[float], width: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The means of `width` neighboring points of a line, in both directions: shorter by `width - 1` points."""
+    kernel = np.ones(width) / width
+    return np.convolve(steps, kernel, mode="valid"), np.convolve(values, kernel, mode="valid")
 
 
 def label_ends(ax: Axes, ends: Sequence[tuple[float, str, str]]) -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mla_convert.evaluate import digits_bench as db
-from mla_convert.evaluate.bench_section import METRICS, SOURCES, tables
 from mla_convert.evaluate.config import EvaluateConfig
+from mla_convert.evaluate.digits_section import METRICS, SOURCES, tables
 from mla_convert.evaluate.report import render_html
 from mla_convert.evaluate.rollouts import chosen_prompts
 from mla_convert.zoo.digits.data import CLIP_FRAMES

@@ -16,7 +16,7 @@ from typing import Any
 
 import plots
 
-from mla_convert.evaluate.bench_section import recognition_by_frame, tables
+from mla_convert.evaluate.digits_section import recognition_by_frame, tables
 
 HERE = Path(__file__).parent
 KEYS = ("digits_bench", "teacher_loss", "student_loss", "loss_increase", "reduction", "layout", "seconds", "versions")

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from ..errors import UsageError
+from ..evaluate.text import duration
+from ..sizes import format_bytes
 from .output import print_result, stderr
 
 if TYPE_CHECKING:
@@ -27,8 +29,6 @@ def print_needs(recipe: Recipe, launch: Path | None, processes: int, measure: in
 
 def needs_table(result: dict[str, Any]) -> Table:
     """Tabulate a dry run, one column per stage; bytes are per GPU."""
-    from ..sizes import format_bytes
-
     launch = result["launch"]
     strategy = "DDP" if launch["processes"] > 1 else "one process"
     strategy = "FSDP2" if launch["sharded"] else "DeepSpeed ZeRO-2" if launch["zero"] else strategy
@@ -56,10 +56,5 @@ def needs_table(result: dict[str, Any]) -> Table:
     table.add_row("disk", *(format_bytes(stage["disk_bytes"]) for stage in stages))
     if result["seconds"] is not None:
         table.add_row("seconds per step, here", *(f"{stage['seconds_per_step']:.3g}" for stage in stages))
-        table.add_row("time, here", *(_hours(stage["seconds"]) for stage in stages))
+        table.add_row("time, here", *(duration(stage["seconds"]) for stage in stages))
     return table
-
-
-def _hours(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{max(minutes, 1)} min"

@@ -194,11 +194,6 @@ def _weights(layer: DenseSelfAttention) -> tuple[Tensor, Tensor]:
     return weight, torch.cat([scale * b_k, b_v])
 
 
-def _as_matrix(function: Callable[[Tensor, Tensor], Tensor], heads: int, head_dim: int) -> Tensor:
-    """Return a linear function of keys and values as a matrix `[n, 2I]`."""
-    return torch.cat(list(_columns(function, heads, head_dim)), dim=1)
-
-
 def _columns(function: Callable[[Tensor, Tensor], Tensor], heads: int, head_dim: int) -> Iterator[Tensor]:
     """Yield the matrix `[n, 2I]` of a linear function, `COLUMNS_AT_ONCE` columns at a time."""
     size = 2 * heads * head_dim
@@ -232,7 +227,7 @@ def _projections(reading: LayerReading, code: Code) -> dict[str, Tensor]:
         def kappa(key: Tensor, value: Tensor) -> Tensor:
             return torch.view_as_real(target.kappa(key)).flatten(1)
 
-        tensors["k_pe_proj.weight"] = _as_matrix(kappa, heads, head_dim)[:, : heads * head_dim]
+        tensors["k_pe_proj.weight"] = torch.cat(list(_columns(kappa, heads, head_dim)), dim=1)[:, : heads * head_dim]
         tensors["k_pe_proj.bias"] = torch.zeros(2 * len(target.shared.pairs))
     return tensors
 

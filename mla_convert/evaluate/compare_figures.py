@@ -8,16 +8,17 @@ from typing import Any
 import numpy as np
 
 from ..charts import (
-    MUTED,
     RUNS,
     TEACHER,
     Chart,
     layer_axis,
     log_axis_where_wide,
+    moving_average,
     noise_axis,
     percent_axis,
     step_axis,
 )
+from .digits_section import plot_recognition, recognition_axes
 from .figures import curve_of
 
 Report = Mapping[str, Any]
@@ -50,10 +51,8 @@ def training_loss(reports: Sequence[Report]) -> str:
             steps, values, _ = curve_of(report.get("curves") or [], "loss")
             if not values:
                 continue
-            width = max(1, len(values) // 20)
-            smooth = np.convolve(values, np.ones(width) / width, mode="valid")
-            first = (width - 1) // 2
-            ax.plot(steps[first : first + len(smooth)], smooth, color=color)
+            at, smooth = moving_average(steps, values, max(1, len(values) // 20))
+            ax.plot(at, smooth, color=color)
             everything += list(smooth)
             ends.append(steps[-1])
         log_axis_where_wide(ax, everything)
@@ -96,13 +95,6 @@ def recognition_by_frame(benches: Sequence[Mapping[str, Any] | None]) -> str:
             if bench is not None:
                 curves.append((bench["digit_accuracy_by_frame"]["student"], color))
         for by_frame, color in curves:
-            values = 100 * np.asarray(by_frame)
-            width = max(1, len(values) // 64)
-            smooth = np.convolve(values, np.ones(width) / width, mode="valid")
-            ax.plot(np.arange(len(smooth)) + (width + 1) / 2, smooth, color=color)
-        ax.axvline(known[0]["clip_frames"], color=MUTED, linewidth=1, dashes=(2, 3))
-        ax.set_xlim(1, max(len(by_frame) for by_frame, _ in curves))
-        ax.set_ylim(0, 105)
-        ax.set_xlabel("frame (dotted: the training length)")
-        percent_axis(ax)
+            plot_recognition(ax, by_frame, color)
+        recognition_axes(ax, known[0]["clip_frames"], max(len(by_frame) for by_frame, _ in curves))
     return chart.svg

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from .bench_section import METRICS, cell
+from .digits_section import METRICS, cell, length_title
 from .figures import curve_of
 from .text import DASH, bytes_text, duration, length_text, percent, plain, points_text, signed, times_training
 from .vbench_section import TOTALS
@@ -172,8 +172,7 @@ def bench_tables(benches: Sequence[Mapping[str, Any] | None]) -> list[dict[str, 
             for value in values:
                 cells.append({**cell(value, kind), "apart": _apart(values[0], value)})
             rows.append({"name": name, "cells": cells})
-        frames = known[0]["clip_frames"] * float(length.rstrip("x"))
-        tables.append({"title": f"{frames:g} frames ({length.rstrip('x')} × the training length)", "rows": rows})
+        tables.append({"title": length_title(known[0], length), "rows": rows})
     return tables
 
 

@@ -17,6 +17,7 @@ from ..charts import (
     Chart,
     layer_bars,
     log_axis_where_wide,
+    moving_average,
     noise_axis,
     percent_axis,
     step_axis,
@@ -158,9 +159,7 @@ def _smoothed(ax: Axes, steps: Sequence[float], values: Sequence[float]) -> None
     width = max(1, len(values) // 40)
     ax.plot(steps, values, color=STUDENT, linewidth=1, alpha=0.35 if width > 1 else 1)
     if width > 1:
-        smooth = np.convolve(values, np.ones(width) / width, mode="valid")
-        first = (width - 1) // 2
-        ax.plot(steps[first : first + len(smooth)], smooth, color=STUDENT)
+        ax.plot(*moving_average(steps, values, width), color=STUDENT)
 
 
 def _stages(ax: Axes, bounds: list[tuple[str, float]]) -> None:

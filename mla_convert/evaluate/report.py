@@ -26,7 +26,7 @@ import numpy as np
 from markupsafe import Markup
 
 from ..files import write_text
-from . import bench_section, fidelity_section, figures
+from . import digits_section, fidelity_section, figures
 from .page import render_page
 from .samples import Comparison, embed
 from .text import (
@@ -97,7 +97,7 @@ def render_html(report: Mapping[str, Any], comparisons: Sequence[Comparison] = (
         seconds=_seconds(report.get("seconds") or {}),
         bars=_bars(report),
         charts=_charts(report),
-        bench=bench_section.tables(report["digits_bench"]) if _has(report, "digits_bench") else [],
+        bench=digits_section.tables(report["digits_bench"]) if _has(report, "digits_bench") else [],
         comparisons=[embed(comparison) for comparison in comparisons],
         heads=fidelity_section.worst_heads(report.get("attention_maps") or []),
         vbench=vbench_table(report["vbench"]) if _has(report, "vbench") else None,
@@ -247,5 +247,5 @@ def _charts(report: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
         add("error", "Attention maps by layer", note, fidelity_section.map_chart(report["attention_maps"]))
     if _has(report, "digits_bench"):
         note = "Share of rollouts that show the prompted digit in each frame."
-        add("bench", "Recognition over time", note, bench_section.recognition_by_frame(report["digits_bench"]))
+        add("bench", "Recognition over time", note, digits_section.recognition_by_frame(report["digits_bench"]))
     return charts

@@ -66,6 +66,11 @@ def recorded_recipe(folder: Path) -> dict[str, Any]:
     return recipe or {}
 
 
+def recorded_section(folder: Path, section: str) -> dict[str, Any]:
+    """A section of `recorded_recipe(folder)`; {} if there is none."""
+    return recorded_recipe(folder).get(section) or {}
+
+
 def verify_files(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Compare the digests of the model's files. Raises UserError with the first file that differs."""
     for name, digest in manifest["files"].items():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..export.manifest import recorded_recipe
+from ..export.manifest import recorded_section
 from ..families.causal import CausalTransformer
 from ..recipe.schema import validate
 from ..run.offload import Offload
@@ -34,7 +34,7 @@ class Execution:
 
     def streaming_of(self, root: Path) -> StreamingConfig:
         """The settings for the checkpoint in `root`. Raises UserError in one line."""
-        return validate(StreamingConfig, {**recorded(root, "streaming"), **self.streaming})
+        return validate(StreamingConfig, {**recorded_section(root, "streaming"), **self.streaming})
 
     def load(self, folder: Path) -> list[CausalTransformer]:
         """Load the model of `folder`, or its experts, on the CPU. Raises UserError in one line."""
@@ -45,8 +45,3 @@ class Execution:
         if vae is not None and self.vae_dtype is not None:
             # diffusers' own `to` warns about modules that must stay in float32; this VAE has none.
             nn.Module.to(vae, getattr(torch, self.vae_dtype))
-
-
-def recorded(root: Path, section: str) -> dict[str, Any]:
-    """A section of the recipe recorded in a checkpoint; empty if there is none."""
-    return recorded_recipe(root).get(section) or {}

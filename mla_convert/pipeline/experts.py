@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ..errors import UsageError
 from ..export.checkpoint import find_checkpoint, load_checkpoint
-from ..export.manifest import recorded_recipe
+from ..export.manifest import recorded_section
 from ..families.causal import CausalTransformer
 from ..files import claim_folder, write_text
 from ..flow import ALL_NOISE
@@ -116,5 +116,5 @@ def _experts_of(folder: Path) -> dict[str, tuple[float, float]]:
 
 def _noise_range(root: Path) -> tuple[float, float]:
     """The noise range recorded in a checkpoint's manifest."""
-    low, high = recorded_recipe(root).get("source", {}).get("noise_range", ALL_NOISE)
+    low, high = recorded_section(root, "source").get("noise_range", ALL_NOISE)
     return low, high

@@ -17,6 +17,7 @@ from ..distill.encode.models import image_encoder, load_vae, text_encoder
 from ..distill.negative import find_negative, read_negative
 from ..distill.progress import Report
 from ..errors import UsageError
+from ..export.manifest import recorded_section
 from ..families.base import noise_channels
 from ..families.image import reads_tokens
 from ..files import atomic_file, check_place, save_tensors
@@ -50,7 +51,7 @@ from ..run.sample import (
 from ..run.source_video import SourceVideo, open_source
 from ..run.start import LATENTS, read_start
 from ..run.video import MAX_GIF_FPS, STDOUT, check_suffix
-from .execution import Execution, recorded
+from .execution import Execution
 from .experts import read_model_config
 from .fits import warn_of_bfloat16
 
@@ -159,7 +160,7 @@ class _Task:
         if request.components is not None and self.pixels and (self.digits or not reads_text):
             raise UsageError("this model makes pixels and reads no VAE or text encoder; leave --components out")
         self.streaming = request.streaming_of(self.root)
-        keys = {**trained_for(recorded(self.root, "generate"), self.digits), **settings}
+        keys = {**trained_for(recorded_section(self.root, "generate"), self.digits), **settings}
         if request.size is not None:
             keys["latent_height"] = to_latent("height", request.size[0], self.spatial)
             keys["latent_width"] = to_latent("width", request.size[1], self.spatial)

@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..evaluate.geometry import PAPER_SHARE, StreamGeometry, from_model
 from ..evaluate.geometry import preset as find_preset
 from ..export.checkpoint import find_checkpoint, load_shape
-from ..export.manifest import recorded_recipe
+from ..export.manifest import recorded_section
 from ..load import known_config, load_source
 from ..run.config import GenerateConfig
 from ..run.sample import DIGITS, latent_scale, latent_size, prompt_encoder
@@ -67,7 +67,7 @@ def bench_settings(source: str | None, preset: str | None) -> tuple[StreamGeomet
 
 def _steps(folder: Path) -> dict[str, int]:
     """Steps per chunk in the recipe that made a checkpoint, as a key of a `BenchConfig`; empty if unknown."""
-    generate = recorded_recipe(find_checkpoint(folder)[0]).get("generate") or {}
+    generate = recorded_section(find_checkpoint(folder)[0], "generate")
     levels, steps = generate.get("denoising_steps"), generate.get("num_inference_steps")
     if levels:
         return {"num_inference_steps": len(levels)}

@@ -24,7 +24,7 @@ from ..errors import UsageError
 from ..evaluate.report import REPORT_JSON, write_report
 from ..evaluate.vbench_scores import Judge, read_published, totals, version
 from ..evaluate.vbench_suite import Prompt, check_dimensions, draw_videos, read_suite, wanted_videos
-from ..export.manifest import versions
+from ..export.manifest import recorded_section, versions
 from ..families.causal import CausalTransformer
 from ..families.image import reads_image
 from ..files import MANIFEST, claim_folder, explain_os_errors, locked_folder, sha256, write_json, write_text
@@ -49,7 +49,7 @@ from ..run.sample import (
 from ..run.video import Frames
 from .comparison import read_samples
 from .embeds import StoredEmbeds
-from .execution import Execution, recorded
+from .execution import Execution
 from .experts import read_model_config
 from .fits import warn_of_bfloat16
 from .run import this_process
@@ -191,7 +191,7 @@ class Drawing:
             raise UsageError("the model makes latents; give --pipeline, whose VAE decodes them")
         if not self.digits and config.pipeline is None and config.prompt_embeds is None:
             raise UsageError("the model reads text embeddings; give --pipeline or --prompt-embeds")
-        defaults = trained_for(recorded(self.root, "generate"), self.digits)
+        defaults = trained_for(recorded_section(self.root, "generate"), self.digits)
         settings: dict[str, Any] = {"fps": PIXEL_FPS if pixels else LATENT_FPS, **defaults, **config.generate}
         frames = latent_frames(math.ceil(settings["fps"] * config.seconds), scale.temporal)
         ends = [stop for _, stop in model.causal.chunks(frames + model.causal.num_frames_per_block)]

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...errors import UserError
 from ..data import Batch, Data
 from ..keys import LoraConfig, PreviewConfig, SpikeConfig, StopConfig, Tracker
+from ..trainable import Trainable
 
 AVERAGE, START, TEACHER, REAL_SCORE = "average", "start", "teacher", "real_score"
 
@@ -82,7 +83,7 @@ class StageConfig(BaseModel):
     shard_frozen: bool = False
     compile: bool = False
     compile_backend: str = "inductor"
-    trainable: Literal["latent", "attention", "all"] = "latent"
+    trainable: Trainable = "latent"
     lora: LoraConfig | None = None
     spike: SpikeConfig | None = SpikeConfig()
     checkpoint_every: int | None = Field(500, ge=1)

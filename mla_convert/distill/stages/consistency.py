@@ -18,7 +18,7 @@ from ...flow import add_noise, denoising_times, over_frames, per_frame, sampling
 from ...mla.conditions import conditions_of
 from ..data import Batch, Data
 from ..objective import NoisedClips, predict_velocity
-from .base import AVERAGE, START, Models, Stage
+from .base import AVERAGE, START, TEACHER, Models, Stage
 from .guided import GuidedStageConfig, check_few_step, guided_velocity, negative_text
 
 
@@ -56,7 +56,7 @@ class Consistency(Stage[ConsistencyConfig]):
 
     @property
     def _teacher(self) -> str:
-        return START if self.config.teacher == "start" else "teacher"
+        return START if self.config.teacher == "start" else TEACHER
 
     def check(self, student: Any, networks: Models, data: Data) -> None:
         check_few_step(self.name, student)

@@ -24,7 +24,7 @@ from ..data import Batch, Data
 from ..execution import checkpointed
 from ..objective import NoisedClips, predict_velocity
 from ..trainable import Trainable
-from .base import Models, Stage
+from .base import TEACHER, Models, Stage
 from .noised import NoisedStageConfig, noised_batch
 
 
@@ -147,7 +147,7 @@ class MatchAttention(Stage[MatchAttentionConfig]):
 
     @property
     def networks(self) -> tuple[str, ...]:
-        return ("teacher",)
+        return (TEACHER,)
 
     def check(self, student: Any, networks: Models, data: Data) -> None:
         super().check(student, networks, data)
@@ -160,7 +160,7 @@ class MatchAttention(Stage[MatchAttentionConfig]):
             )
 
     def loss(self, models: Models, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        config, teacher, student = self.config, models["teacher"], models["student"]
+        config, teacher, student = self.config, models[TEACHER], models["student"]
         clips = noised_batch(config, batch, student, generator, self.negative)
         own = config.hidden_states == "student"
         source = student if own else teacher

@@ -17,7 +17,7 @@ from ...flow import noise_levels, velocity_error
 from ...sampling import DenoisingSteps
 from ..data import Batch
 from ..objective import predict_velocity
-from .base import Models, Stage
+from .base import TEACHER, Models, Stage
 from .noised import NoisedStageConfig, noised_batch
 
 
@@ -49,7 +49,7 @@ class MatchVelocity(Stage[MatchVelocityConfig]):
 
     @property
     def networks(self) -> tuple[str, ...]:
-        return ("teacher",) if self.config.teacher_weight > 0 else ()
+        return (TEACHER,) if self.config.teacher_weight > 0 else ()
 
     def loss(self, models: Models, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         config, student = self.config, models["student"]
@@ -63,7 +63,7 @@ class MatchVelocity(Stage[MatchVelocityConfig]):
         if config.teacher_weight == 0:
             return data_loss, logs
         with torch.no_grad():
-            target = predict_velocity(models["teacher"], clips)
+            target = predict_velocity(models[TEACHER], clips)
         teacher_loss = F.mse_loss(velocity, target)
         logs["teacher_loss"] = teacher_loss.detach()
         return torch.lerp(data_loss, teacher_loss, config.teacher_weight), logs

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from ..charts import MUTED, STUDENT, TEACHER, Chart, label_ends, percent_axis
+from ..charts import MUTED, STUDENT, TEACHER, Chart, label_ends, moving_average, percent_axis
 from .text import DASH, SPACE, digits_text, points_text, times_training
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 METRICS = {
     "digit_accuracy": ("Frames that show the prompted digit", "percent"),
@@ -41,9 +42,14 @@ def tables(bench: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "cells": [cell(by_source[source]["drift"]["digit_accuracy"], "points") for source in SOURCES],
             }
         )
-        frames = bench["clip_frames"] * int(length.rstrip("x"))
-        found.append({"title": f"{frames} frames ({length.rstrip('x')} × the training length)", "rows": rows})
+        found.append({"title": length_title(bench, length), "rows": rows})
     return found
+
+
+def length_title(bench: Mapping[str, Any], length: str) -> str:
+    """Say how long the videos of a length such as `8x` are."""
+    times = times_training(length)
+    return f"{bench['clip_frames'] * times:g} frames ({times:g} × the training length)"
 
 
 def recognition_by_frame(bench: Mapping[str, Any]) -> str:
@@ -53,19 +59,27 @@ def recognition_by_frame(bench: Mapping[str, Any]) -> str:
         ax = chart.axes
         ends: list[tuple[float, str, str]] = []
         for source, color, ink in (("teacher", TEACHER, MUTED), ("student", STUDENT, STUDENT)):
-            values = 100 * np.asarray(by_frame[source])
-            width = max(1, len(values) // 64)
-            smooth = np.convolve(values, np.ones(width) / width, mode="valid")
-            steps = np.arange(len(smooth)) + (width + 1) / 2
-            ax.plot(steps, smooth, color=color, label=source)
-            ends.append((float(smooth[-1]), source, ink))
-        ax.axvline(bench["clip_frames"], color=MUTED, linewidth=1, dashes=(2, 3))
-        ax.set_xlim(1, len(by_frame["teacher"]))
-        ax.set_ylim(0, 105)
-        ax.set_xlabel("frame (dashed: the training length)")
-        percent_axis(ax)
+            ends.append((plot_recognition(ax, by_frame[source], color), source, ink))
+        recognition_axes(ax, bench["clip_frames"], len(by_frame["teacher"]))
         label_ends(ax, ends)
     return chart.svg
+
+
+def plot_recognition(ax: Axes, by_frame: Sequence[float], color: str) -> float:
+    """Plot the moving average of shares by frame, in percent, and return where it ends."""
+    values = [100 * share for share in by_frame]
+    frames, smooth = moving_average(range(1, len(values) + 1), values, max(1, len(values) // 64))
+    ax.plot(frames, smooth, color=color)
+    return float(smooth[-1])
+
+
+def recognition_axes(ax: Axes, clip_frames: int, frames: int) -> None:
+    """Axes for shares by frame up to `frames`, with a line at the training length of `clip_frames`."""
+    ax.axvline(clip_frames, color=MUTED, linewidth=1, dashes=(2, 3))
+    ax.set_xlim(1, frames)
+    ax.set_ylim(0, 105)
+    ax.set_xlabel("frame (dashed: the training length)")
+    percent_axis(ax)
 
 
 def cell(value: Mapping[str, float | None] | None, kind: str) -> dict[str, str]:
