@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from mla_convert.convert import ConvertConfig, convert_model, convert_source
-from mla_convert.convert.budget import allot, candidate_ranks
-from mla_convert.convert.config import Budget
+from mla_convert.convert.blocks import ModelBlocks
+from mla_convert.convert.budget import Trace, allot, candidate_ranks, measured_curve
+from mla_convert.convert.clips import enter_clips
+from mla_convert.convert.config import Budget, CalibrationConfig
+from mla_convert.convert.store import TensorStore
 from mla_convert.errors import UsageError
 from mla_convert.families.wan import FAMILY
 from mla_convert.load import load_dense, load_source
@@ -64,6 +67,32 @@ def test_a_cached_shared_key_counts() -> None:
     model = convert_model(FAMILY, pico.dense_model(layers=3), config, pico.batches())
     assert model.mla.scalars_per_token() <= 16
     assert all(rank % 4 == 0 for rank in model.mla.kv_lora_rank)
+
+
+def test_a_curve_is_the_error_of_the_velocity() -> None:
+    """Also of what context and noisy copies cause together: with a probe for every number, the curve is exact."""
+    dense, other = pico.dense_model(layers=3), pico.dense_model(layers=3, seed=1).blocks[0].attn1
+    batch = pico.batches(frames=4, height=2, width=2)[:1]
+    store, blocks = TensorStore(), ModelBlocks(dense)
+    clips = enter_clips(blocks, batch, CalibrationConfig(**pico.calibration()), store)
+    inputs, seen, layer = clips.inputs[0], [], dense.blocks[0].attn1
+
+    def attended(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        seen.extend((args[0].detach(), output.requires_grad_()))
+        return output
+
+    layer.register_forward_hook(attended)
+    x = store[clips.key(0, 0)]
+    for block in dense.blocks:
+        x = block(x, *inputs.shared)
+    velocity = dense.leave(x, inputs).flatten()
+    hidden, output = seen
+    gradients = [torch.autograd.grad(v, output, retain_graph=True)[0] for v in velocity]
+    change = other(hidden, None, None, inputs.step) - output.detach()
+    expected = torch.stack([(g * change).sum() for g in gradients]).square().mean()
+    layer._forward_hooks.clear()
+    curve = measured_curve([layer], lambda rank: [other], [4], [[Trace(hidden, inputs.step, gradients)]])
+    assert curve == [(4, pytest.approx(float(expected), rel=1e-4))]
 
 
 def test_the_budget_is_kept_and_better_than_its_reverse() -> None:

@@ -1,9 +1,9 @@
 """Choose each layer's rank from measured error curves, for the least total error at equal memory.
 
 A layer's curve gives the error of its latent at each rank. It is measured as the change `do` of the self-attention's
-output on calibration clips, with the exact softmax, times the gradient of a random projection of the velocity. The
-expected square of that product, summed over a clip, is the squared error of the velocity that this layer alone causes.
-The layers after it are taken to first order.
+output on calibration clips, with the exact softmax, times the gradient of a random projection of the velocity. That
+product is summed over a clip, its clean context and noisy copies together. The expected square of the sum is the
+squared error of the velocity that this layer alone causes. The layers after it are taken to first order.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def measured_curve(
             for layer, trace, out in zip(layers, batch, outs, strict=True):
                 change = (layer(trace.hidden_states, None, None, step) - out).float()
                 error = error + torch.stack([(change * g.float()).sum((1, 2)) for g in trace.output_grads]).cpu()
-            total += float(error.double().square().sum()) / len(error)
+            # A clip's context and its noisy copies change one velocity, so their errors may cancel.
+            by_clip = error.double().unflatten(1, (-1, step.context_batch or error.shape[1])).sum(1)
+            total += float(by_clip.square().sum()) / len(error)
         curve.append((rank, total / len(batches)))
     return curve
 
