@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from mla_convert.distill.metrics import Metrics
 from mla_convert.distill.sharding import write_whole
 from mla_convert.distill.stages.dmd import DMD
+from mla_convert.distill.state import Checkpoints
 from mla_convert.errors import UsageError, UserError
 from mla_convert.pipeline import run
 from mla_convert.recipe.load import parse_recipe
@@ -106,6 +107,33 @@ def test_a_recipe_continues_it_over_another_stage(tmp_path):
     one.unlink()
     run(recipe, tmp_path / "run", until="distill", resume=True)
     assert one.read_bytes() == (again / "01-dmd" / one.name).read_bytes()
+
+
+def test_a_fake_score_that_was_made_again_must_be_the_same(tmp_path, monkeypatch):
+    teacher, checkpoints, second_loss = write_teacher(tmp_path / "teacher"), Checkpoints.save, DMD.second_loss
+    stages = f"distill=[{{{STAGE}}}, {{{STAGE.replace('steps: 1', 'steps: 2')}, fake_score: previous, checkpoint_every: 1}}]"
+    recipe = parse_recipe(RECIPE.format(teacher=teacher), [stages])
+
+    def killed(self, state, write):
+        checkpoints(self, state, write)
+        if "02-dmd" in self.folder.parts:
+            raise case.Killed
+
+    with monkeypatch.context() as patched, pytest.raises(case.Killed):
+        patched.setattr(Checkpoints, "save", killed)
+        run(recipe, tmp_path / "run", until="distill")
+    left = tmp_path / "run" / "training" / "01-dmd" / "fake_score.safetensors"
+    before = left.read_bytes()
+    left.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    with monkeypatch.context() as patched, pytest.raises(UserError, match=r"step-00000001 began with other weights than"):
+        patched.setattr(DMD, "second_loss", lambda *given: (2 * second_loss(*given)[0], {}))
+        run(recipe, tmp_path / "run", until="distill", resume=True)
+    assert left.read_bytes() != before
+    left.unlink()
+    run(recipe, tmp_path / "run", until="distill", resume=True)
+    assert left.read_bytes() == before
+    rows = Metrics(tmp_path / "run" / "training" / "02-dmd" / "metrics.jsonl").rows()
+    assert [row["step"] for row in rows] == [0, 1, 2]
 
 
 def test_a_recipe_without_an_earlier_stage_is_refused():

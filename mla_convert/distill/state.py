@@ -91,6 +91,8 @@ class Checkpoints:
             if key == "data":
                 raise UserError(f"{path} was trained on other clips: {other_clips(before, value)}")
             remedy = f"start in another folder or remove {self.folder}"
+            if key == "start":
+                raise UserError(f"{path} began with other weights than the steps before it have left now; {remedy}")
             if key == "processes":
                 remedy = f"launch as many processes as before (only global_batch allows another number), or {remedy}"
             raise UserError(f"{path} was made with {key} {before}, not {value}; {remedy}")

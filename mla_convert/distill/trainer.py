@@ -78,13 +78,16 @@ def run_stage(
     picture: Picture | None = None,
     second_start: Path | None = None,
     load_teacher: Callable[[], nn.Module] | None = None,
+    start: str | None = None,
 ) -> StageResult:
     """Train `student` in place, in float32, and leave it in evaluation mode.
 
     With `ema_decay`, the student ends with the averaged weights. Adapters are merged. A second network that continues
     begins with the weights in `second_start`, the file that an earlier stage left (`SecondNetwork.file`).
     Checkpoints, `metrics.jsonl`, previews made by `picture`, and the tracker's files go to `work_dir`. If it holds a
-    checkpoint of the same stage, training continues from there. Every process of a distributed run calls this.
+    checkpoint of the same stage, training continues from there. A checkpoint holds only what is trained, so it has to
+    be of the same `start`, a digest of what `student` and `second_start` were read from, which the first process
+    gives. Every process of a distributed run calls this.
 
     The held-out loss of the dense model is measured once: of the teacher in `networks`, or without one, in the first
     process alone, of what `load_teacher` returns, which is dropped. Raises UserError if training diverges (the last
@@ -119,6 +122,7 @@ def run_stage(
             picture,
             second_start,
             load_teacher,
+            start,
         ).run(progress)
     finally:
         # Wrapped networks and optimizers form reference cycles, which would stay in memory during the next stage.
@@ -149,6 +153,7 @@ class _Training:
         picture: Picture | None,
         second_start: Path | None,
         load_teacher: Callable[[], nn.Module] | None,
+        start: str | None,
     ) -> None:
         self.stage = stage
         self.config: StageConfig = stage.config
@@ -166,6 +171,7 @@ class _Training:
             "seed": seed,
             "stage_index": stage_index,
             "data": data.identity,
+            "start": from_main(start),
             "processes": None if any_processes else self.accelerator.num_processes,
             "sharded": learner.parts,
             "parameters": sum(parameter.numel() for parameter in learner.trained.values()),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,8 +46,9 @@ class Context:
     """The state of a run in progress.
 
     `report` receives the progress of a step. `main` is False in every process of a distributed run but the first.
-    `notices` are those of the run's processes. `seconds` is the wall-clock time of each finished step. `drawn` holds
-    the sample videos once this process has made them.
+    `notices` are those of the run's processes. `seconds` is the wall-clock time of each finished step, `outputs` are
+    the digests of what they wrote, by path; only the first process has both. `drawn` holds the sample videos once this
+    process has made them.
     """
 
     recipe: Recipe
@@ -54,6 +57,7 @@ class Context:
     main: bool = True
     notices: Notices = field(default_factory=lambda: Notices("alone"), repr=False)
     seconds: Mapping[str, float] = field(default_factory=dict)
+    outputs: Mapping[str, str] = field(default_factory=dict, repr=False)
     drawn: Sequence[Comparison] | None = field(default=None, repr=False)
     _clips: ShardIndex | None = field(default=None, repr=False)
     _dense: Any = field(default=None, repr=False)
@@ -158,6 +162,16 @@ class Context:
         if second is None or left_by is None:
             return None
         return self.training_folder(left_by) / second.file
+
+    def start(self, index: int) -> str:
+        """A digest of the weights with which stage `index` begins: the student's and those of `second_start`."""
+        begins = {self.stage_folder(index - 1), self.second_start(index)}
+        read = {
+            name: digest
+            for name, digest in self.outputs.items()
+            if name.endswith(".safetensors") and begins & {self.path / name, *(self.path / name).parents}
+        }
+        return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
 
     def load_stage(self, index: int, dtype: torch.dtype | None = None) -> LatentTransformer:
         """Load the student after stage `index` from disk, so that a resumed run sees the same weights.

@@ -134,7 +134,7 @@ def _lead(
         _begin(folder, notices)
         context.keep_index()
         for step in pending:
-            context.seconds = folder.seconds
+            context.seconds, context.outputs = folder.seconds, folder.outputs
             started = time.monotonic()
             step.action(context)
             if step.everywhere:

@@ -95,6 +95,11 @@ class RunDir:
         """Wall-clock seconds of each finished step."""
         return {name: step["seconds"] for name, step in self.finished.items()}
 
+    @property
+    def outputs(self) -> dict[str, str]:
+        """The recorded digests of what finished steps wrote, by path relative to the run folder."""
+        return {name: digest for step in self.finished.values() for name, digest in step["outputs"].items()}
+
     def is_done(self, step: str) -> bool:
         return step in self._state["steps"]
 

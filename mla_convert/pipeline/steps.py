@@ -153,6 +153,7 @@ def _distill(context: Context, index: int) -> None:
         preview_strip,
         context.second_start(index),
         context.load_dense,
+        context.start(index),
     )
     # Free the device's memory: the next stage may not use the teacher.
     context.unload_dense()
