@@ -166,6 +166,21 @@ def test_windows_to_score():
     assert windows(16, score_frames=8) == windows(16, score_frames=18) == []
 
 
+def test_a_window_of_a_video_with_an_independent_first_frame_begins_with_one():
+    """The scores' chunks of a window, with the first frame alone, are those in which the student made it."""
+    student = case.tiny_model()
+    student.causal = CausalConfig(**case.CAUSAL, independent_first_frame=True)
+    stage, batch = DMD(case.make_config("dmd", rollout_frames=13, score_frames=7)), case.Clips().heldout()
+    windows = stage._windows(student.causal, 13)
+    assert windows == [(0, 7), (3, 10), (6, 13)]
+    chunks = student.causal.chunks(13)
+    assert all((start + a, start + b) in chunks for start, _ in windows for a, b in student.causal.chunks(7)[1:])
+    videos, unscored = stage._rollout(student, batch, torch.Generator().manual_seed(0))
+    assert (videos.shape[2], unscored) == (7, 1)
+    (bias,) = torch.autograd.grad(videos[:, :, 1:].sum(), [student.proj_out.bias])
+    assert bias.any()
+
+
 def test_the_window_is_what_is_scored():
     student, batch = case.tiny_model().eval(), case.Clips().heldout()
     changes = {"rollout_frames": 18, "score_frames": 6}

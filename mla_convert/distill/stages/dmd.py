@@ -165,15 +165,19 @@ class DMD(Stage[DMDConfig]):
         self._window_draw = float(torch.rand((), generator=generator))
 
     def _windows(self, causal: CausalConfig, frames: int) -> list[tuple[int, int]]:
-        """Ranges of `score_frames` frames that start and end at chunk boundaries."""
-        length, chunks = self.config.score_frames or frames, causal.chunks(frames)
-        stops = {stop for _, stop in chunks}
-        return [(start, start + length) for start, _ in chunks if start + length in stops]
+        """Ranges of `score_frames` frames, chunked as a video of that length, whose chunks end where a rollout's do.
+
+        With an independent first frame, a window that has moved begins with the last frame of a chunk.
+        """
+        length = self.config.score_frames or frames
+        ends, stops = ({stop for _, stop in causal.chunks(count)} for count in (length, frames))
+        starts = range(frames - length + 1)
+        return [(start, start + length) for start in starts if {start + end for end in ends} <= stops]
 
     @staticmethod
     def _unscored(causal: CausalConfig, start: int, stop: int) -> int:
         """How many first frames of a window get no gradient: those of its first chunk, unless it is the video's."""
-        return 0 if start == 0 else next(end - first for first, end in causal.chunks(stop) if first == start)
+        return 0 if start == 0 else causal.chunks(stop - start)[0][1]
 
     def _rollout(self, student: Any, batch: Batch, generator: torch.Generator) -> tuple[Tensor, int]:
         """What scores see of a rollout for the prompts of `batch`, `[B, C, F', H, W]`, and its `_unscored` frames."""
