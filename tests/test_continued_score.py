@@ -111,23 +111,25 @@ def test_a_recipe_continues_it_over_another_stage(tmp_path):
 
 def test_a_fake_score_that_was_made_again_must_be_the_same(tmp_path, monkeypatch):
     teacher, checkpoints, second_loss = write_teacher(tmp_path / "teacher"), Checkpoints.save, DMD.second_loss
-    stages = f"distill=[{{{STAGE}}}, {{{STAGE.replace('steps: 1', 'steps: 2')}, fake_score: previous, checkpoint_every: 1}}]"
-    recipe = parse_recipe(RECIPE.format(teacher=teacher), [stages])
+    second = f"{{{STAGE.replace('steps: 1', 'steps: 2')}, fake_score: previous, checkpoint_every: 1}}"
+    recipe = parse_recipe(RECIPE.format(teacher=teacher), [f"distill=[{{{STAGE}}}, {second}]"])
 
     def killed(self, state, write):
         checkpoints(self, state, write)
         if "02-dmd" in self.folder.parts:
             raise case.Killed
 
-    with monkeypatch.context() as patched, pytest.raises(case.Killed):
+    with monkeypatch.context() as patched:
         patched.setattr(Checkpoints, "save", killed)
-        run(recipe, tmp_path / "run", until="distill")
+        with pytest.raises(case.Killed):
+            run(recipe, tmp_path / "run", until="distill")
     left = tmp_path / "run" / "training" / "01-dmd" / "fake_score.safetensors"
     before = left.read_bytes()
     left.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
-    with monkeypatch.context() as patched, pytest.raises(UserError, match=r"step-00000001 began with other weights than"):
+    with monkeypatch.context() as patched:
         patched.setattr(DMD, "second_loss", lambda *given: (2 * second_loss(*given)[0], {}))
-        run(recipe, tmp_path / "run", until="distill", resume=True)
+        with pytest.raises(UserError, match=r"step-00000001 began with other weights than"):
+            run(recipe, tmp_path / "run", until="distill", resume=True)
     assert left.read_bytes() != before
     left.unlink()
     run(recipe, tmp_path / "run", until="distill", resume=True)

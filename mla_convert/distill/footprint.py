@@ -20,6 +20,7 @@ The bytes are
     casts           2 (T + T')                  autocast's copies of the weights; under FSDP2 of one block only
     activations     tokens A                    stored by autograd for a micro-batch, see below
     caches          4 row S_w                   of a rollout in training, for a window of S_w tokens
+    vae             what a stage that re-encodes takes for that, weights included, in every process; given
 
 Take a block of width d and feed-forward width f, whose chunks see h history tokens per token of their own. It stores
 `d (54 + (12 + 2 h) e) + 2 f e` bytes per token. Latent attention of rank r adds at most `d (4 + h) e + r e`, and
@@ -102,9 +103,12 @@ class Footprint(BaseModel):
 
 
 def footprint(
-    stage: Stage[Any], student: Any, networks: Mapping[str, Any], launch: Launch, clip: ClipShape
+    stage: Stage[Any], student: Any, networks: Mapping[str, Any], launch: Launch, clip: ClipShape, vae: int = 0
 ) -> Footprint:
-    """Estimate the needs of `stage`. All models may be on the meta device; `student` counts as float32."""
+    """Estimate the needs of `stage`. All models may be on the meta device; `student` counts as float32.
+
+    `vae` is what re-encoding takes, in bytes.
+    """
     config: StageConfig = stage.config
     trained, adapters = _trained(student, config)
     rows, columns = student.token_grid(clip.height, clip.width)
@@ -127,6 +131,7 @@ def footprint(
         "casts": 0 if config.mixed_precision == "no" else 2 * (block if launch.sharded else trained_weights + second),
         "activations": activation_bytes(stage, student, clip.frames, rows * columns),
         "caches": _cache_bytes(config, student, clip.frames, rows * columns),
+        "vae": vae,
     }
     disk = _disk(stage, networks, weights - adapters, shapes, adapters)
     memory["heldout_teacher"] = _heldout_teacher_bytes(stage, networks, memory)

@@ -36,7 +36,7 @@ from .runtime import fast_attention, free_memory, open_accelerator
 from .schedule import learning_rate
 from .sharding import from_main
 from .snapshots import Snapshots
-from .stages.base import TEACHER, Stage, StageConfig
+from .stages.base import TEACHER, ImageLatent, Stage, StageConfig
 from .state import Checkpoints, Owed
 from .trackers import tracking
 from .trainable import trainable_names
@@ -79,6 +79,7 @@ def run_stage(
     second_start: Path | None = None,
     load_teacher: Callable[[], nn.Module] | None = None,
     start: str | None = None,
+    image_latent: ImageLatent | None = None,
 ) -> StageResult:
     """Train `student` in place, in float32, and leave it in evaluation mode.
 
@@ -87,7 +88,7 @@ def run_stage(
     Checkpoints, `metrics.jsonl`, previews made by `picture`, and the tracker's files go to `work_dir`. If it holds a
     checkpoint of the same stage, training continues from there. A checkpoint holds only what is trained, so it has to
     be of the same `start`, a digest of what `student` and `second_start` were read from, which the first process
-    gives. Every process of a distributed run calls this.
+    gives. A stage that re-encodes calls `image_latent`. Every process of a distributed run calls this.
 
     The held-out loss of the dense model is measured once: of the teacher in `networks`, or without one, in the first
     process alone, of what `load_teacher` returns, which is dropped. Raises UserError if training diverges (the last
@@ -107,6 +108,9 @@ def run_stage(
     _check_identity(data)
     if config.needs_negative:
         stage.negative = data.negative
+    if config.reencodes and image_latent is None:
+        raise UserError(f"stage {config.stage}: reencode_first needs a VAE, which this run does not have; leave it out")
+    stage.image_latent = image_latent
     require_apart(student, trainable_names(student, config.trainable), networks)
     try:
         # Not in a variable, which would keep it from being freed below.

@@ -39,6 +39,7 @@ from .rundir import require_clips
 from .samples import check_samples
 from .shapes import NoiseClips, dense_of, student_of
 from .steps import Step, steps_of
+from .vae import check_source_vae
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +138,9 @@ def _check_stages(context: Context, pending: Mapping[int, StageConfig]) -> None:
     _warn_of_rates(pending.values())
     for index, stage in pending.items():
         check_launch(stage)
+        if stage.reencodes:
+            with _named(f"distill.{index}"):
+                check_source_vae(context.source)
         if stage.lora is not None:
             with _named(f"distill.{index}"):
                 _check_adapters(stage, dense_of(context.source.family, context.source.config))

@@ -17,7 +17,7 @@ from ..distill.data import Data, DataConfig, LatentClips, open_data
 from ..distill.progress import Report
 from ..distill.shard_index import ShardIndex, read_index, write_index
 from ..distill.sharding import from_main
-from ..distill.stages.base import REAL_SCORE, TEACHER, StageConfig
+from ..distill.stages.base import REAL_SCORE, TEACHER, ImageLatent, StageConfig
 from ..distill.waiting import Notices
 from ..evaluate.samples import Comparison
 from ..export.checkpoint import load_checkpoint
@@ -28,7 +28,9 @@ from ..files import MANIFEST
 from ..load import Source, load_dense
 from ..recipe.schema import Recipe, continued
 from ..registry import stage_of
+from ..run.reencode import image_latent
 from .sources import source_of
+from .vae import source_vae
 
 STAGES, TRAINING = "stages", "training"
 CHECKPOINT, SAMPLES, METRICS = "checkpoint", "samples", "metrics.jsonl"
@@ -89,6 +91,12 @@ class Context:
             assert self.recipe.real_score is not None
             networks[REAL_SCORE] = load_dense(self.real_score, getattr(torch, self.recipe.real_score.dtype))
         return networks
+
+    def image_latent(self, stage: StageConfig) -> ImageLatent | None:
+        """What encodes a video's last frame as an image with the source's VAE, if a stage needs that."""
+        if not stage.reencodes:
+            return None
+        return functools.partial(image_latent, source_vae(self.source, self.stage_folder(0)))
 
     @property
     def data_config(self) -> DataConfig:

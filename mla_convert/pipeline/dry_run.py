@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import statistics
 import tempfile
@@ -11,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKLWan
 
 from .. import registry
 from ..distill.data import open_data
 from ..distill.footprint import ClipShape, Footprint, Launch, footprint
-from ..distill.stages.base import REAL_SCORE, TEACHER
+from ..distill.stages.base import REAL_SCORE, TEACHER, StageConfig
 from ..distill.trainer import run_stage
 from ..errors import UsageError, UserError
 from ..families.base import Family, noise_channels
@@ -24,9 +26,11 @@ from ..load import accepted_config, known_config
 from ..recipe.schema import Recipe, SourceConfig
 from ..registry import stage_of
 from ..run.config import GenerateConfig
+from ..run.reencode import image_latent
 from ..run.sample import DIGITS, latent_size, prompt_encoder
 from .shapes import NoiseClips, dense_of, student_of
 from .sources import source_of
+from .vae import reencoding_bytes, vae_config
 
 WAN_1_3B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
 # Differences from diffusers' default configuration, by a part of a published model's name.
@@ -117,7 +121,21 @@ class DryRun:
         """Memory, steps and tokens of each stage."""
         student, networks = self.models()
         configs = [config.over(self.launch.processes) for config in self.recipe.distill]
-        return [footprint(stage_of(config), student, networks, self.launch, self.clip) for config in configs]
+        return [
+            footprint(stage_of(config), student, networks, self.launch, self.clip, self._reencoding(config))
+            for config in configs
+        ]
+
+    def _reencoding(self, config: StageConfig) -> int:
+        return reencoding_bytes(self.vae, self.clip.height, self.clip.width) if config.reencodes else 0
+
+    @functools.cached_property
+    def vae(self) -> dict[str, Any]:
+        """The configuration of the source's VAE, or without its files that of Wan2.1."""
+        found = vae_config(self.recipe.source.components or self.recipe.source.model)
+        if found is None:
+            self.assumptions.append("the VAE is Wan2.1's; the source's is not on this machine")
+        return found or {}
 
     def measure(self, steps: int) -> list[float]:
         """Seconds per step of each stage in this process, the median of `steps`, with random weights and clips."""
@@ -139,8 +157,12 @@ class DryRun:
                 moments.append(time.monotonic())
 
             data = NoiseClips(self.clip, self.config)
+            encode = None
+            if config.reencodes:
+                encode = functools.partial(image_latent, AutoencoderKLWan.from_config(self.vae).eval())
             with tempfile.TemporaryDirectory() as folder:
-                run_stage(short, student, networks, data, None, Path(folder), 0, index + 1, progress)
+                where = (Path(folder), 0, index + 1)
+                run_stage(short, student, networks, data, None, *where, progress, image_latent=encode)
             seconds.append(statistics.median(b - a for a, b in itertools.pairwise(moments[:-1])))
         return seconds
 

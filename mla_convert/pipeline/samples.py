@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..distill.encode.models import load_vae, text_encoder
+from ..distill.encode.models import text_encoder
 from ..errors import UsageError
 from ..evaluate.samples import Comparison
 from ..families.image import reads_image
@@ -23,9 +23,10 @@ from ..load.hub import is_hub_id
 from ..run.decode import frame_chunks
 from ..run.offload import Offload, place, travelling
 from ..run.parts import PICTURES, TEXT, find_parts, parts_here
-from ..run.sample import DIGITS, check_text_width, check_vae, embed_prompts, latent_scale, prompt_encoder, rollout
+from ..run.sample import DIGITS, check_text_width, embed_prompts, latent_scale, prompt_encoder, rollout
 from ..run.video import Frames, save_video, side_by_side
 from .context import CHECKPOINT, KERNELS, ROLLOUTS, SAMPLES, Context
+from .vae import source_vae
 
 # A file name has at most 255 bytes, and a character of a prompt up to three.
 _MAX_NAME = 80
@@ -110,11 +111,7 @@ def _decode(context: Context, videos: dict[str, Tensor]) -> list[Comparison]:
     """Both models' frames for each prompt; latents are decoded by the VAE."""
     generate, vae = context.recipe.generate, None
     if latent_scale(context.source.config).spatial > 1:
-        parts = find_parts(context.path / CHECKPOINT, PICTURES, context.source.components)
-        if parts is None:
-            raise UsageError(f"{context.source.origin} has no VAE; set source.components to a pipeline that has one")
-        vae = load_vae(parts, context.device)
-        check_vae(vae, context.source.config, f"the VAE in {parts}", "set source.components")
+        vae = source_vae(context.source, context.path / CHECKPOINT, context.device)
     pairs = []
     for index, prompt in enumerate(generate.prompts):
         teacher, student = (_frames(videos[name][index], vae) for name in ("teacher", "student"))

@@ -154,6 +154,7 @@ def _distill(context: Context, index: int) -> None:
         context.second_start(index),
         context.load_dense,
         context.start(index),
+        context.image_latent(stage),
     )
     # Free the device's memory: the next stage may not use the teacher.
     context.unload_dense()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
@@ -19,6 +19,9 @@ from ..trainable import Trainable
 AVERAGE, START, TEACHER, REAL_SCORE = "average", "start", "teacher", "real_score"
 
 Models = Mapping[str, Any]
+
+ImageLatent = Callable[[Tensor], Tensor]
+"""The latent `[B, C, 1, H, W]` of the last video frame of latents `[B, C, F, H, W]`, encoded as an image."""
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Betas = tuple[Beta, Beta]
@@ -110,6 +113,11 @@ class StageConfig(BaseModel):
         return self.reads_negative or (self.preview is not None and self.preview.guidance_scale != 1)
 
     @property
+    def reencodes(self) -> bool:
+        """Whether the losses need an `ImageLatent`."""
+        return False
+
+    @property
     def noise_levels(self) -> tuple[float, ...] | None:
         """The noise levels in (0, 1] to which training and the held-out loss are restricted; None for all."""
         return None
@@ -186,7 +194,8 @@ class Stage(ABC, Generic[Config]):
     places them on the device, in evaluation mode and without gradients. It derives two of them from the student:
     `average` has the averaged weights of `ema_decay`, `start` the weights that the stage began with.
     If a stage has a `second` network, `models` holds it too. `negative` `[L, D]` is the negative prompt of the
-    data. The trainer sets it if the configuration `needs_negative`; None means zeros.
+    data. The trainer sets it if the configuration `needs_negative`; None means zeros. It sets `image_latent` if the
+    configuration `reencodes`.
     """
 
     name: ClassVar[str]
@@ -194,6 +203,7 @@ class Stage(ABC, Generic[Config]):
     # Whether the loss calls parts of the student's blocks directly, which sharded blocks do not allow.
     calls_parts: ClassVar[bool] = False
     negative: Tensor | None = None
+    image_latent: ImageLatent | None = None
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -36,7 +36,9 @@ class DMDConfig(GuidedStageConfig):
     finished chunks at noise level `context_noise`. `sampler` moves from one of `denoising_steps` to the next, by Euler
     steps or new noise; it must be the one that `generate` uses. Scores see `score_frames` of the frames (null: all):
     the `last`, or a `random` window. A window that starts later than the video gives its first chunk no gradient: to
-    the scores it is the start of a video, whose first latent Wan's VAE makes of a single frame.
+    the scores it is the start of a video, whose first latent Wan's VAE makes of a single frame. With `reencode_first`
+    it is one: the video up to the window's first latent is decoded, and its last frame, encoded as an image, takes that
+    latent's place.
 
     `real_score` names the frozen network of the real score: the run's dense `teacher`, or the recipe's `real_score`,
     which may be a larger model. The fake score begins as a copy of the teacher, or with `fake_score: previous` as the
@@ -66,6 +68,7 @@ class DMDConfig(GuidedStageConfig):
     score_attention: Literal["causal", "bidirectional"] = "causal"
     score_frames: int | None = Field(None, ge=1)
     score_window: Literal["last", "random"] = "last"
+    reencode_first: bool = False
     score_range: tuple[float, float] = (0.02, 0.98)
     critic_updates: int = Field(5, ge=1)
     critic_learning_rate: float = Field(4e-7, gt=0)
@@ -75,6 +78,10 @@ class DMDConfig(GuidedStageConfig):
     @property
     def rolls_out(self) -> bool:
         return True
+
+    @property
+    def reencodes(self) -> bool:
+        return self.reencode_first
 
     def frames_with_graph(self, frames: int) -> int:
         return self.score_frames or self.rollout_frames or frames
@@ -154,6 +161,11 @@ class DMD(Stage[DMDConfig]):
                 f"score_frames: {self.config.score_frames} does not fit whole chunks in a rollout of {frames} frames; "
                 "raise rollout_frames or change score_frames"
             )
+        if self.config.reencode_first and windows[-1][0] == 0:
+            raise UserError(
+                "reencode_first: every scored window begins with the video; leave it out, or raise rollout_frames and "
+                "set score_frames"
+            )
         if any(self._unscored(student.causal, *window) == window[1] - window[0] for window in windows):
             raise UserError(
                 f"score_frames: {self.config.score_frames} is one chunk, and the first chunk of a window that has "
@@ -198,7 +210,11 @@ class DMD(Stage[DMDConfig]):
             gradient_from=start + unscored,
             conditions=conditions_of(batch),
         )
-        return videos[:, :, start:], unscored
+        scored = videos[:, :, start:]
+        if start and config.reencode_first:
+            assert self.image_latent is not None
+            scored = torch.cat([self.image_latent(videos[:, :, : start + 1].detach()), scored[:, :, 1:]], dim=2)
+        return scored, unscored
 
     def _noised(self, model: Any, videos: Tensor, batch: Batch, generator: torch.Generator) -> NoisedClips:
         """`videos` with one noise level per clip, as inputs of a score `model`."""
