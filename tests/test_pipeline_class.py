@@ -342,6 +342,20 @@ def test_parts_that_are_only_named_are_looked_for_there(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("named", [{"vae": ["own_code", "VAE"]}, {"_components": {"vae": {"library": "own_code"}}}])
+@pytest.mark.parametrize("form", ["diffusers", "modeling"])
+def test_a_module_that_only_the_index_names_is_not_imported(
+    named: dict[str, Any], form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_code.py").write_text("raise SystemExit('ran')\n")
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text("{}")
+    (tmp_path / "model_index.json").write_text(json.dumps({"transformer": [form, "MLAWanTransformer3DModel"], **named}))
+    with pytest.raises(UserError, match="takes vae from 'own_code', which is not diffusers or transformers"):
+        StreamingMLAPipeline.from_pretrained(tmp_path, dtype=torch.float32)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

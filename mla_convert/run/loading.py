@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 
-from ..errors import UserError
+from ..errors import UserError, quoted
 from ..export.checkpoint import TRANSFORMER, find_checkpoint, load_checkpoint
 from ..export.components import INDEX, PARTS, REFERENCES, SAMPLING, sampling_of
 from ..export.manifest import recorded_recipe
@@ -21,6 +22,7 @@ from ..load.hub import explain_hub_errors
 
 # Components with a dtype.
 MODELS = ("vae", "text_encoder", "image_encoder")
+LIBRARIES = ("diffusers", "transformers")
 # Arguments for the download; all others are arguments of diffusers' `from_pretrained`.
 HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 
@@ -35,6 +37,7 @@ def load_arguments(name: str | Path, given: Mapping[str, Any]) -> tuple[Path | N
     arguments = {key: value for key, value in given.items() if key not in HUB}
     root, inner = _find(name, {key: given[key] for key in HUB if key in given}, arguments)
     index = read_json(root / INDEX) if (root / INDEX).is_file() else {}
+    _check_libraries(root, index)
     dtypes = _dtypes(inner, arguments)
     for part, entry in index.get(REFERENCES, {}).items():
         if part not in arguments:
@@ -54,6 +57,21 @@ def load_arguments(name: str | Path, given: Mapping[str, Any]) -> tuple[Path | N
                 arguments[part] = _load_part(part, library, class_name, dtypes, str(root), subfolder=part)
     sampling = sampling_of(recorded_recipe(root)) | {key: index[key] for key in SAMPLING if key in index}
     return None, {**sampling, **arguments}
+
+
+def _check_libraries(root: Path, index: Mapping[str, Any]) -> None:
+    """Raise UserError for a component from a module that nobody imported: importing it would run the checkpoint's code.
+
+    Not every supported version of diffusers checks this itself.
+    """
+    named = [(part, entry["library"]) for part, entry in index.get(REFERENCES, {}).items()]
+    named += [(part, entry[0]) for part in PARTS if (entry := index.get(part)) and entry[0]]
+    for part, library in named:
+        if library not in LIBRARIES and library not in sys.modules:
+            raise UserError(
+                f"{root / INDEX} takes {part} from {quoted(library)}, which is not {' or '.join(LIBRARIES)}; "
+                "if that module is yours, import it first"
+            )
 
 
 def _find(name: str | Path, hub: Mapping[str, Any], arguments: Mapping[str, Any]) -> tuple[Path, Path]:
@@ -88,10 +106,14 @@ def _load_part(
 ) -> Any:
     """Load a component with its class from `place`, a folder or a repository."""
     loader: Any = getattr(importlib.import_module(library), class_name)
-    dtype = {"dtype": dtypes.get(part, dtypes["default"])}
+    if part in MODELS:
+        where["dtype"] = dtypes.get(part, dtypes["default"])
+    if library == "transformers":
+        # By default it asks on the terminal whether to run code of the folder.
+        where["trust_remote_code"] = False
     try:
         with explain_hub_errors(place, where.get("revision")):
-            return loader.from_pretrained(place, **where, **(dtype if part in MODELS else {}))
-    except OSError as error:
+            return loader.from_pretrained(place, **where)
+    except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot load {part} from {place}: {reason}; pass {part}=None to skip it") from None

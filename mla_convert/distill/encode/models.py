@@ -107,7 +107,8 @@ def text_encoder(folder: Path, dtype: torch.dtype, device: torch.device) -> Iter
     from transformers import AutoTokenizer, UMT5EncoderModel
 
     with _explained(folder):
-        tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER)
+        # By default transformers asks on the terminal whether to run code of the folder.
+        tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER, trust_remote_code=False)
         encoder = UMT5EncoderModel.from_pretrained(folder / TEXT_ENCODER, dtype=dtype).eval()
     try:
         encoder.to(device)
