@@ -33,6 +33,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_ten
 
 from ..errors import UserError
 from ..files import atomic_file, remove_left_behind, save_tensors
+from .shard_reader import ShardPlanner, ShardReader
 from .views import apart
 
 _TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True)
@@ -140,7 +141,7 @@ def save_shards(folder: Path, module: nn.Module, optimizer: Any, average: dict[s
 
 
 def load_shards(folder: Path, module: nn.Module, optimizer: Any, average: dict[str, Tensor] | None) -> None:
-    """Read back in place what `save_shards` wrote; every process calls this."""
+    """Read back in place what `save_shards` wrote; every process calls this. Raises UserError if it is not plain data."""
     state = _state(module, optimizer, average)
     with _own_errors():
         # A parameter that never had a gradient has no state in the checkpoint, and must not get one here.
@@ -149,14 +150,14 @@ def load_shards(folder: Path, module: nn.Module, optimizer: Any, average: dict[s
         }
         states = state["optimizer"]["state"]
         state["optimizer"]["state"] = {name: states[name] for name in states if name in stepped}
-        dcp.load(state, checkpoint_id=folder)
+        dcp.load(state, storage_reader=ShardReader(folder), planner=ShardPlanner())
     set_model_state_dict(module, state["weights"], options=_SOME)
     set_optimizer_state_dict(module, optimizer, state["optimizer"], options=_SOME)
 
 
 def _keys(folder: Path) -> list[str]:
     """The keys of a checkpoint, `weights.<name>`, `optimizer.state.<name>.exp_avg` and so on."""
-    return list(dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
+    return list(ShardReader(folder).read_metadata().state_dict_metadata)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,57 @@
+"""Files from elsewhere run no code, reach nothing outside their folder and fill no memory."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+
+from mla_convert.distill import sharding
+from mla_convert.distill.encode.models import text_encoder
+from mla_convert.errors import UserError
+
+
+class Evil:
+    """Creates a file where it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return open, (str(self.marker), "w")
+
+
+def test_code_of_a_tokenizer_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    (tmp_path / "tokenizer").mkdir()
+    config = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer" / "own.py").write_text("raise SystemExit('ran')\n")
+    with (
+        pytest.raises(UserError, match="cannot load the models of .*custom code"),
+        text_encoder(tmp_path, torch.float32, torch.device("cpu")),
+    ):
+        pass
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+@pytest.mark.parametrize("place", ["metadata", "value"])
+def test_code_in_shards_is_not_run(place: str, tmp_path: Path) -> None:
+    marker, folder = tmp_path / "ran", tmp_path / "shards"
+    module = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(module.parameters())
+    state = sharding._state(module, optimizer, None)
+    if place == "value":
+        state["optimizer"]["param_groups"][0]["lr"] = Evil(marker)
+    dcp.save(state, checkpoint_id=folder)
+    if place == "metadata":
+        (folder / ".metadata").write_bytes(pickle.dumps(Evil(marker)))
+    with pytest.raises(UserError, match=r"needs code to be run \((io.open|optimizer.param_groups.0.lr)\)"):
+        sharding.load_shards(folder, module, optimizer, None)
+    assert not marker.exists()
