@@ -30,7 +30,7 @@ RUN_STATE, LOCK = "state.json", ".lock"
 # linux/fcntl.h and linux/fs.h.
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
-_UNUSABLE_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EISDIR)
+_UNUSABLE_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EISDIR, errno.ELOOP)
 
 
 @contextlib.contextmanager
@@ -90,12 +90,19 @@ def atomic_file(path: Path) -> Iterator[Path]:
     temporary = _temporary(path)
     with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _create(temporary)
         try:
             yield temporary
             _flush(temporary)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _create(path: Path) -> None:
+    """Create an empty file in place of whatever has its name: writing must not follow another user's link."""
+    path.unlink(missing_ok=True)
+    path.touch(exist_ok=False)
 
 
 def _flush(path: Path) -> None:
@@ -119,7 +126,7 @@ def check_place(path: Path, folder: bool = False) -> None:
         temporary = _temporary(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.touch()
+            _create(temporary)
             temporary.unlink()
         finally:
             for parent in missing:
@@ -140,7 +147,7 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder next to `path`; if the block succeeds, it replaces `path`."""
+    """Yield a temporary folder next to `path`; if the block succeeds, it replaces `path`. The last of two writers wins."""
     with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     for old in _left_behind(path, ".old.tmp"):
@@ -148,7 +155,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         if not path.exists():
             old.rename(path)
     for stale in (*_left_behind(path, ".old.tmp"), *_left_behind(path, ".tmp")):
-        shutil.rmtree(stale, ignore_errors=True)
+        if not _is_written(stale):
+            shutil.rmtree(stale, ignore_errors=True)
     temporary = _temporary(path)
     try:
         with explain_os_errors(path):
@@ -196,6 +204,18 @@ def _left_behind(path: Path, ending: str) -> list[Path]:
     # Not a glob: it would match `wan.bf16` for `wan`, and a name may contain glob characters.
     name = re.compile(rf"\.{re.escape(path.name)}\.\d+{re.escape(ending)}")
     return sorted(sibling for sibling in path.parent.iterdir() if name.fullmatch(sibling.name))
+
+
+def _is_written(temporary: Path) -> bool:
+    """Whether another process of this machine may still be writing; a younger one only got its number again."""
+    import psutil
+
+    pid = int(temporary.name.removesuffix(".old.tmp").removesuffix(".tmp").rpartition(".")[2])
+    try:
+        # The time of the boot, from which processes are timed, is in whole seconds.
+        return pid != os.getpid() and psutil.Process(pid).create_time() <= temporary.stat().st_mtime + 1
+    except (psutil.Error, FileNotFoundError):
+        return False
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -246,7 +266,7 @@ def _lock(folder: Path) -> int:
     import fcntl
 
     while True:
-        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The previous holder may have removed this file, and another process may have locked a new one.

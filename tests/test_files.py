@@ -33,6 +33,10 @@ from mla_convert.recipe.shipped import find_recipe
 from mla_convert.run import video
 
 
+# Above the largest number that Linux gives a process.
+NOBODY = 1 << 23
+
+
 def write_folder(path: Path) -> None:
     with atomic_folder(path) as folder:
         (folder / "a").write_text("a")
@@ -92,7 +96,7 @@ def test_a_file_that_may_not_be_read_meanwhile_is_named_itself(tmp_path):
 
 @pytest.mark.parametrize("name", ["wan", "wan[1]"])
 def test_a_folder_leaves_the_work_of_a_sibling_alone_and_clears_its_own(tmp_path, name):
-    for left in (f".{name}.1.tmp", f".{name}.1.old.tmp"):
+    for left in (f".{name}.{NOBODY}.tmp", f".{name}.{NOBODY}.old.tmp"):
         write_text(tmp_path / left / "old", "old")
     with atomic_folder(tmp_path / f"{name}.bf16") as sibling:
         write_folder(tmp_path / name)
@@ -108,6 +112,38 @@ def test_a_folder_that_was_put_aside_comes_back(tmp_path):
     with pytest.raises(UserError), atomic_folder(tmp_path / "wan[1]"):
         raise UserError("no")
     assert (tmp_path / "wan[1]" / "old").read_text() == "old"
+
+
+def test_a_folder_that_another_process_writes_is_left_alone(tmp_path):
+    other = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    written = tmp_path / f".wan.{other.pid}.tmp"
+    written.mkdir()
+    write_folder(tmp_path / "wan")
+    assert written.is_dir()
+    # A process that began later is not its writer.
+    os.utime(written, (1, 1))
+    write_folder(tmp_path / "wan")
+    assert [path.name for path in tmp_path.iterdir()] == ["wan"]
+    other.communicate()
+
+
+@pytest.mark.parametrize("write", [lambda path: write_text(path, "a"), check_place])
+def test_no_link_is_followed_to_write_a_file(tmp_path, write):
+    (tmp_path / "mine").write_text("mine")
+    os.utime(tmp_path / "mine", (1, 1))
+    (tmp_path / f".a.{os.getpid()}.tmp").symlink_to(tmp_path / "mine")
+    write(tmp_path / "a")
+    assert ((tmp_path / "mine").read_text(), os.stat(tmp_path / "mine").st_mtime) == ("mine", 1)
+    assert not (tmp_path / "a").is_symlink()
+
+
+def test_no_link_is_followed_to_lock_a_folder(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match="cannot write .*out: Too many levels of symbolic"), locked_folder(tmp_path / "out"):
+        pass
+    assert (tmp_path / "mine").read_text() == "mine"
 
 
 def test_text_is_utf_8_in_any_locale(tmp_path):

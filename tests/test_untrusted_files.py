@@ -15,6 +15,10 @@ from torch import nn
 from mla_convert.distill import sharding
 from mla_convert.distill.encode.models import text_encoder
 from mla_convert.errors import UserError
+from mla_convert.files import sha256
+from mla_convert.pipeline.rundir import RunDir
+from mla_convert.recipe.load import load_recipe
+from mla_convert.recipe.shipped import find_recipe
 
 
 class Evil:
@@ -55,3 +59,23 @@ def test_code_in_shards_is_not_run(place: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"needs code to be run \((io.open|optimizer.param_groups.0.lr)\)"):
         sharding.load_shards(folder, module, optimizer, None)
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("named", ["{}/mine", "../mine", "link/mine"])
+def test_a_run_that_is_resumed_deletes_nothing_outside(named: str, tmp_path: Path) -> None:
+    mine, out = tmp_path / "mine", tmp_path / "run"
+    mine.write_text("mine")
+    out.mkdir()
+    (out / "link").symlink_to(tmp_path)
+    recipe, name = load_recipe(find_recipe("demo")), named.format(tmp_path)
+    step = {"outputs": {name: sha256(mine)[::-1]}, "files": {}, "paths": [name], "seconds": 0.0}
+    state = {"format": 1, "finished": False, "steps": {"convert": step}, "recipe_sha256": recipe.sha256()}
+    (out / "state.json").write_text(json.dumps({**state, "recipe": recipe.model_dump(mode="json")}))
+    folder = RunDir(out, recipe, resume=True)
+    try:
+        with pytest.raises(UserError, match=f"state.json names .*{name}, which is outside; start again"):
+            folder.verify(["convert"])
+            folder.begin()
+    finally:
+        folder.close()
+    assert mine.read_text() == "mine"

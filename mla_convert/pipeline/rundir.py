@@ -107,7 +107,8 @@ class RunDir:
         """Mark the first step whose output is missing or changed, and all later ones, as not done; returns its name.
 
         Only files whose size or time differs from what was recorded are hashed. `begin` then deletes that step's
-        changed files. Files that it did not write are the user's and stay.
+        changed files. Files that it did not write are the user's and stay. Raises UserError for one to be deleted
+        outside the folder.
         """
         names = list(order)
         for position, name in enumerate(names):
@@ -120,6 +121,9 @@ class RunDir:
                 recorded["files"] = self._stats(written)
                 continue
             self._corrupt = [self.path / file for file in found if found[file] != written[file]]
+            for file in self._corrupt:
+                if not file.parent.resolve().is_relative_to(self.path.resolve()):
+                    raise UserError(f"{self.path / STATE} names {file}, which is outside; start again in another folder")
             for later in names[position:]:
                 self._state["steps"].pop(later, None)
             self._state["finished"] = False
