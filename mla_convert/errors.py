@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -51,3 +52,8 @@ def quoted(value: Any) -> str:
     shown = repr(value)
     half = (_QUOTED - 5) // 2
     return shown if len(shown) <= _QUOTED else f"{shown[:half]} ... {shown[-half:]}"
+
+
+def visible(text: str) -> str:
+    """Return `text` with control characters other than newlines and tabs escaped: names may come from elsewhere."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import pickle
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from rich.console import Console
+from rich.table import Table
 from torch import nn
 
+from mla_convert.cli.output import print_error, print_result, show_notes
 from mla_convert.distill import sharding
 from mla_convert.distill.encode.models import text_encoder
+from mla_convert.distill.progress import progress_bars
 from mla_convert.errors import UserError
 from mla_convert.files import sha256
 from mla_convert.pipeline.rundir import RunDir
@@ -79,3 +85,21 @@ def test_a_run_that_is_resumed_deletes_nothing_outside(named: str, tmp_path: Pat
     finally:
         folder.close()
     assert mine.read_text() == "mine"
+
+
+def test_names_reach_the_terminal_as_they_are_but_for_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    name, shown = "[red]a:cat:[/x]\x1b[2J\x9b", r"[red]a:cat:[/x]\x1b[2J\x9b"
+    table = Table(title=name)
+    table.add_column(name)
+    table.add_row(name)
+    print_result(False, {}, table, f"{name}\n\tb")
+    out = capsys.readouterr().out
+    assert out.count(shown) == 4 and out.endswith(f"{shown}\n        b\n")
+    show_notes()
+    logging.getLogger("mla_convert.load").warning("%s", name)
+    print_error(name)
+    assert capsys.readouterr().err == f"{shown}\nerror: {shown}\n"
+    stream = io.StringIO()
+    with progress_bars(Console(file=stream, width=200)) as report:
+        report("read", 1, 1, name)
+    assert shown in stream.getvalue()

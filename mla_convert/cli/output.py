@@ -11,6 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console, RenderableType
+from rich.text import Text
+
+from ..errors import visible
 
 DEBUG = "MLA_CONVERT_DEBUG"
 
@@ -20,7 +23,7 @@ class _Notes(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         origin = f"{socket.gethostname()}: " if int(os.environ.get("RANK") or 0) else ""
-        sys.stderr.write(f"{origin}{record.getMessage()}\n")
+        sys.stderr.write(f"{origin}{visible(record.getMessage())}\n")
 
 
 def show_notes() -> None:
@@ -31,9 +34,19 @@ def show_notes() -> None:
     logger.setLevel(logging.INFO)
 
 
+class _Console(Console):
+    """Prints strings, those in tables too, as they are: brackets are not markup, control characters are escaped."""
+
+    def __init__(self, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, markup=False, emoji=False)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text), **options)
+
+
 def stderr() -> Console:
     """The console for progress and notes."""
-    return Console(stderr=True)
+    return _Console(stderr=True)
 
 
 def print_result(
@@ -44,16 +57,16 @@ def print_result(
         sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
         sys.stdout.flush()
         return
-    console = Console()
+    console = _Console()
     for item in rendered:
         renderable = item() if callable(item) else item
         if isinstance(renderable, str):
-            # File names must not be wrapped, and brackets in them are not markup.
-            console.print(renderable, soft_wrap=True, markup=False, highlight=False)
+            # File names must not be wrapped.
+            console.print(renderable, soft_wrap=True, highlight=False)
         else:
             console.print(renderable)
 
 
 def print_error(message: str) -> None:
     """Print an error to stderr, in one line."""
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    sys.stderr.write(f"error: {visible(' '.join(message.split()))}\n")

@@ -12,7 +12,6 @@ from rich.console import Console, RenderableType
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from rich.text import Text
 
 from ..distill.progress import Report, reporting
 from ..errors import UsageError
@@ -83,12 +82,12 @@ def _rendered(result: Mapping[str, Any]) -> list[RenderableType]:
         for action, names in (("upload", sent), ("keep", kept), ("delete", deleted)):
             for name in names:
                 size = result["sizes"].get(name)
-                table.add_row(action, Text(name), "" if size is None else decimal(size))
+                table.add_row(action, name, "" if size is None else decimal(size))
         lines.append(table)
     if not (sent or deleted or result["created"]):
-        return [*lines, Text(f"nothing to do: {result['url']} has all {len(kept)} files")]
+        return [*lines, f"nothing to do: {result['url']} has all {len(kept)} files"]
     verb = "would upload" if result["dry_run"] else "uploaded"
     text = f"{verb} {len(sent)} files, {decimal(result['bytes'])}; {len(kept)} are there already"
     if deleted:
         text += f"; {'would delete' if result['dry_run'] else 'deleted'} {len(deleted)}"
-    return [*lines, Text(text), Text(result["pull_request"] or result["url"])]
+    return [*lines, text, result["pull_request"] or result["url"]]

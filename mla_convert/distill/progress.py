@@ -21,6 +21,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from ..errors import visible
+
 # Kernels and CUDA graphs.
 _DEVICE_LOGGER = "mla_convert.mla"
 
@@ -40,7 +42,7 @@ def progress_bars(console: Console | None = None) -> Iterator[Report]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[detail]}"),
+        TextColumn("{task.fields[detail]}", markup=False),
         console=console or Console(stderr=True),
     )
     with reporting(bars) as report:
@@ -53,6 +55,7 @@ def reporting(bars: Progress) -> Iterator[Report]:
     tasks: dict[str, TaskID] = {}
 
     def report(what: str, done: int, total: int, detail: str = "", /) -> None:
+        detail = visible(detail)
         if not tasks:
             bars.start()
         if what not in tasks:
