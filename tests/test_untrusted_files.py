@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ from mla_convert.distill import sharding
 from mla_convert.distill.encode.models import text_encoder
 from mla_convert.distill.progress import progress_bars
 from mla_convert.errors import UserError
+from mla_convert.evaluate.compare_tables import differences
+from mla_convert.export.hub_errors import explain_push_errors
 from mla_convert.files import sha256
+from mla_convert.load.pickles import PickleFile
 from mla_convert.pipeline.rundir import RunDir
 from mla_convert.recipe.load import load_recipe
 from mla_convert.recipe.shipped import find_recipe
@@ -103,3 +107,36 @@ def test_names_reach_the_terminal_as_they_are_but_for_control_characters(capsys:
     with progress_bars(Console(file=stream, width=200)) as report:
         report("read", 1, 1, name)
     assert shown in stream.getvalue()
+
+
+def rewritten(path: Path, structure: bytes, compression: int = zipfile.ZIP_STORED) -> Path:
+    """A file of `torch.save` whose pickle is `structure`."""
+    torch.save({"a": torch.zeros(2)}, path)
+    with zipfile.ZipFile(path) as source:
+        entries = {name: source.read(name) for name in source.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, structure if name.endswith("data.pkl") else content)
+    return path
+
+
+def test_a_refused_pickle_is_not_said_to_load_without_the_check(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"needs code to be run \(Unsupported operand 48\), which is refused"):
+        PickleFile(rewritten(tmp_path / "a.pt", b"\x80\x020."))
+
+
+def test_a_compressed_pickle_is_not_expanded(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a.pt is compressed, which torch.save never does"):
+        PickleFile(rewritten(tmp_path / "a.pt", b"\x80\x02}." + b"0" * 1000, zipfile.ZIP_DEFLATED))
+
+
+def test_a_recipe_with_aliases_is_not_expanded() -> None:
+    recipe = "\n".join(["a0: &a0 {x: 1}", *(f"a{n}: &a{n} {{x: *a{n - 1}, y: *a{n - 1}}}" for n in range(1, 9))])
+    with pytest.raises(UserError, match="has YAML aliases"):
+        differences([{"recipe": recipe}, {"recipe": "x: 1"}])
+
+
+def test_a_password_of_the_hub_is_not_shown() -> None:
+    with pytest.raises(UserError) as caught, explain_push_errors("me/model", None, None):
+        raise RuntimeError("nothing at https://me:a@b@hub.example/api")
+    assert str(caught.value).endswith("refused the push to me/model: nothing at https://hub.example/api")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from ..errors import UserError
 from .digits_section import METRICS, cell, length_title
 from .figures import curve_of
 from .text import DASH, bytes_text, duration, length_text, percent, plain, points_text, signed, times_training
@@ -190,11 +191,16 @@ def _apart(first: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> 
 
 
 def differences(reports: Sequence[Report]) -> list[dict[str, Any]]:
-    """Return the keys in which the recipes differ, with one value per run; empty if a run has no recipe."""
-    recipes = [report.get("recipe") for report in reports]
+    """Return the keys in which the recipes differ, with one value per run; empty if a run has no recipe.
+
+    Raises UserError for a recipe with aliases, which a few lines can make endless.
+    """
+    recipes = [str(report.get("recipe") or "") for report in reports]
     if not all(recipes):
         return []
-    flat = [dict(_flatten(yaml.safe_load(str(recipe)))) for recipe in recipes]
+    if any(isinstance(event, yaml.AliasEvent) for recipe in recipes for event in yaml.parse(recipe)):
+        raise UserError("the recipe in a report has YAML aliases, which mla-convert never writes; leave that run out")
+    flat = [dict(_flatten(yaml.safe_load(recipe))) for recipe in recipes]
     keys = list(dict.fromkeys(key for recipe in flat for key in recipe))
     return [
         {"key": key, "values": [_written(recipe.get(key)) for recipe in flat]}

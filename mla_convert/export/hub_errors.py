@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 
 from huggingface_hub import constants, errors
@@ -33,6 +34,11 @@ def name_taken(repo_id: str) -> str:
     )
 
 
+def without_credentials(text: str) -> str:
+    """Return `text` without the name and password of URLs such as `https://me:secret@hub.example`."""
+    return re.sub(r"(?<=://)[^/\s]*@", "", text)
+
+
 @contextlib.contextmanager
 def explain_push_errors(repo_id: str, revision: str | None, token: str | None) -> Iterator[None]:
     """Turn errors of the Hub client during a push into a one-line UserError without `token`."""
@@ -40,7 +46,7 @@ def explain_push_errors(repo_id: str, revision: str | None, token: str | None) -
     try:
         yield
     except caught as error:
-        message = " ".join(_explain(repo_id, revision, error).split())
+        message = without_credentials(" ".join(_explain(repo_id, revision, error).split()))
         raise UserError(message.replace(token, "(token)") if token else message) from None
 
 

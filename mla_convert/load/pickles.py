@@ -27,17 +27,21 @@ class PickleFile:
     """A file of `torch.save` with nested mappings flattened to names such as `generator.model.head.weight`.
 
     Opening it reads only the structure, in torch's `weights_only` mode; data stay in the mapped file until a tensor is
-    used. Raises UserError for a file that needs code to be run, for the format before torch 1.6, which cannot be
-    mapped, and for any other kind of file.
+    used. Raises UserError for a file that needs code to be run, for the format before torch 1.6 and a compressed
+    archive, which cannot be mapped, and for any other kind of file.
     """
 
     def __init__(self, path: Path) -> None:
         try:
             with path.open("rb") as opened:
                 archive = zipfile.is_zipfile(opened)
+                if archive and any(entry.compress_type for entry in zipfile.ZipFile(opened).infolist()):
+                    raise UserError(f"{path} is compressed, which torch.save never does; {_REMEDY}")
             value = torch.load(path, map_location="cpu", weights_only=True, mmap=True) if archive else None
         except pickle.UnpicklingError as error:
             raise UserError(f"{path} needs code to be run ({_culprit(error)}), which is refused; {_REMEDY}") from None
+        except UserError:
+            raise
         # The exceptions of torch for a damaged or hostile archive are not documented.
         except Exception as error:
             raise_if_unreadable(path, error)
@@ -77,9 +81,9 @@ def _flatten(value: Mapping[Any, Any], prefix: str, depth: int) -> Iterator[tupl
 
 
 def _culprit(error: Exception) -> str:
-    """The name that the pickle would call, extracted from torch's long message."""
-    found = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(r"WeightsUnpickler error: (.+)", str(error))
-    return found[1] if found else _first_line(error)
+    """The name that the pickle would call, extracted from torch's message, whose first lines advise to allow it."""
+    found = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(r"WeightsUnpickler error:\s+(\S.*)", str(error))
+    return found[1] if found else "it holds more than tensors"
 
 
 def _not_an_archive(path: Path) -> str:
