@@ -230,7 +230,7 @@ def test_export(saved, tmp_path):
     assert result["bytes"] == sum(map(len, contents(out).values()))
     assert (out / "transformer" / "diffusion_pytorch_model.safetensors.index.json").is_file()
     manifest = read_manifest(out)
-    verify_files(out, manifest)
+    verify_files(out, manifest, out / "transformer")
     assert (manifest["recipe"], manifest["source"]) == (RECIPE, SOURCE)
     model = load_checkpoint(out)
     assert model.dtype == torch.bfloat16

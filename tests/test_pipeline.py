@@ -104,7 +104,7 @@ def test_checkpoint_is_a_diffusers_model_with_its_manifest(teacher, finished):
     folder = finished / "checkpoint"
     manifest = read_manifest(folder)
 
-    verify_files(folder, manifest)
+    verify_files(folder, manifest, folder / "transformer")
     model = diffusers.MLAWanTransformer3DModel.from_pretrained(folder / "transformer", dtype=torch.bfloat16)
 
     assert model.mla.kv_lora_rank == (8, 8)

@@ -154,15 +154,21 @@ def test_dry_run_sends_nothing(server, client, saved, tmp_path):
     assert {request.method for request in server.requests} <= {"GET", "HEAD"}
 
 
-def test_hidden_files_stay_here(server, client, saved, tmp_path):
+def test_what_the_manifest_does_not_list_stays_here(server, client, saved, tmp_path):
     folder = shutil.copytree(saved, tmp_path / "run" / "checkpoint")
     (folder / ".env").write_text("PASSWORD=1")
     (folder / ".cache").mkdir()
     (folder / ".cache" / "note").write_text("mine")
+    (folder / "notes.txt").write_text("mine")
+    told = {"LICENSE": b"free", "recipe.resolved.yaml": b"data:\n  folder: /data/me/clips\n"}
+    for name, text in told.items():
+        (folder / name).write_bytes(text)
 
-    client.json(tmp_path / "run", NAME, "--create")
+    out = client.push(tmp_path / "run", NAME, "--create").out
 
-    assert server.repos[NAME].files() == contents(saved)
+    assert "left out, as mla_convert.json does not list them: notes.txt\n" in out
+    assert "the files name paths of this machine: /data/me/clips\n" in out
+    assert server.repos[NAME].files() == contents(saved) | told
 
 
 def test_upload_that_breaks_goes_on_where_it_stopped(server, client, saved):

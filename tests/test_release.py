@@ -225,7 +225,7 @@ def test_evidence_travels_and_may_be_renewed(saved, tmp_path):
 
     # A new evaluation replaces the report in place; the model is still what was written.
     (tmp_path / "out" / "report.json").write_text('{"student_loss": 0.25}')
-    verify_files(tmp_path / "out", manifest)
+    verify_files(tmp_path / "out", manifest, tmp_path / "out" / "transformer")
     export(tmp_path / "out", tmp_path / "again", ExportConfig())
     again = read_manifest(tmp_path / "again")
     assert again["evidence"].keys() == manifest["evidence"].keys()

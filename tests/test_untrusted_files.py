@@ -23,8 +23,10 @@ from mla_convert.distill.encode.models import text_encoder
 from mla_convert.distill.progress import progress_bars
 from mla_convert.errors import UserError
 from mla_convert.evaluate.compare_tables import differences
+from mla_convert.export.contents import list_files, local_paths
 from mla_convert.export.hub_errors import explain_push_errors
 from mla_convert.files import sha256
+from mla_convert.export.manifest import verify_files
 from mla_convert.load.pickles import PickleFile
 from mla_convert.pipeline.rundir import RunDir
 from mla_convert.recipe.load import load_recipe
@@ -140,3 +142,41 @@ def test_a_password_of_the_hub_is_not_shown() -> None:
     with pytest.raises(UserError) as caught, explain_push_errors("me/model", None, None):
         raise RuntimeError("nothing at https://me:a@b@hub.example/api")
     assert str(caught.value).endswith("refused the push to me/model: nothing at https://hub.example/api")
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.safetensors.index.json", "model.bin"])
+def test_weights_that_no_manifest_lists_are_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text("{}")
+    manifest = {"files": {"transformer/config.json": sha256(tmp_path / "transformer" / "config.json")}}
+    verify_files(tmp_path, manifest, tmp_path / "transformer")
+    (tmp_path / "transformer" / name).write_text("{}")
+    with pytest.raises(UserError, match=f"{name} is not listed in mla_convert.json, so nothing vouches for it"):
+        verify_files(tmp_path, manifest, tmp_path / "transformer")
+
+
+def test_a_link_out_of_a_checkpoint_is_not_pushed_but_the_cache_is_one_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, outside = tmp_path / "out", tmp_path / "hub" / "mine"
+    (root / "samples").mkdir(parents=True)
+    outside.parent.mkdir()
+    outside.write_text("mine")
+    (root / "samples" / "a.mp4").symlink_to(outside)
+    with pytest.raises(UserError, match=f"a.mp4 is a link to {outside}, outside of the checkpoint"):
+        list_files(root, {"files": {}})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert set(list_files(root, {"files": {}})[0]) == {"samples/a.mp4"}
+    with pytest.raises(UserError, match="outside of the checkpoint"):
+        list_files(root, {"files": {__file__: "0"}})
+
+
+def test_paths_of_this_machine_are_found(tmp_path: Path) -> None:
+    texts = {
+        "mla_convert.json": '{"source": {"model": "/home/me/wan", "url": "https://a/b"}, "data": "owner/name"}',
+        "recipe.resolved.yaml": "data:\n  folder: ~/clips\n  half: 1/2\n",
+        "report.html": "<td>/mnt/x</td><path d='M0 1/2'/>",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    assert local_paths(tmp_path / name for name in texts) == ["/home/me/wan", "/mnt/x", "~/clips"]

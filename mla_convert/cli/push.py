@@ -14,7 +14,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, Te
 from rich.table import Table
 
 from ..distill.progress import Report, reporting
-from ..errors import UsageError
+from ..errors import UsageError, few
+from ..files import MANIFEST
 from .options import Json
 from .output import print_result, stderr
 
@@ -84,6 +85,10 @@ def _rendered(result: Mapping[str, Any]) -> list[RenderableType]:
                 size = result["sizes"].get(name)
                 table.add_row(action, name, "" if size is None else decimal(size))
         lines.append(table)
+    if result["left_out"]:
+        lines.append(f"left out, as {MANIFEST} does not list them: {few(result['left_out'])}")
+    if result["local_paths"]:
+        lines.append(f"the files name paths of this machine: {few(result['local_paths'])}")
     if not (sent or deleted or result["created"]):
         return [*lines, f"nothing to do: {result['url']} has all {len(kept)} files"]
     verb = "would upload" if result["dry_run"] else "uploaded"

@@ -28,9 +28,7 @@ from ..load.hub import is_hub_id
 from ..load.locate import zoo_folder
 from ..load.weights import CONFIG, INDEX, WEIGHTS
 from .config import DEFAULT_SHARD_SIZE
-from .manifest import build_manifest, family_of, read_manifest, verify_files
-
-TRANSFORMER = "transformer"
+from .manifest import TRANSFORMER, build_manifest, family_of, read_manifest, verify_files
 
 
 def save_checkpoint(
@@ -62,12 +60,12 @@ def load_checkpoint(
 ) -> CausalTransformer:
     """Load the dense or converted model from a run, checkpoint or transformer folder, in eval mode.
 
-    `dtype` None keeps the stored dtypes. `verify` compares every file with its digest in the manifest. Raises
+    `dtype` None keeps the stored dtypes. `verify` compares every file with its digest in the manifest, which must list it. Raises
     UserError in one line.
     """
     root, inner = find_checkpoint(folder)
     if verify:
-        verify_files(root, read_manifest(root))
+        verify_files(root, read_manifest(root), inner)
     model_class, config = _described(inner)
     tensors = check_tensors(model_class, config, open_weights(inner), str(inner))
     model: CausalTransformer = build_model(model_class, config, tensors, dtype, device)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, errors, get_token
 from huggingface_hub.hf_api import RepoFile
@@ -19,17 +19,16 @@ from huggingface_hub.utils import (
     hf_raise_for_status,
     logging,
 )
-from huggingface_hub.utils.sha import git_hash
 
 from .. import __version__
 from ..distill.progress import Report
 from ..errors import UserError
-from ..files import MANIFEST, sha256
-from .hub_errors import check_repo_id, explain_push_errors, name_taken
-from .manifest import read_manifest, verify_files
+from ..files import MANIFEST
+from .contents import CARD, LocalFile, list_files, local_paths
+from .hub_errors import check_repo_id, explain_push_errors, name_taken, without_credentials
+from .manifest import TRANSFORMER, read_manifest, verify_files
 
 MAIN = "main"
-CARD = "README.md"
 # Files smaller than this many bytes are sent together.
 SMALL = 1 << 20
 # Files that the Hub itself puts into a new repository.
@@ -60,41 +59,26 @@ class Target:
     tree: dict[str, RepoFile] = field(default_factory=dict)
 
 
-class LocalFile(NamedTuple):
-    """A file to push; `digest` is its verified sha256 if the manifest lists one."""
-
-    path: Path
-    size: int
-    digest: str | None
-
-    def is_at(self, remote: RepoFile | None) -> bool:
-        """Return whether `remote` has the same content."""
-        if remote is None or remote.size != self.size:
-            return False
-        if remote.lfs is not None:
-            return remote.lfs.sha256 == (self.digest or sha256(self.path))
-        return remote.blob_id == git_hash(self.path.read_bytes())
-
-
 def push(folder: Path, config: PushConfig, report: Report | None = None) -> dict[str, Any]:
     """Update a repository on the Hub to the checkpoint in `folder`, in one commit.
 
     `folder` is a run folder, a checkpoint or an export; the digests in its manifest are verified first. Files that
-    the Hub already has are not sent. Files of an earlier push that no longer exist locally are deleted; other files
-    stay. `report` receives bytes and the current file. The token comes from the environment or the stored login.
+    the Hub already has are not sent, nor those that `list_files` leaves out. Files of an earlier push that no longer
+    exist locally are deleted; other files stay. `report` receives bytes and the current file. The token comes from the
+    environment or the stored login.
 
     Returns `repo_id`, `url`, `revision`, `commit`, `pull_request` (its URL), `created`, `uploaded`, `skipped`,
-    `deleted` (names), `bytes` (of the uploaded files), `sizes` and `dry_run`. Raises UsageError for a malformed
-    repository id, and a one-line UserError for all other failures.
+    `deleted` and `left_out` (names), `bytes` (of the uploaded files), `sizes`, `local_paths` (in the files) and
+    `dry_run`. Raises UsageError for a malformed repository id, and a one-line UserError for all other failures.
     """
     check_repo_id(config.repo_id)
     root = find_root(folder)
     manifest = read_manifest(root)
-    files = list_files(root, manifest)
+    files, left_out = list_files(root, manifest)
     verified = sum(file.size for file in files.values() if file.digest)
     if report:
         report("verify", 0, verified)
-    verify_files(root, manifest)
+    verify_files(root, manifest, root / TRANSFORMER)
     token = get_token()
     if report:
         report("verify", verified, verified)
@@ -110,18 +94,21 @@ def push(folder: Path, config: PushConfig, report: Report | None = None) -> dict
         if not config.dry_run and (changed or stale or created):
             target = _prepare(api, config, target)
             _commit(api, config, target, {name: files[name] for name in changed}, stale, message, report)
+    url = f"{api.endpoint}/{config.repo_id}" + ("" if target.revision == MAIN else f"/tree/{target.revision}")
     return {
         "repo_id": config.repo_id,
-        "url": f"{api.endpoint}/{config.repo_id}" + ("" if target.revision == MAIN else f"/tree/{target.revision}"),
+        "url": without_credentials(url),
         "revision": target.revision,
         "commit": target.commit,
-        "pull_request": target.pull_request,
+        "pull_request": target.pull_request and without_credentials(target.pull_request),
         "created": created,
         "uploaded": changed,
         "skipped": sorted(files.keys() - set(changed)),
         "deleted": stale,
         "bytes": sum(files[name].size for name in changed),
         "sizes": {name: file.size for name, file in files.items()},
+        "left_out": left_out,
+        "local_paths": local_paths(file.path for file in files.values()),
         "dry_run": config.dry_run,
     }
 
@@ -134,17 +121,6 @@ def find_root(folder: Path) -> Path:
     if not folder.exists():
         raise UserError(f"{folder} does not exist")
     raise UserError(f"{folder} has no {MANIFEST}; push what `mla-convert export` or a run wrote")
-
-
-def list_files(root: Path, manifest: Mapping[str, Any]) -> dict[str, LocalFile]:
-    """Return the files to push by name: all except hidden files and files in hidden folders."""
-    files = {}
-    for path in sorted(root.rglob("*")):
-        inner = path.relative_to(root)
-        if path.is_file() and not any(part.startswith(".") for part in inner.parts):
-            name = inner.as_posix()
-            files[name] = LocalFile(path, path.stat().st_size, manifest["files"].get(name))
-    return files
 
 
 def check_card(path: Path) -> None:

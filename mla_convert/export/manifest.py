@@ -17,10 +17,12 @@ from ..errors import UserError
 from ..families.base import Family
 from ..files import MANIFEST, sha256
 from ..load import read_json
+from ..load.pickles import PICKLES
 from .evidence import BENCH, PAGE, RECIPE, REPORT, SAMPLES
 from .pictures import FIGURES
 
 FORMAT = 1
+TRANSFORMER = "transformer"
 # Files beside the model. Their digests are recorded but not verified, because they may be measured again.
 EVIDENCE = (RECIPE, REPORT, PAGE, BENCH, FIGURES, SAMPLES)
 _LIBRARIES = ("torch", "diffusers", "safetensors", "huggingface_hub", "transformers", "accelerate")
@@ -71,13 +73,22 @@ def recorded_section(folder: Path, section: str) -> dict[str, Any]:
     return recorded_recipe(folder).get(section) or {}
 
 
-def verify_files(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Compare the digests of the model's files. Raises UserError with the first file that differs."""
+def verify_files(folder: Path, manifest: Mapping[str, Any], inner: Path) -> None:
+    """Compare the digests of the model's files. Raises UserError with the first file that differs.
+
+    No weights, index or configuration may be in the transformer folder `inner` without being listed: loading might
+    prefer it.
+    """
     for name, digest in manifest["files"].items():
         if not (folder / name).is_file():
             raise UserError(f"{folder / name} is missing, though {MANIFEST} lists it; export it again")
         if sha256(folder / name) != digest:
             raise UserError(f"{folder / name} has changed: its sha256 differs from {MANIFEST}; export it again")
+    for file in sorted(inner.glob("*")):
+        name = file.relative_to(folder).as_posix()
+        known = name in manifest["files"] or name in (MANIFEST, *EVIDENCE)
+        if file.suffix in (".json", ".safetensors", *PICKLES) and not known:
+            raise UserError(f"{file} is not listed in {MANIFEST}, so nothing vouches for it; remove it")
 
 
 def family_of(model_class: type[Any]) -> Family:
