@@ -147,7 +147,10 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder next to `path`; if the block succeeds, it replaces `path`. The last of two writers wins."""
+    """Yield a temporary folder next to `path`; if the block succeeds, it replaces `path`.
+
+    The last of two writers wins.
+    """
     with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     for old in _left_behind(path, ".old.tmp"):

@@ -32,7 +32,6 @@ from mla_convert.recipe.load import load_recipe
 from mla_convert.recipe.shipped import find_recipe
 from mla_convert.run import video
 
-
 # Above the largest number that Linux gives a process.
 NOBODY = 1 << 23
 
@@ -141,7 +140,10 @@ def test_no_link_is_followed_to_lock_a_folder(tmp_path):
     (tmp_path / "mine").write_text("mine")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".lock").symlink_to(tmp_path / "mine")
-    with pytest.raises(UserError, match="cannot write .*out: Too many levels of symbolic"), locked_folder(tmp_path / "out"):
+    with (
+        pytest.raises(UserError, match="cannot write .*out: Too many levels of symbolic"),
+        locked_folder(tmp_path / "out"),
+    ):
         pass
     assert (tmp_path / "mine").read_text() == "mine"
 

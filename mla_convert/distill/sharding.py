@@ -141,7 +141,10 @@ def save_shards(folder: Path, module: nn.Module, optimizer: Any, average: dict[s
 
 
 def load_shards(folder: Path, module: nn.Module, optimizer: Any, average: dict[str, Tensor] | None) -> None:
-    """Read back in place what `save_shards` wrote; every process calls this. Raises UserError if it is not plain data."""
+    """Read back in place what `save_shards` wrote; every process calls this.
+
+    Raises UserError if it is not plain data.
+    """
     state = _state(module, optimizer, average)
     with _own_errors():
         # A parameter that never had a gradient has no state in the checkpoint, and must not get one here.

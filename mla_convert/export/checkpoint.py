@@ -60,8 +60,8 @@ def load_checkpoint(
 ) -> CausalTransformer:
     """Load the dense or converted model from a run, checkpoint or transformer folder, in eval mode.
 
-    `dtype` None keeps the stored dtypes. `verify` compares every file with its digest in the manifest, which must list it. Raises
-    UserError in one line.
+    `dtype` None keeps the stored dtypes. `verify` compares every file with its digest in the manifest, which must list
+    it. Raises UserError in one line.
     """
     root, inner = find_checkpoint(folder)
     if verify:

@@ -64,4 +64,6 @@ def _is_visible(name: str) -> bool:
 def local_paths(files: Iterable[Path]) -> list[str]:
     """Return the absolute paths, and those in a home folder, in the manifest, the card and the evidence."""
     told = [file for file in files if file.name in (MANIFEST, CARD, *EVIDENCE)]
-    return sorted({found for file in told for found in _PATH.findall(file.read_text(encoding="utf-8", errors="replace"))})
+    return sorted(
+        {found for file in told for found in _PATH.findall(file.read_text(encoding="utf-8", errors="replace"))}
+    )

@@ -123,7 +123,7 @@ class RunDir:
             self._corrupt = [self.path / file for file in found if found[file] != written[file]]
             for file in self._corrupt:
                 if not file.parent.resolve().is_relative_to(self.path.resolve()):
-                    raise UserError(f"{self.path / STATE} names {file}, which is outside; start again in another folder")
+                    raise UserError(f"{self.path / STATE} names {file}, which is outside; start again elsewhere")
             for later in names[position:]:
                 self._state["steps"].pop(later, None)
             self._state["finished"] = False
