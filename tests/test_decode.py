@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -255,8 +254,8 @@ def test_a_writer_that_has_ended_takes_no_more_frames(tmp_path: Path, last: str)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_stops_the_rollout_in_a_line(tmp_path: Path) -> None:
-    (tmp_path / f".a.gif.{os.getpid()}.tmp").symlink_to("/dev/full")
+def test_a_full_disk_stops_the_rollout_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mla_convert.files._create", lambda path: path.symlink_to("/dev/full"))
     writer = FrameWriter(tmp_path / "a.gif", fps=8)
     writer.put(grey())
     with pytest.raises(UserError, match="the disk is full"):

@@ -141,7 +141,7 @@ def test_no_link_is_followed_to_lock_a_folder(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".lock").symlink_to(tmp_path / "mine")
     with (
-        pytest.raises(UserError, match="cannot write .*out: Too many levels of symbolic"),
+        pytest.raises(UserError, match=r"cannot write .*out: Too many levels of symbolic"),
         locked_folder(tmp_path / "out"),
     ):
         pass

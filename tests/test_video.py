@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -101,8 +100,8 @@ def test_wrong_targets_are_refused_before_anything_is_written(tmp_path: Path) ->
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("name", ["a.mp4", "a.gif"])
-def test_full_disk_is_one_clear_line(tmp_path: Path, name: str) -> None:
-    (tmp_path / f".{name}.{os.getpid()}.tmp").symlink_to("/dev/full")
+def test_full_disk_is_one_clear_line(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mla_convert.files._create", lambda path: path.symlink_to("/dev/full"))
     with pytest.raises(UserError, match="the disk is full"):
         save_video(moving_square(), tmp_path / name, fps=8)
     assert list(tmp_path.iterdir()) == []
