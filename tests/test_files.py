@@ -271,7 +271,7 @@ def test_what_ffmpeg_cannot_write_is_named(tmp_path, monkeypatch):
         (["bench", "--preset", "digits", "--out", "{}"], "mla_convert.evaluate.bench.bench"),
         (
             ["generate", str(ZOO / "digits" / "teacher"), "--prompt", "7", "--out", "{}.mp4"],
-            "mla_convert.pipeline.generation.load_models",
+            "mla_convert.pipeline.execution.load_models",
         ),
     ],
 )
