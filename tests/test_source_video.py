@@ -234,7 +234,7 @@ def test_wrong_inputs_are_refused_before_anything_is_loaded(
     def loads(*arguments: Any, **settings: Any) -> Any:
         raise AssertionError("a model is loaded")
 
-    monkeypatch.setattr("mla_convert.pipeline.generation.load_models", loads)
+    monkeypatch.setattr("mla_convert.pipeline.execution.load_models", loads)
     (tmp_path / "broken.mp4").write_text("no video")
     Image.new("L", (16, 16)).save(tmp_path / "source.png")
     write_latents(tmp_path / "latents.safetensors", 3, (1, 8, 8))

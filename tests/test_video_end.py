@@ -161,7 +161,7 @@ def generate(folder: Path, out: Path, *more: str) -> int:
 def test_generate_refuses_before_it_loads(
     teacher: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, length: list[str]
 ) -> None:
-    monkeypatch.setattr("mla_convert.pipeline.generation.load_models", None)
+    monkeypatch.setattr("mla_convert.pipeline.execution.load_models", None)
     assert generate(teacher, tmp_path / "x.mp4", *length) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(f"error: {17 if length else 21} latent frames are more than the rotary table's 16 positions")
