@@ -28,8 +28,8 @@ from mla_convert.distill.encode.models import load_vae, text_encoder
 from mla_convert.errors import UsageError, UserError
 from mla_convert.export.checkpoint import save_checkpoint
 from mla_convert.export.config import ExportConfig
+from mla_convert.export.manifest import recorded_section
 from mla_convert.export.release import export
-from mla_convert.pipeline.generation import recorded
 from mla_convert.pipeline.prompts import parse_change, read_prompts
 from mla_convert.run.decode import StreamingDecoder, frame_chunks
 from mla_convert.run.parts import PICTURES, TEXT, find_parts
@@ -202,10 +202,14 @@ def test_parts_are_found_beside_the_model_by_name_and_in_the_source(checkpoint, 
 
 
 def test_what_the_recipe_says_is_the_default(checkpoint, digits):
-    sampling = recorded(checkpoint, "generate")
+    sampling = recorded_section(checkpoint, "generate")
     assert trained_for(sampling, digits=False) == {"num_inference_steps": 2, "shift": 5.0}
     assert trained_for(sampling, digits=True)["shift"] == 5.0
-    assert trained_for(recorded(digits, "generate"), digits=True) == {"shift": 3.0, "guidance_scale": 3.0, "fps": 8}
+    assert trained_for(recorded_section(digits, "generate"), digits=True) == {
+        "shift": 3.0,
+        "guidance_scale": 3.0,
+        "fps": 8,
+    }
 
 
 def test_a_change_of_prompt_leaves_what_came_before(capsys, checkpoint, pipeline, tmp_path):
