@@ -178,7 +178,7 @@ def _index(index: Any) -> Any:
     """An index with tensors in place of lists; C++ would create them on the device that the indexed tensor claims."""
     if isinstance(index, tuple):
         return tuple(_index(part) for part in index)
-    return torch.tensor(index) if isinstance(index, list) else index
+    return torch.tensor(index, dtype=None if index else torch.long) if isinstance(index, list) else index
 
 
 def _moved(x: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:

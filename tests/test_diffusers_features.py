@@ -6,10 +6,16 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from diffusers import ContextParallelConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
 from diffusers.hooks import apply_group_offloading
 from peft import LoraConfig
-from pico import convert, dense_model, inputs, relative_error, stream
+from pico import LAYOUTS, WINDOW, convert, dense_model, inputs, relative_error, stream
+from pretend_gpu import GPU, pretended
 from safetensors.torch import load_file
+
+from mla_convert.errors import UserError
+from mla_convert.mla.plain import changed_module
 
 LATENTS, TIMESTEP, TEXT = inputs(1, 4, 4, 4)
 
@@ -41,6 +47,75 @@ def test_group_offloading_changes_nothing(converted):
     assert torch.equal(forward(model), forward(converted))
     streamed, _ = stream(model, LATENTS, TIMESTEP, TEXT)
     assert torch.equal(streamed, stream(converted, LATENTS, TIMESTEP, TEXT)[0])
+
+
+@pytest.mark.parametrize("family", ["wan", "skyreels_v2", "anyflow_far"])
+@pytest.mark.parametrize("level", ["leaf_level", "block_level"])
+def test_group_offloading_moves_what_a_pass_reads(family, level):
+    """Also the rotary table, whose module is never called."""
+    dense = dense_model(family=family, layers=1, causal=None if family == "anyflow_far" else WINDOW)
+    layouts = [None] if family == "anyflow_far" or level == "block_level" else [None, *LAYOUTS]
+    for layout in layouts:
+        model = dense if layout is None else convert(copy.deepcopy(dense), **layout)
+        expected, streamed = forward(model), stream(model, LATENTS, TIMESTEP, TEXT)[0]
+        with pretended(), torch.no_grad():
+            there = copy.deepcopy(model)
+            more = {"num_blocks_per_group": 1} if level == "block_level" else {}
+            there.enable_group_offload(GPU, torch.device("cpu"), offload_type=level, **more)
+            given = [x.to("cuda") for x in (LATENTS, TIMESTEP, TEXT)]
+            assert relative_error(there(*given).sample.cpu(), expected) < 1e-5
+            cache = there.init_cache(1, 4, 4)
+            out = [
+                there(given[0][:, :, a:b], given[1][:, a:b], given[2], cache=cache, write=True)
+                for a, b in there.causal.chunks(LATENTS.shape[2])
+            ]
+            assert relative_error(torch.cat(out, dim=2).cpu(), streamed) < 1e-5
+
+
+@pytest.mark.parametrize("offload_buffers", [False, True])
+def test_the_cache_of_an_offloaded_model_is_where_it_computes(converted, offload_buffers):
+    model = cpu_offload(copy.deepcopy(converted), torch.device("cpu"), offload_buffers=offload_buffers)
+    assert model.device.type == "meta"
+    assert model.init_cache(1, 4, 4).rows[0].device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TaylorSeerCacheConfig(use_lite_mode=True),
+        PyramidAttentionBroadcastConfig(cross_attention_block_skip_range=2, current_timestep_callback=lambda: 500),
+    ],
+)
+def test_caches_of_diffusers_are_refused(converted, config):
+    model = copy.deepcopy(converted)
+    with pytest.raises(UserError, match=f"enable_cache .{type(config).__name__}"):
+        model.enable_cache(config)
+    assert torch.equal(forward(model), forward(converted))
+
+
+def test_context_parallelism_is_refused(converted):
+    with pytest.raises(UserError, match="enable_parallelism"):
+        converted.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+
+
+def test_an_attention_backend_says_what_it_reaches(converted, caplog):
+    model = copy.deepcopy(converted)
+    model.set_attention_backend("_native_math")
+    assert "cross-attention only; self-attention follows set_kernels" in caplog.text
+    assert model.blocks[0].attn2.processor._attention_backend == "_native_math"
+
+
+def test_weights_that_are_no_plain_numbers_are_left_to_torch(converted):
+    """Such as torchao's, whose layers stay `nn.Linear`."""
+
+    class Quantized(torch.Tensor):
+        pass
+
+    attention = copy.deepcopy(converted).blocks[0].attn1
+    assert changed_module(attention) is None
+    projection = attention.kv_b_proj
+    projection.weight = torch.nn.Parameter(projection.weight.detach().as_subclass(Quantized), False)
+    assert changed_module(attention) == "kv_b_proj"
 
 
 def test_layerwise_casting_stores_less(converted):

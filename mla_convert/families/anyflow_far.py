@@ -296,16 +296,18 @@ class CausalAnyFlowFARTransformer3DModel(CausalTransformer, AnyFlowFARTransforme
         encoder_hidden_states_image: Tensor | None,
         r_timestep: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        embedder = self.condition_embedder
         if timestep.ndim == 1:
             timestep = timestep.unsqueeze(1)
         target = timestep if r_timestep is None else r_timestep.reshape(timestep.shape)
-        delta = target if self.config.deltatime_type == "r" else timestep - target
-        temb, modulation = embedder.forward_timestep(timestep, delta, encoder_hidden_states, 1)
-        image = encoder_hidden_states_image
-        if image is not None:
-            image = embedder.image_embedder(image)
-        return temb, modulation.unflatten(2, (6, -1)), embedder.text_embedder(encoder_hidden_states), image
+        # A call, and not of its parts, so that offloading moves the embedder's own buffer too.
+        temb, modulation, text, image = self.condition_embedder(
+            timestep,
+            target,
+            encoder_hidden_states,
+            encoder_hidden_states_image,
+            {"num_full_frames": timestep.shape[1], "full_token_per_frame": 1, "compressed_token_per_frame": 1},
+        )
+        return temb, modulation.unflatten(2, (6, -1)), text, image
 
     def patch_compressed(self, hidden_states: Tensor) -> Tensor:
         """Coarse tokens `[B, S, C]` of a latent `[B, C, F, H, W]`."""

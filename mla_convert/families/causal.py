@@ -6,6 +6,7 @@ teacher, the baseline and the lossless reference. The latent form differs only i
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -30,6 +31,8 @@ from .base import BlockInputs, ConditionKind, noise_channels
 from .block import modulate
 from .shared import chunk_by_chunk
 
+logger = logging.getLogger(__name__)
+
 
 class CausalTransformer(nn.Module):
     """Mixin that comes before a stock model and adds block-causal self-attention and a streaming forward.
@@ -42,7 +45,6 @@ class CausalTransformer(nn.Module):
     same shape. `noise_range` are the noise levels that the model serves, narrower for one of several experts.
     """
 
-    _supports_qkv_fusion = False
     flow_map: ClassVar[bool] = False
     condition_kinds: ClassVar[Mapping[str, ConditionKind]] = {}
     noise_range: tuple[float, float] = ALL_NOISE
@@ -133,6 +135,28 @@ class CausalTransformer(nn.Module):
                 "leave streaming.cache (--cache) at auto"
             )
 
+    def enable_cache(self, config: Any) -> None:
+        """Raises UserError: diffusers' caches skip work by the steps of one clip, but here every chunk has its own."""
+        raise UserError(
+            f"{type(self).__name__} does not support enable_cache ({type(config).__name__}), which would reuse another "
+            "chunk's results; leave it out"
+        )
+
+    def enable_parallelism(self, **settings: Any) -> None:
+        """Raises UserError: diffusers' plans are for a clip whose tokens all see each other."""
+        raise UserError(
+            f"{type(self).__name__} does not support enable_parallelism, whose plans are for bidirectional models; "
+            "leave it out"
+        )
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Choose diffusers' backend for cross-attention; `set_kernels` chooses for self-attention."""
+        logger.warning(
+            "set_attention_backend(%r) applies to cross-attention only; self-attention follows set_kernels", backend
+        )
+        stock: Any = super()
+        stock.set_attention_backend(backend)
+
     def init_cache(
         self,
         batch_size: int,
@@ -151,13 +175,21 @@ class CausalTransformer(nn.Module):
         """
         changes = {"window_frames": window_frames, "sink_frames": sink_frames}
         settings = self.causal.model_dump() | {k: v for k, v in changes.items() if v is not None}
-        causal, device = CausalConfig(**settings), device or self.device
+        causal, device = CausalConfig(**settings), device or self._execution_device()
         bits: CacheBits = self.cache_bits if dtype is None else "auto"
         if dtype == torch.int8:
             if not self.cache_class.fewer_bits:
                 raise ValueError(f"{type(self).__name__} has no cache in int8; leave dtype out")
             bits = "int8"
         return self.make_cache(causal, batch_size, height, width, dtype or self.dtype, device, bits)
+
+    def _execution_device(self) -> torch.device:
+        """The device that computes; between calls, accelerate's offloading leaves the weights on `meta`."""
+        if self.device.type != "meta":
+            return self.device
+        hooks = (getattr(module, "_hf_hook", None) for module in self.modules())
+        devices = (getattr(hook, "execution_device", None) for hook in hooks)
+        return torch.device(next((device for device in devices if device is not None), self.device))
 
     def make_cache(
         self,
@@ -243,7 +275,7 @@ class CausalTransformer(nn.Module):
         """
         self.check_chunk(hidden_states, cache)
         frames = hidden_states.shape[2]
-        step = stream_pass(self.rotary_table(), cache, frames, write)
+        step = stream_pass(self.rotary_table().to(hidden_states.device), cache, frames, write)
         step.kernels = self.kernels
         by_frames, fixed = self.split_conditions(conditions)
         embedded = self.embed_conditions(timestep, encoder_hidden_states, encoder_hidden_states_image, **fixed)
@@ -297,7 +329,8 @@ class CausalTransformer(nn.Module):
             conditions = {name: torch.cat([own[name], value]) for name, value in conditions.items()}
         frames, height, width = hidden_states.shape[2:]
         grid = self.token_grid(height, width)
-        step = clip_pass(self.rotary_table(), self.causal, frames, *grid, context_batch=context_batch)
+        table = self.rotary_table().to(hidden_states.device)
+        step = clip_pass(table, self.causal, frames, *grid, context_batch=context_batch)
         by_frames, fixed = self.split_conditions(conditions)
         embedded = self.embed_conditions(timestep, encoder_hidden_states, encoder_hidden_states_image, **fixed)
         return block_inputs(self.patch(hidden_states, **by_frames), embedded, step, hidden_states)
@@ -430,6 +463,17 @@ class LatentTransformer(CausalTransformer):
     @property
     def latent_groups(self) -> list[range]:
         return self.mla.latent_groups()
+
+    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> None:
+        """Load a LoRA; see diffusers. Raises UserError for weights, not a path, of a query that `q_lora_rank` split."""
+        given = pretrained_model_name_or_path_or_dict
+        if self.mla.q_lora_rank and isinstance(given, Mapping) and any(".attn1.to_q." in name for name in given):
+            raise UserError(
+                "this LoRA changes attn1.to_q, which q_lora_rank replaced in this model; remove those weights, or add "
+                "the LoRA before the conversion (source.adapters)"
+            )
+        stock: Any = super()
+        stock.load_lora_adapter(given, *args, **kwargs)
 
     def make_attention(self, layer: int) -> CausalSelfAttention:
         heads, head_dim = self.config.num_attention_heads, self.config.attention_head_dim

@@ -44,8 +44,7 @@ class FarGrid:
 
     def to(self, device: torch.device | str) -> FarGrid:
         """A copy with its rotations on `device`."""
-        full, compressed = (replace(table, cis=table.cis.to(device)) for table in (self.full, self.compressed))
-        return replace(self, full=full, compressed=compressed)
+        return replace(self, full=self.full.to(device), compressed=self.compressed.to(device))
 
     def rotations(self, frames: list[int], causal: CausalConfig, stop: int) -> Tensor:
         """Complex64 rotations `[S, P]` of `frames`, `~f` for compressed, as seen by the chunk that ends at `stop`."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .cache import FrameCache
 from .model import StreamingModel
-from .plain import is_plain
+from .plain import built_in, is_plain
 
 logger = logging.getLogger(__name__)
 
@@ -57,10 +57,10 @@ def why_not_graph(model: StreamingModel, cache: FrameCache) -> str | None:
 class GraphedChunk:
     """Runs the passes of a model over its cache without `write`, on a CUDA device; a compiled model runs compiled.
 
-    For each shape of chunk and history, the first chunk runs eagerly and the second captures a graph. Where histories
-    are kept for the passes of a chunk, there are two graphs: one that expands them and one that reuses them. The result
-    of a replay is valid until the next call. If a capture fails, a warning is logged and all later passes run eagerly.
-    Raises ValueError with the reason of `why_not_graph`.
+    For each shape of chunk and history, and each state of adapters, the first chunk runs eagerly and the second
+    captures a graph. Where histories are kept for the passes of a chunk, there are two graphs: one that expands them
+    and one that reuses them. The result of a replay is valid until the next call. If a capture fails, a warning is
+    logged and all later passes run eagerly. Raises ValueError with the reason of `why_not_graph`.
 
     `recorder` makes a Recorder. Its argument is another Recorder to share memory with, as the two never run at once.
     """
@@ -86,17 +86,19 @@ class GraphedChunk:
         frames = hidden_states.shape[2]
         places = self.cache.places.next(self.model.rotary_table(), self.cache, frames)
         given = (hidden_states, timestep, text)
-        # Places in new memory, after a change of shape or a reset, need a new graph.
+        modules = [module for _, module in self.model.named_modules()]
+        # Places in new memory, after a change of shape or a reset, need a new graph, and so do changed adapters.
         condition_shapes = tuple(sorted((name, value.shape) for name, value in conditions.items()))
-        shape = (*(x.shape for x in given), places.memory, condition_shapes)
+        shape = (*(x.shape for x in given), places.memory, condition_shapes, built_in(modules))
         chunk = (self.cache.frames_seen, frames)
         if shape != self.shape:
             self.graphs, self.first = {}, chunk
             self.inputs = tuple(x.clone() for x in given)
             self.conditions = {name: value.clone() for name, value in conditions.items()}
             self.shape = shape
-        if self.failed or chunk == self.first:
+        if self.failed or chunk == self.first or not all(map(is_plain, modules)):
             # While a window fills up, every chunk has its own shape, so a graph would never be replayed.
+            # Hooks, as of offloading, may have come since.
             return self._run(given, conditions)
         for kept, new in zip(self.inputs, given, strict=True):
             kept.copy_(new)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
 
 from .attention import CausalSelfAttention
 
@@ -13,8 +16,24 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether the module is torch's linear layer with nothing around it, such as a LoRA."""
-    return type(module) is nn.Linear and is_plain(module)
+    """Whether the module is torch's linear layer with nothing around it, such as a LoRA, and numbers for weights.
+
+    A subclass of Tensor, such as torchao's, is quantized or in shards.
+    """
+    return type(module) is nn.Linear and type(module.weight) in (nn.Parameter, Tensor) and is_plain(module)
+
+
+def built_in(modules: Iterable[nn.Module]) -> tuple[Any, ...]:
+    """What a captured pass depends on besides tensors: the modules, and the choices of peft's adapters among them."""
+    return tuple((module, _adapters(module)) for module in modules)
+
+
+def _adapters(module: nn.Module) -> tuple[Any, ...]:
+    if "merged_adapters" not in vars(module):
+        return ()
+    layer: Any = module
+    scaling = getattr(layer, "scaling", {})
+    return layer.disable_adapters, *map(tuple, (layer.active_adapters, layer.merged_adapters, scaling.items()))
 
 
 def changed_module(layer: CausalSelfAttention) -> str | None:

@@ -28,6 +28,10 @@ class RotaryTable:
     def max_len(self) -> int:
         return self.cis.shape[0]
 
+    def to(self, device: torch.device | str) -> RotaryTable:
+        """The table on a device, such as the one that weights are offloaded from between calls."""
+        return RotaryTable(self.cis.to(device), self.axes)
+
     def rotations(self, frames: list[int], height: int, width: int) -> Tensor:
         """Rotations of all tokens of a grid: complex64 `[len(frames) * height * width, P]`.
 

@@ -12,13 +12,16 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 
+from .. import registry
 from ..errors import UserError, quoted
 from ..export.checkpoint import TRANSFORMER, find_checkpoint, load_checkpoint
 from ..export.components import INDEX, PARTS, REFERENCES, SAMPLING, sampling_of
 from ..export.manifest import recorded_recipe
 from ..files import MANIFEST
 from ..load import open_weights, read_json
+from ..load.formats import SafetensorsFile
 from ..load.hub import explain_hub_errors
+from ..load.weights import WEIGHTS
 
 # Components with a dtype.
 MODELS = ("vae", "text_encoder", "image_encoder")
@@ -43,7 +46,7 @@ def load_arguments(name: str | Path, given: Mapping[str, Any]) -> tuple[Path | N
         if part not in arguments:
             place = {"subfolder": entry["subfolder"], "revision": entry["revision"]}
             arguments[part] = _load_part(part, entry["library"], entry["class"], dtypes, entry["repository"], **place)
-    if index.get(TRANSFORMER, [None])[0] == "diffusers":
+    if _is_installed(index.get(TRANSFORMER)):
         return root, {**arguments, "dtype": dtypes}
     arguments.pop("trust_remote_code", None)
     unknown = [key for key in arguments if key not in (TRANSFORMER, *PARTS, *SAMPLING)]
@@ -74,6 +77,15 @@ def _check_libraries(root: Path, index: Mapping[str, Any]) -> None:
             )
 
 
+def _is_installed(entry: Any) -> bool:
+    """Whether diffusers finds the transformer of model_index.json: among its own classes, or in a family's module."""
+    library = entry[0] if isinstance(entry, list) else None
+    families = registry.families().values()
+    modules = {cls.__module__ for family in families for cls in (family.dense_class, family.mla_class)}
+    # A pipeline's own `save_pretrained` names the module.
+    return library == "diffusers" or library in modules
+
+
 def _find(name: str | Path, hub: Mapping[str, Any], arguments: Mapping[str, Any]) -> tuple[Path, Path]:
     """Local checkpoint and transformer folders, or those of a repository, without components in `arguments`."""
     folder = Path(name).expanduser()
@@ -90,15 +102,26 @@ def _dtypes(inner: Path, arguments: dict[str, Any]) -> dict[str, torch.dtype]:
     """The dtype of each component; removes the caller's choice from `arguments`."""
     requested = arguments.pop("torch_dtype", None)  # diffusers' earlier name for it
     requested = arguments.pop("dtype", None) or requested
+    requested = None if requested == "auto" else requested
     if isinstance(requested, torch.dtype):
         return dict.fromkeys((TRANSFORMER, "vae", "text_encoder", "default"), requested)
     stored = torch.float32
     if arguments.get(TRANSFORMER) is None:
-        tensors = open_weights(inner)
-        ((stored, _),) = Counter(tensors.dtype(name) for name in tensors).most_common(1)
+        stored = _stored_dtype(inner, arguments.get("variant"))
     defaults = {TRANSFORMER: stored, "vae": torch.float32, "text_encoder": torch.bfloat16}
     defaults |= {"image_encoder": torch.float32, "default": torch.float32}
     return {**defaults, **(requested or {})}
+
+
+def _stored_dtype(inner: Path, variant: str | None) -> torch.dtype:
+    """The commonest dtype in a transformer folder, apart from those of quantized weights."""
+    stem = ".".join(WEIGHTS.split(".")[:-1] + ([variant] if variant else []))
+    files = [SafetensorsFile(file) for ending in ("", "-*") for file in inner.glob(f"{stem}{ending}.safetensors")]
+    if not files:
+        tensors = open_weights(inner)
+        return Counter(tensors.dtype(name) for name in tensors).most_common(1)[0][0]
+    found = [dtype for file in files for dtype in map(file.dtype, file.names()) if isinstance(dtype, torch.dtype)]
+    return Counter(found).most_common(1)[0][0] if found else torch.float32
 
 
 def _load_part(

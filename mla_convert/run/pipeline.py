@@ -6,6 +6,7 @@ Importing this module makes the class an attribute of `diffusers`, where a check
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.loaders import WanLoraLoaderMixin
 from PIL import Image
 from torch import Tensor
 
@@ -32,7 +34,7 @@ from .image import check_image, image_conditions, read_image
 from .loading import load_arguments
 from .output import Frames, OutputType, StreamingPipelineOutput, handed_out, joined, to_output
 from .prefetch import prefetch
-from .prompts import PromptSchedule
+from .prompts import PromptSchedule, checked_embeds
 from .sample import (
     DIGITS,
     check_latent_size,
@@ -54,7 +56,7 @@ Start = Tensor | str | Path | Image.Image | Sequence[Image.Image]
 Source = Tensor | str | Path | Iterable[Image.Image]
 
 
-class StreamingMLAPipeline(DiffusionPipeline):
+class StreamingMLAPipeline(WanLoraLoaderMixin, DiffusionPipeline):
     """Generates video of any length, chunk by chunk, with a transformer that has `forward_chunk`.
 
     `transformer` is a model of this package. `vae` (`AutoencoderKLWan`) decodes its latents, if any. `text_encoder`
@@ -110,6 +112,15 @@ class StreamingMLAPipeline(DiffusionPipeline):
         """
         folder, arguments = load_arguments(pretrained_model_name_or_path, kwargs)
         return cls(**arguments) if folder is None else super().from_pretrained(folder, **arguments)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
+        """A pipeline with the components and settings of another, except those in `kwargs`; weights are shared."""
+        if getattr(pipeline, "transformer_2", None) is not None:
+            raise UsageError(f"{cls.__name__} has one transformer, not {type(pipeline).__name__}'s two")
+        names = inspect.signature(cls.__init__).parameters
+        held = {**pipeline.config, **pipeline.components}
+        return cls(**{name: value for name, value in held.items() if name in names} | kwargs)
 
     @property
     def digits(self) -> bool:
@@ -194,7 +205,8 @@ class StreamingMLAPipeline(DiffusionPipeline):
         hold_start: bool | None = None,
         fps: float | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        seed: int | Sequence[int] = 0,
+        seed: int | Sequence[int] | None = None,
+        num_videos_per_prompt: int = 1,
         output_type: OutputType = "np",
         callback_on_step_end: Callable[..., Any] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
@@ -211,7 +223,8 @@ class StreamingMLAPipeline(DiffusionPipeline):
         the video ends with it: latents `[C, F, h, w]`, a file, or an iterable of pictures, such as a camera, which is
         read only as far as chunks need. Each chunk starts as the source with noise at level `strength` in (0, 1], by
         default 0.5. `image` conditions every item of a model with channels for it; `last_image` is refused. With one
-        `generator` or `seed` per item of a batch, each item equals its video alone. A thread computes `ahead` chunks in
+        `generator`, or `seed` instead, per item of a batch, each item equals its video alone. The default is seed 0.
+        The items of a prompt are `num_videos_per_prompt`, one after another. A thread computes `ahead` chunks in
         advance and calls `callback_on_step_end(pipe, step, timestep, {"latents": ...})`; with 0 there is no thread.
         Defaults are those that the model was trained for. Streams of one pipeline may run in different threads: they
         take turns, chunk by chunk. Closing the iterator ends its stream only. Raises UserError in one line.
@@ -243,12 +256,19 @@ class StreamingMLAPipeline(DiffusionPipeline):
             raise UsageError("strength says how much of a source is replaced; give source=, or leave strength out")
         if source is not None and start is not None:
             raise UsageError("source= already determines the first frames; leave start= out")
+        if seed is not None and generator is not None:
+            raise UsageError("give seed or generator, not both")
+        if num_videos_per_prompt < 1:
+            raise UsageError(f"num_videos_per_prompt must be at least 1, not {num_videos_per_prompt}")
         check_image(self.transformer.config, image, "image=", "start=")
         size = self._latent_size(height, width)
         given = self._source(source, size, config["fps"])
         frames = shortest(self._latent_frames(num_frames, seconds, config["fps"]), given)
         video_end(self.transformer.causal, self.transformer.rotary_table().max_len, frames)
-        texts = self._texts(prompt, prompt_embeds, max_sequence_length)
+        if (prompt is None) == (prompt_embeds is None):
+            raise UsageError("give either prompt or prompt_embeds")
+        embeds: Any = prompt_embeds if prompt is None else self.encode_prompt(prompt, max_sequence_length)
+        texts = checked_embeds("prompt_embeds", embeds, self.transformer.config.text_dim)
         changes = sorted(prompt_schedule.items() if isinstance(prompt_schedule, Mapping) else prompt_schedule)
         embedded = [(at, self.encode_prompt(text, max_sequence_length)) for at, text in changes]
         self._guidance_scale = config["guidance_scale"]
@@ -265,9 +285,13 @@ class StreamingMLAPipeline(DiffusionPipeline):
             negative = self.encode_prompt(away or "", max_sequence_length)
         if negative is None and config["guidance_scale"] != 1 and not self.digits:
             raise UsageError("guidance needs a negative prompt; pass negative_prompt_embeds, or guidance_scale=1")
+        if negative is not None:
+            negative = checked_embeds("negative_prompt_embeds", negative, self.transformer.config.text_dim, texts)
+            negative = negative.repeat_interleave(num_videos_per_prompt if len(negative) > 1 else 1, dim=0)
+        texts = texts.repeat_interleave(num_videos_per_prompt, dim=0)
         settings = {
             **{key: value for key, value in config.items() if key != "fps"},
-            "seed": seed if generator is None else generator,
+            "seed": (0 if seed is None else seed) if generator is None else generator,
             "negative_hidden_states": negative,
             "start": self._start(start, size),
             "source": given,
@@ -380,7 +404,9 @@ class StreamingMLAPipeline(DiffusionPipeline):
     def _settings(self, requested: Mapping[str, Any]) -> dict[str, Any]:
         """Values for all keys of `requested`: as given, as the model was trained, or a recipe's default."""
         given = {key: value for key, value in requested.items() if value is not None}
-        if "num_inference_steps" in given and "denoising_steps" not in given:
+        if "num_inference_steps" in given:
+            if "denoising_steps" in given:
+                raise UsageError("give num_inference_steps or denoising_steps, not both")
             given = {"denoising_steps": None, "first_chunk_steps": None, **given}
         chosen = {**trained_for(self.config.sampling or {}, self.digits), **given}
         values: dict[str, Any] = {key: chosen.get(key, getattr(GenerateConfig(), key)) for key in requested}
@@ -415,18 +441,6 @@ class StreamingMLAPipeline(DiffusionPipeline):
         if num_frames < 1:
             raise UsageError(f"num_frames must be at least 1, not {num_frames}")
         return latent_frames(num_frames, self.vae_scale[0])
-
-    def _texts(self, prompt: str | Sequence[str] | None, embeds: Tensor | None, length: int) -> Tensor:
-        if (prompt is None) == (embeds is None):
-            raise UsageError("give either prompt or prompt_embeds")
-        if embeds is None:
-            assert prompt is not None
-            return self.encode_prompt(prompt, length)
-        embeds = embeds.unsqueeze(0) if embeds.ndim == 2 else embeds
-        width = self.transformer.config.text_dim
-        if embeds.ndim != 3 or embeds.shape[2] != width:
-            raise UsageError(f"prompt_embeds have shape {list(embeds.shape)}; [B, L, {width}] is expected")
-        return embeds
 
     def _reads_empty_prompts(self) -> bool:
         return not self.digits and self.text_encoder is not None and self.tokenizer is not None

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from ..errors import UsageError
 from .decode import first_video_frame
 
 
@@ -36,3 +37,13 @@ class PromptSchedule:
         while self.changes and self.changes[0][0] <= now:
             text = self.changes.pop(0)[1]
         return text
+
+
+def checked_embeds(name: str, embeds: Tensor, width: int, texts: Tensor | None = None) -> Tensor:
+    """Embeddings `[B, L, width]`, or with `texts` `[B or 1, L, width]`. Raises UsageError if the shape does not fit."""
+    embeds = embeds.unsqueeze(0) if embeds.ndim == 2 else embeds
+    if embeds.ndim != 3 or embeds.shape[2] != width:
+        raise UsageError(f"{name} have shape {list(embeds.shape)}; [B, L, {width}] is expected")
+    if texts is not None and embeds.shape not in (texts.shape, (1, *texts.shape[1:])):
+        raise UsageError(f"{name} have shape {list(embeds.shape)}, which does not fit prompts of {list(texts.shape)}")
+    return embeds
