@@ -21,7 +21,7 @@ from ..files import MANIFEST
 from ..load import open_weights, read_json
 from ..load.formats import SafetensorsFile
 from ..load.hub import explain_hub_errors
-from ..load.weights import WEIGHTS
+from ..load.weights import PICKLED_WEIGHTS, WEIGHTS
 
 # Components with a dtype.
 MODELS = ("vae", "text_encoder", "image_encoder")
@@ -42,11 +42,13 @@ def load_arguments(name: str | Path, given: Mapping[str, Any]) -> tuple[Path | N
     index = read_json(root / INDEX) if (root / INDEX).is_file() else {}
     _check_libraries(root, index)
     dtypes = _dtypes(inner, arguments)
+    by_diffusers = _is_installed(index.get(TRANSFORMER))
+    dtypes = _dtypes(inner, arguments, by_diffusers)
     for part, entry in index.get(REFERENCES, {}).items():
         if part not in arguments:
             place = {"subfolder": entry["subfolder"], "revision": entry["revision"]}
             arguments[part] = _load_part(part, entry["library"], entry["class"], dtypes, entry["repository"], **place)
-    if _is_installed(index.get(TRANSFORMER)):
+    if by_diffusers:
         return root, {**arguments, "dtype": dtypes}
     arguments.pop("trust_remote_code", None)
     unknown = [key for key in arguments if key not in (TRANSFORMER, *PARTS, *SAMPLING)]
@@ -98,7 +100,7 @@ def _find(name: str | Path, hub: Mapping[str, Any], arguments: Mapping[str, Any]
     return root, root / TRANSFORMER
 
 
-def _dtypes(inner: Path, arguments: dict[str, Any]) -> dict[str, torch.dtype]:
+def _dtypes(inner: Path, arguments: dict[str, Any], by_diffusers: bool) -> dict[str, torch.dtype]:
     """The dtype of each component; removes the caller's choice from `arguments`."""
     requested = arguments.pop("torch_dtype", None)  # diffusers' earlier name for it
     requested = arguments.pop("dtype", None) or requested
@@ -107,21 +109,24 @@ def _dtypes(inner: Path, arguments: dict[str, Any]) -> dict[str, torch.dtype]:
         return dict.fromkeys((TRANSFORMER, "vae", "text_encoder", "default"), requested)
     stored = torch.float32
     if arguments.get(TRANSFORMER) is None:
-        stored = _stored_dtype(inner, arguments.get("variant"))
+        if by_diffusers and not (inner / PICKLED_WEIGHTS).is_file():
+            stored = _saved_dtype(inner, arguments.get("variant"))
+        else:
+            tensors = open_weights(inner)
+            ((stored, _),) = Counter(tensors.dtype(name) for name in tensors).most_common(1)
     defaults = {TRANSFORMER: stored, "vae": torch.float32, "text_encoder": torch.bfloat16}
     defaults |= {"image_encoder": torch.float32, "default": torch.float32}
     return {**defaults, **(requested or {})}
 
 
-def _stored_dtype(inner: Path, variant: str | None) -> torch.dtype:
-    """The commonest dtype in a transformer folder, apart from those of quantized weights."""
+def _saved_dtype(inner: Path, variant: str | None) -> torch.dtype:
+    """The dtype of a transformer that diffusers saved; float32 where diffusers is to say what is missing."""
     stem = ".".join(WEIGHTS.split(".")[:-1] + ([variant] if variant else []))
     files = [SafetensorsFile(file) for ending in ("", "-*") for file in inner.glob(f"{stem}{ending}.safetensors")]
-    if not files:
-        tensors = open_weights(inner)
-        return Counter(tensors.dtype(name) for name in tensors).most_common(1)[0][0]
-    found = [dtype for file in files for dtype in map(file.dtype, file.names()) if isinstance(dtype, torch.dtype)]
-    return Counter(found).most_common(1)[0][0] if found else torch.float32
+    stored = Counter(file.dtype(name) for file in files for name in file.names())
+    named = [dtype for dtype, _ in stored.most_common() if isinstance(dtype, torch.dtype)]
+    # Most of what quantizing leaves may be modules that are kept in float32.
+    return min(named, key=lambda dtype: dtype.itemsize if len(named) < len(stored) else 0, default=torch.float32)
 
 
 def _load_part(
