@@ -41,7 +41,6 @@ def load_arguments(name: str | Path, given: Mapping[str, Any]) -> tuple[Path | N
     root, inner = _find(name, {key: given[key] for key in HUB if key in given}, arguments)
     index = read_json(root / INDEX) if (root / INDEX).is_file() else {}
     _check_libraries(root, index)
-    dtypes = _dtypes(inner, arguments)
     by_diffusers = _is_installed(index.get(TRANSFORMER))
     dtypes = _dtypes(inner, arguments, by_diffusers)
     for part, entry in index.get(REFERENCES, {}).items():
