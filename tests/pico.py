@@ -98,6 +98,12 @@ def batches(frames: int = 8, height: int = 6, width: int = 4) -> list[Calibratio
     return [CalibrationBatch(latents, text) for latents, _, text in drawn]
 
 
+def batches_of_unequal_size(**size: int) -> list[CalibrationBatch]:
+    """A batch of four random calibration clips and one of a single clip."""
+    first, second = batches(**size)
+    return [first, CalibrationBatch(second.latents[:1], second.encoder_hidden_states[:1])]
+
+
 def calibration(**settings: Any) -> dict[str, Any]:
     """The settings of a small calibration."""
     return {"clips": 8, "batch_size": 4, "queries_per_chunk": 4, **settings}

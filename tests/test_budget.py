@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from mla_convert.convert import ConvertConfig, convert_model, convert_source
+from mla_convert.convert import layers as layers_module
 from mla_convert.convert.blocks import ModelBlocks
 from mla_convert.convert.budget import Trace, allot, candidate_ranks, measured_curve
 from mla_convert.convert.clips import enter_clips
 from mla_convert.convert.config import Budget, CalibrationConfig
+from mla_convert.convert.layers import Plans, convert_layers
 from mla_convert.convert.store import TensorStore
 from mla_convert.errors import UsageError
 from mla_convert.families.wan import FAMILY
@@ -70,29 +72,53 @@ def test_a_cached_shared_key_counts() -> None:
 
 
 def test_a_curve_is_the_error_of_the_velocity() -> None:
-    """Also of what context and noisy copies cause together: with a probe for every number, the curve is exact."""
+    """Also of what context and noisy copies cause together: with a probe for every number, the curve is exact.
+
+    It is the mean over clips, also if the last one is alone in its batch.
+    """
     dense, other = pico.dense_model(layers=3), pico.dense_model(layers=3, seed=1).blocks[0].attn1
-    batch = pico.batches(frames=4, height=2, width=2)[:1]
-    store, blocks = TensorStore(), ModelBlocks(dense)
-    clips = enter_clips(blocks, batch, CalibrationConfig(**pico.calibration()), store)
-    inputs, seen, layer = clips.inputs[0], [], dense.blocks[0].attn1
+    batches = pico.batches_of_unequal_size(frames=4, height=2, width=2)
+    store, blocks, layer = TensorStore(), ModelBlocks(dense), dense.blocks[0].attn1
+    clips = enter_clips(blocks, batches, CalibrationConfig(**pico.calibration()), store)
+    seen: list[torch.Tensor] = []
 
     def attended(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
-        seen.extend((args[0].detach(), output.requires_grad_()))
+        seen[:] = (args[0].detach(), output.requires_grad_())
         return output
 
-    layer.register_forward_hook(attended)
-    x = store[clips.key(0, 0)]
-    for block in dense.blocks:
-        x = block(x, *inputs.shared)
-    velocity = dense.leave(x, inputs).flatten()
-    hidden, output = seen
-    gradients = [torch.autograd.grad(v, output, retain_graph=True)[0] for v in velocity]
-    change = other(hidden, None, None, inputs.step) - output.detach()
-    expected = torch.stack([(g * change).sum() for g in gradients]).square().mean()
-    layer._forward_hooks.clear()
-    curve = measured_curve([layer], lambda rank: [other], [4], [[Trace(hidden, inputs.step, gradients)]])
-    assert curve == [(4, pytest.approx(float(expected), rel=1e-4))]
+    traces, squares = [], []
+    hook = layer.register_forward_hook(attended)
+    for number, inputs in enumerate(clips.inputs):
+        x = store[clips.key(0, number)]
+        for block in dense.blocks:
+            x = block(x, *inputs.shared)
+        velocity = dense.leave(x, inputs)
+        hidden, output = seen
+        gradients = [torch.autograd.grad(v, output, retain_graph=True)[0] for v in velocity.flatten()]
+        change = other(hidden, None, None, inputs.step) - output.detach()
+        squares.append(torch.stack([(g * change).sum() for g in gradients]).square().view(len(velocity), -1))
+        # Probes of one variance for all clips, though the second batch has a quarter of the first one's numbers.
+        traces.append(Trace(hidden, inputs.step, [g * len(velocity) ** 0.5 for g in gradients]))
+    hook.remove()
+    expected = float(torch.cat(squares).mean())
+    curve = measured_curve([layer], lambda rank: [other], [4], [traces])
+    assert curve == [(4, pytest.approx(expected, rel=1e-4))]
+
+
+def test_a_loss_increase_is_relative_to_the_mean_loss_of_a_clip(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, batches, plans = pico.dense_model(), pico.batches_of_unequal_size(), Plans()
+    monkeypatch.setattr(layers_module, "measured_curve", lambda dense, latent, ranks, traces: [(ranks[0], 1.0)])
+    config = ConvertConfig(budget={"reduction": 0.6, "rank_multiple": 4}, calibration=CALIBRATION)
+    convert_layers(ModelBlocks(dense), config, batches, 0, plans)
+    clips = enter_clips(ModelBlocks(dense), batches, config.calibration, TensorStore())
+    losses = []
+    for number, inputs in enumerate(clips.inputs):
+        x = clips.store[clips.key(0, number)]
+        for block in dense.blocks:
+            x = block(x, *inputs.shared)
+        losses += [(dense.leave(x, inputs) - clips.targets[number]).square().mean((1, 2, 3, 4))]
+    ((_, rise),) = plans.get(0).curve
+    assert rise == pytest.approx(1 / float(torch.cat(losses).mean()), rel=1e-5)
 
 
 def test_the_budget_is_kept_and_better_than_its_reverse() -> None:

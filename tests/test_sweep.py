@@ -11,7 +11,7 @@ import pico
 import pytest
 import torch
 
-from mla_convert.convert import ConvertConfig, convert_model
+from mla_convert.convert import CalibrationBatch, ConvertConfig, convert_model
 from mla_convert.convert import calibrate as calibrate_module
 from mla_convert.convert.blocks import ModelBlocks
 from mla_convert.convert.calibrate import Visitor, sweep
@@ -38,11 +38,17 @@ class Samples(Visitor):
         self.found[layer] = sample
 
 
-def collect(dense: Any, layers: set[int], store: TensorStore | None = None, **settings: Any) -> dict[int, LayerSample]:
+def collect(
+    dense: Any,
+    layers: set[int],
+    store: TensorStore | None = None,
+    batches: list[CalibrationBatch] | None = None,
+    **settings: Any,
+) -> dict[int, LayerSample]:
     """Samples of some layers of a dense model, by layer."""
     samples = Samples()
     blocks, chosen = ModelBlocks(dense), CalibrationConfig(**pico.calibration(**settings))
-    clips = enter_clips(blocks, pico.batches(), chosen, store or TensorStore())
+    clips = enter_clips(blocks, batches or pico.batches(), chosen, store or TensorStore())
     sweep(blocks, clips, chosen, True, layers, samples)
     return samples.found
 
@@ -118,22 +124,30 @@ def test_a_disk_that_is_too_small_for_any_way_is_refused(tmp_path: Path, monkeyp
 
 
 def test_gradient_of_the_velocity_is_that_of_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Block by block, with weights that require gradients, compared with autograd through the model."""
+    """Block by block, with weights that require gradients, compared with autograd through the model.
+
+    The last clip is alone in its batch, and counts as much as each of the others.
+    """
     dense = pico.dense_model(layers=LAYERS).requires_grad_()
     chosen = CalibrationConfig(**pico.calibration())
+    batches = pico.batches_of_unequal_size()
     grads: dict[tuple[int, int], torch.Tensor] = {}
+    tokens_of: dict[int, int] = {}
     numbers = itertools.count()
 
     def record(layer: Any, hidden: torch.Tensor, *rest: Any, **more: Any) -> Any:
-        (grads[layer.layer, next(numbers) % 2],) = rest[-2]
+        number = next(numbers) % 2
+        (grads[layer.layer, number],) = rest[-2]
+        tokens_of[number] = rest[3]
         return original(layer, hidden, *rest, **more)
 
     original = calibrate_module.sample_layer
     monkeypatch.setattr(calibrate_module, "sample_layer", record)
-    collect(dense, {0, 1, 2})
+    collect(dense, {0, 1, 2}, batches=batches, max_tokens=20)
     assert all(parameter.grad is None for parameter in dense.parameters())
+    assert tokens_of == {0: 16, 1: 4}
 
-    clips = enter_clips(ModelBlocks(dense), pico.batches(), chosen, TensorStore())
+    clips = enter_clips(ModelBlocks(dense), batches, chosen, TensorStore())
     for number, inputs in enumerate(clips.inputs):
         seen: list[torch.Tensor] = []
         hooks = [b.attn1.register_forward_hook(lambda _, args, out, s=seen: s.append(out)) for b in dense.blocks]
@@ -144,7 +158,7 @@ def test_gradient_of_the_velocity_is_that_of_the_whole_model(monkeypatch: pytest
         for hook in hooks:
             hook.remove()
         z = torch.randn(v.shape, generator=drawn(Use.PROJECTION, chosen.seed, number))
-        expected = torch.autograd.grad(v, seen, z / v.numel() ** 0.5)
+        expected = torch.autograd.grad(v, seen, z / v[0].numel() ** 0.5)
         for layer, grad in enumerate(expected):
             # Observed 2.4e-7 of the largest.
             assert pico.relative_error(grads[layer, number], grad) < 2e-6

@@ -3,7 +3,7 @@
 A layer's curve gives the error of its latent at each rank. It is measured as the change `do` of the self-attention's
 output on calibration clips, with the exact softmax, times the gradient of a random projection of the velocity. That
 product is summed over a clip, its clean context and noisy copies together. The expected square of the sum is the
-squared error of the velocity that this layer alone causes. The layers after it are taken to first order.
+squared error of the clip's velocity that this layer alone causes. The layers after it are taken to first order.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def measured_curve(
 ) -> Curve:
     """Measure `(rank, squared error)` of one latent at each of `ranks`, in the unit of the traces' gradients squared.
 
-    `dense` are the layers that share the latent. `latent_of_rank` returns their latent forms at a rank, and `traces`
-    lists their forward passes layer by layer.
+    The error is the mean over clips. `dense` are the layers that share the latent. `latent_of_rank` returns their
+    latent forms at a rank, and `traces` lists their forward passes layer by layer.
     """
     curve: Curve = []
     batches = list(zip(*traces, strict=True))
@@ -68,7 +68,7 @@ def measured_curve(
         for batch in batches
     ]
     for rank in ranks:
-        layers, total = latent_of_rank(rank), 0.0
+        layers, total, clips = latent_of_rank(rank), 0.0, 0
         for batch, outs in zip(batches, expected, strict=True):
             step = reading_together(layers, [trace.hidden_states for trace in batch], batch[0].step)
             error = torch.zeros(())
@@ -78,7 +78,8 @@ def measured_curve(
             # A clip's context and its noisy copies change one velocity, so their errors may cancel.
             by_clip = error.double().unflatten(1, (-1, step.context_batch or error.shape[1])).sum(1)
             total += float(by_clip.square().sum()) / len(error)
-        curve.append((rank, total / len(batches)))
+            clips += by_clip.shape[1]
+        curve.append((rank, total / clips))
     return curve
 
 

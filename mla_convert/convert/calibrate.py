@@ -3,9 +3,10 @@
 With `metric: output`, the blocks run once, from the first to the last. The probes of a layer measure how an error in
 the cache changes the layer's output. With `metric: velocity`, they measure how it changes the model's velocity v: the
 gradient of `z^T v` for a random z is pulled back through `leave` and then through every block, from the last to the
-first. Each entry of z has variance 1 / n, where n is the size of the velocity of its batch. The expected square of a
-probe's product with an error is therefore the MEAN squared error of the velocity that the error causes. Only
-activations get gradients. Several `probes` are pulled back together, so that a block runs forward once for all of them.
+first. Each entry of z has variance 1 / n, where n is the size of one clip's velocity. The expected square of a probe's
+product with an error in a clip is therefore the MEAN squared error of that clip's velocity that the error causes. Every
+clip counts the same, however many are in its batch. Only activations get gradients. Several `probes` are pulled back
+together, so that a block runs forward once for all of them.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class Visitor:
     def passed(self, done: int, total: int) -> None:
         """Called after each block of the forward pass that precedes the visits of `metric: velocity`."""
 
-    def loss(self, loss: float) -> None:
-        """Take note of the model's flow-matching loss on a batch (`metric: velocity`)."""
+    def loss(self, loss: float, clips: int) -> None:
+        """Take note of the model's mean flow-matching loss on a batch of `clips` (`metric: velocity`)."""
 
     def trace(self, trace: Trace) -> None:
         """Take note of a layer on a batch, before the layer is visited; an only batch is sampled, too."""
@@ -194,12 +195,12 @@ class _Sweep(NamedTuple):
             tokens = clips.store[key].requires_grad_()
             with torch.enable_grad():
                 v = model.leave(tokens, inputs)
-            self.visitor.loss(clips.loss(number, v.detach()))
+            self.visitor.loss(clips.loss(number, v.detach()), len(v))
             for probe in range(self.config.probes):
                 z = torch.randn(v.shape, generator=drawn(Use.PROJECTION, self.config.seed, number, probe)).to(v)
                 (grad,) = torch.autograd.grad(v, tokens, z, retain_graph=probe + 1 < self.config.probes)
                 clips.store[clips.key(len(self.blocks), number, probe)] = grad
-            scales.append(v.numel() ** -0.5)
+            scales.append(v[0].numel() ** -0.5)
         return scales
 
     def _descend(self, layer: int, number: int, block: Any, scale: float) -> None:
@@ -241,7 +242,7 @@ class _Sweep(NamedTuple):
             self.clips.inputs[number].step,
             self.config,
             self.history_only,
-            max(1, self.config.max_tokens // len(self.clips)),
+            self._tokens(number),
             drawn(Use.SAMPLE, self.config.seed, layer - layer % self.layers_per_latent, number),
             output_grads,
             self.rotated_only,
@@ -249,6 +250,11 @@ class _Sweep(NamedTuple):
         )
         for name in FIELDS:
             self.clips.store[_sample_key(number, name)] = getattr(sample, name)
+
+    def _tokens(self, number: int) -> int:
+        """Return how many tokens of batch `number` are sampled: its clips' share of `max_tokens`, at least one."""
+        sizes = [len(target) for target in self.clips.targets]
+        return max(1, self.config.max_tokens * sizes[number] // sum(sizes))
 
     def _sampled(self, layer: int) -> LayerSample:
         """Join the samples of all batches. Raises UserError for NaN or infinite activations."""

@@ -154,7 +154,7 @@ class _Layers(Visitor):
         self.warned, self.wants_traces = False, config.budget is not None
         self.traces: dict[int, list[Trace]] = {}
         self.new_traces: list[Trace] = []
-        self.teacher_losses: list[float] = []
+        self.summed_loss, self.clips = 0.0, 0
 
     def visit(self, layer: int, block: Any, sample: LayerSample | None) -> nn.Module | None:
         """Read a layer's fitting targets; return its converted attention if the layers above run on that."""
@@ -174,8 +174,9 @@ class _Layers(Visitor):
     def passed(self, done: int, total: int) -> None:
         self._report("calibrate", done, total)
 
-    def loss(self, loss: float) -> None:
-        self.teacher_losses.append(loss)
+    def loss(self, loss: float, clips: int) -> None:
+        self.summed_loss += clips * loss
+        self.clips += clips
 
     def trace(self, trace: Trace) -> None:
         self.new_traces.append(trace)
@@ -218,7 +219,7 @@ class _Layers(Visitor):
             pairs = zip(dense, plans, strict=True)
             return [latent_attention(layer, plan.truncated(rank), self.config, rank) for layer, plan in pairs]
 
-        loss = sum(self.teacher_losses) / len(self.teacher_losses)
+        loss = self.summed_loss / self.clips
         curve = measured_curve(dense, truncated, self.candidates, traces)
         return [(rank, error / loss) for rank, error in curve]
 
