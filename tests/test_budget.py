@@ -16,8 +16,10 @@ from mla_convert.convert.budget import Trace, allot, candidate_ranks, measured_c
 from mla_convert.convert.clips import enter_clips
 from mla_convert.convert.config import Budget, CalibrationConfig
 from mla_convert.convert.layers import Plans, convert_layers
+from mla_convert.convert.limits import latent_scalars
 from mla_convert.convert.store import TensorStore
 from mla_convert.errors import UsageError
+from mla_convert.families.base import AttentionGeometry
 from mla_convert.families.wan import FAMILY
 from mla_convert.load import load_dense, load_source
 from mla_convert.zoo.training import save_teacher
@@ -46,6 +48,17 @@ def test_candidates_are_multiples_up_to_twice_the_mean() -> None:
     assert all(rank % 16 == 0 for rank in candidate_ranks(Budget(reduction=0.927), 224, 3072))
     with pytest.raises(UsageError, match="12 scalars per token are less than rank_multiple 16"):
         candidate_ranks(Budget(scalars_per_token=12), 12, 384)
+
+
+@pytest.mark.parametrize(
+    ("settings", "step", "total"), [({"reduction": 0.9}, 384, 38400), ({"scalars_per_token": 4.35}, 1, 435)]
+)
+def test_rounding_loses_no_rank(settings: dict[str, float], step: int, total: int) -> None:
+    """As floats, (1 - 0.9) * 3840 is a little less than 384 and 4.35 * 100 less than 435."""
+    budget = Budget(**settings, rank_multiple=step)
+    scalars = latent_scalars(AttentionGeometry(100, 15, 128), ConvertConfig(budget=budget))
+    first, *_, last = candidate_ranks(budget, scalars, 3840)
+    assert sum(allot([[(first, 1.0), (last, 0.1)]] * 100, budget, scalars)) == total
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def allot(curves: Sequence[Curve], budget: Budget, scalars: float | None) -> lis
     step = budget.rank_multiple
     ladders = [_ladder(curve, step) for curve in curves]
     rungs = [0] * len(ladders)
-    room = None if scalars is None else int(scalars * len(ladders)) // step - len(ladders)
+    room = None if scalars is None else int(round(scalars * len(ladders), 6)) // step - len(ladders)
 
     def total() -> float:
         return sum(ladder[rung] for ladder, rung in zip(ladders, rungs, strict=True))

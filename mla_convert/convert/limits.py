@@ -55,4 +55,5 @@ def latent_scalars(geometry: AttentionGeometry, config: ConvertConfig) -> float 
     """Mean rank of a latent under the budget, less the cached shared key; None for a `loss_increase`."""
     assert config.budget is not None
     scalars = config.budget.scalars(geometry.dense_scalars_per_token)
-    return None if scalars is None else config.layers_per_latent * (scalars - config.cached_key)
+    # (1 - 0.9) * 3840 is a little less than 384, so unrounded it would be one rank_multiple short.
+    return None if scalars is None else round(config.layers_per_latent * (scalars - config.cached_key), 6)
