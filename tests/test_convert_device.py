@@ -62,6 +62,16 @@ def test_a_conversion_on_a_gpu_is_that_on_a_cpu(source: Source, tmp_path: Path, 
     assert velocity_error(tmp_path) < LIKE
 
 
+def test_layers_that_a_cpu_fitted_are_fitted_again_on_a_gpu(source: Source, tmp_path: Path) -> None:
+    """There activations may have another dtype, and one model must not mix the two."""
+    fitted: list[Any] = []
+    config = ConvertConfig(**CASES["svd"])
+    for device, expected in (("cpu", 2), (GPU, 4), (torch.device("cuda", 0), 4)):
+        with pretended():
+            convert_source(source, config, tmp_path, progress=lambda *told: fitted.append(told), device=device)
+        assert len(fitted) == expected
+
+
 def test_a_model_on_a_gpu_is_converted_there() -> None:
     dense, config = pico.dense_model(), ConvertConfig(kv_lora_rank=9, calibration=CALIBRATION)
     clip = pico.inputs(2, 7, 6, 4)
