@@ -59,10 +59,10 @@ def _leading(matrix: Tensor, count: int, overwrite: bool = False) -> tuple[Tenso
 def symmetric_root(g: Tensor) -> tuple[Tensor, Tensor]:
     """Return `G^(1/2)` and its inverse for a positive semi-definite G, with a ridge that keeps it invertible."""
     ridge = _ridge(g)
-    eye = torch.eye(len(g), dtype=g.dtype)
     if ridge == 0:
+        eye = torch.eye(len(g), dtype=g.dtype)
         return eye, eye
-    values, vectors = torch.linalg.eigh(g + ridge * eye)
+    values, vectors = torch.linalg.eigh(_with_ridge(g, ridge))
     root = values.clamp_min(0.5 * ridge).sqrt()
     return (vectors * root) @ vectors.mH, (vectors / root) @ vectors.mH
 
@@ -75,10 +75,9 @@ def low_rank_code(covariance: Tensor, metric: Tensor, mean: Tensor, rank: int, r
     target.
     """
     _check_rank(rank, len(covariance))
-    eye = torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
     added = _ridge(metric, ridge)
     # Any L with L L^T = G will do; a triangular one costs a tenth of the symmetric one.
-    root = torch.linalg.cholesky(metric + added * eye) if added > 0 else eye
+    root = torch.linalg.cholesky(_with_ridge(metric, added)) if added > 0 else torch.eye(len(metric)).to(metric)
     whitened = root.T @ covariance @ root
     energy, basis = _leading(whitened, rank)
     spread = _spread(energy)
@@ -165,6 +164,13 @@ def _check_rank(rank: int, size: int) -> None:
 
 def _ridge(g: Tensor, share: float = RIDGE) -> float:
     return max(0.0, share * float(torch.trace(g).real) / len(g))
+
+
+def _with_ridge(g: Tensor, added: float) -> Tensor:
+    """Return a copy of G with `added` on its diagonal; no identity matrix is built, because G may be large."""
+    ridged = g.clone()
+    ridged.diagonal().add_(added)
+    return ridged
 
 
 def _spread(energy: Tensor) -> Tensor:
