@@ -16,7 +16,7 @@ from mla_convert.convert import ConvertConfig
 from mla_convert.convert.factorize import low_rank_code
 from mla_convert.convert.initialise import initialise_layer
 from mla_convert.convert.probe import LayerSample
-from mla_convert.convert.target import as_read, layout_target, moments
+from mla_convert.convert.target import as_read, layout_target, moments, tokens
 from mla_convert.distill.clip_shards import Clip, write_latents
 from mla_convert.evaluate.prediction import (
     Prediction,
@@ -89,7 +89,6 @@ def test_ranks_and_shares_of_known_spectra():
     assert (steep.rank(), steep.rank(0.98), steep.kept(1), steep.kept(9)) == (2, 1, 0.98, 1.0)
     none = Spectrum(torch.zeros(3, dtype=torch.float64))
     assert (none.rank(), none.kept(1), none.effective_rank()) == (0, 1.0, 0.0)
-    assert Spectrum.of_curve(torch.tensor([5.0, 2.0, 1.0])).energy.tolist() == [3.0, 1.0]
 
 
 def sample_of(key: torch.Tensor, value: torch.Tensor, rotations: torch.Tensor) -> LayerSample:
@@ -210,11 +209,16 @@ def test_error_of_layers_that_share_a_latent_is_that_of_its_code(model, clips):
         read.append((layout_target(attention, fitted, run.axes, config), fitted))
 
     run.sample(visit, lambda *_: None, 2)
-    curve, covariance, mean, metric = error_curve(read), *moments(read)
+    (curve, energy), (covariance, mean, metric) = error_curve(read), moments(read)
     code = low_rank_code(covariance, metric, mean, 9)
     lost = torch.eye(len(metric), dtype=torch.float64) - code.decoder @ code.encoder
-    assert float(curve[9]) == pytest.approx(float(torch.trace(metric @ lost @ covariance @ lost.T)), rel=1e-4)
-    assert torch.allclose(error_curve(read, 12)[:13], curve[:13], rtol=1e-4)
+    # In the unit of `position_error`: the moment of the product, not the product of the moments.
+    ((numbers, probes),) = tokens(read)
+    assert float(curve[9]) == pytest.approx(
+        float((probes * ((numbers - mean) @ lost.T)).sum(1).square().mean()), rel=1e-4
+    )
+    assert float(energy[9:].sum()) == pytest.approx(float(torch.trace(metric @ lost @ covariance @ lost.T)), rel=1e-4)
+    assert torch.allclose(error_curve(read, 12)[0], curve[:13], rtol=1e-4)
 
 
 @pytest.mark.parametrize("layout", ["decoupled", "derived", "baked", "rotate_on_read"])
@@ -230,7 +234,7 @@ def test_predictions_are_near_what_a_conversion_does(model, clips, layout):
             settings = layout_config(position, 12)
             fitted, _ = as_read(sample, settings)
             target = layout_target(attention, fitted, run.axes, settings)
-            curve = error_curve([(target, fitted)]) + position_error(target, fitted)
+            curve = error_curve([(target, fitted)])[0] + position_error(target, fitted)
             errors[position] = errors.get(position, 0) + curve
         for rank in (6, 12, 20):
             settings = config.model_copy(update={"kv_lora_rank": rank})

@@ -107,6 +107,12 @@ def moments(layers: Read, device: torch.device | str = "cpu") -> tuple[Tensor, T
     return second / total - torch.outer(mean, mean), mean, metric / count
 
 
+def tokens(layers: Read) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the numbers `[t, n]` that a latent restores and their probes `[t * K, n]`, float64, some tokens at once."""
+    for piece in _pieces(layers):
+        yield _numbers(piece), _probes(piece)
+
+
 def factors(layers: Read, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Return the `moments` as factors: X, mean and G, where `X^T X` is the covariance and `G^T G` the metric.
 

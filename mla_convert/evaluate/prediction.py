@@ -13,7 +13,7 @@ from ..convert.config import ConvertConfig
 from ..convert.factorize import low_rank_code
 from ..convert.probe import LayerSample
 from ..convert.rope_key import complex_pairs
-from ..convert.target import Read, Target, moments
+from ..convert.target import Read, Target, moments, tokens
 from ..mla.config import Position
 from .geometry import PAPER_SCALARS
 from .spectrum import LEVEL, Spectrum
@@ -102,22 +102,29 @@ def _percent(share: float) -> str:
     return f"+{100 * share:.2g} %" if share < 0.1 else f"+{100 * share:,.0f} %"
 
 
-def error_curve(layers: Read, most: int | None = None) -> Tensor:
-    """Return the squared error `[n + 1]` of a fit with 0 to n latent channels, float64, in the gradients' units.
+def error_curve(layers: Read, most: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return the squared error `[n + 1]` of a fit with 0 to n latent channels and each channel's energy `[n]`.
 
-    n is `most`, or by default all directions of the `layers` that share the latent. This is a first-order estimate
-    that assumes independent errors of the tokens. It leaves out what the ridge adds to the metric's eigenvalues.
+    Both are float64 in the gradients' units. n is `most`, or by default all directions of the `layers` that share the
+    latent. The error is the mean square of a token's error times its gradient. This is a first-order estimate that
+    assumes independent errors of the tokens. The energies, falling, are what the channels hold of `tr(G C)`, the metric
+    times the covariance, without what the ridge adds to the metric's eigenvalues.
     """
     covariance, mean, metric = moments(layers)
     count = len(covariance) if most is None else min(most, len(covariance))
     code = low_rank_code(covariance, metric, mean, count)
-    # The latent channels are uncorrelated, so each adds its own error.
     weight = (code.decoder * (metric @ code.decoder)).sum(0)
     energy = (weight * ((code.encoder @ covariance) * code.encoder).sum(1)).clamp_min(0)
-    rest = energy.new_zeros(1)
-    if count < len(covariance):
-        rest += ((metric * covariance).sum() - energy.sum()).clamp_min(0)
-    return torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)]) + rest
+    del covariance, metric
+    error, gradients = energy.new_zeros(count + 1), 0
+    for numbers, probes in tokens(layers):
+        each = len(probes) // len(numbers)
+        centred = (numbers - mean).repeat_interleave(each, dim=0)
+        lost = (probes * centred).sum(1, keepdim=True)
+        kept = (probes @ code.decoder) * (centred @ code.encoder.T)
+        error += torch.cat([lost, lost - kept.cumsum(1)], dim=1).square().sum(0)
+        gradients += len(probes)
+    return error / gradients, energy
 
 
 def position_error(target: Target, sample: LayerSample) -> float:

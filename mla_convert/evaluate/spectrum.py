@@ -30,11 +30,6 @@ class Spectrum:
 
     energy: Tensor
 
-    @classmethod
-    def of_curve(cls, curve: Tensor) -> Spectrum:
-        """Build it from the squared error `[n + 1]` that remains with the best 0 to n directions."""
-        return cls((curve[:-1] - curve[1:]).clamp_min(0))
-
     def rank(self, level: float = LEVEL) -> int:
         """Return the fewest directions that hold `level` of the energy; 0 if there is no energy."""
         total = self.energy.sum()

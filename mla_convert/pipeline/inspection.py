@@ -134,15 +134,16 @@ def _measure(source: Source, clips: Clips, ranks: Sequence[int], measured: _Meas
         for layout, config in configs.items():
             fitted, _ = as_read(sample, config)
             target = layout_target(attention, fitted, measured.axes, config)
-            curve = error_curve([(target, fitted)]) + position_error(target, fitted)
+            curve, energy = error_curve([(target, fitted)])
+            curve = curve + position_error(target, fitted)
             curves[layout] = curves[layout] + curve if layout in curves else curve
             if layout == TRIED:
-                measured.layers[layer].output = Spectrum.of_curve(curve)
+                measured.layers[layer].output = Spectrum(energy)
                 neighbours.append((target, fitted))
         if len(neighbours) == together:
             if together > 1:
                 # Only as far as the plot shows it.
-                curve = error_curve(neighbours, 2 * together * ranks[-1])
+                curve, _ = error_curve(neighbours, 2 * together * ranks[-1])
                 curves[SHARED] = curves[SHARED] + curve if SHARED in curves else curve
             neighbours.clear()
         plans[layer] = initialise_layer(
