@@ -192,6 +192,27 @@ def test_expected_square_of_a_probe_is_the_mean_squared_velocity_error() -> None
     assert sum(products) / len(products) == pytest.approx(mean_squared, rel=0.3)
 
 
+def test_history_is_entered_at_the_noise_level_of_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, (batch, _), seen = pico.dense_model(), pico.batches(), []
+
+    def enter(*given: Any, **named: Any) -> Any:
+        seen.append((*given, named))
+        return original(*given, **named)
+
+    original = dense.enter
+    monkeypatch.setattr(dense, "enter", enter)
+    for settings in ({}, {"context_noise": 0.3}):
+        enter_clips(ModelBlocks(dense), [batch], CalibrationConfig(**pico.calibration(**settings)), TensorStore())
+    (x, t, _, clean), (same_x, same_t, _, noised) = seen
+    assert torch.equal(x, same_x) and torch.equal(t, same_t)
+    assert torch.equal(clean["context"], batch.latents) and clean["context_timestep"].tolist() == [0] * 4
+    assert noised["context_timestep"].tolist() == pytest.approx([300] * 4)
+    noise = (noised["context"] - 0.7 * batch.latents) / 0.3
+    assert float(noise.std()) == pytest.approx(1, abs=0.1)
+    level = t[:, None, :, None, None] / 1000
+    assert not torch.allclose(level * noise, x - (1 - level) * batch.latents, atol=0.1)
+
+
 def test_layers_see_what_the_converted_ones_below_made() -> None:
     dense = pico.dense_model(layers=LAYERS)
     states = {}

@@ -91,8 +91,8 @@ def enter_clips(
     """Noise the clips and embed them as inputs of the first block.
 
     Each chunk has its own noise level, uniform over the model's `noise_range` before the shift, or over the
-    `denoising_steps`. History is the clean clip (teacher forcing, see `distill.objective`). A flow map also gets second
-    times (`flow.mean_times`). Raises UserError if there are no clips.
+    `denoising_steps`. History is the clip at noise level `context_noise` (teacher forcing, see `distill.objective`). A
+    flow map also gets second times (`flow.mean_times`). Raises UserError if there are no clips.
     """
     model, clips = blocks.model, Clips(store)
     for number, batch in enumerate(batches):
@@ -106,6 +106,8 @@ def enter_clips(
         noise = torch.randn(clean.shape, generator=generator).to(clean.device)
         text = flow.drop_prompts(batch.encoder_hidden_states, config.empty_prompt_rate, generator, batch.negative)
         r = flow.mean_times(t, chunks, generator) if model.flow_map else None
+        context_noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+        t_context = torch.full((len(clean),), config.context_noise, device=clean.device)
         conditions = placed([batch.conditions], model.device, model.dtype)
         if r is not None:
             conditions["r_timestep"] = r * flow.NUM_TRAIN_TIMESTEPS
@@ -113,7 +115,8 @@ def enter_clips(
             flow.add_noise(clean, noise, t).to(model.dtype),
             t * flow.NUM_TRAIN_TIMESTEPS,
             text.to(model.device, model.dtype),
-            context=clean.to(model.dtype),
+            context=flow.add_noise(clean, context_noise, t_context).to(model.dtype),
+            context_timestep=t_context * flow.NUM_TRAIN_TIMESTEPS,
             **conditions,
         )
         # The rotations of a pass are large; clips of equal shape share them.

@@ -22,7 +22,9 @@ class CalibrationConfig(BaseModel):
       stages. With `denoising_steps`, out of 1000 and before the shift, only these levels are used: a few-step model
       knows no others.
     - `queries_per_chunk` is the maximum number of queries per chunk that measure how an error in a cached token changes
-      the output of the layer. `max_tokens` is the maximum number of tokens per layer that are measured.
+      the output of the layer. With m of n queries, `metric: velocity` underrates what any two of them have in common,
+      by (m - 1) / (n - 1). `max_tokens` is the maximum number of tokens per layer that are measured.
+    - `context_noise` is the noise level of the history in the clips: the one at which `generate` caches chunks.
     - `empty_prompt_rate` is the share of clips that get the negative prompt in place of their own, for models that are
       sampled with guidance.
     - `probes` is the number of random projections whose moments are averaged for each token's gradient. More probes
@@ -46,6 +48,7 @@ class CalibrationConfig(BaseModel):
     empty_prompt_rate: float = Field(0.0, ge=0, le=1)
     timestep_shift: float = Field(1.0, gt=0)
     denoising_steps: DenoisingSteps | None = None
+    context_noise: float = Field(0.0, ge=0, le=1)
     seed: Seed = 0
 
     @property
@@ -68,7 +71,7 @@ class Budget(BaseModel):
 
     Set exactly one of `scalars_per_token` (mean over layers, including a cached shared key), `reduction` (share of the
     dense cache that is removed, 0.927 in VideoMLA) and `loss_increase` (predicted rise of the flow-matching loss before
-    training, 0.01 for 1 %). Ranks are multiples of `rank_multiple`.
+    training, 0.01 for 1 %; an estimate, often low beyond a few percent). Ranks are multiples of `rank_multiple`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

@@ -47,8 +47,8 @@ def convert_source(
     """Convert `source` block by block, to the same bytes as `convert_model` of `load_dense(source, dtype)` on `device`.
 
     Every layer is written to a file in the folder `work` as soon as it is fitted. A layer whose file already exists is
-    not fitted again if `config`, `seed`, `dtype`, the type of `device`, the source and `identity` are unchanged. `identity` (JSON) is
-    whatever else the result depends on, such as where the `batches` come from.
+    not fitted again if `config`, `seed`, `dtype`, the type of `device`, the source and `identity` are unchanged.
+    `identity` (JSON) is whatever else the result depends on, such as where the `batches` come from.
     `batches` are read only for `init: activation`. `progress` is called with (phase, done, total).
     The caller removes `work` when it no longer needs the result. Raises UsageError for ranks and shapes that the model
     cannot have, and UserError for a full disk and for tensors with a NaN or an infinity.
