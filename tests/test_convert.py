@@ -170,7 +170,7 @@ def test_an_unaccounted_tensor_is_an_error() -> None:
     dense = pico.dense_model()
     source = dict(dense.state_dict(), stray=torch.zeros(1))
     with pytest.raises(RuntimeError, match="neither used, kept nor declared dropped: \\['stray'\\]"):
-        merge_state(source, [], dense.state_dict(), False)
+        merge_state(source, [], dense.state_dict())
 
 
 def test_paper_pairs_are_the_fast_ones_of_each_axis() -> None:
