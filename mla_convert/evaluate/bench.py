@@ -63,7 +63,7 @@ class BenchConfig(BaseModel):
 class RotatedDenseAttention(DenseSelfAttention):
     """Dense attention that caches rotated keys, which is possible with absolute positions."""
 
-    def expand(self, rows: Tensor) -> KeyValue:
+    def expand(self, rows: Tensor, heads: slice | None = None) -> KeyValue:
         key, value = rows.chunk(2, dim=-1)
         return KeyValue(self.split_heads(key), None, self.split_heads(value))
 

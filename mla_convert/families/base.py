@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import diffusers
+import torch
 from torch import Tensor
 
 from ..mla.attention import AttentionPass
+from ..mla.parallel import Share
 
 Config = Mapping[str, Any]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -59,6 +61,19 @@ class BlockInputs(NamedTuple):
     step: AttentionPass
     temb: Tensor
     size: tuple[int, int, int]
+
+    def shared_by(self, group: Any) -> BlockInputs:
+        """The part of this process where those of `group` share the chunk. Raises ValueError with gradients."""
+        if self.tokens.requires_grad and torch.is_grad_enabled():
+            raise ValueError("processes share a chunk without gradients only; call set_parallel(None) before training")
+        tokens = self.tokens.shape[1]
+        share = Share(group, tokens)
+        return self._replace(
+            tokens=self.tokens[:, share.tokens],
+            modulation=share.runs(self.modulation, tokens),
+            temb=share.runs(self.temb, tokens),
+            step=replace(self.step, share=share),
+        )
 
     @property
     def shared(self) -> tuple[Tensor, Tensor, AttentionPass]:

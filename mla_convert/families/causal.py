@@ -24,6 +24,7 @@ from ..mla.config import MLAConfig, latent_groups
 from ..mla.kernel_settings import History, Mode
 from ..mla.kernels import Kernels
 from ..mla.latent import LatentSelfAttention, whole_latent
+from ..mla.parallel import check_group
 from ..mla.quantised import Int8LatentCache, MixedLatentCache
 from ..mla.rope import RotaryTable
 from ..mla.window import CausalConfig
@@ -51,6 +52,7 @@ class CausalTransformer(nn.Module):
     cache_class: type[FrameCache] = DenseCache
     kernels: Kernels | None = None
     cache_bits: CacheBits = "auto"
+    parallel: Any = None
     config: Any
     causal: CausalConfig
     dtype: torch.dtype
@@ -123,6 +125,17 @@ class CausalTransformer(nn.Module):
         """
         self.kernels = Kernels(mode, history, cuda_graph)
         return self.kernels
+
+    def set_parallel(self, group: Any) -> None:
+        """Divide every chunk of a rollout among the processes of a `torch.distributed` group; None ends that.
+
+        Each process must have the same weights and make the same calls with the same arguments, without gradients; all
+        get the same results. Caches are made afterwards: of dense keys and values, each process keeps its own heads.
+        Raises UserError if the processes cannot divide the attention heads.
+        """
+        if group is not None:
+            check_group(group, self.config.num_attention_heads)
+        self.parallel = group
 
     def set_cache(self, cache: CacheBits) -> None:
         """Choose the number of bits for the latents of caches from `init_cache` without a dtype.
@@ -209,8 +222,10 @@ class CausalTransformer(nn.Module):
 
     @property
     def row_widths(self) -> list[int]:
-        """Cached scalars per token of each layer."""
-        return [block.attn1.row_width for block in self.blocks]
+        """Cached scalars per token of each layer, in this process."""
+        processes = 1 if self.parallel is None else self.parallel.size()
+        layers = [block.attn1 for block in self.blocks]
+        return [layer.row_width if layer.rank else layer.row_width // processes for layer in layers]
 
     def far_history(self, height: int, width: int) -> dict[str, int]:
         """`near_frames` and `far_tokens_per_frame` for latents of `height x width`; empty if all history is in full."""
@@ -296,6 +311,8 @@ class CausalTransformer(nn.Module):
             raise ValueError(
                 f"the cache is for {cache.height}x{cache.width} tokens per frame, hidden_states has {rows}x{columns}"
             )
+        if not self.blocks[0].attn1.rank and cache.rows[0].shape[-1] != self.row_widths[0]:
+            raise ValueError("the cache was made for another number of processes; make it after set_parallel")
 
     def enter(
         self,
@@ -343,7 +360,9 @@ class CausalTransformer(nn.Module):
         shift, scale = (self.scale_shift_table.unsqueeze(1) + inputs.temb.unsqueeze(2)).unbind(2)
         tokens = modulate(self.norm_out(tokens.float()), scale, shift).to(tokens.dtype)
         _, p_h, p_w = self.config.patch_size
-        patches = self.proj_out(tokens).view(-1, frames, rows, columns, p_h, p_w, self.noise_channels)
+        patches = inputs.step.gathered(self.proj_out(tokens)).reshape(
+            -1, frames, rows, columns, p_h, p_w, self.noise_channels
+        )
         sample = patches.permute(0, 6, 1, 2, 4, 3, 5).reshape(-1, self.noise_channels, frames, height, width)
         return sample[inputs.step.context_batch or 0 :]
 
@@ -363,7 +382,12 @@ class CausalTransformer(nn.Module):
         return latent_groups(len(self.blocks))
 
     def through_blocks(self, inputs: BlockInputs, leave: bool = True) -> Tensor:
-        """Run the blocks and return the velocity, or without `leave` the last block's tokens `[B, S, C]`."""
+        """Run the blocks and return the velocity, or without `leave` the last block's tokens `[B, S, C]`.
+
+        Processes that share a chunk each run their own tokens, and have the same velocity.
+        """
+        if self.parallel is not None and inputs.step.cache is not None:
+            inputs = inputs.shared_by(self.parallel)
         tokens = inputs.tokens
         # Free the first block's input while the others run.
         inputs = inputs._replace(tokens=tokens.new_empty(0))

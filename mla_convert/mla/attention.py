@@ -22,6 +22,7 @@ from .window import CausalConfig
 
 if TYPE_CHECKING:
     from .kernels import Kernels
+    from .parallel import Share
 
 
 class ChunkView(NamedTuple):
@@ -62,7 +63,8 @@ class AttentionPass:
     the place in. With `context_batch`, the first items of the batch are the clean context that all items read their
     history from (teacher forcing, packed in the batch axis). When a sequence holds tokens that are never cached,
     `cached` slices the tokens that may be. In a streaming pass, made by `chunk_pass`, `chunk` attends to `cache`, which
-    is read and written at `places`; `kernels` may compute a layer's attention.
+    is read and written at `places`; `kernels` may compute a layer's attention. With a `share`, several processes divide
+    the chunk: the pass still describes the whole chunk, while hidden states are those of the process's own tokens.
 
     For one layer, `kept` are its tensors in the cache. If `write` is set, a layer that shares its latent leaves its
     summand in `part`. In a pass over a clip, such layers read history from `latents` `[B', K, r]`, the complete latents
@@ -79,6 +81,7 @@ class AttentionPass:
     cached: slice | None = None
     kernels: Kernels | None = None
     latents: Tensor | None = None
+    share: Share | None = None
     kept: tuple[Any, ...] = ()
     part: Part | None = None
 
@@ -93,6 +96,35 @@ class AttentionPass:
         taken = self.kernels is not None and self.kernels.takes(layer, tokens, self)
         kept, kernels = self.cache.kept(layer.row_layer), self.kernels if taken else None
         return replace(self, kept=kept, kernels=kernels, part=Part())
+
+    @property
+    def local(self) -> AttentionPass:
+        """The pass as this process's own tokens see it, for what concerns each token alone; without a share, itself."""
+        if self.share is None:
+            return self
+        own = self.share.tokens
+        views = [view._replace(own_rotations=view.own_rotations[own]) for view in self.views]
+        return replace(self, views=views, grid_rotations=self.grid_rotations[own], share=None)
+
+    def heads(self, layer: CausalSelfAttention) -> slice | None:
+        """The heads of a layer that this process attends with; None for all of them."""
+        return None if self.share is None else self.share.heads(layer.heads)
+
+    def count(self, layer: CausalSelfAttention) -> int:
+        """The number of these heads."""
+        return layer.heads if self.share is None else layer.heads // self.share.processes
+
+    def to_heads(self, *given: Tensor) -> tuple[Tensor, ...]:
+        """All heads of the own tokens, `[B, S', H * D]` each, exchanged for these heads of all tokens."""
+        return given if self.share is None else self.share.to_heads(*given)
+
+    def to_tokens(self, x: Tensor) -> Tensor:
+        """The reverse of `to_heads`."""
+        return x if self.share is None else self.share.to_tokens(x)
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """All tokens, from the own tokens `[B, S', C]` of every process."""
+        return x if self.share is None else self.share.gather(x)
 
     def keep(self, rows: Tensor) -> None:
         """Write a layer's rows `[B, S, row]` to the cache; only for a streaming pass with `write`."""
@@ -206,8 +238,8 @@ class CausalSelfAttention(nn.Module):
         """Cache rows `[B, S, row]` of these keys and values."""
         raise NotImplementedError
 
-    def expand(self, rows: Tensor) -> KeyValue:
-        """Keys and values per head from cache rows `[B, K, row]`."""
+    def expand(self, rows: Tensor, heads: slice | None = None) -> KeyValue:
+        """Keys and values per head, or of some `heads`, from cache rows `[B, K, row]`."""
         raise NotImplementedError
 
     @property
@@ -219,13 +251,17 @@ class CausalSelfAttention(nn.Module):
         """Why queries cannot attend to the cached rows directly, in one line; None when they can."""
         raise NotImplementedError
 
+    def rows(self, key: Tensor, value: Tensor, step: AttentionPass) -> Tensor:
+        """What `encode` returns for all of a chunk's tokens, given the keys and values of this process's own."""
+        return step.gathered(self.encode(key, value, step.local))
+
     def restore(self, key: Tensor, value: Tensor, step: AttentionPass) -> KeyValue:
         """These keys and values as later chunks will see them."""
-        return self.expand(self.encode(key, value, step))
+        return self.expand(self.rows(key, value, step), step.heads(self))
 
     def keep(self, key: Tensor, value: Tensor, step: AttentionPass) -> None:
         """Write these keys and values to the cache; only for a streaming pass with `write`."""
-        step.keep(self.encode(key, value, step))
+        step.keep(self.rows(key, value, step))
 
     @property
     def row_layer(self) -> int:
@@ -237,8 +273,8 @@ class CausalSelfAttention(nn.Module):
         return query
 
     def split_heads(self, x: Tensor) -> Tensor:
-        """`[B, S, H * D]` as `[B, S, H, D]`."""
-        return x.unflatten(-1, (self.heads, -1))
+        """`[B, S, H * D]` as `[B, S, H, D]`, also of fewer heads than the layer's."""
+        return x.unflatten(-1, (-1, self.head_dim))
 
     def attention(self, hidden_states: Tensor, step: AttentionPass) -> Tensor:
         """Attention output before `to_out`, `[B, S, H * V]`, computed by kernels where the pass has them."""
@@ -248,11 +284,12 @@ class CausalSelfAttention(nn.Module):
     def eager_attention(self, hidden_states: Tensor, step: AttentionPass) -> Tensor:
         """The definition of `attention`, in plain torch."""
         query, key, value = self.project(hidden_states)
+        query, *exact = step.to_heads(query, *((key, value) if self.own_chunk_exact else ()))
         own_query = Query(None, self.split_heads(query))
         query_for_history = self.history_query(own_query, step)
         clip: KeyValue | None = None
         if self.own_chunk_exact:
-            own = KeyValue(None, self.split_heads(key), self.split_heads(value))
+            own = KeyValue(None, *(self.split_heads(x) for x in exact))
             if step.cache is None and step.latents is None and len(step.views) > 1:
                 clip = self.restore(key[: step.context_batch], value[: step.context_batch], step)
         else:
@@ -272,7 +309,7 @@ class CausalSelfAttention(nn.Module):
             outputs.append(attend(segments, self.scale))
         if step.write:
             self.keep(key, value, step)
-        return torch.cat(outputs, dim=1).flatten(2)
+        return step.to_tokens(torch.cat(outputs, dim=1).flatten(2))
 
     def _history(
         self, view: ChunkView, clip: KeyValue | None, query: Tensor, step: AttentionPass
@@ -281,7 +318,7 @@ class CausalSelfAttention(nn.Module):
         if clip is not None and step.cache is None:
             history = clip.tokens(view.history)
         else:
-            history = self.expand(step.history(view).to(query.dtype))
+            history = self.expand(step.history(view).to(query.dtype), step.heads(self))
         key, value = history.keys(view.history_rotations), history.value
         if step.context_batch is None:
             return key, value
@@ -307,7 +344,7 @@ class DenseSelfAttention(CausalSelfAttention):
     """Self-attention with a key and a value per head; its parameters are those of diffusers' `WanAttention`.
 
     QK-norm is one RMSNorm over all heads. A cache row is `[k | v]` with normalized, unrotated keys, so re-indexing a
-    window never changes it.
+    window never changes it. Of processes that share chunks, each caches its own heads only.
     """
 
     own_chunk_exact = True
@@ -335,7 +372,11 @@ class DenseSelfAttention(CausalSelfAttention):
     def encode(self, key: Tensor, value: Tensor, step: AttentionPass) -> Tensor:
         return torch.cat([key, value], dim=-1)
 
-    def expand(self, rows: Tensor) -> KeyValue:
+    def rows(self, key: Tensor, value: Tensor, step: AttentionPass) -> Tensor:
+        key, value = step.to_heads(key, value)
+        return self.encode(key, value, step)
+
+    def expand(self, rows: Tensor, heads: slice | None = None) -> KeyValue:
         key, value = rows.chunk(2, dim=-1)
         return KeyValue(None, self.split_heads(key), self.split_heads(value))
 

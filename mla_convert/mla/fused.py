@@ -54,7 +54,7 @@ def why_not(layer: CausalSelfAttention, dtype: torch.dtype, device: str, step: A
         return "kernels would read the own chunk quantized, from a cache in fewer bits"
     if any(view.zero_keys for view in step.views):
         return "the model attends to keys of zeros"
-    if _writes(layer):
+    if _writes(layer, step):
         reason = ops.why_not_latent_write(layer.rank, layer.row_width - layer.rank, layer.head_dim, dtype)
         if reason is not None:
             return cast(str, reason)
@@ -83,7 +83,7 @@ def backends(layer: CausalSelfAttention, path: Path) -> tuple[Backend, ...]:
 
 def writes_unread(layer: CausalSelfAttention, step: AttentionPass) -> bool:
     """Whether a kernel writes rows in this pass that its output does not depend on."""
-    return step.write and layer.own_chunk_exact and _writes(layer)
+    return step.write and layer.own_chunk_exact and _writes(layer, step)
 
 
 def attention(
@@ -106,7 +106,7 @@ def attention(
         out = pass_.by_one_query() if _one_workspace(layer) else pass_.by_two_queries()
     if step.write and not pass_.read_own:
         pass_.write()
-    return out.flatten(2)
+    return step.to_tokens(out.flatten(2))
 
 
 class _FusedPass:
@@ -129,12 +129,16 @@ class _FusedPass:
         self.dtype = hidden_states.dtype
         self.hidden_states = hidden_states
         self.query, self.key = layer.project_query(hidden_states), layer.to_k(hidden_states)
-        self.history_tokens, self.own_tokens = len(self.places.history_rotations), hidden_states.shape[1]
+        self.history_tokens, self.own_tokens = len(self.places.history_rotations), len(self.places.own_rotations)
         self.read_own = not layer.own_chunk_exact
+        # Projections, norms and rotations are of the own tokens; attention is of these heads of all tokens.
+        self.local = step.local
+        self.own_rotations = self.local.views[0].own_rotations
+        self.heads = step.heads(layer)
 
     @functools.cached_property
     def value(self) -> Tensor:
-        """Values of the chunk, `[B, N, H * V]`."""
+        """Values of the own tokens, `[B, N, H * V]`."""
         found: Tensor = self.layer.to_v(self.hidden_states)
         return found
 
@@ -142,15 +146,21 @@ class _FusedPass:
         """Attention to history and own chunk, both in one workspace: `[B, N, H, V]`."""
         layer, history = self.layer, self.history_tokens
         if layer.expansion.one_query:
-            query = self._normed(self.query, layer.norm_q, self.places.own_rotations)
+            query = self._normed(self.query, layer.norm_q, self.own_rotations)
         else:
             query = self._history_query()
         key, value = self._workspace(history + self.own_tokens)
         self._expand_history(key, value)
         if self.read_own:
+            (query,) = self._to_heads(query)
             self._expand(key[:, history:], value[:, history:], self.places.own_slots, self.places.own_rotations)
+        elif self.step.share is not None:
+            own_key = self._normed(self.key, layer.norm_k, self.own_rotations)
+            query, *own = self._to_heads(query, own_key, layer.split_heads(self.value))
+            for kept, new in zip((key, value), own, strict=True):
+                kept[:, history:] = new
         else:
-            turning = _cos_sin(self.places.own_rotations)
+            turning = _cos_sin(self.own_rotations)
             self.ops.qk_norm_rope_(
                 key[:, history:], self.key, layer.norm_k.weight.flatten(), layer.norm_k.eps, turning, layer.heads
             )
@@ -163,7 +173,7 @@ class _FusedPass:
 
     def by_two_queries(self) -> Tensor:
         """Attention to the expanded history, merged with attention to the dense own chunk: `[B, N, H, V]`."""
-        query, parts = self._history_query(), [self._own_part()]
+        (query,), parts = self._to_heads(self._history_query()), [self._own_part()]
         if self.history_tokens:
             key, value = self._workspace(self.history_tokens)
             self._expand_history(key, value)
@@ -179,20 +189,26 @@ class _FusedPass:
         raise NotImplementedError
 
     def _history_query(self) -> Tensor:
-        """Rotated queries for the keys that are read from the cache, `[B, N, H, D]`."""
+        """Rotated queries of the own tokens for the keys that are read from the cache, `[B, N, H, D]`."""
         plain = self._normed(self.query, self.layer.norm_q, None)
-        return self.layer.history_query(Query(None, plain), self.step).rotated(self.places.own_rotations)
+        return self.layer.history_query(Query(None, plain), self.local).rotated(self.own_rotations)
 
     def _own_part(self) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp of the chunk's attention to its own dense keys and values."""
-        layer, rotations = self.layer, self.places.own_rotations
+        layer, rotations = self.layer, self.own_rotations
         query, key = (
             self._normed(x, norm, rotations) for x, norm in ((self.query, layer.norm_q), (self.key, layer.norm_k))
         )
-        part: tuple[Tensor, Tensor] = self.ops.attend(
-            query, key, layer.split_heads(self.value), None, layer.scale, BY_RULE
-        )
+        query, key, value = self._to_heads(query, key, layer.split_heads(self.value))
+        part: tuple[Tensor, Tensor] = self.ops.attend(query, key, value, None, layer.scale, BY_RULE)
         return part
+
+    def _to_heads(self, *given: Tensor) -> tuple[Tensor, ...]:
+        """`AttentionPass.to_heads` of `[B, N, H, D]`, contiguous."""
+        if self.step.share is None:
+            return given
+        found = self.step.to_heads(*(x.flatten(2) for x in given))
+        return tuple(x.unflatten(-1, (self.step.count(self.layer), -1)).contiguous() for x in found)
 
     def _expand_history(self, key: Tensor, value: Tensor) -> None:
         """Write the history to the beginning of a workspace, unless an earlier pass of the chunk has done so."""
@@ -215,7 +231,7 @@ class _FusedPass:
         All layers share the buffers unless histories are kept.
         """
         window_tokens = self.step.kept[0].shape[1:-1].numel()
-        shape = (len(self.hidden_states), window_tokens, self.layer.heads)
+        shape = (len(self.hidden_states), window_tokens, self.step.count(self.layer))
         widths = {"key": self.layer.expansion.key, "value": self.layer.expansion.value}
         key, value = (
             self.cache.expanded.tensor(self.layer.layer, name, (*shape, wide), self.dtype, self.rows.device)
@@ -263,11 +279,11 @@ class _LatentPass(_FusedPass):
             slots = torch.cat([slots, places.own_slots], dim=-1)
             rotations = torch.cat([rotations, places.own_rotations])
         if len(rotations):
-            nope, rope = self._split_query()
-            weights = layer.absorbed()
+            nope, *ropes = self._to_heads(*(x for x in self._split_query() if x is not None))
+            weights = layer.absorbed(self.heads)
             out, lse = self.ops.latent_attention(
                 torch.einsum("bqhn,hnr->bqhr", nope, weights.w_uk).contiguous(),
-                rope,
+                ropes[0] if ropes else None,
                 self.rows,
                 self.scales,
                 slots,
@@ -284,7 +300,7 @@ class _LatentPass(_FusedPass):
 
     def _split_query(self) -> tuple[Tensor, Tensor | None]:
         """Queries for the latent, `[B, N, H, N']`, and queries for the shared key, `[B, N, H, R]`."""
-        layer, rotations = self.layer, self.places.own_rotations
+        layer, rotations = self.layer, self.own_rotations
         wide = layer.expansion
         if wide.nope and wide.shared and not layer.bakes:
             found: tuple[Tensor, Tensor] = self.ops.split_query(
@@ -303,8 +319,8 @@ class _LatentPass(_FusedPass):
 
     def write(self) -> None:
         layer = self.layer
-        if layer.mla.layers_per_latent > 1:
-            # Parts are summed before they are rounded to the cache's dtype, so torch writes them.
+        if not _writes(layer, self.step):
+            # Parts are summed before they are rounded to the cache's dtype, and rows of a share have to be gathered.
             layer.keep(self._normed(self.key, layer.norm_k, None).flatten(2), self.value, self.step)
             return
         shared = layer.k_pe_proj if layer.caches_shared_key else None
@@ -339,8 +355,7 @@ class _LatentPass(_FusedPass):
             self.scales,
             slots,
             self._count(len(rotations)),
-            layer.kv_b_proj.weight,
-            layer.kv_b_proj.bias,
+            *layer.restoring(self.heads),
             layer.k_pe_proj.weight if derived else None,
             layer.k_pe_proj.bias if derived else None,
             None if turning is None else _cos_sin(turning),
@@ -348,7 +363,8 @@ class _LatentPass(_FusedPass):
             self.eight,
         )
         if layer.k_mean is not None:
-            mean = layer.k_mean.expand(1, len(rotations), -1, -1)
+            mean = layer.k_mean if self.heads is None else layer.k_mean[self.heads]
+            mean = mean.expand(1, len(rotations), -1, -1)
             key[..., width:] = rotate(mean, rotations).to(key.dtype)
 
     def _count(self, keys: int) -> Tensor:
@@ -375,9 +391,9 @@ def _cos_sin(rotations: Tensor) -> Tensor:
     return torch.view_as_real(rotations.contiguous())
 
 
-def _writes(layer: CausalSelfAttention) -> TypeGuard[LatentSelfAttention]:
-    """Whether a kernel writes the layer's rows; torch writes dense ones and latents that layers share."""
-    return isinstance(layer, LatentSelfAttention) and layer.mla.layers_per_latent == 1
+def _writes(layer: CausalSelfAttention, step: AttentionPass) -> TypeGuard[LatentSelfAttention]:
+    """Whether a kernel writes the layer's rows; torch writes dense ones, those that layers share and gathered ones."""
+    return isinstance(layer, LatentSelfAttention) and layer.mla.layers_per_latent == 1 and step.share is None
 
 
 def _one_workspace(layer: CausalSelfAttention) -> bool:

@@ -18,7 +18,6 @@ from torch import Tensor
 from ..errors import UserError, lacks_memory
 from . import costs, fused
 from .attention import AttentionPass, CausalSelfAttention
-from .cache import FrameCache
 from .kernel_settings import History, KernelSettings, Mode
 from .plain import changed_module
 
@@ -110,7 +109,7 @@ class Kernels:
     def _choose(self, layer: CausalSelfAttention, hidden_states: Tensor, step: AttentionPass) -> tuple[int, Shape]:
         """The key of a layer's choice; makes the choice if there is none yet."""
         assert step.cache is not None
-        batch, queries = hidden_states.shape[:2]
+        batch, queries = len(hidden_states), len(step.views[0].own_rotations)
         rows, *_ = kept = step.cache.kept(layer.row_layer)
         kind = ", ".join(map(str, (type(step.cache).__name__, rows.dtype, *kept[2:])))
         keys = rows.shape[1:-1].numel()
@@ -136,7 +135,7 @@ class Kernels:
         choice, shape = self.found.choices[key], key[1]
         assert step.cache is not None and choice.path != "torch"
         if choice.path == "expand" and step.cache.expanded.keep is None:
-            step.cache.expanded.keep = self._keeps(layer, shape, step.cache)
+            step.cache.expanded.keep = self._keeps(layer, shape, step)
         # Other kernels run without history than with it; the batch size changes nothing.
         unread = fused.writes_unread(layer, step)
         check = (layer.layer, shape._replace(batch=1), step.views[0].has_history, unread)
@@ -161,6 +160,8 @@ class Kernels:
 
         Rows written are compared where the output does not depend on them, and torch's stay in the cache. If torch's
         output is all zeros or not finite, as for NaN input, None for this pass, and the next one compares again.
+        Processes that share a chunk judge alike. Raises UserError if a kernel fails in one, because the others already
+        wait for its results.
         """
         choice = self.found.choices[key]
         path = choice.path
@@ -178,6 +179,8 @@ class Kernels:
                 raise
             lacking = fused.lacking(error)
             reason = lacking or f"{path} failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            if step.share is not None:
+                raise UserError(f"kernels: {reason}; on several GPUs set kernels: torch (--kernels torch)") from error
             # What does not compile for one layer does not for the others.
             self.found.failed[None if lacking else _kind(layer, key[1], choice)] = reason
             where = "every layer" if lacking else f"layer {layer.layer} and others of its shape"
@@ -185,20 +188,22 @@ class Kernels:
             try:
                 expected = layer.eager_attention(hidden_states, step).float()
             except Exception as error:
-                if not lacks_memory(error):
+                if not lacks_memory(error) or step.share is not None:
                     raise
                 # Torch's attention takes more memory than the kernel's.
                 logger.warning(
                     "kernels: torch's attention of layer %d does not fit in memory, so nothing is compared", layer.layer
                 )
                 return out
-            largest = float(expected.abs().max())
+            largest, difference = float(expected.abs().max()), float((out.float() - expected).abs().max())
+            apart = 0.0 if written is None else _rows_apart(written, step)
+            if step.share is not None:
+                largest, difference, apart = step.share.agree(largest, difference, apart)
             if largest == 0 or not math.isfinite(largest):
                 if largest == 0:
                     self._was_zero(key)
                 return None
-            difference = float((out.float() - expected).abs().max()) / largest
-            apart = 0.0 if written is None else _rows_apart(written, step)
+            difference /= largest
             # NaN is not below the limit either.
             limit = CHECK[key[1].dtype]
             if not difference <= limit:
@@ -220,18 +225,20 @@ class Kernels:
             self.found.choices[key] = _by_torch(self.found.choices[key], reason)
             logger.warning("kernels: torch attends in layer %d from now on: %s", key[0], reason)
 
-    def _keeps(self, layer: CausalSelfAttention, shape: Shape, cache: FrameCache) -> bool:
+    def _keeps(self, layer: CausalSelfAttention, shape: Shape, step: AttentionPass) -> bool:
         """Whether every layer keeps its expanded history for the passes of a chunk, by the setting `history`."""
         if self.settings.history != "auto":
             self.found.kept = (self.settings.history, "as requested")
             return self.settings.history == "chunk"
-        device = cache.rows[0].device
+        assert step.cache is not None
+        rows = step.cache.rows
+        device = rows[0].device
         free = free_memory(device)
         if free is None:
             self.found.kept = ("pass", f"the free memory of a {device.type} device is unknown")
             return False
-        tokens = shape.batch * shape.keys * layer.heads
-        needed = tokens * (layer.expansion.key + layer.expansion.value) * shape.dtype.itemsize * len(cache.rows)
+        tokens = shape.batch * shape.keys * step.count(layer)
+        needed = tokens * (layer.expansion.key + layer.expansion.value) * shape.dtype.itemsize * len(rows)
         keeps = needed <= FREE_SHARE * (free - self.left_free)
         why = f"{needed / 1e9:.2f} GB of {free / 1e9:.2f} GB free"
         if self.left_free:

@@ -12,11 +12,13 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import AttentionPass, CausalSelfAttention
 from .config import MLAConfig
 from .core import Expansion, KeyValue, Query
+from .plain import is_plain_linear
 from .rope import rotate
 
 LATENT_MODULES = ("q_a_proj", "q_b_proj", "kv_a_proj", "kv_b_proj", "k_pe_proj", "q_pe_coef", "k_mean")
@@ -125,7 +127,7 @@ class LatentSelfAttention(CausalSelfAttention):
             return
         # The caller writes the sum, which is complete only after the last of the layers.
         assert step.part is not None
-        step.part.rows = self.encode(key[: step.context_batch], value[: step.context_batch], step).float()
+        step.part.rows = self.rows(key[: step.context_batch], value[: step.context_batch], step).float()
 
     def restore(self, key: Tensor, value: Tensor, step: AttentionPass) -> KeyValue:
         if self.mla.layers_per_latent > 1:
@@ -142,32 +144,53 @@ class LatentSelfAttention(CausalSelfAttention):
         if not len(self.rope_index):
             return Query(nope, None, mean=mean)
         pairs = torch.view_as_complex(_select(query.rope, self.rope_index).float().contiguous().unflatten(-1, (-1, 2)))
-        coefficient = torch.view_as_complex(self.q_pe_coef.float())
+        heads = step.heads(self)
+        coefficient = torch.view_as_complex((self.q_pe_coef if heads is None else self.q_pe_coef[heads]).float())
         rope = torch.view_as_real(pairs * coefficient.conj()).flatten(-2).to(query.rope.dtype)
         return Query(nope, rope, self.rope_index, mean)
 
-    def expand(self, rows: Tensor) -> KeyValue:
+    def expand(self, rows: Tensor, heads: slice | None = None) -> KeyValue:
         latent = rows[..., : self.rank]
-        restored = self.split_heads(self.kv_b_proj(latent))
-        key, value = restored.split([self.key_channels, self.mla.v_head_dim], dim=-1)
+        key, value = self._restored(latent, heads).split([self.key_channels, self.mla.v_head_dim], dim=-1)
+        k_mean = self.k_mean if heads is None or self.k_mean is None else self.k_mean[heads]
         if self.mla.position == "rotate_on_read":
             return KeyValue(None, key, value)
         nope = key if len(self.nope_index) else None
         if not len(self.rope_index):
-            return KeyValue(nope, None, value, mean=self.k_mean)
+            return KeyValue(nope, None, value, mean=k_mean)
         shared = rows[..., self.rank :] if self.caches_shared_key else self.k_pe_proj(latent)
         shared = shared.unsqueeze(2)
         if nope is None:
-            shared = shared.expand(-1, -1, self.heads, -1)
-        return KeyValue(nope, shared, value, self.rope_index, self.k_mean)
+            shared = shared.expand(-1, -1, value.shape[2], -1)
+        return KeyValue(nope, shared, value, self.rope_index, k_mean)
 
-    def absorbed(self) -> AbsorbedWeights:
-        """`kv_b_proj`, split for absorption into queries and outputs. Raises ValueError for `rotate_on_read`."""
+    def _restored(self, latent: Tensor, heads: slice | None) -> Tensor:
+        """Keys and values of each of the `heads`, `[B, K, H, N + V]`, from latents `[B, K, r]`."""
+        if heads is None or not is_plain_linear(self.kv_b_proj):
+            restored = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1))
+            return restored if heads is None else restored[:, :, heads]
+        return F.linear(latent, *self.restoring(heads)).unflatten(-1, (heads.stop - heads.start, -1))
+
+    def restoring(self, heads: slice | None) -> tuple[Tensor, Tensor]:
+        """Weight and bias of `kv_b_proj`, or of its part for some `heads`."""
+        weight, bias = self.kv_b_proj.weight, self.kv_b_proj.bias
+        if heads is None:
+            return weight, bias
+        wide = self.key_channels + self.mla.v_head_dim
+        part = slice(heads.start * wide, heads.stop * wide)
+        return weight[part], bias[part]
+
+    def absorbed(self, heads: slice | None = None) -> AbsorbedWeights:
+        """`kv_b_proj`, or its part for some `heads`, split for absorption into queries and outputs.
+
+        Raises ValueError for `rotate_on_read`.
+        """
         if self.mla.position == "rotate_on_read":
             raise ValueError("rotate_on_read rotates the expanded keys, which cannot be absorbed into the queries")
         sizes = [self.key_channels, self.mla.v_head_dim]
-        w_uk, w_uv = self.kv_b_proj.weight.unflatten(0, (self.heads, -1)).split(sizes, dim=1)
-        b_uk, b_uv = self.kv_b_proj.bias.unflatten(0, (self.heads, -1)).split(sizes, dim=1)
+        weight, bias = self.restoring(heads)
+        w_uk, w_uv = weight.unflatten(0, (-1, sum(sizes))).split(sizes, dim=1)
+        b_uk, b_uv = bias.unflatten(0, (-1, sum(sizes))).split(sizes, dim=1)
         return AbsorbedWeights(w_uk, b_uk, w_uv, b_uv)
 
     def _bake(self, x: Tensor, step: AttentionPass) -> Tensor:
