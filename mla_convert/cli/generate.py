@@ -35,6 +35,7 @@ from .options import (
 )
 from .output import print_result, stderr
 from .panels import EXECUTION, SAMPLING, in_panels
+from .together import together
 
 INTERRUPTED = 130
 PANELS = {
@@ -56,6 +57,7 @@ PANELS = {
 }
 
 
+@together
 @in_panels(PANELS)
 def generate(
     model: Model,
@@ -152,7 +154,8 @@ def generate(
 ) -> None:
     """Generate a video of any length in constant memory; Ctrl-C ends it and finishes the file.
 
-    Steps, sampler, shift, guidance and frame rate default to those of the recipe that made the model.
+    Steps, sampler, shift, guidance and frame rate default to those of the recipe that made the model. Under
+    `torchrun --nproc-per-node N -m mla_convert`, N GPUs make one video together.
     """
     if prompt_embeds is not None and prompt:
         raise UsageError("give --prompt or --prompt-embeds, not both")

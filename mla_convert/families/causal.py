@@ -360,9 +360,8 @@ class CausalTransformer(nn.Module):
         shift, scale = (self.scale_shift_table.unsqueeze(1) + inputs.temb.unsqueeze(2)).unbind(2)
         tokens = modulate(self.norm_out(tokens.float()), scale, shift).to(tokens.dtype)
         _, p_h, p_w = self.config.patch_size
-        patches = inputs.step.gathered(self.proj_out(tokens)).reshape(
-            -1, frames, rows, columns, p_h, p_w, self.noise_channels
-        )
+        patches = inputs.step.gathered(self.proj_out(tokens))
+        patches = patches.reshape(-1, frames, rows, columns, p_h, p_w, self.noise_channels)
         sample = patches.permute(0, 6, 1, 2, 4, 3, 5).reshape(-1, self.noise_channels, frames, height, width)
         return sample[inputs.step.context_batch or 0 :]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,13 +23,14 @@ from ..families.base import noise_channels
 from ..families.image import reads_tokens
 from ..files import atomic_file, check_place, save_tensors
 from ..mla.bits import format_bits
+from ..mla.parallel import check_group
 from ..recipe.schema import validate
 from ..run.config import GenerateConfig
 from ..run.decode import first_video_frame, frame_chunks, latent_frames, video_frames
 from ..run.decode_memory import reserve
 from ..run.image import check_image, image_conditions, read_image
 from ..run.kept_whole import GIF, KEPT_WHOLE, check_fits
-from ..run.offload import place
+from ..run.launch import Launch
 from ..run.parts import IMAGE_TOKENS, PICTURES, TEXT, find_parts
 from ..run.prefetch import FrameWriter
 from ..run.prompts import PromptChange, PromptSchedule
@@ -43,7 +45,6 @@ from ..run.sample import (
     latent_size,
     load_prompt_embeds,
     prompt_encoder,
-    rollout,
     shortest,
     to_latent,
     trained_for,
@@ -54,6 +55,7 @@ from ..run.video import MAX_GIF_FPS, STDOUT, check_suffix
 from .execution import Execution
 from .experts import read_model_config
 from .fits import warn_of_bfloat16
+from .job import Job
 
 
 @dataclass(frozen=True)
@@ -94,39 +96,43 @@ def generate_video(
     """
     validate(GenerateConfig, dict(settings))
     task = _Task(folder, out, request, settings)
+    if Launch.current is not None:
+        check_group(Launch.current.group, task.model["num_attention_heads"])
     embeds, schedule, negative = task.texts()
     tokens = task.image_tokens()
     vae = task.vae()
     start = task.start(vae)
     conditions = task.conditions(vae, tokens)
     request.cast(vae)
-    models = request.load(folder)
-    chosen = task.streaming.apply(*models)
-    place(models, vae, task.device, request.offload)
-    config, count, source = task.config, len(embeds), task.source
+    config, count = task.config, len(embeds)
+    video = task.source if isinstance(task.source, SourceVideo) else None
+    job = Job(
+        folder=folder,
+        execution=request,
+        streaming=task.streaming,
+        config=config,
+        embeds=embeds,
+        start=start,
+        source=task.source if isinstance(task.source, Tensor) else None,
+        video=video is not None,
+        conditions=conditions,
+        negative=negative,
+        endless=request.endless,
+    )
+    if Launch.current is not None:
+        Launch.current.say(job)
+    models, chosen = job.models(vae, task.device)
     decoder, encoder = vae if task.pictures else None, None
-    if isinstance(source, SourceVideo) and not task.pixels:
-        source.encode_with(vae)
+    if video is not None and not task.pixels:
+        video.encode_with(vae)
         encoder = vae
     reserve(models, decoder, task.height, task.width, count, task.device, encoder)
-    chunks = rollout(
-        models,
-        embeds,
-        config,
-        lambda done, total: report("generate", done, total),
-        start=start,
-        source=source,
-        conditions=conditions,
-        endless=request.endless,
-        seed=config.seed if count == 1 else [config.seed + index for index in range(count)],
-        negative_hidden_states=negative,
-        prompt_at=schedule,
-        device=task.device,
-    )
+    chunks = job.chunks(models, task.device, schedule, video, lambda done, total: report("generate", done, total))
     started = time.monotonic()
     paths = [out] if count == 1 else [out.with_name(f"{out.stem}-{index:02d}{out.suffix}") for index in range(count)]
     write = _write_latents if out.suffix == LATENTS else functools.partial(_write_videos, vae=vae, fps=config.fps)
-    frames, interrupted = write(chunks, paths)
+    with contextlib.nullcontext() if video is None else contextlib.closing(video):
+        frames, interrupted = write(chunks, paths)
     seconds = time.monotonic() - started
     return {
         "path": str(out),

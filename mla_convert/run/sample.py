@@ -15,6 +15,7 @@ from ..distill.negative import EMBEDS_KEY, NEGATIVE
 from ..errors import UsageError, UserError, few
 from ..export.components import TRAINED_FOR
 from ..families.base import noise_channels
+from ..mla.conditions import FramesAt
 from ..mla.model import StreamingModel
 from ..mla.window import CausalConfig
 from ..zoo.digits.data import FRAME, GUIDANCE, SHIFT, TEXT_DIM, parse_prompt
@@ -159,7 +160,7 @@ def rollout(
     progress: Callable[[int, int], None] | None = None,
     *,
     start: Tensor | None = None,
-    source: Tensor | SourceVideo | None = None,
+    source: Tensor | FramesAt | None = None,
     endless: bool = False,
     seed: Seeds | None = None,
     **more: Any,

@@ -1,0 +1,189 @@
+"""Makes one video in the processes of a launch: the first one leads, and the others run the model with it.
+
+What the first process reads, encodes and decides reaches the others as words in the launch's own store. A process that
+waits there can be told that the video has ended, which one that waits in a collective cannot.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import ProcessGroup, _get_default_store
+
+from ..devices import has_gpu
+from ..errors import UserError
+
+PATIENCE = 10.0
+"""Seconds for which processes wait for each other at the end, so that all exit with the same code."""
+_LOOK = timedelta(seconds=1)
+_WORDS_KEPT = 16
+"""Words that the store keeps. A chunk takes a few, and nobody is a whole chunk behind, because passes are shared."""
+_ENDED, _FAILED, _LEFT = "mla_convert/ended", "mla_convert/failed", "mla_convert/left"
+
+
+class Ended(Exception):
+    """The first process has ended the video, with this exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+class Launch:
+    """The processes of this launch, each with its own device; `leads` in the first one.
+
+    Raises UserError if the environment describes no launch, or there are fewer GPUs than processes on this machine.
+    """
+
+    current: ClassVar[Launch | None] = None
+
+    def __init__(self) -> None:
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+        if missing:
+            raise UserError(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {' and '.join(missing)} not set; launch the processes "
+                "with torchrun, or unset WORLD_SIZE"
+            )
+        if has_gpu():
+            here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE") or 1), torch.cuda.device_count()
+            if here > gpus:
+                raise UserError(f"{here} processes on a machine with {gpus} GPUs; give --nproc-per-node {gpus}")
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
+        dist.init_process_group("nccl" if has_gpu() else "gloo")
+        assert dist.group.WORLD is not None
+        self.group: ProcessGroup = dist.group.WORLD
+        self.leads = self.group.rank() == 0
+        # Its type knows text only.
+        self._store: Any = _get_default_store()
+        self._words = 0
+        self._in_pass = self._interrupted = False
+        Launch.current = self
+
+    def say(self, word: Any) -> None:
+        """Tell the others a word, which `hear` returns there; only in the first process."""
+        content = io.BytesIO()
+        torch.save(word, content)
+        self._store.set(self._key(self._words), content.getvalue())
+        if self._words >= _WORDS_KEPT:
+            self._store.delete_key(self._key(self._words - _WORDS_KEPT))
+        self._words += 1
+
+    def hear(self) -> Any:
+        """The next word of the first process, its tensors on the CPU. Raises Ended once that has ended the video."""
+        self._wait_for(self._key(self._words))
+        content = io.BytesIO(self._store.get(self._key(self._words)))
+        self._words += 1
+        # What a process of the same launch has said may be any object.
+        return torch.load(content, map_location="cpu", weights_only=False)
+
+    def led(self, ask: Callable[..., Any] | None) -> Callable[..., Any]:
+        """A function whose answers are those of `ask` in the first process; the others need none."""
+
+        def answer(*given: Any) -> Any:
+            if not self.leads:
+                return self.hear()
+            assert ask is not None
+            found = ask(*given)
+            self.say(found)
+            return found
+
+        return answer
+
+    def prompt_at(self, schedule: Callable[[int], Tensor | None] | None) -> Callable[[int], Tensor | None]:
+        """The `prompt_at` of `stream_chunks` in all processes, by the `schedule` of the first one.
+
+        It is called where a chunk begins, so this is also where an interrupt ends the video in all of them.
+        """
+
+        def begin(frame: int) -> Tensor | None:
+            self._in_pass = True
+            if self._interrupted:
+                self._in_pass = False
+                raise KeyboardInterrupt
+            return None if schedule is None else schedule(frame)
+
+        return self.led(begin)
+
+    def chunks(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yield `chunks`; an interrupt does not leave the other processes alone in the middle of one."""
+        for chunk in chunks:
+            self._in_pass = False
+            yield chunk
+
+    @contextlib.contextmanager
+    def leading(self) -> Iterator[None]:
+        """A context of the first process; its end, or an error in it, ends the others with the same exit code.
+
+        The first SIGINT in a pass takes effect at its end.
+        """
+        code, before = 0, signal.getsignal(signal.SIGINT)
+        in_main = threading.current_thread() is threading.main_thread()
+        if in_main:
+            signal.signal(signal.SIGINT, self._on_interrupt)
+        try:
+            yield
+        except BaseException as error:
+            code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
+            if isinstance(error, RuntimeError) and self._store.check([_FAILED]):
+                raise UserError(f"{self._store.get(_FAILED).decode()} failed; see its error message") from None
+            raise
+        finally:
+            if in_main:
+                signal.signal(signal.SIGINT, before)
+            self._store.set(_ENDED, str(code))
+            others, patience = self.group.size() - 1, time.monotonic() + PATIENCE
+            # In a pass the others wait for this process itself, and its end is theirs.
+            while not self._in_pass and self._store.add(_LEFT, 0) < others and time.monotonic() < patience:
+                time.sleep(0.01)
+
+    def follow(self, work: Callable[[], None]) -> int:
+        """Do `work` in a process that does not lead; returns the exit code of the first process.
+
+        An error is raised only if the first process does not end with one of its own.
+        """
+        try:
+            try:
+                work()
+                self._wait_for(None)
+            except Ended:
+                raise
+            except Exception as error:
+                self._store.set(_FAILED, f"process {dist.get_rank()}")
+                with contextlib.suppress(TimeoutError):
+                    self._wait_for(None, PATIENCE / 2)
+                raise error
+        except Ended as ended:
+            self._store.add(_LEFT, 1)
+            return ended.code
+        raise AssertionError("the first process never ends without a word")
+
+    def _on_interrupt(self, number: int, frame: Any) -> None:
+        if not self._in_pass or self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted = True
+
+    def _wait_for(self, key: str | None, seconds: float | None = None) -> None:
+        """Return when `key` is set. Raises Ended if the video ends first, and TimeoutError."""
+        late = None if seconds is None else time.monotonic() + seconds
+        while key is None or not self._store.check([key]):
+            if self._store.check([_ENDED]):
+                raise Ended(int(self._store.get(_ENDED)))
+            if late is not None and time.monotonic() > late:
+                raise TimeoutError
+            # Short waits, so that signals are handled.
+            with contextlib.suppress(dist.DistStoreError):
+                self._store.wait([key or _ENDED], _LOOK if late is None else timedelta(seconds=0.1))
+
+    def _key(self, word: int) -> str:
+        return f"mla_convert/word/{word}"
