@@ -161,7 +161,7 @@ def test_every_device_is_asked_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
     layer = pair(pico.VARIANTS[0]).blocks[0].attn1
     cache = pico.convert(pico.dense_model(), **pico.VARIANTS[0]).init_cache(1, HEIGHT, WIDTH, dtype=torch.bfloat16)
-    chosen, step = Kernels("auto"), SimpleNamespace(cache=cache, views=[])
+    chosen, step = Kernels("auto"), SimpleNamespace(cache=cache, views=[], share=None)
     paths = []
     for device in (0, 1, 0):
         tokens: Any = SimpleNamespace(shape=(1, 48, 36), dtype=torch.bfloat16, device=torch.device("cuda", device))

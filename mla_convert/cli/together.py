@@ -24,7 +24,10 @@ def together(command: Command) -> Command:
         if follows:
             # The first process ends them all.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # Before the processes meet, because this takes a while and the first one may end at once.
+        from ..pipeline.job import follow
         from ..run.launch import Launch
+        from . import leave_processes
 
         try:
             launch = Launch()
@@ -34,9 +37,6 @@ def together(command: Command) -> Command:
                 raise SystemExit(error.exit_code) from None
             raise
         if follows:
-            from ..pipeline.job import follow
-            from . import leave_processes
-
             code = follow(launch)
             leave_processes()
             raise SystemExit(code)

@@ -42,7 +42,8 @@ def why_not_graph(model: StreamingModel, cache: FrameCache) -> str | None:
         return "CUDA graphs are off"
     if model.training:
         return "the model is in training mode"
-    if model.parallel is not None:
+    # The file of a standalone checkpoint may be older than this.
+    if getattr(model, "parallel", None) is not None:
         return "several processes share each chunk, and their exchanges are not captured"
     if not (isinstance(cache, FrameCache) and cache.is_ring):
         return f"{type(cache).__name__} is not a ring of frames"

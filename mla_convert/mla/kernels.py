@@ -109,7 +109,8 @@ class Kernels:
     def _choose(self, layer: CausalSelfAttention, hidden_states: Tensor, step: AttentionPass) -> tuple[int, Shape]:
         """The key of a layer's choice; makes the choice if there is none yet."""
         assert step.cache is not None
-        batch, queries = len(hidden_states), len(step.views[0].own_rotations)
+        batch, tokens = hidden_states.shape[:2]
+        queries = tokens if step.share is None else sum(step.share.sizes)
         rows, *_ = kept = step.cache.kept(layer.row_layer)
         kind = ", ".join(map(str, (type(step.cache).__name__, rows.dtype, *kept[2:])))
         keys = rows.shape[1:-1].numel()

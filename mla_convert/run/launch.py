@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from datetime import timedelta
 from typing import Any, ClassVar
 
 import torch
@@ -26,18 +26,18 @@ from ..errors import UserError
 
 PATIENCE = 10.0
 """Seconds for which processes wait for each other at the end, so that all exit with the same code."""
-_LOOK = timedelta(seconds=1)
+_PAUSE = 0.002
 _WORDS_KEPT = 16
 """Words that the store keeps. A chunk takes a few, and nobody is a whole chunk behind, because passes are shared."""
 _ENDED, _FAILED, _LEFT = "mla_convert/ended", "mla_convert/failed", "mla_convert/left"
 
 
 class Ended(Exception):
-    """The first process has ended the video, with this exit code."""
+    """The first process has ended the video, with this exit code; `blamed` on a process that failed, if not empty."""
 
-    def __init__(self, code: int) -> None:
+    def __init__(self, code: int, blamed: str = "") -> None:
         super().__init__(code)
-        self.code = code
+        self.code, self.blamed = code, blamed
 
 
 class Launch:
@@ -108,9 +108,9 @@ class Launch:
 
         def begin(frame: int) -> Tensor | None:
             self._in_pass = True
-            if self._interrupted:
+            if self._interrupted or self._failed():
                 self._in_pass = False
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt if self._interrupted else RuntimeError
             return None if schedule is None else schedule(frame)
 
         return self.led(begin)
@@ -127,7 +127,7 @@ class Launch:
 
         The first SIGINT in a pass takes effect at its end.
         """
-        code, before = 0, signal.getsignal(signal.SIGINT)
+        code, blamed, before = 0, "", signal.getsignal(signal.SIGINT)
         in_main = threading.current_thread() is threading.main_thread()
         if in_main:
             signal.signal(signal.SIGINT, self._on_interrupt)
@@ -135,13 +135,13 @@ class Launch:
             yield
         except BaseException as error:
             code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
-            if isinstance(error, RuntimeError) and self._store.check([_FAILED]):
-                raise UserError(f"{self._store.get(_FAILED).decode()} failed; see its error message") from None
+            if isinstance(error, RuntimeError) and (blamed := self._failed()):
+                raise UserError(f"{blamed} failed; see its error message") from None
             raise
         finally:
             if in_main:
                 signal.signal(signal.SIGINT, before)
-            self._store.set(_ENDED, str(code))
+            self._store.set(_ENDED, f"{code} {blamed}")
             others, patience = self.group.size() - 1, time.monotonic() + PATIENCE
             # In a pass the others wait for this process itself, and its end is theirs.
             while not self._in_pass and self._store.add(_LEFT, 0) < others and time.monotonic() < patience:
@@ -150,40 +150,59 @@ class Launch:
     def follow(self, work: Callable[[], None]) -> int:
         """Do `work` in a process that does not lead; returns the exit code of the first process.
 
-        An error is raised only if the first process does not end with one of its own.
+        An error in `work` is raised, unless it comes from the end of the first process.
         """
+        own, failure = f"process {self.group.rank()}", None
         try:
-            try:
-                work()
-                self._wait_for(None)
-            except Ended:
-                raise
-            except Exception as error:
-                self._store.set(_FAILED, f"process {dist.get_rank()}")
-                with contextlib.suppress(TimeoutError):
-                    self._wait_for(None, PATIENCE / 2)
-                raise error
+            work()
         except Ended as ended:
+            return self._left(ended)
+        except Exception as error:
+            failure = error
+            with contextlib.suppress(dist.DistError):
+                self._store.set(_FAILED, own)
+        try:
+            self._wait_for(None, math.inf if failure is None else PATIENCE / 2)
+        except Ended as ended:
+            code = self._left(ended)
+            if failure is None or ended.blamed != own:
+                return code
+        except TimeoutError:
+            pass
+        assert failure is not None
+        raise failure
+
+    def _left(self, ended: Ended) -> int:
+        """Leave with the exit code of the first process."""
+        with contextlib.suppress(dist.DistError):
             self._store.add(_LEFT, 1)
-            return ended.code
-        raise AssertionError("the first process never ends without a word")
+        return ended.code
+
+    def _failed(self) -> str:
+        """The process that failed, empty if none did."""
+        return self._store.get(_FAILED).decode() if self._store.check([_FAILED]) else ""
 
     def _on_interrupt(self, number: int, frame: Any) -> None:
         if not self._in_pass or self._interrupted:
             raise KeyboardInterrupt
         self._interrupted = True
 
-    def _wait_for(self, key: str | None, seconds: float | None = None) -> None:
+    def _wait_for(self, key: str | None, seconds: float = math.inf) -> None:
         """Return when `key` is set. Raises Ended if the video ends first, and TimeoutError."""
-        late = None if seconds is None else time.monotonic() + seconds
-        while key is None or not self._store.check([key]):
-            if self._store.check([_ENDED]):
-                raise Ended(int(self._store.get(_ENDED)))
-            if late is not None and time.monotonic() > late:
-                raise TimeoutError
-            # Short waits, so that signals are handled.
-            with contextlib.suppress(dist.DistStoreError):
-                self._store.wait([key or _ENDED], _LOOK if late is None else timedelta(seconds=0.1))
+        began = time.monotonic()
+        try:
+            while key is None or not self._store.check([key]):
+                if self._store.check([_ENDED]):
+                    code, _, blamed = self._store.get(_ENDED).decode().partition(" ")
+                    raise Ended(int(code), blamed)
+                waited = time.monotonic() - began
+                if waited > seconds:
+                    raise TimeoutError
+                # The store's own wait would log every look at the end as a warning, or not see it.
+                time.sleep(_PAUSE if waited < 1 else 10 * _PAUSE)
+        except dist.DistError:
+            # The store has ended with the first process.
+            raise Ended(1) from None
 
     def _key(self, word: int) -> str:
         return f"mla_convert/word/{word}"

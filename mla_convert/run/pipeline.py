@@ -246,6 +246,9 @@ class StreamingMLAPipeline(WanLoraLoaderMixin, DiffusionPipeline):
         config = self._settings(requested)
         if output_type not in ("np", "pt", "pil", "latent"):
             raise UsageError(f"output_type must be np, pt, pil or latent, not {output_type!r}")
+        # The file of a standalone checkpoint may be older than this.
+        if getattr(self.transformer, "parallel", None) is not None and self._calls.running:
+            raise UsageError("processes that share chunks stream one video at a time; finish or close the other one")
         if not self.pixels and self.vae is None and output_type != "latent":
             raise UsageError("this pipeline has no vae to decode latents; pass one, or output_type='latent'")
         if not self.pixels and self.vae is not None:

@@ -1,4 +1,4 @@
-"""FSDP2 and DeepSpeed through Accelerate, which needs GPUs: stages equal unsharded ones, resume and end unsharded.
+"""What needs several GPUs: FSDP2 and DeepSpeed equal unsharded stages, and one video on two GPUs that on one.
 
 `python -m pytest tests/gpu/test_parts.py` on a machine with two GPUs or more. It has not been run yet.
 """
@@ -12,7 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import share_case
 import torch
+from launched import launched
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
@@ -67,3 +69,13 @@ def test_a_stage_in_parts_equals_ddp(tmp_path, name, settings, parts):
         weights.append(torch.load(tmp_path / launch / "weights.pt", map_location="cpu"))
     ddp, parted = weights
     assert max(float((parted[name] - tensor).abs().max()) for name, tensor in ddp.items()) < 1e-3
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="processes that share chunks over NCCL need two GPUs")
+def test_a_video_on_two_gpus_equals_one_on_one(tmp_path):
+    done = launched(2, Path(share_case.__file__), str(tmp_path), "no", "cuda")
+    assert all(one.code == 0 for one in done), [one.err for one in done]
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    errors = {name: max(one[name] for one in found) for name in share_case.CASES if name in found[0]}
+    # Quantized latents may round to the next step.
+    assert all(error < 1e-3 for error in errors.values()), errors
