@@ -157,10 +157,7 @@ class CausalTransformer(nn.Module):
 
     def enable_parallelism(self, **settings: Any) -> None:
         """Raises UserError: diffusers' plans are for a clip whose tokens all see each other."""
-        raise UserError(
-            f"{type(self).__name__} does not support enable_parallelism, whose plans are for bidirectional models; "
-            "leave it out"
-        )
+        raise UserError(f"{type(self).__name__} does not support enable_parallelism; use set_parallel")
 
     def set_attention_backend(self, backend: str) -> None:
         """Choose diffusers' backend for cross-attention; `set_kernels` chooses for self-attention."""
@@ -224,8 +221,7 @@ class CausalTransformer(nn.Module):
     def row_widths(self) -> list[int]:
         """Cached scalars per token of each layer, in this process."""
         processes = 1 if self.parallel is None else self.parallel.size()
-        layers = [block.attn1 for block in self.blocks]
-        return [layer.row_width if layer.rank else layer.row_width // processes for layer in layers]
+        return [x.row_width if x.rank else x.row_width // processes for x in (block.attn1 for block in self.blocks)]
 
     def far_history(self, height: int, width: int) -> dict[str, int]:
         """`near_frames` and `far_tokens_per_frame` for latents of `height x width`; empty if all history is in full."""
