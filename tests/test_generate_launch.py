@@ -73,7 +73,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Launched:
 def test_one_video_is_made_of_what_the_first_process_reads(done: Launched) -> None:
     alone, shared = (load_file(done.folder / f"{name}.safetensors")["latents"] for name in ("alone", "shared"))
     assert alone.shape[1] == 9
-    # Observed 3.8e-7.
+    # Observed 4.8e-7.
     assert pico.relative_error(shared, alone) < 1e-5
     pictures = [sorted((done.folder / name).iterdir()) for name in ("alone", "shared")]
     assert len(pictures[0]) == len(pictures[1]) == 9

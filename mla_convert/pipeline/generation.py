@@ -108,7 +108,9 @@ def generate_video(
     video = task.source if isinstance(task.source, SourceVideo) else None
     job = Job(
         folder=folder,
-        execution=request,
+        execution=Execution(
+            dtype=request.dtype, vae_dtype=request.vae_dtype, offload=request.offload, streaming=request.streaming
+        ),
         streaming=task.streaming,
         config=config,
         embeds=embeds,

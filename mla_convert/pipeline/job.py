@@ -16,6 +16,7 @@ from ..families.causal import CausalTransformer
 from ..mla.conditions import FramesAt
 from ..mla.kernels import Kernels
 from ..run.config import GenerateConfig
+from ..run.image import ImageLatents
 from ..run.launch import Launch
 from ..run.offload import place
 from ..run.prompts import PromptSchedule
@@ -30,8 +31,8 @@ from .execution import Execution
 class Job:
     """What a process needs to run the model of `folder`: the arguments of `rollout` that can be sent to it, and more.
 
-    `video` says that the source is a video, which the first process of a launch reads for all. `conditions` are objects
-    that can be pickled.
+    `video` says that the source is a video, which the first process of a launch reads for all. `conditions` are tensors
+    or `ImageLatents`.
     """
 
     folder: Path
@@ -93,7 +94,7 @@ def follow(launch: Launch) -> int:
 
     def work() -> None:
         leave_to_the_first()
-        job: Job = launch.hear()
+        job: Job = launch.hear(Job, Execution, StreamingConfig, GenerateConfig, ImageLatents, type(Path()))
         device = default_device()
         models, _ = job.models(None, device)
         for _ in job.chunks(models, device):
