@@ -38,18 +38,6 @@ class Origin(NamedTuple):
     revision: str | None = None
 
 
-def write_card(
-    path: Path,
-    manifest: Mapping[str, Any],
-    evidence: Evidence,
-    pictures: Sequence[Picture] = (),
-    components: Components | None = None,
-    needed: Sequence[str] = (),
-) -> None:
-    """Write the card of the checkpoint that `manifest` describes; see `render_card`."""
-    path.write_text(render_card(manifest, evidence, pictures, components, needed), encoding="utf-8")
-
-
 def render_card(
     manifest: Mapping[str, Any],
     evidence: Evidence,

@@ -35,24 +35,21 @@ def save_checkpoint(
     model: Any,
     folder: Path,
     manifest: Mapping[str, Any],
-    dtype: torch.dtype | None = None,
     max_shard_size: str = DEFAULT_SHARD_SIZE,
     tensors: LazyTensors | None = None,
 ) -> None:
     """Write `folder/transformer` and the manifest; `folder` appears complete or not at all.
 
     `manifest` holds what the caller records (resolved recipe, source); versions, revision, cached scalars and
-    digests are added. The model is not changed. `tensors` are the weights of a `model` on the meta device: one
-    shard is in memory at a time, and `dtype` must be None.
+    digests are added. `tensors` are the weights of a `model` on the meta device: one shard is in memory at a time.
 
     Raises UserError if `folder` holds something else or the disk is full, ValueError for a converted model that
     the stock class would load.
     """
     claim_checkpoint(folder)
     with atomic_folder(folder) as temporary:
-        written = _in_dtype(model, dtype)
-        write_model(written, temporary / TRANSFORMER, max_shard_size, tensors)
-        write_manifest(written, temporary, manifest)
+        write_model(model, temporary / TRANSFORMER, max_shard_size, tensors)
+        write_manifest(model, temporary, manifest)
 
 
 def load_checkpoint(
@@ -194,14 +191,6 @@ def _write_weights(model: Any, folder: Path, max_shard_size: str, tensors: LazyT
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _in_dtype(model: Any, dtype: torch.dtype | None) -> Any:
-    """Return `model`, or a copy of it in `dtype`."""
-    if dtype is None:
-        return model
-    config = accepted_config(type(model), model.config)
-    return build_model(type(model), config, model.state_dict(), dtype, model.device)
 
 
 def _model_class(name: Any, folder: Path) -> type[Any]:

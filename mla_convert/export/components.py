@@ -19,6 +19,7 @@ import diffusers
 from ..errors import UserError
 from ..load import read_json
 from ..load.hub import download, is_hub_id
+from ..sampling import SamplingConfig
 from .checkpoint import TRANSFORMER
 
 logger = logging.getLogger(__name__)
@@ -28,14 +29,8 @@ INDEX, REFERENCES = "model_index.json", "_components"
 SAMPLING = ("prompt_format", "sampling", "streaming")
 # Keys of a recipe's `generate` section that belong to the model, not to a single video.
 TRAINED_FOR = (
-    "num_inference_steps",
-    "sampler",
-    "denoising_steps",
-    "first_chunk_steps",
-    "shift",
-    "guidance_scale",
+    *SamplingConfig.model_fields,
     "negative_prompt",
-    "context_noise",
     "recache",
     "hold_start",
     "latent_height",

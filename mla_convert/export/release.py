@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import UserError
 from ..files import MANIFEST, atomic_folder
 from ..load import read_config, read_json
-from .card import write_card
+from .card import render_card
 from .checkpoint import TRANSFORMER, claim_checkpoint, find_checkpoint, load_checkpoint, write_manifest, write_model
 from .components import AUTO_CLASS, find_components, write_components
 from .config import ExportConfig
@@ -68,7 +68,8 @@ def export(
         check_tensors_on_disk(model, folder / TRANSFORMER)
         if source:
             check_standalone(model, folder)
-        write_card(folder / "README.md", manifest, evidence, pictures, components, model.needed_conditions)
+        card = render_card(manifest, evidence, pictures, components, model.needed_conditions)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     written = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     return {
         "path": str(out),

@@ -19,6 +19,19 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return torch.addcmul(shift.unsqueeze(2), runs, 1 + scale.unsqueeze(2)).flatten(1, 2)
 
 
+def wan_block_arguments(config: Any) -> tuple[Any, ...]:
+    """The positional arguments of the block of Wan, and of SkyReels-V2, in a transformer's configuration."""
+    return (
+        config.num_attention_heads * config.attention_head_dim,
+        config.ffn_dim,
+        config.num_attention_heads,
+        config.qk_norm,
+        config.cross_attn_norm,
+        config.eps,
+        config.added_kv_proj_dim,
+    )
+
+
 class CausalBlock:
     """Mixin for a Wan-like stock block: a forward with one timestep per run of tokens.
 

@@ -19,7 +19,7 @@ from ..mla.rope import RotaryTable, wan_rotary_table
 from ..mla.window import CausalConfig
 from . import wan_files
 from .base import ConditionKind, Family, Shapes
-from .block import CausalBlock
+from .block import CausalBlock, wan_block_arguments
 from .causal import CausalTransformer, LatentTransformer
 from .signature import takes
 
@@ -75,20 +75,10 @@ class CausalSkyReelsV2Transformer3DModel(CausalTransformer, SkyReelsV2Transforme
         register(num_frame_per_block=causal_block_size, causal=self.causal.model_dump(mode="json"))
 
     def make_block(self) -> nn.Module:
-        config = self.config
-        return CausalSkyReelsV2Block(
-            config.num_attention_heads * config.attention_head_dim,
-            config.ffn_dim,
-            config.num_attention_heads,
-            config.qk_norm,
-            config.cross_attn_norm,
-            config.eps,
-            config.added_kv_proj_dim,
-        )
+        return CausalSkyReelsV2Block(*wan_block_arguments(self.config))
 
     def rotary_table(self) -> RotaryTable:
-        rope = self.rope
-        return wan_rotary_table(rope.freqs_cos, rope.freqs_sin, rope.t_dim, rope.h_dim, rope.w_dim)
+        return wan_rotary_table(self.rope)
 
     def embed_conditions(
         self,

@@ -11,10 +11,12 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
 
+from ..mla.image import IMAGE, TOKENS
 from ..mla.rope import RotaryTable, wan_rotary_table
 from .base import ConditionKind, Family
-from .block import CausalBlock
+from .block import CausalBlock, wan_block_arguments
 from .causal import CausalTransformer, LatentTransformer
+from .image import needed_conditions
 from .signature import takes
 from .wan_files import NEAR_MISS_TENSORS, NEAR_MISSES, infer_config, original_names, stock_config, stored_names
 
@@ -34,10 +36,7 @@ class CausalWanTransformer3DModel(CausalTransformer, WanTransformer3DModel):
 
     _no_split_modules = ["CausalWanBlock"]
     _repeated_blocks = ["CausalWanBlock"]
-    condition_kinds: ClassVar[Mapping[str, ConditionKind]] = {
-        "image_latents": "frames",
-        "encoder_hidden_states_image": "fixed",
-    }
+    condition_kinds: ClassVar[Mapping[str, ConditionKind]] = {IMAGE: "frames", TOKENS: "fixed"}
 
     @register_to_config
     @takes(WanTransformer3DModel, causal=None)
@@ -45,24 +44,11 @@ class CausalWanTransformer3DModel(CausalTransformer, WanTransformer3DModel):
         super().__init__(**config)
 
     def make_block(self) -> nn.Module:
-        config = self.config
-        return CausalWanBlock(
-            config.num_attention_heads * config.attention_head_dim,
-            config.ffn_dim,
-            config.num_attention_heads,
-            config.qk_norm,
-            config.cross_attn_norm,
-            config.eps,
-            config.added_kv_proj_dim,
-        )
+        return CausalWanBlock(*wan_block_arguments(self.config))
 
     @property
     def needed_conditions(self) -> tuple[str, ...]:
-        needed = {
-            "image_latents": self.config.in_channels > self.noise_channels,
-            "encoder_hidden_states_image": self.config.image_dim is not None,
-        }
-        return tuple(name for name, is_needed in needed.items() if is_needed)
+        return needed_conditions(self.config)
 
     def patch(self, hidden_states: Tensor, image_latents: Tensor | None = None) -> Tensor:
         """Tokens `[B, S, C]` of a latent `[B, out_channels, F, H, W]` and `image_latents`, or of both in one tensor.
@@ -82,8 +68,7 @@ class CausalWanTransformer3DModel(CausalTransformer, WanTransformer3DModel):
         return super().patch(torch.cat(parts, dim=1))
 
     def rotary_table(self) -> RotaryTable:
-        rope = self.rope
-        return wan_rotary_table(rope.freqs_cos, rope.freqs_sin, rope.t_dim, rope.h_dim, rope.w_dim)
+        return wan_rotary_table(self.rope)
 
     def embed_conditions(
         self, timestep: Tensor, encoder_hidden_states: Tensor, encoder_hidden_states_image: Tensor | None

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from .build import check_tensors as check_tensors
     from .recognise import known_config as known_config
     from .source import Source as Source
-    from .source import check_finite as check_finite
     from .source import load_dense as load_dense
     from .source import load_source as load_source
     from .tensors import LazyTensors as LazyTensors
@@ -30,7 +29,6 @@ _PLACES = {
     "Source": "source",
     "accepted_config": "build",
     "build_model": "build",
-    "check_finite": "source",
     "check_tensors": "build",
     "known_config": "recognise",
     "load_dense": "source",

@@ -146,12 +146,6 @@ def load_dense(
     return model
 
 
-def check_finite(source: Source) -> None:
-    """Read every tensor once; raises UserError for the first tensor with NaN or infinite values."""
-    for name in source.tensors:
-        source.tensors[name]
-
-
 def _licence(folder: Path) -> str | None:
     """License identifier in the model card of a transformer's folder or of its pipeline."""
     for card in (folder / "README.md", folder.parent / "README.md"):

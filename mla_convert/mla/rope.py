@@ -7,6 +7,7 @@ Pairs are interleaved channels `(2p, 2p+1)`. Pair p belongs to one of the axes t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,10 +48,10 @@ class RotaryTable:
         return torch.where(axes == TIME, time, torch.where(axes == HEIGHT, row, column)).flatten(0, 2)
 
 
-def wan_rotary_table(freqs_cos: Tensor, freqs_sin: Tensor, t_dim: int, h_dim: int, w_dim: int) -> RotaryTable:
+def wan_rotary_table(rope: Any) -> RotaryTable:
     """The table in the two `[max_len, head_dim]` buffers of diffusers' `WanRotaryPosEmbed`."""
-    cis = torch.complex(freqs_cos[:, 0::2].float(), freqs_sin[:, 1::2].float())
-    return RotaryTable(cis, (TIME,) * (t_dim // 2) + (HEIGHT,) * (h_dim // 2) + (WIDTH,) * (w_dim // 2))
+    cis = torch.complex(rope.freqs_cos[:, 0::2].float(), rope.freqs_sin[:, 1::2].float())
+    return RotaryTable(cis, (TIME,) * (rope.t_dim // 2) + (HEIGHT,) * (rope.h_dim // 2) + (WIDTH,) * (rope.w_dim // 2))
 
 
 def split_rotary_table(cis: Tensor, head_dim: int) -> RotaryTable:
