@@ -12,6 +12,7 @@ from peft import LoraConfig
 from test_graph import Tape
 
 from mla_convert.errors import UserError
+from mla_convert.mla import graph
 from mla_convert.mla.graph import GraphedChunk
 
 FRAMES = 2
@@ -39,13 +40,15 @@ CHANGES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_replay_has_the_adapters_of_its_pass(model: Any, change: str) -> None:
+def test_a_replay_has_the_adapters_of_its_pass(model: Any, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The change comes between the passes of a chunk, as in a callback, when a graph has been captured."""
+
+    monkeypatch.setattr(graph, "CUDARecorder", lambda device, beside: Tape(beside))
 
     def rolled_out(graphed: bool) -> tuple[list[torch.Tensor], Any]:
         streamed = copy.deepcopy(model)
         cache = streamed.init_cache(1, 4, 4)
-        passes = GraphedChunk(streamed, cache, Tape) if graphed else None
+        passes = GraphedChunk(streamed, cache) if graphed else None
         out = []
         for chunk in range(6):
             for step in range(2):

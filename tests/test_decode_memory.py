@@ -14,12 +14,12 @@ from pretend_gpu import GPU
 from test_decode import VAES, latents, tiny_vae
 
 from mla_convert.run.decode import StreamingDecoder
-from mla_convert.run.decode_memory import DecodingBytes, _Live, decoding_bytes, reserve
+from mla_convert.run.decode_memory import VaeBytes, _Live, decoding_bytes, reserve
 
 RESULTS = Path(__file__).parents[1] / "docs" / "benchmarks"
 
 
-def held(vae: Any, items: int) -> DecodingBytes:
+def held(vae: Any, items: int) -> VaeBytes:
     """The same, measured by decoding `items` videos on the CPU."""
     decoder, (*chunks, last) = StreamingDecoder(vae), latents(4, items).split(1, dim=2)
     for chunk in chunks:
@@ -27,7 +27,7 @@ def held(vae: Any, items: int) -> DecodingBytes:
     kept = sum(x.untyped_storage().nbytes() for x in decoder.kept())
     with _Live(decoder.kept()) as live:
         decoder(last)
-    return DecodingBytes(kept, live.peak - kept)
+    return VaeBytes(kept, live.peak - kept)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

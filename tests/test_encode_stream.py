@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mla_convert.distill.encode.models import encode_pixels
 from mla_convert.distill.encode.streaming import StreamingEncoder
-from mla_convert.run.decode_memory import DecodingBytes, _Live, decoding_bytes, encoding_bytes, reserve
+from mla_convert.run.decode_memory import VaeBytes, _Live, decoding_bytes, encoding_bytes, reserve
 
 
 def pixels(name: str = "wan2.1", frames: int = 33, batch: int = 1) -> Tensor:
@@ -80,7 +80,7 @@ def test_room_is_left_for_a_source_beside_decoding() -> None:
     model, vae = pico.dense_model(), tiny_vae()
     model.set_kernels("torch")
     decoding, encoding = decoding_bytes(vae, 2, 3), encoding_bytes(vae, 2, 3)
-    both = DecodingBytes(2 * decoding.kept + encoding.kept, max(decoding.working, encoding.working))
+    both = VaeBytes(2 * decoding.kept + encoding.kept, max(decoding.working, encoding.working))
     for decodes, expected in ((vae, sum(both)), (None, sum(encoding))):
         reserve([model], decodes, 2, 3, 2, GPU, vae)
         assert model.kernels.left_free == expected

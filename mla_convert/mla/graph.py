@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,18 +20,6 @@ from .model import StreamingModel
 from .plain import built_in, is_plain
 
 logger = logging.getLogger(__name__)
-
-WARM_UP = 1
-"""Passes before a capture, on its stream. The previous chunk has already compiled and checked the kernels."""
-
-
-class Recorder(Protocol):
-    """Records the device work of a function and replays it without running the function."""
-
-    def capture(self, run: Callable[[], Tensor]) -> Tensor:
-        """The result of `run`; `replay` overwrites it in the same memory."""
-
-    def replay(self) -> None: ...
 
 
 def why_not_graph(model: StreamingModel, cache: FrameCache) -> str | None:
@@ -63,24 +51,16 @@ class GraphedChunk:
     For each shape of chunk and history, and each state of adapters, the first chunk runs eagerly and the second
     captures a graph. Where histories are kept for the passes of a chunk, there are two graphs: one that expands them
     and one that reuses them. The result of a replay is valid until the next call. If a capture fails, a warning is
-    logged and all later passes run eagerly. Raises ValueError with the reason of `why_not_graph`.
-
-    `recorder` makes a Recorder. Its argument is another Recorder to share memory with, as the two never run at once.
+    logged and all later passes run eagerly. Made by `denoiser`, which asks `why_not_graph` first.
     """
 
-    def __init__(
-        self, model: StreamingModel, cache: FrameCache, recorder: Callable[[Recorder | None], Recorder] | None = None
-    ) -> None:
-        reason = why_not_graph(model, cache) if recorder is None else None
-        if reason is not None:
-            raise ValueError(reason)
+    def __init__(self, model: StreamingModel, cache: FrameCache) -> None:
         self.model, self.cache = model, cache
-        self.recorder = recorder or (lambda beside: CUDARecorder(model.device, beside))
         self.failed = self.overwrites = False
         cache.places.fixed = True
         self.shape: tuple[Any, ...] | None = None
         self.first: tuple[int, int] | None = None
-        self.graphs: dict[bool, tuple[Recorder, Tensor]] = {}
+        self.graphs: dict[bool, tuple[CUDARecorder, Tensor]] = {}
         self.inputs: tuple[Tensor, ...] = ()
         self.conditions: dict[str, Tensor] = {}
 
@@ -127,9 +107,10 @@ class GraphedChunk:
             self.cache.overwritten(sum(chunk))
         return out
 
-    def _capture(self, expands: bool) -> tuple[Recorder, Tensor]:
+    def _capture(self, expands: bool) -> tuple[CUDARecorder, Tensor]:
         """Capture the pass that expands the histories, or the pass that reuses them."""
-        recorder = self.recorder(next((beside for beside, _ in self.graphs.values()), None))
+        # The two graphs share memory, as they never run at once.
+        recorder = CUDARecorder(self.model.device, next((beside for beside, _ in self.graphs.values()), None))
 
         def run() -> Tensor:
             if expands:
@@ -158,19 +139,22 @@ class GraphedChunk:
 class CUDARecorder:
     """A CUDA graph that shares its side stream and memory pool with the recorder `beside`, if any."""
 
-    def __init__(self, device: torch.device, beside: Any = None) -> None:
+    def __init__(self, device: torch.device, beside: CUDARecorder | None = None) -> None:
         self.device = device
         self.graph = torch.cuda.CUDAGraph()
-        self.side = torch.cuda.Stream(device) if beside is None else beside.side
-        self.pool = torch.cuda.graph_pool_handle() if beside is None else beside.pool
+        self.side: torch.cuda.Stream = torch.cuda.Stream(device) if beside is None else beside.side
+        self.pool: Any = torch.cuda.graph_pool_handle() if beside is None else beside.pool
 
     def capture(self, run: Callable[[], Tensor]) -> Tensor:
-        """The result of `run`. Raises RuntimeError if `run` cannot be captured, and restores torch's state."""
+        """The result of `run`; `replay` overwrites it in the same memory.
+
+        Raises RuntimeError if `run` cannot be captured, and restores torch's state.
+        """
         self.side.wait_stream(torch.cuda.current_stream(self.device))
         # Also around the capture, because a failed capture leaves its stream as the current one.
         with torch.cuda.stream(self.side):
-            for _ in range(WARM_UP):
-                run()
+            # One pass to warm up is enough: the previous chunk has already compiled and checked the kernels.
+            run()
             try:
                 # The model's device need not be the current one, and other threads may use theirs meanwhile.
                 with torch.cuda.graph(self.graph, pool=self.pool, stream=self.side, capture_error_mode="thread_local"):

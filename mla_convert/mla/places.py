@@ -54,11 +54,11 @@ class Places:
 class PlacesMemo:
     """Memoizes the places of a cache's current chunk for all of its passes.
 
-    With `fixed`, chunks of the same shape (the steady state) reuse the same tensors.
+    While it is `fixed`, chunks of the same shape (the steady state) reuse the same tensors.
     """
 
-    def __init__(self, fixed: bool = False) -> None:
-        self.fixed = fixed
+    def __init__(self) -> None:
+        self.fixed = False
         self._chunk: Chunk | None = None
         self._places: Places | None = None
 

@@ -18,6 +18,7 @@ from ..distill.encode.models import image_encoder, load_vae, text_encoder
 from ..distill.negative import find_negative, read_negative
 from ..distill.progress import Report
 from ..errors import UsageError
+from ..export.components import IMAGE_PARTS
 from ..export.manifest import recorded_section
 from ..families.base import noise_channels
 from ..families.image import reads_tokens
@@ -31,7 +32,7 @@ from ..run.decode_memory import reserve
 from ..run.image import check_image, image_conditions, read_image
 from ..run.kept_whole import GIF, KEPT_WHOLE, check_fits
 from ..run.launch import Launch
-from ..run.parts import IMAGE_TOKENS, PICTURES, TEXT, find_parts
+from ..run.parts import PICTURES, TEXT, find_parts
 from ..run.prefetch import FrameWriter
 from ..run.prompts import PromptChange, PromptSchedule
 from ..run.sample import (
@@ -311,7 +312,7 @@ class _Task:
         """The image's CLIP tokens `[1, 257, D]`; None if the model does not read any."""
         if self.image is None or not reads_tokens(self.model):
             return None
-        parts = find_parts(self.root, IMAGE_TOKENS, self.request.components)
+        parts = find_parts(self.root, IMAGE_PARTS, self.request.components)
         if parts is None:
             raise UsageError(
                 "this checkpoint has no image encoder, which the model needs; give --components, a folder or "

@@ -38,7 +38,7 @@ from .extent import check_start, end_notice, video_end
 from .failures import RoundError, StreamError
 from .rounds import Rounds
 from .shared import PooledStream
-from .source import Source, check_alone
+from .source import CleanVideo, check_alone, shortest
 
 __all__ = ["RoundError", "StreamBatch", "StreamChunk", "StreamError"]
 
@@ -105,14 +105,13 @@ class StreamBatch:
         self.devices = [torch.device(device or one.device) for one in self.models]
         places = zip(self.models, self.devices, strict=True)
         self.pool = CachePool([m.init_cache(lanes, height, width, dtype=cache_dtype, device=d) for m, d in places])
-        self.causal, self.device = self.pool.caches[0].causal, self.devices[0]
+        self.causal = self.pool.caches[0].causal
         self.size = (self.models[0].noise_channels, height, width)
         steps = (num_inference_steps, shift, denoising_steps, first_chunk_steps, sampler, context_noise)
         self._schedule_from = functools.partial(Schedule.of, *steps)
         self.schedule = self._schedule_from()
         self.recache, self.when_full, self.lanes_per_pass = recache, when_full, lanes_per_pass
-        context = (self.size, self.schedule.context_noise, recache)
-        self._rounds = Rounds(self.models, self.devices, self.pool, *context)
+        self._rounds = Rounds(self.models, self.devices, self.pool, self.size, recache)
         # Of the streams, the queue and the free lanes; a round holds it only to begin and to end.
         self._lock, self._stepping = threading.Lock(), threading.Lock()
         self._streams: dict[int, PooledStream] = {}
@@ -173,8 +172,8 @@ class StreamBatch:
         clean = None
         if source is not None:
             check_alone(start)
-            clean = Source(source.unsqueeze(0) if isinstance(source, Tensor) else source, 1, self.size)
-            num_frames = clean.cut(num_frames)
+            clean = CleanVideo(source.unsqueeze(0) if isinstance(source, Tensor) else source, 1, self.size)
+            num_frames = shortest(num_frames, clean.given)
         schedule = self.schedule if source is None else self._schedule_from(strength)
         positions, given = self.models[0].rotary_table().max_len, 0 if start is None else start.shape[1]
         end = video_end(self.causal, positions, num_frames, given)

@@ -15,11 +15,11 @@ from ..mla.model import StreamingModel
 from .decode import StreamingDecoder
 
 
-class DecodingBytes(NamedTuple):
-    """Bytes of decoding: `kept`, a stream's features between chunks; `working`, the VAE's memory while it runs.
+class VaeBytes(NamedTuple):
+    """Bytes of decoding or encoding: `kept`, a stream's features between chunks; `working`, memory while the VAE runs.
 
     Streams are decoded one after another, so `streams` of them take at most `total(streams)`, plus the VAE's weights
-    and the overhead of the device's libraries. The same class describes encoding.
+    and the overhead of the device's libraries.
     """
 
     kept: int
@@ -29,10 +29,10 @@ class DecodingBytes(NamedTuple):
         return streams * self.kept + self.working
 
 
-_NOTHING = DecodingBytes(0, 0)
+_NOTHING = VaeBytes(0, 0)
 
 
-def decoding_bytes(vae: Any, height: int, width: int) -> DecodingBytes:
+def decoding_bytes(vae: Any, height: int, width: int) -> VaeBytes:
     """Bytes of decoding latents of `height x width` chunk by chunk with `vae`, an `AutoencoderKLWan`, in its dtype."""
     decoder = StreamingDecoder(_twin(vae))
     latent = torch.empty(1, vae.config.z_dim, 1, height, width, device="meta")
@@ -40,7 +40,7 @@ def decoding_bytes(vae: Any, height: int, width: int) -> DecodingBytes:
     return _counted(decoder, [latent, latent, latent])
 
 
-def encoding_bytes(vae: Any, height: int, width: int) -> DecodingBytes:
+def encoding_bytes(vae: Any, height: int, width: int) -> VaeBytes:
     """Bytes of encoding a video to latents of `height x width` chunk by chunk, one latent frame at a time."""
     encoder, spatial = StreamingEncoder(_twin(vae)), vae.config.scale_factor_spatial
     first, *more = (
@@ -58,14 +58,14 @@ def _twin(vae: Any) -> Any:
     return nn.Module.to(twin, vae.dtype)
 
 
-def _counted(coder: StreamingDecoder | StreamingEncoder, chunks: Sequence[Tensor]) -> DecodingBytes:
+def _counted(coder: StreamingDecoder | StreamingEncoder, chunks: Sequence[Tensor]) -> VaeBytes:
     *before, last = chunks
     for chunk in before:
         coder(chunk)
     kept = sum(x.untyped_storage().nbytes() for x in coder.kept())
     with _Live(coder.kept()) as live:
         coder(last)
-    return DecodingBytes(kept, live.peak - kept)
+    return VaeBytes(kept, live.peak - kept)
 
 
 class _Live(TorchDispatchMode):

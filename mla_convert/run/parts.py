@@ -13,7 +13,7 @@ from ..files import MANIFEST
 from ..load import read_json
 from ..load.hub import download, is_hub_id
 
-TEXT, PICTURES, IMAGE_TOKENS = ("tokenizer", "text_encoder"), ("vae",), ("image_processor", "image_encoder")
+TEXT, PICTURES = ("tokenizer", "text_encoder"), ("vae",)
 
 
 def find_parts(root: Path, wanted: Sequence[str], elsewhere: str | None = None) -> Path | None:

@@ -33,7 +33,7 @@ class Made(NamedTuple):
 class Rounds:
     """Generates chunks of `size` (C, H, W) with `models` on `devices`, which share `pool`.
 
-    A chunk is cached at noise level `context_noise`. With `keeps_written`, streams keep what was cached.
+    With `keeps_written`, streams keep what was cached.
     """
 
     def __init__(
@@ -42,12 +42,11 @@ class Rounds:
         devices: list[torch.device],
         pool: CachePool,
         size: tuple[int, int, int],
-        context_noise: float,
         keeps_written: bool,
     ) -> None:
         self.models, self.devices, self.pool, self.size = models, devices, pool, size
         self.causal = pool.caches[0].causal
-        self.context_noise, self.keeps_written = context_noise, keeps_written
+        self.keeps_written = keeps_written
 
     def chunks(self, streams: Mapping[int, PooledStream], lanes_per_pass: int | None) -> dict[int, Made]:
         """The next chunks of `streams`, by number; `PooledStream.advance` has still to be called with them.
@@ -124,7 +123,7 @@ class Rounds:
             for first, written, conditions in stream.recent:
                 chunk = ([stream], [conditions], written.shape[2])
                 passes = SharedPasses(self.models, self.pool, *chunk, self.devices, first, oldest)
-                passes.write_to(expert, written, self.context_noise)
+                passes.write_to(expert, written, stream.schedule.context_noise)
         stream.stale = False
 
     def _chunks(self, sharing: Mapping[int, PooledStream]) -> dict[int, Made]:

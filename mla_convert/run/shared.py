@@ -18,7 +18,7 @@ from ..mla.pool import CachePool, LaneView
 from .failures import StreamError
 from .passes import Passes, run_pass
 from .recent import RecentChunks
-from .source import Source
+from .source import CleanVideo
 
 
 @dataclass
@@ -41,7 +41,7 @@ class PooledStream:
     generator: torch.Generator
     conditions: Conditions
     schedule: Schedule
-    source: Source | None = None
+    source: CleanVideo | None = None
     lanes: list[int] = field(default_factory=list)
     frames_seen: int = 0
     written: int = 0

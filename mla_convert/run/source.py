@@ -13,29 +13,21 @@ from ..mla.conditions import FramesAt
 NO_FRAMES = "the source has no frames"
 
 
-class Source:
+class CleanVideo:
     """The clean latents that a rollout of `shape` (C, H, W) restyles, for a batch of `batch` items.
 
     `given` is the whole video, `[B or 1, C, F, H, W]`, or a function of (first, stop) that returns the frames
     `[first, stop)`. The function is called once per chunk, in order; the video ends where it returns fewer frames.
-    `frames` is the length if it is known.
 
     Raises UsageError for a tensor that does not fit or has no frames.
     """
 
     def __init__(self, given: Tensor | FramesAt, batch: int, shape: tuple[int, int, int]) -> None:
         self.given, self.batch, self.shape = given, batch, shape
-        self.frames: int | None = None
         if isinstance(given, Tensor):
             self._check(given)
-            self.frames = given.shape[2]
-        if self.frames == 0:
-            raise UsageError(NO_FRAMES)
-
-    def cut(self, num_frames: int | None) -> int | None:
-        """The length of a rollout of `num_frames` frames with this source; None if it is unknown or endless."""
-        lengths = [length for length in (num_frames, self.frames) if length is not None]
-        return min(lengths, default=None)
+            if given.shape[2] == 0:
+                raise UsageError(NO_FRAMES)
 
     def at(self, first: int, stop: int, device: torch.device | None = None) -> Tensor:
         """The frames `[first, stop)`, or those that are left: `[B, C, F, H, W]`, float32, where given or on `device`.
@@ -59,6 +51,12 @@ class Source:
             raise UsageError(f"the source has shape {shape}; [{batch}, {channels}, F, {height}, {width}] is expected")
 
 
+def shortest(frames: int | None, source: object) -> int | None:
+    """The length of a rollout of at most `frames` frames with `source`, if latents `[B, C, F, H, W]` fix its length."""
+    lengths = [frames, source.shape[2] if isinstance(source, Tensor) else None]
+    return min((length for length in lengths if length is not None), default=None)
+
+
 def check_alone(start: Tensor | None) -> None:
     """Raise UsageError for a `start` together with a source."""
     if start is not None:
@@ -66,7 +64,7 @@ def check_alone(start: Tensor | None) -> None:
 
 
 def with_source(
-    ranges: Iterable[tuple[int, int]], source: Source | None, device: torch.device
+    ranges: Iterable[tuple[int, int]], source: CleanVideo | None, device: torch.device
 ) -> Iterator[tuple[int, int, Tensor | None]]:
     """Yield the frame range of each chunk and its clean source chunk `[B, C, F, H, W]`, until the source ends.
 

@@ -18,7 +18,7 @@ from ..mla.model import StreamingModel
 from .extent import check_start, end_notice, video_end
 from .passes import Passes, run_pass
 from .recent import RecentChunks, check_rewinds
-from .source import Source, check_alone, with_source
+from .source import CleanVideo, check_alone, shortest, with_source
 
 logger = logging.getLogger(__name__)
 
@@ -99,8 +99,8 @@ def stream_chunks(
     clean = None
     if source is not None:
         check_alone(start)
-        clean = Source(source, batch, (channels, height, width))
-        num_frames = clean.cut(num_frames)
+        clean = CleanVideo(source, batch, (channels, height, width))
+        num_frames = shortest(num_frames, source)
     end = video_end(causal, models[0].rotary_table().max_len, num_frames, 0 if start is None else start.shape[2])
     supplied = Conditions(models, conditions, batch, end, (height, width))
     passes = _OwnPasses(models, encoder_hidden_states, negative_hidden_states, guidance_scale, (height, width), device)

@@ -16,7 +16,6 @@ from typing import Any
 
 import imageio_ffmpeg
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -25,6 +24,7 @@ from ..devices import bring_weights
 from ..distill.normalisation import vae_statistics
 from ..errors import UsageError, UserError
 from ..files import atomic_file, atomic_folder
+from .output import to_output
 
 Frames = NDArray[np.float32]
 
@@ -47,10 +47,7 @@ def to_frames(video: Tensor) -> Frames:
     channels = video.shape[0]
     if channels not in (1, 3):
         raise UsageError(f"latents of {channels} channels are not pixels; give the VAE that decodes them")
-    if not torch.isfinite(video).all():
-        raise UserError("the video contains NaN or Inf; the model diverged, or its dtype is too narrow (try float32)")
-    pixels = ((video.float() + 1) / 2).clamp(0, 1).expand(3, -1, -1, -1)
-    return pixels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
+    return to_output(video.unsqueeze(0), "np")[0].numpy()
 
 
 def denormalised(vae: Any, latents: Tensor) -> Tensor:
