@@ -20,7 +20,8 @@ from wan_pipeline_case import STATISTICS
 
 from mla_convert.distill.encode.models import encode_pixels
 from mla_convert.errors import UsageError, UserError
-from mla_convert.run.decode import StreamingDecoder, decode_chunks, first_video_frame, frame_chunks, latent_frames
+from mla_convert.run.decode import StreamingDecoder, decode_chunks, frame_chunks
+from mla_convert.run.latents import first_video_frame, latent_frames
 from mla_convert.run.prefetch import FrameWriter, prefetch
 from mla_convert.run.prompts import PromptSchedule
 from mla_convert.run.start import read_start

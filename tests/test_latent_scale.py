@@ -19,7 +19,7 @@ from mla_convert.export.checkpoint import save_checkpoint
 from mla_convert.families.wan import CausalWanTransformer3DModel
 from mla_convert.pipeline.planning import read_geometry
 from mla_convert.run.config import GenerateConfig
-from mla_convert.run.sample import check_vae, latent_scale, latent_size
+from mla_convert.run.latents import check_vae, latent_scale, latent_size
 
 DIM = 8
 TI2V = {"in_channels": 48, "out_channels": 48, "causal": {"num_frames_per_block": 1, "window_frames": 2}}

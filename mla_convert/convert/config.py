@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..flow import noise_levels
-from ..mla.config import OwnChunk, Position, check_shared_latent
+from ..mla.config import CACHE_KEY, OwnChunk, Position, check_shared_latent
 from ..sampling import DenoisingSteps, Seed
 from .factorize import RIDGE
 
@@ -166,7 +166,7 @@ class ConvertConfig(BaseModel):
     @property
     def cached_key(self) -> int:
         """How many scalars of a cache row are the shared rotary key."""
-        return self.qk_rope_head_dim if self.position in ("decoupled", "baked") else 0
+        return self.qk_rope_head_dim if self.position in CACHE_KEY else 0
 
     @property
     def keeps_key_mean(self) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 from .. import registry
 from ..errors import UserError
-from ..families.base import Family
+from ..families.base import Family, attention_geometry
 from ..files import MANIFEST, sha256
 from ..load import read_json
 from ..load.pickles import PICKLES
@@ -103,7 +103,7 @@ def family_of(model_class: type[Any]) -> Family:
 def describe_model(model: Any) -> dict[str, Any]:
     """Return the geometry, and the cached scalars per token: by layer, their mean, and those of the dense model."""
     family = family_of(type(model))
-    geometry = family.geometry(model.config)
+    geometry = attention_geometry(model.config)
     causal = model.causal
     layers: list[int] = model.row_widths
     dense, latent = geometry.dense_scalars_per_token, sum(layers) / len(layers)

@@ -34,7 +34,7 @@ class AttentionGeometry:
         return 2 * self.num_heads * self.head_dim
 
 
-def stock_geometry(config: Config) -> AttentionGeometry:
+def attention_geometry(config: Config) -> AttentionGeometry:
     """The geometry from the configuration keys that diffusers' video transformers share."""
     return AttentionGeometry(config["num_layers"], config["num_attention_heads"], config["attention_head_dim"])
 
@@ -91,8 +91,8 @@ class Family:
     blocks can be read, run and dropped one at a time. The class also has `causal`, `rope` and `rotary_table()`. The
     converted class takes the same configuration plus `mla` and differs only in `attn1`.
 
-    `geometry` reads a configuration of any of these classes. `near_misses` maps related classes that cannot be
-    converted to the reason. `near_miss_tensors` does the same by a part of a tensor's name.
+    `near_misses` maps related classes that cannot be converted to the reason. `near_miss_tensors` does the same by a
+    part of a tensor's name.
 
     Five hooks import files that are not in diffusers layout. `stored_names` maps our tensor names to those of a file,
     or returns None for an unknown layout. `original_names` maps the names of another layout to ours, for adapters that
@@ -110,7 +110,6 @@ class Family:
     source_classes: tuple[str, ...]
     dense_class: type[Any]
     mla_class: type[Any]
-    geometry: Callable[[Config], AttentionGeometry] = stock_geometry
     near_misses: Mapping[str, str] = field(default_factory=dict)
     stored_names: Callable[[Collection[str]], dict[str, str] | None] = lambda names: None
     original_names: Callable[[Collection[str]], dict[str, str]] = lambda names: {}

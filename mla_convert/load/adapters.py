@@ -18,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from ..errors import UserError
+from .formats import SafetensorsFile
+from .pickles import PICKLES
 from .states import LORA, WRAPPERS
 from .tensors import LazyTensors
 from .weights import read_json
@@ -156,7 +158,7 @@ def _read(path: Path, config: AdapterConfig, modules: Mapping[str, str]) -> list
             raise UserError(f"{path} holds {name}, which is not a plain LoRA and cannot be added; {_REMEDY}")
     if not pairs and not changes:
         raise UserError(f"{path} holds no LoRA weights; name another file in source.adapters")
-    settings = _peft_settings(path, stored)
+    settings = _peft_settings(path)
     in_file = next(iter(alphas.values()), settings.alpha)
     if in_file is not None and config.alpha not in (None, in_file):
         raise UserError(
@@ -192,10 +194,10 @@ class _PeftSettings(NamedTuple):
     root: bool = False
 
 
-def _peft_settings(path: Path, stored: LazyTensors) -> _PeftSettings:
+def _peft_settings(path: Path) -> _PeftSettings:
     """The settings beside a file or in its header. Raises UserError for anything but a plain LoRA."""
     beside = path.with_name(PEFT_CONFIG)
-    header = stored.metadata(path).get(_HEADER)
+    header = None if path.suffix in PICKLES else SafetensorsFile(path).metadata().get(_HEADER)
     if beside.is_file():
         config, where = read_json(beside), str(beside)
     elif header is not None:

@@ -30,10 +30,6 @@ class TensorFile(Protocol):
         """The stored tensor, possibly a view of the mapped file."""
         ...
 
-    def metadata(self) -> dict[str, str]:
-        """Text entries of the header."""
-        ...
-
 
 class SafetensorsFile:
     """A .safetensors file. Raises UserError when it is missing, truncated or in another format."""
@@ -61,6 +57,7 @@ class SafetensorsFile:
         return tensor
 
     def metadata(self) -> dict[str, str]:
+        """Text entries of the header."""
         return self._open.metadata() or {}
 
 

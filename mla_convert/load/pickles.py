@@ -68,9 +68,6 @@ class PickleFile:
     def read(self, name: str) -> Tensor:
         return self._tensors[name].detach().contiguous()
 
-    def metadata(self) -> dict[str, str]:
-        return {}
-
 
 def _flatten(value: Mapping[Any, Any], prefix: str, depth: int) -> Iterator[tuple[str, Tensor]]:
     for key, entry in value.items():

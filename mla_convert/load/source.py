@@ -11,7 +11,7 @@ import torch
 import yaml
 from huggingface_hub import metadata_load
 
-from ..families.base import AttentionGeometry, Family
+from ..families.base import AttentionGeometry, Family, attention_geometry
 from ..families.causal import CausalTransformer
 from ..flow import ALL_NOISE
 from .adapters import PEFT_CONFIG, AdapterConfig, adapted, module_names
@@ -50,7 +50,7 @@ class Source:
 
     @property
     def geometry(self) -> AttentionGeometry:
-        return self.family.geometry(self.config)
+        return attention_geometry(self.config)
 
     def provenance(self) -> dict[str, Any]:
         """The entries of a manifest about the source."""

@@ -51,10 +51,6 @@ class LazyTensors(Mapping[str, Tensor]):
         """Where every tensor is stored."""
         return self._places
 
-    def metadata(self, file: Path) -> dict[str, str]:
-        """The text entries in the header of one of the files."""
-        return self._handle(file).metadata()
-
     def stored_name(self, name: str) -> str:
         """The name of a tensor in its file."""
         return self._places[name].name

@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Position = Literal["decoupled", "derived", "baked", "rotate_on_read"]
 OwnChunk = Literal["exact", "latent"]
+CACHE_KEY: tuple[Position, ...] = ("decoupled", "baked")
+"""The positions for which a cache row also has a shared rotary key."""
 
 
 def check_shared_latent(layers_per_latent: int, position: Position, own_chunk: OwnChunk) -> None:
@@ -107,7 +109,7 @@ class MLAConfig(BaseModel):
         """Scalars of the latent and of the shared key that a layer caches per token; see `row_width`."""
         if self.row_layer(layer) != layer:
             return 0, 0
-        shared_key = self.qk_rope_head_dim(layer) if self.position in ("decoupled", "baked") else 0
+        shared_key = self.qk_rope_head_dim(layer) if self.position in CACHE_KEY else 0
         return self.kv_lora_rank[layer], shared_key
 
     def row_width(self, layer: int) -> int:

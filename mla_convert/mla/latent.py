@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import AttentionPass, CausalSelfAttention
-from .config import MLAConfig
+from .config import CACHE_KEY, MLAConfig
 from .core import Expansion, KeyValue, Query
 from .plain import is_plain_linear
 from .rope import rotate
@@ -78,7 +78,7 @@ class LatentSelfAttention(CausalSelfAttention):
 
     @property
     def caches_shared_key(self) -> bool:
-        return self.mla.position in ("decoupled", "baked") and len(self.rope_index) > 0
+        return self.mla.position in CACHE_KEY and len(self.rope_index) > 0
 
     @property
     def bakes(self) -> bool:

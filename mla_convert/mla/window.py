@@ -6,8 +6,8 @@ cannot disagree.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -89,3 +89,8 @@ class CausalConfig(BaseModel):
         if frame < self.sink_frames:
             return frame
         return self.sink_frames + (frame - self.sink_frames) % (self.window_frames - self.sink_frames)
+
+
+def causal_of(config: Mapping[str, Any]) -> CausalConfig:
+    """The `causal` section of a transformer's configuration, by default with the defaults of every key."""
+    return CausalConfig(**(config.get("causal") or {}))

@@ -20,15 +20,17 @@ from ..distill.needs import check_needs
 from ..distill.stages.base import REAL_SCORE, TEACHER, StageConfig
 from ..distill.trainable import trainable_names
 from ..errors import UsageError, UserError
-from ..families.base import noise_channels
+from ..families.base import attention_geometry, noise_channels
 from ..families.image import needed_conditions, refuse_last_image
 from ..flow import levels_inside
 from ..load.hub import is_hub_id
-from ..mla.window import CausalConfig
+from ..mla.window import causal_of
 from ..recipe.schema import Recipe
 from ..registry import stage_of
 from ..run.extent import check_start
-from ..run.sample import check_latent_size, check_length, latent_size, read_source, shortest
+from ..run.latents import check_latent_size, check_length, latent_size
+from ..run.sample import read_source
+from ..run.source import shortest
 from ..run.source_video import SourceVideo
 from ..run.start import read_start
 from .calibration import calibration_reads_negative
@@ -71,8 +73,7 @@ def check_inputs(context: Context, pending: Iterable[Step], finished: Mapping[st
     names = {step.name for step in pending}
     if "convert" in names:
         dense = dense_of(context.source.family, context.source.config)
-        geometry = context.source.family.geometry(dense.config)
-        planned_ranks(geometry, dense.rotary_table().axes, context.recipe.convert)
+        planned_ranks(attention_geometry(dense.config), dense.rotary_table().axes, context.recipe.convert)
     if "export" in names:
         _check_streaming(context, makes_samples="samples" in names)
     if "samples" in names:
@@ -93,8 +94,8 @@ def check_inputs(context: Context, pending: Iterable[Step], finished: Mapping[st
 
 def _check_streaming(context: Context, makes_samples: bool) -> None:
     """Check that the exported model can stream, with the `streaming` section's cache and kernels."""
-    streaming, causal = context.recipe.streaming, context.source.config.get("causal") or {}
-    if causal.get("window_frames", 0) is None:
+    streaming = context.recipe.streaming
+    if causal_of(context.source.config).window_frames is None:
         raise UsageError("causal.window_frames: null has no streaming cache, which an export needs; set a number")
     converted = context.source.family.mla_class
     if streaming.cache != "auto" and not converted.cache_class.fewer_bits:
@@ -112,7 +113,7 @@ def _check_streaming(context: Context, makes_samples: bool) -> None:
 
 def _check_samples(context: Context) -> None:
     generate, config = context.recipe.generate, context.source.config
-    causal, height, width = CausalConfig(**(config.get("causal") or {})), *latent_size(config, generate)
+    causal, height, width = causal_of(config), *latent_size(config, generate)
     with _named("generate.prompts"):
         check_samples(context.source, generate.prompts)
     with _named("generate.latent_height and latent_width"):

@@ -26,8 +26,8 @@ from ..load import accepted_config, known_config
 from ..recipe.schema import Recipe, SourceConfig
 from ..registry import stage_of
 from ..run.config import GenerateConfig
+from ..run.latents import DIGITS, latent_size, prompt_encoder
 from ..run.reencode import image_latent
-from ..run.sample import DIGITS, latent_size, prompt_encoder
 from .shapes import NoiseClips, dense_of, student_of
 from .sources import source_of
 from .vae import reencoding_bytes, vae_config

@@ -24,11 +24,11 @@ from ..families.causal import LatentTransformer
 from ..files import MANIFEST, check_place
 from ..load import Source, load_dense, load_source, read_config
 from ..mla.kernel_settings import Mode
-from ..mla.window import CausalConfig
+from ..mla.window import CausalConfig, causal_of
 from ..recipe.schema import Recipe, validate
 from ..run.config import GenerateConfig
+from ..run.latents import DIGITS, prompt_encoder
 from ..run.offload import together
-from ..run.sample import DIGITS, prompt_encoder
 from ..run.streaming import StreamingConfig
 from .channels import check_teacher
 from .context import CLIPS, DATA
@@ -65,7 +65,7 @@ def evaluate_checkpoint(
         out = root.parent / "evaluation" if (root.parent / STATE).exists() else root
     check_place(out / REPORT_HTML)
     recipe = _made_by(root)
-    source = _teacher_of(CausalConfig(**(config.get("causal") or {})), teacher, recipe, folder)
+    source = _teacher_of(causal_of(config), teacher, recipe, folder)
     check_teacher(source, config, folder)
     started = time.monotonic()
     device = default_device()

@@ -17,7 +17,7 @@ from ..evaluate.geometry import from_model
 from ..evaluate.memory import activation_bytes
 from ..export.checkpoint import load_shape
 from ..recipe.schema import Recipe
-from ..run.sample import latent_size
+from ..run.latents import latent_size
 from .context import Context
 from .dry_run import DryRun
 

@@ -27,29 +27,30 @@ from ..mla.bits import format_bits
 from ..mla.parallel import check_group
 from ..recipe.schema import validate
 from ..run.config import GenerateConfig
-from ..run.decode import first_video_frame, frame_chunks, latent_frames, video_frames
+from ..run.decode import frame_chunks
 from ..run.decode_memory import reserve
 from ..run.image import check_image, image_conditions, read_image
 from ..run.kept_whole import GIF, KEPT_WHOLE, check_fits
-from ..run.launch import Launch
-from ..run.parts import PICTURES, TEXT, find_parts
-from ..run.prefetch import FrameWriter
-from ..run.prompts import PromptChange, PromptSchedule
-from ..run.sample import (
+from ..run.latents import (
     DIGITS,
     check_latent_size,
     check_length,
     check_text_width,
     check_vae,
-    embed_prompts,
+    first_video_frame,
+    latent_frames,
     latent_scale,
     latent_size,
-    load_prompt_embeds,
     prompt_encoder,
-    shortest,
     to_latent,
-    trained_for,
+    video_frames,
 )
+from ..run.launch import Launch
+from ..run.parts import PICTURES, TEXT, find_parts
+from ..run.prefetch import FrameWriter
+from ..run.prompts import PromptChange, PromptSchedule
+from ..run.sample import embed_prompts, load_prompt_embeds, trained_for
+from ..run.source import shortest
 from ..run.source_video import SourceVideo, open_source
 from ..run.start import LATENTS, read_start
 from ..run.video import MAX_GIF_FPS, STDOUT, check_suffix

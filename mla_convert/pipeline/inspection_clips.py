@@ -27,7 +27,7 @@ from ..distill.progress import Report
 from ..errors import UsageError
 from ..families.image import needed_conditions
 from ..load import Source
-from ..run.sample import DIGITS, prompt_encoder
+from ..run.latents import DIGITS, prompt_encoder
 from .channels import check_channels
 
 # Clips are batched up to this many tokens.

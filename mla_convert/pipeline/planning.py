@@ -15,7 +15,7 @@ from ..export.checkpoint import find_checkpoint, load_shape
 from ..export.manifest import recorded_section
 from ..load import known_config, load_source
 from ..run.config import GenerateConfig
-from ..run.sample import DIGITS, latent_scale, latent_size, prompt_encoder
+from ..run.latents import DIGITS, latent_scale, latent_size, prompt_encoder
 
 
 def read_geometry(

@@ -20,7 +20,8 @@ from ..files import sha256
 from ..load import Source
 from ..mla.conditions import conditions_of
 from ..mla.image import IMAGE
-from ..run.sample import embed_prompts, prompt_encoder, prompt_files
+from ..run.latents import prompt_encoder
+from ..run.sample import embed_prompts, prompt_files
 from .rollout_texts import ClipCaptions, ClipTexts, NoCaptions, TextFiles
 
 

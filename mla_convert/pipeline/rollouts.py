@@ -22,8 +22,10 @@ from ..families.base import noise_channels
 from ..files import atomic_file, save_tensors
 from ..load import Source
 from ..mla.image import IMAGE
+from ..mla.window import causal_of
 from ..run.config import GenerateConfig
-from ..run.sample import check_length, latent_size, rollout
+from ..run.latents import check_length, latent_size
+from ..run.sample import rollout
 from .context import DATA, Context
 from .rollout_prompts import Prompts, read_prompts
 from .rollout_texts import digest_of
@@ -102,7 +104,7 @@ def check_rollouts(data: DataConfig, source: Source) -> dict[str, Tensor]:
     config = data.rollouts
     assert config is not None
     prompts = read_prompts(data, source)
-    if (source.config.get("causal") or {}).get("window_frames", 0) is None:
+    if causal_of(source.config).window_frames is None:
         raise UsageError("data.kind: rollouts needs a finite window; set causal.window_frames")
     check_length(source.config, config.num_frames)
     height, width = latent_size(source.config, _sampling(config, 0))

@@ -21,9 +21,10 @@ from ..files import atomic_folder, save_tensors
 from ..load import Source, read_json
 from ..load.hub import is_hub_id
 from ..run.decode import frame_chunks
+from ..run.latents import DIGITS, check_text_width, latent_scale, prompt_encoder
 from ..run.offload import Offload, place, travelling
 from ..run.parts import PICTURES, TEXT, find_parts, parts_here
-from ..run.sample import DIGITS, check_text_width, embed_prompts, latent_scale, prompt_encoder, rollout
+from ..run.sample import embed_prompts, rollout
 from ..run.video import Frames, save_video, side_by_side
 from .context import CHECKPOINT, KERNELS, ROLLOUTS, SAMPLES, Context
 from .vae import source_vae

@@ -16,7 +16,7 @@ from ..distill.data import Batch
 from ..distill.footprint import ClipShape
 from ..distill.identity import Identity
 from ..evaluate.geometry import PAPER_SHARE
-from ..families.base import Family
+from ..families.base import Family, attention_geometry
 from ..families.image import needed_conditions
 from ..mla.image import IMAGE, TOKENS
 
@@ -42,7 +42,7 @@ def _mla(family: Family, dense: Any, convert: ConvertConfig) -> dict[str, Any]:
     """The `mla` section of the model converted from `dense`."""
     layers, head_dim = dense.config.num_layers, dense.config.attention_head_dim
     scalars = 2 * dense.config.num_attention_heads * head_dim
-    ranks = planned_ranks(family.geometry(dense.config), dense.rotary_table().axes, convert).fitted
+    ranks = planned_ranks(attention_geometry(dense.config), dense.rotary_table().axes, convert).fitted
     if convert.budget is not None:
         mean = convert.budget.scalars(scalars) or scalars * PAPER_SHARE
         ranks = [max(1, convert.layers_per_latent * (round(mean) - convert.cached_key))] * layers

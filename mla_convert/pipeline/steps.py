@@ -18,8 +18,8 @@ from ..export.release import export
 from ..files import MANIFEST, write_json, write_text
 from ..recipe.schema import Recipe, continued
 from ..registry import stage_of
+from ..run.latents import prompt_encoder
 from ..run.offload import together
-from ..run.sample import prompt_encoder
 from .calibration import calibration_batches
 from .context import CHECKPOINT, DATA, METRICS, SAMPLES, STAGES, TRAINING, Context, stage_names
 from .preview import preview_strip

@@ -17,7 +17,7 @@ from ..export.checkpoint import load_shape
 from ..export.manifest import versions
 from ..mla.bits import CacheBits
 from ..run.config import GenerateConfig
-from ..run.sample import latent_scale, latent_size
+from ..run.latents import latent_scale, latent_size
 from .context import CHECKPOINT, KERNELS, ROLLOUTS, SAMPLES, Context
 
 SHARED_WITH_PLAN = (

@@ -14,8 +14,8 @@ from ..errors import UsageError
 from ..load import Source
 from ..load.hub import is_hub_id
 from ..run.decode_memory import decoding_bytes
+from ..run.latents import check_vae, latent_scale
 from ..run.parts import PICTURES, find_parts, parts_here
-from ..run.sample import check_vae, latent_scale
 
 
 def source_vae(source: Source, checkpoint: Path, device: torch.device | str = "cpu") -> Any:

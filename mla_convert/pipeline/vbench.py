@@ -32,20 +32,11 @@ from ..mla.bits import format_bits
 from ..recipe.load import first_difference
 from ..recipe.schema import validate
 from ..run.config import GenerateConfig
-from ..run.decode import frame_chunks, latent_frames
+from ..run.decode import frame_chunks
 from ..run.decode_memory import reserve
+from ..run.latents import DIGITS, check_length, check_vae, latent_frames, latent_scale, latent_size, prompt_encoder
 from ..run.offload import place
-from ..run.sample import (
-    DIGITS,
-    check_length,
-    check_vae,
-    embed_prompts,
-    latent_scale,
-    latent_size,
-    prompt_encoder,
-    rollout,
-    trained_for,
-)
+from ..run.sample import embed_prompts, rollout, trained_for
 from ..run.video import Frames
 from .comparison import read_samples
 from .embeds import StoredEmbeds

@@ -8,7 +8,6 @@ the working memory of one latent frame. `decode_memory.py` computes the bytes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -16,7 +15,6 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
 from torch import Tensor
 
-from ..errors import UsageError
 from .video import Frames, denormalised, to_frames
 
 
@@ -71,20 +69,3 @@ def frame_chunks(chunks: Iterable[Tensor], vae: Any = None) -> Iterator[list[Fra
     """Yield the frames `[F', H, W, 3]` of each item for every chunk of a rollout; raises like `to_frames`."""
     for pixels in decode_chunks(chunks, vae):
         yield [to_frames(item) for item in pixels]
-
-
-def first_video_frame(latent_frame: int, temporal: int) -> int:
-    """Index of a latent frame's first video frame, for a VAE that takes one frame and then `temporal` at a time."""
-    return 0 if latent_frame == 0 else 1 + (latent_frame - 1) * temporal
-
-
-def video_frames(seconds: float, fps: float) -> int:
-    """The number of video frames in `seconds`, at least 1. Raises UsageError unless `seconds` is more than 0."""
-    if not (math.isfinite(seconds) and seconds > 0):
-        raise UsageError(f"a video of {seconds:g} seconds has no frames; give more than 0")
-    return max(1, round(seconds * fps))
-
-
-def latent_frames(video_frames: int, temporal: int) -> int:
-    """The smallest number of latent frames that decode to at least `video_frames` video frames."""
-    return 1 + -(-(video_frames - 1) // temporal)

@@ -27,25 +27,26 @@ from ..flow import Sampler, check_steps
 from ..zoo.digits.data import FRAME
 from .calls import Calls
 from .config import DEFAULT_LATENT_FRAMES, GenerateConfig
-from .decode import StreamingDecoder, latent_frames, video_frames
+from .decode import StreamingDecoder
 from .decode_memory import reserve
 from .extent import video_end
 from .image import check_image, image_conditions, read_image
+from .latents import (
+    DIGITS,
+    check_latent_size,
+    check_vae,
+    latent_frames,
+    latent_scale,
+    prompt_encoder,
+    to_latent,
+    video_frames,
+)
 from .loading import load_arguments
 from .output import Frames, OutputType, StreamingPipelineOutput, handed_out, joined, to_output
 from .prefetch import prefetch
 from .prompts import PromptSchedule, checked_embeds
-from .sample import (
-    DIGITS,
-    check_latent_size,
-    check_vae,
-    embed_prompts,
-    latent_scale,
-    prompt_encoder,
-    shortest,
-    to_latent,
-    trained_for,
-)
+from .sample import embed_prompts, trained_for
+from .source import shortest
 from .source_video import SourceVideo, open_source
 from .start import read_start
 from .stream import stream_chunks

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ..errors import UsageError
-from .decode import first_video_frame
+from .latents import first_video_frame
 
 
 class PromptChange(BaseModel):

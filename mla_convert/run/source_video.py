@@ -14,8 +14,8 @@ from torch import Tensor
 from ..distill.encode.frames import UnusableVideo, stream_frames, to_pixels
 from ..distill.encode.streaming import StreamingEncoder
 from ..errors import UsageError, UserError
-from .decode import first_video_frame
 from .extent import check_size
+from .latents import first_video_frame
 from .start import LATENTS, boxed, boxed_pixels, fitted, read_latents, read_pictures
 
 Pictures = Path | Iterable[Image.Image]
