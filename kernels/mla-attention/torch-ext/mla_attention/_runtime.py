@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._ops import add_op_namespace_prefix
+
 try:
     import triton
     import triton.language as tl
@@ -156,6 +158,16 @@ def check_tensor(
         raise ValueError(f"the last axis of {name} must be contiguous")
     if like is not None and x.device != like.device:
         raise ValueError(f"{name} is on {x.device}, expected {like.device}")
+
+
+def define(name: str, schema: str, run: Any, reference: Any, fake: Any, mutates: Sequence[str] = ()) -> Any:
+    """Register the op `name`: `run` on CUDA and in the interpreter, else `reference` on a CPU; `fake` gives shapes."""
+    op = torch.library.custom_op(
+        add_op_namespace_prefix(name), run, mutates_args=mutates, device_types="cuda", schema=schema
+    )
+    op.register_kernel("cpu")(run if INTERPRETED else reference)
+    op.register_fake(fake)
+    return op
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -10,16 +10,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._ops import add_op_namespace_prefix, ops
+from ._ops import ops
 from ._runtime import (
     DTYPES,
-    INTERPRETED,
     Plan,
     Variant,
     blocks,
     capability,
     ceil_div,
     check_tensor,
+    define,
     jit,
     launch,
     refuse,
@@ -372,24 +372,16 @@ def _launch(
     return (out[0], lse[0]) if splits == 1 else launch_merge(out, lse, query.dtype)
 
 
-@torch.library.custom_op(
-    add_op_namespace_prefix("attend"),
-    mutates_args=(),
-    device_types="cuda",
-    schema="(Tensor query, Tensor key, Tensor value, Tensor? num_keys, float scale, int splits) -> (Tensor, Tensor)",
-)
-def _attend(query, key, value, num_keys, scale, splits):
-    return _launch(query, key, value, num_keys, scale, splits)
-
-
-@_attend.register_kernel("cpu")
-def _attend_cpu(query, key, value, num_keys, scale, splits):
-    run = _launch if INTERPRETED else attend_reference
-    return run(query, key, value, num_keys, scale, splits)
-
-
-@_attend.register_fake
-def _attend_fake(query, key, value, num_keys, scale, splits):
+def _fake(query, key, value, num_keys, scale, splits):
     batch, queries, heads, _ = query.shape
     out = query.new_empty(batch, queries, heads, value.shape[3])
     return out, query.new_empty(batch, heads, queries, dtype=torch.float32)
+
+
+define(
+    "attend",
+    "(Tensor query, Tensor key, Tensor value, Tensor? num_keys, float scale, int splits) -> (Tensor, Tensor)",
+    _launch,
+    attend_reference,
+    _fake,
+)

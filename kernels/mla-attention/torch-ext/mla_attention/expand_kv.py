@@ -15,15 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._ops import add_op_namespace_prefix, ops
+from ._ops import ops
 from ._runtime import (
     DTYPES,
-    INTERPRETED,
     Plan,
     Variant,
     capability,
     ceil_div,
     check_tensor,
+    define,
     jit,
     launch,
     power_of_two,
@@ -357,25 +357,13 @@ def _product(out, channels, heads, rows, scales, slots, num_keys, weight, bias, 
     )  # fmt: skip
 
 
-@torch.library.custom_op(
-    add_op_namespace_prefix("expand_kv_"),
-    mutates_args=("key_out", "value_out"),
-    device_types="cuda",
-    schema=(
-        "(Tensor(a!) key_out, Tensor(b!) value_out, Tensor rows, Tensor? scales, Tensor slots, Tensor num_keys, "
-        "Tensor w_kvb, Tensor b_kvb, Tensor? w_pe, Tensor? b_pe, Tensor? rotations, bool rotate_heads, "
-        "int? eight=None) -> ()"
-    ),
+define(
+    "expand_kv_",
+    "(Tensor(a!) key_out, Tensor(b!) value_out, Tensor rows, Tensor? scales, Tensor slots, Tensor num_keys, "
+    "Tensor w_kvb, Tensor b_kvb, Tensor? w_pe, Tensor? b_pe, Tensor? rotations, bool rotate_heads, "
+    "int? eight=None) -> ()",
+    _launch,
+    expand_kv_reference,
+    lambda *arguments: None,
+    mutates=("key_out", "value_out"),
 )
-def _expand_kv(*arguments):
-    _launch(*arguments)
-
-
-@_expand_kv.register_kernel("cpu")
-def _expand_kv_cpu(*arguments):
-    (_launch if INTERPRETED else expand_kv_reference)(*arguments)
-
-
-@_expand_kv.register_fake
-def _expand_kv_fake(*arguments):
-    return None

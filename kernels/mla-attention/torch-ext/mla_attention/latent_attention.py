@@ -13,14 +13,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._ops import add_op_namespace_prefix, ops
+from ._ops import ops
 from ._runtime import (
     DTYPES,
-    INTERPRETED,
     Variant,
     capability,
     ceil_div,
     check_tensor,
+    define,
     jit,
     launch,
     refuse,
@@ -331,26 +331,17 @@ def _launch(query, query_pe, rows, scales, slots, num_keys, rotations, scale, sp
     return (out[0], lse[0]) if splits == 1 else launch_merge(out, lse, query.dtype)
 
 
-@torch.library.custom_op(
-    add_op_namespace_prefix("latent_attention"),
-    mutates_args=(),
-    device_types="cuda",
-    schema=(
-        "(Tensor query_latent, Tensor? query_pe, Tensor rows, Tensor? scales, Tensor slots, Tensor num_keys, "
-        "Tensor? rotations, float scale, int splits, int? eight=None) -> (Tensor, Tensor)"
-    ),
-)
-def _latent_attention(*arguments):
-    return _launch(*arguments)
-
-
-@_latent_attention.register_kernel("cpu")
-def _latent_attention_cpu(*arguments):
-    return (_launch if INTERPRETED else latent_attention_reference)(*arguments)
-
-
-@_latent_attention.register_fake
-def _latent_attention_fake(query_latent, query_pe, rows, scales, slots, num_keys, rotations, scale, splits, eight=None):
+def _fake(query_latent, query_pe, rows, scales, slots, num_keys, rotations, scale, splits, eight=None):
     batch, queries, heads, rank = query_latent.shape
     out = query_latent.new_empty(batch, queries, heads, rank)
     return out, query_latent.new_empty(batch, heads, queries, dtype=torch.float32)
+
+
+define(
+    "latent_attention",
+    "(Tensor query_latent, Tensor? query_pe, Tensor rows, Tensor? scales, Tensor slots, Tensor num_keys, "
+    "Tensor? rotations, float scale, int splits, int? eight=None) -> (Tensor, Tensor)",
+    _launch,
+    latent_attention_reference,
+    _fake,
+)

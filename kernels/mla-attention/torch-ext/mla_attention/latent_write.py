@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._ops import add_op_namespace_prefix, ops
+from ._ops import ops
 from ._runtime import (
     DTYPES,
-    INTERPRETED,
     Plan,
     Variant,
     capability,
     ceil_div,
     check_tensor,
+    define,
     jit,
     launch,
     refuse,
@@ -398,25 +398,13 @@ def _launch(
     )  # fmt: skip
 
 
-@torch.library.custom_op(
-    add_op_namespace_prefix("latent_write_"),
-    mutates_args=("rows", "scales"),
-    device_types="cuda",
-    schema=(
-        "(Tensor(a!) rows, Tensor(b!)? scales, Tensor slots, Tensor key, Tensor value, Tensor norm_weight, float eps, "
-        "Tensor? key_mean, Tensor w_kv, Tensor b_kv, Tensor? w_pe, Tensor? b_pe, Tensor? grid, int heads, "
-        "int? eight=None) -> ()"
-    ),
+define(
+    "latent_write_",
+    "(Tensor(a!) rows, Tensor(b!)? scales, Tensor slots, Tensor key, Tensor value, Tensor norm_weight, float eps, "
+    "Tensor? key_mean, Tensor w_kv, Tensor b_kv, Tensor? w_pe, Tensor? b_pe, Tensor? grid, int heads, "
+    "int? eight=None) -> ()",
+    _launch,
+    latent_write_reference,
+    lambda *arguments: None,
+    mutates=("rows", "scales"),
 )
-def _latent_write(*arguments):
-    _launch(*arguments)
-
-
-@_latent_write.register_kernel("cpu")
-def _latent_write_cpu(*arguments):
-    (_launch if INTERPRETED else latent_write_reference)(*arguments)
-
-
-@_latent_write.register_fake
-def _latent_write_fake(*arguments):
-    return None

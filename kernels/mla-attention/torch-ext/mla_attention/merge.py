@@ -8,14 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._ops import add_op_namespace_prefix, ops
+from ._ops import ops
 from ._runtime import (
     DTYPES,
-    INTERPRETED,
     Plan,
     Variant,
     ceil_div,
     check_tensor,
+    define,
     jit,
     launch,
     power_of_two,
@@ -148,21 +148,12 @@ def _check(outs: Tensor, lses: Tensor) -> None:
     refuse(why_not_merge(channels, outs.dtype))
 
 
-@torch.library.custom_op(
-    add_op_namespace_prefix("merge"),
-    mutates_args=(),
-    device_types="cuda",
-    schema="(Tensor outs, Tensor lses) -> (Tensor, Tensor)",
-)
-def _merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+def _launch(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     return launch_merge(outs, lses, outs.dtype)
 
 
-@_merge.register_kernel("cpu")
-def _merge_cpu(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
-    return launch_merge(outs, lses, outs.dtype) if INTERPRETED else merge_reference(outs, lses)
-
-
-@_merge.register_fake
-def _merge_fake(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+def _fake(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     return outs.new_empty(outs.shape[1:]), lses.new_empty(lses.shape[1:])
+
+
+define("merge", "(Tensor outs, Tensor lses) -> (Tensor, Tensor)", _launch, merge_reference, _fake)

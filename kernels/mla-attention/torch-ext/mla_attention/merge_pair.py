@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._ops import add_op_namespace_prefix, ops
-from ._runtime import INTERPRETED, Variant, ceil_div, check_tensor, jit, launch, refuse, require, tl
+from ._ops import ops
+from ._runtime import Variant, ceil_div, check_tensor, define, jit, launch, refuse, require, tl
 from .merge import merge_plan, merge_reference, why_not_merge
 
 
@@ -121,21 +121,14 @@ def _launch(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple
     return out, lse
 
 
-@torch.library.custom_op(
-    add_op_namespace_prefix("merge_pair"),
-    mutates_args=(),
-    device_types="cuda",
-    schema="(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)",
-)
-def _merge_pair(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    return _launch(out_a, lse_a, out_b, lse_b)
-
-
-@_merge_pair.register_kernel("cpu")
-def _merge_pair_cpu(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    return (_launch if INTERPRETED else merge_pair_reference)(out_a, lse_a, out_b, lse_b)
-
-
-@_merge_pair.register_fake
-def _merge_pair_fake(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+def _fake(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
+
+
+define(
+    "merge_pair",
+    "(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)",
+    _launch,
+    merge_pair_reference,
+    _fake,
+)

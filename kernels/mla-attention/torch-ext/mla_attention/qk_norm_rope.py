@@ -10,14 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._ops import add_op_namespace_prefix, ops
+from ._ops import ops
 from ._runtime import (
     DTYPES,
-    INTERPRETED,
     Plan,
     Variant,
     ceil_div,
     check_tensor,
+    define,
     jit,
     launch,
     power_of_two,
@@ -160,47 +160,29 @@ def _launch_into(out: Tensor, x: Tensor, weight: Tensor, eps: float, rotations: 
     )  # fmt: skip
 
 
-@torch.library.custom_op(
-    add_op_namespace_prefix("qk_norm_rope"),
-    mutates_args=(),
-    device_types="cuda",
-    schema="(Tensor x, Tensor weight, float eps, Tensor? rotations, int heads) -> Tensor",
-)
-def _qk_norm_rope(x, weight, eps, rotations, heads):
-    return _launch(x, weight, eps, rotations, heads)
+def _reference_into(out, x, weight, eps, rotations, heads):
+    out.copy_(qk_norm_rope_reference(x, weight, eps, rotations, heads))
 
 
-@_qk_norm_rope.register_kernel("cpu")
-def _qk_norm_rope_cpu(x, weight, eps, rotations, heads):
-    return (_launch if INTERPRETED else qk_norm_rope_reference)(x, weight, eps, rotations, heads)
-
-
-@_qk_norm_rope.register_fake
-def _qk_norm_rope_fake(x, weight, eps, rotations, heads):
+def _fake(x, weight, eps, rotations, heads):
     return x.new_empty(x.shape[0], x.shape[1], heads, x.shape[2] // heads)
 
 
-@torch.library.custom_op(
-    add_op_namespace_prefix("qk_norm_rope_"),
-    mutates_args=("out",),
-    device_types="cuda",
-    schema="(Tensor(a!) out, Tensor x, Tensor weight, float eps, Tensor? rotations, int heads) -> ()",
+_qk_norm_rope = define(
+    "qk_norm_rope",
+    "(Tensor x, Tensor weight, float eps, Tensor? rotations, int heads) -> Tensor",
+    _launch,
+    qk_norm_rope_reference,
+    _fake,
 )
-def _qk_norm_rope_into(out, x, weight, eps, rotations, heads):
-    _launch_into(out, x, weight, eps, rotations, heads)
-
-
-@_qk_norm_rope_into.register_kernel("cpu")
-def _qk_norm_rope_into_cpu(out, x, weight, eps, rotations, heads):
-    if INTERPRETED:
-        _launch_into(out, x, weight, eps, rotations, heads)
-    else:
-        out.copy_(qk_norm_rope_reference(x, weight, eps, rotations, heads))
-
-
-@_qk_norm_rope_into.register_fake
-def _qk_norm_rope_into_fake(out, x, weight, eps, rotations, heads):
-    return None
+define(
+    "qk_norm_rope_",
+    "(Tensor(a!) out, Tensor x, Tensor weight, float eps, Tensor? rotations, int heads) -> ()",
+    _launch_into,
+    _reference_into,
+    lambda *arguments: None,
+    mutates=("out",),
+)
 
 
 def _keep(ctx, inputs, output):

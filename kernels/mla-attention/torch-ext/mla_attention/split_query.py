@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._ops import add_op_namespace_prefix, ops
-from ._runtime import INTERPRETED, Plan, Variant, check_tensor, jit, launch, power_of_two, refuse, require, tl
+from ._ops import ops
+from ._runtime import Plan, Variant, check_tensor, define, jit, launch, power_of_two, refuse, require, tl
 from .qk_norm_rope import qk_norm_rope_reference, why_not_qk_norm_rope
 
 
@@ -156,24 +156,16 @@ def _launch(x, weight, eps, rotations, coefficients, still_pairs, turned_pairs, 
     return still, turned
 
 
-@torch.library.custom_op(
-    add_op_namespace_prefix("split_query"),
-    mutates_args=(),
-    device_types="cuda",
-    schema="(Tensor x, Tensor weight, float eps, Tensor rotations, Tensor coefficients, Tensor still_pairs, "
-    "Tensor turned_pairs, int heads) -> (Tensor, Tensor)",
-)
-def _split_query(x, weight, eps, rotations, coefficients, still_pairs, turned_pairs, heads):
-    return _launch(x, weight, eps, rotations, coefficients, still_pairs, turned_pairs, heads)
-
-
-@_split_query.register_kernel("cpu")
-def _split_query_cpu(x, weight, eps, rotations, coefficients, still_pairs, turned_pairs, heads):
-    run = _launch if INTERPRETED else split_query_reference
-    return run(x, weight, eps, rotations, coefficients, still_pairs, turned_pairs, heads)
-
-
-@_split_query.register_fake
-def _split_query_fake(x, weight, eps, rotations, coefficients, still_pairs, turned_pairs, heads):
+def _fake(x, weight, eps, rotations, coefficients, still_pairs, turned_pairs, heads):
     shape = (x.shape[0], x.shape[1], heads)
     return x.new_empty(*shape, 2 * len(still_pairs)), x.new_empty(*shape, 2 * len(turned_pairs))
+
+
+define(
+    "split_query",
+    "(Tensor x, Tensor weight, float eps, Tensor rotations, Tensor coefficients, Tensor still_pairs, "
+    "Tensor turned_pairs, int heads) -> (Tensor, Tensor)",
+    _launch,
+    split_query_reference,
+    _fake,
+)
