@@ -32,8 +32,9 @@ from ._runtime import (
     tile_family,
     tl,
 )
+from .common import nibbles, rotate, rotate_pairs
 from .expand_tiles import TILES, UNTUNED, Tiles
-from .pack import copy_rows, nibbles
+from .pack import copy_rows
 from .quantise import GROUP, GROUP_OF_FOUR, dequantise_rows, row_parts, row_width
 from .ring import UNEVEN_ROWS, check_ring, ring_index, ring_strides, row_align
 
@@ -113,14 +114,10 @@ def _expand_kernel(
             acc, source + EIGHT, steps, weights + EIGHT, RANK - EIGHT, 32, BLOCK_M, BLOCK_FOUR, PRECISION
         )
     if rotations is not None:
-        # cos and sin are interleaved like the pairs, and the same for all heads.
         place = first + tl.arange(0, BLOCK_N)
         turn = rotations + n.to(tl.int64)[:, None] * rotations_k + place[None, :]
         turn = tl.load(turn, mask=(place < CHANNELS)[None, :], other=0.0)
-        cos, sin = tl.split(tl.reshape(turn, [BLOCK_M, BLOCK_N // 2, 2]))
-        cos, sin = cos[:, None, :], sin[:, None, :]
-        x, y = tl.split(tl.reshape(acc, [BLOCK_M, HEADS, BLOCK_N // 2, 2]))
-        acc = tl.reshape(tl.join(x * cos - y * sin, x * sin + y * cos), [BLOCK_M, HEADS * BLOCK_N])
+        acc = rotate_pairs(acc, turn, BLOCK_M, BLOCK_N, HEADS)
     target = out + b * out_b + n.to(tl.int64)[:, None] * out_k + (head.to(tl.int64) * out_h + c)[None, :]
     for _ in range(copies):
         tl.store(target, acc.to(out.dtype.element_ty), mask=live[:, None] & used[None, :])
@@ -178,12 +175,12 @@ def expand_kv_reference(
         .split([nope, value_channels], dim=-1)
     )
     if rotate_heads:
-        key = _rotate(key, rotations[:count])
+        key = rotate(key, rotations[:count])
     elif key_out.shape[3] > nope:
         shared = found[..., rank:]
         if w_pe is not None:
             shared = F.linear(latent, w_pe.to(wide), None if b_pe is None else b_pe.to(wide))
-        shared = _rotate(shared.unsqueeze(2), rotations[:count])
+        shared = rotate(shared.unsqueeze(2), rotations[:count])
         key = torch.cat([key, shared.expand(-1, -1, heads, -1)], dim=-1)
     valid = (torch.arange(count, device=rows.device) < num_keys).view(-1, 1, 1)
     for target, result in ((key_out[:, :count], key), (value_out[:, :count], value)):
@@ -279,13 +276,6 @@ def aot_variant(
     name += ", int8" * quantised if eight is None else f", {eight} in 8 bits, the others in 4"
     plan = plan._replace(constants={**plan.constants, **fixed})
     return Variant(name, _expand_kernel, types, plan, uneven=UNEVEN_ROWS if align < 16 else ())
-
-
-def _rotate(x: Tensor, rotations: Tensor) -> Tensor:
-    """Rotate the pairs of `[B, K, H, 2 P]` by `[K, P, 2]`."""
-    cos, sin = rotations.to(x.dtype).unsqueeze(1).unbind(-1)
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2)
 
 
 def _check(

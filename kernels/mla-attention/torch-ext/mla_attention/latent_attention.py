@@ -27,6 +27,7 @@ from ._runtime import (
     require,
     tl,
 )
+from .common import rotate
 from .descriptors import describable, describe
 from .latent_step import channel_mask, described_logits, described_mix, latent_block
 from .latent_tiles import MAX_RANK, latent_plan, row_widths
@@ -198,9 +199,8 @@ def latent_attention_reference(
     latent = found[..., :rank]
     logits = torch.einsum("bqhr,bkr->bhqk", query_latent.to(wide), latent)
     if query_pe is not None:
-        x, y = found[..., rank : rank + query_pe.shape[-1]].unflatten(-1, (-1, 2)).unbind(-1)
-        cos, sin = rotations.to(wide).masked_fill(~valid.view(-1, 1, 1), 0).unbind(-1)
-        shared = torch.stack([x * cos - y * sin, x * sin + y * cos], dim=-1).flatten(-2)
+        shared = found[..., None, rank : rank + query_pe.shape[-1]]
+        shared = rotate(shared, rotations.masked_fill(~valid.view(-1, 1, 1), 0)).squeeze(2)
         logits = logits + torch.einsum("bqhp,bkp->bhqk", query_pe.to(wide), shared)
     logits = (scale * logits).masked_fill(~valid, float("-inf"))
     lse = logits.logsumexp(-1)

@@ -7,6 +7,7 @@ letters as in `latent_attention.py`.
 from __future__ import annotations
 
 from ._runtime import jit, tl
+from .common import rotate_pairs
 
 
 @jit
@@ -62,11 +63,8 @@ def _shared_keys(
         if scales is not None:
             steps = scales + scale_offsets[:, None] + ((RANK + c) // 64)[None, :]
             k *= tl.load(steps, mask=mask, other=0.0).to(tl.float32)
-        # cos and sin are interleaved like the pairs.
         turn = tl.load(turns[:, None] + c[None, :], mask=mask, other=0.0)
-        cos, sin = tl.split(tl.reshape(turn, [BLOCK_K, BLOCK // 2, 2]))
-        x, y = tl.split(tl.reshape(k, [BLOCK_K, BLOCK // 2, 2]))
-        k = tl.reshape(tl.join(x * cos - y * sin, x * sin + y * cos), [BLOCK_K, BLOCK]).to(DTYPE)
+        k = rotate_pairs(k, turn, BLOCK_K, BLOCK).to(DTYPE)
     return k
 
 

@@ -30,6 +30,7 @@ from ._runtime import (
     tile_family,
     tl,
 )
+from .common import rotate, rotate_pairs
 from .quantise import GROUP, LEVELS, LEVELS_OF_FOUR, MAX_SCALE, quantise_rows, row_width
 from .ring import UNEVEN_ROWS, check_ring, ring_index, ring_strides, row_align
 
@@ -87,11 +88,8 @@ def _add_keys(
         if mean is not None:
             k = k - _vector(mean, c, KEYS, BLOCK_C)[None, :]
         if PLACED:
-            # cos and sin are interleaved like the pairs.
             turn = tl.load(grid[:, None] + (c % D)[None, :], mask=inside[:, None], other=0.0)
-            cos, sin = tl.split(tl.reshape(turn, [BLOCK_N, BLOCK_C // 2, 2]))
-            x, y = tl.split(tl.reshape(k, [BLOCK_N, BLOCK_C // 2, 2]))
-            k = tl.reshape(tl.join(x * cos - y * sin, x * sin + y * cos), [BLOCK_N, BLOCK_C])
+            k = rotate_pairs(k, turn, BLOCK_N, BLOCK_C)
         w = _channels(weight, used, c, KEYS, BLOCK_C)
         acc = tl.dot(k.to(tile.dtype), w.T, acc, input_precision=PRECISION)
     return acc, squares
@@ -245,9 +243,7 @@ def latent_write_reference(
         k = k - key_mean.to(wide)
     placed = k
     if grid is not None:
-        cos, sin = grid.to(wide).unsqueeze(1).unbind(-1)
-        x, y = k.unflatten(-1, (heads, -1, 2)).unbind(-1)
-        placed = torch.stack([x * cos - y * sin, x * sin + y * cos], dim=-1).flatten(2)
+        placed = rotate(k.unflatten(-1, (heads, -1)), grid).flatten(2)
     found = F.linear(torch.cat([placed, value.to(wide)], dim=-1), w_kv.to(wide), b_kv.to(wide))
     if w_pe is not None:
         shared = F.linear(k, w_pe.to(wide), None if b_pe is None else b_pe.to(wide))

@@ -13,14 +13,9 @@ import torch
 from torch import Tensor
 
 from ._runtime import Plan, Variant, ceil_div, jit, launch, power_of_two, tl
+from .common import nibbles, rotate_pairs
 from .quantise import Part, row_parts, row_width
 from .ring import UNEVEN_ROWS, ring_strides, row_align
-
-
-@jit
-def nibbles(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Unpack int8 `[ROWS, COLUMNS / 2]` to signed 4-bit numbers `[ROWS, COLUMNS]`, the low half of a byte first."""
-    return tl.reshape(tl.join((x << 4) >> 4, x >> 4), [ROWS, COLUMNS])
 
 
 @jit(do_not_specialize=["keys", "slots_b"])
@@ -56,11 +51,8 @@ def _copy_kernel(
         steps = scales + b * scales_b + slot * scales_s + n % tokens * scales_t
         x *= tl.load(steps[:, None] + ((PHASE + c) // GROUP)[None, :], mask=mask, other=0.0).to(tl.float32)
     if rotations is not None:
-        # cos and sin are interleaved like the pairs.
         turn = tl.load(rotations + n.to(tl.int64)[:, None] * rotations_k + c[None, :], mask=mask, other=0.0)
-        cos, sin = tl.split(tl.reshape(turn, [BLOCK_M, BLOCK_N // 2, 2]))
-        x, y = tl.split(tl.reshape(x, [BLOCK_M, BLOCK_N // 2, 2]))
-        x = tl.reshape(tl.join(x * cos - y * sin, x * sin + y * cos), [BLOCK_M, BLOCK_N])
+        x = rotate_pairs(x, turn, BLOCK_M, BLOCK_N)
     target = out + b * out_b + n.to(tl.int64)[:, None] * out_k + c[None, :]
     for _ in range(copies):
         tl.store(target, x.to(out.dtype.element_ty), mask=live[:, None] & (c < PADDED)[None, :])

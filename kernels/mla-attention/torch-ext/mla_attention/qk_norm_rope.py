@@ -25,6 +25,7 @@ from ._runtime import (
     require,
     tl,
 )
+from .common import rotate, rotate_pairs
 
 MAX_CHANNELS = 16384
 
@@ -46,12 +47,8 @@ def _norm_kernel(
     gain = tl.load(weight + c, mask=c < SIZE, other=0.0).to(tl.float32)
     found = found * norm[:, None] * gain[None, :]
     if rotations is not None:
-        # cos and sin are interleaved like the pairs.
         turn = tl.load((rotations + n * rotations_n)[:, None] + (c % D)[None, :], mask=mask, other=0.0)
-        cos, sin = tl.split(tl.reshape(turn, [BLOCK_N, BLOCK_C // 2, 2]))
-        first, second = tl.split(tl.reshape(found, [BLOCK_N, BLOCK_C // 2, 2]))
-        found = tl.join(first * cos - second * sin, first * sin + second * cos)
-        found = tl.reshape(found, [BLOCK_N, BLOCK_C])
+        found = rotate_pairs(found, turn, BLOCK_N, BLOCK_C)
     target = out + (i // tokens) * out_b + n * out_n
     tl.store(target[:, None] + c[None, :], found.to(out.dtype.element_ty), mask=mask)
 
@@ -87,7 +84,7 @@ def qk_norm_rope_reference(x: Tensor, weight: Tensor, eps: float, rotations: Ten
     found = x.to(wide)
     found = found * torch.rsqrt(found.square().mean(-1, keepdim=True) + eps) * weight.to(wide)
     found = found.unflatten(-1, (heads, -1))
-    return (found if rotations is None else _rotate(found, rotations, 1.0)).to(x.dtype)
+    return (found if rotations is None else rotate(found, rotations)).to(x.dtype)
 
 
 def why_not_qk_norm_rope(heads: int, head_dim: int, dtype: torch.dtype | None = None) -> str | None:
@@ -121,14 +118,6 @@ def aot_variants(capability: int) -> list[Variant]:
         name = f"qk_norm_rope H={heads} D=128" + ", rotated" * rotated
         found.append(Variant(name, _norm_kernel, types, plan, dot=False))
     return found
-
-
-def _rotate(x: Tensor, rotations: Tensor, direction: float) -> Tensor:
-    """Rotate the pairs of `[B, N, H, 2 P]` by `[N, P, 2]`; `direction` -1 inverts the rotation."""
-    cos, sin = rotations.to(x.dtype).unsqueeze(1).unbind(-1)
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-    sin = sin * direction
-    return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2)
 
 
 def _check(x: Tensor, weight: Tensor, rotations: Tensor | None, heads: int) -> None:
@@ -195,7 +184,7 @@ def _backward(ctx, gradient):
     x, weight, rotations = ctx.saved_tensors
     gradient = gradient.float()
     if rotations is not None:
-        gradient = _rotate(gradient, rotations, -1.0)
+        gradient = rotate(gradient, rotations, -1.0)
     gradient = gradient.flatten(2)
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + ctx.eps)

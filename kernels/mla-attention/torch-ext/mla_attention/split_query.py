@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ._ops import ops
 from ._runtime import Plan, Variant, check_tensor, define, jit, launch, power_of_two, refuse, require, tl
+from .common import rotate
 from .qk_norm_rope import qk_norm_rope_reference, why_not_qk_norm_rope
 
 
@@ -95,9 +96,8 @@ def split_query_reference(
     first, second = normed[..., turned_pairs, :].unbind(-1)
     real, imaginary = coefficients.to(wide).unbind(-1)
     first, second = first * real + second * imaginary, second * real - first * imaginary
-    cos, sin = rotations[:, turned_pairs].to(wide).unsqueeze(1).unbind(-1)
-    turned = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
-    return normed[..., still_pairs, :].flatten(-2).to(x.dtype), turned.flatten(-2).to(x.dtype)
+    turned = rotate(torch.stack([first, second], dim=-1).flatten(-2), rotations[:, turned_pairs])
+    return normed[..., still_pairs, :].flatten(-2).to(x.dtype), turned.to(x.dtype)
 
 
 def split_plan(channels: int, head_dim: int, still: int, turned: int) -> Plan:

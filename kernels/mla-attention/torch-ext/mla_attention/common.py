@@ -1,0 +1,34 @@
+"""Parts that several ops share: of kernels, compiled with each of them, and of references."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._runtime import jit, tl
+
+
+@jit
+def nibbles(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Unpack int8 `[ROWS, COLUMNS / 2]` to signed 4-bit numbers `[ROWS, COLUMNS]`, the low half of a byte first."""
+    return tl.reshape(tl.join((x << 4) >> 4, x >> 4), [ROWS, COLUMNS])
+
+
+@jit
+def rotate_pairs(x, turn, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HEADS: tl.constexpr = 1):
+    """Rotate the channel pairs of `[ROWS, HEADS COLUMNS]` by `turn` `[ROWS, COLUMNS]`, the same for all heads.
+
+    cos and sin are interleaved like the pairs.
+    """
+    cos, sin = tl.split(tl.reshape(turn, [ROWS, COLUMNS // 2, 2]))
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    x, y = tl.split(tl.reshape(x, [ROWS, HEADS, COLUMNS // 2, 2]))
+    return tl.reshape(tl.join(x * cos - y * sin, x * sin + y * cos), [ROWS, HEADS * COLUMNS])
+
+
+def rotate(x: Tensor, rotations: Tensor, direction: float = 1.0) -> Tensor:
+    """Rotate the pairs of `[B, N, H, 2 P]` by `[N, P, 2]` (cos, sin); `direction` -1 inverts the rotation."""
+    cos, sin = rotations.to(x.dtype).unsqueeze(1).unbind(-1)
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    sin = sin * direction
+    return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2)
