@@ -27,6 +27,7 @@ from ._runtime import (
     tl,
 )
 from .attend_tiles import tiles
+from .common import softmax_step
 from .descriptors import describable, describe
 from .merge import launch_merge
 from .splits import programs, split_count
@@ -56,7 +57,7 @@ def _logits(
     q1, q2, pointers, offsets, tiles, row, column, live,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Logits of a block of keys, loaded by the descriptor `tiles` or by pointers; -inf if MASKED and not `live`."""
+    """Logits of a block of keys, loaded by the descriptor `tiles` or by pointers; any value where not `live`."""
     if tiles is not None:
         found = tl.dot(q1, tiles.load([row, column]).T, input_precision=PRECISION)
     else:
@@ -64,19 +65,7 @@ def _logits(
         if D2 > 0:
             k2 = _load(pointers, offsets, live, D1, D, D2, MASKED)
             found = tl.dot(q2, k2.T, found, input_precision=PRECISION)
-    if MASKED:
-        found = tl.where(live[None, :], found, float("-inf"))
     return found
-
-
-@jit
-def _softmax(logits, total, top, scale_log2):
-    """One step of the online softmax: weights, new sum and maximum per row, and the factor that rescales older sums."""
-    # The scale is positive, so it commutes with the maximum: one multiply-add per logit.
-    highest = tl.maximum(top, tl.max(logits, 1) * scale_log2)
-    weights = tl.exp2(logits * scale_log2 - highest[:, None])
-    shrink = tl.exp2(top - highest)
-    return weights, total * shrink + tl.sum(weights, 1), highest, shrink
 
 
 @jit
@@ -164,13 +153,13 @@ def _attend_kernel(
                         q1, q2, None, None, key_tiles, key_row + start + BLOCK_K, key_column, inside, D, D1, D2, False,
                         PRECISION,
                     )  # fmt: skip
-                    weights, total, top, shrink = _softmax(logits, total, top, scale_log2)
+                    weights, shrink, total, top = softmax_step(logits, total, top, scale_log2, inside, False)
                     acc1, acc2 = _mix(
                         weights, acc1 * shrink[:, None], acc2, None, None, value_tiles, value_row + start,
                         value_column, inside, V, V1, V2, False, PRECISION,
                     )  # fmt: skip
                     logits = coming
-                weights, total, top, shrink = _softmax(logits, total, top, scale_log2)
+                weights, shrink, total, top = softmax_step(logits, total, top, scale_log2, inside, False)
                 acc1, acc2 = _mix(
                     weights, acc1 * shrink[:, None], acc2, None, None, value_tiles, value_row + whole - BLOCK_K,
                     value_column, inside, V, V1, V2, False, PRECISION,
@@ -180,7 +169,7 @@ def _attend_kernel(
                 logits = _logits(
                     q1, q2, None, None, key_tiles, key_row + start, key_column, inside, D, D1, D2, False, PRECISION
                 )  # fmt: skip
-                weights, total, top, shrink = _softmax(logits, total, top, scale_log2)
+                weights, shrink, total, top = softmax_step(logits, total, top, scale_log2, inside, False)
                 acc1, acc2 = _mix(
                     weights, acc1 * shrink[:, None], acc2, None, None, value_tiles, value_row + start, value_column,
                     inside, V, V1, V2, False, PRECISION,
@@ -192,7 +181,7 @@ def _attend_kernel(
             logits = _logits(
                 q1, q2, keys_of_head, n * KEY_K, None, 0, 0, inside, D, D1, D2, False, PRECISION
             )  # fmt: skip
-            weights, total, top, shrink = _softmax(logits, total, top, scale_log2)
+            weights, shrink, total, top = softmax_step(logits, total, top, scale_log2, inside, False)
             acc1, acc2 = _mix(
                 weights, acc1 * shrink[:, None], acc2 * shrink[:, None], values_of_head, n * VALUE_K, None, 0, 0,
                 inside, V, V1, V2, False, PRECISION,
@@ -205,14 +194,14 @@ def _attend_kernel(
             logits = _logits(
                 q1, q2, None, None, key_tiles, key_row + whole, key_column, live, D, D1, D2, True, PRECISION
             )  # fmt: skip
-            weights, total, top, shrink = _softmax(logits, total, top, scale_log2)
+            weights, shrink, total, top = softmax_step(logits, total, top, scale_log2, live, True)
             acc1, acc2 = _mix(
                 weights, acc1 * shrink[:, None], acc2, None, None, value_tiles, value_row + whole, value_column,
                 live, V, V1, V2, True, PRECISION,
             )  # fmt: skip
         else:
             logits = _logits(q1, q2, keys_of_head, n * KEY_K, None, 0, 0, live, D, D1, D2, True, PRECISION)
-            weights, total, top, shrink = _softmax(logits, total, top, scale_log2)
+            weights, shrink, total, top = softmax_step(logits, total, top, scale_log2, live, True)
             acc1, acc2 = _mix(
                 weights, acc1 * shrink[:, None], acc2 * shrink[:, None], values_of_head, n * VALUE_K, None, 0, 0,
                 live, V, V1, V2, True, PRECISION,

@@ -26,6 +26,21 @@ def rotate_pairs(x, turn, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HEADS: tl.c
     return tl.reshape(tl.join(x * cos - y * sin, x * sin + y * cos), [ROWS, HEADS * COLUMNS])
 
 
+@jit
+def softmax_step(logits, total, top, scale_log2, live, MASKED: tl.constexpr):
+    """One step of the online softmax: weights of new logits, the factor of older sums, the new sum and maximum by row.
+
+    `top` is in units of log2. If MASKED, logits of keys that are not `live` do not count.
+    """
+    if MASKED:
+        logits = tl.where(live[None, :], logits, float("-inf"))
+    # The scale is positive, so it commutes with the maximum: one multiply-add per logit.
+    highest = tl.maximum(top, tl.max(logits, 1) * scale_log2)
+    weights = tl.exp2(logits * scale_log2 - highest[:, None])
+    shrink = tl.exp2(top - highest)
+    return weights, shrink, total * shrink + tl.sum(weights, 1), highest
+
+
 def rotate(x: Tensor, rotations: Tensor, direction: float = 1.0) -> Tensor:
     """Rotate the pairs of `[B, N, H, 2 P]` by `[N, P, 2]` (cos, sin); `direction` -1 inverts the rotation."""
     cos, sin = rotations.to(x.dtype).unsqueeze(1).unbind(-1)

@@ -7,7 +7,7 @@ letters as in `latent_attention.py`.
 from __future__ import annotations
 
 from ._runtime import jit, tl
-from .common import rotate_pairs
+from .common import rotate_pairs, softmax_step
 
 
 @jit
@@ -69,18 +69,6 @@ def _shared_keys(
 
 
 @jit
-def _softmax_step(logits, total, top, scale_log2, live, MASKED: tl.constexpr):
-    """Weights of new logits, the factor of what was summed before them, and the new sum and maximum."""
-    if MASKED:
-        logits = tl.where(live[None, :], logits, float("-inf"))
-    # The scale is positive, so it commutes with the maximum: one multiply-add per logit.
-    highest = tl.maximum(top, tl.max(logits, 1) * scale_log2)
-    weights = tl.exp2(logits * scale_log2 - highest[:, None])
-    shrink = tl.exp2(top - highest)
-    return weights, shrink, total * shrink + tl.sum(weights, 1), highest
-
-
-@jit
 def latent_block(
     query, pe, acc, total, top, start, last, rows, scales, slots, rotations, tokens, scale_log2,
     rows_s, rows_t, scales_s, scales_t, rotations_k,
@@ -121,7 +109,7 @@ def latent_block(
         )  # fmt: skip
         logits = tl.dot(query[i], c.T, logits, input_precision=PRECISION)
         latents = latents + (c,)  # noqa: RUF005
-    weights, shrink, total, highest = _softmax_step(logits, total, top, scale_log2, live, MASKED)
+    weights, shrink, total, highest = softmax_step(logits, total, top, scale_log2, live, MASKED)
     weights = weights.to(DTYPE)
     mixed = ()
     for i in tl.static_range(BLOCKS):
@@ -145,7 +133,7 @@ def described_logits(query, pe, row_tiles, pe_tiles, row, WIDE: tl.constexpr, SH
 @jit
 def described_mix(logits, acc, total, top, scale_log2, row_tiles, row, live, MASKED: tl.constexpr):
     """One step of the online softmax over the packed rows from `row` on; `top` is in units of log2."""
-    weights, shrink, total, highest = _softmax_step(logits, total, top, scale_log2, live, MASKED)
+    weights, shrink, total, highest = softmax_step(logits, total, top, scale_log2, live, MASKED)
     c = row_tiles.load([row, 0])
     if MASKED:
         c = tl.where(live[:, None], c, 0.0)
