@@ -95,6 +95,13 @@ def why_not(device: str | torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def why_not_dtype(op: str, dtype: torch.dtype | None) -> str | None:
+    """Why `op` does not support a dtype, in one line; None if it does or there is none."""
+    if dtype is None or dtype in DTYPES:
+        return None
+    return f"{op}: {dtype} is not supported; use float16, bfloat16 or float32"
+
+
 def lacking(environment: Mapping[str, str] = os.environ) -> str | None:
     """What Triton lacks to compile the launchers of its kernels, in C, in one line; None if nothing is missing.
 

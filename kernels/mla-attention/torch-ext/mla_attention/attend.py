@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ._ops import ops
 from ._runtime import (
-    DTYPES,
     Plan,
     Variant,
     blocks,
@@ -25,6 +24,7 @@ from ._runtime import (
     refuse,
     require,
     tl,
+    why_not_dtype,
 )
 from .attend_tiles import tiles
 from .common import softmax_step
@@ -264,9 +264,7 @@ def why_not_attend(channels: int, value_channels: int, dtype: torch.dtype | None
     for name, count, limit in (("key", channels, MAX_CHANNELS), ("value", value_channels, MAX_VALUE_CHANNELS)):
         if not 1 <= count <= limit:
             return f"attend: {count} {name} channels per head; supported: 1 to {limit}"
-    if dtype is not None and dtype not in DTYPES:
-        return f"attend: {dtype} is not supported; use float16, bfloat16 or float32"
-    return None
+    return why_not_dtype("attend", dtype)
 
 
 def attend_plan(

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ._ops import ops
 from ._runtime import (
-    DTYPES,
     Plan,
     Variant,
     capability,
@@ -31,6 +30,7 @@ from ._runtime import (
     require,
     tile_family,
     tl,
+    why_not_dtype,
 )
 from .common import nibbles, rotate, rotate_pairs
 from .expand_tiles import TILES, UNTUNED, Tiles
@@ -199,9 +199,7 @@ def why_not_expand_kv(
     for name, (count, least) in counts.items():
         if not least <= count <= MAX_CHANNELS:
             return f"expand_kv: {count} {name} channels; supported: {least} to {MAX_CHANNELS}"
-    if dtype is not None and dtype not in DTYPES:
-        return f"expand_kv: {dtype} is not supported; use float16, bfloat16 or float32"
-    return None
+    return why_not_dtype("expand_kv", dtype)
 
 
 def expand_plan(

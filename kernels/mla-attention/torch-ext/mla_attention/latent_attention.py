@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ._ops import ops
 from ._runtime import (
-    DTYPES,
     Variant,
     capability,
     ceil_div,
@@ -26,6 +25,7 @@ from ._runtime import (
     refuse,
     require,
     tl,
+    why_not_dtype,
 )
 from .common import rotate
 from .descriptors import describable, describe
@@ -216,9 +216,7 @@ def why_not_latent_attention(rank: int, shared_channels: int, dtype: torch.dtype
         return f"latent_attention: {shared_channels} shared rotary channels; use an even number"
     if not 0 <= shared_channels <= MAX_SHARED:
         return f"latent_attention: {shared_channels} shared rotary channels; supported: 0 to {MAX_SHARED}"
-    if dtype is not None and dtype not in DTYPES:
-        return f"latent_attention: {dtype} is not supported; use float16, bfloat16 or float32"
-    return None
+    return why_not_dtype("latent_attention", dtype)
 
 
 def aot_variants(capability: int) -> list[Variant]:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ._ops import ops
 from ._runtime import (
-    DTYPES,
     Plan,
     Variant,
     capability,
@@ -29,6 +28,7 @@ from ._runtime import (
     require,
     tile_family,
     tl,
+    why_not_dtype,
 )
 from .common import rotate, rotate_pairs
 from .quantise import GROUP, LEVELS, LEVELS_OF_FOUR, MAX_SCALE, quantise_rows, row_width
@@ -265,9 +265,7 @@ def why_not_latent_write(
         return f"latent_write: {shared_channels} shared rotary channels; supported: 0 to {MAX_SHARED}"
     if head_dim % 2:
         return f"latent_write: {head_dim} key channels per head cannot be rotated; use an even number"
-    if dtype is not None and dtype not in DTYPES:
-        return f"latent_write: {dtype} is not supported; use float16, bfloat16 or float32"
-    return None
+    return why_not_dtype("latent_write", dtype)
 
 
 def write_plan(

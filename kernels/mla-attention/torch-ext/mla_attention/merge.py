@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ._ops import ops
 from ._runtime import (
-    DTYPES,
     Plan,
     Variant,
     ceil_div,
@@ -22,6 +21,7 @@ from ._runtime import (
     refuse,
     require,
     tl,
+    why_not_dtype,
 )
 
 MAX_VALUE_CHANNELS = 1024
@@ -109,9 +109,7 @@ def why_not_merge(value_channels: int, dtype: torch.dtype | None = None) -> str 
     """Why `merge` does not support this number of value channels or this dtype, in one line; None if it does."""
     if not 1 <= value_channels <= MAX_VALUE_CHANNELS:
         return f"merge: {value_channels} value channels; supported: 1 to {MAX_VALUE_CHANNELS}"
-    if dtype is not None and dtype not in DTYPES:
-        return f"merge: {dtype} is not supported; use float16, bfloat16 or float32"
-    return None
+    return why_not_dtype("merge", dtype)
 
 
 def launch_merge(outs: Tensor, lses: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

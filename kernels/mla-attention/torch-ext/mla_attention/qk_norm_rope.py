@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ._ops import ops
 from ._runtime import (
-    DTYPES,
     Plan,
     Variant,
     ceil_div,
@@ -24,6 +23,7 @@ from ._runtime import (
     refuse,
     require,
     tl,
+    why_not_dtype,
 )
 from .common import rotate, rotate_pairs
 
@@ -93,9 +93,7 @@ def why_not_qk_norm_rope(heads: int, head_dim: int, dtype: torch.dtype | None = 
         return f"qk_norm_rope: {heads * head_dim} channels over all heads; supported: 1 to {MAX_CHANNELS}"
     if head_dim % 2:
         return f"qk_norm_rope: {head_dim} channels per head cannot be rotated; use an even number"
-    if dtype is not None and dtype not in DTYPES:
-        return f"qk_norm_rope: {dtype} is not supported; use float16, bfloat16 or float32"
-    return None
+    return why_not_dtype("qk_norm_rope", dtype)
 
 
 def norm_plan(channels: int, head_dim: int) -> Plan:
