@@ -50,6 +50,6 @@ def test_programs_of_a_multiprocessor(warps, registers, shared, capability, expe
 
 def test_the_interpreter_runs_one_program(monkeypatch):
     plan = Plan({}, 4, 2)
-    assert programs(torch.device("cpu"), plan, 0, 80) == 1
+    assert programs(torch.device("cpu"), plan, 0) == 1
     monkeypatch.setattr("mla_attention.splits.multiprocessors", lambda device: 132)
-    assert programs(torch.device("cpu"), plan, 0, 80) == 264
+    assert programs(torch.device("cpu"), plan, 0) == 264

@@ -343,7 +343,7 @@ def _launch(
     block_q, block_k = plan.constants["BLOCK_Q"], plan.constants["BLOCK_K"]
     if splits == 0:
         shared = query.element_size() * (block_q * channels + plan.num_stages * block_k * (channels + value_channels))
-        at_once = programs(device, plan, shared, capability(device))
+        at_once = programs(device, plan, shared)
         splits = split_count(ceil_div(queries, block_q) * batch * heads, ceil_div(keys, block_k), at_once)
     dtype = query.dtype if splits == 1 else torch.float32
     out = torch.empty(splits, batch, queries, heads, value_channels, dtype=dtype, device=device)

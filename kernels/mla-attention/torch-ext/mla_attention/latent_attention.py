@@ -316,7 +316,7 @@ def _launch(query, query_pe, rows, scales, slots, num_keys, rotations, scale, sp
     if splits == 0:
         blocks = ceil_div(keys, plan.constants["BLOCK_K"])
         # Registers, not shared memory, limit the number of programs per multiprocessor.
-        splits = split_count(tiles * batch, blocks, programs(query.device, plan, 0, capability(query.device)))
+        splits = split_count(tiles * batch, blocks, programs(query.device, plan, 0))
     dtype = query.dtype if splits == 1 else torch.float32
     out = torch.empty(splits, batch, queries, heads, rank, dtype=dtype, device=query.device)
     lse = torch.empty(splits, batch, heads, queries, dtype=torch.float32, device=query.device)

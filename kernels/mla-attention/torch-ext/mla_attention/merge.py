@@ -138,10 +138,9 @@ def aot_variants(capability: int) -> list[Variant]:
 
 
 def _check(outs: Tensor, lses: Tensor) -> None:
-    require(outs.dim() == 5, "outs is {}, expected [n, B, Q, H, V]", list(outs.shape))
+    check_tensor("outs", outs, (None,) * 5)
     parts, batch, queries, heads, channels = outs.shape
     require(parts > 0, "merge needs at least one part")
-    check_tensor("outs", outs, (None,) * 5)
     check_tensor("lses", lses, (parts, batch, heads, queries), torch.float32, like=outs)
     refuse(why_not_merge(channels, outs.dtype))
 

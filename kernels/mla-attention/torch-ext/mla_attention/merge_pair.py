@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._ops import ops
-from ._runtime import Variant, ceil_div, check_tensor, define, jit, launch, refuse, require, tl
+from ._runtime import Variant, ceil_div, check_tensor, define, jit, launch, refuse, tl
 from .merge import merge_plan, merge_reference, why_not_merge
 
 
@@ -89,9 +89,8 @@ def aot_variants(capability: int) -> list[Variant]:
 
 
 def _check(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
-    require(out_a.dim() == 4, "out_a is {}, expected [B, Q, H, V]", list(out_a.shape))
-    batch, queries, heads, channels = out_a.shape
     check_tensor("out_a", out_a, (None,) * 4)
+    batch, queries, heads, channels = out_a.shape
     check_tensor("out_b", out_b, tuple(out_a.shape), out_a.dtype, like=out_a)
     for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
         check_tensor(name, lse, (batch, heads, queries), torch.float32, like=out_a)

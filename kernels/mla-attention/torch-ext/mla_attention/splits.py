@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ._runtime import Plan, ceil_div, tile_family
+from ._runtime import Plan, capability, ceil_div, tile_family
 
 MOST = 8
 LEAST_BLOCKS = 4
@@ -32,10 +32,10 @@ def resident(plan: Plan, shared: int, capability: int) -> int:
     return max(1, min(REGISTERS // registers, SHARED[tile_family(capability)] // (shared + 1024)))
 
 
-def programs(device: torch.device, plan: Plan, shared: int, capability: int) -> int:
+def programs(device: torch.device, plan: Plan, shared: int) -> int:
     """Programs of a plan that a device runs at once; 1 if it is not a CUDA device."""
     units = multiprocessors(device)
-    return units * resident(plan, shared, capability) if units > 1 else units
+    return units * resident(plan, shared, capability(device)) if units > 1 else units
 
 
 def split_count(tiles: int, key_blocks: int, programs: int) -> int:
