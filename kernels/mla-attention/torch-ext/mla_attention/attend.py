@@ -69,11 +69,15 @@ def _logits(
 
 
 @jit
-def _mix(
-    weights, acc1, acc2, pointers, offsets, tiles, row, column, live,
+def _step(
+    logits, acc1, acc2, total, top, scale_log2, pointers, offsets, tiles, row, column, live,
     V: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the weighted values of a block of keys to `acc1` and `acc2`; values are loaded like the keys in `_logits`."""
+    """One step of the online softmax over a block of keys, whose values are loaded like the keys in `_logits`."""
+    weights, shrink, total, top = softmax_step(logits, total, top, scale_log2, live, MASKED)
+    acc1 *= shrink[:, None]
+    if V2 > 0:
+        acc2 *= shrink[:, None]
     if tiles is not None:
         v1 = tiles.load([row, column])
         if MASKED:
@@ -86,7 +90,7 @@ def _mix(
     if V2 > 0:
         v2 = _load(pointers, offsets, live, V1, V, V2, MASKED)
         acc2 = tl.dot(weights, v2, acc2, input_precision=PRECISION)
-    return acc1, acc2
+    return acc1, acc2, total, top
 
 
 @jit
@@ -153,15 +157,13 @@ def _attend_kernel(
                         q1, q2, None, None, key_tiles, key_row + start + BLOCK_K, key_column, inside, D, D1, D2, False,
                         PRECISION,
                     )  # fmt: skip
-                    weights, shrink, total, top = softmax_step(logits, total, top, scale_log2, inside, False)
-                    acc1, acc2 = _mix(
-                        weights, acc1 * shrink[:, None], acc2, None, None, value_tiles, value_row + start,
+                    acc1, acc2, total, top = _step(
+                        logits, acc1, acc2, total, top, scale_log2, None, None, value_tiles, value_row + start,
                         value_column, inside, V, V1, V2, False, PRECISION,
                     )  # fmt: skip
                     logits = coming
-                weights, shrink, total, top = softmax_step(logits, total, top, scale_log2, inside, False)
-                acc1, acc2 = _mix(
-                    weights, acc1 * shrink[:, None], acc2, None, None, value_tiles, value_row + whole - BLOCK_K,
+                acc1, acc2, total, top = _step(
+                    logits, acc1, acc2, total, top, scale_log2, None, None, value_tiles, value_row + whole - BLOCK_K,
                     value_column, inside, V, V1, V2, False, PRECISION,
                 )  # fmt: skip
         else:
@@ -169,21 +171,17 @@ def _attend_kernel(
                 logits = _logits(
                     q1, q2, None, None, key_tiles, key_row + start, key_column, inside, D, D1, D2, False, PRECISION
                 )  # fmt: skip
-                weights, shrink, total, top = softmax_step(logits, total, top, scale_log2, inside, False)
-                acc1, acc2 = _mix(
-                    weights, acc1 * shrink[:, None], acc2, None, None, value_tiles, value_row + start, value_column,
-                    inside, V, V1, V2, False, PRECISION,
+                acc1, acc2, total, top = _step(
+                    logits, acc1, acc2, total, top, scale_log2, None, None, value_tiles, value_row + start,
+                    value_column, inside, V, V1, V2, False, PRECISION,
                 )  # fmt: skip
     else:
         keys_of_head = key + b * key_b + h * key_h + tl.cast(first, tl.int64) * KEY_K
         values_of_head = value + b * value_b + h * value_h + tl.cast(first, tl.int64) * VALUE_K
         for _ in range(first, whole, BLOCK_K):
-            logits = _logits(
-                q1, q2, keys_of_head, n * KEY_K, None, 0, 0, inside, D, D1, D2, False, PRECISION
-            )  # fmt: skip
-            weights, shrink, total, top = softmax_step(logits, total, top, scale_log2, inside, False)
-            acc1, acc2 = _mix(
-                weights, acc1 * shrink[:, None], acc2 * shrink[:, None], values_of_head, n * VALUE_K, None, 0, 0,
+            logits = _logits(q1, q2, keys_of_head, n * KEY_K, None, 0, 0, inside, D, D1, D2, False, PRECISION)
+            acc1, acc2, total, top = _step(
+                logits, acc1, acc2, total, top, scale_log2, values_of_head, n * VALUE_K, None, 0, 0,
                 inside, V, V1, V2, False, PRECISION,
             )  # fmt: skip
             keys_of_head += BLOCK_K * KEY_K
@@ -194,16 +192,14 @@ def _attend_kernel(
             logits = _logits(
                 q1, q2, None, None, key_tiles, key_row + whole, key_column, live, D, D1, D2, True, PRECISION
             )  # fmt: skip
-            weights, shrink, total, top = softmax_step(logits, total, top, scale_log2, live, True)
-            acc1, acc2 = _mix(
-                weights, acc1 * shrink[:, None], acc2, None, None, value_tiles, value_row + whole, value_column,
+            acc1, acc2, total, top = _step(
+                logits, acc1, acc2, total, top, scale_log2, None, None, value_tiles, value_row + whole, value_column,
                 live, V, V1, V2, True, PRECISION,
             )  # fmt: skip
         else:
             logits = _logits(q1, q2, keys_of_head, n * KEY_K, None, 0, 0, live, D, D1, D2, True, PRECISION)
-            weights, shrink, total, top = softmax_step(logits, total, top, scale_log2, live, True)
-            acc1, acc2 = _mix(
-                weights, acc1 * shrink[:, None], acc2 * shrink[:, None], values_of_head, n * VALUE_K, None, 0, 0,
+            acc1, acc2, total, top = _step(
+                logits, acc1, acc2, total, top, scale_log2, values_of_head, n * VALUE_K, None, 0, 0,
                 live, V, V1, V2, True, PRECISION,
             )  # fmt: skip
 
