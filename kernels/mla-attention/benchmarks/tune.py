@@ -25,6 +25,7 @@ if ("--tiny" in sys.argv or os.environ.get("MLA_TUNE_TINY")) and "triton" not in
 
 import mla_attention as ops  # noqa: E402
 import torch  # noqa: E402
+from candidates import CANDIDATES  # noqa: E402
 from checks import relative_error  # noqa: E402
 from mla_attention import attend_tiles, expand_tiles, latent_tiles  # noqa: E402
 from mla_attention._runtime import tile_family  # noqa: E402
@@ -39,14 +40,6 @@ ALLOWED = 1.6e-2
 SIZES = {"queries": 4680, "frames": 18, "checked_queries": 200, "checked_frames": 1}
 TINY = {"queries": 12, "frames": 1, "checked_queries": 12, "checked_frames": 1}
 TABLES = (attend_tiles.TILES, attend_tiles.DESCRIBED, latent_tiles.TILES, expand_tiles.TILES)
-
-
-def candidates(family):
-    """All candidates as `{op: [tiles, ...]}`; those of the table come first."""
-    found = {ATTEND: attend_tiles.CANDIDATES[family], EXPAND: expand_tiles.CANDIDATES[family]}
-    for rank in RANKS:
-        found[f"latent_attention, rank {rank}"] = latent_tiles.CANDIDATES[family].get(rank, [])
-    return {op: tiles for op, tiles in found.items() if tiles}
 
 
 @contextlib.contextmanager
@@ -156,7 +149,7 @@ def sized(op, sizes, checked, device, dtype, tiny):
 def check(op, index, family, device, dtype, tiny):
     """The largest relative error of a candidate. Also runs it once at the timed size, which compiles it."""
     sizes = TINY if tiny else SIZES
-    with table(op, candidates(family)[op][index], family), torch.no_grad():
+    with table(op, CANDIDATES[family][op][index], family), torch.no_grad():
         run, exact = sized(op, sizes, True, device, dtype, tiny)
         found = [relative_error(x, y) for x, y in zip(run(), exact())]  # noqa: B905
         if not tiny:
@@ -207,7 +200,7 @@ def changes(family, right, times, refused):
     for op, medians in times.items():
         if not medians:
             continue  # none of them ran
-        own = str(tuple(candidates(family)[op][0]))
+        own = str(tuple(CANDIDATES[family][op][0]))
         best = min(
             right[op], key=lambda tiles: medians.get(str(tuple(tiles)), {"median_ms": float("inf")})["median_ms"]
         )
@@ -222,7 +215,7 @@ def compile_only(capability):
     """Compile all candidates ahead of time and print a line of JSON for each. Returns 1 if tiles of the tables fail."""
     aot = importlib.import_module("aot")
     family, failed = tile_family(capability), False
-    for op, every in candidates(family).items():
+    for op, every in CANDIDATES[family].items():
         for place, tiles in enumerate(every):
             line = {"op": op, "tiles": list(tiles)}
             with table(op, tiles, family):
@@ -239,13 +232,12 @@ def compile_only(capability):
 
 def variant(op, capability):
     """The variant of an op that `aot.py` compiles."""
-    name, _, rank = op.partition(", rank ")
-    module = importlib.import_module(f"mla_attention.{name}")
+    variants = importlib.import_module("variants")
     if op == ATTEND:
-        return module.aot_variant(DEPTH, SIZES["queries"], False, capability)
+        return variants.attend_variant(DEPTH, SIZES["queries"], False, capability)
     if op == EXPAND:
-        return module.aot_variant(192, DEPTH, HEADS, True, False, capability)
-    return module.aot_variant(int(rank), SHARED, SIZES["queries"], False, False, capability)
+        return variants.expand_variant(192, DEPTH, HEADS, True, False, capability)
+    return variants.latent_variant(int(op.rpartition(" ")[2]), SHARED, SIZES["queries"], False, False, capability)
 
 
 def report(result):
@@ -288,7 +280,7 @@ def main(arguments=None):
     capability = 10 * torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 80
     family = tile_family(capability)
     every = {
-        op: tiles for op, tiles in candidates(family).items()
+        op: tiles for op, tiles in CANDIDATES[family].items()
         if not chosen.ops or any(op.startswith(name) for name in chosen.ops)
     }  # fmt: skip
     todo = [(op, index) for op, tiles in every.items() for index in range(len(tiles))]

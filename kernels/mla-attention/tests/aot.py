@@ -1,8 +1,8 @@
 """Compile the kernels ahead of time, without a GPU: `python aot.py 90 attend merge` prints a JSON line per variant.
 
-This needs a separate process, because Triton compiles nothing once its interpreter is chosen. Every op module provides
-`aot_variants(capability)`, whose first variant is what Wan2.1-1.3B runs. Properties of the arguments that the launcher
-would detect are assumed here. Without names, all ops are compiled; with `--first`, only the first variant of each; with
+This needs a separate process, because Triton compiles nothing once its interpreter is chosen. `variants.py` lists what
+is compiled of every op; the first variant is what Wan2.1-1.3B runs. Properties of the arguments that the launcher would
+detect are assumed here. Without names, all ops are compiled; with `--first`, only the first variant of each; with
 `--matching`, those whose name contains a text. The exit code is 1 if a variant spills registers, exceeds a limit of the
 device or does not use the expected tensor cores. `--loops` adds the number of instructions of a variant and of its
 largest loop.
@@ -11,7 +11,6 @@ largest loop.
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.util
 import json
 import re
@@ -23,6 +22,7 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from variants import VARIANTS
 
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Bytes of shared memory available to a thread block (CUDA C++ Programming Guide, technical specifications)."""
@@ -41,7 +41,6 @@ UNEVEN = ("heads", "tokens", "scales_t")
 
 TENSOR_CORES = {80: "mma", 86: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
 PACKAGE = Path(importlib.util.find_spec("mla_attention").origin).parent
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if "def aot_variants(" in path.read_text(encoding="utf-8"))
 
 
 def compiled(variant, capability, count=False):
@@ -135,14 +134,13 @@ def violations(found):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("capability", type=int, choices=sorted(SHARED_LIMIT))
-    parser.add_argument("modules", nargs="*", default=MODULES)
+    parser.add_argument("modules", nargs="*", default=list(VARIANTS))
     parser.add_argument("--first", action="store_true", help="only what Wan2.1-1.3B runs")
     parser.add_argument("--matching", default="", help="only variants whose name contains this")
     parser.add_argument("--loops", action="store_true", help="count instructions, also of the largest loop")
     chosen, failed = parser.parse_args(), False
-    for module in chosen.modules or MODULES:
-        variants = importlib.import_module(f"mla_attention.{module}").aot_variants(chosen.capability)
-        variants = [variant for variant in variants if chosen.matching in variant.name]
+    for module in chosen.modules:
+        variants = [variant for variant in VARIANTS[module](chosen.capability) if chosen.matching in variant.name]
         for variant in variants[:1] if chosen.first else variants:
             found = compiled(variant, chosen.capability, chosen.loops)
             found["wrong"] = violations(found)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from candidates import CANDIDATES
 from kernel_case import DEVICE, DTYPES, EPSILON, FAMILIES, error, int32, module, randn, take_tiles_of
 from mla_attention import attend, attend_reference, attend_tiles, merge, why_not_attend
 from mla_attention._ops import ops
-from mla_attention.attend_tiles import CANDIDATES
 from mla_attention.descriptors import describable, describe
 
 
@@ -169,7 +169,7 @@ def test_refusals():
     assert why_not_attend(160, 128, torch.bfloat16) is None
 
 
-DESCRIBED = [tiles for tiles in CANDIDATES[90] if tiles.described]
+DESCRIBED = [tiles for tiles in CANDIDATES[90]["attend"] if tiles.described]
 
 
 @pytest.mark.parametrize("tiles", DESCRIBED, ids=str)

@@ -28,7 +28,7 @@ def compiled(capability, *options):
 def test_what_wan_runs_compiles_within_the_limits(capability):
     """One variant per op; `aot.py` without options compiles all of them."""
     everything = compiled(capability, "--first")
-    assert {found["name"].partition(" ")[0] for found in everything} == set(aot.MODULES)
+    assert {found["name"].partition(" ")[0] for found in everything} == set(aot.VARIANTS)
     # `aot.violations` checks spills, shared memory and tensor memory in this output.
     assert all(found["spilled"] == 0 for found in everything)
     by_tensor_cores = {found["tensor_cores"] for found in everything if found["dot"]}
@@ -45,7 +45,7 @@ def test_88_latents_in_8_and_4_bits_compile_within_the_limits(capability):
 def test_every_op_with_a_kernel_is_compiled():
     kernels = {path.stem for path in aot.PACKAGE.glob("*.py") if "\n@jit" in path.read_text(encoding="utf-8")}
     # What kernels of one op call is compiled with them.
-    assert kernels - {"common", "latent_step"} == set(aot.MODULES)
+    assert kernels - {"common", "latent_step"} == set(aot.VARIANTS)
 
 
 def test_violations_are_told():

@@ -10,15 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CPU = torch.device("cpu")
 FIRST = {"device": "a GPU", "torch": "2", "triton": "3", "tiny": True, "dtype": "bfloat16"}
 FIRST["shape"] = {"chunk": 1, "tokens": 4, "window": 4}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def path():
-    sys.path.insert(0, str(BENCHMARKS))
 
 
 @pytest.fixture
@@ -132,7 +126,7 @@ def test_loops_are_counted_in_front_of_the_end_alone():
 def test_measured_tiles_replace_those_that_failed_unless_they_fail_too(watch, tmp_path, monkeypatch, right):
     bench, record, timing = (importlib.import_module(name) for name in ("run", "record", "timing"))
     run, asked, own = record.Record(tmp_path, FIRST), [], bench.tune.expand_tiles.TILES[90]
-    other, line = bench.tune.expand_tiles.CANDIDATES[90][1], "expand_kv_, keys, 450 keys, rank 192: error 1"
+    other, line = bench.tune.CANDIDATES[90]["expand_kv"][1], "expand_kv_, keys, 450 keys, rank 192: error 1"
 
     def isolated(device, budget, ops, tiles):
         asked.append((ops, tiles))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +14,6 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def search():
     """A search with paths that fit up to `limits` streams, ended after some probes; returns also the batches tried."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
     streams, timing, wan = (importlib.import_module(name) for name in ("streams", "timing", "wan"))
 
     def run(limits, probes=1000):

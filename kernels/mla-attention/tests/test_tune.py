@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from mla_attention import attend_tiles, expand_tiles, latent_tiles
 from mla_attention.expand_kv import expand_plan
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
 def tune():
-    sys.path.insert(0, str(BENCHMARKS))
     return importlib.import_module("tune")
 
 
@@ -29,7 +24,7 @@ def test_candidates_are_compared_timed_and_written(tune, tmp_path, capsys):
 
     found = json.loads(out.read_text())
     assert found["tiny"] and found["family"] == 80 and found["refused"] == {}
-    assert {tuple(tiles) for tiles in tune.candidates(80)["expand_kv"]} == {
+    assert {tuple(tiles) for tiles in tune.CANDIDATES[80]["expand_kv"]} == {
         tuple(json.loads(name.replace("(", "[").replace(")", "]"))) for name in found["times"]["expand_kv"]
     }
     assert all(times["by"] == "launch" for times in found["times"]["expand_kv"].values())
@@ -52,9 +47,9 @@ def test_tables_are_as_before(tune):
     described = attend_tiles.Tiles(128, 128, 8, 2, described=True)
     with tune.table("attend", described, 90):
         assert attend_tiles.DESCRIBED.get(90) == described
-    with tune.table("latent_attention, rank 96", latent_tiles.CANDIDATES[90][96][1], 90):
+    with tune.table("latent_attention, rank 96", tune.CANDIDATES[90]["latent_attention, rank 96"][1], 90):
         assert [limit for limit, _ in latent_tiles.TILES[90]] == [64, 96, 256, 512]
-    other = latent_tiles.CANDIDATES[90][128][1]
+    other = tune.CANDIDATES[90]["latent_attention, rank 128"][1]
     with tune.table("latent_attention, rank 128", other, 90):
         # Rank 96 keeps its tiles until an entry for it replaces them.
         kept = before[2][90][1][1]
@@ -68,7 +63,7 @@ def test_tables_are_as_before(tune):
 
 
 def test_only_what_is_faster_changes(tune, tmp_path, monkeypatch):
-    own, other, *_ = tune.candidates(90)["attend"]
+    own, other, *_ = tune.CANDIDATES[90]["attend"]
     right = {"attend": [own, other]}
 
     def times(first, second):
@@ -91,7 +86,7 @@ def test_only_what_is_faster_changes(tune, tmp_path, monkeypatch):
 
 def test_the_first_candidates_are_those_of_the_tables(tune):
     for family in (80, 90, 100):
-        for op, (own, *_) in tune.candidates(family).items():
+        for op, (own, *_) in tune.CANDIDATES[family].items():
             if op == "attend":
                 assert own == attend_tiles.DESCRIBED.get(family, attend_tiles.TILES[family][0][1])
             elif op.startswith("latent"):
@@ -104,9 +99,9 @@ def test_the_tiles_of_the_tables_are_checked_first(tune, tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "checked", lambda todo, *_: seen.extend(todo) or dict.fromkeys(todo, tune.TIME_ENDED))
     out = tmp_path / "tiles.json"
     assert tune.main(["--tiny", "--device", "cpu", "--out", str(out)]) == 0
-    first = len(tune.candidates(80))
-    assert [op for op, index in seen[:first] if index == 0] == list(tune.candidates(80))
-    assert len(seen) == sum(map(len, tune.candidates(80).values()))
+    first = len(tune.CANDIDATES[80])
+    assert [op for op, index in seen[:first] if index == 0] == list(tune.CANDIDATES[80])
+    assert len(seen) == sum(map(len, tune.CANDIDATES[80].values()))
     assert json.loads(out.read_text())["change"] == {}
 
 
@@ -138,11 +133,11 @@ def test_what_ends_with_the_budget_counts(tune, monkeypatch):
 
 
 def test_no_two_candidates_of_a_rank_are_the_same_plan(tune):
-    for family, by_rank in latent_tiles.CANDIDATES.items():
-        for rank, candidates in by_rank.items():
-            plans = []
-            for tiles in candidates:
-                with tune.table(f"latent_attention, rank {rank}", tiles, family):
+    for family, by_op in tune.CANDIDATES.items():
+        for op in by_op.keys() - {"attend", "expand_kv"}:
+            rank, plans = int(op.rpartition(" ")[2]), []
+            for tiles in by_op[op]:
+                with tune.table(op, tiles, family):
                     plans.append(latent_tiles.latent_plan(rank, 32, 4680, tune.torch.bfloat16, False, False, family))
             assert not [plan for place, plan in enumerate(plans) if plan in plans[:place]], (family, rank)
 

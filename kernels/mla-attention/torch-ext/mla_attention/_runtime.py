@@ -1,4 +1,4 @@
-"""Shared by all ops: the Triton import, support and argument checks, launches and ahead-of-time compilation.
+"""Shared by all ops: the Triton import, support and argument checks, and launches.
 
 Triton may be missing or broken (macOS, Windows). Then `jit` returns functions unchanged, `tl` is None and only the
 references work.
@@ -55,23 +55,6 @@ class Plan(NamedTuple):
         """Compiler options. Fusion of multiply-adds is always on, whatever Triton's default is."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
         return {**options, "maxnreg": self.max_registers} if self.max_registers else options
-
-
-class Variant(NamedTuple):
-    """One ahead-of-time compilation of a kernel, as it would be launched on the geometry in `name`.
-
-    `types` maps arguments to Triton type names (`*bf16`, `*i32`, `fp32`). An argument that is neither in `types` nor a
-    constant of `plan` is an i32. An absent tensor is a constant None. Pointers and integers are assumed to be multiples
-    of 16, except those that the kernel lists in `do_not_specialize`, those in UNEVEN of `aot.py` and those in `uneven`.
-    `dot` says whether the kernel should use the tensor core instruction of its generation.
-    """
-
-    name: str
-    kernel: Any
-    types: dict[str, str]
-    plan: Plan
-    dot: bool = True
-    uneven: tuple[str, ...] = ()
 
 
 def why_not(device: str | torch.device, dtype: torch.dtype) -> str | None:

@@ -13,7 +13,6 @@ from torch import Tensor
 from ._ops import ops
 from ._runtime import (
     Plan,
-    Variant,
     blocks,
     capability,
     ceil_div,
@@ -35,7 +34,6 @@ from .splits import programs, split_count
 MAX_CHANNELS = 256
 MAX_VALUE_CHANNELS = 128
 MAX_SPLITS = 64
-TILES = ("query_tiles", "key_tiles", "value_tiles")
 
 
 @jit
@@ -288,30 +286,6 @@ def attend_plan(
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
     }
     return Plan(constants, chosen.warps, chosen.stages, chosen.max_registers, chosen.described)
-
-
-def aot_variants(capability: int) -> list[Variant]:
-    """Ahead-of-time compilations: head widths of Wan and other models, all keys or a prefix, and few queries."""
-    found = [aot_variant(channels, 4680, False, capability) for channels in (128, 64, 96, 160, 256)]
-    return [*found, aot_variant(128, 4680, True, capability), aot_variant(128, 32, True, capability)]
-
-
-def aot_variant(channels: int, queries: int, counted: bool, capability: int, heads: int = 12) -> Variant:
-    """One ahead-of-time compilation in bfloat16 with 128 value channels."""
-    types = dict.fromkeys(("query", "key", "value", "out"), "*bf16") | {"lse": "*fp32", "scale": "fp32"}
-    types |= {"num_keys": "*i32"} if counted else {}
-    plan = attend_plan(channels, 128, queries, torch.bfloat16, counted, capability)
-    fixed = {"KEY_K": heads * channels, "VALUE_K": heads * 128} | ({} if counted else {"num_keys": None})
-    rows = {name: plan.constants["BLOCK_Q" if name == "query_tiles" else "BLOCK_K"] for name in TILES}
-    if plan.described:
-        widths = {"query_tiles": channels, "key_tiles": channels, "value_tiles": 128}
-        types |= {name: f"tensordesc<bf16[{count}, {widths[name]}]>" for name, count in rows.items()}
-    else:
-        fixed |= dict.fromkeys(rows)
-    plan = plan._replace(constants={**plan.constants, **fixed})
-    name = f"attend D={channels} V=128 Q={queries}" + ", a prefix" * counted
-    # Tensor cores of 9.0 and newer need tiles of at least 64 rows.
-    return Variant(name, _attend_kernel, types, plan, dot=queries >= 64)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, num_keys: Tensor | None, scale: float, splits: int) -> None:

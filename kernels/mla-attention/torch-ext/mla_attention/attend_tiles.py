@@ -1,4 +1,4 @@
-"""Tiles of `attend`, and the candidates that `benchmarks/tune.py` measures beside them.
+"""Tiles of `attend`.
 
 They were chosen from ahead-of-time compilations as the largest without spilled registers, not from timings.
 """
@@ -65,31 +65,3 @@ def tiles(
     if describable and whole and width <= NARROW and family in DESCRIBED:
         return DESCRIBED[family]
     return next(tiles for limit, tiles in TILES[family] if width <= limit)
-
-
-CANDIDATES = {
-    80: [
-        Tiles(128, 32, 8, 3),
-        Tiles(128, 32, 8, 4),
-        Tiles(128, 64, 8, 2),
-        Tiles(64, 64, 4, 2),
-    ],
-    90: [
-        DESCRIBED[90],
-        Tiles(128, 128, 8, 3),
-        Tiles(128, 128, 8, 2),
-        Tiles(128, 64, 8, 3),
-        Tiles(128, 128, 8, 2, described=True),
-        Tiles(128, 128, 8, 3, described=True),
-        Tiles(64, 64, 4, 2, described=True),
-        Tiles(64, 64, 4, 2, described=True, ahead=True),
-        Tiles(64, 128, 4, 2, described=True, ahead=True),
-    ],
-    100: [
-        Tiles(128, 128, 8, 2),
-        Tiles(128, 64, 8, 3),
-        Tiles(128, 128, 8, 2, described=True),
-        Tiles(128, 64, 8, 3, described=True),
-    ],
-}
-"""Tiles by family that `benchmarks/tune.py` measures for Wan2.1-1.3B's heads of 128 channels."""

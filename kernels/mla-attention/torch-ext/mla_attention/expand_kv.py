@@ -18,7 +18,6 @@ from torch import Tensor
 from ._ops import ops
 from ._runtime import (
     Plan,
-    Variant,
     capability,
     ceil_div,
     check_tensor,
@@ -36,7 +35,7 @@ from .common import nibbles, rotate, rotate_pairs
 from .expand_tiles import TILES, UNTUNED, Tiles
 from .pack import copy_rows
 from .quantise import GROUP, GROUP_OF_FOUR, dequantise_rows, row_parts, row_width
-from .ring import UNEVEN_ROWS, check_ring, ring_index, ring_strides, row_align
+from .ring import check_ring, ring_index, ring_strides, row_align
 
 MAX_RANK = 2048
 MAX_CHANNELS = 256
@@ -234,46 +233,6 @@ def expand_plan(
         "PRECISION": "ieee" if exact else "tf32",
     }
     return Plan(constants, 4 if together * block_n < 128 else chosen.warps, chosen.stages)
-
-
-def aot_variants(capability: int) -> list[Variant]:
-    """Ahead-of-time compilations: Wan's heads, rotated and not, by rank; shared keys; rows in int8, in 8 and 4 bits.
-
-    The recipes that share a latent between two layers use ranks 448 and 1472.
-    """
-    whole, parts, shared = [(128, 12, True), (128, 12, False)], [(96, 12, False)], [(32, 1, True)]
-    cases = [(rank, *case, False) for rank in (448, 192, 64, 128, 200, 256, 1472) for case in whole]
-    cases += [(192, *case, False) for case in parts + shared]
-    cases += [(rank, *case, True) for rank in (192, 448) for case in whole + shared]
-    found = [aot_variant(*case, capability) for case in cases]
-    # Rows of 56, 224, 81, 58 and 255 bytes.
-    mixed = [(88, 24, 8), (384, 64, 16), (121, 41, 1), (90, 26, 2), (448, 62, 1)]
-    uneven = [(121, 1, whole), (90, 2, whole + shared)]
-    found += [
-        aot_variant(rank, *case, quantised, capability, None, align)
-        for rank, align, some in uneven for quantised in (False, True) for case in some
-    ]  # fmt: skip
-    rows = [(rank, *case, True, capability, eight, align) for rank, eight, align in mixed for case in whole + shared]
-    return found + [aot_variant(*case) for case in rows]
-
-
-def aot_variant(
-    rank: int, channels: int, heads: int, rotated: bool, quantised: bool, capability: int, eight: int | None = None,
-    align: int = 16,
-) -> Variant:  # fmt: skip
-    """One ahead-of-time compilation with bfloat16 weights and rows in bfloat16, int8 or 8 and 4 bits."""
-    plan = expand_plan(rank, channels, heads, torch.bfloat16, capability, eight, align)
-    types = {"out": "*bf16", "rows": "*i8" if quantised else "*bf16", "slots": "*i32", "num_keys": "*i32"}
-    types |= dict.fromkeys(("weight", "bias"), "*bf16")
-    optional = {"scales": ("*fp16", quantised), "rotations": ("*fp32", rotated)}
-    types |= {name: kind for name, (kind, there) in optional.items() if there}
-    fixed = {name: None for name, (_, there) in optional.items() if not there}
-    # Triton specializes on arguments that are 1.
-    fixed |= {"heads": 1} if heads == 1 else {"copies": 1}
-    name = f"expand_kv r={rank}, {heads} x {channels} channels" + ", rotated" * rotated
-    name += ", int8" * quantised if eight is None else f", {eight} in 8 bits, the others in 4"
-    plan = plan._replace(constants={**plan.constants, **fixed})
-    return Variant(name, _expand_kernel, types, plan, uneven=UNEVEN_ROWS if align < 16 else ())
 
 
 def _check(

@@ -1,4 +1,4 @@
-"""Tiles of `expand_kv_`, and the candidates that `benchmarks/tune.py` measures beside them.
+"""Tiles of `expand_kv_`.
 
 They were chosen from ahead-of-time compilations as the widest without spilled registers, not from timings. For compute
 capability 9.0 they are the widest of which two programs fit a multiprocessor (98 kB of shared memory each, at most 128
@@ -27,20 +27,3 @@ TILES = {80: Tiles(128, 128, 64, 8, 3), 90: Tiles(128, 128, 64, 8, 3), 100: Tile
 UNTUNED = {80: Tiles(128, 128, 64, 8, 3), 90: Tiles(128, 128, 64, 8, 3), 100: Tiles(256, 128, 64, 8, 3)}
 """Tiles for rows in 8 and 4 bits and for ranks that 4 does not divide. These need more registers than what
 `benchmarks/tune.py` measures, so they would spill with some of the candidates; it does not change these tiles."""
-
-CANDIDATES = {
-    80: [TILES[80], Tiles(128, 128, 64, 8, 2), Tiles(128, 64, 64, 4, 3), Tiles(128, 128, 32, 8, 4)],
-    90: [
-        TILES[90],
-        Tiles(256, 128, 64, 8, 3),
-        Tiles(256, 128, 64, 8, 2),
-        Tiles(256, 128, 32, 8, 4),
-        Tiles(256, 64, 64, 4, 3),
-        Tiles(256, 64, 64, 4, 2),
-        Tiles(128, 128, 64, 4, 2),
-        Tiles(128, 64, 64, 4, 3),
-        Tiles(128, 256, 64, 8, 2),
-    ],
-    100: [TILES[100], Tiles(256, 128, 64, 8, 2), Tiles(128, 128, 64, 8, 3), Tiles(128, 128, 64, 4, 3)],
-}
-"""Tiles by family that `benchmarks/tune.py` measures for Wan2.1-1.3B's heads of 128 channels and rank 192."""

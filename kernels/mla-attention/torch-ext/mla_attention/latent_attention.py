@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ._ops import ops
 from ._runtime import (
-    Variant,
     capability,
     ceil_div,
     check_tensor,
@@ -217,49 +216,6 @@ def why_not_latent_attention(rank: int, shared_channels: int, dtype: torch.dtype
     if not 0 <= shared_channels <= MAX_SHARED:
         return f"latent_attention: {shared_channels} shared rotary channels; supported: 0 to {MAX_SHARED}"
     return why_not_dtype("latent_attention", dtype)
-
-
-def aot_variants(capability: int) -> list[Variant]:
-    """Ahead-of-time compilations: many queries, by rank and shared channels; few, also to int8, far or packed rows."""
-    cases = [(rank, 32, 4680, False, False) for rank in (192, 64, 96, 128, 256, 448, 512)]
-    cases += [(rank, shared, 4680, False, False) for rank in (64, 192, 512) for shared in (0, 64)]
-    kinds = [(False, False), (True, False), (True, True)]
-    cases += [(rank, 64, queries, *kind) for rank in (192, 512) for queries in (1, 64) for kind in kinds]
-    found = [aot_variant(*case, capability) for case in cases]
-    packed = [(rank, shared, queries) for rank, shared in ((88, 32), (192, 64), (512, 0)) for queries in (1, 64)]
-    return found + [aot_variant(*case, False, False, capability, True) for case in packed]
-
-
-def aot_variant(
-    rank: int, shared: int, queries: int, quantised: bool, far: bool, capability: int, pack: bool = False
-) -> Variant:
-    """One ahead-of-time compilation in bfloat16 with 12 heads."""
-    plan = latent_plan(rank, shared, queries * 12, torch.bfloat16, quantised, far, capability, pack=pack)
-    gathered = not plan.constants["PACKED"]
-    types = dict.fromkeys(("query", "query_pe", "out"), "*bf16") | {
-        "rows": "*i8" if quantised else "*bf16",
-        "scales": "*fp16",
-        "slots": "*i32",
-        "num_keys": "*i32",
-        "rotations": "*fp32",
-        "lse": "*fp32",
-        "scale": "fp32",
-    }
-    shapes = dict.fromkeys(TILES, "")
-    if plan.described:
-        sizes = (f"{plan.constants[rows]}, {plan.constants[width]}" for rows, width in TILES.values())
-        shapes = {name: f"tensordesc<bf16[{size}]>" for name, size in zip(TILES, sizes)}  # noqa: B905
-    types |= shapes
-    there = {"query_pe": shared, "rotations": shared and gathered, "scales": quantised, "slots": gathered}
-    there |= {name: plan.described and (shared or "pe" not in name) for name in TILES}
-    absent = {name: None for name, wanted in there.items() if not wanted}
-    types = {name: kind for name, kind in types.items() if name not in absent}
-    plan = plan._replace(constants={**plan.constants, **absent})
-    name = (
-        f"latent_attention r={rank} R={shared} Q={queries}" + ", int8" * quantised + ", far" * far + ", packed" * pack
-    )
-    # Tensor cores of 9.0 and newer need tiles of at least 64 rows.
-    return Variant(name, _latent_kernel, types, plan, dot=plan.constants["BLOCK_M"] >= 64)
 
 
 def _check(

@@ -51,50 +51,6 @@ TILES = {
 of shared memory. With 128 registers per thread, two programs of family 90 fit a multiprocessor. Described tiles take
 the rank, padded, as one block of up to `widest` channels."""
 
-CANDIDATES = {
-    80: {
-        64: [Tiles(64, 128, 32, False, 8, 3), Tiles(64, 128, 64, True, 8, 2), Tiles(64, 64, 64, True, 4, 2)],
-    },
-    90: {
-        64: [
-            Tiles(32, 128, 64, True, 8, 3, 128),
-            Tiles(64, 128, 64, True, 8, 3, 128),
-            Tiles(64, 128, 64, True, 8, 3),
-            Tiles(64, 128, 128, True, 8, 2),
-            Tiles(64, 128, 64, True, 8, 3, 128, True),
-            Tiles(64, 128, 128, True, 8, 2, 0, True),
-            Tiles(64, 128, 128, True, 8, 3, 0, True),
-            Tiles(64, 64, 64, True, 4, 3, 128, True),
-            Tiles(64, 256, 64, True, 8, 2, 0, True),
-        ],
-        96: [Tiles(128, 128, 64, True, 8, 3), Tiles(128, 128, 64, True, 8, 2)],
-        128: [
-            Tiles(128, 128, 64, True, 8, 3),
-            Tiles(128, 128, 64, True, 8, 3, 0, True),
-            Tiles(128, 128, 128, True, 8, 2, 0, True),
-        ],
-        192: [
-            Tiles(128, 128, 64, True, 8, 3),
-            Tiles(128, 128, 64, True, 8, 2),
-            Tiles(64, 128, 64, True, 8, 3),
-        ],
-    },
-    100: {
-        64: [
-            Tiles(64, 128, 128, False, 8, 3),
-            Tiles(64, 128, 128, True, 8, 2),
-            Tiles(64, 128, 128, True, 8, 2, 0, True),
-        ],
-        128: [
-            Tiles(128, 128, 64, False, 8, 3),
-            Tiles(128, 128, 64, True, 8, 3),
-            Tiles(128, 128, 64, True, 8, 2, 0, True),
-        ],
-        192: [Tiles(128, 128, 64, False, 8, 3), Tiles(128, 128, 64, True, 8, 2)],
-    },
-}
-"""Tiles for packed rows, by family and rank, that `benchmarks/tune.py` measures."""
-
 
 def latent_plan(
     rank: int, shared: int, rows: int, dtype: torch.dtype, quantised: bool, far: bool, capability: int,

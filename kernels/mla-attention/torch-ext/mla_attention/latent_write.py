@@ -8,8 +8,6 @@ and V value channels, r `kv_lora_rank`, R shared rotary channels, W = r + R.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +15,6 @@ from torch import Tensor
 from ._ops import ops
 from ._runtime import (
     Plan,
-    Variant,
     capability,
     ceil_div,
     check_tensor,
@@ -32,7 +29,7 @@ from ._runtime import (
 )
 from .common import rotate, rotate_pairs
 from .quantise import GROUP, LEVELS, LEVELS_OF_FOUR, MAX_SCALE, quantise_rows, row_width
-from .ring import UNEVEN_ROWS, check_ring, ring_index, ring_strides, row_align
+from .ring import check_ring, ring_index, ring_strides, row_align
 
 MAX_RANK = 2048
 MAX_SHARED = 128
@@ -300,37 +297,6 @@ def write_plan(
     if exact:
         return Plan(constants, 4, 1)
     return Plan(constants, 4, 3) if tile_family(capability) == 80 else Plan(constants, 8, 4)
-
-
-def aot_variants(capability: int) -> list[Variant]:
-    """Ahead-of-time compilations at Wan's geometry: plain and baked, int8, 8 and 4 bits, a mean key, no shared key."""
-    channels, head_dim = 1536, 128
-    cases = [(rank, 32, True, False, False, None) for rank in (192, 64, 96, 128, 256, 1024)]
-    cases += [(192, 32, False, False, False, None), (192, 0, False, False, False, None)]
-    cases += [(192, 32, True, False, True, None), (192, 32, True, True, False, None), (192, 0, False, True, True, None)]
-    cases += [(88, 0, False, False, True, 24), (192, 32, True, False, True, 64), (121, 32, False, True, True, 41)]
-    found = []
-    for rank, shared, baked, mean, quantised, eight in cases:
-        align = math.gcd(16, row_width(rank, shared, eight))
-        plan = write_plan(
-            rank, shared, channels, channels, head_dim, mean, quantised, torch.bfloat16, capability, eight, align
-        )
-        types = dict.fromkeys(("key", "value", "gain", "mean", "w_kv", "b_kv", "w_pe", "b_pe"), "*bf16") | {
-            "rows": "*i8" if quantised else "*bf16",
-            "scales": "*fp16",
-            "slots": "*i32",
-            "grid": "*fp32",
-            "eps": "fp32",
-        }
-        there = {"w_pe": shared, "b_pe": shared, "mean": mean, "grid": baked, "scales": quantised}
-        absent = {name: None for name, wanted in there.items() if not wanted}
-        types = {name: kind for name, kind in types.items() if name not in absent}
-        plan = plan._replace(constants={**plan.constants, **absent})
-        name = f"latent_write r={rank} R={shared}" + ", baked" * baked + ", mean" * mean
-        name += ", int8" * quantised if eight is None else f", {eight} in 8 bits, the others in 4"
-        uneven = UNEVEN_ROWS if align < 16 else ()
-        found.append(Variant(name, _write_kernel, types, plan, uneven=uneven))
-    return found
 
 
 def _check(

@@ -11,7 +11,6 @@ from torch import Tensor
 from ._ops import ops
 from ._runtime import (
     Plan,
-    Variant,
     ceil_div,
     check_tensor,
     define,
@@ -129,12 +128,6 @@ def merge_plan(channels: int) -> Plan:
     """Tiles of about 2048 elements."""
     block = power_of_two(channels)
     return Plan({"VALUE": channels, "BLOCK_Q": max(1, 2048 // block), "BLOCK_V": block}, num_warps=4, num_stages=1)
-
-
-def aot_variants(capability: int) -> list[Variant]:
-    """Ahead-of-time compilations for Wan's value channels and for latents."""
-    types = {"outs": "*fp32", "lses": "*fp32", "out": "*bf16", "lse": "*fp32"}
-    return [Variant(f"merge V={v}", _merge_kernel, types, merge_plan(v), dot=False) for v in (128, 192)]
 
 
 def _check(outs: Tensor, lses: Tensor) -> None:

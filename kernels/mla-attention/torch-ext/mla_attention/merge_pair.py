@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._ops import ops
-from ._runtime import Variant, ceil_div, check_tensor, define, jit, launch, refuse, tl
+from ._runtime import ceil_div, check_tensor, define, jit, launch, refuse, tl
 from .merge import merge_plan, merge_reference, why_not_merge
 
 
@@ -80,12 +80,6 @@ def merge_pair(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tu
 def merge_pair_reference(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """`merge_pair` in plain torch, by `merge_reference`."""
     return merge_reference(torch.stack([out_a, out_b]), torch.stack([lse_a, lse_b]))
-
-
-def aot_variants(capability: int) -> list[Variant]:
-    """Ahead-of-time compilation for Wan's value channels."""
-    types = {"out_a": "*bf16", "lse_a": "*fp32", "out_b": "*bf16", "lse_b": "*fp32", "out": "*bf16", "lse": "*fp32"}
-    return [Variant("merge_pair V=128", _merge_pair_kernel, types, merge_plan(128), dot=False)]
 
 
 def _check(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:

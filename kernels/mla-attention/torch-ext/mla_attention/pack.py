@@ -7,15 +7,13 @@ F frames read, K = F T keys, H heads, C channels, r `kv_lora_rank`, R shared rot
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from ._runtime import Plan, Variant, ceil_div, jit, launch, power_of_two, tl
+from ._runtime import Plan, ceil_div, jit, launch, power_of_two, tl
 from .common import nibbles, rotate_pairs
-from .quantise import Part, row_parts, row_width
-from .ring import UNEVEN_ROWS, ring_strides, row_align
+from .quantise import Part, row_parts
+from .ring import ring_strides, row_align
 
 
 @jit(do_not_specialize=["keys", "slots_b"])
@@ -119,28 +117,3 @@ def copy_plan(part: Part, padded: int, align: int = 16) -> Plan:
         "ALIGN": align,
     }
     return Plan(constants, 4, 1)
-
-
-def aot_variants(capability: int) -> list[Variant]:
-    """Ahead-of-time compilations: packed latents, and shared keys for one head or for all, also from 8 and 4 bits."""
-    found = []
-    # The mixed rows have 160, 56 and 113 bytes.
-    mixed = ", 8 and 4 bits"
-    rows = [(192, 32, None, ""), (192, 32, None, ", int8"), (192, 32, 64, mixed), (88, 0, 24, mixed)]
-    for rank, shared, eight, kind in [*rows, (121, 32, 41, mixed)]:
-        align = math.gcd(16, row_width(rank, shared, eight))
-        first, four, key = row_parts(rank, shared, eight)
-        for part, copies in ((first, 1), (four, 1), (key, 1), (key, 12)):
-            if not part.count:
-                continue
-            types = {"out": "*bf16", "rows": "*i8" if kind else "*bf16", "slots": "*i32", "num_keys": "*i32"}
-            optional = {"scales": ("*fp16", bool(kind)), "rotations": ("*fp32", part is key)}
-            types |= {name: kind for name, (kind, there) in optional.items() if there}
-            fixed = {name: None for name, (_, there) in optional.items() if not there}
-            fixed |= {"copies": 1} if copies == 1 else {}
-            plan = copy_plan(part, part.count, align)
-            plan = plan._replace(constants={**plan.constants, **fixed})
-            name = f"pack {part.count} channels from {part.first}, {copies} heads{kind}"
-            uneven = UNEVEN_ROWS if align < 16 else ()
-            found.append(Variant(name, _copy_kernel, types, plan, dot=False, uneven=uneven))
-    return found

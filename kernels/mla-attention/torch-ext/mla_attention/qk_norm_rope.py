@@ -13,7 +13,6 @@ from torch import Tensor
 from ._ops import ops
 from ._runtime import (
     Plan,
-    Variant,
     ceil_div,
     check_tensor,
     define,
@@ -101,21 +100,6 @@ def norm_plan(channels: int, head_dim: int) -> Plan:
     block = power_of_two(channels)
     constants = {"SIZE": channels, "D": head_dim, "BLOCK_N": max(1, 2048 // block), "BLOCK_C": block}
     return Plan(constants, num_warps=max(4, block // 512), num_stages=1)
-
-
-def aot_variants(capability: int) -> list[Variant]:
-    """Ahead-of-time compilations: the heads of Wan 1.3B and 14B, rotated, and keys that are cached unrotated."""
-    found = []
-    for heads, rotated in ((12, True), (12, False), (40, True)):
-        types = {"x": "*bf16", "weight": "*bf16", "out": "*bf16", "eps": "fp32"} | (
-            {"rotations": "*fp32"} if rotated else {}
-        )
-        plan = norm_plan(heads * 128, 128)
-        if not rotated:
-            plan = plan._replace(constants={**plan.constants, "rotations": None})
-        name = f"qk_norm_rope H={heads} D=128" + ", rotated" * rotated
-        found.append(Variant(name, _norm_kernel, types, plan, dot=False))
-    return found
 
 
 def _check(x: Tensor, weight: Tensor, rotations: Tensor | None, heads: int) -> None:

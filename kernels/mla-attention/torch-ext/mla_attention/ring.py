@@ -39,10 +39,6 @@ def check_ring(
         check_tensor("scales", scales, (*rows.shape[:3], groups), torch.float16, like=rows)
 
 
-UNEVEN_ROWS = ("rows_b", "rows_s", "rows_t")
-"""Strides of rows that are not multiples of 16 scalars, for ahead-of-time compilation."""
-
-
 def ring_index(kept: Tensor, slots: Tensor, batch: int) -> tuple[Tensor, Tensor]:
     """Index into `[B or 1, S, ...]` that selects the slots of all items as `[B, F, ...]`."""
     items = torch.arange(batch, device=slots.device).clamp(max=kept.shape[0] - 1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._ops import ops
-from ._runtime import Plan, Variant, check_tensor, define, jit, launch, power_of_two, refuse, require, tl
+from ._runtime import Plan, check_tensor, define, jit, launch, power_of_two, refuse, require, tl
 from .common import rotate
 from .qk_norm_rope import qk_norm_rope_reference, why_not_qk_norm_rope
 
@@ -114,17 +114,6 @@ def split_plan(channels: int, head_dim: int, still: int, turned: int) -> Plan:
         "BLOCK_T": power_of_two(heads * turned),
     }
     return Plan(constants, num_warps=max(4, block // 512), num_stages=1)
-
-
-def aot_variants(capability: int) -> list[Variant]:
-    """Ahead-of-time compilations: the heads of Wan 1.3B and 14B with 16 of 64 pairs rotated."""
-    names = ("x", "weight", "still", "turned")
-    types = dict.fromkeys(names, "*bf16") | {"rotations": "*fp32", "coefficients": "*fp32", "eps": "fp32"}
-    types |= {"still_pairs": "*i64", "turned_pairs": "*i64"}
-    return [
-        Variant(f"split_query H={heads} D=128", _split_kernel, types, split_plan(128 * heads, 128, 48, 16), dot=False)
-        for heads in (12, 40)
-    ]
 
 
 def _check(x, weight, rotations, coefficients, still_pairs, turned_pairs, heads):
