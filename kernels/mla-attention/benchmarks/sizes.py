@@ -201,7 +201,6 @@ def _ours(case, ranks):
         name = f"attend, {splits} split{'s' * (splits > 1)}" if splits else BY_RULE
         found[name] = Ours("attend", case.attend(splits), lambda result: result[0], lambda: case.expected)
     slots = torch.arange(case.window, dtype=torch.int32, device=device)
-    count = torch.full((1,), keys, dtype=torch.int32, device=device)
     turn = torch.zeros(keys, depth // 2, 2, device=device)
     turn[..., 0] = 1
     shared_turn = turn[:, : SHARED // 2].contiguous()
@@ -214,7 +213,7 @@ def _ours(case, ranks):
         rows, scales = (rows, None) if eight is None else ops.quantise_rows(rows, eight, rank)
         up = torch.randn(heads * (2 * depth - shared), rank, device=device, dtype=dtype) * rank**-0.5
         bias = torch.zeros(len(up), device=device, dtype=dtype)
-        rest = rows, scales, slots, count, up, bias, None, None, turn if rotated else shared_turn, rotated, eight
+        rest = rows, scales, slots, None, up, bias, None, None, turn if rotated else shared_turn, rotated, eight
 
         def expected():
             plain = [torch.zeros_like(x) for x in spaces]
@@ -233,7 +232,7 @@ def _ours(case, ranks):
         product = importlib.import_module("mla_attention.expand_kv")._product
 
         def by_product():
-            product(spaces[0], depth, heads, rows, None, slots, count, up, bias, 2 * depth, turn)
+            product(spaces[0], depth, heads, rows, None, slots, None, up, bias, 2 * depth, turn)
             for latents, values in zip(rows.index_select(1, slots).flatten(1, 2), spaces[1], strict=True):
                 torch.addmm(value_bias, latents, value_up.T, out=values.flatten(1))
             return spaces
@@ -243,7 +242,7 @@ def _ours(case, ranks):
     for rank in RANKS:
         rows = torch.randn(batch, case.window, shape.tokens, rank + SHARED, device=device, dtype=dtype)
         latent, pe = (case.randn(batch, case.count, channels) for channels in (rank, SHARED))
-        rest = (rows, None, slots, count, shared_turn, case.scale, 0)
+        rest = (rows, None, slots, None, shared_turn, case.scale)
         some = fullsize.sampled(case.count, batch * heads * keys)
         found[f"absorbed, rank {rank}"] = Ours(
             "latent_attention",

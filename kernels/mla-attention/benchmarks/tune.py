@@ -103,10 +103,9 @@ def case(op, queries, frames, device, dtype, tokens=TOKENS, heads=HEADS, depth=D
     keys, scale = frames * tokens, depth**-0.5
     if op == ATTEND:
         given = random(1, queries, heads, depth), random(1, keys, heads, depth), random(1, keys, heads, depth)
-        run = functools.partial(ops.attend, *given, None, scale, 0)
+        run = functools.partial(ops.attend, *given, None, scale)
         return run, lambda: ops.attend_reference(*(x.double() for x in given), None, scale)
     slots = torch.arange(frames, dtype=torch.int32, device=device)
-    count = torch.full((1,), keys, dtype=torch.int32, device=device)
     angle = torch.rand(keys, depth // 2, device=device, generator=generator)
     turn = torch.stack([angle.cos(), angle.sin()], dim=-1)
     if op == EXPAND:
@@ -119,13 +118,13 @@ def case(op, queries, frames, device, dtype, tokens=TOKENS, heads=HEADS, depth=D
         spaces = [torch.full((1, keys, heads, depth), float("nan"), device=device, dtype=dtype) for _ in range(2)]
 
         def run_expand():
-            ops.expand_kv_(*spaces, rows, None, slots, count, up, bias, None, None, turn, True)
+            ops.expand_kv_(*spaces, rows, None, slots, None, up, bias, None, None, turn, True)
             return spaces
 
         def exact():
             wide = [torch.zeros(1, keys, heads, depth, device=device, dtype=torch.float64) for _ in range(2)]
             weights = up.double(), bias.double()
-            ops.expand_kv_reference(*wide, rows.double(), None, slots, count, *weights, None, None, turn.double(), True)
+            ops.expand_kv_reference(*wide, rows.double(), None, slots, None, *weights, None, None, turn.double(), True)
             return wide
 
         return run_expand, exact
@@ -133,9 +132,9 @@ def case(op, queries, frames, device, dtype, tokens=TOKENS, heads=HEADS, depth=D
     turn = turn[:, : SHARED // 2].contiguous()
     rows = random(1, frames, tokens, rank + SHARED)
     given = random(1, queries, heads, rank), random(1, queries, heads, SHARED)
-    run = functools.partial(ops.latent_attention, *given, rows, None, slots, count, turn, scale, 0)
+    run = functools.partial(ops.latent_attention, *given, rows, None, slots, None, turn, scale)
     return run, lambda: ops.latent_attention_reference(
-        *(x.double() for x in given), rows.double(), None, slots, count, turn.double(), scale
+        *(x.double() for x in given), rows.double(), None, slots, None, turn.double(), scale
     )
 
 
@@ -234,7 +233,7 @@ def variant(op, capability):
     """The variant of an op that `aot.py` compiles."""
     variants = importlib.import_module("variants")
     if op == ATTEND:
-        return variants.attend_variant(DEPTH, SIZES["queries"], False, capability)
+        return variants.attend_variant(DEPTH, SIZES["queries"], capability)
     if op == EXPAND:
         return variants.expand_variant(192, DEPTH, HEADS, True, False, capability)
     return variants.latent_variant(int(op.rpartition(" ")[2]), SHARED, SIZES["queries"], False, False, capability)

@@ -235,7 +235,6 @@ class Latent:
         self.turn = every[: history * shape.tokens, :pairs].contiguous()
         self.slots = torch.arange(history, dtype=torch.int32, device=device)
         self.own_slots = torch.arange(history, shape.window, dtype=torch.int32, device=device)
-        self.num_keys = torch.full((1,), history * shape.tokens, dtype=torch.int32, device=device)
         if path == "expand":
             tail = 0 if shared else shape.queries
             keys = (shape.batch, history * shape.tokens + tail, heads, depth)
@@ -287,9 +286,7 @@ class Latent:
             up_key, up_value = self.up.unflatten(0, (heads, -1)).split([self.nope, shape.head_dim], dim=1)
             nope, pe = self.kernels.split_query(query, self.gain, EPS, self.own, self.coefficients, *self.pairs, heads)
             absorbed = torch.einsum("bqhn,hnr->bqhr", nope, up_key)
-            mixed, lse = self.kernels.latent_attention(
-                absorbed, pe, rows, None, self.slots, self.num_keys, self.turn, scale, 0
-            )
+            mixed, lse = self.kernels.latent_attention(absorbed, pe, rows, None, self.slots, None, self.turn, scale)
             out = torch.einsum("bqhr,hvr->bqhv", mixed, up_value), lse
         own_key = self.kernels.qk_norm_rope(key, self.gain, EPS, self.own, heads)
         own = self._attended(own_query, own_key, own_value)
@@ -339,7 +336,7 @@ class Latent:
         history, rows = len(self.turn), self.rows[layer // self.together]
         keys, values = (x[:, :history] for x in self.spaces[self._space(layer)])
         self.kernels.expand_kv_(
-            keys, values, rows, None, self.slots, self.num_keys,
+            keys, values, rows, None, self.slots, None,
             self.up, self.up_bias, None, None, self.turn, not self.shared,
         )  # fmt: skip
 

@@ -136,8 +136,9 @@ def test_opcheck(rank):
 
 
 def test_opcheck_with_tables():
-    arguments, valid = case("cached", heads=1, tokens=2)
-    torch.library.opcheck(ops.expand_kv_.default, tuple(tabled(arguments, valid, True)))
+    arguments, valid = case("cached", heads=1, tokens=2, tail=0)
+    arguments = tabled(arguments, valid, True)
+    torch.library.opcheck(ops.expand_kv_.default, (*arguments[:5], None, *arguments[6:]))
 
 
 @pytest.mark.usefixtures("family")
@@ -171,11 +172,12 @@ def test_heads_and_channels(heads, channels, values):
     check(arguments, valid, EPSILON[torch.float16])
 
 
-@pytest.mark.parametrize("count", [0, 1, 27, 28, 99])
+@pytest.mark.parametrize("count", [0, 1, 27, 28, 99, None])
 def test_only_valid_keys_are_written(count):
     arguments, valid = case("cached", tail=0)
-    arguments[5] = int32([count])
+    arguments[5] = None if count is None else int32([count])
     expected_key, expected_value = expanded(arguments, valid)
+    count = 28 if count is None else count
     by_reference = [x.clone() for x in arguments[:2]]
     expand_kv_reference(*by_reference, *arguments[2:])
 

@@ -183,11 +183,11 @@ def test_no_keys(splits):
         assert not out.any() and bool((lse == float("-inf")).all())
 
 
-@pytest.mark.parametrize("count", [1, 6, 28, 29])
+@pytest.mark.parametrize("count", [1, 6, 28, 29, None])
 def test_the_count_lies_on_the_device(count):
-    """Every prefix length, and more keys than exist."""
+    """Every prefix length, more keys than exist, and all of them without a count."""
     arguments, valid = case(64, tail=0)
-    arguments[5] = int32([count])
+    arguments[5] = None if count is None else int32([count])
     check(arguments, valid[:, :count])
 
 
@@ -225,7 +225,8 @@ def test_views():
 
 @pytest.mark.parametrize("quantised", [False, True])
 def test_reference_equals_the_definition(quantised):
-    arguments, valid = case(96, 12, quantised=quantised)
+    arguments, valid = case(96, 12, quantised=quantised, tail=3 * quantised)
+    arguments[5] = arguments[5] if quantised else None
     expected = exact(arguments, valid)
     wide = [x.double() if x is not None and x.dtype == torch.float32 else x for x in arguments]
     for given in (wide, tabled(wide, valid, False), tabled(wide, valid, True)):
@@ -239,8 +240,9 @@ def test_opcheck(rank):
 
 
 def test_opcheck_with_tables():
-    arguments, valid = case(16, heads=1, queries=2, tokens=2)
-    torch.library.opcheck(ops.latent_attention.default, (*tabled(arguments, valid, True), SCALE, 1))
+    arguments, valid = case(16, heads=1, queries=2, tokens=2, tail=0)
+    arguments = tabled(arguments, valid, True)
+    torch.library.opcheck(ops.latent_attention.default, (*arguments[:5], None, arguments[6], SCALE, 0))
 
 
 def test_compiles_without_graph_breaks():

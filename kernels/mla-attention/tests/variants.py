@@ -40,25 +40,33 @@ class Variant(NamedTuple):
     uneven: tuple[str, ...] = ()
 
 
+def _prefix(variant: Variant) -> Variant:
+    """The same variant with the number of valid keys on the device."""
+    constants = {name: value for name, value in variant.plan.constants.items() if name != "num_keys"}
+    types = {**variant.types, "num_keys": "*i32"}
+    return variant._replace(
+        name=f"{variant.name}, a prefix", types=types, plan=variant.plan._replace(constants=constants)
+    )
+
+
 def _attend(capability: int) -> list[Variant]:
     """Head widths of Wan and other models, all keys or a prefix, and few queries."""
-    found = [attend_variant(channels, 4680, False, capability) for channels in (128, 64, 96, 160, 256)]
-    return [*found, attend_variant(128, 4680, True, capability), attend_variant(128, 32, True, capability)]
+    found = [attend_variant(channels, 4680, capability) for channels in (128, 64, 96, 160, 256)]
+    return [*found, _prefix(found[0]), _prefix(attend_variant(128, 32, capability))]
 
 
-def attend_variant(channels: int, queries: int, counted: bool, capability: int, heads: int = 12) -> Variant:
+def attend_variant(channels: int, queries: int, capability: int, heads: int = 12) -> Variant:
     """One compilation in bfloat16 with 128 value channels."""
     types = dict.fromkeys(("query", "key", "value", "out"), "*bf16") | {"lse": "*fp32", "scale": "fp32"}
-    types |= {"num_keys": "*i32"} if counted else {}
-    plan = attend_plan(channels, 128, queries, torch.bfloat16, counted, capability)
-    fixed = {"KEY_K": heads * channels, "VALUE_K": heads * 128} | ({} if counted else {"num_keys": None})
+    plan = attend_plan(channels, 128, queries, torch.bfloat16, capability)
+    fixed = {"KEY_K": heads * channels, "VALUE_K": heads * 128, "num_keys": None}
     tiles = {"query_tiles": ("BLOCK_Q", channels), "key_tiles": ("BLOCK_K", channels), "value_tiles": ("BLOCK_K", 128)}
     if plan.described:
         types |= {name: f"tensordesc<bf16[{plan.constants[rows]}, {width}]>" for name, (rows, width) in tiles.items()}
     else:
         fixed |= dict.fromkeys(tiles)
     plan = plan._replace(constants={**plan.constants, **fixed})
-    name = f"attend D={channels} V=128 Q={queries}" + ", a prefix" * counted
+    name = f"attend D={channels} V=128 Q={queries}"
     # Tensor cores of 9.0 and newer need tiles of at least 64 rows.
     return Variant(name, _attend_kernel, types, plan, dot=queries >= 64)
 
@@ -81,7 +89,7 @@ def _expand_kv(capability: int) -> list[Variant]:
         for rank, align, some in uneven for quantised in (False, True) for case in some
     ]  # fmt: skip
     rows = [(rank, *case, True, capability, eight, align) for rank, eight, align in mixed for case in whole + shared]
-    return found + [expand_variant(*case) for case in rows]
+    return [*found, *(expand_variant(*case) for case in rows), _prefix(found[0])]
 
 
 def expand_variant(
@@ -90,13 +98,13 @@ def expand_variant(
 ) -> Variant:  # fmt: skip
     """One compilation with bfloat16 weights and rows in bfloat16, int8 or 8 and 4 bits."""
     plan = expand_plan(rank, channels, heads, torch.bfloat16, capability, eight, align)
-    types = {"out": "*bf16", "rows": "*i8" if quantised else "*bf16", "slots": "*i32", "num_keys": "*i32"}
+    types = {"out": "*bf16", "rows": "*i8" if quantised else "*bf16", "slots": "*i32"}
     types |= dict.fromkeys(("weight", "bias"), "*bf16")
     optional = {"scales": ("*fp16", quantised), "rotations": ("*fp32", rotated)}
     types |= {name: kind for name, (kind, there) in optional.items() if there}
     fixed = {name: None for name, (_, there) in optional.items() if not there}
     # Triton specializes on arguments that are 1.
-    fixed |= {"heads": 1} if heads == 1 else {"copies": 1}
+    fixed |= {"num_keys": None} | ({"heads": 1} if heads == 1 else {"copies": 1})
     name = f"expand_kv r={rank}, {heads} x {channels} channels" + ", rotated" * rotated
     name += ", int8" * quantised if eight is None else f", {eight} in 8 bits, the others in 4"
     plan = plan._replace(constants={**plan.constants, **fixed})
@@ -111,7 +119,8 @@ def _latent_attention(capability: int) -> list[Variant]:
     cases += [(rank, 64, queries, *kind) for rank in (192, 512) for queries in (1, 64) for kind in kinds]
     found = [latent_variant(*case, capability) for case in cases]
     packed = [(rank, shared, queries) for rank, shared in ((88, 32), (192, 64), (512, 0)) for queries in (1, 64)]
-    return found + [latent_variant(*case, False, False, capability, True) for case in packed]
+    found += [latent_variant(*case, False, False, capability, True) for case in packed]
+    return [*found, _prefix(found[0])]
 
 
 def latent_variant(
@@ -124,7 +133,6 @@ def latent_variant(
         "rows": "*i8" if quantised else "*bf16",
         "scales": "*fp16",
         "slots": "*i32",
-        "num_keys": "*i32",
         "rotations": "*fp32",
         "lse": "*fp32",
         "scale": "fp32",
@@ -136,7 +144,7 @@ def latent_variant(
     types |= shapes
     there = {"query_pe": shared, "rotations": shared and gathered, "scales": quantised, "slots": gathered}
     there |= {name: plan.described and (shared or "pe" not in name) for name in TILES}
-    absent = {name: None for name, wanted in there.items() if not wanted}
+    absent = {name: None for name, wanted in there.items() if not wanted} | {"num_keys": None}
     types = {name: kind for name, kind in types.items() if name not in absent}
     plan = plan._replace(constants={**plan.constants, **absent})
     name = (
@@ -201,17 +209,17 @@ def _pack(capability: int) -> list[Variant]:
         for part, copies in ((first, 1), (four, 1), (key, 1), (key, 12)):
             if not part.count:
                 continue
-            types = {"out": "*bf16", "rows": "*i8" if kind else "*bf16", "slots": "*i32", "num_keys": "*i32"}
+            types = {"out": "*bf16", "rows": "*i8" if kind else "*bf16", "slots": "*i32"}
             optional = {"scales": ("*fp16", bool(kind)), "rotations": ("*fp32", part is key)}
             types |= {name: kind for name, (kind, there) in optional.items() if there}
             fixed = {name: None for name, (_, there) in optional.items() if not there}
-            fixed |= {"copies": 1} if copies == 1 else {}
+            fixed |= {"num_keys": None} | ({"copies": 1} if copies == 1 else {})
             plan = copy_plan(part, part.count, align)
             plan = plan._replace(constants={**plan.constants, **fixed})
             name = f"pack {part.count} channels from {part.first}, {copies} heads{kind}"
             uneven = UNEVEN_ROWS if align < 16 else ()
             found.append(Variant(name, _copy_kernel, types, plan, dot=False, uneven=uneven))
-    return found
+    return [*found, _prefix(found[0])]
 
 
 def _qk_norm_rope(capability: int) -> list[Variant]:

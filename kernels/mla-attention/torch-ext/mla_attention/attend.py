@@ -26,7 +26,7 @@ from ._runtime import (
     why_not_dtype,
 )
 from .attend_tiles import tiles
-from .common import softmax_step
+from .common import softmax_step, valid_keys
 from .descriptors import describable, describe
 from .merge import launch_merge
 from .splits import programs, split_count
@@ -106,8 +106,7 @@ def _attend_kernel(
     query, key, value, query_tiles, key_tiles, value_tiles, num_keys, out, lse, scale, queries, keys, heads,
     query_b, query_q, query_h, key_b, KEY_K: tl.constexpr, key_h, value_b, VALUE_K: tl.constexpr, value_h,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, V: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, COUNTED: tl.constexpr, AHEAD: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of queries of a head by a split of the keys: `out` `[splits, B, Q, H, V]`, `lse` `[splits, B, H, Q]`.
 
@@ -118,9 +117,7 @@ def _attend_kernel(
     """
     b = (tl.program_id(1) // heads).to(tl.int64)
     h = (tl.program_id(1) % heads).to(tl.int64)
-    valid = keys
-    if COUNTED:
-        valid = tl.minimum(tl.load(num_keys), keys)
+    valid = valid_keys(num_keys, keys)
     share = tl.cdiv(tl.cdiv(valid, BLOCK_K), tl.num_programs(2)) * BLOCK_K
     first = tl.minimum(tl.program_id(2) * share, valid)
     last = tl.minimum(first + share, valid)
@@ -217,7 +214,7 @@ def _attend_kernel(
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, num_keys: Tensor | None, scale: float, splits: int = 1
+    query: Tensor, key: Tensor, value: Tensor, num_keys: Tensor | None, scale: float, splits: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Attention `(out [B, Q, H, V], lse [B, H, Q])`: `out` in the dtype of `query`, `lse` natural and float32.
 
@@ -233,17 +230,14 @@ def attend(
 
 
 def attend_reference(
-    query: Tensor, key: Tensor, value: Tensor, num_keys: Tensor | None, scale: float, splits: int = 1
+    query: Tensor, key: Tensor, value: Tensor, num_keys: Tensor | None, scale: float, splits: int = 0
 ) -> tuple[Tensor, Tensor]:
     """`attend` in plain torch, computed in float64 for float64 inputs, else in float32; lse has the computed dtype.
 
     It holds all logits in memory; `splits` does not change the result.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
-    if num_keys is None:
-        valid = torch.ones(key.shape[1], dtype=torch.bool, device=key.device)
-    else:
-        valid = torch.arange(key.shape[1], device=key.device) < num_keys
+    valid = torch.arange(key.shape[1], device=key.device) < (key.shape[1] if num_keys is None else num_keys)
     # Invalid rows may be NaN, which a weight of 0 would not cancel.
     key, value = (x.to(wide).masked_fill(~valid.view(-1, 1, 1), 0) for x in (key, value))
     logits = scale * torch.einsum("bqhd,bkhd->bhqk", query.to(wide), key)
@@ -262,8 +256,7 @@ def why_not_attend(channels: int, value_channels: int, dtype: torch.dtype | None
 
 
 def attend_plan(
-    channels: int, value_channels: int, queries: int, dtype: torch.dtype, counted: bool, capability: int,
-    describable: bool = True,
+    channels: int, value_channels: int, queries: int, dtype: torch.dtype, capability: int, describable: bool = True,
 ) -> Plan:  # fmt: skip
     """Tiles by channels, queries, dtype and compute capability; see `attend_tiles.py`.
 
@@ -281,7 +274,6 @@ def attend_plan(
         "V2": v2,
         "BLOCK_Q": chosen.block_q,
         "BLOCK_K": chosen.block_k,
-        "COUNTED": counted,
         "AHEAD": chosen.ahead,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
     }
@@ -305,9 +297,9 @@ def _launch(
 ) -> tuple[Tensor, Tensor]:
     batch, queries, heads, channels = query.shape
     keys, value_channels = value.shape[1], value.shape[3]
-    device, counted = query.device, num_keys is not None
+    device = query.device
     plan = attend_plan(
-        channels, value_channels, queries, query.dtype, counted, capability(device),
+        channels, value_channels, queries, query.dtype, capability(device),
         all(describable(x) for x in (query, key, value)),
     )  # fmt: skip
     block_q, block_k = plan.constants["BLOCK_Q"], plan.constants["BLOCK_K"]

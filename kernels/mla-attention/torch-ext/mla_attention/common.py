@@ -9,6 +9,15 @@ from ._runtime import jit, tl
 
 
 @jit
+def valid_keys(num_keys, keys):
+    """How many of `keys` keys count: all without `num_keys`, a number on the device."""
+    if num_keys is None:
+        return keys
+    else:
+        return tl.minimum(tl.load(num_keys), keys)
+
+
+@jit
 def nibbles(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Unpack int8 `[ROWS, COLUMNS / 2]` to signed 4-bit numbers `[ROWS, COLUMNS]`, the low half of a byte first."""
     return tl.reshape(tl.join((x << 4) >> 4, x >> 4), [ROWS, COLUMNS])

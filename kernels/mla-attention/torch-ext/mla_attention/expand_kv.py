@@ -31,7 +31,7 @@ from ._runtime import (
     tl,
     why_not_dtype,
 )
-from .common import nibbles, rotate, rotate_pairs
+from .common import nibbles, rotate, rotate_pairs, valid_keys
 from .expand_tiles import TILES, UNTUNED, Tiles
 from .pack import copy_rows
 from .quantise import GROUP, GROUP_OF_FOUR, dequantise_rows, row_parts, row_width
@@ -82,9 +82,11 @@ def _expand_kernel(
     first = tl.program_id(0) % TILES * BLOCK_N
     n = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     b = tl.program_id(2).to(tl.int64)
-    valid = tl.minimum(tl.load(num_keys), keys)
-    if tl.program_id(1) * BLOCK_M >= valid:
-        return
+    valid = valid_keys(num_keys, keys)
+    # Without the number, the grid ends with the valid keys, and the branch would take registers. Triton needs two ifs.
+    if num_keys is not None:  # noqa: SIM102
+        if tl.program_id(1) * BLOCK_M >= valid:
+            return
     live = n < valid
     # Rows past the end repeat the last valid key, so no load of the product needs a mask.
     n = tl.minimum(n, valid - 1)
@@ -124,7 +126,7 @@ def _expand_kernel(
 
 
 def expand_kv_(
-    key_out: Tensor, value_out: Tensor, rows: Tensor, scales: Tensor | None, slots: Tensor, num_keys: Tensor,
+    key_out: Tensor, value_out: Tensor, rows: Tensor, scales: Tensor | None, slots: Tensor, num_keys: Tensor | None,
     w_kvb: Tensor, b_kvb: Tensor, w_pe: Tensor | None, b_pe: Tensor | None, rotations: Tensor | None,
     rotate_heads: bool, eight: int | None = None,
 ) -> None:  # fmt: skip
@@ -132,9 +134,9 @@ def expand_kv_(
 
     `rows` hold `[c | k_pe]`: `[B, S, T, W]` with a ring per item, or `[1, S, T, W]` with one ring for all. They may be
     int8 with float16 `scales` `[B or 1, S, T, ceil(W / 64)]`. Key j is token `j % T` of slot `slots[j // T]`; `slots`
-    is int32 `[F]` for all items, or `[B, F]`. Keys from `num_keys` (int32 `[1]`, on the device) on are neither read nor
-    written; K may be larger or smaller than F T. `w_kvb` `[H (N + V), r]` and `b_kvb` hold N rows for the key, then V
-    for the value, head by head.
+    is int32 `[F]` for all items, or `[B, F]`. Keys from `num_keys` (int32 `[1]`, on the device; None: all are valid) on
+    are neither read nor written; K may be larger or smaller than F T. `w_kvb` `[H (N + V), r]` and `b_kvb` hold N rows
+    for the key, then V for the value, head by head.
 
     With `rotate_heads`, D = N and `rotations`, float32 `[F T, D / 2, 2]`, rotate all channels. Otherwise a key is
     `[nope | k_pe]` with D = N + R, and `rotations` `[F T, R / 2, 2]` rotate the shared `k_pe`. It is read from the
@@ -153,7 +155,7 @@ def expand_kv_(
 
 
 def expand_kv_reference(
-    key_out: Tensor, value_out: Tensor, rows: Tensor, scales: Tensor | None, slots: Tensor, num_keys: Tensor,
+    key_out: Tensor, value_out: Tensor, rows: Tensor, scales: Tensor | None, slots: Tensor, num_keys: Tensor | None,
     w_kvb: Tensor, b_kvb: Tensor, w_pe: Tensor | None, b_pe: Tensor | None, rotations: Tensor | None,
     rotate_heads: bool, eight: int | None = None,
 ) -> None:  # fmt: skip
@@ -181,9 +183,9 @@ def expand_kv_reference(
             shared = F.linear(latent, w_pe.to(wide), None if b_pe is None else b_pe.to(wide))
         shared = rotate(shared.unsqueeze(2), rotations[:count])
         key = torch.cat([key, shared.expand(-1, -1, heads, -1)], dim=-1)
-    valid = (torch.arange(count, device=rows.device) < num_keys).view(-1, 1, 1)
+    valid = torch.arange(count, device=rows.device) < (count if num_keys is None else num_keys)
     for target, result in ((key_out[:, :count], key), (value_out[:, :count], value)):
-        target.copy_(torch.where(valid, result.to(target.dtype), target))
+        target.copy_(torch.where(valid.view(-1, 1, 1), result.to(target.dtype), target))
 
 
 def why_not_expand_kv(
@@ -236,7 +238,7 @@ def expand_plan(
 
 
 def _check(
-    key_out: Tensor, value_out: Tensor, rows: Tensor, scales: Tensor | None, slots: Tensor, num_keys: Tensor,
+    key_out: Tensor, value_out: Tensor, rows: Tensor, scales: Tensor | None, slots: Tensor, num_keys: Tensor | None,
     w_kvb: Tensor, b_kvb: Tensor, w_pe: Tensor | None, b_pe: Tensor | None, rotations: Tensor | None,
     rotate_heads: bool, eight: int | None = None,
 ) -> None:  # fmt: skip
@@ -247,7 +249,8 @@ def _check(
     check_tensor("w_kvb", w_kvb, (None, None), dtype, like=key_out)
     weight_rows, rank = w_kvb.shape
     check_ring(rows, scales, slots, batch, dtype, key_out, rank, eight)
-    check_tensor("num_keys", num_keys, (1,), torch.int32, like=rows)
+    if num_keys is not None:
+        check_tensor("num_keys", num_keys, (1,), torch.int32, like=rows)
     check_tensor("b_kvb", b_kvb, (weight_rows,), dtype, like=rows)
     value_channels, width = value_out.shape[3], rows.shape[3]
     nope = weight_rows // heads - value_channels
@@ -306,7 +309,7 @@ def _product(out, channels, heads, rows, scales, slots, num_keys, weight, bias, 
 
 define(
     "expand_kv_",
-    "(Tensor(a!) key_out, Tensor(b!) value_out, Tensor rows, Tensor? scales, Tensor slots, Tensor num_keys, "
+    "(Tensor(a!) key_out, Tensor(b!) value_out, Tensor rows, Tensor? scales, Tensor slots, Tensor? num_keys, "
     "Tensor w_kvb, Tensor b_kvb, Tensor? w_pe, Tensor? b_pe, Tensor? rotations, bool rotate_heads, "
     "int? eight=None) -> ()",
     _launch,

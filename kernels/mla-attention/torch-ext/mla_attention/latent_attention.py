@@ -26,7 +26,7 @@ from ._runtime import (
     tl,
     why_not_dtype,
 )
-from .common import rotate
+from .common import rotate, valid_keys
 from .descriptors import describable, describe
 from .latent_step import channel_mask, described_logits, described_mix, latent_block
 from .latent_tiles import MAX_RANK, latent_plan, row_widths
@@ -67,7 +67,7 @@ def _latent_kernel(
     latent is one block.
     """
     b = tl.program_id(1).to(tl.int64)
-    valid = tl.minimum(tl.load(num_keys), keys)
+    valid = valid_keys(num_keys, keys)
     share = tl.cdiv(tl.cdiv(valid, BLOCK_K), tl.num_programs(2)) * BLOCK_K
     first = tl.minimum(tl.program_id(2) * share, valid)
     last = tl.minimum(first + share, valid)
@@ -155,7 +155,7 @@ def _latent_kernel(
 
 def latent_attention(
     query_latent: Tensor, query_pe: Tensor | None, rows: Tensor, scales: Tensor | None, slots: Tensor,
-    num_keys: Tensor, rotations: Tensor | None, scale: float, splits: int = 1, eight: int | None = None,
+    num_keys: Tensor | None, rotations: Tensor | None, scale: float, splits: int = 0, eight: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Absorbed attention to cached rows: `(out [B, Q, H, r], lse [B, H, Q])`.
 
@@ -167,10 +167,10 @@ def latent_attention(
     `rows`, W >= r + R, hold `[c | k_pe]`: `[B, S, T, W]` with a ring per item, or `[1, S, T, W]` with one ring for all.
     They have the dtype of the queries, or int8 with float16 `scales` `[B or 1, S, T, ceil(W / 64)]`. Key j is token
     `j % T` of slot `slots[j // T]`; `slots` is int32 `[F]` for all items, or `[B, F]`. Keys from `num_keys` (int32
-    `[1]`, on the device) on are not read. `rotations`, float32 `[K, R / 2, 2]` (cos, sin), rotate `k_pe`, in reading
-    order. `scale` > 0 multiplies the logits; softmax and sums are float32. `splits` programs share the keys of a tile;
-    0 lets `split_count` choose. With `eight`, the first `eight` latents of int8 rows have 8 bits, the others 4 and the
-    shared key 8, as in `quantise_rows`; such rows are packed for few queries, too.
+    `[1]`, on the device; None: all are valid) on are not read. `rotations`, float32 `[K, R / 2, 2]` (cos, sin), rotate
+    `k_pe`, in reading order. `scale` > 0 multiplies the logits; softmax and sums are float32. `splits` programs share
+    the keys of a tile; 0 lets `split_count` choose. With `eight`, the first `eight` latents of int8 rows have 8 bits,
+    the others 4 and the shared key 8, as in `quantise_rows`; such rows are packed for few queries, too.
 
     Raises ValueError for arguments that do not fit, NotImplementedError for what `why_not_latent_attention` rejects.
     """
@@ -180,7 +180,7 @@ def latent_attention(
 
 def latent_attention_reference(
     query_latent: Tensor, query_pe: Tensor | None, rows: Tensor, scales: Tensor | None, slots: Tensor,
-    num_keys: Tensor, rotations: Tensor | None, scale: float, splits: int = 1, eight: int | None = None,
+    num_keys: Tensor | None, rotations: Tensor | None, scale: float, splits: int = 0, eight: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`latent_attention` in plain torch, in float64 for float64 inputs, else in float32; lse has the computed dtype.
 
@@ -192,7 +192,7 @@ def latent_attention_reference(
     found = rows[place].flatten(1, 2)
     if scales is not None:
         found = dequantise_rows(found, scales[place].flatten(1, 2), wide, eight, rank)
-    valid = torch.arange(found.shape[1], device=rows.device) < num_keys
+    valid = torch.arange(found.shape[1], device=rows.device) < (found.shape[1] if num_keys is None else num_keys)
     # Invalid rows may be NaN, which a weight of 0 would not cancel.
     found = found.to(wide).masked_fill(~valid.unsqueeze(-1), 0)
     latent = found[..., :rank]
@@ -219,8 +219,8 @@ def why_not_latent_attention(rank: int, shared_channels: int, dtype: torch.dtype
 
 
 def _check(
-    query: Tensor, query_pe: Tensor | None, rows: Tensor, scales: Tensor | None, slots: Tensor, num_keys: Tensor,
-    rotations: Tensor | None, scale: float, splits: int, eight: int | None,
+    query: Tensor, query_pe: Tensor | None, rows: Tensor, scales: Tensor | None, slots: Tensor,
+    num_keys: Tensor | None, rotations: Tensor | None, scale: float, splits: int, eight: int | None,
 ) -> None:  # fmt: skip
     check_tensor("query_latent", query, (None,) * 4)
     batch, queries, heads, rank = query.shape
@@ -231,7 +231,8 @@ def _check(
     check_ring(rows, scales, slots, batch, query.dtype, query, rank, eight)
     (tokens, width), least = rows.shape[2:], row_width(rank, shared, eight)
     require(width >= least, "rows are {} wide, expected at least {}", width, least)
-    check_tensor("num_keys", num_keys, (1,), torch.int32, like=query)
+    if num_keys is not None:
+        check_tensor("num_keys", num_keys, (1,), torch.int32, like=query)
     if query_pe is not None:
         check_tensor("query_pe", query_pe, (batch, queries, heads, shared), query.dtype, like=query)
         require(rotations is not None, "rotations are missing")
@@ -293,7 +294,7 @@ def _fake(query_latent, query_pe, rows, scales, slots, num_keys, rotations, scal
 
 define(
     "latent_attention",
-    "(Tensor query_latent, Tensor? query_pe, Tensor rows, Tensor? scales, Tensor slots, Tensor num_keys, "
+    "(Tensor query_latent, Tensor? query_pe, Tensor rows, Tensor? scales, Tensor slots, Tensor? num_keys, "
     "Tensor? rotations, float scale, int splits, int? eight=None) -> (Tensor, Tensor)",
     _launch,
     latent_attention_reference,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._runtime import Plan, ceil_div, jit, launch, power_of_two, tl
-from .common import nibbles, rotate_pairs
+from .common import nibbles, rotate_pairs, valid_keys
 from .quantise import Part, row_parts
 from .ring import ring_strides, row_align
 
@@ -30,9 +30,11 @@ def _copy_kernel(
     c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     n = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     b = tl.program_id(2).to(tl.int64)
-    valid = tl.minimum(tl.load(num_keys), keys)
-    if tl.program_id(1) * BLOCK_M >= valid:
-        return
+    valid = valid_keys(num_keys, keys)
+    # Without the number, the grid ends with the valid keys. Triton needs two ifs.
+    if num_keys is not None:  # noqa: SIM102
+        if tl.program_id(1) * BLOCK_M >= valid:
+            return
     live = n < valid
     mask = live[:, None] & (c < CHANNELS)[None, :]
     slot = tl.load(slots + b * slots_b + n // tokens, mask=live, other=0).to(tl.int64)
@@ -58,8 +60,8 @@ def _copy_kernel(
 
 
 def copy_rows(
-    out: Tensor, rows: Tensor, scales: Tensor | None, slots: Tensor, num_keys: Tensor, part: Part,
-    rotations: Tensor | None,
+    out: Tensor, rows: Tensor, scales: Tensor | None, slots: Tensor, num_keys: Tensor | None,
+    part: Part, rotations: Tensor | None,
 ) -> None:  # fmt: skip
     """Write a part of the valid rows to every head of `out` `[B, K, H, C]` in reading order.
 
@@ -80,8 +82,9 @@ def copy_rows(
 
 
 def packed_rows(
-    rows: Tensor, scales: Tensor | None, slots: Tensor, num_keys: Tensor, rotations: Tensor | None, batch: int,
-    rank: int, width: int, shared_width: int, dtype: torch.dtype, eight: int | None = None,
+    rows: Tensor, scales: Tensor | None, slots: Tensor, num_keys: Tensor | None,
+    rotations: Tensor | None, batch: int, rank: int, width: int, shared_width: int, dtype: torch.dtype,
+    eight: int | None = None,
 ) -> Tensor:  # fmt: skip
     """The valid rows of a ring in reading order, `[B, K, width + shared_width]` in `dtype`.
 
