@@ -30,10 +30,6 @@ Backend = Literal["sdpa", "attend"]
 """The attention over a workspace: torch's fused one, or ours, which splits the keys and returns the log-sum-exp."""
 
 
-BY_RULE = 0
-"""`splits` of an attention: the kernel package chooses the number for the device."""
-
-
 def why_not(layer: CausalSelfAttention, dtype: torch.dtype, device: str, step: AttentionPass, path: Path) -> str | None:
     """Why kernels cannot compute a layer on `path`, in one line; None when they can."""
     assert step.cache is not None
@@ -168,7 +164,7 @@ class _FusedPass:
         if self.backend == "sdpa":
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))
             return F.scaled_dot_product_attention(query, key, value, scale=layer.scale).transpose(1, 2)
-        out: Tensor = self.ops.attend(query, key, value, None, layer.scale, BY_RULE)[0]
+        out: Tensor = self.ops.attend(query, key, value, None, layer.scale)[0]
         return out
 
     def by_two_queries(self) -> Tensor:
@@ -177,7 +173,7 @@ class _FusedPass:
         if self.history_tokens:
             key, value = self._workspace(self.history_tokens)
             self._expand_history(key, value)
-            parts.append(self.ops.attend(query, key, value, None, self.layer.scale, BY_RULE))
+            parts.append(self.ops.attend(query, key, value, None, self.layer.scale))
         return self._merged(parts)
 
     def absorbed(self) -> Tensor:
@@ -200,7 +196,7 @@ class _FusedPass:
             self._normed(x, norm, rotations) for x, norm in ((self.query, layer.norm_q), (self.key, layer.norm_k))
         )
         query, key, value = self._to_heads(query, key, layer.split_heads(self.value))
-        part: tuple[Tensor, Tensor] = self.ops.attend(query, key, value, None, layer.scale, BY_RULE)
+        part: tuple[Tensor, Tensor] = self.ops.attend(query, key, value, None, layer.scale)
         return part
 
     def _to_heads(self, *given: Tensor) -> tuple[Tensor, ...]:
@@ -287,11 +283,10 @@ class _LatentPass(_FusedPass):
                 self.rows,
                 self.scales,
                 slots,
-                self._count(len(rotations)),
+                None,
                 _cos_sin(of_pairs(rotations, layer.rope_index)) if layer.expansion.shared else None,
                 layer.scale,
-                BY_RULE,
-                self.eight,
+                eight=self.eight,
             )
             # The bias of the keys shifts all logits of a query by the same amount.
             lse = lse + layer.scale * torch.einsum("bqhn,hn->bhq", nope.float(), weights.b_uk.float())
@@ -354,7 +349,7 @@ class _LatentPass(_FusedPass):
             self.rows,
             self.scales,
             slots,
-            self._count(len(rotations)),
+            None,
             *layer.restoring(self.heads),
             layer.k_pe_proj.weight if derived else None,
             layer.k_pe_proj.bias if derived else None,
@@ -366,10 +361,6 @@ class _LatentPass(_FusedPass):
             mean = layer.k_mean if self.heads is None else layer.k_mean[self.heads]
             mean = mean.expand(1, len(rotations), -1, -1)
             key[..., width:] = rotate(mean, rotations).to(key.dtype)
-
-    def _count(self, keys: int) -> Tensor:
-        """A number of keys as the int32 tensor `[1]` that the kernels read on the device."""
-        return torch.full((1,), keys, dtype=torch.int32, device=self.rows.device)
 
 
 def _project_into(out: Tensor, linear: nn.Module, x: Tensor) -> Tensor:
