@@ -29,6 +29,7 @@ LEAVES = (
     "errors",
     "files",
     "flow",
+    "interrupts",
     "lazy",
     "registry",
     "sampling",

@@ -6,6 +6,8 @@ import importlib
 import json
 import os
 import signal
+import sys
+import threading
 
 import pytest
 from recipe_case import write_teacher
@@ -13,6 +15,7 @@ from test_pipeline import recipe
 
 from mla_convert.cli.signals import orderly_end
 from mla_convert.distill.requests import SIGNALS, Stopped, stopping_at_once
+from mla_convert.distill.snapshots import Snapshots
 from mla_convert.errors import UserError
 from mla_convert.pipeline import run
 from mla_convert.pipeline.rundir import STOPPED
@@ -81,6 +84,63 @@ def test_a_second_signal_does_not_disturb_the_end():
             terminated()
         os.kill(os.getpid(), signal.SIGTERM)
     assert received == [signal.SIGTERM]
+
+
+class Dropping:
+    """An object that is collected when a signal comes; Python drops what is raised then."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __del__(self):
+        os.kill(os.getpid(), self.number)
+
+
+def dropped(number):
+    Dropping(number)
+    threading.Event().wait(10)
+    pytest.fail("nothing may follow")
+
+
+def twice(number):
+    Dropping(number)
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_whose_exception_is_dropped_is_sent_again(number):
+    hook = sys.unraisablehook
+    with orderly_end() as received:
+        with pytest.raises(Stopped), stopping_at_once(main=True):
+            dropped(number)
+        assert received == [number]
+    with orderly_end() as received:
+        with pytest.raises(KeyboardInterrupt):
+            dropped(signal.SIGTERM)
+        assert received == [signal.SIGTERM]
+    assert sys.unraisablehook is hook
+    with pytest.raises(Stopped), stopping_at_once(main=True):
+        twice(number)
+    for thread in threading.enumerate():
+        if isinstance(thread, threading.Timer):
+            # Were it sent again after the block, it would end this process.
+            thread.join()
+
+
+def test_a_signal_during_the_last_checkpoint_of_a_stage_ends_the_run(teacher, tmp_path, monkeypatch):
+    save = Snapshots.save
+
+    def signalled(self, row, owed):
+        save(self, row, owed)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    short = recipe(teacher, "distill.0.steps=1", "distill.0.checkpoint_every=null")
+    monkeypatch.setattr(Snapshots, "save", signalled)
+    with pytest.raises(Stopped, match="a signal stopped the run"):
+        run(short, tmp_path / "run", until="distill")
+    assert (tmp_path / "run" / STOPPED).exists()
+    monkeypatch.undo()
+    run(short, tmp_path / "run", resume=True, until="distill")
 
 
 def test_the_other_processes_of_a_launch_leave_it_to_the_first(monkeypatch):

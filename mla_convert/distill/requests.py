@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from ..errors import UserError
+from ..interrupts import interrupted_by, restore
 from .launch import world_size
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -46,38 +47,14 @@ def stopping_at_once(main: bool) -> Iterator[None]:
     has ended. It does so by SIGTERM, which may therefore mean that a process has failed and keeps its action in a
     launch.
     """
-    received: list[int] = []
-    before: dict[int, Any] = {}
-    owner = os.getpid()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != owner:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        elif main and not received:
-            received.append(number)
-            if callable(before[number]):
-                # The command has to know of it, because a second one may come while it ends.
-                before[number](number, frame)
-            raise KeyboardInterrupt
-
-    try:
-        if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS if world_size() == 1 else (signal.SIGUSR1,):
-                before[number] = signal.getsignal(number)
-                signal.signal(number, handle)
-        yield
-    except KeyboardInterrupt:
-        if received:
-            raise Stopped("a signal stopped the run; continue with the same command and --resume") from None
-        raise
-    finally:
-        _restore(before)
-
-
-def _restore(handlers: dict[int, Any]) -> None:
-    for number, handler in handlers.items():
-        signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    numbers = SIGNALS if world_size() == 1 else (signal.SIGUSR1,)
+    with interrupted_by(numbers, ignored=not main) as received:
+        try:
+            yield
+        except KeyboardInterrupt:
+            if received:
+                raise Stopped("a signal stopped the run; continue with the same command and --resume") from None
+            raise
 
 
 class Requests:
@@ -90,6 +67,7 @@ class Requests:
     def __init__(self, accelerator: Accelerator, minutes: float | None) -> None:
         self.accelerator, self.minutes = accelerator, minutes
         self.stop = False
+        self._number = 0
         self._owner, self._before = os.getpid(), dict[int, Any]()
         self.saved()
 
@@ -118,9 +96,12 @@ class Requests:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _restore(self._before)
+        restore(self._before)
+        # The stage has ended by itself: the signal came after its last step, during the checkpoint.
+        if self.stop and kind is None:
+            signal.raise_signal(self._number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # A forked data worker inherits this handler and must not die of it.
         if os.getpid() == self._owner:
-            self.stop = True
+            self.stop, self._number = True, number
