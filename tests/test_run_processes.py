@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -307,6 +308,24 @@ def test_a_stopped_run_is_marked_before_any_process_ends(teacher, tmp_path, monk
     monkeypatch.setattr(run_module, "steps_of", lambda recipe: [Step("distill", (), lambda context: None)])
     run(recipe(teacher), tmp_path / "run", until="distill")
     assert not (tmp_path / "run" / STOPPED).exists()
+
+
+def test_a_collective_that_fails_is_explained_by_what_the_first_process_told(teacher, tmp_path, monkeypatch, store):
+    def broken(*given):
+        raise RuntimeError("Connection closed by peer")
+
+    runs = iter((1, 2))
+    monkeypatch.setattr(waiting, "from_main", lambda value: next(runs))
+    monkeypatch.setattr(run_module, "this_process", lambda: Meetings(False))
+    monkeypatch.setattr(run_module, "_follow", broken)
+    with contextlib.suppress(Stopped), Notices(1).failing():
+        raise Stopped("a signal stopped the run")
+    with pytest.raises(Stopped) as error:
+        run(recipe(teacher), tmp_path / "run")
+    assert str(error.value) == ""
+    # Without a notice the error is its own.
+    with pytest.raises(RuntimeError, match="Connection closed"):
+        run(recipe(teacher), tmp_path / "run")
 
 
 def test_what_follows_a_conversion_reads_the_commit_that_was_converted(teacher, tmp_path, monkeypatch):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,11 @@ from mla_convert.convert.blocks import SourceBlocks
 from mla_convert.convert.clips import CalibrationBatch, enter_clips
 from mla_convert.convert.store import TensorStore
 from mla_convert.distill.objective import noised_clips
+from mla_convert.distill.requests import Stopped
 from mla_convert.errors import UsageError, UserError
 from mla_convert.export.manifest import read_manifest
 from mla_convert.mla.window import CausalConfig
+from mla_convert.pipeline import experts as experts_module
 from mla_convert.pipeline import run
 from mla_convert.pipeline import steps as steps_module
 from mla_convert.pipeline.context import Context
@@ -215,12 +219,18 @@ def test_failed_expert_goes_on_and_ends_with_the_same_bytes(
         assert digests(folder / name / "checkpoint") == digests(finished / name / "checkpoint")
 
 
-def test_what_cannot_work_leaves_no_folder(recipe: Recipe, teacher: Path, tmp_path: Path) -> None:
+def test_what_cannot_work_leaves_no_folder(
+    recipe: Recipe, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     experts = {"transformer": (0.5, 1.0), "transformer_3": (0.0, 0.5)}
     with pytest.raises(UserError, match="has no folder transformer_3"):
         run_experts(recipe.model_copy(update={"experts": experts}), tmp_path / "run")
     with pytest.raises(UsageError, match="choose --expert transformer or transformer_2"):
         run(recipe, tmp_path / "run")
+    # Nor does a signal while the experts are checked.
+    monkeypatch.setattr(experts_module, "check_inputs", lambda *given: os.kill(os.getpid(), signal.SIGUSR1))
+    with pytest.raises(Stopped):
+        run_experts(recipe, tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from ..distill.requests import stopping_at_once
 from ..errors import UsageError
 from ..export.checkpoint import find_checkpoint, load_checkpoint
 from ..export.manifest import recorded_section
@@ -41,7 +42,8 @@ def run_experts(
     names = list(recipe.experts or ()) if only is None else [only]
     parts = {name: recipe.expert(name) for name in names}
     if this_process().is_main_process:
-        _prepare(recipe, path, parts, resume, until)
+        with stopping_at_once(main=True):
+            _prepare(recipe, path, parts, resume, until)
     return {name: run(part, path / name, resume, until, console) for name, part in parts.items()}
 
 

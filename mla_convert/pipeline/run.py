@@ -75,6 +75,10 @@ def run(
                 # A launcher ends all processes once one has ended, and the first one has still to mark the folder.
                 notices.wait_for_end()
                 raise Stopped from None
+            except RuntimeError:
+                # A collective fails once a process has left it; what that one has told says more.
+                notices.check()
+                raise
             return RunResult(path, model, {}, main=False)
         folder = RunDir(path, recipe, resume)
         try:
