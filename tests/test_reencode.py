@@ -19,7 +19,7 @@ from mla_convert.distill.encode.models import encode_pixels
 from mla_convert.distill.footprint import Launch
 from mla_convert.distill.metrics import Metrics
 from mla_convert.distill.stages.dmd import DMD
-from mla_convert.errors import UsageError, UserError
+from mla_convert.errors import UserError
 from mla_convert.pipeline import run, steps
 from mla_convert.pipeline.dry_run import DryRun
 from mla_convert.pipeline.vae import reencoding_bytes
@@ -108,17 +108,43 @@ def test_a_run_takes_the_vae_of_its_source(
     assert without.memory == {**need.memory, "vae": 0}
 
 
-def test_a_source_without_a_vae_is_refused_before_anything(
+def test_a_source_without_its_vae_is_refused_before_anything(
     pipeline: Path,  # noqa: F811
     data: Path,  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    (tmp_path / "alone").mkdir()
-    (tmp_path / "alone" / "transformer").symlink_to(pipeline / "transformer")
-    for place, message in ((tmp_path / "alone", "has no VAE; set source.components"), ("zoo:natural", "makes pixels")):
-        recipe = parse_recipe(
-            RECIPE.format(model=place, data=data), [f"distill=[{STAGE}]", "generate.prompts=[]", "convert.init=svd"]
-        )
-        with pytest.raises(UsageError, match=rf"distill\.0: .*{message}"):
+    alone, wide = tmp_path / "alone", tmp_path / "wide"
+    (wide / "vae").mkdir(parents=True)
+    AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1]).save_config(wide / "vae")
+    alone.mkdir()
+    (alone / "transformer").symlink_to(pipeline / "transformer")
+    for place, components, message in (
+        (alone, None, "has no VAE; set source.components"),
+        ("zoo:natural", None, "makes pixels"),
+        # A pipeline is asked for, which its transformer is not, although that lies beside a VAE.
+        (pipeline, pipeline / "transformer", "has no vae; give the folder or Hub ID of a complete pipeline"),
+        (pipeline, wide, "has latents of 16 channels, but the model makes 4; set source.components"),
+    ):
+        changes = [f"distill=[{STAGE}]", "generate.prompts=[]", "convert.init=svd", f"source.components={components}"]
+        recipe = parse_recipe(RECIPE.format(model=place, data=data), changes if components else changes[:-1])
+        with pytest.raises(UserError, match=rf"distill\.0: .*{message}"):
             run(recipe, tmp_path / "run")
+        with pytest.raises(UserError, match=message):
+            DryRun(recipe, Launch()).needs()
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_takes_wan21s_vae_for_one_that_is_not_here_only_if_it_fits(
+    pipeline: Path,  # noqa: F811
+    data: Path,  # noqa: F811
+) -> None:
+    changes = [f"distill=[{STAGE}]", "source.components=owner/name"]
+    recipe = parse_recipe(RECIPE.format(model=pipeline, data=data), changes)
+    planned = DryRun(recipe, Launch())
+    (need,) = planned.needs()
+    assert need.memory["vae"] == 0
+    assert planned.assumptions == ["the VAE is not counted; the source's is not on this machine"]
+    planned = DryRun(recipe, Launch())
+    planned.config["out_channels"] = 16
+    assert planned.vae == {}
+    assert planned.assumptions == ["the VAE is Wan2.1's; the source's is not on this machine"]

@@ -136,15 +136,16 @@ def _check_samples(context: Context) -> None:
 
 def _check_stages(context: Context, pending: Mapping[int, StageConfig]) -> None:
     """Check the launch and the adapters of the `pending` stages, given by index."""
+    source = context.source
     _warn_of_rates(pending.values())
     for index, stage in pending.items():
         check_launch(stage)
         if stage.reencodes:
             with _named(f"distill.{index}"):
-                check_source_vae(context.source)
+                check_source_vae(source.config, source.origin, source.components)
         if stage.lora is not None:
             with _named(f"distill.{index}"):
-                _check_adapters(stage, dense_of(context.source.family, context.source.config))
+                _check_adapters(stage, dense_of(source.family, source.config))
 
 
 def _warn_of_rates(stages: Iterable[StageConfig]) -> None:

@@ -30,7 +30,7 @@ from ..run.latents import DIGITS, latent_size, prompt_encoder
 from ..run.reencode import image_latent
 from .shapes import NoiseClips, dense_of, student_of
 from .sources import source_of
-from .vae import reencoding_bytes, vae_config
+from .vae import check_source_vae, reencoding_bytes
 
 WAN_1_3B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
 # Differences from diffusers' default configuration, by a part of a published model's name.
@@ -41,7 +41,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "causal-forcing": WAN_1_3B,
     "longlive-1.3b": WAN_1_3B,
 }
-DIGITS_TEXT, WAN_TEXT, WAN_FRAMES = 3, 512, 21
+DIGITS_TEXT, WAN_TEXT, WAN_FRAMES, WAN_CHANNELS = 3, 512, 21, 16
 
 
 class DryRun:
@@ -127,15 +127,20 @@ class DryRun:
         ]
 
     def _reencoding(self, config: StageConfig) -> int:
-        return reencoding_bytes(self.vae, self.clip.height, self.clip.width) if config.reencodes else 0
+        if not config.reencodes or self.vae is None:
+            return 0
+        return reencoding_bytes(self.vae, self.clip.height, self.clip.width)
 
     @functools.cached_property
-    def vae(self) -> dict[str, Any]:
-        """The configuration of the source's VAE, or without its files that of Wan2.1."""
-        found = vae_config(self.recipe.source.components or self.recipe.source.model)
-        if found is None:
-            self.assumptions.append("the VAE is Wan2.1's; the source's is not on this machine")
-        return found or {}
+    def vae(self) -> dict[str, Any] | None:
+        """The configuration of the source's VAE, of Wan2.1's if that fits and the files are not here, else None."""
+        found = check_source_vae(self.config, self.recipe.source.model, self.recipe.source.components)
+        if found is not None:
+            return found
+        wan21 = noise_channels(self.config) == WAN_CHANNELS
+        what = "is Wan2.1's" if wan21 else "is not counted"
+        self.assumptions.append(f"the VAE {what}; the source's is not on this machine")
+        return {} if wan21 else None
 
     def measure(self, steps: int) -> list[float]:
         """Seconds per step of each stage in this process, the median of `steps`, with random weights and clips."""
@@ -158,7 +163,7 @@ class DryRun:
 
             data = NoiseClips(self.clip, self.config)
             encode = None
-            if config.reencodes:
+            if config.reencodes and self.vae is not None:
                 encode = functools.partial(image_latent, AutoencoderKLWan.from_config(self.vae).eval())
             with tempfile.TemporaryDirectory() as folder:
                 where = (Path(folder), 0, index + 1)
