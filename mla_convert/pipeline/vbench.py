@@ -148,9 +148,10 @@ def _out_folder(folder: Path, out: Path | None, seconds: int) -> Path:
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:
-    """Record the settings of the videos in `out`. Raises UsageError if it has videos with other settings."""
+    """Record the settings of the videos in `out`. Raises UsageError if it has videos or scores of other settings."""
     path = out / RECORD
-    if path.exists():
+    # Without a whole video the settings may change: what ended the first attempt may have been too little memory.
+    if path.exists() and (any((out / VIDEOS).glob("*.mp4")) or (out / SCORES).exists()):
         different = first_difference(json.loads(path.read_text(encoding="utf-8")), settings)
         if different:
             key, *values = different
