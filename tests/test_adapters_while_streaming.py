@@ -30,7 +30,14 @@ def hook(model: Any) -> None:
     model.proj_out.register_forward_hook(lambda module, inputs, output: 2 * output)
 
 
+def replace(model: Any) -> None:
+    """As a hot-swap to a larger rank does."""
+    layer = model.blocks[0].attn2.to_q.lora_A["default"]
+    layer.weight = torch.nn.Parameter(layer.weight.detach() / 2)
+
+
 CHANGES: dict[str, Any] = {
+    "replace": replace,
     "scale": lambda model: model.set_adapters("default", 0.3),
     "disable": lambda model: model.disable_adapters(),
     "fuse": lambda model: model.fuse_lora(),

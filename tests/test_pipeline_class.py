@@ -357,6 +357,24 @@ def test_a_module_that_only_the_index_names_is_not_imported(
 
 
 @pytest.mark.parametrize(
+    "named",
+    [
+        {"vae": "x"},
+        {"vae": ["os", "system"]},
+        {"vae": ["transformers", "Nothing"]},
+        {"_components": {"vae": {"class": "AutoencoderKLWan"}}},
+        {"_components": {"vae": {"library": "diffusers", "class": "AutoencoderKLWan"}}},
+    ],
+)
+def test_an_index_that_does_not_name_a_model_is_one_line(digits: Any, named: dict[str, Any], tmp_path: Path) -> None:
+    digits.transformer.save_pretrained(tmp_path / "transformer")
+    (tmp_path / "model_index.json").write_text(json.dumps(named))
+    with pytest.raises(UserError, match=r"does not say what vae is|has no model class") as caught:
+        StreamingMLAPipeline.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"seconds": 0}, "a video of 0 seconds has no frames"),

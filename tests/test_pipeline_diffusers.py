@@ -83,6 +83,8 @@ def test_pipelines_share_parts_and_settings(model: Any) -> None:
     stock.register_modules(transformer_2=model)
     with pytest.raises(UsageError, match="has one transformer, not WanPipeline's two"):
         StreamingMLAPipeline.from_pipe(stock)
+    with pytest.raises(UsageError, match=r"from_pipe takes no torch_dtype: .* use \.to"):
+        StreamingMLAPipeline.from_pipe(first, torch_dtype=torch.bfloat16)
 
 
 def test_a_lora_is_loaded_weighted_fused_and_unloaded(pipe: Any, tmp_path: Path) -> None:
@@ -120,6 +122,10 @@ REFUSED = [
 def test_arguments_that_do_not_fit_are_refused_at_the_call(pipe: Any, settings: dict[str, Any], line: str) -> None:
     with pytest.raises(UsageError, match=line):
         pipe.stream(**{"prompt_embeds": TEXT, "guidance_scale": 1.0, **CALL, **settings})
+
+
+def test_embeddings_to_lead_away_from_are_not_read_without_guidance(pipe: Any) -> None:
+    assert torch.equal(latents(pipe, negative_prompt_embeds=TEXT[:, :2]), latents(pipe))
 
 
 def test_a_prompt_may_have_several_videos(pipe: Any) -> None:

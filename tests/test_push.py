@@ -160,7 +160,7 @@ def test_what_the_manifest_does_not_list_stays_here(server, client, saved, tmp_p
     (folder / ".cache").mkdir()
     (folder / ".cache" / "note").write_text("mine")
     (folder / "notes.txt").write_text("mine")
-    told = {"LICENSE": b"free", "recipe.resolved.yaml": b"data:\n  folder: /data/me/clips\n"}
+    told = {"LICENSE.txt": b"free", "NOTICE": b"by me", "recipe.resolved.yaml": b"data:\n  folder: /data/me/clips\n"}
     for name, text in told.items():
         (folder / name).write_bytes(text)
 

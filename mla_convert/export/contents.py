@@ -15,7 +15,8 @@ from ..errors import UserError
 from ..files import MANIFEST, sha256
 from .manifest import EVIDENCE
 
-CARD, LICENSE = "README.md", "LICENSE"
+CARD = "README.md"
+_LICENSES = ("license", "licence", "notice")
 # Absolute or in a home folder, in quotes or after a space.
 _PATH = re.compile(r"""(?<=["'\s>])(?:~/|/[A-Za-z_.])[^\s"'<>,;)]*""")
 
@@ -39,12 +40,13 @@ class LocalFile(NamedTuple):
 def list_files(root: Path, manifest: Mapping[str, Any]) -> tuple[dict[str, LocalFile], list[str]]:
     """Return the files to push by name, and the names of files in `root` that are left out; both without hidden files.
 
-    Pushed are the manifest, what it lists, the evidence, the card and the license. Raises UserError for a link to a
-    file that is neither in `root` nor in the Hub's cache.
+    Pushed are the manifest, what it lists, the evidence, the card, and licenses and notices beside it. Raises UserError
+    for a link to a file that is neither in `root` nor in the Hub's cache.
     """
     here = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
     evidence = {name for name in here if name.partition("/")[0] in EVIDENCE}
-    listed = {MANIFEST, CARD, LICENSE, *manifest["files"], *evidence}
+    licenses = {name for name in here if "/" not in name and name.lower().startswith(_LICENSES)}
+    listed = {MANIFEST, CARD, *licenses, *manifest["files"], *evidence}
     files = {}
     for name in filter(_is_visible, sorted(listed)):
         path = root / name

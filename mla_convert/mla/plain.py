@@ -24,8 +24,13 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 def built_in(modules: Iterable[nn.Module]) -> tuple[Any, ...]:
-    """What a captured pass depends on besides tensors: the modules, and the choices of peft's adapters among them."""
-    return tuple((module, _adapters(module)) for module in modules)
+    """What a captured pass depends on besides numbers: modules, choices of peft's adapters, and where weights are."""
+    return tuple((module, _adapters(module), _places(module)) for module in modules)
+
+
+def _places(module: nn.Module) -> tuple[int, ...]:
+    """The addresses of a module's own weights: one that is replaced, as by a larger LoRA, has another."""
+    return tuple(weight.data_ptr() for weight in module.parameters(recurse=False))
 
 
 def _adapters(module: nn.Module) -> tuple[Any, ...]:

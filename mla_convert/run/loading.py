@@ -68,14 +68,23 @@ def _check_libraries(root: Path, index: Mapping[str, Any]) -> None:
 
     Not every supported version of diffusers checks this itself.
     """
-    named = [(part, entry["library"]) for part, entry in index.get(REFERENCES, {}).items()]
-    named += [(part, entry[0]) for part in PARTS if (entry := index.get(part)) and entry[0]]
-    for part, library in named:
+    for part, entry in {**{part: index.get(part) for part in PARTS}, **index.get(REFERENCES, {})}.items():
+        match entry:
+            case None | [None, None]:
+                continue
+            case [str(library), str()]:
+                whole = True
+            case {"library": str(library)}:
+                whole = entry.keys() >= {"class", "repository", "subfolder", "revision"}
+            case _:
+                library, whole = LIBRARIES[0], False
         if library not in LIBRARIES and library not in sys.modules:
             raise UserError(
                 f"{root / INDEX} takes {part} from {quoted(library)}, which is not {' or '.join(LIBRARIES)}; "
                 "if that module is yours, import it first"
             )
+        if not whole:
+            raise UserError(f"{root / INDEX} does not say what {part} is: {quoted(entry)}; export the model again")
 
 
 def _is_installed(entry: Any) -> bool:
@@ -132,7 +141,9 @@ def _load_part(
     part: str, library: str, class_name: str, dtypes: Mapping[str, torch.dtype], place: str, **where: Any
 ) -> Any:
     """Load a component with its class from `place`, a folder or a repository."""
-    loader: Any = getattr(importlib.import_module(library), class_name)
+    loader: Any = getattr(importlib.import_module(library), class_name, None)
+    if not hasattr(loader, "from_pretrained"):
+        raise UserError(f"cannot load {part} from {place}: {library} has no model class {quoted(class_name)}")
     if part in MODELS:
         where["dtype"] = dtypes.get(part, dtypes["default"])
     if library == "transformers":

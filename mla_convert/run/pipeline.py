@@ -120,6 +120,8 @@ class StreamingMLAPipeline(WanLoraLoaderMixin, DiffusionPipeline):
         if getattr(pipeline, "transformer_2", None) is not None:
             raise UsageError(f"{cls.__name__} has one transformer, not {type(pipeline).__name__}'s two")
         names = inspect.signature(cls.__init__).parameters
+        if unknown := sorted(kwargs.keys() - names):
+            raise UsageError(f"from_pipe takes no {unknown[0]}: weights are shared; use .to(...) on the result instead")
         held = {**pipeline.config, **pipeline.components}
         return cls(**{name: value for name, value in held.items() if name in names} | kwargs)
 
@@ -284,10 +286,11 @@ class StreamingMLAPipeline(WanLoraLoaderMixin, DiffusionPipeline):
             strength=1.0 if source is None else config["strength"],
         )
         self._num_timesteps = len(schedule.times) - 1
-        negative, away = negative_prompt_embeds, config.pop("negative_prompt")
-        if negative is None and config["guidance_scale"] != 1 and (away or self._reads_empty_prompts()):
+        guides, away = config["guidance_scale"] != 1, config.pop("negative_prompt")
+        negative = negative_prompt_embeds if guides else None
+        if negative is None and guides and (away or self._reads_empty_prompts()):
             negative = self.encode_prompt(away or "", max_sequence_length)
-        if negative is None and config["guidance_scale"] != 1 and not self.digits:
+        if negative is None and guides and not self.digits:
             raise UsageError("guidance needs a negative prompt; pass negative_prompt_embeds, or guidance_scale=1")
         if negative is not None:
             negative = checked_embeds("negative_prompt_embeds", negative, self.transformer.config.text_dim, texts)
