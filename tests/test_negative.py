@@ -24,7 +24,7 @@ from mla_convert.draws import Use, drawn_seed
 from mla_convert.errors import UserError
 from mla_convert.flow import drop_prompts
 from mla_convert.load import load_dense, load_source
-from mla_convert.pipeline import generation, run
+from mla_convert.pipeline import job, run
 from mla_convert.pipeline.calibration import calibration_batches
 from mla_convert.pipeline.context import Context
 from mla_convert.pipeline.generation import Request, generate_video
@@ -206,13 +206,13 @@ def test_a_teacher_rolls_out_away_from_it(teacher, tmp_path):
 def told(monkeypatch) -> list[Tensor | None]:
     """The negative prompts in the rollouts of `generate`."""
     seen: list[Tensor | None] = []
-    rollout = generation.rollout
+    rollout = job.rollout
 
     def watched(*inputs: Any, negative_hidden_states: Tensor | None, **more: Any) -> Any:
         seen.append(negative_hidden_states)
         return rollout(*inputs, negative_hidden_states=negative_hidden_states, **more)
 
-    monkeypatch.setattr(generation, "rollout", watched)
+    monkeypatch.setattr(job, "rollout", watched)
     return seen
 
 

@@ -4,7 +4,6 @@ import base64
 import itertools
 import json
 import math
-import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -296,8 +295,8 @@ def test_a_stage_that_is_trained_twice_follows_itself() -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
-    (tmp_path / f".report.json.{os.getpid()}.tmp").symlink_to("/dev/full")
+def test_a_full_disk_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mla_convert.files._create", lambda path: path.symlink_to("/dev/full"))
     with pytest.raises(UserError, match="the disk is full"):
         write_report(tmp_path, FULL)
     assert list(tmp_path.iterdir()) == []

@@ -6,7 +6,7 @@ Pairs are interleaved channels `(2p, 2p+1)`. Pair p belongs to one of the axes t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ class RotaryTable:
 
     def to(self, device: torch.device | str) -> RotaryTable:
         """The table on a device, such as the one that weights are offloaded from between calls."""
-        return RotaryTable(self.cis.to(device), self.axes)
+        return replace(self, cis=self.cis.to(device))
 
     def rotations(self, frames: list[int], height: int, width: int) -> Tensor:
         """Rotations of all tokens of a grid: complex64 `[len(frames) * height * width, P]`.
