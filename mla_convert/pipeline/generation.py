@@ -239,7 +239,8 @@ class _Task:
         embedded = self._embed([*prompts, *negative])
         count = len(request.prompts)
         if request.prompt_embeds is not None:
-            first = load_prompt_embeds(request.prompt_embeds, self.model["text_dim"])[:1]
+            # A copy, because what is sent to other processes is the whole memory of a view.
+            first = load_prompt_embeds(request.prompt_embeds, self.model["text_dim"])[:1].clone()
         else:
             first = torch.stack(embedded[:count])
         later = [text.unsqueeze(0) for text in embedded[count : len(prompts)]]

@@ -29,6 +29,8 @@ PATIENCE = 10.0
 _PAUSE = 0.002
 _WORDS_KEPT = 16
 """Words that the store keeps. A chunk takes a few, and nobody is a whole chunk behind, because passes are shared."""
+_PIECE = 4 << 20
+"""Bytes that the store takes at once; torch's own refuses 8 MiB."""
 _ENDED, _FAILED, _LEFT = "mla_convert/ended", "mla_convert/failed", "mla_convert/left"
 
 
@@ -74,9 +76,17 @@ class Launch:
         """Tell the others a word, which `hear` returns there; only in the first process."""
         content = io.BytesIO()
         torch.save(word, content)
-        self._store.set(self._key(self._words), content.getvalue())
+        content.seek(0)
+        pieces = 0
+        while piece := content.read(_PIECE):
+            self._store.set(f"{self._key(self._words)}/{pieces}", piece)
+            pieces += 1
+        # Whoever sees their number finds them all.
+        self._store.set(self._key(self._words), str(pieces))
         if self._words >= _WORDS_KEPT:
-            self._store.delete_key(self._key(self._words - _WORDS_KEPT))
+            old = self._key(self._words - _WORDS_KEPT)
+            for key in (old, *self._pieces(old)):
+                self._store.delete_key(key)
         self._words += 1
 
     def hear(self, *allowed: type[Any]) -> Any:
@@ -85,7 +95,7 @@ class Launch:
         A word may hold objects of the classes `allowed`, besides plain values and tensors.
         """
         self._wait_for(self._key(self._words))
-        content = io.BytesIO(self._store.get(self._key(self._words)))
+        content = io.BytesIO(b"".join(map(self._store.get, self._pieces(self._key(self._words)))))
         self._words += 1
         with torch.serialization.safe_globals(list(allowed)):
             return torch.load(content, map_location="cpu", weights_only=True)
@@ -144,11 +154,13 @@ class Launch:
         finally:
             if in_main:
                 signal.signal(signal.SIGINT, before)
-            self._store.set(_ENDED, f"{code} {blamed}")
-            others, patience = self.group.size() - 1, time.monotonic() + PATIENCE
-            # In a pass the others wait for this process itself, and its end is theirs.
-            while not self._in_pass and self._store.add(_LEFT, 0) < others and time.monotonic() < patience:
-                time.sleep(0.01)
+            # An error here would hide the first one.
+            with contextlib.suppress(dist.DistError):
+                self._store.set(_ENDED, f"{code} {blamed}")
+                others, patience = self.group.size() - 1, time.monotonic() + PATIENCE
+                # In a pass the others wait for this process itself, and its end is theirs.
+                while not self._in_pass and self._store.add(_LEFT, 0) < others and time.monotonic() < patience:
+                    time.sleep(0.01)
 
     def follow(self, work: Callable[[], None]) -> int:
         """Do `work` in a process that does not lead; returns the exit code of the first process.
@@ -209,3 +221,7 @@ class Launch:
 
     def _key(self, word: int) -> str:
         return f"mla_convert/word/{word}"
+
+    def _pieces(self, key: str) -> list[str]:
+        """The keys of the pieces of a word."""
+        return [f"{key}/{piece}" for piece in range(int(self._store.get(key)))]
