@@ -19,6 +19,7 @@ from mla_convert import StreamingMLAPipeline
 from mla_convert.errors import UsageError, UserError
 from mla_convert.mla.graph import why_not_graph
 from mla_convert.mla.parallel import Share
+from mla_convert.run import pipeline
 
 # Relative to the largest magnitude. Observed 0 to 1.4e-7; without its self-attention, a model is 6e-2 apart.
 FLOAT32 = 1e-5
@@ -113,6 +114,23 @@ def test_a_pipeline_streams_one_video_at_a_time() -> None:
         pipe.stream(**settings)
     first.close()
     pipe.stream(**settings)
+
+
+@pytest.mark.parametrize(("shared", "ahead"), [(True, 0), (False, 2)])
+def test_processes_leave_a_stream_at_the_same_step(shared: bool, ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a thread in each, they would be at different ones, and pair what they exchange afterwards wrongly."""
+    used = []
+
+    def prefetched(made: Any, count: int, closed: Any) -> Any:
+        used.append(count)
+        return made
+
+    monkeypatch.setattr(pipeline, "prefetch", prefetched)
+    pipe = StreamingMLAPipeline(share_case.model_of())
+    pipe.transformer.set_parallel(group(2) if shared else None)
+    text = torch.zeros(1, 3, 8)
+    pipe.stream(prompt_embeds=text, height=80, width=48, output_type="latent", ahead=2).close()
+    assert used == [ahead]
 
 
 def test_graphs_are_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
