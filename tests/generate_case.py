@@ -38,8 +38,10 @@ def command(port: str, event: str, *arguments: str) -> None:
     """Run one command; an event is what happens in one of the processes meanwhile."""
     os.environ["MASTER_PORT"] = port
     chunk = Passes.chunk
-    if event == "interrupt" and LEADS:
-        Passes.chunk = interrupting(3, lambda: os.kill(os.getpid(), signal.SIGINT))  # type: ignore[method-assign]
+    number = {"interrupt": signal.SIGINT, "terminate": signal.SIGTERM}.get(event)
+    if number is not None and (LEADS or number == signal.SIGTERM):
+        # A launcher forwards SIGTERM to all processes.
+        Passes.chunk = interrupting(3, lambda: os.kill(os.getpid(), number))  # type: ignore[method-assign]
     if event == "fail" and not LEADS:
         Passes.chunk = interrupting(2, fail)  # type: ignore[method-assign]
     try:

@@ -46,7 +46,11 @@ class Launched:
             ["", "generate", digits, "--out", str(folder / "never.mp4")],
             *(
                 [event, "generate", digits, "--prompt", "7", "--endless", "--steps", "1", "--out", str(folder / name)]
-                for event, name in (("interrupt", "ended.mp4"), ("fail", "failed.mp4"))
+                for event, name in (
+                    ("interrupt", "ended.mp4"),
+                    ("fail", "failed.mp4"),
+                    ("terminate", "terminated.mp4"),
+                )
             ),
         ]
         assert [main(command) for command in alone] == [0, 0]
@@ -83,7 +87,7 @@ def test_one_video_is_made_of_what_the_first_process_reads(done: Launched) -> No
 
 
 def test_all_processes_exit_alike_and_the_first_one_speaks(done: Launched) -> None:
-    assert done.codes == [[0, 0, 2, 130, 1]] * 2, done.texts
+    assert done.codes == [[0, 0, 2, 130, 1, 143]] * 2, done.texts
     result = json.loads(done.printed[0][: done.printed[0].index("\n}\n") + 2])
     assert result["paths"] == [str(done.folder / "shared.safetensors")] and result["frames"] == 9
     assert done.printed[1] == ""
@@ -91,11 +95,13 @@ def test_all_processes_exit_alike_and_the_first_one_speaks(done: Launched) -> No
     assert first[:2] == other[:2] == [[], []]
     assert first[2] == ["error: no prompt; give --prompt, --prompt-embeds, or --prompts with an entry at 0 seconds"]
     assert first[3] == ["error: interrupted"] and other[2:4] == [[], []]
+    assert first[5] == ["error: terminated"] and other[5] == []
 
 
-def test_an_interrupt_ends_the_video_with_a_whole_chunk(done: Launched) -> None:
+@pytest.mark.parametrize("name", ["ended", "terminated"])
+def test_a_signal_ends_the_video_with_a_whole_chunk(name: str, done: Launched) -> None:
     """It comes in the third chunk, which is finished, because the other process waits in it."""
-    assert frames_of(done.folder / "ended.mp4") == 3 * 3
+    assert frames_of(done.folder / f"{name}.mp4") == 3 * 3
 
 
 def test_a_process_that_fails_ends_the_others(done: Launched) -> None:

@@ -17,7 +17,7 @@ def process_of(store: Any, rank: int) -> Launch:
     one = object.__new__(Launch)
     one.group, one.leads = types.SimpleNamespace(size=lambda: 2, rank=lambda: rank), rank == 0  # type: ignore[assignment]
     one._store, one._words = store, 0
-    one._in_pass = one._interrupted = False
+    one._in_pass, one._received = False, []
     return one
 
 

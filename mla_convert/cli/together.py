@@ -26,7 +26,7 @@ def together(command: Command) -> Command:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         # Before the processes meet, because this takes a while and the first one may end at once.
         from ..pipeline.job import follow
-        from ..run.launch import Launch
+        from ..run.launch import Launch, Terminated
         from . import leave_processes
 
         try:
@@ -37,10 +37,16 @@ def together(command: Command) -> Command:
                 raise SystemExit(error.exit_code) from None
             raise
         if follows:
+            # Only now, because nobody would end a process whose first one is not there.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             code = follow(launch)
             leave_processes()
             raise SystemExit(code)
-        with launch.leading():
-            return command(**options)
+        try:
+            with launch.leading():
+                return command(**options)
+        except Terminated:
+            leave_processes()
+            raise
 
     return cast(Command, run)

@@ -23,7 +23,9 @@ from torch.distributed.distributed_c10d import ProcessGroup, _get_default_store
 
 from ..devices import has_gpu
 from ..errors import UserError
+from ..interrupts import restore
 
+INTERRUPTED = 128 + signal.SIGINT
 PATIENCE = 10.0
 """Seconds for which processes wait for each other at the end, so that all exit with the same code."""
 _PAUSE = 0.002
@@ -40,6 +42,12 @@ class Ended(Exception):
     def __init__(self, code: int, blamed: str = "") -> None:
         super().__init__(code)
         self.code, self.blamed = code, blamed
+
+
+class Terminated(UserError):
+    """SIGTERM has ended the video, after its file was finished if it had any frames."""
+
+    exit_code = 128 + signal.SIGTERM
 
 
 class Launch:
@@ -69,7 +77,8 @@ class Launch:
         # Its type knows text only.
         self._store: Any = _get_default_store()
         self._words = 0
-        self._in_pass = self._interrupted = False
+        self._in_pass = False
+        self._received: list[int] = []
         Launch.current = self
 
     def say(self, word: Any) -> None:
@@ -121,9 +130,11 @@ class Launch:
 
         def begin(frame: int) -> Tensor | None:
             self._in_pass = True
-            if self._interrupted or self._failed():
+            # A launcher sends SIGTERM to the others of a process that has failed.
+            failed = self._failed()
+            if self._received or failed:
                 self._in_pass = False
-                raise KeyboardInterrupt if self._interrupted else RuntimeError
+                raise RuntimeError if failed else KeyboardInterrupt
             return None if schedule is None else schedule(frame)
 
         return self.led(begin)
@@ -138,22 +149,29 @@ class Launch:
     def leading(self) -> Iterator[None]:
         """A context of the first process; its end, or an error in it, ends the others with the same exit code.
 
-        The first SIGINT in a pass takes effect at its end.
+        The first SIGINT or SIGTERM in a pass takes effect at its end. Raises Terminated where SIGTERM has ended the
+        video. An existing handler of SIGTERM, or SIG_IGN, is left alone.
         """
-        code, blamed, before = 0, "", signal.getsignal(signal.SIGINT)
-        in_main = threading.current_thread() is threading.main_thread()
-        if in_main:
-            signal.signal(signal.SIGINT, self._on_interrupt)
+        code, blamed = 0, ""
+        before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+            if before[signal.SIGTERM] is not signal.SIG_DFL:
+                del before[signal.SIGTERM]
+        for number in before:
+            signal.signal(number, self._on_signal)
         try:
             yield
         except BaseException as error:
-            code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
+            code = getattr(error, "exit_code", INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1)
+            if code == INTERRUPTED and self._received[:1] == [signal.SIGTERM]:
+                code = Terminated.exit_code
+                raise Terminated("terminated") from None
             if isinstance(error, RuntimeError) and (blamed := self._failed()):
                 raise UserError(f"{blamed} failed; see its error message") from None
             raise
         finally:
-            if in_main:
-                signal.signal(signal.SIGINT, before)
+            restore(before)
             # An error here would hide the first one.
             with contextlib.suppress(dist.DistError):
                 self._store.set(_ENDED, f"{code} {blamed}")
@@ -197,10 +215,12 @@ class Launch:
         """The process that failed, empty if none did."""
         return self._store.get(_FAILED).decode() if self._store.check([_FAILED]) else ""
 
-    def _on_interrupt(self, number: int, frame: Any) -> None:
-        if not self._in_pass or self._interrupted:
+    def _on_signal(self, number: int, frame: Any) -> None:
+        first = not self._received
+        self._received.append(number)
+        # Launchers send SIGTERM more than once, which does not disturb the end of the file.
+        if not self._in_pass if first else number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._interrupted = True
 
     def _wait_for(self, key: str | None, seconds: float = math.inf) -> None:
         """Return when `key` is set. Raises Ended if the video ends first, and TimeoutError."""
