@@ -133,6 +133,15 @@ def test_processes_leave_a_stream_at_the_same_step(shared: bool, ahead: int, mon
     assert used == [ahead]
 
 
+def test_kernels_are_chosen_anew_by_all_processes() -> None:
+    """What one of them found before, the others would compare, and wait for it."""
+    model = share_case.model_of()
+    kernels = model.set_kernels("auto")
+    kernels.found.failed[None] = "the interpreter is slow"
+    model.set_parallel(group(2))
+    assert model.kernels is kernels and not kernels.found.failed
+
+
 def test_graphs_are_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     model = share_case.model_of()
     model.set_kernels("auto")

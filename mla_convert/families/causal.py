@@ -133,8 +133,9 @@ class CausalTransformer(nn.Module):
         get the same results. Caches are made afterwards: of dense keys and values, each process keeps its own heads.
         Raises UserError if the processes cannot divide the attention heads.
         """
-        if group is not None:
-            check_group(group, self.config.num_attention_heads)
+        check_group(group, self.config.num_attention_heads)
+        if self.kernels is not None:
+            self.kernels.forget()
         self.parallel = group
 
     def set_cache(self, cache: CacheBits) -> None:

@@ -91,6 +91,10 @@ class Kernels:
         """Reserve `size` bytes of the free memory for other work while the model streams; 0 ends that."""
         self.left_free = size
 
+    def forget(self) -> None:
+        """Choose and compare anew, as all processes of a group have to from the same pass on."""
+        self.found = Findings()
+
     def takes(self, layer: CausalSelfAttention, tokens: Tensor, step: AttentionPass) -> bool:
         """Whether a kernel computes a layer's attention in a pass over `tokens` `[B, S, C]`; otherwise torch does.
 

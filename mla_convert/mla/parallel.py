@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def check_group(group: ProcessGroup, heads: int) -> None:
-    """Raise UserError unless the processes of `group` can divide `heads` attention heads."""
-    size = group.size()
+def check_group(group: ProcessGroup | None, heads: int) -> None:
+    """Raise UserError unless the processes of `group`, None for one, can divide `heads` attention heads."""
+    size = 1 if group is None else group.size()
     if heads % size:
         possible = ", ".join(str(count) for count in range(1, heads + 1) if heads % count == 0)
         raise UserError(f"{size} processes cannot divide {heads} attention heads equally; use one of {possible}")
