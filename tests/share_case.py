@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mla_convert.errors import UserError
 from mla_convert.mla import fused, kernels
 from mla_convert.run.batch import StreamBatch
 from mla_convert.run.stream import stream_chunks
@@ -21,6 +22,7 @@ from mla_convert.run.stream import stream_chunks
 # 15 tokens per frame in chunks of two frames, the last one of one: 30 or 15 tokens.
 HEIGHT, WIDTH, FRAMES = 10, 6, 7
 HEADS = 6
+ON_GPU = "bfloat16 on a GPU"
 EXACT = {"position": "rotate_on_read", "kv_lora_rank": 20}
 CACHES = {"int8": "int8", "mixed": ((6, 8), (14, 4))}
 
@@ -66,6 +68,14 @@ def with_kernels(mode: str, path: str) -> Callable[[Any], Tensor]:
     return run
 
 
+def on_gpu(model: Any) -> Tensor:
+    """With the kernels that a GPU takes by itself."""
+    report = model.set_kernels("auto").report
+    out = rolled_out(model)
+    assert set(report()["paths"]) - {"torch"}, report()
+    return out
+
+
 def compiled(model: Any) -> Tensor:
     if model.parallel is not None:
         model.blocks[0].compile(backend="eager")
@@ -103,6 +113,7 @@ CASES: dict[str, Case] = {
     "kernels, baked": (lambda: model_of(pico.VARIANTS[4], layers=1), with_kernels("triton", "expand")),
     "kernels, derived, latent": (lambda: model_of(pico.VARIANTS[3], layers=1), with_kernels("triton", "expand")),
     "kernels, compared": (lambda: model_of(EXACT, layers=1), with_kernels("auto", "expand")),
+    ON_GPU: (lambda: model_of(EXACT).bfloat16(), on_gpu),
 }
 
 
@@ -154,18 +165,33 @@ def main(out: str, slow: str, device: str) -> None:
     group = dist.group.WORLD
     found: dict[str, Any] = {}
     for name, (make, run) in CASES.items():
-        if slow == "no" and name.startswith(("kernels", "compiled")):
+        if (slow == "no" and name.startswith(("kernels", "compiled"))) or (device == "cpu" and name == ON_GPU):
             continue
         alone, shared = make().to(device), make().to(device)
         shared.set_parallel(group)
         with torch.no_grad():
             found[name] = pico.relative_error(run(shared), run(alone))
+    found["different"] = {what: refused(group, device, what) for what in ("noise", "prompts")}
     found["cache"] = model_caches(group)
     found["sent"] = {"dense": numbers_sent(None, group, device)}
     for own in ("exact", "latent"):
         found["sent"][own] = numbers_sent(EXACT | {"own_chunk": own}, group, device)
     Path(out, f"{os.environ['RANK']}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
+
+
+def refused(group: Any, device: str, what: str) -> bool:
+    """Whether processes that begin with different noise or prompts are refused."""
+    model, rank = model_of(EXACT).to(device), dist.get_rank()
+    model.set_parallel(group)
+    text = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(rank if what == "prompts" else 0))
+    chunks = stream_chunks(model, text, 2, HEIGHT, WIDTH, seed=rank if what == "noise" else 0, num_inference_steps=1)
+    try:
+        with torch.no_grad():
+            next(iter(chunks))
+    except UserError as error:
+        return "began a video with different noise, prompts or weights" in str(error)
+    return False
 
 
 def model_caches(group: Any) -> list[int]:

@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from mla_convert.errors import UserError
+from mla_convert.run import launch
 from mla_convert.run.launch import Launch
 
 
@@ -38,6 +40,22 @@ def test_a_word_may_be_larger_than_the_store_takes_at_once(store: Any) -> None:
         assert other.hear() == number
     # 16 words are kept, each of one piece; the large one has gone with all of its pieces.
     assert store.num_keys() == 2 * 16
+
+
+def test_gpus_of_several_kinds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would choose its own kernels, which exchange different things."""
+
+    def gathered(names: list[str], own: str, group: Any) -> None:
+        names[:] = [own, others]
+
+    monkeypatch.setattr(dist, "all_gather_object", gathered)
+    monkeypatch.setattr(launch, "has_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "L4")
+    others = "L4"
+    launch._check_one_kind(types.SimpleNamespace(size=lambda: 2))  # type: ignore[arg-type]
+    others = "A100"
+    with pytest.raises(UserError, match=r"^one video needs GPUs of one kind, but this launch has A100 and L4; leave"):
+        launch._check_one_kind(types.SimpleNamespace(size=lambda: 2))  # type: ignore[arg-type]
 
 
 def test_the_end_of_the_store_does_not_hide_the_error_that_ended_the_video() -> None:

@@ -30,7 +30,8 @@ def test_weights_are_pinned_where_they_fit(monkeypatch: pytest.MonkeyPatch) -> N
     models = [torch.nn.Linear(5, 3), torch.nn.BatchNorm1d(3)]
     # Weights and biases of 60, 12, 12 and 12 bytes; averages of 12 and 12 and a counter of 8.
     needed = 64 + 5 * 16 + 8
-    for available, fits in ((2 * needed, True), (2 * needed - 1, False)):
+    for processes, available, fits in ((1, 2 * needed, True), (1, 2 * needed - 1, False), (2, 2 * needed, False)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
         monkeypatch.setattr("psutil.virtual_memory", lambda available=available: SimpleNamespace(available=available))
         assert _fits_pinned(models) == fits
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: self.clone())

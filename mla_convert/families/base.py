@@ -63,11 +63,18 @@ class BlockInputs(NamedTuple):
     size: tuple[int, int, int]
 
     def shared_by(self, group: Any) -> BlockInputs:
-        """The part of this process where those of `group` share the chunk. Raises ValueError with gradients."""
+        """The part of this process where those of `group` share the chunk. Raises ValueError with gradients.
+
+        In the first pass over a cache, raises UserError if the processes have different tokens or text.
+        """
         if self.tokens.requires_grad and torch.is_grad_enabled():
             raise ValueError("processes share a chunk without gradients only; call set_parallel(None) before training")
         tokens = self.tokens.shape[1]
-        share = Share(group, tokens)
+        share, cache = Share(group, tokens), self.step.cache
+        if cache is not None and not cache.compared:
+            cache.compared = True
+            share.check_same(self.tokens)
+            share.check_same(self.text)
         return self._replace(
             tokens=self.tokens[:, share.tokens],
             modulation=share.runs(self.modulation, tokens),

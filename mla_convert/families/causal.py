@@ -400,7 +400,7 @@ class CausalTransformer(nn.Module):
                     parts.append(step.part.rows)
             if parts:
                 # The sum is in float32 and is rounded or quantized once.
-                step.keep(whole_latent(parts))
+                step.keep(step.gathered(whole_latent(parts)))
         return self.leave(tokens, inputs) if leave else tokens
 
     def _run_part(self, part: Callable[..., Any], *args: Any) -> Any:

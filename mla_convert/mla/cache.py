@@ -22,8 +22,8 @@ class FrameCache:
     `row_widths` holds the scalars per token of each layer. `frames_seen` counts the frames written so far, so it is
     also the absolute index of the next frame. `written` is the end of the last chunk that has taken slots; kernels
     also give slots to some chunks that are only denoised. After a `rewind`, frames before `oldest` are no longer
-    visible, except sinks. `places` memoizes the places of the current chunk. `expanded` holds the histories that
-    kernels have expanded.
+    visible, except sinks. `compared`: processes that share chunks have begun alike. `places` memoizes the places of the
+    current chunk. `expanded` holds the histories that kernels have expanded.
 
     A subclass that allocates `rows` differently calls `_begin` instead of `__init__`. Subclasses declare:
 
@@ -68,6 +68,7 @@ class FrameCache:
     def reset(self) -> None:
         """Forget every frame; the memory stays allocated."""
         self.frames_seen = self.written = self.oldest = 0
+        self.compared = False
         self.places.forget()
         self.expanded.forget()
 

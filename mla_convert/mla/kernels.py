@@ -203,7 +203,8 @@ class Kernels:
             largest, difference = float(expected.abs().max()), float((out.float() - expected).abs().max())
             apart = 0.0 if written is None else _rows_apart(written, step)
             if step.share is not None:
-                largest, difference, apart = step.share.agree(largest, difference, apart)
+                own = torch.tensor([largest, difference, apart], dtype=torch.float64, device=out.device)
+                largest, difference, apart = step.share.agree(own).tolist()
             if largest == 0 or not math.isfinite(largest):
                 if largest == 0:
                     self._was_zero(key)

@@ -125,9 +125,9 @@ class LatentSelfAttention(CausalSelfAttention):
         if self.mla.layers_per_latent == 1:
             super().keep(key, value, step)
             return
-        # The caller writes the sum, which is complete only after the last of the layers.
+        # The caller gathers and writes the sum, which is complete only after the last of the layers.
         assert step.part is not None
-        step.part.rows = self.rows(key[: step.context_batch], value[: step.context_batch], step).float()
+        step.part.rows = self.encode(key[: step.context_batch], value[: step.context_batch], step.local).float()
 
     def restore(self, key: Tensor, value: Tensor, step: AttentionPass) -> KeyValue:
         if self.mla.layers_per_latent > 1:

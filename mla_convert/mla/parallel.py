@@ -7,7 +7,6 @@ as in `core.py`; P processes, S tokens of a chunk, S' of them in this process.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,12 @@ from ..errors import UserError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+_COMPARED = 64
+"""Numbers of a tensor that are compared among the processes."""
+_ROUNDING = 0.05
+"""Largest difference among processes, relative to the largest number: far above that of bfloat16."""
 
 
 def check_group(group: ProcessGroup | None, heads: int) -> None:
@@ -80,12 +85,23 @@ class Share:
         sent = x.transpose(0, 1).expand(self.processes, -1, -1, -1).flatten(0, 1)
         return self._exchange(sent, self._own_sizes, self.sizes).transpose(0, 1)
 
-    def agree(self, *numbers: float) -> list[float]:
-        """The largest of each number in any process, NaN if one is NaN."""
+    def agree(self, numbers: Tensor) -> Tensor:
+        """The largest of each of the `numbers` `[N]` in any process, float64 on the CPU; NaN if one is NaN."""
+        own = numbers.double()
+        found = [torch.empty_like(own) for _ in range(self.processes)]
+        dist.all_gather(found, own, self.group)
         # On the host, NaN is the largest, whatever the backend's maximum makes of it.
-        found: list[tuple[float, ...]] = [()] * self.processes
-        dist.all_gather_object(found, numbers, self.group)
-        return [functools.reduce(lambda a, b: a if a != a or a >= b else b, own) for own in zip(*found, strict=True)]
+        return torch.stack(found).cpu().amax(0)
+
+    def check_same(self, x: Tensor) -> None:
+        """Raise UserError where some numbers of `x`, which all processes should have, differ by more than rounding."""
+        some = x.flatten()[:: -(-x.numel() // _COMPARED)]
+        largest, negated_least = self.agree(torch.cat([some, -some])).chunk(2)
+        if (largest + negated_least).max() > _ROUNDING * torch.maximum(largest, negated_least).max():
+            raise UserError(
+                "processes that share chunks began a video with different noise, prompts or weights; make the same "
+                "calls with the same arguments and seeds in all of them"
+            )
 
     @property
     def _own_sizes(self) -> list[int]:

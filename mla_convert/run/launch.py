@@ -53,7 +53,8 @@ class Terminated(UserError):
 class Launch:
     """The processes of this launch, each with its own device; `leads` in the first one.
 
-    Raises UserError if the environment describes no launch, or there are fewer GPUs than processes on this machine.
+    Raises UserError if the environment describes no launch, there are fewer GPUs than processes on this machine, or the
+    GPUs differ.
     """
 
     current: ClassVar[Launch | None] = None
@@ -73,6 +74,7 @@ class Launch:
         dist.init_process_group("nccl" if has_gpu() else "gloo")
         assert dist.group.WORLD is not None
         self.group: ProcessGroup = dist.group.WORLD
+        _check_one_kind(self.group)
         self.leads = self.group.rank() == 0
         # Its type knows text only.
         self._store: Any = _get_default_store()
@@ -245,3 +247,11 @@ class Launch:
     def _pieces(self, key: str) -> list[str]:
         """The keys of the pieces of a word."""
         return [f"{key}/{piece}" for piece in range(int(self._store.get(key)))]
+
+
+def _check_one_kind(group: ProcessGroup) -> None:
+    """Raise UserError where GPUs differ, for which processes could choose different kernels and wait forever."""
+    names: list[str] = [""] * group.size()
+    dist.all_gather_object(names, torch.cuda.get_device_name() if has_gpu() else "CPU", group)
+    if len(kinds := sorted(set(names))) > 1:
+        raise UserError(f"one video needs GPUs of one kind, but this launch has {' and '.join(kinds)}; leave some out")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -22,7 +23,10 @@ CPU = torch.device("cpu")
 logger = logging.getLogger(__name__)
 
 PINNED_SHARE = 0.5
-"""Share of the available memory that pinned weights may take, because nothing else can use that memory."""
+"""Share of the available memory that the pinned weights of all processes on a machine may take.
+
+Nothing else can use that memory.
+"""
 
 WEIGHTS_SHARE = 0.75
 """Share of a GPU's free memory that weights may take to stay there; activations and caches need the rest."""
@@ -208,7 +212,8 @@ def _fits_pinned(models: Sequence[Any]) -> bool:
     # torch rounds a pinned tensor up to a power of two.
     sizes = (tensor.nbytes for model in models for tensor in _tensors(model))
     needed = sum(1 << (size - 1).bit_length() for size in sizes if size)
-    return needed <= PINNED_SHARE * psutil.virtual_memory().available
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    return needed <= PINNED_SHARE * psutil.virtual_memory().available / here
 
 
 def _pin(tensor: Tensor) -> bool:
