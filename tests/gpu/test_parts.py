@@ -77,5 +77,7 @@ def test_a_video_on_two_gpus_equals_one_on_one(tmp_path):
     assert all(one.code == 0 for one in done), [one.err for one in done]
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     errors = {name: max(one[name] for one in found) for name in share_case.CASES if name in found[0]}
+    # Kernels were found equal to torch by all processes, in their dtype; rounding in it adds up over steps.
+    assert errors.pop(share_case.ON_GPU) < 5e-2
     # Quantized latents may round to the next step.
     assert all(error < 1e-3 for error in errors.values()), errors
