@@ -229,9 +229,8 @@ class StreamingMLAPipeline(WanLoraLoaderMixin, DiffusionPipeline):
         `generator`, or `seed` instead, per item of a batch, each item equals its video alone. The default is seed 0.
         The items of a prompt are `num_videos_per_prompt`, one after another. A thread computes `ahead` chunks in
         advance and calls `callback_on_step_end(pipe, step, timestep, {"latents": ...})`; with 0, or where processes
-        share chunks, there is no thread. Defaults are those that the model was trained for. Streams of one pipeline may
-        run in different threads: they take turns, chunk by chunk. Closing the iterator ends its stream only. Raises
-        UserError in one line.
+        share chunks, there is no thread. Defaults are those that the model was trained for. Streams in different
+        threads take turns, chunk by chunk. Closing the iterator ends its stream only. Raises UserError in one line.
         """
         requested = {
             "num_inference_steps": num_inference_steps,
@@ -250,7 +249,7 @@ class StreamingMLAPipeline(WanLoraLoaderMixin, DiffusionPipeline):
         config = self._settings(requested)
         if output_type not in ("np", "pt", "pil", "latent"):
             raise UsageError(f"output_type must be np, pt, pil or latent, not {output_type!r}")
-        # The file of a standalone checkpoint may be older than this.
+        # The file of a standalone checkpoint may be older. Threads would be at different steps when all leave a stream.
         shared = getattr(self.transformer, "parallel", None) is not None
         if shared and self._calls.running:
             raise UsageError("processes that share chunks stream one video at a time; finish or close the other one")
@@ -317,7 +316,6 @@ class StreamingMLAPipeline(WanLoraLoaderMixin, DiffusionPipeline):
             callback = callback_on_step_end
         call = self._calls.begin(self._turns)
         made = self._chunks(call, schedule, texts, frames, size, settings, output_type, callback)
-        # Threads would be at different steps where all processes leave a stream.
         return handed_out(prefetch(made, 0 if shared else ahead, call.closed), output_type)
 
     def __call__(
