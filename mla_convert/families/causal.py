@@ -6,7 +6,6 @@ teacher, the baseline and the lossless reference. The latent form differs only i
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -21,21 +20,17 @@ from ..mla.attention import AttentionPass, CausalSelfAttention, DenseSelfAttenti
 from ..mla.bits import CacheBits, check_bits, is_mixed, row_bits
 from ..mla.cache import DenseCache, FrameCache, LatentCache
 from ..mla.config import MLAConfig, latent_groups
-from ..mla.kernel_settings import History, Mode
-from ..mla.kernels import Kernels
 from ..mla.latent import LatentSelfAttention, whole_latent
-from ..mla.parallel import check_group
 from ..mla.quantised import Int8LatentCache, MixedLatentCache
 from ..mla.rope import RotaryTable
 from ..mla.window import CausalConfig
 from .base import BlockInputs, ConditionKind, noise_channels
 from .block import modulate
+from .settings import StreamingSettings
 from .shared import chunk_by_chunk
 
-logger = logging.getLogger(__name__)
 
-
-class CausalTransformer(nn.Module):
+class CausalTransformer(StreamingSettings, nn.Module):
     """Mixin that comes before a stock model and adds block-causal self-attention and a streaming forward.
 
     `causal` is a `CausalConfig` as a dict; everything else is the stock configuration. A family implements
@@ -50,9 +45,6 @@ class CausalTransformer(nn.Module):
     condition_kinds: ClassVar[Mapping[str, ConditionKind]] = {}
     noise_range: tuple[float, float] = ALL_NOISE
     cache_class: type[FrameCache] = DenseCache
-    kernels: Kernels | None = None
-    cache_bits: CacheBits = "auto"
-    parallel: Any = None
     config: Any
     causal: CausalConfig
     dtype: torch.dtype
@@ -117,56 +109,6 @@ class CausalTransformer(nn.Module):
         if height % p_h or width % p_w:
             raise ValueError(f"a latent of {height}x{width} does not divide into patches of {p_h}x{p_w}")
         return height // p_h, width // p_w
-
-    def set_kernels(self, mode: Mode, history: History = "auto", cuda_graph: bool = True) -> Kernels:
-        """Choose how `forward_chunk` attends without gradients; see `KernelSettings` for the arguments.
-
-        The report of the returned `Kernels` says what was chosen. Without this call, torch attends.
-        """
-        self.kernels = Kernels(mode, history, cuda_graph)
-        return self.kernels
-
-    def set_parallel(self, group: Any) -> None:
-        """Divide every chunk of a rollout among the processes of a `torch.distributed` group; None ends that.
-
-        Each process must have the same weights and make the same calls with the same arguments, without gradients; all
-        get the same results. Caches are made afterwards: of dense keys and values, each process keeps its own heads.
-        Raises UserError if the processes cannot divide the attention heads.
-        """
-        check_group(group, self.config.num_attention_heads)
-        if self.kernels is not None:
-            self.kernels.forget()
-        self.parallel = group
-
-    def set_cache(self, cache: CacheBits) -> None:
-        """Choose the number of bits for the latents of caches from `init_cache` without a dtype.
-
-        Raises ValueError for unsupported bits, and UserError for fewer bits if the rows are not latents in a ring.
-        """
-        if cache != "auto":
-            raise UserError(
-                f"{type(self).__name__} has no latents in a ring of frames, so they cannot be stored in fewer bits; "
-                "leave streaming.cache (--cache) at auto"
-            )
-
-    def enable_cache(self, config: Any) -> None:
-        """Raises UserError: diffusers' caches skip work by the steps of one clip, but here every chunk has its own."""
-        raise UserError(
-            f"{type(self).__name__} does not support enable_cache ({type(config).__name__}), which would reuse another "
-            "chunk's results; leave it out"
-        )
-
-    def enable_parallelism(self, **settings: Any) -> None:
-        """Raises UserError: diffusers' plans are for a clip whose tokens all see each other."""
-        raise UserError(f"{type(self).__name__} does not support enable_parallelism; use set_parallel")
-
-    def set_attention_backend(self, backend: str) -> None:
-        """Choose diffusers' backend for cross-attention; `set_kernels` chooses for self-attention."""
-        logger.warning(
-            "set_attention_backend(%r) applies to cross-attention only; self-attention follows set_kernels", backend
-        )
-        stock: Any = super()
-        stock.set_attention_backend(backend)
 
     def init_cache(
         self,

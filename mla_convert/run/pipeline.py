@@ -23,10 +23,11 @@ from ..denoise import Schedule
 from ..distill.encode.models import TEXT_TOKENS, encode_image, encode_text
 from ..errors import UsageError
 from ..families.image import reads_tokens
-from ..flow import Sampler, check_steps
+from ..flow import Sampler
 from ..zoo.digits.data import FRAME
+from .arguments import check_arguments, frames_asked, sampling_settings
 from .calls import Calls
-from .config import DEFAULT_LATENT_FRAMES, GenerateConfig
+from .config import DEFAULT_LATENT_FRAMES
 from .decode import StreamingDecoder
 from .decode_memory import reserve
 from .extent import video_end
@@ -35,17 +36,15 @@ from .latents import (
     DIGITS,
     check_latent_size,
     check_vae,
-    latent_frames,
     latent_scale,
     prompt_encoder,
     to_latent,
-    video_frames,
 )
 from .loading import load_arguments
 from .output import Frames, OutputType, StreamingPipelineOutput, handed_out, joined, to_output
 from .prefetch import prefetch
 from .prompts import PromptSchedule, checked_embeds
-from .sample import embed_prompts, trained_for
+from .sample import embed_prompts
 from .source import shortest
 from .source_video import SourceVideo, open_source
 from .start import read_start
@@ -246,9 +245,19 @@ class StreamingMLAPipeline(WanLoraLoaderMixin, DiffusionPipeline):
             "hold_start": hold_start,
             "fps": fps,
         }
-        config = self._settings(requested)
-        if output_type not in ("np", "pt", "pil", "latent"):
-            raise UsageError(f"output_type must be np, pt, pil or latent, not {output_type!r}")
+        check_arguments(
+            output_type=output_type,
+            prompt=prompt,
+            prompt_embeds=prompt_embeds,
+            seed=seed,
+            generator=generator,
+            source=source,
+            strength=strength,
+            start=start,
+            last_image=last_image,
+            num_videos_per_prompt=num_videos_per_prompt,
+        )
+        config = sampling_settings(requested, self.config.sampling or {}, self.digits)
         # The file of a standalone checkpoint may be older. Threads would be at different steps when all leave a stream.
         shared = getattr(self.transformer, "parallel", None) is not None
         if shared and self._calls.running:
@@ -257,23 +266,11 @@ class StreamingMLAPipeline(WanLoraLoaderMixin, DiffusionPipeline):
             raise UsageError("this pipeline has no vae to decode latents; pass one, or output_type='latent'")
         if not self.pixels and self.vae is not None:
             check_vae(self.vae, self.transformer.config, "the pipeline's vae", "pass the model's own")
-        if last_image is not None:
-            raise UsageError("last_image is not supported, because a streamed video has no fixed end; leave it out")
-        if source is None and strength is not None:
-            raise UsageError("strength says how much of a source is replaced; give source=, or leave strength out")
-        if source is not None and start is not None:
-            raise UsageError("source= already determines the first frames; leave start= out")
-        if seed is not None and generator is not None:
-            raise UsageError("give seed or generator, not both")
-        if num_videos_per_prompt < 1:
-            raise UsageError(f"num_videos_per_prompt must be at least 1, not {num_videos_per_prompt}")
         check_image(self.transformer.config, image, "image=", "start=")
         size = self._latent_size(height, width)
         given = self._source(source, size, config["fps"])
-        frames = shortest(self._latent_frames(num_frames, seconds, config["fps"]), given)
+        frames = shortest(frames_asked(num_frames, seconds, config["fps"], self.vae_scale[0]), given)
         video_end(self.transformer.causal, self.transformer.rotary_table().max_len, frames)
-        if (prompt is None) == (prompt_embeds is None):
-            raise UsageError("give either prompt or prompt_embeds")
         embeds: Any = prompt_embeds if prompt is None else self.encode_prompt(prompt, max_sequence_length)
         texts = checked_embeds("prompt_embeds", embeds, self.transformer.config.text_dim)
         changes = sorted(prompt_schedule.items() if isinstance(prompt_schedule, Mapping) else prompt_schedule)
@@ -409,27 +406,6 @@ class StreamingMLAPipeline(WanLoraLoaderMixin, DiffusionPipeline):
             if hook.model is self.vae:
                 hook.offload()
 
-    def _settings(self, requested: Mapping[str, Any]) -> dict[str, Any]:
-        """Values for all keys of `requested`: as given, as the model was trained, or a recipe's default."""
-        given = {key: value for key, value in requested.items() if value is not None}
-        if "num_inference_steps" in given:
-            if "denoising_steps" in given:
-                raise UsageError("give num_inference_steps or denoising_steps, not both")
-            given = {"denoising_steps": None, "first_chunk_steps": None, **given}
-        chosen = {**trained_for(self.config.sampling or {}, self.digits), **given}
-        values: dict[str, Any] = {key: chosen.get(key, getattr(GenerateConfig(), key)) for key in requested}
-        if values["sampler"] not in ("euler", "renoise"):
-            raise UsageError(f"unknown sampler {values['sampler']!r}; use euler or renoise")
-        for key in ("denoising_steps", "first_chunk_steps"):
-            try:
-                check_steps(None if values[key] is None else tuple(values[key]))
-            except ValueError as error:
-                raise UsageError(f"{key}: {error}") from None
-        for key in ("num_inference_steps", "shift", "fps"):
-            if not values[key] > 0:
-                raise UsageError(f"{key} must be more than 0, not {values[key]}")
-        return values
-
     def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         spatial = self.vae_scale[1]
         recorded = self.config.sampling or {}
@@ -438,17 +414,6 @@ class StreamingMLAPipeline(WanLoraLoaderMixin, DiffusionPipeline):
         columns = recorded.get("latent_width") or default[1] if width is None else to_latent("width", width, spatial)
         check_latent_size(self.transformer.config, rows, columns, spatial)
         return rows, columns
-
-    def _latent_frames(self, num_frames: int | None, seconds: float | None, fps: float) -> int | None:
-        if num_frames is not None and seconds is not None:
-            raise UsageError("give num_frames or seconds, not both")
-        if seconds is not None:
-            num_frames = video_frames(seconds, fps)
-        if num_frames is None:
-            return None
-        if num_frames < 1:
-            raise UsageError(f"num_frames must be at least 1, not {num_frames}")
-        return latent_frames(num_frames, self.vae_scale[0])
 
     def _reads_empty_prompts(self) -> bool:
         return not self.digits and self.text_encoder is not None and self.tokenizer is not None
