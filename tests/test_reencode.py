@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,18 @@ def test_a_run_takes_the_vae_of_its_source(
     assert without.memory == {**need.memory, "vae": 0}
 
 
+def test_a_dry_run_of_a_source_elsewhere_counts_and_times_without_its_vae(
+    pipeline: Path,  # noqa: F811
+    data: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    shutil.copy(pipeline / "transformer" / "config.json", tmp_path)
+    run = DryRun(parse_recipe(RECIPE.format(model=tmp_path, data=data), [f"distill=[{STAGE}]"]), Launch())
+    (need,) = run.needs()
+    assert need.memory["vae"] == 0 and "the VAE is not counted, nor is encoding timed" in " ".join(run.assumptions)
+    assert len(run.measure(1)) == 1
+
+
 def test_a_source_without_its_vae_is_refused_before_anything(
     pipeline: Path,  # noqa: F811
     data: Path,  # noqa: F811
@@ -143,7 +156,7 @@ def test_a_dry_run_takes_wan21s_vae_for_one_that_is_not_here_only_if_it_fits(
     planned = DryRun(recipe, Launch())
     (need,) = planned.needs()
     assert need.memory["vae"] == 0
-    assert planned.assumptions == ["the VAE is not counted; the source's is not on this machine"]
+    assert planned.assumptions == ["the VAE is not counted, nor is encoding timed; the source's is not on this machine"]
     planned = DryRun(recipe, Launch())
     planned.config["out_channels"] = 16
     assert planned.vae == {}

@@ -26,7 +26,7 @@ from ..load import accepted_config, known_config
 from ..recipe.schema import Recipe, SourceConfig
 from ..registry import stage_of
 from ..run.config import GenerateConfig
-from ..run.latents import DIGITS, latent_size, prompt_encoder
+from ..run.latents import DIGITS, latent_scale, latent_size, prompt_encoder
 from ..run.reencode import image_latent
 from .shapes import NoiseClips, dense_of, student_of
 from .sources import source_of
@@ -55,6 +55,7 @@ class DryRun:
             raise UsageError(f"recipe {recipe.name} has no distill stages")
         self.recipe, self.launch = recipe, launch
         self.assumptions: list[str] = []
+        self._source_is_here = True
         self.family, self.config = self._shapes(recipe.source)
         refuse_last_image(self.config)
         self.clip = self._clip()
@@ -66,6 +67,8 @@ class DryRun:
             return source.family, source.config
         except UserError as error:
             family, config = self._published(section, error)
+            if section is self.recipe.source:
+                self._source_is_here = False
         if causal is not None:
             config["causal"] = causal.model_dump(mode="json")
         return family, config
@@ -134,11 +137,14 @@ class DryRun:
     @functools.cached_property
     def vae(self) -> dict[str, Any] | None:
         """The configuration of the source's VAE, of Wan2.1's if that fits and the files are not here, else None."""
-        found = check_source_vae(self.config, self.recipe.source.model, self.recipe.source.components)
-        if found is not None:
-            return found
+        source = self.recipe.source
+        # Of a source that is on another machine, so is the VAE. A model that makes pixels is refused anyway.
+        if self._source_is_here or latent_scale(self.config).spatial == 1:
+            found = check_source_vae(self.config, source.model, source.components)
+            if found is not None:
+                return found
         wan21 = noise_channels(self.config) == WAN_CHANNELS
-        what = "is Wan2.1's" if wan21 else "is not counted"
+        what = "is Wan2.1's" if wan21 else "is not counted, nor is encoding timed"
         self.assumptions.append(f"the VAE {what}; the source's is not on this machine")
         return {} if wan21 else None
 
@@ -165,6 +171,8 @@ class DryRun:
             encode = None
             if config.reencodes and self.vae is not None:
                 encode = functools.partial(image_latent, AutoencoderKLWan.from_config(self.vae).eval())
+            elif config.reencodes:
+                short = short.model_copy(update={"reencode_first": False})
             with tempfile.TemporaryDirectory() as folder:
                 where = (Path(folder), 0, index + 1)
                 run_stage(short, student, networks, data, None, *where, progress, image_latent=encode)

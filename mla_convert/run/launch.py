@@ -173,14 +173,21 @@ class Launch:
                 raise UserError(f"{blamed} failed; see its error message") from None
             raise
         finally:
-            restore(before)
-            # An error here would hide the first one.
-            with contextlib.suppress(dist.DistError):
-                self._store.set(_ENDED, f"{code} {blamed}")
-                others, patience = self.group.size() - 1, time.monotonic() + PATIENCE
-                # In a pass the others wait for this process itself, and its end is theirs.
-                while not self._in_pass and self._store.add(_LEFT, 0) < others and time.monotonic() < patience:
-                    time.sleep(0.01)
+            try:
+                self._end(code, blamed)
+            finally:
+                # Not before: a launcher sends SIGTERM more than once.
+                restore(before)
+
+    def _end(self, code: int, blamed: str) -> None:
+        """Tell the others of the end, and wait a while for them to leave."""
+        # An error here would hide the first one.
+        with contextlib.suppress(dist.DistError):
+            self._store.set(_ENDED, f"{code} {blamed}")
+            others, patience = self.group.size() - 1, time.monotonic() + PATIENCE
+            # In a pass the others wait for this process itself, and its end is theirs.
+            while not self._in_pass and self._store.add(_LEFT, 0) < others and time.monotonic() < patience:
+                time.sleep(0.01)
 
     def follow(self, work: Callable[[], None]) -> int:
         """Do `work` in a process that does not lead; returns the exit code of the first process.
