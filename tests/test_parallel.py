@@ -50,7 +50,7 @@ def test_a_shared_rollout_equals_one_alone(case: str, found: tuple[int, list[dic
 
 
 def test_what_is_sent_and_cached(found: tuple[int, list[dict[str, Any]]]) -> None:
-    """The formulas of docs/serving.md, for two layers and the chunk's tokens, 30, in unequal parts if need be."""
+    """The formulas of docs/generate.md, for two layers and the chunk's tokens, 30, in unequal parts if need be."""
     count, results = found
     model, tokens = share_case.model_of(share_case.EXACT), 30
     width, row, patch = share_case.HEADS * 12, model.row_widths[0], 8
