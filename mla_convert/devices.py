@@ -40,6 +40,11 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def processes_here() -> int:
+    """Return how many processes of this launch run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+
+
 @contextlib.contextmanager
 def all_threads() -> Iterator[None]:
     """Use all CPU threads for work that one process of a launcher does alone; launchers allow each process only one."""

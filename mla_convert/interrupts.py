@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any
 
+INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+"""Exit codes of what Ctrl-C and SIGTERM have ended."""
 _AGAIN_SECONDS = 0.05
 
 

@@ -11,6 +11,7 @@ import typer
 
 from .. import __version__
 from ..errors import UserError, lacks_memory
+from ..interrupts import INTERRUPTED
 from . import bench, build, compare, demo, encode, generate, inspect, models, plan, push, recipes, vbench
 from .output import DEBUG, print_error, show_notes
 from .panels import Command
@@ -101,7 +102,7 @@ def _run(args: list[str] | None, signals: list[int]) -> int:
             print_error(str(error))
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        code = 130
+        code = INTERRUPTED
     except BrokenPipeError:
         # The reader of stdout has closed it; keep the interpreter from complaining about that at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -117,10 +118,10 @@ def _run(args: list[str] | None, signals: list[int]) -> int:
             raise
         print_error(unexpected(error, _command(args)))
         return 1
-    if code == 130 and signals:
+    if code == INTERRUPTED and signals:
         print_error("terminated")
         return 128 + signals[0]
-    if code == 130:
+    if code == INTERRUPTED:
         print_error("interrupted")
     return code if isinstance(code, int) else 0
 

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UsageError
+from ..interrupts import INTERRUPTED
 from .options import (
     Cache,
     ContextNoise,
@@ -37,7 +38,6 @@ from .output import print_result, stderr
 from .panels import EXECUTION, SAMPLING, in_panels
 from .together import together
 
-INTERRUPTED = 130
 PANELS = {
     "Output": ("out", "fps"),
     "Prompt": (

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from ..errors import UserError
-from ..interrupts import interrupted_by, restore
+from ..interrupts import TERMINATED, interrupted_by, restore
 from .launch import world_size
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -36,7 +36,7 @@ class Stopped(UserError):
     It has no message in the other processes of a launch, since the first one says it.
     """
 
-    exit_code = 128 + signal.SIGTERM
+    exit_code = TERMINATED
 
 
 @contextlib.contextmanager

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 
 import torch
 from accelerate.utils import parse_flag_from_env
 
-from ..devices import lacks_bfloat16
+from ..devices import lacks_bfloat16, processes_here
 from ..distill.footprint import Launch
 from ..distill.launch import world_size
 from ..errors import UserError
@@ -97,8 +96,7 @@ def warn_of_bfloat16(root: Path, dtype: str | None, device: torch.device) -> Non
 
 def least_memory(device: torch.device) -> int:
     """Bytes of `device`, or in a launch of several processes of the smallest GPU that one of this machine's has."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    devices = [torch.device("cuda", index) for index in range(min(here, torch.cuda.device_count()))]
+    devices = [torch.device("cuda", index) for index in range(min(processes_here(), torch.cuda.device_count()))]
     return min(
         torch.cuda.get_device_properties(one).total_memory for one in (devices if len(devices) > 1 else [device])
     )

@@ -21,11 +21,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import ProcessGroup, _get_default_store
 
-from ..devices import has_gpu
+from ..devices import has_gpu, processes_here
 from ..errors import UserError
-from ..interrupts import restore
+from ..interrupts import INTERRUPTED, TERMINATED, restore
 
-INTERRUPTED = 128 + signal.SIGINT
 PATIENCE = 10.0
 """Seconds for which processes wait for each other at the end, so that all exit with the same code."""
 _PAUSE = 0.002
@@ -47,7 +46,7 @@ class Ended(Exception):
 class Terminated(UserError):
     """SIGTERM has ended the video, after its file was finished if it had any frames."""
 
-    exit_code = 128 + signal.SIGTERM
+    exit_code = TERMINATED
 
 
 class Launch:
@@ -67,7 +66,7 @@ class Launch:
                 "with torchrun, or unset WORLD_SIZE"
             )
         if has_gpu():
-            here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE") or 1), torch.cuda.device_count()
+            here, gpus = processes_here(), torch.cuda.device_count()
             if here > gpus:
                 raise UserError(f"{here} processes on a machine with {gpus} GPUs; give --nproc-per-node {gpus}")
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from diffusers.hooks import apply_group_offloading
 from torch import Tensor, nn
 
+from ..devices import processes_here
 from ..mla.kernels import free_memory
 
 Offload = Literal["none", "model", "group"]
@@ -212,8 +212,7 @@ def _fits_pinned(models: Sequence[Any]) -> bool:
     # torch rounds a pinned tensor up to a power of two.
     sizes = (tensor.nbytes for model in models for tensor in _tensors(model))
     needed = sum(1 << (size - 1).bit_length() for size in sizes if size)
-    here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    return needed <= PINNED_SHARE * psutil.virtual_memory().available / here
+    return needed <= PINNED_SHARE * psutil.virtual_memory().available / processes_here()
 
 
 def _pin(tensor: Tensor) -> bool:
