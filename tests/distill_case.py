@@ -10,11 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launched import launched, start
+from warm import Python
 
 from mla_convert.cli import leave_processes
 from mla_convert.convert import ConvertConfig, convert_model
@@ -141,8 +144,7 @@ def whole_and_resumed(root: Path, last_clip: float, **changes) -> dict[str, torc
 
 def trained_by_two(folder: Path, script: str, settings: dict[str, dict]) -> Path:
     """Run every stage of `settings` whole and resumed, by a script's `main` in two processes that are started once."""
-    launched = two_processes(folder, 15, script=script, **settings)
-    assert launched.returncode == 0
+    two_processes(folder, 15, script=script, **settings)
     return folder
 
 
@@ -181,31 +183,20 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(root)}
 
 
-def two_processes(
-    folder: Path, last_clip: float, script: str = __file__, **changes
-) -> subprocess.CompletedProcess[str]:
-    """Run `main` of this file or another in two processes that train together; returns their output."""
-    with _launched([script, str(folder), str(last_clip), json.dumps(changes)]) as launcher:
-        try:
-            stdout, _ = launcher.communicate(timeout=300)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(launcher.pid, signal.SIGKILL)
-    return subprocess.CompletedProcess(launcher.args, launcher.returncode, stdout)
-
-
-def _launched(arguments: list[str]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    return subprocess.Popen(
-        [*command, *arguments], env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+def two_processes(folder: Path, last_clip: float, script: str = __file__, **changes) -> list[str]:
+    """Run `main` of this file or another in two processes that train together; returns what they printed."""
+    done = launched(2, script, str(folder), str(last_clip), json.dumps(changes))
+    assert [one.code for one in done] == [0, 0], [one.err for one in done]
+    return [one.out for one in done]
 
 
 def stop_two_processes(folder: Path, step: int, **changes) -> int:
     """Run `main` in two processes; the second gets SIGUSR1 after a row of `step`. Returns the launcher's exit code."""
-    with _launched([__file__, str(folder), "inf", json.dumps(changes)]) as launcher:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [__file__, str(folder), "inf", json.dumps(changes)]
+    with subprocess.Popen(command, env=environment(), start_new_session=True) as launcher:
         try:
-            _wait_for_row(launcher, folder, step)
+            _wait_for_row(folder, step, [launcher])
             os.kill(int((folder / "pid-1").read_text()), signal.SIGUSR1)
             launcher.communicate(timeout=300)
         finally:
@@ -214,25 +205,29 @@ def stop_two_processes(folder: Path, step: int, **changes) -> int:
     return launcher.returncode
 
 
-def _wait_for_row(launcher: subprocess.Popen[str], folder: Path, step: int) -> None:
-    """Wait until `folder/whole` has a row of `step`."""
+def _wait_for_row(folder: Path, step: int, processes: Sequence[subprocess.Popen[bytes] | Python]) -> None:
+    """Wait until `folder/whole`, in which `processes` train, has a row of `step`."""
     metrics, deadline = folder / "whole" / "metrics.jsonl", time.monotonic() + 300
     while not metrics.exists() or metrics.read_bytes().count(b"\n") <= step:
-        assert launcher.poll() is None
+        assert all(process.poll() is None for process in processes)
         assert time.monotonic() < deadline
         time.sleep(0.001)
 
 
+def kill_at_row(folder: Path, step: int, processes: Sequence[Python]) -> None:
+    """Kill `processes` of `main` with SIGKILL as soon as `folder/whole` has a row of `step`."""
+    try:
+        _wait_for_row(folder, step, processes)
+    finally:
+        for process in processes:
+            os.kill(process.pid, signal.SIGKILL)
+        for process in processes:
+            process.kill()
+
+
 def kill_two_processes(folder: Path, step: int, **changes) -> None:
     """Run `main` in two processes and kill both with SIGKILL as soon as `folder/whole` has a row of `step`."""
-    with _launched([__file__, str(folder), "inf", json.dumps(changes)]) as launcher:
-        try:
-            _wait_for_row(launcher, folder, step)
-        finally:
-            # The launcher gives its processes sessions of their own.
-            for process in (launcher.pid, *(int(path.read_text()) for path in folder.glob("pid-*"))):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process, signal.SIGKILL)
+    kill_at_row(folder, step, start(2, __file__, str(folder), "inf", json.dumps(changes)))
 
 
 def main(folder: str, last_clip: str, changes: str) -> None:
@@ -243,8 +238,7 @@ def main(folder: str, last_clip: str, changes: str) -> None:
     with contextlib.suppress(Killed):
         train(Path(folder, "resumed"), float(last_clip), **json.loads(changes))
     result, _ = train(Path(folder, "resumed"), **json.loads(changes))
-    # One write a line, so that processes do not mix theirs.
-    print(f"resumed from {result.resumed_from}\n", end="", flush=True)
+    print(f"resumed from {result.resumed_from}")
 
 
 if __name__ == "__main__":

