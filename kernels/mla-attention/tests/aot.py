@@ -131,14 +131,15 @@ def violations(found):
     return wrong
 
 
-def main():
+def main(arguments=None):
+    """Compile what `arguments` name and print it; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("capability", type=int, choices=sorted(SHARED_LIMIT))
     parser.add_argument("modules", nargs="*", default=list(VARIANTS))
     parser.add_argument("--first", action="store_true", help="only what Wan2.1-1.3B runs")
     parser.add_argument("--matching", default="", help="only variants whose name contains this")
     parser.add_argument("--loops", action="store_true", help="count instructions, also of the largest loop")
-    chosen, failed = parser.parse_args(), False
+    chosen, failed = parser.parse_args(arguments), False
     for module in chosen.modules:
         variants = [variant for variant in VARIANTS[module](chosen.capability) if chosen.matching in variant.name]
         for variant in variants[:1] if chosen.first else variants:

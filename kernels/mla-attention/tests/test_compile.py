@@ -2,32 +2,56 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import aot
 import pytest
 
+SETS = {
+    # One variant per op; `aot.py` without options compiles all of them.
+    "what Wan runs": ["--first"],
+    "88 latents in 8 and 4 bits": ["expand_kv", "latent_write", "latent_attention", "--matching", "r=88"],
+}
+RUN = """
+import json, sys
+import aot
 
-def compiled(capability, *options):
-    """What `aot.py` prints in a process without the interpreter; nothing may exceed the limits."""
+for command in json.loads(sys.argv[1]):
+    code = aot.main(command)
+    print(json.dumps({"code": code}), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """What `aot.py` prints for a capability and a set, all in one process without the interpreter."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join([str(aot.PACKAGE.parent), env.get("PYTHONPATH", "")])
-    command = [sys.executable, aot.__file__, str(capability), *options]
+    folders = [str(Path(aot.__file__).parent), str(aot.PACKAGE.parent), env.get("PYTHONPATH", "")]
+    env["PYTHONPATH"] = os.pathsep.join(folders)
+    cases = list(itertools.product(aot.TESTED, SETS))
+    commands = [[str(capability), *SETS[name]] for capability, name in cases]
+    command = [sys.executable, "-c", RUN, json.dumps(commands)]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert done.returncode in (0, 1) and done.stdout, done.stderr[-3000:]
-    everything = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [found for found in everything if found["wrong"]] == []
     assert done.returncode == 0, done.stderr[-3000:]
-    return everything
+    found, lines = [[]], [json.loads(line) for line in done.stdout.splitlines()]
+    for line in lines:
+        if "code" in line:
+            assert line["code"] == any(one["wrong"] for one in found[-1])
+            found.append([])
+        else:
+            found[-1].append(line)
+    return dict(zip(cases, found[:-1], strict=True))
 
 
 @pytest.mark.parametrize("capability", aot.TESTED)
-def test_what_wan_runs_compiles_within_the_limits(capability):
-    """One variant per op; `aot.py` without options compiles all of them."""
-    everything = compiled(capability, "--first")
+def test_what_wan_runs_compiles_within_the_limits(compiled, capability):
+    everything = compiled[capability, "what Wan runs"]
+    assert [found for found in everything if found["wrong"]] == []
     assert {found["name"].partition(" ")[0] for found in everything} == set(aot.VARIANTS)
     # `aot.violations` checks spills, shared memory and tensor memory in this output.
     assert all(found["spilled"] == 0 for found in everything)
@@ -36,8 +60,9 @@ def test_what_wan_runs_compiles_within_the_limits(capability):
 
 
 @pytest.mark.parametrize("capability", aot.TESTED)
-def test_88_latents_in_8_and_4_bits_compile_within_the_limits(capability):
-    everything = compiled(capability, "expand_kv", "latent_write", "latent_attention", "--matching", "r=88")
+def test_88_latents_in_8_and_4_bits_compile_within_the_limits(compiled, capability):
+    everything = compiled[capability, "88 latents in 8 and 4 bits"]
+    assert [found for found in everything if found["wrong"]] == []
     assert len(everything) == 3 + 1 + 2 and all(found["spilled"] == 0 for found in everything)
     assert {found["tensor_cores"] for found in everything if found["dot"]} == {aot.TENSOR_CORES[capability]}
 
