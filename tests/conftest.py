@@ -13,6 +13,8 @@ os.environ["MPLBACKEND"] = "Agg"
 # The variables above are read when these are imported.
 import random
 import signal
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +27,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 if not torch.cuda.is_available():
     # Read when Triton is imported: kernels run in its interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    sys.path.append(str(Path(__file__).parents[1] / "kernels" / "mla-attention" / "tests"))
+    from interpreter import patch_language_once
+
+    patch_language_once()
 
 
 @pytest.fixture(autouse=True)

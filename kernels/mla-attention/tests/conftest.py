@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 
 import torch
+from interpreter import patch_language_once
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    patch_language_once()

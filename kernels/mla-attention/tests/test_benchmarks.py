@@ -19,9 +19,11 @@ def bench():
 
 @pytest.fixture(scope="module")
 def result(bench, tmp_path_factory):
-    """The results of a run at the toy size."""
-    out = tmp_path_factory.mktemp("bench")
-    assert bench.main(["--tiny", "--device", "cpu", "--out", str(out)]) == 0
+    """The results of a run at the toy size, with the smaller of the sizes at which ops are checked."""
+    out, checks = tmp_path_factory.mktemp("bench"), importlib.import_module("checks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checks, "SIZES", checks.SIZES[:1])
+        assert bench.main(["--tiny", "--device", "cpu", "--out", str(out)]) == 0
     assert not list(out.glob("*.tmp"))
     return json.loads((out / "results.json").read_text()), (out / "results.md").read_text()
 
@@ -84,6 +86,7 @@ def test_a_red_check_takes_its_times_with_it(bench, tmp_path, monkeypatch, capsy
     """Variants that run the op are not timed, all others are; the failure is in the files and in the exit code."""
     line = "expand_kv_, keys, heads rotated, 12 keys, rank 96: error 1, allowed 0.1"
     monkeypatch.setattr(bench, "check_all", lambda *_: [line])
+    monkeypatch.setattr(bench.sizes, "RANKS", (64,))
     arguments = ["--tiny", "--device", "cpu", "--out", str(tmp_path), "--parts", "step", "attention"]
     assert bench.main(arguments) == 1
     found = json.loads((tmp_path / "results.json").read_text())
