@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
-from warm import Done, Python
+from warm import SECONDS, Done, Python
 
 
 def free_ports(count: int) -> list[int]:
@@ -19,13 +22,17 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+def launch(count: int) -> list[dict[str, str]]:
+    """What the environments of `count` processes of one thread each have that are those of a launch."""
+    shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+    shared |= {"MASTER_PORT": str(free_ports(1)[0]), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
 def start(count: int, *arguments: str | Path, given: str = "") -> list[Python]:
-    """Start `count` processes of one thread each as those of a launch; only the first one can read `given` on stdin."""
-    launch = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
-    launch |= {"MASTER_PORT": str(free_ports(1)[0]), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    """Start the processes of a launch; only the first one can read `given` on stdin."""
     return [
-        Python(*arguments, changes={**launch, "RANK": str(rank), "LOCAL_RANK": str(rank)}, given="" if rank else given)
-        for rank in range(count)
+        Python(*arguments, changes=changes, given="" if rank else given) for rank, changes in enumerate(launch(count))
     ]
 
 
@@ -37,3 +44,24 @@ def launched(count: int, *arguments: str | Path, given: str = "") -> list[Done]:
     finally:
         for one in started:
             one.kill()
+
+
+def launched_anew(count: int, *arguments: str | Path) -> list[Done]:
+    """Run ordinary processes of a launch, which take as long to end as Python does with all its libraries."""
+    root = str(Path(__file__).parents[1])
+    started = [
+        subprocess.Popen(
+            [sys.executable, *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **changes, "PYTHONPATH": root},
+        )
+        for changes in launch(count)
+    ]
+    try:
+        texts = [one.communicate(timeout=SECONDS) for one in started]
+    finally:
+        for one in started:
+            one.kill()
+    return [Done(one.returncode, *text) for one, text in zip(started, texts, strict=True)]

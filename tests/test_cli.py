@@ -15,6 +15,7 @@ import pytest
 import typer.main
 from recipe_case import digests, write_recipe, write_teacher
 from safetensors.torch import load_file, save_file
+from warm import Python
 
 import mla_convert.cli
 from mla_convert import __version__
@@ -469,16 +470,17 @@ def test_generate_knows_what_it_cannot_write(capsys, finished, tmp_path):
 
 def test_sigkill_and_resume_on_the_command_line(recipe, finished, tmp_path):
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "mla_convert", "run", recipe, "--out", str(folder), "--resume", "--json"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while not (folder / "stages" / "00-convert").exists() and process.poll() is None:
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+    command = ["-m", "mla_convert", "run", recipe, "--out", folder, "--resume", "--json"]
+    process = Python(*command)
+    while not (folder / "stages" / "00-convert").exists() and process.poll() is None:
+        time.sleep(0.001)
+    process.kill()
+    assert process.poll() == -signal.SIGKILL
 
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = Python(*command).finish()
 
-    assert json.loads(done.stdout)["run"] == str(folder)
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["run"] == str(folder)
     assert digests(folder / "checkpoint") == digests(finished / "checkpoint")
 
 

@@ -21,6 +21,7 @@ from recipe_case import write_teacher
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from wan_pipeline_case import DIM, write_wan_pipeline
+from warm import Done, Python
 
 from mla_convert import StreamingMLAPipeline
 from mla_convert.cli import main
@@ -375,20 +376,19 @@ def test_what_a_wan_model_lacks_is_named(capsys, tmp_path):
     assert not (tmp_path / "x.mp4").exists()
 
 
-def start(folder: Path, *arguments: Any, **settings: Any) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "mla_convert", "generate", str(folder), "--prompt", "7", *map(str, arguments)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, **settings)
+def start(folder: Path, out: Path) -> Python:
+    """A process that makes a video without an end."""
+    return Python("-m", "mla_convert", "generate", folder, "--prompt", "7", "--endless", "--steps", "1", "--out", out)
 
 
-def interrupted(process: subprocess.Popen[bytes], ready: Any, number: int = signal.SIGINT) -> str:
-    """Press Ctrl-C, which signals the whole process group, as soon as `ready()`; returns the output."""
+def interrupted(process: Python, ready: Any, number: int = signal.SIGINT) -> Done:
+    """Press Ctrl-C, which signals the whole process group, as soon as `ready()`."""
     for _ in range(1200):
         if ready() or process.poll() is not None:
             break
         time.sleep(0.1)
     os.killpg(process.pid, number)
-    _, err = process.communicate(timeout=120)
-    return err.decode()
+    return process.finish(120)
 
 
 def is_written(folder: Path, name: str) -> bool:
@@ -398,24 +398,24 @@ def is_written(folder: Path, name: str) -> bool:
 
 @pytest.mark.parametrize("name", ["video.mp4", "frames"])
 def test_ctrl_c_ends_with_a_playable_file(digits, tmp_path, name):
-    process = start(digits, "--endless", "--steps", "1", "--out", tmp_path / name)
-    err = interrupted(process, lambda: is_written(tmp_path, name))
-    assert process.returncode == 130, err
-    assert "error: interrupted" in err
+    done = interrupted(start(digits, tmp_path / name), lambda: is_written(tmp_path, name))
+    assert done.code == 130 and "error: interrupted" in done.err, done.err
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (len(list((tmp_path / name).iterdir())) if name == "frames" else frames_of(tmp_path / name)) > 0
 
 
 def test_sigterm_finishes_the_video_too(digits, tmp_path):
-    process = start(digits, "--endless", "--steps", "1", "--out", tmp_path / "video.mp4")
-    err = interrupted(process, lambda: is_written(tmp_path, "video.mp4"), signal.SIGTERM)
-    assert process.returncode == 143 and "error: terminated" in err, err
+    process = start(digits, tmp_path / "video.mp4")
+    done = interrupted(process, lambda: is_written(tmp_path, "video.mp4"), signal.SIGTERM)
+    assert done.code == 143 and "error: terminated" in done.err, done.err
     assert [path.name for path in tmp_path.iterdir()] == ["video.mp4"] and frames_of(tmp_path / "video.mp4") > 0
 
 
 def test_a_pipe_gets_the_video_while_it_is_made(digits, tmp_path):
     """The reader gets the first fragments of an endless video and then stops it."""
-    process = start(digits, "--endless", "--steps", "1", "--out", "-", stdout=subprocess.PIPE)
+    options = ["--prompt", "7", "--endless", "--steps", "1", "--out", "-"]
+    command = [sys.executable, "-m", "mla_convert", "generate", str(digits), *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     (tmp_path / "cut.mp4").write_bytes(process.stdout.read(1 << 16))
     process.stdout.close()

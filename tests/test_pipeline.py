@@ -6,7 +6,6 @@ import errno
 import importlib
 import io
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -18,6 +17,7 @@ import diffusers
 import mla_attention
 import pytest
 import torch
+import warm
 from recipe_case import RECIPE, digests, run_recipe, write_teacher
 from rich.console import Console
 
@@ -444,36 +444,28 @@ def test_a_state_that_cannot_be_read_for_a_moment_is_waited_for(copied, monkeypa
         read_state(copied, 0.05)
 
 
-@pytest.fixture(scope="module")
-def server():
-    """Starts processes that have already imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mla_convert.pipeline", "sklearn.datasets"])
-    return context
-
-
-def start(server, teacher: Path, folder: Path):
-    process = server.Process(target=run_recipe, args=(teacher, folder))
+def start(teacher: Path, folder: Path):
+    process = warm.server().Process(target=run_recipe, args=(teacher, folder))
     process.start()
     return process
 
 
-def finish(server, teacher: Path, folder: Path) -> None:
-    process = start(server, teacher, folder)
+def finish(teacher: Path, folder: Path) -> None:
+    process = start(teacher, folder)
     process.join()
     assert process.exitcode == 0, (folder.parent / "stderr.txt").read_text()
 
 
-def test_killed_at_every_milestone_ends_with_the_same_bytes(server, teacher, finished, tmp_path):
+def test_killed_at_every_milestone_ends_with_the_same_bytes(teacher, finished, tmp_path):
     folder = tmp_path / "run"
     for milestone in MILESTONES:
-        process = start(server, teacher, folder)
+        process = start(teacher, folder)
         while not (folder / milestone).exists() and process.is_alive():
             time.sleep(0.0005)
         process.kill()
         process.join()
         assert process.exitcode in (-9, 0), (tmp_path / "stderr.txt").read_text()
-    finish(server, teacher, folder)
+    finish(teacher, folder)
 
     assert digests(folder / "checkpoint") == digests(finished / "checkpoint")
     assert digests(folder / "samples") == digests(finished / "samples")
@@ -481,20 +473,20 @@ def test_killed_at_every_milestone_ends_with_the_same_bytes(server, teacher, fin
     assert not list(folder.rglob("*.tmp"))
 
 
-def test_killed_at_any_moment_ends_with_the_same_bytes(server, teacher, finished, tmp_path):
+def test_killed_at_any_moment_ends_with_the_same_bytes(teacher, finished, tmp_path):
     whole = sum(step["seconds"] for step in state(finished)["steps"].values())
     moments = random.Random(0)
     folder = tmp_path / "run"
     killed = 0
     while killed < 6:
-        process = start(server, teacher, folder)
+        process = start(teacher, folder)
         process.join(timeout=moments.uniform(0, whole / 2))
         if not process.is_alive():
             break
         process.kill()
         process.join()
         killed += 1
-    finish(server, teacher, folder)
+    finish(teacher, folder)
 
     assert killed > 0
     assert digests(folder / "checkpoint") == digests(finished / "checkpoint")

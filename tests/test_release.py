@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import yaml
 from checkpoint_case import pico_mla
+from warm import Python
 
 from mla_convert.errors import UserError
 from mla_convert.export import components as components_module
@@ -250,10 +250,9 @@ def test_killed_export_leaves_the_old_state_or_the_new(saved, tmp_path, exchange
         pytest.skip("exchanging two folders in one step is Linux's")
     save_checkpoint(pico_mla(seed=1), tmp_path / "other", RECORDED)
     script = Path(__file__).with_name("killed_export.py")
-    command = [sys.executable, str(script), str(saved), str(tmp_path / "other"), str(tmp_path / "out"), str(exchange)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    states = json.loads(run.stdout)
+    done = Python(script, saved, tmp_path / "other", tmp_path / "out", str(exchange)).finish()
+    assert done.code == 0, done.err
+    states = json.loads(done.out)
     missing = states.count("missing")
     assert missing == (0 if exchange else 1)
     old, new = states.count("old"), states.count("new")

@@ -8,15 +8,13 @@ import importlib
 import json
 import os
 import re
-import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from launched import launched, launched_anew
 from recipe_case import RECIPE, write_teacher
 from test_encode import SIZE, write_video
 from test_pipeline import recipe
@@ -60,7 +58,7 @@ def store(monkeypatch):
     return shared
 
 
-def ended(tmp_path, arguments, failing, patched, action="raise UserError('no space left')", code=1):
+def ended(tmp_path, arguments, failing, patched, action="raise UserError('no space left')", code=1, run=launched):
     """The error lines of two processes, of which `failing` does `action` in `patched`; no launcher ends the other.
 
     As where they are on two machines, or started by srun.
@@ -79,27 +77,9 @@ def ended(tmp_path, arguments, failing, patched, action="raise UserError('no spa
         "    setattr(importlib.import_module(module), name, broken)\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    root = str(Path(__file__).parents[1])
-    launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(script), *arguments],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **launch, "RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": root},
-        )
-        for rank in "01"
-    ]
-    try:
-        # Far less than a collective waits.
-        errors = [process.communicate(timeout=240)[1] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [code, code], errors
+    done = run(2, script, *arguments)
+    assert [one.code for one in done] == [code, code], done
+    errors = [one.err for one in done]
     lines = [[line for line in error.splitlines() if "rror" in line or "rocess" in line] for error in errors]
     return ["\n".join(found) for found in lines]
 
@@ -148,7 +128,9 @@ def test_a_signal_ends_all_processes_and_one_says_so(teacher, tmp_path, signalle
     """Which comes to the first one while it converts, or to another in a stage."""
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(teacher=teacher))
     arguments = ["run", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run")]
-    errors = ended(tmp_path, arguments, signalled, patched, "os.kill(os.getpid(), signal.SIGUSR1)", code=143)
+    action = "os.kill(os.getpid(), signal.SIGUSR1)"
+    # The other one reads why the first one ends while that one ends.
+    errors = ended(tmp_path, arguments, signalled, patched, action, code=143, run=launched_anew)
     said = "after step 1, with checkpoint" if signalled else "a signal stopped the run; continue with the same command"
     assert errors[0].count("error:") == 1 and said in errors[0] and errors[1] == ""
     assert (tmp_path / "run" / STOPPED).exists()

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import distill_case as case
 import pytest
 from recipe_case import RECIPE, digests, write_teacher
+from warm import Python
 
 from mla_convert.distill.requests import leave_signals_to_parent
 
 STAGE = "01-match_velocity"
 
 
-def command(recipe: Path, out: Path) -> list[str]:
-    return [sys.executable, "-m", "mla_convert", "distill", str(recipe), "--out", str(out), "--resume"]
+def distilling(recipe: Path, out: Path) -> Python:
+    return Python(
+        "-m", "mla_convert", "distill", recipe, "--out", out, "--resume", changes={"ACCELERATE_USE_CPU": "true"}
+    )
 
 
 def trained(out: Path) -> dict[str, str]:
@@ -35,28 +35,25 @@ def test_a_signal_to_the_group_of_a_run_with_workers_writes_a_checkpoint(tmp_pat
     recipe.write_text(text.replace("steps: 6\n", "steps: 80\n    data_workers: 1\n    checkpoint_minutes: null\n"))
     recipe.write_text(recipe.read_text().replace("checkpoint_every: 2", "checkpoint_every: null"))
     metrics = stopped / "training" / STAGE / "metrics.jsonl"
-    run = subprocess.Popen(
-        command(recipe, stopped), env=case.environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    run = distilling(recipe, stopped)
     try:
         deadline = time.monotonic() + 300
         while not metrics.exists() or metrics.read_bytes().count(b"\n") < 4:
             assert run.poll() is None and time.monotonic() < deadline
             time.sleep(0.001)
         os.killpg(run.pid, signal.SIGTERM)
-        _, said = run.communicate(timeout=300)
+        done = run.finish()
     finally:
-        if run.poll() is None:
-            os.killpg(run.pid, signal.SIGKILL)
-    assert run.returncode == 143
-    assert "was stopped by a signal after step" in said
+        run.kill()
+    assert done.code == 143
+    assert "was stopped by a signal after step" in done.err
     (checkpoint,) = (stopped / "training" / STAGE / "checkpoints").iterdir()
-    done = metrics.read_bytes().count(b"\n") - 1
+    rows = metrics.read_bytes().count(b"\n") - 1
     assert (stopped / ".stopped").exists()
-    assert checkpoint.name == f"step-{done:08d}" and done < 80
+    assert checkpoint.name == f"step-{rows:08d}" and rows < 80
 
     for out in (stopped, whole):
-        subprocess.run(command(recipe, out), env=case.environment(), check=True, timeout=300)
+        assert distilling(recipe, out).finish().code == 0
     assert trained(stopped) == trained(whole)
     assert not (stopped / ".stopped").exists()
 
