@@ -129,7 +129,7 @@ def test_items_that_share_a_ring_and_a_table():
     check(arguments, valid.expand(3, -1, -1), 1e-6)
 
 
-@pytest.mark.parametrize("rank", [16, 64, 96, 128, 192, 256, 512, 1024])
+@pytest.mark.parametrize("rank", [64, 192])
 def test_opcheck(rank):
     arguments, _ = case("cached", rank=rank, heads=1, batch=1, tokens=2, slots=(0, 2), tail=1, quantised=rank == 192)
     torch.library.opcheck(ops.expand_kv_.default, tuple(arguments))

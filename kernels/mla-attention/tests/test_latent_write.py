@@ -202,7 +202,7 @@ def test_reference_equals_the_definition(mean, quantised):
     torch.testing.assert_close(written(wide), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("rank", [64, 96, 128, 192, 256, 512, 1024])
+@pytest.mark.parametrize("rank", [64, 96, 192])
 def test_opcheck(rank):
     arguments = case(rank, heads=1, batch=1, tokens=2, quantised=rank == 192, mean=rank == 96, baked=rank != 64)
     torch.library.opcheck(ops.latent_write_.default, tuple(arguments))
