@@ -131,7 +131,7 @@ def expanded(layout, rank, shared, eight, pooled=None, **options):
 @pytest.mark.parametrize(("rank", "shared", "eight"), LAYOUTS)
 @pytest.mark.parametrize("layout", ["rotate_on_read", "cached", "derived"])
 def test_expanding(layout, rank, shared, eight, dtype):
-    expanded(layout, rank, shared, eight, dtype=dtype)
+    expanded(layout, rank, shared, eight, dtype=dtype, batch=1)
 
 
 @pytest.mark.usefixtures("family")
