@@ -24,7 +24,9 @@ from torch.distributed.tensor.debug import CommDebugMode
 from mla_convert.cli import leave_processes
 from mla_convert.distill import assembly, trainer
 
+# Rollouts of two chunks, of which the second one reads what the first one has cached.
 DMD = {"stage": "dmd", "denoising_steps": [1000, 500], "critic_updates": 1, "score_attention": "bidirectional"}
+DMD |= {"rollout_frames": 6}
 
 
 def prepare(accelerator: Accelerator, module: Any, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:

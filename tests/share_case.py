@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -27,9 +28,11 @@ EXACT = {"position": "rotate_on_read", "kv_lora_rank": 20}
 CACHES = {"int8": "int8", "mixed": ((6, 8), (14, 4))}
 
 
-def model_of(settings: dict[str, Any] | None = None, layers: int = 2, seed: int = 0, **dense: Any) -> Any:
+def model_of(
+    settings: dict[str, Any] | None = None, layers: int = 2, seed: int = 0, heads: int = HEADS, **dense: Any
+) -> Any:
     """A dense model, or with `settings` a converted one, whose parameters are all random."""
-    model = pico.dense_model(heads=HEADS, layers=layers, seed=seed, **dense)
+    model = pico.dense_model(heads=heads, layers=layers, seed=seed, **dense)
     if settings is None:
         return model
     model = pico.convert(model, init="random", key_mean=settings.get("position") != "decoupled", **settings)
@@ -95,6 +98,8 @@ def start(frames: int) -> Tensor:
 
 FAR = {"family": "anyflow_far", "causal": None, "chunk_partition": [1, 2, 2, 2], "full_chunk_limit": 2}
 FAR |= {"compressed_patch_size": (1, 4, 4)}
+# For the interpreter: two heads for each of two processes.
+SMALL = {"layers": 1, "heads": 4}
 Case = tuple[Callable[[], Any], Callable[[Any], Tensor]]
 CASES: dict[str, Case] = {
     "dense": (model_of, rolled_out),
@@ -108,11 +113,11 @@ CASES: dict[str, Case] = {
     "skyreels_v2": (lambda: model_of(EXACT, family="skyreels_v2"), rolled_out),
     "anyflow_far": (lambda: model_of(**FAR), lambda m: rolled_out(m, size=(12, 12))),
     "anyflow_far, latent": (lambda: model_of(EXACT, **FAR), lambda m: rolled_out(m, size=(12, 12))),
-    "kernels, dense": (lambda: model_of(layers=1), with_kernels("triton", "expand")),
-    "kernels, absorbed": (lambda: model_of(pico.VARIANTS[0], layers=1), with_kernels("triton", "absorbed")),
-    "kernels, baked": (lambda: model_of(pico.VARIANTS[4], layers=1), with_kernels("triton", "expand")),
-    "kernels, derived, latent": (lambda: model_of(pico.VARIANTS[3], layers=1), with_kernels("triton", "expand")),
-    "kernels, compared": (lambda: model_of(EXACT, layers=1), with_kernels("auto", "expand")),
+    "kernels, dense": (lambda: model_of(**SMALL), with_kernels("triton", "expand")),
+    "kernels, absorbed": (lambda: model_of(pico.VARIANTS[0], **SMALL), with_kernels("triton", "absorbed")),
+    "kernels, baked": (lambda: model_of(pico.VARIANTS[4], **SMALL), with_kernels("triton", "expand")),
+    "kernels, derived, latent": (lambda: model_of(pico.VARIANTS[3], **SMALL), with_kernels("triton", "expand")),
+    "kernels, compared": (lambda: model_of(EXACT, **SMALL), with_kernels("auto", "expand")),
     ON_GPU: (lambda: model_of(EXACT).bfloat16(), on_gpu),
 }
 
@@ -159,6 +164,8 @@ def numbers_sent(settings: dict[str, Any] | None, group: Any, device: str) -> li
 def main(out: str, slow: str, device: str) -> None:
     """Write to a file in `out` what was found; `slow`: also kernels, in Triton's interpreter, and torch.compile."""
     torch.set_num_threads(1)
+    if slow == "yes":
+        importlib.import_module("interpreter").patch_language_once()
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
