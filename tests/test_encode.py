@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
+from launched import launched
 from recipe_case import RECIPE, digests
 from wan_pipeline_case import DIM, write_wan_pipeline
 
@@ -219,20 +217,10 @@ def test_one_shard_tells_the_shape_of_all(clips, pipeline, encoded, capsys, monk
 
 
 def test_two_processes_write_what_one_does(clips, pipeline, encoded, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     options = ["--out", str(tmp_path / "data"), "--model", str(pipeline), *SIZE, "--shard-size", "3", "--json"]
-    root = str(Path(__file__).parents[1])
-
-    done = subprocess.run(
-        [*launcher, "-m", "mla_convert", "encode", str(clips), *options],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": root},
-    )
-
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["encoded"] == 7
+    first, other = launched(2, "-m", "mla_convert", "encode", clips, *options)
+    assert (first.code, other.code) == (0, 0), (first.err, other.err)
+    assert json.loads(first.out)["encoded"] == 7 and other.out == ""
     assert digests(tmp_path / "data") == digests(encoded)
 
 
