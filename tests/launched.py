@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
-from warm import SECONDS, Done, Python
+from warm import Done, Python
 
 
 def free_ports(count: int) -> list[int]:
@@ -44,24 +41,3 @@ def launched(count: int, *arguments: str | Path, given: str = "") -> list[Done]:
     finally:
         for one in started:
             one.kill()
-
-
-def launched_anew(count: int, *arguments: str | Path) -> list[Done]:
-    """Run ordinary processes of a launch, which take as long to end as Python does with all its libraries."""
-    root = str(Path(__file__).parents[1])
-    started = [
-        subprocess.Popen(
-            [sys.executable, *map(str, arguments)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **changes, "PYTHONPATH": root},
-        )
-        for changes in launch(count)
-    ]
-    try:
-        texts = [one.communicate(timeout=SECONDS) for one in started]
-    finally:
-        for one in started:
-            one.kill()
-    return [Done(one.returncode, *text) for one, text in zip(started, texts, strict=True)]

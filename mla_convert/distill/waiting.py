@@ -24,7 +24,10 @@ from .sharding import from_main
 _POLL_SECONDS = 0.5
 _LONGEST = 10
 """How many times longer the pause between two looks at files becomes."""
+_FAREWELL_SECONDS = 6
+"""How long the first process stays for the others, a little more than their longest pause between two looks."""
 _FAILED = "failed"
+_LEFT = "left"
 
 Result = TypeVar("Result")
 
@@ -60,11 +63,20 @@ class Notices:
             # The store may be gone with the process that has it.
             with contextlib.suppress(RuntimeError, dist.DistError):
                 store = _store()
-                if store is not None and not store.check([self._key(_FAILED)]):
-                    rank = dist.get_rank() if dist.is_initialized() else 0
-                    who = f"process {rank}" if rank else "the first process"
-                    self.tell(_FAILED, "" if isinstance(error, Stopped) else who)
+                if store is not None:
+                    self._leave(store, stopped=isinstance(error, Stopped))
             raise
+
+    def _leave(self, store: dist.Store, stopped: bool) -> None:
+        """Say why this process ends, unless another has; the first one, which has the store, waits until all know."""
+        rank, count = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if not store.check([self._key(_FAILED)]):
+            who = f"process {rank}" if rank else "the first process"
+            self.tell(_FAILED, "" if stopped else who)
+        left, deadline = store.add(self._key(_LEFT), 1), time.monotonic() + _FAREWELL_SECONDS
+        while rank == 0 and left < count and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS / 10)
+            left = store.add(self._key(_LEFT), 0)
 
     def check(self) -> None:
         """Raise UserError if a process has failed or the store's is gone, Stopped if the first one has stopped."""
