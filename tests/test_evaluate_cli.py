@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import pico
 import pytest
 from recipe_case import write_recipe, write_teacher
 
 from mla_convert.cli import main
+from mla_convert.export.evidence import find_evidence
+from mla_convert.export.run_folder import run_of
 from mla_convert.families.wan import CausalWanTransformer3DModel
 from mla_convert.pipeline import evaluation
 
@@ -57,6 +61,37 @@ def test_the_natural_teacher_is_no_teacher_of_digits(capsys: Any, finished: Path
     capsys.readouterr()
     assert main(["evaluate", str(finished), "--teacher", "zoo:natural"]) == 2
     assert "the teacher zoo:natural has " in capsys.readouterr().err
+
+
+def test_a_model_without_a_manifest_is_refused_before_any_weights_are_read(
+    capsys: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    teacher = pico.dense_model(in_channels=4, out_channels=4)
+    pico.convert(teacher, init="svd", kv_lora_rank=8).save_pretrained(tmp_path / "model")
+    teacher.save_pretrained(tmp_path / "teacher")
+    monkeypatch.setattr(evaluation, "load_checkpoint", lambda *_, **__: pytest.fail("weights were read"))
+    assert main(["evaluate", str(tmp_path / "model"), "--teacher", str(tmp_path / "teacher")]) == 2
+    assert "has no mla_convert.json that names its held-out data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("state", ['{"version": 4, "terraform": []}', "[]", "not JSON"])
+def test_the_state_of_another_program_is_not_that_of_a_run(
+    capsys: Any, finished: Path, tmp_path: Path, state: str
+) -> None:
+    mine = tmp_path / "models" / "mine"
+    shutil.copytree(finished / "checkpoint", mine)
+    for folder in (tmp_path, tmp_path / "models"):
+        (folder / "state.json").write_text(state)
+    (tmp_path / "models" / "report.json").write_text('{"name": "of another program"}')
+    assert mine / "report.json" in find_evidence(mine).files
+    assert main(["evaluate", str(mine), "--rollout-prompts", "0", "--clips", "2"]) == 0
+    assert (mine / "report.html").is_file()
+    capsys.readouterr()
+
+
+def test_a_model_of_a_stage_is_in_its_run(finished: Path) -> None:
+    assert run_of(finished / "checkpoint") == finished == run_of(finished / "stages" / "00-convert")
+    assert run_of(finished / "stages") == finished and run_of(finished) is None
 
 
 def test_fewer_clips_than_asked_for_are_said_and_counted(capsys: Any, finished: Path, tmp_path: Path) -> None:

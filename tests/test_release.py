@@ -198,7 +198,7 @@ def test_a_local_source_is_not_referenced(source, tmp_path):
 def test_evidence_travels_and_may_be_renewed(saved, tmp_path):
     run = tmp_path / "run"
     shutil.move(saved, run / "checkpoint")
-    (run / "state.json").write_text("{}")
+    (run / "state.json").write_text('{"format": 1, "recipe_sha256": "", "steps": {}}')
     (run / "report.json").write_text('{"student_loss": 0.5}')
     (run / "report.html").write_text("<p>page</p>")
     (run / "bench.json").write_text(json.dumps(BENCH))

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from ..files import RUN_STATE
 from ..load import read_json
+from .run_folder import is_run
 
 RECIPE, REPORT, PAGE, BENCH, SAMPLES = "recipe.resolved.yaml", "report.json", "report.html", "bench.json", "samples"
 MAX_SAMPLES = 4
@@ -32,7 +32,7 @@ def find_evidence(root: Path) -> Evidence:
 
     Raises UserError for a report that cannot be read.
     """
-    run = root.parent if (root.parent / RUN_STATE).is_file() else None
+    run = root.parent if is_run(root.parent) else None
     places = [root] if run is None else [run, run / "evaluation", root]
     measured = next((place for place in places if (place / REPORT).is_file()), root)
     timed = next((place for place in places if (place / BENCH).is_file()), root)

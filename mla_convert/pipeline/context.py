@@ -22,6 +22,7 @@ from ..distill.waiting import Notices
 from ..evaluate.samples import Comparison
 from ..export.checkpoint import load_checkpoint
 from ..export.manifest import read_manifest
+from ..export.run_folder import STAGES
 from ..families.causal import CausalTransformer, LatentTransformer
 from ..families.image import needed_conditions
 from ..files import MANIFEST
@@ -32,7 +33,7 @@ from ..run.reencode import image_latent
 from .sources import source_of
 from .vae import source_vae
 
-STAGES, TRAINING = "stages", "training"
+TRAINING = "training"
 CHECKPOINT, SAMPLES, METRICS = "checkpoint", "samples", "metrics.jsonl"
 DATA, CLIPS = "data", ".clips.json"
 ROLLOUTS, KERNELS = "rollouts.safetensors", "kernels"

@@ -20,6 +20,7 @@ from ..evaluate.fidelity import evaluate
 from ..evaluate.report import REPORT_HTML, finite, write_report
 from ..export.checkpoint import find_checkpoint, load_checkpoint
 from ..export.manifest import recorded_recipe
+from ..export.run_folder import is_run, run_of
 from ..families.causal import LatentTransformer
 from ..files import MANIFEST, check_place
 from ..load import Source, load_dense, load_source, read_config
@@ -32,7 +33,7 @@ from ..run.offload import together
 from ..run.streaming import StreamingConfig
 from .channels import check_teacher
 from .context import CLIPS, DATA
-from .rundir import STATE, read_state, require_clips
+from .rundir import read_state, require_clips
 from .sources import source_of
 from .summary import describe
 
@@ -62,9 +63,11 @@ def evaluate_checkpoint(
             "that `mla-convert run` or `convert` wrote"
         )
     if out is None:
-        out = root.parent / "evaluation" if (root.parent / STATE).exists() else root
+        out = root.parent / "evaluation" if is_run(root.parent) else root
     check_place(out / REPORT_HTML)
     recipe = _made_by(root)
+    if recipe is None and prompt_encoder(config) != DIGITS:
+        raise UsageError(f"{folder} has no {MANIFEST} that names its held-out data; evaluate a checkpoint of a run")
     source = _teacher_of(causal_of(config), teacher, recipe, folder)
     check_teacher(source, config, folder)
     started = time.monotonic()
@@ -80,15 +83,13 @@ def evaluate_checkpoint(
     streaming.dense.apply(dense)
     if recipe is not None:
         student.noise_range = dense.noise_range = recipe.source.noise_range
-    digits = prompt_encoder(student.config) == DIGITS
-    if recipe is None and not digits:
-        raise UsageError(f"{folder} has no {MANIFEST} that names its held-out data; evaluate a checkpoint of a run")
-    run = _run_of(root)
-    data = DataConfig(kind="digits") if recipe is None else recipe.data.made_in(run / DATA)
-    known = None if data.folder is None else read_index(run / CLIPS, Path(data.folder))
+    run = run_of(root)
+    beside = run or root.parent
+    data = DataConfig(kind="digits") if recipe is None else recipe.data.made_in(beside / DATA)
+    known = None if data.folder is None else read_index(beside / CLIPS, Path(data.folder))
     clips = open_data(data, 0 if recipe is None else recipe.seed, dense.needed_conditions, known)
     # Held-out clips of a larger folder are others, and some of them were trained on.
-    if (run / STATE).exists():
+    if run is not None:
         require_clips(run, read_state(run)["steps"], clips.identity)
     settings = (EvaluateConfig() if recipe is None else recipe.evaluate).model_copy(update=dict(changes))
     with together([dense, student], device):
@@ -104,11 +105,6 @@ def evaluate_checkpoint(
         logger.warning("measured on all %d held-out clips, fewer than %d", measured["clips"], settings.clips)
     result = finite(measured)
     return write_report(out, result), result
-
-
-def _run_of(root: Path) -> Path:
-    """The run folder that contains a checkpoint, or the checkpoint's parent if there is none."""
-    return next((folder for folder in root.parents if (folder / STATE).exists()), root.parent)
 
 
 def _made_by(root: Path) -> Recipe | None:
