@@ -81,11 +81,12 @@ def test_prompts_become_videos_of_both_models(pipeline: Path, data: Path, tmp_pa
 def test_prompts_that_nobody_can_read_are_refused_before_anything(pipeline: Path, data: Path, tmp_path: Path) -> None:
     alone = tmp_path / "alone"
     pico.dense_model(in_channels=4, out_channels=4, text_dim=DIM, causal=None).save_pretrained(alone)
-    recipe = parse_recipe(RECIPE.format(model=alone, data=data))
+    recipe = parse_recipe(RECIPE.format(model=alone, data=data).replace("a dog", "狗" * 90))
     message = r"generate\.prompts: .*alone has no tokenizer and text_encoder and vae; set source\.components to a"
     with pytest.raises(UsageError, match=message):
         run(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     with_parts = recipe.model_copy(update={"source": recipe.source.model_copy(update={"components": str(pipeline)})})
     run(with_parts, tmp_path / "run")
-    assert (tmp_path / "run" / "samples" / "01-a-dog.mp4").exists()
+    # A file name has at most 255 bytes, of which one of these characters takes three.
+    assert (tmp_path / "run" / "samples" / f"01-{'狗' * 50}.mp4").exists()

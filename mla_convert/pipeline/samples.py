@@ -29,8 +29,8 @@ from ..run.video import Frames, save_video, side_by_side
 from .context import CHECKPOINT, KERNELS, ROLLOUTS, SAMPLES, Context
 from .vae import source_vae
 
-# A file name has at most 255 bytes, and a character of a prompt up to three.
-_MAX_NAME = 80
+# A file name has at most 255 bytes; this leaves room for its number, its ending and the temporary name.
+_MAX_NAME_BYTES = 150
 
 
 def check_samples(source: Source, prompts: tuple[str, ...]) -> None:
@@ -78,8 +78,14 @@ def make_samples(context: Context) -> None:
     with atomic_folder(context.path / SAMPLES) as folder:
         save_tensors(videos, folder / ROLLOUTS, {KERNELS: json.dumps(chosen)})
         for index, pair in enumerate(context.drawn):
-            words = re.sub(r"\W+", "-", pair.prompt).strip("-")[:_MAX_NAME]
-            save_video(side_by_side(pair.teacher, pair.student), folder / f"{index:02d}-{words}.mp4", pair.fps)
+            name = f"{index:02d}-{_words(pair.prompt)}.mp4"
+            save_video(side_by_side(pair.teacher, pair.student), folder / name, pair.fps)
+
+
+def _words(prompt: str) -> str:
+    """The words of a prompt with dashes between them, cut to the length of a file name."""
+    words = re.sub(r"\W+", "-", prompt).strip("-")
+    return words.encode()[:_MAX_NAME_BYTES].decode(errors="ignore")
 
 
 def comparisons(context: Context) -> Sequence[Comparison]:
