@@ -35,7 +35,7 @@ def refused(capsys: Any, *arguments: object, code: int = 2) -> str:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--steps", "4", "--denoising-steps", "1000,500"], "--denoising-steps already says how many steps"),
+        (["--steps", "4", "--denoising-steps", "1000,500"], "give num_inference_steps or denoising_steps, not both"),
         (["--hold-start"], "--hold-start holds the frames of --start"),
         (["--recache"], "--recache acts where the prompt changes"),
         (["--components", "nothere"], "reads no VAE or text encoder; leave --components out"),

@@ -27,6 +27,7 @@ LEAVES = (
     "devices",
     "draws",
     "errors",
+    "explain",
     "files",
     "flow",
     "interrupts",

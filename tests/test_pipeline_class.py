@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import threading
@@ -382,9 +383,14 @@ def test_an_index_that_does_not_name_a_model_is_one_line(digits: Any, named: dic
         ({"num_frames": 0}, "num_frames must be at least 1"),
         ({"height": 15}, "a latent of 15x16 does not divide"),
         ({"height": -16}, "a height of -16"),
-        ({"sampler": "unipc"}, "unknown sampler 'unipc'"),
-        ({"denoising_steps": [250, 1000]}, "fall from at most 1000"),
-        ({"num_inference_steps": 0}, "num_inference_steps must be more than 0"),
+        ({"sampler": "unipc"}, "sampler: expected 'euler' or 'renoise', got 'unipc'"),
+        ({"denoising_steps": [250, 1000]}, "denoising_steps: the steps must fall from at most 1000"),
+        ({"num_inference_steps": 0}, "num_inference_steps: input should be greater than or equal to 1, got 0"),
+        ({"context_noise": 2.0}, "context_noise: input should be less than or equal to 1, got 2.0"),
+        ({"context_noise": -0.5}, "context_noise: input should be greater than or equal to 0"),
+        ({"context_noise": math.nan}, "context_noise: expected a finite number, got nan"),
+        ({"guidance_scale": -3.0}, "guidance_scale: input should be greater than or equal to 0"),
+        ({"fps": 0}, "fps must be more than 0"),
         ({"output_type": "gif"}, "output_type must be np, pt, pil or latent"),
         ({"prompt": None}, "give either prompt or prompt_embeds"),
         ({"prompt": "seven"}, "cannot read the digits prompt 'seven'"),

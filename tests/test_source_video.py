@@ -217,10 +217,10 @@ def test_a_wan_video_goes_through_the_encoder_and_the_decoder(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--strength", "0.4"], "--strength sets how much of --source is replaced"),
-        (["--source", "SOURCE", "--strength", "0"], "--strength 0 is out of range"),
-        (["--source", "SOURCE", "--strength", "1.5"], "--strength 1.5 is out of range"),
-        (["--source", "SOURCE", "--start", "SOURCE"], "leave --start out"),
+        (["--strength", "0.4"], "strength says how much of a source is replaced; give source, or leave strength out"),
+        (["--source", "SOURCE", "--strength", "0"], "strength: input should be greater than 0, got 0.0"),
+        (["--source", "SOURCE", "--strength", "1.5"], "strength: input should be less than or equal to 1"),
+        (["--source", "SOURCE", "--start", "SOURCE"], "give source or start, not both"),
         (["--source", "SOURCE", "--image", "SOURCE"], "has no channels for --image"),
         (["--source", "SOURCE", "--endless"], "leave --endless out"),
         (["--source", "none.mp4"], "none.mp4 does not exist; give a source file"),
@@ -289,9 +289,9 @@ def test_the_pipeline_refuses_at_the_call(wan: Path, tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", 5, (32, 48))
     settings = {"height": 32, "width": 48, "guidance_scale": 1}
     for more, message in (
-        ({"strength": 0.5}, "give source=, or leave strength out"),
-        ({"source": path, "start": path}, "leave start= out"),
-        ({"source": path, "strength": 0.0}, "above 0 and at most 1"),
+        ({"strength": 0.4}, "give source, or leave strength out"),
+        ({"source": path, "start": path}, "give source or start, not both"),
+        ({"source": path, "strength": 0.0}, "strength: input should be greater than 0"),
         ({"source": "none.mp4"}, "does not exist"),
     ):
         with pytest.raises(UserError, match=message):

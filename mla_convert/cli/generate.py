@@ -165,12 +165,6 @@ def generate(
         raise UsageError("give --negative-prompt or --negative-embeds, not both")
     if [frames is None, seconds is None, not endless].count(False) > 1:
         raise UsageError("give only one of --frames, --seconds and --endless")
-    if strength is not None and source is None:
-        raise UsageError("--strength sets how much of --source is replaced; give --source, or leave --strength out")
-    if strength is not None and not 0 < strength <= 1:
-        raise UsageError(f"--strength {strength:g} is out of range; give a number above 0 and at most 1")
-    if source is not None and start is not None:
-        raise UsageError("--source is restyled from its first frame on; leave --start out")
     if source is not None and endless:
         raise UsageError("the video ends where --source ends; leave --endless out")
     if seconds is not None and math.isinf(seconds) and seconds > 0:

@@ -124,10 +124,4 @@ def sampling(denoising_steps: str | None, first_chunk_steps: str | None = None, 
     """Turn sampling options into keys of a GenerateConfig; options that are None are left out. Raises UsageError."""
     levels = {"denoising_steps": denoising_steps, "first_chunk_steps": first_chunk_steps}
     options |= {key: None if text is None else parse_steps(text) for key, text in levels.items()}
-    chosen = {key: value for key, value in options.items() if value is not None}
-    if "num_inference_steps" in chosen and denoising_steps is not None:
-        raise UsageError("--denoising-steps already says how many steps there are; leave --steps out")
-    if "num_inference_steps" in chosen and denoising_steps is None:
-        # --steps replaces the recipe's denoising_steps.
-        chosen = {**dict.fromkeys(levels), **chosen}
-    return chosen
+    return {key: value for key, value in options.items() if value is not None}

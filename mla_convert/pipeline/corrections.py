@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
+from ..explain import describe
 from ..export.same_run import LATE, decisive
-from ..recipe.explain import describe
 from ..recipe.load import differences
 
 READERS = {

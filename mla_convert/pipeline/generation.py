@@ -49,7 +49,7 @@ from ..run.launch import Launch
 from ..run.parts import PICTURES, TEXT, find_parts
 from ..run.prefetch import FrameWriter
 from ..run.prompts import PromptChange, PromptSchedule
-from ..run.sample import embed_prompts, load_prompt_embeds, trained_for
+from ..run.sample import embed_prompts, load_prompt_embeds, over_trained
 from ..run.source import shortest
 from ..run.source_video import SourceVideo, open_source
 from ..run.start import LATENTS, read_start
@@ -170,7 +170,7 @@ class _Task:
         if request.components is not None and self.pixels and (self.digits or not reads_text):
             raise UsageError("this model makes pixels and reads no VAE or text encoder; leave --components out")
         self.streaming = request.streaming_of(self.root)
-        keys = {**trained_for(recorded_section(self.root, "generate"), self.digits), **settings}
+        keys = over_trained(settings, recorded_section(self.root, "generate"), self.digits)
         if request.size is not None:
             keys["latent_height"] = to_latent("height", request.size[0], self.spatial)
             keys["latent_width"] = to_latent("width", request.size[1], self.spatial)

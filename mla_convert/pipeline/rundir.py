@@ -16,10 +16,10 @@ from typing import Any
 from ..distill.identity import Identity, other_clips
 from ..distill.shard_files import of_all
 from ..errors import UsageError, UserError
+from ..explain import describe
 from ..export.evidence import RECIPE
 from ..export.same_run import LATE
 from ..files import MANIFEST, RUN_STATE, claim_folder, discard_folder, locked_folder, sha256, write_json, write_text
-from ..recipe.explain import describe
 from ..recipe.load import has_key
 from ..recipe.schema import Recipe
 from .corrections import Change, changes

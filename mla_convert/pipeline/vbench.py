@@ -36,7 +36,7 @@ from ..run.decode import frame_chunks
 from ..run.decode_memory import reserve
 from ..run.latents import DIGITS, check_length, check_vae, latent_frames, latent_scale, latent_size, prompt_encoder
 from ..run.offload import place
-from ..run.sample import embed_prompts, rollout, trained_for
+from ..run.sample import embed_prompts, over_trained, rollout
 from ..run.video import Frames
 from .comparison import read_samples
 from .embeds import StoredEmbeds
@@ -183,8 +183,8 @@ class Drawing:
             raise UsageError("the model makes latents; give --pipeline, whose VAE decodes them")
         if not self.digits and config.pipeline is None and config.prompt_embeds is None:
             raise UsageError("the model reads text embeddings; give --pipeline or --prompt-embeds")
-        defaults = trained_for(recorded_section(self.root, "generate"), self.digits)
-        settings: dict[str, Any] = {"fps": PIXEL_FPS if pixels else LATENT_FPS, **defaults, **config.generate}
+        chosen = over_trained(config.generate, recorded_section(self.root, "generate"), self.digits)
+        settings: dict[str, Any] = {"fps": PIXEL_FPS if pixels else LATENT_FPS, **chosen}
         frames = latent_frames(math.ceil(settings["fps"] * config.seconds), scale.temporal)
         ends = [stop for _, stop in model.causal.chunks(frames + model.causal.num_frames_per_block)]
         settings["num_frames"] = next(stop for stop in ends if stop >= frames)

@@ -11,8 +11,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ..distill.stages.base import StageConfig
+from ..explain import models_in
 from ..registry import stages
-from .explain import models_in
 from .schema import Recipe
 
 # Keys are class names of annotated-types, pydantic's dependency for constraints.

@@ -23,6 +23,7 @@ from ..distill.data import DataConfig
 from ..distill.stages.base import REAL_SCORE, StageConfig
 from ..errors import UsageError, nearest
 from ..evaluate.config import EvaluateConfig
+from ..explain import describe, explain
 from ..export.config import ExportConfig
 from ..flow import ALL_NOISE
 from ..load import AdapterConfig
@@ -31,7 +32,6 @@ from ..registry import stage_of, stages
 from ..run.config import GenerateConfig
 from ..run.streaming import StreamingConfig
 from ..sampling import Seed
-from .explain import describe, explain
 
 Model = TypeVar("Model", bound=BaseModel)
 

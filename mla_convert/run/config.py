@@ -6,6 +6,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ..flow import STRENGTH
 from ..sampling import SamplingConfig, Seed
+from .source import ALONE
 
 DEFAULT_LATENT_FRAMES = 21
 
@@ -57,5 +58,5 @@ class GenerateConfig(SamplingConfig):
         if self.source is None and self.strength != STRENGTH:
             raise ValueError("strength says how much of a source is replaced; give source, or leave strength out")
         if self.source is not None and self.start is not None:
-            raise ValueError("a source already determines the first frames; give source or start, not both")
+            raise ValueError(ALONE)
         return self

@@ -251,13 +251,10 @@ class StreamingMLAPipeline(WanLoraLoaderMixin, DiffusionPipeline):
             prompt_embeds=prompt_embeds,
             seed=seed,
             generator=generator,
-            source=source,
-            strength=strength,
-            start=start,
             last_image=last_image,
             num_videos_per_prompt=num_videos_per_prompt,
         )
-        config = sampling_settings(requested, self.config.sampling or {}, self.digits)
+        config = sampling_settings(requested, self.config.sampling or {}, self.digits, source, start)
         # The file of a standalone checkpoint may be older. Threads would be at different steps when all leave a stream.
         shared = getattr(self.transformer, "parallel", None) is not None
         if shared and self._calls.running:

@@ -35,6 +35,18 @@ def trained_for(recorded: Mapping[str, Any], digits: bool) -> dict[str, Any]:
     return {**own, **{key: recorded[key] for key in TRAINED_FOR if key in recorded and recorded[key] != default[key]}}
 
 
+def over_trained(given: Mapping[str, Any], recorded: Mapping[str, Any], digits: bool) -> dict[str, Any]:
+    """The keys of GenerateConfig in `given`, and for others how the model is sampled (see `trained_for`).
+
+    A number of steps also replaces the `denoising_steps` that the model was trained for. Raises UsageError for both.
+    """
+    if "num_inference_steps" in given:
+        if given.get("denoising_steps") is not None:
+            raise UsageError("give num_inference_steps or denoising_steps, not both")
+        given = {"denoising_steps": None, "first_chunk_steps": None, **given}
+    return {**trained_for(recorded, digits), **given}
+
+
 def embed_prompts(prompts: Sequence[str], encoder: str | None) -> Tensor:
     """`encoder_hidden_states` `[B, L, D]` of text prompts. Raises UsageError unless `encoder` is `digits`."""
     if encoder != DIGITS:

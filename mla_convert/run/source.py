@@ -11,6 +11,7 @@ from ..errors import UsageError
 from ..mla.conditions import FramesAt
 
 NO_FRAMES = "the source has no frames"
+ALONE = "a source already determines the first frames; give source or start, not both"
 
 
 class CleanVideo:
@@ -60,7 +61,7 @@ def shortest(frames: int | None, source: object) -> int | None:
 def check_alone(start: Tensor | None) -> None:
     """Raise UsageError for a `start` together with a source."""
     if start is not None:
-        raise UsageError("a source already determines the first frames; give source or start, not both")
+        raise UsageError(ALONE)
 
 
 def with_source(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
-from ..errors import nearest, quoted
+from .errors import nearest, quoted
 
 EXPECTED = {
     "int_type": "an integer",
