@@ -8,6 +8,7 @@ import pytest
 import yaml
 from recipe_case import RECIPE
 
+from mla_convert.cli import main
 from mla_convert.errors import UsageError
 from mla_convert.recipe.load import apply_override, first_difference, load_recipe, parse_recipe
 from mla_convert.recipe.reader import read_yaml
@@ -77,6 +78,11 @@ def test_anchors_work_and_nothing_is_constructed():
         ("a: b: c", "line 1: not valid YAML: mapping values are not allowed here"),
         ("\tx: 1", "not valid YAML"),
         ("a: 1\n---\nb: 1", "not valid YAML"),
+        ("a: 1\nname: &a [*a]", "line 2: a value contains itself"),
+        ("a: &a\n  b: *a", "line 2: a value contains itself"),
+        ("seed: " + "1" * 5000, "line 1: an integer of 5,000 digits is too long"),
+        ("name: " + "[" * 2000 + "]" * 2000, "line 1: lists and sections are nested more than 100 deep"),
+        ("name: " + "{a: " * 150 + "1" + "}" * 150, "nested more than 100 deep"),
     ],
 )
 def test_bad_yaml_is_refused_with_its_line(text, message):
@@ -147,12 +153,17 @@ def test_recipe_is_a_mapping(text):
     assert "mapping of sections" in refusal(text)
 
 
-def test_file_that_cannot_be_read_is_named(tmp_path):
+def test_file_that_cannot_be_read_is_named(capsys, tmp_path):
     with pytest.raises(UsageError, match=r"cannot read recipe .*none\.yaml: No such file"):
         load_recipe(tmp_path / "none.yaml")
     (tmp_path / "bad.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match=r"bad\.yaml: it is not UTF-8"):
         load_recipe(tmp_path / "bad.yaml")
+    for command in (["show", tmp_path / "bad.yaml"], ["copy", tmp_path / "bad.yaml", tmp_path / "new.yaml"]):
+        assert main(["recipes", *map(str, command)]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"error: cannot read recipe {tmp_path / 'bad.yaml'}: it is not UTF-8")
+    assert not (tmp_path / "new.yaml").exists()
     (tmp_path / "key.yaml").write_text(TEXT + "sed: 1\n")
     with pytest.raises(UsageError, match=r"key\.yaml: unknown key sed; did you mean seed\?"):
         load_recipe(tmp_path / "key.yaml")

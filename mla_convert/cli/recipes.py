@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ..errors import UserError
 from ..files import write_text
+from ..recipe.load import load_recipe, read_recipe
 from ..recipe.shipped import describe_recipe, find_recipe, shipped_recipes
 from .options import Json, Overrides, RecipeName
 from .output import print_result, stderr
@@ -32,7 +33,7 @@ def list_recipes(as_json: Json = False) -> None:
 def show(recipe: RecipeName, as_json: Json = False) -> None:
     """Print a recipe file."""
     path = find_recipe(recipe)
-    text = path.read_text(encoding="utf-8")
+    text = read_recipe(path)
     if as_json:
         print_result(True, {"name": path.stem, "path": str(path), "text": text})
     else:
@@ -53,7 +54,7 @@ def copy(
         target /= path.name
     if target.exists() and not force:
         raise UserError(f"{target} exists; give another name, or --force to replace it")
-    write_text(target, path.read_text(encoding="utf-8"))
+    write_text(target, read_recipe(path))
     print_result(as_json, {"path": str(target)}, f"wrote {target}")
 
 
@@ -65,8 +66,6 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Check a recipe without running it; if its source is on this machine, also check that the two fit together."""
-    from ..recipe.load import load_recipe
-
     path = find_recipe(recipe)
     with stderr().status("loading PyTorch"):
         loaded = load_recipe(path, overrides or ())

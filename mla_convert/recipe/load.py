@@ -16,14 +16,19 @@ if TYPE_CHECKING:
 
 def load_recipe(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Load the recipe in a YAML file, with `key.path=value` overrides applied. Raises UsageError in one line."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read recipe {path}: {unreadable(error)}") from None
+    text = read_recipe(path)
     try:
         return parse_recipe(text, overrides)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
+
+
+def read_recipe(path: Path) -> str:
+    """Return the text of a recipe file. Raises UsageError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read recipe {path}: {unreadable(error)}") from None
 
 
 def parse_recipe(text: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:

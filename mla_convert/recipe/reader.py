@@ -11,10 +11,28 @@ import yaml
 from ..errors import UsageError
 
 
+# Python and JSON have limits of their own, some way above these.
+_MAX_DIGITS, _MAX_DEPTH = 1000, 100
+
+
 class _CoreLoader(yaml.SafeLoader):
-    """PyYAML's safe loader with the tags of YAML 1.2 instead of 1.1, which refuses duplicate keys."""
+    """PyYAML's safe loader with the tags of YAML 1.2 instead of 1.1; refuses duplicate keys and endless values."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        line = self.peek_event().start_mark.line + 1
+        if self.depth == _MAX_DEPTH:
+            raise UsageError(f"line {line}: lists and sections are nested more than {_MAX_DEPTH} deep")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        # A node gets its end when it is complete; the one that an alias inside it names is not.
+        if node is not None and node.end_mark is None:
+            raise UsageError(f"line {line}: a value contains itself; write out what the alias stands for")
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: dict[str, int] = {}
@@ -32,6 +50,8 @@ class _CoreLoader(yaml.SafeLoader):
 
 def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     text = node.value
+    if len(text) > _MAX_DIGITS:
+        raise UsageError(f"line {node.start_mark.line + 1}: an integer of {len(text):,} digits is too long")
     base = {"0o": 8, "0x": 16}.get(text[:2], 10)
     return int(text, base)
 
