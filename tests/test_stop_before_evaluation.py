@@ -11,6 +11,7 @@ import distill_case as case
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mla_convert.distill.heldout import HeldOut
 from mla_convert.distill.metrics import Metrics
@@ -79,14 +80,19 @@ def test_a_held_out_loss_is_left_to_the_resumed_run(whole, tmp_path, monkeypatch
     measure = HeldOut.measure
     monkeypatch.setattr(HeldOut, "measure", lambda self: measured.append(0) or measure(self))
     with pytest.raises(Stopped, match=f"after step {step}"):
-        train(tmp_path, step, checkpoint_every=1)
+        train(tmp_path, step, checkpoint_every=1, tracker="tensorboard")
     # The first is measured before the first step.
     assert len(measured) == step // 4
     assert state_of(tmp_path, step)["owed"] == "heldout"
     rows = Metrics(tmp_path / "metrics.jsonl").rows()
     assert rows[-1]["step"] == step - 1
-    result, weights, _ = train(tmp_path, checkpoint_every=1)
+    result, weights, _ = train(tmp_path, checkpoint_every=1, tracker="tensorboard")
     assert result.resumed_from == step and len(measured) == 3
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    # Also where the stop came in the last step, after which the resumed run trains no more.
+    assert [event.step for event in events.Scalars("heldout_loss")] == [0, 4, 8]
+    assert [event.step for event in events.Images("preview")] == [4, 8]
     assert result.heldout_loss == Metrics(tmp_path / "metrics.jsonl").rows()[-1]["heldout_loss"]
     assert outputs(tmp_path) == outputs(whole[0])
     assert all(torch.equal(weights[name], tensor) for name, tensor in whole[1].items())

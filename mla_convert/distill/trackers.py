@@ -37,13 +37,18 @@ def check_trackers(config: StageConfig) -> None:
 
 
 @contextlib.contextmanager
-def tracking(accelerator: Accelerator, config: StageConfig, work_dir: Path, first: int) -> Iterator[None]:
+def tracking(
+    accelerator: Accelerator, config: StageConfig, work_dir: Path, first: int, owed: bool = False
+) -> Iterator[None]:
     """Log to the stage's trackers from step `first` onward; tensorboard discards anything logged after that step.
+
+    Of step `first` itself, the loss or the picture may still be `owed`. Without that and without further steps, no
+    tracker is opened.
 
     wandb works offline unless WANDB_MODE says otherwise (`wandb sync` uploads the files later). trackio
     keeps its runs on this machine. A resumed stage continues its earlier run.
     """
-    names = tracker_names(config) if first < config.steps else []
+    names = tracker_names(config) if first < config.steps or owed else []
     if names:
         run = f"{work_dir.parent.parent.name}-{work_dir.name}"
         options: dict[str, dict[str, Any]] = {

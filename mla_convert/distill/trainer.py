@@ -193,7 +193,7 @@ class _Training:
         resumed_from = None if row is None else row["step"]
         first = resumed_from or 0
         with (
-            tracking(self.accelerator, config, self.work_dir, first),
+            tracking(self.accelerator, config, self.work_dir, first, owed is not None),
             fast_attention(self.accelerator.device),
             execution(config, self.assembly.under_training, self.assembly.frozen),
             Requests(self.accelerator, config.checkpoint_minutes) as requests,
