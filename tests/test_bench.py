@@ -215,6 +215,8 @@ def test_steps_are_those_of_the_recipe(generate: Any, given: Any, steps: int, ca
         ([], "give exactly one of DIR and --preset"),
         (["zoo:digits", "--position", "decoupled"], "needs qk_rope_head_dim above 0"),
         (["zoo:digits", "--position", "decoupled", "--qk-rope-head-dim", "3"], "must be even"),
+        (["--preset", "digits", "--qk-rope-head-dim", "8"], "leave --qk-rope-head-dim out, or give another --position"),
+        (["zoo:digits", "--qk-rope-head-dim", "8"], "rotate_on_read has no shared rotary key"),
         (["zoo:digits", "--device", "quantum"], "unknown device 'quantum'"),
         (["--preset", "wan9"], "unknown preset 'wan9'"),
         (["zoo:digits", "--frames", "1"], "a window holds at least a chunk of 3 frames, got 1; raise"),

@@ -70,7 +70,12 @@ def bench(
         "num_inference_steps": steps,
     }
     settings |= {key: value for key, value in options.items() if value is not None}
-    if settings.get("position") == "rotate_on_read":
+    if settings.get("position", "rotate_on_read") == "rotate_on_read":
+        if qk_rope_head_dim:
+            raise UsageError(
+                "rotate_on_read has no shared rotary key; leave --qk-rope-head-dim out, or give another --position"
+            )
+        # DIR's own, if --position changed its layout.
         settings.pop("qk_rope_head_dim", None)
     settings |= {"batch_size": batch_size, "dtype": dtype, "device": device, "kernels": kernels, "repeats": repeats}
     config = validate(BenchConfig, settings)
