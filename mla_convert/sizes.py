@@ -22,6 +22,9 @@ GPU_GIGABYTES = {
 def format_bytes(count: float, like: float | None = None) -> str:
     """Format bytes in decimal units with about three digits, `6.04 GB`; in the unit of `like` if given."""
     power = min(int(math.log10(max(count if like is None else like, 1)) // 3), 4)
+    if like is None and power < 4 and count >= 999.5 * 1000**power:
+        # It would be rounded to 1000 of this unit.
+        power += 1
     value = count / 1000**power
     digits = 0 if power == 0 or value >= 99.95 else 1 if value >= 9.995 else 2
     text = f"{value:.{digits}f}" if value < 1e6 else f"{value:.3g}"

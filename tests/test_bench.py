@@ -72,6 +72,7 @@ def test_ratios_are_those_of_the_medians(position: str) -> None:
     slower = 1 / result["ratio_attention_streamed"]
     told = f"{slower:.2f}x the time of dense" if slower >= 1 else f"{1 / slower:.2f}x as fast as dense"
     assert verdict(result) == f"latent: {told} attention, {48 / row:.1f}x less cache"
+    assert verdict(result | {"ratio_cache": 0.8}).endswith(", 1.2x more cache")
 
 
 def test_a_pass_sees_the_whole_window_and_rotated_keys_give_the_same_attention() -> None:

@@ -113,7 +113,17 @@ def test_cards_by_name_and_by_size(text: str, label: str, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (43008, "43.0 kB"), (6038323200, "6.04 GB")]
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.00 kB"),
+        (43008, "43.0 kB"),
+        (999_499_999, "999 MB"),
+        (999_999_999, "1.00 GB"),
+        (6038323200, "6.04 GB"),
+        (999_999_999_999_999, "1000 TB"),
+    ],
 )
 def test_format_bytes(count: int, text: str) -> None:
     assert format_bytes(count) == text
@@ -213,3 +223,11 @@ def test_plan_table_shows_the_figures() -> None:
     text = console.export_text()
     for expected in ("3,072", "224", "-92.7 %", "6.04 GB", "0.44 GB", "13.7x smaller", "11", "62", "H100 80 GB"):
         assert expected in text
+
+
+def test_a_cache_that_grows_is_said_to_grow() -> None:
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(plan_table(plan(preset("digits").geometry, 384, 96)))
+    text = console.export_text()
+    assert "+25.0 %" in text and "1.2x larger" in text and "fewer" in text
+    assert "--" not in text and "smaller" not in text

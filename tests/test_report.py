@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import itertools
 import json
 import math
@@ -14,7 +15,9 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
+from mla_convert.cli.summary import run_table
 from mla_convert.errors import UserError
 from mla_convert.evaluate import figures
 from mla_convert.evaluate.geometry import preset
@@ -122,6 +125,19 @@ def test_the_page_holds_every_section_and_needs_no_network(tmp_path: Path) -> No
         "worst 7.0 % in layer 2", "version: 1",
     ):  # fmt: skip
         assert expected in page.text, expected
+
+
+def test_a_cache_that_grows_is_said_to_grow(tmp_path: Path) -> None:
+    grown = FULL | {"latent_scalars_per_token": 480, "reduction": -0.25, "latent_cache_bytes": 1_474_560, "clips": 4}
+    html = render_html(grown)
+    text = " ".join(Page(html).text.split())
+    assert "25.0 % more memory" in text and "1.2×" in text and "larger cache" in text
+    assert "less" not in text and "smaller" not in text
+    assert re.findall(r'style="width: ([0-9.]+)%"', html) == ["80.000", "100.000"]
+    (tmp_path / "report.json").write_text(json.dumps(grown | {"name": "grown", "plan": {"frames": 21}}))
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(run_table(tmp_path))
+    assert "+25.000 %" in console.export_text()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ..evaluate.text import times_training
+from ..evaluate.text import change_text, times_training
 from ..sizes import format_bytes
 
 
@@ -61,7 +61,7 @@ def run_table(path: Path) -> Table:
         table.add_column(heading, justify="right")
     latent = f"{report['latent_scalars_per_token']:,g}"
     table.add_row("cached scalars per token per layer", f"{report['dense_scalars_per_token']:,g}", latent, latent)
-    reduction = f"-{100 * report['reduction']:.3f} %"
+    reduction = change_text(-report["reduction"], 3)
     table.add_row("  against dense", "", reduction, reduction)
     cache = format_bytes(report["latent_cache_bytes"])
     window = f"{report['plan']['frames']} frames"

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from ..mla.kernels import describe
 from .bench import DENSE, FIRST, LATENT, LATER, ROTATED, STREAMED, WRITE
-from .text import layout_parts
+from .text import factor, layout_parts
 
 _VARIANTS = {DENSE: "dense", ROTATED: "dense, keys rotated", LATENT: "latent"}
 _PASSES = {FIRST: "first pass", LATER: "later pass", WRITE: "pass that writes", STREAMED: "streamed"}
@@ -19,7 +19,8 @@ def verdict(result: dict[str, Any]) -> str:
     """Return one line on the cost of latent attention relative to dense attention while streaming."""
     time, memory = 1 / result[f"ratio_{STREAMED}"], result["ratio_cache"]
     speed = f"{time:.2f}x the time of dense attention" if time >= 1 else f"{1 / time:.2f}x as fast as dense attention"
-    return f"latent: {speed}, {memory:.1f}x less cache"
+    times, word = factor(memory, "less", "more")
+    return f"latent: {speed}, {times:.1f}x {word} cache"
 
 
 def bench_table(result: dict[str, Any]) -> Table:

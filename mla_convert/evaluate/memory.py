@@ -28,6 +28,7 @@ from ..errors import UsageError, nearest
 from ..mla.bits import CacheBits, format_bits, row_bytes
 from ..sizes import RESERVED_BYTES, format_bytes
 from .geometry import StreamGeometry, gpu_memory
+from .text import change_text, factor
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -166,32 +167,36 @@ def plan_table(plan: Plan) -> Table:
         "cached scalars per token per layer",
         f"{plan.dense_scalars_per_token:,}",
         f"{plan.latent_scalars_per_token:,g}",
-        f"-{100 * plan.reduction:.1f} %",
+        change_text(-plan.reduction, 1),
     )
     table.add_row(
         f"cache per stream ({plan.seconds_of_context:.1f} s)",
         format_bytes(plan.dense_cache_bytes),
         format_bytes(plan.latent_cache_bytes, like=plan.dense_cache_bytes),
-        _times(plan.dense_cache_bytes, plan.latent_cache_bytes, "smaller"),
+        _times(plan.dense_cache_bytes, plan.latent_cache_bytes, "smaller", "larger"),
     )
     table.add_row("working memory per stream", *[format_bytes(plan.activation_bytes)] * 2, "")
     table.add_row(
         f"streams in {format_bytes(plan.gpu_memory_bytes)}",
         f"{plan.max_streams_dense:,}",
         f"{plan.max_streams_latent:,}",
-        _times(plan.max_streams_latent, plan.max_streams_dense, "more"),
+        _times(plan.max_streams_latent, plan.max_streams_dense, "more", "fewer"),
     )
     table.add_row(
         "longest context of one stream",
         f"{plan.max_seconds_dense:,.0f} s",
         f"{plan.max_seconds_latent:,.0f} s",
-        _times(plan.max_seconds_latent, plan.max_seconds_dense, "longer"),
+        _times(plan.max_seconds_latent, plan.max_seconds_dense, "longer", "shorter"),
     )
     return table
 
 
-def _times(larger: float, smaller: float, word: str) -> str:
-    return f"{larger / smaller:.1f}x {word}" if smaller else ""
+def _times(better: float, worse: float, word: str, opposite: str) -> str:
+    """Compare two sizes; `opposite` is for a conversion that makes it worse."""
+    if not (better and worse):
+        return ""
+    times, found = factor(better / worse, word, opposite)
+    return f"{times:.1f}x {found}"
 
 
 def _dtype(name: str) -> tuple[str, int]:

@@ -33,6 +33,7 @@ from .text import (
     DASH,
     bytes_text,
     duration,
+    factor,
     layout_parts,
     length_text,
     percent,
@@ -119,9 +120,11 @@ def _title(report: Mapping[str, Any]) -> str:
 def _verdict(report: Mapping[str, Any]) -> str:
     if not _has(report, "dense_scalars_per_token", "latent_scalars_per_token", "reduction"):
         return ""
+    saved = report["reduction"]
     text = (
         f"Each layer of the converted model caches {report['latent_scalars_per_token']:,g} numbers per token; its "
-        f"teacher caches {report['dense_scalars_per_token']:,g}. That is {percent(report['reduction'])} less memory"
+        f"teacher caches {report['dense_scalars_per_token']:,g}. That is {percent(abs(saved))} "
+        f"{'less' if saved >= 0 else 'more'} memory"
     )
     increase = report.get("loss_increase")
     if increase is None:
@@ -136,7 +139,8 @@ def _tiles(report: Mapping[str, Any]) -> list[dict[str, str]]:
     if _has(report, "dense_cache_bytes", "latent_cache_bytes"):
         dense, latent = report["dense_cache_bytes"], report["latent_cache_bytes"]
         note = f"{bytes_text(latent)} instead of {bytes_text(dense)}"
-        tiles.append({"value": f"{dense / latent:.1f}×", "label": "smaller cache", "note": note})
+        times, word = factor(dense / latent, "smaller", "larger")
+        tiles.append({"value": f"{times:.1f}×", "label": f"{word} cache", "note": note})
     if _has(report, "loss_increase"):
         note = ""
         if _has(report, "teacher_loss", "student_loss"):
@@ -205,9 +209,10 @@ def _bars(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not _has(report, "dense_cache_bytes", "latent_cache_bytes"):
         return []
     dense, latent = report["dense_cache_bytes"], report["latent_cache_bytes"]
+    whole = max(dense, latent)
     return [
-        {"name": "dense", "kind": "teacher", "share": 100.0, "value": bytes_text(dense)},
-        {"name": "latent", "kind": "student", "share": 100 * latent / dense, "value": bytes_text(latent)},
+        {"name": "dense", "kind": "teacher", "share": 100 * dense / whole, "value": bytes_text(dense)},
+        {"name": "latent", "kind": "student", "share": 100 * latent / whole, "value": bytes_text(latent)},
     ]
 
 

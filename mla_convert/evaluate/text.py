@@ -85,6 +85,17 @@ def signed(share: float) -> str:
     return f"{MINUS if share < 0 else '+'}{percent(abs(share))}"
 
 
+def change_text(share: float, decimals: int) -> str:
+    """Format a relative change with its sign for a terminal: `-92.7 %`."""
+    # Adding zero makes -0.0 positive.
+    return f"{100 * share + 0:+.{decimals}f} %"
+
+
+def factor(ratio: float, above: str, below: str) -> tuple[float, str]:
+    """Return a ratio, or its inverse if that is above 1, and the word for this direction."""
+    return (ratio, above) if ratio >= 1 else (1 / ratio, below)
+
+
 def points_text(share: float) -> str:
     """Format the difference of two shares in percentage points."""
     sign = MINUS if share < 0 else "+"

@@ -10,7 +10,6 @@ import yaml
 
 from ..errors import UsageError
 
-
 # Python and JSON have limits of their own, some way above these.
 _MAX_DIGITS, _MAX_DEPTH = 1000, 100
 
