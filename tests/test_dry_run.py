@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from mla_convert.cli import main
+from mla_convert.distill.clip_shards import Clip, write_shard
 from mla_convert.distill.footprint import Launch, block_bytes
 from mla_convert.distill.objective import noised_clips, predict_velocity
 from mla_convert.families.wan import CausalWanTransformer3DModel, MLAWanTransformer3DModel
@@ -199,6 +200,14 @@ def test_a_teacher_for_the_held_out_loss_alone_counts_where_it_exceeds_the_first
 def test_what_is_built_on_wan_has_its_shapes(capsys, recipe):
     (stage,) = needs(capsys, recipe)["stages"]
     assert stage["memory"]["frozen_networks"] == 2 * 1_418_996_800
+
+
+def test_a_single_shard_says_what_clips_are(tmp_path):
+    clips = [Clip(torch.zeros(16, 3, 4, 6), torch.ones(512, 4096), name=f"{number}") for number in range(3)]
+    write_shard(tmp_path / "a.parquet", clips)
+    changes = [f"data.folder={tmp_path / 'a.parquet'}", "data.heldout=1", "data.latents=normalised"]
+    run = DryRun(load_recipe(find_recipe("wan2.1-1.3b"), changes), Launch())
+    assert (run.clip.frames, run.clip.height, run.clip.width) == (3, 4, 6)
 
 
 def test_a_run_says_what_its_card_does_not_hold(monkeypatch, caplog):

@@ -192,7 +192,7 @@ def test_what_cannot_be_rolled_out_is_refused_before_anything_is_written(teacher
     for changes, message in (
         (
             [f"source.model={tmp_path / 'other'}", "generate.prompts=[]"],
-            r"data\.rollouts\.prompts: no text encoder was found",
+            r"data\.rollouts\.prompts: only digits models read prompts without .* set prompt_embeds to its output",
         ),
         (["data.rollouts.prompts=[eleven]"], r"data\.rollouts\.prompts: cannot read the digits prompt 'eleven'"),
         (embeds, r"prompt_embeds in .*narrow\.safetensors has shape \[2, 3, 5\]; \[L, 32\] is expected"),
@@ -237,12 +237,13 @@ def test_captions_of_clips_of_several_lengths_are_padded(teacher: Path, tmp_path
     width = parse_prompt(PROMPTS[0]).embedding().shape[1]
     clips = [Clip(20 + torch.randn(1, 2, 4, 4), torch.ones(tokens, width), caption=f"{tokens}") for tokens in (2, 3)]
     write_shard(tmp_path / "clips" / "a.parquet", clips)
-    config = RolloutsConfig(clips=4, prompt_embeds=str(tmp_path / "clips"))
-    data = DataConfig(kind="rollouts", rollouts=config, heldout=1, text_tokens=3)
-    prompts = pipeline_module.read_prompts(data, load_source(str(teacher)))
-    assert prompts.text.shape == (2, 3, width) and prompts.text[[0]][0, 2].abs().max() == 0
-    assert [prompts.captions[row] for row in range(2)] == ["2", "3"]
-    assert prompts.conditions([0], 2) == prompts.digests() == {}
+    for place in (tmp_path / "clips", tmp_path / "clips" / "a.parquet"):
+        config = RolloutsConfig(clips=4, prompt_embeds=str(place))
+        data = DataConfig(kind="rollouts", rollouts=config, heldout=1, text_tokens=3)
+        prompts = pipeline_module.read_prompts(data, load_source(str(teacher)))
+        assert prompts.text.shape == (2, 3, width) and prompts.text[[0]][0, 2].abs().max() == 0
+        assert [prompts.captions[row] for row in range(2)] == ["2", "3"]
+        assert prompts.conditions([0], 2) == prompts.digests() == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

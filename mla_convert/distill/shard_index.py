@@ -23,6 +23,7 @@ from .image_columns import COLUMN_OF
 from .normalisation import KIND_NOTE, SCALE_NOTE
 from .shard_files import Unreadable, notes_in, of_all, patiently, read_once, reason_of
 
+SHARD = ".parquet"
 _FORMAT = 1
 _KEPT_NOTES = (KIND_NOTE, SCALE_NOTE)
 
@@ -62,6 +63,13 @@ class ShardIndex:
         return [_path(self.folder, shard.name) for shard in self.shards]
 
 
+def shard_names(folder: Path) -> set[str]:
+    """The paths of the shards in `folder`, or `.` if it is a single one; empty if there is none."""
+    if folder.is_file():
+        return {"."}
+    return {path.relative_to(folder).as_posix() for path in folder.rglob(f"*{SHARD}")}
+
+
 def index_shards(
     folder: Path, known: ShardIndex | None = None, skipped: Collection[str] = (), skippable: bool = True
 ) -> ShardIndex:
@@ -72,9 +80,7 @@ def index_shards(
     without shards, for any other shard that cannot be read, with the remedy to skip it if it is `skippable`, and for
     one without the columns of a clip.
     """
-    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*.parquet")}
-    if folder.is_file():
-        names = {"."}
+    names = shard_names(folder)
     before = {} if known is None else {shard.name: shard for shard in known.shards}
     names |= before.keys() & set(skipped)
     if not names:

@@ -17,6 +17,7 @@ from diffusers import AutoencoderKLWan
 from .. import registry
 from ..distill.data import open_data
 from ..distill.footprint import ClipShape, Footprint, Launch, footprint
+from ..distill.shard_index import shard_names
 from ..distill.stages.base import REAL_SCORE, TEACHER, StageConfig
 from ..distill.trainer import run_stage
 from ..errors import UsageError, UserError
@@ -99,7 +100,7 @@ class DryRun:
             height, width = latent_size(self.config, GenerateConfig(**sizes))
             text = DIGITS_TEXT if prompt_encoder(self.config) == DIGITS else WAN_TEXT
             return ClipShape(channels, rollouts.num_frames, height, width, text, text_dim)
-        if data.kind == "latents" and not list(Path(data.folder or "").glob("**/*.parquet")):
+        if data.kind == "latents" and not shard_names(Path(data.folder or "")):
             clip = ClipShape(channels, WAN_FRAMES, *latent_size(self.config, GenerateConfig()), WAN_TEXT, text_dim)
             shape = [clip.channels, clip.frames, clip.height, clip.width]
             self.assumptions.append(f"clips are {shape} with {WAN_TEXT} text tokens; {data.folder} has none")

@@ -263,7 +263,7 @@ class _Task:
         if not prompts:
             return []
         if self.digits:
-            return list(embed_prompts(prompts, DIGITS))
+            return list(embed_prompts(prompts))
         parts = find_parts(self.root, TEXT, self.request.components)
         if parts is None:
             raise UsageError(

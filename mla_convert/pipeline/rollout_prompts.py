@@ -13,14 +13,14 @@ from ..distill.data import DataConfig
 from ..distill.latents import LatentShards
 from ..distill.rollouts import Captions, RolloutsConfig
 from ..distill.shard_files import of_all
-from ..distill.shard_index import ShardIndex
+from ..distill.shard_index import SHARD, ShardIndex, shard_names
 from ..errors import UsageError, UserError
 from ..families.image import needed_conditions
 from ..files import sha256
 from ..load import Source
 from ..mla.conditions import conditions_of
 from ..mla.image import IMAGE
-from ..run.latents import prompt_encoder
+from ..run.latents import DIGITS, prompt_encoder
 from ..run.sample import embed_prompts, prompt_files
 from .rollout_texts import ClipCaptions, ClipTexts, NoCaptions, TextFiles
 
@@ -64,21 +64,25 @@ def read_prompts(data: DataConfig, source: Source, index: ShardIndex | None = No
     """
     config = data.rollouts
     assert config is not None
-    if config.prompt_embeds is not None and any(Path(config.prompt_embeds).rglob("*.parquet")):
-        return _of_clips(Path(config.prompt_embeds), data, config, source, index)
+    embeds = None if config.prompt_embeds is None else Path(config.prompt_embeds)
+    if embeds is not None and (embeds.is_dir() or embeds.suffix == SHARD) and shard_names(embeds):
+        return _of_clips(embeds, data, config, source, index)
     if needed_conditions(source.config):
         raise UsageError(
             "data.rollouts: the model is conditioned on an image, and prompts alone have none; set prompt_embeds to a "
             "folder of clips that `mla-convert encode --image-condition` wrote"
         )
-    if config.prompt_embeds is None:
-        try:
-            return Prompts(embed_prompts(config.prompts, prompt_encoder(source.config)), config.prompts)
-        except UsageError as error:
+    if embeds is None:
+        if prompt_encoder(source.config) != DIGITS:
             raise UsageError(
-                f"data.rollouts.prompts: {str(error).replace('--prompt-embeds', 'prompt_embeds')}"
-            ) from None
-    return Prompts(TextFiles(prompt_files(Path(config.prompt_embeds)), source.config["text_dim"]), NoCaptions())
+                "data.rollouts.prompts: only digits models read prompts without a text encoder; encode them with "
+                "`mla-convert encode --prompts` and set prompt_embeds to its output"
+            )
+        try:
+            return Prompts(embed_prompts(config.prompts), config.prompts)
+        except UsageError as error:
+            raise UsageError(f"data.rollouts.prompts: {error}") from None
+    return Prompts(TextFiles(prompt_files(embeds), source.config["text_dim"]), NoCaptions())
 
 
 def _of_clips(

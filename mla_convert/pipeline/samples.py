@@ -37,9 +37,8 @@ def check_samples(source: Source, prompts: tuple[str, ...]) -> None:
     """Raise UsageError if the model needs an image, or if text encoder or VAE are missing or do not fit."""
     if reads_image(source.config):
         raise UsageError("the model is conditioned on an image; leave generate.prompts out and use `generate --image`")
-    encoder = prompt_encoder(source.config)
-    if encoder == DIGITS:
-        embed_prompts(prompts, encoder)
+    if prompt_encoder(source.config) == DIGITS:
+        embed_prompts(prompts)
         return
     origin = source.components or source.origin
     needed = [*TEXT, *(PICTURES if latent_scale(source.config).spatial > 1 else ())]
@@ -101,8 +100,8 @@ def _texts(context: Context) -> tuple[Tensor, Tensor | None]:
     guided, negative = generate.guidance_scale != 1, generate.negative_prompt
     if prompt_encoder(context.source.config) == DIGITS:
         # With None the rollout uses zeros, the empty prompt of digits models.
-        negative_embeds = embed_prompts([negative], DIGITS) if guided and negative else None
-        return embed_prompts(generate.prompts, DIGITS), negative_embeds
+        negative_embeds = embed_prompts([negative]) if guided and negative else None
+        return embed_prompts(generate.prompts), negative_embeds
     parts = find_parts(context.path / CHECKPOINT, TEXT, context.source.components)
     if parts is None:
         raise UsageError(

@@ -240,7 +240,7 @@ class Drawing:
     def embed(self) -> Callable[[str], Tensor]:
         """A function from a prompt to its text embeddings `[1, L, D]`."""
         if self.digits:
-            return lambda prompt: embed_prompts([prompt], DIGITS)
+            return lambda prompt: embed_prompts([prompt])
         texts = [prompt.told for prompt in self.suite]
         if self.vbench.prompt_embeds is None:
             assert self.vbench.pipeline is not None

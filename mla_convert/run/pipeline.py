@@ -170,7 +170,7 @@ class StreamingMLAPipeline(WanLoraLoaderMixin, DiffusionPipeline):
         """Embeddings `[B, L, D]`, computed as in `WanPipeline`. Raises UsageError without a text encoder."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if self.digits:
-            return embed_prompts(prompts, DIGITS)
+            return embed_prompts(prompts)
         if self.text_encoder is None or self.tokenizer is None:
             raise UsageError(
                 "this pipeline has no text encoder and tokenizer; pass both, or prompt_embeds and, with guidance, "

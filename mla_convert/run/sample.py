@@ -19,7 +19,7 @@ from ..mla.conditions import FramesAt
 from ..mla.model import StreamingModel
 from ..zoo.digits.data import GUIDANCE, SHIFT, parse_prompt
 from .config import GenerateConfig
-from .latents import DIGITS, latent_scale, latent_size
+from .latents import latent_scale, latent_size
 from .source import shortest
 from .source_video import SourceVideo, open_source
 from .start import LATENTS, read_start
@@ -47,10 +47,8 @@ def over_trained(given: Mapping[str, Any], recorded: Mapping[str, Any], digits: 
     return {**trained_for(recorded, digits), **given}
 
 
-def embed_prompts(prompts: Sequence[str], encoder: str | None) -> Tensor:
-    """`encoder_hidden_states` `[B, L, D]` of text prompts. Raises UsageError unless `encoder` is `digits`."""
-    if encoder != DIGITS:
-        raise UsageError("no text encoder was found for this model; give --prompt-embeds, a .safetensors file")
+def embed_prompts(prompts: Sequence[str]) -> Tensor:
+    """`encoder_hidden_states` `[B, L, D]` of prompts for a digits model. Raises UsageError for other texts."""
     try:
         return torch.stack([parse_prompt(prompt).embedding() for prompt in prompts])
     except ValueError as error:
