@@ -188,7 +188,7 @@ def test_what_runs_out_is_explained():
         (["vbench", "{tmp}", "--vbench", "{tmp}"], "give --offload model, or --offload group"),
         (["evaluate", "{tmp}"], "give a smaller --batch-size"),
         (["inspect", "zoo:digits"], "give --clips 0"),
-        (["encode", "{tmp}", "--model", "{tmp}", "-o", "{tmp}/x"], "give a smaller --batch-size, --height and"),
+        (["encode", "{tmp}", "--components", "{tmp}", "-o", "{tmp}/x"], "give a smaller --batch-size, --height and"),
         (["bench", "zoo:digits"], "give a smaller --batch-size, --frames"),
         (["run", "demo", "-o", "{tmp}/x"], "lower the batch sizes of the recipe"),
     ],

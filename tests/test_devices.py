@@ -417,7 +417,7 @@ def test_vbench_draws_and_encoders_encode(checkpoint: Path, tmp_path: Path, avai
     def made(device: torch.device) -> Any:
         available(device)
         settings = {**FEW, "latent_height": 4, "latent_width": 6, "fps": 2}
-        config = VBenchConfig(tmp_path, seconds=1, pipeline=str(pipeline), generate=settings, offload=offload)
+        config = VBenchConfig(tmp_path, seconds=1, components=str(pipeline), generate=settings, offload=offload)
         out = tmp_path / device.type
         drawing = Drawing(checkpoint, config, [Prompt("a", (), "a square")], out, lambda *_: None)
         chunks = list(drawing.draw("a square", 0))

@@ -77,7 +77,7 @@ def clips(tmp_path_factory) -> Path:
 
 def encode(source: Path | None, out: Path, pipeline: Path, *options: str) -> int:
     sources = [] if source is None else [str(source), *SIZE]
-    return main(["encode", *sources, "--out", str(out), "--model", str(pipeline), *options])
+    return main(["encode", *sources, "--out", str(out), "--components", str(pipeline), *options])
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +217,7 @@ def test_one_shard_tells_the_shape_of_all(clips, pipeline, encoded, capsys, monk
 
 
 def test_two_processes_write_what_one_does(clips, pipeline, encoded, tmp_path):
-    options = ["--out", str(tmp_path / "data"), "--model", str(pipeline), *SIZE, "--shard-size", "3", "--json"]
+    options = ["--out", str(tmp_path / "data"), "--components", str(pipeline), *SIZE, "--shard-size", "3", "--json"]
     first, other = launched(2, "-m", "mla_convert", "encode", clips, *options)
     assert (first.code, other.code) == (0, 0), (first.err, other.err)
     assert json.loads(first.out)["encoded"] == 7 and other.out == ""

@@ -94,7 +94,7 @@ def test_a_process_that_fails_ends_an_encoding_in_all(tmp_path, tmp_path_factory
         write_video(tmp_path / f"v{number}.mp4").with_suffix(".txt").write_text("a")
     (tmp_path / "lines.txt").write_text("a\nb\nc\n")
     source = ["--prompts", str(tmp_path / "lines.txt")] if prompts else [str(tmp_path), *SIZE]
-    arguments = ["encode", *source, "--out", str(tmp_path / "out"), "--model", str(pipeline), "--shard-size", "1"]
+    arguments = ["encode", *source, "--out", str(tmp_path / "out"), "--components", str(pipeline), "--shard-size", "1"]
     module, name = "mla_convert.distill.encode.", "make_plan" if failing == 0 else "write_embeddings"
     module += "run" if failing == 0 or prompts else "videos"
     first, other = ended(tmp_path, arguments, failing, (module, name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ from mla_convert.evaluate.vbench_suite import (
 from mla_convert.export.checkpoint import save_checkpoint
 from mla_convert.families.wan import MLAWanTransformer3DModel
 from mla_convert.files import locked_folder, write_json
+from mla_convert.pipeline import execution
 from mla_convert.pipeline.embeds import StoredEmbeds
 from mla_convert.run import prefetch
 
@@ -320,7 +322,7 @@ def pipeline(tmp_path_factory) -> Path:
 def test_latents_with_a_text_encoder_and_a_vae(capfd, checkout, pipeline, tmp_path) -> None:
     """Prompts embedded here or by `encode --prompts` give the same videos; 5 frames are two latent ones."""
     model = save_model(tmp_path / "model", in_channels=4, out_channels=4, patch_size=(1, 2, 2))
-    some = ["--dimension", "dynamic_degree", "--samples", "1", "--latent-size", "4x6", "--pipeline", str(pipeline)]
+    some = ["--dimension", "dynamic_degree", "--samples", "1", "--latent-size", "4x6", "--components", str(pipeline)]
     code, _, _ = vbench(capfd, model, checkout, tmp_path / "a", *some)
     assert code == 0 and names(tmp_path / "a") == ["7 at 2,2 moving up-0.mp4"]
     reader = imageio_ffmpeg.read_frames(str(tmp_path / "a" / "videos" / "7 at 2,2 moving up-0.mp4"))
@@ -328,7 +330,7 @@ def test_latents_with_a_text_encoder_and_a_vae(capfd, checkout, pipeline, tmp_pa
     prompts, embeds = tmp_path / "prompts.txt", tmp_path / "embeds"
     assert main(["vbench", str(model), "--vbench", str(checkout), "--list-prompts", str(prompts)]) == 0
     assert prompts.read_text().splitlines() == list(dict(PROMPTS))
-    assert main(["encode", "--prompts", str(prompts), "--out", str(embeds), "--model", str(pipeline)]) == 0
+    assert main(["encode", "--prompts", str(prompts), "--out", str(embeds), "--components", str(pipeline)]) == 0
     capfd.readouterr()
     code, _, _ = vbench(capfd, model, checkout, tmp_path / "b", *some, "--prompt-embeds", str(embeds))
     assert code == 0
@@ -345,7 +347,14 @@ def test_latents_with_a_text_encoder_and_a_vae(capfd, checkout, pipeline, tmp_pa
     code, _, error = vbench(capfd, model, checkout, tmp_path / "f", *guided, "--prompt-embeds", str(embeds))
     assert code == 2 and "guidance needs a negative prompt, and" in error and not (tmp_path / "f").exists()
     code, _, error = vbench(capfd, model, checkout, tmp_path / "c", *some[:6])
-    assert code == 2 and "the model makes latents; give --pipeline" in error
+    assert code == 2 and "this checkpoint has no VAE; give --components" in error and not (tmp_path / "c").exists()
+    shutil.copytree(pipeline / "vae", model / "vae")
+    code, _, error = vbench(capfd, model, checkout, tmp_path / "c", *some[:6])
+    assert code == 2 and "has no text encoder; give --components" in error and not (tmp_path / "c").exists()
+    for part in ("tokenizer", "text_encoder"):
+        shutil.copytree(pipeline / part, model / part)
+    assert vbench(capfd, model, checkout, tmp_path / "c", *some[:6])[0] == 0
+    assert one == next((tmp_path / "c" / "videos").iterdir()).read_bytes()
     with pytest.raises(UserError, match="embeddings of 3 prompts, VBench has 2"):
         StoredEmbeds(embeds, ["a", "b"], 32)
     with pytest.raises(UserError, match="was encoded from other prompts"):
@@ -393,14 +402,16 @@ def test_latents_are_kept_in_the_bits_of_the_recipe_or_of_the_option(
     assert (caches[0].bits[0].eight, caches[0].bits[0].four) == expected
 
 
-def test_what_changes_the_videos_may_not_change_between_them(capfd, checkout, model, tmp_path) -> None:
+def test_what_changes_the_videos_may_not_change_between_them(capfd, checkout, model, tmp_path, monkeypatch) -> None:
     """Bits of the cache and the data type of the VAE do; what only decides memory and speed does not."""
     out, some = tmp_path / "out", ["--dimension", "dynamic_degree", "--samples", "1"]
     assert vbench(capfd, model, checkout, out, *some, "--cache", "int8")[0] == 0
     record = json.loads((out / "vbench.json").read_text())
     assert record["cache"] == "int8" and not {"offload", "streaming", "kernels"} & record.keys()
     executed = ["--offload", "group", "--kernels", "torch", "--expand-history", "pass", "--cuda-graph", "off"]
-    code, again, _ = vbench(capfd, model, checkout, out, *some, "--cache", "int8", *executed)
+    with monkeypatch.context() as patch:
+        patch.setattr(execution, "load_models", lambda *_: pytest.fail("weights were read, though nothing is drawn"))
+        code, again, _ = vbench(capfd, model, checkout, out, *some, "--cache", "int8", *executed)
     assert code == 0 and again["drawn"] == 0
     for options, message in (([], 'cache "int8", not null'), (["--cache", "4x8,2x4"], 'cache "int8", not "4x8,2x4"')):
         code, _, error = vbench(capfd, model, checkout, out, *some, *options)

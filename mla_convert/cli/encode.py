@@ -18,9 +18,9 @@ _IMAGES = ("image_latents", "encoder_hidden_states_image")
 
 def encode(
     out: Annotated[Path, typer.Option("--out", "-o", help="A new folder for the shards.")],
-    model: Annotated[
+    components: Annotated[
         str,
-        typer.Option(metavar="PIPELINE", help="Folder or Hub ID with VAE and text encoder, in diffusers layout."),
+        typer.Option(metavar="SOURCE", help="Folder or Hub ID of a pipeline with the VAE and text encoder to use."),
     ],
     videos: Annotated[
         Path | None,
@@ -30,7 +30,7 @@ def encode(
         Path | None,
         typer.Option(metavar="FILE", help="Encode only prompts, one per line of this file, instead of VIDEOS."),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of PIPELINE on the Hub.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of SOURCE on the Hub.")] = None,
     frames: Annotated[int, typer.Option(min=1, help="Frames per clip, taken from the start of the video.")] = 81,
     height: Annotated[int, typer.Option(min=1, help="Height in pixels; frames are center-cropped.")] = 480,
     width: Annotated[int, typer.Option(min=1, help="Width in pixels.")] = 832,
@@ -73,7 +73,7 @@ def encode(
 
     negative = WAN_NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
     config = EncodeConfig(
-        model,
+        components,
         revision,
         frames,
         height,

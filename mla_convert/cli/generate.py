@@ -13,6 +13,7 @@ from ..errors import UsageError
 from ..interrupts import INTERRUPTED
 from .options import (
     Cache,
+    Components,
     ContextNoise,
     CudaGraph,
     DenoisingSteps,
@@ -98,10 +99,7 @@ def generate(
         Path | None,
         typer.Option(help="Embedding of the negative prompt; by default negative.safetensors beside --prompt-embeds."),
     ] = None,
-    components: Annotated[
-        str | None,
-        typer.Option(metavar="SOURCE", help="Folder or Hub ID of a pipeline with the VAE and text encoder to use."),
-    ] = None,
+    components: Components = None,
     frames: Annotated[
         int | None,
         typer.Option(min=1, help="Length in latent frames, any number; by default 21, or all of --source."),

@@ -35,6 +35,10 @@ Cache = Annotated[
         help="Bits per cached latent number: auto, int8, or pairs such as 24x8,64x4; the last pair covers the rest.",
     ),
 ]
+Components = Annotated[
+    str | None,
+    typer.Option(metavar="SOURCE", help="Folder or Hub ID of a pipeline with the VAE and text encoder to use."),
+]
 Expert = Annotated[
     str | None, typer.Option("--expert", metavar="NAME", help="Run only this expert of the recipe, in its own folder.")
 ]

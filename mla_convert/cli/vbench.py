@@ -9,6 +9,7 @@ import typer
 
 from .options import (
     Cache,
+    Components,
     ContextNoise,
     CudaGraph,
     DenoisingSteps,
@@ -36,7 +37,7 @@ from .panels import EXECUTION, SAMPLING, in_panels
 PANELS = {
     "Scores": ("checkout", "python", "dimensions", "samples", "published"),
     "Output": ("out", "seconds", "latent_size", "fps"),
-    "Prompts": ("prompt_embeds", "longer_prompts", "list_prompts", "negative_prompt", "pipeline"),
+    "Prompts": ("prompt_embeds", "longer_prompts", "list_prompts", "negative_prompt", "components"),
     "Sampling": SAMPLING,
     "Memory and speed": EXECUTION,
 }
@@ -59,9 +60,7 @@ def vbench(
     dimensions: Annotated[
         list[str] | None, typer.Option("--dimension", metavar="NAME", help="Repeatable; all 16 by default.")
     ] = None,
-    pipeline: Annotated[
-        str | None, typer.Option(help="Folder or Hub ID with text encoder and VAE, in diffusers layout.")
-    ] = None,
+    components: Components = None,
     prompt_embeds: Annotated[
         Path | None, typer.Option(help="Output of `encode --prompts` for --list-prompts, instead of a text encoder.")
     ] = None,
@@ -129,7 +128,7 @@ def vbench(
         tuple(dimensions or ()),
         longer_prompts,
         prompt_embeds,
-        pipeline,
+        components,
         published,
         generate,
         **execution(dtype, vae_dtype, offload, kernels, expand_history, cuda_graph, cache),

@@ -37,7 +37,9 @@ In host memory, a process holds 4 N of a sharded student, and whole copies of fr
 a sharded student, the first process also loads the held-out teacher.
 
 Not counted: memory that is freed within a layer, kernel workspaces, fragmentation, and the clips themselves; the
-images of a clip of 81 frames of 480x832 pixels add another 10 MB. `RESERVED_BYTES` is meant to cover these.
+images of a clip of 81 frames of 480x832 pixels add another 10 MB. `RESERVED_BYTES` is meant to cover these. Of host
+memory, what lasts a moment: 4 T while a plain checkpoint is written, for the weights and then for their average, and
+the moments of all learners, in every process, while one is read.
 """
 
 from __future__ import annotations

@@ -86,8 +86,8 @@ def missing_columns(folder: object, missing: Iterable[str]) -> UserError:
     names = " and ".join(COLUMN_OF[name] for name in missing)
     return UserError(
         f"the model is conditioned on an image, but the clips in {folder} hold no {names}; encode the videos with "
-        "`mla-convert encode --image-condition` and the model's own pipeline as --model, or train the text-to-video "
-        "model"
+        "`mla-convert encode --image-condition` and the model's own pipeline as --components, or train the "
+        "text-to-video model"
     )
 
 

@@ -87,13 +87,7 @@ def load_models(
         models.append(model)
     if models:
         return models
-    root, _ = find_checkpoint(folder)
-    low, high = _noise_range(root)
-    if (low, high) != ALL_NOISE:
-        raise UsageError(
-            f"{folder} is one of several experts, for noise levels {low:g} to {high:g}; give the run folder of all "
-            "experts"
-        )
+    _refuse_one_of_several(folder)
     return [load_checkpoint(folder, dtype, device)]
 
 
@@ -103,6 +97,8 @@ def read_model_config(folder: Path) -> tuple[Path, dict[str, Any]]:
     Raises UserError in one line.
     """
     names = list(_experts_of(folder))
+    if not names:
+        _refuse_one_of_several(folder)
     root, inner = find_checkpoint(folder / names[0] if names else folder)
     return root, known_config(inner)
 
@@ -116,7 +112,11 @@ def _experts_of(folder: Path) -> dict[str, tuple[float, float]]:
     return {name: (low, high) for name, (low, high) in (experts or {}).items()}
 
 
-def _noise_range(root: Path) -> tuple[float, float]:
-    """The noise range recorded in a checkpoint's manifest."""
-    low, high = recorded_section(root, "source").get("noise_range", ALL_NOISE)
-    return low, high
+def _refuse_one_of_several(folder: Path) -> None:
+    """Raise UsageError for the folder of a single expert."""
+    low, high = recorded_section(find_checkpoint(folder)[0], "source").get("noise_range", ALL_NOISE)
+    if (low, high) != ALL_NOISE:
+        raise UsageError(
+            f"{folder} is one of several experts, for noise levels {low:g} to {high:g}; give the run folder of all "
+            "experts"
+        )

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from ..devices import default_device
 from ..distill.encode import EncodeConfig, encode_prompts
-from ..distill.encode.models import find_pipeline, load_vae
+from ..distill.encode.models import load_vae
 from ..distill.negative import NEGATIVE, find_negative, read_negative
 from ..distill.progress import Report
 from ..errors import UsageError
 from ..evaluate.report import REPORT_JSON, write_report
 from ..evaluate.vbench_scores import Judge, read_published, totals, version
 from ..evaluate.vbench_suite import Prompt, check_dimensions, draw_videos, read_suite, wanted_videos
+from ..export.checkpoint import load_shape
 from ..export.manifest import recorded_section, versions
 from ..families.causal import CausalTransformer
 from ..families.image import reads_image
@@ -36,6 +37,7 @@ from ..run.decode import frame_chunks
 from ..run.decode_memory import reserve
 from ..run.latents import DIGITS, check_length, check_vae, latent_frames, latent_scale, latent_size, prompt_encoder
 from ..run.offload import place
+from ..run.parts import PICTURES, TEXT, find_parts
 from ..run.sample import embed_prompts, over_trained, rollout
 from ..run.video import Frames
 from .comparison import read_samples
@@ -57,9 +59,9 @@ class VBenchConfig(Execution):
     """Which videos are generated and how they are scored.
 
     `checkout` is the user's VBench repository and `python` the interpreter of its environment; without `python`
-    the videos are not scored. Models with a text encoder need `pipeline`, a folder or Hub ID in diffusers
-    layout, or `prompt_embeds`, which `encode --prompts` wrote from the file of `list_prompts`. The VAE of
-    `pipeline` decodes latents. `generate` has keys of GenerateConfig.
+    the videos are not scored. Text encoder and VAE are those of `components`, a folder or Hub ID in diffusers
+    layout, by default those of the checkpoint (see `find_parts`). `prompt_embeds`, which `encode --prompts` wrote from
+    the file of `list_prompts`, replaces the text encoder. `generate` has keys of GenerateConfig.
     """
 
     checkout: Path
@@ -69,7 +71,7 @@ class VBenchConfig(Execution):
     dimensions: tuple[str, ...] = ()
     longer_prompts: Path | None = None
     prompt_embeds: Path | None = None
-    pipeline: str | None = None
+    components: str | None = None
     published: Path | None = None
     generate: Mapping[str, Any] = field(default_factory=dict)
 
@@ -115,8 +117,10 @@ def _run(
 ) -> dict[str, Any]:
     long = config.seconds > LONG_SECONDS
     drawing = Drawing(folder, config, suite, out, report)
-    _claim(out, drawing.settings)
     videos = wanted_videos(suite, dimensions, config.samples, long, drawing.config.seed)
+    if any(not (out / VIDEOS / video.name).exists() for video in videos):
+        drawing.find_components()
+    _claim(out, drawing.settings)
     with explain_os_errors(out):
         drawn = draw_videos(videos, out / VIDEOS, drawing.draw, drawing.config.fps, report)
     drawing.free()
@@ -161,7 +165,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
 
 
 class Drawing:
-    """Turns prompts into videos; the model is loaded to check it, text encoder and VAE with the first video.
+    """Turns prompts into videos; only shapes are read to check the model, and its weights with the first video.
 
     `settings` holds, as JSON values, everything that the videos depend on beyond rounding. Raises UserError if the
     model, its prompts and its VAE do not fit together.
@@ -175,14 +179,11 @@ class Drawing:
             raise UsageError(f"{folder} is an image-to-video model, and VBench's standard prompts have no images")
         warn_of_bfloat16(self.root, config.dtype, self.device)
         self.streaming = config.streaming_of(self.root)
-        model = self.models[0]
+        model = self.shape = load_shape(self.root)
+        model.set_cache(self.streaming.cache)
         self.digits = prompt_encoder(model.config) == DIGITS
         scale = latent_scale(model.config)
         pixels = scale.spatial == 1
-        if not pixels and config.pipeline is None:
-            raise UsageError("the model makes latents; give --pipeline, whose VAE decodes them")
-        if not self.digits and config.pipeline is None and config.prompt_embeds is None:
-            raise UsageError("the model reads text embeddings; give --pipeline or --prompt-embeds")
         chosen = over_trained(config.generate, recorded_section(self.root, "generate"), self.digits)
         settings: dict[str, Any] = {"fps": PIXEL_FPS if pixels else LATENT_FPS, **chosen}
         frames = latent_frames(math.ceil(settings["fps"] * config.seconds), scale.temporal)
@@ -211,8 +212,38 @@ class Drawing:
             "cache": format_bits(self.streaming.cache) if "cache" in config.streaming else None,
             "prompts": str(config.longer_prompts or "standard"),
             "prompt_embeds": None if config.prompt_embeds is None else str(config.prompt_embeds),
-            "pipeline": config.pipeline,
+            "components": config.components,
         }
+
+    def find_components(self) -> None:
+        """Look for the VAE and the text encoder that videos need. Raises UserError if there is none."""
+        _ = self.vae_folder, self.text_pipeline
+
+    @functools.cached_property
+    def vae_folder(self) -> Path | None:
+        """The pipeline with the VAE; None for a model that makes pixels."""
+        if self.pixels:
+            return None
+        found = find_parts(self.root, PICTURES, self.vbench.components)
+        if found is None:
+            raise UsageError(
+                "the model makes latents and this checkpoint has no VAE; give --components, a folder or Hub ID of its "
+                "pipeline"
+            )
+        return found
+
+    @functools.cached_property
+    def text_pipeline(self) -> str | None:
+        """Folder or Hub ID of the pipeline with the text encoder; None for a digits model and for embedded prompts."""
+        if self.digits or self.vbench.prompt_embeds is not None:
+            return None
+        found = find_parts(self.root, TEXT, self.vbench.components)
+        if found is None:
+            raise UsageError(
+                "the model reads text embeddings and this checkpoint has no text encoder; give --components, a folder "
+                "or Hub ID of its pipeline, or --prompt-embeds"
+            )
+        return self.vbench.components or str(found)
 
     @functools.cached_property
     def models(self) -> list[CausalTransformer]:
@@ -242,13 +273,12 @@ class Drawing:
         if self.digits:
             return lambda prompt: embed_prompts([prompt])
         texts = [prompt.told for prompt in self.suite]
-        if self.vbench.prompt_embeds is None:
-            assert self.vbench.pipeline is not None
+        if self.text_pipeline is not None:
             prompts = self.out / f"{PROMPTS}.txt"
             write_text(prompts, "".join(f"{text}\n" for text in texts))
-            config = EncodeConfig(self.vbench.pipeline, negative_prompt=self.config.negative_prompt or "")
+            config = EncodeConfig(self.text_pipeline, negative_prompt=self.config.negative_prompt or "")
             encode_prompts(prompts, self._embeds, config, this_process(), self.report, resume=True)
-        return StoredEmbeds(self._embeds, texts, self.models[0].config.text_dim)
+        return StoredEmbeds(self._embeds, texts, self.shape.config.text_dim)
 
     @property
     def _embeds(self) -> Path:
@@ -268,16 +298,14 @@ class Drawing:
     @functools.cached_property
     def vae(self) -> Any:
         """The VAE that decodes the model's latents, None for a pixel model; prepares both for the device."""
-        vae = None if self.pixels else self._load_vae()
+        vae = None if self.vae_folder is None else self._load_vae(self.vae_folder)
         place(self.models, vae, self.device, self.vbench.offload)
-        reserve(self.models, vae, *latent_size(self.models[0].config, self.config), 1, self.device)
+        reserve(self.models, vae, *latent_size(self.shape.config, self.config), 1, self.device)
         return vae
 
-    def _load_vae(self) -> Any:
-        assert self.vbench.pipeline is not None
-        folder, _ = find_pipeline(self.vbench.pipeline, None, config_only=False)
+    def _load_vae(self, folder: Path) -> Any:
         vae = load_vae(folder)
-        check_vae(vae, self.models[0].config, f"the VAE of {folder}", "give the --pipeline of the model")
+        check_vae(vae, self.shape.config, f"the VAE in {folder}", "give --components")
         self.vbench.cast(vae)
         return vae
 
