@@ -31,6 +31,7 @@ from mla_convert.load.locate import ZOO
 from mla_convert.recipe.load import load_recipe
 from mla_convert.recipe.shipped import find_recipe
 from mla_convert.run import video
+from mla_convert.zoo.digits.data import TEXT_DIM
 
 # Above the largest number that Linux gives a process.
 NOBODY = 1 << 23
@@ -277,7 +278,8 @@ def test_what_ffmpeg_cannot_write_is_named(tmp_path, monkeypatch):
 )
 def test_commands_look_at_the_place_before_they_compute(tmp_path, tmp_path_factory, monkeypatch, capsys, command, work):
     model = tmp_path_factory.mktemp("model")
-    write_json(model / "config.json", {"mla": {"position": "derived"}})
+    digits = {"text_dim": TEXT_DIM, "in_channels": 1}
+    write_json(model / "config.json", {"mla": {"position": "derived"}, **digits})
     command = [word.replace("{model}", str(model)) for word in command]
 
     def begun(*_, **__):
