@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .cache import FrameCache
 from .model import StreamingModel
-from .plain import built_in, is_plain
+from .plain import captured_state, is_plain
 
 logger = logging.getLogger(__name__)
 
@@ -69,19 +69,21 @@ class GraphedChunk:
         frames = hidden_states.shape[2]
         places = self.cache.places.next(self.model.rotary_table(), self.cache, frames)
         given = (hidden_states, timestep, text)
-        modules = [module for _, module in self.model.named_modules()]
-        # Places in new memory, after a change of shape or a reset, need a new graph, and so do changed adapters.
+        # A callback may change adapters between the passes of a chunk, and hooks, as of offloading, come and go.
+        state = None if self.failed else captured_state(self.model)
+        if state is None:
+            return self._run(given, conditions)
+        # Places in new memory, after a change of shape or a reset, need a new graph.
         condition_shapes = tuple(sorted((name, value.shape) for name, value in conditions.items()))
-        shape = (*(x.shape for x in given), places.memory, condition_shapes, built_in(modules))
+        shape = (*(x.shape for x in given), places.memory, condition_shapes, state)
         chunk = (self.cache.frames_seen, frames)
         if shape != self.shape:
             self.graphs, self.first = {}, chunk
             self.inputs = tuple(x.clone() for x in given)
             self.conditions = {name: value.clone() for name, value in conditions.items()}
             self.shape = shape
-        if self.failed or chunk == self.first or not all(map(is_plain, modules)):
+        if chunk == self.first:
             # While a window fills up, every chunk has its own shape, so a graph would never be replayed.
-            # Hooks, as of offloading, may have come since.
             return self._run(given, conditions)
         for kept, new in zip(self.inputs, given, strict=True):
             kept.copy_(new)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,20 +22,29 @@ def is_plain_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear and type(module.weight) in (nn.Parameter, Tensor) and is_plain(module)
 
 
-def built_in(modules: Iterable[nn.Module]) -> tuple[Any, ...]:
-    """What a captured pass depends on besides numbers: modules, choices of peft's adapters, and where weights are."""
-    return tuple((module, _adapters(module), _places(module)) for module in modules)
+def captured_state(model: Any) -> tuple[Any, ...] | None:
+    """What a captured pass depends on besides numbers; None if a module has hooks or a wrapped forward.
+
+    That is all modules of `model`, the choices of peft's adapters, and the addresses of weights: one that is replaced,
+    as by a larger LoRA, has another. Every pass asks, so this avoids the slow `named_modules` and `parameters`.
+    """
+    found: list[Any] = []
+    left: list[nn.Module] = [model]
+    while left:
+        module = left.pop()
+        if not is_plain(module):
+            return None
+        found.append(module)
+        if module._parameters:
+            found += [weight.data_ptr() for weight in module._parameters.values() if weight is not None]
+        if "merged_adapters" in vars(module):
+            found.append(_adapters(module))
+        if module._modules:
+            left += [child for child in module._modules.values() if child is not None]
+    return tuple(found)
 
 
-def _places(module: nn.Module) -> tuple[int, ...]:
-    """The addresses of a module's own weights: one that is replaced, as by a larger LoRA, has another."""
-    return tuple(weight.data_ptr() for weight in module.parameters(recurse=False))
-
-
-def _adapters(module: nn.Module) -> tuple[Any, ...]:
-    if "merged_adapters" not in vars(module):
-        return ()
-    layer: Any = module
+def _adapters(layer: Any) -> tuple[Any, ...]:
     scaling = getattr(layer, "scaling", {})
     return layer.disable_adapters, *map(tuple, (layer.active_adapters, layer.merged_adapters, scaling.items()))
 
