@@ -6,6 +6,7 @@ import pico
 import pytest
 import torch
 
+from mla_convert.families.far import denoise_pass
 from mla_convert.mla import cache as cache_module
 from mla_convert.mla.places import PlacesMemo
 
@@ -22,6 +23,21 @@ def test_passes_of_a_chunk_share_their_places_and_chunks_do_not() -> None:
     assert second is not first and second.history_slots.tolist() == [0, 1] and second.own_slots.tolist() == [2, 3]
     cache.reset()
     assert cache.places.next(table, cache, 2).own_slots.tolist() == [0, 1]
+
+
+def test_passes_of_a_chunk_share_their_places_behind_coarse_history() -> None:
+    causal = {"num_frames_per_block": 2, "window_frames": 13}
+    model = pico.dense_model(family="anyflow_far", causal=causal)
+    cache, (latents, timestep, text) = model.init_cache(1, 8, 12), pico.inputs(1, 2, 8, 12)
+    first = denoise_pass(cache, 2).places
+    assert denoise_pass(cache, 2).places is first
+    with torch.no_grad():
+        model.forward_chunk(latents, timestep, text, cache, write=True)
+    second = denoise_pass(cache, 2).places
+    assert second is not first and len(second.history_slots) == 2 * cache.grid.full_tokens
+    assert denoise_pass(cache, 2).places is second
+    cache.reset()
+    assert not len(denoise_pass(cache, 2).places.history_slots)
 
 
 def test_slots_are_those_of_the_frames() -> None:

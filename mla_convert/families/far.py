@@ -182,14 +182,19 @@ def _spans(starts: list[int], length: int) -> Tensor:
     return (torch.tensor(starts, dtype=torch.long).unsqueeze(1) + torch.arange(length)).flatten()
 
 
+# A compiled graph would be valid for the frames of one chunk only.
+@torch._disable_dynamo
 def denoise_pass(cache: FarCache, frames: int) -> AttentionPass:
     """Pass that denoises the next chunk of a rollout, of `frames` frames, without writing it."""
-    start, grid = cache.frames_seen, cache.grid
-    stop = start + frames
-    bounds = [*cache.bounds, (start, stop)]
-    history = cache.window.denoised(bounds, len(bounds) - 1)
-    own = list(range(start, stop))
-    return _stream(cache, own, history, stop, grid.zero_keys(frames), write=False)
+    start = cache.frames_seen
+    stop, chunk = start + frames, (start, frames)
+
+    def places() -> Places:
+        bounds = [*cache.bounds, (start, stop)]
+        history = cache.window.denoised(bounds, len(bounds) - 1)
+        return _places(cache, list(range(start, stop)), history, stop, write=False)
+
+    return chunk_pass(cache, chunk, cache.places.of(chunk, places), False, cache.grid.zero_keys(frames))
 
 
 def encode_pass(cache: FarCache, stage: int, chunk: int, compressed: bool) -> AttentionPass:
@@ -197,15 +202,15 @@ def encode_pass(cache: FarCache, stage: int, chunk: int, compressed: bool) -> At
     start, stop = cache.bounds[chunk]
     own = [~frame if compressed else frame for frame in range(start, stop)]
     history = cache.window.encoded(cache.bounds, stage, chunk)
-    return _stream(cache, own, history, cache.bounds[stage][1] + 1, 0, write=True)
+    places = _places(cache, own, history, cache.bounds[stage][1] + 1, write=True)
+    return chunk_pass(cache, (start, stop - start), places, write=True)
 
 
-def _stream(
-    cache: FarCache, own: list[int], history: list[int], stop: int, zero_keys: int, write: bool
-) -> AttentionPass:
+def _places(cache: FarCache, own: list[int], history: list[int], stop: int, write: bool) -> Places:
+    """The places of `own` frames and their `history`, as seen by the chunk that ends at `stop`."""
     grid, causal = cache.grid, cache.causal
     far, near = split_frames(own)
-    places = Places(
+    return Places(
         grid.rotations(own, causal, stop),
         grid.rotations(history, causal, stop),
         grid.grid_rotations(len(far), len(near)),
@@ -213,7 +218,6 @@ def _stream(
         cache.slots(own if write else []),
         cache.slots(history),
     )
-    return chunk_pass(cache, ((far or near)[0], len(own)), places, write, zero_keys)
 
 
 @dataclass(frozen=True)

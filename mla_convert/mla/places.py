@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -64,9 +65,12 @@ class PlacesMemo:
 
     def next(self, table: RotaryTable, cache: FrameCache, num_frames: int) -> Places:
         """Places of the next `num_frames` frames of the rollout in `cache`, the owner of this memo."""
-        chunk = (cache.frames_seen, num_frames)
+        return self.of((cache.frames_seen, num_frames), lambda: _compute(table, cache, num_frames))
+
+    def of(self, chunk: Chunk, compute: Callable[[], Places]) -> Places:
+        """The places of `chunk`, from `compute` unless the last call was for the same chunk."""
         if self._places is None or self._chunk != chunk:
-            places = _compute(table, cache, num_frames)
+            places = compute()
             if self.fixed and self._places is not None and places.like(self._places):
                 self._places.move_to(places)
             else:
