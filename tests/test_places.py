@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pico
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mla_convert.families.far import denoise_pass
 from mla_convert.mla import cache as cache_module
 from mla_convert.mla.places import PlacesMemo
+from mla_convert.mla.pool import CachePool
 
 FRAMES, HEIGHT, WIDTH = 13, 6, 4
 
@@ -63,6 +67,45 @@ def test_fixed_places_stay_where_they_are_and_hold_what_new_ones_would() -> None
         if len(new.history_slots) == 3:
             addresses.add(kept.history_rotations.data_ptr())
     assert len(addresses) == 1
+
+
+class Sent(TorchDispatchMode):
+    """Counts the tensors that are copied to a device; `meta` stands for one."""
+
+    tensors = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.tensors += func is torch.ops.aten._to_copy.default and args[0].device != out.device
+        return out
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_chunks_of_the_steady_state_send_only_their_slots_to_the_device(pooled: bool) -> None:
+    model = pico.dense_model(layers=1).to("meta")
+    cache = model.init_cache(1, HEIGHT, WIDTH, device="meta")
+    sent = []
+    for start, stop in model.causal.chunks(FRAMES)[:-1]:
+        cache.frames_seen = start
+        used = CachePool([cache]).view(0, [0], [start], stop - start) if pooled else cache
+        with Sent() as seen:
+            used.places.next(model.rotary_table(), used, stop - start)
+        sent.append(seen.tensors)
+    # The window of 5 frames is full from the third chunk on.
+    assert sent[0] > sent[3] and sent[3:] == [2] * len(sent[3:])
+
+
+def test_rotations_of_another_place_are_not_those_of_the_last_one() -> None:
+    model = pico.dense_model(causal={"num_frames_per_block": 2, "window_frames": 4, "sink_positions": "absolute"})
+    kept = model.init_cache(1, HEIGHT, WIDTH)
+    kept.places.fixed = True
+    for start in (0, 2, 4, 6):
+        new = model.init_cache(1, HEIGHT, WIDTH)
+        kept.frames_seen = new.frames_seen = start
+        # The history of a chunk is the chunk before it.
+        actual, expected = (cache.places.next(model.rotary_table(), cache, 2) for cache in (kept, new))
+        assert torch.equal(actual.own_rotations, expected.own_rotations)
+        assert torch.equal(actual.history_rotations, expected.history_rotations)
 
 
 def test_a_gradient_survives_the_places_of_later_chunks() -> None:

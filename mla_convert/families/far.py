@@ -17,7 +17,7 @@ from torch import Tensor
 from ..mla.attention import AttentionPass, ChunkView, chunk_pass, token_slices
 from ..mla.cache import FrameCache
 from ..mla.places import Places
-from ..mla.rope import RotaryTable
+from ..mla.rope import RotaryTable, sent
 from ..mla.window import CausalConfig
 
 Bounds = list[tuple[int, int]]
@@ -170,12 +170,13 @@ class FarCache(FrameCache):
         sinks = self.causal.sink_frames
         starts = [f if f < sinks else sinks + (f - sinks) % max(1, self.far_frames - sinks) for f in far]
         full_start = self.far_frames * coarse
-        return torch.cat(
+        slots = torch.cat(
             [
                 _spans([coarse * slot for slot in starts], coarse),
                 _spans([full_start + fine * (f % self.near_frames) for f in near], fine),
             ]
-        ).to(self.rows[0].device)
+        )
+        return sent(slots, self.rows[0].device)
 
 
 def _spans(starts: list[int], length: int) -> Tensor:

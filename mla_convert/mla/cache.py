@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .expanded import ExpandedHistories
-from .places import PlacesMemo
+from .places import PlacesMemo, RotationsMemo
+from .rope import sent
 from .window import CausalConfig
 
 
@@ -23,7 +24,8 @@ class FrameCache:
     also the absolute index of the next frame. `written` is the end of the last chunk that has taken slots; kernels
     also give slots to some chunks that are only denoised. After a `rewind`, frames before `oldest` are no longer
     visible, except sinks. `compared`: processes that share chunks have begun alike. `places` memoizes the places of the
-    current chunk. `expanded` holds the histories that kernels have expanded.
+    current chunk, and `rotations` the part of them that later chunks may share. `expanded` holds the histories that
+    kernels have expanded.
 
     A subclass that allocates `rows` differently calls `_begin` instead of `__init__`. Subclasses declare:
 
@@ -58,7 +60,7 @@ class FrameCache:
     def _begin(self, causal: CausalConfig, height: int, width: int, rows: list[Tensor]) -> None:
         """Start empty, with `height x width` tokens per frame stored in `rows`, one tensor per layer."""
         self.causal, self.height, self.width, self.rows = causal, height, width, rows
-        self.places, self.expanded = PlacesMemo(), ExpandedHistories()
+        self.places, self.rotations, self.expanded = PlacesMemo(), RotationsMemo(), ExpandedHistories()
         self.reset()
 
     @property
@@ -85,7 +87,7 @@ class FrameCache:
 
     def slots(self, frames: list[int]) -> Tensor:
         """Ring slots of absolute `frames`, int32 `[len(frames)]` on the cache's device."""
-        return torch.tensor([self.causal.slot(f) for f in frames], dtype=torch.int32).to(self.rows[0].device)
+        return sent(torch.tensor([self.causal.slot(f) for f in frames], dtype=torch.int32), self.rows[0].device)
 
     def ring(self, kept: Tensor) -> Tensor:
         """A layer's tensor `[lanes, window_frames, ...]` in the shape that kernels index with `slots`."""

@@ -52,6 +52,22 @@ class Places:
         )
 
 
+class RotationsMemo:
+    """Memoizes the rotations of a cache's latest chunk by the indices of its frames; the views of a pool share one.
+
+    With positions in the window, all chunks of the steady state have the same.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[list[int], Tensor]] = {}
+
+    def of(self, name: str, indices: list[int], compute: Callable[[list[int]], Tensor]) -> Tensor:
+        """What `compute` returns for `indices`; only the latest of each `name` is kept."""
+        if name not in self._kept or self._kept[name][0] != indices:
+            self._kept[name] = indices, compute(indices)
+        return self._kept[name][1]
+
+
 class PlacesMemo:
     """Memoizes the places of a cache's current chunk for all of its passes.
 
@@ -89,8 +105,13 @@ def _compute(table: RotaryTable, cache: FrameCache, num_frames: int) -> Places:
     own = list(range(start, stop))
     history = [f for f in causal.history(start, stop) if f < causal.sink_frames or f >= cache.oldest]
 
-    def rotations(frames: list[int]) -> Tensor:
-        return table.rotations(causal.temporal_index(frames, stop), cache.height, cache.width)
+    def rotations(name: str, indices: list[int]) -> Tensor:
+        return cache.rotations.of(name, indices, lambda given: table.rotations(given, cache.height, cache.width))
 
-    grid = table.rotations([0] * num_frames, cache.height, cache.width)
-    return Places(rotations(own), rotations(history), grid, cache.slots(own), cache.slots(history))
+    return Places(
+        rotations("own", causal.temporal_index(own, stop)),
+        rotations("history", causal.temporal_index(history, stop)),
+        rotations("grid", [0] * num_frames),
+        cache.slots(own),
+        cache.slots(history),
+    )

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .cache import FrameCache
+from .rope import sent
 from .window import CausalConfig
 
 
@@ -60,6 +61,7 @@ class LaneView(FrameCache):
         # Share everything that the cache keeps beside its rows, such as scales.
         vars(self).update(vars(cache))
         self._begin(cache.causal, cache.height, cache.width, cache.rows)
+        self.rotations = cache.rotations
         places = {place_in_window(cache.causal, start, num_frames) for start in frames_seen}
         if len(places) != 1:
             raise ValueError(f"chunks of {num_frames} frames at {sorted(set(frames_seen))} cannot share a pass")
@@ -79,7 +81,7 @@ class LaneView(FrameCache):
             [lane * window + causal.slot(f if f < causal.sink_frames else f + offset) for f in frames]
             for lane, offset in zip(self.lanes, self.offsets, strict=True)
         ]
-        return torch.tensor(table, dtype=torch.int32).view(len(table), len(frames)).to(self.rows[0].device)
+        return sent(torch.tensor(table, dtype=torch.int32).view(len(table), len(frames)), self.rows[0].device)
 
     def ring(self, kept: Tensor) -> Tensor:
         """A view of the slots of all lanes as one ring, `[1, lanes * window_frames, ...]`."""

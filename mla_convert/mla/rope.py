@@ -41,11 +41,16 @@ class RotaryTable:
         longest = max([*frames, height - 1, width - 1], default=0)
         if longest >= self.max_len:
             raise IndexError(f"rotary index {longest} is outside the table of {self.max_len} positions")
-        axes = torch.tensor(self.axes, device=self.cis.device)
+        axes = sent(torch.tensor(self.axes), self.cis.device)
         # Copy only the frame indices to the device.
-        time = self.cis[torch.tensor(frames, dtype=torch.long).to(self.cis.device)].view(-1, 1, 1, len(self.axes))
+        time = self.cis[sent(torch.tensor(frames, dtype=torch.long), self.cis.device)].view(-1, 1, 1, len(self.axes))
         row, column = self.cis[:height].unsqueeze(1), self.cis[:width]
         return torch.where(axes == TIME, time, torch.where(axes == HEIGHT, row, column)).flatten(0, 2)
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on `device`; CUDA has copied it aside when this returns, so the host need not wait for the GPU."""
+    return x.to(device, non_blocking=device.type == "cuda")
 
 
 def wan_rotary_table(rope: Any) -> RotaryTable:
