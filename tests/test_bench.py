@@ -88,7 +88,7 @@ def test_a_pass_sees_the_whole_window_and_rotated_keys_give_the_same_attention()
     rotated.layer.load_state_dict(dense.layer.state_dict())
     dense.run()
     history = [2, 3, 4]
-    places = cache.places.next(dense.table, cache, dense.frames)
+    places = cache.places.next(lambda: dense.table, cache, dense.frames)
     assert places.history_slots.tolist() == [cache.causal.slot(frame) for frame in history]
     table = _table(SMALL, torch.device("cpu"))
     for index, frame in enumerate(history):

@@ -138,7 +138,7 @@ def test_absorbed_expanded_and_reference_agree(variant: dict[str, Any], family: 
             layer.absorbed()
         return
     cache = model.init_cache(2, 6, 4)
-    step = stream_pass(model.rotary_table(), cache, 2, write=False)
+    step = stream_pass(model.rotary_table, cache, 2, write=False)
     hidden = torch.randn(2, 12, 36)
     query, key, value = layer.project(hidden)
     addressed = layer.history_query(Query(None, layer.split_heads(query)), step).rotated(step.views[0].own_rotations)

@@ -43,9 +43,9 @@ def test_the_same_window_gives_the_same_velocity_after_2000_chunks(position: str
             if number == 20:
                 window = [cache.read(layer, history(model, cache)) for layer in range(len(cache.rows))]
                 early = probe(model, cache, text)
-                places = stream_pass(model.rotary_table(), cache, 2, write=False).views[0]
+                places = stream_pass(model.rotary_table, cache, 2, write=False).views[0]
         assert cache.frames_seen == 2 * CHUNKS
-        late = stream_pass(model.rotary_table(), cache, 2, write=False).views[0]
+        late = stream_pass(model.rotary_table, cache, 2, write=False).views[0]
         assert torch.equal(late.own_rotations, places.own_rotations)
         assert torch.equal(late.history_rotations, places.history_rotations)
         # One frame further on the window has another place in the ring.

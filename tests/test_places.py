@@ -13,13 +13,14 @@ from mla_convert.families.far import denoise_pass
 from mla_convert.mla import cache as cache_module
 from mla_convert.mla.places import PlacesMemo
 from mla_convert.mla.pool import CachePool
+from mla_convert.mla.rope import RotaryTable
 
 FRAMES, HEIGHT, WIDTH = 13, 6, 4
 
 
 def test_passes_of_a_chunk_share_their_places_and_chunks_do_not() -> None:
     model = pico.dense_model()
-    cache, table = model.init_cache(1, HEIGHT, WIDTH), model.rotary_table()
+    cache, table = model.init_cache(1, HEIGHT, WIDTH), model.rotary_table
     first = cache.places.next(table, cache, 2)
     assert cache.places.next(table, cache, 2) is first
     cache.frames_seen = 2
@@ -48,14 +49,14 @@ def test_slots_are_those_of_the_frames() -> None:
     model = pico.dense_model()
     cache = model.init_cache(1, HEIGHT, WIDTH)
     cache.frames_seen = 11
-    places = cache.places.next(model.rotary_table(), cache, 2)
+    places = cache.places.next(model.rotary_table, cache, 2)
     assert places.history_slots.tolist() == [model.causal.slot(frame) for frame in model.causal.history(11, 13)]
     assert places.own_slots.tolist() == [model.causal.slot(frame) for frame in (11, 12)]
 
 
 def test_fixed_places_stay_where_they_are_and_hold_what_new_ones_would() -> None:
     model = pico.dense_model()
-    table = model.rotary_table()
+    table = model.rotary_table
     fixed, free = (model.init_cache(1, HEIGHT, WIDTH) for _ in range(2))
     fixed.places.fixed = True
     addresses = set()
@@ -84,15 +85,21 @@ class Sent(TorchDispatchMode):
 def test_chunks_of_the_steady_state_send_only_their_slots_to_the_device(pooled: bool) -> None:
     model = pico.dense_model(layers=1).to("meta")
     cache = model.init_cache(1, HEIGHT, WIDTH, device="meta")
-    sent = []
+    sent, made = [], []
+
+    def rotary_table() -> RotaryTable:
+        made.append(cache.frames_seen)
+        return model.rotary_table()
+
     for start, stop in model.causal.chunks(FRAMES)[:-1]:
         cache.frames_seen = start
         used = CachePool([cache]).view(0, [0], [start], stop - start) if pooled else cache
         with Sent() as seen:
-            used.places.next(model.rotary_table(), used, stop - start)
+            used.places.next(rotary_table, used, stop - start)
         sent.append(seen.tensors)
     # The window of 5 frames is full from the third chunk on.
     assert sent[0] > sent[3] and sent[3:] == [2] * len(sent[3:])
+    assert made[-1] == model.causal.chunks(FRAMES)[2][0]
 
 
 def test_rotations_of_another_place_are_not_those_of_the_last_one() -> None:
@@ -103,7 +110,7 @@ def test_rotations_of_another_place_are_not_those_of_the_last_one() -> None:
         new = model.init_cache(1, HEIGHT, WIDTH)
         kept.frames_seen = new.frames_seen = start
         # The history of a chunk is the chunk before it.
-        actual, expected = (cache.places.next(model.rotary_table(), cache, 2) for cache in (kept, new))
+        actual, expected = (cache.places.next(model.rotary_table, cache, 2) for cache in (kept, new))
         assert torch.equal(actual.own_rotations, expected.own_rotations)
         assert torch.equal(actual.history_rotations, expected.history_rotations)
 

@@ -119,7 +119,7 @@ def test_one_layer(window: dict[str, Any], record_property: Callable[[str, Any],
     worst = 0.0
     for start, stop in causal.chunks(14):
         x = hidden[:, start * tokens : stop * tokens]
-        step = stream_pass(dense.rotary_table(), cache, stop - start, write=True)
+        step = stream_pass(dense.rotary_table, cache, stop - start, write=True)
         actual, expected = ours(x, None, None, step.of(ours, x)), processor(reference, x)
         cache.frames_seen = stop
         worst = max(worst, float((actual - expected).detach().abs().max()))

@@ -214,7 +214,7 @@ class _Passes:
     def run(self, write: bool = False) -> Tensor:
         """Run one pass of the chunk."""
         with torch.no_grad():
-            step = stream_pass(self.table, self.cache, self.frames, write)
+            step = stream_pass(lambda: self.table, self.cache, self.frames, write)
             step.kernels = self.kernels
             return self.layer.attention(self.hidden_states, step.of(self.layer, self.hidden_states))
 

@@ -229,7 +229,7 @@ class CausalTransformer(StreamingSettings, nn.Module):
         """
         self.check_chunk(hidden_states, cache)
         frames = hidden_states.shape[2]
-        step = stream_pass(self.rotary_table().to(hidden_states.device), cache, frames, write)
+        step = stream_pass(self.rotary_table, cache, frames, write)
         step.kernels = self.kernels
         by_frames, fixed = self.split_conditions(conditions)
         embedded = self.embed_conditions(timestep, encoder_hidden_states, encoder_hidden_states_image, **fixed)

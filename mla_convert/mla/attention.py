@@ -6,6 +6,7 @@ masked work and runs the same code as the streaming forward.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -177,10 +178,12 @@ def clip_pass(
 # A compiled graph would be valid for the frames of one chunk only. `torch.compiler.disable` would import the compiler
 # with this module, which takes as long as torch itself.
 @torch._disable_dynamo
-def stream_pass(table: RotaryTable, cache: FrameCache, num_frames: int, write: bool) -> AttentionPass:
-    """Pass over the next `num_frames` frames of a rollout, with history from `cache`."""
+def stream_pass(
+    rotary_table: Callable[[], RotaryTable], cache: FrameCache, num_frames: int, write: bool
+) -> AttentionPass:
+    """Pass over the next `num_frames` frames of a rollout, with history from `cache`; see `PlacesMemo.next`."""
     chunk = (cache.frames_seen, num_frames)
-    return chunk_pass(cache, chunk, cache.places.next(table, cache, num_frames), write)
+    return chunk_pass(cache, chunk, cache.places.next(rotary_table, cache, num_frames), write)
 
 
 def chunk_pass(cache: FrameCache, chunk: Chunk, places: Places, write: bool, zero_keys: int = 0) -> AttentionPass:

@@ -67,7 +67,7 @@ class GraphedChunk:
     def __call__(self, hidden_states: Tensor, timestep: Tensor, text: Tensor, **conditions: Tensor) -> Tensor:
         """Velocity `[B, C, F, H, W]`; the arguments are those of `forward_chunk`."""
         frames = hidden_states.shape[2]
-        places = self.cache.places.next(self.model.rotary_table(), self.cache, frames)
+        places = self.cache.places.next(self.model.rotary_table, self.cache, frames)
         given = (hidden_states, timestep, text)
         # A callback may change adapters between the passes of a chunk, and hooks, as of offloading, come and go.
         state = None if self.failed else captured_state(self.model)

@@ -79,9 +79,12 @@ class PlacesMemo:
         self._chunk: Chunk | None = None
         self._places: Places | None = None
 
-    def next(self, table: RotaryTable, cache: FrameCache, num_frames: int) -> Places:
-        """Places of the next `num_frames` frames of the rollout in `cache`, the owner of this memo."""
-        return self.of((cache.frames_seen, num_frames), lambda: _compute(table, cache, num_frames))
+    def next(self, rotary_table: Callable[[], RotaryTable], cache: FrameCache, num_frames: int) -> Places:
+        """Places of the next `num_frames` frames of the rollout in `cache`, the owner of this memo.
+
+        `rotary_table` makes the model's table, which is needed only where rotations change.
+        """
+        return self.of((cache.frames_seen, num_frames), lambda: _compute(rotary_table, cache, num_frames))
 
     def of(self, chunk: Chunk, compute: Callable[[], Places]) -> Places:
         """The places of `chunk`, from `compute` unless the last call was for the same chunk."""
@@ -99,14 +102,18 @@ class PlacesMemo:
         self._chunk = self._places = None
 
 
-def _compute(table: RotaryTable, cache: FrameCache, num_frames: int) -> Places:
+def _compute(rotary_table: Callable[[], RotaryTable], cache: FrameCache, num_frames: int) -> Places:
     causal = cache.causal
     start, stop = cache.frames_seen, cache.frames_seen + num_frames
     own = list(range(start, stop))
     history = [f for f in causal.history(start, stop) if f < causal.sink_frames or f >= cache.oldest]
 
     def rotations(name: str, indices: list[int]) -> Tensor:
-        return cache.rotations.of(name, indices, lambda given: table.rotations(given, cache.height, cache.width))
+        return cache.rotations.of(name, indices, computed)
+
+    def computed(indices: list[int]) -> Tensor:
+        # The weights may be elsewhere between calls of the model.
+        return rotary_table().to(cache.rows[0].device).rotations(indices, cache.height, cache.width)
 
     return Places(
         rotations("own", causal.temporal_index(own, stop)),
