@@ -20,6 +20,7 @@ from mla_convert.errors import UsageError, UserError
 from mla_convert.mla.graph import why_not_graph
 from mla_convert.mla.parallel import Share
 from mla_convert.run import pipeline
+from mla_convert.run.batch import StreamBatch
 
 # Relative to the largest magnitude. Observed 0 to 1.4e-7; without its self-attention, a model is 6e-2 apart.
 FLOAT32 = 1e-6
@@ -144,6 +145,24 @@ def test_kernels_are_chosen_anew_by_all_processes() -> None:
     kernels.found.failed[None] = "the interpreter is slow"
     model.set_parallel(group(2))
     assert model.kernels is kernels and not kernels.found.failed
+
+
+def test_what_begins_a_stream_of_a_pool_is_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every chunk has another view of the pool, and every comparison is an exchange that the host waits for."""
+    compared: list[Any] = []
+    monkeypatch.setattr(Share, "check_same", lambda self, x: compared.append(x))
+    monkeypatch.setattr(Share, "_exchange", lambda self, sent, *sizes: sent)
+    model = share_case.model_of()
+    model.set_parallel(group(1))
+    batch, counts = StreamBatch(model, 2, 2, 6, num_inference_steps=2), []
+    for number in range(6):
+        if number in (0, 3):
+            batch.join(torch.zeros(3, 8))
+        batch.step()
+        counts.append(len(compared))
+        compared.clear()
+    # Tokens and text.
+    assert counts == [2, 0, 0, 2, 0, 0]
 
 
 def test_graphs_are_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,8 @@ class BlockInputs(NamedTuple):
     def shared_by(self, group: Any) -> BlockInputs:
         """The part of this process where those of `group` share the chunk. Raises ValueError with gradients.
 
-        In the first pass over a cache, raises UserError if the processes have different tokens or text.
+        In the first pass over a cache, or over a chunk of a pool with which a stream begins, raises UserError if the
+        processes have different tokens or text.
         """
         if self.tokens.requires_grad and torch.is_grad_enabled():
             raise ValueError("processes share a chunk without gradients only; call set_parallel(None) before training")

@@ -66,6 +66,8 @@ class LaneView(FrameCache):
         if len(places) != 1:
             raise ValueError(f"chunks of {num_frames} frames at {sorted(set(frames_seen))} cannot share a pass")
         (self.frames_seen,) = places
+        # A view is new in every chunk, but its streams begin only once.
+        self.compared = min(frames_seen) > 0
         self.lanes, self.offsets = list(lanes), [start - self.frames_seen for start in frames_seen]
         if oldest is not None:
             self.oldest = oldest - self.offsets[0]
