@@ -211,13 +211,15 @@ def _places(cache: FarCache, own: list[int], history: list[int], stop: int, writ
     """The places of `own` frames and their `history`, as seen by the chunk that ends at `stop`."""
     grid, causal = cache.grid, cache.causal
     far, near = split_frames(own)
+    # A chunk gets slots only when it is written.
+    seen, slots = cache.slots(history), cache.slots(own if write else [])
     return Places(
-        grid.rotations(own, causal, stop),
-        grid.rotations(history, causal, stop),
+        torch.cat([grid.rotations(history, causal, stop), grid.rotations(own, causal, stop)]),
         grid.grid_rotations(len(far), len(near)),
-        # A chunk gets slots only when it is written.
-        cache.slots(own if write else []),
-        cache.slots(history),
+        torch.cat([seen, slots]),
+        # Every token has a slot.
+        len(seen),
+        len(seen),
     )
 
 

@@ -272,8 +272,7 @@ class _LatentPass(_FusedPass):
         parts = [] if self.read_own else [self._own_part()]
         slots, rotations = places.history_slots, places.history_rotations
         if self.read_own:
-            slots = torch.cat([slots, places.own_slots], dim=-1)
-            rotations = torch.cat([rotations, places.own_rotations])
+            slots, rotations = places.slots, places.rotations
         if len(rotations):
             nope, *ropes = self._to_heads(*(x for x in self._split_query() if x is not None))
             weights = layer.absorbed(self.heads)

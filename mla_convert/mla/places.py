@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,20 +15,24 @@ if TYPE_CHECKING:
     from .cache import FrameCache
 
 
-@dataclass
 class Places:
     """Rotations and slots of one chunk, shared by its passes and layers.
 
-    Rotations are complex64 `[tokens, P]`: of the chunk's own tokens, of the history in reading order, and of the own
-    tokens with time left at 0 (`grid`). Slots come from the cache. A ring gives int32 `[frames]` on its device, or
-    `[B, frames]` where every batch item has its own slots (`pool.py`).
+    `rotations` are complex64 `[tokens, P]` of the history in reading order, then of the chunk's own tokens; `grid` are
+    those of the own tokens with time left at 0. `slots`, in the same order, come from the cache. A ring gives int32
+    `[frames]` on its device, or `[B, frames]` where every batch item has its own slots (`pool.py`). The first
+    `num_history_tokens` rotations and `num_history_slots` slots are the history's.
     """
 
-    own_rotations: Tensor
-    history_rotations: Tensor
-    grid: Tensor
-    own_slots: Tensor
-    history_slots: Tensor
+    def __init__(
+        self, rotations: Tensor, grid: Tensor, slots: Tensor, num_history_tokens: int, num_history_slots: int
+    ) -> None:
+        self.rotations, self.grid, self.slots = rotations, grid, slots
+        self.history_rotations, self.own_rotations = rotations[:num_history_tokens], rotations[num_history_tokens:]
+        # In memory of their own: Triton compiles a kernel again for an address that is no multiple of 16 bytes.
+        self.history_slots, self.own_slots = (
+            part.clone() for part in (slots[..., :num_history_slots], slots[..., num_history_slots:])
+        )
 
     def move_to(self, other: Places) -> None:
         """Copy `other` into this memory, where a captured graph expects it."""
@@ -43,7 +46,7 @@ class Places:
 
     @property
     def _tensors(self) -> tuple[Tensor, ...]:
-        return self.own_rotations, self.history_rotations, self.grid, self.own_slots, self.history_slots
+        return self.rotations, self.grid, self.slots, self.history_slots, self.own_slots
 
     def like(self, other: Places) -> bool:
         """Whether both have the same shapes."""
@@ -115,10 +118,11 @@ def _compute(rotary_table: Callable[[], RotaryTable], cache: FrameCache, num_fra
         # The weights may be elsewhere between calls of the model.
         return rotary_table().to(cache.rows[0].device).rotations(indices, cache.height, cache.width)
 
+    frames = [*history, *own]
     return Places(
-        rotations("own", causal.temporal_index(own, stop)),
-        rotations("history", causal.temporal_index(history, stop)),
+        rotations("all", causal.temporal_index(frames, stop)),
         rotations("grid", [0] * num_frames),
-        cache.slots(own),
-        cache.slots(history),
+        cache.slots(frames),
+        len(history) * cache.height * cache.width,
+        len(history),
     )
