@@ -161,7 +161,7 @@ def drop_prompts(text: Tensor, rate: float, generator: torch.Generator, negative
 
 def chunk_times(
     batch_size: int,
-    chunks: list[tuple[int, int]],
+    chunks: Sequence[tuple[int, int]],
     generator: torch.Generator,
     shift: float = 1.0,
     noise_range: tuple[float, float] = ALL_NOISE,
@@ -185,7 +185,7 @@ def chunk_times(
     return over_frames(shift_time(low + (high - low) * t, shift).clamp(*noise_range), chunks)
 
 
-def mean_times(t: Tensor, chunks: list[tuple[int, int]], generator: torch.Generator) -> Tensor:
+def mean_times(t: Tensor, chunks: Sequence[tuple[int, int]], generator: torch.Generator) -> Tensor:
     """Draw a flow map's second times r `[B, F]` for the noise levels `t` `[B, F]` of `chunk_times`.
 
     Half of the chunks have r = t, where the flow-matching target is valid; for the others r is uniform in [0, t).
@@ -195,6 +195,6 @@ def mean_times(t: Tensor, chunks: list[tuple[int, int]], generator: torch.Genera
     return t * over_frames(share, chunks).to(t)
 
 
-def over_frames(values: Tensor, chunks: list[tuple[int, int]]) -> Tensor:
+def over_frames(values: Tensor, chunks: Sequence[tuple[int, int]]) -> Tensor:
     """Repeat values `[B, chunks]` over the frames of each chunk, `[B, F]`."""
     return values.repeat_interleave(torch.tensor([stop - start for start, stop in chunks]), dim=1)

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..families.causal import CausalTransformer
 from ..files import save_tensors
+from ..mla.window import Chunk
 
 _SCRIPT = Path(__file__).with_name("isolated.py")
 
@@ -68,8 +69,8 @@ def check_standalone(model: Any, folder: Path) -> None:
         raise UserError(f"the standalone form does not work without this package ({last}); nothing was written")
 
 
-def probe_chunks(model: CausalTransformer) -> list[tuple[int, int]]:
-    """Return the frame ranges of the first two chunks of a rollout."""
+def probe_chunks(model: CausalTransformer) -> list[Chunk]:
+    """Return the first two chunks of a rollout."""
     return model.causal.chunks(2 * model.causal.num_frames_per_block)[:2]
 
 
@@ -85,7 +86,7 @@ def probe_rollout(model: CausalTransformer) -> dict[str, Tensor]:
     if any(config.get(key) is None for key in keys) or config.get("image_dim") is not None:
         return {}
     chunks = probe_chunks(model)
-    frames = chunks[-1][1]
+    frames = chunks[-1].stop
     sides = [2 * side for side in (config.get("compressed_patch_size") or config["patch_size"])[1:]]
     generator = torch.Generator().manual_seed(0)
     inputs = {

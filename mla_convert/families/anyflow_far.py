@@ -21,7 +21,7 @@ from ..errors import UserError
 from ..mla.bits import CacheBits
 from ..mla.cache import FrameCache
 from ..mla.rope import RotaryTable, split_rotary_table
-from ..mla.window import CausalConfig
+from ..mla.window import CausalConfig, Chunk
 from .base import BlockInputs, Config, Family, Shapes
 from .block import CausalBlock
 from .causal import CausalTransformer, LatentTransformer, block_inputs, check_context
@@ -321,7 +321,7 @@ class CausalAnyFlowFARTransformer3DModel(CausalTransformer, AnyFlowFARTransforme
         start = cache.frames_seen
         stop = start + latents.shape[2]
         before = cache.bounds, cache.recent
-        cache.bounds = [*cache.bounds, (start, stop)]
+        cache.bounds = [*cache.bounds, Chunk(start, stop)]
         cache.recent = [*cache.recent, (latents, timestep)][-cache.window.limit :]
         try:
             velocity = self._encode_stage(text, cache)

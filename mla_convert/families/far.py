@@ -18,9 +18,9 @@ from ..mla.attention import AttentionPass, ChunkView, chunk_pass, token_slices
 from ..mla.cache import FrameCache
 from ..mla.places import Places
 from ..mla.rope import RotaryTable, sent
-from ..mla.window import CausalConfig
+from ..mla.window import CausalConfig, Chunk
 
-Bounds = list[tuple[int, int]]
+Bounds = list[Chunk]
 # Stock inference pads with zero keys up to a multiple of this many queries, and attends to them.
 PADDED_TO = 128
 
@@ -94,7 +94,7 @@ class FarWindow:
     def near(self, bounds: Bounds, stage: int) -> int:
         """The first frame that is in full at a stage."""
         first = stage - self.limit + 2
-        return bounds[first][0] if first > 0 else 0
+        return bounds[first].start if first > 0 else 0
 
     def denoised(self, bounds: Bounds, chunk: int) -> list[int]:
         """The history that a chunk sees while it is denoised."""
@@ -103,9 +103,9 @@ class FarWindow:
 
     def encoded(self, bounds: Bounds, stage: int, chunk: int) -> list[int]:
         """The history that a chunk sees while it is encoded at a stage."""
-        near, end = self.near(bounds, stage), bounds[stage][1]
+        near, end = self.near(bounds, stage), bounds[stage].stop
         seen = self.causal.history(end, end + 1)
-        return [frame if frame >= near else ~frame for frame in seen if frame < bounds[chunk][0]]
+        return [frame if frame >= near else ~frame for frame in seen if frame < bounds[chunk].start]
 
     def demoted(self, stage: int) -> int | None:
         """The chunk that a stage compresses, if any."""
@@ -188,23 +188,23 @@ def _spans(starts: list[int], length: int) -> Tensor:
 def denoise_pass(cache: FarCache, frames: int) -> AttentionPass:
     """Pass that denoises the next chunk of a rollout, of `frames` frames, without writing it."""
     start = cache.frames_seen
-    stop, chunk = start + frames, (start, frames)
+    chunk = Chunk(start, start + frames)
 
     def places() -> Places:
-        bounds = [*cache.bounds, (start, stop)]
+        bounds = [*cache.bounds, chunk]
         history = cache.window.denoised(bounds, len(bounds) - 1)
-        return _places(cache, list(range(start, stop)), history, stop, write=False)
+        return _places(cache, list(range(*chunk)), history, chunk.stop, write=False)
 
     return chunk_pass(cache, chunk, cache.places.of(chunk, places), False, cache.grid.zero_keys(frames))
 
 
 def encode_pass(cache: FarCache, stage: int, chunk: int, compressed: bool) -> AttentionPass:
     """Pass that writes one chunk in the form in which a stage caches it."""
-    start, stop = cache.bounds[chunk]
-    own = [~frame if compressed else frame for frame in range(start, stop)]
+    bounds = cache.bounds[chunk]
+    own = [~frame if compressed else frame for frame in range(*bounds)]
     history = cache.window.encoded(cache.bounds, stage, chunk)
-    places = _places(cache, own, history, cache.bounds[stage][1] + 1, write=True)
-    return chunk_pass(cache, (start, stop - start), places, write=True)
+    places = _places(cache, own, history, cache.bounds[stage].stop + 1, write=True)
+    return chunk_pass(cache, bounds, places, write=True)
 
 
 def _places(cache: FarCache, own: list[int], history: list[int], stop: int, write: bool) -> Places:
@@ -246,7 +246,7 @@ def clip_layout(window: FarWindow, grid: FarGrid, num_frames: int) -> FarClip:
     position, starts = len(far) * grid.compressed_tokens, {}
     for stage, chunk in kept:
         starts[stage, chunk] = position
-        position += (bounds[chunk][1] - bounds[chunk][0]) * grid.full_tokens
+        position += (bounds[chunk].stop - bounds[chunk].start) * grid.full_tokens
     history_end = position
 
     def view(own: slice, frames: list[int], names: list[int], stage: int, stop: int, zero_keys: int = 0) -> ChunkView:
@@ -254,7 +254,7 @@ def clip_layout(window: FarWindow, grid: FarGrid, num_frames: int) -> FarClip:
         slices = token_slices(coarse, grid.compressed_tokens)
         if fine:
             first = window.kept(stage)[0]
-            shift = starts[stage, first] - bounds[first][0] * grid.full_tokens
+            shift = starts[stage, first] - bounds[first].start * grid.full_tokens
             slices += tuple(slice(s.start + shift, s.stop + shift) for s in token_slices(fine, grid.full_tokens))
         return ChunkView(
             own,
@@ -269,12 +269,12 @@ def clip_layout(window: FarWindow, grid: FarGrid, num_frames: int) -> FarClip:
         frames = list(range(*bounds[chunk]))
         own = slice(frames[0] * grid.compressed_tokens, (frames[-1] + 1) * grid.compressed_tokens)
         names = window.encoded(bounds, stage, chunk)
-        views.append(view(own, [~frame for frame in frames], names, stage, bounds[stage][1] + 1))
+        views.append(view(own, [~frame for frame in frames], names, stage, bounds[stage].stop + 1))
     for stage, chunk in kept:
         frames = list(range(*bounds[chunk]))
         start = starts[stage, chunk]
         own = slice(start, start + len(frames) * grid.full_tokens)
-        views.append(view(own, frames, window.encoded(bounds, stage, chunk), stage, bounds[stage][1] + 1))
+        views.append(view(own, frames, window.encoded(bounds, stage, chunk), stage, bounds[stage].stop + 1))
     for chunk, (start, stop) in enumerate(bounds):
         own = slice(history_end + start * grid.full_tokens, history_end + stop * grid.full_tokens)
         names = window.denoised(bounds, chunk)

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from .cache import FrameCache
 from .core import Expansion, KeyValue, Query, Segment, attend
-from .expanded import Chunk
 from .places import Places
 from .rope import RotaryTable
-from .window import CausalConfig
+from .window import CausalConfig, Chunk
 
 if TYPE_CHECKING:
     from .kernels import Kernels
@@ -182,7 +181,7 @@ def stream_pass(
     rotary_table: Callable[[], RotaryTable], cache: FrameCache, num_frames: int, write: bool
 ) -> AttentionPass:
     """Pass over the next `num_frames` frames of a rollout, with history from `cache`; see `PlacesMemo.next`."""
-    chunk = (cache.frames_seen, num_frames)
+    chunk = Chunk(cache.frames_seen, cache.frames_seen + num_frames)
     return chunk_pass(cache, chunk, cache.places.next(rotary_table, cache, num_frames), write)
 
 

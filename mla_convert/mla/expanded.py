@@ -7,8 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-Chunk = tuple[int, int]
-"""A chunk: its first frame and its number of frames. Its history is what comes before."""
+from .window import Chunk
 
 
 class ExpandedHistories:

@@ -95,7 +95,7 @@ def attention(
     if pass_.read_own:
         # The kernels read the own chunk from the cache, so passes without `write` also write it.
         pass_.write()
-        step.cache.overwritten(sum(step.chunk))
+        step.cache.overwritten(step.chunk.stop)
     if path == "absorbed":
         out = pass_.absorbed()
     else:

@@ -18,6 +18,7 @@ from torch import Tensor
 from .cache import FrameCache
 from .model import StreamingModel
 from .plain import captured_state, is_plain
+from .window import Chunk
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class GraphedChunk:
         self.failed = self.overwrites = False
         cache.places.fixed = True
         self.shape: tuple[Any, ...] | None = None
-        self.first: tuple[int, int] | None = None
+        self.first: Chunk | None = None
         self.graphs: dict[bool, tuple[CUDARecorder, Tensor]] = {}
         self.inputs: tuple[Tensor, ...] = ()
         self.conditions: dict[str, Tensor] = {}
@@ -76,7 +77,7 @@ class GraphedChunk:
         # Places in new memory, after a change of shape or a reset, need a new graph.
         condition_shapes = tuple(sorted((name, value.shape) for name, value in conditions.items()))
         shape = (*(x.shape for x in given), places.memory, condition_shapes, state)
-        chunk = (self.cache.frames_seen, frames)
+        chunk = Chunk(self.cache.frames_seen, self.cache.frames_seen + frames)
         if shape != self.shape:
             self.graphs, self.first = {}, chunk
             self.inputs = tuple(x.clone() for x in given)
@@ -106,7 +107,7 @@ class GraphedChunk:
         recorder.replay()
         histories.filled(layers, chunk)
         if self.overwrites:
-            self.cache.overwritten(sum(chunk))
+            self.cache.overwritten(chunk.stop)
         return out
 
     def _capture(self, expands: bool) -> tuple[CUDARecorder, Tensor]:

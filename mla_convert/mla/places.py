@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .expanded import Chunk
 from .rope import RotaryTable
+from .window import Chunk
 
 if TYPE_CHECKING:
     from .cache import FrameCache
@@ -87,7 +87,8 @@ class PlacesMemo:
 
         `rotary_table` makes the model's table, which is needed only where rotations change.
         """
-        return self.of((cache.frames_seen, num_frames), lambda: _compute(rotary_table, cache, num_frames))
+        chunk = Chunk(cache.frames_seen, cache.frames_seen + num_frames)
+        return self.of(chunk, lambda: _compute(rotary_table, cache, chunk))
 
     def of(self, chunk: Chunk, compute: Callable[[], Places]) -> Places:
         """The places of `chunk`, from `compute` unless the last call was for the same chunk."""
@@ -105,11 +106,9 @@ class PlacesMemo:
         self._chunk = self._places = None
 
 
-def _compute(rotary_table: Callable[[], RotaryTable], cache: FrameCache, num_frames: int) -> Places:
-    causal = cache.causal
-    start, stop = cache.frames_seen, cache.frames_seen + num_frames
-    own = list(range(start, stop))
-    history = [f for f in causal.history(start, stop) if f < causal.sink_frames or f >= cache.oldest]
+def _compute(rotary_table: Callable[[], RotaryTable], cache: FrameCache, chunk: Chunk) -> Places:
+    causal, own = cache.causal, list(range(*chunk))
+    history = [f for f in causal.history(*chunk) if f < causal.sink_frames or f >= cache.oldest]
 
     def rotations(name: str, indices: list[int]) -> Tensor:
         return cache.rotations.of(name, indices, computed)
@@ -120,8 +119,8 @@ def _compute(rotary_table: Callable[[], RotaryTable], cache: FrameCache, num_fra
 
     frames = [*history, *own]
     return Places(
-        rotations("all", causal.temporal_index(frames, stop)),
-        rotations("grid", [0] * num_frames),
+        rotations("all", causal.temporal_index(frames, chunk.stop)),
+        rotations("grid", [0] * len(own)),
         cache.slots(frames),
         len(history) * cache.height * cache.width,
         len(history),

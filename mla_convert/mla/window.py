@@ -7,9 +7,16 @@ cannot disagree.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Chunk(NamedTuple):
+    """The frames `[start, stop)` of a chunk; its history is what comes before."""
+
+    start: int
+    stop: int
 
 
 class CausalConfig(BaseModel):
@@ -41,18 +48,18 @@ class CausalConfig(BaseModel):
             )
         return self
 
-    def chunks(self, num_frames: int) -> list[tuple[int, int]]:
-        """Half-open frame ranges of the chunks of a clip; the last one may be short."""
+    def chunks(self, num_frames: int) -> list[Chunk]:
+        """The chunks of a clip; the last one may be short."""
         return list(self.chunk_ranges(num_frames))
 
-    def chunk_ranges(self, num_frames: int | None) -> Iterator[tuple[int, int]]:
-        """The same ranges one by one, for rollouts of any length; endless if `num_frames` is None."""
+    def chunk_ranges(self, num_frames: int | None) -> Iterator[Chunk]:
+        """The same chunks one by one, for rollouts of any length; endless if `num_frames` is None."""
         stop = 0
         while num_frames is None or stop < num_frames:
             start, stop = stop, self.chunk_end(stop)
             if num_frames is not None:
                 stop = min(stop, num_frames)
-            yield start, stop
+            yield Chunk(start, stop)
 
     def chunk_end(self, start: int) -> int:
         """The end of the chunk that begins at frame `start`, unless the clip ends earlier."""

@@ -189,7 +189,7 @@ class DMD(Stage[DMDConfig]):
     @staticmethod
     def _unscored(causal: CausalConfig, start: int, stop: int) -> int:
         """How many first frames of a window get no gradient: those of its first chunk, unless it is the video's."""
-        return 0 if start == 0 else causal.chunks(stop - start)[0][1]
+        return 0 if start == 0 else causal.chunks(stop - start)[0].stop
 
     def _rollout(self, student: Any, batch: Batch, generator: torch.Generator) -> tuple[Tensor, int]:
         """What scores see of a rollout for the prompts of `batch`, `[B, C, F', H, W]`, and its `_unscored` frames."""
