@@ -17,7 +17,7 @@ from mla_convert.evaluate.memory import plan
 from mla_convert.evaluate.rollouts import heldout_prompts
 from mla_convert.load import load_dense, load_source
 from mla_convert.mla import fused, kernels
-from mla_convert.mla.cache import LatentCache
+from mla_convert.mla.cache import LatentCache, StoredRows
 from mla_convert.mla.kernels import Kernels
 from mla_convert.mla.pool import CachePool, LaneView
 from mla_convert.mla.quantised import Int8LatentCache
@@ -221,10 +221,10 @@ class HalfCache(LatentCache):
 
     why_no_kernels = "its latents are halved"
 
-    def take(self, kept: tuple[Any, ...], slots: Tensor) -> Tensor:
+    def take(self, kept: StoredRows, slots: Tensor) -> Tensor:
         return 2 * super().take(kept, slots)
 
-    def put(self, kept: tuple[Any, ...], slots: Tensor, rows: Tensor) -> None:
+    def put(self, kept: StoredRows, slots: Tensor, rows: Tensor) -> None:
         super().put(kept, slots, rows / 2)
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cache import FrameCache
+from .cache import FrameCache, StoredRows
 from .core import Expansion, KeyValue, Query, Segment, attend
 from .places import Places
 from .rope import RotaryTable
@@ -82,7 +82,7 @@ class AttentionPass:
     kernels: Kernels | None = None
     latents: Tensor | None = None
     share: Share | None = None
-    kept: tuple[Any, ...] = ()
+    kept: StoredRows | None = None
     part: Part | None = None
 
     def of(self, layer: CausalSelfAttention, tokens: Tensor) -> AttentionPass:
@@ -128,14 +128,14 @@ class AttentionPass:
 
     def keep(self, rows: Tensor) -> None:
         """Write a layer's rows `[B, S, row]` to the cache; only for a streaming pass with `write`."""
-        assert self.cache is not None and self.places is not None
+        assert self.cache is not None and self.kept is not None and self.places is not None
         self.cache.put(self.kept, self.places.own_slots, rows)
 
     def history(self, view: ChunkView) -> Tensor:
         """A layer's rows `[B, K, row]` of a chunk's history, from shared `latents` or from the cache."""
         if self.latents is not None:
             return torch.cat([self.latents[:, tokens] for tokens in view.history], dim=1)
-        assert self.cache is not None and self.places is not None
+        assert self.cache is not None and self.kept is not None and self.places is not None
         return self.cache.take(self.kept, self.places.history_slots)
 
 

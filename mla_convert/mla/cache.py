@@ -6,15 +6,27 @@ ever shifted or cloned; the position of a slot is looked up when the slot is rea
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .bits import RowBits
 from .expanded import ExpandedHistories
 from .places import PlacesMemo, RotationsMemo
 from .rope import sent
 from .window import CausalConfig
+
+
+class StoredRows(NamedTuple):
+    """The tensors `[B, window_frames, tokens_per_frame, ...]` that store a layer, and what else reading them needs.
+
+    `rows` in fewer bits are int8 and have float16 `scales`; `bits` is the layout of both where not all have 8 bits.
+    """
+
+    rows: Tensor
+    scales: Tensor | None = None
+    bits: RowBits | None = None
 
 
 class FrameCache:
@@ -93,19 +105,19 @@ class FrameCache:
         """A layer's tensor `[lanes, window_frames, ...]` in the shape that kernels index with `slots`."""
         return kept
 
-    def kept(self, layer: int) -> tuple[Any, ...]:
-        """The tensors `[B, window_frames, ...]` that store a layer, and anything needed to read them."""
-        return (self.rows[layer],)
+    def kept(self, layer: int) -> StoredRows:
+        """What stores a layer."""
+        return StoredRows(self.rows[layer])
 
-    def take(self, kept: tuple[Any, ...], slots: Tensor) -> Tensor:
-        """Rows `[B, len(slots) * tokens_per_frame, row]` in some `slots` of a layer's tensors `kept`."""
-        return self._take(kept[0], slots)
+    def take(self, kept: StoredRows, slots: Tensor) -> Tensor:
+        """Rows `[B, len(slots) * tokens_per_frame, row]` in some `slots` of what stores a layer."""
+        return self._take(kept.rows, slots)
 
-    def put(self, kept: tuple[Any, ...], slots: Tensor, rows: Tensor) -> None:
+    def put(self, kept: StoredRows, slots: Tensor, rows: Tensor) -> None:
         """The reverse of `take`, in place."""
-        self._put(kept[0], slots, rows.detach().to(kept[0].dtype))
+        self._put(kept.rows, slots, rows.detach().to(kept.rows.dtype))
 
-    def steps(self, kept: tuple[Any, ...], slots: Tensor) -> Tensor | float:
+    def steps(self, kept: StoredRows, slots: Tensor) -> Tensor | float:
         """The quantization step of each scalar of `take`, float32 of that shape; 0 for rows that are not quantized."""
         return 0.0
 

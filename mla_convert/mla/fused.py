@@ -20,7 +20,6 @@ from .attention import AttentionPass, CausalSelfAttention
 from .core import Query, of_pairs
 from .latent import LatentSelfAttention
 from .plain import is_plain_linear
-from .quantised import MixedRows
 from .rope import rotate
 
 Path = Literal["absorbed", "expand"]
@@ -113,15 +112,16 @@ class _FusedPass:
     def __init__(
         self, layer: CausalSelfAttention, hidden_states: Tensor, step: AttentionPass, backend: Backend
     ) -> None:
-        assert step.cache is not None and step.places is not None and step.chunk is not None
+        assert step.cache is not None and step.kept is not None and step.places is not None and step.chunk is not None
         self.ops: Any = importlib.import_module("mla_attention")
         self.layer = layer
         self.step, self.cache, self.backend = step, step.cache, backend
         self.chunk, self.places = step.chunk, step.places
-        self.rows, *scales = (self.cache.ring(one) for one in step.kept[:2])
-        self.scales = scales[0] if scales else None
+        self.kept = step.kept
+        self.rows = self.cache.ring(self.kept.rows)
+        self.scales = None if self.kept.scales is None else self.cache.ring(self.kept.scales)
         # How many latents have 8 bits, if the others have 4.
-        self.eight = step.kept.bits.eight if isinstance(step.kept, MixedRows) else None
+        self.eight = None if self.kept.bits is None else self.kept.bits.eight
         self.dtype = hidden_states.dtype
         self.hidden_states = hidden_states
         self.query, self.key = layer.project_query(hidden_states), layer.to_k(hidden_states)
@@ -226,7 +226,7 @@ class _FusedPass:
 
         All layers share the buffers unless histories are kept.
         """
-        window_tokens = self.step.kept[0].shape[1:-1].numel()
+        window_tokens = self.kept.rows.shape[1:-1].numel()
         shape = (len(self.hidden_states), window_tokens, self.step.count(self.layer))
         widths = {"key": self.layer.expansion.key, "value": self.layer.expansion.value}
         key, value = (
@@ -256,7 +256,7 @@ class _DensePass(_FusedPass):
         self.layer.keep(self.layer.norm_k(self.key), self.value, self.step)
 
     def _expand_rows(self, key: Tensor, value: Tensor, slots: Tensor, rotations: Tensor) -> None:
-        kept = self.layer.expand(self.cache.take(self.step.kept, slots))
+        kept = self.layer.expand(self.cache.take(self.kept, slots))
         key.copy_(kept.keys(rotations))
         value.copy_(kept.value)
 

@@ -115,8 +115,8 @@ class Kernels:
         assert step.cache is not None
         batch, tokens = hidden_states.shape[:2]
         queries = tokens if step.share is None else sum(step.share.sizes)
-        rows, *_ = kept = step.cache.kept(layer.row_layer)
-        kind = ", ".join(map(str, (type(step.cache).__name__, rows.dtype, *kept[2:])))
+        rows, _, bits = step.cache.kept(layer.row_layer)
+        kind = ", ".join(map(str, (type(step.cache).__name__, rows.dtype, *([bits] if bits else []))))
         keys = rows.shape[1:-1].numel()
         # Adapters and hooks come and go while a model streams.
         changed = changed_module(layer) or ""
@@ -280,7 +280,7 @@ class Kernels:
 
 def _own_rows(step: AttentionPass) -> Tensor:
     """The chunk's rows in the cache, float32 `[B, S, row]`; a copy."""
-    assert step.cache is not None and step.places is not None
+    assert step.cache is not None and step.kept is not None and step.places is not None
     return step.cache.take(step.kept, step.places.own_slots).float()
 
 
@@ -289,7 +289,7 @@ def _rows_apart(written: Tensor, step: AttentionPass) -> float:
 
     Quantized numbers may be a step apart, because a kernel rounds what it quantizes less often than torch.
     """
-    assert step.cache is not None and step.places is not None
+    assert step.cache is not None and step.kept is not None and step.places is not None
     expected = _own_rows(step)
     apart = (written - expected).abs() - step.cache.steps(step.kept, step.places.own_slots)
     # Rows of zeros must be zeros; NaN is passed on.

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .bits import GROUP, GROUP_OF_FOUR, RowBits
-from .cache import LatentCache
+from .cache import LatentCache, StoredRows
 from .window import CausalConfig
 
 MAX_SCALE = torch.finfo(torch.float16).max
@@ -71,30 +70,25 @@ class Int8LatentCache(LatentCache):
             for rows in self.rows
         ]
 
-    def kept(self, layer: int) -> tuple[Any, ...]:
-        return self.rows[layer], self.scales[layer]
+    def kept(self, layer: int) -> StoredRows:
+        return StoredRows(self.rows[layer], self.scales[layer])
 
-    def take(self, kept: tuple[Any, ...], slots: Tensor) -> Tensor:
-        rows, scales = (self._take(one, slots) for one in kept)
-        return dequantise(rows, scales)
+    def take(self, kept: StoredRows, slots: Tensor) -> Tensor:
+        assert kept.scales is not None
+        return dequantise(self._take(kept.rows, slots), self._take(kept.scales, slots))
 
-    def steps(self, kept: tuple[Any, ...], slots: Tensor) -> Tensor | float:
-        return steps(self._take(kept[1], slots), kept[0].shape[-1])
+    def steps(self, kept: StoredRows, slots: Tensor) -> Tensor | float:
+        assert kept.scales is not None
+        return steps(self._take(kept.scales, slots), kept.rows.shape[-1])
 
-    def put(self, kept: tuple[Any, ...], slots: Tensor, rows: Tensor) -> None:
-        for one, new in zip(kept, quantise(rows.detach()), strict=True):
-            self._put(one, slots, new)
+    def put(self, kept: StoredRows, slots: Tensor, rows: Tensor) -> None:
+        assert kept.scales is not None
+        values, scales = quantise(rows.detach())
+        self._put(kept.rows, slots, values)
+        self._put(kept.scales, slots, scales)
 
     def bytes(self) -> int:
         return super().bytes() + sum(scales.numel() * scales.element_size() for scales in self.scales)
-
-
-class MixedRows(NamedTuple):
-    """A layer in a `MixedLatentCache`: int8 `[..., values]`, float16 `[..., scales]`, and the layout of both."""
-
-    rows: Tensor
-    scales: Tensor
-    bits: RowBits
 
 
 class MixedLatentCache(LatentCache):
@@ -120,28 +114,31 @@ class MixedLatentCache(LatentCache):
             for rows, one in zip(self.rows, bits, strict=True)
         ]
 
-    def kept(self, layer: int) -> MixedRows:
-        return MixedRows(self.rows[layer], self.scales[layer], self.bits[layer])
+    def kept(self, layer: int) -> StoredRows:
+        return StoredRows(self.rows[layer], self.scales[layer], self.bits[layer])
 
-    def take(self, kept: tuple[Any, ...], slots: Tensor) -> Tensor:
+    def take(self, kept: StoredRows, slots: Tensor) -> Tensor:
         rows, scales, bits = kept
+        assert scales is not None and bits is not None
         values = self._take(rows, slots).split([bits.eight, bits.four // 2, bits.key], dim=-1)
         of_eight, of_four, of_key = self._take(scales, slots).split(bits.scales, dim=-1)
         eight, key = dequantise(values[0], of_eight), dequantise(values[2], of_key)
         return torch.cat([eight, dequantise(unpack(values[1]), of_four, GROUP_OF_FOUR), key], dim=-1)
 
-    def steps(self, kept: tuple[Any, ...], slots: Tensor) -> Tensor | float:
-        bits: RowBits = kept[2]
-        of_eight, of_four, of_key = self._take(kept[1], slots).split(bits.scales, dim=-1)
+    def steps(self, kept: StoredRows, slots: Tensor) -> Tensor | float:
+        _, scales, bits = kept
+        assert scales is not None and bits is not None
+        of_eight, of_four, of_key = self._take(scales, slots).split(bits.scales, dim=-1)
         parts = steps(of_eight, bits.eight), steps(of_four, bits.four, GROUP_OF_FOUR), steps(of_key, bits.key)
         return torch.cat(parts, dim=-1)
 
-    def put(self, kept: tuple[Any, ...], slots: Tensor, rows: Tensor) -> None:
-        bits: RowBits = kept[2]
+    def put(self, kept: StoredRows, slots: Tensor, rows: Tensor) -> None:
+        stored, stored_scales, bits = kept
+        assert stored_scales is not None and bits is not None
         eight, four, key = rows.detach().split([bits.eight, bits.four, bits.key], dim=-1)
         values, scales = zip(quantise(eight), quantise(four, GROUP_OF_FOUR, 7), quantise(key), strict=True)
-        self._put(kept[0], slots, torch.cat([values[0], pack(values[1]), values[2]], dim=-1))
-        self._put(kept[1], slots, torch.cat(scales, dim=-1))
+        self._put(stored, slots, torch.cat([values[0], pack(values[1]), values[2]], dim=-1))
+        self._put(stored_scales, slots, torch.cat(scales, dim=-1))
 
     def bytes(self) -> int:
         return super().bytes() + sum(scales.numel() * scales.element_size() for scales in self.scales)
