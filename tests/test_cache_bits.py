@@ -136,7 +136,7 @@ def test_rows_come_back_as_they_were_quantised() -> None:
     model.set_cache(MIXED)
     ring = model.init_cache(2, HEIGHT, WIDTH)
     rows = torch.randn(2, 2 * 6, 14 + 6)
-    ring.write(0, [3, 4], rows)
+    ring.put(ring.kept(0), ring.slots([3, 4]), rows)
     expected = torch.cat(
         [
             dequantise(*quantise(rows[..., :6])),
@@ -145,8 +145,8 @@ def test_rows_come_back_as_they_were_quantised() -> None:
         ],
         dim=-1,
     )
-    assert torch.equal(ring.read(0, [3, 4]), expected)
-    assert torch.equal(ring.read(0, [4]), expected[:, 6:])
+    assert torch.equal(ring.take(ring.kept(0), ring.slots([3, 4])), expected)
+    assert torch.equal(ring.take(ring.kept(0), ring.slots([4])), expected[:, 6:])
 
 
 @pytest.mark.parametrize("variant", pico.VARIANTS, ids=layout_of)
@@ -254,12 +254,12 @@ def test_the_format_of_the_kernels(bits: RowBits) -> None:
     ring = MixedLatentCache(pico.dense_model().causal, [bits], 2, 2, 3, "cpu")
     rows = torch.randn(2, 6, bits.scalars) * torch.logspace(-9, 8, 6).view(-1, 1)
     rows[0, 2] = 0
-    ring.write(0, [1], rows)
+    ring.put(ring.kept(0), ring.slots([1]), rows)
     latents = bits.eight + bits.four
     steps, scales = mla_attention.quantise_rows(rows, bits.eight, latents)
     assert torch.equal(ring.rows[0][:, 1], steps) and torch.equal(ring.scales[0][:, 1], scales)
     back = mla_attention.dequantise_rows(steps, scales, torch.float32, bits.eight, latents)
-    assert torch.equal(ring.read(0, [1]), back)
+    assert torch.equal(ring.take(ring.kept(0), ring.slots([1])), back)
 
 
 def test_models_without_latents_in_a_ring_refuse() -> None:

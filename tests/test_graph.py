@@ -198,7 +198,7 @@ def test_what_cannot_be_captured_says_why() -> None:
     assert why_not_graph(there, cache) == "the cache is on another device than the model"
     assert why_not_graph(there, object()) == "object is not a ring of frames"
     view = CachePool([cache]).view(0, [0], [0], 2)
-    assert why_not_graph(there, view) == "a DenseCacheLaneView serves one chunk only"
+    assert why_not_graph(there, view) == "a LaneView serves one chunk only"
     there.training = True
     assert why_not_graph(there, cache) == "the model is in training mode"
 

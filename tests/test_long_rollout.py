@@ -41,7 +41,10 @@ def test_the_same_window_gives_the_same_velocity_after_2000_chunks(position: str
             x = torch.randn(1, 2, 2, HEIGHT, WIDTH, generator=generator)
             model.forward_chunk(x, torch.zeros(1), text, cache, write=True)
             if number == 20:
-                window = [cache.read(layer, history(model, cache)) for layer in range(len(cache.rows))]
+                window = [
+                    cache.take(cache.kept(layer), cache.slots(history(model, cache)))
+                    for layer in range(len(cache.rows))
+                ]
                 early = probe(model, cache, text)
                 places = stream_pass(model.rotary_table, cache, 2, write=False).views[0]
         assert cache.frames_seen == 2 * CHUNKS
@@ -52,7 +55,7 @@ def test_the_same_window_gives_the_same_velocity_after_2000_chunks(position: str
         for offset in (0, 1):
             cache.frames_seen = 2 * CHUNKS + offset
             for layer, rows in enumerate(window):
-                cache.write(layer, history(model, cache), rows)
+                cache.put(cache.kept(layer), cache.slots(history(model, cache)), rows)
             assert torch.equal(probe(model, cache, text), early)
     assert [rows.data_ptr() for rows in cache.rows] == memory and cache.bytes() == sizes
 

@@ -79,10 +79,10 @@ def watch(model: Any) -> list[Any]:
 def velocity(model: Any, cache: Any, text: Tensor, window: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
     """Velocity of a fixed noisy chunk behind the rows of the cache, or of `window` put in their place, and the rows."""
     causal, start = model.causal, cache.frames_seen
-    frames = causal.history(start, start + causal.num_frames_per_block)
+    slots = cache.slots(causal.history(start, start + causal.num_frames_per_block))
     for layer, rows in enumerate(window or []):
-        cache.write(layer, frames, rows)
-    held = [cache.read(layer, frames).clone() for layer in range(len(cache.rows))]
+        cache.put(cache.kept(layer), slots, rows)
+    held = [cache.take(cache.kept(layer), slots) for layer in range(len(cache.rows))]
     noise = torch.randn(1, 1, causal.num_frames_per_block, FRAME, FRAME, generator=torch.Generator().manual_seed(1))
     batch = (cache.batch_size, -1, -1, -1, -1)
     text = torch.cat([text, torch.zeros_like(text)])[: cache.batch_size]

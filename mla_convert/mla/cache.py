@@ -49,7 +49,7 @@ class FrameCache:
     """
 
     is_ring: ClassVar[bool] = True
-    why_no_kernels: ClassVar[str | None] = None
+    why_no_kernels: str | None = None
     shared: ClassVar[bool] = False
     fewer_bits: ClassVar[bool] = False
 
@@ -121,21 +121,22 @@ class FrameCache:
         """The quantization step of each scalar of `take`, float32 of that shape; 0 for rows that are not quantized."""
         return 0.0
 
-    def read(self, layer: int, frames: list[int]) -> Tensor:
-        """Rows of absolute `frames`, `[B, len(frames) * tokens_per_frame, row]`."""
-        return self.take(self.kept(layer), self.slots(frames))
-
-    def write(self, layer: int, frames: list[int], rows: Tensor) -> None:
-        """Store rows `[B, len(frames) * tokens_per_frame, row]` of absolute `frames`."""
-        self.put(self.kept(layer), self.slots(frames), rows)
-
     def _take(self, kept: Tensor, slots: Tensor) -> Tensor:
-        """Some slots of a layer's tensor `[B, window_frames, ...]`, as `[B, len(slots) * tokens, ...]`."""
-        return kept.index_select(1, slots).flatten(1, 2)
+        """Some slots of a layer's tensor `[B, window_frames, ...]`, as `[B, frames * tokens, ...]`.
+
+        `slots` are `[frames]`, or `[B', frames]` numbered across all items, for a result with B' of them.
+        """
+        if slots.ndim == 1:
+            return kept.index_select(1, slots).flatten(1, 2)
+        return all_slots(kept).index_select(0, slots.flatten()).unflatten(0, slots.shape).flatten(1, 2)
 
     def _put(self, kept: Tensor, slots: Tensor, new: Tensor) -> None:
         """The reverse of `_take`, in place."""
-        kept[:, slots] = new.unflatten(1, (slots.shape[-1], -1))
+        frames = new.unflatten(1, (slots.shape[-1], -1))
+        if slots.ndim == 1:
+            kept[:, slots] = frames
+        else:
+            all_slots(kept)[slots] = frames
 
     def bytes(self) -> int:
         """Bytes allocated for all layers."""
@@ -144,6 +145,11 @@ class FrameCache:
     def scalars_per_token(self) -> float:
         """Cached scalars per token, averaged over layers."""
         return sum(rows.shape[-1] for rows in self.rows) / len(self.rows)
+
+
+def all_slots(kept: Tensor) -> Tensor:
+    """A view of a layer's tensor `[B, window_frames, ...]` as `[B * window_frames, ...]`."""
+    return kept.view(-1, *kept.shape[2:])
 
 
 class DenseCache(FrameCache):

@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .cache import FrameCache
+from .cache import FrameCache, StoredRows, all_slots
 from .rope import sent
 from .window import CausalConfig
 
@@ -34,18 +33,13 @@ def place_in_window(causal: CausalConfig, start: int, num_frames: int) -> int:
     return start if causal.sink_positions == "absolute" else min(start, causal.window_frames - num_frames)
 
 
-def _all_slots(kept: Tensor) -> Tensor:
-    """A view of a layer's tensor `[lanes, window_frames, ...]` as `[lanes * window_frames, ...]`."""
-    return kept.view(-1, *kept.shape[2:])
-
-
 class LaneView(FrameCache):
     """Some lanes of a pool as the cache for one chunk of their streams; `frames_seen` has an entry per stream.
 
-    A new view is made for every chunk, so expanded histories also belong to one chunk. The rows are the pool's; a pass
-    that writes does not advance any stream. `oldest` is a frame of a single stream; earlier frames are not visible (see
-    `FrameCache.rewind`). `view_class` returns the view class for a class of caches. Raises ValueError if the streams
-    cannot share a pass.
+    A new view is made for every chunk, so expanded histories also belong to one chunk. The rows are the pool's, and its
+    own `cache` reads and writes them; a pass that writes does not advance any stream. `oldest` is a frame of a single
+    stream; earlier frames are not visible (see `FrameCache.rewind`). Raises ValueError if the streams cannot share a
+    pass.
     """
 
     shared = True
@@ -58,10 +52,8 @@ class LaneView(FrameCache):
         num_frames: int,
         oldest: int | None = None,
     ) -> None:
-        # Share everything that the cache keeps beside its rows, such as scales.
-        vars(self).update(vars(cache))
         self._begin(cache.causal, cache.height, cache.width, cache.rows)
-        self.rotations = cache.rotations
+        self.cache, self.rotations, self.why_no_kernels = cache, cache.rotations, cache.why_no_kernels
         places = {place_in_window(cache.causal, start, num_frames) for start in frames_seen}
         if len(places) != 1:
             raise ValueError(f"chunks of {num_frames} frames at {sorted(set(frames_seen))} cannot share a pass")
@@ -87,24 +79,19 @@ class LaneView(FrameCache):
 
     def ring(self, kept: Tensor) -> Tensor:
         """A view of the slots of all lanes as one ring, `[1, lanes * window_frames, ...]`."""
-        return _all_slots(kept).unsqueeze(0)
+        return all_slots(kept).unsqueeze(0)
 
-    def _take(self, kept: Tensor, slots: Tensor) -> Tensor:
-        return _all_slots(kept).index_select(0, slots.flatten()).unflatten(0, slots.shape).flatten(1, 2)
+    def kept(self, layer: int) -> StoredRows:
+        return self.cache.kept(layer)
 
-    def _put(self, kept: Tensor, slots: Tensor, new: Tensor) -> None:
-        _all_slots(kept)[slots] = new.unflatten(1, (slots.shape[-1], -1))
+    def take(self, kept: StoredRows, slots: Tensor) -> Tensor:
+        return self.cache.take(kept, slots)
 
+    def put(self, kept: StoredRows, slots: Tensor, rows: Tensor) -> None:
+        self.cache.put(kept, slots, rows)
 
-_VIEW_CLASSES: dict[type[FrameCache], type[LaneView]] = {}
-
-
-def view_class(cache_class: type[FrameCache]) -> type[LaneView]:
-    """The `LaneView` of a class of caches: it stores rows like that class, in the slots of the lanes."""
-    if cache_class not in _VIEW_CLASSES:
-        made = type(f"{cache_class.__name__}LaneView", (LaneView, cache_class), {})
-        _VIEW_CLASSES[cache_class] = cast("type[LaneView]", made)
-    return _VIEW_CLASSES[cache_class]
+    def steps(self, kept: StoredRows, slots: Tensor) -> Tensor | float:
+        return self.cache.steps(kept, slots)
 
 
 class CachePool:
@@ -145,8 +132,7 @@ class CachePool:
         oldest: int | None = None,
     ) -> LaneView:
         """The cache of `expert` for the next `num_frames` frames of the streams in `lanes`."""
-        cache = self.caches[expert]
-        return view_class(type(cache))(cache, lanes, frames_seen, num_frames, oldest)
+        return LaneView(self.caches[expert], lanes, frames_seen, num_frames, oldest)
 
     def bytes(self) -> int:
         """Bytes allocated for all lanes, layers and experts."""
