@@ -26,6 +26,18 @@ def test_wrong_recipes_import_little(arguments: list[str], heavy: list[str]) -> 
     assert (run.stdout.strip(), run.stderr[:7]) == (str(heavy), "error: ")
 
 
+def test_attention_is_imported_without_the_compiler() -> None:
+    """torch.compiler.disable as a decorator would import it, which takes as long as torch itself."""
+    code = "import sys, mla_convert.mla.kernels, mla_convert.mla.parallel, mla_convert.mla.model; "
+    run = subprocess.run(
+        [sys.executable, "-c", code + "print('torch._dynamo' in sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.strip() == "False"
+
+
 @pytest.mark.parametrize("package", ["convert", "load"])
 def test_names_are_imported_on_first_access(package: str) -> None:
     code = f"import sys, mla_convert.{package} as package; before = 'torch' in sys.modules; "

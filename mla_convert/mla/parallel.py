@@ -109,7 +109,7 @@ class Share:
         return [self.tokens.stop - self.tokens.start] * self.processes
 
     # A compiled block runs this between its graphs.
-    @torch.compiler.disable
+    @torch._disable_dynamo
     def _exchange(self, sent: Tensor, sizes: list[int], received_sizes: list[int]) -> Tensor:
         """Send `sizes` rows of contiguous `sent` `[rows, ...]` to the processes; returns those received, in order."""
         received = sent.new_empty(sum(received_sizes), *sent.shape[1:])
