@@ -11,7 +11,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from mla_convert.mla.attention import stream_pass
-from mla_convert.mla.core import Query, Segment, attend
+from mla_convert.mla.core import KeyValue, Query, Segment, attend
 from mla_convert.mla.latent import AbsorbedWeights
 from mla_convert.mla.window import CausalConfig
 
@@ -269,3 +269,30 @@ def test_an_absolute_index_beyond_the_table_is_refused() -> None:
     cache.frames_seen = 1024
     with pytest.raises(IndexError, match="outside the table of 1024"):
         dense.forward_chunk(*pico.inputs(1, 2, 2, 2), cache)
+
+
+@pytest.mark.parametrize("own_chunk", ["exact", "latent"])
+def test_nothing_is_encoded_twice_or_rotated_and_then_dropped(own_chunk: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"position": "rotate_on_read", "kv_lora_rank": 20, "own_chunk": own_chunk}
+    model = pico.convert(pico.dense_model(layers=1), **settings)
+    layer, encoded, batches = model.blocks[0].attn1, [], []
+    encode, keys = layer.encode, KeyValue.keys
+
+    def noted_encode(key: Any, value: Any, step: Any) -> Any:
+        encoded.append(len(key))
+        return encode(key, value, step)
+
+    def noted_keys(self: Any, rotations: Any) -> Any:
+        batches.append(len(self.value))
+        return keys(self, rotations)
+
+    monkeypatch.setattr(layer, "encode", noted_encode)
+    monkeypatch.setattr(KeyValue, "keys", noted_keys)
+    latents, timestep, text = pico.inputs(2, 4, 6, 4)
+    with torch.no_grad():
+        model(latents, timestep, text, context=latents[:1])
+        # The keys of either chunk, of the context and of two clips, and the history of the second, of the context.
+        assert batches == [3, 3, 1] and encoded == [1 if own_chunk == "exact" else 3]
+        cache = model.init_cache(2, 6, 4)
+        model.forward_chunk(latents[:, :, :2], timestep[:, :2], text, cache, write=True)
+    assert encoded[1:] == [2]

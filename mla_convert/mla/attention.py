@@ -286,17 +286,22 @@ class CausalSelfAttention(nn.Module):
     def eager_attention(self, hidden_states: Tensor, step: AttentionPass) -> Tensor:
         """The definition of `attention`, in plain torch."""
         query, key, value = self.project(hidden_states)
-        query, *exact = step.to_heads(query, *((key, value) if self.own_chunk_exact else ()))
-        own_query = Query(None, self.split_heads(query))
-        query_for_history = self.history_query(own_query, step)
-        clip: KeyValue | None = None
+        rows = None
         if self.own_chunk_exact:
-            own = KeyValue(None, *(self.split_heads(x) for x in exact))
-            if step.cache is None and step.latents is None and len(step.views) > 1:
-                clip = self.restore(key[: step.context_batch], value[: step.context_batch], step)
+            query, *dense = step.to_heads(query, key, value)
+            own = KeyValue(None, *(self.split_heads(x) for x in dense))
         else:
-            own = clip = self.restore(key, value, step)
-            own_query = query_for_history
+            (query,) = step.to_heads(query)
+            rows = self.rows(key, value, step)
+            own = self.expand(rows, step.heads(self))
+        dense_query = Query(None, self.split_heads(query))
+        history_query = self.history_query(dense_query, step)
+        own_query = dense_query if self.own_chunk_exact else history_query
+        past = None
+        if step.cache is None and step.latents is None and len(step.views) > 1:
+            # Later chunks of a clip see what would be restored from the cache.
+            items = step.context_batch
+            past = self.restore(key[:items], value[:items], step) if self.own_chunk_exact else own
         outputs = []
         for view in step.views:
             to_own = own_query.tokens(view.own).rotated(view.own_rotations)
@@ -305,27 +310,31 @@ class CausalSelfAttention(nn.Module):
             segments = [Segment(to_own, padded(own_keys, view.zero_keys), padded(own_chunk.value, view.zero_keys))]
             if view.has_history:
                 to_history = to_own
-                if query_for_history is not own_query:
-                    to_history = query_for_history.tokens(view.own).rotated(view.own_rotations)
-                segments.insert(0, Segment(to_history, *self._history(view, clip, to_own, step)))
+                if history_query is not own_query:
+                    to_history = history_query.tokens(view.own).rotated(view.own_rotations)
+                segments.insert(0, Segment(to_history, *self._history(view, past, to_own, step)))
             outputs.append(attend(segments, self.scale))
-        if step.write:
+        if step.write and rows is not None:
+            step.keep(rows)
+        elif step.write:
             self.keep(key, value, step)
         return step.to_tokens(torch.cat(outputs, dim=1).flatten(2))
 
     def _history(
-        self, view: ChunkView, clip: KeyValue | None, query: Tensor, step: AttentionPass
+        self, view: ChunkView, past: KeyValue | None, query: Tensor, step: AttentionPass
     ) -> tuple[Tensor, Tensor]:
-        """Rotated keys and values of the frames in a chunk's history."""
-        if clip is not None and step.cache is None:
-            history = clip.tokens(view.history)
+        """Rotated keys and values of the frames in a chunk's history.
+
+        They are those of `past`, or are read from the cache or from shared latents. `query` has their dtype and batch.
+        """
+        if past is not None:
+            history = past.tokens(view.history, step.context_batch)
         else:
             history = self.expand(step.history(view).to(query.dtype), step.heads(self))
         key, value = history.keys(view.history_rotations), history.value
         if step.context_batch is None:
             return key, value
         copies = query.shape[0] // step.context_batch
-        key, value = key[: step.context_batch], value[: step.context_batch]
         return key.repeat(copies, 1, 1, 1), value.repeat(copies, 1, 1, 1)
 
     def forward(

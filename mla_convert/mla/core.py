@@ -42,13 +42,13 @@ class KeyValue(NamedTuple):
             parts.append(turned.to(self.value.dtype).expand(batch, -1, -1, -1))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
-    def tokens(self, slices: tuple[slice, ...]) -> KeyValue:
-        """The tokens in `slices`, in that order."""
+    def tokens(self, slices: tuple[slice, ...], items: int | None = None) -> KeyValue:
+        """The tokens in `slices`, in that order, of all items or of the first `items`."""
 
         def pick(x: Tensor | None) -> Tensor | None:
             if x is None:
                 return None
-            return x[:, slices[0]] if len(slices) == 1 else torch.cat([x[:, s] for s in slices], dim=1)
+            return x[:items, slices[0]] if len(slices) == 1 else torch.cat([x[:items, s] for s in slices], dim=1)
 
         value = pick(self.value)
         assert value is not None
