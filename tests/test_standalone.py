@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from mla_convert import registry
 from mla_convert.cli import main
 from mla_convert.errors import UserError
-from mla_convert.export import release
+from mla_convert.export import release, without_kernels
 from mla_convert.export.checkpoint import load_checkpoint, save_checkpoint
 from mla_convert.export.config import ExportConfig
 from mla_convert.export.release import export
@@ -229,6 +229,16 @@ def test_dense_and_foreign_classes_can_be_bundled():
     for model_class in (registry.families()["wan"].dense_class, toy_family.MLAToyTransformer3DModel):
         module = imported(bundle(model_class), f"bundled_{model_class.__name__}")
         assert getattr(module, model_class.__name__).forward_chunk.__module__ == module.__name__
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_stand_in_has_what_the_file_uses_of_kernels(family):
+    text = bundle(registry.families()[family].mla_class)
+    uses = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute)]
+    used = {node.attr for node in uses if ast.unparse(node.value).rpartition(".")[2] == "kernels"}
+    assert {"attention", "forget", "takes"} <= used
+    stand_in = without_kernels.Kernels()
+    assert not [name for name in sorted(used) if not hasattr(stand_in, name)]
 
 
 CONFIGS = [

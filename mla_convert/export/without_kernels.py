@@ -23,6 +23,9 @@ class Kernels:
     def leave_free(self, size: int) -> None:
         """Do nothing, because torch keeps no expanded histories."""
 
+    def forget(self) -> None:
+        """Do nothing, because nothing is chosen or compared."""
+
     def takes(self, layer: Any, tokens: Tensor, step: Any) -> bool:
         """Return False: no kernel takes the pass."""
         return False
