@@ -111,3 +111,30 @@ def test_going_back_over_a_chunk_that_was_only_denoised(own_chunk: str) -> None:
     expected.rewind(4)
     expected.oldest = cache.oldest
     assert pico.relative_error(actual, chunk(model, expected, 6)) < FLOAT32
+
+
+@pytest.mark.parametrize("write", [False, True])
+def test_a_cache_that_kernels_cannot_read_is_named(write: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """AnyFlow-FAR's two histories are no ring: an error where kernels are asked for, one line where they are not."""
+    causal = {"num_frames_per_block": CHUNK, "window_frames": 9}
+    model = pico.convert(pico.dense_model(layers=1, family="anyflow_far", causal=causal), **pico.VARIANTS[0])
+    model.set_kernels("triton")
+    with pytest.raises(UserError, match=r"layer 0 \(FarCache is not a ring of frames\); set kernels: auto"):
+        chunk(model, model.init_cache(1, HEIGHT, WIDTH), 0, write)
+    caplog.set_level("INFO", "mla_convert")
+    cache, chosen = model.init_cache(1, HEIGHT, WIDTH), model.set_kernels("auto")
+    for index in range(2):
+        chunk(model, cache, index, write)
+        chosen.announce()
+    assert caplog.messages == ["kernels: auto: 1 x torch; not taken: FarCache is not a ring of frames"]
+
+
+def test_the_own_chunk_is_asked_about_too() -> None:
+    """Its dense values are too wide for `attend`, while the latents are not too wide to be absorbed."""
+    causal = {"num_frames_per_block": CHUNK, "window_frames": 6}
+    model = pico.convert(
+        pico.dense_model(layers=1, heads=1, head_dim=132, causal=causal), key_mean=False, **pico.VARIANTS[0]
+    )
+    model.set_kernels("triton")
+    with pytest.raises(UserError, match="132 value channels per head; supported: 1 to 128"):
+        chunk(model, model.init_cache(1, HEIGHT, WIDTH), 0)

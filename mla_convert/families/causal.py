@@ -230,7 +230,6 @@ class CausalTransformer(StreamingSettings, nn.Module):
         self.check_chunk(hidden_states, cache)
         frames = hidden_states.shape[2]
         step = stream_pass(self.rotary_table, cache, frames, write)
-        step.kernels = self.kernels
         by_frames, fixed = self.split_conditions(conditions)
         embedded = self.embed_conditions(timestep, encoder_hidden_states, encoder_hidden_states_image, **fixed)
         # No variable holds the tokens, so they are freed while the blocks run.
@@ -324,8 +323,10 @@ class CausalTransformer(StreamingSettings, nn.Module):
 
         Processes that share a chunk each run their own tokens, and have the same velocity.
         """
-        if self.parallel is not None and inputs.step.cache is not None:
-            inputs = inputs.shared_by(self.parallel)
+        if inputs.step.cache is not None:
+            inputs.step.kernels = self.kernels
+            if self.parallel is not None:
+                inputs = inputs.shared_by(self.parallel)
         tokens = inputs.tokens
         # Free the first block's input while the others run.
         inputs = inputs._replace(tokens=tokens.new_empty(0))

@@ -60,6 +60,9 @@ def why_not(layer: CausalSelfAttention, dtype: torch.dtype, device: str, step: A
         reason = ops.why_not_attend(wide.key, wide.value)
         if reason is None and layer.rank:
             reason = ops.why_not_expand_kv(layer.rank, wide.nope, wide.shared, wide.value, dtype)
+    if reason is None and not _one_workspace(layer):
+        # The own chunk's dense keys and values are a part of their own.
+        reason = ops.why_not_attend(layer.head_dim, layer.head_dim)
     return cast("str | None", reason)
 
 
