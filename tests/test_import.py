@@ -22,6 +22,7 @@ from mla_convert.export.checkpoint import load_checkpoint
 from mla_convert.families import wan_files
 from mla_convert.families.wan_files import original_names, stored_names
 from mla_convert.load import AdapterConfig, LazyTensors, load_dense, load_source, locate
+from mla_convert.load.states import find_state
 from mla_convert.pipeline.experts import read_model_config
 from mla_convert.recipe.schema import SourceConfig
 
@@ -114,6 +115,12 @@ def published(state: dict[str, torch.Tensor], form: str) -> dict[str, Any]:
         "compiled": {f"module._orig_mod.model.{name}": tensor for name, tensor in wrapped.items()},
         "diffusers": {"generator": {f"model.{name}": tensor for name, tensor in state.items()}},
     }[form]
+
+
+def test_modules_that_are_named_like_a_wrapper_keep_their_name():
+    """A trainer's names stand before the model's; FSDP's, for one, may stand anywhere."""
+    names = ["module.model._orig_mod.blocks.0._fsdp_wrapped_module.model.weight", "module.model.blocks.0.weight"]
+    assert list(find_state(names, None, "a file").names) == ["blocks.0.model.weight", "blocks.0.weight"]
 
 
 @pytest.mark.parametrize("form", ["causvid", "self_forcing", "causal_forcing", "longlive", "lightning", "diffusers"])

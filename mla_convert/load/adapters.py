@@ -20,14 +20,14 @@ from torch import Tensor
 from ..errors import UserError
 from .formats import SafetensorsFile
 from .pickles import PICKLES
-from .states import LORA, WRAPPERS
+from .states import LORA, OUTSIDE, unwrapped
 from .tensors import LazyTensors
 from .weights import read_json
 
 PEFT_CONFIG = "adapter_config.json"
 # The key of a file's header under which diffusers stores peft's configuration.
 _HEADER = "lora_adapter_metadata"
-_PREFIXES = {*WRAPPERS, "base_model", "transformer"}
+_PREFIXES = (*OUTSIDE, "base_model", "transformer")
 _FLAT_PREFIXES = ("lora_unet_", "lora_transformer_")
 _MATRIX = re.compile(r"(.+)\.(lora_A|lora_B|lora_down|lora_up)(?:\.\w+)?\.weight")
 _UP = {"lora_B": True, "lora_up": True, "lora_A": False, "lora_down": False}
@@ -176,8 +176,7 @@ def _read(path: Path, config: AdapterConfig, modules: Mapping[str, str]) -> list
 
 def _ours(path: Path, module: str, modules: Mapping[str, str]) -> str:
     """Our name of a module. Raises UserError for one that the model does not have."""
-    parts = module.removeprefix(f"{LORA}.").split(".")
-    bare = ".".join(part for part in parts if part not in _PREFIXES)
+    bare = unwrapped(module.removeprefix(f"{LORA}."), _PREFIXES)
     for prefix in _FLAT_PREFIXES:
         bare = bare.removeprefix(prefix)
     if bare not in modules:

@@ -7,6 +7,7 @@ it begin with `model.` and include prefixes of FSDP, activation checkpointing an
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -14,15 +15,10 @@ from ..errors import UserError
 
 EMA, LORA = "generator_ema", "generator_lora"
 STATES = ("generator", "model", "state_dict")
-WRAPPERS = {
-    "model",
-    "module",
-    "state_dict",
-    "diffusion_model",
-    "_fsdp_wrapped_module",
-    "_checkpoint_wrapped_module",
-    "_orig_mod",
-}
+OUTSIDE = ("model", "module", "state_dict", "diffusion_model")
+"""Names that trainers put before a model's own; within it, a module may have one of these names."""
+INSIDE = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+"""Names of wrappers of any module: FSDP, activation checkpointing and torch.compile."""
 
 
 class State(NamedTuple):
@@ -51,11 +47,17 @@ def find_state(names: Collection[str], use_ema: bool | None, where: str) -> Stat
         )
     stripped: dict[str, str] = {}
     for name in chosen:
-        bare = ".".join(part for part in name.removeprefix(f"{key}.").split(".") if part not in WRAPPERS)
+        bare = unwrapped(name.removeprefix(f"{key}."))
         if bare in stripped:
             raise UserError(f"{where} holds the tensor {bare} twice, as {stripped[bare]} and as {name}; remove one")
         stripped[bare] = name
     return State(key, stripped)
+
+
+def unwrapped(name: str, outside: Collection[str] = OUTSIDE) -> str:
+    """A dotted name without wrappers: without leading names of `outside`, and without those of INSIDE anywhere."""
+    parts = [part for part in name.split(".") if part not in INSIDE]
+    return ".".join(itertools.dropwhile(lambda part: part in outside, parts))
 
 
 def _choose(tops: list[str], use_ema: bool | None, where: str) -> str | None:
