@@ -113,6 +113,16 @@ def test_going_back_over_a_chunk_that_was_only_denoised(own_chunk: str) -> None:
     assert pico.relative_error(actual, chunk(model, expected, 6)) < FLOAT32
 
 
+def test_a_layer_is_looked_at_once_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its modules are searched for adapters and hooks, which takes as long as a launch."""
+    searched: list[Any] = []
+    found = kernels.changed_module
+    monkeypatch.setattr(kernels, "changed_module", lambda layer: searched.append(layer) or found(layer))
+    model = converted(**pico.VARIANTS[0])
+    after(model, "triton", chunks=1)
+    assert searched == [model.blocks[0].attn1]
+
+
 @pytest.mark.parametrize("write", [False, True])
 def test_a_cache_that_kernels_cannot_read_is_named(write: bool, caplog: pytest.LogCaptureFixture) -> None:
     """AnyFlow-FAR's two histories are no ring: an error where kernels are asked for, one line where they are not."""

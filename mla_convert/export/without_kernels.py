@@ -26,9 +26,8 @@ class Kernels:
     def forget(self) -> None:
         """Do nothing, because nothing is chosen or compared."""
 
-    def takes(self, layer: Any, tokens: Tensor, step: Any) -> bool:
-        """Return False: no kernel takes the pass."""
-        return False
+    def takes(self, layer: Any, tokens: Tensor, step: Any) -> None:
+        """Return None: no kernel takes the pass."""
 
     def attention(self, layer: Any, hidden_states: Tensor, step: Any) -> Tensor | None:
         """Return None: torch computes the attention."""

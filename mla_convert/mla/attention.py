@@ -66,7 +66,7 @@ class AttentionPass:
     is read and written at `places`; `kernels` may compute a layer's attention. With a `share`, several processes divide
     the chunk: the pass still describes the whole chunk, while hidden states are those of the process's own tokens.
 
-    For one layer, `kept` are its tensors in the cache. If `write` is set, a layer that shares its latent leaves its
+    For one layer, `kept` are its tensors in the cache, and `choice` is what `kernels` chose for it. If `write` is set, a layer that shares its latent leaves its
     summand in `part`. In a pass over a clip, such layers read history from `latents` `[B', K, r]`, the complete latents
     of the clip's tokens. Blocks only read the fields: what they assigned to one could be lost (see `Part`).
     """
@@ -83,6 +83,7 @@ class AttentionPass:
     latents: Tensor | None = None
     share: Share | None = None
     kept: StoredRows | None = None
+    choice: Any = None
     part: Part | None = None
 
     def of(self, layer: CausalSelfAttention, tokens: Tensor) -> AttentionPass:
@@ -93,9 +94,9 @@ class AttentionPass:
         """
         if self.cache is None:
             return replace(self, part=Part())
-        taken = self.kernels is not None and self.kernels.takes(layer, tokens, self)
-        kept, kernels = self.cache.kept(layer.row_layer), self.kernels if taken else None
-        return replace(self, kept=kept, kernels=kernels, part=Part())
+        choice = None if self.kernels is None else self.kernels.takes(layer, tokens, self)
+        kept, kernels = self.cache.kept(layer.row_layer), None if choice is None else self.kernels
+        return replace(self, kept=kept, kernels=kernels, choice=choice, part=Part())
 
     @property
     def local(self) -> AttentionPass:

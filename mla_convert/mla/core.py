@@ -32,13 +32,13 @@ class KeyValue(NamedTuple):
 
     def keys(self, rotations: Tensor) -> Tensor:
         """Rotated keys, ready for the dot product: `[B, K, H, N + R + M]`."""
-        batch, tokens, heads = self.value.shape[:3]
+        batch, _, heads = self.value.shape[:3]
         parts = [] if self.nope is None else [self.nope]
         if self.rope is not None:
             rope = rotate(self.rope, of_pairs(rotations, self.pairs))
             parts.append(rope.expand(-1, -1, heads, -1))
         if self.mean is not None:
-            turned = rotate(self.mean.expand(1, tokens, -1, -1), rotations)
+            turned = rotate(self.mean[None, None], rotations)
             parts.append(turned.to(self.value.dtype).expand(batch, -1, -1, -1))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 

@@ -280,7 +280,7 @@ class _LatentPass(_FusedPass):
             nope, *ropes = self._to_heads(*(x for x in self._split_query() if x is not None))
             weights = layer.absorbed(self.heads)
             out, lse = self.ops.latent_attention(
-                torch.einsum("bqhn,hnr->bqhr", nope, weights.w_uk).contiguous(),
+                torch.einsum("bqhn,hnr->bqhr", nope, weights.w_uk),
                 ropes[0] if ropes else None,
                 self.rows,
                 self.scales,
@@ -290,8 +290,9 @@ class _LatentPass(_FusedPass):
                 layer.scale,
                 eight=self.eight,
             )
-            # The bias of the keys shifts all logits of a query by the same amount.
-            lse = lse + layer.scale * torch.einsum("bqhn,hn->bhq", nope.float(), weights.b_uk.float())
+            if parts:
+                # The bias of the keys shifts all logits of a query by the same amount.
+                lse = lse + layer.scale * torch.einsum("bqhn,hn->bhq", nope.float(), weights.b_uk.float())
             parts.append((torch.einsum("bqhr,hvr->bqhv", out, weights.w_uv) + weights.b_uv, lse))
         return self._merged(parts)
 
@@ -361,8 +362,7 @@ class _LatentPass(_FusedPass):
         )
         if layer.k_mean is not None:
             mean = layer.k_mean if self.heads is None else layer.k_mean[self.heads]
-            mean = mean.expand(1, len(rotations), -1, -1)
-            key[..., width:] = rotate(mean, rotations).to(key.dtype)
+            key[..., width:] = rotate(mean[None, None], rotations)
 
 
 def _project_into(out: Tensor, linear: nn.Module, x: Tensor) -> Tensor:

@@ -95,20 +95,21 @@ class Kernels:
         """Choose and compare anew, as all processes of a group have to from the same pass on."""
         self.found = Findings()
 
-    def takes(self, layer: CausalSelfAttention, tokens: Tensor, step: AttentionPass) -> bool:
-        """Whether a kernel computes a layer's attention in a pass over `tokens` `[B, S, C]`; otherwise torch does.
+    def takes(self, layer: CausalSelfAttention, tokens: Tensor, step: AttentionPass) -> tuple[int, Shape] | None:
+        """The key of a layer's choice in a pass over `tokens` `[B, S, C]` if that is a kernel; None if torch attends.
 
         Raises UserError in mode `triton` for a layer without a kernel.
         """
         if self.settings.mode == "torch" or step.cache is None or torch.is_grad_enabled():
-            return False
-        choice = self.found.choices[self._choose(layer, tokens, step)]
+            return None
+        key = self._choose(layer, tokens, step)
+        choice = self.found.choices[key]
         if choice.path == "torch" and self.settings.mode == "triton":
             reasons = "; ".join(dict.fromkeys(choice.refused.values()))
             raise UserError(
                 f"no kernel for the attention of layer {layer.layer} ({reasons}); set kernels: auto to let torch attend"
             )
-        return choice.path != "torch"
+        return None if choice.path == "torch" else key
 
     def _choose(self, layer: CausalSelfAttention, hidden_states: Tensor, step: AttentionPass) -> tuple[int, Shape]:
         """The key of a layer's choice; makes the choice if there is none yet."""
@@ -134,9 +135,9 @@ class Kernels:
     def attention(self, layer: CausalSelfAttention, hidden_states: Tensor, step: AttentionPass) -> Tensor | None:
         """`layer.attention` computed by kernels, `[B, S, H * V]`; None where torch has to compute it.
 
-        Only for a layer that `takes` kernels. A compiled block calls this between its graphs.
+        Only for a layer that `takes` kernels in this pass. A compiled block calls this between its graphs.
         """
-        key = self._choose(layer, hidden_states, step)
+        key: tuple[int, Shape] = step.choice
         choice, shape = self.found.choices[key], key[1]
         assert step.cache is not None and choice.path != "torch"
         if choice.path == "expand" and step.cache.expanded.keep is None:

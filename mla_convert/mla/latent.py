@@ -159,10 +159,7 @@ class LatentSelfAttention(CausalSelfAttention):
         if not len(self.rope_index):
             return KeyValue(nope, None, value, mean=k_mean)
         shared = rows[..., self.rank :] if self.caches_shared_key else self.k_pe_proj(latent)
-        shared = shared.unsqueeze(2)
-        if nope is None:
-            shared = shared.expand(-1, -1, value.shape[2], -1)
-        return KeyValue(nope, shared, value, self.rope_index, k_mean)
+        return KeyValue(nope, shared.unsqueeze(2), value, self.rope_index, k_mean)
 
     def _restored(self, latent: Tensor, heads: slice | None) -> Tensor:
         """Keys and values of each of the `heads`, `[B, K, H, N + V]`, from latents `[B, K, r]`."""

@@ -6,6 +6,8 @@ shorter programs, at the cost of a merge (Flash-Decoding; Stream-K, arXiv 2301.0
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from ._runtime import Plan, capability, ceil_div, tile_family
@@ -38,6 +40,7 @@ def programs(device: torch.device, plan: Plan, shared: int) -> int:
     return units * resident(plan, shared, capability(device)) if units > 1 else units
 
 
+@functools.cache
 def split_count(tiles: int, key_blocks: int, programs: int) -> int:
     """The number of splits with the lowest modeled time: `ceil(tiles splits / programs) / splits` plus the merge.
 
