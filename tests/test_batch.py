@@ -202,7 +202,7 @@ def test_streams_of_any_age_by_kernels(
 @needs_kernels
 def test_auto_compares_views_with_torch_on_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rollout of the same shape does not verify how a pool is addressed."""
-    monkeypatch.setattr(kernels, "interpreted_by_default", lambda: True)
+    monkeypatch.setattr(kernels, "left_to_torch", lambda shape: None)
     model = pico.dense_model(layers=1).to(DEVICE)
     chosen = model.set_kernels("auto")
     alone(model, prompt(0), 2, num_inference_steps=1)
@@ -230,7 +230,7 @@ class HalfCache(LatentCache):
 
 def test_a_familys_own_ring_is_a_ring_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Streams share it through its own reads and writes, and it can have fewer bits; kernels leave it to torch."""
-    monkeypatch.setattr(kernels, "interpreted_by_default", lambda: True)
+    monkeypatch.setattr(kernels, "left_to_torch", lambda shape: None)
     model = pico.convert(pico.dense_model(), **pico.VARIANTS[0])
     expected = alone(model, prompt(0), 9, 1)
     model.cache_class = HalfCache

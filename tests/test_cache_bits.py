@@ -229,7 +229,7 @@ def test_kernels_equal_torch(variant: dict[str, Any], path: str, cache: Any, mon
 @needs_kernels
 def test_auto_compares_every_layout_of_bits_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels are compiled for the bits of a row, so what one layout shows says nothing about another."""
-    monkeypatch.setattr(kernels_module, "interpreted_by_default", lambda: True)
+    monkeypatch.setattr(kernels_module, "left_to_torch", lambda shape: None)
     model = student(layers=1)
     kernels = model.set_kernels("auto")
     for cache in (MIXED, ((8, 8), (14, 4))):

@@ -66,9 +66,10 @@ class AttentionPass:
     is read and written at `places`; `kernels` may compute a layer's attention. With a `share`, several processes divide
     the chunk: the pass still describes the whole chunk, while hidden states are those of the process's own tokens.
 
-    For one layer, `kept` are its tensors in the cache, and `choice` is what `kernels` chose for it. If `write` is set, a layer that shares its latent leaves its
-    summand in `part`. In a pass over a clip, such layers read history from `latents` `[B', K, r]`, the complete latents
-    of the clip's tokens. Blocks only read the fields: what they assigned to one could be lost (see `Part`).
+    For one layer, `kept` are its tensors in the cache, and `choice` is what `kernels` chose for it. If `write` is set,
+    a layer that shares its latent leaves its summand in `part`. In a pass over a clip, such layers read history from
+    `latents` `[B', K, r]`, the complete latents of the clip's tokens. Blocks only read the fields: what they assigned to
+    one could be lost (see `Part`).
     """
 
     views: list[ChunkView]

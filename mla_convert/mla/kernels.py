@@ -26,9 +26,6 @@ logger = logging.getLogger(__name__)
 CHECK = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest allowed difference from torch at the first use of a kernel, relative to the largest output."""
 
-TRIES = 16
-"""Passes with an output of zeros after which torch attends in a layer; NaN input says nothing about later passes."""
-
 FREE_SHARE = 0.5
 """Share of the device's free memory that expanded histories may take with `history` auto."""
 
@@ -75,8 +72,6 @@ class Findings:
     failed: dict[Hashable, str] = field(default_factory=dict)
     kept: tuple[str, str] | None = None
     announced: bool = False
-    zeros: dict[tuple[int, Shape], int] = field(default_factory=dict)
-    """Passes of a layer and shape whose output was all zeros, so kernels could not be compared with torch."""
 
 
 class Kernels:
@@ -207,8 +202,6 @@ class Kernels:
                 own = torch.tensor([largest, difference, apart], dtype=torch.float64, device=out.device)
                 largest, difference, apart = step.share.agree(own).tolist()
             if largest == 0 or not math.isfinite(largest):
-                if largest == 0:
-                    self._was_zero(key)
                 return None
             difference /= largest
             # NaN is not below the limit either.
@@ -223,14 +216,6 @@ class Kernels:
         self.found.choices[key] = _by_torch(choice, reason)
         logger.warning("kernels: torch attends in %s from now on: %s", where, reason)
         return None
-
-    def _was_zero(self, key: tuple[int, Shape]) -> None:
-        """Count a pass whose output is all zeros; after `TRIES`, leave the layer to torch, which is always right."""
-        passes = self.found.zeros[key] = self.found.zeros.get(key, 0) + 1
-        if passes == TRIES:
-            reason = f"the output was all zeros in {TRIES} passes, so nothing could be compared"
-            self.found.choices[key] = _by_torch(self.found.choices[key], reason)
-            logger.warning("kernels: torch attends in layer %d from now on: %s", key[0], reason)
 
     def _keeps(self, layer: CausalSelfAttention, shape: Shape, step: AttentionPass) -> bool:
         """Whether every layer keeps its expanded history for the passes of a chunk, by the setting `history`."""
@@ -325,14 +310,11 @@ def choose(
     layer: CausalSelfAttention, shape: Shape, step: AttentionPass, mode: Mode, device_costs: costs.Costs
 ) -> Choice:
     """The cheapest path that the kernels support; torch when there is none."""
-    device = torch.device(shape.device).type
-    if mode == "auto" and device == "cpu" and not interpreted_by_default():
-        return Choice("torch", dict.fromkeys(fused.PATHS, CPU_DEFAULT))
-    if mode == "auto" and device == "cuda" and shape.dtype == torch.float32:
-        return Choice("torch", dict.fromkeys(fused.PATHS, FLOAT32_DEFAULT))
-    if shape.changed:
-        changed = f"{shape.changed} has an adapter, a hook or a wrapped forward; merge or remove it"
-        return Choice("torch", dict.fromkeys(fused.PATHS, changed))
+    reason = left_to_torch(shape) if mode == "auto" else None
+    if reason is None and shape.changed:
+        reason = f"{shape.changed} has an adapter, a hook or a wrapped forward; merge or remove it"
+    if reason is not None:
+        return Choice("torch", dict.fromkeys(fused.PATHS, reason))
     refused: dict[str, str] = {}
     found: dict[tuple[fused.Path, fused.Backend], float] = {}
     for path in fused.PATHS:
@@ -352,9 +334,12 @@ def choose(
     return Choice(path, refused, backend)
 
 
-def interpreted_by_default() -> bool:
-    """Whether `auto` also uses the kernels on a CPU; tests override this."""
-    return False
+def left_to_torch(shape: Shape) -> str | None:
+    """Why `auto` leaves attention to torch, whatever the kernels support, in one line; None where it asks them."""
+    device = torch.device(shape.device).type
+    if device == "cpu":
+        return CPU_DEFAULT
+    return FLOAT32_DEFAULT if device == "cuda" and shape.dtype == torch.float32 else None
 
 
 def free_memory(device: torch.device) -> int | None:
