@@ -68,8 +68,8 @@ class AttentionPass:
 
     For one layer, `kept` are its tensors in the cache, and `choice` is what `kernels` chose for it. If `write` is set,
     a layer that shares its latent leaves its summand in `part`. In a pass over a clip, such layers read history from
-    `latents` `[B', K, r]`, the complete latents of the clip's tokens. Blocks only read the fields: what they assigned to
-    one could be lost (see `Part`).
+    `latents` `[B', K, r]`, the complete latents of the clip's tokens. Blocks only read the fields: what they assigned
+    to one could be lost (see `Part`).
     """
 
     views: list[ChunkView]

@@ -11,11 +11,14 @@ import functools
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from .attention import CausalSelfAttention
+
+if TYPE_CHECKING:
+    from . import fused
 
 TABLE = Path(__file__).with_name("device_costs.json")
 DEFAULT = "default"
@@ -67,8 +70,8 @@ def cost(
     layer: CausalSelfAttention,
     queries: int,
     keys: int,
-    path: Literal["absorbed", "expand"],
-    backend: Literal["sdpa", "attend"],
+    path: fused.Path,
+    backend: fused.Backend,
     prices: Costs,
 ) -> float:
     """Multiply-adds, weighted by price, of one layer's attention to a full window, for one batch item."""
@@ -76,9 +79,7 @@ def cost(
     return restoring * prices.expand + attending * prices.price("absorbed" if path == "absorbed" else backend, queries)
 
 
-def operations(
-    layer: CausalSelfAttention, queries: int, keys: int, path: Literal["absorbed", "expand"]
-) -> tuple[float, float]:
+def operations(layer: CausalSelfAttention, queries: int, keys: int, path: fused.Path) -> tuple[float, float]:
     """Multiply-adds that restore keys and values, and multiply-adds of the attention.
 
     On the absorbed path, a query-key pair costs `2 r + R` per head instead of `D + V`, and the weights that restore

@@ -7,7 +7,6 @@ shared key, W the width of a row.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import subprocess
 from typing import Any, Literal, TypeGuard, cast
@@ -134,12 +133,14 @@ class _FusedPass:
         self.local = step.local
         self.own_rotations = self.local.views[0].own_rotations
         self.heads = step.heads(layer)
+        self._value: Tensor | None = None
 
-    @functools.cached_property
-    def value(self) -> Tensor:
-        """Values of the own tokens, `[B, N, H * V]`."""
-        found: Tensor = self.layer.to_v(self.hidden_states)
-        return found
+    def value(self, out: Tensor | None = None) -> Tensor:
+        """Values of the own tokens, `[B, N, H * V]`; the first call may project into `out` `[B, N, H, V]`."""
+        if self._value is None:
+            to_v, x = self.layer.to_v, self.hidden_states
+            self._value = cast(Tensor, to_v(x)) if out is None else _project_into(out, to_v, x)
+        return self._value
 
     def by_one_query(self) -> Tensor:
         """Attention to history and own chunk, both in one workspace: `[B, N, H, V]`."""
@@ -155,7 +156,7 @@ class _FusedPass:
             self._expand(key[:, history:], value[:, history:], self.places.own_slots, self.places.own_rotations)
         elif self.step.share is not None:
             own_key = self._normed(self.key, layer.norm_k, self.own_rotations)
-            query, *own = self._to_heads(query, own_key, layer.split_heads(self.value))
+            query, *own = self._to_heads(query, own_key, layer.split_heads(self.value()))
             for kept, new in zip((key, value), own, strict=True):
                 kept[:, history:] = new
         else:
@@ -163,7 +164,7 @@ class _FusedPass:
             self.ops.qk_norm_rope_(
                 key[:, history:], self.key, layer.norm_k.weight.flatten(), layer.norm_k.eps, turning, layer.heads
             )
-            self.value = _project_into(value[:, history:], layer.to_v, self.hidden_states)
+            self.value(value[:, history:])
         if self.backend == "sdpa":
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))
             return F.scaled_dot_product_attention(query, key, value, scale=layer.scale).transpose(1, 2)
@@ -198,7 +199,7 @@ class _FusedPass:
         query, key = (
             self._normed(x, norm, rotations) for x, norm in ((self.query, layer.norm_q), (self.key, layer.norm_k))
         )
-        query, key, value = self._to_heads(query, key, layer.split_heads(self.value))
+        query, key, value = self._to_heads(query, key, layer.split_heads(self.value()))
         part: tuple[Tensor, Tensor] = self.ops.attend(query, key, value, None, layer.scale)
         return part
 
@@ -256,7 +257,7 @@ class _DensePass(_FusedPass):
     """A pass of a layer whose cache holds every head's keys and values."""
 
     def write(self) -> None:
-        self.layer.keep(self.layer.norm_k(self.key), self.value, self.step)
+        self.layer.keep(self.layer.norm_k(self.key), self.value(), self.step)
 
     def _expand_rows(self, key: Tensor, value: Tensor, slots: Tensor, rotations: Tensor) -> None:
         kept = self.layer.expand(self.cache.take(self.kept, slots))
@@ -319,7 +320,7 @@ class _LatentPass(_FusedPass):
         layer = self.layer
         if not _writes(layer, self.step):
             # Parts are summed before they are rounded to the cache's dtype, and rows of a share have to be gathered.
-            layer.keep(self._normed(self.key, layer.norm_k, None).flatten(2), self.value, self.step)
+            layer.keep(self._normed(self.key, layer.norm_k, None).flatten(2), self.value(), self.step)
             return
         shared = layer.k_pe_proj if layer.caches_shared_key else None
         self.ops.latent_write_(
@@ -327,7 +328,7 @@ class _LatentPass(_FusedPass):
             self.scales,
             self.places.own_slots,
             self.key,
-            self.value,
+            self.value(),
             layer.norm_k.weight.flatten(),
             layer.norm_k.eps,
             None if layer.k_mean is None else layer.k_mean.flatten(),

@@ -165,57 +165,57 @@ class Kernels:
         wait for its results.
         """
         choice = self.found.choices[key]
-        path = choice.path
-        assert path != "torch"
-        written = None
+        assert choice.path != "torch"
         try:
-            out = fused.attention(layer, hidden_states, step, path, choice.backend)
-            if fused.writes_unread(layer, step):
-                written = _own_rows(step)
-        except torch.OutOfMemoryError:
-            # This is no fault of the kernel, which may fit when less is in memory.
-            raise
+            out = fused.attention(layer, hidden_states, step, choice.path, choice.backend)
+            written = _own_rows(step) if fused.writes_unread(layer, step) else None
         except Exception as error:
+            # Lack of memory is no fault of the kernel, which may fit when less is in memory.
             if lacks_memory(error):
                 raise
-            lacking = fused.lacking(error)
-            reason = lacking or f"{path} failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            if step.share is not None:
-                raise UserError(f"kernels: {reason}; on several GPUs set kernels: torch (--kernels torch)") from error
-            # What does not compile for one layer does not for the others.
-            self.found.failed[None if lacking else _kind(layer, key[1], choice)] = reason
-            where = "every layer" if lacking else f"layer {layer.layer} and others of its shape"
+            self._failed(key, layer, step, error)
+            return None
+        try:
+            expected = layer.eager_attention(hidden_states, step).float()
+        except Exception as error:
+            if not lacks_memory(error) or step.share is not None:
+                raise
+            # Torch's attention takes more memory than the kernel's.
+            logger.warning(
+                "kernels: torch's attention of layer %d does not fit in memory, so nothing is compared", layer.layer
+            )
+            return out
+        largest, difference, apart = _distances(out, expected, written, step)
+        if largest == 0 or not math.isfinite(largest):
+            return None
+        difference /= largest
+        # NaN is not below the limit either.
+        limit = CHECK[key[1].dtype]
+        if not difference <= limit:
+            reason = f"{choice.path} differs from torch by {difference:.1e} of the largest output"
+        elif not apart <= limit:
+            reason = f"the rows written differ from torch's by {apart:.1e} of the largest number"
         else:
-            try:
-                expected = layer.eager_attention(hidden_states, step).float()
-            except Exception as error:
-                if not lacks_memory(error) or step.share is not None:
-                    raise
-                # Torch's attention takes more memory than the kernel's.
-                logger.warning(
-                    "kernels: torch's attention of layer %d does not fit in memory, so nothing is compared", layer.layer
-                )
-                return out
-            largest, difference = float(expected.abs().max()), float((out.float() - expected).abs().max())
-            apart = 0.0 if written is None else _rows_apart(written, step)
-            if step.share is not None:
-                own = torch.tensor([largest, difference, apart], dtype=torch.float64, device=out.device)
-                largest, difference, apart = step.share.agree(own).tolist()
-            if largest == 0 or not math.isfinite(largest):
-                return None
-            difference /= largest
-            # NaN is not below the limit either.
-            limit = CHECK[key[1].dtype]
-            if not difference <= limit:
-                reason = f"{path} differs from torch by {difference:.1e} of the largest output"
-            elif not apart <= limit:
-                reason = f"the rows written differ from torch's by {apart:.1e} of the largest number"
-            else:
-                return out
-            where = f"layer {layer.layer}"
-        self.found.choices[key] = _by_torch(choice, reason)
-        logger.warning("kernels: torch attends in %s from now on: %s", where, reason)
+            return out
+        self._give_up(key, reason, f"layer {layer.layer}")
         return None
+
+    def _failed(
+        self, key: tuple[int, Shape], layer: CausalSelfAttention, step: AttentionPass, error: Exception
+    ) -> None:
+        """Leave what a kernel failed to compute to torch; raises UserError where processes share the chunk."""
+        choice, lacking = self.found.choices[key], fused.lacking(error)
+        reason = lacking or f"{choice.path} failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if step.share is not None:
+            raise UserError(f"kernels: {reason}; on several GPUs set kernels: torch (--kernels torch)") from error
+        # What does not compile for one layer does not for the others.
+        self.found.failed[None if lacking else _kind(layer, key[1], choice)] = reason
+        self._give_up(key, reason, "every layer" if lacking else f"layer {layer.layer} and others of its shape")
+
+    def _give_up(self, key: tuple[int, Shape], reason: str, where: str) -> None:
+        """Let torch attend instead of a choice from now on, and say so."""
+        self.found.choices[key] = _by_torch(self.found.choices[key], reason)
+        logger.warning("kernels: torch attends in %s from now on: %s", where, reason)
 
     def _keeps(self, layer: CausalSelfAttention, shape: Shape, step: AttentionPass) -> bool:
         """Whether every layer keeps its expanded history for the passes of a chunk, by the setting `history`."""
@@ -262,6 +262,21 @@ class Kernels:
             return
         self.found.announced = True
         logger.info("%s", describe(self.report()))
+
+
+def _distances(
+    out: Tensor, expected: Tensor, written: Tensor | None, step: AttentionPass
+) -> tuple[float, float, float]:
+    """The largest output, the largest difference from torch's `expected`, and how far the rows `written` are apart.
+
+    Of processes that share a chunk, the largest of any.
+    """
+    largest, difference = float(expected.abs().max()), float((out.float() - expected).abs().max())
+    apart = 0.0 if written is None else _rows_apart(written, step)
+    if step.share is not None:
+        own = torch.tensor([largest, difference, apart], dtype=torch.float64, device=out.device)
+        largest, difference, apart = step.share.agree(own).tolist()
+    return largest, difference, apart
 
 
 def _own_rows(step: AttentionPass) -> Tensor:
@@ -316,22 +331,24 @@ def choose(
     if reason is not None:
         return Choice("torch", dict.fromkeys(fused.PATHS, reason))
     refused: dict[str, str] = {}
-    found: dict[tuple[fused.Path, fused.Backend], float] = {}
+    found: dict[fused.Path, tuple[float, fused.Backend]] = {}
     for path in fused.PATHS:
         reason = fused.why_not(layer, shape.dtype, shape.device, step, path)
         if reason is not None:
             refused[path] = reason
             continue
-        for backend in fused.backends(layer, path):
-            found[path, backend] = costs.cost(layer, shape.queries, shape.keys, path, backend, device_costs)
+        prices = {
+            backend: costs.cost(layer, shape.queries, shape.keys, path, backend, device_costs)
+            for backend in fused.backends(layer, path)
+        }
+        backend = min(prices, key=prices.__getitem__)
+        found[path] = (prices[backend], backend)
     if not found:
         return Choice("torch", refused)
-    path, backend = best = min(found, key=found.__getitem__)
-    for other in fused.PATHS:
-        least = min((cost for (way, _), cost in found.items() if way == other), default=None)
-        if other != path and least is not None:
-            refused[other] = f"{least / found[best]:.2f}x the cost of {path}"
-    return Choice(path, refused, backend)
+    best = min(found, key=lambda path: found[path][0])
+    price, backend = found.pop(best)
+    refused |= {path: f"{other / price:.2f}x the cost of {best}" for path, (other, _) in found.items()}
+    return Choice(best, refused, backend)
 
 
 def left_to_torch(shape: Shape) -> str | None:
