@@ -52,43 +52,62 @@ def _load(pointers, offsets, live, start, SIZE: tl.constexpr, BLOCK: tl.constexp
 
 @jit
 def _logits(
-    q1, q2, pointers, offsets, tiles, row, column, live,
+    query, source, live, DESCRIBED: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Logits of a block of keys, loaded by the descriptor `tiles` or by pointers; any value where not `live`."""
-    if tiles is not None:
-        found = tl.dot(q1, tiles.load([row, column]).T, input_precision=PRECISION)
+    """Logits of a block of keys; any value where not `live`.
+
+    `source` is a descriptor with the row and column of the block or, unless DESCRIBED, pointers and offsets.
+    """
+    if DESCRIBED:
+        found = tl.dot(query[0], source[0].load([source[1], source[2]]).T, input_precision=PRECISION)
     else:
-        found = tl.dot(q1, _load(pointers, offsets, live, 0, D, D1, MASKED).T, input_precision=PRECISION)
+        k1 = _load(source[0], source[1], live, 0, D, D1, MASKED)
+        found = tl.dot(query[0], k1.T, input_precision=PRECISION)
         if D2 > 0:
-            k2 = _load(pointers, offsets, live, D1, D, D2, MASKED)
-            found = tl.dot(q2, k2.T, found, input_precision=PRECISION)
+            k2 = _load(source[0], source[1], live, D1, D, D2, MASKED)
+            found = tl.dot(query[1], k2.T, found, input_precision=PRECISION)
     return found
 
 
 @jit
 def _step(
-    logits, acc1, acc2, total, top, scale_log2, pointers, offsets, tiles, row, column, live,
+    logits, state, scale_log2, source, live, DESCRIBED: tl.constexpr,
     V: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax over a block of keys, whose values are loaded like the keys in `_logits`."""
+    """One step of the online softmax over a block of keys; the `source` of its values is like that of the keys.
+
+    The state is two blocks of sums, and the total and maximum of `softmax_step`.
+    """
+    acc1, acc2, total, top = state
     weights, shrink, total, top = softmax_step(logits, total, top, scale_log2, live, MASKED)
     acc1 *= shrink[:, None]
     if V2 > 0:
         acc2 *= shrink[:, None]
-    if tiles is not None:
-        v1 = tiles.load([row, column])
+    if DESCRIBED:
+        v1 = source[0].load([source[1], source[2]])
         if MASKED:
             # These rows belong to other items or were never written, so they may be NaN.
             v1 = tl.where(live[:, None], v1, 0.0)
     else:
-        v1 = _load(pointers, offsets, live, 0, V, V1, MASKED)
+        v1 = _load(source[0], source[1], live, 0, V, V1, MASKED)
     weights = weights.to(v1.dtype)
     acc1 = tl.dot(weights, v1, acc1, input_precision=PRECISION)
     if V2 > 0:
-        v2 = _load(pointers, offsets, live, V1, V, V2, MASKED)
+        v2 = _load(source[0], source[1], live, V1, V, V2, MASKED)
         acc2 = tl.dot(weights, v2, acc2, input_precision=PRECISION)
     return acc1, acc2, total, top
+
+
+@jit
+def _block(
+    query, state, scale_log2, keys, values, live, DESCRIBED: tl.constexpr,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, V: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The state after a block of keys and their values."""
+    logits = _logits(query, keys, live, DESCRIBED, D, D1, D2, MASKED, PRECISION)
+    return _step(logits, state, scale_log2, values, live, DESCRIBED, V, V1, V2, MASKED, PRECISION)
 
 
 @jit
@@ -130,14 +149,15 @@ def _attend_kernel(
         # A partial tile reads queries of the next item, whose results are not stored.
         row = (b * (query_b // query_q)).to(tl.int32) + tl.program_id(0) * BLOCK_Q
         q1 = query_tiles.load([row, (h * query_h).to(tl.int32)])
-        q2 = q1
+        query_blocks = (q1, q1)
     else:
-        q1, q2 = _queries(query + b * query_b + h * query_h, q.to(tl.int64) * query_q, inside, D, D1, D2)
+        query_blocks = _queries(query + b * query_b + h * query_h, q.to(tl.int64) * query_q, inside, D, D1, D2)
     acc1 = tl.zeros([BLOCK_Q, V1], tl.float32)
     acc2 = tl.zeros([BLOCK_Q, V2 if V2 > 0 else 1], tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     scale_log2 = scale * 1.4426950408889634
+    state = (acc1, acc2, total, top)
     if key_tiles is not None:
         key_row, key_column = (b * (key_b // KEY_K)).to(tl.int32), (h * key_h).to(tl.int32)
         value_row, value_column = (b * (value_b // VALUE_K)).to(tl.int32), (h * value_h).to(tl.int32)
@@ -145,58 +165,49 @@ def _attend_kernel(
             # The last full block has no next block.
             if first < whole:
                 logits = _logits(
-                    q1, q2, None, None, key_tiles, key_row + first, key_column, inside, D, D1, D2, False, PRECISION
+                    query_blocks, (key_tiles, key_row + first, key_column), inside, True, D, D1, D2, False, PRECISION
                 )  # fmt: skip
                 for start in range(first, whole - BLOCK_K, BLOCK_K):
                     coming = _logits(
-                        q1, q2, None, None, key_tiles, key_row + start + BLOCK_K, key_column, inside, D, D1, D2, False,
-                        PRECISION,
+                        query_blocks, (key_tiles, key_row + start + BLOCK_K, key_column), inside, True,
+                        D, D1, D2, False, PRECISION,
                     )  # fmt: skip
-                    acc1, acc2, total, top = _step(
-                        logits, acc1, acc2, total, top, scale_log2, None, None, value_tiles, value_row + start,
-                        value_column, inside, V, V1, V2, False, PRECISION,
+                    state = _step(
+                        logits, state, scale_log2, (value_tiles, value_row + start, value_column), inside, True,
+                        V, V1, V2, False, PRECISION,
                     )  # fmt: skip
                     logits = coming
-                acc1, acc2, total, top = _step(
-                    logits, acc1, acc2, total, top, scale_log2, None, None, value_tiles, value_row + whole - BLOCK_K,
-                    value_column, inside, V, V1, V2, False, PRECISION,
+                state = _step(
+                    logits, state, scale_log2, (value_tiles, value_row + whole - BLOCK_K, value_column), inside, True,
+                    V, V1, V2, False, PRECISION,
                 )  # fmt: skip
         else:
             for start in range(first, whole, BLOCK_K):
-                logits = _logits(
-                    q1, q2, None, None, key_tiles, key_row + start, key_column, inside, D, D1, D2, False, PRECISION
+                state = _block(
+                    query_blocks, state, scale_log2, (key_tiles, key_row + start, key_column),
+                    (value_tiles, value_row + start, value_column), inside, True,
+                    D, D1, D2, V, V1, V2, False, PRECISION,
                 )  # fmt: skip
-                acc1, acc2, total, top = _step(
-                    logits, acc1, acc2, total, top, scale_log2, None, None, value_tiles, value_row + start,
-                    value_column, inside, V, V1, V2, False, PRECISION,
-                )  # fmt: skip
+        keys_from = (key_tiles, key_row + whole, key_column)
+        values_from = (value_tiles, value_row + whole, value_column)
     else:
         keys_of_head = key + b * key_b + h * key_h + tl.cast(first, tl.int64) * KEY_K
         values_of_head = value + b * value_b + h * value_h + tl.cast(first, tl.int64) * VALUE_K
         for _ in range(first, whole, BLOCK_K):
-            logits = _logits(q1, q2, keys_of_head, n * KEY_K, None, 0, 0, inside, D, D1, D2, False, PRECISION)
-            acc1, acc2, total, top = _step(
-                logits, acc1, acc2, total, top, scale_log2, values_of_head, n * VALUE_K, None, 0, 0,
-                inside, V, V1, V2, False, PRECISION,
+            state = _block(
+                query_blocks, state, scale_log2, (keys_of_head, n * KEY_K), (values_of_head, n * VALUE_K), inside,
+                False, D, D1, D2, V, V1, V2, False, PRECISION,
             )  # fmt: skip
             keys_of_head += BLOCK_K * KEY_K
             values_of_head += BLOCK_K * VALUE_K
+        keys_from = (keys_of_head, n * KEY_K)
+        values_from = (values_of_head, n * VALUE_K)
     if whole < last:
-        live = n < last - whole
-        if key_tiles is not None:
-            logits = _logits(
-                q1, q2, None, None, key_tiles, key_row + whole, key_column, live, D, D1, D2, True, PRECISION
-            )  # fmt: skip
-            acc1, acc2, total, top = _step(
-                logits, acc1, acc2, total, top, scale_log2, None, None, value_tiles, value_row + whole, value_column,
-                live, V, V1, V2, True, PRECISION,
-            )  # fmt: skip
-        else:
-            logits = _logits(q1, q2, keys_of_head, n * KEY_K, None, 0, 0, live, D, D1, D2, True, PRECISION)
-            acc1, acc2, total, top = _step(
-                logits, acc1, acc2, total, top, scale_log2, values_of_head, n * VALUE_K, None, 0, 0,
-                live, V, V1, V2, True, PRECISION,
-            )  # fmt: skip
+        state = _block(
+            query_blocks, state, scale_log2, keys_from, values_from, n < last - whole, key_tiles is not None,
+            D, D1, D2, V, V1, V2, True, PRECISION,
+        )  # fmt: skip
+    acc1, acc2, total, top = state
 
     # Without keys, the sums and the output are 0.
     total_or_one = tl.where(total > 0, total, 1.0)
