@@ -23,8 +23,8 @@ def same(made: Callable[[torch.device], Any]) -> None:
     expected = made(CPU)
     with pretended():
         actual = made(GPU)
-    # Observed at most 1.8e-7 of the largest magnitude for latents and 1.7e-6 for pixels.
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    # Observed: 1.8e-7 of the largest magnitude for latents and 1.7e-6 for pixels; 1.8e-5 for streams on another CPU.
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=5e-5)
 
 
 @functools.cache
