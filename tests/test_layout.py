@@ -29,6 +29,7 @@ LEAVES = (
     "errors",
     "explain",
     "files",
+    "finite",
     "flow",
     "interrupts",
     "lazy",

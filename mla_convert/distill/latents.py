@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError
+from ..finite import all_finite
 from ..mla.image import IMAGE
 from .clip_shards import COLUMNS, LATENT, NAMES, TEXT, tensor_columns
 from .identity import Identity, identity_of
@@ -234,7 +235,7 @@ class LatentShards:
         images = {name: _unpack(values, COLUMN_OF[name], place, remedy) for name in self.conditions}
         columns = {COLUMN_OF[name]: tensor for name, tensor in images.items()}
         for name, tensor in {"latents": latents, "text embedding": text, **columns}.items():
-            if not tensor.isfinite().all():
+            if not all_finite(tensor):
                 raise UserError(f"{place}, {self._name(index)!r}, has NaN or infinite values in its {name}; {remedy}")
         return {
             "latents": latents if scale is None else scale.standardise(latents),
@@ -252,7 +253,7 @@ class LatentShards:
             text = F.pad(text, (0, 0, 0, self.text_tokens - len(text)))
         if list(text.shape) != self._text_shape:
             raise UserError(f"{place} has a text embedding of another size than the first clip; {remedy}")
-        if not text.isfinite().all():
+        if not all_finite(text):
             raise UserError(
                 f"{place}, {self._name(index)!r}, has NaN or infinite values in its text embedding; {remedy}"
             )

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..draws import Use, drawn_seed
 from ..errors import UserError
 from ..files import write_json
+from ..finite import all_finite
 from ..sampling import SamplingConfig
 from .clip_shards import Clip, shard_name, write_shard
 from .normalisation import KIND_NOTE
@@ -128,7 +129,7 @@ def write_rollouts(
             chosen_conditions, dtype = conditions(chosen), getattr(torch, config.dtype)
             embeds = text[chosen]
             latents = roll_out(embeds, drawn_seed(Use.ROLLOUT, seed, number), chosen_conditions).to(dtype)
-            if not latents.isfinite().all():
+            if not all_finite(latents):
                 raise UserError(
                     f"the teacher's rollout for {path.name} has NaN or infinite values; check the source and the "
                     "sampling keys of data.rollouts"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..finite import all_finite
 from .formats import SafetensorsFile, TensorFile
 from .pickles import PICKLES, PickleFile
 
@@ -89,7 +90,7 @@ class LazyTensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         file, stored = self._places[name]
         tensor = self._handle(file).read(stored)
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not all_finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             raise UserError(f"{file}: tensor {name} has {bad} NaN or infinite values out of {tensor.numel()}")
         return tensor

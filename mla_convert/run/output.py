@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import UserError
+from ..finite import all_finite
 
 OutputType = Literal["np", "pt", "pil", "latent"]
 Frames = Any
@@ -32,7 +33,7 @@ class StreamingPipelineOutput(BaseOutput):
 
 def to_output(pixels: Tensor, output_type: OutputType) -> Tensor:
     """Pixels `[B, C, F, H, W]` in [-1, 1] in the form that `handed_out` takes. Raises UserError for NaN or Inf."""
-    if not torch.isfinite(pixels).all():
+    if not all_finite(pixels):
         raise UserError("the video contains NaN or Inf; the model diverged, or its dtype is too narrow (try float32)")
     # Computed on the device, with the same bits as diffusers' `VideoProcessor` on the CPU.
     frames = (pixels.float() * 0.5 + 0.5).clamp(0, 1).expand(-1, 3, -1, -1, -1).transpose(1, 2)
