@@ -26,6 +26,7 @@ STATED = {
     "1 GB": "an assumption of plan",
     **dict.fromkeys(("0.7 %", "2.5 %", "6 %", "12 %"), "aims, not results"),
     **dict.fromkeys(("96 %", "98 %", "97.9 %"), "1 - 14 / 384 and 1 - 8 / 384"),
+    "17 MB": "4 bytes x (16 x 21 x 60 x 104 + 512 x 4,096)",
     "30 %": "the bound of tests/test_dry_run.py",
     **dict.fromkeys(
         ("12.9 GB", "155 GB", "412 GB"), "64 x 2 x 32,760 tokens of 1,536 bfloat16 numbers, and 12 or 32 layers of them"
