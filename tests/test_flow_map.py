@@ -108,8 +108,7 @@ def test_rollout_asks_for_every_step_and_writes_the_velocity() -> None:
     list(stream_chunks(model, text, 4, 6, 4, **settings))
     times = (1000 * flow.sampling_times(3, 3.0)).tolist()
     steps = [(times[i], times[i + 1], False) for i in range(3)]
-    assert len(calls) == 8
-    for found, wanted in zip(calls, 2 * [*steps, (100.0, 100.0, True)], strict=True):
+    for found, wanted in zip(calls, [*steps, (100.0, 100.0, True), *steps], strict=True):
         assert found == pytest.approx(wanted)
 
 

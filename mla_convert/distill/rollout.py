@@ -38,7 +38,7 @@ def self_rollout(
     Every chunk takes the steps of `sampler` along the falling `times` (the last is 0), up to step number `exit_step`,
     counted from 0. The clean chunk is predicted from the velocity of that step. Only that step
     carries a gradient, and only in chunks from frame `gradient_from` onward and if gradients are enabled.
-    Another pass, at noise level `context_noise` and without a graph, then writes the chunk to the cache.
+    Another pass, at noise level `context_noise` and without a graph, then writes the chunk to the cache for the next.
     F may exceed the window, which wraps as in inference. With gradient checkpointing, the cache that a
     chunk has read is kept until the backward pass. `conditions` are as in `stream_chunks`, for at least F frames.
 
@@ -72,7 +72,8 @@ def self_rollout(
             context = clean
             if context_noise > 0:
                 context = add_noise(clean, next(noises), t_context)
-            _pass(model, context, t_context, text, cache, now, write=True)
+            if stop < frames:
+                _pass(model, context, t_context, text, cache, now, write=True)
         clean_chunks.append(clean)
     return torch.cat(clean_chunks, dim=2)
 

@@ -35,8 +35,8 @@ class Passes(ABC):
         first: int,
         held: Tensor | None = None,
         on_step: StepDone | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The chunk that begins at frame `first`, `[B, C, F, H, W]`, float32, and its version written to the cache.
+    ) -> Tensor:
+        """The chunk that begins at frame `first`, `[B, C, F, H, W]`, float32; `keep` has still to write it.
 
         `noises` holds `schedule.draws` tensors, the first from `schedule.begin`. `held` `[B, C, F0, H, W]` are given
         first frames of the chunk; if they cover it, no step is taken.
@@ -50,11 +50,18 @@ class Passes(ABC):
                 return self.velocity(x, float(t), float(r), clean)
 
             x = denoise(noises[0], schedule.of_chunk(first), velocity, schedule.between(noises), held, on_step)
+        return x
+
+    def keep(self, x: Tensor, noises: Sequence[Tensor], schedule: Schedule) -> Tensor:
+        """Write a finished chunk to the cache, from which the next one reads it; returns it as written.
+
+        `noises` are those of `chunk`, the last of which is that of `schedule.context_noise`.
+        """
         written = x
         if schedule.context_noise > 0:
             written = add_noise(x, noises[-1], torch.full((len(x),), schedule.context_noise, device=x.device))
         self.write(written, schedule.context_noise)
-        return x, written
+        return written
 
     def velocity(self, x: Tensor, t: float, r: float, held: int = 0) -> Tensor:
         """Velocity `[B, C, F, H, W]`, float32, at noise level t; for a flow map the mean velocity from t to r.

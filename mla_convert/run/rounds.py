@@ -148,7 +148,8 @@ class Rounds:
         passes = SharedPasses(self.models, self.pool, streams, conditions, frames, self.devices)
         for stream in streams:
             stream.written = stream.frames_seen + frames
-        latents, cached = passes.chunk(noises, schedule, first, held)
+        latents = passes.chunk(noises, schedule, first, held)
+        cached = passes.keep(latents, noises, schedule)
         finite = latents.isfinite().flatten(1).all(1).tolist()
         made = {}
         for index, number in enumerate(sharing):

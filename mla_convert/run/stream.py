@@ -57,9 +57,10 @@ def stream_chunks(
 
     With absolute positions, the rollout ends with the rotary table (see `video_end`), and a warning is logged.
 
-    Every chunk is denoised in `num_inference_steps` steps and then written to the cache by one more pass at noise level
-    `context_noise` (Self-Forcing, arXiv 2506.08009, algorithm 1). `denoising_steps`, decreasing noise levels out of
-    1000, replace evenly spaced steps; `first_chunk_steps` are those of the first chunk. `shift` warps all of them. The
+    Every chunk is denoised in `num_inference_steps` steps and yielded. When the next one is asked for, one more pass
+    writes it to the cache at noise level `context_noise` (Self-Forcing, arXiv 2506.08009, algorithm 1).
+    `denoising_steps`, decreasing noise levels out of 1000, replace evenly spaced steps; `first_chunk_steps` are those
+    of the first chunk. `shift` warps all of them. The
     `sampler` takes Euler steps, or with `renoise` adds new noise to the predicted clean chunk, as for few-step students
     of Self-Forcing, Causal-Forcing and LongLive. A flow map predicts the mean velocity of each step (down to 0 with
     `renoise`), and has r = t in the pass that writes.
@@ -127,10 +128,15 @@ def stream_chunks(
         held = None if start is None or start.shape[2] <= first else start[:, :, first:stop]
         done = None if on_step is None else functools.partial(_call_on_step, on_step, first)
         with torch.no_grad():
-            x, written = passes.chunk(noises, schedule, first, held, done)
+            x = passes.chunk(noises, schedule, first, held, done)
+        # Handed over before the pass that only the next chunk needs; a copy, because its receiver may change it.
+        yield x.clone()
+        if stop == end:
+            break
+        with torch.no_grad():
+            written = passes.keep(x, noises, schedule)
         if recent is not None:
             recent.add(first, written, causal.first_kept(stop), of_chunk)
-        yield x
     if end != num_frames and stop == end:
         logger.warning("%s", end_notice(causal, "the video", end))
 
