@@ -151,11 +151,10 @@ class Learner:
                 loss, logs = self.call(loss_of, clips, generator)
                 self._backward(loss)
                 for name, value in {"loss": loss.detach(), **logs}.items():
-                    sums[name] = sums.get(name, torch.zeros_like(value)) + value / micro_steps
+                    share = value / micro_steps
+                    sums[name] = sums[name] + share if name in sums else share
                 if self.accelerator.sync_gradients:
                     means = self._mean(sums)
-                    if not math.isfinite(means["loss"]):
-                        judge(means["loss"], None)
                     norm = self._clip(max_grad_norm)
                     row = {**means, "grad_norm": norm, **judge(means["loss"], norm)}
                 self._step(bool(row.get("skipped")))

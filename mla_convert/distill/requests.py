@@ -79,6 +79,8 @@ class Requests:
         """Whether any process should stop, and whether a checkpoint is due; the same answer in every process."""
         main, minutes = self.accelerator.is_main_process, self.minutes
         due = main and minutes is not None and time.monotonic() - self._last >= 60 * minutes
+        if self.accelerator.num_processes == 1:
+            return self.stop, due
         own = torch.tensor([self.stop, due], dtype=torch.float32, device=self.accelerator.device)
         stop, save = (self.accelerator.reduce(own, "sum") > 0).tolist()
         return stop, save

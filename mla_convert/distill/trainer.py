@@ -242,10 +242,10 @@ class _Training:
         config, done = self.config, row["step"]
         last = done == config.steps
         if owed != "preview":
-            if self.heldout_clips is not None and (last or _due(config.eval_every, done)):
-                if requests.stopping():
+            if last or _due(config.eval_every, done):
+                if self.heldout_clips is not None and requests.stopping():
                     return "heldout"
-                row.update(self._evaluate(done))
+                row.update(self._average_distance() | self._evaluate(done))
             self._record(row, seconds=time.monotonic() - started)
         if self._preview_due(done, last or self.watch.plateau):
             if requests.stopping():
@@ -259,6 +259,13 @@ class _Training:
         if losses:
             self.judge.heldout(step, losses["heldout_loss"])
         return losses
+
+    def _average_distance(self) -> Row:
+        """How far the average is from the weights, if there is one; every process calls this."""
+        learner = self.assembly.learner
+        if learner.average is None:
+            return {}
+        return {"ema_distance": relative_distance(learner.weights(), learner.average.weights)}
 
     @property
     def _updates_a_step(self) -> int:
@@ -277,10 +284,8 @@ class _Training:
         row |= self._update(student, stage.loss, step, next(updates))
         if second is not None:
             row |= {f"{second.name}_{name}": value for name, value in second_row.items()}
-        if student.average is not None:
-            if not row.get("skipped"):
-                student.average.step()
-            row["ema_distance"] = relative_distance(student.weights(), student.average.weights)
+        if student.average is not None and not row.get("skipped"):
+            student.average.step()
         return {**row, "lr": learning_rate(self.config, step)}
 
     def _made_by_student(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
