@@ -17,7 +17,7 @@ from ..distill.progress import Report
 from ..errors import UsageError, UserError
 from ..files import unreadable
 from ..run.prefetch import FrameWriter
-from ..run.video import Frames
+from ..run.video import Written
 
 DIMENSIONS = (
     "subject_consistency",
@@ -43,7 +43,7 @@ FLICKERING_FACTOR = 5
 INFO = "vbench/VBench_full_info.json"
 ORDER = "prompts/all_dimension.txt"
 
-Draw = Callable[[str, int], Iterator[Frames]]
+Draw = Callable[[str, int], Iterator[Written]]
 """Generates the frames of a video, chunk by chunk, from a prompt and a seed."""
 
 

@@ -20,12 +20,12 @@ from ..families.image import reads_image
 from ..files import atomic_folder, save_tensors
 from ..load import Source, read_json
 from ..load.hub import is_hub_id
-from ..run.decode import frame_chunks
+from ..run.decode import decode_chunks
 from ..run.latents import DIGITS, check_text_width, latent_scale, prompt_encoder
 from ..run.offload import Offload, place, travelling
 from ..run.parts import PICTURES, TEXT, find_parts, parts_here
 from ..run.sample import embed_prompts, rollout
-from ..run.video import Frames, save_video, side_by_side
+from ..run.video import Frames, save_video, side_by_side, to_frames
 from .context import CHECKPOINT, KERNELS, ROLLOUTS, SAMPLES, Context
 from .vae import source_vae
 
@@ -127,4 +127,4 @@ def _decode(context: Context, videos: dict[str, Tensor]) -> list[Comparison]:
 
 def _frames(video: Tensor, vae: Any) -> Frames:
     """Frames `[F, H, W, 3]` of one rollout `[C, F, h, w]`, decoded one latent frame at a time."""
-    return np.concatenate([frames for (frames,) in frame_chunks(video.unsqueeze(0).split(1, dim=2), vae)])
+    return np.concatenate([to_frames(pixels[0]) for pixels in decode_chunks(video.unsqueeze(0).split(1, dim=2), vae)])

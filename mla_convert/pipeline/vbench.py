@@ -39,7 +39,7 @@ from ..run.latents import DIGITS, check_length, check_vae, latent_frames, latent
 from ..run.offload import place
 from ..run.parts import PICTURES, TEXT, find_parts
 from ..run.sample import embed_prompts, over_trained, rollout
-from ..run.video import Frames
+from ..run.video import Written
 from .comparison import read_samples
 from .embeds import StoredEmbeds
 from .execution import Execution
@@ -258,7 +258,7 @@ class Drawing:
         gc.collect()
         torch.cuda.empty_cache()
 
-    def draw(self, prompt: str, seed: int) -> Iterator[Frames]:
+    def draw(self, prompt: str, seed: int) -> Iterator[Written]:
         """Yield the frames of a video, chunk by chunk; only this runs the model."""
         config = self.config.model_copy(update={"seed": seed})
         # The text encoder has the device to itself.

@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
+from numpy.typing import NDArray
 from torch import Tensor
 
-from .video import Frames, denormalised, to_frames
+from .video import denormalised, to_bytes
 
 
 class StreamingDecoder:
@@ -65,7 +67,7 @@ def decode_chunks(chunks: Iterable[Tensor], vae: Any = None) -> Iterator[Tensor]
         yield chunk if decoder is None else decoder(chunk)
 
 
-def frame_chunks(chunks: Iterable[Tensor], vae: Any = None) -> Iterator[list[Frames]]:
-    """Yield the frames `[F', H, W, 3]` of each item for every chunk of a rollout; raises like `to_frames`."""
+def frame_chunks(chunks: Iterable[Tensor], vae: Any = None) -> Iterator[list[NDArray[np.uint8]]]:
+    """Yield the frames `[F', H, W, 3]`, uint8, of each item for every chunk of a rollout; raises like `to_bytes`."""
     for pixels in decode_chunks(chunks, vae):
-        yield [to_frames(item) for item in pixels]
+        yield [to_bytes(item) for item in pixels]

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from .video import MIN_PIXELS, Frames, save_video
+from .video import MIN_PIXELS, Written, save_video
 
 Item = TypeVar("Item")
 
@@ -111,7 +111,7 @@ class FrameWriter:
 
     def __init__(self, path: Path, fps: float, min_pixels: int = MIN_PIXELS) -> None:
         self.path, self.frames, self._ended = path, 0, False
-        self._channel: _Channel[Frames] = _Channel(WAITING)
+        self._channel: _Channel[Written] = _Channel(WAITING)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._write, args=(fps, min_pixels), name="frames", daemon=True)
         self._thread.start()
@@ -126,7 +126,7 @@ class FrameWriter:
         finally:
             self._channel.closed.set()
 
-    def put(self, frames: Frames) -> None:
+    def put(self, frames: Written) -> None:
         """Queue frames `[F, H, W, 3]`; blocks while two chunks wait.
 
         Raises ValueError after `end`, `close` or `abort`.

@@ -1,6 +1,6 @@
 """Writes the frames of a rollout as mp4, gif or a folder of PNG files, or to a pipe.
 
-Frames are float32 `[F, H, W, 3]` in [0, 1], F video frames of H x W pixels.
+Frames are `[F, H, W, 3]`, F video frames of H x W pixels: float32 in [0, 1], or uint8 where they are only written.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from ..files import atomic_file, atomic_folder
 from .output import to_output
 
 Frames = NDArray[np.float32]
+Written = NDArray[np.float32] | NDArray[np.uint8]
+"""Frames as a file takes them: the same file from float32 as from what `to_bytes` makes of the same pixels."""
 
 SUFFIXES = (".mp4", ".gif")
 STDOUT = Path("-")
@@ -44,10 +46,20 @@ def to_frames(video: Tensor) -> Frames:
 
     Raises UserError when the video contains NaN or Inf, and UsageError for latents, which `frame_chunks` decodes.
     """
+    _check_pixels(video)
+    return to_output(video.unsqueeze(0), "np")[0].numpy()
+
+
+def to_bytes(video: Tensor) -> NDArray[np.uint8]:
+    """Like `to_frames`, but uint8, as a file has them: rounded on the device, from which a quarter is then copied."""
+    _check_pixels(video)
+    return to_output(video.unsqueeze(0), "pil")[0].numpy()
+
+
+def _check_pixels(video: Tensor) -> None:
     channels = video.shape[0]
     if channels not in (1, 3):
         raise UsageError(f"latents of {channels} channels are not pixels; give the VAE that decodes them")
-    return to_output(video.unsqueeze(0), "np")[0].numpy()
 
 
 def denormalised(vae: Any, latents: Tensor) -> Tensor:
@@ -67,7 +79,7 @@ def check_suffix(path: Path) -> None:
         raise UsageError(f"{path} exists and contains other files than video frames; choose another folder")
 
 
-def save_video(frames: Frames | Iterable[Frames], path: Path, fps: float, min_pixels: int = MIN_PIXELS) -> None:
+def save_video(frames: Written | Iterable[Written], path: Path, fps: float, min_pixels: int = MIN_PIXELS) -> None:
     """Write frames, or an iterable of chunks of frames, in the format of `path`'s suffix.
 
     Equal input gives equal bytes. `-` writes a fragmented mp4 to stdout, which can be played while it grows. Frames
@@ -75,7 +87,7 @@ def save_video(frames: Frames | Iterable[Frames], path: Path, fps: float, min_pi
     UsageError for an unknown suffix, UserError when the disk is full, and BrokenPipeError when stdout is closed.
     """
     check_suffix(path)
-    chunks: Iterator[Frames] = iter([frames] if isinstance(frames, np.ndarray) else frames)
+    chunks: Iterator[Written] = iter([frames] if isinstance(frames, np.ndarray) else frames)
     first = next(chunks, None)
     if first is None or len(first) == 0:
         raise UserError(f"no frames to write to {path}")
@@ -149,12 +161,15 @@ def _text(text: str, width: int, height: int) -> Frames:
 
 
 def _enlarge(frames: NDArray[Any], factor: int) -> NDArray[Any]:
-    """Repeat every pixel of `[..., H, W, 3]`."""
+    """Repeat every pixel of `[..., H, W, 3]`; with a factor of 1 nothing is copied."""
+    if factor == 1:
+        return frames
     return frames.repeat(factor, axis=-3).repeat(factor, axis=-2)
 
 
-def _to_uint8(frame: Frames, factor: int) -> NDArray[np.uint8]:
-    return _enlarge((frame.clip(0, 1) * 255).round().astype(np.uint8), factor)
+def _to_uint8(frame: Written, factor: int) -> NDArray[np.uint8]:
+    rounded = frame if frame.dtype == np.uint8 else (frame.clip(0, 1) * 255).round().astype(np.uint8)
+    return _enlarge(rounded, factor)
 
 
 def _write_mp4(
@@ -168,7 +183,7 @@ def _write_mp4(
     images = iter(images)
     first = next(images)
     height, width = first.shape[:2]
-    pad = ((0, height % 2), (0, width % 2), (0, 0))
+    pad, odd = ((0, height % 2), (0, width % 2), (0, 0)), height % 2 or width % 2
     arguments = f"""
         -v error -xerror -y -f rawvideo -pix_fmt rgb24 -s {width + width % 2}x{height + height % 2} -r {fps} -i -
         -an -c:v libx264 -crf 16 -threads 1 -pix_fmt yuv420p -vf scale=out_color_matrix=bt709:out_range=tv
@@ -182,7 +197,8 @@ def _write_mp4(
         assert process.stdin is not None
         try:
             for image in itertools.chain([first], images):
-                process.stdin.write(np.pad(image, pad, mode="edge").tobytes())
+                padded = np.pad(image, pad, mode="edge") if odd else image
+                process.stdin.write(np.ascontiguousarray(padded).data)
         except BrokenPipeError:
             pass  # ffmpeg stopped; its exit code and message say why
         except BaseException:
