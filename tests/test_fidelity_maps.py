@@ -15,7 +15,7 @@ from mla_convert.distill.data import DataConfig, DigitClips, LatentClips, open_d
 from mla_convert.distill.latents import LatentShards
 from mla_convert.distill.objective import noised_clips
 from mla_convert.evaluate.attention_maps import AttentionMaps, divergence, head_logits
-from mla_convert.evaluate.fidelity import fidelity
+from mla_convert.evaluate.fidelity import _AttentionError, fidelity
 from mla_convert.evaluate.fidelity_section import HEADS, worst_clips, worst_heads
 from mla_convert.evaluate.report import render_html
 from mla_convert.evaluate.worst_clips import WORST, ClipErrors, heldout_prompts
@@ -152,6 +152,29 @@ def test_fewer_queries_estimate_the_same() -> None:
     student = pico.convert(teacher, **pico.LAYOUTS[0])
     every, few = (maps(student, teacher, queries)[1]["total_variation"] for queries in (1000, 6))
     assert few == pytest.approx(every, rel=0.5) and few != every
+
+
+def test_layers_are_compared_without_waiting_for_the_device(monkeypatch) -> None:
+    """Until the end, nothing is read off a tensor."""
+
+    def unread(*_):
+        raise AssertionError("read while a layer was compared")
+
+    compared = []
+    for kind in (AttentionMaps, _AttentionError):
+
+        def watched(self, *given, compare=kind._compare):
+            with pytest.MonkeyPatch.context() as patch:
+                for name in ("__float__", "__bool__", "item", "tolist", "cpu", "numpy"):
+                    patch.setattr(torch.Tensor, name, unread)
+                compare(self, *given)
+            compared.append(type(self))
+
+        monkeypatch.setattr(kind, "_compare", watched)
+    teacher = pico.dense_model()
+    found = fidelity(pico.convert(teacher, **pico.LAYOUTS[0]), teacher, pico_clips(), 4, 0)
+    assert compared.count(AttentionMaps) == compared.count(_AttentionError) == 2 * len(teacher.blocks)
+    assert all(0 < error < 10 for error in found["attention_rel_error"])
 
 
 def test_no_history_no_maps() -> None:

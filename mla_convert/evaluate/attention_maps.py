@@ -71,9 +71,9 @@ def head_logits(
 def divergence(teacher: Tensor, student: Tensor, history: int) -> Tensor:
     """Return five measures by head, summed over clips and queries, float64 `[5, H]`, from logits `[B, H, Q, K]`.
 
-    These are the total variation `1/2 sum |p - q|`; the Kullback-Leibler divergence `sum p log(p / q)` in nats; the
-    mean square over keys of the logit difference minus its mean (a constant changes no attention); and the shares of
-    p and of q on the first `history` keys.
+    They stay on the device of the logits. They are the total variation `1/2 sum |p - q|`; the Kullback-Leibler
+    divergence `sum p log(p / q)` in nats; the mean square over keys of the logit difference minus its mean (a constant
+    changes no attention); and the shares of p and of q on the first `history` keys.
     """
     log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
     p, q = log_p.exp(), log_q.exp()
@@ -86,7 +86,7 @@ def divergence(teacher: Tensor, student: Tensor, history: int) -> Tensor:
         p[..., :history].sum(-1),
         q[..., :history].sum(-1),
     ]
-    return torch.stack([measure.double().sum((0, 2)) for measure in measures]).cpu()
+    return torch.stack([measure.double().sum((0, 2)) for measure in measures])
 
 
 class AttentionMaps:

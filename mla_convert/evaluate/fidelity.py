@@ -30,7 +30,9 @@ class _AttentionError:
     def __init__(self, student: LatentTransformer, teacher: CausalTransformer) -> None:
         layers = len(teacher.blocks)
         self.student = student
-        self.error, self.energy = [0.0] * layers, [0.0] * layers
+        # Sums stay on the device until the end: reading one would wait for it in every layer.
+        self.error: list[Any] = [0.0] * layers
+        self.energy: list[Any] = [0.0] * layers
         self.beside = Beside(student, teacher, self._compare)
 
     def _compare(
@@ -39,12 +41,12 @@ class _AttentionError:
         attention = self.student.blocks[layer].attn1
         dtype = next(attention.parameters()).dtype
         other = attention(hidden_states.to(dtype), None, None, student_step).float()
-        self.error[layer] += float((other - out.float()).square().sum())
-        self.energy[layer] += float(out.float().square().sum())
+        self.error[layer] = self.error[layer] + (other - out.float()).square().sum().double()
+        self.energy[layer] = self.energy[layer] + out.float().square().sum().double()
 
     def close(self) -> list[float]:
         self.beside.close()
-        return [(e / max(n, 1e-30)) ** 0.5 for e, n in zip(self.error, self.energy, strict=True)]
+        return [(float(e) / max(float(n), 1e-30)) ** 0.5 for e, n in zip(self.error, self.energy, strict=True)]
 
 
 @torch.no_grad()
