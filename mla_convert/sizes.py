@@ -1,4 +1,4 @@
-"""Format byte counts, and name the memory of GPUs and how much of it estimates leave free."""
+"""Format byte counts and durations, and name the memory of GPUs and how much of it estimates leave free."""
 
 from __future__ import annotations
 
@@ -34,3 +34,16 @@ def format_bytes(count: float, like: float | None = None) -> str:
 def format_count(count: int) -> str:
     """Format a number of things, `1,560`; in powers of ten from a million millions on."""
     return f"{count:,}" if count < 10**12 else f"{count:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """Format a duration in seconds, minutes or hours."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min"

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from ..errors import UsageError
-from ..evaluate.text import duration
-from ..sizes import format_bytes
+from ..sizes import duration, format_bytes
 from .output import print_result, stderr
 
 if TYPE_CHECKING:

@@ -69,7 +69,7 @@ def _progress(console: Console) -> Iterator[Report]:
         # No partial bar stays on screen after an interruption; the result lists what was sent.
         transient=True,
     )
-    with reporting(bars) as report:
+    with reporting(bars, decimal) as report:
         yield report
 
 

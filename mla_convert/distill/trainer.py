@@ -198,6 +198,8 @@ class _Training:
             execution(config, self.assembly.under_training, self.assembly.frozen),
             Requests(self.accelerator, config.checkpoint_minutes) as requests,
         ):
+            if progress is not None and main:
+                progress(config.stage, first, config.steps)
             self._begin(row)
             updates = feed(
                 self.accelerator, config, self.data, self.seed, self.stage_index, self._updates_a_step, first

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import yaml
 
 from ..errors import UserError
+from ..sizes import duration
 from .digits_section import METRICS, cell, length_title
 from .figures import curve_of
-from .text import DASH, bytes_text, duration, length_text, percent, plain, points_text, signed, times_training
+from .text import DASH, bytes_text, length_text, percent, plain, points_text, signed, times_training
 from .vbench_section import TOTALS
 from .vbench_suite import DIMENSIONS
 

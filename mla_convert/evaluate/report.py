@@ -26,13 +26,13 @@ import numpy as np
 from markupsafe import Markup
 
 from ..files import write_text
+from ..sizes import duration
 from . import digits_section, fidelity_section, figures
 from .page import render_page
 from .samples import Comparison, embed
 from .text import (
     DASH,
     bytes_text,
-    duration,
     factor,
     layout_parts,
     length_text,

@@ -100,16 +100,3 @@ def points_text(share: float) -> str:
     """Format the difference of two shares in percentage points."""
     sign = MINUS if share < 0 else "+"
     return f"{sign}{100 * abs(share):.1f} points"
-
-
-def duration(seconds: float) -> str:
-    """Format a duration in seconds, minutes or hours."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min"

@@ -166,7 +166,8 @@ class DryRun:
             moments: list[float] = []
 
             def progress(what: str, done: int, total: int, detail: str = "", moments: list[float] = moments) -> None:
-                moments.append(time.monotonic())
+                if done:
+                    moments.append(time.monotonic())
 
             data = NoiseClips(self.clip, self.config)
             encode = None
