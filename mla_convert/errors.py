@@ -22,6 +22,18 @@ class UsageError(UserError):
     exit_code = 2
 
 
+class RecipeError(UsageError):
+    """A recipe has mistakes, each described in one of `lines`; the message is the first with the number of the others."""
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        return self.args
+
+    def __str__(self) -> str:
+        others = len(self.lines) - 1
+        return f"{self.lines[0]} (and {others} more)" if others else self.lines[0]
+
+
 def lacks_memory(error: BaseException) -> bool:
     """Whether an exception means lack of memory, which torch on a CPU and Triton raise as a plain RuntimeError."""
     # torch's class by its name, so that a command need not import torch to ask.

@@ -1,4 +1,4 @@
-"""Turn pydantic's validation errors into one line that names the key and the remedy."""
+"""Turn pydantic's validation errors into lines that name the key and the remedy."""
 
 from __future__ import annotations
 
@@ -83,17 +83,21 @@ def _locate(root: type[BaseModel], detail: Any) -> _Problem:
     return _Problem(tuple(path), owner, kind, detail["msg"], detail["input"], detail.get("ctx", {}))
 
 
-def explain(error: ValidationError, root: type[BaseModel], prefix: str = "") -> str:
-    """Explain a failed validation of `root`, which is at dotted path `prefix` of the recipe, in one line."""
-    problems = [_locate(root, detail) for detail in error.errors(include_url=False)]
+def explain(error: ValidationError, root: type[BaseModel], prefix: str = "") -> list[str]:
+    """Explain a failed validation of `root`, which is at dotted path `prefix` of the recipe: one line per mistake."""
     # An unknown key is usually a misspelling and the cause of a missing one.
-    first = min(problems, key=lambda problem: problem.kind != "extra_forbidden")
-    # Every branch of a union reports errors; the deepest one is from the branch that was meant.
-    related = [p for p in problems if _overlap(p.path, first.path)]
-    deepest = max(related, key=lambda problem: len(problem.path))
-    line = _explain(deepest, [p for p in related if p.path == deepest.path], prefix)
-    others = len({p.path for p in problems if p not in related})
-    return f"{line} (and {others} more)" if others else line
+    problems = sorted(
+        (_locate(root, detail) for detail in error.errors(include_url=False)),
+        key=lambda problem: problem.kind != "extra_forbidden",
+    )
+    lines = []
+    while problems:
+        # Every branch of a union reports errors; the deepest one is from the branch that was meant.
+        related = [p for p in problems if _overlap(p.path, problems[0].path)]
+        deepest = max(related, key=lambda problem: len(problem.path))
+        lines.append(_explain(deepest, [p for p in related if p.path == deepest.path], prefix))
+        problems = [p for p in problems if p not in related]
+    return lines
 
 
 def _overlap(a: tuple[str, ...], b: tuple[str, ...]) -> bool:

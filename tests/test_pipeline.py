@@ -150,7 +150,7 @@ def test_checkpoint_holds_no_time_and_no_place(finished):
 
 
 def test_run_again_says_that_it_is_finished(teacher, finished):
-    with pytest.raises(UserError, match=r"is finished; continue it with --resume or give another --out"):
+    with pytest.raises(UserError, match=r"is finished; --resume shows its result, or give another --out"):
         run(recipe(teacher), finished)
 
 
@@ -299,9 +299,10 @@ def test_a_file_that_no_step_wrote_is_left_alone(teacher, copied):
     assert not spoilt.exists() and all(note.read_text() == "mine" for note in notes)
 
 
-def test_parts_of_a_run_make_the_whole(teacher, finished, tmp_path):
+def test_parts_of_a_run_make_the_whole(teacher, finished, tmp_path, capsys):
     folder = tmp_path / "run"
-    converted = run(recipe(teacher), folder, until="convert")
+    converted = run(recipe(teacher), folder, resume=True, until="convert")
+    assert f"nothing to resume in {folder}; starting the run\n" in capsys.readouterr().err
     assert list(state(folder)["steps"]) == STEPS[:1]
     assert converted.model == folder / "stages" / "00-convert"
     load_checkpoint(converted.model)
@@ -309,6 +310,7 @@ def test_parts_of_a_run_make_the_whole(teacher, finished, tmp_path):
     with pytest.raises(UserError, match="was started before; continue it with --resume"):
         run(recipe(teacher), folder, until="distill")
     run(recipe(teacher), folder, resume=True, until="distill")
+    assert "resuming: step distill 01-match_velocity\n" in capsys.readouterr().err
     assert list(state(folder)["steps"]) == STEPS[:2]
     assert not state(folder)["finished"]
 

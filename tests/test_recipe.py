@@ -295,3 +295,23 @@ def test_recipe_is_found_by_name_or_path(tmp_path):
     with pytest.raises(UsageError, match=r"called 'dmo'; did you mean demo\?"):
         find_recipe("dmo")
     assert all(isinstance(path, Path) and path.is_file() for path in shipped_recipes().values())
+
+
+def test_check_prints_every_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of stages and sections together; a missing stage is not blamed on what needs it."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(TEXT, encoding="utf-8")
+    wrong = ["distill.0.stepz=3", "distill.0.learning_rate=fast", "convert.kv_lora_rnak=3", "seed=1.5"]
+    sets = [word for override in wrong for word in ("--set", override)]
+    assert main(["recipes", "check", str(path), "--json", *sets]) == 2
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert not out and all(line.startswith(f"error: {path}: ") for line in lines)
+    for key in ("unknown key distill.0.stepz", "distill.0.learning_rate:", "unknown key convert.kv_lora_rnak", "seed:"):
+        assert sum(f": {key}" in line for line in lines) == 1, key
+    assert "(and " not in err
+
+    shown = refusal(TEXT, *wrong)
+    assert shown.startswith("unknown key distill.0.stepz") and shown.endswith(f"(and {len(lines) - 1} more)")
+    alone = refusal(TEXT, "distill.0.stepz=3", "real_score={model: zoo:digits}")
+    assert "real_score" not in alone

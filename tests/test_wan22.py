@@ -210,7 +210,7 @@ def test_failed_expert_goes_on_and_ends_with_the_same_bytes(
         patch.setattr(steps_module, "export", failing)
         with pytest.raises(UserError, match="the disk is full"):
             run_experts(recipe, folder)
-    with pytest.raises(UserError, match="transformer is finished; continue it with --resume"):
+    with pytest.raises(UserError, match="transformer is finished; --resume shows its result"):
         run_experts(recipe, folder)
     before = digests(folder / "transformer")
     run_experts(recipe, folder, resume=True)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..files import RUN_STATE
 from .build import start
 from .options import Json, Overrides
 from .output import print_result
@@ -22,5 +23,5 @@ def demo(
     """Convert, distill, evaluate and sample the embedded digits model, in minutes on two CPU cores."""
     from .summary import result_of, run_table
 
-    result = start("demo", out, overrides, resume=True)
+    result = start("demo", out, overrides, resume=(out / RUN_STATE).exists())
     print_result(as_json, result_of(result.path), lambda: run_table(result.path))

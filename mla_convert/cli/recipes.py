@@ -9,12 +9,12 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ..errors import UserError
+from ..errors import RecipeError, UserError
 from ..files import write_text
 from ..recipe.load import load_recipe, read_recipe
 from ..recipe.shipped import describe_recipe, find_recipe, shipped_recipes
 from .options import Json, Overrides, RecipeName
-from .output import print_result, stderr
+from .output import print_error, print_result, stderr
 
 app = typer.Typer(help="List, show, copy and check recipes.", no_args_is_help=True)
 
@@ -65,10 +65,18 @@ def check(
     resolved: Annotated[bool, typer.Option("--resolved", help="Print the recipe with every default.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Check a recipe without running it; if its source is on this machine, also check that the two fit together."""
+    """Check a recipe without running it; if its source is on this machine, also check that the two fit together.
+
+    All mistakes in its keys are printed, one a line.
+    """
     path = find_recipe(recipe)
     with stderr().status("loading PyTorch"):
-        loaded = load_recipe(path, overrides or ())
+        try:
+            loaded = load_recipe(path, overrides or ())
+        except RecipeError as error:
+            for line in error.lines:
+                print_error(line)
+            raise typer.Exit(error.exit_code) from None
         # The models are only needed for a recipe whose keys are right.
         from ..pipeline.checks import check_recipe
     checked = check_recipe(loaded)

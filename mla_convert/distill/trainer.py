@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ from .trackers import tracking
 from .trainable import trainable_names
 from .views import require_apart
 from .watch import Watch, relative_distance
+
+logger = logging.getLogger(__name__)
 
 # Keys that do not change what a stage computes. A resumed run may change them.
 BOOKKEEPING = {
@@ -192,6 +195,8 @@ class _Training:
         row, owed = self.snapshots.resume()
         resumed_from = None if row is None else row["step"]
         first = resumed_from or 0
+        if first and main:
+            logger.info("%s goes on after step %d", config.stage, first)
         with (
             tracking(self.accelerator, config, self.work_dir, first, owed is not None),
             fast_attention(self.accelerator.device),

@@ -83,7 +83,10 @@ def run(
         folder = RunDir(path, recipe, resume)
         try:
             with stopping_at_once(main=True):
-                _lead(recipe, folder, steps, processes, console or Console(stderr=True), notices)
+                console = console or Console(stderr=True)
+                if resume and not folder.begun:
+                    _say(console, f"nothing to resume in {path}; starting the run")
+                _lead(recipe, folder, steps, processes, console, notices)
                 if until is None:
                     folder.mark_finished()
                 # The last notice is read while its store exists, which may end with this process.
@@ -127,6 +130,8 @@ def _lead(
     if not pending:
         _begin(folder, notices)
         return
+    if folder.begun:
+        _say(console, f"resuming: step {pending[0].name}")
     with progress_bars(console) as report:
         context = Context(recipe, folder.path, report, notices=notices)
         check_inputs(context, pending, folder.finished)

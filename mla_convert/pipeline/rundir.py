@@ -32,7 +32,8 @@ _RETRY_SECONDS = 0.5
 class RunDir:
     """The run folder of one recipe, locked against a second process until `close`.
 
-    `resume` continues a run of the same recipe; a folder with no finished step needs no `resume`. `changed` lists
+    `resume` continues a run of the same recipe; a folder with no finished step needs no `resume`. `begun` says whether
+    there is a run to continue. `changed` lists
     the keys that differ from the recorded recipe and are allowed to (see `corrections`); `begin` records the new
     values. Nothing but a mark is written before `begin`. Raises UserError if the folder is not a run folder, if another
     process works in it, or if it has finished steps and `resume` is False; UsageError, naming the key, if the
@@ -43,6 +44,7 @@ class RunDir:
         self.path, self.recipe = path, recipe
         self.changed: list[Change] = []
         self._corrupt: list[Path] = []
+        self.begun = (path / STATE).exists()
         claim_folder(path, "run folder", (MANIFEST, RUN_STATE, STOPPED))
         self._lock = contextlib.ExitStack()
         self._lock.enter_context(locked_folder(path))
@@ -55,13 +57,15 @@ class RunDir:
     def _continued(self, resume: bool) -> dict[str, Any]:
         """The state of the run so far, or of a new run."""
         current: dict[str, Any] = {"recipe_sha256": self.recipe.sha256(), "recipe": self.recipe.model_dump(mode="json")}
-        if (self.path / STATE).exists():
+        if self.begun:
             state = read_state(self.path)
             if state["steps"]:
                 self.changed = self._allowed_changes(state["recipe"], current["recipe"], state["steps"])
                 if not resume:
-                    how = "is finished" if state["finished"] else "was started before"
-                    raise UserError(f"the run in {self.path} {how}; continue it with --resume or give another --out")
+                    how = "was started before; continue it with --resume"
+                    if state["finished"]:
+                        how = "is finished; --resume shows its result"
+                    raise UserError(f"the run in {self.path} {how}, or give another --out")
                 if any(change.section in (*LATE, "data") for change in self.changed):
                     # The exported checkpoint records the recipe, and `evaluate` reads its data section.
                     state["steps"].pop("export", None)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError, quoted
+from ..errors import RecipeError, UsageError, quoted
 from ..files import unreadable
 from .reader import read_yaml
 
@@ -15,10 +15,15 @@ if TYPE_CHECKING:
 
 
 def load_recipe(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Load the recipe in a YAML file, with `key.path=value` overrides applied. Raises UsageError in one line."""
+    """Load the recipe in a YAML file, with `key.path=value` overrides applied.
+
+    Raises UsageError in one line, RecipeError if keys are wrong.
+    """
     text = read_recipe(path)
     try:
         return parse_recipe(text, overrides)
+    except RecipeError as error:
+        raise RecipeError(*(f"{path}: {line}" for line in error.lines)) from None
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
 
@@ -32,16 +37,16 @@ def read_recipe(path: Path) -> str:
 
 
 def parse_recipe(text: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Parse the recipe in a YAML text, with overrides applied. Raises UsageError in one line."""
+    """Parse the recipe in a YAML text, with overrides applied. Raises UsageError as `load_recipe` does."""
     value = read_yaml(text)
     if not isinstance(value, dict):
         raise UsageError("this is not a recipe (a mapping of sections); start from one with mla-convert recipes copy")
     for override in overrides:
         apply_override(value, override)
     # The classes of sections and stages import PyTorch; what is wrong so far is said without that.
-    from .schema import Recipe, validate
+    from .schema import validate_recipe
 
-    return validate(Recipe, value)
+    return validate_recipe(value)
 
 
 def apply_override(recipe: dict[str, Any], override: str) -> None:

@@ -21,7 +21,7 @@ from pydantic import (
 from ..convert.config import ConvertConfig
 from ..distill.data import DataConfig
 from ..distill.stages.base import REAL_SCORE, StageConfig
-from ..errors import UsageError, nearest
+from ..errors import RecipeError, UsageError, nearest
 from ..evaluate.config import EvaluateConfig
 from ..explain import describe, explain
 from ..export.config import ExportConfig
@@ -113,10 +113,8 @@ class Recipe(BaseModel):
 
     @field_validator("distill", mode="before")
     @classmethod
-    def _resolve_stages(cls, value: Any) -> Any:
-        if not isinstance(value, list):
-            return value
-        return tuple(_resolve_stage(entry, f"distill.{index}") for index, entry in enumerate(value))
+    def _stages(cls, value: Any) -> Any:
+        return _resolve_stages(value)
 
     @field_validator("experts")
     @classmethod
@@ -199,6 +197,22 @@ def continued(recipe: Recipe, index: int) -> int | None:
     return next((other for other, its in others if its is not None and its.name == second.name), None)
 
 
+def _resolve_stages(value: Any) -> Any:
+    """Validate the entries of `distill`; what is no list is returned. Raises RecipeError with all their mistakes."""
+    if not isinstance(value, list):
+        return value
+    resolved: list[StageConfig] = []
+    wrong: list[str] = []
+    for index, entry in enumerate(value):
+        try:
+            resolved.append(_resolve_stage(entry, f"distill.{index}"))
+        except UsageError as error:
+            wrong += error.lines if isinstance(error, RecipeError) else [str(error)]
+    if wrong:
+        raise RecipeError(*wrong)
+    return tuple(resolved)
+
+
 def _resolve_stage(entry: Any, path: str) -> StageConfig:
     """Validate an entry of `distill` with the configuration class of its stage."""
     if not isinstance(entry, dict):
@@ -215,9 +229,26 @@ def _resolve_stage(entry: Any, path: str) -> StageConfig:
 
 
 def validate(model: type[Model], value: Any, path: str = "") -> Model:
-    """Validate `value` as `model` in strict mode, without type coercion. Raises UsageError in one line."""
+    """Validate `value` as `model` in strict mode, without type coercion. Raises RecipeError."""
     try:
         # Strict JSON mode is strict about scalars, but accepts a list for a tuple.
         return model.model_validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
-        raise UsageError(explain(error, model, path)) from None
+        raise RecipeError(*explain(error, model, path)) from None
+
+
+def validate_recipe(value: dict[str, Any]) -> Recipe:
+    """Validate a whole recipe. Raises RecipeError with all its mistakes, those of the stages first."""
+    try:
+        _resolve_stages(value.get("distill"))
+    except RecipeError as error:
+        wrong = error.lines
+    else:
+        return validate(Recipe, value)
+    try:
+        Recipe.model_validate_json(json.dumps({**value, "distill": []}), strict=True)
+    except ValidationError as error:
+        # A mistake of the recipe as a whole, which has no key, may follow from the missing stages.
+        if all(detail["loc"] for detail in error.errors()):
+            wrong += tuple(explain(error, Recipe))
+    raise RecipeError(*wrong)
