@@ -99,6 +99,10 @@ def test_fewer_clips_than_asked_for_are_said_and_counted(capsys: Any, finished: 
     assert main([*arguments, "3", "--json"]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["clips"] == 3 and "held-out clips" not in err
+    # Pictures are in the file alone.
+    written = (tmp_path / "report.json").read_text()
+    assert "data:image" not in out and '"pictures"' not in out and '"worst"' in out
+    assert '"worst"' in written and "data:image" in written
 
     assert main([*arguments, "99"]) == 0
     out, err = capsys.readouterr()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -80,4 +80,13 @@ def evaluate(
         page, result = evaluate_checkpoint(
             model, teacher, out, {key: value for key, value in changes.items() if value is not None}, report, kernels
         )
-    print_result(as_json, {**result, "report": str(page)}, lambda: evaluation_table(result), f"report: {page}")
+    print_result(
+        as_json, {**_without_pictures(result), "report": str(page)}, lambda: evaluation_table(result), f"report: {page}"
+    )
+
+
+def _without_pictures(value: Any) -> Any:
+    """A result without the pictures of its clips, which are most of its bytes; report.json has them."""
+    if isinstance(value, dict):
+        return {key: _without_pictures(entry) for key, entry in value.items() if key != "pictures"}
+    return [_without_pictures(entry) for entry in value] if isinstance(value, list) else value
