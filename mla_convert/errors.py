@@ -23,7 +23,7 @@ class UsageError(UserError):
 
 
 class RecipeError(UsageError):
-    """A recipe has mistakes, each described in one of `lines`; the message is the first with the number of the others."""
+    """A recipe has mistakes, each described in one of `lines`; as a message, the first and the number of the others."""
 
     @property
     def lines(self) -> tuple[str, ...]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import pty
 import socket
 import subprocess
 import sys
 
 import pytest
+
+from mla_convert.cli.output import hide_bars
 
 SPEAK = """
 import logging, os, warnings
@@ -18,6 +23,7 @@ main(["--version"])
 if int(os.environ.get("RANK", "0")):
     leave_to_the_first()
 logging.getLogger("mla_convert.distill.latents").warning("about the data")
+logging.getLogger("mla_convert.pipeline.run").info("a note")
 logging.getLogger("mla_convert.pipeline.run").info("a note")
 logging.getLogger("mla_convert.mla.kernels").warning("about a device")
 logging.getLogger("mla_convert.distill").error("an error")
@@ -34,26 +40,43 @@ BARS = ("Loading weights", "Loading checkpoint shards")
 
 
 @pytest.mark.parametrize(
-    ("rank", "local", "heard"),
+    ("rank", "local", "terminal", "heard"),
     [
-        (None, None, ("about a device", *SHARED, *BARS)),
-        (0, 0, ("about a device", *SHARED, *BARS)),
-        (5, 5, ()),
-        (8, 0, (f"{socket.gethostname()}: about a device",)),
+        (None, None, True, ("about a device", *SHARED, *BARS)),
+        (0, 0, False, ("about a device", *SHARED, "Loading checkpoint shards")),
+        (5, 5, True, ()),
+        (8, 0, True, (f"{socket.gethostname()}: about a device",)),
     ],
 )
-def test_a_launch_says_it_once(rank, local, heard):
+def test_a_launch_says_it_once(rank, local, terminal, heard):
     chosen = ("HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "PYTHONWARNINGS")
     environment = {name: value for name, value in os.environ.items() if name not in chosen}
     environment |= {} if rank is None else {"WORLD_SIZE": "16", "RANK": str(rank), "LOCAL_RANK": str(local)}
-    done = subprocess.run(
-        [sys.executable, "-c", SPEAK], env=environment, stderr=subprocess.PIPE, text=True, timeout=300, check=True
-    )
+    said = speak(environment, terminal)
     for line in ("about a device", *SHARED, *BARS):
-        expected = any(line in said for said in heard)
-        assert (line in done.stderr) == expected, line
-    assert all(said in done.stderr for said in heard) and "an error" in done.stderr
-    assert (f"{socket.gethostname()}: " in done.stderr) == (rank in (5, 8))
+        expected = any(line in part for part in heard)
+        assert (line in said) == expected, line
+    assert all(part in said for part in heard) and "an error" in said
+    assert (f"{socket.gethostname()}: " in said) == (rank in (5, 8))
+    # Of each model of a command, the same line.
+    assert said.count("a note") == int(rank in (None, 0))
+
+
+def speak(environment: dict[str, str], terminal: bool) -> str:
+    """What SPEAK writes to stderr, a terminal or a pipe."""
+    # A terminal of unknown width has no room for bars.
+    environment = {**environment, "TQDM_NCOLS": "80"}
+    reads, writes = pty.openpty() if terminal else os.pipe()
+    with subprocess.Popen([sys.executable, "-c", SPEAK], env=environment, stderr=writes) as process:
+        os.close(writes)
+        said = b""
+        # Linux raises an error at the end of a terminal.
+        with contextlib.suppress(OSError):
+            while part := os.read(reads, 4096):
+                said += part
+        os.close(reads)
+        assert process.wait(300) == 0
+    return said.decode()
 
 
 def test_settings_of_a_user_stay():
@@ -67,3 +90,15 @@ def test_settings_of_a_user_stay():
         check=True,
     )
     assert "by diffusers" in done.stderr and "of a library" in done.stderr and "by transformers" not in done.stderr
+
+
+def test_json_hides_the_bars_of_libraries_on_a_terminal_too(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", type("Terminal", (io.StringIO,), {"isatty": lambda self: True})())
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+    hide_bars(["run", "demo"])
+    assert "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ
+    hide_bars(["run", "demo", "--json"])
+    assert os.environ.pop("HF_HUB_DISABLE_PROGRESS_BARS") == "1"
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "0")
+    hide_bars(["run", "demo", "--json"])
+    assert os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "0"

@@ -13,7 +13,7 @@ from .. import __version__
 from ..errors import UserError, lacks_memory
 from ..interrupts import INTERRUPTED
 from . import bench, build, compare, demo, encode, generate, inspect, models, plan, push, recipes, vbench
-from .output import DEBUG, print_error, show_notes
+from .output import DEBUG, hide_bars, print_error, show_notes
 from .panels import Command
 from .signals import orderly_end
 
@@ -88,6 +88,7 @@ def main(args: list[str] | None = None) -> int:
         print_error("stdout is closed, and the result is printed there; redirect it to /dev/null if it is not needed")
         return 1
     show_notes()
+    hide_bars(sys.argv[1:] if args is None else args)
     with orderly_end() as signals:
         return _run(args, signals)
 

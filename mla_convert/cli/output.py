@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -16,22 +16,44 @@ from rich.text import Text
 from ..errors import visible
 
 DEBUG = "MLA_CONVERT_DEBUG"
+JSON = "--json"
 
 
 class _Notes(logging.Handler):
-    """Writes the package's log messages to stderr as plain lines, signed with the host in a launch's others."""
+    """Writes the package's log messages to stderr as plain lines, signed with the host in a launch's others.
+
+    What each model of a command says alike, such as the kernels chosen, is written once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno <= logging.INFO:
+            if record.getMessage() in self.said:
+                return
+            self.said.add(record.getMessage())
         origin = f"{socket.gethostname()}: " if int(os.environ.get("RANK") or 0) else ""
         sys.stderr.write(f"{origin}{visible(record.getMessage())}\n")
 
 
 def show_notes() -> None:
-    """Show the package's log messages (choices it makes, warnings) on stderr."""
+    """Show the package's log messages (choices it makes, warnings) on stderr; called once per command."""
     logger = logging.getLogger("mla_convert")
-    if not any(isinstance(handler, _Notes) for handler in logger.handlers):
-        logger.addHandler(_Notes())
+    for handler in [handler for handler in logger.handlers if isinstance(handler, _Notes)]:
+        logger.removeHandler(handler)
+    logger.addHandler(_Notes())
     logger.setLevel(logging.INFO)
+
+
+def hide_bars(arguments: Sequence[str]) -> None:
+    """Without a terminal and with --json, hide the progress bars of libraries that are imported after this.
+
+    A setting of the user stays.
+    """
+    if JSON in arguments or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 class _Console(Console):
