@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 from typer.main import get_command
 
 from mla_convert.cli import app, generate, main, vbench
 from mla_convert.cli.dry_run import needs_table
 from mla_convert.cli.inspect import energy_table, prediction_table
+from mla_convert.cli.output import print_result
 from mla_convert.cli.panels import in_panels
 from mla_convert.evaluate.text import rough_percent
 from mla_convert.sizes import GPU_GIGABYTES
@@ -133,9 +135,23 @@ def test_a_dry_run_names_every_row_once_and_leaves_zeros_out(capsys: Any) -> Non
     stage |= {"memory": memory, "memory_bytes": 10**9, "host_bytes": 0, "disk_bytes": 0}
     other = stage | {"stage": "dmd", "memory": memory | {"caches": 7000}}
     result = {"recipe": "x", "launch": {"processes": 1, "sharded": False, "zero": False}, "assumptions": []}
-    result |= {"stages": [stage, other], "seconds": None}
-    rows = [line.split("│")[1:-1] for line in lines(capsys, needs_table(result)) if line.startswith("│")]
+    result |= {"stages": [stage, other], "seconds": None, "memory_bytes": 81 * 10**9}
+    shown = lines(capsys, needs_table(result))
+    verdict = " ".join(" ".join(line.split()) for line in shown[-5:])
+    assert "by this count 141 GB (H200) per GPU is enough, 80 GB (A100 80, H100) is not" in verdict
+    rows = [line.split("│")[1:-1] for line in shown if line.startswith("│")]
     labels = [row[0].strip() for row in rows]
     assert len(labels) == len(set(labels)) and {"parameters", "weights", "gradients"} <= set(labels)
     assert "average" not in labels
     assert [cell.strip() for cell in rows[labels.index("caches")]] == ["caches", "-", "7.00 kB"]
+
+
+def test_a_table_is_cut_only_on_a_terminal(capsys: Any, monkeypatch: Any) -> None:
+    table = Table("x" * 60, "y" * 60)
+    table.add_row("1" * 60, "2" * 60)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    print_result(False, {}, table)
+    assert "1" * 60 in (out := capsys.readouterr().out) and "2" * 60 in out
+    monkeypatch.setenv("COLUMNS", "80")
+    print_result(False, {}, table)
+    assert max(map(len, capsys.readouterr().out.splitlines())) == 80

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import os
 import pty
 import socket
+import struct
 import subprocess
 import sys
+import termios
 
 import pytest
 
@@ -64,9 +67,10 @@ def test_a_launch_says_it_once(rank, local, terminal, heard):
 
 def speak(environment: dict[str, str], terminal: bool) -> str:
     """What SPEAK writes to stderr, a terminal or a pipe."""
-    # A terminal of unknown width has no room for bars.
-    environment = {**environment, "TQDM_NCOLS": "80"}
     reads, writes = pty.openpty() if terminal else os.pipe()
+    if terminal:
+        # A new one has no columns, and so no room for bars.
+        fcntl.ioctl(writes, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     with subprocess.Popen([sys.executable, "-c", SPEAK], env=environment, stderr=writes) as process:
         os.close(writes)
         said = b""

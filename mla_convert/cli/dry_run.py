@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from ..errors import UsageError
-from ..sizes import duration, format_bytes
+from ..sizes import GPU_GIGABYTES, duration, format_bytes
 from .output import print_result, stderr
 
 if TYPE_CHECKING:
@@ -31,9 +31,10 @@ def needs_table(result: dict[str, Any]) -> Table:
     launch = result["launch"]
     strategy = "DDP" if launch["processes"] > 1 else "one process"
     strategy = "FSDP2" if launch["sharded"] else "DeepSpeed ZeRO-2" if launch["zero"] else strategy
+    notes = [_verdict(result["memory_bytes"]), *result["assumptions"], "1 GB reserved per GPU; 1 GB = 10^9 bytes"]
     table = Table(
         title=f"{result['recipe']}: {launch['processes']} x GPU, {strategy}",
-        caption="\n".join([*result["assumptions"], "1 GB reserved per GPU; 1 GB = 10^9 bytes"]),
+        caption="\n".join(notes),
         caption_justify="left",
         title_justify="left",
     )
@@ -57,3 +58,16 @@ def needs_table(result: dict[str, Any]) -> Table:
         table.add_row("seconds per step, here", *(f"{stage['seconds_per_step']:.3g}" for stage in stages))
         table.add_row("time, here", *(duration(stage["seconds"]) for stage in stages))
     return table
+
+
+def _verdict(needed: int) -> str:
+    """Say which GPUs that `plan` knows hold the largest stage, which needs so many bytes of each."""
+    named: dict[int, list[str]] = {}
+    for name, size in sorted(GPU_GIGABYTES.items(), key=lambda item: item[1]):
+        named.setdefault(size, []).append(name)
+    shown = {size: f"{size} GB ({', '.join(names)})" for size, names in named.items()}
+    enough = [size for size in shown if size * 10**9 >= needed]
+    less = [size for size in shown if size * 10**9 < needed]
+    if not enough:
+        return f"by this count {shown[less[-1]]} per GPU is not enough"
+    return f"by this count {shown[enough[0]]} per GPU is enough" + (f", {shown[less[-1]]} is not" if less else "")

@@ -17,6 +17,7 @@ from ..errors import visible
 
 DEBUG = "MLA_CONVERT_DEBUG"
 JSON = "--json"
+_UNBOUNDED = 10_000
 
 
 class _Notes(logging.Handler):
@@ -57,10 +58,15 @@ def hide_bars(arguments: Sequence[str]) -> None:
 
 
 class _Console(Console):
-    """Prints strings, those in tables too, as they are: brackets are not markup, control characters are escaped."""
+    """Prints strings, those in tables too, as they are: brackets are not markup, control characters are escaped.
+
+    Without a terminal, tables are as wide as what they hold, unless COLUMNS says otherwise.
+    """
 
     def __init__(self, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, markup=False, emoji=False)
+        if not self.is_terminal and "COLUMNS" not in os.environ:
+            self.width = _UNBOUNDED
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(visible(text), **options)
