@@ -26,6 +26,7 @@ LEAVES = (
     "denoise",
     "devices",
     "draws",
+    "dtypes",
     "errors",
     "explain",
     "files",

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..errors import UsageError
-from .options import Json, Preset
+from .options import Json, Preset, dtype_parser
 from .output import print_result, stderr
 
 
@@ -33,8 +33,9 @@ def bench(
         typer.Option(min=1, help="Denoising steps per chunk; by default those of DIR's recipe, else 4."),
     ] = None,
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
+        str | None,
         typer.Option(
+            parser=dtype_parser("--dtype"),
             metavar="DTYPE",
             help="float32 (on a GPU without kernels), bfloat16 or float16; by default bfloat16 on a GPU, else float32.",
         ),

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..errors import UsageError
-from .options import Json
+from .options import Json, dtype_parser
 from .output import print_result, stderr
 
 _LISTED = 10
@@ -38,7 +38,12 @@ def encode(
         float, typer.Option(min=0.1, help="Frames per second; videos with another rate are resampled.")
     ] = 16,
     dtype: Annotated[
-        Literal["bfloat16", "float32"], typer.Option(help="Data type of the text encoder and of everything stored.")
+        Literal["bfloat16", "float32"],
+        typer.Option(
+            parser=dtype_parser("--dtype", ("bfloat16", "float32")),
+            metavar="DTYPE",
+            help="Data type of the text encoder and of everything stored: bfloat16 or float32.",
+        ),
     ] = "bfloat16",
     latents: Annotated[
         Literal["normalised", "raw"],

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ..dtypes import NAMES, checked
 from ..errors import UsageError, quoted
 from .output import JSON
 
 if TYPE_CHECKING:
     from ..mla.bits import CacheBits
+
+VAE_DTYPES = ("float32", "bfloat16")
+
+
+def dtype_parser(option: str, allowed: Sequence[str] = NAMES) -> Callable[[str], str]:
+    """A parser of names of data types that takes the short ones too, and raises UsageError."""
+    return functools.partial(checked, option, allowed=allowed)
+
 
 Json = Annotated[bool, typer.Option(JSON, help="Print one JSON object on stdout.")]
 Overrides = Annotated[
@@ -46,12 +57,18 @@ Expert = Annotated[
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")]
 Model = Annotated[Path, typer.Argument(metavar="DIR", help="A run folder, a checkpoint or a transformer folder.")]
 DType = Annotated[
-    Literal["float32", "bfloat16", "float16"] | None,
-    typer.Option(metavar="DTYPE", help="float32, bfloat16 or float16; by default that of DIR."),
+    str | None,
+    typer.Option(
+        parser=dtype_parser("--dtype"), metavar="DTYPE", help="float32, bfloat16 or float16; by default that of DIR."
+    ),
 ]
 VaeDType = Annotated[
-    Literal["float32", "bfloat16"] | None,
-    typer.Option(help="Data type in which the VAE decodes, float32 by default; bfloat16 halves its memory."),
+    str | None,
+    typer.Option(
+        parser=dtype_parser("--vae-dtype", VAE_DTYPES),
+        metavar="DTYPE",
+        help="Data type in which the VAE decodes, float32 by default; bfloat16 halves its memory.",
+    ),
 ]
 OffloadTo = Annotated[
     Literal["none", "model", "group"],

@@ -8,7 +8,7 @@ import typer
 
 from ..errors import UsageError
 from ..sizes import GPU_GIGABYTES
-from .options import Cache, Json, Preset, parse_cache, parse_size
+from .options import Cache, Json, Preset, dtype_parser, parse_cache, parse_size
 from .output import print_result
 
 if TYPE_CHECKING:
@@ -30,7 +30,14 @@ def plan(
     latent_size: Annotated[
         str | None, typer.Option(metavar="HxW", help="Latent height and width of SOURCE; 60x104 (480p) for Wan.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Data type of the cache and the weights.")] = "bfloat16",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            parser=dtype_parser("--dtype"),
+            metavar="DTYPE",
+            help="Data type of the cache and the weights: float32, bfloat16 or float16.",
+        ),
+    ] = "bfloat16",
     gpu: Annotated[
         str, typer.Option(help=f"A GPU ({', '.join(GPU_GIGABYTES)}), or its memory, such as 80GB.")
     ] = "H100",

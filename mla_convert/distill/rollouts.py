@@ -12,13 +12,14 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from ..draws import Use, drawn_seed
+from ..dtypes import full_name
 from ..errors import UserError
 from ..files import write_json
 from ..finite import all_finite
@@ -71,7 +72,7 @@ class RolloutsConfig(SamplingConfig):
     num_inference_steps: int = Field(48, ge=1)
     latent_height: int | None = Field(None, ge=1)
     latent_width: int | None = Field(None, ge=1)
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Annotated[Literal["float32", "bfloat16"], BeforeValidator(full_name)] = "float32"
 
     @model_validator(mode="after")
     def _one_source_of_prompts(self) -> RolloutsConfig:

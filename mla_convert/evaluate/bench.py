@@ -11,13 +11,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor
 
 from ..devices import default_device, has_gpu, lacks_bfloat16
+from ..dtypes import full_name
 from ..errors import UsageError
 from ..mla.attention import AttentionPass, CausalSelfAttention, DenseSelfAttention, stream_pass
 from ..mla.cache import DenseCache, FrameCache, LatentCache
@@ -54,7 +55,7 @@ class BenchConfig(BaseModel):
     qk_rope_head_dim: int = Field(0, ge=0)
     batch_size: int = Field(1, ge=1)
     num_inference_steps: int = Field(4, ge=1)
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], BeforeValidator(full_name)] | None = None
     device: str | None = None
     kernels: Mode = "auto"
     repeats: int = Field(5, ge=1)

@@ -24,14 +24,14 @@ from collections.abc import Sequence
 from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
-from ..errors import UsageError, nearest
+from ..dtypes import checked
+from ..errors import UsageError
 from ..mla.bits import CacheBits, format_bits, row_bytes
 from ..sizes import RESERVED_BYTES, format_bytes
 from .geometry import StreamGeometry, gpu_memory
 from .text import change_text, factor
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-_DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 class Plan(BaseModel):
@@ -100,7 +100,8 @@ def plan(
     for name, value in (("frames", frames), ("tokens_per_frame", geometry.tokens_per_frame)):
         if value <= 0:
             raise UsageError(f"{name} must be above 0, got {value}")
-    dtype, size = _dtype(dtype)
+    dtype = checked("dtype", dtype.removeprefix("torch."))
+    size = DTYPE_BYTES[dtype]
     parts = _rows(geometry, kv_lora_rank, qk_rope_head_dim)
     rows = [sum(part) for part in parts]
     dense_row = 2 * geometry.inner_dim
@@ -197,14 +198,6 @@ def _times(better: float, worse: float, word: str, opposite: str) -> str:
         return ""
     times, found = factor(better / worse, word, opposite)
     return f"{times:.1f}x {found}"
-
-
-def _dtype(name: str) -> tuple[str, int]:
-    full = _DTYPE_ALIASES.get(name, name).removeprefix("torch.")
-    if full not in DTYPE_BYTES:
-        known = [*DTYPE_BYTES, *_DTYPE_ALIASES]
-        raise UsageError(f"unknown dtype {name!r}; {nearest(name, known)}")
-    return full, DTYPE_BYTES[full]
 
 
 def _rows(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, field_validator
+
+from ..dtypes import full_name
 
 DEFAULT_SHARD_SIZE = "5GB"
 
@@ -24,7 +26,7 @@ class ExportConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], BeforeValidator(full_name)] | None = None
     max_shard_size: str = DEFAULT_SHARD_SIZE
     form: Literal["installed", "standalone"] = "installed"
     components: Literal["reference", "copy", "none"] = "reference"

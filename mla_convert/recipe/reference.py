@@ -20,7 +20,8 @@ _BOUNDS = {"Ge": "at least", "Gt": "above", "Le": "at most", "Lt": "below"}
 HEAD = """# Recipe keys
 
 This page lists every key of a recipe, with its type and default; any other key is refused. `mla-convert recipes
-reference` prints this page. Paths are relative to the folder that a command is run in.
+reference` prints this page. Paths are relative to the folder that a command is run in. A data type may also be written
+`fp32`, `bf16` or `fp16`.
 """
 
 

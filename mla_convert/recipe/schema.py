@@ -11,6 +11,7 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     SerializeAsAny,
     ValidationError,
@@ -21,6 +22,7 @@ from pydantic import (
 from ..convert.config import ConvertConfig
 from ..distill.data import DataConfig
 from ..distill.stages.base import REAL_SCORE, StageConfig
+from ..dtypes import full_name
 from ..errors import RecipeError, UsageError, nearest
 from ..evaluate.config import EvaluateConfig
 from ..explain import describe, explain
@@ -72,7 +74,7 @@ class SourceConfig(BaseModel):
     revision: str | None = None
     file: str | None = None
     use_ema: bool | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], BeforeValidator(full_name)] = "float32"
     noise_range: NoiseRange = ALL_NOISE
     adapters: tuple[AdapterConfig, ...] = ()
     components: str | None = None
