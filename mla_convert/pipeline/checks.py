@@ -112,7 +112,7 @@ def _check_streaming(context: Context, makes_samples: bool) -> None:
 
 
 def _check_samples(context: Context) -> None:
-    generate, config = context.recipe.generate, context.source.config
+    generate, config = context.generate, context.source.config
     causal, height, width = causal_of(config), *latent_size(config, generate)
     with _named("generate.prompts"):
         check_samples(context.source, generate.prompts)

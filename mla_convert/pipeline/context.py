@@ -19,6 +19,7 @@ from ..distill.shard_index import ShardIndex, read_index, write_index
 from ..distill.sharding import from_main
 from ..distill.stages.base import REAL_SCORE, TEACHER, ImageLatent, StageConfig
 from ..distill.waiting import Notices
+from ..errors import UserError
 from ..evaluate.samples import Comparison
 from ..export.checkpoint import load_checkpoint
 from ..export.manifest import read_manifest
@@ -29,7 +30,9 @@ from ..files import MANIFEST
 from ..load import Source, load_dense
 from ..recipe.schema import Recipe, continued
 from ..registry import stage_of
+from ..run.config import GenerateConfig
 from ..run.reencode import image_latent
+from .clip_size import sized
 from .sources import source_of
 from .vae import source_vae
 
@@ -114,6 +117,22 @@ class Context:
         needed = needed_conditions(self.source.config)
         checked, skippable = self._clips is not None, self.recipe.data.kind == "latents"
         return open_data(config, self.recipe.seed, needed, known, checked, skippable)
+
+    @functools.cached_property
+    def generate(self) -> GenerateConfig:
+        """The recipe's `generate` section, at the size of the run's clips unless it has a size of its own."""
+        return sized(self.recipe.generate, self.recipe.data, self._index)
+
+    def _index(self) -> ShardIndex | None:
+        """The index of the clips in a folder; once they are gone, the one that the run has kept."""
+        try:
+            data = self.data
+        except UserError:
+            known = read_index(self.path / CLIPS, Path(self.recipe.data.folder or ""))
+            if known is None:
+                raise
+            return known
+        return data.shards.index if isinstance(data, LatentClips) else None
 
     def keep_index(self) -> None:
         """Write the index of the clips, if they have been opened, for a resumed run."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..devices import default_device
-from ..distill.data import DataConfig, open_data
+from ..distill.data import DataConfig, LatentClips, open_data
 from ..distill.progress import Report
 from ..distill.shard_index import read_index
 from ..errors import UsageError
@@ -32,6 +32,7 @@ from ..run.latents import DIGITS, prompt_encoder
 from ..run.offload import together
 from ..run.streaming import StreamingConfig
 from .channels import check_teacher
+from .clip_size import sized
 from .context import CLIPS, DATA
 from .rundir import read_state, require_clips
 from .sources import source_of
@@ -94,10 +95,12 @@ def evaluate_checkpoint(
     settings = (EvaluateConfig() if recipe is None else recipe.evaluate).model_copy(update=dict(changes))
     with together([dense, student], device):
         found = evaluate(student, dense, clips, settings, report)
+    generate = GenerateConfig() if recipe is None else recipe.generate
+    generate = sized(generate, data, lambda: clips.shards.index if isinstance(clips, LatentClips) else None)
     measured = {
         "source": teacher or (recipe.source.model if recipe else None),
         **found,
-        **describe(student, recipe.generate if recipe else GenerateConfig(), streaming.cache),
+        **describe(student, generate, streaming.cache),
         "recipe": recipe.dump() if recipe else None,
         "seconds": {"evaluate": round(time.monotonic() - started, 3)},
     }

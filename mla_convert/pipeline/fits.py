@@ -61,7 +61,7 @@ def warn_of_samples(context: Context) -> None:
         return
     with torch.device("meta"):
         teacher = source.family.dense_class.from_config(source.config)
-    height, width = latent_size(source.config, generate)
+    height, width = latent_size(source.config, context.generate)
     streams = len(generate.prompts) * (1 if generate.guidance_scale == 1 else 2)
     geometry, _ = from_model(teacher, height, width)
     item = context.dtype.itemsize

@@ -54,7 +54,7 @@ def check_samples(source: Source, prompts: tuple[str, ...]) -> None:
 
 def make_samples(context: Context) -> None:
     """Write the rollouts of both models as latents or pixels, and a side-by-side video of each prompt."""
-    generate = context.recipe.generate
+    generate = context.generate
     embeds, negative = _texts(context)
     videos, chosen = {}, {}
     for name in ("teacher", "student"):

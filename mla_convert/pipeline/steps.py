@@ -183,6 +183,8 @@ def _export(context: Context) -> None:
     recipe = context.recipe
     # Sections such as `export` or `generate` may have changed since the model was written.
     resolved = recipe.model_dump(mode="json")
+    # The model is sampled at the size that it was trained at, which the checkpoint could not tell without its clips.
+    resolved["generate"] = context.generate.model_dump(mode="json")
     export(context.stage_folder(-1), context.path / CHECKPOINT, recipe.export, resolved, replace=True)
 
 

@@ -73,7 +73,7 @@ def build_report(context: Context) -> dict[str, Any]:
         "source": context.source.origin,
         "recipe": context.recipe.dump(),
         **read_evaluation(context.stage_folder(-1)),
-        **describe(load_shape(context.path / CHECKPOINT), context.recipe.generate, context.recipe.streaming.cache),
+        **describe(load_shape(context.path / CHECKPOINT), context.generate, context.recipe.streaming.cache),
         **_sampled_by(context),
         # NaN, so that the report lists it among the numbers that are not finite.
         "converted_loss": math.nan if converted is None else converted,

@@ -15,7 +15,8 @@ class GenerateConfig(SamplingConfig):
     """A streaming rollout of `num_frames` latent frames for each of `prompts`.
 
     - `num_frames` is 21 if left out; with a `source`, all of its frames.
-    - `latent_height` and `latent_width` are needed where the data does not fix them.
+    - `latent_height` and `latent_width` are by default those of the run's clips, and where clips have no size of
+      their own, the model's.
     - `num_inference_steps` is the number of steps per chunk. `denoising_steps` replaces it with one step at each of
       these falling noise levels, out of 1000. `first_chunk_steps` are those of the first chunk if they differ
       (Causal-Forcing's students of one and two steps). `shift` warps all of them.
