@@ -96,8 +96,9 @@ def test_a_rate_that_is_small_for_adafactor_is_named(teacher: Path, caplog: pyte
     ]
     recipe = parse_recipe(RECIPE.format(teacher=teacher), [f"distill={json.dumps(stages)}", "evaluate.clips=2"])
     for _ in range(2):
-        assert check_recipe(recipe)
-    assert not check_recipe(parse_recipe(RECIPE.format(teacher="owner/name"), [f"distill={json.dumps(stages[1:])}"]))
+        assert check_recipe(recipe).source
+    on_hub = parse_recipe(RECIPE.format(teacher="owner/name"), [f"distill={json.dumps(stages[1:])}"])
+    assert not check_recipe(on_hub).source
     # The critic's rate is the default.
     (record,) = caplog.records
     assert record.getMessage().startswith(

@@ -65,7 +65,7 @@ def check(
     resolved: Annotated[bool, typer.Option("--resolved", help="Print the recipe with every default.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Check a recipe without running it; if its source is on this machine, also check that the two fit together.
+    """Check a recipe and its data without running it, and that they fit its source if that is on this machine.
 
     All mistakes in its keys are printed, one a line.
     """
@@ -80,12 +80,20 @@ def check(
         # The models are only needed for a recipe whose keys are right.
         from ..pipeline.checks import check_recipe
     checked = check_recipe(loaded)
-    value = {"valid": True, "source_checked": checked, "path": str(path), "recipe": loaded.model_dump(mode="json")}
+    value = {
+        "valid": True,
+        "source_checked": checked.source,
+        "unchecked": checked.unchecked,
+        "latent_size": checked.size,
+        "path": str(path),
+        "recipe": loaded.model_dump(mode="json"),
+    }
+    rest = [f"\n{line}" for line in checked.unchecked]
     if resolved and not as_json:
         sys.stdout.write(loaded.dump())
     else:
-        rest = "" if checked else f"; {loaded.source.model} is on the Hub and was not checked"
-        print_result(as_json, value, f"{path}: a valid recipe, {loaded.name!r}{rest}")
+        size = "" if checked.size is None else f"; its samples are latents of {checked.size[0]}x{checked.size[1]}"
+        print_result(as_json, value, "".join([f"{path}: a valid recipe, {loaded.name!r}{size}", *rest]))
 
 
 @app.command("reference")

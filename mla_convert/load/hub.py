@@ -10,6 +10,10 @@ from huggingface_hub import errors, snapshot_download
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import UserError
+from .pickles import PICKLES
+
+FILE_ENDINGS = (*PICKLES, ".safetensors", ".gguf", ".json", ".yaml", ".parquet")
+"""Of weights and of what may be mistaken for them: `ckpts/model.pt` is a path, though it has the form of a Hub ID."""
 
 
 @contextlib.contextmanager
@@ -66,7 +70,9 @@ def _unreachable(repo_id: str, error: Exception) -> str:
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether `text` has the form `owner/name` of a repository on the Hub."""
+    """Whether `text` has the form `owner/name` of a repository on the Hub; no repository is named like a file."""
+    if text.endswith(FILE_ENDINGS):
+        return False
     try:
         validate_repo_id(text)
     except errors.HFValidationError:

@@ -44,7 +44,7 @@ def locate(model: str, subfolder: str | None, revision: str | None, file: str | 
             raise UserError(f"{path} is a file; leave {'file' if file else 'subfolder'} out or name its folder")
         _check_suffix(path, index=True)
         return Located(path.parent, path, _config_for(path, path.parent))
-    if path.name.endswith((*WEIGHT_SUFFIXES, ".gguf", INDEX_SUFFIX)) or not is_hub_id(model):
+    if not is_hub_id(model):
         raise UserError(f"{model} does not exist; give a folder, a weights file, a Hub ID or zoo:NAME")
     if file is not None:
         return _file_on_hub(model, subfolder, revision, file)
@@ -77,7 +77,7 @@ def locate_file(model: str, revision: str | None, file: str | None, beside: str)
         return path, None
     root, commit = path, None
     if not path.is_dir():
-        if path.suffix in (*WEIGHT_SUFFIXES, ".gguf") or not is_hub_id(model):
+        if not is_hub_id(model):
             raise UserError(f"{model} does not exist; give a folder, a weights file or a Hub ID")
         wanted = [name for inner in names for name in (inner, (PurePosixPath(inner).parent / beside).as_posix())]
         root = download(model, revision, [glob.escape(name) for name in wanted])

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..convert.limits import planned_ranks
 from ..distill.adapters import adapted_modules
@@ -23,7 +23,6 @@ from ..errors import UsageError, UserError
 from ..families.base import attention_geometry, noise_channels
 from ..families.image import needed_conditions, refuse_last_image
 from ..flow import levels_inside
-from ..load.hub import is_hub_id
 from ..mla.window import causal_of
 from ..recipe.schema import Recipe
 from ..registry import stage_of
@@ -36,6 +35,7 @@ from ..run.start import read_start
 from .calibration import calibration_reads_negative
 from .channels import check_alike, check_channels
 from .context import Context
+from .remote import check_beside_source, is_here, taken_from_hub
 from .rollouts import check_rollouts, read_negative_prompt
 from .rundir import require_clips
 from .samples import check_samples
@@ -49,19 +49,29 @@ SMALL_FOR_ADAFACTOR = 1e-4
 """Learning rates below this hardly move a model with Adafactor, whose rates are relative to the weights."""
 
 
-def check_recipe(recipe: Recipe) -> bool:
-    """Run the checks of a whole run; returns False, without checking, if the source is on the Hub.
+class Checked(NamedTuple):
+    """Whether the source was checked, the names that were `taken_from_hub`, and the size of the samples' latents."""
+
+    source: bool
+    unchecked: list[str]
+    size: tuple[int, int] | None
+
+
+def check_recipe(recipe: Recipe) -> Checked:
+    """Run the checks of a whole run; where the source is not on this machine, those that do without it.
 
     Raises UserError in one line.
     """
     _warn_of_rates(recipe.distill)
-    if not recipe.source.model.startswith("zoo:") and not Path(recipe.source.model).exists():
-        if is_hub_id(recipe.source.model):
-            return False
-        raise UserError(f"source.model: {recipe.source.model} is neither an existing path nor a Hub ID (owner/name)")
+    unchecked = taken_from_hub(recipe)
+    if not is_here(recipe.source.model):
+        return Checked(False, unchecked, check_beside_source(recipe))
+    size = None
     for part in [recipe.expert(name) for name in recipe.experts or ()] or [recipe]:
-        check_inputs(Context(part, Path(), lambda *args: None), steps_of(part))
-    return True
+        context = Context(part, Path(), lambda *args: None)
+        check_inputs(context, steps_of(part))
+        size = latent_size(context.source.config, context.generate)
+    return Checked(True, unchecked, size)
 
 
 def check_inputs(context: Context, pending: Iterable[Step], finished: Mapping[str, Any] = MappingProxyType({})) -> None:
