@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "mla_convert.json"
 RUN_STATE, LOCK = "state.json", ".lock"
+RESOLVED_RECIPE = "recipe.resolved.yaml"
 
 # linux/fcntl.h and linux/fs.h.
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2

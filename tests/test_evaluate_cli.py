@@ -9,7 +9,7 @@ from typing import Any
 
 import pico
 import pytest
-from recipe_case import write_recipe, write_teacher
+from recipe_case import digests, write_recipe, write_teacher
 
 from mla_convert.cli import main
 from mla_convert.export.evidence import find_evidence
@@ -94,6 +94,42 @@ def test_a_model_of_a_stage_is_in_its_run(finished: Path) -> None:
     assert run_of(finished / "stages") == finished and run_of(finished) is None
 
 
+def test_what_a_run_has_recorded_of_a_stage_is_not_written_over(capsys: Any, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    before = digests(run / "stages")
+    stage = run / "stages" / "00-convert"
+    assert main(["evaluate", str(stage), "--rollout-prompts", "0", "--clips", "2"]) == 0
+    assert digests(run / "stages") == before
+    assert json.loads((run / "evaluation" / "00-convert" / "report.json").read_text())["clips"] == 2
+    # Where a run is only converted, that is the evidence of its stage; else its own.
+    assert find_evidence(stage).report == json.loads((stage / "report.json").read_text())
+    (stage / "report.json").unlink()
+    assert (find_evidence(stage).report or {})["clips"] == 2
+    capsys.readouterr()
+
+
+def test_an_unfinished_run_names_the_checkpoint_that_it_has(
+    capsys: Any, finished: Path, teacher: Path, tmp_path: Path
+) -> None:
+    run, recipe = tmp_path / "run", write_recipe(tmp_path / "pico.yaml", teacher)
+    assert main(["convert", str(recipe), "--out", str(run)]) == 0
+    stage = run / "stages" / "00-convert"
+    generate = ["generate", run, "--prompt", "7", "--out", tmp_path / "x.mp4"]
+    for command in (["evaluate", run], ["export", run, tmp_path / "out"], generate):
+        capsys.readouterr()
+        assert main([str(word) for word in command]) == 1
+        err = capsys.readouterr().err
+        assert f"continue it with `mla-convert run --out {run} --resume`, or give {stage}\n" in err
+    page = str(tmp_path / "page.html")
+    assert main(["compare", str(finished), str(run), "--out", page]) == 1
+    measured = run / "evaluation" / "00-convert"
+    assert f"write one with `evaluate {stage}` and give {measured}\n" in capsys.readouterr().err
+    assert main(["evaluate", str(stage), "--rollout-prompts", "0", "--clips", "2"]) == 0
+    assert main(["compare", str(finished), str(measured), "--out", page]) == 0
+    capsys.readouterr()
+
+
 def test_fewer_clips_than_asked_for_are_said_and_counted(capsys: Any, finished: Path, tmp_path: Path) -> None:
     arguments = ["evaluate", str(finished), "--out", str(tmp_path), "--rollout-prompts", "0", "--clips"]
     assert main([*arguments, "3", "--json"]) == 0
@@ -116,3 +152,23 @@ def test_the_table_of_a_run_counts_its_clips(capsys: Any, finished: Path) -> Non
     recipe = finished.parent / "pico.yaml"
     assert main(["run", str(recipe), "--out", str(finished), "--resume", "--set", "distill.0.steps=1"]) == 0
     assert "held-out loss (4 clips)" in capsys.readouterr().out
+
+
+def test_a_run_goes_on_with_the_recipe_that_it_has_recorded(capsys: Any, finished: Path, tmp_path: Path) -> None:
+    """Started with `--set`, which need not be typed again."""
+    recipe, state = finished.parent / "pico.yaml", (finished / "state.json").read_text()
+    changes = ["--set", "distill.0.learning_rate=2e-3"]
+    assert main(["run", str(recipe), "--out", str(finished), "--resume", *changes]) == 2
+    err = capsys.readouterr().err
+    assert "distill.0.steps was 1 (an integer) and is now 6 (an integer); distill.0.learning_rate was 0.001" in err
+    assert f"recorded recipe: `mla-convert run --out {finished} --resume`\n" in err
+    assert main(["run", "--out", str(finished), "--resume"]) == 0
+    assert (finished / "state.json").read_text() == state
+    capsys.readouterr()
+    for arguments, message in (
+        (["--resume"], "give a RECIPE; only --resume with the --out of a run"),
+        (["--out", str(finished)], "give a RECIPE; only --resume with the --out of a run"),
+        (["--resume", "--out", str(tmp_path)], f"{tmp_path} has no recipe.resolved.yaml of a run to continue"),
+    ):
+        assert main(["run", *arguments]) == 2
+        assert message in capsys.readouterr().err

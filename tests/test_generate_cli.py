@@ -370,7 +370,9 @@ def test_what_a_wan_model_lacks_is_named(capsys, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "state.json").write_text("{}")
     code, _, err = call(capsys, "generate", tmp_path / "run", "--prompt", "a", "--out", tmp_path / "x.mp4")
-    assert code == 1 and error_line(err).endswith("is not finished and has no checkpoint yet; continue with --resume")
+    assert code == 1 and error_line(err).endswith(
+        f"yet; continue it with `mla-convert run --out {tmp_path / 'run'} --resume`"
+    )
     code, _, err = call(capsys, "inspect", tmp_path / "run")
     assert code == 1 and "is a run folder; name a model in it with --subfolder" in error_line(err)
     assert not (tmp_path / "x.mp4").exists()

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UsageError
+from ..files import RESOLVED_RECIPE
 from ..recipe.shipped import find_recipe
 from .dry_run import print_needs
-from .options import Expert, Json, Kernels, Overrides, RecipeName, RunFolder
+from .options import Expert, Json, Kernels, Overrides, RunFolder, RunRecipe
 from .output import print_result, stderr
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the 
 
 
 def convert(
-    recipe: RecipeName,
+    recipe: RunRecipe = None,
     out: RunFolder = None,
     overrides: Overrides = None,
     resume: Resume = False,
@@ -34,7 +35,7 @@ def convert(
 
 
 def distill(
-    recipe: RecipeName,
+    recipe: RunRecipe = None,
     out: RunFolder = None,
     overrides: Overrides = None,
     resume: Resume = False,
@@ -56,7 +57,7 @@ def distill(
     Also runs under `accelerate launch` and `torch.distributed.run`.
     """
     if dry_run:
-        loaded, _ = _read(recipe, out, overrides)
+        loaded, _ = _read(recipe, out, overrides, resume)
         print_needs(loaded if expert is None else loaded.expert(expert), launch, processes, measure, as_json)
         return
     if launch is not None or processes > 1 or measure:
@@ -65,7 +66,7 @@ def distill(
 
 
 def run(
-    recipe: RecipeName,
+    recipe: RunRecipe = None,
     out: RunFolder = None,
     overrides: Overrides = None,
     resume: Resume = False,
@@ -81,7 +82,7 @@ def run(
 
     if kernels is not None:
         overrides = [*(overrides or ()), f"streaming.kernels={kernels}"]
-    loaded, out = _read(recipe, out, overrides)
+    loaded, out = _read(recipe, out, overrides, resume)
     if loaded.experts is None or expert is not None:
         result = _run(loaded, out, resume, None, expert)
         if result.main:
@@ -103,7 +104,7 @@ def _print_model(result: RunResult, what: str, as_json: bool) -> None:
 
 
 def start(
-    recipe: str,
+    recipe: str | None,
     out: Path | None,
     overrides: list[str] | None,
     resume: bool,
@@ -111,17 +112,31 @@ def start(
     expert: str | None = None,
 ) -> RunResult:
     """Read the recipe, then run it, or only its expert `expert`, up to the step `until`."""
-    loaded, out = _read(recipe, out, overrides)
+    loaded, out = _read(recipe, out, overrides, resume)
     return _run(loaded, out, resume, until, expert)
 
 
-def _read(recipe: str, out: Path | None, overrides: list[str] | None) -> tuple[Recipe, Path]:
-    """Load the recipe; returns it with the run folder, by default `runs/NAME`."""
+def _read(recipe: str | None, out: Path | None, overrides: list[str] | None, resume: bool) -> tuple[Recipe, Path]:
+    """Load the recipe, or without one what the run in `out` has recorded; returns it with the run folder.
+
+    That is `runs/NAME` by default.
+    """
     from ..recipe.load import load_recipe
 
+    path = _recorded(out, resume) if recipe is None else find_recipe(recipe)
     with stderr().status("loading PyTorch"):
-        loaded = load_recipe(find_recipe(recipe), overrides or ())
+        loaded = load_recipe(path, overrides or ())
     return loaded, out or Path("runs") / loaded.name
+
+
+def _recorded(out: Path | None, resume: bool) -> Path:
+    """The recipe of the run in `out`, `--set` included. Raises UsageError if no run is to be continued there."""
+    if out is None or not resume:
+        raise UsageError("give a RECIPE; only --resume with the --out of a run takes the one that is recorded there")
+    path = out / RESOLVED_RECIPE
+    if not path.is_file():
+        raise UsageError(f"{out} has no {RESOLVED_RECIPE} of a run to continue; give a RECIPE")
+    return path
 
 
 def _run(recipe: Recipe, out: Path, resume: bool, until: str | None, expert: str | None) -> RunResult:

@@ -54,7 +54,12 @@ def evaluate(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Folder for report.json and report.html; by default evaluation/ in DIR."),
+        typer.Option(
+            "--out",
+            "-o",
+            help="Folder for report.json and report.html; by default evaluation/ in the run folder, or evaluation/NAME "
+            "for its stage NAME, and DIR itself outside a run.",
+        ),
     ] = None,
     clips: Annotated[int | None, typer.Option(min=1, help="Held-out clips.")] = None,
     batch_size: Annotated[

@@ -55,6 +55,13 @@ Expert = Annotated[
     str | None, typer.Option("--expert", metavar="NAME", help="Run only this expert of the recipe, in its own folder.")
 ]
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")]
+RunRecipe = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A recipe file, or the name of a shipped recipe; with --resume and --out, by default the run's own.",
+    ),
+]
 Model = Annotated[Path, typer.Argument(metavar="DIR", help="A run folder, a checkpoint or a transformer folder.")]
 DType = Annotated[
     str | None,

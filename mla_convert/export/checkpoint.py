@@ -29,6 +29,7 @@ from ..load.locate import zoo_folder
 from ..load.weights import CONFIG, INDEX, WEIGHTS
 from .config import DEFAULT_SHARD_SIZE
 from .manifest import TRANSFORMER, build_manifest, family_of, read_manifest, verify_files
+from .run_folder import last_stage
 
 
 def save_checkpoint(
@@ -115,8 +116,16 @@ def find_checkpoint(folder: Path) -> tuple[Path, Path]:
     if not folder.exists():
         raise UserError(f"{folder} does not exist")
     if (folder / RUN_STATE).is_file():
-        raise UserError(f"the run in {folder} is not finished and has no checkpoint yet; continue with --resume")
-    raise UserError(f"{folder} holds no checkpoint: neither {TRANSFORMER}/config.json nor checkpoint/{TRANSFORMER}")
+        stage = last_stage(folder)
+        instead = "" if stage is None else f", or give {stage}"
+        raise UserError(
+            f"the run in {folder} is not finished and has no checkpoint yet; continue it with `mla-convert run --out "
+            f"{folder} --resume`{instead}"
+        )
+    raise UserError(
+        f"{folder} holds no checkpoint: neither {TRANSFORMER}/config.json nor checkpoint/{TRANSFORMER}; give the "
+        "folder that `mla-convert run`, `convert` or `export` wrote"
+    )
 
 
 def claim_checkpoint(folder: Path) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 
 import yaml
 
+from ..files import RESOLVED_RECIPE
 from ..load import read_json
-from .run_folder import is_run
+from .run_folder import evaluation_of, is_run
 
-RECIPE, REPORT, PAGE, BENCH, SAMPLES = "recipe.resolved.yaml", "report.json", "report.html", "bench.json", "samples"
+RECIPE, REPORT, PAGE, BENCH, SAMPLES = RESOLVED_RECIPE, "report.json", "report.html", "bench.json", "samples"
 MAX_SAMPLES = 4
 
 
@@ -28,12 +29,13 @@ class Evidence:
 
 
 def find_evidence(root: Path) -> Evidence:
-    """Find the report, benchmark and samples of the checkpoint `root`, in its run folder or in itself.
+    """Find the report, benchmark and samples of the checkpoint `root`: in its run, in itself, or by `evaluate`.
 
     Raises UserError for a report that cannot be read.
     """
-    run = root.parent if is_run(root.parent) else None
-    places = [root] if run is None else [run, run / "evaluation", root]
+    places = [root, evaluation_of(root)]
+    if is_run(root.parent):
+        places = [root.parent, evaluation_of(root), root]
     measured = next((place for place in places if (place / REPORT).is_file()), root)
     timed = next((place for place in places if (place / BENCH).is_file()), root)
     files = [file for file in (measured / REPORT, measured / PAGE, timed / BENCH) if file.is_file()]

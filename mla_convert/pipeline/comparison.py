@@ -15,9 +15,10 @@ from ..errors import UsageError, UserError
 from ..evaluate.compare import MAX_RUNS, Run, render_comparison
 from ..evaluate.report import REPORT_JSON
 from ..evaluate.samples import Comparison
+from ..export.run_folder import evaluation_of, last_stage
 from ..files import check_place, write_text
 from ..run.video import to_frames
-from .context import ROLLOUTS, SAMPLES
+from .context import CHECKPOINT, ROLLOUTS, SAMPLES
 
 
 def compare_runs(folders: Sequence[Path], out: Path) -> list[Run]:
@@ -48,8 +49,15 @@ def _read_report(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder; give the folder of a finished run") from None
+        stage = last_stage(folder)
+        if stage is not None and not (folder / CHECKPOINT).is_dir():
+            raise UserError(
+                f"the run in {folder} is not finished and has no {REPORT_JSON}; finish it with `mla-convert run --out "
+                f"{folder} --resume`, or write one with `evaluate {stage}` and give {evaluation_of(stage)}"
+            ) from None
         raise UserError(
-            f"{folder} has no {REPORT_JSON}; finish the run or write one with `evaluate {folder}`"
+            f"{folder} has no {REPORT_JSON}; finish the run, or write one with `evaluate {folder}` and give the folder "
+            "that it names"
         ) from None
     except (OSError, ValueError):
         raise UserError(f"{path} cannot be read; write it again with `evaluate {folder}`") from None

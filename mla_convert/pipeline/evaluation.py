@@ -20,7 +20,7 @@ from ..evaluate.fidelity import evaluate
 from ..evaluate.report import REPORT_HTML, finite, write_report
 from ..export.checkpoint import find_checkpoint, load_checkpoint
 from ..export.manifest import recorded_recipe
-from ..export.run_folder import is_run, run_of
+from ..export.run_folder import evaluation_of, run_of
 from ..families.causal import LatentTransformer
 from ..files import MANIFEST, check_place
 from ..load import Source, load_dense, load_source, read_config
@@ -52,9 +52,8 @@ def evaluate_checkpoint(
     """Compare the converted model in `folder` with its teacher; writes report.json and report.html.
 
     `teacher` replaces the manifest's source, `changes` override keys of its `evaluate` section, and `kernels`
-    overrides `streaming.kernels`. The report goes to `out`; by default into `evaluation/` in the run folder, or
-    into the checkpoint if it is not part of a run. Returns the path of the page and the report as it is stored,
-    with None for numbers that are not finite. Raises UserError in one line.
+    overrides `streaming.kernels`. The report goes to `out`, by default where `evaluation_of` says. Returns the path of
+    the page and the report as it is stored, with None for numbers that are not finite. Raises UserError in one line.
     """
     root, inner = find_checkpoint(folder)
     config = read_config(inner)
@@ -64,7 +63,7 @@ def evaluate_checkpoint(
             "that `mla-convert run` or `convert` wrote"
         )
     if out is None:
-        out = root.parent / "evaluation" if is_run(root.parent) else root
+        out = evaluation_of(root)
     check_place(out / REPORT_HTML)
     recipe = _made_by(root)
     if recipe is None and prompt_encoder(config) != DIGITS:

@@ -16,7 +16,6 @@ from typing import Any
 from ..distill.identity import Identity, other_clips
 from ..distill.shard_files import of_all
 from ..errors import UsageError, UserError
-from ..explain import describe
 from ..export.evidence import RECIPE
 from ..export.same_run import LATE
 from ..files import MANIFEST, RUN_STATE, claim_folder, discard_folder, locked_folder, sha256, write_json, write_text
@@ -193,7 +192,8 @@ class RunDir:
     ) -> list[Change]:
         allowed, refused = changes(recorded, resolved, done)
         if refused:
-            key, old, new = first = refused[0]
+            first = refused[0]
+            key = first.key
             if has_key(recorded, key) != has_key(resolved, key):
                 # A recorded recipe has every key of its version.
                 has = "have" if has_key(recorded, key) else "do not have"
@@ -203,8 +203,8 @@ class RunDir:
                 )
             late = ", or change it with export, evaluate or generate on its checkpoint" if first.section in LATE else ""
             raise UsageError(
-                f"the run in {self.path} has another recipe: {key} was {describe(old)} and is now {describe(new)}; "
-                f"give another --out{late}"
+                f"the run in {self.path} has another recipe: {'; '.join(map(str, refused))}; give another --out{late}, "
+                f"or continue with the recorded recipe: `mla-convert run --out {self.path} --resume`"
             )
         return allowed
 
