@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-_NAMED, _QUOTED = 3, 60
+_NAMED, _QUOTED, _BEGINNING = 3, 60, 3
 
 
 class UserError(Exception):
@@ -46,9 +46,14 @@ _FULL = ("can't allocate memory", "out of memory")
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:
-    """Return `did you mean X?` for the closest valid word, or a list of all valid words if none is close."""
+    """Return `did you mean X?` for the closest valid word, or a list of all valid words if none is close.
+
+    Close is a typing error or two, or a word that `word` begins: another model's name has much in common, too.
+    """
     words = list(valid)
-    matches = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(word, words, n=1, cutoff=0.8)
+    if not matches and len(word) >= _BEGINNING:
+        matches = [whole for whole in words if whole.startswith(word)]
     return f"did you mean {matches[0]}?" if matches else f"valid here: {', '.join(words)}"
 
 

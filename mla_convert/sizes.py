@@ -18,6 +18,16 @@ GPU_GIGABYTES = {
 }
 """Nominal memory in decimal gigabytes; the real memory is at least as large."""
 
+PRESET_NAMES = (
+    "wan2.1-t2v-1.3b",
+    "wan2.1-t2v-14b",
+    "anyflow-far-1.3b",
+    "skyreels-v2-1.3b",
+    "skyreels-v2-14b",
+    "digits",
+)
+"""The models of `evaluate.geometry.PRESETS`, for help texts that import nothing."""
+
 
 def format_bytes(count: float, like: float | None = None) -> str:
     """Format bytes in decimal units with about three digits, `6.04 GB`; in the unit of `like` if given."""

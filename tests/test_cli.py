@@ -117,7 +117,7 @@ def test_plan_needs_no_torch():
         # Typer's click says "option: --hlep", click 8.5.1 "option '--hlep'".
         (["--hlep"], "--hlep"),
         (["rnu"], "No such command 'rnu'"),
-        (["run"], "Missing argument 'RECIPE'"),
+        (["run"], "give a RECIPE; only --resume with the --out of a run"),
         (["run", "nothing-like-it"], "no recipe file or shipped recipe is called 'nothing-like-it'"),
         (["plan"], "give exactly one of SOURCE and --preset"),
         (["plan", "--preset", "wan2.1-t2v-1.3"], "wan2.1-t2v-1.3b"),

@@ -12,6 +12,7 @@ import typer
 from ..dtypes import NAMES, checked
 from ..errors import UsageError, quoted
 from .output import JSON
+from ..sizes import PRESET_NAMES
 
 if TYPE_CHECKING:
     from ..mla.bits import CacheBits
@@ -101,7 +102,7 @@ NegativePrompt = Annotated[
 ]
 ContextNoise = Annotated[float | None, typer.Option(min=0, max=1, help="Noise level of cached chunks.")]
 LatentSize = Annotated[str | None, typer.Option(metavar="HxW", help="Height and width of the latent.")]
-Preset = Annotated[str | None, typer.Option(help="A known model, such as wan2.1-t2v-1.3b.")]
+Preset = Annotated[str | None, typer.Option(help=f"A known model: {', '.join(PRESET_NAMES)}.")]
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeGuard
 
 import typer
 
 from ..errors import UsageError
+from ..recipe.load import load_recipe
+from ..recipe.shipped import find_recipe, shipped_recipes
 from ..sizes import GPU_GIGABYTES
 from .options import Cache, Json, Preset, dtype_parser, parse_cache, parse_size
-from .output import print_result
+from .output import print_result, stderr
 
 if TYPE_CHECKING:
     from ..evaluate.geometry import StreamGeometry
@@ -17,7 +20,8 @@ if TYPE_CHECKING:
 
 def plan(
     source: Annotated[
-        str | None, typer.Argument(help="A dense or converted model: zoo:digits, a folder, a file or a Hub ID.")
+        str | None,
+        typer.Argument(help="A dense or converted model: zoo:digits, a folder, a file or a Hub ID; or a recipe."),
     ] = None,
     file: Annotated[str | None, typer.Option(help="Weights file in SOURCE, such as checkpoints/model.pt.")] = None,
     preset: Preset = None,
@@ -25,6 +29,9 @@ def plan(
         int | None, typer.Option(help="Latent scalars per token; by default the paper's share of the dense cache.")
     ] = None,
     qk_rope_head_dim: Annotated[int | None, typer.Option(help="Cached channels of the shared rotary key.")] = None,
+    layers_per_latent: Annotated[
+        int | None, typer.Option(min=1, help="Layers that share a latent; --kv-lora-rank is then that of all of them.")
+    ] = None,
     frames: Annotated[int | None, typer.Option(help="Window in latent frames.")] = None,
     tokens_per_frame: Annotated[int | None, typer.Option(help="Tokens of one latent frame.")] = None,
     latent_size: Annotated[
@@ -54,23 +61,40 @@ def plan(
         raise UsageError("give exactly one of SOURCE and --preset")
     rows: int | list[int] | None = kv_lora_rank
     keys: list[int] | None = None
+    cached: list[tuple[int, int]] | None
+    assumed: str | None = None
     if preset is not None:
         for option, value in (("--latent-size", latent_size), ("--file", file)):
             if value is not None:
                 raise UsageError(f"{option} is for SOURCE; a preset takes --tokens-per-frame and --frames")
         found = find_preset(preset)
         geometry = found.geometry
-        rows = found.kv_lora_rank if rows is None else rows
+        rows = found.kv_lora_rank * (layers_per_latent or 1) if rows is None else rows
         qk_rope_head_dim = found.qk_rope_head_dim if qk_rope_head_dim is None else qk_rope_head_dim
+    elif is_recipe(source):
+        changes = {
+            "kv_lora_rank": kv_lora_rank,
+            "layers_per_latent": layers_per_latent,
+            "qk_rope_head_dim": qk_rope_head_dim,
+        }
+        geometry, cached, assumed = _of_recipe(
+            source, file, latent_size, {key: value for key, value in changes.items() if value is not None}
+        )
+        rows, keys = (list(parts) for parts in zip(*cached, strict=True))
     else:
         assert source is not None
         geometry, cached = _read(source, file, latent_size)
         if cached is not None:
-            if rows is not None or qk_rope_head_dim is not None:
-                raise UsageError(f"{source} is already converted; leave out --kv-lora-rank and --qk-rope-head-dim")
+            if rows is not None or qk_rope_head_dim is not None or layers_per_latent is not None:
+                raise UsageError(
+                    f"{source} is already converted; leave out --kv-lora-rank, --qk-rope-head-dim and "
+                    "--layers-per-latent"
+                )
             rows, keys = (list(parts) for parts in zip(*cached, strict=True))
         elif rows is None:
-            rows = round(2 * geometry.inner_dim * PAPER_SHARE) - (qk_rope_head_dim or 0)
+            rows = round(2 * geometry.inner_dim * PAPER_SHARE * (layers_per_latent or 1)) - (qk_rope_head_dim or 0)
+    if layers_per_latent is not None and isinstance(rows, int):
+        rows, keys = _shared(rows, qk_rope_head_dim or 0, geometry.num_layers, layers_per_latent)
     result = plan_memory(
         geometry,
         rows,
@@ -81,7 +105,37 @@ def plan(
         gpu=gpu,
         cache="auto" if cache is None else parse_cache(cache),
     )
+    if assumed is not None:
+        result = result.model_copy(update={"assumptions": [*result.assumptions, assumed]})
     print_result(as_json, result.model_dump(mode="json"), plan_table(result))
+
+
+def is_recipe(source: str | None) -> TypeGuard[str]:
+    """Whether `source` is a recipe file, or the name of a shipped recipe and of no path."""
+    if source is None or Path(source).is_dir():
+        return False
+    return Path(source).suffix in (".yaml", ".yml") or (not Path(source).exists() and source in shipped_recipes())
+
+
+def _of_recipe(
+    source: str, file: str | None, latent_size: str | None, changes: dict[str, int]
+) -> tuple[StreamGeometry, list[tuple[int, int]], str | None]:
+    """What the recipe `source` would cache, with `changes` of its `convert` section; see `recipe_geometry`."""
+    if file is not None:
+        raise UsageError("--file is for a model; a recipe names its own in source.file")
+    path = find_recipe(source)
+    with stderr().status("loading PyTorch"):
+        recipe = load_recipe(path)
+        from ..pipeline.recipe_plan import recipe_geometry
+    return recipe_geometry(recipe, None if latent_size is None else parse_size(latent_size), changes)
+
+
+def _shared(rank: int, key: int, layers: int, per_latent: int) -> tuple[list[int], list[int]]:
+    """Scalars of latent and shared key by layer; those of a latent are in the first of its layers."""
+    if layers % per_latent:
+        raise UsageError(f"{layers} layers cannot share latents {per_latent} at a time; give a divisor of {layers}")
+    first = [layer % per_latent == 0 for layer in range(layers)]
+    return [rank if own else 0 for own in first], [key if own else 0 for own in first]
 
 
 def _read(

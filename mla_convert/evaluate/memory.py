@@ -144,12 +144,23 @@ def plan(
         max_seconds_dense=geometry.seconds(longest_window(dense_token)),
         max_seconds_latent=geometry.seconds(longest_window(latent_token)),
         assumptions=[
+            *_too_large(weights, total, label),
             f"{format_bytes(weights)} of weights shared by all streams; text encoder and VAE not included",
             f"{format_bytes(working)} of working memory per stream (computed for eager attention)",
             f"{format_bytes(RESERVED_BYTES)} reserved on the GPU; 1 GB = 10^9 bytes",
             f"the longest context is limited to {geometry.rope_max_seq_len} latent frames by the rotary table",
         ],
     )
+
+
+def _too_large(weights: int, total: int, gpu: str) -> list[str]:
+    """What to do where the weights alone fill the GPU, so that no stream fits."""
+    if weights + RESERVED_BYTES < total:
+        return []
+    return [
+        f"no stream fits: the weights alone take {format_bytes(weights)} of the {format_bytes(total)} of {gpu}; give a "
+        "larger --gpu, or generate with --offload, which keeps them in host memory"
+    ]
 
 
 def plan_table(plan: Plan) -> Table:
