@@ -265,9 +265,9 @@ def test_the_format_of_the_kernels(bits: RowBits) -> None:
 def test_models_without_latents_in_a_ring_refuse() -> None:
     dense = pico.dense_model(family="anyflow_far", causal=None)
     far = pico.convert(dense, init="random", kv_lora_rank=8)
-    for model in (pico.dense_model(), far):
+    for model, why in ((pico.dense_model(), "is dense"), (far, "has no latents in a ring")):
         for cache in ("int8", MIXED):
-            with pytest.raises(UserError, match=f"{type(model).__name__} has no latents in a ring .* at auto$"):
+            with pytest.raises(UserError, match=f"{type(model).__name__} {why}.* at auto$"):
                 StreamingConfig(cache=cache).apply(model)
         with pytest.raises(ValueError, match=f"{type(model).__name__} has no cache in int8"):
             model.init_cache(1, 8, 8, dtype=torch.int8)

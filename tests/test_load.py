@@ -348,6 +348,10 @@ def test_what_is_no_model(tmp_path):
     hint = "give a folder, a weights file, a Hub ID or zoo:NAME"
     for name in ("nothing", "/no/such/folder", str(tmp_path / "missing.safetensors"), "a/b/c", "runs/x.pt"):
         assert refusal(name) == f"{name} does not exist; {hint}"
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for place in ("a/b/model.pt", "a/model.safetensors", "a/notes.txt"):
+        (tmp_path / place).touch()
+    assert refusal(tmp_path).endswith("weights with file (--file), one of a/model.safetensors, a/b/model.pt")
     (tmp_path / "model.onnx").touch()
     assert "is not a weights file; use one of .safetensors, .pt" in refusal(tmp_path / "model.onnx")
 

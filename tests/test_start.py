@@ -68,9 +68,17 @@ def test_one_image_starts_every_item_of_a_batch() -> None:
 @pytest.mark.parametrize(
     ("window", "shape", "message"),
     [
-        (WINDOWS[1], (1, 2, 1, 6, 4), "a start of 1 frames does not end with a chunk; use one of 2, 4, 6, 8"),
-        (WINDOWS[0], (1, 2, 2, 6, 4), "use one of 1, 4, 7, 9"),
-        (WINDOWS[1], (1, 2, 10, 6, 4), "the start has 10 frames, more than the 9 of the rollout"),
+        (
+            WINDOWS[1],
+            (1, 2, 1, 6, 4),
+            "a start of 1 frames does not end with a chunk; give 2 latent frames, or",
+        ),
+        (WINDOWS[0], (1, 2, 2, 6, 4), r"give 1 or 4 latent frames, or hold_start \(--hold-start\)"),
+        (
+            WINDOWS[1],
+            (1, 2, 10, 6, 4),
+            r"10 frames, more than the 9 of the rollout; raise num_frames \(--frames\)",
+        ),
         (WINDOWS[1], (1, 2, 2, 6, 6), "the start has 2 channels of 6x6, the rollout 2 channels of 6x4"),
     ],
 )

@@ -11,7 +11,7 @@ from ..files import RUN_STATE
 from .hub import download, is_hub_id
 from .pickles import PICKLES
 from .recognise import recognise
-from .weights import CONFIG, INDEX_ENDINGS, INDEX_SUFFIX, INDEXES, WEIGHTS, find_index, read_config, shard_names
+from .weights import CONFIG, INDEX_ENDINGS, INDEX_SUFFIX, INDEXES, WEIGHTS, find_index, inside, read_config, shard_names
 
 ZOO = Path(__file__).parents[1] / "zoo"
 WEIGHT_SUFFIXES = (".safetensors", *PICKLES)
@@ -192,6 +192,6 @@ def _transformer_folder(folder: Path, subfolder: str | None) -> Path:
             )
         raise UserError(
             f"{folder} has neither {CONFIG} nor transformer/{CONFIG}; name its transformer with subfolder, "
-            "or its weights with file"
+            f"or its weights with file{inside(folder)}"
         )
     return folder

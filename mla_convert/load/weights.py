@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, few
 from .pickles import PICKLES
 from .tensors import LazyTensors, Place
 
@@ -94,7 +94,16 @@ def open_weights(folder: Path) -> LazyTensors:
             )
     if any(file.suffix == ".gguf" for file in folder.iterdir()):
         raise UserError(f"{folder} has only GGUF weights, which are quantized; use the checkpoint they were made from")
-    raise UserError(f"{folder / WEIGHTS} is missing; if the weights have another name, give it with file")
+    raise UserError(
+        f"{folder / WEIGHTS} is missing; if the weights have another name, give it with file{inside(folder)}"
+    )
+
+
+def inside(folder: Path) -> str:
+    """The weights files in a folder and two levels below, in parentheses for a message; empty if there are none."""
+    files = (file for pattern in ("*", "*/*", "*/*/*") for file in sorted(folder.glob(pattern)))
+    names = [file.relative_to(folder).as_posix() for file in files if file.suffix in (".safetensors", *PICKLES)]
+    return f" (--file), one of {few(names)}" if names else ""
 
 
 def _weight_map(index: Path) -> dict[str, str]:

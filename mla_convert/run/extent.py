@@ -52,10 +52,16 @@ def check_start(
     few = frames + 4 * causal.num_frames_per_block
     ends = [stop for _, stop in causal.chunks(few if num_frames is None else min(num_frames, few))]
     if num_frames is not None and frames > num_frames:
-        raise UsageError(f"the start has {frames} frames, more than the {num_frames} of the rollout; raise num_frames")
+        raise UsageError(
+            f"the start has {frames} frames, more than the {num_frames} of the rollout; raise num_frames (--frames)"
+        )
     if whole_chunks and frames not in ends:
-        shown = ", ".join(map(str, ends[:4])) + (", ..." if len(ends) > 4 else "")
-        raise UsageError(f"a start of {frames} frames does not end with a chunk; use one of {shown} frames")
+        shorter, longer = (list(found) for found in (filter(frames.__gt__, ends), filter(frames.__lt__, ends)))
+        fitting = " or ".join(map(str, [*shorter[-1:], *longer[:1]]))
+        raise UsageError(
+            f"a start of {frames} frames does not end with a chunk; give {fitting} latent frames, or hold_start "
+            "(--hold-start), which lets it end inside one"
+        )
 
 
 def check_size(what: str, found: tuple[int, int, int], shape: tuple[int, int, int], own_size: str) -> None:
