@@ -11,8 +11,8 @@ import typer
 
 from ..dtypes import NAMES, checked
 from ..errors import UsageError, quoted
-from .output import JSON
 from ..sizes import PRESET_NAMES
+from .output import JSON
 
 if TYPE_CHECKING:
     from ..mla.bits import CacheBits
