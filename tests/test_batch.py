@@ -20,7 +20,7 @@ from mla_convert.mla import fused, kernels
 from mla_convert.mla.cache import LatentCache, StoredRows
 from mla_convert.mla.kernels import Kernels
 from mla_convert.mla.pool import CachePool, LaneView
-from mla_convert.mla.quantised import Int8LatentCache
+from mla_convert.mla.quantized import Int8LatentCache
 from mla_convert.run.batch import StreamBatch
 from mla_convert.run.stream import stream_chunks
 from mla_convert.zoo.digits.data import FRAME, GUIDANCE, SHIFT

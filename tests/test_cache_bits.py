@@ -27,13 +27,13 @@ from mla_convert.families.wan import FAMILY
 from mla_convert.mla import fused, graph
 from mla_convert.mla import kernels as kernels_module
 from mla_convert.mla.bits import RowBits, check_bits, format_bits, parse_bits, row_bits, row_bytes
-from mla_convert.mla.quantised import (
+from mla_convert.mla.quantized import (
     GROUP_OF_FOUR,
     Int8LatentCache,
     MixedLatentCache,
-    dequantise,
+    dequantize,
     pack,
-    quantise,
+    quantize,
     unpack,
 )
 from mla_convert.pipeline.checks import check_recipe
@@ -80,10 +80,10 @@ def test_two_numbers_to_a_byte_are_unpacked_exactly() -> None:
 @pytest.mark.parametrize("width", [2, 32, 64, 76])
 def test_error_of_four_bits_is_half_a_step_of_its_group(width: int) -> None:
     rows = torch.randn(3, 5, width) * torch.logspace(-3, 3, 5).view(-1, 1)
-    values, scales = quantise(rows, GROUP_OF_FOUR, 7)
+    values, scales = quantize(rows, GROUP_OF_FOUR, 7)
     assert values.abs().max() == 7 and scales.shape == (3, 5, -(-width // GROUP_OF_FOUR))
     step = scales.float().repeat_interleave(GROUP_OF_FOUR, dim=-1)[..., :width]
-    found = dequantise(unpack(pack(values)), scales, GROUP_OF_FOUR)
+    found = dequantize(unpack(pack(values)), scales, GROUP_OF_FOUR)
     assert ((found - rows).abs() <= 0.51 * step + 0.004 * rows.abs()).all()
 
 
@@ -131,7 +131,7 @@ def test_a_cache_takes_the_bytes_that_are_told(variant: dict[str, Any], cache: A
     assert type(model.init_cache(1, HEIGHT, WIDTH, dtype=torch.int8)) is Int8LatentCache
 
 
-def test_rows_come_back_as_they_were_quantised() -> None:
+def test_rows_come_back_as_they_were_quantized() -> None:
     model = student(pico.VARIANTS[0])
     model.set_cache(MIXED)
     ring = model.init_cache(2, HEIGHT, WIDTH)
@@ -139,9 +139,9 @@ def test_rows_come_back_as_they_were_quantised() -> None:
     ring.put(ring.kept(0), ring.slots([3, 4]), rows)
     expected = torch.cat(
         [
-            dequantise(*quantise(rows[..., :6])),
-            dequantise(*quantise(rows[..., 6:14], GROUP_OF_FOUR, 7), GROUP_OF_FOUR),
-            dequantise(*quantise(rows[..., 14:])),
+            dequantize(*quantize(rows[..., :6])),
+            dequantize(*quantize(rows[..., 6:14], GROUP_OF_FOUR, 7), GROUP_OF_FOUR),
+            dequantize(*quantize(rows[..., 14:])),
         ],
         dim=-1,
     )
@@ -256,9 +256,9 @@ def test_the_format_of_the_kernels(bits: RowBits) -> None:
     rows[0, 2] = 0
     ring.put(ring.kept(0), ring.slots([1]), rows)
     latents = bits.eight + bits.four
-    steps, scales = mla_attention.quantise_rows(rows, bits.eight, latents)
+    steps, scales = mla_attention.quantize_rows(rows, bits.eight, latents)
     assert torch.equal(ring.rows[0][:, 1], steps) and torch.equal(ring.scales[0][:, 1], scales)
-    back = mla_attention.dequantise_rows(steps, scales, torch.float32, bits.eight, latents)
+    back = mla_attention.dequantize_rows(steps, scales, torch.float32, bits.eight, latents)
     assert torch.equal(ring.take(ring.kept(0), ring.slots([1])), back)
 
 

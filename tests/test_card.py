@@ -173,13 +173,13 @@ def test_without_a_report_or_a_recipe_it_says_so(run):
         assert absent not in card
 
 
-@pytest.mark.parametrize(("licence", "said"), [("mit", "License: `mit`"), (None, "The source names no license.")])
-def test_licence_is_that_of_the_source_or_none(run, licence, said):
-    manifest = read_manifest(run / "checkpoint") | {"source": SOURCE | {"license": licence}}
+@pytest.mark.parametrize(("license", "said"), [("mit", "License: `mit`"), (None, "The source names no license.")])
+def test_license_is_that_of_the_source_or_none(run, license, said):
+    manifest = read_manifest(run / "checkpoint") | {"source": SOURCE | {"license": license}}
     card = card_of(manifest)
     assert said in card
-    assert (f"\nlicense: {licence}\n" in card) == (licence is not None)
-    assert ("\nlicense:" in card) == (licence is not None)
+    assert (f"\nlicense: {license}\n" in card) == (license is not None)
+    assert ("\nlicense:" in card) == (license is not None)
 
 
 @pytest.mark.parametrize(

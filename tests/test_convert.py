@@ -140,8 +140,8 @@ def test_queries_are_fitted_to_noisy_tokens_too() -> None:
     def missed(fitted: torch.Tensor) -> float:
         """The error of noisy queries in the best basis of rank 4 for the `fitted` ones, as a share of all."""
         basis = torch.linalg.svd(fitted - fitted.mean(1, keepdim=True))[0][:, :4]
-        centred = noisy - noisy.mean(1, keepdim=True)
-        return float((centred - basis @ (basis.T @ centred)).square().sum() / centred.square().sum())
+        centered = noisy - noisy.mean(1, keepdim=True)
+        return float((centered - basis @ (basis.T @ centered)).square().sum() / centered.square().sum())
 
     made = latent.q_b_proj.weight.double() @ latent.q_a_proj.weight.double() @ seen[0][4:].flatten(0, 1).T
     error = (made - noisy) - (made - noisy).mean(1, keepdim=True)

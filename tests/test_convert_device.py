@@ -11,7 +11,7 @@ import torch
 from pretend_gpu import GPU, pretended
 from torch import Tensor
 
-from mla_convert.convert import ConvertConfig, convert_model, convert_source, initialise
+from mla_convert.convert import ConvertConfig, convert_model, convert_source, initialize
 from mla_convert.export.checkpoint import load_checkpoint, save_checkpoint
 from mla_convert.families.wan import FAMILY
 from mla_convert.load import Source, load_dense, load_source
@@ -24,7 +24,7 @@ CASES: dict[str, dict[str, Any]] = {
     **{f"{v['position']}-{v['own_chunk']}": dict(v) for v in pico.VARIANTS[::3]},
     "shared": SHARED,
     "few-tokens": {**SHARED, "calibration": {**CALIBRATION, "max_tokens": 60}},
-    "factorised-query": {"kv_lora_rank": 9, "q_lora_rank": 12},
+    "factorized-query": {"kv_lora_rank": 9, "q_lora_rank": 12},
     "svd": {"init": "svd", "kv_lora_rank": 9},
     "random": {"init": "random", "kv_lora_rank": 9},
     "output": {"kv_lora_rank": 9, "calibration": {**CALIBRATION, "metric": "output", "hidden_states": "converted"}},
@@ -86,7 +86,7 @@ def test_a_model_on_a_gpu_is_converted_there() -> None:
 def test_what_does_not_fit_on_a_gpu_is_fitted_on_the_cpu(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fit_read = initialise._fit_read
+    fit_read = initialize._fit_read
 
     def full(read: Any, rank: int, device: torch.device, ridge: float) -> Any:
         if device.type == "cuda":
@@ -94,7 +94,7 @@ def test_what_does_not_fit_on_a_gpu_is_fitted_on_the_cpu(
         return fit_read(read, rank, device, ridge)
 
     converted(source, tmp_path / "cpu", "cpu", **SHARED)
-    monkeypatch.setattr(initialise, "_fit_read", full)
+    monkeypatch.setattr(initialize, "_fit_read", full)
     with pretended():
         converted(source, tmp_path / "gpu", GPU, **SHARED)
     assert "cuda:0 cannot fit 96 numbers per token; using the CPU: CUDA out of memory" in caplog.text

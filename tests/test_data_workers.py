@@ -26,7 +26,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Any:
         for i in range(9)
     )
     write_latents(folder, clips, clips_per_shard=4)
-    opened = open_data(DataConfig(kind="latents", folder=str(folder), heldout=1, latents="normalised"), seed=0)
+    opened = open_data(DataConfig(kind="latents", folder=str(folder), heldout=1, latents="normalized"), seed=0)
     assert isinstance(opened, LatentClips)
     return opened
 

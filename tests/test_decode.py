@@ -26,7 +26,7 @@ from mla_convert.run.prefetch import FrameWriter, prefetch
 from mla_convert.run.prompts import PromptSchedule
 from mla_convert.run.start import read_start
 from mla_convert.run.stream import stream_chunks
-from mla_convert.run.video import STDOUT, denormalised, save_video
+from mla_convert.run.video import STDOUT, denormalized, save_video
 
 # That of Wan2.1, and the residual one with patches of Wan2.2-TI2V-5B.
 VAES = {
@@ -50,7 +50,7 @@ def latents(frames: int = 7, batch: int = 2) -> Tensor:
 def test_decoding_in_parts_is_decoding_the_whole(name: str, sizes: list[int]) -> None:
     vae, video = tiny_vae(name), latents()
     with torch.no_grad():
-        expected = vae.decode(denormalised(vae, video)).sample
+        expected = vae.decode(denormalized(vae, video)).sample
     parts = list(decode_chunks(video.split(sizes, dim=2), vae))
     counts = [4 * size - (3 if index == 0 else 0) for index, size in enumerate(sizes)]
     assert [part.shape[2] for part in parts] == counts
@@ -219,24 +219,24 @@ def test_what_computing_raises_is_raised_in_its_place(count: int) -> None:
         next(ahead)
 
 
-def grey(frames: int = 4) -> np.ndarray:
+def gray(frames: int = 4) -> np.ndarray:
     return np.full((frames, 16, 16, 3), 0.5, dtype=np.float32)
 
 
 def test_a_writer_writes_what_save_video_writes(tmp_path: Path) -> None:
     writer = FrameWriter(tmp_path / "a.mp4", fps=8)
     for _ in range(5):
-        writer.put(grey())
+        writer.put(gray())
     assert not (tmp_path / "a.mp4").exists()
     writer.close()
-    save_video(np.concatenate([grey()] * 5), tmp_path / "b.mp4", fps=8)
+    save_video(np.concatenate([gray()] * 5), tmp_path / "b.mp4", fps=8)
     assert writer.frames == 20
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
 
 
 def test_a_writer_that_is_given_up_leaves_nothing(tmp_path: Path) -> None:
     writer = FrameWriter(tmp_path / "a.mp4", fps=8)
-    writer.put(grey())
+    writer.put(gray())
     writer.abort()
     writer.abort()
     assert list(tmp_path.iterdir()) == []
@@ -245,10 +245,10 @@ def test_a_writer_that_is_given_up_leaves_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("last", ["end", "close", "abort"])
 def test_a_writer_that_has_ended_takes_no_more_frames(tmp_path: Path, last: str) -> None:
     writer = FrameWriter(tmp_path / "a.mp4", fps=8)
-    writer.put(grey())
+    writer.put(gray())
     getattr(writer, last)()
     with pytest.raises(ValueError, match=r"a\.mp4 has ended and takes no more frames"):
-        writer.put(grey())
+        writer.put(gray())
     writer.close()
     assert writer.frames == 4
     assert (tmp_path / "a.mp4").exists() == (last != "abort")
@@ -258,11 +258,11 @@ def test_a_writer_that_has_ended_takes_no_more_frames(tmp_path: Path, last: str)
 def test_a_full_disk_stops_the_rollout_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mla_convert.files._create", lambda path: path.symlink_to("/dev/full"))
     writer = FrameWriter(tmp_path / "a.gif", fps=8)
-    writer.put(grey())
+    writer.put(gray())
     with pytest.raises(UserError, match="the disk is full"):
         writer.close()
     with pytest.raises(UserError, match="the disk is full"):
-        writer.put(grey())
+        writer.put(gray())
     writer.abort()
     assert list(tmp_path.iterdir()) == []
 
@@ -277,7 +277,7 @@ def test_the_writer_holds_the_rollout_back(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr("mla_convert.run.prefetch.save_video", slow)
     writer = FrameWriter(tmp_path / "a.mp4", fps=8)
-    filler = threading.Thread(target=lambda: [writer.put(grey()) for _ in range(6)])
+    filler = threading.Thread(target=lambda: [writer.put(gray()) for _ in range(6)])
     filler.start()
     time.sleep(0.5)
     assert len(taken) == 1 and writer.frames <= 12
@@ -288,7 +288,7 @@ def test_the_writer_holds_the_rollout_back(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_stdout_gets_an_mp4_in_fragments(capfdbinary: Any, tmp_path: Path) -> None:
-    save_video(np.concatenate([grey()] * 6), STDOUT, fps=8)
+    save_video(np.concatenate([gray()] * 6), STDOUT, fps=8)
     (tmp_path / "a.mp4").write_bytes(capfdbinary.readouterr().out)
     content = (tmp_path / "a.mp4").read_bytes()
     assert content.count(b"moof") == 3 and content.index(b"moov") < content.index(b"mdat")

@@ -82,7 +82,7 @@ def test_the_pretended_gpu_refuses_what_a_gpu_refuses() -> None:
 
 
 def test_a_network_learns_on_the_pretended_gpu_as_it_does_on_the_cpu() -> None:
-    def learnt(device: torch.device) -> torch.Tensor:
+    def learned(device: torch.device) -> torch.Tensor:
         torch.manual_seed(0)
         layer, x = nn.Linear(4, 3), torch.linspace(-1, 1, 8).view(2, 4).to(device)
         parameters = list(layer.parameters())
@@ -95,9 +95,9 @@ def test_a_network_learns_on_the_pretended_gpu_as_it_does_on_the_cpu() -> None:
             optimizer.step()
         return layer.weight.detach().cpu()
 
-    expected = learnt(torch.device("cpu"))
+    expected = learned(torch.device("cpu"))
     with pretended():
-        actual = learnt(GPU)
+        actual = learned(GPU)
     # Observed no difference.
     torch.testing.assert_close(actual, expected)
 

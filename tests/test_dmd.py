@@ -40,9 +40,9 @@ class Gaussian:
 
     def __call__(self, x, timestep, text, context=None, context_timestep=None):
         t = (timestep / 1000).view(len(x), 1, -1, 1, 1)
-        centred = x - (1 - t) * self.mean
-        clean = self.mean + (1 - t) * self.spread**2 / self.variance(t) * centred
-        noise = t / self.variance(t) * centred
+        centered = x - (1 - t) * self.mean
+        clean = self.mean + (1 - t) * self.spread**2 / self.variance(t) * centered
+        noise = t / self.variance(t) * centered
         return SimpleNamespace(sample=noise - clean)
 
     def score(self, x, t):

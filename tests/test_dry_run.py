@@ -205,7 +205,7 @@ def test_what_is_built_on_wan_has_its_shapes(capsys, recipe):
 def test_a_single_shard_says_what_clips_are(tmp_path):
     clips = [Clip(torch.zeros(16, 3, 4, 6), torch.ones(512, 4096), name=f"{number}") for number in range(3)]
     write_shard(tmp_path / "a.parquet", clips)
-    changes = [f"data.folder={tmp_path / 'a.parquet'}", "data.heldout=1", "data.latents=normalised"]
+    changes = [f"data.folder={tmp_path / 'a.parquet'}", "data.heldout=1", "data.latents=normalized"]
     run = DryRun(load_recipe(find_recipe("wan2.1-1.3b"), changes), Launch())
     assert (run.clip.frames, run.clip.height, run.clip.width) == (3, 4, 6)
 

@@ -108,13 +108,13 @@ def test_latents_are_those_of_the_vae(clips, pipeline, tmp_path):
         assert pico.relative_error(latents, expected) < 1e-5
 
 
-def test_raw_latents_say_how_they_are_normalised(clips, pipeline, tmp_path, capsys):
-    for kind in ("raw", "normalised"):
+def test_raw_latents_say_how_they_are_normalized(clips, pipeline, tmp_path, capsys):
+    for kind in ("raw", "normalized"):
         assert encode(clips, tmp_path / kind, pipeline, "--dtype", "float32", "--latents", kind) == 0
         assert f"{kind} latents 4x3x6x8" in " ".join(capsys.readouterr().out.split())
-    stored, other = rows(tmp_path / "raw")[0], rows(tmp_path / "normalised")[0]
+    stored, other = rows(tmp_path / "raw")[0], rows(tmp_path / "normalized")[0]
     assert stored["vae_latent_bytes"] != other["vae_latent_bytes"]
-    read, expected = (LatentShards(tmp_path / kind).read(0)["latents"] for kind in ("raw", "normalised"))
+    read, expected = (LatentShards(tmp_path / kind).read(0)["latents"] for kind in ("raw", "normalized"))
     # Observed: 6.1e-8.
     assert pico.relative_error(read, expected) < 1e-6
     capsys.readouterr()
@@ -360,7 +360,7 @@ def test_frames_are_resampled_resized_and_cut(tmp_path):
     path = write_video(tmp_path / "a.mp4", frames=24, fps=24)
     same = read_frames(path, 24, 64, 96, 24)
     assert same.dtype == torch.uint8 and same.shape == (24, 64, 96, 3)
-    # Observed: 0.66 levels, all of it where the colour changes and its resolution is half.
+    # Observed: 0.66 levels, all of it where the color changes and its resolution is half.
     error = np.abs(same.numpy() - 255 * square(24))
     assert error[:, 50:].max() < 1 and error.mean() < 2
 

@@ -22,7 +22,7 @@ from mla_convert.distill.data import DataConfig, open_data
 from mla_convert.distill.encode.frames import read_frames
 from mla_convert.distill.encode.models import image_encoder, load_vae
 from mla_convert.distill.latents import LatentShards
-from mla_convert.distill.normalisation import WAN21, notes_of
+from mla_convert.distill.normalization import WAN21, notes_of
 from mla_convert.errors import UserError
 from mla_convert.run.image import ImageLatents
 
@@ -41,11 +41,11 @@ def test_what_is_stored_is_what_generation_makes_of_the_first_frame(
     clips: Path, pipeline: Path, tmp_path: Path, capsys: Any
 ) -> None:
     options = ["--image-condition", "--dtype", "float32", "--batch-size", "2", "--shard-size", "5", "--json"]
-    for kind in ("normalised", "raw"):
+    for kind in ("normalized", "raw"):
         assert encode(clips, tmp_path / kind, pipeline, *options, "--latents", kind) == 0
         result = json.loads(capsys.readouterr().out)
         assert [result[name] for name in BOTH] == [[8, 3, 6, 8], [5, 8]]
-    read, raw = (LatentShards(tmp_path / kind, conditions=BOTH) for kind in ("normalised", "raw"))
+    read, raw = (LatentShards(tmp_path / kind, conditions=BOTH) for kind in ("normalized", "raw"))
     paths = sorted(clips.rglob("*.mp4"), key=lambda path: path.relative_to(clips).as_posix())
     vae = load_vae(pipeline)
     with image_encoder(pipeline, torch.device("cpu")) as embed:
@@ -125,7 +125,7 @@ def test_a_text_to_video_model_leaves_images_out_and_says_so_once(tmp_path: Path
     assert "hold images, but the model takes none; they are not read" in caplog.text
 
 
-def theirs(raw: bool = True, normalised: bool = True, **changes: Any) -> list[dict[str, Any]]:
+def theirs(raw: bool = True, normalized: bool = True, **changes: Any) -> list[dict[str, Any]]:
     """Rows as FastVideo writes them: raw latents from the VAE, but normalized ones of the first frame."""
     mean, std = (torch.tensor(part).view(-1, 1, 1, 1) for part in WAN21)
     found = []
@@ -138,7 +138,7 @@ def theirs(raw: bool = True, normalised: bool = True, **changes: Any) -> list[di
             "vae_latent": latents * std + mean if raw else latents,
             "text_embedding": torch.zeros(512, 8),
             "clip_feature": tokens,
-            "first_frame_latent": image if normalised else image * std + mean,
+            "first_frame_latent": image if normalized else image * std + mean,
             **changes,
         }
         row: dict[str, Any] = {"id": str(number), "file_name": str(number)}
@@ -176,7 +176,7 @@ NOTHING = torch.zeros(0)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"normalised": False}, "does not begin like its vae_latent: it is not normalised, or is of another image"),
+        ({"normalized": False}, "does not begin like its vae_latent: it is not normalized, or is of another image"),
         (
             {"first_frame_latent": torch.zeros(16, 1, 4, 6)},
             "first_frame_latent of 16x1x4x6, which does not match its latents of 16x3x4x6",

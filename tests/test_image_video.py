@@ -117,7 +117,7 @@ def test_the_condition_is_what_diffusers_makes(source: Path, tmp_path: Path) -> 
     with image_encoder(source, torch.device("cpu")) as embed:
         tokens = embed(image)
     torch.testing.assert_close(tokens, wan.encode_image(image, torch.device("cpu")), rtol=0, atol=TOKENS)
-    # Of other proportions the centre is taken, not squeezed.
+    # Of other proportions the center is taken, not squeezed.
     wide = picture((48, 100))
     cut = ImageLatents(wan.vae, wide.crop((0, 34, 48, 66)), 4, 6, 5)
     torch.testing.assert_close(ImageLatents(wan.vae, wide, 4, 6, 5)(0, 5), cut(0, 5), rtol=0, atol=LATENTS)

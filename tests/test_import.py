@@ -340,7 +340,7 @@ def test_lora(tmp_path, original):
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
-def test_quantised_weights(tmp_path, original, dtype):
+def test_quantized_weights(tmp_path, original, dtype):
     name = "blocks.0.self_attn.q.weight"
     state = original | {name: original[name].to(dtype), f"{name.removesuffix('weight')}scale_weight": torch.ones(1)}
     torch.save(state, tmp_path / "q.pt")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from mla_convert.cli import main
 from mla_convert.convert import ConvertConfig
 from mla_convert.convert.factorize import low_rank_code
-from mla_convert.convert.initialise import initialise_layer
+from mla_convert.convert.initialize import initialize_layer
 from mla_convert.convert.probe import LayerSample
 from mla_convert.convert.target import as_read, layout_target, moments, tokens
 from mla_convert.distill.clip_shards import Clip, write_latents
@@ -238,9 +238,9 @@ def test_predictions_are_near_what_a_conversion_does(model, clips, layout):
             errors[position] = errors.get(position, 0) + curve
         for rank in (6, 12, 20):
             settings = config.model_copy(update={"kv_lora_rank": rank})
-            plan = initialise_layer(attention, sample, run.axes, settings, rank, torch.Generator())
+            plan = initialize_layer(attention, sample, run.axes, settings, rank, torch.Generator())
             plans.setdefault(rank, {})[layer] = plan
-        plan = initialise_layer(attention, sample, run.axes, trial, 12, torch.Generator())
+        plan = initialize_layer(attention, sample, run.axes, trial, 12, torch.Generator())
         plans.setdefault("trial", {})[layer] = plan
 
     def ignore(*_):

@@ -307,7 +307,7 @@ def test_the_teachers_are_the_only_large_files(wheel):
     assert max(large.values()) <= MAX_WEIGHTS_BYTES
 
 
-def test_wheel_installs_the_command_and_the_licence(wheel):
+def test_wheel_installs_the_command_and_the_license(wheel):
     (entry_points,) = (name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt"))
     assert "mla-convert = mla_convert.cli:main" in wheel.read(entry_points).decode()
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel.namelist())

@@ -36,7 +36,7 @@ def test_folder(folder):
     assert equal_tensors(source.tensors, load_file(folder / WEIGHTS))
 
 
-def test_pipeline_folder_and_its_licence(folder, tmp_path):
+def test_pipeline_folder_and_its_license(folder, tmp_path):
     shutil.move(folder, tmp_path / "pipeline" / "transformer")
     (tmp_path / "pipeline" / "model_index.json").write_text("{}")
     (tmp_path / "pipeline" / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
@@ -44,7 +44,7 @@ def test_pipeline_folder_and_its_licence(folder, tmp_path):
     source = load_source(str(tmp_path / "pipeline"))
 
     assert source.folder == tmp_path / "pipeline" / "transformer"
-    assert source.licence == "apache-2.0"
+    assert source.license == "apache-2.0"
     assert load_source(str(tmp_path / "pipeline"), subfolder="transformer").folder == source.folder
     assert "has no folder transformer_2" in refusal(tmp_path / "pipeline", subfolder="transformer_2")
 
@@ -271,11 +271,11 @@ def test_lora_weights(folder):
     assert f"holds LoRA weights ({name}), which are half of a model; name the base model" in refusal(folder)
 
 
-def test_quantised_weights(folder):
-    def quantise(tensors):
+def test_quantized_weights(folder):
+    def quantize(tensors):
         tensors["proj_out.weight"] = tensors["proj_out.weight"].to(torch.float8_e4m3fn)
 
-    change_tensors(folder, quantise)
+    change_tensors(folder, quantize)
     assert "tensor proj_out.weight is stored as F8_E4M3, and quantized" in refusal(folder)
     change_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     assert "the weights are quantized (bitsandbytes)" in refusal(folder)

@@ -87,7 +87,7 @@ def test_hub_source(hub, folder):
 
     source = load_source("owner/model")
 
-    assert (source.origin, source.revision, source.licence) == ("owner/model", COMMIT, "apache-2.0")
+    assert (source.origin, source.revision, source.license) == ("owner/model", COMMIT, "apache-2.0")
     assert equal_tensors(source.tensors, load_file(folder / WEIGHTS))
     assert not any("vae" in path for path in hub.requests)
     assert source.provenance()["revision"] == COMMIT

@@ -177,7 +177,7 @@ def test_a_failed_download_is_one_line(wheel: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.skipif(not (ZOO / "natural" / "teacher").is_dir(), reason="the natural-video teacher is not in this tree")
 def test_the_teacher_streams_as_it_was_trained() -> None:
     source = load_source("zoo:natural")
-    assert source.licence == "apache-2.0"
+    assert source.license == "apache-2.0"
     teacher = load_dense(source)
     assert teacher.causal.chunks(clips.CLIP_FRAMES)[0] == (0, 1)
     video = torch.randn(1, clips.CHANNELS, clips.CLIP_FRAMES, clips.FRAME, clips.FRAME)

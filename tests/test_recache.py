@@ -107,8 +107,8 @@ def test_a_stream_of_a_batch_does_the_same(
     """Beside a stream of another age, which keeps its prompt and its cache; observed 2.2e-7."""
     model = model_of(variant, causal)
     batch = batch_of(model, 4, recache=True)
-    neighbour = batch.join(prompt(5), seed=5, num_frames=14)
-    made: dict[int, list[Tensor]] = {neighbour: [chunk.latents for chunk in batch.step()]}
+    neighbor = batch.join(prompt(5), seed=5, num_frames=14)
+    made: dict[int, list[Tensor]] = {neighbor: [chunk.latents for chunk in batch.step()]}
     changed = batch.join(OLD, seed=0, num_frames=12, **settings)
     made[changed] = []
     while batch.active:
@@ -117,7 +117,7 @@ def test_a_stream_of_a_batch_does_the_same(
         for chunk in batch.step():
             made[chunk.stream].append(chunk.latents)
     assert pico.relative_error(torch.cat(made[changed], 1), switched(model, 12, at=8, **settings)) < FLOAT32
-    assert pico.relative_error(torch.cat(made[neighbour], 1), alone(model, prompt(5), 14, seed=5)) < FLOAT32
+    assert pico.relative_error(torch.cat(made[neighbor], 1), alone(model, prompt(5), 14, seed=5)) < FLOAT32
 
 
 def test_a_round_that_fails_on_the_way_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ RECIPE = """
 version: 1
 name: remote
 source: {model: owner/name}
-data: {kind: latents, folder: DATA, latents: normalised, heldout: 1}
+data: {kind: latents, folder: DATA, latents: normalized, heldout: 1}
 convert: {init: svd, kv_lora_rank: 8}
 """
 

@@ -26,7 +26,7 @@ from mla_convert.pipeline.dry_run import DryRun
 from mla_convert.pipeline.vae import reencoding_bytes
 from mla_convert.recipe.load import parse_recipe
 from mla_convert.run.reencode import image_latent
-from mla_convert.run.video import denormalised
+from mla_convert.run.video import denormalized
 
 MOVED = {"rollout_frames": 12, "score_frames": 6}
 STAGE = "{stage: dmd, steps: 1, learning_rate: 1e-3, batch_size: 1, denoising_steps: [1000], critic_updates: 1, "
@@ -37,7 +37,7 @@ STAGE += "guidance_scale: 1, rollout_frames: 4, score_frames: 2, tracker: null, 
 def test_it_is_the_last_decoded_frame_encoded_as_an_image(name: str) -> None:
     vae, video = tiny_vae(name), latents(frames=4)
     with torch.no_grad():
-        pixels = vae.decode(denormalised(vae, video)).sample
+        pixels = vae.decode(denormalized(vae, video)).sample
     assert pixels.shape[2] == 13
     expected = encode_pixels(vae, pixels[:, :, -1:])
     with torch.autocast("cpu", torch.bfloat16):

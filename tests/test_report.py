@@ -219,7 +219,7 @@ def test_charts_are_well_formed_themed_and_do_not_share_ids() -> None:
         root = ElementTree.fromstring(chart)
         assert "viewBox" in root.attrib and "width" not in root.attrib
         assert "var(--student)" in chart and "font-family" not in chart
-        assert not re.search(r"#0[0-9]0[0-9]0[0-9]|#(?!0{6})[0-9a-f]{6}\b", chart), "a fixed colour is left"
+        assert not re.search(r"#0[0-9]0[0-9]0[0-9]|#(?!0{6})[0-9a-f]{6}\b", chart), "a fixed color is left"
         ids += [element.attrib["id"] for element in root.iter() if "id" in element.attrib]
     assert len(ids) == len(set(ids))
 

@@ -78,8 +78,8 @@ def test_a_global_batch_goes_on_with_other_processes(tmp_path):
     """Two processes continue where one stopped, and end as it would have ended."""
     changes = {"batch_size": 1, "global_batch": 4}
     _, expected = case.train(tmp_path / "one", **changes)
-    _, spelt = case.train(tmp_path / "spelt", batch_size=1, grad_accumulation=4)
-    assert all(torch.equal(spelt[name], tensor) for name, tensor in expected.items())
+    _, spelled = case.train(tmp_path / "spelled", batch_size=1, grad_accumulation=4)
+    assert all(torch.equal(spelled[name], tensor) for name, tensor in expected.items())
     with pytest.raises(case.Killed):
         case.train(tmp_path / "whole", last_clip=4 * 4, **changes)
     case.two_processes(tmp_path, 4 * 4, **changes)

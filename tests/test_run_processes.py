@@ -121,16 +121,16 @@ def test_a_process_that_fails_before_rollouts_ends_all(teacher, tmp_path, failin
 
 
 @pytest.mark.parametrize(
-    ("signalled", "patched"),
+    ("signaled", "patched"),
     [(0, ("mla_convert.pipeline.steps", "convert_source")), (1, ("mla_convert.distill.trainer", "learning_rate"))],
 )
-def test_a_signal_ends_all_processes_and_one_says_so(teacher, tmp_path, signalled, patched):
+def test_a_signal_ends_all_processes_and_one_says_so(teacher, tmp_path, signaled, patched):
     """Which comes to the first one while it converts, or to another in a stage."""
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(teacher=teacher))
     arguments = ["run", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run")]
     action = "os.kill(os.getpid(), signal.SIGUSR1)"
-    errors = ended(tmp_path, arguments, signalled, patched, action, code=143)
-    said = "after step 1, with checkpoint" if signalled else "a signal stopped the run; continue with the same command"
+    errors = ended(tmp_path, arguments, signaled, patched, action, code=143)
+    said = "after step 1, with checkpoint" if signaled else "a signal stopped the run; continue with the same command"
     assert errors[0].count("error:") == 1 and said in errors[0] and errors[1] == ""
     assert (tmp_path / "run" / STOPPED).exists()
 

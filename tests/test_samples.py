@@ -31,7 +31,7 @@ causal: {{num_frames_per_block: 1, window_frames: 4}}
 data:
   kind: latents
   folder: {data}
-  latents: normalised
+  latents: normalized
   heldout: 2
 convert:
   init: svd

@@ -18,7 +18,7 @@ from mla_convert.distill import latents, shard_files
 from mla_convert.distill.clip_shards import Clip, write_latents, write_shard
 from mla_convert.distill.data import DataConfig, open_data
 from mla_convert.distill.latents import LatentShards
-from mla_convert.distill.normalisation import KIND_NOTE
+from mla_convert.distill.normalization import KIND_NOTE
 from mla_convert.distill.shard_index import index_shards, read_index, write_index
 from mla_convert.errors import UserError
 from mla_convert.pipeline import run
@@ -87,7 +87,7 @@ def test_other_shapes_are_found_in_the_footers_or_when_a_clip_is_read(tmp_path):
     with pytest.raises(UserError, match=r"clip 3 of .*a\.parquet has latents of 1x8x8x6, the first clip has 1x6x8x8"):
         LatentShards(tmp_path / "bytes")
     # It says that this package has written it, so that one shape is taken for all.
-    write_shard(tmp_path / "bytes" / "a.parquet", made, notes={KIND_NOTE: "normalised"})
+    write_shard(tmp_path / "bytes" / "a.parquet", made, notes={KIND_NOTE: "normalized"})
     shards = LatentShards(tmp_path / "bytes")
     assert [len(shard.shapes) for shard in shards.index.shards] == [1]
     with pytest.raises(UserError, match=r"clip 3 of .* has latents of 1x8x8x6, .*continue without it: data\.skip: \[3"):
@@ -95,7 +95,7 @@ def test_other_shapes_are_found_in_the_footers_or_when_a_clip_is_read(tmp_path):
     assert opened_data(tmp_path / "bytes", skip=(3,)).size == 2
 
 
-@pytest.mark.parametrize(("notes", "count"), [({KIND_NOTE: "normalised"}, 1), (None, 8)])
+@pytest.mark.parametrize(("notes", "count"), [({KIND_NOTE: "normalized"}, 1), (None, 8)])
 def test_one_read_a_clip_tells_its_shape(tmp_path, monkeypatch, notes, count):
     """And none where this package has written the shard."""
     write_shard(tmp_path / "a.parquet", clips(8), notes=notes)

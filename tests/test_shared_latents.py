@@ -16,7 +16,7 @@ from recipe_case import digests
 from mla_convert.convert import CalibrationBatch, ConvertConfig, convert_model, convert_source
 from mla_convert.convert import layers as layers_module
 from mla_convert.convert.blocks import ModelBlocks
-from mla_convert.convert.initialise import initialise_layers, read_layer
+from mla_convert.convert.initialize import initialize_layers, read_layer
 from mla_convert.convert.layers import ranks_of
 from mla_convert.convert.probe import LayerSample
 from mla_convert.distill.execution import checkpointed
@@ -29,7 +29,7 @@ from mla_convert.families.wan import FAMILY
 from mla_convert.load import load_dense, load_source
 from mla_convert.mla import fused, kernels
 from mla_convert.mla.config import MLAConfig
-from mla_convert.mla.quantised import dequantise, quantise
+from mla_convert.mla.quantized import dequantize, quantize
 from mla_convert.run.batch import StreamBatch
 from mla_convert.run.stream import stream_chunks
 
@@ -152,13 +152,13 @@ def test_the_latent_is_cached_once(student: Any) -> None:
     assert cache.bytes() == 3 * 5 * 6 * 4 // 4 * 20 * 2 * 4
 
 
-def test_a_quantised_cache_rounds_the_whole_latent_once(student: Any) -> None:
+def test_a_quantized_cache_rounds_the_whole_latent_once(student: Any) -> None:
     latents, timestep, text = pico.inputs(1, 2, 6, 4)
     exact, rounded = (student.init_cache(1, 6, 4, dtype=dtype) for dtype in (None, torch.int8))
     for cache in (exact, rounded):
         student.forward_chunk(latents, timestep, text, cache, write=True)
     rows, found = (cache.take(cache.kept(2), cache.slots([0, 1])) for cache in (exact, rounded))
-    assert torch.equal(found, dequantise(*quantise(rows)))
+    assert torch.equal(found, dequantize(*quantize(rows)))
     assert rounded.bytes() < exact.bytes()
 
 
@@ -260,8 +260,8 @@ def test_what_two_layers_have_in_common_is_stored_once() -> None:
     config = ConvertConfig(layers_per_latent=2, kv_lora_rank=8)
     axes = dense.rotary_table().axes
     readings = [read_layer(dense.blocks[i].attn1, sample, axes, config, torch.Generator()) for i in range(2)]
-    (single,) = initialise_layers(readings[:1], config, 8)
-    both = initialise_layers(readings, config, 8)
+    (single,) = initialize_layers(readings[:1], config, 8)
+    both = initialize_layers(readings, config, 8)
     # What is restored of a token: the latent is the sum of what both layers make of their keys and values, which are
     # the same here.
     encoder = sum(plan.tensors["kv_a_proj.weight"] for plan in both)

@@ -79,9 +79,9 @@ def test_every_machine_launches_its_processes(batch, tmp_path):
     assert (tmp_path / "traps").read_text() == "trap -- '' SIGUSR1\n" * 2
 
 
-@pytest.mark.parametrize("signalled", ["", "yes"])
-def test_a_run_that_a_signal_stopped_is_queued_again(batch, signalled):
-    assert batch(CODE="1", STOPS="yes", TERM_TO_BATCH=signalled) == (1, ["requeue 42"])
+@pytest.mark.parametrize("signaled", ["", "yes"])
+def test_a_run_that_a_signal_stopped_is_queued_again(batch, signaled):
+    assert batch(CODE="1", STOPS="yes", TERM_TO_BATCH=signaled) == (1, ["requeue 42"])
 
 
 def test_a_run_that_failed_is_not_queued_again(batch, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from mla_convert.convert import ConvertConfig, convert_model, initialise
+from mla_convert.convert import ConvertConfig, convert_model, initialize
 from mla_convert.distill.clip_shards import Clip, write_latents
 from mla_convert.distill.data import DataConfig, drawn_rows, open_data
 from mla_convert.evaluate.config import EvaluateConfig
@@ -46,7 +46,7 @@ def test_clips_are_drawn_by_the_seed(folder):
     assert sorted(held + trained) == list(range(COUNT)) and len(held) == HELDOUT
     assert held == places(again.heldout()["latents"]) and trained == training(again)
     assert set(held) != set(places(other.heldout()["latents"]))
-    # Not neighbours: both halves of the folder are in both.
+    # Not neighbors: both halves of the folder are in both.
     for some in (held, trained[:HELDOUT]):
         assert min(some) < COUNT / 2 < max(some)
     assert places(data.heldout(3)["latents"]) == held[:3]
@@ -85,7 +85,7 @@ def test_an_evaluation_holds_out_what_the_run_held_out(folder):
 
 
 def test_too_few_tokens_are_said_once(caplog):
-    initialise._warn_of_few.cache_clear()
+    initialize._warn_of_few.cache_clear()
     # A latent restores the keys and values of two heads of 12 channels.
     for tokens, said in ((40, 1), (48, 0)):
         caplog.clear()

@@ -213,7 +213,7 @@ def test_the_files_pass_the_linter(written):
     assert run.returncode == 0, run.stdout
 
 
-def test_licence_of_another_package_stays(tmp_path, monkeypatch):
+def test_license_of_another_package_stays(tmp_path, monkeypatch):
     source = "# Copyright somebody\n# SPDX-License-Identifier: MIT\n\n\nclass Model:\n    size = 1\n"
     (tmp_path / "odd_module.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)

@@ -29,7 +29,7 @@ def teacher(tmp_path_factory):
     return write_teacher(tmp_path_factory.mktemp("teacher"))
 
 
-def signalled(number):
+def signaled(number):
     def action(*given):
         os.kill(os.getpid(), number)
         pytest.fail("nothing may follow")
@@ -45,9 +45,9 @@ def test_a_run_is_marked_wherever_a_signal_ends_it(teacher, tmp_path, monkeypatc
     monkeypatch.setattr(run_module, "steps_of", lambda recipe: list(steps.values()))
     with monkeypatch.context() as patch:
         if moment == "check_inputs":
-            patch.setattr(run_module, moment, signalled(number))
+            patch.setattr(run_module, moment, signaled(number))
         else:
-            patch.setitem(steps, moment, Step(moment, (), signalled(number)))
+            patch.setitem(steps, moment, Step(moment, (), signaled(number)))
         with pytest.raises(Stopped, match="a signal stopped the run; continue with the same command and --resume"):
             run(recipe(teacher), tmp_path / "run")
     assert [signal.getsignal(each) for each in SIGNALS] == before
@@ -130,12 +130,12 @@ def test_a_signal_whose_exception_is_dropped_is_sent_again(number):
 def test_a_signal_during_the_last_checkpoint_of_a_stage_ends_the_run(teacher, tmp_path, monkeypatch):
     save = Snapshots.save
 
-    def signalled(self, row, owed):
+    def signaled(self, row, owed):
         save(self, row, owed)
         os.kill(os.getpid(), signal.SIGUSR1)
 
     short = recipe(teacher, "distill.0.steps=1", "distill.0.checkpoint_every=null")
-    monkeypatch.setattr(Snapshots, "save", signalled)
+    monkeypatch.setattr(Snapshots, "save", signaled)
     with pytest.raises(Stopped, match="a signal stopped the run"):
         run(short, tmp_path / "run", until="distill")
     assert (tmp_path / "run" / STOPPED).exists()

@@ -130,7 +130,7 @@ def test_it_goes_on_where_it_stopped(capfd, checkout, model, tmp_path) -> None:
     assert code == 2 and "were generated with generate.seed 0, not 1" in error
 
 
-def grey(value: float) -> np.ndarray:
+def gray(value: float) -> np.ndarray:
     return np.full((2, 16, 16, 3), value, dtype=np.float32)
 
 
@@ -149,9 +149,9 @@ def test_videos_are_encoded_while_others_are_drawn(tmp_path, monkeypatch) -> Non
             # The first video is not there yet.
             assert begun.wait(60) and not (tmp_path / "a-0.mp4").exists()
             free.set()
-        yield grey(0.1 * seed)
+        yield gray(0.1 * seed)
         if told != "a":
-            yield grey(0.5)
+            yield gray(0.5)
 
     def slow(frames: Any, path: Path, *rest: Any) -> None:
         threads.add(threading.get_ident())
@@ -162,23 +162,23 @@ def test_videos_are_encoded_while_others_are_drawn(tmp_path, monkeypatch) -> Non
     monkeypatch.setattr(prefetch, "save_video", slow)
     assert draw_videos(three_videos(), tmp_path, draw, 8, lambda *_: None) == 3
     assert drawn == ["a", "b", "c"] and threading.get_ident() not in threads
-    whole([grey(0.1), grey(0.5)], tmp_path / "again.mp4", 8)
+    whole([gray(0.1), gray(0.5)], tmp_path / "again.mp4", 8)
     assert (tmp_path / "b-0.mp4").read_bytes() == (tmp_path / "again.mp4").read_bytes()
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, UserError])
 def test_a_drawing_that_fails_leaves_whole_videos_alone(tmp_path, failure) -> None:
     def draw(told: str, seed: int) -> Iterator[np.ndarray]:
-        yield grey(0.5)
+        yield gray(0.5)
         if told == "b":
             raise failure("stop")
-        yield grey(0.1)
+        yield gray(0.1)
 
     with pytest.raises(failure):
         draw_videos(three_videos(), tmp_path, draw, 8, lambda *_: None)
     assert [path.name for path in tmp_path.iterdir()] == ["a-0.mp4"]
     before, count = (tmp_path / "a-0.mp4").read_bytes(), threading.active_count()
-    assert draw_videos(three_videos(), tmp_path, lambda *_: iter([grey(0.2)]), 8, lambda *_: None) == 2
+    assert draw_videos(three_videos(), tmp_path, lambda *_: iter([gray(0.2)]), 8, lambda *_: None) == 2
     assert len(list(tmp_path.iterdir())) == 3 and (tmp_path / "a-0.mp4").read_bytes() == before
     assert threading.active_count() == count
 
@@ -193,7 +193,7 @@ def test_a_video_that_cannot_be_encoded_ends_the_drawing(tmp_path, monkeypatch) 
 
     monkeypatch.setattr(prefetch, "save_video", full)
     with pytest.raises(UserError, match="the disk is full"):
-        draw_videos(three_videos(), tmp_path, lambda *_: iter([grey(0.2)]), 8, lambda *_: None)
+        draw_videos(three_videos(), tmp_path, lambda *_: iter([gray(0.2)]), 8, lambda *_: None)
     assert all(path.suffix == ".mp4" for path in tmp_path.iterdir())
 
 

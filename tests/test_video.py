@@ -62,7 +62,7 @@ def test_mp4_is_playable_visible_and_the_same_every_time(tmp_path: Path) -> None
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "b.mp4"]
 
 
-def test_mp4_keeps_colour_and_takes_odd_sizes(tmp_path: Path) -> None:
+def test_mp4_keeps_color_and_takes_odd_sizes(tmp_path: Path) -> None:
     video = np.broadcast_to(np.float32([0.8, 0.3, 0.1]), (3, 301, 257, 3))
     save_video(video, tmp_path / "odd.mp4", fps=16)
     meta, decoded = decode(tmp_path / "odd.mp4")

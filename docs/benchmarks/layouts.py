@@ -1,7 +1,7 @@
 """What each construction costs before any training: `python docs/benchmarks/layouts.py [--seeds 3]`.
 
 Converts an embedded teacher at 28 of 384 cached scalars a token, VideoMLA's share, in every layout and
-with every initialisation, one change at a time, and measures the held-out loss against the teacher's
+with every initialization, one change at a time, and measures the held-out loss against the teacher's
 on the same noise. Writes `layouts-NAME.json` and the table `layouts-NAME.md` beside itself, after every row;
 rows that the first holds already, measured alike, are not measured again (`--again` does). The digits are
 made as they are needed; for the natural clips `--model zoo:natural --data FOLDER` reads what

@@ -26,7 +26,7 @@ from mla_convert.convert import ConvertConfig, clip_batches
 from mla_convert.convert.blocks import ModelBlocks
 from mla_convert.convert.calibrate import Visitor, sweep
 from mla_convert.convert.clips import enter_clips
-from mla_convert.convert.initialise import LayerInit, LayerReading, initialise_layers, read_layer
+from mla_convert.convert.initialize import LayerInit, LayerReading, initialize_layers, read_layer
 from mla_convert.convert.state import merge_state, mla_config
 from mla_convert.convert.store import TensorStore
 from mla_convert.convert.surgery import copy_unsaved_buffers, empty_model
@@ -85,9 +85,9 @@ def plot(found: dict[str, list[dict[str, Any]]]) -> str:
     """Loss rise over cached scalars, both logarithmic, with the share of the dense cache above; SVG."""
     with Chart("ranks", (9, 4.4)) as chart:
         axes = chart.axes
-        for (name, entries), colour in zip(found.items(), COLOURS, strict=False):
+        for (name, entries), color in zip(found.items(), COLOURS, strict=False):
             points = [(e["scalars"], 100 * e["loss_increase"]) for e in entries if e["loss_increase"] > 0]
-            axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4, label=name)
+            axes.plot(*zip(*points, strict=True), "o-", color=color, markersize=4, label=name)
         axes.axvline(28, color=MUTED, linewidth=1, dashes=(2, 3))
         axes.set(
             xscale="log", yscale="log", xlabel="cached scalars a token a layer (dense: 384; dashed: VideoMLA's share)"
@@ -179,7 +179,7 @@ def fits(teacher: Any, data: Data, clips: int) -> Iterator[tuple[str, ConvertCon
                 if nested:
                     fitted = [largest[other].truncated(rank) for other in layers]
                 else:
-                    fitted = initialise_layers([readings[name, size].pop(other) for other in layers], config, rank)
+                    fitted = initialize_layers([readings[name, size].pop(other) for other in layers], config, rank)
                 plans[name, size] |= dict(zip(layers, fitted, strict=True))
 
     calibration = next(config for config in configs.values() if config.init == "activation").calibration

@@ -2,7 +2,7 @@
 
 Held-out videos of real digits are restyled by the embedded digits teacher, each for a prompt of another digit, place
 and direction. Measured for every strength: how many frames show the prompted digit and how many that of the source, by
-the classifier of the package, and how far the ink's centre lies from that of the source. Writes `restyle.json` and
+the classifier of the package, and how far the ink's center lies from that of the source. Writes `restyle.json` and
 `restyle.md` beside this file.
 """
 
@@ -27,7 +27,7 @@ VIDEOS, FRAMES, STEPS = 40, 48, 8
 STRENGTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 
 
-def centres(videos: Tensor) -> Tensor:
+def centers(videos: Tensor) -> Tensor:
     """Where the ink of every frame is, `[N, F, 2]` pixels, of videos `[N, 1, F, H, W]`."""
     ink = (videos[:, 0] + 1).clamp_min(0)
     places = torch.arange(FRAME, dtype=torch.float32)
@@ -42,7 +42,7 @@ def measured() -> list[dict[str, Any]]:
     wanted = [*prompts[5:], *prompts[:5]]
     source = real_videos(prompts, FRAMES, seed=0)
     shown, asked = (torch.tensor([prompt.digit for prompt in told]).unsqueeze(1) for told in (prompts, wanted))
-    text, path = torch.stack([prompt.embedding() for prompt in wanted]), centres(source)
+    text, path = torch.stack([prompt.embedding() for prompt in wanted]), centers(source)
     found = []
     for strength in STRENGTHS:
         settings = {"num_inference_steps": STEPS, "shift": SHIFT, "guidance_scale": GUIDANCE}
@@ -55,7 +55,7 @@ def measured() -> list[dict[str, Any]]:
                 "level": round(SHIFT * strength / (1 + (SHIFT - 1) * strength), 6),
                 "prompted": (classes == asked).float().mean().item(),
                 "of_the_source": (classes == shown).float().mean().item(),
-                "distance": (centres(videos) - path).norm(dim=-1).mean().item(),
+                "distance": (centers(videos) - path).norm(dim=-1).mean().item(),
             }
         )
         print(found[-1])

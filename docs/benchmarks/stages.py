@@ -1,4 +1,4 @@
-"""What every stage of training does, from several initialisations: `python docs/benchmarks/stages.py`.
+"""What every stage of training does, from several initializations: `python docs/benchmarks/stages.py`.
 
 Takes the stages of `recipes/bench/stages.yaml` and runs them on the digits teacher converted at 28 of 384
 scalars a token in several ways, and the few-step stages on the dense teacher itself. After every stage it
@@ -135,7 +135,7 @@ class Bench:
 
 
 def rolled_out(model: Any, frames: int, prompts: int, steps: int, guidance: float) -> dict[str, Any]:
-    """Of rollouts of held-out prompts: digits recognised in the last frame and over all, places right over all."""
+    """Of rollouts of held-out prompts: digits recognized in the last frame and over all, places right over all."""
     config = EvaluateConfig(rollout_prompts=prompts, num_inference_steps=steps, shift=SHIFT, guidance_scale=guidance)
     videos, _ = digit_rollouts(model, frames, config)
     values = frame_metrics(videos, chosen_prompts(prompts))
@@ -269,7 +269,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def steps_table(results: list[dict[str, Any]]) -> str:
-    """How far each initialisation comes in the stages of many steps."""
+    """How far each initialization comes in the stages of many steps."""
     lines = [
         "| start | steps | held-out loss at the start | at the end | steps to within 2 % of the teacher "
         "| rank used at the start | at the end |",
@@ -290,7 +290,7 @@ def steps_table(results: list[dict[str, Any]]) -> str:
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Held-out loss over the steps, by initialisation, all seeds."""
+    """Held-out loss over the steps, by initialization, all seeds."""
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
     for number, (row, entries) in enumerate(finished_rows(results)):

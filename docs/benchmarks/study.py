@@ -3,7 +3,7 @@
     python docs/benchmarks/study.py [NAME=RUN ...]
 
 Measures the spectra of the weights, of the activations and of the operators that a conversion puts in
-their place: at the start, from each of the three initialisations, and after every stage of the finished
+their place: at the start, from each of the three initializations, and after every stage of the finished
 runs given by name. Computes the memory of Wan2.1-1.3B by streams and by window. Writes `study.json`,
 the tables `study.md` and the figures `study-*.svg` beside itself; `--draw` makes tables and figures
 again from `study.json`.
@@ -80,7 +80,7 @@ def rank_used(model: Any) -> list[dict[str, float]]:
 
 
 def operators(runs: dict[str, Path]) -> dict[str, list[dict[str, float]]]:
-    """Rank used by initialisation, then by run and stage."""
+    """Rank used by initialization, then by run and stage."""
     teacher = load_dense(load_source("zoo:digits"))
     found = {}
     for init in ("random", "svd"):
@@ -266,9 +266,9 @@ def _memory(found: dict[str, Any]) -> str:
         left, right = chart.panels
         limit = found["gpu_memory_bytes"] / 1e9
         names = {"dense": "dense", **{name: f"latent, {name} scalars" for name in LATENTS}}
-        colours = {"dense": TEACHER, "224": RUNS[0], "112": RUNS[1], "96": RUNS[2]}
+        colors = {"dense": TEACHER, "224": RUNS[0], "112": RUNS[1], "96": RUNS[2]}
         for name, points in found["by_streams"].items():
-            left.plot(found["streams"], [value / 1e9 for value in points], color=colours[name], label=names[name])
+            left.plot(found["streams"], [value / 1e9 for value in points], color=colors[name], label=names[name])
         left.axhline(limit, color=MUTED, linewidth=1, dashes=(2, 3))
         left.set(
             ylim=(0, 1.5 * limit), xlim=(0, 96), xlabel="parallel streams", title="weights, caches, working memory"
@@ -278,7 +278,7 @@ def _memory(found: dict[str, Any]) -> str:
             right.plot(
                 [s for s, _ in windows],
                 [row[name] / 1e9 for _, row in windows],
-                color=colours[name],
+                color=colors[name],
                 label=names[name],
                 marker="o",
                 markersize=4,

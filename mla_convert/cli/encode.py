@@ -46,9 +46,9 @@ def encode(
         ),
     ] = "bfloat16",
     latents: Annotated[
-        Literal["normalised", "raw"],
-        typer.Option(help="normalised, as the transformer takes them, or raw VAE output, for FastVideo."),
-    ] = "normalised",
+        Literal["normalized", "raw"],
+        typer.Option(help="normalized, as the transformer takes them, or raw VAE output, for FastVideo."),
+    ] = "normalized",
     image_condition: Annotated[
         bool,
         typer.Option("--image-condition", help="Also store the image conditioning from each clip's first frame."),

@@ -40,10 +40,10 @@ def inspect(
         int | None, typer.Option(min=1, help="Pad text embeddings of different lengths to this many tokens.")
     ] = None,
     latents: Annotated[
-        Literal["auto", "normalised", "raw"],
+        Literal["auto", "normalized", "raw"],
         typer.Option(
             metavar="FORM",
-            help="normalised or raw (FastVideo's), where the shards do not record it; auto looks there.",
+            help="normalized or raw (FastVideo's), where the shards do not record it; auto looks there.",
         ),
     ] = "auto",
     ranks: Annotated[

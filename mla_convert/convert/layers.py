@@ -20,7 +20,7 @@ from .budget import Curve, Trace, allot, measured_curve
 from .calibrate import Visitor, sweep
 from .clips import CalibrationBatch, enter_clips
 from .config import ConvertConfig
-from .initialise import LayerInit, LayerReading, initialise_layers, read_layer
+from .initialize import LayerInit, LayerReading, initialize_layers, read_layer
 from .limits import Ranks, latent_scalars, planned_ranks
 from .probe import LayerSample
 from .state import ATTENTION, latent_attention
@@ -199,7 +199,7 @@ class _Layers(Visitor):
         """Fit the `layers` of one latent and put them on the shelf."""
         readings = [self.readings.pop(layer) for layer in layers]
         try:
-            plans = initialise_layers(readings, self.config, self.ranks[layers[0]], self.blocks.model.device)
+            plans = initialize_layers(readings, self.config, self.ranks[layers[0]], self.blocks.model.device)
         except ValueError as error:
             raise UsageError(f"convert, layer {layers[0]}: {error}") from None
         del readings

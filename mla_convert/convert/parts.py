@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..files import atomic_file, explain_os_errors, save_tensors, write_json
 from ..load import LazyTensors
-from .initialise import LayerInit
+from .initialize import LayerInit
 from .state import ATTENTION, block_state
 
 FORMAT = 2

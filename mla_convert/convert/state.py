@@ -12,7 +12,7 @@ from ..mla.attention import DenseSelfAttention
 from ..mla.config import MLAConfig
 from ..mla.latent import LatentSelfAttention
 from .config import ConvertConfig
-from .initialise import LayerInit
+from .initialize import LayerInit
 
 ATTENTION = "attn1"
 _BY_HEAD = ("norm_q.weight", "norm_k.weight")
@@ -103,14 +103,14 @@ def merge_state(
     return state
 
 
-def check_account(source: Collection[str], state: Shapes, wanted: Shapes, layers_with_factorised_query: int) -> None:
+def check_account(source: Collection[str], state: Shapes, wanted: Shapes, layers_with_factorized_query: int) -> None:
     """Check the names of the `source` and the shapes of the converted `state` against the `wanted` shapes.
 
     Raises RuntimeError if a source tensor is neither kept nor declared dropped, or if a converted tensor is missing,
     unknown or of the wrong shape.
     """
     declared = {
-        f"blocks.{layer}.{ATTENTION}.{name}" for layer in range(layers_with_factorised_query) for name in _QUERY
+        f"blocks.{layer}.{ATTENTION}.{name}" for layer in range(layers_with_factorized_query) for name in _QUERY
     }
     kept = {name for name in source if name in state and name in wanted}
     unaccounted = (set(source) - kept) ^ declared

@@ -155,7 +155,7 @@ def as_read(sample: LayerSample, config: ConvertConfig) -> tuple[LayerSample, Te
     """
     mean = None
     if config.keeps_key_mean:
-        sample, mean = centred(sample)
+        sample, mean = centered(sample)
     if config.position == "baked":
         sample = baked(sample)
     if config.position == "rotate_on_read":
@@ -187,7 +187,7 @@ def layout_target(
     return Target(shared, nope_pairs, rho, residual, config.position == "derived")
 
 
-def centred(sample: LayerSample) -> tuple[LayerSample, Tensor]:
+def centered(sample: LayerSample) -> tuple[LayerSample, Tensor]:
     """Subtract the mean key from a sample; return both. Tokens are weighted as in `moments`, the key is `[H, D]`."""
     energy = sample.rotated_grad.double().square().sum((1, 2)).view(-1, sample.probes).mean(1)
     weight = 1 + energy / energy.mean().clamp_min(1e-300)

@@ -20,7 +20,7 @@ from ..zoo.digits.data import CLIP_FRAMES, sample_batch
 from .identity import Identity
 from .latents import LatentShards
 from .negative import NEGATIVE, find_negative, read_negative
-from .normalisation import Latents
+from .normalization import Latents
 from .rollouts import RolloutsConfig
 from .shard_index import ShardIndex, index_shards
 
@@ -39,7 +39,7 @@ class DataConfig(BaseModel):
     - `split: drawn` draws the held-out clips of the other kinds by the recipe's seed, and separately those to calibrate
       on, because clips with neighboring names are often cuts of one film. `last` keeps the order of names and holds out
       the last clips.
-    - `latents` says what the latents of a folder are: `normalised`, as a transformer takes them, or `raw`, as
+    - `latents` says what the latents of a folder are: `normalized`, as a transformer takes them, or `raw`, as
       FastVideo's preprocessing stores the VAE's output. Raw latents are normalized with the statistics of the VAE,
       taken from a shard's metadata or, for Wan's VAEs, from the number of channels. `auto` uses the shards' metadata,
       which `mla-convert encode` writes; without metadata it refuses latents whose statistics look raw.
@@ -98,7 +98,7 @@ class DataConfig(BaseModel):
         if self.kind != "rollouts":
             return self
         return DataConfig(
-            kind="latents", folder=str(folder), heldout=self.heldout, split=self.split, latents="normalised"
+            kind="latents", folder=str(folder), heldout=self.heldout, split=self.split, latents="normalized"
         )
 
 

@@ -1,7 +1,7 @@
 """Converts a clip's image conditions to and from the columns of FastVideo's image-to-video schema.
 
 `first_frame_latent` `[C, f, H, W]` encodes a video that begins with the image and is gray after it. It is always
-normalised, even if the clip's own latents are raw. The mask is not stored. Frames of the clip after the first f
+normalized, even if the clip's own latents are raw. The mask is not stored. Frames of the clip after the first f
 equal the last stored one. `clip_feature` `[L, D]` holds the image's CLIP tokens, the second-to-last hidden
 states. Source: FastVideo, `fastvideo/pipelines/preprocess/preprocess_pipeline_i2v.py` and
 `fastvideo/pipelines/stages/image_encoding.py`; there, f is all frames of the clip.
@@ -76,7 +76,7 @@ def check_first_frame(latents: Tensor, image: Tensor, place: str) -> None:
     own, other = latents[:, 0], image[MASK_CHANNELS:, 0]
     if float((other - own).norm()) > UNLIKE * float(own.norm()):
         raise UserError(
-            f"{place} has a {COLUMN_OF[IMAGE]} that does not begin like its vae_latent: it is not normalised, or is of "
+            f"{place} has a {COLUMN_OF[IMAGE]} that does not begin like its vae_latent: it is not normalized, or is of "
             "another image; encode the videos with `mla-convert encode --image-condition`"
         )
 

@@ -30,7 +30,7 @@ from .image_columns import (
     missing_columns,
     size_text,
 )
-from .normalisation import BY_CHANNELS, EVIDENCE, KIND_NOTE, Latents, Scale, evidence_of_raw, scale_of
+from .normalization import BY_CHANNELS, EVIDENCE, KIND_NOTE, Latents, Scale, evidence_of_raw, scale_of
 from .shard_files import Unreadable, of_all, read_from, read_once, reason_of, row_group
 from .shard_index import Shard, ShardIndex, index_shards
 
@@ -58,7 +58,7 @@ def _warn_of_images(folder: Path) -> None:
 class LatentShards:
     """Random access to the clips of a folder or of a single shard; opening it reads only its `ShardIndex`.
 
-    `latents` says whether the latents are normalised, or `raw` as a VAE's encoder returns them. `auto` follows the
+    `latents` says whether the latents are normalized, or `raw` as a VAE's encoder returns them. `auto` follows the
     note in a shard; without one, it checks the statistics of a few clips. `conditions` names the image conditions to
     read; others are ignored. `index` is read from the folder by default; an index that is `checked`, because another
     process has opened the clips with it, is taken as it is. Only for clips that are `skippable` is data.skip a remedy.
@@ -95,7 +95,7 @@ class LatentShards:
                 break
         # The statistics that normalize each shard's latents; None if they are normalized already.
         self._scales: list[Scale | None] = [None] * len(self.paths)
-        self._normalise(latents, checked)
+        self._normalize(latents, checked)
         if IMAGE in self.conditions and not checked:
             self._compare_first_frame()
 
@@ -115,7 +115,7 @@ class LatentShards:
             )
         return len(self) - heldout
 
-    def _normalise(self, latents: Latents, checked: bool) -> None:
+    def _normalize(self, latents: Latents, checked: bool) -> None:
         assert self._latent_shape is not None
         channels = self._latent_shape[0]
         unknown: list[int] = []
@@ -135,14 +135,14 @@ class LatentShards:
         count = min(SAMPLED_CLIPS, len(rows))
         chosen = [rows[place * len(rows) // count] for place in range(count)]
         evidence = evidence_of_raw(self._readable(chosen), scale)
-        remedy = "set data.latents: raw or data.latents: normalised (inspect: --latents)"
+        remedy = "set data.latents: raw or data.latents: normalized (inspect: --latents)"
         if evidence > EVIDENCE:
             raise UserError(
-                f"the latents in {self.folder} look raw, not normalised, by their channels' statistics (FastVideo "
+                f"the latents in {self.folder} look raw, not normalized, by their channels' statistics (FastVideo "
                 f"stores raw ones); {remedy}"
             )
         if evidence > -EVIDENCE:
-            what = "cannot tell whether the latents in %s are normalised, and uses them unchanged; %s"
+            what = "cannot tell whether the latents in %s are normalized, and uses them unchanged; %s"
             logger.warning(what, self.folder, remedy)
 
     def _compare_first_frame(self) -> None:
@@ -211,7 +211,7 @@ class LatentShards:
         check_shapes(wanted, shapes[f"{LATENT}_shape"], self._condition_shapes, place, KIND_NOTE in shard.notes)
 
     def read(self, index: int) -> dict[str, Tensor]:
-        """Return clip `index`: normalised `latents` `[C, F, H, W]`, `encoder_hidden_states` `[L, D]` and conditions.
+        """Return clip `index`: normalized `latents` `[C, F, H, W]`, `encoder_hidden_states` `[L, D]` and conditions.
 
         All tensors are float32. Conditions are keyed by the model's argument names: `image_latents`
         `[4 + C, F, H, W]` with the mask, and `encoder_hidden_states_image` `[L, D]`.
@@ -238,7 +238,7 @@ class LatentShards:
             if not all_finite(tensor):
                 raise UserError(f"{place}, {self._name(index)!r}, has NaN or infinite values in its {name}; {remedy}")
         return {
-            "latents": latents if scale is None else scale.standardise(latents),
+            "latents": latents if scale is None else scale.standardize(latents),
             "encoder_hidden_states": text,
             **{name: from_column(name, tensor, latents.shape[1]) for name, tensor in images.items()},
         }

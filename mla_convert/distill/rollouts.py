@@ -25,7 +25,7 @@ from ..files import write_json
 from ..finite import all_finite
 from ..sampling import SamplingConfig
 from .clip_shards import Clip, shard_name, write_shard
-from .normalisation import KIND_NOTE
+from .normalization import KIND_NOTE
 from .progress import Report
 
 PLAN = "rollouts.json"
@@ -139,5 +139,5 @@ def write_rollouts(
             for i, row in enumerate(chosen):
                 own = {name: x[i].to(dtype) for name, x in chosen_conditions.items()}
                 clips.append(Clip(latents[i], embeds[i], caption=captions[row], conditions=own))
-            write_shard(path, clips, starts[number], {KIND_NOTE: "normalised"})
+            write_shard(path, clips, starts[number], {KIND_NOTE: "normalized"})
         report("roll out clips", done + 1, len(mine))

@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..files import write_text
 from .clip_shards import COLUMNS, LATENT, TEXT
 from .image_columns import COLUMN_OF
-from .normalisation import KIND_NOTE, SCALE_NOTE
+from .normalization import KIND_NOTE, SCALE_NOTE
 from .shard_files import Unreadable, notes_in, of_all, patiently, read_once, reason_of
 
 SHARD = ".parquet"

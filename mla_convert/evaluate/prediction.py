@@ -119,9 +119,9 @@ def error_curve(layers: Read, most: int | None = None) -> tuple[Tensor, Tensor]:
     error, gradients = energy.new_zeros(count + 1), 0
     for numbers, probes in tokens(layers):
         each = len(probes) // len(numbers)
-        centred = (numbers - mean).repeat_interleave(each, dim=0)
-        lost = (probes * centred).sum(1, keepdim=True)
-        kept = (probes @ code.decoder) * (centred @ code.encoder.T)
+        centered = (numbers - mean).repeat_interleave(each, dim=0)
+        lost = (probes * centered).sum(1, keepdim=True)
+        kept = (probes @ code.decoder) * (centered @ code.encoder.T)
         error += torch.cat([lost, lost - kept.cumsum(1)], dim=1).square().sum(0)
         gradients += len(probes)
     return error / gradients, energy

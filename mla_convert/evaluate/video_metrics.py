@@ -54,9 +54,9 @@ def frame_metrics(videos: Tensor, prompts: Sequence[Prompt]) -> dict[str, Array]
     paths = np.stack([prompt.path(frames.shape[1]) for prompt in prompts])
     right = (located(frames) == paths // STEP).all(-1).astype(np.float64)
     bounces = turning_points(paths)
-    centre = centres(frames)
-    speed = np.linalg.norm(np.diff(centre, axis=1), axis=-1)
-    acceleration = np.linalg.norm(np.diff(centre, n=2, axis=1), axis=-1)
+    center = centers(frames)
+    speed = np.linalg.norm(np.diff(center, axis=1), axis=-1)
+    acceleration = np.linalg.norm(np.diff(center, n=2, axis=1), axis=-1)
     pixels = (frames.clamp(-1, 1) + 1) / 2
     change = (pixels[:, 1:] - pixels[:, :-1]).abs().mean((2, 3)).numpy()
     return {
@@ -79,7 +79,7 @@ def located(frames: Tensor) -> NDArray[np.int64]:
     return cells.view(*frames.shape[:2], 2).numpy()
 
 
-def centres(frames: Tensor) -> Array:
+def centers(frames: Tensor) -> Array:
     """Return the center of brightness (y, x) in pixels, `[N, F, 2]`; for a dark frame, the center of the frame."""
     light = (frames.clamp(-1, 1) + 1).double() + 1e-9
     places = torch.arange(FRAME, dtype=torch.float64)

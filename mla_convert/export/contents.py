@@ -16,7 +16,7 @@ from ..files import MANIFEST, sha256
 from .manifest import EVIDENCE
 
 CARD = "README.md"
-_LICENSES = ("license", "licence", "notice")
+_LICENSES = ("license", "license", "notice")
 # Absolute or in a home folder, in quotes or after a space.
 _PATH = re.compile(r"""(?<=["'\s>])(?:~/|/[A-Za-z_.])[^\s"'<>,;)]*""")
 

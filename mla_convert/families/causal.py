@@ -21,7 +21,7 @@ from ..mla.bits import CacheBits, check_bits, is_mixed, row_bits
 from ..mla.cache import DenseCache, FrameCache, LatentCache
 from ..mla.config import MLAConfig, latent_groups
 from ..mla.latent import LatentSelfAttention, whole_latent
-from ..mla.quantised import Int8LatentCache, MixedLatentCache
+from ..mla.quantized import Int8LatentCache, MixedLatentCache
 from ..mla.rope import RotaryTable
 from ..mla.window import CausalConfig
 from .base import BlockInputs, ConditionKind, noise_channels

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .build import accepted_config as accepted_config
     from .build import build_model as build_model
     from .build import check_tensors as check_tensors
-    from .recognise import known_config as known_config
+    from .recognize import known_config as known_config
     from .source import Source as Source
     from .source import load_dense as load_dense
     from .source import load_source as load_source
@@ -30,7 +30,7 @@ _PLACES = {
     "accepted_config": "build",
     "build_model": "build",
     "check_tensors": "build",
-    "known_config": "recognise",
+    "known_config": "recognize",
     "load_dense": "source",
     "load_source": "source",
     "open_weights": "weights",

@@ -10,7 +10,7 @@ from ..errors import UserError
 from ..files import RUN_STATE
 from .hub import download, is_hub_id
 from .pickles import PICKLES
-from .recognise import recognise
+from .recognize import recognize
 from .weights import CONFIG, INDEX_ENDINGS, INDEX_SUFFIX, INDEXES, WEIGHTS, find_index, inside, read_config, shard_names
 
 ZOO = Path(__file__).parents[1] / "zoo"
@@ -116,7 +116,7 @@ def _folder_on_hub(model: str, subfolder: str | None, revision: str | None) -> L
             _download_beside(model, commit, place, [])
     located = _transformer(snapshot, subfolder)
     if located.config is not None:
-        recognise(read_config(located.config.parent), located.config)
+        recognize(read_config(located.config.parent), located.config)
     place = "" if located.folder == snapshot else f"{located.folder.relative_to(snapshot).as_posix()}/"
     index = located.file or find_index(located.folder)
     if index is None:
@@ -143,7 +143,7 @@ def _file_on_hub(model: str, subfolder: str | None, revision: str | None, file: 
     path = snapshot / name
     config = _config_for(path, snapshot)
     if config is not None:
-        recognise(read_config(config.parent), config)
+        recognize(read_config(config.parent), config)
     download(model, snapshot.name, [*small, glob.escape(name.as_posix())])
     if not path.is_file():
         raise UserError(f"{model} has no file {name} on the Hub")

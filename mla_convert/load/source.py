@@ -17,7 +17,7 @@ from ..flow import ALL_NOISE
 from .adapters import PEFT_CONFIG, AdapterConfig, adapted, module_names
 from .build import accepted_config, build_model, check_tensors
 from .locate import Located, locate, locate_file
-from .recognise import in_our_layout, in_our_names, infer, recognise
+from .recognize import in_our_layout, in_our_names, infer, recognize
 from .states import find_state
 from .tensors import LazyTensors
 from .weights import open_file, open_weights, read_config
@@ -29,7 +29,7 @@ class Source:
 
     `config` holds the arguments of `family.dense_class`, including `causal` if it is known. `tensors` have the names
     and shapes of that class and are read on access. `origin` is the user's name for the model, `revision` the commit if
-    it came from the Hub, and `licence` the identifier in its model card. `file` is the weights file that the user named
+    it came from the Hub, and `license` the identifier in its model card. `file` is the weights file that the user named
     in it, `state` the key of the weights in a training checkpoint, and `noise_range` the noise levels that the model
     serves. `adapters` are those added to the tensors on access, as a manifest records them. `components` is the folder
     or Hub ID of another pipeline whose VAE and text encoder belong to the model.
@@ -40,7 +40,7 @@ class Source:
     tensors: LazyTensors
     origin: str
     folder: Path
-    licence: str | None = None
+    license: str | None = None
     revision: str | None = None
     file: str | None = None
     state: str | None = None
@@ -62,7 +62,7 @@ class Source:
             "file": self.file,
             "state": self.state,
             "family": self.family.name,
-            "license": self.licence,
+            "license": self.license,
             "adapters": list(self.adapters),
             "components": self.components,
         }
@@ -89,7 +89,7 @@ def load_source(
     located = locate(model, subfolder, revision, file)
     where = str(located.file or located.folder)
     stored = None if located.config is None else read_config(located.config.parent)
-    family = None if stored is None or located.config is None else recognise(stored, located.config)
+    family = None if stored is None or located.config is None else recognize(stored, located.config)
     tensors = open_weights(located.folder) if located.file is None else open_file(located.file)
     state = find_state(tensors, use_ema, where)
     tensors = tensors.select(state.names)
@@ -112,7 +112,7 @@ def load_source(
         tensors,
         model,
         located.folder,
-        _licence(located.folder),
+        _license(located.folder),
         located.revision,
         file,
         state.key,
@@ -146,14 +146,14 @@ def load_dense(
     return model
 
 
-def _licence(folder: Path) -> str | None:
+def _license(folder: Path) -> str | None:
     """License identifier in the model card of a transformer's folder or of its pipeline."""
     for card in (folder / "README.md", folder.parent / "README.md"):
         if card.is_file():
             try:
-                licence = (metadata_load(card) or {}).get("license")
+                license = (metadata_load(card) or {}).get("license")
             except (ValueError, yaml.YAMLError):
                 continue
-            if isinstance(licence, str):
-                return licence
+            if isinstance(license, str):
+                return license
     return None

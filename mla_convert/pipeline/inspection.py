@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..convert.config import ConvertConfig
-from ..convert.initialise import LayerInit, initialise_layer
+from ..convert.initialize import LayerInit, initialize_layer
 from ..convert.probe import LayerSample
 from ..convert.target import Target, as_read, layout_target
-from ..distill.normalisation import Latents
+from ..distill.normalization import Latents
 from ..distill.progress import Report
 from ..errors import UsageError
 from ..evaluate.prediction import (
@@ -126,7 +126,7 @@ def _measure(source: Source, clips: Clips, ranks: Sequence[int], measured: _Meas
     measured.axes = run.axes
     curves: dict[str, Tensor] = {}
     together = TOGETHER if source.geometry.num_layers % TOGETHER == 0 else 1
-    neighbours: list[tuple[Target, LayerSample]] = []
+    neighbors: list[tuple[Target, LayerSample]] = []
     plans: dict[int, LayerInit] = {}
     tried = ConvertConfig(position=TRIED, kv_lora_rank=ranks[len(ranks) // 2])
 
@@ -139,14 +139,14 @@ def _measure(source: Source, clips: Clips, ranks: Sequence[int], measured: _Meas
             curves[layout] = curves[layout] + curve if layout in curves else curve
             if layout == TRIED:
                 measured.layers[layer].output = Spectrum(energy)
-                neighbours.append((target, fitted))
-        if len(neighbours) == together:
+                neighbors.append((target, fitted))
+        if len(neighbors) == together:
             if together > 1:
                 # Only as far as the plot shows it.
-                curve, _ = error_curve(neighbours, 2 * together * ranks[-1])
+                curve, _ = error_curve(neighbors, 2 * together * ranks[-1])
                 curves[SHARED] = curves[SHARED] + curve if SHARED in curves else curve
-            neighbours.clear()
-        plans[layer] = initialise_layer(
+            neighbors.clear()
+        plans[layer] = initialize_layer(
             attention, sample, measured.axes, tried, tried.ranks(layer + 1)[layer], torch.Generator()
         )
         measured.layers[layer].activations = activation_spectrum(sample)

@@ -15,14 +15,14 @@ from ..convert.blocks import SourceBlocks, with_attention
 from ..convert.calibrate import Visitor, sweep
 from ..convert.clips import CalibrationBatch, clip_batches, enter_clips
 from ..convert.config import CalibrationConfig, ConvertConfig
-from ..convert.initialise import LayerInit
+from ..convert.initialize import LayerInit
 from ..convert.probe import LayerSample
 from ..convert.state import latent_attention
 from ..convert.store import TensorStore
 from ..devices import default_device
 from ..distill.data import DigitClips, drawn_rows
 from ..distill.latents import LatentShards
-from ..distill.normalisation import Latents
+from ..distill.normalization import Latents
 from ..distill.progress import Report
 from ..errors import UsageError
 from ..families.image import needed_conditions

@@ -91,7 +91,7 @@ def _of_clips(
     """The captions of a folder of clips, with their images if the model reads them."""
     needed = needed_conditions(source.config)
     # Without images no latent is read, whatever it was normalized with.
-    latents = data.latents if needed else "normalised"
+    latents = data.latents if needed else "normalized"
     clips = LatentShards(path, data.text_tokens, latents, needed, index, index is not None, skippable=False)
     encoded_frames = clips.read(0)["latents"].shape[1]
     if needed and config.num_frames > encoded_frames:

@@ -22,7 +22,7 @@ from ..load import Source, read_json
 from ..load.hub import is_hub_id
 from ..run.decode import decode_chunks
 from ..run.latents import DIGITS, check_text_width, latent_scale, prompt_encoder
-from ..run.offload import Offload, place, travelling
+from ..run.offload import Offload, place, traveling
 from ..run.parts import PICTURES, TEXT, find_parts, parts_here
 from ..run.sample import embed_prompts, rollout
 from ..run.video import Frames, save_video, side_by_side, to_frames
@@ -65,7 +65,7 @@ def make_samples(context: Context) -> None:
         def progress(done: int, total: int, name: str = name) -> None:
             context.report(f"sample {name}", done, total)
 
-        offload: Offload = "group" if travelling([model], context.device) else "none"
+        offload: Offload = "group" if traveling([model], context.device) else "none"
         place([model], None, context.device, offload)
         chunks = rollout(model, embeds, generate, progress, negative_hidden_states=negative, device=context.device)
         videos[name] = torch.cat([chunk.cpu() for chunk in chunks], dim=2)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..convert.config import ConvertConfig
-from ..convert.initialise import LayerInit
+from ..convert.initialize import LayerInit
 from ..convert.limits import planned_ranks
 from ..convert.state import mla_config
 from ..distill.data import Batch

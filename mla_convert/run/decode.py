@@ -17,7 +17,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, un
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .video import denormalised, to_bytes
+from .video import denormalized, to_bytes
 
 
 class StreamingDecoder:
@@ -37,7 +37,7 @@ class StreamingDecoder:
 
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
-        latents = denormalised(self.vae, latents)
+        latents = denormalized(self.vae, latents)
         self.features = self.features or [[None] * self.convolutions for _ in latents]
         items = zip(latents.split(1), self.features, strict=True)
         pixels = torch.cat([self._decoded(item, features) for item, features in items])

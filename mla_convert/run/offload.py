@@ -99,7 +99,7 @@ def place(models: Sequence[nn.Module], vae: Any, device: torch.device, offload: 
         _place_by_block(models, device)
 
 
-def travelling(models: Sequence[Any], device: torch.device) -> int:
+def traveling(models: Sequence[Any], device: torch.device) -> int:
     """How many of `models`, the last ones, cannot stay on `device` with the others while they compute there."""
     free, count = free_memory(device), len(models)
     while free is not None and count and sum(_size(model) for model in models[:count]) > WEIGHTS_SHARE * free:
@@ -115,7 +115,7 @@ def together(models: Sequence[Any], device: torch.device) -> Iterator[None]:
     time, those of the largest latent of any model, so every pass reads their weights over the bus. A layer that is not
     called through its block needs `devices.bring_weights(block)` first.
     """
-    there = len(models) - travelling(models, device)
+    there = len(models) - traveling(models, device)
     if there < len(models):
         logger.info(
             "%d of %d models are copied to %s layer by layer, which is slower: their weights do not fit together",

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..devices import bring_weights
-from ..distill.normalisation import vae_statistics
+from ..distill.normalization import vae_statistics
 from ..errors import UsageError, UserError
 from ..files import atomic_file, atomic_folder
 from .output import to_output
@@ -62,7 +62,7 @@ def _check_pixels(video: Tensor) -> None:
         raise UsageError(f"latents of {channels} channels are not pixels; give the VAE that decodes them")
 
 
-def denormalised(vae: Any, latents: Tensor) -> Tensor:
+def denormalized(vae: Any, latents: Tensor) -> Tensor:
     """Latents `[B, C, F, H, W]` of a transformer on the scale that `vae` decodes, in its dtype and on its device."""
     bring_weights(vae)
     mean, std = vae_statistics(vae, vae.dtype)

@@ -121,7 +121,7 @@ def test_latent_attention(queries: int, rank: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("queries", [16, 128])
 def test_latent_attention_to_int8_rows(queries: int, rank: int) -> None:
     rows, slots, count = ring(rank, SHARED, torch.float32)
-    steps, scales = ops.quantise_rows(rows.nan_to_num())
+    steps, scales = ops.quantize_rows(rows.nan_to_num())
     turn = rotations(len(slots) * TOKENS, SHARED // 2)
     latent, pe = (randn(1, queries, HEADS, n, dtype=torch.bfloat16, seed=n) for n in (rank, SHARED))
     arguments = (latent.double(), pe.double(), steps, scales, slots, count, turn.double(), SCALE)
@@ -165,7 +165,7 @@ def test_expand_from_8_and_4_bits(rank: int, eight: int, rotate_heads: bool) -> 
     shared = 0 if rotate_heads else SHARED
     nope, keys = DEPTH - shared, WINDOW * TOKENS
     rows, slots, count = ring(rank, shared, torch.float32)
-    steps, scales = ops.quantise_rows(rows.nan_to_num(), eight, rank)
+    steps, scales = ops.quantize_rows(rows.nan_to_num(), eight, rank)
     scales[:, 5] = float("nan")
     weight = randn(HEADS * (nope + DEPTH), rank, dtype=torch.bfloat16, seed=4, scale=rank**-0.5)
     bias = randn(len(weight), dtype=torch.bfloat16, seed=5)
@@ -186,7 +186,7 @@ def test_expand_from_8_and_4_bits(rank: int, eight: int, rotate_heads: bool) -> 
 @pytest.mark.parametrize(("rank", "eight"), [(88, 24), (192, 64), (121, 41), (512, 128)])
 def test_latent_attention_to_8_and_4_bits(rank: int, eight: int, queries: int) -> None:
     rows, slots, count = ring(rank, SHARED, torch.float32)
-    steps, scales = ops.quantise_rows(rows.nan_to_num(), eight, rank)
+    steps, scales = ops.quantize_rows(rows.nan_to_num(), eight, rank)
     turn = rotations(len(slots) * TOKENS, SHARED // 2)
     latent, pe = (randn(1, queries, HEADS, n, dtype=torch.bfloat16, seed=n) for n in (rank, SHARED))
     rest = (slots, count, turn.double(), SCALE)
@@ -212,11 +212,11 @@ def test_write_in_8_and_4_bits(rank: int, eight: int, shared: int) -> None:
     ]  # fmt: skip
     exact = torch.zeros(1, 5, TOKENS, width, dtype=torch.float64, device="cuda")
     ops.latent_write_reference(exact, None, slots, *(wide(x) for x in arguments))
-    best = ops.dequantise_rows(*ops.quantise_rows(exact, eight, rank), torch.float64, eight, rank)[:, slots]
-    empty, of_empty = ops.quantise_rows(exact, eight, rank)
+    best = ops.dequantize_rows(*ops.quantize_rows(exact, eight, rank), torch.float64, eight, rank)[:, slots]
+    empty, of_empty = ops.quantize_rows(exact, eight, rank)
     rows, scales = torch.full_like(empty, -128), torch.full_like(of_empty, float("nan"))
     ops.latent_write_(rows, scales, slots, *arguments, eight)
-    found = ops.dequantise_rows(rows[:, slots], scales[:, slots], torch.float64, eight, rank)
+    found = ops.dequantize_rows(rows[:, slots], scales[:, slots], torch.float64, eight, rank)
     assert error(found, exact[:, slots]) < 1.05 * error(best, exact[:, slots])
     assert bool((rows[:, [1, 4]] == -128).all()) and bool(scales[:, [1, 4]].isnan().all())
     # The product with zeros leaves the biases, which are exact.
@@ -224,7 +224,7 @@ def test_write_in_8_and_4_bits(rank: int, eight: int, shared: int) -> None:
         weight.zero_()
     ops.latent_write_(rows, scales, slots, *arguments, eight)
     bias = torch.cat([x.float() for x in (arguments[6], arguments[8]) if x is not None])
-    steps, expected = ops.quantise_rows(bias, eight, rank)
+    steps, expected = ops.quantize_rows(bias, eight, rank)
     assert bool((rows[:, slots] == steps).all()) and bool((scales[:, slots] == expected).all())
 
 

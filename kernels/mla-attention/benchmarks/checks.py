@@ -116,7 +116,7 @@ class Case:
         """Rows and scales as the ops read them; what is NaN in the rows is NaN in the scales."""
         if eight is None:
             return rows, None
-        steps, scales = ops.quantise_rows(rows.float().nan_to_num(), eight, self.rank)
+        steps, scales = ops.quantize_rows(rows.float().nan_to_num(), eight, self.rank)
         return steps, scales.masked_fill(rows[..., :1].isnan(), float("nan"))
 
     def compare(self, names, run, exact, plain):
@@ -248,7 +248,7 @@ def _write(case):
         given = [x.to(kind) for x in (new_key, new_value, gain)]
         weights = [x.to(kind) for x in (down, down_bias, project, project_bias)]
         function(target, scales, own, *given, 1e-6, None, *weights, None, case.heads, eight)
-        return target if eight is None else ops.dequantise_rows(target, scales, torch.float64, eight, case.rank)
+        return target if eight is None else ops.dequantize_rows(target, scales, torch.float64, eight, case.rank)
 
     whole = written(torch.float64, ops.latent_write_reference, None)
 

@@ -210,7 +210,7 @@ def _ours(case, ranks):
     def expand(name, rank, rotated, eight=None):
         shared = 0 if rotated else SHARED
         rows = torch.randn(batch, case.window, shape.tokens, rank + shared, device=device, dtype=dtype)
-        rows, scales = (rows, None) if eight is None else ops.quantise_rows(rows, eight, rank)
+        rows, scales = (rows, None) if eight is None else ops.quantize_rows(rows, eight, rank)
         up = torch.randn(heads * (2 * depth - shared), rank, device=device, dtype=dtype) * rank**-0.5
         bias = torch.zeros(len(up), device=device, dtype=dtype)
         rest = rows, scales, slots, None, up, bias, None, None, turn if rotated else shared_turn, rotated, eight

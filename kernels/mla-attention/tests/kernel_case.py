@@ -6,7 +6,7 @@ import importlib
 from typing import Any, NamedTuple
 
 import torch
-from mla_attention import dequantise_rows, quantise_rows
+from mla_attention import dequantize_rows, quantize_rows
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -76,7 +76,7 @@ def ring(
     slots: tuple[int, ...] = (0, 3, 4, 1),
     window: int = 5,
     tail: int = 3,
-    quantised: bool = False,
+    quantized: bool = False,
     seed: int = 0,
     scale: float = 1.0,
     mixed: tuple[int, int] | None = None,
@@ -89,9 +89,9 @@ def ring(
     values = randn(batch, len(slots) * tokens, width, dtype=dtype, seed=seed, scale=scale)
     scales = None
     place = torch.tensor(slots, device=DEVICE)
-    if quantised or mixed:
-        steps, found = quantise_rows(values, *(mixed or ()))
-        valid = dequantise_rows(steps, found, torch.float64, *(mixed or ()))
+    if quantized or mixed:
+        steps, found = quantize_rows(values, *(mixed or ()))
+        valid = dequantize_rows(steps, found, torch.float64, *(mixed or ()))
         found[:, keys:] = float("nan")
         rows = torch.full((batch, window, tokens, steps.shape[-1]), -128, dtype=torch.int8, device=DEVICE)
         rows[:, place] = steps.unflatten(1, (len(slots), tokens))

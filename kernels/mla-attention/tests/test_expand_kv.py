@@ -101,21 +101,21 @@ def tabled(arguments, valid, pooled):
 
 @pytest.mark.usefixtures("family")
 @pytest.mark.parametrize("pooled", [False, True])
-@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["rotate_on_read", "cached", "derived"])
-def test_a_table_of_slots_for_each_item(layout, dtype, quantised, pooled):
-    arguments, valid = case(layout, dtype=dtype, quantised=quantised)
+def test_a_table_of_slots_for_each_item(layout, dtype, quantized, pooled):
+    arguments, valid = case(layout, dtype=dtype, quantized=quantized)
     arguments = tabled(arguments, valid, pooled)
     expand_kv_(*arguments)
     # 2.1e-4 in float16, 2.7e-4 from int8; 1.1e-7 in float32.
-    check(arguments, valid, (1 + quantised if dtype != torch.float32 else 8) * EPSILON[dtype])
+    check(arguments, valid, (1 + quantized if dtype != torch.float32 else 8) * EPSILON[dtype])
 
 
 @pytest.mark.parametrize("pooled", [False, True])
-@pytest.mark.parametrize("quantised", [False, True])
-def test_reference_with_tables(quantised, pooled):
-    arguments, valid = case("cached", quantised=quantised)
+@pytest.mark.parametrize("quantized", [False, True])
+def test_reference_with_tables(quantized, pooled):
+    arguments, valid = case("cached", quantized=quantized)
     wide = [x.double() if x is not None and not isinstance(x, bool) and x.dtype == torch.float32 else x
             for x in tabled(arguments, valid, pooled)]  # fmt: skip
     expand_kv_reference(*wide)
@@ -131,7 +131,7 @@ def test_items_that_share_a_ring_and_a_table():
 
 @pytest.mark.parametrize("rank", [64, 192])
 def test_opcheck(rank):
-    arguments, _ = case("cached", rank=rank, heads=1, batch=1, tokens=2, slots=(0, 2), tail=1, quantised=rank == 192)
+    arguments, _ = case("cached", rank=rank, heads=1, batch=1, tokens=2, slots=(0, 2), tail=1, quantized=rank == 192)
     torch.library.opcheck(ops.expand_kv_.default, tuple(arguments))
 
 
@@ -143,23 +143,23 @@ def test_opcheck_with_tables():
 
 @pytest.mark.usefixtures("family")
 @pytest.mark.parametrize(
-    ("rank", "quantised"),
+    ("rank", "quantized"),
     [
         (16, False), (64, True), (96, True), (128, False), (192, True), (200, False), (256, False), (448, True),
         (640, False), (1120, True), (2048, False),
     ],
 )  # fmt: skip
-def test_ranks(rank, quantised):
-    arguments, valid = case("cached", rank=rank, heads=5, batch=1, dtype=torch.float16, quantised=quantised)
+def test_ranks(rank, quantized):
+    arguments, valid = case("cached", rank=rank, heads=5, batch=1, dtype=torch.float16, quantized=quantized)
     expand_kv_(*arguments)
     # int8 rows are rounded to float16 before the product: 3.4e-4, without 2.1e-4.
-    check(arguments, valid, (2 if quantised else 1) * EPSILON[torch.float16])
+    check(arguments, valid, (2 if quantized else 1) * EPSILON[torch.float16])
 
 
 @pytest.mark.usefixtures("family")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_int8(layout):
-    arguments, valid = case(layout, rank=96, batch=1, quantised=True)
+    arguments, valid = case(layout, rank=96, batch=1, quantized=True)
     expand_kv_(*arguments)
     check(arguments, valid, 1e-6)  # 2e-7
 
@@ -234,13 +234,13 @@ def test_compiles_whole():
 
 
 @pytest.mark.usefixtures("family")
-@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("layout", ["rotate_on_read", "cached", "derived"])
-def test_several_tiles_of_keys(layout, quantised):
+def test_several_tiles_of_keys(layout, quantized):
     """A tile with one valid key, and one with none."""
-    arguments, valid = case(layout, dtype=torch.float16, tokens=97, tail=131, heads=2, quantised=quantised)
+    arguments, valid = case(layout, dtype=torch.float16, tokens=97, tail=131, heads=2, quantized=quantized)
     expand_kv_(*arguments)
-    check(arguments, valid, (1 + quantised) * EPSILON[torch.float16])
+    check(arguments, valid, (1 + quantized) * EPSILON[torch.float16])
 
 
 def refused(arguments, **changes):

@@ -126,7 +126,7 @@ def test_slots(slots):
 @pytest.mark.parametrize(("rank", "shared"), [(32, 0), (48, 16), (96, 44), (192, 32)])
 def test_int8(rank, shared, dtype):
     """Quantization groups that are cut by a block of the rank or by the shared key."""
-    arguments, valid = case(rank, shared, dtype=dtype, quantised=True)
+    arguments, valid = case(rank, shared, dtype=dtype, quantized=True)
     out, lse = latent_attention(*arguments, SCALE)
     expected, expected_lse = exact(arguments, valid)
     assert error(out, expected) < 2 * max(EPSILON[dtype], 2**-22)  # float16: 4e-4, float32: 2e-7
@@ -141,11 +141,11 @@ def tabled(arguments, valid, pooled):
 
 @every_way
 @pytest.mark.parametrize("pooled", [False, True])
-@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("splits", [1, 3])
-def test_a_table_of_slots_for_each_item(splits, dtype, quantised, pooled):
-    arguments, valid = case(dtype=dtype, quantised=quantised)
+def test_a_table_of_slots_for_each_item(splits, dtype, quantized, pooled):
+    arguments, valid = case(dtype=dtype, quantized=quantized)
     out, lse = latent_attention(*tabled(arguments, valid, pooled), SCALE, splits)
     expected, expected_lse = exact(arguments, valid)
     assert error(out, expected) < 2 * max(EPSILON[dtype], 2**-22)  # float16: 3.6e-4, float32: 1.7e-7
@@ -159,7 +159,7 @@ def test_several_blocks_of_keys(tail, rank, shared, monkeypatch):
     """204, 201 and 128 keys with 16-bit tiles; memory that is allocated but not written is NaN."""
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(float("nan")))
-    arguments, valid = case(rank, shared, dtype=torch.float16, tokens=51, tail=tail, quantised=rank == 200)
+    arguments, valid = case(rank, shared, dtype=torch.float16, tokens=51, tail=tail, quantized=rank == 200)
     for splits in (1, 2):
         check(arguments, valid, splits=splits, floor=1 + (rank == 200))
 
@@ -171,10 +171,10 @@ def test_the_tiles_that_share_a_multiprocessor():
 
 @every_way
 @pytest.mark.skipif(DEVICE != "cpu", reason="the file is in the memory of the CPU")
-@pytest.mark.parametrize("quantised", [False, True])
-def test_a_ring_whose_offsets_take_64_bits(quantised, tmp_path):
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_ring_whose_offsets_take_64_bits(quantized, tmp_path):
     """2**31 scalars and more, in a sparse file in which only the used slots are written."""
-    arguments, valid = case(dtype=torch.float16, quantised=quantised)
+    arguments, valid = case(dtype=torch.float16, quantized=quantized)
     pool = with_tables(Ring(*arguments[2:6], valid), True)
     (slots, tokens, width), step = pool.rows.shape[1:], 2**28
     file = torch.from_file(str(tmp_path / "rows"), shared=True, size=slots * step, dtype=pool.rows.dtype)
@@ -238,10 +238,10 @@ def test_views():
     torch.testing.assert_close(found, latent_attention(*arguments, SCALE), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("quantised", [False, True])
-def test_reference_equals_the_definition(quantised):
-    arguments, valid = case(96, 12, quantised=quantised, tail=3 * quantised)
-    arguments[5] = arguments[5] if quantised else None
+@pytest.mark.parametrize("quantized", [False, True])
+def test_reference_equals_the_definition(quantized):
+    arguments, valid = case(96, 12, quantized=quantized, tail=3 * quantized)
+    arguments[5] = arguments[5] if quantized else None
     expected = exact(arguments, valid)
     wide = [x.double() if x is not None and x.dtype == torch.float32 else x for x in arguments]
     for given in (wide, tabled(wide, valid, False), tabled(wide, valid, True)):
@@ -251,7 +251,7 @@ def test_reference_equals_the_definition(quantised):
 @every_way
 @pytest.mark.parametrize("rank", [64, 192])
 def test_opcheck(rank):
-    arguments, _ = case(rank, heads=1, queries=2, slots=(0, 2), tokens=2, batch=1, quantised=rank == 192)
+    arguments, _ = case(rank, heads=1, queries=2, slots=(0, 2), tokens=2, batch=1, quantized=rank == 192)
     torch.library.opcheck(ops.latent_attention.default, (*arguments, SCALE, 1))
 
 

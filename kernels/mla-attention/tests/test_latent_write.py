@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kernel_case import DEVICE, DTYPES, EPSILON, error, int32, randn, unit_rotations
-from mla_attention import dequantise_rows, latent_write_, latent_write_reference, quantise_rows, why_not_latent_write
+from mla_attention import dequantize_rows, latent_write_, latent_write_reference, quantize_rows, why_not_latent_write
 from mla_attention._ops import ops
 
 EPS = 1e-6
@@ -15,13 +15,13 @@ WINDOW = 5
 
 def case(
     rank=64, shared=8, heads=3, channels=24, values=16, dtype=torch.float32, batch=2, tokens=7, slots=(3, 0),
-    baked=True, mean=False, quantised=False, scale=1.0, eight=None,
+    baked=True, mean=False, quantized=False, scale=1.0, eight=None,
 ):  # fmt: skip
     """Arguments of `latent_write_` with a ring of NaN, int8: of -128 with scales of NaN."""
     length, keys = len(slots) * tokens, heads * channels
     ring = (batch, WINDOW, tokens)
-    if quantised or eight is not None:
-        steps, found = quantise_rows(torch.zeros(rank + shared), eight, rank)
+    if quantized or eight is not None:
+        steps, found = quantize_rows(torch.zeros(rank + shared), eight, rank)
         rows = torch.full((*ring, len(steps)), -128, dtype=torch.int8, device=DEVICE)
         scales = torch.full((*ring, len(found)), float("nan"), dtype=torch.float16, device=DEVICE)
     else:
@@ -68,7 +68,7 @@ def written(arguments, *eight_and_rank):
         assert bool(rows[:, others].isnan().all())
         return rows[:, slots].double()
     assert bool((rows[:, others] == -128).all()) and bool(scales[:, others].isnan().all())
-    return dequantise_rows(rows[:, slots], scales[:, slots], torch.float64, *eight_and_rank)
+    return dequantize_rows(rows[:, slots], scales[:, slots], torch.float64, *eight_and_rank)
 
 
 def check(arguments):
@@ -113,51 +113,51 @@ def tabled(arguments, pooled):
 
 @pytest.mark.parametrize("write", [latent_write_, latent_write_reference])
 @pytest.mark.parametrize("pooled", [False, True])
-@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_table_of_slots_for_each_item(dtype, quantised, pooled, write):
+def test_a_table_of_slots_for_each_item(dtype, quantized, pooled, write):
     arguments = case(dtype=dtype)
     expected = by_torch(arguments, torch.float64)
-    limit = max(1.2 * error(by_torch(arguments, dtype), expected), EPSILON[dtype], 8e-3 * quantised)
-    arguments = tabled(case(dtype=dtype, quantised=quantised), pooled)
+    limit = max(1.2 * error(by_torch(arguments, dtype), expected), EPSILON[dtype], 8e-3 * quantized)
+    arguments = tabled(case(dtype=dtype, quantized=quantized), pooled)
     write(*arguments)
     rows, scales, slots = arguments[:3]
     index = (torch.zeros_like(slots) if pooled else torch.arange(2, device=DEVICE).unsqueeze(1), slots)
-    found = rows[index] if scales is None else dequantise_rows(rows[index], scales[index], torch.float64)
+    found = rows[index] if scales is None else dequantize_rows(rows[index], scales[index], torch.float64)
     assert error(found, expected) <= limit  # int8: 6e-3
     kept = rows if scales is None else scales
     kept[index] = float("nan")
     assert bool(kept.isnan().all())
 
 
-@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize(("slots", "tokens", "batch"), [((4,), 1, 1), ((2, 3, 0), 33, 1), ((4, 1), 16, 3)])
-def test_slots(slots, tokens, batch, quantised):
+def test_slots(slots, tokens, batch, quantized):
     """A single token, frames longer than a tile, and a chunk that wraps around the end of the ring."""
-    arguments = case(slots=slots, tokens=tokens, batch=batch, quantised=quantised)
+    arguments = case(slots=slots, tokens=tokens, batch=batch, quantized=quantized)
     latent_write_(*arguments)
     found, expected = written(arguments), by_torch(arguments, torch.float64)
-    assert error(found, expected) < (8e-3 if quantised else 1e-6)  # 6e-3: that of int8; 9e-8
+    assert error(found, expected) < (8e-3 if quantized else 1e-6)  # 6e-3: that of int8; 9e-8
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rank", "shared"), [(64, 0), (48, 8), (96, 32), (192, 32)])
-def test_int8_as_quantise_rows(rank, shared, dtype):
-    arguments = case(rank, shared, dtype=dtype, quantised=True)
+def test_int8_as_quantize_rows(rank, shared, dtype):
+    arguments = case(rank, shared, dtype=dtype, quantized=True)
     latent_write_(*arguments)
     expected = by_torch(arguments, torch.float64)
-    steps, scales = quantise_rows(expected)
+    steps, scales = quantize_rows(expected)
     found, found_scales = (x[:, arguments[2]] for x in arguments[:2])
     # Rounding keys to float16 occasionally moves a value to the next int8 step.
     assert int((found.int() - steps.int()).abs().max()) <= 1
     assert float((found != steps).double().mean()) < (0.05 if dtype != torch.float32 else 0.001)  # 0.009, 0
     torch.testing.assert_close(found_scales, scales, rtol=2e-3, atol=0)  # 1e-3: one unit of float16
-    assert error(written(arguments), expected) < 1.05 * error(dequantise_rows(steps, scales, torch.float64), expected)
+    assert error(written(arguments), expected) < 1.05 * error(dequantize_rows(steps, scales, torch.float64), expected)
 
 
 def test_int8_of_zeros_and_huge_values():
     """A group of zeros has scale 0; a scale too large for float16 is clamped."""
-    arguments = case(64, 64, quantised=True)
+    arguments = case(64, 64, quantized=True)
     for weight in arguments[10:12]:
         weight.zero_()
     arguments[9] += 1e8
@@ -190,21 +190,21 @@ def test_views():
     assert bool(wide[0].isnan().all())
 
 
-@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("mean", [False, True])
-def test_reference_equals_the_definition(mean, quantised):
-    arguments = case(96, 12, mean=mean, quantised=quantised)
+def test_reference_equals_the_definition(mean, quantized):
+    arguments = case(96, 12, mean=mean, quantized=quantized)
     wide = [x.double() if isinstance(x, torch.Tensor) and x.dtype == torch.float32 else x for x in arguments]
     latent_write_reference(*wide)
     expected = by_torch(arguments, torch.float64)
-    if quantised:
-        expected = dequantise_rows(*quantise_rows(expected), torch.float64)
+    if quantized:
+        expected = dequantize_rows(*quantize_rows(expected), torch.float64)
     torch.testing.assert_close(written(wide), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("rank", [64, 96, 192])
 def test_opcheck(rank):
-    arguments = case(rank, heads=1, batch=1, tokens=2, quantised=rank == 192, mean=rank == 96, baked=rank != 64)
+    arguments = case(rank, heads=1, batch=1, tokens=2, quantized=rank == 192, mean=rank == 96, baked=rank != 64)
     torch.library.opcheck(ops.latent_write_.default, tuple(arguments))
 
 

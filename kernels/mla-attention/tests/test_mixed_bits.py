@@ -9,18 +9,18 @@ import test_latent_write as write
 import torch
 from kernel_case import DEVICE, DTYPES, EPSILON, FAMILIES, error, int32, randn, take_tiles_of, unit_rotations
 from mla_attention import (
-    dequantise_rows,
+    dequantize_rows,
     expand_kv_,
     expand_kv_reference,
     latent_attention,
     latent_attention_reference,
     latent_write_,
     latent_write_reference,
-    quantise_rows,
+    quantize_rows,
 )
 from mla_attention._ops import ops
 from mla_attention.pack import packed_rows
-from mla_attention.quantise import row_scales, row_width
+from mla_attention.quantize import row_scales, row_width
 
 LAYOUTS = [
     # The 48x of the tables: one group of 8 bits, two of 4.
@@ -35,20 +35,20 @@ LAYOUTS = [
 
 def test_error_is_half_a_step_and_the_first_of_two_is_in_the_low_half():
     rows = randn(3, 5, 76) * torch.logspace(-3, 3, 5, device=DEVICE).view(-1, 1)
-    values, scales = quantise_rows(rows, 20, 66)
+    values, scales = quantize_rows(rows, 20, 66)
     assert values.shape == (3, 5, 20 + 23 + 10) and scales.shape == (3, 5, 1 + 2 + 1)
     assert (row_width(66, 10, 20), row_scales(66, 10, 20)) == (53, 4)
     groups = torch.tensor([0] * 20 + [1] * 32 + [2] * 14 + [3] * 10, device=DEVICE)
     step = scales.float()[..., groups]
-    found = dequantise_rows(values, scales, torch.float32, 20, 66)
+    found = dequantize_rows(values, scales, torch.float32, 20, 66)
     # Rounding the scale to float16 may clip the largest value of a group.
     assert bool(((found - rows).abs() <= 0.5001 * step + 2**-11 * rows.abs()).all())
     # Steps of 3 and -2 of the largest 7.
-    one, _ = quantise_rows(torch.tensor([7.0, 0.0, 3.0, -2.0]), 0)
+    one, _ = quantize_rows(torch.tensor([7.0, 0.0, 3.0, -2.0]), 0)
     assert one.tolist() == [7, 0xE3 - 256]
-    assert torch.equal(dequantise_rows(*quantise_rows(rows, 76), torch.float32, 76, 76).isfinite(), rows.isfinite())
+    assert torch.equal(dequantize_rows(*quantize_rows(rows, 76), torch.float32, 76, 76).isfinite(), rows.isfinite())
     with pytest.raises(ValueError, match=r"scales are \[3, 5, 3\] and do not fit"):
-        dequantise_rows(values, scales[..., :3], torch.float32, 20, 66)
+        dequantize_rows(values, scales[..., :3], torch.float32, 20, 66)
 
 
 def selected(rank, shared, eight, values, **options):
@@ -66,14 +66,14 @@ def selected(rank, shared, eight, values, **options):
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e8])
 @pytest.mark.parametrize(("rank", "shared", "eight"), LAYOUTS)
-def test_what_is_written_is_what_quantise_rows_returns(rank, shared, eight, scale):
+def test_what_is_written_is_what_quantize_rows_returns(rank, shared, eight, scale):
     """To the bit, from zeros over scales that are 0 or subnormal in float16 to those that are clamped."""
     values = scale * randn(2, 14, rank + shared)
     values[0, 2], values[1, :, : rank // 2] = 0, 0
     values[..., rank:] = values[0, 0, rank:]
     arguments = selected(rank, shared, eight, values)
     latent_write_(*arguments, eight)
-    steps, scales = quantise_rows(values.unflatten(1, (2, 7)), eight, rank)
+    steps, scales = quantize_rows(values.unflatten(1, (2, 7)), eight, rank)
     slots = arguments[2]
     assert torch.equal(arguments[1][:, slots], scales)
     assert torch.equal(arguments[0][:, slots], steps)
@@ -87,7 +87,7 @@ def test_writing(rank, shared, eight, mean, dtype):
     arguments = write.case(rank, shared, dtype=dtype, eight=eight, mean=mean)
     latent_write_(*arguments, eight)
     expected = write.by_torch(arguments, torch.float64)
-    best = dequantise_rows(*quantise_rows(expected, eight, rank), torch.float64, eight, rank)
+    best = dequantize_rows(*quantize_rows(expected, eight, rank), torch.float64, eight, rank)
     # A value at a border may round to the other step.
     assert error(write.written(arguments, eight, rank), expected) < 1.05 * error(best, expected)
 
@@ -100,8 +100,8 @@ def test_writing_with_a_table_of_slots_for_each_item(pooled, by):
     by(*arguments, 25)
     rows, scales, slots = arguments[:3]
     index = (torch.zeros_like(slots) if pooled else torch.arange(2, device=DEVICE).unsqueeze(1), slots)
-    found = dequantise_rows(rows[index], scales[index], torch.float64, 25, 89)
-    best = dequantise_rows(*quantise_rows(expected, 25, 89), torch.float64, 25, 89)
+    found = dequantize_rows(rows[index], scales[index], torch.float64, 25, 89)
+    best = dequantize_rows(*quantize_rows(expected, 25, 89), torch.float64, 25, 89)
     assert error(found, expected) < 1.05 * error(best, expected)
     scales[index], rows[index] = float("nan"), -128
     assert bool(scales.isnan().all()) and bool((rows == -128).all())

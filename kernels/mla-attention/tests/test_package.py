@@ -156,7 +156,7 @@ def test_lengths_do_not_recompile(tmp_path):
     """Triton specializes on 1 and on multiples of 16, except for arguments that change from chunk to chunk."""
     *lengths, stride = python(SPECIALISATION, tmp_path)
     assert lengths == ["1"] * 7
-    assert stride == "3"  # what an argument does that is specialised
+    assert stride == "3"  # what an argument does that is specialized
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from mla_attention.merge import _merge_kernel, merge_plan
 from mla_attention.merge_pair import _merge_pair_kernel
 from mla_attention.pack import _copy_kernel, copy_plan
 from mla_attention.qk_norm_rope import _norm_kernel, norm_plan
-from mla_attention.quantise import row_parts, row_width
+from mla_attention.quantize import row_parts, row_width
 from mla_attention.split_query import _split_kernel, split_plan
 
 UNEVEN_ROWS = ("rows_b", "rows_s", "rows_t")
@@ -85,28 +85,28 @@ def _expand_kv(capability: int) -> list[Variant]:
     mixed = [(88, 24, 8), (384, 64, 16), (121, 41, 1), (90, 26, 2), (448, 62, 1)]
     uneven = [(121, 1, whole), (90, 2, whole + shared)]
     found += [
-        expand_variant(rank, *case, quantised, capability, None, align)
-        for rank, align, some in uneven for quantised in (False, True) for case in some
+        expand_variant(rank, *case, quantized, capability, None, align)
+        for rank, align, some in uneven for quantized in (False, True) for case in some
     ]  # fmt: skip
     rows = [(rank, *case, True, capability, eight, align) for rank, eight, align in mixed for case in whole + shared]
     return [*found, *(expand_variant(*case) for case in rows), _prefix(found[0])]
 
 
 def expand_variant(
-    rank: int, channels: int, heads: int, rotated: bool, quantised: bool, capability: int, eight: int | None = None,
+    rank: int, channels: int, heads: int, rotated: bool, quantized: bool, capability: int, eight: int | None = None,
     align: int = 16,
 ) -> Variant:  # fmt: skip
     """One compilation with bfloat16 weights and rows in bfloat16, int8 or 8 and 4 bits."""
     plan = expand_plan(rank, channels, heads, torch.bfloat16, capability, eight, align)
-    types = {"out": "*bf16", "rows": "*i8" if quantised else "*bf16", "slots": "*i32"}
+    types = {"out": "*bf16", "rows": "*i8" if quantized else "*bf16", "slots": "*i32"}
     types |= dict.fromkeys(("weight", "bias"), "*bf16")
-    optional = {"scales": ("*fp16", quantised), "rotations": ("*fp32", rotated)}
+    optional = {"scales": ("*fp16", quantized), "rotations": ("*fp32", rotated)}
     types |= {name: kind for name, (kind, there) in optional.items() if there}
     fixed = {name: None for name, (_, there) in optional.items() if not there}
     # Triton specializes on arguments that are 1.
     fixed |= {"num_keys": None} | ({"heads": 1} if heads == 1 else {"copies": 1})
     name = f"expand_kv r={rank}, {heads} x {channels} channels" + ", rotated" * rotated
-    name += ", int8" * quantised if eight is None else f", {eight} in 8 bits, the others in 4"
+    name += ", int8" * quantized if eight is None else f", {eight} in 8 bits, the others in 4"
     plan = plan._replace(constants={**plan.constants, **fixed})
     return Variant(name, _expand_kernel, types, plan, uneven=UNEVEN_ROWS if align < 16 else ())
 
@@ -124,13 +124,13 @@ def _latent_attention(capability: int) -> list[Variant]:
 
 
 def latent_variant(
-    rank: int, shared: int, queries: int, quantised: bool, far: bool, capability: int, pack: bool = False
+    rank: int, shared: int, queries: int, quantized: bool, far: bool, capability: int, pack: bool = False
 ) -> Variant:
     """One compilation in bfloat16 with 12 heads."""
-    plan = latent_plan(rank, shared, queries * 12, torch.bfloat16, quantised, far, capability, pack=pack)
+    plan = latent_plan(rank, shared, queries * 12, torch.bfloat16, quantized, far, capability, pack=pack)
     gathered = not plan.constants["PACKED"]
     types = dict.fromkeys(("query", "query_pe", "out"), "*bf16") | {
-        "rows": "*i8" if quantised else "*bf16",
+        "rows": "*i8" if quantized else "*bf16",
         "scales": "*fp16",
         "slots": "*i32",
         "rotations": "*fp32",
@@ -142,13 +142,13 @@ def latent_variant(
         sizes = (f"{plan.constants[rows]}, {plan.constants[width]}" for rows, width in TILES.values())
         shapes = {name: f"tensordesc<bf16[{size}]>" for name, size in zip(TILES, sizes)}  # noqa: B905
     types |= shapes
-    there = {"query_pe": shared, "rotations": shared and gathered, "scales": quantised, "slots": gathered}
+    there = {"query_pe": shared, "rotations": shared and gathered, "scales": quantized, "slots": gathered}
     there |= {name: plan.described and (shared or "pe" not in name) for name in TILES}
     absent = {name: None for name, wanted in there.items() if not wanted} | {"num_keys": None}
     types = {name: kind for name, kind in types.items() if name not in absent}
     plan = plan._replace(constants={**plan.constants, **absent})
     name = (
-        f"latent_attention r={rank} R={shared} Q={queries}" + ", int8" * quantised + ", far" * far + ", packed" * pack
+        f"latent_attention r={rank} R={shared} Q={queries}" + ", int8" * quantized + ", far" * far + ", packed" * pack
     )
     # Tensor cores of 9.0 and newer need tiles of at least 64 rows.
     return Variant(name, _latent_kernel, types, plan, dot=plan.constants["BLOCK_M"] >= 64)
@@ -162,24 +162,24 @@ def _latent_write(capability: int) -> list[Variant]:
     cases += [(192, 32, True, False, True, None), (192, 32, True, True, False, None), (192, 0, False, True, True, None)]
     cases += [(88, 0, False, False, True, 24), (192, 32, True, False, True, 64), (121, 32, False, True, True, 41)]
     found = []
-    for rank, shared, baked, mean, quantised, eight in cases:
+    for rank, shared, baked, mean, quantized, eight in cases:
         align = math.gcd(16, row_width(rank, shared, eight))
         plan = write_plan(
-            rank, shared, channels, channels, head_dim, mean, quantised, torch.bfloat16, capability, eight, align
+            rank, shared, channels, channels, head_dim, mean, quantized, torch.bfloat16, capability, eight, align
         )
         types = dict.fromkeys(("key", "value", "gain", "mean", "w_kv", "b_kv", "w_pe", "b_pe"), "*bf16") | {
-            "rows": "*i8" if quantised else "*bf16",
+            "rows": "*i8" if quantized else "*bf16",
             "scales": "*fp16",
             "slots": "*i32",
             "grid": "*fp32",
             "eps": "fp32",
         }
-        there = {"w_pe": shared, "b_pe": shared, "mean": mean, "grid": baked, "scales": quantised}
+        there = {"w_pe": shared, "b_pe": shared, "mean": mean, "grid": baked, "scales": quantized}
         absent = {name: None for name, wanted in there.items() if not wanted}
         types = {name: kind for name, kind in types.items() if name not in absent}
         plan = plan._replace(constants={**plan.constants, **absent})
         name = f"latent_write r={rank} R={shared}" + ", baked" * baked + ", mean" * mean
-        name += ", int8" * quantised if eight is None else f", {eight} in 8 bits, the others in 4"
+        name += ", int8" * quantized if eight is None else f", {eight} in 8 bits, the others in 4"
         uneven = UNEVEN_ROWS if align < 16 else ()
         found.append(Variant(name, _write_kernel, types, plan, uneven=uneven))
     return found

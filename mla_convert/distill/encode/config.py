@@ -16,7 +16,7 @@ class EncodeConfig:
 
     The first `frames` frames of every video are encoded, at `fps` frames per second and `height` x `width` pixels,
     `batch_size` videos at once and `shard_size` per file. The text encoder runs in `dtype`, and everything is
-    stored in it; the VAE runs in float32. `latents` are stored `normalised`, as a transformer takes them, or `raw`,
+    stored in it; the VAE runs in float32. `latents` are stored `normalized`, as a transformer takes them, or `raw`,
     as the VAE returns them. The embedding of `negative_prompt` is written beside them. With `image_condition`, the
     shards also hold what an image-to-video model reads of the first frame of each video: its CLIP tokens, if the
     pipeline has an image encoder, and the latents of that frame followed by gray frames.
@@ -32,7 +32,7 @@ class EncodeConfig:
     batch_size: int = 1
     shard_size: int = 64
     negative_prompt: str = WAN_NEGATIVE_PROMPT
-    latents: Literal["normalised", "raw"] = "normalised"
+    latents: Literal["normalized", "raw"] = "normalized"
     image_condition: bool = False
 
     @property

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ...devices import bring_weights
 from ...errors import UsageError, UserError
 from ...load.hub import download
-from ..normalisation import Scale, normalised
+from ..normalization import Scale, normalized
 
 logger = logging.getLogger(__name__)
 
@@ -159,13 +159,13 @@ def load_vae(folder: Path, device: torch.device | str = "cpu") -> Any:
 def encode_pixels(vae: Any, pixels: Tensor, raw: bool = False) -> Tensor:
     """Encode pixels `[B, 3, F, H, W]` in [-1, 1] to latents `[B, C, f, h, w]`, float32.
 
-    Latents are normalised for the transformer, or with `raw` left as the VAE returns them.
+    Latents are normalized for the transformer, or with `raw` left as the VAE returns them.
     """
     bring_weights(vae)
     # Always use the same algorithm, so that a resumed run writes the same bytes.
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
         mode: Tensor = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
-    return mode if raw else normalised(vae, mode)
+    return mode if raw else normalized(vae, mode)
 
 
 @contextlib.contextmanager

@@ -14,11 +14,11 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, pa
 from torch import Tensor
 
 from ...devices import bring_weights
-from ..normalisation import normalised
+from ..normalization import normalized
 
 
 class StreamingEncoder:
-    """Encodes the next pixels `[B, 3, F, H, W]` of a video to normalised latents `[B, C, f, h, w]`, float32.
+    """Encodes the next pixels `[B, 3, F, H, W]` of a video to normalized latents `[B, C, f, h, w]`, float32.
 
     Pixels are in [-1, 1]. A latent frame takes `scale_factor_temporal` frames, the very first takes one. It is the
     mode of the VAE's distribution given the features of earlier frames. Items of a batch are encoded one by one. The
@@ -40,7 +40,7 @@ class StreamingEncoder:
         self.features = self.features or [[None] * self.convolutions for _ in pixels]
         items = zip(pixels.split(1), self.features, strict=True)
         modes = [self._encoded(item.split(sizes, dim=2), features) for item, features in items]
-        return normalised(self.vae, torch.cat(modes))
+        return normalized(self.vae, torch.cat(modes))
 
     def _encoded(self, parts: tuple[Tensor, ...], features: list[Any]) -> Tensor:
         """The modes of `parts` `[1, 3, 1 or temporal, H, W]` of one item, a latent frame each; updates `features`."""

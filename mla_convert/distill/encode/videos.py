@@ -16,7 +16,7 @@ from torch import Tensor
 from ...errors import UserError
 from ...mla.image import IMAGE, TOKENS, with_mask
 from ..clip_shards import Clip, write_shard
-from ..normalisation import notes_of
+from ..normalization import notes_of
 from ..progress import Report
 from ..shard_files import read_notes
 from .begun import encode_begun
@@ -48,7 +48,7 @@ _NOTE = "mla_convert.skipped"
 
 
 class _Encoder(NamedTuple):
-    """Encodes videos to latents, normalised or `raw`; with `images`, also the image conditions of first frames.
+    """Encodes videos to latents, normalized or `raw`; with `images`, also the image conditions of first frames.
 
     `embed` makes CLIP tokens `[1, L, D]` of an image; it is None if the pipeline has no image encoder.
     """

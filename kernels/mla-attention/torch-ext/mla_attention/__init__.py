@@ -10,14 +10,14 @@ from .latent_write import latent_write_, latent_write_reference, why_not_latent_
 from .merge import merge, merge_reference, why_not_merge
 from .merge_pair import merge_pair, merge_pair_reference
 from .qk_norm_rope import qk_norm_rope, qk_norm_rope_, qk_norm_rope_reference, why_not_qk_norm_rope
-from .quantise import dequantise_rows, quantise_rows
+from .quantize import dequantize_rows, quantize_rows
 from .split_query import split_query, split_query_reference
 from .splits import split_count
 
 __all__ = [
     "attend",
     "attend_reference",
-    "dequantise_rows",
+    "dequantize_rows",
     "expand_kv_",
     "expand_kv_reference",
     "lacking",
@@ -32,7 +32,7 @@ __all__ = [
     "qk_norm_rope",
     "qk_norm_rope_",
     "qk_norm_rope_reference",
-    "quantise_rows",
+    "quantize_rows",
     "split_count",
     "split_query",
     "split_query_reference",

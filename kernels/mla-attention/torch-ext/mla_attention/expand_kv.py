@@ -34,7 +34,7 @@ from ._runtime import (
 from .common import nibbles, rotate, rotate_pairs, valid_keys
 from .expand_tiles import TILES, UNTUNED, Tiles
 from .pack import copy_rows
-from .quantise import GROUP, GROUP_OF_FOUR, dequantise_rows, row_parts, row_width
+from .quantize import GROUP, GROUP_OF_FOUR, dequantize_rows, row_parts, row_width
 from .ring import check_ring, ring_index, ring_strides, row_align
 
 MAX_RANK = 2048
@@ -143,7 +143,7 @@ def expand_kv_(
     channels of the row from r on or, if `w_pe` `[R, r]` is given, computed as `w_pe c + b_pe`. N or R may be 0.
 
     With `eight`, the first `eight` latents of int8 rows have 8 bits, the others 4, and the shared key 8: the format of
-    `quantise_rows`, which also says how many scalars and scales a row has.
+    `quantize_rows`, which also says how many scalars and scales a row has.
 
     Outputs, rows (unless int8) and weights share a dtype; sums and rotations are float32. Raises ValueError for
     arguments that do not fit, NotImplementedError for what `why_not_expand_kv` rejects.
@@ -166,7 +166,7 @@ def expand_kv_reference(
     place = ring_index(rows, slots, len(key_out))
     found = rows[place].flatten(1, 2)
     if scales is not None:
-        found = dequantise_rows(found, scales[place].flatten(1, 2), wide, eight, rank)
+        found = dequantize_rows(found, scales[place].flatten(1, 2), wide, eight, rank)
     count = min(found.shape[1], key_out.shape[1])
     found = found[:, :count].to(wide)
     latent = found[..., :rank]

@@ -32,7 +32,7 @@ from .latent_step import channel_mask, described_logits, described_mix, latent_b
 from .latent_tiles import MAX_RANK, latent_plan, row_widths
 from .merge import launch_merge
 from .pack import packed_rows
-from .quantise import dequantise_rows, row_width
+from .quantize import dequantize_rows, row_width
 from .ring import check_ring, ring_index, ring_strides
 from .splits import programs, split_count
 
@@ -170,7 +170,7 @@ def latent_attention(
     `[1]`, on the device; None: all are valid) on are not read. `rotations`, float32 `[K, R / 2, 2]` (cos, sin), rotate
     `k_pe`, in reading order. `scale` > 0 multiplies the logits; softmax and sums are float32. `splits` programs share
     the keys of a tile; 0 lets `split_count` choose. With `eight`, the first `eight` latents of int8 rows have 8 bits,
-    the others 4 and the shared key 8, as in `quantise_rows`; such rows are packed for few queries, too.
+    the others 4 and the shared key 8, as in `quantize_rows`; such rows are packed for few queries, too.
 
     Raises ValueError for arguments that do not fit, NotImplementedError for what `why_not_latent_attention` rejects.
     """
@@ -191,7 +191,7 @@ def latent_attention_reference(
     place = ring_index(rows, slots, len(query_latent))
     found = rows[place].flatten(1, 2)
     if scales is not None:
-        found = dequantise_rows(found, scales[place].flatten(1, 2), wide, eight, rank)
+        found = dequantize_rows(found, scales[place].flatten(1, 2), wide, eight, rank)
     valid = torch.arange(found.shape[1], device=rows.device) < (found.shape[1] if num_keys is None else num_keys)
     # Invalid rows may be NaN, which a weight of 0 would not cancel.
     found = found.to(wide).masked_fill(~valid.unsqueeze(-1), 0)

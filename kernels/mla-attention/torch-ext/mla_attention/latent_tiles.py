@@ -53,12 +53,12 @@ the rank, padded, as one block of up to `widest` channels."""
 
 
 def latent_plan(
-    rank: int, shared: int, rows: int, dtype: torch.dtype, quantised: bool, far: bool, capability: int,
+    rank: int, shared: int, rows: int, dtype: torch.dtype, quantized: bool, far: bool, capability: int,
     describable: bool = True, pack: bool = False,
 ) -> Plan:  # fmt: skip
     """Tiles by rank, dtype, compute capability and `rows`, which counts queries times heads per item.
 
-    `quantised` says that the ring is int8, `far` that its offsets need 64 bits; neither matters for packed rows.
+    `quantized` says that the ring is int8, `far` that its offsets need 64 bits; neither matters for packed rows.
     `describable` says that descriptors of the queries can be created. `pack` says that rows are packed for few queries,
     too.
     """
@@ -70,7 +70,7 @@ def latent_plan(
         if tiles.described and not (describable and max(16, power_of_two(rank)) <= tiles.widest):
             tiles = tiles._replace(block_k=min(64, tiles.block_k), described=False)
     else:
-        slow = rank > 256 or (quantised and not pack)
+        slow = rank > 256 or (quantized and not pack)
         tiles = Tiles(128, few, 32 if rank <= 256 else 16, False, 8 if slow else 4, 3)
     wide, count, rest = (max(16, power_of_two(rank)), 1, 0) if tiles.described else _blocks(rank, tiles.widest)
     constants = {

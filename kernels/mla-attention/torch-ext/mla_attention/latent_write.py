@@ -28,7 +28,7 @@ from ._runtime import (
     why_not_dtype,
 )
 from .common import rotate, rotate_pairs
-from .quantise import GROUP, LEVELS, LEVELS_OF_FOUR, MAX_SCALE, quantise_rows, row_width
+from .quantize import GROUP, LEVELS, LEVELS_OF_FOUR, MAX_SCALE, quantize_rows, row_width
 from .ring import check_ring, ring_index, ring_strides, row_align
 
 MAX_RANK = 2048
@@ -93,8 +93,8 @@ def _add_keys(
 
 
 @jit
-def _quantised(x, LEVELS: tl.constexpr, MAX_SCALE: tl.constexpr):
-    """Steps, in float32, and float16 scales of groups along the last axis, as in quantise_rows."""
+def _quantized(x, LEVELS: tl.constexpr, MAX_SCALE: tl.constexpr):
+    """Steps, in float32, and float16 scales of groups along the last axis, as in quantize_rows."""
     axis: tl.constexpr = len(x.shape) - 1
     # Round the scale before dividing, then round half to even.
     scale = tl.minimum(tl.max(tl.abs(x), axis) / LEVELS, MAX_SCALE).to(tl.float16)
@@ -182,7 +182,7 @@ def _write_kernel(
         if EIGHT is not None:
             SCALES_OF_FOUR: tl.constexpr = (RANK - EIGHT + 31) // 32
             if in_four:
-                of_four, found = _quantised(tl.reshape(acc, [BLOCK_N, 2, BLOCK_W // 2]), LEVELS_OF_FOUR, MAX_SCALE)
+                of_four, found = _quantized(tl.reshape(acc, [BLOCK_N, 2, BLOCK_W // 2]), LEVELS_OF_FOUR, MAX_SCALE)
                 low, high = tl.split(tl.reshape(of_four.to(tl.int32), [BLOCK_N, BLOCK_W // 2, 2]))
                 byte = (first - EIGHT) // 2 + tl.arange(0, BLOCK_W // 2)
                 mask = inside[:, None] & (byte < (RANK - EIGHT) // 2)[None, :]
@@ -194,7 +194,7 @@ def _write_kernel(
             if block >= IN_KEY:
                 block += SCALES_OF_FOUR - (IN_KEY - IN_FOUR)
                 place = w - (RANK - EIGHT) // 2
-        acc, found = _quantised(acc, LEVELS, MAX_SCALE)
+        acc, found = _quantized(acc, LEVELS, MAX_SCALE)
         tl.store(steps + block, found, mask=inside)
     mask = inside[:, None] & (w < end)[None, :]
     tl.store(target[:, None] + place[None, :], acc.to(rows.dtype.element_ty), mask=mask)
@@ -208,7 +208,7 @@ def latent_write_(
     """Write `[c | k_pe]` of the tokens of F frames to `rows` at `slots`, in place.
 
     `rows` are `[B, S, T, W]`, or `[1, S, T, W]` if all items share a ring, in the dtype of the keys, or int8 with
-    float16 `scales` `[B or 1, S, T, ceil(W / 64)]` in the format of `quantise_rows`. With `eight`, this is the format
+    float16 `scales` `[B or 1, S, T, ceil(W / 64)]` in the format of `quantize_rows`. With `eight`, this is the format
     with the first `eight` latents in 8 bits, the others in 4 and the shared key in 8. `slots` is int32 `[F]` for all
     items, or `[B, F]`. No two frames may be written to the same slot of a ring.
 
@@ -249,7 +249,7 @@ def latent_write_reference(
     if scales is None:
         rows[place] = found.to(rows.dtype)
     else:
-        rows[place], scales[place] = quantise_rows(found, eight, len(w_kv))
+        rows[place], scales[place] = quantize_rows(found, eight, len(w_kv))
 
 
 def why_not_latent_write(
@@ -266,7 +266,7 @@ def why_not_latent_write(
 
 
 def write_plan(
-    rank: int, shared: int, keys: int, values: int, head_dim: int, mean: bool, quantised: bool, dtype: torch.dtype,
+    rank: int, shared: int, keys: int, values: int, head_dim: int, mean: bool, quantized: bool, dtype: torch.dtype,
     capability: int, eight: int | None = None, align: int = 16,
 ) -> Plan:  # fmt: skip
     """Tiles of tokens by one group of channels; `keys` and `values` count the channels of all heads.
@@ -283,7 +283,7 @@ def write_plan(
         "D": head_dim,
         # A mean is subtracted from normalized keys, and unnormalized keys may overflow float16: norm first, two reads.
         "NORM_FIRST": mean or dtype == torch.float16,
-        "QUANTISED": quantised,
+        "QUANTISED": quantized,
         "EIGHT": eight,
         "LEVELS": LEVELS,
         "LEVELS_OF_FOUR": LEVELS_OF_FOUR,

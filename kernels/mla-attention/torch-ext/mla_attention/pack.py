@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._runtime import Plan, ceil_div, jit, launch, power_of_two, tl
 from .common import nibbles, rotate_pairs, valid_keys
-from .quantise import Part, row_parts
+from .quantize import Part, row_parts
 from .ring import ring_strides, row_align
 
 
@@ -90,7 +90,7 @@ def packed_rows(
 
     A packed row is the latent, zeros up to `width`, the shared key rotated by `rotations` `[K, R / 2, 2]`, and zeros.
     Without rotations, `shared_width` is 0. Rows from `num_keys` on are undefined. With `eight`, the rows of the ring
-    are mixed, as `quantise_rows` returns them.
+    are mixed, as `quantize_rows` returns them.
     """
     keys = slots.shape[-1] * rows.shape[2]
     packed = torch.empty(batch, keys, 1, width + shared_width, dtype=dtype, device=rows.device)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ._runtime import check_tensor, require
-from .quantise import row_scales, row_width
+from .quantize import row_scales, row_width
 
 
 def check_ring(

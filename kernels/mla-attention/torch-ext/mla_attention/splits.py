@@ -50,11 +50,11 @@ def split_count(tiles: int, key_blocks: int, programs: int) -> int:
     if tiles < 1 or programs < 2:
         return 1
 
-    def modelled(splits: int) -> float:
+    def modeled(splits: int) -> float:
         return ceil_div(tiles * splits, programs) / splits * (1 + MERGE * (splits - 1))
 
     most = max(1, min(MOST, key_blocks // LEAST_BLOCKS))
-    return min(range(1, most + 1), key=modelled)
+    return min(range(1, most + 1), key=modeled)
 
 
 def multiprocessors(device: torch.device) -> int:

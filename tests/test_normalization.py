@@ -16,7 +16,7 @@ from mla_convert.distill import shard_files
 from mla_convert.distill.clip_shards import Clip, write_shard
 from mla_convert.distill.data import DataConfig, open_data
 from mla_convert.distill.latents import LatentShards
-from mla_convert.distill.normalisation import EVIDENCE, WAN21, WAN22, Scale, evidence_of_raw, notes_of
+from mla_convert.distill.normalization import EVIDENCE, WAN21, WAN22, Scale, evidence_of_raw, notes_of
 from mla_convert.distill.shard_files import read_notes
 from mla_convert.errors import UserError
 
@@ -24,7 +24,7 @@ SHAPE, TEXT = (3, 8, 8), torch.ones(2, 4)
 SCALES = {16: WAN21, 48: WAN22}
 
 
-def normalised(count, channels=16, seed=0, contrast=0.0, level=0.0):
+def normalized(count, channels=16, seed=0, contrast=0.0, level=0.0):
     """Clips with their own mean and contrast in every channel."""
     generator = torch.Generator().manual_seed(seed)
     factors = (contrast * torch.randn(channels, 1, 1, 1, generator=generator)).exp()
@@ -56,16 +56,16 @@ def test_statistics_are_those_of_the_vae():
 
 
 @pytest.mark.parametrize("channels", [16, 48])
-def test_raw_latents_are_refused_and_normalised_where_the_recipe_says_so(tmp_path, channels):
-    clips = normalised(4, channels)
+def test_raw_latents_are_refused_and_normalized_where_the_recipe_says_so(tmp_path, channels):
+    clips = normalized(4, channels)
     write(tmp_path, raw(clips))
-    with pytest.raises(UserError, match=r"look raw, not normalised, .*; set data\.latents: raw"):
+    with pytest.raises(UserError, match=r"look raw, not normalized, .*; set data\.latents: raw"):
         opened(tmp_path)
     shards = LatentShards(tmp_path, latents="raw")
     for index, clip in enumerate(clips):
         # Observed: 1.2e-7.
         assert pico.relative_error(shards.read(index)["latents"], clip) < 1e-6
-    assert torch.equal(LatentShards(tmp_path, latents="normalised").read(0)["latents"], raw(clips)[0])
+    assert torch.equal(LatentShards(tmp_path, latents="normalized").read(0)["latents"], raw(clips)[0])
 
 
 @pytest.mark.parametrize("channels", [16, 48])
@@ -73,20 +73,20 @@ def test_raw_latents_are_refused_and_normalised_where_the_recipe_says_so(tmp_pat
 def test_small_sets_with_statistics_of_their_own_are_told_apart(channels, seed):
     # Every channel 20 % more or less contrast, its mean a third of a standard deviation away, and all of it scaled.
     for scale in (0.5, 1.0, 2.0):
-        clips = [scale * clip for clip in normalised(2, channels, seed, contrast=0.2, level=0.3)]
+        clips = [scale * clip for clip in normalized(2, channels, seed, contrast=0.2, level=0.3)]
         # Observed over 200 seeds: -0.3 at most, and 4.0 at least, of 16 channels; -20 and 24 of 48.
         assert evidence_of_raw(clips, SCALES[channels]) < EVIDENCE
-    clips = normalised(2, channels, seed, contrast=0.2, level=0.3)
+    clips = normalized(2, channels, seed, contrast=0.2, level=0.3)
     assert evidence_of_raw(raw(clips), SCALES[channels]) > EVIDENCE
 
 
-def test_what_cannot_be_told_is_said_and_taken_as_normalised(tmp_path, caplog):
+def test_what_cannot_be_told_is_said_and_taken_as_normalized(tmp_path, caplog):
     # Between the two.
     mean, std = (torch.tensor(part).view(-1, 1, 1, 1) for part in WAN21)
-    write(tmp_path, [clip * std**0.4 + 0.4 * mean for clip in normalised(2)])
+    write(tmp_path, [clip * std**0.4 + 0.4 * mean for clip in normalized(2)])
     with caplog.at_level(logging.WARNING):
         data = opened(tmp_path)
-    assert "are normalised, and uses them unchanged" in caplog.text and "data.latents" in caplog.text
+    assert "are normalized, and uses them unchanged" in caplog.text and "data.latents" in caplog.text
     assert torch.equal(data.heldout()["latents"][0], data.shards.read(1)["latents"])
 
 
@@ -96,24 +96,24 @@ def test_constant_clips_say_nothing():
 
 def test_a_shard_says_what_it_holds(tmp_path):
     scale = Scale((1.0, -2.0), (3.0, 0.5))
-    clips = normalised(2, channels=2)
+    clips = normalized(2, channels=2)
     write(tmp_path, [3 * clips[0], clips[1]], notes_of(scale))
     write(tmp_path, clips, notes_of(None), "shard-00001.parquet")
     shards = LatentShards(tmp_path)
-    assert torch.equal(shards.read(0)["latents"], scale.standardise(3 * clips[0]))
+    assert torch.equal(shards.read(0)["latents"], scale.standardize(3 * clips[0]))
     assert torch.equal(shards.read(2)["latents"], clips[0])
-    with pytest.raises(UserError, match=r"latents is raw, but the metadata of .*shard-00001.* says normalised"):
+    with pytest.raises(UserError, match=r"latents is raw, but the metadata of .*shard-00001.* says normalized"):
         opened(tmp_path, latents="raw")
-    assert read_notes(tmp_path / "shard-00001.parquet")["mla_convert.latents"] == "normalised"
+    assert read_notes(tmp_path / "shard-00001.parquet")["mla_convert.latents"] == "normalized"
 
 
 def test_notes_are_believed_and_not_looked_behind(tmp_path):
-    write(tmp_path, raw(normalised(2)), notes_of(None))
+    write(tmp_path, raw(normalized(2)), notes_of(None))
     assert opened(tmp_path).size == 1
 
 
 def test_raw_latents_of_an_unknown_vae_are_refused(tmp_path):
-    write(tmp_path, normalised(2, channels=4))
+    write(tmp_path, normalized(2, channels=4))
     assert opened(tmp_path).size == 1
     with pytest.raises(UserError, match=r"have 4 channels and no statistics in the metadata"):
         opened(tmp_path, latents="raw")
@@ -125,7 +125,7 @@ def test_latents_is_for_folders():
 
 
 def test_a_row_group_of_many_clips_is_decoded_once_for_clips_in_turn(tmp_path, monkeypatch, caplog):
-    clips = normalised(6, channels=3)
+    clips = normalized(6, channels=3)
     path = write(tmp_path / "ours", clips) / "shard-00000.parquet"
     (tmp_path / "theirs").mkdir()
     pq.write_table(pq.read_table(path), tmp_path / "theirs" / "data.parquet", row_group_size=4)

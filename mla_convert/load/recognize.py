@@ -12,7 +12,7 @@ from .tensors import LazyTensors
 from .weights import CONFIG, read_config
 
 
-def recognise(config: dict[str, Any], path: Path) -> Family:
+def recognize(config: dict[str, Any], path: Path) -> Family:
     """The family that the configuration at `path` belongs to.
 
     Raises UserError with the reason and what is supported.

@@ -15,7 +15,7 @@ from .window import CausalConfig
 MAX_SCALE = torch.finfo(torch.float16).max
 
 
-def quantise(rows: Tensor, group: int = GROUP, largest: int = 127) -> tuple[Tensor, Tensor]:
+def quantize(rows: Tensor, group: int = GROUP, largest: int = 127) -> tuple[Tensor, Tensor]:
     """Quantize rows `[..., W]`, symmetric, to nearest: int8 `[..., W]` and float16 scales `[..., ceil(W / group)]`.
 
     The scale of a group is its largest magnitude divided by `largest`, at most float16's maximum. Values beyond
@@ -29,8 +29,8 @@ def quantise(rows: Tensor, group: int = GROUP, largest: int = 127) -> tuple[Tens
     return values.flatten(-2)[..., :width], scales
 
 
-def dequantise(rows: Tensor, scales: Tensor, group: int = GROUP) -> Tensor:
-    """Float32 rows `[..., W]` from the int8 rows and scales of `quantise`."""
+def dequantize(rows: Tensor, scales: Tensor, group: int = GROUP) -> Tensor:
+    """Float32 rows `[..., W]` from the int8 rows and scales of `quantize`."""
     return rows.float() * steps(scales, rows.shape[-1], group)
 
 
@@ -75,7 +75,7 @@ class Int8LatentCache(LatentCache):
 
     def take(self, kept: StoredRows, slots: Tensor) -> Tensor:
         assert kept.scales is not None
-        return dequantise(self._take(kept.rows, slots), self._take(kept.scales, slots))
+        return dequantize(self._take(kept.rows, slots), self._take(kept.scales, slots))
 
     def steps(self, kept: StoredRows, slots: Tensor) -> Tensor | float:
         assert kept.scales is not None
@@ -83,7 +83,7 @@ class Int8LatentCache(LatentCache):
 
     def put(self, kept: StoredRows, slots: Tensor, rows: Tensor) -> None:
         assert kept.scales is not None
-        values, scales = quantise(rows.detach())
+        values, scales = quantize(rows.detach())
         self._put(kept.rows, slots, values)
         self._put(kept.scales, slots, scales)
 
@@ -122,8 +122,8 @@ class MixedLatentCache(LatentCache):
         assert scales is not None and bits is not None
         values = self._take(rows, slots).split([bits.eight, bits.four // 2, bits.key], dim=-1)
         of_eight, of_four, of_key = self._take(scales, slots).split(bits.scales, dim=-1)
-        eight, key = dequantise(values[0], of_eight), dequantise(values[2], of_key)
-        return torch.cat([eight, dequantise(unpack(values[1]), of_four, GROUP_OF_FOUR), key], dim=-1)
+        eight, key = dequantize(values[0], of_eight), dequantize(values[2], of_key)
+        return torch.cat([eight, dequantize(unpack(values[1]), of_four, GROUP_OF_FOUR), key], dim=-1)
 
     def steps(self, kept: StoredRows, slots: Tensor) -> Tensor | float:
         _, scales, bits = kept
@@ -136,7 +136,7 @@ class MixedLatentCache(LatentCache):
         stored, stored_scales, bits = kept
         assert stored_scales is not None and bits is not None
         eight, four, key = rows.detach().split([bits.eight, bits.four, bits.key], dim=-1)
-        values, scales = zip(quantise(eight), quantise(four, GROUP_OF_FOUR, 7), quantise(key), strict=True)
+        values, scales = zip(quantize(eight), quantize(four, GROUP_OF_FOUR, 7), quantize(key), strict=True)
         self._put(stored, slots, torch.cat([values[0], pack(values[1]), values[2]], dim=-1))
         self._put(stored_scales, slots, torch.cat(scales, dim=-1))
 

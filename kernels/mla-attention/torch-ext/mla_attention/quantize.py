@@ -75,7 +75,7 @@ def row_scales(rank: int, shared: int, eight: int | None) -> int:
     return row_parts(rank, shared, eight)[2].scales.stop
 
 
-def quantise_rows(rows: Tensor, eight: int | None = None, rank: int | None = None) -> tuple[Tensor, Tensor]:
+def quantize_rows(rows: Tensor, eight: int | None = None, rank: int | None = None) -> tuple[Tensor, Tensor]:
     """Quantize floating-point `rows` `[..., W]` to int8 `[..., W]` with float16 scales `[..., ceil(W / 64)]`.
 
     The scale of a group is its largest magnitude divided by 127 (4 bits: 7), rounded to float16 before it is used.
@@ -85,23 +85,23 @@ def quantise_rows(rows: Tensor, eight: int | None = None, rank: int | None = Non
     have 4. They are stored in `eight + (rank - eight) / 2 + W - rank` bytes; each part has scales of its own.
     """
     if eight is None:
-        return _quantise(rows, GROUP, LEVELS)
+        return _quantize(rows, GROUP, LEVELS)
     rank = rows.shape[-1] if rank is None else rank
     first, four, key = rows.split([eight, rank - eight, rows.shape[-1] - rank], dim=-1)
     parts = (
-        _quantise(first, GROUP, LEVELS),
-        _quantise(four, GROUP_OF_FOUR, LEVELS_OF_FOUR),
-        _quantise(key, GROUP, LEVELS),
+        _quantize(first, GROUP, LEVELS),
+        _quantize(four, GROUP_OF_FOUR, LEVELS_OF_FOUR),
+        _quantize(key, GROUP, LEVELS),
     )
     low, high = parts[1][0].unflatten(-1, (-1, 2)).unbind(-1)
     values = [parts[0][0], high * 16 | low & 15, parts[2][0]]
     return torch.cat(values, dim=-1), torch.cat([scales for _, scales in parts], dim=-1)
 
 
-def dequantise_rows(
+def dequantize_rows(
     rows: Tensor, scales: Tensor, dtype: torch.dtype, eight: int | None = None, rank: int | None = None
 ) -> Tensor:
-    """Dequantize int8 `rows` of `quantise_rows` with their `scales` to `dtype`, in float32 or wider.
+    """Dequantize int8 `rows` of `quantize_rows` with their `scales` to `dtype`, in float32 or wider.
 
     Raises ValueError if the scales do not fit the rows.
     """
@@ -115,18 +115,18 @@ def dequantise_rows(
     require(fits, "scales are {} and do not fit rows {} in groups of {}", list(scales.shape), list(rows.shape), GROUP)
     wide = torch.promote_types(dtype, torch.float32)
     if eight is None:
-        return _dequantise(rows, scales, GROUP, wide).to(dtype)
+        return _dequantize(rows, scales, GROUP, wide).to(dtype)
     found = []
     for part in parts:
         values = rows[..., part.stored]
         if part.per_byte == 2:
             # The low half has lost its sign bit; the arithmetic shift restores that of the high half.
             values = torch.stack([(values & 15 ^ 8) - 8, values >> 4], dim=-1).flatten(-2)
-        found.append(_dequantise(values, scales[..., part.scales], part.group, wide))
+        found.append(_dequantize(values, scales[..., part.scales], part.group, wide))
     return torch.cat(found, dim=-1).to(dtype)
 
 
-def _quantise(rows: Tensor, group: int, levels: int) -> tuple[Tensor, Tensor]:
+def _quantize(rows: Tensor, group: int, levels: int) -> tuple[Tensor, Tensor]:
     width = rows.shape[-1]
     groups = ceil_div(width, group)
     x = F.pad(rows.float(), (0, groups * group - width)).unflatten(-1, (groups, group))
@@ -136,5 +136,5 @@ def _quantise(rows: Tensor, group: int, levels: int) -> tuple[Tensor, Tensor]:
     return steps.to(torch.int8).flatten(-2)[..., :width].contiguous(), scales
 
 
-def _dequantise(rows: Tensor, scales: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+def _dequantize(rows: Tensor, scales: Tensor, group: int, dtype: torch.dtype) -> Tensor:
     return rows.to(dtype) * scales.to(dtype).repeat_interleave(group, dim=-1)[..., : rows.shape[-1]]

@@ -9,7 +9,7 @@ import pico
 import pytest
 import torch
 
-from mla_convert.mla.quantised import GROUP, Int8LatentCache, dequantise, quantise
+from mla_convert.mla.quantized import GROUP, Int8LatentCache, dequantize, quantize
 
 FRAMES, HEIGHT, WIDTH = 9, 6, 4
 
@@ -17,12 +17,12 @@ FRAMES, HEIGHT, WIDTH = 9, 6, 4
 @pytest.mark.parametrize("width", [1, 63, 64, 100, 224])
 def test_error_is_half_a_step_of_its_group(width: int) -> None:
     rows = torch.randn(3, 5, width) * torch.logspace(-3, 3, 5).view(-1, 1)
-    values, scales = quantise(rows)
+    values, scales = quantize(rows)
     assert values.dtype == torch.int8 and values.shape == rows.shape
     assert scales.shape == (3, 5, -(-width // GROUP))
     step = scales.float().repeat_interleave(GROUP, dim=-1)[..., :width]
     # The scale itself is rounded to float16, so that the largest value may lie a little outside.
-    assert ((dequantise(values, scales) - rows).abs() <= 0.51 * step + 0.001 * rows.abs()).all()
+    assert ((dequantize(values, scales) - rows).abs() <= 0.51 * step + 0.001 * rows.abs()).all()
 
 
 def test_zeros_and_the_format_of_the_kernels() -> None:
@@ -30,11 +30,11 @@ def test_zeros_and_the_format_of_the_kernels() -> None:
     rows[0] = 0
     # More than 127 times the largest scale in float16.
     rows[1, 0] = 1e8
-    values, scales = quantise(rows)
-    assert (dequantise(values, scales)[1, 0] == 127 * 65504.0).all()
-    assert torch.equal(dequantise(values, scales)[0], torch.zeros(4, 96))
-    assert torch.equal(mla_attention.dequantise_rows(values, scales, torch.float32), dequantise(values, scales))
-    theirs, their_scales = mla_attention.quantise_rows(rows)
+    values, scales = quantize(rows)
+    assert (dequantize(values, scales)[1, 0] == 127 * 65504.0).all()
+    assert torch.equal(dequantize(values, scales)[0], torch.zeros(4, 96))
+    assert torch.equal(mla_attention.dequantize_rows(values, scales, torch.float32), dequantize(values, scales))
+    theirs, their_scales = mla_attention.quantize_rows(rows)
     assert torch.equal(their_scales, scales)
     # Halves may be rounded to either side.
     assert (theirs.int() - values.int()).abs().max() <= 1

@@ -77,7 +77,7 @@ def read_layer(
     config: ConvertConfig,
     generator: torch.Generator,
 ) -> LayerReading:
-    """Return what `initialise_layers` needs of `layer`, whose weights may then be freed.
+    """Return what `initialize_layers` needs of `layer`, whose weights may then be freed.
 
     `axes` is the axis of each rotary pair. `sample` is needed only for `init: activation`. Raises ValueError for a
     rotary key larger than the layer has.
@@ -98,7 +98,7 @@ def read_layer(
     return LayerReading(target, layer.heads, layer.head_dim, read, weights, tensors, generator)
 
 
-def initialise_layers(
+def initialize_layers(
     readings: Sequence[LayerReading], config: ConvertConfig, rank: int, device: torch.device | str = "cpu"
 ) -> list[LayerInit]:
     """Return the new parameters of layers that share a latent of `rank` numbers (often a single layer).
@@ -128,7 +128,7 @@ def initialise_layers(
     return plans
 
 
-def initialise_layer(
+def initialize_layer(
     layer: DenseSelfAttention,
     sample: LayerSample | None,
     axes: tuple[int, ...],
@@ -136,8 +136,8 @@ def initialise_layer(
     rank: int,
     generator: torch.Generator,
 ) -> LayerInit:
-    """Run `initialise_layers` for one layer with a latent of its own."""
-    return initialise_layers([read_layer(layer, sample, axes, config, generator)], config, rank)[0]
+    """Run `initialize_layers` for one layer with a latent of its own."""
+    return initialize_layers([read_layer(layer, sample, axes, config, generator)], config, rank)[0]
 
 
 def _fit(readings: Sequence[LayerReading], rank: int, device: torch.device, ridge: float) -> Code:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import UserError
 
-Latents = Literal["auto", "normalised", "raw"]
+Latents = Literal["auto", "normalized", "raw"]
 
 KIND_NOTE, SCALE_NOTE = "mla_convert.latents", "mla_convert.latents_scale"
 
@@ -33,7 +33,7 @@ class Scale(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def standardise(self, latents: Tensor) -> Tensor:
+    def standardize(self, latents: Tensor) -> Tensor:
         """Return `(latents - mean) / std` for latents `[C, F, H, W]`, float32."""
         mean, std = (torch.tensor(part).view(-1, 1, 1, 1) for part in self)
         return (latents - mean) / std
@@ -64,7 +64,7 @@ BY_CHANNELS = {len(scale.mean): scale for scale in (WAN21, WAN22)}
 
 def notes_of(raw: Scale | None) -> dict[str, str]:
     """A shard's metadata about its latents. Pass the VAE's statistics as `raw` for raw latents; None is normalized."""
-    return {KIND_NOTE: "normalised"} if raw is None else {KIND_NOTE: "raw", SCALE_NOTE: json.dumps(raw._asdict())}
+    return {KIND_NOTE: "normalized"} if raw is None else {KIND_NOTE: "raw", SCALE_NOTE: json.dumps(raw._asdict())}
 
 
 def scale_of(notes: Mapping[str, str], channels: int, where: str) -> Scale:
@@ -85,7 +85,7 @@ def scale_of(notes: Mapping[str, str], channels: int, where: str) -> Scale:
 
 
 def evidence_of_raw(clips: Iterable[Tensor], scale: Scale) -> float:
-    """Return the log-likelihood ratio of raw to normalised latents for clips `[C, F, H, W]`; positive favors raw.
+    """Return the log-likelihood ratio of raw to normalized latents for clips `[C, F, H, W]`; positive favors raw.
 
     A small data set has its own statistics, and high contrast alone is no evidence. The ratio therefore uses the
     pattern over channels: their standard deviations without a common factor, and their means in standard deviations.
@@ -101,8 +101,8 @@ def evidence_of_raw(clips: Iterable[Tensor], scale: Scale) -> float:
     if float(std.min()) < 1e-6:
         return 0.0
     center, spread = (torch.tensor(part, dtype=torch.float64) for part in scale)
-    normalised = _misfit(mean / std, std.log())
-    return (normalised - _misfit(mean / std - center / spread, std.log() - spread.log())) / 2
+    normalized = _misfit(mean / std, std.log())
+    return (normalized - _misfit(mean / std - center / spread, std.log() - spread.log())) / 2
 
 
 def _misfit(means: Tensor, logs: Tensor) -> float:
@@ -121,7 +121,7 @@ def vae_statistics(vae: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
-def normalised(vae: Any, latents: Tensor) -> Tensor:
+def normalized(vae: Any, latents: Tensor) -> Tensor:
     """Raw latents `[B, C, F, H, W]` of `vae`, float32 on its device, as a transformer takes them."""
     mean, std = vae_statistics(vae, torch.float32)
     return (latents - mean) * (1.0 / std)
