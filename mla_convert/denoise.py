@@ -56,7 +56,7 @@ class Schedule:
         return cls(times, opening, sampler, context_noise, strength)
 
     def of_chunk(self, first: int) -> Tensor:
-        """Return the noise levels of the chunk that begins at frame `first`."""
+        """The noise levels of the chunk that begins at frame `first`."""
         return self.times if first > 0 else self.opening
 
     def draws(self, first: int) -> int:
@@ -65,7 +65,7 @@ class Schedule:
         return 1 + between + (1 if self.context_noise > 0 else 0)
 
     def begin(self, noise: Tensor, first: int, source: Tensor | None = None) -> Tensor:
-        """Return the initial state of the chunk that begins at frame `first`, `[B, C, F, H, W]`.
+        """The initial state of the chunk that begins at frame `first`, `[B, C, F, H, W]`.
 
         This is `noise`, or the clean `source` with `noise` added at the first noise level.
         """

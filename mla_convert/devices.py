@@ -11,7 +11,7 @@ import torch
 
 
 def has_gpu() -> bool:
-    """Return whether there is a GPU to compute on: one that torch calls cuda, as ROCm builds do too.
+    """Whether there is a GPU to compute on: one that torch calls cuda, as ROCm builds do too.
 
     Everything runs there or on the CPU. Apple's MPS and other accelerators are not used: nothing was tried on them.
     """
@@ -19,29 +19,29 @@ def has_gpu() -> bool:
 
 
 def default_device() -> torch.device:
-    """Return the first GPU if there is one, else the CPU."""
+    """The first GPU if there is one, else the CPU."""
     return torch.device("cuda" if has_gpu() else "cpu")
 
 
 def lacks_bfloat16(device: torch.device) -> bool:
-    """Return whether torch has no fused attention in bfloat16 on a GPU, as below compute capability 8.0 (T4, V100)."""
+    """Whether torch has no fused attention in bfloat16 on a GPU, as below compute capability 8.0 (T4, V100)."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) < (8, 0)
 
 
 def widest(device: torch.device) -> torch.dtype:
-    """Return the widest floating point dtype of a device: float64, but float32 on Apple's MPS, which has no other."""
+    """The widest floating point dtype of a device: float64, but float32 on Apple's MPS, which has no other."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def usable_cpus() -> int:
-    """Return how many CPU cores this process may use; all of the machine's where the system does not say."""
+    """How many CPU cores this process may use; all of the machine's where the system does not say."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processes_here() -> int:
-    """Return how many processes of this launch run on this machine."""
+    """How many processes of this launch run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 

@@ -33,11 +33,11 @@ class Use(IntEnum):
 
 
 def drawn(use: Use, seed: int, *numbers: int) -> torch.Generator:
-    """Return the CPU generator of one use, such as one layer or batch. Trailing zeros in `numbers` change nothing."""
+    """The CPU generator of one use, such as one layer or batch. Trailing zeros in `numbers` change nothing."""
     state = np.random.SeedSequence((use, seed, *numbers)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
 
 
 def drawn_seed(use: Use, seed: int, *numbers: int) -> int:
-    """Return a 32-bit seed for one use, with the same arguments as `drawn`."""
+    """A 32-bit seed for one use, with the same arguments as `drawn`."""
     return int(np.random.SeedSequence((use, seed, *numbers)).generate_state(1)[0])

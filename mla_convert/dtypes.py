@@ -13,12 +13,12 @@ _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def full_name(name: Any) -> Any:
-    """Return torch's name for a short one; anything else as it is."""
+    """Torch's name for a short one; anything else as it is."""
     return _SHORT.get(name, name) if isinstance(name, str) else name
 
 
 def checked(what: str, name: str, allowed: Sequence[str] = NAMES) -> str:
-    """Return torch's name of a data type. Raises UsageError, which names `what`, if it is not one of `allowed`."""
+    """Torch's name of a data type. Raises UsageError, which names `what`, if it is not one of `allowed`."""
     full: str = full_name(name)
     if full not in allowed:
         *most, last = map(repr, allowed)

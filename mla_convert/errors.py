@@ -46,7 +46,7 @@ _FULL = ("can't allocate memory", "out of memory")
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:
-    """Return `did you mean X?` for the closest valid word, or a list of all valid words if none is close.
+    """`did you mean X?` for the closest valid word, or a list of all valid words if none is close.
 
     Close is a typing error or two, or a word that `word` begins: another model's name has much in common, too.
     """
@@ -58,19 +58,19 @@ def nearest(word: str, valid: Iterable[str]) -> str:
 
 
 def few(names: Iterable[str]) -> str:
-    """Return the first names and how many more there are, for a line that must stay short; `none` without any."""
+    """The first names and how many more there are, for a line that must stay short; `none` without any."""
     listed = list(names)
     more = f" and {len(listed) - _NAMED:,} more" if len(listed) > _NAMED else ""
     return f"{', '.join(listed[:_NAMED])}{more}" if listed else "none"
 
 
 def quoted(value: Any) -> str:
-    """Return the `repr` of what a user gave, cut in its middle if it is long."""
+    """The `repr` of what a user gave, cut in its middle if it is long."""
     shown = repr(value)
     half = (_QUOTED - 5) // 2
     return shown if len(shown) <= _QUOTED else f"{shown[:half]} ... {shown[-half:]}"
 
 
 def visible(text: str) -> str:
-    """Return `text` with control characters other than newlines and tabs escaped: names may come from elsewhere."""
+    """`text` with control characters other than newlines and tabs escaped: names may come from elsewhere."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)

@@ -47,7 +47,7 @@ def describe(value: Any) -> str:
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:
-    """Return the models that an annotation such as `list[X] | None` can hold."""
+    """The models that an annotation such as `list[X] | None` can hold."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for argument in typing.get_args(annotation) for model in models_in(argument)]

@@ -55,7 +55,7 @@ def explain_os_errors(path: Path) -> Iterator[None]:
 
 
 def _first_cause(error: OSError) -> OSError:
-    """Return the first error that `shutil.copytree` collected, parsed from its text; other errors are unchanged."""
+    """The first error that `shutil.copytree` collected, parsed from its text; other errors are unchanged."""
     collected = error.args[0] if isinstance(error, shutil.Error) and isinstance(error.args[0], list) else []
     for *_, text in collected:
         match = re.match(r"\[Errno (\d+)\] (.*?)(?:: (['\"])(.*?)\3(?: -> .*)?)?$", text)
@@ -307,7 +307,7 @@ def _busy(folder: Path, holder: str) -> UserError:
 
 
 def unreadable(error: OSError | UnicodeDecodeError) -> str:
-    """Return in a few words why a text file cannot be read."""
+    """In a few words why a text file cannot be read."""
     return error.strerror or str(error) if isinstance(error, OSError) else "it is not UTF-8 text"
 
 
@@ -346,7 +346,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 hex digest of a file."""
+    """The SHA-256 hex digest of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as handle:
         while block := handle.read(1 << 20):

@@ -30,7 +30,7 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
 
 
 def sampling_times(num_steps: int, shift: float, steps: Sequence[float] | None = None, strength: float = 1.0) -> Tensor:
-    """Return `num_steps + 1` decreasing times from 1 to 0, float32; if `steps` are given, their `denoising_times`.
+    """`num_steps + 1` decreasing times from 1 to 0, float32; if `steps` are given, their `denoising_times`.
 
     With a `strength` below 1, the times are cut by `from_strength`.
     """
@@ -53,7 +53,7 @@ def from_strength(times: Tensor, strength: float) -> Tensor:
 
 
 def expert_at(noise_ranges: Sequence[tuple[float, float]], t: float) -> int:
-    """Return the index of the expert for noise level `t`: the one with the highest start at or below `t`.
+    """The index of the expert for noise level `t`: the one with the highest start at or below `t`.
 
     This is the rule of diffusers' `WanPipeline`.
     """
@@ -62,7 +62,7 @@ def expert_at(noise_ranges: Sequence[tuple[float, float]], t: float) -> int:
 
 
 def check_steps(steps: tuple[int, ...] | None) -> tuple[int, ...] | None:
-    """Return `steps`. Raises ValueError unless they are None or fall strictly, within [1, 1000]."""
+    """Check `steps` and return them. Raises ValueError unless they are None or fall strictly, within [1, 1000]."""
     if steps is None:
         return None
     falling = all(a > b for a, b in itertools.pairwise(steps))
@@ -72,7 +72,7 @@ def check_steps(steps: tuple[int, ...] | None) -> tuple[int, ...] | None:
 
 
 def denoising_times(steps: Sequence[float], shift: float, strength: float = 1.0) -> Tensor:
-    """Return the shifted times of denoising `steps` out of 1000, followed by 0: float32 `[len(steps) + 1]`.
+    """The shifted times of denoising `steps` out of 1000, followed by 0: float32 `[len(steps) + 1]`.
 
     `1000, 750, 500, 250` equal four sampling steps with the same shift. With a `strength` below 1, the times are cut by
     `from_strength`.
@@ -82,12 +82,12 @@ def denoising_times(steps: Sequence[float], shift: float, strength: float = 1.0)
 
 
 def noise_levels(steps: Sequence[float] | None, shift: float) -> tuple[float, ...] | None:
-    """Return the noise levels in (0, 1] of denoising `steps` out of 1000 with a `shift`; None (all levels) for None."""
+    """The noise levels in (0, 1] of denoising `steps` out of 1000 with a `shift`; None (all levels) for None."""
     return None if steps is None else tuple(denoising_times(steps, shift)[:-1].tolist())
 
 
 def levels_inside(levels: Sequence[float], noise_range: tuple[float, float]) -> list[float]:
-    """Return those of `levels` that lie in a model's `noise_range`. Raises UsageError if there are none."""
+    """Those of `levels` that lie in a model's `noise_range`. Raises UsageError if there are none."""
     low, high = noise_range
     inside = [level for level in levels if low <= level <= high]
     if not inside:
@@ -107,18 +107,18 @@ def per_frame(t: Tensor, ndim: int) -> Tensor:
 
 
 def add_noise(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """Return `x_t` for clean video `[B, C, F, H, W]` and times `[B]` or `[B, F]`."""
+    """`x_t` for clean video `[B, C, F, H, W]` and times `[B]` or `[B, F]`."""
     t = per_frame(t, x0.ndim)
     return (1 - t) * x0 + t * noise
 
 
 def velocity(x0: Tensor, noise: Tensor) -> Tensor:
-    """Return the regression target `eps - x_0`."""
+    """The regression target `eps - x_0`."""
     return noise - x0
 
 
 def velocity_error(v: Tensor, target: Tensor, t: Tensor, r: Tensor | None = None) -> Tensor:
-    """Return the mean squared error of velocities `[B, C, F, H, W]` at times `[B, F]` against the data's `target`.
+    """The mean squared error of velocities `[B, C, F, H, W]` at times `[B, F]` against the data's `target`.
 
     For a flow map with second times `r`, only frames with r = t count, because the target is valid only there. The
     error is 0 if there are none.
@@ -130,7 +130,7 @@ def velocity_error(v: Tensor, target: Tensor, t: Tensor, r: Tensor | None = None
 
 
 def to_clean(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
-    """Return the clean video that velocity `v` predicts at `x_t`: `x_t - t v`."""
+    """The clean video that velocity `v` predicts at `x_t`: `x_t - t v`."""
     return x_t - per_frame(t, x_t.ndim) * v
 
 

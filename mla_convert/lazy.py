@@ -9,7 +9,7 @@ from typing import Any
 
 
 def on_access(package: str, places: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Return `__getattr__` and `__dir__` of a `package` whose names are in the modules that `places` names in it."""
+    """`__getattr__` and `__dir__` of a `package` whose names are in the modules that `places` names in it."""
 
     def get(name: str) -> Any:
         if name not in places:

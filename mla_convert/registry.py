@@ -30,7 +30,7 @@ def collect(package: str, constant: str, group: str | None = None) -> Mapping[st
 
 
 def families() -> Mapping[str, Any]:
-    """Return the supported model families, `mla_convert.families.base.Family`, by name.
+    """The supported model families, `mla_convert.families.base.Family`, by name.
 
     Raises ValueError if two of them read the same class.
     """
@@ -45,17 +45,17 @@ def families() -> Mapping[str, Any]:
 
 
 def stages() -> Mapping[str, Any]:
-    """Return the distillation stages, subclasses of `mla_convert.distill.stages.base.Stage`, by name."""
+    """The distillation stages, subclasses of `mla_convert.distill.stages.base.Stage`, by name."""
     return collect(f"{__package__}.distill.stages", "STAGE", STAGES)
 
 
 def stage_of(config: Any) -> Any:
-    """Return the `Stage` of a `StageConfig`."""
+    """The `Stage` of a `StageConfig`."""
     return stages()[config.stage](config)
 
 
 def own(package: str, constant: str) -> list[tuple[str, Any]]:
-    """Return (module name, value) for every module of `package` that defines `constant`."""
+    """(module name, value) for every module of `package` that defines `constant`."""
     names = [info.name for info in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}.")]
     items = [(name, vars(importlib.import_module(name)).get(constant)) for name in names]
     return [(name, item) for name, item in items if item is not None]

@@ -42,5 +42,5 @@ class SamplingConfig(BaseModel):
     context_noise: float = Field(0.0, ge=0, le=1)
 
     def sampling(self) -> dict[str, Any]:
-        """Return the values of these keys by name, as arguments of `stream_chunks`."""
+        """The values of these keys by name, as arguments of `stream_chunks`."""
         return {key: getattr(self, key) for key in SamplingConfig.model_fields}

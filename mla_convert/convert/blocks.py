@@ -37,7 +37,7 @@ class Blocks(Protocol):
         ...
 
     def state(self, layer: int) -> dict[str, Tensor]:
-        """Return the state of a block, in the dtypes of the converted model."""
+        """The state of a block, in the dtypes of the converted model."""
         ...
 
     def entered(self) -> None:
@@ -128,7 +128,7 @@ class SourceBlocks:
             give_back_memory()
 
     def around(self) -> dict[str, Tensor]:
-        """Return the state of everything around the blocks, in the dtypes of the converted model."""
+        """The state of everything around the blocks, in the dtypes of the converted model."""
         state = self.model.state_dict().items()
         return {name: x.to("cpu", self._dtype(name)) for name, x in state if not name.startswith(BLOCKS)}
 
@@ -151,7 +151,7 @@ class SourceBlocks:
 
 
 def runs_in(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype in which blocks stored in `dtype` run on `device`."""
+    """The dtype in which blocks stored in `dtype` run on `device`."""
     return torch.float32 if device.type == "cpu" and dtype.itemsize < 4 else dtype
 
 
@@ -172,7 +172,7 @@ def give_back_memory() -> None:
 
 
 def with_attention(block: Any, attention: nn.Module) -> Any:
-    """Return a block that shares everything with `block` except its self-attention."""
+    """A block that shares everything with `block` except its self-attention."""
     changed = copy.copy(block)
     changed._modules = {**block._modules, "attn1": attention}
     return changed

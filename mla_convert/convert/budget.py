@@ -84,7 +84,7 @@ def measured_curve(
 
 
 def allot(curves: Sequence[Curve], budget: Budget, scalars: float | None) -> list[int]:
-    """Return a rank for every latent: multiples of `rank_multiple` within the measured ranks.
+    """A rank for every latent: multiples of `rank_multiple` within the measured ranks.
 
     Every latent starts at the smallest rank. The increase that lowers the summed error most per scalar comes next,
     until the mean rank is `scalars` or the sum is at most `loss_increase`. Raises UsageError if no measured ranks reach
@@ -119,7 +119,7 @@ def allot(curves: Sequence[Curve], budget: Budget, scalars: float | None) -> lis
 
 
 def _ladder(curve: Curve, step: int) -> list[float]:
-    """Return the error at ranks `step`, `2 step`, ...: interpolated in its logarithm, and never rising."""
+    """The error at ranks `step`, `2 step`, ...: interpolated in its logarithm, and never rising."""
     ranks, errors = zip(*curve, strict=True)
     every = np.arange(step, ranks[-1] + 1, step)
     logs = np.interp(every, ranks, np.log(np.maximum(errors, 1e-30)))

@@ -143,7 +143,7 @@ class _Sweep(NamedTuple):
                 self._visit_above(layer, scales)
 
     def _spacing(self, layers: int) -> int:
-        """Return n, where the input of one in n of the upper `layers` is stored. Raises UserError if none fits."""
+        """How many of the upper `layers` there are to one whose input is stored. Raises UserError if none fits."""
         store, size = self.clips.store, self.clips.bytes_a_layer
         # Inputs stored: one per segment, all of the segment being pulled back, and a block's input beside its output.
         # Each probe after the first adds a gradient.
@@ -252,7 +252,7 @@ class _Sweep(NamedTuple):
             self.clips.store[_sample_key(number, name)] = getattr(sample, name)
 
     def _tokens(self, number: int) -> int:
-        """Return how many tokens of batch `number` are sampled: its clips' share of `max_tokens`, at least one."""
+        """How many tokens of batch `number` are sampled: its clips' share of `max_tokens`, at least one."""
         sizes = [len(target) for target in self.clips.targets]
         return max(1, self.config.max_tokens * sizes[number] // sum(sizes))
 
@@ -265,7 +265,7 @@ class _Sweep(NamedTuple):
 
 
 def _sample_key(number: int, name: str) -> str:
-    """Return the store's key for a field of the sample of batch `number`."""
+    """The store's key for a field of the sample of batch `number`."""
     return f"sample-{number:05d}-{name}"
 
 

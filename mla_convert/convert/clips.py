@@ -71,7 +71,7 @@ class Clips:
 
     @staticmethod
     def key(layer: int, number: int, probe: int = 0) -> str:
-        """Return the store's key of batch `number` at the input of block `layer`, or of a probe's gradient there.
+        """The store's key of batch `number` at the input of block `layer`, or of a probe's gradient there.
 
         The gradient of probe 0 replaces the tokens under their own key.
         """

@@ -90,7 +90,7 @@ class Budget(BaseModel):
         return self
 
     def scalars(self, dense: int) -> float | None:
-        """Return the budget in cached scalars per token, of the dense model's `dense`; None for a `loss_increase`."""
+        """The budget in cached scalars per token, of the dense model's `dense`; None for a `loss_increase`."""
         return self.scalars_per_token if self.reduction is None else (1 - self.reduction) * dense
 
 
@@ -174,7 +174,7 @@ class ConvertConfig(BaseModel):
         return self.key_mean and self.init == "activation" and self.position != "rotate_on_read"
 
     def ranks(self, num_layers: int) -> list[int]:
-        """Return the `kv_lora_rank` of every layer. Raises ValueError if it is null or a list of the wrong length."""
+        """The `kv_lora_rank` of every layer. Raises ValueError if it is null or a list of the wrong length."""
         if self.kv_lora_rank is None:
             raise ValueError("the budget chooses it layer by layer")
         if isinstance(self.kv_lora_rank, int):

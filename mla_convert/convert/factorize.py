@@ -39,7 +39,7 @@ class Code(NamedTuple):
 
 
 def _leading(matrix: Tensor, count: int, overwrite: bool = False) -> tuple[Tensor, Tensor]:
-    """Return the `count` largest eigenvalues `[count]`, falling, and eigenvectors `[n, count]` of a symmetric matrix.
+    """The `count` largest eigenvalues `[count]`, falling, and eigenvectors `[n, count]` of a symmetric matrix.
 
     With `overwrite`, only the upper triangle is read, and LAPACK uses the matrix itself as workspace, not a copy.
     """
@@ -57,7 +57,7 @@ def _leading(matrix: Tensor, count: int, overwrite: bool = False) -> tuple[Tenso
 
 
 def symmetric_root(g: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `G^(1/2)` and its inverse for a positive semi-definite G, with a ridge that keeps it invertible."""
+    """`G^(1/2)` and its inverse for a positive semi-definite G, with a ridge that keeps it invertible."""
     ridge = _ridge(g)
     if ridge == 0:
         eye = torch.eye(len(g), dtype=g.dtype)
@@ -68,7 +68,7 @@ def symmetric_root(g: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def low_rank_code(covariance: Tensor, metric: Tensor, mean: Tensor, rank: int, ridge: float = RIDGE) -> Code:
-    """Return the best code of `rank` numbers for a target with this covariance, in this metric.
+    """The best code of `rank` numbers for a target with this covariance, in this metric.
 
     `ridge` times the mean eigenvalue of the metric is added to the metric. Latents are scaled to unit variance under
     the covariance, which suits low-precision dtypes and training. Raises ValueError if `rank` exceeds the size of the
@@ -86,7 +86,7 @@ def low_rank_code(covariance: Tensor, metric: Tensor, mean: Tensor, rank: int, r
 
 
 def low_rank_code_of_samples(samples: Tensor, probes: Tensor, mean: Tensor, rank: int, ridge: float = RIDGE) -> Code:
-    """Return the `low_rank_code` for the covariance `samples^T samples` and the metric `probes^T probes`.
+    """The `low_rank_code` for the covariance `samples^T samples` and the metric `probes^T probes`.
 
     For X = `samples` `[m, n]` and P = `probes` `[k, n]` with m and k below n, it needs no n x n matrix and no root of
     the metric G = P^T P + its ridge. With U, E the leading eigenpairs of `X G X^T`, the columns of `X^T U E^-1/2` are
@@ -142,7 +142,7 @@ def _upper_gram(x: Tensor) -> Tensor:
 
 
 def low_rank_factor(factor: Tensor, mean: Tensor, rank: int) -> Code:
-    """Return the `low_rank_code` for the covariance `factor^T factor`, `factor` `[m, n]`, in the identity metric.
+    """The `low_rank_code` for the covariance `factor^T factor`, `factor` `[m, n]`, in the identity metric.
 
     The eigenvectors are those of the smaller of the two Gram matrices. Raises ValueError if `rank` exceeds n.
     """
@@ -167,12 +167,12 @@ def _ridge(g: Tensor, share: float = RIDGE) -> float:
 
 
 def _with_ridge(g: Tensor, added: float) -> Tensor:
-    """Return a copy of G with `added` on its diagonal; no identity matrix is built, because G may be large."""
+    """A copy of G with `added` on its diagonal; no identity matrix is built, because G may be large."""
     ridged = g.clone()
     ridged.diagonal().add_(added)
     return ridged
 
 
 def _spread(energy: Tensor) -> Tensor:
-    """Return the standard deviation of each latent, at least a small positive number."""
+    """The standard deviation of each latent, at least a small positive number."""
     return energy.clamp_min(float(energy[0].clamp_min(1e-30)) * 1e-8).sqrt()

@@ -44,7 +44,7 @@ class LayerInit:
     curve: list[tuple[int, float]] | None = None
 
     def truncated(self, rank: int) -> LayerInit:
-        """Return the same fit with only the first `rank` numbers of the latent, the most important ones."""
+        """The same fit with only the first `rank` numbers of the latent, the most important ones."""
         tensors = dict(self.tensors)
         for name in ("kv_a_proj.weight", "kv_a_proj.bias"):
             tensors[name] = tensors[name][:rank].contiguous()
@@ -77,7 +77,7 @@ def read_layer(
     config: ConvertConfig,
     generator: torch.Generator,
 ) -> LayerReading:
-    """Return what `initialize_layers` needs of `layer`, whose weights may then be freed.
+    """What `initialize_layers` needs of `layer`, whose weights may then be freed.
 
     `axes` is the axis of each rotary pair. `sample` is needed only for `init: activation`. Raises ValueError for a
     rotary key larger than the layer has.
@@ -101,7 +101,7 @@ def read_layer(
 def initialize_layers(
     readings: Sequence[LayerReading], config: ConvertConfig, rank: int, device: torch.device | str = "cpu"
 ) -> list[LayerInit]:
-    """Return the new parameters of layers that share a latent of `rank` numbers (often a single layer).
+    """The new parameters of layers that share a latent of `rank` numbers (often a single layer).
 
     One code is fitted to the targets of all these layers, in the metric of their summed errors. Each layer gets its
     columns of the encoder and its rows of the decoder. The code is computed on `device`, or on the CPU if `device`
@@ -181,7 +181,7 @@ def _fit_read(read: Read, rank: int, device: torch.device, ridge: float) -> Code
 
 
 def _weights(layer: DenseSelfAttention) -> tuple[Tensor, Tensor]:
-    """Return `[k; v]` as a linear map of the input, `[2I, C]` and `[2I]`, with QK-norm at its mean scale.
+    """`[k; v]` as a linear map of the input, `[2I, C]` and `[2I]`, with QK-norm at its mean scale.
 
     The mean scale assumes that the input, a modulated LayerNorm, is white with unit variance.
     """

@@ -37,7 +37,7 @@ class Shelf(Protocol):
     def __contains__(self, layer: object) -> bool: ...
 
     def get(self, layer: int) -> LayerInit:
-        """Return the fit of a layer."""
+        """The fit of a layer."""
         ...
 
     def put(self, layer: int, dense: Mapping[str, Tensor], plan: LayerInit) -> None:
@@ -63,12 +63,12 @@ class Plans:
 
 
 def ranks_of(blocks: Blocks, config: ConvertConfig) -> Ranks:
-    """Return the `planned_ranks` of a model's `blocks`. Raises UsageError for ranks that the model cannot have."""
+    """The `planned_ranks` of a model's `blocks`. Raises UsageError for ranks that the model cannot have."""
     return planned_ranks(_geometry(blocks), blocks.model.rotary_table().axes, config)
 
 
 def final_ranks(blocks: Blocks, config: ConvertConfig, plans: Iterable[LayerInit]) -> list[int]:
-    """Return the rank of every layer in the converted model. Raises UsageError if no ranks meet the budget."""
+    """The rank of every layer in the converted model. Raises UsageError if no ranks meet the budget."""
     if config.budget is None:
         return config.ranks(len(blocks))
     curves = [plan.curve for plan in plans]
@@ -213,7 +213,7 @@ class _Layers(Visitor):
         self._report("convert", sum(i in self.shelf for i in range(len(self.ranks))), len(self.ranks))
 
     def _curve(self, dense: list[Any], plans: list[LayerInit], traces: list[list[Trace]]) -> Curve:
-        """Return the error curve of one latent, as a relative rise of the teacher's loss at each candidate rank."""
+        """The error curve of one latent, as a relative rise of the teacher's loss at each candidate rank."""
 
         def truncated(rank: int) -> list[nn.Module]:
             pairs = zip(dense, plans, strict=True)

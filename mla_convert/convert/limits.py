@@ -19,7 +19,7 @@ class Ranks(NamedTuple):
 
 
 def planned_ranks(geometry: AttentionGeometry, axes: tuple[int, ...], config: ConvertConfig) -> Ranks:
-    """Return the rank at which each layer is fitted: its `kv_lora_rank`, or the largest that a budget may choose.
+    """The rank at which each layer is fitted: its `kv_lora_rank`, or the largest that a budget may choose.
 
     `axes` is the axis of each rotary pair. Raises UsageError for a rank or group size that the model cannot have.
     """

@@ -48,12 +48,12 @@ class PartFiles:
         return isinstance(layer, int) and self._path(layer).is_file()
 
     def get(self, layer: int) -> LayerInit:
-        """Return a layer's fit, with tensors in the dtype of the model."""
+        """A layer's fit, with tensors in the dtype of the model."""
         with safe_open(self._path(layer), framework="pt") as opened:
             return _plan(opened.metadata(), lambda name: opened.get_tensor(_full_name(layer, name)).clone())
 
     def outline(self, layer: int) -> LayerInit:
-        """Return a layer's fit without its tensors."""
+        """A layer's fit without its tensors."""
         with safe_open(self._path(layer), framework="pt") as opened:
             return _outline(opened.metadata())
 
@@ -82,7 +82,7 @@ class PartFiles:
         self._write(None, tensors, {})
 
     def tensors(self, layers: int) -> LazyTensors:
-        """Return all tensors of a model with this number of layers, whose part files must all exist."""
+        """All tensors of a model with this number of layers, whose part files must all exist."""
         return LazyTensors.from_files([self._path(layer) for layer in (None, *range(layers))])
 
     def _write(self, layer: int | None, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -98,7 +98,7 @@ def _outline(header: Mapping[str, str]) -> LayerInit:
 
 
 def _plan(header: Mapping[str, str], tensor: Callable[[str], Tensor]) -> LayerInit:
-    """Return the fit described by a header; `tensor` returns a tensor by its name in the attention."""
+    """The fit described by a header; `tensor` returns a tensor by its name in the attention."""
     plan = _outline(header)
     plan.tensors = {name: tensor(name) for name in json.loads(header[_TENSORS])}
     return plan

@@ -163,7 +163,7 @@ def _add_grads(
 
 
 def require_finite(sample: LayerSample, layer: int) -> LayerSample:
-    """Return the sample of layer number `layer`. Raises UserError for NaN or infinite activations."""
+    """The sample of layer number `layer`. Raises UserError for NaN or infinite activations."""
     for name in FIELDS:
         x = getattr(sample, name)
         if not torch.isfinite(torch.view_as_real(x) if x.is_complex() else x).all():

@@ -19,7 +19,7 @@ from .probe import LayerSample
 
 
 def rotated_pairs(position: Position, axes: tuple[int, ...]) -> list[int]:
-    """Return the rotary pairs that a shared key can hold; `axes` is the axis of each pair."""
+    """The rotary pairs that a shared key can hold; `axes` is the axis of each pair."""
     return [pair for pair, axis in enumerate(axes) if position != "baked" or axis == TIME]
 
 
@@ -45,12 +45,12 @@ class SharedKey(NamedTuple):
 
 
 def complex_pairs(x: Tensor) -> Tensor:
-    """Return real `[..., 2P]` as complex128 `[..., P]`."""
+    """Real `[..., 2P]` as complex128 `[..., P]`."""
     return torch.view_as_complex(x.double().contiguous().unflatten(-1, (-1, 2)))
 
 
 def mean_rotation(sample: LayerSample) -> Tensor:
-    """Return rho, the share of each head's key that remains useful when a pair is not rotated, complex128 `[H, P]`.
+    """Rho, the share of each head's key that remains useful when a pair is not rotated, complex128 `[H, P]`.
 
     It minimizes the error of reading `rho k` with unrotated queries instead of k with rotated ones. It is near 1 for
     slow pairs and near 0 for fast ones.
@@ -93,13 +93,13 @@ def shared_keys(sample: LayerSample, count: int, candidates: list[int], residual
 
 
 def mean_keys(pairs: list[int], heads: int) -> SharedKey:
-    """Return the mean over heads as the shared key of each pair, as DeepSeek-style conversions start."""
+    """The mean over heads as the shared key of each pair, as DeepSeek-style conversions start."""
     ones = torch.ones(len(pairs), heads, dtype=torch.complex128)
     return SharedKey(list(pairs), ones / heads, ones)
 
 
 def fastest_pairs(axes: tuple[int, ...], count: int) -> list[int]:
-    """Return `count` pairs, taking the highest frequencies of each axis in turn (VideoMLA: (6, 5, 5) for 16)."""
+    """`count` pairs, taking the highest frequencies of each axis in turn (VideoMLA: (6, 5, 5) for 16)."""
     by_axis = [[pair for pair, axis in enumerate(axes) if axis == which] for which in sorted(set(axes))]
     rounds = [pair for place in range(len(axes)) for axis in by_axis for pair in axis[place : place + 1]]
     return sorted(rounds[:count])

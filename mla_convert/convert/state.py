@@ -20,7 +20,7 @@ _QUERY = ("to_q.weight", "to_q.bias")
 
 
 def mla_config(config: ConvertConfig, ranks: Sequence[int], plans: Iterable[LayerInit], head_dim: int) -> MLAConfig:
-    """Return the `mla` section of a model whose layers were fitted as `plans`."""
+    """The `mla` section of a model whose layers were fitted as `plans`."""
     planned = list(plans)
     return MLAConfig(
         position=config.position,

@@ -52,7 +52,7 @@ class TensorStore:
         return key in self._held or (self.folder is not None and self._path(str(key)).exists())
 
     def pop(self, key: str) -> Tensor:
-        """Return a tensor and remove it from the store."""
+        """Remove a tensor from the store and return it."""
         tensor = self[key]
         self._forget(key)
         return tensor

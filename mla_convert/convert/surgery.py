@@ -29,7 +29,7 @@ def convert_model(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> LatentTransformer:
-    """Return the latent form of `dense`, an instance of `family.dense_class`, in its dtype and on its device.
+    """The latent form of `dense`, an instance of `family.dense_class`, in its dtype and on its device.
 
     `init: activation` needs `batches`. `progress` is called with (phase, done, total).
     Raises UsageError for ranks and shapes that the model cannot have.

@@ -37,7 +37,7 @@ class Target:
     derived: bool
 
     def rest(self, key: Tensor) -> Tensor:
-        """Return the pairs of keys `[T, H, D]` as complex128 `[T, H, P]`.
+        """The pairs of keys `[T, H, D]` as complex128 `[T, H, P]`.
 
         If the latent restores the residual, what the shared key restores is subtracted.
         """
@@ -50,11 +50,11 @@ class Target:
         return pairs
 
     def nope(self, key: Tensor) -> Tensor:
-        """Return what the unrotated channels restore, `[T, n]`."""
+        """What the unrotated channels restore, `[T, n]`."""
         return torch.view_as_real((self.rest(key) * self.rho)[:, :, self.nope_pairs]).flatten(1)
 
     def kappa(self, key: Tensor) -> Tensor:
-        """Return the shared rotary key, complex128 `[T, R]`."""
+        """The shared rotary key, complex128 `[T, R]`."""
         assert self.shared is not None
         return torch.einsum("thj,jh->tj", complex_pairs(key)[:, :, self.shared.pairs], self.shared.encoder)
 
@@ -65,12 +65,12 @@ class Target:
         return torch.cat([*parts, value.double().flatten(1)], dim=1)
 
     def size(self, heads: int, head_dim: int) -> int:
-        """Return the size of the target, in numbers per token."""
+        """The size of the target, in numbers per token."""
         shared = 2 * len(self.shared.pairs) if self.derived and self.shared is not None else 0
         return 2 * heads * len(self.nope_pairs) + shared + heads * head_dim
 
     def probes(self, sample: LayerSample) -> Tensor:
-        """Return each token's K probes as gradients with respect to its target, `[T * K, n]`."""
+        """Each token's K probes as gradients with respect to its target, `[T * K, n]`."""
         parts = [torch.view_as_real(complex_pairs(sample.fixed_grad)[:, :, self.nope_pairs]).flatten(1)]
         if self.derived:
             assert self.shared is not None
@@ -84,12 +84,12 @@ Read = Sequence[tuple[Target, LayerSample]]
 
 
 def size(layers: Read) -> int:
-    """Return n, how many numbers per token a latent has to restore."""
+    """How many numbers per token a latent has to restore."""
     return sum(target.size(*sample.key.shape[1:]) for target, sample in layers)
 
 
 def moments(layers: Read, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-    """Return covariance `[n, n]`, mean `[n]` and metric `[n, n]` of what a latent restores, float64 on `device`.
+    """Covariance `[n, n]`, mean `[n]` and metric `[n, n]` of what a latent restores, float64 on `device`.
 
     Tokens that the output depends on count more, because they are not like the others: a token's weight is 1 plus the
     mean square of its probes divided by that of all tokens.
@@ -114,7 +114,7 @@ def tokens(layers: Read) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def factors(layers: Read, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the `moments` as factors: X, mean and G, where `X^T X` is the covariance and `G^T G` the metric.
+    """The `moments` as factors: X, mean and G, where `X^T X` is the covariance and `G^T G` the metric.
 
     X is `[T, n]`, the mean `[n]` and G `[T * K, n]`, all float64 on `device`.
     """
@@ -136,7 +136,7 @@ def factors(layers: Read, device: torch.device) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _numbers(layers: Read) -> Tensor:
-    """Return the numbers that a latent has to restore for each token, `[T, n]`."""
+    """The numbers that a latent has to restore for each token, `[T, n]`."""
     return _concatenated([target(sample.key, sample.value) for target, sample in layers])
 
 
@@ -166,7 +166,7 @@ def as_read(sample: LayerSample, config: ConvertConfig) -> tuple[LayerSample, Te
 def layout_target(
     layer: DenseSelfAttention, sample: LayerSample | None, axes: tuple[int, ...], config: ConvertConfig
 ) -> Target:
-    """Return the target of the layout; its shared rotary key is fitted to `sample` (transformed by `as_read`) if any.
+    """The target of the layout; its shared rotary key is fitted to `sample` (transformed by `as_read`) if any.
 
     `axes` is the axis of each rotary pair. Raises ValueError for a rotary key larger than the layer has.
     """

@@ -25,7 +25,7 @@ class Judge:
         self.config, self.watch, self.checkpoints, self.main = config, watch, checkpoints, main
 
     def training(self, step: int, network: str, loss: float, grad_norm: float | None) -> Row:
-        """Return the entries of the step's row about a spike; `skipped` is set if the step must not be taken.
+        """The entries of the step's row about a spike; `skipped` is set if the step must not be taken.
 
         `network` is the name of the one that is trained. The norm is None after an fp16 overflow.
         """

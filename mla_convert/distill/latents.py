@@ -211,7 +211,7 @@ class LatentShards:
         check_shapes(wanted, shapes[f"{LATENT}_shape"], self._condition_shapes, place, KIND_NOTE in shard.notes)
 
     def read(self, index: int) -> dict[str, Tensor]:
-        """Return clip `index`: normalized `latents` `[C, F, H, W]`, `encoder_hidden_states` `[L, D]` and conditions.
+        """Clip `index`: normalized `latents` `[C, F, H, W]`, `encoder_hidden_states` `[L, D]` and conditions.
 
         All tensors are float32. Conditions are keyed by the model's argument names: `image_latents`
         `[4 + C, F, H, W]` with the mask, and `encoder_hidden_states_image` `[L, D]`.

@@ -115,16 +115,16 @@ class Learner:
         return with_weights(student, self.average.weights)
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Return `function(models, *arguments)`, run as losses are: in the wrapped module, under its autocast."""
+        """`function(models, *arguments)`, run as losses are: in the wrapped module, under its autocast."""
         return self.module(function, *arguments)
 
     @torch.no_grad()
     def measure(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Return `call` without gradients; every process must take part."""
+        """`call` without gradients; every process must take part."""
         return self.call(function, *arguments)
 
     def measure_final(self, function: Callable[[Any], Any]) -> Any:
-        """Return `function(network)`, as `measure` does, with the weights that `finish` would leave."""
+        """`function(network)`, as `measure` does, with the weights that `finish` would leave."""
         with contextlib.nullcontext() if self.average is None else self.average.in_place():
             return self.measure(lambda models: function(models[self.name]))
 

@@ -34,7 +34,7 @@ class Scale(NamedTuple):
     std: tuple[float, ...]
 
     def standardize(self, latents: Tensor) -> Tensor:
-        """Return `(latents - mean) / std` for latents `[C, F, H, W]`, float32."""
+        """`(latents - mean) / std` for latents `[C, F, H, W]`, float32."""
         mean, std = (torch.tensor(part).view(-1, 1, 1, 1) for part in self)
         return (latents - mean) / std
 
@@ -85,7 +85,7 @@ def scale_of(notes: Mapping[str, str], channels: int, where: str) -> Scale:
 
 
 def evidence_of_raw(clips: Iterable[Tensor], scale: Scale) -> float:
-    """Return the log-likelihood ratio of raw to normalized latents for clips `[C, F, H, W]`; positive favors raw.
+    """The log-likelihood ratio of raw to normalized latents for clips `[C, F, H, W]`; positive favors raw.
 
     A small data set has its own statistics, and high contrast alone is no evidence. The ratio therefore uses the
     pattern over channels: their standard deviations without a common factor, and their means in standard deviations.

@@ -47,7 +47,7 @@ class NoisedClips(NamedTuple):
             yield self._each(operator.itemgetter(slice(start, start + size)))
 
     def to(self, device: torch.device | str) -> NoisedClips:
-        """Return these clips on `device`."""
+        """These clips on `device`."""
         return self._each(operator.methodcaller("to", device))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> NoisedClips:
@@ -71,7 +71,7 @@ def noised_clips(
     flow_map: bool = False,
     conditions: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> NoisedClips:
-    """Return `copies` noisy versions of each clip in `latents` `[B, C, F, H, W]`, `text` `[B, L, D]`, `conditions`.
+    """`copies` noisy versions of each clip in `latents` `[B, C, F, H, W]`, `text` `[B, L, D]`, `conditions`.
 
     `shift` warps the noise levels, which all lie in `noise_range`; with `levels`, they are drawn from that list.
     Without `clean_history`, every chunk sees the noisy history of its own copy. With `context_noise`, half of the
@@ -96,7 +96,7 @@ def noised_clips(
 
 
 def predict_velocity(model: Any, clips: NoisedClips) -> Tensor:
-    """Return the velocity `[B, C, F, H, W]`, float32, of a causal model; inputs are cast to the model's dtype."""
+    """The velocity `[B, C, F, H, W]`, float32, of a causal model; inputs are cast to the model's dtype."""
     dtype = model.dtype
     given = placed([clips.conditions], clips.x_t.device, dtype)
     if clips.context is not None and clips.t_context is not None:
@@ -119,7 +119,7 @@ def teacher_forcing_loss(
     shift: float = 1.0,
     context_noise: float = 0.0,
 ) -> Tensor:
-    """Return the mean squared velocity error of `copies` noisy versions of each clip, given its clean history.
+    """The mean squared velocity error of `copies` noisy versions of each clip, given its clean history.
 
     Noise levels lie in the model's `noise_range`. A flow map is evaluated at r = t.
     """
@@ -172,7 +172,7 @@ def flow_loss(
     forward_size: int | None = None,
     levels: Sequence[float] | None = None,
 ) -> float:
-    """Return the teacher-forcing loss on `clips`, with noise from `seed`, so that models are comparable.
+    """The teacher-forcing loss on `clips`, with noise from `seed`, so that models are comparable.
 
     `clips` holds `latents` `[N, C, F, H, W]`, `encoder_hidden_states` `[N, L, D]` and the model's other conditions.
     The loss depends on `batch_size` through the order of the draws. Noise levels are all of the model's, or

@@ -33,7 +33,7 @@ def self_rollout(
     gradient_from: int = 0,
     conditions: Given | None = None,
 ) -> Tensor:
-    """Return a video `[B, C, F, H, W]`, float32, that `model` makes for `text` `[B, L, D]`; `size` is (F, H, W).
+    """A video `[B, C, F, H, W]`, float32, that `model` makes for `text` `[B, L, D]`; `size` is (F, H, W).
 
     Every chunk takes the steps of `sampler` along the falling `times` (the last is 0), up to step number `exit_step`,
     counted from 0. The clean chunk is predicted from the velocity of that step. Only that step

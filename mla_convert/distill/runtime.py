@@ -58,7 +58,7 @@ class StageModule(nn.Module):
         return names
 
     def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Return `function(models, *arguments)`, with the models by name."""
+        """`function(models, *arguments)`, with the models by name."""
         with self.precision():
             return function({**self.others, self.name: self.network}, *arguments)
 

@@ -32,7 +32,7 @@ _RETRY_AFTER = (0.2, 2.0)
 
 
 def read_from(path: Path, read: Callable[[pq.ParquetFile], Result]) -> Result:
-    """Return `read(shard)` for the shard at `path`, which stays open for later calls.
+    """`read(shard)` for the shard at `path`, which stays open for later calls.
 
     EIO and ESTALE are tried again twice, with the file opened anew. Other errors, of `Unreadable`, propagate.
     """
@@ -50,7 +50,7 @@ def read_once(path: Path, read: Callable[[pq.ParquetFile], Result]) -> Result:
 
 
 def patiently(attempt: Callable[[], Result], forget: Callable[[], None] = lambda: None) -> Result:
-    """Return `attempt()`; EIO and ESTALE are tried again twice, each time after `forget()`."""
+    """`attempt()`; EIO and ESTALE are tried again twice, each time after `forget()`."""
     for seconds in _RETRY_AFTER:
         try:
             return attempt()

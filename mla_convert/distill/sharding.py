@@ -183,7 +183,7 @@ def _state(module: nn.Module, optimizer: Any, average: dict[str, Tensor] | None)
 
 
 def from_main(value: Any) -> Any:
-    """Return the first process's `value` in every process."""
+    """The first process's `value` in every process."""
     if not dist.is_initialized():
         return value
     values = [value]

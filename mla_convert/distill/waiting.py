@@ -102,7 +102,7 @@ class Notices:
             wait_until(ended)
 
     def wait(self, what: str) -> str:
-        """Return the content of `what` once it is told. Raises UserError if a process failed or the first is gone."""
+        """The content of `what` once it is told. Raises UserError if a process failed or the first is gone."""
         store = _store()
         assert store is not None
 
@@ -117,7 +117,7 @@ class Notices:
             raise _ended() from None
 
     def led(self, what: str, main: bool, action: Callable[[], Result]) -> Result | None:
-        """Return `action()` in the first process, `main`; the others return None once it is through.
+        """`action()` in the first process, `main`; the others return None once it is through.
 
         What may fail in the first process alone is done so ahead of a collective, in which the others would wait for
         an hour. All processes call this in the same order. Raises UserError as `wait` does.

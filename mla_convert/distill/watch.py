@@ -23,7 +23,7 @@ class Watch:
         self.stale = 0
 
     def spike_of(self, network: str, loss: float) -> float | None:
-        """Return `loss` divided by the running median if it is a spike, else None; record it either way.
+        """`loss` divided by the running median if it is a spike, else None; it is recorded either way.
 
         A loss that stays high becomes the median, so that `skip` cannot skip forever.
         """
@@ -61,7 +61,7 @@ class Watch:
 
 @torch.no_grad()
 def relative_distance(weights: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> float:
-    """Return `|w - w'| / |w|`, the Euclidean norm over all tensors; they may be sharded, all in the same way."""
+    """`|w - w'| / |w|`, the Euclidean norm over all tensors; they may be sharded, all in the same way."""
     parts = [(own_part(weight), own_part(others[name])) for name, weight in weights.items()]
     # One difference at a time, because all together would be a third copy of the weights.
     norms = [torch.stack([torch.linalg.vector_norm(x) for x in (weight - other, weight)]) for weight, other in parts]

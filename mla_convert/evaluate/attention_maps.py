@@ -69,7 +69,7 @@ def head_logits(
 
 
 def divergence(teacher: Tensor, student: Tensor, history: int) -> Tensor:
-    """Return five measures by head, summed over clips and queries, float64 `[5, H]`, from logits `[B, H, Q, K]`.
+    """Five measures by head, summed over clips and queries, float64 `[5, H]`, from logits `[B, H, Q, K]`.
 
     They stay on the device of the logits. They are the total variation `1/2 sum |p - q|`; the Kullback-Leibler
     divergence `sum p log(p / q)` in nats; the mean square over keys of the logit difference minus its mean (a constant

@@ -220,7 +220,7 @@ class _Passes:
             return self.layer.attention(self.hidden_states, step.of(self.layer, self.hidden_states))
 
     def timed(self, steps: int) -> dict[str, float]:
-        """Return the milliseconds of each of PARTS, for a chunk of `steps` steps."""
+        """The milliseconds of each of PARTS, for a chunk of `steps` steps."""
         self.cache.expanded.forget()
         first = _timed(self.run, self.device)
         later = _timed(self.run, self.device) if self.keeps else first
@@ -235,14 +235,14 @@ def _table(geometry: StreamGeometry, device: torch.device) -> RotaryTable:
 
 
 def _width(tokens: int) -> int:
-    """Return the divisor of `tokens` closest to its square root; the grid's shape does not affect the time."""
+    """The divisor of `tokens` closest to its square root; the grid's shape does not affect the time."""
     return min(
         (side for side in range(1, tokens + 1) if tokens % side == 0), key=lambda side: abs(side * side - tokens)
     )
 
 
 def _timed(run: Callable[[], Any], device: torch.device) -> float:
-    """Return the milliseconds of one call."""
+    """The milliseconds of one call."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = time.perf_counter()
@@ -253,7 +253,7 @@ def _timed(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def _ratio(found: dict[str, dict[str, float]], over: str) -> float:
-    """Return a variant's median time divided by that of latent attention."""
+    """A variant's median time divided by that of latent attention."""
     return found[over]["median_ms"] / found[LATENT]["median_ms"]
 
 
@@ -262,7 +262,7 @@ def _summary(times: list[float]) -> dict[str, float]:
 
 
 def _place(config: BenchConfig) -> tuple[torch.device, torch.dtype]:
-    """Return the device and dtype to compute in. Raises UsageError for a missing device."""
+    """The device and dtype to compute in. Raises UsageError for a missing device."""
     device = default_device() if config.device is None else _device(config.device)
     # Streamed models compute in 16 bits on a GPU; in float32 no kernel would run.
     usual = "float32" if device.type == "cpu" else "float16" if lacks_bfloat16(device) else "bfloat16"
@@ -270,7 +270,7 @@ def _place(config: BenchConfig) -> tuple[torch.device, torch.dtype]:
 
 
 def _device(name: str) -> torch.device:
-    """Return the device called `name`, the CPU or a GPU of this machine. Raises UsageError."""
+    """The device called `name`, the CPU or a GPU of this machine. Raises UsageError."""
     try:
         device = torch.device(name)
     except RuntimeError:

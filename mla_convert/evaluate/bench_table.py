@@ -16,7 +16,7 @@ _PASSES = {FIRST: "first pass", LATER: "later pass", WRITE: "pass that writes", 
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """Return one line on the cost of latent attention relative to dense attention while streaming."""
+    """One line on the cost of latent attention relative to dense attention while streaming."""
     time, memory = 1 / result[f"ratio_{STREAMED}"], result["ratio_cache"]
     speed = f"{time:.2f}x the time of dense attention" if time >= 1 else f"{1 / time:.2f}x as fast as dense attention"
     times, word = factor(memory, "less", "more")
@@ -24,7 +24,7 @@ def verdict(result: dict[str, Any]) -> str:
 
 
 def bench_table(result: dict[str, Any]) -> Table:
-    """Return the result as a table, one column per variant; times are milliseconds."""
+    """The result as a table, one column per variant; times are milliseconds."""
     table = Table(
         title=f"{result['model']}: one layer, {result['queries']:,} queries, {result['keys']:,} keys in the window, "
         f"{result['dtype']}, {result['device']}",

@@ -31,7 +31,7 @@ class Run:
 
 
 def render_comparison(runs: Sequence[Run]) -> str:
-    """Return the HTML page of two to `MAX_RUNS` runs; missing data is left out. Equal input gives equal text."""
+    """The HTML page of two to `MAX_RUNS` runs; missing data is left out. Equal input gives equal text."""
     reports = [run.report for run in runs]
     benches = [report.get("digits_bench") for report in reports]
     return render_page(
@@ -72,7 +72,7 @@ def _verdict(runs: Sequence[Run]) -> str:
 
 
 def _samples(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return the prompts that at least two runs sampled, with videos and film strips of the teacher and each run."""
+    """The prompts that at least two runs sampled, with videos and film strips of the teacher and each run."""
     prompts = list(dict.fromkeys(sample.prompt for run in runs for sample in run.samples))
     found = []
     for prompt in prompts:
@@ -106,7 +106,7 @@ def _samples(runs: Sequence[Run]) -> list[dict[str, Any]]:
 def _charts(
     reports: Sequence[Mapping[str, Any]], benches: Sequence[Mapping[str, Any] | None]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return the charts by section: `{"distillation": [{title, note, svg}], ...}`."""
+    """The charts by section: `{"distillation": [{title, note, svg}], ...}`."""
     charts: dict[str, list[dict[str, Any]]] = {"distillation": [], "error": [], "bench": []}
 
     def add(section: str, title: str, note: str, svg: str) -> None:

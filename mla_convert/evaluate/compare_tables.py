@@ -38,7 +38,7 @@ class Row(NamedTuple):
 
 
 def scalars(reports: Sequence[Report]) -> list[dict[str, Any]]:
-    """Return rows with `name`, `teacher` and one cell per run: `value`, `change` from the first run, `best`.
+    """Rows with `name`, `teacher` and one cell per run: `value`, `change` from the first run, `best`.
 
     The teacher's value is that of the first run that has one. A row without any value is left out. No held-out loss is
     best where the teacher's differs.
@@ -136,13 +136,13 @@ def _points(old: float, new: float) -> str:
 
 
 def _steps(report: Report) -> float | None:
-    """Return the training steps of all stages together."""
+    """The training steps of all stages together."""
     steps, _, _ = curve_of(report.get("curves") or [], "step")
     return steps[-1] if steps else None
 
 
 def _try(read: Callable[[Report], Any], report: Report) -> Any:
-    """Return `read(report)`, or None if the report lacks the value."""
+    """`read(report)`, or None if the report lacks the value."""
     try:
         return read(report)
     except (KeyError, TypeError, ValueError):
@@ -156,7 +156,7 @@ def _change(row: Row, first: Any, value: Any) -> str:
 
 
 def bench_tables(benches: Sequence[Mapping[str, Any] | None]) -> list[dict[str, Any]]:
-    """Return one table per length that any run has: `title`, and `rows` of cells for real, teacher and each run.
+    """One table per length that any run has: `title`, and `rows` of cells for real, teacher and each run.
 
     A cell is `apart` if its 95 % interval does not overlap that of the first run.
     """
@@ -192,7 +192,7 @@ def _apart(first: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> 
 
 
 def differences(reports: Sequence[Report]) -> list[dict[str, Any]]:
-    """Return the keys in which the recipes differ, with one value per run; empty if a run has no recipe.
+    """The keys in which the recipes differ, with one value per run; empty if a run has no recipe.
 
     Raises UserError for a recipe with aliases, which a few lines can make endless.
     """
@@ -231,7 +231,7 @@ def _same_teacher_loss(reports: Sequence[Report]) -> bool:
 
 
 def warnings(reports: Sequence[Report]) -> list[str]:
-    """Return the reasons why some numbers are not comparable, one sentence each."""
+    """The reasons why some numbers are not comparable, one sentence each."""
     found = []
     sources = [report.get("source") for report in reports]
     if len(set(map(str, sources))) > 1:

@@ -25,14 +25,14 @@ REFERENCE_DRAWS = 4
 
 
 def factors(config: EvaluateConfig) -> list[int]:
-    """Return the rollout lengths as multiples of the training length, ascending from 1."""
+    """The rollout lengths as multiples of the training length, ascending from 1."""
     return sorted({1, *config.factors, *([config.long_factor] if config.long_factor else [])})
 
 
 def digits_bench(
     models: Mapping[str, StreamingModel], config: EvaluateConfig, report: Callable[[str, int, int], None]
 ) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
-    """Return the metrics of the models and of real videos, and the accuracy at the last frame by model and length.
+    """The metrics of the models and of real videos, and the accuracy at the last frame by model and length.
 
     `lengths` has, by length (`1x`, `8x`, ...), source and metric, the `mean` over videos and the `low` and `high` end
     of its 95 % interval; `drift` has the same for the end minus the beginning. The Fréchet distance is measured to a
@@ -81,7 +81,7 @@ def real_videos(prompts: Sequence[Prompt], num_frames: int, seed: int) -> Tensor
 
 
 def _measured(videos: Mapping[str, Tensor], prompts: Sequence[Prompt], frames: int, seed: int) -> dict[str, Any]:
-    """Return the metrics of the first `frames` frames of every source."""
+    """The metrics of the first `frames` frames of every source."""
     found: dict[str, Any] = {}
     reference = _feature_set(real_videos([*all_prompts("heldout")] * REFERENCE_DRAWS, frames, seed + 1))
     for name, video in videos.items():

@@ -28,7 +28,7 @@ ROUNDING = 1e-9
 
 
 def tables(bench: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return one table per length: `title`, and `rows` with a `name` and one cell (`cell`) for each of SOURCES."""
+    """One table per length: `title`, and `rows` with a `name` and one cell (`cell`) for each of SOURCES."""
     found = []
     for length in sorted(bench["lengths"], key=times_training):
         by_source = bench["lengths"][length]
@@ -83,7 +83,7 @@ def recognition_axes(ax: Axes, clip_frames: int, frames: int) -> None:
 
 
 def cell(value: Mapping[str, float | None] | None, kind: str) -> dict[str, str]:
-    """Return a table cell: `mean`, and `range`, its 95 % interval, or "" without one."""
+    """A table cell: `mean`, and `range`, its 95 % interval, or "" without one."""
     if value is None or value["mean"] is None:
         return {"mean": DASH, "range": ""}
     mean = _text(value["mean"], kind)

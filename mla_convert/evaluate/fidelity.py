@@ -128,7 +128,7 @@ def evaluate(
 
 
 def memory(student: LatentTransformer, teacher: CausalTransformer, height: int, width: int) -> dict[str, Any]:
-    """Return the cache sizes of one stream of latents of `height x width`, as allocated, and the `layout`.
+    """The cache sizes of one stream of latents of `height x width`, as allocated, and the `layout`.
 
     Keys: `dense_scalars_per_token`, `latent_scalars_per_token`, `reduction`, `dense_cache_bytes`,
     `latent_cache_bytes` and `layout`.

@@ -32,7 +32,7 @@ def map_chart(layers: Sequence[Mapping[str, Any]]) -> str:
 
 
 def worst_heads(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Return the heads with the largest total variation: `name`, `variation`, `kl`, `logit` and `history`."""
+    """The heads with the largest total variation: `name`, `variation`, `kl`, `logit` and `history`."""
     found = [
         (value, number, head)
         for number, layer in enumerate(layers)
@@ -56,7 +56,7 @@ def worst_heads(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 
 
 def worst_clips(by_clip: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a `note` on all clips, and the worst `clips`: `name`, `error`, `increase`, `pictures` (may be None)."""
+    """A `note` on all clips, and the worst `clips`: `name`, `error`, `increase`, `pictures` (may be None)."""
     clips = [
         {
             "name": clip["prompt"] or f"clip {clip['clip']}",

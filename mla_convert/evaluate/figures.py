@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def teacher_level(curves: Sequence[Mapping[str, Any]]) -> float | None:
-    """Return the teacher's held-out loss on the clips and noise of the curves; None if no stage measured it."""
+    """The teacher's held-out loss on the clips and noise of the curves; None if no stage measured it."""
     levels = [row["teacher_heldout_loss"] for row in curves if row.get("teacher_heldout_loss") is not None]
     return levels[0] if levels else None
 
@@ -131,7 +131,7 @@ def error_by_timestep(points: Sequence[Sequence[float]]) -> str:
 
 
 def curve_of(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float], list[tuple[str, float]]]:
-    """Return the steps and values of `key` over all stages, and `(stage, first step)` of each.
+    """The steps and values of `key` over all stages, and `(stage, first step)` of each.
 
     Stages that count from their own start are placed end to end. A step that does not increase starts a new stage.
     """

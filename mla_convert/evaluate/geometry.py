@@ -46,7 +46,7 @@ class StreamGeometry(BaseModel):
     near_frames: int = 0
 
     def cached_tokens(self, frames: int) -> int:
-        """Return the number of tokens cached for a window of `frames` latent frames."""
+        """The number of tokens cached for a window of `frames` latent frames."""
         if self.far_tokens_per_frame is None:
             return frames * self.tokens_per_frame
         near = min(frames, self.near_frames)
@@ -59,7 +59,7 @@ class StreamGeometry(BaseModel):
         return self.num_attention_heads * self.attention_head_dim
 
     def seconds(self, frames: int) -> float:
-        """Return the seconds of video in `frames` latent frames."""
+        """The seconds of video in `frames` latent frames."""
         return (1 + self.temporal_compression * (frames - 1)) / self.fps if frames > 0 else 0.0
 
 
@@ -119,14 +119,14 @@ configurations in diffusers); 16x16 pixels for the digits."""
 
 
 def preset(name: str) -> Preset:
-    """Return the preset called `name`. Raises UsageError that suggests the nearest name."""
+    """The preset called `name`. Raises UsageError that suggests the nearest name."""
     if name in PRESETS:
         return PRESETS[name]
     raise UsageError(f"unknown preset {name!r}; {nearest(name, PRESETS)}")
 
 
 def gpu_memory(text: str) -> tuple[str, int]:
-    """Return label and memory in bytes of a GPU, given by name (`h100`, `A100-40`) or size (`80`, `80GB`, `79.1GiB`).
+    """Label and memory in bytes of a GPU, given by name (`h100`, `A100-40`) or size (`80`, `80GB`, `79.1GiB`).
 
     Raises UsageError for an unknown GPU.
     """
@@ -151,7 +151,7 @@ def gpu_memory(text: str) -> tuple[str, int]:
 def from_model(
     model: CausalTransformer, height: int, width: int, fps: float = 16, temporal_compression: int = 4
 ) -> tuple[StreamGeometry, list[int]]:
-    """Return the geometry of a causal model, dense or converted, and its cached scalars per token by layer.
+    """The geometry of a causal model, dense or converted, and its cached scalars per token by layer.
 
     `height` and `width` are those of the latent. Pass the second value to `plan` as `kv_lora_rank`, with
     `qk_rope_head_dim` 0. Raises UsageError for a model without a finite window.

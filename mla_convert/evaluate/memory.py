@@ -69,7 +69,7 @@ class Plan(BaseModel):
 
 
 def activation_bytes(geometry: StreamGeometry, frames: int, dtype_bytes: int) -> int:
-    """Return the working memory of one stream in a window of `frames`; the module docstring has the formula."""
+    """The working memory of one stream in a window of `frames`; the module docstring has the formula."""
     history = geometry.cached_tokens(max(frames - geometry.num_frames_per_block, 0))
     chunk = min(frames, geometry.num_frames_per_block) * geometry.tokens_per_frame
     return geometry.inner_dim * (history * (3 * dtype_bytes + 8) + chunk * 12 * dtype_bytes)
@@ -164,7 +164,7 @@ def _too_large(weights: int, total: int, gpu: str) -> list[str]:
 
 
 def plan_table(plan: Plan) -> Table:
-    """Return the plan as a table for a terminal."""
+    """The plan as a table for a terminal."""
     cache = "" if plan.cache == "auto" else f" (latents {plan.cache})"
     table = Table(
         title=f"{plan.model}: {plan.frames} frames of {plan.tokens_per_frame} tokens, {plan.dtype}{cache}, {plan.gpu}",
@@ -214,7 +214,7 @@ def _times(better: float, worse: float, word: str, opposite: str) -> str:
 def _rows(
     geometry: StreamGeometry, kv_lora_rank: int | Sequence[int], qk_rope_head_dim: int | Sequence[int]
 ) -> list[tuple[int, int]]:
-    """Return the cached scalars of latent and shared key by layer. Raises UsageError for impossible sizes."""
+    """The cached scalars of latent and shared key by layer. Raises UsageError for impossible sizes."""
     ranks, ropes = (
         [value] * geometry.num_layers if isinstance(value, int) else list(value)
         for value in (kv_lora_rank, qk_rope_head_dim)

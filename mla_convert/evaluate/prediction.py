@@ -26,13 +26,13 @@ _SHARED_KEY: dict[Position, float] = {"decoupled": 0.25, "derived": 1.5, "baked"
 
 
 def default_ranks(dense: int) -> list[int]:
-    """Return 64, 128, 192, 224 (VideoMLA's) and 256 for Wan2.1-1.3B's 3072 dense scalars, scaled to `dense`."""
+    """64, 128, 192, 224 (VideoMLA's) and 256 for Wan2.1-1.3B's 3072 dense scalars, scaled to `dense`."""
     step = 16 if dense >= 1024 else 2
     return sorted({max(1, step * round(dense * share / PAPER_SCALARS / step)) for share in (64, 128, 192, 224, 256)})
 
 
 def layout_config(position: Position, head_dim: int) -> ConvertConfig:
-    """Return the predicted layout: fitted to activations, with an exact own chunk and the usual shared key."""
+    """The predicted layout: fitted to activations, with an exact own chunk and the usual shared key."""
     channels = 2 * round(_SHARED_KEY[position] * head_dim / 2)
     if position != "rotate_on_read":
         channels = max(2, channels)
@@ -52,7 +52,7 @@ class Prediction:
     layers: int = 1
 
     def relative(self, scalars: int) -> float | None:
-        """Return the relative velocity error predicted at `scalars` cached scalars; None if no latent is left."""
+        """The relative velocity error predicted at `scalars` cached scalars; None if no latent is left."""
         rank = self.layers * (scalars - self.cached_key)
         if rank < 1:
             return None
@@ -86,7 +86,7 @@ def recommend(predicted: Mapping[str, Mapping[str, float | None]], dense: int) -
 
 
 def recommend_by_weights(spectra: Sequence[Spectrum], ranks: Sequence[int]) -> str:
-    """Return one line on the weights alone: directions that hold 99 % of the energy, and what the middle rank keeps."""
+    """One line on the weights alone: directions that hold 99 % of the energy, and what the middle rank keeps."""
     need = [spectrum.rank() for spectrum in spectra]
     rank = ranks[len(ranks) // 2]
     kept = statistics.median(spectrum.kept(rank) for spectrum in spectra)
@@ -103,7 +103,7 @@ def _percent(share: float) -> str:
 
 
 def error_curve(layers: Read, most: int | None = None) -> tuple[Tensor, Tensor]:
-    """Return the squared error `[n + 1]` of a fit with 0 to n latent channels and each channel's energy `[n]`.
+    """The squared error `[n + 1]` of a fit with 0 to n latent channels and each channel's energy `[n]`.
 
     Both are float64 in the gradients' units. n is `most`, or by default all directions of the `layers` that share the
     latent. The error is the mean square of a token's error times its gradient. This is a first-order estimate that
@@ -128,7 +128,7 @@ def error_curve(layers: Read, most: int | None = None) -> tuple[Tensor, Tensor]:
 
 
 def position_error(target: Target, sample: LayerSample) -> float:
-    """Return the error of a layout with a shared rotary key that no rank removes, in the units of `error_curve`.
+    """The error of a layout with a shared rotary key that no rank removes, in the units of `error_curve`.
 
     The unrotated channels carry the residual of the keys after the shared key (`keep_residual`), each pair times the
     factor of `mean_rotation`. Unrotated queries read them.

@@ -62,7 +62,7 @@ def write_report(folder: Path, report: Mapping[str, Any], comparisons: Sequence[
 
 
 def finite(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the report as plain JSON values; `not_finite` lists the paths of non-finite numbers, which become None."""
+    """The report as plain JSON values; `not_finite` lists the paths of non-finite numbers, which become None."""
     lost: list[str] = []
 
     def walk(value: Any, path: str) -> Any:
@@ -86,7 +86,7 @@ def finite(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def render_html(report: Mapping[str, Any], comparisons: Sequence[Comparison] = ()) -> str:
-    """Return the HTML page of a report whose numbers are finite or None."""
+    """The HTML page of a report whose numbers are finite or None."""
     return render_page(
         "report.html.j2",
         title=_title(report),
@@ -134,7 +134,7 @@ def _verdict(report: Mapping[str, Any]) -> str:
 
 
 def _tiles(report: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Return the headline numbers at the top of the page."""
+    """The headline numbers at the top of the page."""
     tiles = []
     if _has(report, "dense_cache_bytes", "latent_cache_bytes"):
         dense, latent = report["dense_cache_bytes"], report["latent_cache_bytes"]
@@ -159,7 +159,7 @@ def _tiles(report: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Return the rows of the comparison table: name, teacher, student, change."""
+    """The rows of the comparison table: name, teacher, student, change."""
     rows: list[dict[str, str]] = []
 
     def add(name: str, teacher: str, student: str, change: str = "") -> None:
@@ -191,7 +191,7 @@ def _rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _accuracies(report: Mapping[str, Any]) -> list[tuple[str, float | None, float | None]]:
-    """Return `(length, teacher, student)` accuracies from the shortest rollout to the longest."""
+    """`(length, teacher, student)` accuracies from the shortest rollout to the longest."""
     accuracy = report.get("accuracy") or {}
     teacher, student = accuracy.get("teacher") or {}, accuracy.get("student") or {}
     lengths = sorted({*teacher, *student}, key=times_training)
@@ -217,7 +217,7 @@ def _bars(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _charts(report: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Return the charts by section: `{"distillation": [{title, note, svg}], ...}`."""
+    """The charts by section: `{"distillation": [{title, note, svg}], ...}`."""
     charts: dict[str, list[dict[str, Any]]] = {"distillation": [], "memory": [], "error": [], "bench": []}
 
     def add(section: str, title: str, note: str, svg: str) -> None:

@@ -17,7 +17,7 @@ from .config import EvaluateConfig
 
 
 def chosen_prompts(count: int) -> list[Prompt]:
-    """Return `count` held-out prompts in a fixed order: digits alternate, places and directions are shuffled."""
+    """`count` held-out prompts in a fixed order: digits alternate, places and directions are shuffled."""
     pool = all_prompts("heldout")
     shuffled = [pool[i] for i in np.random.default_rng(0).permutation(len(pool))]
     by_digit = [[prompt for prompt in shuffled if prompt.digit == digit] for digit in range(10)]
@@ -26,7 +26,7 @@ def chosen_prompts(count: int) -> list[Prompt]:
 
 
 def heldout_prompts(count: int) -> tuple[Tensor, Tensor]:
-    """Return embeddings `[N, 3, 32]` and classes `[N]` of the prompts of `count` rollouts."""
+    """Embeddings `[N, 3, 32]` and classes `[N]` of the prompts of `count` rollouts."""
     chosen = chosen_prompts(count)
     return torch.stack([p.embedding() for p in chosen]), torch.tensor([p.digit for p in chosen])
 

@@ -29,7 +29,7 @@ class Comparison:
 
 
 def embed(comparison: Comparison) -> dict[str, Any]:
-    """Return both videos as one mp4 and a few frames of each as pictures, all as data URIs."""
+    """Both videos as one mp4 and a few frames of each as pictures, all as data URIs."""
     frames = comparison.teacher.shape[0]
     teacher, student = _shrunk(comparison.teacher, _VIDEO_WIDTH), _shrunk(comparison.student, _VIDEO_WIDTH)
     both = side_by_side(teacher, student, labels=None)
@@ -45,7 +45,7 @@ def embed(comparison: Comparison) -> dict[str, Any]:
 
 
 def film_strips(videos: Mapping[str, Frames]) -> dict[str, Any]:
-    """Return film strips of videos that share one shape: frame `numbers`, `strips`, `small` and aspect `ratio`.
+    """Film strips of videos that share one shape: frame `numbers`, `strips`, `small` and aspect `ratio`.
 
     Frames are evenly spaced. Long pixel art shows consecutive frames from its beginning and its end instead.
     """
@@ -72,7 +72,7 @@ def _shown_frames(frames: int, small: bool) -> list[int]:
 
 
 def embed_video(frames: Frames, fps: float) -> dict[str, Any]:
-    """Return one video as a data URI, with its `width` and `height`."""
+    """One video as a data URI, with its `width` and `height`."""
     shrunk = _shrunk(frames, _VIDEO_WIDTH)
     return {"video": _playing(shrunk, fps), "width": shrunk.shape[2], "height": shrunk.shape[1]}
 

@@ -31,7 +31,7 @@ class Spectrum:
     energy: Tensor
 
     def rank(self, level: float = LEVEL) -> int:
-        """Return the fewest directions that hold `level` of the energy; 0 if there is no energy."""
+        """The fewest directions that hold `level` of the energy; 0 if there is no energy."""
         total = self.energy.sum()
         if not total > 0:
             return 0
@@ -39,16 +39,16 @@ class Spectrum:
         return int((self.energy.cumsum(0) < (level - 1e-12) * total).sum()) + 1
 
     def kept(self, rank: int) -> float:
-        """Return the share of the energy in the first `rank` directions, 0 to 1; 1 if there is no energy."""
+        """The share of the energy in the first `rank` directions, 0 to 1; 1 if there is no energy."""
         total = self.energy.sum()
         return min(1.0, float(self.energy[:rank].sum() / total)) if total > 0 else 1.0
 
     def kept_at(self, ranks: Sequence[int]) -> dict[str, float]:
-        """Return `kept` by rank, with string keys for JSON."""
+        """`kept` by rank, with string keys for JSON."""
         return {str(rank): self.kept(rank) for rank in ranks}
 
     def effective_rank(self) -> float:
-        """Return exp of the entropy of the singular values (Roy and Vetterli, EUSIPCO 2007); 0 if all are 0."""
+        """Exp of the entropy of the singular values (Roy and Vetterli, EUSIPCO 2007); 0 if all are 0."""
         values = self.energy.sqrt()
         if not values.sum() > 0:
             return 0.0
@@ -56,7 +56,7 @@ class Spectrum:
 
 
 def gram_spectrum(*blocks: Tensor) -> Spectrum:
-    """Return the energies of the vertically stacked matrices `[n_i, m]`, from the Gram matrix of the smaller side.
+    """The energies of the vertically stacked matrices `[n_i, m]`, from the Gram matrix of the smaller side.
 
     Computed in float64, one block at a time. At 3072 x 1536, energies differ from an SVD's by 2e-14 of the largest.
     Only singular values below about 1e-7 of the largest are lost, which does not affect shares of the energy.
@@ -73,13 +73,13 @@ def gram_spectrum(*blocks: Tensor) -> Spectrum:
 
 
 def activation_spectrum(sample: LayerSample) -> Spectrum:
-    """Return the energies of the tokens' `[k; v]` `[T, 2I]` about their mean; keys are normalized and unrotated."""
+    """The energies of the tokens' `[k; v]` `[T, 2I]` about their mean; keys are normalized and unrotated."""
     tokens = torch.cat([sample.key.flatten(1), sample.value.flatten(1)], dim=1).double()
     return gram_spectrum((tokens - tokens.mean(0)) / len(tokens) ** 0.5)
 
 
 def unrotated_error(sample: LayerSample) -> tuple[Tensor, float]:
-    """Return the energy each rotary pair loses if its keys are not rotated, float64 `[P]`, and all pairs' energy.
+    """The energy each rotary pair loses if its keys are not rotated, float64 `[P]`, and all pairs' energy.
 
     The energy of one head's pair is that of its keys about their mean (a constant, which costs no cache to rotate)
     times that of their gradients. The loss is the part that the best unrotated replacement, the key times the
@@ -93,7 +93,7 @@ def unrotated_error(sample: LayerSample) -> tuple[Tensor, float]:
 
 
 def rope_pairs(lost: Tensor, axes: Sequence[int]) -> list[dict[str, Any]]:
-    """Return `{pair, axis, share}` of every pair, its share of the loss of all unrotated pairs, largest first."""
+    """`{pair, axis, share}` of every pair, its share of the loss of all unrotated pairs, largest first."""
     shares = lost / lost.sum() if lost.sum() > 0 else torch.zeros_like(lost)
     rows = [
         {"pair": pair, "axis": AXES[axis], "share": share}
@@ -117,7 +117,7 @@ class LayerSpectra:
     unrotated_share: float | None = None
 
     def row(self, ranks: Sequence[int], axes: Sequence[int]) -> dict[str, Any]:
-        """Return the numbers that `inspect --json` prints for the layer."""
+        """The numbers that `inspect --json` prints for the layer."""
         row: dict[str, Any] = {
             "directions": len(self.weights.energy),
             "effective_rank_weight": self.weights.effective_rank(),

@@ -29,7 +29,7 @@ def brief(value: Any) -> str:
 
 
 def layout_parts(layout: Mapping[str, Any]) -> list[str]:
-    """Return the layout of a report as short phrases."""
+    """The layout of a report as short phrases."""
     names = {"position": "{}", "own_chunk": "own chunk {}", "kv_lora_rank": "rank {}"}
     parts = [text.format(brief(layout[key])) for key, text in names.items() if layout.get(key) is not None]
     shared = layout.get("layers_per_latent") or 1
@@ -37,7 +37,7 @@ def layout_parts(layout: Mapping[str, Any]) -> list[str]:
 
 
 def times_training(length: str) -> float:
-    """Return the number in a length such as `8x`, to sort lengths by."""
+    """The number in a length such as `8x`, to sort lengths by."""
     return float(length.rstrip("x"))
 
 
@@ -92,7 +92,7 @@ def change_text(share: float, decimals: int) -> str:
 
 
 def factor(ratio: float, above: str, below: str) -> tuple[float, str]:
-    """Return a ratio, or its inverse if that is above 1, and the word for this direction."""
+    """A ratio, or its inverse if that is above 1, and the word for this direction."""
     return (ratio, above) if ratio >= 1 else (1 / ratio, below)
 
 

@@ -42,7 +42,7 @@ class Judge:
                 raise UserError(f"{self.checkout} is not a checkout of VBench; it has no {script}")
 
     def score(self, dimension: str, videos: Path, out: Path) -> float:
-        """Return VBench's score of the videos in a folder; `out` gets results and log. Raises UserError in one line."""
+        """VBench's score of the videos in a folder; `out` gets results and log. Raises UserError in one line."""
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
         common = ["--dimension", dimension, "--output_path", str(out)]
@@ -73,7 +73,7 @@ class Judge:
 
 
 def read_score(out: Path, dimension: str) -> float:
-    """Return a dimension's score from VBench's newest result in a folder, `{dimension: [score, details]}`."""
+    """A dimension's score from VBench's newest result in a folder, `{dimension: [score, details]}`."""
     found = sorted(out.glob(RESULTS))
     if not found:
         raise UserError(f"VBench wrote no {RESULTS} for {dimension}; see {out / LOG}")
@@ -85,7 +85,7 @@ def read_score(out: Path, dimension: str) -> float:
 
 
 def version(checkout: Path) -> str:
-    """Return the version in the checkout's setup.py, or "unknown"."""
+    """The version in the checkout's setup.py, or "unknown"."""
     try:
         found = re.search(r"version\s*=\s*['\"]([^'\"]+)", (checkout / "setup.py").read_text(encoding="utf-8"))
     except OSError:
@@ -94,7 +94,7 @@ def version(checkout: Path) -> str:
 
 
 def totals(checkout: Path, scores: Mapping[str, float]) -> dict[str, float]:
-    """Return VBench's quality, semantic and total score, with the ranges and weights of `scripts/constant.py`.
+    """VBench's quality, semantic and total score, with the ranges and weights of `scripts/constant.py`.
 
     A score with a missing dimension is left out, whereas VBench's own script counts a missing dimension as 0.
     """

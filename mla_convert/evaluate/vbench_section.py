@@ -12,7 +12,7 @@ TOTALS = {"quality": "Quality score", "semantic": "Semantic score", "total": "To
 
 
 def vbench_table(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the table of scores: column `heads`, `rows` of `name`, `cells` and `total`, and a `note` on the setup."""
+    """The table of scores: column `heads`, `rows` of `name`, `cells` and `total`, and a `note` on the setup."""
     published: Mapping[str, Mapping[str, float]] = result.get("published") or {}
     scores = {name: entry["score"] for name, entry in result["scores"].items()} | dict(result.get("totals") or {})
     names = {name: name.replace("_", " ").capitalize() for name in DIMENSIONS} | TOTALS

@@ -70,7 +70,7 @@ class Video:
 
 
 def read_suite(checkout: Path, longer: Path | None = None) -> list[Prompt]:
-    """Return all standard prompts of a checkout, each once.
+    """All standard prompts of a checkout, each once.
 
     `longer` is a file of rewritten prompts, one for each line of the checkout's `prompts/all_dimension.txt`; the model
     gets these instead of the short ones. Raises UserError in one line.
@@ -109,7 +109,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def check_dimensions(dimensions: Sequence[str]) -> tuple[str, ...]:
-    """Return the given dimensions in VBench's order, or all if none are given. Raises UsageError for an unknown one."""
+    """The given dimensions in VBench's order, or all if none are given. Raises UsageError for an unknown one."""
     if unknown := [name for name in dimensions if name not in DIMENSIONS]:
         raise UsageError(f"VBench has no dimension {unknown[0]}; it has {', '.join(DIMENSIONS)}")
     return tuple(name for name in DIMENSIONS if not dimensions or name in dimensions)
@@ -118,7 +118,7 @@ def check_dimensions(dimensions: Sequence[str]) -> tuple[str, ...]:
 def wanted_videos(
     suite: Sequence[Prompt], dimensions: Sequence[str], samples: int, long: bool, seed: int
 ) -> list[Video]:
-    """Return the videos that the dimensions need: `samples` per prompt, each with a different seed.
+    """The videos that the dimensions need: `samples` per prompt, each with a different seed.
 
     Unless `long`, prompts of temporal flickering get `FLICKERING_FACTOR` times as many. A video's seed depends only
     on its prompt, its index and `seed`, not on the other videos.

@@ -36,7 +36,7 @@ class Estimate:
 
 
 def frame_metrics(videos: Tensor, prompts: Sequence[Prompt]) -> dict[str, Array]:
-    """Return the metrics by frame, `[N, F]`, NaN where a frame has no value.
+    """The metrics by frame, `[N, F]`, NaN where a frame has no value.
 
     - `digit_accuracy`: 1 where the classifier sees the prompted class.
     - `motion_accuracy`: 1 where the brightest of the nine cells is on the prompt's path, bounces included.
@@ -72,7 +72,7 @@ def frame_metrics(videos: Tensor, prompts: Sequence[Prompt]) -> dict[str, Array]
 
 
 def located(frames: Tensor) -> NDArray[np.int64]:
-    """Return the brightest cell (row, column) `[N, F, 2]` of each frame of `[N, F, 16, 16]`."""
+    """The brightest cell (row, column) `[N, F, 2]` of each frame of `[N, F, 16, 16]`."""
     light = (frames.clamp(-1, 1) + 1).flatten(0, 1).unsqueeze(1)
     sums = F.avg_pool2d(light, DIGIT, STEP).flatten(1).argmax(-1)
     cells = torch.stack([sums // CELLS, sums % CELLS], dim=-1)
@@ -80,7 +80,7 @@ def located(frames: Tensor) -> NDArray[np.int64]:
 
 
 def centers(frames: Tensor) -> Array:
-    """Return the center of brightness (y, x) in pixels, `[N, F, 2]`; for a dark frame, the center of the frame."""
+    """The center of brightness (y, x) in pixels, `[N, F, 2]`; for a dark frame, the center of the frame."""
     light = (frames.clamp(-1, 1) + 1).double() + 1e-9
     places = torch.arange(FRAME, dtype=torch.float64)
     total = light.sum((2, 3))
@@ -90,20 +90,20 @@ def centers(frames: Tensor) -> Array:
 
 
 def turning_points(paths: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return which frames `[N, F]` are the first after a change of direction of paths `[N, F, 2]`."""
+    """Which frames `[N, F]` are the first after a change of direction of paths `[N, F, 2]`."""
     steps = np.diff(paths, axis=1)
     turned = (steps[:, 1:] != steps[:, :-1]).any(-1)
     return np.pad(turned, ((0, 0), (2, 0)))
 
 
 def features(frames: Tensor) -> Tensor:
-    """Return the classifier features `[N, F, 64]` of frames `[N, F, 16, 16]`."""
+    """The classifier features `[N, F, 64]` of frames `[N, F, 16, 16]`."""
     with torch.inference_mode():
         return load_classifier().features(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
 
 
 def consistency(found: Tensor) -> Array:
-    """Return `(cos(f_1, f_t) + cos(f_(t-1), f_t)) / 2` for t = 2 ... F, `[N, F - 1]`, of features `[N, F, 64]`."""
+    """`(cos(f_1, f_t) + cos(f_(t-1), f_t)) / 2` for t = 2 ... F, `[N, F - 1]`, of features `[N, F, 64]`."""
     unit = F.normalize(found.double(), dim=-1)
     with_first = (unit[:, 1:] * unit[:, :1]).sum(-1)
     with_last = (unit[:, 1:] * unit[:, :-1]).sum(-1)
@@ -111,14 +111,14 @@ def consistency(found: Tensor) -> Array:
 
 
 def sharpness(pixels: Tensor) -> Array:
-    """Return each frame's variance of the Laplacian, `[N, F]`, for pixels `[N, F, 16, 16]` in [0, 1]."""
+    """Each frame's variance of the Laplacian, `[N, F]`, for pixels `[N, F, 16, 16]` in [0, 1]."""
     kernel = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]]).view(1, 1, 3, 3)
     edges = F.conv2d(pixels.flatten(0, 1).unsqueeze(1), kernel)
     return edges.flatten(1).double().var(1, correction=0).view(pixels.shape[:2]).numpy()
 
 
 def frechet_distance(first: Array, second: Array) -> float:
-    """Return the squared Fréchet distance between normal distributions fitted to features `[N, C]` and `[M, C]`.
+    """The squared Fréchet distance between normal distributions fitted to features `[N, C]` and `[M, C]`.
 
     `|m_1 - m_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2))` (arXiv 1706.08500); NaN for features that are not finite.
     """
@@ -134,13 +134,13 @@ def frechet_distance(first: Array, second: Array) -> float:
 
 
 def drift(values: Array, share: float = 0.25) -> Array:
-    """Return by video, `[N]`, the mean over the last `share` of the frames minus that over the first, of `[N, F]`."""
+    """By video, `[N]`, the mean over the last `share` of the frames minus that over the first, of `[N, F]`."""
     part = max(1, round(share * values.shape[1]))
     return np.asarray(_mean(values[:, -part:]) - _mean(values[:, :part]))
 
 
 def estimate(values: Array, seed: int = 0) -> Estimate:
-    """Return the mean over videos of `[N]` or `[N, F]`, with the 95 % percentile interval of 1,000 resampled sets."""
+    """The mean over videos of `[N]` or `[N, F]`, with the 95 % percentile interval of 1,000 resampled sets."""
     videos = _mean(values) if values.ndim == 2 else values
     videos = videos[~np.isnan(videos)]
     if len(videos) == 0:
@@ -153,7 +153,7 @@ def estimate(values: Array, seed: int = 0) -> Estimate:
 
 
 def _mean(values: Array) -> Array:
-    """Return the mean over frames that have a value; NaN for a video without one."""
+    """The mean over frames that have a value; NaN for a video without one."""
     known = ~np.isnan(values)
     with np.errstate(invalid="ignore"):
         return np.asarray(np.where(known, values, 0).sum(1) / known.sum(1))

@@ -21,7 +21,7 @@ GAIN = 20
 
 
 def heldout_prompts(data: Data, clips: Tensor) -> list[str]:
-    """Return the prompts of the held-out clips, whose embeddings are `clips` `[N, L, D]`; "" if unknown."""
+    """The prompts of the held-out clips, whose embeddings are `clips` `[N, L, D]`; "" if unknown."""
     if isinstance(data, DigitClips):
         return [str(prompt_of(embedding)) for embedding in clips]
     if isinstance(data, LatentClips):
@@ -79,12 +79,12 @@ class ClipErrors:
                 }
 
     def order(self) -> list[int]:
-        """Return clip indices by descending velocity error, NaN first."""
+        """Clip indices by descending velocity error, NaN first."""
         errors = [row["velocity_rel_error"] for row in self.rows]
         return sorted(range(len(errors)), key=lambda index: -np.nan_to_num(errors[index], nan=np.inf))
 
     def result(self, prompts: Sequence[str]) -> dict[str, Any]:
-        """Return the number of `clips`, the `median` and `p95` of their velocity errors, and the `worst` clips.
+        """The number of `clips`, the `median` and `p95` of their velocity errors, and the `worst` clips.
 
         Each worst clip has its number `clip`, its `prompt`, its errors and losses, and for pixels `pictures`: film
         strips of the clip, of each model's estimate of it from the noised clip, and of their difference.

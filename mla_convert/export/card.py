@@ -45,7 +45,7 @@ def render_card(
     components: Components | None = None,
     needed: Sequence[str] = (),
 ) -> str:
-    """Return the card as Markdown with YAML front matter.
+    """The card as Markdown with YAML front matter.
 
     `needed` names the image conditions that the model requires. Of a local source path, only the last
     component appears. A license appears only if the source names one.
@@ -111,7 +111,7 @@ def render_card(
 
 
 def find_origin(source: Mapping[str, Any]) -> Origin:
-    """Return how the card names a manifest's `source`."""
+    """How the card names a manifest's `source`."""
     name, revision = source.get("model"), source.get("revision")
     if not name or name.startswith("zoo:"):
         return Origin(name)
@@ -122,7 +122,7 @@ def find_origin(source: Mapping[str, Any]) -> Origin:
 
 
 def find_samples(evidence: Evidence, recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return file and prompt of each sample, the prompt on one line and shortened; runs number the files by prompt."""
+    """File and prompt of each sample, the prompt on one line and shortened; runs number the files by prompt."""
     prompts = (recipe.get("generate") or {}).get("prompts") or []
     found = []
     for file in evidence.samples:
@@ -134,7 +134,7 @@ def find_samples(evidence: Evidence, recipe: Mapping[str, Any]) -> list[tuple[st
 
 
 def _prompt(recipe: Mapping[str, Any], digits: bool) -> str:
-    """Return a sample prompt as a Python literal: the recipe's first one, on one line and shortened."""
+    """A sample prompt as a Python literal: the recipe's first one, on one line and shortened."""
     known = (recipe.get("generate") or {}).get("prompts") or []
     prompt = known[0] if known else "7 at 2,1 moving up-left" if digits else "a cat walks through tall grass"
     text = textwrap.shorten(" ".join(prompt.replace("`", "'").split()), MAX_PROMPT, placeholder=" …")
@@ -142,7 +142,7 @@ def _prompt(recipe: Mapping[str, Any], digits: bool) -> str:
 
 
 def _layers(model: Mapping[str, Any], report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return rank, shared key, cached scalars and measured error of each layer of a converted model."""
+    """Rank, shared key, cached scalars and measured error of each layer of a converted model."""
     mla = model.get("mla")
     if not mla:
         return []
@@ -162,13 +162,13 @@ def _layers(model: Mapping[str, Any], report: Mapping[str, Any]) -> list[dict[st
 
 
 def _recipe_text(recipe: Mapping[str, Any]) -> str | None:
-    """Return the recipe sections that determine the weights, as YAML; the source's path is left out."""
+    """The recipe sections that determine the weights, as YAML; the source's path is left out."""
     shown = {key: recipe[key] for key in ("convert", "distill") if recipe.get(key)}
     return yaml.safe_dump(shown, sort_keys=False).strip() if shown else None
 
 
 def _fidelity(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the rows of the table of measured values; keys that the report lacks are left out."""
+    """The rows of the table of measured values; keys that the report lacks are left out."""
     rows = []
     teacher, converted, student = (report.get(f"{name}_loss") for name in ("teacher", "converted", "student"))
     if teacher is not None:
@@ -192,7 +192,7 @@ def _fidelity(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _memory(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Return rows of name, dense and latent: cache of a stream and streams per GPU, where the report has them."""
+    """Rows of name, dense and latent: cache of a stream and streams per GPU, where the report has them."""
     rows = []
     if report.get("dense_cache_bytes") and report.get("latent_cache_bytes"):
         values = (format_bytes(report[f"{kind}_cache_bytes"]) for kind in ("dense", "latent"))

@@ -71,7 +71,7 @@ def load_checkpoint(
 
 
 def load_shape(folder: Path, dtypes: bool = True) -> CausalTransformer:
-    """Return the model of `load_checkpoint` on the meta device, in eval mode; only the weights' headers are read.
+    """The model of `load_checkpoint` on the meta device, in eval mode; only the weights' headers are read.
 
     Without `dtypes`, the stored dtypes are not read and the weights may be missing. Raises UserError in one line.
     """
@@ -87,7 +87,7 @@ def load_shape(folder: Path, dtypes: bool = True) -> CausalTransformer:
 
 
 def _described(inner: Path) -> tuple[type[Any], dict[str, Any]]:
-    """Return class and configuration of the model in a transformer folder. Raises UserError."""
+    """Class and configuration of the model in a transformer folder. Raises UserError."""
     stored = known_config(inner)
     # A standalone checkpoint's own code is not needed here.
     stored.pop("auto_map", None)
@@ -96,7 +96,7 @@ def _described(inner: Path) -> tuple[type[Any], dict[str, Any]]:
 
 
 def find_checkpoint(folder: Path) -> tuple[Path, Path]:
-    """Return the checkpoint folder and its transformer folder, given either of them, a run or `zoo:NAME`.
+    """The checkpoint folder and its transformer folder, given either of them, a run or `zoo:NAME`.
 
     Raises UserError.
     """

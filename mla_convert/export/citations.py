@@ -15,7 +15,7 @@ class Paper(NamedTuple):
 
     @property
     def year(self) -> int:
-        """Return the year in the arXiv number."""
+        """The year in the arXiv number."""
         return 2000 + int(self.arxiv[:2])
 
     @property

@@ -56,7 +56,7 @@ class Components:
 def find_components(
     source: Mapping[str, Any] | None, wanted: Literal["reference", "copy", "none"], reads_images: bool = False
 ) -> Components:
-    """Return the other components of a checkpoint's source; `source` is that of its manifest.
+    """The other components of a checkpoint's source; `source` is that of its manifest.
 
     `reads_images` includes those that encode an image. Components are only referenced if they are on the Hub,
     where others can find them. A source that is not a pipeline has none, unless it names its `components`.
@@ -113,7 +113,7 @@ def _classes(root: Path, names: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 
 def sampling_of(recipe: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the keys `SAMPLING` that a resolved recipe sets for the pipeline of its model."""
+    """The keys `SAMPLING` that a resolved recipe sets for the pipeline of its model."""
     recipe = recipe or {}
     generate = recipe.get("generate") or {}
     sampling = {key: generate[key] for key in TRAINED_FOR if generate.get(key) is not None}

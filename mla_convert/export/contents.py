@@ -16,7 +16,7 @@ from ..files import MANIFEST, sha256
 from .manifest import EVIDENCE
 
 CARD = "README.md"
-_LICENSES = ("license", "license", "notice")
+_LICENSES = ("license", "licence", "notice")
 # Absolute or in a home folder, in quotes or after a space.
 _PATH = re.compile(r"""(?<=["'\s>])(?:~/|/[A-Za-z_.])[^\s"'<>,;)]*""")
 
@@ -29,7 +29,7 @@ class LocalFile(NamedTuple):
     digest: str | None
 
     def is_at(self, remote: RepoFile | None) -> bool:
-        """Return whether `remote` has the same content."""
+        """Whether `remote` has the same content."""
         if remote is None or remote.size != self.size:
             return False
         if remote.lfs is not None:
@@ -38,7 +38,7 @@ class LocalFile(NamedTuple):
 
 
 def list_files(root: Path, manifest: Mapping[str, Any]) -> tuple[dict[str, LocalFile], list[str]]:
-    """Return the files to push by name, and the names of files in `root` that are left out; both without hidden files.
+    """The files to push by name, and the names of files in `root` that are left out; both without hidden files.
 
     Pushed are the manifest, what it lists, the evidence, the card, and licenses and notices beside it. Raises UserError
     for a link to a file that is neither in `root` nor in the Hub's cache.
@@ -64,7 +64,7 @@ def _is_visible(name: str) -> bool:
 
 
 def local_paths(files: Iterable[Path]) -> list[str]:
-    """Return the absolute paths, and those in a home folder, in the manifest, the card and the evidence."""
+    """The absolute paths, and those in a home folder, in the manifest, the card and the evidence."""
     told = [file for file in files if file.name in (MANIFEST, CARD, *EVIDENCE)]
     return sorted(
         {found for file in told for found in _PATH.findall(file.read_text(encoding="utf-8", errors="replace"))}

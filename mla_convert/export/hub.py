@@ -114,7 +114,7 @@ def push(folder: Path, config: PushConfig, report: Report | None = None) -> dict
 
 
 def find_root(folder: Path) -> Path:
-    """Return the folder with the manifest in a run folder, checkpoint or export. Raises UserError."""
+    """The folder with the manifest in a run folder, checkpoint or export. Raises UserError."""
     for root in (folder, folder / "checkpoint"):
         if (root / MANIFEST).is_file():
             return root
@@ -137,7 +137,7 @@ def check_card(path: Path) -> None:
 
 
 def _find_target(api: HfApi, config: PushConfig, message: str) -> Target:
-    """Return the current state of the target on the Hub. Raises UserError if the name is taken by something else."""
+    """The current state of the target on the Hub. Raises UserError if the name is taken by something else."""
     target = Target(config.revision or MAIN)
     try:
         info = api.model_info(config.repo_id, revision=config.revision)
@@ -165,7 +165,7 @@ def _find_target(api: HfApi, config: PushConfig, message: str) -> Target:
 
 
 def _open_pull_request(api: HfApi, repo_id: str, message: str) -> Target | None:
-    """Return the open pull request of an earlier push with the same title, to continue it; None without one."""
+    """The open pull request of an earlier push with the same title, to continue it; None without one."""
     user = api.whoami()["name"]
     for found in api.get_repo_discussions(repo_id, author=user, discussion_type="pull_request"):
         if found.title == message and found.status in ("open", "draft") and found.git_reference:
@@ -180,7 +180,7 @@ def _tree(api: HfApi, repo_id: str, commit: str | None) -> dict[str, RepoFile]:
 
 
 def _compare(api: HfApi, repo_id: str, target: Target, files: Mapping[str, LocalFile]) -> tuple[list[str], list[str]]:
-    """Return the names of files to send, and of files of an earlier push that no longer exist locally."""
+    """The names of files to send, and of files of an earlier push that no longer exist locally."""
     changed = [name for name, file in files.items() if not file.is_at(target.tree.get(name))]
     if MANIFEST not in changed or MANIFEST not in target.tree:
         return changed, []

@@ -27,7 +27,7 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def name_taken(repo_id: str) -> str:
-    """Return the message for an existing repository whose content mla-convert did not push."""
+    """The message for an existing repository whose content mla-convert did not push."""
     return (
         f"{repo_id} already exists on the Hub with files that mla-convert did not push; choose another name, "
         "or push without --create to add to it"
@@ -35,7 +35,7 @@ def name_taken(repo_id: str) -> str:
 
 
 def without_credentials(text: str) -> str:
-    """Return `text` without the name and password of URLs such as `https://me:secret@hub.example`."""
+    """`text` without the name and password of URLs such as `https://me:secret@hub.example`."""
     return re.sub(r"(?<=://)[^/\s]*@", "", text)
 
 

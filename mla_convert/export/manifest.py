@@ -30,7 +30,7 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 def build_manifest(model: Any, folder: Path, recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the manifest of `model`, whose files are in `folder`; `recorded` is what the caller adds (recipe, source).
+    """The manifest of `model`, whose files are in `folder`; `recorded` is what the caller adds (recipe, source).
 
     `files` has the digests of the model's files, `evidence` those of its evidence.
     """
@@ -60,7 +60,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def recorded_recipe(folder: Path) -> dict[str, Any]:
-    """Return the resolved recipe in the manifest of the checkpoint in `folder`; {} without manifest or recipe.
+    """The resolved recipe in the manifest of the checkpoint in `folder`; {} without manifest or recipe.
 
     Raises UserError for a manifest that cannot be read.
     """
@@ -92,7 +92,7 @@ def verify_files(folder: Path, manifest: Mapping[str, Any], inner: Path) -> None
 
 
 def family_of(model_class: type[Any]) -> Family:
-    """Return the family of a dense or converted class. Raises ValueError if there is none."""
+    """The family of a dense or converted class. Raises ValueError if there is none."""
     family: Family
     for family in registry.families().values():
         if model_class in (family.dense_class, family.mla_class):
@@ -101,7 +101,7 @@ def family_of(model_class: type[Any]) -> Family:
 
 
 def describe_model(model: Any) -> dict[str, Any]:
-    """Return the geometry, and the cached scalars per token: by layer, their mean, and those of the dense model."""
+    """The geometry, and the cached scalars per token: by layer, their mean, and those of the dense model."""
     family = family_of(type(model))
     geometry = attention_geometry(model.config)
     causal = model.causal
@@ -123,7 +123,7 @@ def describe_model(model: Any) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python, this package and the libraries that the bytes depend on."""
+    """The versions of Python, this package and the libraries that the bytes depend on."""
     from .. import __version__
 
     installed = {library: version(library) for library in _LIBRARIES}
@@ -131,7 +131,7 @@ def versions() -> dict[str, str]:
 
 
 def git_revision() -> str | None:
-    """Return the commit of this package's git checkout, `-dirty` with local changes; None outside a checkout."""
+    """The commit of this package's git checkout, `-dirty` with local changes; None outside a checkout."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(_PACKAGE), *arguments]

@@ -87,7 +87,7 @@ def _check_same_run(root: Path, out: Path) -> None:
 
 
 def _standalone_source(model: Any) -> str:
-    """Return the source of a file that defines the class of `model`. Raises UserError if it cannot be bundled."""
+    """The source of a file that defines the class of `model`. Raises UserError if it cannot be bundled."""
     try:
         return bundle(type(model))
     except ValueError as error:

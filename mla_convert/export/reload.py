@@ -70,13 +70,13 @@ def check_standalone(model: Any, folder: Path) -> None:
 
 
 def probe_chunks(model: CausalTransformer) -> list[Chunk]:
-    """Return the first two chunks of a rollout."""
+    """The first two chunks of a rollout."""
     return model.causal.chunks(2 * model.causal.num_frames_per_block)[:2]
 
 
 @torch.no_grad()
 def probe_rollout(model: CausalTransformer) -> dict[str, Tensor]:
-    """Return inputs and outputs of a rollout of two chunks on a small latent, for comparisons.
+    """Inputs and outputs of a rollout of two chunks on a small latent, for comparisons.
 
     Keys: `hidden_states` `[1, C, F, H, W]`, `timestep` `[1, F]`, `encoder_hidden_states` `[1, L, text_dim]`,
     `velocity_0` and `velocity_1`. Empty for models that do not take the inputs of text-to-video.

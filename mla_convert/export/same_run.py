@@ -12,7 +12,7 @@ LATE = ("evaluate", "generate", "streaming", "export")
 
 
 def decisive(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part of a dumped recipe that decides the weights; a run that is resumed may change the rest."""
+    """The part of a dumped recipe that decides the weights; a run that is resumed may change the rest."""
     part = {section: value for section, value in recipe.items() if section not in LATE}
     # Skipping a damaged clip keeps the order of the others.
     part["data"] = {key: value for key, value in (recipe.get("data") or {}).items() if key != "skip"}

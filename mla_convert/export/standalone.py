@@ -119,7 +119,7 @@ class Module:
         self.definitions |= dict.fromkeys(binds, definition)
 
     def _imported(self, node: ast.Import | ast.ImportFrom) -> dict[str, Origin]:
-        """Return the origin of each name that an import binds."""
+        """The origin of each name that an import binds."""
         if isinstance(node, ast.Import):
             return {alias.asname or alias.name.partition(".")[0]: Origin(alias.name, None) for alias in node.names}
         base = node.module or ""
@@ -201,7 +201,7 @@ class Bundle:
             )
 
     def in_order(self) -> list[Module]:
-        """Return the modules with copied definitions, each after the modules that it imports from."""
+        """The modules with copied definitions, each after the modules that it imports from."""
         ordered: list[Module] = []
         seen: set[str] = set()
 
@@ -217,7 +217,7 @@ class Bundle:
 
 
 def bundle(model_class: type[Any]) -> str:
-    """Return the source of a file that defines `model_class`, a class of this package or of another family's package.
+    """The source of a file that defines `model_class`, a class of this package or of another family's package.
 
     Raises ValueError for two definitions of one name, for a library other than torch, diffusers or the standard
     library, for a copied module that is imported as a whole, and for a name that a module changes after defining it.
@@ -230,7 +230,7 @@ def bundle(model_class: type[Any]) -> str:
 
 
 def library_versions() -> list[str]:
-    """Return the libraries that a file needs, with this package's version limits, because it uses their internals."""
+    """The libraries that a file needs, with this package's version limits, because it uses their internals."""
     try:
         declared = requires("mla-convert") or []
     except PackageNotFoundError:
@@ -239,7 +239,7 @@ def library_versions() -> list[str]:
 
 
 def _section(module: Module, collected: Bundle) -> str:
-    """Return the definitions copied from a module, in their order, after the module's docstring as a comment."""
+    """The definitions copied from a module, in their order, after the module's docstring as a comment."""
     taken = [d for name, d in module.definitions.items() if collected.taken.get(Origin(module.name, name)) is d]
     taken = list(dict.fromkeys(taken))
     if not taken:
@@ -254,7 +254,7 @@ def _section(module: Module, collected: Bundle) -> str:
 
 
 def _imports(collected: Bundle) -> str:
-    """Return the import statements, merged and sorted, with the standard library first."""
+    """The import statements, merged and sorted, with the standard library first."""
     whole: dict[bool, set[str]] = {True: set(), False: set()}
     parts: dict[bool, dict[str, set[str]]] = {True: {}, False: {}}
     for name, (module, attribute) in collected.owners.items():
@@ -275,7 +275,7 @@ def _imports(collected: Bundle) -> str:
 
 
 def _import_from(module: str, names: set[str]) -> str:
-    """Return one `from` import with constants, then classes, then the rest, wrapped if it is too long."""
+    """One `from` import with constants, then classes, then the rest, wrapped if it is too long."""
     ordered = sorted(names, key=lambda name: (0 if name.isupper() else 1 if name[0].isupper() else 2, name))
     line = f"from {module} import {', '.join(ordered)}"
     if len(line) <= _WIDTH:

@@ -27,14 +27,14 @@ class Kernels:
         """Do nothing, because nothing is chosen or compared."""
 
     def takes(self, layer: Any, tokens: Tensor, step: Any) -> None:
-        """Return None: no kernel takes the pass."""
+        """None: no kernel takes the pass."""
 
     def attention(self, layer: Any, hidden_states: Tensor, step: Any) -> Tensor | None:
-        """Return None: torch computes the attention."""
+        """None: torch computes the attention."""
         return None
 
     def report(self) -> dict[str, Any]:
-        """Return the settings and the paths taken, in the keys of the package's `Kernels.report`."""
+        """The settings and the paths taken, in the keys of the package's `Kernels.report`."""
         return {"mode": self.settings.mode, "paths": {}, "refused": {}, "history": None}
 
     def announce(self) -> None:

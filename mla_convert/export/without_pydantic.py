@@ -27,7 +27,7 @@ def Field(default: Any, *, ge: float | None = None) -> Any:
 
 
 def ConfigDict(**settings: Any) -> dict[str, Any]:
-    """Return the settings of a configuration; `BaseModel` supports only one set of them."""
+    """The settings of a configuration; `BaseModel` supports only one set of them."""
     return settings
 
 
@@ -87,17 +87,17 @@ class BaseModel:
         return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in vars(self).items())})"
 
     def model_dump(self, mode: typing.Literal["python", "json"] = "python") -> dict[str, Any]:
-        """Return the fields as a dict; in `json` mode tuples become lists."""
+        """The fields as a dict; in `json` mode tuples become lists."""
         return {key: as_lists(value) if mode == "json" else value for key, value in vars(self).items()}
 
 
 def as_lists(value: Any) -> Any:
-    """Return `value` with tuples replaced by lists."""
+    """`value` with tuples replaced by lists."""
     return [as_lists(entry) for entry in value] if isinstance(value, tuple) else value
 
 
 def fitting(value: Any, hint: Any, where: str) -> Any:
-    """Return `value` converted to an annotation's type, lists as tuples. Raises ValueError that names `where`."""
+    """`value` converted to an annotation's type, lists as tuples. Raises ValueError that names `where`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         for choice in arguments:

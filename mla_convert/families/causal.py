@@ -95,7 +95,7 @@ class CausalTransformer(StreamingSettings, nn.Module):
     def embed_conditions(
         self, timestep: Tensor, encoder_hidden_states: Tensor, encoder_hidden_states_image: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Return `temb` `[B, T, C]`, `modulation` `[B, T, 6, C]`, text and image tokens; T = 1 for `timestep` `[B]`."""
+        """`temb` `[B, T, C]`, `modulation` `[B, T, 6, C]`, text and image tokens; T = 1 for `timestep` `[B]`."""
         raise NotImplementedError
 
     def make_attention(self, layer: int) -> CausalSelfAttention:

@@ -18,7 +18,7 @@ CacheBits = Literal["auto", "int8"] | tuple[tuple[int, int], ...]
 
 
 def check_bits(cache: CacheBits) -> CacheBits:
-    """Return `cache`. Raises ValueError for bits other than 8 and 4, and where bits increase."""
+    """Check `cache` and return it. Raises ValueError for bits other than 8 and 4, and where bits increase."""
     if isinstance(cache, str):
         return cache
     bits = [width for _, width in cache]

@@ -29,7 +29,7 @@ def load_recipe(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Reci
 
 
 def read_recipe(path: Path) -> str:
-    """Return the text of a recipe file. Raises UsageError."""
+    """The text of a recipe file. Raises UsageError."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -82,7 +82,7 @@ def apply_override(recipe: dict[str, Any], override: str) -> None:
 
 
 def first_difference(old: Any, new: Any) -> tuple[str, Any, Any] | None:
-    """Return the first of the `differences` of two dumped recipes, or None."""
+    """The first of the `differences` of two dumped recipes, or None."""
     return next(differences(old, new), None)
 
 

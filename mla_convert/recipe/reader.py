@@ -76,7 +76,7 @@ _CoreLoader.add_constructor("tag:yaml.org,2002:float", _construct_float)
 
 
 def read_yaml(text: str) -> Any:
-    """Return the value of a YAML document. Raises UsageError with the line of the mistake."""
+    """The value of a YAML document. Raises UsageError with the line of the mistake."""
     try:
         return yaml.load(text, Loader=_CoreLoader)
     except yaml.MarkedYAMLError as error:

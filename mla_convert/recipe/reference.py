@@ -26,7 +26,7 @@ reference` prints this page. Paths are relative to the folder that a command is 
 
 
 def reference() -> str:
-    """Return the whole page: the recipe, its sections (each followed by its subsections), and the stages."""
+    """The whole page: the recipe, its sections (each followed by its subsections), and the stages."""
     parts = [HEAD, *_section("Recipe", Recipe, "")]
     parts += ["## distill\n", "A list of stages, in the order in which they run.\n"]
     parts += _section("every stage", StageConfig, "distill[]", level=3)
@@ -59,7 +59,7 @@ def _section(
 
 
 def _words(model: type[BaseModel]) -> str:
-    """Return the docstring of a class with each paragraph on one line."""
+    """The docstring of a class with each paragraph on one line."""
     text = inspect.cleandoc(model.__doc__ or "")
     return "\n\n".join(" ".join(block.split()) if not _is_list(block) else block for block in text.split("\n\n"))
 

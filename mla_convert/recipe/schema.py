@@ -173,7 +173,7 @@ class Recipe(BaseModel):
         return self
 
     def expert(self, name: str) -> Recipe:
-        """Return the recipe of one expert. Raises UsageError if the recipe has no expert of this name."""
+        """The recipe of one expert. Raises UsageError if the recipe has no expert of this name."""
         if not self.experts:
             raise UsageError(f"recipe {self.name} has no experts; leave out --expert")
         if name not in self.experts:
@@ -182,11 +182,11 @@ class Recipe(BaseModel):
         return self.model_copy(update={"name": f"{self.name}-{name}", "experts": None, "source": source})
 
     def dump(self) -> str:
-        """Return the resolved recipe as YAML with all defaults written out; equal recipes give equal text."""
+        """The resolved recipe as YAML with all defaults written out; equal recipes give equal text."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     def sha256(self) -> str:
-        """Return the SHA-256 hex digest of the resolved recipe."""
+        """The SHA-256 hex digest of the resolved recipe."""
         return hashlib.sha256(self.dump().encode()).hexdigest()
 
 

@@ -10,7 +10,7 @@ _PACKAGE = Path(__file__).parent.parent
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Return recipe files by name, in alphabetical order; benchmark recipes are called `bench/NAME`."""
+    """Recipe files by name, in alphabetical order; benchmark recipes are called `bench/NAME`."""
     for folder in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes"):
         if folder.is_dir():
             files = sorted([*folder.glob("*.yaml"), *folder.glob("bench/*.yaml")])
@@ -19,7 +19,7 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def find_recipe(name: str) -> Path:
-    """Return the recipe file at a path, or the shipped recipe of this name. Raises UsageError if there is neither."""
+    """The recipe file at a path, or the shipped recipe of this name. Raises UsageError if there is neither."""
     path = Path(name)
     if path.is_file():
         return path
@@ -30,7 +30,7 @@ def find_recipe(name: str) -> Path:
 
 
 def describe_recipe(path: Path) -> str:
-    """Return the comment on the first line of a recipe, or an empty string."""
+    """The comment on the first line of a recipe, or an empty string."""
     with path.open(encoding="utf-8") as handle:
         first = handle.readline()
     return first.lstrip("# ").strip() if first.startswith("#") else ""

@@ -31,7 +31,7 @@ HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 
 
 def load_arguments(name: str | Path, given: Mapping[str, Any]) -> tuple[Path | None, dict[str, Any]]:
-    """Return a folder and arguments for diffusers to load `name` as a pipeline, or None and constructor arguments.
+    """A folder and arguments for diffusers to load `name` as a pipeline, or None and constructor arguments.
 
     Components that model_index.json only references are loaded and included in the arguments. A folder without
     model_index.json, or with its own copy of the model class, is loaded here, because diffusers cannot read the former

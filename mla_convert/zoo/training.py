@@ -24,7 +24,7 @@ PRINT_EVERY = 50
 
 
 def architecture(channels: int, text_dim: int) -> dict[str, Any]:
-    """Return the arguments of a `CausalWanTransformer3DModel` of 2.3 M parameters for pixels of `channels` colors."""
+    """The arguments of a `CausalWanTransformer3DModel` of 2.3 M parameters for pixels of `channels` colors."""
     return {
         "patch_size": (1, 4, 4),
         "num_attention_heads": 6,
@@ -71,7 +71,7 @@ def save_teacher(model: Any, folder: Path) -> None:
 
 
 def make_optimizers(model: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """Return Muon for the matrices of the blocks and AdamW for all other parameters."""
+    """Muon for the matrices of the blocks and AdamW for all other parameters."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and n.startswith("blocks.")]
     matrix_ids = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in matrix_ids]
@@ -82,7 +82,7 @@ def make_optimizers(model: torch.nn.Module, lr: float) -> list[torch.optim.Optim
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 100, decay: float = 0.4) -> float:
-    """Return the rate at a step: linear warm-up, constant, linear decay to zero over the last `decay` of the steps."""
+    """The rate at a step: linear warm-up, constant, linear decay to zero over the last `decay` of the steps."""
     return peak * min(1.0, (step + 1) / warmup, (steps - step) / (decay * steps))
 
 

@@ -15,7 +15,7 @@ from .streaming import StreamingEncoder
 
 
 def encode_begun(vae: Any, pixels: Tensor, frames: int | None) -> Tensor:
-    """Return latents `[1, C, f, h, w]`, float32, of a video that is `pixels` `[1, 3, 1, H, W]` first and then 0.
+    """Latents `[1, C, f, h, w]`, float32, of a video that is `pixels` `[1, 3, 1, H, W]` first and then 0.
 
     They equal the latents of `vae.encode` for `frames` latent frames, normalized as a transformer takes them, up to the
     first that all later ones equal. One latent frame is encoded at a time, with the cached features of earlier ones.

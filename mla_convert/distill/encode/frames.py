@@ -47,7 +47,7 @@ class ShortVideo(UnusableVideo):
 
 
 def read_frames(path: Path, frames: int, height: int, width: int, fps: float) -> Tensor:
-    """Return the first `frames` frames at `fps` frames per second, uint8 `[F, H, W, 3]`.
+    """The first `frames` frames at `fps` frames per second, uint8 `[F, H, W, 3]`.
 
     Frames are resized to cover height x width pixels, then cropped at the center. Raises
     UnusableVideo if the file is not there or cannot be opened, if it ends too early, if any of these frames is damaged,

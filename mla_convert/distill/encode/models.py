@@ -33,7 +33,7 @@ PATCH = 2
 
 
 def find_pipeline(model: str, revision: str | None, config_only: bool, images: bool = False) -> tuple[Path, str | None]:
-    """Return the folder of a pipeline and its commit on the Hub, None for a local folder. Raises UserError.
+    """The folder of a pipeline and its commit on the Hub, None for a local folder. Raises UserError.
 
     With `config_only`, only configurations are downloaded; with `images`, also the image encoder.
     """
@@ -125,7 +125,7 @@ def text_encoder(folder: Path, dtype: torch.dtype, device: torch.device) -> Iter
 
 @torch.no_grad()
 def encode_image(processor: Any, encoder: Any, image: Image.Image) -> Tensor:
-    """Return tokens `[1, 257, D]` of an image: a CLIP encoder's second-to-last hidden states, as Wan2.1 reads them."""
+    """Tokens `[1, 257, D]` of an image: a CLIP encoder's second-to-last hidden states, as Wan2.1 reads them."""
     bring_weights(encoder)
     inputs = processor(images=image, return_tensors="pt")
     pixels = inputs["pixel_values"].to(encoder.device, encoder.dtype)

@@ -19,7 +19,7 @@ _ITEMS = ("items", "sha256")
 
 
 def make_plan(kind: str, settings: dict[str, Any], items: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Return the plan: the settings, and the number and digest of the inputs `items`, such as names with captions."""
+    """The plan: the settings, and the number and digest of the inputs `items`, such as names with captions."""
     digest = hashlib.sha256(json.dumps(list(map(list, items))).encode()).hexdigest()
     return {"format": FORMAT, "kind": kind, **settings, "items": len(items), "sha256": digest}
 

@@ -36,7 +36,7 @@ Result = TypeVar("Result")
 
 
 def _announced(encode: Callable[..., Result], *arguments: Any) -> Result:
-    """Return `encode(*arguments, notices)`; the other processes of the launch learn of a failure by the notices."""
+    """`encode(*arguments, notices)`; the other processes of the launch learn of a failure by the notices."""
     notices = Notices.of_run()
     with notices.failing():
         return encode(*arguments, notices)

@@ -42,7 +42,7 @@ class Skipped(NamedTuple):
 
 
 def find_videos(source: Path) -> list[Entry]:
-    """Return all videos of a folder or a table, sorted by name, also those without a caption or a file.
+    """All videos of a folder or a table, sorted by name, also those without a caption or a file.
 
     A folder holds one of TABLES, or `name.txt` beside each `name.mp4`, also in subfolders. A table
     (`.csv`, `.jsonl`, `.json`) has the columns `file_name`, relative to the table, and `text`; JSON
@@ -88,7 +88,7 @@ def _of_many(ask: Callable[[Item], Result], items: Iterable[Item]) -> list[Resul
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Return the prompts of a text file, one per line, in order. Raises UserError if there are none."""
+    """The prompts of a text file, one per line, in order. Raises UserError if there are none."""
     prompts = [line.strip() for line in _read(path).splitlines() if line.strip()]
     if not prompts:
         raise UserError(f"{path} holds no prompts; write one per line")

@@ -243,19 +243,19 @@ class Stage(ABC, Generic[Config]):
 
     @abstractmethod
     def loss(self, models: Models, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the scalar loss, with gradient, and scalars to log.
+        """The scalar loss, with gradient, and scalars to log.
 
         Runs under the trainer's autocast. Take every random draw from `generator`, a CPU generator
         that belongs to this micro-batch.
         """
 
     def second_batch(self, models: Models, batch: Batch, generator: torch.Generator) -> Batch:
-        """Return the batch for `second_loss`: what the student makes of a micro-batch, without gradients.
+        """The batch for `second_loss`: what the student makes of a micro-batch, without gradients.
 
         It is a separate call because a sharded student's weights are gathered only in a call of its own module.
         """
         return batch
 
     def second_loss(self, models: Models, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of the `second` network on a `second_batch`, as `loss` does; `models` has no student."""
+        """The loss of the `second` network on a `second_batch`, as `loss` does; `models` has no student."""
         raise NotImplementedError(f"stage {self.name} trains no second network")

@@ -38,7 +38,7 @@ def negative_text(negative: Tensor | None, text: Tensor) -> Tensor:
 
 
 def guided_velocity(model: Any, clips: NoisedClips, negative: Tensor, scale: float) -> Tensor:
-    """Return `v_neg + scale (v_text - v_neg)`, float32 `[B, C, F, H, W]`.
+    """`v_neg + scale (v_text - v_neg)`, float32 `[B, C, F, H, W]`.
 
     Each of the two velocities also encodes the history with its own prompt.
     """

@@ -52,7 +52,7 @@ def load_classifier() -> FrameClassifier:
 
 
 def classify(videos: Tensor) -> Tensor:
-    """Return the class of every frame, int64 `[B, F]`, for videos `[B, 1, F, 16, 16]`."""
+    """The class of every frame, int64 `[B, F]`, for videos `[B, 1, F, 16, 16]`."""
     frames = videos[:, 0]
     with torch.inference_mode():
         logits = load_classifier().to(frames.device)(frames.flatten(0, 1))

@@ -45,13 +45,13 @@ class Prompt:
         return f"{self.digit} at {self.row},{self.column} moving {self.direction}"
 
     def path(self, num_frames: int) -> np.ndarray:
-        """Return the top-left pixel (y, x) of the digit in every frame, int64 `[F, 2]`."""
+        """The top-left pixel (y, x) of the digit in every frame, int64 `[F, 2]`."""
         dy, dx = DIRECTIONS[self.direction]
         steps = np.arange(num_frames)
         return STEP * np.stack([_bounce(self.row + dy * steps), _bounce(self.column + dx * steps)], axis=1)
 
     def embedding(self) -> Tensor:
-        """Return the `encoder_hidden_states` of the prompt, float32 `[3, 32]`: one-hot class, start cell, direction."""
+        """The `encoder_hidden_states` of the prompt, float32 `[3, 32]`: one-hot class, start cell, direction."""
         out = torch.zeros(TEXT_TOKENS, TEXT_DIM)
         dy, dx = DIRECTIONS[self.direction]
         out[0, self.digit] = 1
@@ -77,7 +77,7 @@ def parse_prompt(text: str) -> Prompt:
 
 
 def prompt_of(embedding: Tensor) -> Prompt:
-    """Return the prompt with this embedding `[3, 32]`."""
+    """The prompt with this embedding `[3, 32]`."""
     dy, dx = int(embedding[2, 20:23].argmax()) - 1, int(embedding[2, 23:26].argmax()) - 1
     direction = next(name for name, step in DIRECTIONS.items() if step == (dy, dx))
     row, column = int(embedding[1, 10:13].argmax()), int(embedding[1, 15:18].argmax())
@@ -93,7 +93,7 @@ def _bounce(cells: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def all_prompts(split: str) -> tuple[Prompt, ...]:
-    """Return the 648 prompts of `train` or the 72 of `heldout`, a fixed random split of all combinations."""
+    """The 648 prompts of `train` or the 72 of `heldout`, a fixed random split of all combinations."""
     prompts = [
         Prompt(digit, row, column, direction)
         for digit in range(10)
@@ -107,7 +107,7 @@ def all_prompts(split: str) -> tuple[Prompt, ...]:
 
 @functools.cache
 def digit_images(split: str) -> tuple[Tensor, Tensor]:
-    """Return images float32 `[N, 8, 8]` in [-1, 1] and classes int64 `[N]`; one in five of each class is held out."""
+    """Images float32 `[N, 8, 8]` in [-1, 1] and classes int64 `[N]`; one in five of each class is held out."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()

@@ -29,7 +29,7 @@ DEFAULTS = Options(out=Path("runs/digits-teacher"), steps=1800, batch=8, copies=
 
 
 def heldout_loss(model: CausalWanTransformer3DModel) -> float:
-    """Return the teacher-forcing loss on held-out digits and prompts, with fixed noise."""
+    """The teacher-forcing loss on held-out digits and prompts, with fixed noise."""
     with torch.autocast("cpu", torch.bfloat16):
         return flow_loss(model, DigitClips(seed=0).heldout())
 
@@ -37,7 +37,7 @@ def heldout_loss(model: CausalWanTransformer3DModel) -> float:
 def rollout_accuracy(
     model: CausalWanTransformer3DModel, num_frames: int, rollouts: int = 216, guidance_scale: float = GUIDANCE
 ) -> float:
-    """Return the share of rollouts of held-out prompts whose last frame the classifier recognizes."""
+    """The share of rollouts of held-out prompts whose last frame the classifier recognizes."""
     config = EvaluateConfig(rollout_prompts=rollouts, shift=SHIFT, guidance_scale=guidance_scale)
     _, right = digit_rollouts(model, num_frames, config)
     return right[:, -1].float().mean().item()

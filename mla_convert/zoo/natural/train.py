@@ -23,7 +23,7 @@ DEFAULTS = Options(out=Path("runs/natural-teacher"), steps=600, batch=2, copies=
 
 
 def split_loss(model: CausalWanTransformer3DModel, split: str) -> float:
-    """Return the teacher-forcing loss on fixed clips of a split, crops that training never drew, with fixed noise."""
+    """The teacher-forcing loss on fixed clips of a split, crops that training never drew, with fixed noise."""
     latents, text = sample_batch(shots(split), EVALUATED_CLIPS, EVALUATION_SEED)
     with torch.autocast("cpu", torch.bfloat16):
         return flow_loss(model, {"latents": latents, "encoder_hidden_states": text}, batch_size=8)
