@@ -67,7 +67,7 @@ def run(tmp_path: Path) -> Path:
     """A run folder with a converted checkpoint, a report, a speed measurement and two samples."""
     folder = tmp_path / "run"
     save_checkpoint(pico_mla(position="decoupled"), folder / "checkpoint", {"recipe": RECIPE, "source": SOURCE})
-    (folder / "state.json").write_text("{}")
+    (folder / "state.json").write_text('{"format": 1, "recipe_sha256": "", "steps": {}}')
     (folder / "report.json").write_text(json.dumps(REPORT))
     (folder / "report.html").write_text("<p>page</p>")
     (folder / "bench.json").write_text(json.dumps(BENCH))
