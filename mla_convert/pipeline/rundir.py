@@ -32,11 +32,10 @@ class RunDir:
     """The run folder of one recipe, locked against a second process until `close`.
 
     `resume` continues a run of the same recipe; a folder with no finished step needs no `resume`. `begun` says whether
-    there is a run to continue. `changed` lists
-    the keys that differ from the recorded recipe and are allowed to (see `corrections`); `begin` records the new
-    values. Nothing but a mark is written before `begin`. Raises UserError if the folder is not a run folder, if another
-    process works in it, or if it has finished steps and `resume` is False; UsageError, naming the key, if the
-    recipe differs where it must not.
+    there is a run to continue. `changed` lists the keys that differ from the recorded recipe and are allowed to (see
+    `corrections`); `begin` records the new values. Nothing but a mark is written before `begin`. Raises UserError if
+    the folder is not a run folder, if another process works in it, or if it has finished steps and `resume` is False;
+    UsageError, naming the key, if the recipe differs where it must not.
     """
 
     def __init__(self, path: Path, recipe: Recipe, resume: bool) -> None:

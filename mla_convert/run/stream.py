@@ -60,10 +60,9 @@ def stream_chunks(
     Every chunk is denoised in `num_inference_steps` steps and yielded. When the next one is asked for, one more pass
     writes it to the cache at noise level `context_noise` (Self-Forcing, arXiv 2506.08009, algorithm 1).
     `denoising_steps`, decreasing noise levels out of 1000, replace evenly spaced steps; `first_chunk_steps` are those
-    of the first chunk. `shift` warps all of them. The
-    `sampler` takes Euler steps, or with `renoise` adds new noise to the predicted clean chunk, as for few-step students
-    of Self-Forcing, Causal-Forcing and LongLive. A flow map predicts the mean velocity of each step (down to 0 with
-    `renoise`), and has r = t in the pass that writes.
+    of the first chunk. `shift` warps all of them. The `sampler` takes Euler steps, or with `renoise` adds new noise to
+    the predicted clean chunk, as for few-step students of Self-Forcing, Causal-Forcing and LongLive. A flow map
+    predicts the mean velocity of each step (down to 0 with `renoise`), and has r = t in the pass that writes.
 
     `model` may be several experts that share the work by their `noise_range` (Wan2.2). Each step is taken by the expert
     for its noise level, and a finished chunk is written to the cache of every expert.
