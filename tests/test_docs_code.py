@@ -301,7 +301,7 @@ def test_python_runs(page, workspace, monkeypatch):
     [
         ("mla-convert rnu my.yaml", "No such command 'rnu'"),
         ("mla-convert run my.yaml --outt x", "run: No such option: --outt"),
-        ("HF_TOKEN=x mla-convert run", "run: Missing"),
+        ("HF_TOKEN=x mla-convert generate", "generate: Missing"),
         ("accelerate launch -m mla_convert run nothing-like-it", "there is no recipe nothing-like-it"),
         ("mla-convert plan --preset wan3 | less", "wan3"),
         ("mla-convert plan SOURCE [--frames many]  # frames", "--frames"),
