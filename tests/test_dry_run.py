@@ -233,9 +233,9 @@ def test_a_run_says_that_its_samples_do_not_fit(monkeypatch, caplog):
     source = SimpleNamespace(family=planned.family, config=planned.config)
 
     def said(device="cuda", **changes):
-        changed = recipe.model_copy(update={"generate": recipe.generate.model_copy(update=changes)})
+        generate = recipe.generate.model_copy(update=changes)
         device = torch.device(device)
-        warn_of_samples(SimpleNamespace(recipe=changed, source=source, device=device, dtype=torch.bfloat16))
+        warn_of_samples(SimpleNamespace(generate=generate, source=source, device=device, dtype=torch.bfloat16))
         return caplog.messages[-1:]
 
     assert said("cpu") == said(prompts=()) == said(prompts=("a",), guidance_scale=1.0) == []

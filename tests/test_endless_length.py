@@ -52,7 +52,7 @@ def test_a_rollout_of_ten_billion_frames_yields_its_first_chunk_at_once() -> Non
 def test_the_chunks_that_a_start_may_end_with_are_named_at_any_length() -> None:
     causal, shape = CausalConfig(num_frames_per_block=3), (1, 4, 4)
     check_start(torch.zeros(1, 1, 6, 4, 4), causal, ENDLESS, shape)
-    with pytest.raises(UsageError, match=r"use one of 3, 6, 9, 12, ... frames"):
+    with pytest.raises(UsageError, match="give 3 or 6 latent frames"):
         check_start(torch.zeros(1, 1, 5, 4, 4), causal, ENDLESS, shape)
     check_start(torch.zeros(1, 1, 5, 4, 4), causal, 5, shape)
 

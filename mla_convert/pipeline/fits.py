@@ -56,12 +56,12 @@ def warn_of_samples(context: Context) -> None:
 
     All prompts are sampled together. Counted are the caches, the working memory of eager attention and two blocks.
     """
-    generate, source = context.recipe.generate, context.source
+    generate, source = context.generate, context.source
     if context.device.type != "cuda" or not generate.prompts:
         return
     with torch.device("meta"):
         teacher = source.family.dense_class.from_config(source.config)
-    height, width = latent_size(source.config, context.generate)
+    height, width = latent_size(source.config, generate)
     streams = len(generate.prompts) * (1 if generate.guidance_scale == 1 else 2)
     geometry, _ = from_model(teacher, height, width)
     item = context.dtype.itemsize

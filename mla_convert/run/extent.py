@@ -48,15 +48,16 @@ def check_start(
     """Raise UsageError unless a rollout of `shape` (C, H, W) can begin with `start` `[B, C, F0, H, W]`."""
     channels, frames, height, width = start.shape[1:]
     check_size("the start", (channels, height, width), shape, "the latent size of the start")
-    # Only the chunks up to the start's end, and a few to name: the rollout may be of any length.
-    few = frames + 4 * causal.num_frames_per_block
+    # Only the chunks up to the start's end and the next: the rollout may be of any length.
+    few = frames + causal.num_frames_per_block
     ends = [stop for _, stop in causal.chunks(few if num_frames is None else min(num_frames, few))]
     if num_frames is not None and frames > num_frames:
         raise UsageError(
             f"the start has {frames} frames, more than the {num_frames} of the rollout; raise num_frames (--frames)"
         )
     if whole_chunks and frames not in ends:
-        shorter, longer = (list(found) for found in (filter(frames.__gt__, ends), filter(frames.__lt__, ends)))
+        shorter = [end for end in ends if end < frames]
+        longer = [end for end in ends if end > frames]
         fitting = " or ".join(map(str, [*shorter[-1:], *longer[:1]]))
         raise UsageError(
             f"a start of {frames} frames does not end with a chunk; give {fitting} latent frames, or hold_start "
