@@ -23,7 +23,10 @@ class UsageError(UserError):
 
 
 class RecipeError(UsageError):
-    """A recipe has mistakes, each described in one of `lines`; as a message, the first and the number of the others."""
+    """Keys of a recipe, or arguments like them, have mistakes, each described in one of `lines`.
+
+    As a message, it is the first and the number of the others.
+    """
 
     @property
     def lines(self) -> tuple[str, ...]:

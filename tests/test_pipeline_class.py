@@ -398,8 +398,9 @@ def test_an_index_that_does_not_name_a_model_is_one_line(digits: Any, named: dic
     ],
 )
 def test_what_cannot_be_made_is_refused_at_the_call(digits: Any, settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(UsageError, match=message) as refused:
         digits.stream(**{"prompt": "7", **settings})
+    assert "[" not in str(refused.value).partition(" ")[0]
 
 
 def test_what_a_pipeline_lacks_is_named() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..errors import UsageError
+from ..errors import RecipeError, UsageError
 from ..explain import explain
 from .config import GenerateConfig
 from .latents import latent_frames, video_frames
@@ -54,7 +54,7 @@ def sampling_settings(
     try:
         config = GenerateConfig.model_validate({**chosen, **files})
     except ValidationError as error:
-        raise UsageError(explain(error, GenerateConfig)) from None
+        raise RecipeError(*explain(error, GenerateConfig)) from None
     return {key: own[key] if key in own else getattr(config, key) for key in requested}
 
 
