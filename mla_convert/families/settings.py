@@ -47,16 +47,11 @@ class StreamingSettings:
 
         Raises ValueError for unsupported bits, and UserError for fewer bits if the rows are not latents in a ring.
         """
-        if cache != "auto" and not self.config.get("mla"):
-            raise UserError(
-                f"{type(self).__name__} is dense, and fewer bits are for the latents of converted models; leave "
-                "streaming.cache (--cache) at auto"
-            )
         if cache != "auto":
-            raise UserError(
-                f"{type(self).__name__} has no latents in a ring of frames, so they cannot be stored in fewer bits; "
-                "leave streaming.cache (--cache) at auto"
-            )
+            reason = "has no latents in a ring of frames, so they cannot be stored in fewer bits"
+            if not self.config.get("mla"):
+                reason = "is dense, and fewer bits are for the latents of converted models"
+            raise UserError(f"{type(self).__name__} {reason}; leave streaming.cache (--cache) at auto")
 
     def enable_cache(self, config: Any) -> None:
         """Raises UserError: diffusers' caches skip work by the steps of one clip, but here every chunk has its own."""

@@ -10,9 +10,9 @@ from huggingface_hub import errors, snapshot_download
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import UserError
-from .pickles import PICKLES
+from .weights import WEIGHT_SUFFIXES
 
-FILE_ENDINGS = (*PICKLES, ".safetensors", ".gguf", ".json", ".yaml", ".parquet")
+FILE_ENDINGS = (*WEIGHT_SUFFIXES, ".gguf", ".json", ".yaml", ".parquet")
 """Of weights and of what may be mistaken for them: `ckpts/model.pt` is a path, though it has the form of a Hub ID."""
 
 

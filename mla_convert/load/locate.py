@@ -9,12 +9,21 @@ from typing import NamedTuple
 from ..errors import UserError
 from ..files import RUN_STATE
 from .hub import download, is_hub_id
-from .pickles import PICKLES
 from .recognize import recognize
-from .weights import CONFIG, INDEX_ENDINGS, INDEX_SUFFIX, INDEXES, WEIGHTS, find_index, inside, read_config, shard_names
+from .weights import (
+    CONFIG,
+    INDEX_ENDINGS,
+    INDEX_SUFFIX,
+    INDEXES,
+    WEIGHT_SUFFIXES,
+    WEIGHTS,
+    find_index,
+    inside,
+    read_config,
+    shard_names,
+)
 
 ZOO = Path(__file__).parents[1] / "zoo"
-WEIGHT_SUFFIXES = (".safetensors", *PICKLES)
 ADAPTER_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_model.bin")
 
 

@@ -11,6 +11,7 @@ from .pickles import PICKLES
 from .tensors import LazyTensors, Place
 
 CONFIG = "config.json"
+WEIGHT_SUFFIXES = (".safetensors", *PICKLES)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PICKLED_WEIGHTS = "diffusion_pytorch_model.bin"
 INDEX_SUFFIX = ".index.json"
@@ -102,7 +103,7 @@ def open_weights(folder: Path) -> LazyTensors:
 def inside(folder: Path) -> str:
     """The weights files in a folder and two levels below, in parentheses for a message; empty if there are none."""
     files = (file for pattern in ("*", "*/*", "*/*/*") for file in sorted(folder.glob(pattern)))
-    names = [file.relative_to(folder).as_posix() for file in files if file.suffix in (".safetensors", *PICKLES)]
+    names = [file.relative_to(folder).as_posix() for file in files if file.suffix in WEIGHT_SUFFIXES]
     return f" (--file), one of {few(names)}" if names else ""
 
 
