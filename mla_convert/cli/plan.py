@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, TypeGuard
 import typer
 
 from ..errors import UsageError
-from ..recipe.load import load_recipe
 from ..recipe.shipped import find_recipe, shipped_recipes
 from ..sizes import GPU_GIGABYTES
 from .options import Cache, Json, Preset, dtype_parser, parse_cache, parse_size
@@ -55,13 +54,12 @@ def plan(
     from ..evaluate.geometry import PAPER_SHARE
     from ..evaluate.geometry import preset as find_preset
     from ..evaluate.memory import plan as plan_memory
-    from ..evaluate.memory import plan_table
+    from ..evaluate.memory import plan_table, rows_by_layer
 
     if (source is None) == (preset is None):
         raise UsageError("give exactly one of SOURCE and --preset")
-    rows: int | list[int] | None = kv_lora_rank
-    keys: list[int] | None = None
-    cached: list[tuple[int, int]] | None
+    rank = kv_lora_rank
+    cached: list[tuple[int, int]] | None = None
     assumed: str | None = None
     if preset is not None:
         for option, value in (("--latent-size", latent_size), ("--file", file)):
@@ -69,7 +67,7 @@ def plan(
                 raise UsageError(f"{option} is for SOURCE; a preset takes --tokens-per-frame and --frames")
         found = find_preset(preset)
         geometry = found.geometry
-        rows = found.kv_lora_rank * (layers_per_latent or 1) if rows is None else rows
+        rank = found.kv_lora_rank * (layers_per_latent or 1) if rank is None else rank
         qk_rope_head_dim = found.qk_rope_head_dim if qk_rope_head_dim is None else qk_rope_head_dim
     elif is_recipe(source):
         changes = {
@@ -80,25 +78,25 @@ def plan(
         geometry, cached, assumed = _of_recipe(
             source, file, latent_size, {key: value for key, value in changes.items() if value is not None}
         )
-        rows, keys = (list(parts) for parts in zip(*cached, strict=True))
     else:
         assert source is not None
         geometry, cached = _read(source, file, latent_size)
         if cached is not None:
-            if rows is not None or qk_rope_head_dim is not None or layers_per_latent is not None:
+            if rank is not None or qk_rope_head_dim is not None or layers_per_latent is not None:
                 raise UsageError(
                     f"{source} is already converted; leave out --kv-lora-rank, --qk-rope-head-dim and "
                     "--layers-per-latent"
                 )
-            rows, keys = (list(parts) for parts in zip(*cached, strict=True))
-        elif rows is None:
-            rows = round(2 * geometry.inner_dim * PAPER_SHARE * (layers_per_latent or 1)) - (qk_rope_head_dim or 0)
-    if layers_per_latent is not None and isinstance(rows, int):
-        rows, keys = _shared(rows, qk_rope_head_dim or 0, geometry.num_layers, layers_per_latent)
+        elif rank is None:
+            rank = round(2 * geometry.inner_dim * PAPER_SHARE * (layers_per_latent or 1)) - (qk_rope_head_dim or 0)
+    if cached is None:
+        assert rank is not None
+        cached = rows_by_layer([rank] * geometry.num_layers, qk_rope_head_dim or 0, layers_per_latent or 1)
+    latents, keys = zip(*cached, strict=True)
     result = plan_memory(
         geometry,
-        rows,
-        keys or qk_rope_head_dim or 0,
+        latents,
+        keys,
         frames=frames,
         tokens_per_frame=tokens_per_frame,
         dtype=dtype,
@@ -123,19 +121,13 @@ def _of_recipe(
     """What the recipe `source` would cache, with `changes` of its `convert` section; see `recipe_geometry`."""
     if file is not None:
         raise UsageError("--file is for a model; a recipe names its own in source.file")
+    from ..recipe.load import load_recipe
+
     path = find_recipe(source)
     with stderr().status("loading PyTorch"):
         recipe = load_recipe(path)
         from ..pipeline.recipe_plan import recipe_geometry
     return recipe_geometry(recipe, None if latent_size is None else parse_size(latent_size), changes)
-
-
-def _shared(rank: int, key: int, layers: int, per_latent: int) -> tuple[list[int], list[int]]:
-    """Scalars of latent and shared key by layer; those of a latent are in the first of its layers."""
-    if layers % per_latent:
-        raise UsageError(f"{layers} layers cannot share latents {per_latent} at a time; give a divisor of {layers}")
-    first = [layer % per_latent == 0 for layer in range(layers)]
-    return [rank if own else 0 for own in first], [key if own else 0 for own in first]
 
 
 def _read(

@@ -11,7 +11,6 @@ from rich.table import Table
 
 from ..errors import RecipeError, UserError
 from ..files import write_text
-from ..recipe.load import load_recipe, read_recipe
 from ..recipe.shipped import describe_recipe, find_recipe, shipped_recipes
 from .options import Json, Overrides, RecipeName
 from .output import print_error, print_result, stderr
@@ -32,6 +31,8 @@ def list_recipes(as_json: Json = False) -> None:
 @app.command("show")
 def show(recipe: RecipeName, as_json: Json = False) -> None:
     """Print a recipe file."""
+    from ..recipe.load import read_recipe
+
     path = find_recipe(recipe)
     text = read_recipe(path)
     if as_json:
@@ -48,6 +49,8 @@ def copy(
     as_json: Json = False,
 ) -> None:
     """Copy a recipe as a starting point for your own."""
+    from ..recipe.load import read_recipe
+
     path = find_recipe(recipe)
     target = target or Path()
     if target.is_dir():
@@ -69,6 +72,8 @@ def check(
 
     All mistakes in its keys are printed, one a line.
     """
+    from ..recipe.load import load_recipe
+
     path = find_recipe(recipe)
     with stderr().status("loading PyTorch"):
         try:

@@ -70,6 +70,11 @@ def shard_names(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob(f"*{SHARD}")}
 
 
+def holds_shards(place: Path) -> bool:
+    """Whether `place` is a folder with shards or a single one, and not a file of another kind."""
+    return (place.is_dir() or place.suffix == SHARD) and bool(shard_names(place))
+
+
 def index_shards(
     folder: Path, known: ShardIndex | None = None, skipped: Collection[str] = (), skippable: bool = True
 ) -> ShardIndex:

@@ -153,6 +153,19 @@ def plan(
     )
 
 
+def rows_by_layer(ranks: Sequence[int], key: int, layers_per_latent: int) -> list[tuple[int, int]]:
+    """Scalars of latent and shared key that each layer caches, given its rank; those of a latent are its first layer's.
+
+    Raises UsageError if the layers do not divide into latents.
+    """
+    layers = len(ranks)
+    if layers % layers_per_latent:
+        raise UsageError(
+            f"{layers} layers cannot share latents {layers_per_latent} at a time; give a divisor of {layers}"
+        )
+    return [(0, 0) if layer % layers_per_latent else (rank, key) for layer, rank in enumerate(ranks)]
+
+
 def _too_large(weights: int, total: int, gpu: str) -> list[str]:
     """What to do where the weights alone fill the GPU, so that no stream fits."""
     if weights + RESERVED_BYTES < total:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..distill.clip_shards import LATENT
-from ..distill.data import DataConfig
+from ..distill.data import Data, DataConfig, LatentClips
 from ..distill.shard_index import ShardIndex
 from ..run.config import GenerateConfig
 
@@ -30,6 +30,11 @@ def sized(generate: GenerateConfig, data: DataConfig, index: Callable[[], ShardI
             "latent_width": generate.latent_width or width,
         }
     )
+
+
+def index_of(data: Data) -> ShardIndex | None:
+    """The index of open clips; None for clips that are made as they are needed."""
+    return data.shards.index if isinstance(data, LatentClips) else None
 
 
 def _size_in(index: ShardIndex | None) -> tuple[int | None, int | None]:

@@ -32,7 +32,7 @@ from ..recipe.schema import Recipe, continued
 from ..registry import stage_of
 from ..run.config import GenerateConfig
 from ..run.reencode import image_latent
-from .clip_size import sized
+from .clip_size import index_of, sized
 from .sources import source_of
 from .vae import source_vae
 
@@ -132,7 +132,7 @@ class Context:
             if known is None:
                 raise
             return known
-        return data.shards.index if isinstance(data, LatentClips) else None
+        return index_of(data)
 
     def keep_index(self) -> None:
         """Write the index of the clips, if they have been opened, for a resumed run."""

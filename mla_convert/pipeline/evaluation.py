@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..devices import default_device
-from ..distill.data import DataConfig, LatentClips, open_data
+from ..distill.data import DataConfig, open_data
 from ..distill.progress import Report
 from ..distill.shard_index import read_index
 from ..errors import UsageError
@@ -32,7 +32,7 @@ from ..run.latents import DIGITS, prompt_encoder
 from ..run.offload import together
 from ..run.streaming import StreamingConfig
 from .channels import check_teacher
-from .clip_size import sized
+from .clip_size import index_of, sized
 from .context import CLIPS, DATA
 from .rundir import read_state, require_clips
 from .sources import source_of
@@ -95,7 +95,7 @@ def evaluate_checkpoint(
     with together([dense, student], device):
         found = evaluate(student, dense, clips, settings, report)
     generate = GenerateConfig() if recipe is None else recipe.generate
-    generate = sized(generate, data, lambda: clips.shards.index if isinstance(clips, LatentClips) else None)
+    generate = sized(generate, data, lambda: index_of(clips))
     measured = {
         "source": teacher or (recipe.source.model if recipe else None),
         **found,

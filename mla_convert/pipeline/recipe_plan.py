@@ -12,6 +12,7 @@ from ..convert.limits import latent_scalars, planned_ranks
 from ..distill.shard_index import ShardIndex, index_shards, shard_names
 from ..errors import UserError
 from ..evaluate.geometry import PRESETS, StreamGeometry, from_model
+from ..evaluate.memory import rows_by_layer
 from ..families.base import attention_geometry
 from ..load import accepted_config
 from ..recipe.schema import Recipe, validate
@@ -79,5 +80,4 @@ def _rows(dense: Any, convert: ConvertConfig) -> list[tuple[int, int]]:
         if mean is None:
             raise UserError("convert.budget: loss_increase chooses ranks by measurement; give --kv-lora-rank")
         ranks = [round(mean)] * geometry.num_layers
-    own = [layer % convert.layers_per_latent == 0 for layer in range(geometry.num_layers)]
-    return [(rank, convert.cached_key) if first else (0, 0) for rank, first in zip(ranks, own, strict=True)]
+    return rows_by_layer(ranks, convert.cached_key, convert.layers_per_latent)

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..distill.data import DataConfig, LatentClips, open_data
 from ..distill.image_columns import COLUMN_OF
 from ..distill.negative import find_negative
-from ..distill.shard_index import SHARD, index_shards, shard_names
+from ..distill.shard_index import holds_shards, index_shards
 from ..errors import UserError
 from ..load.hub import is_hub_id
 from ..recipe.schema import Recipe
@@ -77,7 +77,7 @@ def _check_prompts(data: DataConfig, needs_negative: bool) -> None:
     place = Path(data.rollouts.prompt_embeds)
     if not place.exists():
         raise UserError(f"data.rollouts.prompt_embeds: {place} does not exist; write it with `mla-convert encode`")
-    if not ((place.is_dir() or place.suffix == SHARD) and shard_names(place)):
+    if not holds_shards(place):
         prompt_files(place)
     negative = find_negative(place, data.negative_embeds)
     if negative is not None and not negative.is_file():

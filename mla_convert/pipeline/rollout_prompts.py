@@ -13,7 +13,7 @@ from ..distill.data import DataConfig
 from ..distill.latents import LatentShards
 from ..distill.rollouts import Captions, RolloutsConfig
 from ..distill.shard_files import of_all
-from ..distill.shard_index import SHARD, ShardIndex, shard_names
+from ..distill.shard_index import ShardIndex, holds_shards
 from ..errors import UsageError, UserError
 from ..families.image import needed_conditions
 from ..files import sha256
@@ -65,7 +65,7 @@ def read_prompts(data: DataConfig, source: Source, index: ShardIndex | None = No
     config = data.rollouts
     assert config is not None
     embeds = None if config.prompt_embeds is None else Path(config.prompt_embeds)
-    if embeds is not None and (embeds.is_dir() or embeds.suffix == SHARD) and shard_names(embeds):
+    if embeds is not None and holds_shards(embeds):
         return _of_clips(embeds, data, config, source, index)
     if needed_conditions(source.config):
         raise UsageError(
